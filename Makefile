@@ -1,0 +1,85 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11 or newer: they create .venv.
+
+PYTHON ?= python3
+# The oldest Python that is promised; `make test-oldest` runs on it.
+PYTHON_OLDEST ?= python3.11
+# Any options that this machine needs to take the PyTorch build that it wants.
+TORCH_PIP_ARGS ?=
+TORCH := 2.13.0
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
+BIN_OLDEST := .venv-oldest/$(SCRIPTS)
+BIN_LOCK := .venv-lock/$(SCRIPTS)
+
+PIP := -m pip --disable-pip-version-check -qq
+PINNED := $(PIP) install --no-deps --require-hashes --requirement
+THIS := $(PIP) install --no-deps --no-build-isolation --editable .
+
+.PHONY: help demo test lint format test-oldest bench lock clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: .venv/demo.stamp ## A real adapter: described, stripped, and embedded again to the very same bytes
+	@bash examples/demo.sh $(BIN)/python
+
+test: lint ## Lint, check types and run the tests; no network after the set-up
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp ## Lint, formatting and types
+	$(BIN)/python -m ruff check --quiet --output-format concise .
+	$(BIN)/python -m ruff format --quiet --check .
+	$(BIN)/python -m mypy --no-error-summary
+
+format: .venv/test.stamp ## Format, and mend what the linter can mend
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core dependencies promised, without torch
+	$(BIN_OLDEST)/python -m pytest
+
+bench: .venv/test.stamp ## Run the benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
+	$(BIN_LOCK)/python requirements/lock.py $(TORCH)
+
+clean: ## Remove everything that make made
+	rm -rf .venv .venv-oldest .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find vera_convert tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +
+
+# The pins come first and by hash; torch, by version alone, then finds what it needs installed.
+.venv/test.stamp: .venv/demo.stamp requirements/test.txt
+	$(BIN)/python $(PINNED) requirements/test.txt
+	$(BIN)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH)
+	@touch $@
+
+.venv/demo.stamp: requirements/demo.txt pyproject.toml
+	$(call create-venv,PYTHON,.venv,>=)
+	$(BIN)/python $(PINNED) requirements/demo.txt
+	$(BIN)/python $(THIS)
+	@touch $@
+
+.venv-oldest/test.stamp: requirements/oldest.txt pyproject.toml
+	$(call create-venv,PYTHON_OLDEST,.venv-oldest,==)
+	$(BIN_OLDEST)/python $(PINNED) requirements/oldest.txt
+	$(BIN_OLDEST)/python $(THIS)
+	@touch $@
+
+.venv-lock/lock.stamp: requirements/lock.txt
+	$(call create-venv,PYTHON,.venv-lock,>=)
+	$(BIN_LOCK)/python $(PINNED) requirements/lock.txt
+	@touch $@
+
+# $(call create-venv,VARIABLE that names the interpreter,FOLDER,COMPARISON with Python 3.11)
+define create-venv
+@$($(1)) -c 'import sys; sys.exit(not sys.version_info[:2] $(3) (3, 11))' 2>/dev/null || { \
+	echo "error: '$($(1))' is no Python $(3) 3.11; name one: make $(1)=/path/to/python ..." >&2; exit 1; }
+$($(1)) -m venv $(2)
+endef

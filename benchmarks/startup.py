@@ -1,0 +1,45 @@
+"""Time `vera-convert --help` beside the least that it can cost: a Python with numpy and click."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+COMMANDS = {
+    "python -c 'import numpy, click'": ("-c", "import numpy, click"),
+    "vera-convert --help": ("-m", "vera_convert", "--help"),
+    "python -c 'import vera_convert'": ("-c", "import vera_convert"),
+}
+
+
+def seconds(arguments: tuple[str, ...]) -> float:
+    """Run Python with `arguments` once and return the wall time it took."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Run the commands in turn, so that a busy moment meets them all, and print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21)
+    rounds = parser.parse_args().rounds
+
+    for arguments in COMMANDS.values():
+        seconds(arguments)  # compiles what has no .pyc yet
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in range(rounds):
+        for name, arguments in COMMANDS.items():
+            times[name].append(seconds(arguments))
+
+    bare = times[next(iter(COMMANDS))]
+    for name, taken in times.items():
+        ratio = statistics.median(mine / least for mine, least in zip(taken, bare, strict=True))
+        print(f"{name:34} {statistics.median(taken) * 1000:6.0f} ms   {ratio:4.2f} x")
+
+
+if __name__ == "__main__":
+    main()

