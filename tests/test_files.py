@@ -1,0 +1,535 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vera_convert import files
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files import (
+    LocalFile,
+    clean_name,
+    is_pickle,
+    open_local,
+    parse_json,
+    printable,
+    read_json,
+)
+from vera_convert.rules import WEIGHTS_MISSING
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs pipes or links")
+
+
+def codes(call: Callable[[], object]) -> list[str]:
+    """The codes that a call refuses with; empty if it does not."""
+    try:
+        call()
+    except CheckpointError as error:
+        return [finding.code for finding in error.findings]
+    return []
+
+
+# --- reading by position -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    path = tmp_path / "letters"
+    path.write_bytes(b"abcdefghij")
+    return path
+
+
+def test_reads_what_is_asked_for(letters: Path) -> None:
+    with open_local(letters) as file:
+        assert (file.size, file.place) == (10, str(letters))
+        assert file.read_at(3, 4) == b"defg"
+        assert file.read_at(10, 0) == b""
+        buffer = bytearray(b"--------")
+        file.read_into(8, memoryview(buffer)[2:4])
+        file.read_into(10, memoryview(buffer)[4:4])
+        assert buffer == b"--ij----"
+        file.check_unchanged()
+
+
+def test_reads_in_pieces_where_the_system_reads_little(
+    letters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LARGEST_READ", 3)
+    with open_local(letters) as file:
+        assert file.read_at(1, 8) == b"bcdefghi"
+
+
+def test_reads_where_there_is_no_positioned_read(
+    letters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv", raising=False)
+    with open_local(letters) as file:
+        assert file.read_at(1, 8) == b"bcdefghi"
+        assert file.read_at(0, 2) == b"ab"
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 11), (11, 0), (-1, 2), (4, -1), (5, 1 << 62)])
+def test_a_range_outside_of_the_file_is_refused_before_memory_is_taken(
+    letters: Path, offset: int, length: int
+) -> None:
+    with open_local(letters) as file, pytest.raises(ValueError, match="of 10"):
+        file.read_at(offset, length)
+
+
+def test_a_file_that_shrinks_is_noticed(letters: Path) -> None:
+    with open_local(letters) as file:
+        os.truncate(letters, 5)
+        with pytest.raises(SurroundingsError, match="letters changed while it was read: it shrank"):
+            file.read_at(3, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 5),
+        lambda path: os.truncate(path, 11),
+        lambda path: path.write_bytes(b"ABCDEFGHIJ"),
+        lambda path: os.utime(path, ns=(0, 0)),
+    ],
+)
+def test_a_file_that_changes_is_noticed(letters: Path, change: Callable[[Path], object]) -> None:
+    os.utime(letters, ns=(10**18, 10**18))
+    with open_local(letters) as file:
+        file.read_at(0, 10)
+        file.check_unchanged()
+        change(letters)
+        with pytest.raises(SurroundingsError, match="changed while it was read"):
+            file.check_unchanged()
+
+
+@posix
+def test_a_file_that_is_replaced_is_noticed(letters: Path) -> None:
+    twin = letters.with_name("twin")
+    twin.write_bytes(letters.read_bytes())
+    with open_local(letters) as file:
+        twin.replace(letters)
+        with pytest.raises(SurroundingsError, match="changed while it was read"):
+            file.check_unchanged()
+
+
+def test_closes_once_and_when_it_is_let_go(letters: Path) -> None:
+    file = open_local(letters)
+    descriptor = file._fd
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    again = open_local(letters)
+    again.close()
+    again.close()
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def codes_in_time(call: Callable[[], object]) -> list[str]:
+    """The codes that a call refuses with; empty if it still blocks after ten seconds."""
+    found: list[str] = []
+    calling = threading.Thread(target=lambda: found.extend(codes(call)), daemon=True)
+    calling.start()
+    calling.join(timeout=10)
+    return found
+
+
+@posix
+@pytest.mark.parametrize("within", [True, False])
+def test_a_pipe_never_blocks(tmp_path: Path, *, within: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    folder = tmp_path if within else None
+    assert codes_in_time(lambda: open_local(tmp_path / "pipe", within=folder)) == ["V001"]
+
+
+@posix
+def test_a_pipe_put_in_the_files_place_never_blocks(
+    letters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = letters.stat()
+    letters.unlink()
+    os.mkfifo(letters)
+    monkeypatch.setattr(Path, "stat", lambda _self, **_options: seen)
+    assert codes_in_time(lambda: open_local(letters)) == ["V001"]
+
+
+@posix
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/dev/zero", "is a device"), ("/", "is a folder")], ids=["device", "folder"]
+)
+def test_what_is_not_a_file_is_named(path: str, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=kind):
+        open_local(Path(path))
+
+
+def test_a_missing_file_breaks_the_rule_given_or_is_the_surroundings_fault(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "file"
+    with pytest.raises(SurroundingsError, match="there is no such file"):
+        open_local(missing)
+    with pytest.raises(SurroundingsError, match="there is no such file"):
+        open_local(missing, within=tmp_path / "no")
+    assert codes(lambda: open_local(missing, missing=WEIGHTS_MISSING)) == ["V011"]
+
+
+def test_a_file_in_place_of_a_folder_is_missing(letters: Path) -> None:
+    assert codes(lambda: open_local(letters / "x", missing=WEIGHTS_MISSING)) == ["V011"]
+
+
+@posix
+@pytest.mark.parametrize("target", ["gone\x1b", "link\x1b"])
+def test_a_link_to_nowhere_says_where_it_leads(tmp_path: Path, target: str) -> None:
+    (tmp_path / "link\x1b").symlink_to(target)
+    for within in (None, tmp_path):
+        with pytest.raises(SurroundingsError, match=r"a link to (gone|link)\\x1b, which leads now"):
+            open_local(tmp_path / "link\x1b", within=within)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_is_no_path_at_all_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SurroundingsError):
+        open_local(tmp_path / path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_an_error_of_the_system_is_the_surroundings_fault(
+    letters: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    message = f"letters cannot be read: {os.strerror(number)}"
+    with open_local(letters) as file:
+        monkeypatch.setattr(LocalFile, "_read_some", fail)
+        with pytest.raises(SurroundingsError, match=message):
+            file.read_at(0, 1)
+        monkeypatch.setattr(LocalFile, "_look", fail)
+        with pytest.raises(SurroundingsError, match=message):
+            file.check_unchanged()
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(SurroundingsError, match=message):
+        open_local(letters)
+
+
+def test_the_limit_is_the_most_bytes(letters: Path) -> None:
+    open_local(letters, limit=10).close()
+    assert codes(lambda: open_local(letters, limit=9)) == ["V003"]
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+@posix
+def test_links_inside_of_the_folder_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "file").write_bytes(b"x")
+    (folder / "relative").symlink_to("deep/../deep/file")
+    (folder / "absolute").symlink_to(folder / "deep" / "file")
+    (tmp_path / "entrance").symlink_to(folder)
+    for name in ("relative", "absolute", "deep/file"):
+        for entrance in (folder, tmp_path / "entrance"):
+            with open_local(entrance / name, within=entrance) as file:
+                assert file.read_at(0, 1) == b"x"
+
+
+@posix
+@pytest.mark.parametrize("target", ["../secret", "deep/../../secret", "{}/secret", "out/secret"])
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"x")
+    (folder / "out").symlink_to("..")
+    (folder / "link").symlink_to(target.format(tmp_path))
+    assert codes(lambda: open_local(folder / "link", within=folder)) == ["V002"]
+    with open_local(folder / "link") as file:  # whoever names no folder means the target
+        assert file.size == 1
+
+
+def test_a_folder_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
+    for name in ("folder", "folder-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x")
+    sibling = tmp_path / "folder" / ".." / "folder-2" / "file"
+    assert codes(lambda: open_local(sibling, within=tmp_path / "folder")) == ["V002"]
+
+
+XET = "ab" + "0" * 62
+
+
+def cached(root: Path, *, absolute: bool = False, shared: bool = False) -> Path:
+    """A Hub cache with one repo: file ``sub/file`` in its snapshot; returns the snapshot."""
+    repo = root / "hub" / "models--org--name"
+    blob = repo / "blobs" / "e7a9"
+    snapshot = repo / "snapshots" / "0123abcd"
+    (snapshot / "sub").mkdir(parents=True)
+    blob.parent.mkdir()
+    if shared:
+        store = root / "hub" / "blobs" / XET[:2] / XET
+        store.parent.mkdir(parents=True)
+        store.write_bytes(b"x")
+        blob.symlink_to(Path("..", "..", "blobs", XET[:2], XET))
+    else:
+        blob.write_bytes(b"x")
+    link = snapshot / "sub" / "file"
+    link.symlink_to(blob if absolute else Path("..", "..", "..", "blobs", "e7a9"))
+    return snapshot
+
+
+@posix
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_hubs_cache_keeps_working(tmp_path: Path, *, absolute: bool, shared: bool) -> None:
+    snapshot = cached(tmp_path, absolute=absolute, shared=shared)
+    (tmp_path / "adapter").symlink_to(snapshot / "sub")
+    (tmp_path / "moved").symlink_to(tmp_path / "hub")
+    through = tmp_path / "moved" / "models--org--name" / "snapshots" / "0123abcd"
+    for folder in (snapshot, snapshot / "sub", tmp_path / "adapter", through):
+        path = folder / "sub" / "file" if (folder / "sub").exists() else folder / "file"
+        with open_local(path, within=folder) as file:
+            assert file.read_at(0, 1) == b"x"
+
+
+@posix
+@pytest.mark.parametrize(
+    "target",
+    [
+        "hub/models--org--other/blobs/e7a9",
+        "hub/models--org--name/refs/main",
+        "hub/models--org--name/blobs/deep/e7a9",
+        "hub/models--org--name/snapshots/4567/file",
+        "hub/blobs/e7a9",
+        "hub/blobs/cd/" + XET,
+        "hub/secret",
+    ],
+)
+def test_the_cache_is_no_way_to_anything_but_the_repos_blobs(tmp_path: Path, target: str) -> None:
+    snapshot = cached(tmp_path)
+    path = tmp_path / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    (snapshot / "link").symlink_to(path)
+    assert codes(lambda: open_local(snapshot / "link", within=snapshot)) == ["V002"]
+
+
+@posix
+@pytest.mark.parametrize("link", ["models--org--name/blobs", "blobs"])
+def test_a_cache_whose_blobs_are_a_link_is_none(tmp_path: Path, link: str) -> None:
+    snapshot = cached(tmp_path, shared=link == "blobs")
+    blobs = tmp_path / "hub" / link
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    assert codes(lambda: open_local(snapshot / "sub" / "file", within=snapshot)) == ["V002"]
+
+
+# --- names and text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a/b.safetensors", "...", "a..b/..c", "~", "con ", "ä/é", "-"]
+)
+def test_plain_names_stay(name: str) -> None:
+    assert clean_name(name, place="index") == PurePosixPath(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["", "/", "/a", "//a/b", "a/", "a//b", ".", "./a", "a/.", "..", "../a", "a/../b", "a/.."],
+        *["\\", "a\\b", "..\\a", "\\\\host\\share", "C:", "c:a", "C:\\a", "a:b", "\\\\?\\C:\\a"],
+        *["a\0", "a\nb", "\x1b[2J", "a\x7f", "a\x85", "\udc80"],
+    ],
+)
+def test_names_that_could_lead_anywhere_else_are_refused(name: str) -> None:
+    assert codes(lambda: clean_name(name, place="index")) == ["V005"]
+
+
+@given(st.text())
+def test_a_clean_name_is_below_its_folder_on_every_system(name: str) -> None:
+    try:
+        path = clean_name(name, place="index")
+    except CheckpointError:
+        return
+    below = PurePosixPath("/folder") / path
+    assert os.path.normpath(below) == str(below)
+    assert below.is_relative_to("/folder")
+    assert str(path) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "pickled"),
+    [
+        ("adapter_model.bin", True),
+        ("A.PT", True),
+        ("x/consolidated.00.pth", True),
+        ("last.ckpt", True),
+        ("a.pkl", True),
+        ("adapter_model.safetensors", False),
+        ("bin", False),
+        (".bin", False),
+        ("model.bin.json", False),
+    ],
+)
+def test_pickles_are_known_by_their_ending(name: str, *, pickled: bool) -> None:
+    assert is_pickle(name) is pickled
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0", "model.layers.0"),
+        ("größe 模型 😀", "größe 模型 😀"),
+        ("C:\\models", "C:\\models"),
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("\x00\x7f\x9b", "\\x00\\x7f\\x9b"),
+        ("a\u202ecod.exe", "a\\u202ecod.exe"),
+        ("\u2066x\u2069", "\\u2066x\\u2069"),
+        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
+        ("line\u2028paragraph\u2029", "line\\u2028paragraph\\u2029"),
+        ("no\xa0break soft\xad", "no\\xa0break soft\\xad"),
+        ("half \ud83d", "half \\ud83d"),
+        ("filler\u3164\u2800\ufe0f", "filler\\u3164\\u2800\\ufe0f"),
+        ("tag\U000e0041\U000e0100", "tag\\U000e0041\\U000e0100"),
+        ("private\ue000", "private\\ue000"),
+        ("x" * 300, "x" * 300),
+        ("x" * 301, "x" * 300 + "… (301 characters)"),
+        ("\n" * 10_000, "\\n" * 300 + "… (10,000 characters)"),
+    ],
+)
+def test_text_is_shown_without_what_acts_or_hides(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_whatever_is_shown_is_printable_and_can_be_written(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    assert len(shown) <= 10 * 300 + 30
+    shown.encode()
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def parse(text: str | bytes) -> object:
+    return parse_json(text if isinstance(text, bytes) else text.encode(), place="file.json")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.text() | st.floats(-1e300, 1e300),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES, st.booleans())
+@settings(max_examples=40)
+def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    assert parse(text) == value
+    assert type(parse(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"a-0"', "a-0"),
+        ("[-0.0, -0e1]", [-0.0, -0.0]),
+        ('"' + "1" * 100 + '"', "1" * 100),
+        ("9" * 64, int("9" * 64)),
+        ('"\\ud83d\\ude00 \\\\ud83d"', "😀 \\ud83d"),
+        ('"NaN -Infinity"', "NaN -Infinity"),
+        ('"[[[[\\"{{{{\\\\"', '[[[["{{{{\\'),
+        ("[" * 64 + "]" * 64, json.loads("[" * 64 + "]" * 64)),
+        ('{"a": {"a": 1}, "b": {"a": 1}}', {"a": {"a": 1}, "b": {"a": 1}}),
+        (" \t\r\n1 ", 1),
+    ],
+)
+def test_what_only_looks_odd_is_read(text: str, value: object) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("[" * 65 + "]" * 65, "V025"),
+        ("[" * 100_000, "V025"),
+        ('["' + "a" * 10 + '", ' + "[" * 65, "V025"),
+        ('{"[[[": ' + '{"]]]": [' * 40 + "]}" * 40 + "}", "V025"),
+        ('"' + '\\"[' * 100, "V022"),
+        ('"' * 1001, "V022"),
+        ("]" * 1000 + "[" * 10, "V022"),
+        ('["\\"]', "V022"),
+        ("", "V022"),
+        ("-0", "V026"),
+        ("[1, -0]", "V026"),
+        ("-" + "1" * 64, "V026"),
+        ("1e309", "V026"),
+        ("-1e309", "V026"),
+        ("[NaN]", "V024"),
+        ("Infinity", "V024"),
+        ("-Infinity", "V024"),
+        ('{"a": 1, "\\u0061": 2}', "V023"),
+        ('[{"x": {"": 1, "": 1}}]', "V023"),
+        ('"\\udc00\\ud800"', "V027"),
+        ('{"a": [{"\\uDABC": 1}]}', "V027"),
+        ("\ufeff{}", "V021"),
+        (b"\xff\xfe{\0}\0", "V020"),
+        (b'"\xed\xa0\x80"', "V020"),
+    ],
+)
+def test_what_readers_disagree_on_is_refused(text: str | bytes, code: str) -> None:
+    assert codes(lambda: parse(text)) == [code]
+
+
+def test_an_error_says_where() -> None:
+    with pytest.raises(CheckpointError, match=r"file\.json: line 2, column 8: Expecting ',' delim"):
+        parse('{\n"a": 1 "b": 2}')
+    with pytest.raises(CheckpointError, match=r"byte 2 \(0xFF\)"):
+        parse(b'["\xff')
+    with pytest.raises(CheckpointError, match=r'the key "b\\u202e" stands twice'):
+        parse('{"a": 1, "b\u202e": 2, "b\u202e": 3}')
+
+
+def test_every_duplicate_is_found_at_once_up_to_fifty() -> None:
+    twice = '{"a": 1, "a": 1}'
+    assert codes(lambda: parse(f"[{twice}, {twice}]")) == ["V023"] * 2
+    assert codes(lambda: parse(f"[{','.join([twice] * 100)}]")) == ["V023"] * 50
+
+
+@pytest.mark.parametrize("depth_of_python", [False, True])
+def test_depth_does_not_depend_on_the_stack(*, depth_of_python: bool) -> None:
+    text = "[" * 64 + "]" * 64
+    limit = sys.getrecursionlimit()
+    try:
+        if depth_of_python:
+            sys.setrecursionlimit(10_000)
+        assert codes(lambda: parse(text)) == []
+        assert codes(lambda: parse("[" * 9_000 + "]" * 9_000)) == ["V025"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_a_file_of_json_comes_with_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"r": 4}\n')
+    with open_local(path) as file:
+        assert read_json(file, limit=9) == ({"r": 4}, b'{"r": 4}\n')
+        assert codes(lambda: read_json(file, limit=8)) == ["V003"]
+        path.write_bytes(b'{"r": 44}')
+        with pytest.raises(SurroundingsError, match="changed while it was read"):
+            read_json(file, limit=9)
+
+
+def test_an_empty_file_of_json_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with open_local(tmp_path / "config.json") as file:
+        assert codes(lambda: read_json(file, limit=9)) == ["V004"]

@@ -1,0 +1,487 @@
+"""The one careful reader of what comes from outside: bytes, JSON, file names, text to be shown.
+
+Nothing here trusts a file: it is regular or refused, opened without blocking, read by position
+and never through a mapping, held against its size before memory is taken, and looked at again
+afterwards.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import json
+import math
+import os
+import re
+import stat
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import NoReturn, Protocol, Self
+
+import numpy as np
+
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.rules import (
+    FILE_EMPTY,
+    FILE_TOO_LARGE,
+    JSON_BOM,
+    JSON_DUPLICATE_KEY,
+    JSON_NESTING,
+    JSON_NOT_FINITE,
+    JSON_NOT_UTF8,
+    JSON_NUMBER,
+    JSON_SURROGATE,
+    JSON_SYNTAX,
+    JSON_TOO_MANY,
+    LINK_OUTSIDE,
+    NAME_UNSAFE,
+    NOT_REGULAR,
+    Finding,
+    Rule,
+)
+
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+"""Endings of weight files that are pickles; nothing in this package opens one."""
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name is a pickle by its ending."""
+    return PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+class ByteSource(Protocol):
+    """A file that is read by position: a local one, or one on the Hub by range request."""
+
+    @property
+    def place(self) -> str:
+        """How messages call it; printable."""
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes when it was opened."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes; `SurroundingsError` if they cannot be had."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a writable buffer of bytes; `SurroundingsError` if that cannot be done."""
+
+    def check_unchanged(self) -> None:
+        """Raise `SurroundingsError` if the file changed since it was opened."""
+
+
+_OPEN_FLAGS = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY", "O_NOINHERIT"):
+    _OPEN_FLAGS |= getattr(os, _flag, 0)
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB at once, Linux cuts it
+
+
+class LocalFile:
+    """A regular file, open for reading by position; safe to share between threads.
+
+    Made by `open_local`. A context manager; it also closes when the last reference goes.
+    """
+
+    def __init__(self, fd: int, place: str) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self.place = place
+        self.identity = self._look()
+        self.size = self.identity[2]
+
+    def _look(self) -> tuple[int, int, int, int, int]:
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def fileno(self) -> int:
+        """Return the descriptor, for what the system does with whole ranges of a file."""
+        return self._fd
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset`.
+
+        Raises:
+            ValueError: the range lies outside of the file as it was opened.
+            SurroundingsError: the file shrank, or the system cannot read it.
+        """
+        self._check_range(offset, length)
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; raises as `read_at` does."""
+        view = buffer.cast("B") if buffer.nbytes else buffer
+        self._check_range(offset, buffer.nbytes)
+        done = 0
+        while done < buffer.nbytes:
+            try:
+                count = self._read_some(offset + done, view[done : done + _LARGEST_READ])
+            except OSError as error:
+                raise unreadable(self.place, error) from error
+            if not count:
+                raise SurroundingsError(f"{self.place} changed while it was read: it shrank.")
+            done += count
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"bytes {offset} to {offset + length} of {self.size}")
+
+    def _read_some(self, offset: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [view], offset)
+        with self._lock:  # Windows has no positioned read
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            data = os.read(self._fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def check_unchanged(self) -> None:
+        """Raise `SurroundingsError` if size, times or identity are not what they were."""
+        try:
+            found = self._look()
+        except OSError as error:
+            raise unreadable(self.place, error) from error
+        if found != self.identity:
+            raise SurroundingsError(
+                f"{self.place} changed while it was read. Try again when nothing writes to it."
+            )
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
+
+def open_local(
+    path: Path,
+    *,
+    within: Path | None = None,
+    limit: int | None = None,
+    missing: Rule | None = None,
+) -> LocalFile:
+    """Open a regular file without ever blocking on what turns out to be something else.
+
+    Args:
+        path: the file.
+        within: with links resolved, the file must lie inside this folder, or among the blobs of the
+            Hub cache that the folder is a snapshot of.
+        limit: the most bytes that a file of this kind can have.
+        missing: the rule that a missing file breaks; without one it is the surroundings' fault.
+
+    Raises:
+        CheckpointError: not regular, outside, too large, or missing.
+        SurroundingsError: it cannot be opened.
+    """
+    place = printable(str(path))
+    try:
+        target = path if within is None else _resolved_inside(path, within, place)
+        _demand_regular(target.stat(), place)  # opening some devices has effects of its own
+        file = LocalFile(os.open(target, _OPEN_FLAGS), place)
+        _demand_regular(os.fstat(file.fileno()), place)  # what was looked at may be gone
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _NOWHERE:
+            _refuse_missing(path, place, missing, error)
+        raise unreadable(place, error) from error
+    if limit is not None and file.size > limit:
+        raise CheckpointError(too_large(file, limit))
+    return file
+
+
+def too_large(source: ByteSource, limit: int) -> Finding:
+    """Return the finding that a source has more than `limit` bytes."""
+    return FILE_TOO_LARGE.at(source.place, f"has {source.size:,} bytes; the limit is {limit:,}.")
+
+
+def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
+    """Return what to raise where the system refuses to open or read a file."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
+
+
+def _refuse_missing(path: Path, place: str, missing: Rule | None, error: OSError) -> NoReturn:
+    reason = "there is no such file."
+    if path.is_symlink():
+        reason = f"is a link to {printable(str(path.readlink()))}, which leads nowhere."
+    if missing is not None:
+        raise CheckpointError(missing.at(place, reason)) from error
+    raise SurroundingsError(f"{place}: {reason}") from error
+
+
+def _demand_regular(found: os.stat_result, place: str) -> None:
+    if stat.S_ISREG(found.st_mode):
+        return
+    kinds: dict[Callable[[int], bool], str] = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a named pipe",
+        stat.S_ISSOCK: "a socket",
+    }
+    kind = next((name for test, name in kinds.items() if test(found.st_mode)), "a device")
+    raise CheckpointError(NOT_REGULAR.at(place, f"is {kind}."))
+
+
+def _resolved_inside(path: Path, within: Path, place: str) -> Path:
+    """Return `path` with every link resolved, or refuse it for leading out of `within`."""
+    folder = Path(os.path.realpath(within, strict=True))
+    target = Path(os.path.realpath(path, strict=True))
+    if target.is_relative_to(folder) or _is_cached_blob(target, folder):
+        return target
+    raise CheckpointError(LINK_OUTSIDE.at(place, f"leads to {printable(str(target))}."))
+
+
+def _is_cached_blob(target: Path, folder: Path) -> bool:
+    """Whether `target` is a blob of the Hub cache that `folder` is a snapshot, or inside of one.
+
+    A cache holds ``models--org--name/snapshots/COMMIT/…``, which are links to
+    ``models--org--name/blobs/…``; those can be links to ``blobs/xx/xx…``, shared by all its repos.
+    """
+    for snapshot in (folder, *folder.parents):
+        repo = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repo.name.startswith("models--"):
+            shared = re.fullmatch("[0-9a-f]{64}", target.name)
+            return target.parent == repo / "blobs" or bool(
+                shared and target.parent == repo.parent / "blobs" / target.name[:2]
+            )
+    return False
+
+
+# --- names and text ------------------------------------------------------------------------------
+
+
+def clean_name(name: str, *, place: str) -> PurePosixPath:
+    """Return a name from an index, a config or a command line as a path inside its folder.
+
+    Raises:
+        CheckpointError: on some system the name could lead out of the folder, or to a device.
+    """
+    parts = name.split("/")
+    reason = ""
+    if not name:
+        reason = "is empty"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        reason = "has a control character"
+    elif "\\" in name:
+        reason = "has a backslash, which separates folders on Windows"
+    elif ":" in name:
+        reason = "has a colon, which names a drive or a stream on Windows"
+    elif name.startswith("/"):
+        reason = "is absolute"
+    elif ".." in parts:
+        reason = "has '..' in it"
+    elif "" in parts or "." in parts:
+        reason = "has an empty part or '.' in it"
+    if reason:
+        raise CheckpointError(NAME_UNSAFE.at(place, f'the name "{printable(name)}" {reason}.'))
+    return PurePosixPath(name)
+
+
+_LONGEST_SHOWN = 300
+# Letters and marks that Python counts as printable and a reader cannot see.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text from a stranger as it may be shown: one line, nothing unseen, not endless.
+
+    Control characters, line separators, bidirectional and zero-width marks, private and unpaired
+    code points become escapes as Python writes them; what is longer than 300 characters is cut, and
+    says how long it was.
+    """
+    shown = text[:_LONGEST_SHOWN]
+    if not shown.isprintable() or _INVISIBLE.search(shown):
+        shown = "".join(map(_shown, shown))
+    if len(text) > _LONGEST_SHOWN:
+        shown += f"… ({len(text):,} characters)"
+    return shown
+
+
+def _shown(letter: str) -> str:
+    if letter.isprintable() and not _INVISIBLE.match(letter):
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+_DEEPEST = 64
+_MOST_VALUES = 4_000_000
+_MOST_QUOTES = 1_000_000
+_LONGEST_NUMBER = 64
+_MOST_FINDINGS = 50
+
+# What gives JSON its structure, with one kind of bracket; everything else is deleted.
+_ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
+_NO_STRUCTURE = bytes(sorted(set(range(256)) - set(b'"{}[],')))
+_ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
+
+
+def read_json(source: ByteSource, *, limit: int) -> tuple[object, bytes]:
+    """Read a whole JSON file of at most `limit` bytes; returns its value and its bytes.
+
+    Raises:
+        CheckpointError: too large, empty, or not strict JSON as `parse_json` demands it.
+        SurroundingsError: it cannot be read, or changed meanwhile.
+    """
+    if source.size > limit:
+        raise CheckpointError(too_large(source, limit))
+    if source.size == 0:
+        raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
+    data = source.read_at(0, source.size)
+    source.check_unchanged()
+    return parse_json(data, place=source.place), data
+
+
+def parse_json(data: bytes, *, place: str, duplicates: list[Finding] | None = None) -> object:
+    """Parse strict JSON: what two readers could understand in two ways is refused.
+
+    No byte order mark, no duplicate keys, no NaN or Infinity, no number that is absurdly long or
+    overflows, no unpaired surrogate, at most 64 levels and four million values.
+
+    Args:
+        data: the text as UTF-8.
+        place: how messages call it.
+        duplicates: where findings of duplicate keys go; without it they are raised.
+
+    Raises:
+        CheckpointError: with the line and column where there is one.
+    """
+    text = _decoded(data, place)
+    _check_structure(data, place)
+    hooks = _Hooks(place)
+    try:
+        value: object = json.loads(
+            text,
+            object_pairs_hook=hooks.make_object,
+            parse_int=hooks.make_integer if _has_odd_integer(data) else int,
+            parse_float=hooks.make_float,
+            parse_constant=hooks.refuse_constant,
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(JSON_SYNTAX.at(place, f"{where}: {error.msg}.")) from None
+    if re.search(rb"\\u[dD][89a-fA-F]", data):
+        _check_surrogates(value, place)
+    if duplicates is not None:
+        duplicates += hooks.duplicates
+    elif hooks.duplicates:
+        raise CheckpointError.of(hooks.duplicates)
+    return value
+
+
+def _decoded(data: bytes, place: str) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(JSON_BOM.at(place, "begins with the bytes EF BB BF."))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start:,} (0x{data[error.start]:02X}) is not UTF-8."
+        raise CheckpointError(JSON_NOT_UTF8.at(place, reason)) from None
+
+
+def _check_structure(data: bytes, place: str) -> None:
+    """Refuse what would exhaust the parser, before it runs and in linear time.
+
+    Strings are cut away, first escapes, then empty ones, then all, so that what is in them does not
+    count.
+    """
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
+    if bare.count(b'"') > _MOST_QUOTES:
+        raise CheckpointError(JSON_TOO_MANY.at(place, "has millions of texts full of brackets."))
+    outside = b"".join(bare.split(b'"')[::2])
+    if len(outside) > _MOST_VALUES:
+        reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
+        raise CheckpointError(JSON_TOO_MANY.at(place, reason))
+    brackets = np.frombuffer(outside.replace(b",", b""), np.int8)
+    steps = np.where(brackets == ord("["), np.int8(1), np.int8(-1))
+    depth = int(steps.cumsum(dtype=np.int32).max(initial=0))
+    if depth > _DEEPEST:
+        raise CheckpointError(
+            JSON_NESTING.at(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
+        )
+
+
+def _has_odd_integer(data: bytes) -> bool:
+    """Whether there can be an integer that `int` must not see; asking each one is twice as slow."""
+    return b"-0" in data or b"1" * _LONGEST_NUMBER in data.translate(_ALL_ONES)
+
+
+class _Hooks:
+    """What the JSON parser asks on its way; everything that JSON readers disagree on ends here."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.duplicates: list[Finding] = []
+
+    def make_object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) != len(pairs) and len(self.duplicates) < _MOST_FINDINGS:
+            last = {key: place for place, (key, _) in enumerate(pairs)}
+            twice = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
+            reason = f'the key "{printable(twice)}" stands twice in one object.'
+            self.duplicates.append(JSON_DUPLICATE_KEY.at(self.place, reason))
+        return made
+
+    def make_integer(self, digits: str) -> int:
+        # "-0" is the integer 0 to Python and the float -0.0 to serde.
+        if len(digits) > _LONGEST_NUMBER or digits == "-0":
+            self._refuse_number(digits)
+        return int(digits)
+
+    def make_float(self, digits: str) -> float:
+        value = float(digits)
+        if len(digits) > _LONGEST_NUMBER or math.isinf(value):
+            self._refuse_number(digits)
+        return value
+
+    def _refuse_number(self, digits: str) -> NoReturn:
+        shown = digits if len(digits) <= 24 else f"{digits[:20]}… ({len(digits):,} characters)"
+        raise CheckpointError(JSON_NUMBER.at(self.place, f"holds the number {shown}."))
+
+    def refuse_constant(self, name: str) -> NoReturn:
+        raise CheckpointError(JSON_NOT_FINITE.at(self.place, f"holds {name}."))
+
+
+def _check_surrogates(value: object, place: str) -> None:
+    for text in _texts(value):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            reason = f'the text "{printable(text)}" has an unpaired surrogate.'
+            raise CheckpointError(JSON_SURROGATE.at(place, reason))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every key and text inside of a JSON value."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item

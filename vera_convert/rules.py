@@ -1,0 +1,1050 @@
+"""The catalogue: every way a checkpoint can be wrong, each with a stable code.
+
+Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base.
+A code is never used for another meaning. A reader that meets a defect raises `CheckpointError` with
+the `Finding`; commands show it as their one-line refusal, in the same words everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    ERROR = "error"
+    """The checkpoint would load wrongly, not at all, or lose something."""
+    WARNING = "warning"
+    """It works, but not everywhere or not as it seems."""
+    NOTE = "note"
+    """Worth knowing; nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One kind of defect: what it is called, why it matters and what to do about it."""
+
+    code: str
+    severity: Severity
+    title: str
+    why: str
+    remedy: str
+    since: str = "0.1.0"
+
+    def at(self, place: str, reason: str) -> Finding:
+        """Return the finding that this defect was met at `place` (already printable text)."""
+        return Finding(self, place, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One defect met in one place."""
+
+    rule: Rule
+    place: str
+    reason: str
+
+    @property
+    def code(self) -> str:
+        """The stable code of the rule, such as ``V101``."""
+        return self.rule.code
+
+    @property
+    def severity(self) -> Severity:
+        """The severity of the rule."""
+        return self.rule.severity
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.place}: {self.reason} {self.rule.remedy}"
+
+
+ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
+
+# --- V0: files -----------------------------------------------------------------------------------
+
+NOT_REGULAR = Rule(
+    "V001",
+    ERROR,
+    "not a regular file",
+    "A pipe or a device can block for ever, never end, or change what it gives.",
+    "Put the file itself in this place.",
+)
+LINK_OUTSIDE = Rule(
+    "V002",
+    ERROR,
+    "a link leads out of the folder",
+    "A folder from a stranger could have any file of this machine read and copied.",
+    "Put a copy of the file in this place; the Hub cache's links into its blobs are followed.",
+)
+FILE_TOO_LARGE = Rule(
+    "V003",
+    ERROR,
+    "a file is larger than its kind ever is",
+    "Reading it would take memory and time for nothing: no such file is real.",
+    "Restore the file that PEFT wrote.",
+)
+FILE_EMPTY = Rule(
+    "V004",
+    ERROR,
+    "a file is empty",
+    "A save or a copy that ran out of space, or was stopped, leaves such files.",
+    "Copy or download it again.",
+)
+NAME_UNSAFE = Rule(
+    "V005",
+    ERROR,
+    "a file name could lead out of its folder",
+    "Absolute names, '..', backslashes and colons reach other files on one system or another.",
+    "Use plain names inside the folder, with '/' between their parts.",
+)
+CONFIG_MISSING = Rule(
+    "V010",
+    ERROR,
+    "adapter_config.json is missing",
+    "Rank, key and method stand there alone; without it nobody can load the weights.",
+    "Pass the folder that holds adapter_config.json, or copy it beside the weights.",
+)
+WEIGHTS_MISSING = Rule(
+    "V011",
+    ERROR,
+    "adapter_model.safetensors is missing",
+    "The trained vectors are stored there.",
+    "Copy or download the weights into the folder.",
+)
+PICKLE_ONLY = Rule(
+    "V012",
+    ERROR,
+    "the weights are pickled only",
+    "Opening a pickle can run any program that its author chose, so this tool never does.",
+    "Where PyTorch is installed, run this in its folder, which reads tensors and nothing else: "
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
+    "save_file({k: v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', "
+    "metadata={'format': 'pt'})\"",
+)
+BOTH_KINDS = Rule(
+    "V013",
+    WARNING,
+    "pickled weights lie beside the safetensors file",
+    "PEFT and this tool use the safetensors file; other programs may take the pickle instead.",
+    "Remove the pickled file if it is not needed.",
+)
+JSON_NOT_UTF8 = Rule(
+    "V020",
+    ERROR,
+    "the text is not UTF-8",
+    "JSON is UTF-8; readers refuse anything else, or guess.",
+    "Save the file as UTF-8.",
+)
+JSON_BOM = Rule(
+    "V021",
+    ERROR,
+    "the text begins with a byte order mark",
+    "JSON has none: Python's reader and serde's, which safetensors uses, both refuse it.",
+    "Save the file as UTF-8 without a byte order mark.",
+)
+JSON_SYNTAX = Rule(
+    "V022",
+    ERROR,
+    "the text is not JSON",
+    "No loader can read it.",
+    "Restore the file that was written, or copy it again if it was cut off.",
+)
+JSON_DUPLICATE_KEY = Rule(
+    "V023",
+    ERROR,
+    "a key stands twice in one JSON object",
+    "Some readers take the first value and some the last, so they see different checkpoints.",
+    "Remove the entry that is not meant.",
+)
+JSON_NOT_FINITE = Rule(
+    "V024",
+    ERROR,
+    "the text holds NaN or Infinity",
+    "JSON has no such numbers; most readers refuse them.",
+    "Write a finite number, or null.",
+)
+JSON_NESTING = Rule(
+    "V025",
+    ERROR,
+    "the JSON is nested absurdly deep",
+    "Such files are made to exhaust the reader; a real one has five levels at most.",
+    "Restore the file that was written.",
+)
+JSON_NUMBER = Rule(
+    "V026",
+    ERROR,
+    "the JSON holds an absurd number",
+    "No field has such a value, and readers disagree on what it is.",
+    "Write a number of ordinary size.",
+)
+JSON_SURROGATE = Rule(
+    "V027",
+    ERROR,
+    "a text holds half of a character",
+    "A lone surrogate cannot be written as UTF-8: the safetensors library refuses it.",
+    "Write the whole character.",
+)
+JSON_TOO_MANY = Rule(
+    "V028",
+    ERROR,
+    "the JSON has an absurd number of values",
+    "Such files are made to exhaust memory: a few bytes of text become a hundred in memory.",
+    "Restore the file that was written.",
+)
+LFS_POINTER = Rule(
+    "V030",
+    ERROR,
+    "the file is a Git LFS pointer, not the weights",
+    "The repository was cloned without Git LFS: only a note of where the content lies was copied.",
+    "Run `git lfs pull` in that repository, or download it with `hf download`.",
+)
+PICKLE_RENAMED = Rule(
+    "V031",
+    ERROR,
+    "a pickle under the name of a safetensors file",
+    "Opening a pickle can run any program that its author chose, so this tool never does.",
+    "Convert it where it may be opened, with torch.load(..., weights_only=True) and"
+    " safetensors.torch.save_file; renaming converts nothing.",
+)
+OTHER_FORMAT = Rule(
+    "V032",
+    ERROR,
+    "the file has another format than its name says",
+    "A safetensors file begins with the length of its header.",
+    "Download or convert the file again.",
+)
+LENGTH_MISSING = Rule(
+    "V033",
+    ERROR,
+    "the file ends within its first eight bytes",
+    "A safetensors file begins with the length of its header, eight bytes long.",
+    "Copy or download the file again.",
+)
+HEADER_TOO_LONG = Rule(
+    "V034",
+    ERROR,
+    "the header is longer than 100 MB",
+    "The safetensors library refuses it too.",
+    "Write the file again with the safetensors library.",
+)
+HEADER_CUT_OFF = Rule(
+    "V035",
+    ERROR,
+    "the file ends within its header",
+    "The file is incomplete, or the length of its header is wrong.",
+    "Copy or download the file again.",
+)
+HEADER_START = Rule(
+    "V036",
+    ERROR,
+    "the header does not begin with '{'",
+    "The safetensors format demands it, so that the file cannot pass for another kind as well.",
+    "Write the file again with the safetensors library.",
+)
+METADATA_FORM = Rule(
+    "V040",
+    ERROR,
+    "__metadata__ is not a map of texts",
+    "The safetensors library refuses a file with any other value there.",
+    "Write numbers and lists as text, or leave them out.",
+)
+ENTRY_FORM = Rule(
+    "V041",
+    ERROR,
+    "a tensor's entry is not an object",
+    "dtype, shape and data_offsets have to be named; other forms are read by some libraries only.",
+    "Write the file again with the safetensors library.",
+)
+ENTRY_FIELD_MISSING = Rule(
+    "V042",
+    ERROR,
+    "a tensor's entry lacks a field",
+    "Without dtype, shape and data_offsets the tensor cannot be found or read.",
+    "Write the file again with the safetensors library.",
+)
+ENTRY_FIELD_UNKNOWN = Rule(
+    "V043",
+    ERROR,
+    "a tensor's entry has an unknown field",
+    "The format has none; whatever it means (a scale, a compression) would be ignored.",
+    "Write the file again with the safetensors library.",
+)
+DTYPE_UNKNOWN = Rule(
+    "V044",
+    ERROR,
+    "a tensor has a dtype that safetensors does not know",
+    "Its values cannot be read.",
+    "Write the tensor in a dtype of the safetensors library.",
+)
+SHAPE_FORM = Rule(
+    "V045",
+    ERROR,
+    "a shape is not a list of whole numbers",
+    "Sizes are whole numbers from 0 up, 32 of them at most; true, 2.0 and -1 are none.",
+    "Write the file again with the safetensors library.",
+)
+SHAPE_OVERFLOW = Rule(
+    "V046",
+    ERROR,
+    "a shape is larger than any memory",
+    "Its size in bytes overflows 63 bits: readers that do not check compute a small one.",
+    "Write the file again with the safetensors library.",
+)
+SHAPE_PARTIAL_BYTE = Rule(
+    "V047",
+    ERROR,
+    "a tensor ends within a byte",
+    "Its 4-bit or 6-bit values do not fill whole bytes; the safetensors library refuses it.",
+    "Write the file again with the safetensors library.",
+)
+OFFSETS_FORM = Rule(
+    "V048",
+    ERROR,
+    "data_offsets is not a begin and an end",
+    "Two whole numbers from 0 up are expected, the end not before the begin.",
+    "Write the file again with the safetensors library.",
+)
+OFFSETS_SPAN = Rule(
+    "V049",
+    ERROR,
+    "a tensor's bytes are not as many as its shape and dtype need",
+    "Readers that do not check read the neighbour's values, or memory that is not theirs.",
+    "Write the file again with the safetensors library.",
+)
+DATA_OVERLAP = Rule(
+    "V050",
+    ERROR,
+    "two tensors share bytes",
+    "A small file could stand for endless data; the safetensors library refuses it.",
+    "Write the file again with the safetensors library.",
+)
+DATA_HOLE = Rule(
+    "V051",
+    ERROR,
+    "bytes between two tensors belong to none",
+    "Anything could hide there; the safetensors library refuses it.",
+    "Write the file again with the safetensors library.",
+)
+DATA_CUT_OFF = Rule(
+    "V052",
+    ERROR,
+    "the file ends before its last tensor does",
+    "A download or a copy was cut off, so values are missing.",
+    "Copy or download the file again.",
+)
+DATA_TRAILING = Rule(
+    "V053",
+    ERROR,
+    "bytes after the last tensor belong to none",
+    "Anything could hide there; the safetensors library refuses it.",
+    "Write the file again with the safetensors library.",
+)
+
+# --- V1: config ----------------------------------------------------------------------------------
+
+NOT_VERA = Rule(
+    "V101",
+    ERROR,
+    "the config is not a VeRA adapter's",
+    "PEFT picks the method by peft_type; only the exact text VERA is this one.",
+    "Pass the folder of an adapter that was trained with PEFT's VeraConfig.",
+)
+CONFIG_NOT_OBJECT = Rule(
+    "V102",
+    ERROR,
+    "adapter_config.json holds no JSON object",
+    "Every loader expects an object with one entry per field.",
+    "Restore the file that PEFT wrote.",
+)
+FIELD_TYPE = Rule(
+    "V103",
+    ERROR,
+    "a config field has the wrong type",
+    "PEFT fails on it, or reads it as something else than was meant.",
+    "Correct the value by hand, or restore the file that PEFT wrote.",
+)
+FIELD_RANGE = Rule(
+    "V104",
+    ERROR,
+    "a config field is out of range",
+    "PEFT fails on it, or gives results that nobody trained.",
+    "Correct the value by hand, or restore the file that PEFT wrote.",
+)
+KEY_INVALID = Rule(
+    "V105",
+    ERROR,
+    "projection_prng_key is no seed that PyTorch takes",
+    "A and B are drawn from it; PyTorch takes whole numbers from -2^63 to 2^64-1 only.",
+    "Set it to the whole number that the adapter was trained with.",
+)
+FIELD_VALUE = Rule(
+    "V106",
+    ERROR,
+    "a config field has a value that PEFT does not know",
+    "PEFT refuses it when it loads the adapter.",
+    "Use one of the values named, or restore the file that PEFT wrote.",
+)
+LAYERS_PATTERN_ALONE = Rule(
+    "V107",
+    ERROR,
+    "layers_pattern is set without layers_to_transform",
+    "PEFT 0.14 and later refuse to load such a config.",
+    "Remove layers_pattern, or name the layers in layers_to_transform.",
+)
+UNKNOWN_FIELD = Rule(
+    "V110",
+    WARNING,
+    "the config has a field that no VeraConfig knows",
+    "PEFT 0.14 and later drop it with a warning; PEFT 0.13 and earlier refuse the adapter.",
+    "It is kept as it is; `vera-convert migrate --peft-version 0.13` removes it for old readers.",
+)
+
+TARGET_REGEX_INVALID = Rule(
+    "V130",
+    ERROR,
+    "a pattern in the config is no regular expression",
+    "PEFT compiles it with Python's `re` and fails, so nobody can tell which layers are meant.",
+    "Correct the pattern, or list the names of the modules in target_modules.",
+)
+TARGET_REGEX_SLOW = Rule(
+    "V131",
+    ERROR,
+    "a pattern in the config takes too long to evaluate",
+    "PEFT evaluates it on every module's name and would hang as well.",
+    "Write the pattern without nested repetition, or list the names in target_modules.",
+)
+TARGETS_MATCH_NOTHING = Rule(
+    "V132",
+    ERROR,
+    "the config's targets match no layer of the base",
+    "PEFT refuses to wrap the model, and the size of A and B cannot be told.",
+    "Check that the base is the adapter's own and that target_modules names its modules.",
+)
+TARGETS_UNKNOWN = Rule(
+    "V133",
+    ERROR,
+    "target_modules is null and PEFT has no default for the base",
+    "Nothing says which layers are adapted.",
+    "List the modules in target_modules.",
+)
+
+# --- V2: tensors ---------------------------------------------------------------------------------
+
+NO_LAMBDAS = Rule(
+    "V201",
+    ERROR,
+    "the file adapts no layer",
+    "Without vera_lambda_b and vera_lambda_d vectors the adapter changes nothing.",
+    "Save the adapter again from the training run; with FSDP or ZeRO-3, gather the state first.",
+)
+LAMBDA_UNPAIRED = Rule(
+    "V202",
+    ERROR,
+    "a layer has only one of its two vectors",
+    "PEFT loads it without a word and leaves the other vector at its initial value.",
+    "Save the adapter again from the training run.",
+)
+LAMBDA_SHAPE = Rule(
+    "V203",
+    ERROR,
+    "a lambda is not a vector",
+    "A layer scales by vectors: lambda_d of r values and lambda_b of one value per output.",
+    "Save the adapter again from the training run.",
+)
+LAMBDA_D_LENGTH = Rule(
+    "V204",
+    ERROR,
+    "lambda_d does not have r values",
+    "PEFT refuses the file: the rank of the config and the rank of the tensors differ.",
+    "Set r in adapter_config.json to the rank that was trained.",
+)
+EMPTY_TENSOR = Rule(
+    "V205",
+    ERROR,
+    "a tensor holds no values",
+    "A save under ZeRO-3 or FSDP without gathering writes such husks; the training is not in them.",
+    "Save again with the state gathered (stage3_gather_16bit_weights_on_model_save, or "
+    "FULL_STATE_DICT).",
+)
+TENSOR_DTYPE = Rule(
+    "V206",
+    ERROR,
+    "a trained tensor is not of a float type",
+    "Lambdas and projections are float64, float32, float16 or bfloat16; PEFT would cast or fail.",
+    "Convert the tensor to float32 and save the file again.",
+)
+MIXED_DTYPES = Rule(
+    "V207",
+    WARNING,
+    "lambdas and projections have different types",
+    "PEFT writes one type for all of them, so something else wrote or edited this file.",
+    "Nothing need be done: every tensor is read in its own type.",
+)
+ONE_PROJECTION = Rule(
+    "V208",
+    ERROR,
+    "only one of vera_A and vera_B is stored",
+    "Without A, PEFT refuses; without B, it draws B from the key and says nothing.",
+    "Remove the one that is left and set save_projection to false, or save the adapter again.",
+)
+PROJECTION_SHAPE = Rule(
+    "V209",
+    ERROR,
+    "vera_A or vera_B has an impossible shape",
+    "A is (r, largest input) and B is (largest output, r).",
+    "Save the adapter again from the training run.",
+)
+PROJECTION_TOO_SHORT = Rule(
+    "V210",
+    ERROR,
+    "vera_B has fewer rows than a layer has outputs",
+    "The layer uses the leading rows of B, one for each of its outputs.",
+    "Save the adapter again from the training run.",
+)
+PROJECTIONS_MISSING = Rule(
+    "V211",
+    ERROR,
+    "the config promises projections that the file lacks",
+    "With save_projection true every PEFT refuses a file without vera_A.",
+    "If they were dropped on purpose set save_projection to false, then run `vera-convert embed`.",
+)
+PROJECTIONS_UNANNOUNCED = Rule(
+    "V212",
+    WARNING,
+    "the file holds projections that the config denies",
+    "With save_projection false every PEFT ignores them and draws its own.",
+    "`vera-convert migrate --to embedded` or `--to stripped` makes file and config agree.",
+)
+PROJECTIONS_REPEATED = Rule(
+    "V213",
+    WARNING,
+    "the shared projections are stored again with a layer",
+    "They equal the shared ones, so nothing is wrong but the size.",
+    "`vera-convert migrate --to asis` writes them once.",
+)
+PROJECTIONS_DIFFER = Rule(
+    "V214",
+    ERROR,
+    "a layer stores projections other than the shared ones",
+    "VeRA shares one A and one B over all layers; no loader would use the layer's own.",
+    "Save the adapter again from the training run.",
+)
+PREFIX_ORIG_MOD = Rule(
+    "V215",
+    ERROR,
+    "tensor names carry _orig_mod from torch.compile",
+    "PEFT finds none of its names in the file and loads the adapter as one that does nothing.",
+    "`vera-convert migrate --to asis` writes the proper names.",
+)
+ADAPTER_NAME_LEFT = Rule(
+    "V216",
+    ERROR,
+    "tensor names still carry the adapter's name",
+    "PEFT up to 0.20 refuses the file, or loads it as an adapter that does nothing.",
+    "`vera-convert migrate --to asis` writes the proper names.",
+)
+PREFIX_MISSING = Rule(
+    "V217",
+    ERROR,
+    "tensor names lack PEFT's prefix",
+    "No PEFT loads such names: the adapter would do nothing, without an error.",
+    "`vera-convert migrate --to asis` writes the proper names.",
+)
+LAMBDA_COLUMN = Rule(
+    "V218",
+    ERROR,
+    "a lambda is stored as a column of shape (n, 1)",
+    "PEFT up to 0.15 wrote such files after a merge on a 16-bit model, and no PEFT loads them.",
+    "`vera-convert migrate --to asis` drops the extra dimension.",
+)
+OTHER_VERA = Rule(
+    "V219",
+    ERROR,
+    "a tensor belongs to a variant of VeRA that is not VeRA",
+    "Its vectors mean something else, so a merge as plain VeRA would be wrong.",
+    "Use the tool that trained it.",
+)
+UNKNOWN_TENSOR = Rule(
+    "V220",
+    ERROR,
+    "a tensor has a name of unknown meaning",
+    "PEFT drops such tensors without a word, so what was trained in them would be lost.",
+    "Remove the tensor, or save the adapter again from the training run.",
+)
+UNDECLARED_TENSOR = Rule(
+    "V221",
+    ERROR,
+    "a tensor of the base model is stored that the config does not declare",
+    "PEFT overwrites the base model's weight with it and says nothing.",
+    "Name its module in modules_to_save (or set bias) if it was trained; else remove the tensor.",
+)
+MODULE_TO_SAVE_MISSING = Rule(
+    "V222",
+    ERROR,
+    "a module of modules_to_save has no tensor in the file",
+    "PEFT up to 0.14 would keep a freshly initialised module; later ones fail with a KeyError.",
+    "Save the adapter again from the training run, or remove the name from modules_to_save.",
+)
+BIAS_NOT_STORED = Rule(
+    "V223",
+    WARNING,
+    "the config trains biases that the file does not hold",
+    "PEFT up to 0.20 never saved trained biases, so they are lost.",
+    "Train again with PEFT 0.21 or later if they matter.",
+)
+NAME_TAKEN_TWICE = Rule(
+    "V224",
+    ERROR,
+    "two tensors would get the same name",
+    "Once the names are brought to their proper form two tensors claim one place.",
+    "Remove the one that is stale, or save the adapter again from the training run.",
+)
+
+PROJECTIONS_PER_LAYER = Rule(
+    "V225",
+    ERROR,
+    "the projections are stored with the layers only, not once for all",
+    "PEFT looks for base_model.vera_A and refuses the file, or draws its own.",
+    "`vera-convert migrate --to asis` writes them once, if they are all equal.",
+)
+LAYERS_UNEVEN = Rule(
+    "V226",
+    WARNING,
+    "a target is adapted in fewer layers of the model than another",
+    "A name that matches in some layers only is left out in the others without a word.",
+    "Check target_modules against the base's names, unless its layers differ from each other.",
+)
+SEVERAL_ADAPTERS = Rule(
+    "V227",
+    ERROR,
+    "the file holds tensors of several adapters",
+    "Their names end with the name of an adapter, and not all with the same.",
+    "Keep the tensors of one of them, or save it again from the training run.",
+)
+PREFIX_MIXED = Rule(
+    "V228",
+    ERROR,
+    "some tensor names have PEFT's prefix and others lack it",
+    "No PEFT loads those that lack it, and nothing tells whether they are of the same adapter.",
+    "Save the adapter again from the training run.",
+)
+
+# --- V3: values ----------------------------------------------------------------------------------
+
+VALUE_NOT_FINITE = Rule(
+    "V301",
+    ERROR,
+    "a trained value is infinite or no number",
+    "It would spread over a whole row or column of a weight.",
+    "Take an earlier checkpoint of the training run: it diverged before this one was saved.",
+)
+
+# --- V4: projections -----------------------------------------------------------------------------
+
+NOT_A_DRAW = Rule(
+    "V401",
+    ERROR,
+    "the stored projections are no draw of PyTorch's CPU generator",
+    "Nothing but the file itself can bring them back, so dropping them would lose the adapter.",
+    "Keep them stored.",
+)
+OTHER_KEY = Rule(
+    "V402",
+    ERROR,
+    "the stored projections are the draw of another key than the config's",
+    "A loader that draws from the config's key would get other matrices.",
+    "Correct projection_prng_key in adapter_config.json if it was edited; else keep them stored.",
+)
+OTHER_DRAW = Rule(
+    "V403",
+    ERROR,
+    "PEFT would draw other projections than the stored ones",
+    "Once they are dropped, PEFT loads the adapter with the difference that is shown.",
+    "Keep them stored, or accept the change with --accept-change: `vera-convert embed` restores "
+    "them exactly from the fingerprint.",
+)
+ROUNDING_UNPROVEN = Rule(
+    "V404",
+    WARNING,
+    "it is not proven that PEFT draws these projections on the base that it will be given",
+    "PEFT rounds A and B to the base's dtype, and takes A's width from the base.",
+    "Name the base with --base, or its dtype with --base-dtype.",
+)
+UNPROVEN_ROWS = Rule(
+    "V405",
+    ERROR,
+    "vera_B has more rows than the longest lambda_b, and no base says why",
+    "PEFT draws B as tall as the widest layer that the config matches; A shifts with it.",
+    "Name the base with --base.",
+)
+PROJECTIONS_CONTRADICT = Rule(
+    "V406",
+    ERROR,
+    "the file holds projections that are not what its config makes PEFT use",
+    "save_projection is false, so every PEFT draws its own and ignores these.",
+    "Say which are meant: --projections file or --projections key.",
+)
+FINGERPRINT_MALFORMED = Rule(
+    "V407",
+    ERROR,
+    "the fingerprint in the metadata cannot be read",
+    "It is the only proof of which matrices were dropped.",
+    "Strip the adapter again from its embedded form, or remove the metadata entry.",
+)
+FINGERPRINT_DISAGREES = Rule(
+    "V408",
+    ERROR,
+    "the fingerprint contradicts the adapter or the base",
+    "One of the two was edited after the adapter was stripped.",
+    "Restore the file that was edited, or strip the adapter again from its embedded form.",
+)
+FINGERPRINT_NOT_MET = Rule(
+    "V409",
+    ERROR,
+    "the matrices that were drawn are not those of the fingerprint",
+    "The fingerprint or the config was edited, so what was trained on cannot be restored.",
+    "Restore the file that was edited, or strip the adapter again from its embedded form.",
+)
+UNPROVEN_DRAW = Rule(
+    "V410",
+    WARNING,
+    "nothing proves that the adapter was trained on the projections that were drawn",
+    "A stripped adapter without a fingerprint records neither the draw nor its dimensions.",
+    "Compare the adapter's results with known ones before you publish it.",
+)
+TARGETS_DISAGREE = Rule(
+    "V411",
+    WARNING,
+    "the config matches other layers of the base than the file adapts",
+    "PEFT takes the dimensions of A and B from the layers that the config matches.",
+    "Check that this is the base that the adapter was trained on.",
+)
+PROJECTIONS_TOO_NARROW = Rule(
+    "V412",
+    ERROR,
+    "the projections would be smaller than a layer of the adapter",
+    "A needs a column for each input and B a row for each output of every adapted layer.",
+    "Check the dimensions or the base that were given.",
+)
+PROJECTIONS_TOO_LARGE = Rule(
+    "V413",
+    ERROR,
+    "the projections are absurdly large",
+    "Matrices of this size are refused before memory is taken.",
+    "Check r, the dimensions and the file.",
+)
+PROJECTIONS_IGNORED = Rule(
+    "V414",
+    WARNING,
+    "PEFT 0.11 to 0.20 ignore the stored projections and would use others",
+    "Only PEFT 0.21 and later take A and B from the file.",
+    "Load the adapter with PEFT 0.21 or later.",
+)
+ROUNDING_UNCLEAR = Rule(
+    "V415",
+    WARNING,
+    "the base's tensors do not tell how PEFT rounds projections on it",
+    "PEFT casts A and B to the dtype of each adapted layer in turn, and that of a quantised layer "
+    "or the order of mixed ones does not stand in the headers.",
+    "Give the dtype that the base is loaded in with --base-dtype.",
+)
+OTHER_DIMS = Rule(
+    "V416",
+    WARNING,
+    "the stored projections have other dimensions than PEFT demands on the base",
+    "PEFT 0.21 refuses to load them; PEFT up to 0.20 does not notice, and draws its own.",
+    "`vera-convert migrate --to asis --base MODEL` cuts what is larger; what is smaller is another "
+    "base's.",
+)
+PROJECTION_TYPES_DIFFER = Rule(
+    "V417",
+    ERROR,
+    "vera_A and vera_B are stored in different types",
+    "A fingerprint records one type, so the file could not be restored to its bytes.",
+    "Keep them stored, or save both in one type.",
+)
+
+# --- V5: base ------------------------------------------------------------------------------------
+
+BASE_WITHOUT_WEIGHTS = Rule(
+    "V501",
+    ERROR,
+    "the base holds no safetensors weights",
+    "Names, shapes and values of its layers are read from there and from nowhere else.",
+    "Pass the folder or repo of a model with its weights as *.safetensors.",
+)
+BASE_PICKLED = Rule(
+    "V502",
+    ERROR,
+    "the base's weights are pickled only",
+    "Opening a pickle can run any program that its author chose, so this tool never does.",
+    "Load the model where that may be done and save it with safe_serialization=True, or take "
+    "another copy of it with safetensors weights.",
+)
+BASE_OTHER_FORMAT = Rule(
+    "V503",
+    ERROR,
+    "the base's weights are in a format that is not read",
+    "GGUF, ONNX, TensorFlow and Flax files have other names and often other values.",
+    "Pass the model that this file was converted from, with its weights as *.safetensors.",
+)
+BASE_IS_ADAPTER = Rule(
+    "V504",
+    ERROR,
+    "the base is itself an adapter and no model",
+    "An adapter holds changes to a model, not the model.",
+    "Pass the model that the adapter was trained on; its config names it.",
+)
+BASE_AMBIGUOUS = Rule(
+    "V505",
+    ERROR,
+    "it is not clear which files are the base's weights",
+    "Several safetensors files and no index say nothing of which of them belong together.",
+    "Restore the index (model.safetensors.index.json), or pass the folder of one component.",
+)
+INDEX_MALFORMED = Rule(
+    "V506",
+    ERROR,
+    "the index of the shards makes no sense",
+    "Its weight_map has to give the file of each tensor.",
+    "Download the index again, or save the model anew.",
+)
+SHARD_MISSING = Rule(
+    "V507",
+    ERROR,
+    "a shard that the index names is missing",
+    "A loader would fill its tensors with random values, or stop.",
+    "Download the missing file, or the whole model again.",
+)
+TENSOR_NOT_IN_SHARD = Rule(
+    "V508",
+    ERROR,
+    "a tensor that the index names is in no shard",
+    "A loader would fill it with random values.",
+    "Download index and shards again: they are not of one save.",
+)
+TENSOR_MISPLACED = Rule(
+    "V509",
+    ERROR,
+    "a tensor lies in another shard than the index says",
+    "Loaders that follow the index do not find it.",
+    "Download index and shards again: they are not of one save.",
+)
+TENSOR_NOT_IN_INDEX = Rule(
+    "V510",
+    ERROR,
+    "a shard holds a tensor that the index does not name",
+    "Some loaders take it and some do not.",
+    "Download index and shards again: they are not of one save.",
+)
+TENSOR_IN_TWO_SHARDS = Rule(
+    "V511",
+    ERROR,
+    "a tensor lies in two shards",
+    "Which of the two a loader takes depends on the order in which it reads them.",
+    "Download index and shards again: they are not of one save.",
+)
+STRAY_WEIGHTS = Rule(
+    "V512",
+    WARNING,
+    "a safetensors file lies beside the base's weights and is not one of them",
+    "It is not read. A loader that does not follow the index could take it for the model.",
+    "Remove it if it was left over.",
+)
+MODEL_CONFIG_FORM = Rule(
+    "V513",
+    ERROR,
+    "the base's config.json holds no JSON object",
+    "Every loader expects an object with one entry per field.",
+    "Download it again.",
+)
+NAMES_DIFFER = Rule(
+    "V520",
+    ERROR,
+    "the adapter's layers are not those of the base",
+    "A layer that finds no tensor would be left out without a word; nothing is done by halves.",
+    "Check that this is the base that the adapter was trained on. If only its names differ, give "
+    "the renaming with --key-map OLD=NEW.",
+)
+NAMES_AMBIGUOUS = Rule(
+    "V521",
+    ERROR,
+    "the adapter's names fit the base in more than one way",
+    "Each way changes other tensors, and nothing says which was trained.",
+    "Give the one renaming that is meant with --key-map OLD=NEW.",
+)
+SHAPES_DIFFER = Rule(
+    "V522",
+    ERROR,
+    "a layer of the adapter has another shape than the base's tensor",
+    "lambda_b has one value for each output, and A a column for each input, of the layer.",
+    "Pass the base that the adapter was trained on: its size must agree too.",
+)
+NOT_A_MATRIX = Rule(
+    "V523",
+    ERROR,
+    "a layer of the adapter belongs to a tensor that is no matrix",
+    "VeRA adapts linear layers, whose weights have two dimensions.",
+    "Pass the base that the adapter was trained on.",
+)
+HEAD_TIED = Rule(
+    "V524",
+    ERROR,
+    "the adapter changes an output head that the base shares with its embedding",
+    "There is one tensor for both, so a change of the head would change the embedding too.",
+    "Say what is meant: `--tied untie` stores a head of its own, `--tied add` changes both.",
+)
+REPLACEMENT_CLASH = Rule(
+    "V525",
+    ERROR,
+    "two tensors of the adapter would replace the same one of the base",
+    "Only one of them can be meant.",
+    "Remove the one that is stale, or save the adapter again from the training run.",
+)
+
+RESULT_NOT_FINITE = Rule(
+    "V530",
+    ERROR,
+    "a merged value is infinite or no number",
+    "The base's own value is not finite, or the sum is beyond what the tensor's type can hold.",
+    "Check the base's tensor; a sum that is too large for float16 fits with --dtype bfloat16.",
+)
+REPLACEMENT_SHAPE = Rule(
+    "V531",
+    ERROR,
+    "a tensor that the adapter replaces has another shape in the base",
+    "A model is built to one shape; a vocabulary or a head of another size does not fit into it.",
+    "Pass the base that the adapter was trained on, resized as it was then.",
+)
+REPLACEMENT_UNKNOWN = Rule(
+    "V532",
+    ERROR,
+    "the adapter replaces a tensor that the base does not have",
+    "No loader would ask for it under this name, so what was trained would be lost.",
+    "Check that this is the base that the adapter was trained on.",
+)
+REPLACEMENT_NEW = Rule(
+    "V533",
+    WARNING,
+    "the adapter brings a head that the base does not have",
+    "It is added to the weights, but the base's config.json still names a class without it.",
+    "Load the result with the class that the adapter was trained in.",
+)
+REPLACEMENTS_DIFFER = Rule(
+    "V534",
+    ERROR,
+    "two adapters change the same tensor in ways that exclude each other",
+    "A replaced tensor is trained whole: neither adding to it nor a weight has a meaning.",
+    "Merge one of the two only.",
+)
+BASE_COPY_DIFFERS = Rule(
+    "V535",
+    ERROR,
+    "the adapter stores another base weight of an adapted layer than the base has",
+    "PEFT would put the stored weight in place of the base's before it adds to it.",
+    "Pass the base that the adapter was trained on.",
+)
+EMBEDDING_SHARED = Rule(
+    "V536",
+    WARNING,
+    "the adapter replaces an embedding that the base shares with its output head",
+    "PEFT trained a copy of the embedding and left the head; a loader of the result gives the head "
+    "the new values too.",
+    "Compare results of the merged model with those of the adapter.",
+)
+DELTA_LOST = Rule(
+    "V537",
+    WARNING,
+    "most of what the adapter adds is lost in the rounding of the base's type",
+    "The change of most values is smaller than half of their last bit.",
+    "Merge into a wider type with --dtype float32, or serve the adapter unmerged.",
+)
+DELTA_ZERO = Rule(
+    "V538",
+    WARNING,
+    "the adapter changes nothing",
+    "Every lambda_b is zero, as it is before training.",
+    "Check that this is the adapter that was trained.",
+)
+WEIGHTS_LEFT_OUT = Rule(
+    "V539",
+    WARNING,
+    "files of the base that a loader could take for the merged weights are left out",
+    "They hold the base's weights in another form, without the adapter.",
+    "Convert the merged model again where such a form is needed.",
+)
+ADAPTER_IN_BASE = Rule(
+    "V540",
+    WARNING,
+    "an adapter that lies in the base's folder is left out",
+    "A loader would add it to the merged weights, or go to the model that it names.",
+    "Merge it as well, with --add, if it is meant to be part of the model.",
+)
+TOKENIZER_TOO_LARGE = Rule(
+    "V541",
+    ERROR,
+    "the adapter's tokenizer has tokens that the model has no row for",
+    "Such a token would stop the model, or read past the end of its embedding.",
+    "Pass the base with the resized embedding, or the adapter that stores it.",
+)
+
+LAYER_CUT_OUT = Rule(
+    "V542",
+    ERROR,
+    "a layer of the adapter is a part of a larger tensor of the base",
+    "transformers cuts that tensor into several layers when it loads the base; adding to some of "
+    "its rows is not implemented.",
+    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+)
+LAYER_REORDERED = Rule(
+    "V543",
+    ERROR,
+    "a layer of the adapter has its rows in another order in the base's files",
+    "transformers reorders them for its rotary embedding when it loads the base; adding to them in "
+    "the file's order would be wrong, and the other order is not implemented.",
+    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+)
+EXPERTS_STACKED = Rule(
+    "V544",
+    ERROR,
+    "a layer of the adapter is one expert of a tensor that holds them all",
+    "The base stacks its experts to a tensor of three dimensions; adding to one of them is not "
+    "implemented.",
+    "Pass the same base in a form that stores each expert's layers by themselves.",
+)
+LAYER_OF_SEVERAL = Rule(
+    "V545",
+    ERROR,
+    "a layer of the adapter is several tensors in the base",
+    "transformers joins them to one layer when it loads the base; adding to each its share is not "
+    "implemented.",
+    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+)
+
+MODEL_TYPE_UNKNOWN = Rule(
+    "V560",
+    ERROR,
+    "the model's type is none whose layers are known from its config",
+    "A config names sizes, not layers; they are known for a few types only.",
+    "Pass the base itself: its tensors' headers are enough.",
+)
+MODEL_FIELD_INVALID = Rule(
+    "V561",
+    ERROR,
+    "a field of the model's config is missing or makes no sense",
+    "The shapes of the layers follow from it.",
+    "Restore the config.json that belongs to the model.",
+)
+
+# -------------------------------------------------------------------------------------------------
+CATALOGUE: dict[str, Rule] = {
+    rule.code: rule
+    for rule in sorted(
+        (value for value in list(globals().values()) if isinstance(value, Rule)),
+        key=lambda rule: rule.code,
+    )
+}
+"""Every rule by code, in order."""
