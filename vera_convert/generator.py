@@ -1,0 +1,296 @@
+"""What torch's CPU generator drew for A and B, bit for bit, from NumPy alone.
+
+    key -> MT19937 words -> k, the low bits of a word, centred on zero -> k times a step: A, then B
+
+PEFT fills both matrices with Kaiming-uniform values in [-t, t), where t depends on the number of
+columns alone. One generator serves A and then B, row by row, and skips nothing, so the width of A
+decides every value of B. What torch makes of a word depends on its default dtype while the adapter
+was wrapped, on the CPU (multiply and add fused, or rounded separately) and, for the 16-bit dtypes,
+on its version: the ten variants.
+
+NumPy's legacy `RandomState` has the very state of torch's generator, and its `randint`, asked for
+a range of a power of two, is one masked word per value; its stream is frozen by NumPy's policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 1 << 17
+"""Values per step: half a megabyte of words, enough to hide the cost of the calls."""
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT16 = np.dtype(np.float16)
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+
+
+class Variant(StrEnum):
+    """How torch turned random words into values: default dtype, and CPU path or version."""
+
+    FLOAT32_FUSED = "float32-fused"
+    """What nearly every machine draws: x86-64 with AVX2 or later, and aarch64."""
+    FLOAT32_SEPARATE = "float32-separate"
+    FLOAT64_FUSED = "float64-fused"
+    FLOAT64_SEPARATE = "float64-separate"
+    BFLOAT16_2_11 = "bfloat16-torch2.11"
+    BFLOAT16_2_12_FUSED = "bfloat16-torch2.12-fused"
+    BFLOAT16_2_12_SEPARATE = "bfloat16-torch2.12-separate"
+    FLOAT16_2_11 = "float16-torch2.11"
+    FLOAT16_2_12_FUSED = "float16-torch2.12-fused"
+    FLOAT16_2_12_SEPARATE = "float16-torch2.12-separate"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the values drawn."""
+        return _RECIPES[self].dtype
+
+    @property
+    def bits(self) -> int:
+        """How many low bits of a random word make one value: 24, 53, 11 or 8."""
+        return _RECIPES[self].bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    dtype: np.dtype[Any]
+    bits: int
+    fused: bool = True
+
+    @property
+    def work(self) -> np.dtype[Any]:
+        """The dtype that the arithmetic is done in, before it is rounded to `dtype`."""
+        return _FLOAT64 if self.dtype == _FLOAT64 else _FLOAT32
+
+
+_RECIPES = {
+    Variant.FLOAT32_FUSED: _Recipe(_FLOAT32, 24),
+    Variant.FLOAT32_SEPARATE: _Recipe(_FLOAT32, 24, fused=False),
+    Variant.FLOAT64_FUSED: _Recipe(_FLOAT64, 53),
+    Variant.FLOAT64_SEPARATE: _Recipe(_FLOAT64, 53, fused=False),
+    Variant.BFLOAT16_2_11: _Recipe(_BFLOAT16, 8),
+    Variant.BFLOAT16_2_12_FUSED: _Recipe(_BFLOAT16, 24),
+    Variant.BFLOAT16_2_12_SEPARATE: _Recipe(_BFLOAT16, 24, fused=False),
+    Variant.FLOAT16_2_11: _Recipe(_FLOAT16, 11),
+    Variant.FLOAT16_2_12_FUSED: _Recipe(_FLOAT16, 24),
+    Variant.FLOAT16_2_12_SEPARATE: _Recipe(_FLOAT16, 24, fused=False),
+}
+
+
+class Rounding(StrEnum):
+    """The casts that drawn values went through, in order, when PEFT met the base's layers."""
+
+    NONE = "none"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP16_BF16 = "fp16+bf16"
+    BF16_FP16 = "bf16+fp16"
+    FP32 = "fp32"
+    """A float32 base: it changes the float64 draws only."""
+
+
+_CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
+    Rounding.NONE: (),
+    Rounding.BF16: (_BFLOAT16,),
+    Rounding.FP16: (_FLOAT16,),
+    Rounding.FP16_BF16: (_FLOAT16, _BFLOAT16),
+    Rounding.BF16_FP16: (_BFLOAT16, _FLOAT16),
+    Rounding.FP32: (_FLOAT32,),
+}
+
+
+@np.errstate(over="ignore")  # beyond the range means infinity, in torch too
+def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
+    """Return the values as they are after these casts (to nearest, ties to even).
+
+    With `Rounding.NONE` the array itself comes back, in its own dtype; otherwise a float32 array of
+    the same shape, which is what PEFT holds after a load. A float64 value reaches 16 bits by way of
+    float32, rounded twice, as torch does it.
+    """
+    casts = _CASTS[rounding]
+    if not casts:
+        return array
+    values = array.astype(_FLOAT32, copy=False)
+    for dtype in casts:
+        values = values.astype(dtype, copy=False).astype(_FLOAT32, copy=False)
+    return values
+
+
+def check_key(key: object) -> int:
+    """Return the key if torch's generator takes it as a seed.
+
+    Raises:
+        ValueError: it is no integer (true and false are none), or lies outside -2^63 .. 2^64-1.
+    """
+    if isinstance(key, bool) or not isinstance(key, int):
+        name = type(key).__name__
+        raise ValueError(f"the key must be an integer, not {name}")  # noqa: TRY004 -- as below
+    if not -(2**63) <= key < 2**64:
+        raise ValueError("the key must lie in -2^63 .. 2^64-1, the range that torch accepts")
+    return key
+
+
+class Source:
+    """The generator of one key: hands out values in the order in which torch takes them."""
+
+    def __init__(self, variant: Variant, *, key: int) -> None:
+        self.variant = variant
+        self._words = np.random.RandomState(check_key(key) % 2**32)
+
+    def fill(self, out: NDArray[Any], *, fan_in: int) -> None:
+        """Fill `out`, C-contiguous and of the variant's dtype, with the next values.
+
+        `fan_in` is the number of columns of the matrix that they belong to.
+        """
+        flat = out.reshape(-1)
+        for start in range(0, flat.size, BLOCK):
+            part = flat[start : start + BLOCK]
+            valued(self.variant, self.centred(part.size), fan_in=fan_in, out=part)
+
+    def centred(self, count: int) -> NDArray[Any]:
+        """Return the next `count` centred integers k, -2^(bits-1) <= k < 2^(bits-1)."""
+        half = 1 << (self.variant.bits - 1)
+        # Narrower integer types would cut several values out of one word; torch never does.
+        dtype = np.int64 if self.variant.bits > 32 else np.int32
+        return self._words.randint(-half, half, count, dtype=dtype)
+
+
+def valued(
+    variant: Variant,
+    centred: NDArray[Any],
+    *,
+    fan_in: int | NDArray[Any],
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Return what torch makes of centred integers, in the variant's dtype.
+
+    `fan_in` broadcasts against `centred`. Every step is one IEEE operation of its own, and k times
+    the step is the fused result: k is exact, so there is a single rounding.
+    """
+    recipe = _RECIPES[variant]
+    half = 1 << (recipe.bits - 1)
+    bound = np.asarray(math.sqrt(3.0) * (math.sqrt(2.0) / np.sqrt(fan_in))).astype(recipe.work)
+    if recipe.bits < 24:
+        bound = bound.astype(recipe.dtype).astype(recipe.work)
+    step = bound / recipe.work.type(half)
+    work = out if recipe.dtype == recipe.work else None
+    values: NDArray[Any]
+    if recipe.fused:
+        values = np.multiply(centred, step, out=work, dtype=recipe.work, casting="unsafe")
+    else:
+        values = np.add(centred, half, out=work, dtype=recipe.work, casting="unsafe")
+        values = np.multiply(values, step, out=work)
+        values = np.subtract(values, bound, out=work)
+    if recipe.dtype == recipe.work:
+        return values
+    narrow: NDArray[Any] = values.astype(recipe.dtype)
+    if recipe.bits == 24:
+        _reflect(narrow, bound.astype(recipe.dtype))
+    if out is None:
+        return narrow
+    out[...] = narrow
+    return out
+
+
+def _reflect(values: NDArray[Any], bound: NDArray[Any]) -> None:
+    """Turn each value that rounding brought up to the excluded upper bound into minus the bound."""
+    patterns = values.view(np.uint16)
+    np.bitwise_or(patterns, 0x8000, out=patterns, where=patterns == bound.view(np.uint16))
+
+
+def draw(
+    variant: Variant, *, key: int, rank: int, in_features: int, out_features: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return A of shape (rank, in_features) and B of shape (out_features, rank), as torch drew.
+
+    Both have the variant's dtype. Beside the result it takes a few megabytes at most.
+
+    Raises:
+        ValueError: a key that torch refuses, or a dimension below one.
+    """
+    _check_dims(rank, in_features, out_features)
+    source = Source(variant, key=key)
+    a = np.empty((rank, in_features), variant.dtype)
+    b = np.empty((out_features, rank), variant.dtype)
+    source.fill(a, fan_in=in_features)
+    source.fill(b, fan_in=rank)
+    return a, b
+
+
+def draw_blocks(
+    variant: Variant,
+    *,
+    key: int,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    block: int = BLOCK,
+) -> Iterator[NDArray[Any]]:
+    """Yield A's and then B's values, row by row, as flat arrays of at most `block` values.
+
+    No array spans both matrices. Memory stays bounded whatever the dimensions.
+
+    Raises:
+        ValueError: at once, for a key that torch refuses, or a dimension or block below one.
+    """
+    _check_dims(rank, in_features, out_features, block)
+    source = Source(variant, key=key)
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        for count, fan_in in ((rank * in_features, in_features), (out_features * rank, rank)):
+            for start in range(0, count, block):
+                values = np.empty(min(block, count - start), variant.dtype)
+                source.fill(values, fan_in=fan_in)
+                yield values
+
+    return blocks()
+
+
+def _check_dims(*dims: int) -> None:
+    if min(dims) < 1:
+        raise ValueError(f"the dimensions must be at least one, not {dims}")
+
+
+def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+    """Return the first `count` random words (at most 227) of many keys at once: (count, len(keys)).
+
+    The state is filled only as far as these words need it, and then twisted and tempered, in step
+    for all keys. That makes thousands of keys cheap where seeding one by one would take seconds.
+    """
+    near = np.empty((count + 1, keys.size), np.uint32)
+    far = np.empty((count, keys.size), np.uint32)
+    state = keys.astype(np.uint32)
+    near[0] = state
+    for i in range(1, 397 + count):
+        state = np.bitwise_xor(state, state >> np.uint32(30), out=state)
+        state *= np.uint32(1812433253)
+        state += np.uint32(i)
+        if i <= count:
+            near[i] = state
+        if i >= 397:
+            far[i - 397] = state
+    mixed = (near[:-1] & np.uint32(0x80000000)) | (near[1:] & np.uint32(0x7FFFFFFF))
+    words: NDArray[np.uint32]
+    words = far ^ (mixed >> np.uint32(1)) ^ ((mixed & np.uint32(1)) * np.uint32(0x9908B0DF))
+    words ^= words >> np.uint32(11)
+    words ^= (words << np.uint32(7)) & np.uint32(0x9D2C5680)
+    words ^= (words << np.uint32(15)) & np.uint32(0xEFC60000)
+    words ^= words >> np.uint32(18)
+    return words
+
+
+def centred_words(variant: Variant, words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return the centred integers that the variant takes from words, one or two rows to a value."""
+    wide = words.astype(np.int64)
+    if variant.bits > 32:
+        wide = ((wide[0::2] & 0x1FFFFF) << 32) | wide[1::2]
+    half = 1 << (variant.bits - 1)
+    return (wide & (2 * half - 1)) - half
