@@ -1,0 +1,584 @@
+"""The target rules, held against the installed PEFT and against what older ones did."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from vera_convert import patterns
+from vera_convert.config import VeraConfig, parse_config
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.targets import (
+    DEFAULT_TARGETS,
+    NEWEST,
+    Linear,
+    ModelLayers,
+    Version,
+    adapted,
+    layers_from_shapes,
+    matching,
+    peft_release,
+    resolve,
+)
+
+# --- whole models beside PEFT --------------------------------------------------------------------
+
+_CAUSAL = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {**_CAUSAL, "num_hidden_layers": 3},
+    "LlamaModel": {**_CAUSAL, "num_hidden_layers": 2},
+    "LlamaForSequenceClassification": {**_CAUSAL, "num_hidden_layers": 2},
+    "Qwen2ForCausalLM": {**_CAUSAL, "num_hidden_layers": 2},
+    "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 96},
+    "BertModel": {**_ENCODER, "vocab_size": 96},
+    "BertForMaskedLM": {**_ENCODER, "vocab_size": 96},
+    "BertForSequenceClassification": {**_ENCODER, "vocab_size": 96},
+    "BertForTokenClassification": {**_ENCODER, "vocab_size": 96},
+    "BertForQuestionAnswering": {**_ENCODER, "vocab_size": 96},
+    "RobertaForSequenceClassification": {**_ENCODER, "vocab_size": 96},
+    "T5ForConditionalGeneration": {
+        "d_model": 32,
+        "d_ff": 56,
+        "d_kv": 6,
+        "num_heads": 3,
+        "num_layers": 2,
+        "vocab_size": 96,
+    },
+    "ViTForImageClassification": {**_ENCODER, "image_size": 8, "patch_size": 4},
+}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    # null: the default of the type
+    ("LlamaForCausalLM", {}),
+    ("GPT2LMHeadModel", {}),
+    ("BertModel", {}),
+    ("T5ForConditionalGeneration", {}),
+    # lists
+    ("LlamaForCausalLM", {"target_modules": ["q_proj", "down_proj"]}),
+    ("LlamaForCausalLM", {"target_modules": ["self_attn.k_proj", "model.layers.1.mlp.up_proj"]}),
+    ("LlamaForCausalLM", {"target_modules": ["lm_head", "q_proj", "nothing"]}),
+    ("LlamaModel", {"target_modules": ["layers.0.self_attn.q_proj", "v_proj"]}),
+    ("GPT2LMHeadModel", {"target_modules": ["c_attn", "mlp.c_proj"]}),
+    ("T5ForConditionalGeneration", {"target_modules": ["q", "wo"]}),
+    ("BertForSequenceClassification", {"target_modules": ["query", "classifier"]}),
+    # regular expressions
+    ("LlamaForCausalLM", {"target_modules": r".*\.[02]\..*\.(q|v)_proj"}),
+    ("Qwen2ForCausalLM", {"target_modules": r"model\.layers\.1\.mlp\.\w+_proj|lm_head"}),
+    ("T5ForConditionalGeneration", {"target_modules": r"decoder.*\.EncDecAttention\.[qv]"}),
+    ("ViTForImageClassification", {"target_modules": r".*attention.*\.(q_proj|query)"}),
+    ("LlamaForCausalLM", {"target_modules": r".*q_proj", "layers_to_transform": [0]}),
+    # all-linear
+    ("LlamaForCausalLM", {"target_modules": "all-linear"}),
+    ("LlamaModel", {"target_modules": "All-Linear"}),
+    ("GPT2LMHeadModel", {"target_modules": "all-linear"}),
+    ("BertForMaskedLM", {"target_modules": "all-linear"}),
+    ("BertForSequenceClassification", {"target_modules": "all-linear"}),
+    ("T5ForConditionalGeneration", {"target_modules": "all-linear"}),
+    ("ViTForImageClassification", {"target_modules": "ALL-LINEAR"}),
+    # all-linear with a task, which saves the heads whole
+    ("BertForSequenceClassification", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("RobertaForSequenceClassification", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("LlamaForSequenceClassification", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    (
+        "BertForTokenClassification",
+        {
+            "target_modules": "all-linear",
+            "task_type": "TOKEN_CLS",
+            "modules_to_save": ["classifier", "score"],
+        },
+    ),
+    (
+        "BertForQuestionAnswering",
+        {
+            "target_modules": "all-linear",
+            "task_type": "QUESTION_ANS",
+            "modules_to_save": ["qa_outputs"],
+        },
+    ),
+    # layers_to_transform acts on suffixes, and on all-linear only from 20 layers on
+    ("LlamaForCausalLM", {"layers_to_transform": 1}),
+    ("LlamaForCausalLM", {"layers_to_transform": [0, 2]}),
+    ("LlamaForCausalLM", {"layers_to_transform": []}),
+    (
+        "LlamaForCausalLM",
+        {"target_modules": ["q_proj", "model.layers.2.mlp.up_proj"], "layers_to_transform": [0]},
+    ),
+    ("LlamaForCausalLM", {"target_modules": "all-linear", "layers_to_transform": [1]}),
+    ("LlamaModel", {"target_modules": "all-linear", "layers_to_transform": [1]}),
+    (
+        "ViTForImageClassification",
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+    ),
+    (
+        "T5ForConditionalGeneration",
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+    ),
+    # layers_pattern
+    ("LlamaForCausalLM", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("LlamaModel", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("GPT2LMHeadModel", {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]}),
+    ("T5ForConditionalGeneration", {"layers_to_transform": [1], "layers_pattern": "block"}),
+    ("T5ForConditionalGeneration", {"layers_to_transform": [0], "layers_pattern": "layer"}),
+    ("LlamaForCausalLM", {"layers_to_transform": [1], "layers_pattern": "(h|layers)"}),
+    ("LlamaForCausalLM", {"layers_to_transform": [1], "layers_pattern": ["blocks", "lay.*"]}),
+    # modules_to_save
+    ("LlamaForCausalLM", {"target_modules": "all-linear", "modules_to_save": ["up_proj"]}),
+    (
+        "LlamaForCausalLM",
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["layers.1.self_attn.q_proj"]},
+    ),
+    (
+        "RobertaForSequenceClassification",
+        {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"]},
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[[str], Any]:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+
+    def make(class_name: str) -> Any:
+        model_class = getattr(transformers, class_name)
+        torch.manual_seed(0)
+        return model_class(model_class.config_class(**MODELS[class_name]))
+
+    return make
+
+
+def _layers_of(model: Any) -> ModelLayers:
+    """Tell what the rules need to know of a model in memory."""
+    torch = pytest.importorskip("torch")
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    linear = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linear[name] = Linear(*module.weight.shape)
+        elif isinstance(module, conv1d):
+            rows, columns = module.weight.shape
+            linear[name] = Linear(columns, rows, conv1d=True)
+    head = model.get_output_embeddings()
+    heads = frozenset(name for name, module in model.named_modules() if module is head)
+    return ModelLayers(type(model).__name__, model.config.model_type, linear, heads)
+
+
+def _ours(**fields: Any) -> VeraConfig:
+    """Build our config from the arguments of PEFT's."""
+    frozen: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return VeraConfig(**frozen)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("class_name", "fields"), CASES)
+def test_the_installed_peft_adapts_the_same_layers(
+    class_name: str, fields: dict[str, Any], build: Callable[[str], Any]
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = build(class_name)
+    ours = adapted(_layers_of(base), _ours(**fields))
+
+    wrapped = peft.get_peft_model(base, peft.VeraConfig(r=2, **fields))
+
+    theirs = {
+        name.removeprefix("base_model.model.")
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "vera_lambda_b")
+    }
+    assert set(ours.layers) == theirs
+    assert wrapped.base_model.vera_A["default"].shape == (2, ours.max_in)
+    assert wrapped.base_model.vera_B["default"].shape == (ours.max_out, 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("class_name", "fields"),
+    [
+        ("LlamaForCausalLM", {"target_modules": ["q"]}),
+        ("LlamaForCausalLM", {"target_modules": []}),
+        ("LlamaForCausalLM", {"target_modules": "q_proj"}),
+        ("LlamaModel", {"layers_to_transform": [1]}),
+        ("BertForSequenceClassification", {"layers_to_transform": [7]}),
+        ("ViTForImageClassification", {}),
+    ],
+)
+def test_where_nothing_is_adapted_peft_refuses_too(
+    class_name: str, fields: dict[str, Any], build: Callable[[str], Any]
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = build(class_name)
+    with pytest.raises(CheckpointError) as caught:
+        adapted(_layers_of(base), _ours(**fields))
+    assert caught.value.findings[0].code == ("V132" if fields else "V133")
+    with pytest.raises(ValueError, match="target"):
+        peft.get_peft_model(base, peft.VeraConfig(r=2, **fields))
+
+
+@pytest.mark.parametrize("class_name", list(MODELS))
+def test_headers_alone_give_the_same_layers(class_name: str, build: Callable[[str], Any]) -> None:
+    base = build(class_name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
+    assert layers_from_shapes(shapes, model_type=base.config.model_type).linear == (
+        _layers_of(base).linear
+    )
+    assert layers_from_shapes(shapes, model_type=base.config.model_type).output_heads == (
+        _layers_of(base).output_heads
+    )
+
+
+def test_default_targets_are_pefts() -> None:
+    constants = pytest.importorskip("peft.utils.constants")
+    theirs = constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+    assert {
+        kind: list(names) if isinstance(names, tuple) else names
+        for kind, names in DEFAULT_TARGETS.items()
+    } == theirs
+
+
+# --- names alone beside PEFT ---------------------------------------------------------------------
+
+_PARTS = ["layers", "h", "0", "1", "12", "q", "v", "mlp", "experts"]
+_NAMES = st.lists(st.sampled_from(_PARTS), min_size=1, max_size=7).map(".".join)
+_TARGETS = st.lists(st.lists(st.sampled_from(_PARTS), min_size=1, max_size=3).map(".".join))
+_LIMITS = st.none() | st.integers(0, 1) | st.lists(st.sampled_from([0, 1, 12]), max_size=2)
+
+
+def _pefts_choice(names: list[str], fields: dict[str, Any]) -> list[str]:
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    config = pytest.importorskip("peft").VeraConfig(**fields)
+    return [name for name in names if tuners.check_target_module_exists(config, name)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    names=st.lists(_NAMES, max_size=20),
+    targets=_TARGETS,
+    limit=_LIMITS,
+    pattern=st.sampled_from([None, "", "layers", "h", ["h", "experts"], ["0"], []]),
+    saved=st.none() | st.lists(st.sampled_from(["q", "mlp", "h", "lay"]), max_size=2),
+)
+def test_plain_names_match_as_in_peft(
+    names: list[str],
+    targets: list[str],
+    limit: int | list[int] | None,
+    pattern: str | list[str] | None,
+    saved: list[str] | None,
+) -> None:
+    fields: dict[str, Any] = {
+        "target_modules": targets,
+        "layers_to_transform": limit,
+        "layers_pattern": None if limit is None else pattern,
+        "modules_to_save": saved,
+    }
+    assert matching(names, _ours(**fields)) == _pefts_choice(names, fields)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    names=st.lists(_NAMES, min_size=1, max_size=20),
+    targets=_TARGETS | st.sampled_from([r".*q", r"(layers|h)\.\d+.*", r"(?i)LAYERS.*", ""]),
+    limit=st.sampled_from([0, [1, 12]]),
+    pattern=st.sampled_from(["lay.rs", "(layers|h)", "h|layers", ["x.*", r"\w+"], "(?:q|h)?"]),
+    saved=st.sampled_from([None, ["mlp.q"], ["q|v"], [r"experts\.\d"]]),
+)
+def test_patterns_match_as_in_peft(
+    names: list[str],
+    targets: list[str] | str,
+    limit: int | list[int],
+    pattern: str | list[str],
+    saved: list[str] | None,
+) -> None:
+    fields: dict[str, Any] = {
+        "target_modules": targets,
+        "layers_to_transform": limit,
+        "layers_pattern": pattern,
+        "modules_to_save": saved,
+    }
+    assert matching(names, _ours(**fields)) == _pefts_choice(names, fields)
+
+
+# --- older versions ------------------------------------------------------------------------------
+
+EXPERT = "model.layers.1.mlp.experts.0.w1"
+HEADLESS = "layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("peft", "limit", "pattern", "name", "chosen"),
+    [
+        # the first number in 0.20, the last before
+        ((0, 20), 1, None, EXPERT, True),
+        ((0, 20), 0, None, EXPERT, False),
+        ((0, 19), 1, None, EXPERT, False),
+        ((0, 19), 0, None, EXPERT, True),
+        ((0, 19), 1, ("layers", "experts"), EXPERT, True),
+        ((0, 19), 0, ("experts", "layers"), EXPERT, True),
+        # a list module at the very beginning has no number but in 0.21, and there only if named
+        ((0, 21), 0, None, HEADLESS, False),
+        ((0, 21), 0, "layers", HEADLESS, True),
+        ((0, 20), 0, "layers", HEADLESS, False),
+        ((0, 20), 0, "layer.", HEADLESS, False),
+        ((0, 21), 0, "layer.", HEADLESS, True),
+        ((0, 19), 0, "layer.", "a.layers.0.b.layers.1.q_proj", False),
+        ((0, 19), 1, "layer.", "a.layers.0.b.layers.1.q_proj", True),
+        ((0, 20), 0, "layer.", "a.layers.0.b.layers.1.q_proj", True),
+        # no number at all, and one that no computer counts to
+        ((0, 21), 0, None, "model.q_proj", False),
+        ((0, 21), 0, None, f"model.layers.{'9' * 5000}.q_proj", False),
+    ],
+)
+def test_the_layers_number_depends_on_the_version(
+    peft: Version, limit: int, pattern: str | tuple[str, ...] | None, name: str, *, chosen: bool
+) -> None:
+    config = _ours(
+        target_modules=("q_proj", "w1"), layers_to_transform=limit, layers_pattern=pattern
+    )
+    assert matching([name], config, peft=peft) == [name] * chosen
+
+
+def test_modules_to_save_are_targets_before_0_16() -> None:
+    names = ["classifier", "classifier.dense", "a.query", "my_classifier"]
+    config = VeraConfig(target_modules=("query", "dense"), modules_to_save=("classifier",))
+    assert matching(names, config, peft=(0, 16)) == ["a.query"]
+    assert matching(names, config, peft=(0, 15)) == ["classifier.dense", "a.query"]
+
+
+def _classifier_model() -> ModelLayers:
+    names = ("bert.query", "bert.dense", "classifier", "nested.classifier")
+    return ModelLayers("a model", "bert", dict.fromkeys(names, Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("peft", "task_type", "expected"),
+    [
+        ((0, 12), "SEQ_CLS", ("query", "dense", "classifier")),
+        ((0, 13), "SEQ_CLS", ("query", "dense")),
+        ((0, 14), None, ("query", "dense", "classifier")),
+        ((0, 15), "SEQ_CLS", ("bert.query", "bert.dense", "nested.classifier")),
+        ((0, 15), None, ("bert.query", "bert.dense", "classifier", "nested.classifier")),
+    ],
+)
+def test_all_linear_of_older_versions(
+    peft: Version, task_type: str | None, expected: tuple[str, ...]
+) -> None:
+    config = VeraConfig(target_modules="all-linear", task_type=task_type)
+    assert resolve(_classifier_model(), config, peft=peft) == expected
+
+
+def test_a_nested_head_is_adapted_by_all_linear_before_0_15() -> None:
+    layers = {"bert.query": Linear(4, 4), "cls.predictions.decoder": Linear(9, 4)}
+    model = ModelLayers("a model", "bert", layers, frozenset({"cls.predictions.decoder"}))
+    config = VeraConfig(target_modules="all-linear")
+    assert adapted(model, config, peft=(0, 14)).max_out == 9
+    assert adapted(model, config, peft=(0, 15)).max_out == 4
+
+
+def test_layers_before_0_21_with_a_group_in_the_pattern_are_refused() -> None:
+    config = _ours(target_modules=["q"], layers_to_transform=[0], layers_pattern="(layers|h)")
+    with pytest.raises(CheckpointError, match="V130"):
+        matching(["a.layers.0.q"], config, peft=(0, 20))
+
+
+def test_no_list_is_condensed_before_0_13() -> None:
+    names = [f"model.layers.{at}.q" for at in range(25)]
+    model = ModelLayers("a model", None, {name: Linear(4 + at, 3) for at, name in enumerate(names)})
+    config = _ours(target_modules=names, layers_to_transform=[1])
+    assert set(adapted(model, config, peft=(0, 12)).layers) == set(names)
+    condensed = adapted(model, config, peft=(0, 13))
+    assert set(condensed.layers) == {"model.layers.1.q"}
+    assert condensed.max_out == 28  # B is sized before
+
+
+@pytest.mark.parametrize(
+    ("recorded", "release"),
+    [
+        (None, NEWEST),
+        ("0.18.1", (0, 18)),
+        ("0.19.0.dev0@UNKNOWN", (0, 19)),
+        ("1.2", (1, 2)),
+        ("latest", NEWEST),
+        ("0.123456789", NEWEST),
+        ("", NEWEST),
+    ],
+)
+def test_a_recorded_version_tells_the_release(recorded: str | None, release: Version) -> None:
+    assert peft_release(recorded) == release
+
+
+# --- patterns under a time limit -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r".(a+)+x"},
+        {"target_modules": ["q"], "modules_to_save": [r"(a+)+x"]},
+        {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": r"(?:a+)+x"},
+    ],
+)
+def test_a_slow_pattern_is_really_stopped(fields: dict[str, Any]) -> None:
+    started = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        matching(["." + "a" * 40 + ".q"], _ours(**fields))
+    assert time.monotonic() - started < patterns.LIMIT_SECONDS + 4
+    assert [finding.code for finding in caught.value.findings] == ["V131"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(",
+        "*",
+        "(?P<a>",
+        "[z-a]",
+        "a{2,1}",
+        pytest.param("(" * 9000, id="nested"),
+        "(?<=a*)b",
+        "(?P<idx>x)(?P<idx>",
+    ],
+)
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        matching(["q"], VeraConfig(target_modules=pattern))
+    assert [finding.code for finding in caught.value.findings] == ["V130"]
+    assert "target_modules" in str(caught.value)
+
+
+def test_every_invalid_pattern_is_named() -> None:
+    config = _ours(target_modules=["q"], modules_to_save=["(", "[", "fine.*"])
+    with pytest.raises(CheckpointError) as caught:
+        matching(["a.q"], config)
+    assert len(caught.value.findings) == 2
+
+
+def test_names_reach_the_pattern_unchanged() -> None:
+    names = ["ünï.q", "a\ud800.q", "line\n.q", 'quote".q', "plain"]
+    assert matching(names, VeraConfig(target_modules=r"[\s\S]*\.q")) == names[:4]
+
+
+def test_without_python_the_surroundings_are_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(SurroundingsError, match="/nowhere/python"):
+        matching(["q"], VeraConfig(target_modules=".*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks ps")
+def test_a_killed_parent_leaves_no_process_that_searches_for_ever() -> None:
+    """The child ends itself, so nothing is left even where nobody can stop it."""
+    text = """
+import os, subprocess, threading
+from vera_convert.patterns import Pattern, search
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        print(self.pid, flush=True)
+        threading.Timer(1, os.kill, (os.getpid(), 9)).start()
+
+subprocess.Popen = Popen
+search([Pattern("target_modules", "(a+)+x", full=True)], ["a" * 40])
+"""
+    done = subprocess.run([sys.executable, "-c", text], check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    child = done.stdout.decode().strip()
+    assert _is_running(child)
+    deadline = time.monotonic() + patterns.LIMIT_SECONDS + 6
+    while time.monotonic() < deadline and _is_running(child):
+        time.sleep(0.1)
+    assert not _is_running(child)
+
+
+def _is_running(process: str) -> bool:
+    command = ["ps", "-o", "stat=", "-p", process]
+    state = subprocess.run(command, check=False, capture_output=True).stdout.strip()
+    return bool(state) and not state.startswith(b"Z")
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+
+def test_embeddings_and_heads_are_known_by_name() -> None:
+    two = (8, 4)
+    shapes = {
+        "model.embed_tokens.weight": two,
+        "wte.weight": two,
+        "bert.embeddings.word_embeddings.weight": two,
+        "tokens_embed.weight": two,
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": two,
+        "model.embed_tokens_per_layer.weight": two,
+        "electra.embeddings_project.weight": two,
+        "encoder.embedding_hidden_mapping_in.weight": two,
+        "patch_embeddings.projection.weight": (8, 3, 4, 4),
+        "norm.weight": (4,),
+        "model.q_proj.weight": two,
+        "model.q_proj.bias": (8,),
+        "embed_out.weight": two,
+        "cls.predictions.decoder.weight": two,
+        "experts.gate_up_proj": two,
+    }
+    layers = layers_from_shapes(shapes, model_type=None)
+    assert len(layers.embeddings) == 6
+    assert list(layers.linear) == [
+        "electra.embeddings_project",
+        "encoder.embedding_hidden_mapping_in",
+        "model.q_proj",
+        "embed_out",
+        "cls.predictions.decoder",
+    ]
+    assert layers.output_heads == {"embed_out", "cls.predictions.decoder"}
+
+
+def test_some_heads_are_known_by_the_type_only() -> None:
+    shapes = {"proj_out.weight": (8, 4)}
+    assert layers_from_shapes(shapes, model_type="whisper").output_heads == {"proj_out"}
+    assert not layers_from_shapes(shapes, model_type=None).output_heads
+
+
+def test_peft_0_21_writes_what_the_rules_say(fixtures: Path) -> None:
+    """The lambdas of every real adapter are those of the layers that its config names."""
+
+    def read(path: Path) -> dict[str, tuple[int, ...]]:
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    for folder in sorted(fixtures.glob("*/*_proj")):
+        text = (folder / "adapter_config.json").read_bytes()
+        config = parse_config(text, place=folder.name).config
+        base = fixtures / str(config.base_model_name_or_path)
+        stored = read(folder / "adapter_model.safetensors")
+        chosen = adapted(
+            layers_from_shapes(
+                read(base / "model.safetensors"), model_type=base.name.partition("-")[0]
+            ),
+            config,
+            peft=peft_release(folder.parent.name),
+        )
+        assert {
+            f"base_model.model.{name}.vera_lambda_b": (layer.out_features,)
+            for name, layer in chosen.layers.items()
+        } == {name: shape for name, shape in stored.items() if name.endswith("lambda_b")}
+        assert stored["base_model.vera_A"] == (config.r, chosen.max_in)
+        assert stored["base_model.vera_B"] == (chosen.max_out, config.r)
