@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import HubServer
+from safetensors.numpy import save, save_file
+
+from vera_convert.basemodel import CONV1D_LAYERS, BaseModel, Orientation, read_base
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.hub import HubAccess, Location, locate
+
+INDEX = "model.safetensors.index.json"
+Shards = Mapping[str, Mapping[str, Sequence[int]]]
+
+SHARDS: Shards = {
+    "model-00001-of-00002.safetensors": {"a.weight": (4, 2), "a.bias": (4,)},
+    "deep/model-00002-of-00002.safetensors": {"b.weight": (2, 2)},
+}
+
+
+def arrays(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write_model(
+    folder: Path,
+    shards: Shards,
+    *,
+    weight_map: Mapping[str, str] | None = None,
+    config: Mapping[str, object] | None = None,
+    index: str = INDEX,
+) -> Location:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shapes in shards.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file(arrays(shapes), folder / name, {"format": "pt"})
+    if weight_map is None:
+        weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
+    if index:
+        document = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / index).write_text(json.dumps(document))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return Location("base", folder)
+
+
+def read(location: Location) -> BaseModel:
+    return read_base(location, HubAccess(offline=True))
+
+
+def codes(location: Location) -> list[str]:
+    with pytest.raises(CheckpointError) as error:
+        read(location)
+    return [found.code for found in error.value.findings]
+
+
+def test_one_file(fixtures: Path) -> None:
+    base = read(Location("base", fixtures / "bases/llama-bf16"))
+    assert base.model_type == "llama"
+    assert base.tie_word_embeddings is False
+    assert list(base.files) == ["model.safetensors"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert base.tensors[name].file == "model.safetensors"
+    assert base.tensors[name].info.shape == (48, 80)
+    assert base.linear_shape(name, conv1d=False) == (48, 80)
+    assert base.linear_shape(name, conv1d=True) == (80, 48)
+    assert base.dtypes_of([name, "lm_head.weight"]) == {"BF16"}
+    assert base.dtypes_of([]) == set()
+    assert base.findings == ()
+
+
+def test_shards_under_an_index_in_subfolders_too(tmp_path: Path) -> None:
+    base = read(write_model(tmp_path, SHARDS, config={"model_type": "x"}))
+    assert base.index == INDEX
+    assert list(base.files) == sorted(SHARDS)
+    assert {name: tensor.file for name, tensor in base.tensors.items()} == {
+        tensor: file for file, shapes in SHARDS.items() for tensor in shapes
+    }
+
+
+def test_a_diffusers_component_by_its_folder_or_its_pipeline(tmp_path: Path) -> None:
+    stem = "diffusion_pytorch_model"
+    shards = {f"{stem}-00001-of-00001.safetensors": {"x.weight": (2, 2)}}
+    config = {"_class_name": "Transformer"}
+    folder = tmp_path / "transformer"
+    location = write_model(folder, shards, index=f"{stem}.safetensors.index.json", config=config)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert read(location).config == config
+    base = read(Location("base", tmp_path))
+    assert base.config == config
+    assert base.prefix == "transformer/"
+    assert list(base.files) == [f"transformer/{name}" for name in shards]
+
+
+def test_a_base_without_a_config_has_no_type(tmp_path: Path) -> None:
+    base = read(write_model(tmp_path, {"model.safetensors": {"x.weight": (2, 2)}}, index=""))
+    assert base.config == {}
+    assert base.model_type is None
+    assert base.tie_word_embeddings is None
+
+
+def test_a_nested_config_tells_too(tmp_path: Path) -> None:
+    config = {"model_type": 3, "text_config": {"tie_word_embeddings": True}}
+    base = read(write_model(tmp_path, SHARDS, config=config))
+    assert base.model_type is None
+    assert base.tie_word_embeddings is True
+
+
+def test_a_stray_file_is_reported_and_not_read(tmp_path: Path) -> None:
+    location = write_model(tmp_path, SHARDS)
+    (tmp_path / "model.safetensors").write_bytes(b"anything")
+    base = read(location)
+    assert base.strays == ("model.safetensors",)
+    assert [found.code for found in base.findings] == ["V512"]
+    assert "model.safetensors" not in base.files
+
+
+def test_a_missing_shard_is_named_before_a_header_is_read(tmp_path: Path) -> None:
+    location = write_model(tmp_path, SHARDS)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    (tmp_path / "deep/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"V507.*deep/model-00002-of-00002\.safetensors is not"
+    ):
+        read(location)
+
+
+def test_index_and_shards_of_two_saves_are_refused(tmp_path: Path) -> None:
+    one, two = SHARDS
+    weight_map = {"a.weight": two, "b.weight": two, "c.weight": one}
+    shards = {one: SHARDS[one], two: {**SHARDS[two], "a.bias": (4,)}}
+    location = write_model(tmp_path, shards, weight_map=weight_map)
+    assert codes(location) == ["V508", "V509", "V510", "V511"]
+
+
+def test_the_defects_of_all_shards_are_reported_at_once(tmp_path: Path) -> None:
+    location = write_model(tmp_path, SHARDS)
+    for name in SHARDS:
+        (tmp_path / name).write_bytes(b"\xff" * 7)
+    assert len(codes(location)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code"),
+    [
+        ("config.json", "[]", "V513"),
+        ("config.json", '{"a": 1, "a": 2}', "V023"),
+        (INDEX, '{"weight_map": {"x": "../x.safetensors"}}', "V005"),
+        (INDEX, '{"weight_map": {}}', "V506"),
+    ],
+)
+def test_malformed_text_is_refused(name: str, text: str, code: str, tmp_path: Path) -> None:
+    location = write_model(tmp_path, SHARDS)
+    (tmp_path / name).write_text(text)
+    assert codes(location) == [code]
+
+
+def test_a_shard_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    location = write_model(tmp_path / "model", SHARDS)
+    inside, outside = tmp_path / "model" / next(iter(SHARDS)), tmp_path / "outside.safetensors"
+    inside.rename(outside)
+    try:
+        inside.symlink_to(outside)
+    except OSError:
+        pytest.skip("no links here")
+    assert codes(location) == ["V002"]
+
+
+def test_no_folder_is_the_surroundings_fault(tmp_path: Path) -> None:
+    with pytest.raises(SurroundingsError, match="absent"):
+        read(Location("base", tmp_path / "absent"))
+
+
+# --- on the Hub ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with HubServer() as hub:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+        huggingface_hub.close_session()
+
+
+def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None:
+    shards = {f"model-{n:05}-of-00020.safetensors": {f"{n}.weight": (600, 500)} for n in range(20)}
+    files = {name: save(arrays(shapes)) for name, shapes in shards.items()}
+    weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
+    files[INDEX] = json.dumps({"weight_map": weight_map}).encode()
+    files["config.json"] = b'{"model_type": "llama"}'
+    files["model.safetensors"] = b"stray"
+    server.add("org/base", files)
+    access = HubAccess(cache_dir=tmp_path / "cache")
+    location = locate("org/base", kind="base", access=access)
+    base = read_base(location, access)
+    assert list(base.files) == sorted(shards)
+    assert base.model_type == "llama"
+    assert base.strays == ("model.safetensors",)
+    assert sum(map(len, files.values())) > 24_000_000
+    assert server.bytes_served < 20 * 66_000 + 10_000
+    assert len(server.requests) == 24  # commit, files, config, index, and one for each shard
+    assert base == replace(
+        read(write_model(tmp_path / "local", shards)),
+        **{field: getattr(base, field) for field in ("location", "config", "strays", "files")},
+    )
+
+
+def test_a_missing_shard_on_the_hub_is_named(server: HubServer, tmp_path: Path) -> None:
+    server.add("org/base", {INDEX: b'{"weight_map": {"x": "model-1.safetensors"}}'})
+    access = HubAccess(cache_dir=tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="V507"):
+        read_base(locate("org/base", kind="base", access=access), access)
+
+
+# --- orientation ---------------------------------------------------------------------------------
+
+
+def oriented(tmp_path: Path, shapes: Mapping[str, Sequence[int]], **config: object) -> Orientation:
+    model = write_model(tmp_path, {"model.safetensors": shapes}, index="", config=config)
+    return Orientation(read(model))
+
+
+def test_a_bias_tells_how_a_weight_is_stored(tmp_path: Path) -> None:
+    shapes = {
+        "x.up.weight": (2, 6),
+        "x.up.bias": (6,),
+        "x.down.weight": (2, 6),
+        "x.down.bias": (2,),
+    }
+    orientation = oriented(tmp_path, shapes, model_type="llama")
+    assert orientation.is_conv1d("x.up.weight") is True
+    assert orientation.is_conv1d("x.down.weight") is False
+
+
+def test_a_square_weight_is_as_others_of_its_name(fixtures: Path) -> None:
+    base = read(Location("base", fixtures / "bases/gpt2-fp32"))
+    orientation = Orientation(replace(base, config={}))
+    assert base.tensors["transformer.h.0.attn.c_proj.weight"].info.shape == (32, 32)
+    assert orientation.is_conv1d("transformer.h.0.attn.c_proj.weight") is True
+    assert orientation.is_conv1d("transformer.wte.weight") is None
+
+
+def test_the_model_type_tells_where_no_bias_does(tmp_path: Path) -> None:
+    shapes = {"h.c_proj.weight": (4, 4), "score.weight": (4, 4)}
+    orientation = oriented(tmp_path, shapes, model_type="gpt2")
+    assert orientation.is_conv1d("h.c_proj.weight") is True
+    assert orientation.is_conv1d("score.weight") is False
+    orientation = oriented(tmp_path, shapes, decoder={"model_type": "gpt2"})
+    assert orientation.is_conv1d("h.c_proj.weight") is True
+    for config in ({"model_type": "llama"}, {"_class_name": "Transformer"}):
+        assert oriented(tmp_path, shapes, **config).is_conv1d("h.c_proj.weight") is False
+
+
+def test_code_that_comes_with_a_model_is_not_known(tmp_path: Path) -> None:
+    shapes = {"h.c_proj.weight": (4, 4)}
+    for config in ({}, {"model_type": "own", "auto_map": {}}):
+        assert oriented(tmp_path, shapes, **config).is_conv1d("h.c_proj.weight") is None
+
+
+def test_every_model_of_transformers_with_conv1d_is_known() -> None:
+    package = find_spec("transformers")
+    if package is None or package.origin is None:
+        pytest.skip("transformers is not installed")
+    found: dict[str, set[str]] = {}
+    for code in Path(package.origin).parent.glob("models/*/modeling_*.py"):
+        layers = re.findall(r"self\.(\w+) = Conv1D\(", code.read_text(encoding="utf-8"))
+        if layers:
+            found[code.parent.name] = set(layers)
+    types = {"clvp": "clvp_decoder", "openai": "openai-gpt"}
+    assert found
+    for folder, names in found.items():
+        assert names <= CONV1D_LAYERS[types.get(folder, folder)]

@@ -1,0 +1,521 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+from vera_convert import remotefile
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.hub import (
+    SIDE_FILE_LIMIT,
+    HubAccess,
+    Location,
+    base_from_config,
+    fetch_adapter,
+    fetch_base,
+    list_files,
+    locate,
+    open_remote,
+)
+
+SECRET = "hf_SecretToken"  # noqa: S105 - of the stand-in
+ADAPTER = {
+    "adapter_config.json": b"{}",
+    "adapter_model.safetensors": b"weights" * 3_000_000,
+    "README.md": b"# card",
+    "tokenizer/vocab.txt": b"words",
+    "big.bin": b"0" * 10_000_001,
+    "optimizer.pt": b"state",
+    "runs/of:host": b"log",
+    "../outside": b"",
+    ".gitattributes": b"hidden",
+    "checkpoint-1/adapter_config.json": b"{}",
+    "checkpoint-1/adapter_model.safetensors": b"other",
+}
+
+
+def is_training_state(name: str) -> bool:
+    return name == "optimizer.pt"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(remotefile, "PAUSES", (0.0, 0.0))
+        yield hub
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def access(tmp_path: Path) -> HubAccess:
+    return HubAccess(cache_dir=tmp_path / "cache", progress=False)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --- what an argument means ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("text", ["org/name", "gpt2", "org/name@main", "./x", "~x", "a b"])
+def test_a_path_that_exists_wins(text: str, inside: Path, access: HubAccess) -> None:
+    (inside / text).mkdir(parents=True)
+    for kind in ("adapter", "base"):
+        location = locate(text, kind=kind, access=access)
+        assert location == Location(text, Path(text))
+
+
+@pytest.mark.usefixtures("no_network", "inside")
+@pytest.mark.parametrize(
+    "text", ["./name", "../org/name", "/org/name", "~/name", "~nobody/x", "C:/models", "org\\name"]
+)
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(text: str, access: HubAccess) -> None:
+    for kind in ("adapter", "base"):
+        with pytest.raises(SurroundingsError, match="there is no folder"):
+            locate(text, kind=kind, access=access)
+
+
+@pytest.mark.usefixtures("no_network", "inside")
+def test_a_bare_name_is_a_path_for_an_adapter(access: HubAccess) -> None:
+    with pytest.raises(
+        SurroundingsError, match=r"no folder gpt2\. A repo on the Hub is written org/"
+    ):
+        locate("gpt2", kind="adapter", access=access)
+
+
+@pytest.mark.usefixtures("no_network", "inside")
+@pytest.mark.parametrize(
+    "text",
+    ["", "a\0b", "org/name/", "a/b/../c", "https://x.y/a/b", "hf://datasets/a/b", "x" * 5000],
+)
+def test_what_is_malformed_is_a_usage_error(text: str, access: HubAccess) -> None:
+    with pytest.raises(UsageError):
+        locate(text, kind="base", access=access)
+
+
+def test_a_file_is_a_usage_error(inside: Path, access: HubAccess) -> None:
+    (inside / "weights.safetensors").touch()
+    with pytest.raises(UsageError, match="is no folder"):
+        locate("weights.safetensors", kind="adapter", access=access)
+
+
+def test_a_folder_has_no_revision(inside: Path, access: HubAccess) -> None:
+    (inside / "folder").mkdir()
+    with pytest.raises(UsageError, match="has no revision"):
+        locate("folder", kind="adapter", access=access, revision="main")
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(
+    ("text", "option", "ref"),
+    [
+        ("org/name", None, "main"),
+        ("org/name@v1", None, "v1"),
+        ("org/name@refs/pr/7", None, "refs/pr/7"),
+        ("hf://org/name@v1", "v1", "v1"),
+        ("hf://models/org/name", "feature/x", "feature/x"),
+    ],
+)
+def test_a_revision_becomes_a_commit(
+    text: str, option: str | None, ref: str, server: HubServer, access: HubAccess
+) -> None:
+    commits = {
+        name: server.add("org/name", {"name": name.encode()}, ref=name)
+        for name in ("main", "v1", "refs/pr/7", "feature/x")
+    }
+    location = locate(text, kind="adapter", access=access, revision=option)
+    assert location.folder is None
+    assert (location.repo_id, location.commit) == ("org/name", commits[ref])
+    assert location.label == f"org/name@{commits[ref]}"
+    again = locate(location.label, kind="adapter", access=access)
+    assert again.commit == location.commit
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_bare_name_may_be_a_base(server: HubServer, access: HubAccess) -> None:
+    commit = server.add("gpt2", {"config.json": b"{}"})
+    assert locate("gpt2", kind="base", access=access).commit == commit
+    assert locate("hf://gpt2@main/sub", kind="base", access=access).subfolder == "sub"
+
+
+@pytest.mark.usefixtures("no_network", "inside")
+def test_two_revisions_clash(access: HubAccess) -> None:
+    with pytest.raises(UsageError, match="two revisions"):
+        locate("org/name@v1", kind="adapter", access=access, revision="v2")
+    with pytest.raises(UsageError, match="no revision that git allows"):
+        locate("org/name", kind="adapter", access=access, revision="../..")
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inside")
+def test_refusals_say_what_to_do(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", ADAPTER)
+    with pytest.raises(SurroundingsError, match=r"no such repo, or it is private.*hf auth login"):
+        locate("org/absent", kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match="no such revision"):
+        locate("org/name@absent", kind="adapter", access=access)
+    location = locate("org/name/absent", kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match="no such folder"):
+        list_files(location, access)
+    location = locate("org/name", kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match="no such file"):
+        open_remote(location, "absent.json", access)
+    with pytest.raises(CheckpointError, match="V005"):
+        open_remote(location, "../x", access)
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_gated_repo_is_named(server: HubServer, access: HubAccess) -> None:
+    server.add("org/gated", ADAPTER, gated=True)
+    location = locate("org/gated", kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match=r"is gated\. Accept its terms"):
+        open_remote(location, "README.md", access)
+    with pytest.raises(SurroundingsError, match=r"is gated\. Accept its terms"):
+        fetch_adapter(location, access, is_training_state=is_training_state)
+
+
+@pytest.mark.usefixtures("inside", "server")
+def test_no_answer_is_the_surroundings_fault(
+    access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(SurroundingsError, match="org/name cannot be had from the Hub: Connect"):
+            locate("org/name", kind="adapter", access=access)
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_same_token_goes_to_adapter_and_base(
+    server: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache")
+    for name in ("org/adapter", "org/base"):
+        server.add(name, ADAPTER, token=SECRET)
+        with pytest.raises(SurroundingsError, match="no such repo"):
+            locate(name, kind="adapter", access=HubAccess(cache_dir=tmp_path / "cache"))
+    server.authorizations.clear()
+    adapter = locate("org/adapter", kind="adapter", access=access)
+    fetch_adapter(adapter, access, is_training_state=is_training_state)
+    base = base_from_config("org/base", None, access).location
+    assert base is not None
+    open_remote(base, "README.md", access)
+    assert set(server.authorizations) == {f"Bearer {SECRET}"}
+    assert SECRET not in repr(access) + "".join(capfd.readouterr())
+
+
+def test_a_malformed_token_is_refused_without_being_shown() -> None:
+    for token in ("", f"{SECRET}\n", f"{SECRET} x", "hf_ö"):
+        with pytest.raises(UsageError) as error:
+            HubAccess(token=token)
+        assert SECRET not in str(error.value)
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_token_stays_on_the_hub(server: HubServer, tmp_path: Path) -> None:
+    access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache")
+    server.add("org/name", ADAPTER, token=SECRET)
+    with HubServer() as storage:
+        storage.repos = server.repos
+        server.elsewhere = storage
+        location = locate("org/name", kind="adapter", access=access)
+        with open_remote(location, "adapter_model.safetensors", access) as file:
+            assert file.size == 21_000_000
+            assert (
+                file.read_at(20_000_000, 4) == ADAPTER["adapter_model.safetensors"][-1_000_000:][:4]
+            )
+        assert storage.authorizations == [None, None]
+        assert storage.bytes_served < 100_000
+
+
+# --- reading by range ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_file_is_read_by_range_at_its_commit(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", {"sub/a b#.txt": bytes(range(256)) * 4000})
+    location = locate("org/name/sub", kind="base", access=access)
+    server.add("org/name", {"sub/a b#.txt": b"newer"})
+    server.bytes_served = 0
+    with open_remote(location, "a b#.txt", access) as file:
+        assert file.size == 1_024_000
+        assert file.read_at(1_000_001, 3) == bytes([65, 66, 67])
+        assert file.place == f"{location.label}/a b#.txt"
+    assert server.bytes_served < 70_000
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_failing_hub_is_asked_again_but_not_for_ever(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", {"x": bytes(range(200))})
+    location = locate("org/name", kind="base", access=access)
+    server.failures = [503, 0]
+    with open_remote(location, "x", access) as file:
+        assert file.read_at(0, 200) == bytes(range(200))
+    server.failures = [429] * 9
+    with pytest.raises(SurroundingsError, match="after 3 tries: the Hub answers 429"):
+        open_remote(location, "x", access)
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_hub_without_ranges_is_read_too(server: HubServer, access: HubAccess) -> None:
+    server.ranges = False
+    server.add("org/name", {"x": b"head" + bytes(30_000_000)})
+    location = locate("org/name", kind="base", access=access)
+    with open_remote(location, "x", access) as file:
+        assert (file.size, file.read_at(0, 4)) == (30_000_004, b"head")
+    assert server.bytes_served < 15_000_000
+
+
+@pytest.mark.usefixtures("inside")
+def test_another_commit_than_asked_for_is_refused(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", {"x": b"1"})
+    location = locate("org/name", kind="base", access=access)
+    server.repos["org/name"].refs[location.commit or ""] = server.add("org/name", {"x": b"2"})
+    with pytest.raises(SurroundingsError, match="sent it from commit"):
+        open_remote(location, "x", access)
+
+
+# --- whole files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inside")
+def test_an_adapter_is_fetched_with_what_lies_beside_it(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", ADAPTER)
+    location = locate("org/name", kind="adapter", access=access)
+    assert "x.safetensors" not in list_files(location, access)
+    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert fetched.folder is not None
+    found = {
+        str(path.relative_to(fetched.folder)): path.read_bytes()
+        for path in fetched.folder.rglob("*")
+        if path.is_file()
+    }
+    expected = (
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer/vocab.txt",
+    )
+    assert found == {name: ADAPTER[name] for name in expected}
+    assert fetched.left_out == ("big.bin", "optimizer.pt", "runs/of:host")
+    assert fetch_adapter(fetched, access, is_training_state=is_training_state) is fetched
+
+
+@pytest.mark.usefixtures("inside")
+def test_an_adapter_in_a_subfolder_is_fetched_alone(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", ADAPTER)
+    location = locate("org/name/checkpoint-1", kind="adapter", access=access)
+    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert fetched.folder is not None
+    assert (fetched.folder / "adapter_model.safetensors").read_bytes() == b"other"
+    assert not (fetched.folder.parent / "adapter_config.json").exists()
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["README.md"], "V010.*there is no adapter_config.json"),
+        (["vera/adapter_config.json"], "V010.*Its folder vera/ is an adapter"),
+        (["adapter_config.json"], "V011"),
+        (["adapter_config.json", "adapter_model.bin"], "V012.*adapter_model.bin alone"),
+    ],
+)
+def test_a_repo_that_is_no_adapter_is_refused_before_anything_is_fetched(
+    files: list[str], reason: str, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", dict.fromkeys(files, b"{}"))
+    location = locate("org/name", kind="adapter", access=access)
+    with pytest.raises(CheckpointError, match=reason):
+        fetch_adapter(location, access, is_training_state=is_training_state)
+    assert not any("/resolve/" in path for path in server.paths())
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_file_of_unknown_size_is_not_taken_for_small(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.sizes = False
+    server.add("org/name", ADAPTER)
+    location = locate("org/name", kind="adapter", access=access)
+    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert "README.md" in fetched.left_out
+    assert fetched.folder is not None
+    assert (fetched.folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_repo_that_moves_while_it_is_fetched_is_refused(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", ADAPTER)
+    location = locate("org/name", kind="adapter", access=access)
+    server.add("org/name", ADAPTER | {"adapter_config.json": b"[]"})
+    with pytest.raises(SurroundingsError, match="was changed meanwhile"):
+        fetch_adapter(location, access, is_training_state=is_training_state)
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_base_is_fetched_as_far_as_it_is_needed(server: HubServer, access: HubAccess) -> None:
+    server.add("gpt2", {"config.json": b"{}", "a/model.safetensors": b"1", "model.bin": b"2"})
+    location = locate("gpt2", kind="base", access=access)
+    fetched = fetch_base(location, access, names={"config.json", "a/model.safetensors"})
+    assert fetched.folder is not None
+    assert list_files(fetched, access) == {"a/model.safetensors": 1, "config.json": 2}
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_offline_the_cache_serves_without_a_socket(
+    how: str, server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = server.add("org/name", ADAPTER)
+    online = locate("org/name", kind="adapter", access=access)
+    fetched = fetch_adapter(online, access, is_training_state=is_training_state)
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    if how == "option":
+        access = HubAccess(cache_dir=access.cache_dir, offline=True)
+    else:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for text in ("org/name", "org/name@main", f"org/name@{commit}"):
+        location = locate(text, kind="adapter", access=access)
+        assert location.commit == commit
+        again = fetch_adapter(location, access, is_training_state=is_training_state)
+        assert again.folder == fetched.folder
+        assert "README.md" in list_files(location, access)
+        with open_remote(location, "README.md", access) as file:
+            assert file.read_at(0, 6) == b"# card"
+    for text in ("org/absent", "org/name@v2"):
+        with pytest.raises(SurroundingsError, match="not in the local cache"):
+            locate(text, kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match="not in the local cache"):
+        open_remote(location, "big.bin", access)
+    with pytest.raises(SurroundingsError, match="not in the local cache"):
+        fetch_base(location, access, names=["big.bin"])
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_cached_file_is_not_asked_for_again(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", ADAPTER)
+    location = locate("org/name", kind="adapter", access=access)
+    fetch_adapter(location, access, is_training_state=is_training_state)
+    server.requests.clear()
+    with open_remote(location, "adapter_model.safetensors", access) as file:
+        assert file.size == 21_000_000
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("inside")
+def test_what_is_cached_serves_when_the_hub_is_out_of_reach(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = server.add("org/name", ADAPTER)
+    location = locate("org/name", kind="adapter", access=access)
+    fetch_adapter(location, access, is_training_state=is_training_state)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert locate("org/name", kind="adapter", access=access).commit == commit
+    assert "README.md" in list_files(location, access)
+    with pytest.raises(SurroundingsError, match="cannot be had"):
+        locate("org/other", kind="adapter", access=access)
+
+
+# --- the base of a config ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_base_in_a_config_is_looked_up(server: HubServer, access: HubAccess) -> None:
+    commit = server.add("org/base", {"config.json": b"{}"}, ref="v1")
+    found = base_from_config("org/base", "v1", access)
+    assert found.location is not None
+    assert found.location.commit == commit
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_base_in_a_config_comes_from_the_cache_first(
+    server: HubServer, access: HubAccess
+) -> None:
+    commit = server.add("org/base", {"model.safetensors": b"1"})
+    location = locate("org/base", kind="base", access=access)
+    fetch_base(location, access, names=["model.safetensors"])
+    server.add("org/base", {"model.safetensors": b"2"})
+    server.requests.clear()
+    found = base_from_config("org/base", None, access)
+    assert found.location is not None
+    assert found.location.commit == commit
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("no_network", "inside")
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [
+        (None, None),
+        ("", None),
+        ("/data/llama", None),
+        ("./llama", None),
+        ("..", None),
+        ("C:\\models\\llama", None),
+        ("a/b/c", None),
+        ("hf://org/name", None),
+        ("org/name@v1", None),
+        ("org/name\n", None),
+        ("org/name", "../../x"),
+    ],
+)
+def test_a_path_in_a_config_is_never_followed(
+    name: str | None, revision: str | None, inside: Path, access: HubAccess
+) -> None:
+    (inside / "llama").mkdir()
+    found = base_from_config(name, revision, access)
+    assert found.location is None
+    assert found.reason
+    assert "\n" not in found.reason
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_base_that_is_a_path_here_too_is_ambiguous(inside: Path, access: HubAccess) -> None:
+    (inside / "bases/llama").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"--base \./bases/llama or --base hf://bases/llama"):
+        base_from_config("bases/llama", None, access)
+
+
+def test_the_file_that_is_left_out_is_one_byte_too_large() -> None:
+    assert len(ADAPTER["big.bin"]) == SIDE_FILE_LIMIT + 1
