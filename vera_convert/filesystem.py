@@ -1,0 +1,201 @@
+"""What `publish` needs of the system: renames that never replace, exchange, locks, sync, removal.
+
+Each function does the same on Linux, macOS and Windows, as far as the system goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+    import shutil
+else:
+    import fcntl
+
+NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename; `FileExistsError` if there is anything at `target`, be it an empty folder."""
+    try:
+        _rename_at_once(source, target, exchange=False)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _move_with_a_look(source, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False, with nothing done, if the system cannot."""
+    try:
+        _rename_at_once(one, other, exchange=True)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+def _move_with_a_look(source: Path, target: Path) -> None:
+    """Do as `move` where the system has no such rename.
+
+    POSIX's own rename replaces files and empty folders. For a file, a second name refuses instead.
+    For a folder nothing does, so it is looked at just before; one with content is never replaced.
+    """
+    taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    if os.path.lexists(target):
+        raise taken
+    if not source.is_dir() and _linked(source, target):
+        return
+    try:
+        _rename(source, target)
+    except OSError as error:
+        if error.errno in _TAKEN and os.path.lexists(target):
+            raise taken from error
+        raise
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file its second name and take the first away; False where links are not known."""
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    with suppress(OSError):  # the name that counts is there; the other goes with the container
+        source.unlink()
+    return True
+
+
+if sys.platform == "win32":
+
+    def _rename_at_once(source: Path, target: Path, *, exchange: bool) -> None:  # noqa: ARG001
+        """Say that there is no such call; the plain rename refuses to replace anyway."""
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def _rename(source: Path, target: Path) -> None:
+        """Rename; wait for virus scanners, which look into new files and hold their folder."""
+        for pause in (0.05, 0.1, 0.2, 0.4, 0.8):
+            try:
+                source.rename(target)
+            except PermissionError:
+                time.sleep(pause)
+            else:
+                return
+        source.rename(target)
+
+    def try_lock(fd: int) -> bool:
+        """Lock the open file until it is closed; False if someone else has."""
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+
+    def remove_tree(path: Path) -> None:
+        """Remove a file, or a folder with all in it; links are removed, not followed."""
+        if not os.path.lexists(path):
+            return
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    def sync_folder(path: Path) -> None:
+        """Do nothing: folders cannot be synced there, NTFS keeps a journal of them."""
+
+else:
+
+    def _rename_at_once(source: Path, target: Path, *, exchange: bool) -> None:
+        """Rename without replacing, or exchange; OSError of `_UNSUPPORTED` if the system cannot."""
+        one, other = os.fsencode(source), os.fsencode(target)
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            call = getattr(library, "renamex_np", None)
+            arguments: tuple[bytes | int, ...] = (one, other, 2 if exchange else 4)
+        else:
+            call = getattr(library, "renameat2", None)
+            here = -100  # AT_FDCWD
+            arguments = (here, one, here, other, 2 if exchange else 1)
+        if call is None:  # an old C library, or another system
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if call(*arguments) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    def _rename(source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def try_lock(fd: int) -> bool:
+        """Lock the open file until it is closed; False if someone else has.
+
+        Raises:
+            OSError: this file system has no locks.
+        """
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def remove_tree(path: Path) -> None:
+        """Remove a file, or a folder with all in it; links are removed, not followed."""
+        _remove(str(path), None)
+
+    def _remove(name: str, folder: int | None) -> None:
+        """Go down by open folders, so that no link swapped in meanwhile leads elsewhere."""
+        try:
+            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(mode):
+            os.unlink(name, dir_fd=folder)
+            return
+        opened = os.open(name, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW, dir_fd=folder)
+        try:
+            if mode & 0o700 != 0o700:
+                os.fchmod(opened, 0o700)  # an old output may be write-protected
+            for inner in os.listdir(opened):  # noqa: PTH208 -- a Path has no open folder
+                _remove(inner, opened)
+        finally:
+            os.close(opened)
+        os.rmdir(name, dir_fd=folder)
+
+    def sync_folder(path: Path) -> None:
+        """Bring a folder's list of names to the disk."""
+        try:
+            _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            # Some network and FUSE file systems cannot do that for folders, which is no failure.
+            if error.errno not in (errno.EINVAL, errno.EBADF):
+                raise
+
+
+def sync_tree(path: Path) -> None:
+    """Bring every file at or below `path` to the disk, then every folder, innermost first."""
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        # Windows syncs only what is open for writing.
+        _sync(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | NO_FOLLOW)
+        return
+    for inner in path.iterdir():
+        sync_tree(inner)
+    sync_folder(path)
+
+
+def _sync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
