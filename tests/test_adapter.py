@@ -1,0 +1,274 @@
+"""An adapter on disk as a record: every tensor has a meaning, or the adapter is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapters import HIDDEN, RANK, good_adapter
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from vera_convert.adapter import Adapter, open_adapter
+from vera_convert.adaptertensors import is_below, replaced_name
+from vera_convert.errors import CheckpointError, SurroundingsError
+
+MODEL = "base_model.model."
+ATTENTION = f"{MODEL}model.layers.0.self_attn."
+
+
+def names(adapter: Adapter) -> list[str]:
+    """Every tensor by what the adapter takes it for."""
+    lambdas = [
+        tensor for layer in adapter.layers.values() for tensor in (layer.lambda_b, layer.lambda_d)
+    ]
+    pair = adapter.projections
+    shared = [pair.A, pair.B] if pair else []
+    return [t.name for t in (*lambdas, *shared, *adapter.repeated, *adapter.replacements)]
+
+
+def zeros(*shape: int) -> NDArray[Any]:
+    return np.zeros(shape, np.float32)
+
+
+def test_reads_what_every_peft_wrote(fixtures: Path) -> None:
+    folders = sorted(path.parent for path in fixtures.glob("*/*/adapter_config.json"))
+    assert len(folders) == 74
+    for folder in folders:
+        expected = json.loads((folder / "expected.json").read_bytes())
+        stored = load_file(folder / "adapter_model.safetensors")
+        with open_adapter(folder) as adapter:
+            assert sorted(adapter.layers) == expected["adapted_modules"]
+            assert sorted(names(adapter)) == sorted(stored)
+            assert (adapter.projections is not None) == ("base_model.vera_A" in stored)
+            assert (adapter.projections is not None) == adapter.config.save_projection
+            heads = {MODEL + name for name in ("classifier.weight", "classifier.bias")}
+            is_classifier = "bert" in folder.name
+            assert {t.name for t in adapter.replacements} == (heads if is_classifier else set())
+            assert adapter.weights_size == (folder / "adapter_model.safetensors").stat().st_size
+            assert adapter.metadata == {"format": "pt"}
+            assert adapter.findings == ()
+            assert adapter.fingerprint is None
+
+
+def test_reads_the_trained_adapter(minilm: Path) -> None:
+    with open_adapter(minilm / "save_projection_true") as adapter:
+        assert adapter.projections is not None
+        assert adapter.longest_b == adapter.projections.out_features == 1536
+    with open_adapter(minilm / "save_projection_false") as adapter:
+        assert adapter.projections is None
+
+
+def test_tells_the_dims(tmp_path: Path) -> None:
+    with open_adapter(good_adapter(tmp_path / "adapter")) as adapter:
+        assert adapter.projections is not None
+        assert (adapter.projections.in_features, adapter.projections.out_features) == (16, 16)
+        assert [layer.out_features for layer in adapter.layers.values()] == [16, 8, 16, 8]
+        assert adapter.longest_b == 16
+
+
+def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:
+    values = {
+        f"{ATTENTION}q_proj.vera_lambda_b": np.linspace(-1, 1, 16).astype(ml_dtypes.bfloat16),
+        f"{ATTENTION}q_proj.vera_lambda_d": np.linspace(-1, 1, RANK).astype(np.float32),
+        "base_model.vera_A": np.ones((RANK, HIDDEN), np.float16),
+        "base_model.vera_B": np.ones((16, RANK), np.float64),
+    }
+    with open_adapter(good_adapter(tmp_path / "adapter", tensors=values)) as adapter:
+        by_name = {tensor.name: tensor for tensor in adapter.tensors}
+        for name, array in values.items():
+            assert by_name[name].array().dtype == array.dtype
+            assert np.array_equal(by_name[name].array(), array)
+        assert [finding.code for finding in adapter.findings] == ["V207"]
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ({"modules_to_save": ["score"]}, ["score.weight"]),
+        ({"modules_to_save": ["score"]}, ["model.score.dense.weight", "model.score.dense.bias"]),
+        ({"modules_to_save": ["model.norm"]}, ["model.norm.weight"]),
+        # PEFT holds the name against the end of the path, wherever its elements begin.
+        ({"modules_to_save": ["_norm"]}, ["model.final_norm.weight"]),
+        ({"task_type": "SEQ_CLS"}, ["classifier.weight", "classifier.bias"]),
+        (
+            {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+            ["classifier.dense.weight"],
+        ),
+        ({"task_type": "QUESTION_ANS", "modules_to_save": ["qa_outputs"]}, ["qa_outputs.weight"]),
+        ({"bias": "vera_only"}, ["model.layers.0.self_attn.q_proj.base_layer.bias"]),
+        (
+            {"bias": "all"},
+            ["model.layers.0.self_attn.q_proj.base_layer.bias", "model.layers.0.mlp.up_proj.bias"],
+        ),
+        ({}, ["model.embed_tokens.weight", "lm_head.weight"]),
+        ({}, ["lm_head.base_layer.weight"]),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_the_config_explains_is_a_replacement(
+    tmp_path: Path, config: dict[str, Any], more: list[str]
+) -> None:
+    tensors = {MODEL + name: zeros(4, 4) for name in more}
+    with open_adapter(good_adapter(tmp_path / "adapter", tensors=tensors, **config)) as adapter:
+        assert sorted(t.name for t in adapter.replacements) == sorted(tensors)
+        assert adapter.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({}, "model.layers.0.self_attn.o_proj.weight"),
+        ({}, "model.norm.weight"),
+        ({}, "classifier.weight"),
+        ({"modules_to_save": ["score"]}, "model.layers.0.mlp.up_proj.weight"),
+        ({"modules_to_save": ["score"]}, "scores.weight"),
+        ({"modules_to_save": [""]}, "model.norm.weight"),
+        ({"bias": "vera_only"}, "model.layers.0.mlp.up_proj.bias"),
+        ({"bias": "none"}, "model.layers.0.self_attn.q_proj.base_layer.bias"),
+        ({"bias": "all"}, "model.layers.0.self_attn.q_proj.base_layer.weight"),
+        ({"task_type": "CAUSAL_LM"}, "score.weight"),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_nothing_explains_is_refused(
+    tmp_path: Path, config: dict[str, Any], name: str
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", tensors={MODEL + name: zeros(4, 4)}, **config)
+    with pytest.raises(CheckpointError) as caught, open_adapter(folder):
+        pass
+    findings = {finding.code: finding for finding in caught.value.findings}
+    assert name in findings["V221"].place
+
+
+@pytest.mark.parametrize(
+    ("name", "base_name"),
+    [
+        (f"{MODEL}classifier.weight", "classifier.weight"),
+        (f"{MODEL}model.layers.0.q_proj.base_layer.bias", "model.layers.0.q_proj.bias"),
+        (f"{MODEL}lm_head.base_layer.weight", "lm_head.weight"),
+        (f"{MODEL}base_layer.base_layer.weight", "base_layer.weight"),
+        (f"{MODEL}base_layer_norm.weight", "base_layer_norm.weight"),
+        (f"{MODEL}model.layers.0.q_proj.weight", "model.layers.0.q_proj.weight"),
+    ],
+)
+def test_a_replacement_has_a_name_in_the_base(name: str, base_name: str) -> None:
+    assert replaced_name(name) == base_name
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "saved"),
+    [
+        ("score", "score", True),
+        ("model.score", "score", True),
+        ("model.score.dense", "score", True),
+        ("model.underscore", "score", True),
+        ("scores", "score", False),
+        ("model.score", "model.score", True),
+        ("model.score", "", False),
+    ],
+)
+def test_modules_to_save_is_matched_as_peft_does(module: str, name: str, *, saved: bool) -> None:
+    assert is_below(module, name) is saved
+
+
+def test_the_defects_of_config_and_weights_are_told_at_once(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", r="4")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught, open_adapter(folder):
+        pass
+    assert [finding.code for finding in caught.value.findings] == ["V103", "V004"]
+
+
+def test_a_layer_wider_than_b_is_named_with_both_sizes(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", tensors={"base_model.vera_B": zeros(12, RANK)})
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj.* 16 .* 12 "):
+        open_adapter(folder).__enter__()
+
+
+def test_the_folder_of_a_named_adapter_is_found_in_its_parent(tmp_path: Path) -> None:
+    named = good_adapter(tmp_path / "saved" / "vera")
+    with open_adapter(named) as adapter:
+        assert len(adapter.layers) == 4
+    with pytest.raises(CheckpointError, match=r"V010 saved: .* subfolder vera is an adapter"):
+        open_adapter(named.parent).__enter__()
+
+
+def test_pickled_weights_come_with_a_recipe(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"V012 .*weights_only=True.*save_file"):
+        open_adapter(folder).__enter__()
+
+
+def test_a_missing_folder_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(SurroundingsError, match=r"no folder .*gone\\x1b"):
+        open_adapter(tmp_path / "gone\x1b").__enter__()
+
+
+def _appended(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def _touched(path: Path) -> None:
+    stamp = path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(path, ns=(stamp, stamp))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("change", [_appended, _touched, _cut])
+def test_a_file_that_changes_while_it_is_read_is_noticed(
+    tmp_path: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    with open_adapter(folder) as adapter:
+        adapter.check_unchanged()
+        change(folder / name)
+        with pytest.raises(SurroundingsError, match="changed while it was read"):
+            adapter.check_unchanged()
+
+
+def test_values_of_a_file_that_changed_are_not_handed_out(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    with open_adapter(folder) as adapter:
+        _touched(folder / "adapter_model.safetensors")
+        with pytest.raises(SurroundingsError, match="changed while it was read"):
+            adapter.tensors[0].array()
+
+
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [
+        (["0.self_attn.v_proj"], {"v_proj": "1 of 2"}),
+        (["1.self_attn.q_proj"], {"q_proj": "1 of 2"}),
+        (["0.self_attn.q_proj", "1.self_attn.v_proj"], {"q_proj": "1 of 2", "v_proj": "1 of 2"}),
+        (["0.self_attn.q_proj", "1.self_attn.q_proj"], {}),
+        (["1.self_attn.q_proj", "1.self_attn.v_proj"], {}),
+        ([], {}),
+    ],
+    ids=str,
+)
+def test_a_target_in_some_layers_only_is_told(
+    tmp_path: Path, dropped: list[str], said: Mapping[str, str]
+) -> None:
+    gone = {
+        f"{MODEL}model.layers.{module}.vera_lambda_{kind}": None
+        for module in dropped
+        for kind in "bd"
+    }
+    with open_adapter(good_adapter(tmp_path / "adapter", tensors=gone)) as adapter:
+        found = {finding.reason for finding in adapter.findings}
+        assert found == {
+            f"self_attn.{target} is adapted in {count} layers." for target, count in said.items()
+        }
+        assert {finding.code for finding in adapter.findings} <= {"V226"}

@@ -1,0 +1,83 @@
+"""The catalogue: complete, in order, and every rule of it seen at work."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import adapterdefects
+import pytest
+from adapterdefects import AdapterDefect, bare, codes, describing, embedding, opening, stripping
+from adapters import good_adapter
+from defects import DEFECTS, Defect
+
+from vera_convert import rules
+from vera_convert.rules import CATALOGUE, Rule
+
+HERE = Path(__file__).parent
+PROVOKED = {case.code for case in DEFECTS}
+
+
+def test_codes_stand_in_order_and_only_once() -> None:
+    tree = ast.parse(Path(rules.__file__).read_text(encoding="utf-8"))
+    written = [
+        ast.literal_eval(node.value.args[0])
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "Rule"
+    ]
+    assert written == sorted(set(written))
+    assert written == [*CATALOGUE]
+
+
+@pytest.mark.parametrize("rule", CATALOGUE.values(), ids=lambda rule: rule.code)
+def test_a_rule_says_what_why_and_what_to_do(rule: Rule) -> None:
+    assert re.fullmatch(r"V[0-5]\d\d", rule.code)
+    assert rule.title[0].islower() or rule.title.startswith(("JSON", "PEFT", "__"))
+    assert not rule.title.endswith(".")
+    assert rule.why.endswith(".")
+    assert rule.remedy.endswith((".", '"'))
+    assert all(text.isprintable() for text in (rule.title, rule.why, rule.remedy))
+
+
+@pytest.mark.parametrize("code", CATALOGUE)
+def test_every_rule_is_provoked(code: str) -> None:
+    """By a defect, or by a test that names its code."""
+    named = (code in path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
+    assert code in PROVOKED or (code.startswith(("V3", "V5")) and any(named))
+
+
+def test_every_defect_is_of_a_rule() -> None:
+    assert CATALOGUE.keys() >= PROVOKED
+
+
+OF_ADAPTERS = [case for case in DEFECTS if case.on == "adapter" and case.possible]
+
+
+@pytest.mark.parametrize("case", OF_ADAPTERS, ids=lambda case: case.name)
+def test_a_spoiled_adapter_is_told_for_what_is_wrong_alone(tmp_path: Path, case: Defect) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    case.spoil(folder)
+    find = case.find if isinstance(case, AdapterDefect) else opening
+    assert set(codes(find, folder)) == {case.code}
+
+
+@pytest.mark.parametrize(
+    "find",
+    [opening, describing(), stripping(), embedding()],
+    ids=["open", "info", "strip", "embed"],
+)
+def test_the_good_adapter_breaks_no_rule(tmp_path: Path, find: adapterdefects.Finder) -> None:
+    assert codes(find, good_adapter(tmp_path / "adapter")) == []
+
+
+@pytest.mark.parametrize(
+    "find", [opening, describing(), stripping()], ids=["open", "info", "strip"]
+)
+def test_nor_does_it_when_it_is_stripped(tmp_path: Path, find: adapterdefects.Finder) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    bare(folder)
+    assert codes(find, folder) == []

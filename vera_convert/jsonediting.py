@@ -1,0 +1,117 @@
+"""JSON text with members set or removed, and not one byte changed beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One member of the top-level object; all numbers are positions in the text."""
+
+    name: str
+    start: int
+    value_start: int
+    value_end: int
+
+
+def edited_object(
+    text: bytes, changes: Mapping[str, object], remove: frozenset[str] = frozenset()
+) -> bytes:
+    """Return a JSON object's text with members set or removed, every other byte kept.
+
+    A member that is not there yet is added at the end, in the manner of the others.
+    """
+    content = text.decode()
+    for name in remove:
+        content = _without(content, name)
+    for name, value in changes.items():
+        content = _with(content, name, json.dumps(value))
+    return content.encode()
+
+
+def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
+    """Return a JSON object's text with one member set, inside of objects that `path` leads through.
+
+    Raises:
+        KeyError: an object on the way is not there.
+    """
+    *through, name = path
+    content = text.decode()
+    start, end = _span(content, through)
+    inner = _with(content[start:end], name, json.dumps(value))
+    return (content[:start] + inner + content[end:]).encode()
+
+
+def removed_member(text: bytes, path: Sequence[str]) -> bytes:
+    """Return a JSON object's text without one member, inside of objects that `path` leads through.
+
+    Raises:
+        KeyError: an object on the way is not there.
+    """
+    *through, name = path
+    content = text.decode()
+    start, end = _span(content, through)
+    return (content[:start] + _without(content[start:end], name) + content[end:]).encode()
+
+
+def _span(content: str, through: Sequence[str]) -> tuple[int, int]:
+    """Return where the object begins and ends that names lead to, from the outermost on."""
+    start, end = 0, len(content)
+    for outer in through:
+        spans = {member.name: member for member in _members(content[start:end])}
+        start, end = start + spans[outer].value_start, start + spans[outer].value_end
+    return start, end
+
+
+def _with(content: str, name: str, value: str) -> str:
+    members = _members(content)
+    for member in members:
+        if member.name == name:
+            return content[: member.value_start] + value + content[member.value_end :]
+    if not members:
+        opening = content.index("{") + 1
+        return f"{content[:opening]}{json.dumps(name)}: {value}{content[opening:]}"
+    last = members[-1]
+    before_last = content.rindex("{" if len(members) == 1 else ",", 0, last.start) + 1
+    indent = content[before_last : last.start]
+    new = f"{indent}{json.dumps(name)}: {value}"
+    return f"{content[: last.value_end]},{new}{content[last.value_end :]}"
+
+
+def _without(content: str, name: str) -> str:
+    members = _members(content)
+    for index, member in enumerate(members):
+        if member.name != name:
+            continue
+        if index:
+            return content[: members[index - 1].value_end] + content[member.value_end :]
+        if len(members) > 1:
+            return content[: member.start] + content[members[1].start :]
+        return content[: member.start] + content[member.value_end :]
+    return content
+
+
+def _members(content: str) -> list[_Member]:
+    """Return the spans of an object's members; the text is known to be valid JSON."""
+    decoder = json.JSONDecoder()
+    members = []
+    at = _skip(content, content.index("{") + 1)
+    while content[at] != "}":
+        name, after_name = scanstring(content, at + 1, True)  # noqa: FBT003 -- C takes no keyword
+        value_start = _skip(content, _skip(content, after_name) + 1)
+        _, value_end = decoder.raw_decode(content, value_start)
+        members.append(_Member(name, at, value_start, value_end))
+        at = _skip(content, value_end)
+        if content[at] == ",":
+            at = _skip(content, at + 1)
+    return members
+
+
+def _skip(content: str, at: int) -> int:
+    while content[at] in " \t\n\r":
+        at += 1
+    return at
