@@ -1,0 +1,44 @@
+"""Looks at adapters' folders, and at what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from vera_convert.errors import CheckpointError
+
+CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights(folder: Path) -> dict[str, NDArray[Any]]:
+    """The adapter's tensors, as the safetensors library reads them."""
+    return load_file(folder / WEIGHTS)
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """The metadata of the adapter's weights."""
+    with safe_open(folder / WEIGHTS, "np") as file:
+        return dict(file.metadata())
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The one code that an act is refused with."""
+    with pytest.raises(CheckpointError) as caught:
+        act()
+    (finding,) = caught.value.findings
+    return finding.code
