@@ -1,0 +1,203 @@
+"""Counting, held against published figures and against files that PEFT writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vera_convert.architectures import layers_from_config
+from vera_convert.counting import LayerGroup, count
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.targets import Linear, ModelLayers, layers_from_shapes
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+
+LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _model(name: str) -> ModelLayers:
+    return layers_from_config(json.loads((CONFIGS / f"{name}.json").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "rank", "parameters"),
+    [
+        ("llama-3.2-3b", ("q_proj", "v_proj"), 256, 129_024),
+        ("roberta-base", ("query", "value"), 1024, 43_008),
+        ("roberta-large", ("query", "value"), 256, 61_440),
+        ("vit-base", ("query", "value"), 256, 24_576),
+        ("vit-large", ("query", "value"), 256, 61_440),
+        ("gpt2-medium", ("c_attn",), 1024, 98_304),
+        ("llama-7b", ("all-linear",), 1024, 1_589_248),
+        ("llama-7b", ("all-linear",), 256, 1_417_216),
+        ("llama-7b", LLAMA_LINEAR, 256, 1_417_216),
+        ("llama-13b", ("All-Linear",), 1024, 2_416_640),
+    ],
+)
+def test_published_figures_of_vera(
+    name: str, targets: tuple[str, ...], rank: int, parameters: int
+) -> None:
+    result = count(_model(name), rank=rank, targets=targets)
+    assert result.vera.parameters == parameters
+    assert result.vera.parameter_bytes == 4 * parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "rank", "parameters"),
+    [
+        ("roberta-base", ("query", "value"), 8, 294_912),
+        ("llama-7b", ("all-linear",), 64, 159_907_840),
+        ("llama-13b", ("all-linear",), 64, 250_347_520),
+    ],
+)
+def test_published_figures_of_lora(
+    name: str, targets: tuple[str, ...], rank: int, parameters: int
+) -> None:
+    assert count(_model(name), rank=rank, targets=targets).lora.parameters == parameters
+
+
+def test_the_published_file_is_counted_to_the_byte() -> None:
+    result = count(_model("llama-3.2-3b"), rank=256, targets=("q_proj", "v_proj"))
+    assert result.vera.file_bytes == 6_821_968
+    assert (result.max_in, result.max_out, result.layers) == (3072, 3072, 56)
+    assert result.groups == (
+        LayerGroup("q_proj", 3072, 3072, 28),
+        LayerGroup("v_proj", 1024, 3072, 28),
+    )
+
+
+def test_without_targets_pefts_default_is_taken() -> None:
+    by_default = count(_model("gpt2-medium"), rank=4)
+    assert by_default.groups == count(_model("gpt2-medium"), rank=4, targets=("c_attn",)).groups
+    assert by_default.targets == ()
+    with pytest.raises(CheckpointError, match="V133"):
+        count(_model("vit-base"), rank=4)
+
+
+def test_a_base_counts_by_its_headers_alone() -> None:
+    shapes = {
+        "transformer.wte.weight": (96, 32),
+        "transformer.h.0.ln_1.weight": (32,),
+        "transformer.h.0.attn.c_attn.weight": (32, 96),
+        "transformer.h.0.attn.c_attn.bias": (96,),
+    }
+    model = layers_from_shapes(shapes, model_type="gpt2")
+    result = count(model, rank=4, targets=("all-linear",))
+    assert result.groups == (LayerGroup("c_attn", 96, 32, 1),)
+    assert result.source == "the tensors' headers"
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("qproj", "near it are q_proj"),
+        ("self_attn", "it holds q_proj, k_proj, v_proj, o_proj"),
+        ("embed_tokens", "embedding"),
+        ("query", "there are q_proj"),
+        (".*q_proj", "q_proj"),
+        ("proj", "q_proj"),
+        ("", "there are"),
+        ("\x1b[31m", r"\x1b"),
+    ],
+)
+def test_a_target_that_matches_nothing_names_near_ones(target: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        count(_model("llama-7b"), rank=4, targets=("q_proj", target))
+    assert says in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_near_names_are_cut_where_there_are_many() -> None:
+    model = ModelLayers("a model", None, {f"layer{at}": Linear(4, 4) for at in range(40)})
+    with pytest.raises(UsageError, match="and 28 more"):
+        count(model, rank=1, targets=("zzz",))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1 << 25])
+def test_an_absurd_rank_is_refused(rank: int) -> None:
+    with pytest.raises(UsageError, match="rank"):
+        count(_model("llama-7b"), rank=rank, targets=("q_proj",))
+
+
+def test_all_linear_stands_alone() -> None:
+    with pytest.raises(UsageError, match="all-linear"):
+        count(_model("llama-7b"), rank=4, targets=("q_proj", "all-linear"))
+
+
+# --- beside PEFT ---------------------------------------------------------------------------------
+
+TINY: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+    },
+    "GPT2LMHeadModel": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 96,
+    },
+    "BertForMaskedLM": {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("class_name", "targets"),
+    [
+        ("LlamaForCausalLM", ["q_proj", "v_proj"]),
+        ("LlamaForCausalLM", ["q_proj", "down_proj"]),
+        ("LlamaForCausalLM", ["all-linear"]),
+        ("LlamaForCausalLM", ["q_proj", "lm_head"]),
+        ("GPT2LMHeadModel", ["c_attn"]),
+        ("GPT2LMHeadModel", ["all-linear"]),
+        ("GPT2LMHeadModel", []),
+        ("BertForMaskedLM", ["query", "value"]),
+        ("BertForMaskedLM", ["all-linear"]),
+        ("BertForMaskedLM", ["decoder"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_are_those_of_pefts_own_files(
+    class_name: str, targets: list[str], dtype: str, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    document = {**TINY[class_name], "architectures": [class_name], "dtype": dtype}
+    model_class = getattr(transformers, class_name)
+    in_pefts_form = None if not targets else targets[0] if targets == ["all-linear"] else targets
+    result = count(layers_from_config(document), rank=4, targets=targets)
+
+    def written(name: str, config: Any) -> int:
+        base = model_class(model_class.config_class(**TINY[class_name])).to(getattr(torch, dtype))
+        wrapped = peft.get_peft_model(base, config)
+        wrapped.save_pretrained(tmp_path / name)
+        if name == "embedded":
+            assert wrapped.get_nb_trainable_parameters()[0] == result.vera.parameters
+        if name == "lora":
+            assert wrapped.get_nb_trainable_parameters()[0] == result.lora.parameters
+        return (tmp_path / name / "adapter_model.safetensors").stat().st_size
+
+    vera = {"r": 4, "target_modules": in_pefts_form}
+    assert result.vera.file_bytes == written("embedded", peft.VeraConfig(**vera))
+    assert result.stripped_bytes == written(
+        "stripped", peft.VeraConfig(**vera, save_projection=False)
+    )
+    assert result.lora.file_bytes == written("lora", peft.LoraConfig(**vera))

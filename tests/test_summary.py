@@ -1,0 +1,280 @@
+"""info: what an adapter is, told without a mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapterdefects import A, B, all_of, bare, drawn, fields, stripped, tensors
+from adapters import KEY, RANK, good_adapter
+from bases import tiny_base
+from conftest import DATA
+from defects import Spoiler
+from folders import WEIGHTS
+
+from vera_convert.conversion import embed, strip
+from vera_convert.errors import UsageError
+from vera_convert.generator import Rounding, Variant
+from vera_convert.onbase import BaseWish
+from vera_convert.projections import Meant
+from vera_convert.summary import AdapterInfo, info
+
+FIXTURES = DATA / "fixtures"
+EVERY_DTYPE = ("float32", "bfloat16", "float16")
+OLD, NEW = "0.11 to 0.20", "0.21 and later"
+
+
+def effects(found: AdapterInfo) -> dict[str, tuple[str, tuple[str, ...] | None]]:
+    return {effect.peft: (effect.source, effect.same_on) for effect in found.effects}
+
+
+def base_of(folder: Path) -> BaseWish:
+    expected = json.loads((folder / "expected.json").read_bytes())
+    return BaseWish(str(FIXTURES / expected["base"]))
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(FIXTURES.glob("*/*/expected*.json")),
+    ids=lambda path: "/".join(path.relative_to(FIXTURES).parts),
+)
+def test_says_of_every_fixture_what_that_peft_did(path: Path) -> None:
+    expected = json.loads(path.read_bytes())
+    folder = path.parent
+    found = info(folder, base=base_of(folder))
+    version = tuple(map(int, folder.parent.name.split(".")[:2]))
+    source, same_on = effects(found)[NEW if version >= (0, 21) else OLD]
+    assert source == expected["projection_source"]
+    equals_file = expected["projections_in_effect"]["vera_A"]["equals_file"]
+    loaded_in = "bfloat16" if "bf16" in expected["base"] else "float32"
+    if found.projections is not None:
+        assert same_on is not None
+        assert (loaded_in in same_on) is equals_file
+    else:
+        assert same_on is None
+        assert not equals_file
+    assert found.layers == len(expected["adapted_modules"])
+    assert found.findings == () or "foreign" in folder.name
+    assert found.config.r == 4
+
+
+CASES: dict[str, tuple[Spoiler, tuple[str, ...] | None, tuple[str, ...] | None]] = {
+    # what is stored, and on which dtypes older and newer PEFT use just that
+    "the usual draw": (all_of(), ("float32",), EVERY_DTYPE),
+    "rounded to bfloat16": (drawn(rounding=Rounding.BF16), ("bfloat16",), EVERY_DTYPE),
+    "rounded to float16": (drawn(rounding=Rounding.FP16), ("float16",), EVERY_DTYPE),
+    "another variant": (drawn(Variant.FLOAT32_SEPARATE), (), EVERY_DTYPE),
+    "another default dtype": (drawn(Variant.FLOAT64_FUSED), (), EVERY_DTYPE),
+    "another key": (drawn(key=KEY + 1), (), EVERY_DTYPE),
+    "a wider draw": (drawn(width=24, kept=16), (), EVERY_DTYPE),
+    "no draw": (tensors(lambda s: {**s, A: s[A] * np.float32(3)}), (), EVERY_DTYPE),
+    "denied": (fields({"save_projection": False}), ("float32",), ("float32",)),
+    "denied and another": (
+        all_of(drawn(key=KEY + 1), fields({"save_projection": False})),
+        (),
+        (),
+    ),
+    "stripped by PEFT": (bare, None, None),
+    "stripped by us": (stripped, ("float32",), ("float32",)),
+}
+
+
+@pytest.mark.parametrize(("spoil", "old", "new"), CASES.values(), ids=CASES)
+def test_says_what_each_peft_uses(
+    spoil: Spoiler, old: tuple[str, ...] | None, new: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    spoil(folder)
+    stored = json.loads((folder / "adapter_config.json").read_bytes())["save_projection"]
+    for wish in (None, BaseWish(str(tiny_base(tmp_path / "base")))):
+        found = effects(info(folder, base=wish))
+        assert found == {OLD: ("key", old), NEW: ("file" if stored else "key", new)}
+
+
+def test_a_base_of_other_dims_makes_peft_draw_others(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
+    found = info(folder, base=BaseWish(str(tiny_base(tmp_path / "base"))))
+    assert effects(found)[OLD] == ("key", ())
+    assert {finding.code for finding in found.findings} == {"V411", "V414", "V416"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "variant", "rounding", "known"),
+    [
+        (all_of(), Variant.FLOAT32_FUSED, Rounding.NONE, True),
+        (drawn(Variant.BFLOAT16_2_11), Variant.BFLOAT16_2_11, Rounding.NONE, True),
+        (drawn(rounding=Rounding.FP16), Variant.FLOAT32_FUSED, Rounding.FP16, True),
+        (stripped, Variant.FLOAT32_FUSED, Rounding.NONE, True),
+        (bare, None, None, False),
+    ],
+)
+def test_names_the_draw(
+    spoil: Spoiler,
+    variant: Variant | None,
+    rounding: Rounding | None,
+    tmp_path: Path,
+    *,
+    known: bool,
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    spoil(folder)
+    found = info(folder)
+    assert (found.draw is not None) is known
+    assert found.difference is None
+    if found.draw is not None:
+        assert (found.draw.variant, found.draw.rounding) == (variant, rounding)
+        assert (found.draw.in_features, found.draw.out_features, found.draw.key) == (16, 16, KEY)
+
+
+def test_tells_the_first_difference_of_a_spoiled_draw(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+
+    def spoil(stored: dict[str, Any]) -> dict[str, Any]:
+        stored[B][5, 2] += np.float32(1)
+        return stored
+
+    tensors(spoil)(folder)
+    found = info(folder)
+    assert found.draw is None
+    assert found.difference is not None
+    assert (found.difference.tensor, found.difference.index) == ("vera_B", (5, 2))
+    assert found.difference.largest == pytest.approx(1)
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/adapter_config.json"))[::6], ids=str)
+def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> None:
+    folder = path.parent
+    found = info(folder, base=base_of(folder))
+    assert found.sizes.as_is == (folder / WEIGHTS).stat().st_size
+    if found.sizes.stripped is None:
+        assert "foreign" in folder.name
+    else:
+        done = strip(folder, tmp_path / "stripped", base=base_of(folder))
+        assert found.sizes.stripped == done.bytes_after
+    done = embed(folder, tmp_path / "embedded", base=base_of(folder))
+    assert found.sizes.embedded == done.bytes_after
+    model = Path(str(base_of(folder).model)) / "model.safetensors"
+    assert found.sizes.merged == model.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "dtype"),
+    [
+        (np.float32, None),
+        (np.float32, "float32"),
+        (ml_dtypes.bfloat16, None),
+        (ml_dtypes.bfloat16, "bfloat16"),
+        (ml_dtypes.bfloat16, "float16"),
+    ],
+)
+def test_the_size_embedded_is_told_if_it_can_be(
+    lambdas: Any, dtype: str | None, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    tensors(lambda all_: {name: array.astype(lambdas) for name, array in all_.items()})(folder)
+    assert info(folder).sizes.embedded is None
+    wish = BaseWish(str(tiny_base(tmp_path / "base", dtype=dtype or "float32")), dtype=dtype)
+    done = embed(folder, tmp_path / "out", base=wish)
+    assert info(folder, base=wish).sizes.embedded == done.bytes_after
+
+
+def test_counts_layers_by_name_and_shape(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    alone = info(folder)
+    assert [(g.name, g.layers, g.out_features, g.in_features) for g in alone.groups] == [
+        ("q_proj", 2, 16, None),
+        ("v_proj", 2, 8, None),
+    ]
+    assert alone.parameters == 2 * (16 + RANK) + 2 * (8 + RANK)
+    assert alone.lora_parameters is None
+    assert (alone.sizes.lora, alone.sizes.merged) == (None, None)
+    based = info(folder, base=BaseWish(str(tiny_base(tmp_path / "base"))))
+    assert [group.in_features for group in based.groups] == [16, 16]
+    assert based.lora_parameters == 2 * RANK * (16 + 16) + 2 * RANK * (8 + 16)
+    assert based.sizes.lora is not None
+
+
+def test_lists_what_replaces_the_bases_own(tmp_path: Path) -> None:
+    head = {"base_model.model.score.weight": np.ones((3, 16), np.float32)}
+    folder = good_adapter(tmp_path / "adapter", tensors=head, modules_to_save=["score"])
+    assert info(folder).replacements == ("base_model.model.score.weight",)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (None, "names no base"),
+        ("/data/llama", "/data/llama, which is no repo"),
+        ("..\\llama", "which is no repo"),
+        ("a\x1b[31m", "a\\x1b[31m"),
+        ("example/tiny-llama", "not in the local cache"),
+    ],
+)
+def test_does_without_a_base_that_cannot_be_had_and_says_so(
+    name: str | None, said: str, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", base_model_name_or_path=name)
+    found = info(folder)
+    assert found.on_base.base is None
+    assert said in found.on_base.source
+    assert found.findings == ()
+
+
+@pytest.mark.parametrize("meant", Meant)
+def test_tells_of_the_projections_that_are_meant(meant: Meant, tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    drawn(key=KEY + 1)(folder)
+    found = info(folder, base=BaseWish(dtype="float32"), projections=meant)
+    assert found.draw is not None
+    assert found.draw.key == (KEY if meant is Meant.KEY else KEY + 1)
+
+
+def test_the_keys_projections_need_a_dtype(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    drawn(key=KEY + 1)(folder)
+    with pytest.raises(UsageError, match="--base-dtype"):
+        info(folder, projections=Meant.KEY)
+
+
+def test_a_base_of_the_config_that_is_at_hand_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, name = "c" * 40, "models--example--tiny-llama"
+    snapshot = tmp_path / "hub" / name / "snapshots" / commit
+    tiny_base(snapshot, dtype="bfloat16")
+    (tmp_path / "hub" / name / "refs").mkdir()
+    (tmp_path / "hub" / name / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = good_adapter(tmp_path / "adapter")
+    found = info(folder)
+    assert found.on_base.source == f"example/tiny-llama@{commit}"
+    assert found.on_base.rounding is Rounding.BF16
+    # One that cannot be read is no reason to say nothing of the adapter.
+    (snapshot / "config.json").write_text("{")
+    assert "V022" in info(folder).on_base.source
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example").mkdir()
+    (tmp_path / "example" / "tiny-llama").mkdir()
+    with pytest.raises(UsageError, match=r"--base \./example/tiny-llama"):
+        info(folder)
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    describe: Callable[..., Any] = info.__globals__["_described"]
+
+    def change_and_describe(*args: Any) -> Any:
+        described = describe(*args)
+        fields({"r": RANK})(folder)
+        return described
+
+    monkeypatch.setitem(info.__globals__, "_described", change_and_describe)
+    with pytest.raises(Exception, match="changed while it was read"):
+        info(folder)

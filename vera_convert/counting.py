@@ -1,0 +1,226 @@
+"""How many parameters and bytes a VeRA adapter takes before anyone trains it, beside LoRA.
+
+Files are counted to the byte as PEFT writes them: header, names, padding and all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vera_convert.config import MAX_RANK, VeraConfig
+from vera_convert.errors import UsageError
+from vera_convert.files import printable
+from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, is_all_linear
+from vera_convert.tensorfile import TensorInfo, header_bytes
+
+_METADATA = {"format": "pt"}
+_KEY_PREFIX = "base_model.model."
+_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Adapted layers of one name and one shape.
+
+    Attributes:
+        name: the last element of their paths.
+        out_features: rows of each.
+        in_features: columns of each.
+        layers: how many there are.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSize:
+    """What one method trains and writes.
+
+    Attributes:
+        parameters: trainable parameters.
+        parameter_bytes: what they take in float32, as PEFT keeps them.
+        file_bytes: size of `adapter_model.safetensors` as PEFT writes it.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What an adapter of one rank on one model comes to.
+
+    Attributes:
+        source: what the layers were read from: a model class, or the tensors' headers.
+        rank: r, of VeRA and LoRA alike.
+        targets: the names asked for; empty where PEFT's default for the model's type was taken.
+        groups: what was adapted, in the model's order.
+        max_in: columns of A, which is (r, max_in).
+        max_out: rows of B, which is (max_out, r).
+        vera: VeRA, with A and B in the file (PEFT's default).
+        stripped_bytes: size of the file without A and B (`save_projection` false).
+        lora: LoRA of the same rank on the same layers.
+    """
+
+    source: str
+    rank: int
+    targets: tuple[str, ...]
+    groups: tuple[LayerGroup, ...]
+    max_in: int
+    max_out: int
+    vera: MethodSize
+    stripped_bytes: int
+    lora: MethodSize
+
+    @property
+    def layers(self) -> int:
+        """How many layers are adapted."""
+        return sum(group.layers for group in self.groups)
+
+
+def count(model: ModelLayers, *, rank: int, targets: Sequence[str] = ()) -> Count:
+    """Count a VeRA adapter, and a LoRA beside it, on a model of which only the layers are known.
+
+    Args:
+        model: its layers, from `layers_from_config` or `layers_from_shapes`.
+        rank: r.
+        targets: names as in PEFT's list form, or all-linear alone; none means PEFT's default.
+
+    Raises:
+        UsageError: the rank is out of range, or a target matches no layer.
+        CheckpointError: no targets are given and PEFT has no default for the model's type.
+    """
+    if not 1 <= rank <= MAX_RANK:
+        raise UsageError(f"the rank is {rank}; give one from 1 to {MAX_RANK}.")
+    config = VeraConfig(r=rank, target_modules=_checked(model, targets))
+    chosen = adapted(model, config)
+    heads = tuple(_copied_heads(model, chosen, targets))
+    embedded = _file_bytes((*_vera_tensors(chosen, rank, projections=True), *heads))
+    stripped = _file_bytes((*_vera_tensors(chosen, rank, projections=False), *heads))
+    beside = _file_bytes((*_lora_tensors(chosen.layers, rank), *heads))
+    vera = vera_parameters(chosen.layers, rank=rank)
+    lora = lora_parameters(chosen.layers, rank=rank)
+    return Count(
+        source=model.source,
+        rank=rank,
+        targets=tuple(targets),
+        groups=_groups(chosen.layers),
+        max_in=chosen.max_in,
+        max_out=chosen.max_out,
+        vera=MethodSize(vera, 4 * vera, embedded),
+        stripped_bytes=stripped,
+        lora=MethodSize(lora, 4 * lora, beside),
+    )
+
+
+def vera_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
+    """Return what VeRA trains on these layers: lambda_d (r) and lambda_b (out) for each."""
+    return sum(rank + layer.out_features for layer in layers.values())
+
+
+def lora_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
+    """Return what LoRA trains on these layers: A (r, in) and B (out, r) for each."""
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers.values())
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+def _checked(model: ModelLayers, targets: Sequence[str]) -> tuple[str, ...] | str | None:
+    """Return the targets as a config holds them, each known to match a layer."""
+    if not targets:
+        return None
+    if any(is_all_linear(target) for target in targets):
+        if len(targets) > 1:
+            raise UsageError("all-linear means every linear layer; give no other target beside it.")
+        return targets[0]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in model.linear):
+            raise UsageError(
+                f"no layer of {printable(model.source)} is called {printable(target)}; "
+                f"{_near(model, target)}."
+            )
+    return tuple(targets)
+
+
+def _near(model: ModelLayers, target: str) -> str:
+    if any(f".{name}".endswith(f".{target}") for name in model.embeddings):
+        return "that is an embedding, which VeRA cannot adapt"
+    last_names = list(dict.fromkeys(name.rpartition(".")[2] for name in model.linear))
+    inside = dict.fromkeys(
+        name.rpartition(".")[2] for name in model.linear if f".{target}." in f".{name}"
+    )
+    near = difflib.get_close_matches(target, [*last_names, *model.linear], n=4, cutoff=0.5)
+    if inside:
+        return f"it holds {_listed(list(inside))}"
+    if near:
+        return f"near it are {_listed(near)}"
+    return f"there are {_listed(last_names)}"
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(printable(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
+    counted = Counter(
+        (name.rpartition(".")[2], layer.out_features, layer.in_features)
+        for name, layer in layers.items()
+    )
+    return tuple(LayerGroup(*group, number) for group, number in counted.items())
+
+
+# --- files, as PEFT writes them ------------------------------------------------------------------
+
+
+def vera_file_bytes(chosen: Adapted, *, rank: int, projections: bool) -> int:
+    """Return the size of `adapter_model.safetensors` in float32, with or without A and B."""
+    return _file_bytes(_vera_tensors(chosen, rank, projections=projections))
+
+
+def lora_file_bytes(layers: Mapping[str, Linear], *, rank: int) -> int:
+    """Return the size of `adapter_model.safetensors` of a LoRA in float32 on these layers."""
+    return _file_bytes(_lora_tensors(layers, rank))
+
+
+def _file_bytes(tensors: Iterable[TensorInfo]) -> int:
+    infos = list(tensors)
+    return len(header_bytes(infos, _METADATA)) + sum(info.nbytes for info in infos)
+
+
+def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo:
+    return TensorInfo(name, dtype, shape, 0, _WIDTH[dtype] * math.prod(shape))
+
+
+def _vera_tensors(chosen: Adapted, rank: int, *, projections: bool) -> Iterator[TensorInfo]:
+    for name, layer in chosen.layers.items():
+        yield _tensor(f"{_KEY_PREFIX}{name}.vera_lambda_b", (layer.out_features,))
+        yield _tensor(f"{_KEY_PREFIX}{name}.vera_lambda_d", (rank,))
+    if projections:
+        yield _tensor("base_model.vera_A", (rank, chosen.max_in))
+        yield _tensor("base_model.vera_B", (chosen.max_out, rank))
+
+
+def _lora_tensors(layers: Mapping[str, Linear], rank: int) -> Iterator[TensorInfo]:
+    for name, layer in layers.items():
+        yield _tensor(f"{_KEY_PREFIX}{name}.lora_A.weight", (rank, layer.in_features))
+        yield _tensor(f"{_KEY_PREFIX}{name}.lora_B.weight", (layer.out_features, rank))
+
+
+def _copied_heads(
+    model: ModelLayers, chosen: Adapted, targets: Sequence[str]
+) -> Iterator[TensorInfo]:
+    """Yield the heads that PEFT writes into the file whole, where lm_head itself is a target."""
+    if "lm_head" in targets:
+        for name in model.output_heads & chosen.layers.keys():
+            shape = (chosen.layers[name].out_features, chosen.layers[name].in_features)
+            yield _tensor(f"{_KEY_PREFIX}{name}.base_layer.weight", shape, model.dtype)

@@ -1,0 +1,277 @@
+"""info: what an adapter is, for a person who holds one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vera_convert.adapter import Adapter, open_adapter
+from vera_convert.adapterfolder import is_training_state
+from vera_convert.adaptertensors import StoredProjections
+from vera_convert.config import VeraConfig
+from vera_convert.counting import lora_file_bytes, lora_parameters
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.fingerprint import Fingerprint
+from vera_convert.generator import Rounding
+from vera_convert.header import header_bytes, in_order
+from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
+from vera_convert.onbase import BaseWish, Need, OnBase, learn
+from vera_convert.projections import (
+    LOAD_DTYPES,
+    Meant,
+    as_meant,
+    embedded,
+    other_dims,
+    stripped,
+    usual_draw,
+)
+from vera_convert.recognition import Difference, Draw, recognise
+from vera_convert.rules import PROJECTIONS_IGNORED, Finding
+from vera_convert.targets import Linear
+from vera_convert.tensorfile import TensorData
+
+
+@dataclass(frozen=True, slots=True)
+class TargetGroup:
+    """Adapted layers with one last name and one shape; in_features is None without a base."""
+
+    name: str
+    layers: int
+    out_features: int
+    in_features: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Which A and B one range of PEFT versions uses after a load.
+
+    Attributes:
+        peft: the versions.
+        source: ``file`` or ``key``.
+        same_on: the load dtypes of the base on which they are the adapter's own A and B; None
+            where nothing tells what those are.
+    """
+
+    peft: str
+    source: str
+    same_on: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of the weights file in each form; None where nothing tells.
+
+    Attributes:
+        as_is: as it lies there.
+        stripped: what `strip` would write; None where it would refuse.
+        embedded: what `embed` would write.
+        lora: the exact LoRA in float32.
+        merged: the base's weights with the delta added.
+    """
+
+    as_is: int
+    stripped: int | None
+    embedded: int | None
+    lora: int | None
+    merged: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What `info` tells.
+
+    Attributes:
+        location: where the adapter lies.
+        config: its config.
+        groups: its layers, by last name and shape.
+        lambda_dtypes: dtypes of the trained vectors.
+        projections: shape and dtype of the stored A and B, or None.
+        draw: which draw they are; for a stripped adapter, what its fingerprint says.
+        difference: how stored ones differ from the nearest draw.
+        fingerprint: what a strip recorded.
+        effects: what each PEFT uses.
+        replacements: tensors that replace the base's.
+        parameters: trained values in the lambdas.
+        lora_parameters: those of a LoRA of the same rank; None without a base.
+        sizes: bytes in each form.
+        on_base: what is known of the base.
+        findings: warnings and notes.
+    """
+
+    location: Location
+    config: VeraConfig
+    groups: tuple[TargetGroup, ...]
+    lambda_dtypes: tuple[str, ...]
+    projections: StoredProjections | None
+    draw: Draw | None
+    difference: Difference | None
+    fingerprint: Fingerprint | None
+    effects: tuple[Effect, ...]
+    replacements: tuple[str, ...]
+    parameters: int
+    lora_parameters: int | None
+    sizes: Sizes
+    on_base: OnBase
+    findings: tuple[Finding, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers are adapted."""
+        return sum(group.layers for group in self.groups)
+
+
+def info(
+    adapter: str | Path,
+    *,
+    base: BaseWish | None = None,
+    projections: Meant = Meant.AUTO,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> AdapterInfo:
+    """Tell what an adapter is.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        base: what the caller says of the base; done without where it cannot be had.
+        projections: which A and B are meant.
+        revision: the adapter's, on the Hub.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the adapter is malformed.
+        SurroundingsError: it cannot be had or read.
+    """
+    access = access or HubAccess()
+    location = locate(str(adapter), kind="adapter", access=access, revision=revision)
+    location = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert location.folder is not None  # noqa: S101 -- fetched
+    with open_adapter(location.folder) as opened:
+        on_base = learn(opened, base or BaseWish(), access=access, need=Need.HELPFUL)
+        meant = as_meant(opened, on_base, projections)
+        described = _described(meant, location, on_base, projections)
+        opened.check_unchanged()
+    return described
+
+
+def _described(adapter: Adapter, location: Location, on_base: OnBase, meant: Meant) -> AdapterInfo:
+    draw, difference = _origin(adapter)
+    inputs = _inputs(on_base)
+    linears = {
+        module: Linear(layer.out_features, inputs[module])
+        for module, layer in adapter.layers.items()
+        if module in inputs
+    }
+    complete = len(linears) == len(adapter.layers)
+    effects = _effects(adapter, draw, on_base)
+    return AdapterInfo(
+        location=location,
+        config=adapter.config,
+        groups=_groups(adapter, inputs),
+        lambda_dtypes=_lambda_dtypes(adapter),
+        projections=adapter.projections,
+        draw=draw,
+        difference=difference,
+        fingerprint=adapter.fingerprint,
+        effects=effects,
+        replacements=tuple(tensor.name for tensor in adapter.replacements),
+        parameters=sum(layer.out_features + adapter.config.r for layer in adapter.layers.values()),
+        lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
+        sizes=Sizes(
+            as_is=adapter.weights_size,
+            stripped=_stripped_bytes(adapter, on_base, meant),
+            embedded=_embedded_bytes(adapter, on_base, meant),
+            lora=lora_file_bytes(linears, rank=adapter.config.r) if complete else None,
+            merged=on_base.base.weights_size if on_base.base else None,
+        ),
+        on_base=on_base,
+        findings=(
+            *adapter.findings,
+            *on_base.findings,
+            *other_dims(adapter, on_base),
+            *_ignored(adapter, effects),
+        ),
+    )
+
+
+def _origin(adapter: Adapter) -> tuple[Draw | None, Difference | None]:
+    """Return which draw the adapter's projections are, or how they differ from the nearest."""
+    stored, recorded = adapter.projections, adapter.fingerprint
+    if stored is not None:
+        found = recognise(
+            stored.A.array(), stored.B.array(), key=adapter.config.projection_prng_key
+        )
+        return found.draw, found.difference
+    return (recorded.draw if recorded else None), None
+
+
+def _inputs(on_base: OnBase) -> dict[str, int]:
+    """Return in_features by module, as far as the base's headers were read."""
+    if on_base.match is None:
+        return {}
+    return {module: inputs for module, (_, inputs) in on_base.match.shapes.items()}
+
+
+def _groups(adapter: Adapter, inputs: Mapping[str, int]) -> tuple[TargetGroup, ...]:
+    found = Counter(
+        (module.rpartition(".")[2], layer.out_features, inputs.get(module))
+        for module, layer in adapter.layers.items()
+    )
+    return tuple(TargetGroup(name, n, out, width) for (name, out, width), n in found.items())
+
+
+def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
+    return tuple(
+        sorted(
+            {
+                tensor.dtype
+                for layer in adapter.layers.values()
+                for tensor in (layer.lambda_b, layer.lambda_d)
+            }
+        )
+    )
+
+
+def _effects(adapter: Adapter, draw: Draw | None, on_base: OnBase) -> tuple[Effect, ...]:
+    """Tell what each PEFT uses, compared with the stored or recorded projections."""
+    origin = adapter.projections or adapter.fingerprint
+    redrawn: tuple[str, ...] | None = None
+    if origin is not None:
+        redrawn = ()
+        if draw and replace(draw, rounding=Rounding.NONE) == usual_draw(adapter, on_base, origin):
+            redrawn = tuple(
+                dtype for dtype, rounding in LOAD_DTYPES.items() if draw.rounding is rounding
+            )
+    from_key = Effect("0.11 to 0.20", "key", redrawn)
+    if adapter.projections is not None and adapter.config.save_projection:
+        return from_key, Effect("0.21 and later", "file", tuple(LOAD_DTYPES))
+    return from_key, Effect("0.21 and later", "key", redrawn)
+
+
+def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
+    """Warn where no base lets the older PEFTs use what is stored."""
+    if adapter.projections is not None and any(effect.same_on == () for effect in effects):
+        yield PROJECTIONS_IGNORED.at(adapter.place, "what PEFT draws from the key is not A and B.")
+
+
+def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:
+    try:
+        converted = stripped(adapter, on_base, meant=meant, accept_change=True)
+    except CheckpointError:
+        return None
+    return file_size(converted.tensors, converted.metadata)
+
+
+def _embedded_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:
+    try:
+        converted = embedded(adapter, on_base, meant=meant)
+    except (CheckpointError, UsageError):
+        return None
+    return file_size(converted.tensors, converted.metadata)
+
+
+def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of a safetensors file with these tensors."""
+    ordered = in_order(tensors)
+    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
