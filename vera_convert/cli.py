@@ -1,0 +1,725 @@
+"""The command line: parse, call the function of the same name, render, exit.
+
+Nothing heavy is imported before a command needs it; `--help` costs click and nothing more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vera_convert._version import __version__
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
+from vera_convert.files import printable
+from vera_convert.interrupts import Interrupted, signals_raise
+
+if TYPE_CHECKING:
+    from vera_convert.conversion import Conversion
+    from vera_convert.hub import HubAccess
+    from vera_convert.mergeoptions import MergeOptions
+    from vera_convert.migration import TreeMigration
+    from vera_convert.onbase import BaseWish
+    from vera_convert.regeneration import Regenerated
+    from vera_convert.rules import Finding
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+GENERATORS = (
+    "float32-fused",
+    "float32-separate",
+    "float64-fused",
+    "float64-separate",
+    "bfloat16-torch2.11",
+    "bfloat16-torch2.12-fused",
+    "bfloat16-torch2.12-separate",
+    "float16-torch2.11",
+    "float16-torch2.12-fused",
+    "float16-torch2.12-separate",
+)
+"""As `generator.Variant`, repeated here so that `--help` need not load NumPy; a test compares."""
+
+SIZE_UNITS = {
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "B": 1,
+}
+BASE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """``OLD=NEW``: the leading path OLD of a module becomes NEW."""
+
+    name = "OLD=NEW"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Split at the equals sign; one side may be empty."""
+        from vera_convert.naming import parse_key_map
+
+        return parse_key_map(value)
+
+
+class Targets(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """Names, separated by commas."""
+
+    name = "NAME[,NAME]"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Split at commas."""
+        return tuple(name for name in value.split(",") if name)
+
+
+class PeftVersion(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """A version such as 0.13 or 0.13.2."""
+
+    name = "VERSION"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Split at the dots; two or three whole numbers."""
+        parts = value.split(".")
+        if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() for part in parts):
+            self.fail(f"{value!r} is no version such as 0.13 or 0.13.2.")
+        return tuple(map(int, parts))
+
+
+class Size(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """A number of bytes such as 5GB, 500MB or 5GiB, as transformers writes it."""
+
+    name = "SIZE"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Multiply the number by its unit."""
+        for unit, factor in SIZE_UNITS.items():
+            number = value.upper().removesuffix(unit.upper())
+            if number != value.upper() and number.strip().isascii() and number.strip().isdigit():
+                return int(number) * factor
+        return self.fail(f"{value!r} is no size such as 5GB or 500MB.")
+
+
+class WeightedAdapter(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """``ADAPTER`` or ``ADAPTER=W``."""
+
+    name = "ADAPTER[=W]"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """Split at the last equals sign, if a number follows it."""
+        adapter, equals, weight = value.rpartition("=")
+        try:
+            return (adapter, float(weight)) if equals and adapter else (value, 1.0)
+        except ValueError:
+            return value, 1.0
+
+
+# --- options that recur --------------------------------------------------------------------------
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Join option decorators into one, so that help lists them in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else."),
+    click.option("--quiet", is_flag=True, help="Print no result text, only warnings and errors."),
+    click.option(
+        "--progress/--no-progress", default=None, help="Show progress (default: if on a terminal)."
+    ),
+    click.option("--debug", is_flag=True, help="Show a traceback when the command fails."),
+)
+hub_options = _options(
+    click.option(
+        "--revision", metavar="REV", help="The adapter's branch, tag or commit on the Hub."
+    ),
+    click.option("--token", metavar="TOKEN", help="Access token for the Hub (default: HF_TOKEN)."),
+    click.option("--cache-dir", metavar="DIR", help="The Hub's cache (default: HF_HOME)."),
+    click.option("--offline", is_flag=True, help="Use the Hub's cache only; open no connection."),
+)
+base_options = _options(
+    click.option("--base", metavar="MODEL", help="The base model: a folder or a repo on the Hub."),
+    click.option("--base-revision", metavar="REV", help="The base's branch, tag or commit."),
+    click.option(
+        "--base-dtype",
+        type=click.Choice(BASE_DTYPES),
+        help="The dtype that the base is loaded in; it decides the rounding of A and B.",
+    ),
+    click.option(
+        "--key-map",
+        "key_map",
+        type=KeyMap(),
+        multiple=True,
+        help="Rename leading paths of the adapter's modules.",
+    ),
+)
+dims_options = _options(
+    click.option("--in-features", type=click.IntRange(min=1), help="Columns of A, without a base."),
+    click.option("--out-features", type=click.IntRange(min=1), help="Rows of B, without a base."),
+)
+projections_option = click.option(
+    "--projections",
+    type=click.Choice(("auto", "file", "key")),
+    default="auto",
+    show_default=True,
+    help="Which A and B are meant: auto, as PEFT 0.21; file, the stored; key, the key's.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace an OUT of the same kind.")
+accept_option = click.option(
+    "--accept-change",
+    is_flag=True,
+    help="Strip also what PEFT would draw otherwise, if embed can restore it.",
+)
+generator_option = click.option(
+    "--generator",
+    type=click.Choice(GENERATORS),
+    help="How PyTorch drew A and B (default: float32-fused).",
+)
+out_argument = click.argument("out", type=click.Path(path_type=Path))
+adapter_argument = click.argument("adapter")
+
+
+def _access(options: Mapping[str, Any]) -> HubAccess:
+    from vera_convert.hub import HubAccess
+
+    cache_dir = options["cache_dir"]
+    return HubAccess(
+        token=options["token"],
+        cache_dir=Path(cache_dir) if cache_dir else None,
+        offline=options["offline"],
+        progress=options["progress"] is not False and not options["quiet"],
+    )
+
+
+def _base_wish(options: Mapping[str, Any]) -> BaseWish:
+    from vera_convert.onbase import BaseWish
+
+    return BaseWish(
+        model=options.get("base"),
+        revision=options.get("base_revision"),
+        dtype=options.get("base_dtype"),
+        in_features=options.get("in_features"),
+        out_features=options.get("out_features"),
+        key_map=tuple(options.get("key_map", ())),
+    )
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vera-convert", message="%(prog)s %(version)s")
+def program() -> None:
+    """Check, strip, embed and convert VeRA adapters, bit for bit and without PyTorch."""
+
+
+@program.command()
+@adapter_argument
+@base_options
+@projections_option
+@hub_options
+@output_options
+def info(adapter: str, **options: Any) -> None:
+    """Say what ADAPTER is: rank, targets, projections, sizes.
+
+    ADAPTER is a folder or a repo on the Hub, org/name[@revision][/subfolder].
+    """
+    from vera_convert.formats import info_document, info_text
+    from vera_convert.projections import Meant
+    from vera_convert.summary import info as summarise
+
+    result = summarise(
+        adapter,
+        base=_base_wish(options),
+        projections=Meant(options["projections"]),
+        revision=options["revision"],
+        access=_access(options),
+    )
+    _show(options, result.findings, info_text(result), lambda: info_document(result))
+
+
+@program.command()
+@adapter_argument
+@out_argument
+@base_options
+@projections_option
+@accept_option
+@force_option
+@hub_options
+@output_options
+def strip(adapter: str, out: Path, **options: Any) -> None:
+    """Drop A and B of ADAPTER if they are proven to be redrawable; write OUT."""
+    from vera_convert.conversion import strip as run
+    from vera_convert.projections import Meant
+
+    result = run(
+        adapter,
+        out,
+        base=_base_wish(options),
+        projections=Meant(options["projections"]),
+        accept_change=options["accept_change"],
+        force=options["force"],
+        revision=options["revision"],
+        access=_access(options),
+    )
+    _show_conversion("strip", options, result)
+
+
+@program.command()
+@adapter_argument
+@out_argument
+@base_options
+@dims_options
+@generator_option
+@projections_option
+@force_option
+@hub_options
+@output_options
+def embed(adapter: str, out: Path, **options: Any) -> None:
+    """Draw A and B of ADAPTER again and store them; write OUT."""
+    from vera_convert.conversion import embed as run
+    from vera_convert.generator import Variant
+    from vera_convert.projections import Meant
+
+    result = run(
+        adapter,
+        out,
+        base=_base_wish(options),
+        generator=Variant(options["generator"]) if options["generator"] else None,
+        projections=Meant(options["projections"]),
+        force=options["force"],
+        revision=options["revision"],
+        access=_access(options),
+    )
+    _show_conversion("embed", options, result)
+
+
+@program.command()
+@out_argument
+@click.option("--for", "adapter", metavar="ADAPTER", help="Draw as this adapter has them.")
+@click.option("--rank", type=int, help="Rows of A, columns of B.")
+@dims_options
+@click.option("--key", type=int, default=None, help="The seed (default: 0).")
+@generator_option
+@click.option(
+    "--round",
+    "rounding",
+    type=click.Choice(("bf16", "fp16")),
+    help="Round as a base of this type does.",
+)
+@base_options
+@force_option
+@hub_options
+@output_options
+def regenerate(out: Path, **options: Any) -> None:
+    """Draw the two shared matrices alone and write them to OUT, a .safetensors file.
+
+    Give --rank, --in-features and --out-features, or --for ADAPTER.
+    """
+    from vera_convert.formats import regenerated_document, regenerated_text
+
+    result = _regenerated(out, options)
+    _show(
+        options,
+        result.findings,
+        regenerated_text(result),
+        lambda: regenerated_document(result),
+    )
+
+
+def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
+    from vera_convert.generator import Rounding, Variant
+    from vera_convert.regeneration import regenerate, regenerate_for
+
+    generator = Variant(options["generator"]) if options["generator"] else None
+    alone = ("rank", "in_features", "out_features", "key", "rounding")
+    of_adapter = ("base", "base_revision", "base_dtype", "key_map", "revision")
+    if options["adapter"] is not None:
+        _refuse_together("--for", options, alone)
+        return regenerate_for(
+            options["adapter"],
+            out,
+            base=_base_wish(options),
+            generator=generator,
+            force=options["force"],
+            revision=options["revision"],
+            access=_access(options),
+        )
+    missing = [name for name in alone[:3] if options[name] is None]
+    if missing:
+        names = ", ".join(map(_option_name, missing))
+        raise UsageError(f"{names} must be given, or --for ADAPTER.")
+    _refuse_together("--rank", options, of_adapter)
+    return regenerate(
+        out,
+        rank=options["rank"],
+        in_features=options["in_features"],
+        out_features=options["out_features"],
+        key=options["key"] or 0,
+        generator=generator or Variant.FLOAT32_FUSED,
+        rounding=Rounding(options["rounding"] or "none"),
+        force=options["force"],
+    )
+
+
+def _refuse_together(given: str, options: Mapping[str, Any], others: tuple[str, ...]) -> None:
+    clashing = [name for name in others if options[name] not in (None, ())]
+    if clashing:
+        names = ", ".join(map(_option_name, clashing))
+        raise UsageError(f"{given} says it already: leave {names} out.")
+
+
+def _option_name(name: str) -> str:
+    return "--round" if name == "rounding" else f"--{name.replace('_', '-')}"
+
+
+@program.command()
+@adapter_argument
+@out_argument
+@click.option(
+    "--to",
+    type=click.Choice(("embedded", "stripped", "asis")),
+    required=True,
+    help="With A and B stored, without, or as it is.",
+)
+@click.option("--recursive", is_flag=True, help="ADAPTER is a tree of adapters; rebuild it in OUT.")
+@click.option(
+    "--peft-version",
+    type=PeftVersion(),
+    help="Make the config readable for this PEFT, such as 0.13.",
+)
+@base_options
+@projections_option
+@accept_option
+@force_option
+@hub_options
+@output_options
+def migrate(adapter: str, out: Path, **options: Any) -> None:
+    """Bring ADAPTER to the current form and to a mode; say every change; write OUT."""
+    from vera_convert.migration import Mode, migrate, migrate_tree
+    from vera_convert.projections import Meant
+
+    wishes: dict[str, Any] = {
+        "to": Mode(options["to"]),
+        "base": _base_wish(options),
+        "projections": Meant(options["projections"]),
+        "accept_change": options["accept_change"],
+        "peft_version": options["peft_version"],
+        "force": options["force"],
+        "access": _access(options),
+    }
+    if options["recursive"]:
+        if options["revision"] is not None:
+            raise UsageError("--recursive takes a folder, which has no --revision.")
+        _show_tree(options, migrate_tree(adapter, out, **wishes))
+    else:
+        result = migrate(adapter, out, revision=options["revision"], **wishes)
+        _show_conversion("migrate", options, result)
+
+
+def _show_tree(options: Mapping[str, Any], result: TreeMigration) -> None:
+    from vera_convert.formats import tree_document, tree_text
+
+    for name, conversion in result.done.items():
+        _warn(conversion.findings, f"{printable(name)}: ")
+    for name, error in result.failed.items():
+        _say(f"error: {printable(name)}: {_reason(error)}", err=True)
+    _print(options, tree_text(result), lambda: tree_document(result))
+    if result.failed:
+        raise click.exceptions.Exit(CheckpointError.status)
+
+
+@program.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A model's config.json.",
+)
+@click.option("--base", metavar="MODEL", help="A model: a folder or a repo on the Hub.")
+@click.option("--base-revision", metavar="REV", help="The base's branch, tag or commit.")
+@click.option("--rank", type=int, required=True, help="The rank of the adapter.")
+@click.option(
+    "--target",
+    "targets",
+    type=Targets(),
+    multiple=True,
+    help="Layers to adapt, as in target_modules, or all-linear (default: PEFT's for the model).",
+)
+@hub_options
+@output_options
+def count(**options: Any) -> None:
+    """Count trainable parameters and bytes of an adapter, VeRA beside LoRA, before training."""
+    from vera_convert.counting import count as run
+    from vera_convert.formats import count_document, count_text
+    from vera_convert.modellayers import layers_of_base, layers_of_config_file
+
+    if (options["config_file"] is None) == (options["base"] is None):
+        raise UsageError("give one of --base and --config.")
+    if options["base"] is not None:
+        access = _access(options)
+        model = layers_of_base(options["base"], revision=options["base_revision"], access=access)
+    else:
+        model = layers_of_config_file(options["config_file"])
+    targets = [name for names in options["targets"] for name in names]
+    result = run(model, rank=options["rank"], targets=targets)
+    _show(options, (), count_text(result), lambda: count_document(result))
+
+
+@program.command()
+@adapter_argument
+@out_argument
+@base_options
+@projections_option
+@generator_option
+@click.option("--weight", type=float, default=1.0, help="Factor of ADAPTER's delta (default: 1).")
+@click.option(
+    "--add", type=WeightedAdapter(), multiple=True, help="Add the delta of another adapter."
+)
+@click.option("--tied", type=click.Choice(("add", "untie")), help="What becomes of a tied head.")
+@click.option("--dtype", type=click.Choice(BASE_DTYPES), help="Write float tensors in this type.")
+@click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
+@click.option("--jobs", type=int, help="Threads (default: one for each core, eight at most).")
+@click.option(
+    "--check", is_flag=True, help="Look at all values; compare what comes back from disk."
+)
+@click.option("--checksums", is_flag=True, help="Record the SHA-256 of every file.")
+@click.option(
+    "--resume", is_flag=True, help="Continue a failed run; keep what is done if this fails."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@force_option
+@hub_options
+@output_options
+def merge(adapter: str, out: Path, **options: Any) -> None:
+    """Add ADAPTER's delta to its base's weights; write OUT, a complete model.
+
+    Shard by shard, in memory that does not grow with the model, and without PyTorch.
+    """
+    from vera_convert.mergetext import merge_document, merge_text
+    from vera_convert.merging import merge as run
+
+    with _progress(options, "merged") as progress:
+        result = run(
+            adapter,
+            out,
+            base=_base_wish(options),
+            options=_merge_options(options),
+            revision=options["revision"],
+            access=_access(options),
+            progress=progress,
+        )
+    _show(options, result.findings, merge_text(result), lambda: merge_document(result))
+
+
+def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
+    from vera_convert.generator import Variant
+    from vera_convert.mergeinputs import AdapterWish
+    from vera_convert.mergeoptions import MergeOptions
+    from vera_convert.mergeparts import Tied
+    from vera_convert.projections import Meant
+
+    same = ("weight", "dtype", "max_shard_size", "jobs", "check", "checksums", "resume", "dry_run")
+    return MergeOptions(
+        add=tuple(AdapterWish(adapter, weight) for adapter, weight in options["add"]),
+        projections=Meant(options["projections"]),
+        generator=Variant(options["generator"]) if options["generator"] else None,
+        tied=Tied(options["tied"]) if options["tied"] else None,
+        force=options["force"],
+        **{name: options[name] for name in same},
+    )
+
+
+@contextmanager
+def _progress(options: Mapping[str, Any], what: str) -> Iterator[Callable[[int, int], None]]:
+    """Draw a bar of bytes on a terminal, or where it is asked for."""
+    wanted = options["progress"]
+    if wanted is None:
+        wanted = sys.stderr is not None and sys.stderr.isatty() and not options["quiet"]
+        wanted = wanted and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    if not wanted:
+        yield lambda _done, _of: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False) as bar:
+
+        def show(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _show_conversion(command: str, options: Mapping[str, Any], result: Conversion) -> None:
+    from vera_convert.formats import conversion_document, conversion_text
+
+    _show(
+        options,
+        result.findings,
+        conversion_text(result),
+        lambda: conversion_document(command, result),
+    )
+
+
+# --- what is printed, and how it ends ------------------------------------------------------------
+
+
+def _show(
+    options: Mapping[str, Any],
+    findings: Sequence[Finding],
+    text: str,
+    document: Callable[[], Mapping[str, object]],
+) -> None:
+    """Print warnings to stderr and the result to stdout."""
+    _warn(findings)
+    _print(options, text, document)
+
+
+def _warn(findings: Sequence[Finding], before: str = "") -> None:
+    for finding in findings:
+        if finding.severity == "warning":
+            _say(f"warning: {before}{finding}", err=True)
+
+
+def _print(
+    options: Mapping[str, Any], text: str, document: Callable[[], Mapping[str, object]]
+) -> None:
+    if options["as_json"]:
+        _print_document(document())
+    elif not options["quiet"]:
+        _say(text)
+
+
+def _print_document(document: Mapping[str, object]) -> None:
+    import json
+
+    _say(json.dumps(document, indent=2))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print a text; a reader that went away does not undo what was done."""
+    with suppress(BrokenPipeError):
+        click.echo(text, err=err)
+
+
+def _reason(error: VeraConvertError) -> str:
+    """Return the one line that says why a command failed."""
+    more = ""
+    if isinstance(error, CheckpointError) and len(error.findings) > 1:
+        more = f" (and {len(error.findings) - 1} more)"
+    return f"{error}{more}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with the status that the contract gives to its outcome."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("vera_convert").addHandler(_WarningLines())
+    try:
+        with signals_raise():
+            _leave(_run(arguments))
+    except Interrupted as interruption:
+        _interrupted(interruption.status)
+    except KeyboardInterrupt:
+        _interrupted(130)
+
+
+class _WarningLines(logging.Handler):
+    """Shows what the library logs as warnings like any other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"warning: {printable(record.getMessage())}", err=True)
+
+
+def _interrupted(status: int) -> None:
+    _say("error: interrupted; no output is left.", err=True)
+    _leave(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the program and return its exit status; nothing but an interruption gets out.
+
+    Not by way of click's own `main`, which takes any signal for SIGINT.
+    """
+    try:
+        with program.make_context("vera-convert", [*arguments]) as context:
+            program.invoke(context)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message(), err=True)
+        return UsageError.status
+    except Exception as error:  # noqa: BLE001 -- the last one that can keep a traceback from users
+        if isinstance(error.__cause__, KeyboardInterrupt):  # met while a class was being made
+            raise error.__cause__ from None
+        _show_traceback(arguments)
+        return _refuse(_explained(error), arguments)
+    return 0
+
+
+def _explained(error: Exception) -> VeraConvertError:
+    """Return a failure of whatever kind as one of ours."""
+    if isinstance(error, VeraConvertError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f" See {context.command_path} --help." if context else ""
+        # Letter by letter: nothing of it is to be cut.
+        return UsageError("".join(map(printable, error.format_message())) + hint)
+    if isinstance(error, MemoryError):
+        return SurroundingsError("there is not enough memory for this.")
+    if isinstance(error, OSError):
+        return SurroundingsError(printable(str(error)))
+    return SurroundingsError(
+        f"this is a mistake of vera-convert itself, please report it with what --debug shows: "
+        f"{type(error).__name__}: {printable(str(error))}"
+    )
+
+
+def _refuse(error: VeraConvertError, arguments: list[str]) -> int:
+    """Say why a command failed and return the status that stands for it."""
+    if "--json" in arguments:
+        from vera_convert.formats import error_document
+
+        _print_document(error_document(error))
+    _say(f"error: {_reason(error)}", err=True)
+    return error.status
+
+
+def _show_traceback(arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        import traceback
+
+        traceback.print_exc()
+
+
+def _leave(status: int) -> None:
+    """Flush and exit; a reader that went away does not undo what was written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        # Python would flush again at exit and turn its failure into a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)
