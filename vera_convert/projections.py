@@ -505,13 +505,14 @@ def as_tensors(
     A, B = materialised(drawn)
     if stored is not None:
         A, B = A[:, : stored[0]], B[: stored[1]]
-    kind = NUMPY_DTYPE[dtype]
-    if not all(
-        np.array_equal(matrix.astype(kind).astype(matrix.dtype), matrix) for matrix in (A, B)
-    ):
-        dtype, kind = "F32", np.dtype(np.float32)
-    return StoredProjections(
-        from_array(A_NAME, A.astype(kind), dtype), from_array(B_NAME, B.astype(kind), dtype)
+    if not (_is_exact_in(A, NUMPY_DTYPE[dtype]) and _is_exact_in(B, NUMPY_DTYPE[dtype])):
+        dtype = "F32"
+    return StoredProjections(from_array(A_NAME, A, dtype), from_array(B_NAME, B, dtype))
+
+
+def _is_exact_in(matrix: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    return matrix.dtype == dtype or bool(
+        np.array_equal(matrix.astype(dtype).astype(matrix.dtype), matrix)
     )
 
 
