@@ -1,8 +1,8 @@
 """strip and embed of an adapter of 7B size, beside `cp -r` and a sync of the same bytes.
 
-The adapter is that of a Llama 7B with all linear layers but the head at r = 256: 28 MB, of which A
-and B are 22. Whole processes are timed, interleaved, and the medians compared; memory is the peak of
-the process.
+The adapter is that of a Llama 7B with all linear layers but the head at r = 256: 28 MB, of which
+A and B are 22. Whole processes are timed, interleaved, and the medians compared; memory is the
+peak of the process.
 """
 
 from __future__ import annotations
