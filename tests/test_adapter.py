@@ -12,12 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import HIDDEN, RANK, good_adapter
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adaptertensors import is_below, replaced_name
+from vera_convert.adaptertensors import is_below, replaced_name, sort_tensors
+from vera_convert.config import VeraConfig
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.rules import Severity
+from vera_convert.tensorfile import from_array
 
 MODEL = "base_model.model."
 ATTENTION = f"{MODEL}model.layers.0.self_attn."
@@ -272,3 +277,54 @@ def test_a_target_in_some_layers_only_is_told(
             f"self_attn.{target} is adapted in {count} layers." for target, count in said.items()
         }
         assert {finding.code for finding in adapter.findings} <= {"V226"}
+
+
+ELEMENTS = st.sampled_from(
+    """
+    base_model model layers 0 1 self_attn q_proj lm_head embed_tokens score base_layer weight bias
+    vera_A vera_B vera_lambda_b vera_lambda_d vera_lambda_c vera_C lora_A default _orig_mod
+    modules_to_save
+    """.split()  # noqa: SIM905 -- words read best as a text
+)
+NAMES = st.lists(ELEMENTS, min_size=1, max_size=6).map(".".join) | st.builds(
+    "base_model.model.model.layers.{}.{}.{}".format,
+    st.integers(0, 2),
+    st.sampled_from(["q_proj", "v_proj"]),
+    st.sampled_from(["vera_lambda_b", "vera_lambda_d", "vera_A", "weight", "base_layer.bias"]),
+)
+SHAPES = st.sampled_from([(), (0,), (4,), (16,), (4, 16), (16, 4), (4, 1), (1, 4), (2, 2, 2)])
+CONFIGS = st.builds(
+    VeraConfig,
+    r=st.just(4),
+    save_projection=st.booleans(),
+    bias=st.sampled_from(["none", "all", "vera_only"]),
+    modules_to_save=st.none() | st.just(("score",)),
+    task_type=st.sampled_from([None, "SEQ_CLS"]),
+)
+
+
+PAIR = {"base_model.vera_A": (4, 16), "base_model.vera_B": (16, 4)}
+
+
+@given(st.dictionaries(NAMES, SHAPES, max_size=4), st.sampled_from([{}, PAIR]), CONFIGS)
+def test_no_tensor_is_without_a_meaning(
+    more: dict[str, tuple[int, ...]], pair: dict[str, tuple[int, ...]], config: VeraConfig
+) -> None:
+    layer = f"{ATTENTION}q_proj.vera_lambda_"
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}b": (16,), f"{layer}d": (4,)} | pair | more
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    found = sort_tensors([from_array(name, array) for name, array in arrays.items()], config)
+    if any(finding.severity is Severity.ERROR for finding in found.findings):
+        return
+    lambdas = [t for layer in found.layers.values() for t in (layer.lambda_b, layer.lambda_d)]
+    stored = [found.projections.A, found.projections.B] if found.projections else []
+    sorted_ones = [t.name for t in (*lambdas, *stored, *found.repeated, *found.replacements)]
+    assert sorted(sorted_ones) == sorted(shapes)
+    assert found.layers
+    for adapted in found.layers.values():
+        assert adapted.lambda_d.shape == (4,)
+        assert len(adapted.lambda_b.shape) == 1
+    if found.projections:
+        assert found.projections.A.shape[0] == found.projections.B.shape[1] == 4
+        tallest = max(adapted.out_features for adapted in found.layers.values())
+        assert found.projections.out_features >= tallest

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -149,13 +148,12 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
         WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, content.tensors, content.metadata),
     }
     sides = side_files(content.folder, not_fetched=content.not_fetched)
-    with ExitStack() as stack:
-        for name in sides.carried:
-            source = stack.enter_context(open_local(content.folder / name, within=content.folder))
+    for name in sides.carried:  # one after the other: there may be more than can be open at once
+        with open_local(content.folder / name, within=content.folder) as source:
             written[name] = _copy(source, folder / name)
             source.check_unchanged()
-        _read_back(folder, written)
-        content.check_unchanged()
+    _read_back(folder, written)
+    content.check_unchanged()
     return sides
 
 
