@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from adapters import HIDDEN, KEY, OUTPUTS, RANK
 from bases import tiny_base
-from defects import CONFIG, DEFECTS, WEIGHTS, Defect, Spoiler, edit_config
+from defects import CONFIG, DEFECTS, WEIGHTS, Defect, Spoiler, edit_config, join_weights
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -287,7 +287,8 @@ def all_lambdas_are_gone(folder: Path) -> None:
 
 @spoiled("V201")
 def all_tensors_are_gone(folder: Path) -> None:
-    all_of(tensors(lambda _: {}), fields({"save_projection": False}))(folder)
+    fields({"save_projection": False})(folder)
+    join_weights(folder, {"__metadata__": {"format": "pt"}}, b"")
 
 
 register("V202", {"lambda_b_is_gone": Q_B, "lambda_d_is_gone": Q_D}, without)

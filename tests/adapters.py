@@ -73,7 +73,8 @@ def good_adapter(
     """Write a valid adapter into a new folder, with changes; a tensor that is None is left out."""
     folder.mkdir(parents=True)
     document = {**CONFIG, "save_projection": not stripped, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(document, indent=2, sort_keys=True))
+    text = json.dumps(document, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_bytes(text.encode())
     stored = {**good_tensors(stripped=stripped), **(tensors or {})}
     save_file(
         {name: array for name, array in stored.items() if array is not None},

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DATA
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from vera_convert.conversion import Conversion
 from vera_convert.errors import CheckpointError
+from vera_convert.onbase import BaseWish
 
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -34,6 +38,17 @@ def metadata(folder: Path) -> dict[str, str]:
     """The metadata of the adapter's weights."""
     with safe_open(folder / WEIGHTS, "np") as file:
         return dict(file.metadata())
+
+
+def base_of(folder: Path) -> BaseWish:
+    """The base that a fixture was made on."""
+    expected = json.loads((folder / "expected.json").read_bytes())
+    return BaseWish(str(DATA / "fixtures" / expected["base"]))
+
+
+def codes(result: Conversion) -> set[str]:
+    """The codes of what a conversion had to say."""
+    return {finding.code for finding in result.findings}
 
 
 def refusal(act: Callable[[], object]) -> str:

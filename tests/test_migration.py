@@ -362,7 +362,7 @@ def write_tree(tree: Path) -> Path:
     renamed(lambda name: f"_orig_mod.{name}")(good_adapter(tree / "run/checkpoint-300"))
     good_adapter(tree / "run/checkpoint-400", r="4")
     without(A)(good_adapter(tree / "run/checkpoint-500"))
-    good_adapter(tree / "zwölf\n\x1b[31m")
+    good_adapter(tree / "zwölf\u202e")
     (tree / "logs").mkdir()
     (tree / "logs/events.txt").write_text("none of an adapter")
     (tree / "run/checkpoint-100/README.md").write_text("carried")
@@ -378,7 +378,7 @@ def test_the_good_ones_of_a_tree_are_migrated_and_the_bad_ones_told(tmp_path: Pa
         "run/checkpoint-100",
         "run/checkpoint-200",
         "run/checkpoint-300",
-        "zwölf\n\x1b[31m",
+        "zwölf\u202e",
     ]
     assert {name: error.status for name, error in result.failed.items()} == {
         "run/checkpoint-400": 1,

@@ -15,7 +15,8 @@ from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
 from conftest import DATA
 from defects import Spoiler
-from folders import WEIGHTS
+from folders import WEIGHTS, base_of
+from safetensors.numpy import load_file, save
 
 from vera_convert.conversion import embed, strip
 from vera_convert.errors import UsageError
@@ -31,11 +32,6 @@ OLD, NEW = "0.11 to 0.20", "0.21 and later"
 
 def effects(found: AdapterInfo) -> dict[str, tuple[str, tuple[str, ...] | None]]:
     return {effect.peft: (effect.source, effect.same_on) for effect in found.effects}
-
-
-def base_of(folder: Path) -> BaseWish:
-    expected = json.loads((folder / "expected.json").read_bytes())
-    return BaseWish(str(FIXTURES / expected["base"]))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +156,18 @@ def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> No
     assert found.sizes.embedded == done.bytes_after
     model = Path(str(base_of(folder).model)) / "model.safetensors"
     assert found.sizes.merged == model.stat().st_size
+    assert found.sizes.lora == len(save(as_lora(found, folder), {"format": "pt"}))
+
+
+def as_lora(found: AdapterInfo, folder: Path) -> dict[str, Any]:
+    """The tensors of a LoRA in the place of an adapter: zeros, and the heads that it has."""
+    assert found.on_base.match is not None
+    rank, stored = found.config.r, load_file(folder / WEIGHTS)
+    factors = {}
+    for module, (outputs, inputs) in found.on_base.match.shapes.items():
+        factors[f"base_model.model.{module}.lora_A.weight"] = np.zeros((rank, inputs), "f4")
+        factors[f"base_model.model.{module}.lora_B.weight"] = np.zeros((outputs, rank), "f4")
+    return factors | {name: stored[name] for name in found.replacements}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it; `--help` costs click and no
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -499,6 +500,7 @@ def count(**options: Any) -> None:
     "--add", type=WeightedAdapter(), multiple=True, help="Add the delta of another adapter."
 )
 @click.option("--tied", type=click.Choice(("add", "untie")), help="What becomes of a tied head.")
+@click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
 @click.option("--dtype", type=click.Choice(BASE_DTYPES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
 @click.option("--jobs", type=int, help="Threads (default: one for each core, eight at most).")
@@ -541,7 +543,10 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
     from vera_convert.mergeparts import Tied
     from vera_convert.projections import Meant
 
-    same = ("weight", "dtype", "max_shard_size", "jobs", "check", "checksums", "resume", "dry_run")
+    same = (
+        *("weight", "dtype", "dequantize", "max_shard_size", "jobs"),
+        *("check", "checksums", "resume", "dry_run"),
+    )
     return MergeOptions(
         add=tuple(AdapterWish(adapter, weight) for adapter, weight in options["add"]),
         projections=Meant(options["projections"]),
@@ -600,8 +605,8 @@ def _show(
 
 def _warn(findings: Sequence[Finding], before: str = "") -> None:
     for finding in findings:
-        if finding.severity == "warning":
-            _say(f"warning: {before}{finding}", err=True)
+        if finding.severity != "error":
+            _say(f"{finding.severity}: {before}{finding}", err=True)
 
 
 def _print(
@@ -636,7 +641,9 @@ def _reason(error: VeraConvertError) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with the status that the contract gives to its outcome."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.getLogger("vera_convert").addHandler(_WarningLines())
+    logging.getLogger("vera_convert").addHandler(_WARNING_LINES)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr has it: a name can be Chinese
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with signals_raise():
             _leave(_run(arguments))
@@ -651,6 +658,9 @@ class _WarningLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(f"warning: {printable(record.getMessage())}", err=True)
+
+
+_WARNING_LINES = _WarningLines()  # one alone, however often `main` is called
 
 
 def _interrupted(status: int) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from vera_convert.config import MAX_RANK, VeraConfig
 from vera_convert.errors import UsageError
 from vera_convert.files import printable
+from vera_convert.header import Entry, TensorInfo, header_bytes
 from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, is_all_linear
-from vera_convert.tensorfile import TensorInfo, header_bytes
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."
@@ -187,12 +187,20 @@ def vera_file_bytes(chosen: Adapted, *, rank: int, projections: bool) -> int:
     return _file_bytes(_vera_tensors(chosen, rank, projections=projections))
 
 
-def lora_file_bytes(layers: Mapping[str, Linear], *, rank: int) -> int:
-    """Return the size of `adapter_model.safetensors` of a LoRA in float32 on these layers."""
-    return _file_bytes(_lora_tensors(layers, rank))
+def lora_file_bytes(
+    layers: Mapping[str, Linear], *, rank: int, beside: Iterable[Entry] = ()
+) -> int:
+    """Return the size of `adapter_model.safetensors` of a LoRA in float32 on these layers.
+
+    Args:
+        layers: what it adapts.
+        rank: of its factors.
+        beside: other tensors in the file, such as heads.
+    """
+    return _file_bytes((*_lora_tensors(layers, rank), *beside))
 
 
-def _file_bytes(tensors: Iterable[TensorInfo]) -> int:
+def _file_bytes(tensors: Iterable[Entry]) -> int:
     infos = list(tensors)
     return len(header_bytes(infos, _METADATA)) + sum(info.nbytes for info in infos)
 

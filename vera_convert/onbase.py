@@ -142,11 +142,16 @@ def learn(adapter: Adapter, wish: BaseWish, *, access: HubAccess, need: Need) ->
         known = _from_base(adapter, location, wish, access)
     elif need is not Need.NONE:
         known = _from_name(adapter, wish, access, vital=need is Need.VITAL)
-    return known if wish.dtype is None else _loaded_in(known, wish.dtype)
+    return known if wish.dtype is None else loaded_in(known, wish.dtype)
 
 
-def _loaded_in(known: OnBase, dtype: str) -> OnBase:
-    """Let the dtype that was given decide the rounding, whatever the headers left open."""
+def loaded_in(known: OnBase, dtype: str) -> OnBase:
+    """Return what is known of a base that is loaded in this dtype, whatever its headers say.
+
+    Args:
+        known: what its headers say.
+        dtype: as torch or as safetensors names it.
+    """
     settled = tuple(f for f in known.findings if f.rule is not ROUNDING_UNCLEAR)
     rounding = ROUNDING_OF_DTYPE[dtype]
     return replace(known, rounding=rounding, roundings=(), findings=settled)

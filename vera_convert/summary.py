@@ -182,7 +182,9 @@ def _described(adapter: Adapter, location: Location, on_base: OnBase, meant: Mea
             as_is=adapter.weights_size,
             stripped=_stripped_bytes(adapter, on_base, meant),
             embedded=_embedded_bytes(adapter, on_base, meant),
-            lora=lora_file_bytes(linears, rank=adapter.config.r) if complete else None,
+            lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
+            if complete
+            else None,
             merged=on_base.base.weights_size if on_base.base else None,
         ),
         on_base=on_base,

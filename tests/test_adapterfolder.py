@@ -1,0 +1,186 @@
+"""What lies beside an adapter's weights, and how a new folder is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from adapters import good_adapter
+from folders import everything
+
+from vera_convert import adapterfolder
+from vera_convert.adapterfolder import is_adapter, is_training_state, side_files
+from vera_convert.conversion import strip
+from vera_convert.errors import SurroundingsError
+from vera_convert.files import LocalFile
+
+posix = pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "optimizer.bin",
+        "optimizer_1.bin",
+        "optimizer.safetensors",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_7.pth",
+        "random_states_0.pkl",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "mp_rank_00_model_states.pt",
+    ],
+)
+def test_the_state_of_a_training_run_is_left_out(name: str) -> None:
+    assert is_training_state(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "trainer_state.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "modeling.py",
+        "my_optimizer.pt.txt",
+        "adapter_model.bin.md",
+        "OPTIMIZER.txt",
+    ],
+)
+def test_everything_else_is_carried(name: str) -> None:
+    assert not is_training_state(name)
+
+
+def test_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    for name in (
+        "README.md",
+        "z.txt",
+        "deep/er/notes.txt",
+        "optimizer.pt",
+        "global_step5/mp_rank_00_model_states.pt",
+        ".hidden",
+        ".git/config",
+        "deep/.hidden",
+        "adapter_model.bin",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    good_adapter(folder / "checkpoint-1")
+    (folder / "checkpoint-1" / "more.txt").write_text("of another adapter")
+    (folder / "empty").mkdir()
+    found = side_files(folder)
+    assert found.carried == ("README.md", "deep/er/notes.txt", "z.txt")
+    assert found.left_out == (
+        "adapter_model.bin",
+        "global_step5/mp_rank_00_model_states.pt",
+        "optimizer.pt",
+    )
+    assert found.outside == ()
+
+
+@posix
+def test_links_are_carried_as_their_contents_if_they_stay_inside(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "real.txt").write_text("content")
+    (folder / "linked.txt").symlink_to("real.txt")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "absolute").symlink_to(tmp_path / "secret")
+    (folder / "relative").symlink_to("../secret")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "nowhere").symlink_to("gone")
+    (folder / "circle").symlink_to("circle")
+    (folder / "folder").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(folder / "pipe")
+    strip(folder, tmp_path / "out")
+    found = side_files(folder)
+    assert found.carried == ("linked.txt", "real.txt")
+    assert found.outside == ("absolute", "relative")
+    assert everything(tmp_path / "out").keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "linked.txt",
+        "real.txt",
+    }
+    assert not (tmp_path / "out" / "linked.txt").is_symlink()
+    assert (tmp_path / "out" / "linked.txt").read_text() == "content"
+
+
+@posix
+def test_a_folder_of_the_hubs_cache_is_an_adapter_like_any_other(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    snapshot = repo / "snapshots" / ("c" * 40)
+    made = good_adapter(tmp_path / "made")
+    (made / "README.md").write_text("card")
+    (repo / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(made.iterdir())):
+        path.rename(repo / "blobs" / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    strip(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+@posix
+def test_more_files_than_can_be_open_at_once_are_carried(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    folder = good_adapter(tmp_path / "adapter")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = Path("/proc/self/fd")
+    used = len([*opened.iterdir()]) if opened.exists() else 64
+    for number in range(60):
+        (folder / f"{number}.txt").write_text("")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limits[1]))
+    try:
+        strip(folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(everything(tmp_path / "out")) == 62
+
+
+def test_what_comes_back_otherwise_from_the_disk_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "README.md").write_text("card")
+    copy = adapterfolder._copy
+
+    def rotten(source: LocalFile, target: Path) -> str:
+        digest = copy(source, target)
+        target.write_text("dard")
+        return digest
+
+    monkeypatch.setattr(adapterfolder, "_copy", rotten)
+    with pytest.raises(SurroundingsError, match=r"README\.md came back .* with other bytes"):
+        strip(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@posix
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "README.md").write_text("card")
+    (folder / "README.md").chmod(0o400)
+    before = os.umask(0o027)
+    try:
+        strip(folder, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o640"}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_an_adapters_folder_is_known_by_its_config(tmp_path: Path) -> None:
+    assert is_adapter(good_adapter(tmp_path / "adapter"))
+    assert not is_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").mkdir()
+    assert not is_adapter(tmp_path)
