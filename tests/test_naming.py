@@ -10,7 +10,7 @@ from vera_convert.basemodel import BaseModel, BaseTensor, read_base
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.header import TensorInfo
 from vera_convert.hub import HubAccess, Location
-from vera_convert.naming import Strategy, match_modules, match_replacements, parse_key_map
+from vera_convert.naming import match_modules, match_replacements, parse_key_map
 
 Shape = Sequence[int]
 
@@ -116,14 +116,17 @@ def test_a_key_map_that_contradicts_a_prefix_is_ambiguous() -> None:
     assert "--key-map =tower" in text
 
 
-def test_renames_join_the_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def llava(module: str) -> str:
-        return module.replace("model.language_model.", "language_model.model.")
-
-    monkeypatch.setattr("vera_convert.naming.RENAMES", (Strategy("llava-4.52", llava),))
-    layers = {"model.language_model.layers.0.self_attn.q_proj": 8}
-    match = match_modules(layers, base_of(llama("language_model.model.")))
-    assert match.strategy == "llava-4.52"
+def test_renames_join_the_prefixes() -> None:
+    base = base_of(llama("language_model.model."), model_type="llava")
+    of_head = {"model.language_model.layers.0.self_attn.q_proj": 8}
+    match = match_modules(of_head, base)
+    assert match.strategy == "names of Llava since transformers 4.52"
+    without_head = {"language_model.layers.0.self_attn.q_proj": 8}
+    tensor = "language_model.model.layers.0.self_attn.q_proj.weight"
+    match = match_modules(without_head, base)
+    assert match.tensors == {"language_model.layers.0.self_attn.q_proj": tensor}
+    assert match.strategy == 'prefix "model." added, names of Llava since transformers 4.52'
+    assert match.undo(tensor.removesuffix(".weight")) == "language_model.layers.0.self_attn.q_proj"
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
@@ -18,6 +19,9 @@ from itertools import islice, takewhile
 from vera_convert.basemodel import BaseModel, Orientation
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files import printable
+from vera_convert.layouts import other_layout
+from vera_convert.quantised import is_packed, packed_weight, quantised_targets
+from vera_convert.renames import model_types, views
 from vera_convert.rules import (
     HEAD_TIED,
     NAMES_AMBIGUOUS,
@@ -58,18 +62,19 @@ class Strategy:
 
     Attributes:
         name: how output and messages call it.
-        rename: from the module's path in the adapter to its path in the base's files.
+        rename: from the module's path in the adapter to its path in the base's files; None for a
+            name that is of another strategy.
+        undo: the other way round; None for what the adapter's model does not have.
         key_map: the OLD=NEW that does the same; empty if there is none.
     """
 
     name: str
-    rename: Callable[[str], str]
+    rename: Callable[[str], str | None]
+    undo: Callable[[str], str | None]
     key_map: str = ""
 
 
-AS_THEY_ARE = Strategy("names as they are", str)
-RENAMES: tuple[Strategy, ...] = ()
-"""Renames between versions of transformers, inverted; tried together with the prefixes."""
+AS_THEY_ARE = Strategy("names as they are", str, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class Match:
         tied: the modules that are an output head without a tensor of its own; theirs is the
             embedding's.
         rename: the strategy as a function of a module's path.
+        undo: the other way round; None for what the adapter's model does not have.
     """
 
     strategy: str
@@ -91,7 +97,8 @@ class Match:
     shapes: Mapping[str, tuple[int, int]]
     conv1d: frozenset[str]
     tied: frozenset[str]
-    rename: Callable[[str], str]
+    rename: Callable[[str], str | None]
+    undo: Callable[[str], str | None]
 
 
 def match_modules(
@@ -144,13 +151,19 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         CheckpointError: two of them replace the same tensor.
     """
     targets: dict[str, str] = {}
+    # Layers may fit as they are although the module beside them is called otherwise.
+    ways: list[Callable[[str], str | None]] = [
+        match.rename,
+        str,
+        *(view.path_on_disk for view in views(base)),
+    ]
     for name in names:
         module, _, parameter = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
         module = re.sub(r"(^|\.)base_layer$", "", module)
-        renamed, plain = (
-            ".".join(filter(None, (path, parameter))) for path in (match.rename(module), module)
-        )
-        target = renamed if renamed in base.tensors else plain
+        paths = (path for way in ways if (path := way(module)) is not None)
+        there = (".".join(filter(None, (path, parameter))) for path in paths)
+        plain = ".".join(filter(None, (module, parameter)))
+        target = next(filter(base.tensors.__contains__, there), plain)
         if target in targets.values():
             first = next(other for other, taken in targets.items() if taken == target)
             reason = f'"{printable(first)}" and "{printable(name)}" both replace it.'
@@ -198,14 +211,6 @@ def shared_embedding(base: BaseModel, shape: tuple[int, int]) -> str | None:
 # --- strategies ----------------------------------------------------------------------------------
 
 
-def _add(prefix: str, module: str) -> str:
-    return f"{prefix}.{module}"
-
-
-def _remove(prefix: str, module: str) -> str:
-    return module.removeprefix(f"{prefix}.")
-
-
 def _replace(old: str, new: str, module: str) -> str:
     """Replace the leading path `old` by `new`, element by element; other modules stay."""
     if old and module != old and not module.startswith(f"{old}."):
@@ -214,21 +219,57 @@ def _replace(old: str, new: str, module: str) -> str:
     return ".".join(filter(None, (new, rest)))
 
 
-def _prefix_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strategy]:
+def _put_back(old: str, new: str, path: str) -> str | None:
+    """Undo `_replace`."""
+    module = _replace(new, old, path)
+    return module if _replace(old, new, module) == path else None
+
+
+def _known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strategy]:
+    """Yield prefixes, renamings between releases of transformers, and the one upon the other."""
+    names = {name.partition(".")[0] for name in base.tensors}
+    yield from _prefix_strategies(layers, names, base)
+    for view in views(base):
+        renaming = Strategy(view.name, view.path_on_disk, view.in_memory.get)
+        yield renaming
+        names = {path.partition(".")[0] for path in view.on_disk}
+        for prefix in _prefix_strategies(layers, names, base):
+            yield _both(prefix, renaming)
+
+
+def _both(first: Strategy, second: Strategy) -> Strategy:
+    """Return what the second strategy makes of what the first makes of a path."""
+
+    def rename(module: str) -> str | None:
+        between = first.rename(module)
+        return None if between is None else second.rename(between)
+
+    def undo(path: str) -> str | None:
+        between = second.undo(path)
+        return None if between is None else first.undo(between)
+
+    name = f"{first.name}, {second.name}"
+    return Strategy(name, rename, undo)
+
+
+def _prefix_strategies(
+    layers: Iterable[str], in_base: AbstractSet[str], base: BaseModel
+) -> Iterator[Strategy]:
     """Yield the prefixes that a class with a head adds to the names of the model below it."""
-    own = {(base.model_type or "").replace("-", "_")}
+    own = {(kind or "").replace("-", "_") for kind in model_types(base.config)}
     known = (BASE_PREFIXES | own) - {""}
-    in_base = dict.fromkeys(name.partition(".")[0] for name in base.tensors)
-    in_adapter = dict.fromkeys(module.partition(".")[0] for module in layers)
-    for prefix in filter(known.__contains__, in_base):
-        yield Strategy(f'prefix "{prefix}." added', partial(_add, prefix), f"={prefix}")
-    for prefix in filter(known.__contains__, in_adapter):
-        yield Strategy(f'prefix "{prefix}." removed', partial(_remove, prefix), f"{prefix}=")
+    in_adapter = {module.partition(".")[0] for module in layers}
+    for prefix in sorted(known & in_base):
+        yield _key_map_strategy("", prefix, name=f'prefix "{prefix}." added')
+    for prefix in sorted(known & in_adapter):
+        yield _key_map_strategy(prefix, "", name=f'prefix "{prefix}." removed')
 
 
-def _key_map_strategy(old: str, new: str) -> Strategy:
+def _key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:
     text = printable(f"{old}={new}")
-    return Strategy(f"--key-map {text}", partial(_replace, old, new), text)
+    return Strategy(
+        name or f"--key-map {text}", partial(_replace, old, new), partial(_put_back, old, new), text
+    )
 
 
 def _hints(module: str, base: BaseModel) -> Iterator[Strategy]:
@@ -291,10 +332,12 @@ class _Matcher:
 
     def try_out(self, strategy: Strategy, layers: Mapping[str, int]) -> _Trial:
         """Apply a strategy to every layer and hold names and shapes against the base."""
-        wanted = {module: f"{strategy.rename(module)}.weight" for module in layers}
-        tensors = {module: name for module, name in wanted.items() if name in self.base.tensors}
+        found = {module: self._weight(strategy.rename(module)) for module in layers}
+        tensors = {module: name for module, name in found.items() if name is not None}
         missing = tuple(module for module in layers if module not in tensors)
-        problems = [*self._clashes(tensors), *self._no_matrices(tensors)]
+        packed = [name for name in tensors.values() if is_packed(self.base, name)]
+        problems = [*self._clashes(tensors)]
+        problems += quantised_targets(self.base, packed) if packed else self._no_matrices(tensors)
         if missing or problems:
             return _Trial(strategy, tensors, missing, tuple(problems), {}, frozenset())
         conv1d = self._conv1d(tensors, layers)
@@ -304,6 +347,13 @@ class _Matcher:
         }
         problems = [*self._other_shapes(tensors, shapes, layers)]
         return _Trial(strategy, tensors, (), tuple(problems), shapes, conv1d)
+
+    def _weight(self, path: str | None) -> str | None:
+        """Return the weight of a layer in the base's files, packed or not, if there is one."""
+        name = f"{path}.weight"
+        if path is None or name in self.base.tensors:
+            return None if path is None else name
+        return packed_weight(self.base, path)
 
     def _clashes(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
         owner: dict[str, str] = {}
@@ -365,7 +415,7 @@ def _choose(
     plain = matcher.try_out(AS_THEY_ARE, layers)
     if not plain.missing:
         return plain
-    others = [*_prefix_strategies(layers, matcher.base), *RENAMES]
+    others = _known_strategies(layers, matcher.base)
     trials = [matcher.try_out(strategy, layers) for strategy in others]
     mapped = [matcher.try_out(_key_map_strategy(*pair), layers) for pair in dict.fromkeys(key_map)]
     known, given = _complete(trials), [trial for trial in mapped if trial.is_complete]
@@ -433,6 +483,7 @@ def _match(
         conv1d=trial.conv1d,
         tied=frozenset(heads),
         rename=trial.strategy.rename,
+        undo=trial.strategy.undo,
     )
 
 
@@ -441,6 +492,9 @@ def _refusal(matcher: _Matcher, layers: Mapping[str, int], trial: _Trial) -> lis
     if not trial.missing:
         return [*trial.problems[:_MOST_FINDINGS]]
     base, module = matcher.base, trial.missing[0]
+    known = other_layout(trial.missing, base)
+    if known is not None:
+        return [known]
     nearest = next(iter(_nearest(module, base)), "")
     reason = (
         f"{len(trial.tensors)}/{len(layers)} layers have a tensor there ({trial.strategy.name}). "

@@ -1024,6 +1024,50 @@ LAYER_OF_SEVERAL = Rule(
     "Merge with PEFT in the release of transformers that the adapter was trained with.",
 )
 
+QUANTISED_TARGET = Rule(
+    "V550",
+    ERROR,
+    "layers of the adapter are quantised in the base",
+    "Quantised values are too coarse to add to: most of the delta would be lost, or all of it.",
+    "Merge into the original model in 16 or 32 bits that this base was made from. If the base is "
+    "fp8 with its scales beside the weights, --dequantize makes a 16-bit model of it.",
+)
+QUANTISED_ELSEWHERE = Rule(
+    "V551",
+    NOTE,
+    "other layers of the base are quantised",
+    "They are copied as they are, and the config goes on saying how they are to be read.",
+    "Nothing need be done: every layer that the adapter changes holds 16 or 32 bits.",
+)
+SCALE_MISSING = Rule(
+    "V552",
+    ERROR,
+    "a quantised tensor of the base has no scale",
+    "Its values mean nothing without one.",
+    "Download the base again, or merge into the original model in 16 or 32 bits.",
+)
+SCALE_UNKNOWN = Rule(
+    "V553",
+    ERROR,
+    "the scales of a quantised tensor are laid out in an unknown way",
+    "Known are one scale for the tensor, for each row, or for each block of rows and columns.",
+    "Merge into the original model in 16 or 32 bits that this base was made from.",
+)
+NOT_DEQUANTISABLE = Rule(
+    "V554",
+    ERROR,
+    "the base is quantised in a way that cannot be undone here",
+    "--dequantize undoes fp8 (E4M3 and E5M2) alone, and all of it or nothing.",
+    "Merge into the original model in 16 or 32 bits that this base was made from.",
+)
+DEQUANTISED = Rule(
+    "V555",
+    NOTE,
+    "the fp8 weights of the base become 16-bit ones",
+    "Their scales and what the config says of them are left out with them.",
+    "Nothing need be done; the result is about twice as large as the base.",
+)
+
 MODEL_TYPE_UNKNOWN = Rule(
     "V560",
     ERROR,
