@@ -29,7 +29,8 @@ from vera_convert.fingerprint import METADATA_KEY, from_text
 from vera_convert.generator import Rounding, Variant
 from vera_convert.hub import HubAccess
 from vera_convert.onbase import BaseWish, Need, learn
-from vera_convert.projections import Meant, embedded
+from vera_convert.projections import Meant
+from vera_convert.transforms import embedded
 
 FIXTURES = DATA / "fixtures"
 ADAPTERS = sorted(path.parent for path in FIXTURES.glob("*/*/adapter_config.json"))

@@ -23,10 +23,11 @@ from vera_convert.adaptertensors import A_NAME, WEIGHTS_NAME
 from vera_convert.generator import Variant
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
 from vera_convert.onbase import BaseWish, Need, OnBase, learn
-from vera_convert.projections import Converted, Meant, embedded, stripped
+from vera_convert.projections import Meant
 from vera_convert.publish import check_out
 from vera_convert.recognition import Draw
 from vera_convert.rules import Finding
+from vera_convert.transforms import Converted, embedded, stripped
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,17 +24,12 @@ from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files import printable
 from vera_convert.hub import HubAccess, locate
 from vera_convert.onbase import BaseWish, Need, OnBase, learn
-from vera_convert.projections import (
-    Converted,
-    Meant,
-    as_it_is,
-    embedded,
-    other_dims,
-    stripped,
-)
+from vera_convert.projections import Meant
+from vera_convert.proof import other_dims
 from vera_convert.publish import staged_folder
 from vera_convert.repairs import Repairs
 from vera_convert.tensorfile import from_array
+from vera_convert.transforms import Converted, as_it_is, embedded, stripped
 
 
 class Mode(StrEnum):

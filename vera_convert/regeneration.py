@@ -19,11 +19,12 @@ from vera_convert.generator import Rounding, Variant, check_key
 from vera_convert.header import read_header
 from vera_convert.hub import HubAccess
 from vera_convert.onbase import BaseWish, Need, OnBase, learn
-from vera_convert.projections import check_size, embedded, materialised
+from vera_convert.projections import check_size, materialised
 from vera_convert.publish import sha256_of, staged_file
 from vera_convert.recognition import Draw, recognise
 from vera_convert.rules import Finding
 from vera_convert.tensorfile import from_array, write_tensors
+from vera_convert.transforms import embedded
 
 
 @dataclass(frozen=True, slots=True)

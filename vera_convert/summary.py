@@ -18,19 +18,13 @@ from vera_convert.generator import Rounding
 from vera_convert.header import header_bytes, in_order
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
 from vera_convert.onbase import BaseWish, Need, OnBase, learn
-from vera_convert.projections import (
-    LOAD_DTYPES,
-    Meant,
-    as_meant,
-    embedded,
-    other_dims,
-    stripped,
-    usual_draw,
-)
+from vera_convert.projections import LOAD_DTYPES, Meant, as_meant, usual_draw
+from vera_convert.proof import other_dims
 from vera_convert.recognition import Difference, Draw, recognise
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
 from vera_convert.targets import Linear
 from vera_convert.tensorfile import TensorData
+from vera_convert.transforms import embedded, stripped
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,159 @@
+"""The shape of the package: who may import whom, and what a start must not load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vera_convert"
+
+LAYERS = """
+_version schemas
+rules errors files
+generator recognition delta halves blocks
+jsonediting header tensorfile
+interrupts filesystem container publish
+inputs outputs finishing jobs assembling journal
+weightfiles reponame remotefile hubcalls hub
+config patterns targets architectures
+adaptertensors fingerprint adapterfolder adapter repairs
+basemodel modelfolder modellayers renamerules renames layouts quantised naming onbase
+projections proof transforms ineffect conversion regeneration migration
+dequantising mergeparts mergeplan mergereport mergeinputs mergeoptions modelcard provenance
+mergeoutput mergejob merging
+counting summary formats mergetext
+with_torch
+__init__ cli __main__
+""".split()  # noqa: SIM905 - drawn as it is meant
+"""The modules in order: each may import those before it, and no other."""
+
+ONLY_IN = {
+    "click": {"cli"},
+    "huggingface_hub": {"hubcalls"},
+    "torch": {"with_torch"},
+    "transformers": {"with_torch"},
+}
+"""Libraries that one place alone knows."""
+
+ALLOWED = {
+    "rules": set[str](),
+    "errors": set[str](),
+    "schemas": set[str](),
+    "architectures": set[str](),
+    "generator": {"numpy", "ml_dtypes"},
+}
+"""Modules that promise to get by with little beside the standard library."""
+
+LATE = {"huggingface_hub", "torch", "transformers"}
+"""Libraries that only functions import: they cost seconds, or may be missing."""
+
+NOT_AT_START = {"huggingface_hub", "httpx", "peft", "requests", "safetensors.torch", "torch"} | {
+    "transformers"
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module by its place under the package, a folder's as one."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name] = ast.parse(path.read_bytes(), filename=str(path))
+    return found
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that the code under `tree` imports, by full name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert node.level == 0, "relative imports hide which layer is meant"
+            if node.module == "vera_convert":
+                yield from (f"vera_convert.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def imports_on_loading(tree: ast.Module) -> Iterator[str]:
+    """Every module that is imported when the module itself is: none in functions."""
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                continue
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.ClassDef():
+                yield from imports_on_loading(ast.Module(node.body, []))
+            case _:
+                yield from imports(node)
+
+
+MODULES = modules()
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {name.split(".")[0] for name in MODULES} <= set(LAYERS)
+    assert len(LAYERS) == len(set(LAYERS))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_layers_above_its_own(module: str) -> None:
+    own = LAYERS.index(module.split(".", maxsplit=1)[0])
+    for name in imports(MODULES[module]):
+        if name.startswith("vera_convert."):
+            other = name.split(".")[1]
+            # `from vera_convert import __version__` names no module
+            layer = LAYERS.index(other) if other in LAYERS else LAYERS.index("__init__")
+            assert layer < own or other == module.split(".", maxsplit=1)[0], (
+                f"{module} imports {other}"
+            )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_library_is_imported_only_where_it_belongs(module: str) -> None:
+    own = module.split(".", maxsplit=1)[0]
+    used = {name.split(".")[0] for name in imports(MODULES[module])}
+    libraries = used - set(sys.stdlib_module_names) - {"vera_convert"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = project["dependencies"] + project["optional-dependencies"]["torch"]
+    assert libraries <= {requirement.split(">=")[0] for requirement in promised}
+    assert libraries <= ALLOWED.get(own, libraries)
+    for library in libraries:
+        assert own in ONLY_IN.get(library, {own})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_slow_to_load_is_loaded_in_functions(module: str) -> None:
+    if not module.startswith("with_torch."):
+        assert LATE.isdisjoint(name.split(".")[0] for name in imports_on_loading(MODULES[module]))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import vera_convert",
+        "from vera_convert.cli import main; sys.argv[1:] = ['--help']; main()",
+        "from vera_convert.cli import main; sys.argv[1:] = ['info', '--help']; main()",
+    ],
+)
+def test_a_start_loads_nothing_heavy(start: str) -> None:
+    code = f"""
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))
+{start}
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(json.loads(run.stderr))
+    assert "vera_convert" in loaded
+    assert NOT_AT_START.isdisjoint(loaded)
