@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 
@@ -182,14 +183,21 @@ else:
                 raise
 
 
-def sync_tree(path: Path) -> None:
-    """Bring every file at or below `path` to the disk, then every folder, innermost first."""
+def sync_tree(path: Path, *, synced: AbstractSet[Path] = frozenset()) -> None:
+    """Bring every file at or below `path` to the disk, then every folder, innermost first.
+
+    Args:
+        path: a file or folder.
+        synced: files that are there already.
+    """
+    if path in synced:
+        return
     if not stat.S_ISDIR(path.lstat().st_mode):
         # Windows syncs only what is open for writing.
         _sync(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | NO_FOLLOW)
         return
     for inner in path.iterdir():
-        sync_tree(inner)
+        sync_tree(inner, synced=synced)
     sync_folder(path)
 
 

@@ -78,18 +78,20 @@ def staged_file(
         yield staged.folder
 
 
-class Continued:
-    """What a run that can be continued stages, and what of it an earlier run left.
+class Staged:
+    """What a run stages, and what of it an earlier run left.
 
     Attributes:
-        folder: what is to become OUT.
+        folder: what is to become OUT; for a file, a path at which nothing is yet.
         journal: a file of the run's own, beside the folder; what is in it survives with the folder.
-        worth_keeping: whether a failure leaves the two for a later run; set by the run.
+        synced: files that the run has brought to the disk itself, and not touched since.
+        worth_keeping: whether a failure leaves folder and journal for a later run; set by the run.
     """
 
     def __init__(self, folder: Path, journal: Path) -> None:
         self.folder = folder
         self.journal = journal
+        self.synced: set[Path] = set()
         self.worth_keeping = False
 
     def keep_only(self, names: Collection[str]) -> None:
@@ -101,20 +103,21 @@ class Continued:
 
 
 @contextmanager
-def continued_folder(
+def staged_run(
     out: Path,
     *,
+    continues: bool,
     force: bool = False,
     inputs: Sequence[Path] = (),
     is_own: Callable[[Path], bool],
-) -> Iterator[Continued]:
-    """Do as `staged_folder`, for a run that continues where an earlier one for `out` failed.
+) -> Iterator[Staged]:
+    """Do as `staged_folder`, for a run that syncs files itself, and may be continued by another.
 
     If the block fails or is stopped and found its work worth keeping, the hidden folder stays. A
-    later run that can be continued gets it; one that cannot removes it.
+    later run for the same `out` that `continues` gets it; one that does not removes it.
     """
     replacing = _Replacing(allowed=force, is_own=is_own, folder=True)
-    with _staged(out, inputs, replacing, continues=True) as staged:
+    with _staged(out, inputs, replacing, continues=continues) as staged:
         yield staged
 
 
@@ -275,7 +278,7 @@ def _explained(out: Path) -> Iterator[None]:
 @contextmanager
 def _staged(
     out: Path, inputs: Sequence[Path], replacing: _Replacing, *, continues: bool = False
-) -> Iterator[Continued]:
+) -> Iterator[Staged]:
     container, staged = None, None
     with signals_raise(), _explained(out):
         place = _real_place(out)
@@ -288,11 +291,11 @@ def _staged(
             with signals_held():
                 make = Container.continuing if continues else Container.beside
                 container = make(place)
-            staged = Continued(container.new, container.journal)
+            staged = Staged(container.new, container.journal)
             if replacing.folder and not container.new.is_dir():
                 container.new.mkdir()
             yield staged
-            sync_tree(container.new)
+            sync_tree(container.new, synced=staged.synced)
             with signals_held():
                 _publish(container, place, replacing)
                 container.remove()
