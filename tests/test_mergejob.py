@@ -1,0 +1,175 @@
+"""Merges that are published whole, and continued where they were stopped."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import good_adapter
+from folders import everything
+from merges import filled_base, merged_with
+from safetensors.numpy import load_file, save_file
+
+from vera_convert.assembling import Finished
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.journal import Journal, finished_files
+from vera_convert.mergejob import KEPT
+from vera_convert.mergeoutput import check_staged
+
+PREFIX = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "base")
+
+
+# --- publishing and continuing -------------------------------------------------------------------
+
+
+def test_only_a_merged_model_is_replaced(tmp_path: Path, adapter: Path, base: Path) -> None:
+    out = tmp_path / "out"
+    merged_with(adapter, base, out, max_shard_size=3000)
+    with pytest.raises(UsageError, match="exists"):
+        merged_with(adapter, base, out)
+    merged_with(adapter, base, out, force=True)
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
+    with pytest.raises(UsageError, match="not what this command writes"):
+        merged_with(adapter, base, good_adapter(tmp_path / "other"), force=True)
+    for place in (base, base / "out", adapter / "out"):
+        with pytest.raises(UsageError):
+            merged_with(adapter, base, place, force=True)
+
+
+class StopError(Exception):
+    """What stops a merge half way."""
+
+
+def stopped(adapter: Path, base: Path, out: Path, after: int, **options: Any) -> BaseException:
+    """Merge until so many shards are finished; return what came of it."""
+    real, count = Journal.add, itertools.count()
+
+    def add(self: Journal, name: str, finished: Finished) -> None:
+        if next(count) >= after:
+            raise StopError
+        real(self, name, finished)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        with pytest.raises(StopError) as caught:
+            merged_with(adapter, base, out, resume=True, jobs=1, **options)
+    return caught.value
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [*folder.glob(".out.vera-convert-*")]
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "base", shards=4)
+
+
+def test_a_stopped_merge_is_continued(
+    tmp_path: Path, adapter: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged_with(adapter, sharded, tmp_path / "whole", checksums=True)
+    error = stopped(adapter, sharded, tmp_path / "out", after=2, checksums=True)
+    assert error.__notes__ == [KEPT]
+    (kept,) = hidden(tmp_path)
+    assert (kept / "journal").exists()
+    taken: list[int] = []
+
+    def counted(path: Path, folder: Path, identity: str) -> dict[str, Finished]:
+        found = finished_files(path, folder, identity)
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr("vera_convert.mergejob.finished_files", counted)
+    merged_with(adapter, sharded, tmp_path / "out", checksums=True, resume=True, jobs=2)
+    assert taken[0] >= 2
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert not hidden(tmp_path)
+
+
+def test_a_run_that_does_not_continue_removes_what_was_kept(
+    tmp_path: Path, adapter: Path, sharded: Path
+) -> None:
+    stopped(adapter, sharded, tmp_path / "out", after=1)
+    assert hidden(tmp_path)
+    merged_with(adapter, sharded, tmp_path / "elsewhere")
+    assert hidden(tmp_path), "that of another OUT stays"
+    merged_with(adapter, sharded, tmp_path / "out")
+    assert not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["options", "adapter", "base"])
+def test_nothing_is_taken_over_where_an_input_or_option_differs(
+    tmp_path: Path, adapter: Path, sharded: Path, what: str
+) -> None:
+    stopped(adapter, sharded, tmp_path / "out", after=3)
+    options: dict[str, Any] = {}
+    if what == "options":
+        options["weight"] = 0.5
+    elif what == "adapter":
+        shutil.rmtree(adapter)
+        values = {f"{PREFIX}{Q}.vera_lambda_b": np.zeros(16, np.float32)}
+        good_adapter(adapter, tensors=values)
+    else:
+        file = sharded / "model-00002-of-00004.safetensors"
+        tensors = {name: tensor + tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    merged_with(adapter, sharded, tmp_path / "whole", **options)
+    merged_with(adapter, sharded, tmp_path / "out", resume=True, **options)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert not hidden(tmp_path)
+
+
+def test_a_shard_that_was_touched_is_made_again(
+    tmp_path: Path, adapter: Path, sharded: Path
+) -> None:
+    merged_with(adapter, sharded, tmp_path / "whole")
+    stopped(adapter, sharded, tmp_path / "out", after=3)
+    (kept,) = hidden(tmp_path)
+    first = kept / "new/model-00001-of-00004.safetensors"
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    merged_with(adapter, sharded, tmp_path / "out", resume=True)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_of_a_single_file_nothing_is_kept(
+    tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise StopError
+
+    monkeypatch.setattr("vera_convert.mergejob.check_staged", fail)
+    with pytest.raises(StopError):
+        merged_with(adapter, base, tmp_path / "out", resume=True)
+    assert not hidden(tmp_path)
+
+
+def test_an_input_that_changes_meanwhile_is_refused(
+    tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meddle(*given: Any) -> None:
+        check_staged(*given)
+        (base / "generation_config.json").write_text("{ }")
+
+    (base / "generation_config.json").write_text("{}")
+    monkeypatch.setattr("vera_convert.mergejob.check_staged", meddle)
+    with pytest.raises(SurroundingsError, match="changed"):
+        merged_with(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

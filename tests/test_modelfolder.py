@@ -1,0 +1,152 @@
+"""What lies beside a base's weights: carried, left out, or replaced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from adapters import good_adapter
+from folders import everything
+from merges import filled_base, merged_with
+
+from vera_convert.errors import CheckpointError
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "base")
+
+
+# --- what else is in the folder ------------------------------------------------------------------
+
+
+BESIDE = {
+    "generation_config.json": b'{"temperature": 0.1, "do_sample": false}',
+    "tokenizer.json": b"{ }",
+    "tokenizer_config.json": b'{"a": 1}',
+    "chat_template.jinja": b"{{ x }}",
+    "preprocessor_config.json": b"[]",
+    "modeling_own.py": b"raise SystemExit",
+    "LICENSE": b"free",
+    "assets/picture.png": b"\x89PNG",
+}
+OTHERS = [
+    "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "model.onnx",
+    "rust_model.ot",
+    "model.gguf",
+    "weights.npz",
+    "model.tflite",
+    "consolidated.00.pth",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "openvino/openvino_model.xml",
+    "original/params.json",
+    "pytorch_model.bin.index.json",
+    "training_args.bin",
+]
+
+
+def beside(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def test_side_files_are_carried_byte_for_byte(tmp_path: Path, adapter: Path, base: Path) -> None:
+    beside(base, BESIDE | {".hidden": b"", "README.md": b"the base's own card"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = everything(tmp_path / "out")
+    assert {name: found[name] for name in BESIDE} == BESIDE
+    assert found["config.json"] == (base / "config.json").read_bytes()
+    own = {"config.json", "model.safetensors", "README.md", "merge-provenance.json"}
+    assert found.keys() - BESIDE.keys() == own
+    assert done.sides.carried == tuple(sorted(BESIDE))
+    assert not done.findings
+
+
+def test_other_forms_of_the_weights_are_never_copied(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    beside(base, dict.fromkeys(OTHERS, b"x") | {"extra-00001-of-00002.safetensors": b"x"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = everything(tmp_path / "out")
+    own = {"config.json", "model.safetensors", "README.md", "merge-provenance.json"}
+    assert found.keys() == own
+    codes = [finding.code for finding in done.findings]
+    assert codes.count("V539") == 1
+    (listed,) = [finding for finding in done.findings if finding.code == "V539"]
+    assert all(name in listed.reason for name in OTHERS if not name.endswith(".safetensors"))
+    assert {finding.code for finding in done.findings} == {"V539", "V512"}
+
+
+def test_an_adapter_in_the_base_s_folder_is_left_out(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, base / name)
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("adapter_*")]
+    assert [finding.code for finding in done.findings] == ["V540"]
+
+
+def test_parts_with_weights_of_their_own_are_carried(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    dense = {
+        "modules.json": b"[]",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": b"its own",
+        "2_Dense/pytorch_model.bin": b"its own too",
+    }
+    beside(base, dense)
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert dense.items() <= everything(tmp_path / "out").items()
+    assert not done.findings
+    assert "library_name: sentence-transformers" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_adapter_s_own_tokenizer_is_taken_as_a_set(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    beside(base, {"vocab.txt": b"base", "tokenizer_config.json": b"{}", "keep.txt": b"base"})
+    own = {"tokenizer.json": b'{"added_tokens": [{"id": 31}]}', "special_tokens_map.json": b"{}"}
+    beside(adapter, own | {"notes.txt": b"not taken"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = everything(tmp_path / "out")
+    assert own.items() <= found.items()
+    assert found["keep.txt"] == b"base"
+    assert not {"vocab.txt", "tokenizer_config.json", "notes.txt"} & found.keys()
+    assert done.tokenizer == tuple(sorted(own))
+
+
+def test_a_chat_template_alone_is_no_tokenizer(tmp_path: Path, adapter: Path, base: Path) -> None:
+    beside(adapter, {"chat_template.jinja": b"x", "tokenizer_config.json": b"{}"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert done.tokenizer == ()
+    assert not (tmp_path / "out/chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": b'{"added_tokens": [{"id": 32}]}'},
+        {"vocab.json": b"{}", "added_tokens.json": b'{"<x>": 32}'},
+        {"vocab.json": b"{}", "tokenizer_config.json": b'{"added_tokens_decoder": {"32": {}}}'},
+    ],
+)
+def test_a_token_without_a_row_is_refused_with_both_numbers(
+    tmp_path: Path, adapter: Path, base: Path, files: dict[str, bytes]
+) -> None:
+    beside(adapter, files)
+    with pytest.raises(CheckpointError, match=r"V541 .*largest token is 32.* has 32 rows"):
+        merged_with(adapter, base, tmp_path / "out")
