@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vera_convert"
 LAYERS = """
 _version schemas
 rules errors files
-generator recognition delta halves blocks
+generator recognition delta halves sums blocks
 jsonediting header tensorfile
 interrupts filesystem container publish
 inputs outputs finishing jobs assembling journal
