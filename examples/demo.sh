@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real, trained adapter: described, stripped to a tenth of its size, embedded again to the same bytes.
+# A real, trained adapter: described, stripped to a tenth, embedded to the same bytes, merged.
 # `make demo` runs this with what it needs; the trained adapter is described in tests/data/minilm-vera.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,3 +27,7 @@ printf '\n'
 wc -c "$adapter"/*.safetensors "$out"/*/*.safetensors | sed '$d'
 run cmp "$adapter/adapter_model.safetensors" "$out/embedded/adapter_model.safetensors"
 echo "The very same bytes."
+
+run vera-convert merge "$adapter" "$out/merged" --base "$model" --check
+printf '\nThe merged model is a model like any other; with transformers installed:\n\n'
+printf '    from transformers import AutoModel\n    model = AutoModel.from_pretrained("%s")\n' "$out/merged"

@@ -64,8 +64,8 @@ def test_the_published_file_is_counted_to_the_byte() -> None:
     assert result.vera.file_bytes == 6_821_968
     assert (result.max_in, result.max_out, result.layers) == (3072, 3072, 56)
     assert result.groups == (
-        LayerGroup("q_proj", 3072, 3072, 28),
-        LayerGroup("v_proj", 1024, 3072, 28),
+        LayerGroup("self_attn.q_proj", 3072, 3072, 28),
+        LayerGroup("self_attn.v_proj", 1024, 3072, 28),
     )
 
 
@@ -86,7 +86,7 @@ def test_a_base_counts_by_its_headers_alone() -> None:
     }
     model = layers_from_shapes(shapes, model_type="gpt2")
     result = count(model, rank=4, targets=("all-linear",))
-    assert result.groups == (LayerGroup("c_attn", 96, 32, 1),)
+    assert result.groups == (LayerGroup("attn.c_attn", 96, 32, 1),)
     assert result.source == "the tensors' headers"
 
 

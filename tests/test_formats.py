@@ -114,10 +114,10 @@ base                   org/base (llama)
 rank                   4
 key                    0
 layers                 8
-  down_proj            2 x (80 -> 48)
-  k_proj               2 x (48 -> 24)
-  q_proj               2 x (48 -> 48)
-  v_proj               2 x (48 -> 24)
+  mlp.down_proj        2 x (80 -> 48)
+  self_attn.k_proj     2 x (48 -> 24)
+  self_attn.q_proj     2 x (48 -> 48)
+  self_attn.v_proj     2 x (48 -> 24)
 lambdas                F32
 projections            embedded: A [4, 80], B [48, 4], F32
                        the float32-fused draw of key 0 for r = 4, 80 inputs, 48 outputs, """

@@ -191,12 +191,12 @@ def test_the_size_embedded_is_told_if_it_can_be(
     assert info(folder, base=wish).sizes.embedded == done.bytes_after
 
 
-def test_counts_layers_by_name_and_shape(tmp_path: Path) -> None:
+def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     alone = info(folder)
     assert [(g.name, g.layers, g.out_features, g.in_features) for g in alone.groups] == [
-        ("q_proj", 2, 16, None),
-        ("v_proj", 2, 8, None),
+        ("self_attn.q_proj", 2, 16, None),
+        ("self_attn.v_proj", 2, 8, None),
     ]
     assert alone.parameters == 2 * (16 + RANK) + 2 * (8 + RANK)
     assert alone.lora_parameters is None

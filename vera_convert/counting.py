@@ -15,7 +15,7 @@ from vera_convert.config import MAX_RANK, VeraConfig
 from vera_convert.errors import UsageError
 from vera_convert.files import printable
 from vera_convert.header import Entry, TensorInfo, header_bytes
-from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, is_all_linear
+from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, is_all_linear, kind_of
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."
@@ -24,10 +24,10 @@ _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Adapted layers of one name and one shape.
+    """Adapted layers of one kind and one shape.
 
     Attributes:
-        name: the last element of their paths.
+        name: their paths after the last index.
         out_features: rows of each.
         in_features: columns of each.
         layers: how many there are.
@@ -173,7 +173,7 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
     counted = Counter(
-        (name.rpartition(".")[2], layer.out_features, layer.in_features)
+        (kind_of(name), layer.out_features, layer.in_features)
         for name, layer in layers.items()
     )
     return tuple(LayerGroup(*group, number) for group, number in counted.items())

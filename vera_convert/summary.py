@@ -22,14 +22,14 @@ from vera_convert.projections import LOAD_DTYPES, Meant, as_meant, usual_draw
 from vera_convert.proof import other_dims
 from vera_convert.recognition import Difference, Draw, recognise
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
-from vera_convert.targets import Linear
+from vera_convert.targets import Linear, kind_of
 from vera_convert.tensorfile import TensorData
 from vera_convert.transforms import embedded, stripped
 
 
 @dataclass(frozen=True, slots=True)
 class TargetGroup:
-    """Adapted layers with one last name and one shape; in_features is None without a base."""
+    """Adapted layers of one kind and one shape; in_features is None without a base."""
 
     name: str
     layers: int
@@ -79,7 +79,7 @@ class AdapterInfo:
     Attributes:
         location: where the adapter lies.
         config: its config.
-        groups: its layers, by last name and shape.
+        groups: its layers, by kind and shape.
         lambda_dtypes: dtypes of the trained vectors.
         projections: shape and dtype of the stored A and B, or None.
         draw: which draw they are; for a stripped adapter, what its fingerprint says.
@@ -211,7 +211,7 @@ def _inputs(on_base: OnBase) -> dict[str, int]:
 
 def _groups(adapter: Adapter, inputs: Mapping[str, int]) -> tuple[TargetGroup, ...]:
     found = Counter(
-        (module.rpartition(".")[2], layer.out_features, inputs.get(module))
+        (kind_of(module), layer.out_features, inputs.get(module))
         for module, layer in adapter.layers.items()
     )
     return tuple(TargetGroup(name, n, out, width) for (name, out, width), n in found.items())

@@ -82,6 +82,11 @@ class Adapted:
     max_out: int
 
 
+def kind_of(module: str) -> str:
+    """Return what tells layers of one kind from others: the path after the last index."""
+    return re.split(r"(?:^|\.)\d+\.", module)[-1]
+
+
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
     """Tell which layers of `model` PEFT adapts for `config`, and the dims of the A and B it draws.
 
