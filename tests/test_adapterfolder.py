@@ -10,7 +10,7 @@ from adapters import good_adapter
 from folders import everything
 
 from vera_convert import adapterfolder
-from vera_convert.adapterfolder import is_adapter, is_training_state, side_files
+from vera_convert.adapterfolder import is_training_state, is_written_adapter, side_files
 from vera_convert.conversion import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.files import LocalFile
@@ -180,7 +180,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_an_adapters_folder_is_known_by_its_config(tmp_path: Path) -> None:
-    assert is_adapter(good_adapter(tmp_path / "adapter"))
-    assert not is_adapter(tmp_path)
+    assert is_written_adapter(good_adapter(tmp_path / "adapter"))
+    assert not is_written_adapter(tmp_path)
     (tmp_path / "adapter_config.json").mkdir()
-    assert not is_adapter(tmp_path)
+    assert not is_written_adapter(tmp_path)

@@ -124,7 +124,7 @@ projections            embedded: A [4, 80], B [48, 4], F32
         """rounded to bfloat16
   PEFT 0.11 to 0.20    draws A and B from the key: the same on a bfloat16 base
   PEFT 0.21 and later  uses the stored A and B
-trainable              320 parameters (a LoRA of this rank: 2,944)
+trainable              320 parameters in b and d (a LoRA of this rank: 2,944)
 bytes                  5,416 as it is
   stripped             3,600
   embedded             5,416
@@ -213,7 +213,7 @@ def test_what_became_of_a_tree(tmp_path: Path, schema_errors: SchemaErrors) -> N
     lines = tree_text(result).splitlines()
     assert all(line.isprintable() for line in lines)
     assert lines[-1] == f"wrote 2 of 3 adapters to {tmp_path / 'out'}"
-    assert "NOT MIGRATED: V104" in lines[2]
+    assert "NOT MIGRATED (V104)" in lines[2]
 
 
 def test_a_tree_of_bad_ones_wrote_nothing(tmp_path: Path, schema_errors: SchemaErrors) -> None:

@@ -52,7 +52,7 @@ def test_the_first_job_that_fails_is_the_one_that_is_told(size: int) -> None:
     with pytest.raises(ValueError, match=r"^7$"), Crew(size, lambda: work) as crew:
         crew.run(range(40))
     assert sorted(begun) == [*range(len(begun))], "nothing before a failure is left out"
-    assert len(begun) <= 7 + size
+    assert len(begun) < 40, "a failure ends the rest"
 
 
 def test_all_threads_prepare_at_the_same_time() -> None:
@@ -122,7 +122,7 @@ def test_a_signal_stops_it_after_the_jobs_that_are_begun() -> None:
 
 
 def test_by_default_there_are_a_few_threads() -> None:
-    assert 1 <= default_jobs() <= 8
+    assert 1 <= default_jobs() <= 4
 
 
 def test_a_system_without_affinity_is_asked_for_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,14 +116,19 @@ def test_what_was_merged_once_is_merged_offline(
     assert everything(tmp_path / "out") == before
 
 
-def test_an_input_that_is_replaced_between_two_looks_is_refused(
-    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("appended", [True, False])
+def test_an_input_that_changes_between_two_looks_is_refused(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, appended: bool
 ) -> None:
     base = filled_base(tmp_path / "base")
     other = filled_base(tmp_path / "other", dtype="float64")
 
     def meddle(*given: Any) -> Any:
-        (other / "model.safetensors").replace(base / "model.safetensors")
+        if appended:
+            with (base / "model.safetensors").open("ab") as file:
+                file.write(bytes(10))
+        else:
+            (other / "model.safetensors").replace(base / "model.safetensors")
         return sort_files(*given)
 
     monkeypatch.setattr("vera_convert.mergeinputs.sort_files", meddle)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from adapters import good_adapter
+from adapters import good_adapter, good_tensors
 from folders import everything
 from merges import filled_base, merged_with
 from safetensors.numpy import load_file, save_file
@@ -173,3 +175,53 @@ def test_an_input_that_changes_meanwhile_is_refused(
     with pytest.raises(SurroundingsError, match="changed"):
         merged_with(adapter, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from vera_convert.mergeoptions import MergeOptions
+from vera_convert.merging import merge
+from vera_convert.onbase import BaseWish
+adapter, base, out = sys.argv[1:]
+merge(adapter, out, base=BaseWish(base), options=MergeOptions(jobs=2))
+status = Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def deep(folder: Path, layers: int) -> tuple[Path, Path]:
+    """An adapter and a base of so many layers, each of 1 MB."""
+    values = np.random.default_rng(0)
+    modules = [f"model.layers.{n}.self_attn.q_proj" for n in range(layers)]
+    vectors = {
+        f"{PREFIX}{module}.vera_lambda_{kind}": np.ones(size, np.float32)
+        for module in modules
+        for kind, size in (("b", 512), ("d", 4))
+    }
+    pair = {
+        "base_model.vera_A": values.normal(size=(4, 512)).astype(np.float32),
+        "base_model.vera_B": values.normal(size=(512, 4)).astype(np.float32),
+    }
+    adapter = good_adapter(
+        folder / "adapter", tensors={**dict.fromkeys(good_tensors()), **vectors, **pair}
+    )
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text('{"model_type": "llama"}')
+    weights = {f"{module}.weight": np.zeros((512, 512), np.float32) for module in modules}
+    save_file(weights, folder / "base/model.safetensors")
+    return adapter, folder / "base"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted otherwise elsewhere")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (8, 128):
+        adapter, base = map(str, deep(tmp_path / str(layers), layers))
+        command = [sys.executable, "-c", MEASURED, adapter, base, str(tmp_path / f"out{layers}")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 5

@@ -25,9 +25,9 @@ tags:
 
 # Merged model
 
-The weights of the base plus those of the VeRA adapters, each sum rounded once to the
-type of its tensor. Made by vera-convert {__version__}; `merge-provenance.json` beside
-this card names every input, option and change.
+The weights of the base plus those of the VeRA adapters, each sum rounded once to
+the type of its tensor. Made by vera-convert {__version__}; `merge-provenance.json`
+beside this card names every input, option and change.
 
 | | name | revision | weight |
 | --- | --- | --- | --- |

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from vera_convert.counting import Count, count
     from vera_convert.generator import Rounding, Variant
     from vera_convert.hub import HubAccess
+    from vera_convert.mergeinputs import AdapterWish
+    from vera_convert.mergeoptions import MergeOptions
+    from vera_convert.mergeparts import Tied
+    from vera_convert.merging import Merge, merge
     from vera_convert.migration import Mode, TreeMigration, migrate, migrate_tree
     from vera_convert.onbase import BaseWish
     from vera_convert.projections import Meant
@@ -35,20 +39,25 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AdapterInfo": "summary",
+    "AdapterWish": "mergeinputs",
     "BaseWish": "onbase",
     "Conversion": "conversion",
     "Count": "counting",
     "HubAccess": "hub",
     "Meant": "projections",
+    "Merge": "merging",
+    "MergeOptions": "mergeoptions",
     "Mode": "migration",
     "Regenerated": "regeneration",
     "Rounding": "generator",
+    "Tied": "mergeparts",
     "TreeMigration": "migration",
     "Variant": "generator",
     "count": "counting",
     "embed": "conversion",
     "info": "summary",
     "load_schema": "schemas",
+    "merge": "merging",
     "migrate": "migration",
     "migrate_tree": "migration",
     "regenerate": "regeneration",
@@ -59,16 +68,20 @@ _MODULES = {
 
 __all__ = [
     "AdapterInfo",
+    "AdapterWish",
     "BaseWish",
     "CheckpointError",
     "Conversion",
     "Count",
     "HubAccess",
     "Meant",
+    "Merge",
+    "MergeOptions",
     "Mode",
     "Regenerated",
     "Rounding",
     "SurroundingsError",
+    "Tied",
     "TreeMigration",
     "UsageError",
     "Variant",
@@ -78,6 +91,7 @@ __all__ = [
     "embed",
     "info",
     "load_schema",
+    "merge",
     "migrate",
     "migrate_tree",
     "regenerate",

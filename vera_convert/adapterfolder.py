@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from vera_convert.adaptertensors import WEIGHTS_NAME
-from vera_convert.config import CONFIG_NAME
+from vera_convert.config import CONFIG_NAME, read_config
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files import ByteSource, open_local, printable
 from vera_convert.header import read_header
@@ -40,24 +40,27 @@ class SideFiles:
         carried: copied byte for byte, in sorted order.
         left_out: pickled weights and training states, never copied.
         outside: links that lead out of the folder, never followed.
+        adapters: subfolders that are adapters of their own.
     """
 
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     """Sort the files of an adapter's folder; its config and weights are not among them.
 
-    Hidden files and subfolders that are adapters themselves are passed over in silence.
+    Hidden files are passed over in silence.
 
     Args:
         folder: the adapter's.
         not_fetched: files that were left on the Hub; the cache may hold some of them by chance.
     """
     carried, left_out, outside = [], [], []
-    for name in _regular_files(folder):
+    adapters: list[str] = []
+    for name in _regular_files(folder, adapters):
         if name in not_fetched:
             continue
         if is_training_state(PurePosixPath(name).name):
@@ -69,11 +72,14 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
                 outside.append(name)
             else:
                 carried.append(name)
-    return SideFiles(tuple(carried), (*left_out, *not_fetched), tuple(outside))
+    return SideFiles(tuple(carried), (*left_out, *not_fetched), tuple(outside), tuple(adapters))
 
 
-def _regular_files(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Yield the regular files below a folder, links to files included, in sorted order."""
+def _regular_files(folder: Path, adapters: list[str], prefix: str = "") -> Iterator[str]:
+    """Yield the regular files below a folder, links to files included, in sorted order.
+
+    Subfolders that are adapters themselves are added to `adapters` instead.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
@@ -82,8 +88,10 @@ def _regular_files(folder: Path, prefix: str = "") -> Iterator[str]:
             name = prefix + entry.name
             # A linked folder could lead out of the adapter or round in circles.
             if entry.is_dir(follow_symlinks=False):
-                if not os.path.lexists(Path(entry.path, CONFIG_NAME)):
-                    yield from _regular_files(Path(entry.path), f"{name}/")
+                if os.path.lexists(Path(entry.path, CONFIG_NAME)):
+                    adapters.append(name)
+                else:
+                    yield from _regular_files(Path(entry.path), adapters, f"{name}/")
             elif _is_regular(entry):
                 yield name
     except OSError as error:
@@ -122,9 +130,24 @@ class AdapterContent:
     check_unchanged: Callable[[], None]
 
 
-def is_adapter(folder: Path) -> bool:
-    """Say whether a folder is an adapter's: what ``--force`` may replace by another."""
-    return (folder / CONFIG_NAME).is_file()
+def is_written_adapter(folder: Path) -> bool:
+    """Say whether a folder could have been written by a conversion: what ``--force`` may replace.
+
+    It holds a VeRA adapter, no training state or pickle, and no further adapter below it.
+    """
+    return is_vera(folder) and not (
+        (sides := side_files(folder)).left_out or sides.outside or sides.adapters
+    )
+
+
+def is_vera(folder: Path) -> bool:
+    """Say whether a folder's config is a VeRA adapter's."""
+    try:
+        with open_local(folder / CONFIG_NAME, within=folder) as source:
+            read_config(source)
+    except (CheckpointError, SurroundingsError):
+        return False
+    return True
 
 
 def publish_adapter(
@@ -136,7 +159,7 @@ def publish_adapter(
         UsageError: OUT exists and may not be replaced, or overlaps an input.
         SurroundingsError: the disk fails, or the input changed while it was read.
     """
-    with staged_folder(out, force=force, inputs=inputs, is_own=is_adapter) as staging:
+    with staged_folder(out, force=force, inputs=inputs, is_own=is_written_adapter) as staging:
         return write_adapter(content, staging)
 
 

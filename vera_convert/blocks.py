@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -239,13 +240,18 @@ def _all_finite(values: Array) -> bool:
     Those have the largest bit patterns of either sign, so two looks at the largest integer find
     them: faster than asking each value, and alike in every dtype.
     """
-    size = values.dtype.itemsize
-    infinities = np.array([np.inf, -np.inf], values.dtype)
-    positive, negative = infinities.view(f"i{size}")[0], infinities.view(f"u{size}")[1]
-    return bool(
-        values.view(f"i{size}").max(initial=0) < positive
-        and values.view(f"u{size}").max(initial=0) < negative
+    return all(
+        values.view(integer).max(initial=0) < infinity
+        for integer, infinity in _infinities(values.dtype)
     )
+
+
+@cache
+def _infinities(dtype: np.dtype[Any]) -> tuple[tuple[str, Any], ...]:
+    """Return both infinities of a dtype as the integers that their bits are, with those' dtypes."""
+    signed, unsigned = f"i{dtype.itemsize}", f"u{dtype.itemsize}"
+    both = np.array([np.inf, -np.inf], dtype)
+    return (signed, both.view(signed)[0]), (unsigned, both.view(unsigned)[1])
 
 
 def _raise_not_finite(written: Array, first: int, *, before: Array | None = None) -> None:

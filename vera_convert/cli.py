@@ -81,7 +81,7 @@ class Targets(click.ParamType):  # type: ignore[type-arg] # generic only from cl
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         """Split at commas."""
-        return tuple(name for name in value.split(",") if name)
+        return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 class PeftVersion(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -384,11 +384,11 @@ def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
     )
 
 
-def _refuse_together(given: str, options: Mapping[str, Any], others: tuple[str, ...]) -> None:
+def _refuse_together(given: str, options: Mapping[str, Any], others: Sequence[str]) -> None:
     clashing = [name for name in others if options[name] not in (None, ())]
     if clashing:
         names = ", ".join(map(_option_name, clashing))
-        raise UsageError(f"{given} says it already: leave {names} out.")
+        raise UsageError(f"{names} cannot go with {given}: leave one of them out.")
 
 
 def _option_name(name: str) -> str:
@@ -448,7 +448,7 @@ def _show_tree(options: Mapping[str, Any], result: TreeMigration) -> None:
         _say(f"error: {printable(name)}: {_reason(error)}", err=True)
     _print(options, tree_text(result), lambda: tree_document(result))
     if result.failed:
-        raise click.exceptions.Exit(CheckpointError.status)
+        raise click.exceptions.Exit(min(error.status for error in result.failed.values()))
 
 
 @program.command()
@@ -503,7 +503,7 @@ def count(**options: Any) -> None:
 @click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
 @click.option("--dtype", type=click.Choice(BASE_DTYPES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
-@click.option("--jobs", type=int, help="Threads (default: one for each core, eight at most).")
+@click.option("--jobs", type=int, help="Threads (default: one for each core, four at most).")
 @click.option(
     "--check", is_flag=True, help="Look at all values; compare what comes back from disk."
 )
@@ -697,7 +697,9 @@ def _explained(error: Exception) -> VeraConvertError:
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" See {context.command_path} --help." if context else ""
         # Letter by letter: nothing of it is to be cut.
-        return UsageError("".join(map(printable, error.format_message())) + hint)
+        message = " ".join(error.format_message().split())
+        end = "" if message.endswith(".") else "."
+        return UsageError("".join(map(printable, message)) + end + hint)
     if isinstance(error, MemoryError):
         return SurroundingsError("there is not enough memory for this.")
     if isinstance(error, OSError):

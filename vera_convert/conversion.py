@@ -15,14 +15,14 @@ from vera_convert.adapter import Adapter, Repair, open_adapter
 from vera_convert.adapterfolder import (
     AdapterContent,
     SideFiles,
-    is_adapter,
     is_training_state,
+    is_written_adapter,
     publish_adapter,
 )
 from vera_convert.adaptertensors import A_NAME, WEIGHTS_NAME
 from vera_convert.generator import Variant
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn
+from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import Meant
 from vera_convert.publish import check_out
 from vera_convert.recognition import Draw
@@ -63,7 +63,7 @@ def strip(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     projections: Meant = Meant.AUTO,
     accept_change: bool = False,
     force: bool = False,
@@ -90,7 +90,7 @@ def strip(
     """
     with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
-        on_base = learn(work.adapter, base or BaseWish(), access=work.access, need=need)
+        on_base = learn(work.adapter, wish_of(base), access=work.access, need=need)
         converted = stripped(work.adapter, on_base, meant=projections, accept_change=accept_change)
         return publish(work, converted, on_base)
 
@@ -99,7 +99,7 @@ def embed(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     generator: Variant | None = None,
     projections: Meant = Meant.AUTO,
     force: bool = False,
@@ -124,7 +124,7 @@ def embed(
         SurroundingsError: a file, a repo or the disk fails.
     """
     with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
-        wish = base or BaseWish()
+        wish = wish_of(base)
         need = need_to_embed(work.adapter, wish, projections)
         on_base = learn(work.adapter, wish, access=work.access, need=need)
         converted = embedded(work.adapter, on_base, meant=projections, variant=generator)
@@ -160,13 +160,13 @@ def opened(
     revision: str | None,
     access: HubAccess | None,
     repair: Repair | None = None,
-    is_own: Callable[[Path], bool] = is_adapter,
+    is_own: Callable[[Path], bool] = is_written_adapter,
 ) -> Iterator[Work]:
     """Find and open an adapter, once it is certain that what is made of it may be written."""
     access = access or HubAccess()
     location = locate(str(adapter), kind="adapter", access=access, revision=revision)
     inputs = [location.folder] if location.folder else []
-    folder = is_own is is_adapter
+    folder = is_own is is_written_adapter
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     assert location.folder is not None  # noqa: S101 -- fetched

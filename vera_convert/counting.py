@@ -173,8 +173,7 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
     counted = Counter(
-        (kind_of(name), layer.out_features, layer.in_features)
-        for name, layer in layers.items()
+        (kind_of(name), layer.out_features, layer.in_features) for name, layer in layers.items()
     )
     return tuple(LayerGroup(*group, number) for group, number in counted.items())
 

@@ -110,6 +110,8 @@ def conversion_text(result: Conversion) -> str:
         rows.append(["carried", _listed(sides.carried)])
     if sides.left_out:
         rows.append(["left out", _listed(sides.left_out)])
+    if sides.adapters:
+        rows.append(["passed over", f"adapters of their own: {_listed(sides.adapters)}"])
     if sides.outside:
         rows.append(
             ["not followed", f"links that lead out of the folder: {_listed(sides.outside)}"]
@@ -150,12 +152,17 @@ def conversion_document(command: str, result: Conversion) -> Document:
 
 
 def tree_text(result: TreeMigration) -> str:
-    """What became of a tree of adapters, for people."""
-    rows = [
-        [printable(name), "; ".join(done.changes) or "copied: nothing to change"]
-        for name, done in result.done.items()
-    ]
-    rows += [[printable(name), f"NOT MIGRATED: {error}"] for name, error in result.failed.items()]
+    """What became of a tree of adapters, for people; why the bad ones are bad is told apart."""
+    rows = []
+    for name, done in result.done.items():
+        rows.append([printable(name), "; ".join(done.changes) or "copied: nothing to change"])
+        left_out = (*done.side_files.left_out, *done.side_files.outside)
+        rows += [["", f"left out: {_listed(left_out)}"]] if left_out else []
+    for name, error in result.failed.items():
+        code = error.findings[0].code if isinstance(error, CheckpointError) else "no defect of it"
+        rows.append([printable(name), f"NOT MIGRATED ({code})"])
+    if result.outside:
+        rows.append(["in no adapter", f"left out: {_listed(result.outside)}"])
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
     where = f" to {printable(str(result.out))}" if result.done else ", so nothing"
     return f"{table(rows)}\n{wrote}{where}"
@@ -168,6 +175,7 @@ def tree_document(result: TreeMigration) -> Document:
         "out": str(result.out),
         "done": {name: conversion_document("migrate", done) for name, done in result.done.items()},
         "failed": {name: error_document(error) for name, error in result.failed.items()},
+        "outside": list(result.outside),
     }
 
 
@@ -264,12 +272,13 @@ def _effect_text(effect: Effect) -> str:
 
 def _size_rows(result: AdapterInfo) -> list[list[str]]:
     sizes = result.sizes
+    unknown = "needs the base" if result.on_base.base is None else "refused as it is"
     lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
     return [
-        ["trainable", f"{result.parameters:,} parameters (a LoRA of this rank: {lora})"],
+        ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],
         ["bytes", f"{sizes.as_is:,} as it is"],
         ["  stripped", _bytes_text(sizes.stripped, "cannot be stripped")],
-        ["  embedded", _bytes_text(sizes.embedded, "needs the base")],
+        ["  embedded", _bytes_text(sizes.embedded, unknown)],
         ["  as LoRA", _bytes_text(sizes.lora, "needs the base")],
         ["  merged", _bytes_text(sizes.merged, "needs the base")],
     ]

@@ -128,7 +128,10 @@ def locate(
             f"{printable(text)} is no folder here, nor can it be a repo on the Hub: {error}. "
             "A repo is written org/name, org/name@revision or org/name@revision/subfolder."
         ) from None
-    return _resolve(_with_revision(name, revision), access)
+    try:
+        return _resolve(_with_revision(name, revision), access)
+    except SurroundingsError as error:
+        raise SurroundingsError(f"there is no folder {printable(text)}, and {error}") from error
 
 
 def base_from_config(name: str | None, revision: str | None, access: HubAccess) -> NamedBase:

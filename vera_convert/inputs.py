@@ -8,6 +8,7 @@ from typing import Self
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files import LocalFile, open_local
+from vera_convert.header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +29,20 @@ class InputFile:
     identity: tuple[int, int, int, int, int]
 
     @classmethod
-    def look(cls, path: Path, *, within: Path, head: bytes = b"") -> Self:
+    def look(cls, path: Path, *, within: Path, header: Header | None = None) -> Self:
         """Take a first look at a file.
 
         Args:
             path: where it is.
             within: the folder that no link of it may lead out of.
-            head: what it begins with, if that has been read before.
+            header: what it begins with, if that has been read before.
 
         Raises:
             CheckpointError: it is no regular file, or leads out of its folder.
-            SurroundingsError: it cannot be opened, or begins otherwise than it did.
+            SurroundingsError: it cannot be opened, or is not what its header says any more.
         """
         with open_local(path, within=within) as file:
-            if head and file.read_at(0, min(len(head), file.size)) != head:
+            if header is not None and not _has(file, header):
                 raise SurroundingsError(
                     f"{file.place} changed while it was read. Try again when nothing writes to it."
                 )
@@ -66,3 +67,9 @@ class InputFile:
     def check_unchanged(self) -> None:
         """Raise `SurroundingsError` if it is not what it was at the first look."""
         self.open().close()
+
+
+def _has(file: LocalFile, header: Header) -> bool:
+    """Say whether a file still has this header, and the size that goes with it."""
+    end = header.data_start + max((info.end for info in header.tensors.values()), default=0)
+    return file.size == end and file.read_at(0, header.data_start) == header.raw

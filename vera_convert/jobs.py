@@ -14,12 +14,13 @@ Job = TypeVar("Job")
 
 _LOOK_EVERY = 0.1
 """Seconds between two looks of the waiting thread: a signal is answered, progress is told."""
-_MOST_JOBS = 8
-"""Threads that are started without being asked for; each needs memory of its own."""
+_MOST_JOBS = 4
+"""Threads that are started without being asked for: each needs memory of its own, and the disk
+seldom keeps up with more."""
 
 
 def default_jobs() -> int:
-    """Return how many threads this process may keep busy, eight at most."""
+    """Return how many threads this process may keep busy, four at most."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     return min(os.cpu_count() or 1, _MOST_JOBS)

@@ -16,7 +16,7 @@ from vera_convert.dequantising import Dequantisation, plan_dequantisation
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files import LocalFile, open_local, read_json
 from vera_convert.generator import Variant
-from vera_convert.header import read_header
+from vera_convert.header import Header, read_header
 from vera_convert.hub import (
     HubAccess,
     Location,
@@ -36,6 +36,7 @@ from vera_convert.quantised import quantised_elsewhere, refuse_quantised
 from vera_convert.remotefile import RemoteFile
 from vera_convert.reponame import SCHEME
 from vera_convert.rules import Finding
+from vera_convert.weightfiles import read_weight_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,10 @@ def open_inputs(
             needed = [*model.files, *whole, *sides.carried]
             model = replace(model, location=fetch_base(model.location, access, names=needed))
         find = _Finder(model.location, names)
-        files = {name: find.file(name, header.raw) for name, header in model.files.items()}
+        files = {name: find.file(name, header) for name, header in model.files.items()}
         read_whole = {name: find.file(name) for name in whole} if fetch else {}
         texts = {name: _text(model.location, name, access) for name in whole}
-        _hold_against_config(model, texts.get(sides.config or ""))
+        _hold_against_base(texts, sides, model)
         parts = []
         for wish, location, adapter, on_base in zip(wishes, fetched, adapters, known, strict=True):
             check_vectors(adapter)
@@ -227,16 +228,23 @@ class _Finder:
     location: Location
     sizes: Mapping[str, int]
 
-    def file(self, name: str, head: bytes = b"") -> InputFile:
+    def file(self, name: str, header: Header | None = None) -> InputFile:
         folder = self.location.folder
         if folder is None:
             return InputFile(Path(name), Path(), (0, 0, self.sizes[name], 0, 0))
-        return InputFile.look(folder / name, within=folder, head=head)
+        return InputFile.look(folder / name, within=folder, header=header)
 
 
-def _hold_against_config(base: BaseModel, text: bytes | None) -> None:
-    """Demand that the config that is carried is the one that was understood."""
-    if text is not None and json.loads(text) != base.config:
+def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
+    """Demand that the config and the index that are carried are those that were understood."""
+    changed = False
+    if sides.config is not None:
+        changed = json.loads(texts[sides.config]) != base.config
+    if base.index is not None:
+        document, place = json.loads(texts[base.index]), base.location.label
+        files = {name: tensor.file for name, tensor in base.tensors.items()}
+        changed |= read_weight_map(document, base.index, place=place) != files
+    if changed:
         raise SurroundingsError(
             f"{base.location.label} changed while it was read. Try again when nothing writes to it."
         )

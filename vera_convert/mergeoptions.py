@@ -33,7 +33,7 @@ class MergeOptions:
         tied: what becomes of an output head that shares its tensor with the embedding.
         dequantize: make a base whose weights are fp8 a 16-bit model.
         device: what does the products; `with_torch.compute.on_gpu` makes a GPU's.
-        jobs: threads; None for one for each core, eight at most.
+        jobs: threads; None for one for each core, four at most.
         check: look at all values, and compare what was written with what comes back.
         checksums: take the SHA-256 of every file.
         resume: continue where an earlier run for the same `out` failed, and leave what is finished

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adapterfolder import write_adapter
+from vera_convert.adapterfolder import is_vera, side_files, write_adapter
 from vera_convert.adaptertensors import StoredProjections
 from vera_convert.config import CONFIG_NAME
 from vera_convert.conversion import (
@@ -23,7 +23,7 @@ from vera_convert.conversion import (
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files import printable
 from vera_convert.hub import HubAccess, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn
+from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import Meant
 from vera_convert.proof import other_dims
 from vera_convert.publish import staged_folder
@@ -45,7 +45,7 @@ def migrate(
     out: str | Path,
     *,
     to: Mode,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     projections: Meant = Meant.AUTO,
     accept_change: bool = False,
     peft_version: tuple[int, ...] | None = None,
@@ -79,9 +79,7 @@ def migrate(
     with opened(
         adapter, Path(out), force=force, revision=revision, access=access, repair=repairs
     ) as work:
-        wishes = _Wishes(
-            to, base or BaseWish(), projections, accept_change, peft_version, work.access
-        )
+        wishes = _Wishes(to, wish_of(base), projections, accept_change, peft_version, work.access)
         converted, on_base = _migrated(work.adapter, wishes)
         return publish(work, _with_changes(converted, repairs), on_base)
 
@@ -93,12 +91,14 @@ class TreeMigration:
     Attributes:
         out: the folder under which the good ones were rebuilt; nothing is there if none was good.
         done: the conversions, by path relative to the tree.
+        outside: files and links of the tree that lie in no adapter, and are not carried.
         failed: why the others could not be migrated, by path.
     """
 
     out: Path
     done: dict[str, Conversion]
     failed: dict[str, VeraConvertError]
+    outside: tuple[str, ...] = ()
 
 
 def migrate_tree(
@@ -106,7 +106,7 @@ def migrate_tree(
     out: str | Path,
     *,
     to: Mode,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     projections: Meant = Meant.AUTO,
     accept_change: bool = False,
     peft_version: tuple[int, ...] | None = None,
@@ -122,7 +122,7 @@ def migrate_tree(
         UsageError: `out` exists, or overlaps the tree.
         SurroundingsError: no adapter is there, the disk fails, or an input changed meanwhile.
     """
-    tree, out, base, access = Path(tree), Path(out), base or BaseWish(), access or HubAccess()
+    tree, out, base, access = Path(tree), Path(out), wish_of(base), access or HubAccess()
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
     wishes = _Wishes(to, base, projections, accept_change, peft_version, access)
@@ -130,10 +130,11 @@ def migrate_tree(
     if base.model is not None:  # a wrong one is to be told once, not for each adapter
         location = locate(base.model, kind="base", access=access, revision=base.revision)
         inputs += [location.folder] if location.folder else []
-    result = TreeMigration(out, {}, {})
+    names = tuple(adapters_below(tree))
+    result = TreeMigration(out, {}, {}, tuple(_outside_adapters(tree, names)))
     try:
         with staged_folder(out, force=force, inputs=inputs, is_own=is_tree) as staging:
-            for name in adapters_below(tree):
+            for name in names:
                 _migrate_one(tree, staging, name, wishes, result)
             if not result.done:
                 raise _NothingGood
@@ -207,13 +208,22 @@ def adapters_below(tree: Path, prefix: str = "") -> Iterator[str]:
 
 
 def is_tree(folder: Path) -> bool:
-    """Say whether adapters lie below a folder and no file outside of them."""
-    names = set(adapters_below(folder))
-    return bool(names) and all(
-        any(_lies_in(Path(root).relative_to(folder), name) for name in names)
-        for root, _, files in os.walk(folder)
-        if files
-    )
+    """Say whether `migrate_tree` could have written a folder: VeRA adapters, and no more."""
+    names = tuple(adapters_below(folder))
+    if not names or any(_outside_adapters(folder, names)):
+        return False
+    sides = [side_files(folder / name) for name in names if is_vera(folder / name)]
+    return len(sides) == len(names) and not any(side.left_out or side.outside for side in sides)
+
+
+def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
+    """Yield the files and links below a folder that lie in none of its adapters, in order."""
+    for root, folders, files in os.walk(tree):
+        folders.sort()
+        folder = Path(root).relative_to(tree)
+        linked = [name for name in folders if Path(root, name).is_symlink()]
+        if not any(_lies_in(folder, name) for name in names):
+            yield from (str(folder / name) for name in sorted([*files, *linked]))
 
 
 def _lies_in(path: Path, name: str) -> bool:

@@ -65,6 +65,13 @@ class BaseWish:
     key_map: Sequence[tuple[str, str]] = ()
 
 
+def wish_of(base: BaseWish | str | Path | None) -> BaseWish:
+    """Return what a caller says of the base as a record; a text or a path is the model."""
+    if isinstance(base, BaseWish):
+        return base
+    return BaseWish(model=None if base is None else str(base))
+
+
 @dataclass(frozen=True, slots=True)
 class OnBase:
     """What is known of the base that decides A and B; None is "not known".
@@ -176,7 +183,10 @@ def _from_name(adapter: Adapter, wish: BaseWish, access: HubAccess, *, vital: bo
         return _from_base(adapter, named.location, wish, access)
     except SurroundingsError as error:
         if vital:
-            raise
+            raise SurroundingsError(
+                f"{error} Name the base with --base where it lies here, or give --in-features, "
+                "--out-features and --base-dtype."
+            ) from error
         return OnBase(source=str(error))
     except CheckpointError as error:
         of_base = all(finding.code.startswith(("V0", "V5")) for finding in error.findings)
@@ -273,7 +283,7 @@ def _dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> _D
         raise CheckpointError(
             PROJECTIONS_TOO_NARROW.at(
                 adapter.place,
-                f"the layers that the config matches have up to {predicted.max_in} inputs and "
+                f"the layers that target_modules matches have up to {predicted.max_in} inputs and "
                 f"{predicted.max_out} outputs, those of the adapter {needed.max_in} and "
                 f"{needed.max_out}.",
             )
@@ -281,10 +291,11 @@ def _dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> _D
     more = predicted.layers.keys() - adapter.layers.keys()
     fewer = adapter.layers.keys() - predicted.layers.keys()
     if more or fewer:
-        example = printable(min(more or fewer))
+        example = printable(min(fewer or more))
+        what = "PEFT leaves unadapted" if fewer else "the file does not adapt"
         reason = (
-            f"the config matches {len(predicted.layers)} layers, the file adapts "
-            f"{len(adapter.layers)}; only one of them has {example}."
+            f"the config's targets match {len(predicted.layers)} layers, the file adapts "
+            f"{len(adapter.layers)}; {what} {example}."
         )
         findings += (TARGETS_DISAGREE.at(adapter.place, reason),)
     return _Dims(predicted.max_in, predicted.max_out, tuple(predicted.layers), findings)

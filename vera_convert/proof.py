@@ -35,13 +35,13 @@ def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Dra
     drawn = recognition.draw
     if drawn is None or not drawn.has_key(key):
         if is_undecided(adapter, meant):
-            reason = "they are not the draw of the config's key."
+            reason = "A and B are not the draw of the config's key."
             raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, reason))
         if drawn is not None:
-            reason = f"they are the draw of key {drawn.key}; the config says {key}."
+            reason = f"A and B are the draw of key {drawn.key}; the config says {key}."
             raise CheckpointError(OTHER_KEY.at(adapter.place, reason))
         detail = f" {recognition.difference.description}." if recognition.difference else ""
-        reason = f"no variant of key {key} gives them.{detail}"
+        reason = f"no variant of key {key} gives A and B.{detail}"
         raise CheckpointError(NOT_A_DRAW.at(adapter.place, reason))
     if stored.A.dtype != stored.B.dtype:
         reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
@@ -78,7 +78,7 @@ def unproven(
         dtypes = [name for name, rounding in LOAD_DTYPES.items() if rounding is drawn.rounding]
         comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
         why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""
-        reason = f"they come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
+        reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
         yield ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 

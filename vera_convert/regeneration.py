@@ -18,7 +18,7 @@ from vera_convert.files import open_local
 from vera_convert.generator import Rounding, Variant, check_key
 from vera_convert.header import read_header
 from vera_convert.hub import HubAccess
-from vera_convert.onbase import BaseWish, Need, OnBase, learn
+from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import check_size, materialised
 from vera_convert.publish import sha256_of, staged_file
 from vera_convert.recognition import Draw, recognise
@@ -87,7 +87,7 @@ def regenerate_for(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     generator: Variant | None = None,
     force: bool = False,
     revision: str | None = None,
@@ -107,7 +107,7 @@ def regenerate_for(
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        on_base = learn(source, base or BaseWish(), access=work.access, need=_need(source, found))
+        on_base = learn(source, wish_of(base), access=work.access, need=_need(source, found))
         bare, on_base = _without_stored(source, on_base, found)
         variant = found.variant if found is not None and generator is None else generator
         converted = embedded(bare, on_base, variant=variant)

@@ -399,7 +399,8 @@ UNKNOWN_FIELD = Rule(
     WARNING,
     "the config has a field that no VeraConfig knows",
     "PEFT 0.14 and later drop it with a warning; PEFT 0.13 and earlier refuse the adapter.",
-    "It is kept as it is; `vera-convert migrate --peft-version 0.13` removes it for old readers.",
+    "It is kept as it is; `vera-convert migrate --to asis --peft-version 0.13` removes it for old "
+    "readers.",
 )
 
 TARGET_REGEX_INVALID = Rule(
@@ -663,7 +664,8 @@ OTHER_DRAW = Rule(
     ERROR,
     "PEFT would draw other projections than the stored ones",
     "Once they are dropped, PEFT loads the adapter with the difference that is shown.",
-    "Keep them stored, or accept the change with --accept-change: `vera-convert embed` restores "
+    "If the base is loaded in another dtype than its files have, give that with --base-dtype. Else "
+    "keep them stored, or accept the change with --accept-change: `vera-convert embed` restores "
     "them exactly from the fingerprint.",
 )
 ROUNDING_UNPROVEN = Rule(
@@ -720,14 +722,14 @@ TARGETS_DISAGREE = Rule(
     WARNING,
     "the config matches other layers of the base than the file adapts",
     "PEFT takes the dimensions of A and B from the layers that the config matches.",
-    "Check that this is the base that the adapter was trained on.",
+    "Correct target_modules in adapter_config.json, or check that this is the adapter's base.",
 )
 PROJECTIONS_TOO_NARROW = Rule(
     "V412",
     ERROR,
     "the projections would be smaller than a layer of the adapter",
     "A needs a column for each input and B a row for each output of every adapted layer.",
-    "Check the dimensions or the base that were given.",
+    "Check the dimensions or the base that were given, and target_modules in adapter_config.json.",
 )
 PROJECTIONS_TOO_LARGE = Rule(
     "V413",

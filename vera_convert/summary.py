@@ -17,8 +17,8 @@ from vera_convert.fingerprint import Fingerprint
 from vera_convert.generator import Rounding
 from vera_convert.header import header_bytes, in_order
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn
-from vera_convert.projections import LOAD_DTYPES, Meant, as_meant, usual_draw
+from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.projections import LOAD_DTYPES, Meant, usual_draw
 from vera_convert.proof import other_dims
 from vera_convert.recognition import Difference, Draw, recognise
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
@@ -119,7 +119,7 @@ class AdapterInfo:
 def info(
     adapter: str | Path,
     *,
-    base: BaseWish | None = None,
+    base: BaseWish | str | Path | None = None,
     projections: Meant = Meant.AUTO,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -142,9 +142,8 @@ def info(
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     assert location.folder is not None  # noqa: S101 -- fetched
     with open_adapter(location.folder) as opened:
-        on_base = learn(opened, base or BaseWish(), access=access, need=Need.HELPFUL)
-        meant = as_meant(opened, on_base, projections)
-        described = _described(meant, location, on_base, projections)
+        on_base = learn(opened, wish_of(base), access=access, need=Need.HELPFUL)
+        described = _described(opened, location, on_base, projections)
         opened.check_unchanged()
     return described
 
@@ -247,7 +246,8 @@ def _effects(adapter: Adapter, draw: Draw | None, on_base: OnBase) -> tuple[Effe
 
 def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
     """Warn where no base lets the older PEFTs use what is stored."""
-    if adapter.projections is not None and any(effect.same_on == () for effect in effects):
+    stored = adapter.projections is not None and adapter.config.save_projection
+    if stored and any(effect.same_on == () for effect in effects):
         yield PROJECTIONS_IGNORED.at(adapter.place, "what PEFT draws from the key is not A and B.")
 
 
