@@ -234,7 +234,7 @@ def test_does_without_a_base_that_cannot_be_had_and_says_so(
 
 
 @pytest.mark.parametrize("meant", Meant)
-def test_tells_of_the_projections_that_are_stored_whatever_is_meant(meant: Meant, tmp_path: Path) -> None:
+def test_tells_of_the_stored_projections_whatever_is_meant(meant: Meant, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=KEY + 1)(folder)
     found = info(folder, base=BaseWish(dtype="float32"), projections=meant)

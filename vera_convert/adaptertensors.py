@@ -51,7 +51,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-MAX_PROJECTION_BYTES = 8 << 30
+MAX_PROJECTION_BYTES = 2 << 30
 """A and B together; the largest models at rank 1,024 need a thirtieth of it."""
 
 HEADS_OF_TASK = {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from vera_convert.adapter import Adapter, open_adapter
 from vera_convert.adapterfolder import is_training_state
-from vera_convert.adaptertensors import StoredProjections
+from vera_convert.adaptertensors import A_NAME, B_NAME, StoredProjections
 from vera_convert.config import VeraConfig
 from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.fingerprint import Fingerprint
+from vera_convert.fingerprint import METADATA_KEY, Fingerprint
 from vera_convert.generator import Rounding
 from vera_convert.header import header_bytes, in_order
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
@@ -260,11 +260,47 @@ def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | No
 
 
 def _embedded_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:
-    try:
-        converted = embedded(adapter, on_base, meant=meant)
-    except (CheckpointError, UsageError):
+    """Return what `embed` would write; nothing is drawn for it, whatever a fingerprint claims."""
+    if adapter.projections is not None:
+        try:
+            converted = embedded(adapter, on_base, meant=meant)
+        except (CheckpointError, UsageError):
+            return None
+        return file_size(converted.tensors, converted.metadata)
+    known = adapter.fingerprint or on_base
+    if known.in_features is None or known.out_features is None or _is_unfit(adapter, on_base):
         return None
-    return file_size(converted.tensors, converted.metadata)
+    rank, dtype = adapter.config.r, _embedded_dtype(adapter, on_base)
+    if dtype is None:
+        return None
+    pair = [
+        TensorData(name, dtype, shape, lambda: iter(()))
+        for name, shape in (
+            (A_NAME, (rank, known.in_features)),
+            (B_NAME, (known.out_features, rank)),
+        )
+    ]
+    metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
+    return file_size([*adapter.tensors, *pair], metadata)
+
+
+def _is_unfit(adapter: Adapter, on_base: OnBase) -> bool:
+    """Say whether `embed` would refuse the dims that are known."""
+    recorded = adapter.fingerprint
+    if recorded is not None:
+        return not on_base.fits(recorded.in_features, recorded.out_features)
+    return (on_base.out_features or 0) < adapter.longest_b
+
+
+def _embedded_dtype(adapter: Adapter, on_base: OnBase) -> str | None:
+    """Return how A and B would be stored; None where the rounding is not known."""
+    if adapter.fingerprint is not None:
+        return adapter.fingerprint.dtype
+    if on_base.rounding is None:
+        return None
+    dtypes = _lambda_dtypes(adapter)
+    exact = {"F64", "F32", {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(on_base.rounding)}
+    return dtypes[0] if len(dtypes) == 1 and dtypes[0] in exact else "F32"
 
 
 def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
