@@ -1,0 +1,481 @@
+"""The model: adapters added, combined, merged, saved and loaded, and what is refused."""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmodels
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from vera_convert import CheckpointError, SurroundingsError, UsageError, Variant, strip
+from vera_convert.mergeparts import Tied
+from vera_convert.projections import Meant
+from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
+
+LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)
+"""It begins with b = 1, so that the adapter does something."""
+WITH_HEAD = VeraConfig(r=4, target_modules=("query",), task_type="SEQ_CLS", init_weights=False)
+
+
+def llama(config: VeraConfig | None = LLAMA, dtype: str = "float32") -> VeraModel:
+    return VeraModel(torchmodels.built("llama", dtype), config)
+
+
+def bert(config: VeraConfig = WITH_HEAD) -> VeraModel:
+    return VeraModel(torchmodels.built("bert"), config)
+
+
+def says(model: Any, kind: str = "llama") -> Any:
+    return torchmodels.logits(model, kind)
+
+
+def names(parameters: Any) -> set[str]:
+    return {name.rpartition("layers.")[2] for name, p in parameters if p.requires_grad}
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def test_a_new_adapter_changes_nothing_until_it_is_trained() -> None:
+    base = says(torchmodels.built("llama"))
+    assert torch.equal(says(llama(replace(LLAMA, init_weights=True))), base)
+    assert not torch.equal(says(llama()), base)
+
+
+def test_one_pair_serves_layers_of_all_widths() -> None:
+    model = llama(replace(LLAMA, target_modules=("v_proj", "down_proj", "up_proj")))
+    assert model.vera_A.default.shape == (4, 48)
+    assert model.vera_B.default.shape == (48, 4)
+    layers = [module for module in model.modules() if isinstance(module, VeraLinear)]
+    assert len(layers) == 6
+    assert all(layer._shared[0] is model.vera_A for layer in layers)
+
+
+def test_what_is_active_is_trained_and_nothing_else() -> None:
+    model = llama()
+    model.add_adapter(replace(LLAMA, target_modules=("k_proj",)), adapter="other")
+    assert {name.rpartition(".")[2] for name in names(model.named_parameters())} == {"default"}
+    model.set_adapter("other")
+    assert names(model.named_parameters()) == {
+        f"{layer}.self_attn.k_proj.vera_lambda_{vector}.other"
+        for layer in (0, 1)
+        for vector in "bd"
+    }
+    assert len(model.trainable_parameters()) == 4
+    model.set_adapter("default", "other", trainable=False)
+    assert model.trainable_parameters() == []
+
+
+def test_what_several_adapters_add_is_summed() -> None:
+    model = llama(replace(LLAMA, target_modules=("lm_head",)))
+    model.add_adapter(replace(LLAMA, target_modules=("lm_head",), r=2), adapter="two")
+    alone = says(model)
+    model.set_adapter("two")
+    other = says(model)
+    model.set_adapter("two", "default", "two")
+    assert model.active == ("two", "default")
+    with model.disabled():
+        base = says(model)
+    torch.testing.assert_close(says(model), alone + other - base)
+
+
+def test_each_adapter_has_the_pair_that_it_would_have_alone() -> None:
+    model = llama()
+    wide = replace(LLAMA, target_modules=("down_proj",), r=8)
+    model.add_adapter(wide, adapter="wide")
+    alone = llama(wide)
+    assert torch.equal(model.vera_A.wide, alone.vera_A.default)
+    assert model.vera_A.wide.shape != model.vera_A.default.shape
+    model.add_adapter(LLAMA, adapter="same")
+    assert model.vera_B.same is model.vera_B.default
+
+
+def test_the_generators_variant_can_be_named() -> None:
+    usual = llama()
+    other = VeraModel(torchmodels.built("llama"), LLAMA, variant=Variant.FLOAT32_SEPARATE)
+    difference = (usual.vera_A.default - other.vera_A.default).abs().max()
+    assert 0 < difference < 1e-6
+
+
+def test_disabled_shows_the_model_as_it_was() -> None:
+    model = bert()
+    model.model.classifier.modules_to_save["default"].weight.data += 1
+    base = says(torchmodels.built("bert"), "bert")
+    adapted = says(model, "bert")
+    with model.disabled():
+        assert torch.equal(says(model, "bert"), base)
+    assert torch.equal(says(model, "bert"), adapted)
+    assert not torch.equal(adapted, base)
+
+
+def test_attributes_are_the_models() -> None:
+    model = llama()
+    assert model.config is model.model.config
+    tokens = model.generate(**torchmodels.fed("llama"), max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, 10)
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        _ = model.nothing_of_this_name
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m: m.add_adapter(LLAMA), "has an adapter default already"),
+        (lambda m: m.add_adapter(LLAMA, adapter="a.b"), "cannot name an adapter"),
+        (lambda m: m.add_adapter(LLAMA, adapter="keys"), "cannot name an adapter"),
+        (lambda m: m.add_adapter(LLAMA, adapter="put"), "cannot name an adapter"),
+        (lambda m: m.set_adapter("none"), "has no adapter none"),
+        (lambda m: VeraModel(m.model, LLAMA), "wrapped already"),
+        (
+            lambda m: m.add_adapter(
+                VeraConfig(r=4, target_modules=("up_proj",), modules_to_save=("self_attn",)),
+                adapter="b",
+            ),
+            "another adapter adapts",
+        ),
+        (
+            lambda m: m.add_adapter(replace(LLAMA, modules_to_save=("nope",)), adapter="b"),
+            "no module's path ends with",
+        ),
+        (
+            lambda m: m.add_adapter(replace(LLAMA, target_modules=("norm", "k_proj")), adapter="b"),
+            "a LlamaRMSNorm, and VeRA adapts linear layers only",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    act: Callable[[VeraModel], None], message: str
+) -> None:
+    model = llama()
+    before = says(model)
+    with pytest.raises(UsageError, match=message):
+        act(model)
+    assert set(model.configs) == {"default"}
+    assert torch.equal(says(model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(LLAMA, r=0), "r is 0"),
+        (replace(LLAMA, projection_prng_key=2**64), "projection_prng_key"),
+        (replace(LLAMA, target_modules=("nope",)), "matches none"),
+        (replace(LLAMA, layers_pattern="layers"), "layers_to_transform is null"),
+    ],
+)
+def test_a_config_is_judged_as_one_in_a_file(config: VeraConfig, message: str) -> None:
+    base = torchmodels.built("llama")
+    with pytest.raises(CheckpointError, match=message):
+        VeraModel(base, config)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_two_adapters_cannot_train_the_same_biases() -> None:
+    model = bert(replace(WITH_HEAD, bias="vera_only"))
+    with pytest.raises(UsageError, match="cannot both train biases"):
+        model.add_adapter(replace(WITH_HEAD, bias="all"), adapter="two")
+
+
+def test_two_heads_cannot_both_be_active() -> None:
+    model = bert()
+    model.add_adapter(WITH_HEAD, adapter="two")
+    with pytest.raises(UsageError, match="default and two each have a classifier"):
+        model.set_adapter("default", "two")
+    model.model.classifier.modules_to_save["two"].weight.data += 1
+    first = says(model, "bert")
+    model.set_adapter("two")
+    assert not torch.equal(says(model, "bert"), first)
+
+
+def test_a_model_without_values_is_refused() -> None:
+    base = torchmodels.built("llama").to("meta")
+    with pytest.raises(SurroundingsError, match=r"q_proj is on the meta device"):
+        VeraModel(base, LLAMA)
+    assert not any(isinstance(module, VeraLinear) for module in base.modules())
+    with pytest.raises(SurroundingsError, match=r"lambda_b is on the meta device"):
+        llama().to("meta").save_pretrained("nowhere")
+
+
+class Quantised(nn.Module):
+    """A linear layer without a weight that torch knows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("packed", torch.arange(inputs * outputs, dtype=torch.uint8) % 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.packed.reshape(self.in_features, self.out_features).to(x.dtype)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_quantised_layers_are_adapted_and_not_merged(bias: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return nn.Sequential(Quantised(8, 6), nn.ReLU(), Quantised(6, 8))
+
+    config = VeraConfig(r=2, target_modules=("0", "2"), bias=bias, init_weights=False)
+    model, x = VeraModel(base(), config), torch.randn(3, 8)
+    assert model.vera_A.default.shape == (2, 8)
+    model.save_pretrained(tmp_path / "out")
+    loaded = VeraModel.from_pretrained(base(), tmp_path / "out")
+    assert torch.equal(loaded(x), model(x))
+    assert not torch.equal(base()(x), model(x))
+    with pytest.raises(UsageError, match="quantised"):
+        model.merge(check=False)
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def test_merge_and_unmerge() -> None:
+    model = llama()
+    adapted = says(model)
+    model.merge()
+    torch.testing.assert_close(says(model), adapted)
+    merged = r"default is merged: call unmerge\(\)"
+    with pytest.raises(UsageError, match=merged):
+        model.merge()
+    with pytest.raises(UsageError, match=merged):
+        model.set_adapter("default")
+    with pytest.raises(UsageError, match=merged), model.disabled():
+        pass
+    model.unmerge()
+    torch.testing.assert_close(says(model), adapted)
+    with model.disabled():
+        torch.testing.assert_close(says(model), says(torchmodels.built("llama")))
+
+
+def test_unload_gives_back_the_model_that_was_wrapped() -> None:
+    base = torchmodels.built("bert")
+    expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = VeraModel(base, WITH_HEAD)
+    trained = model.model.classifier.modules_to_save["default"]
+    assert model.unload() is base
+    assert base.classifier is trained
+    assert base.state_dict().keys() == expected.keys()
+    assert all(torch.equal(base.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_merged_if_a_value_would_not_be_finite() -> None:
+    model = llama()
+    expected = says(model)
+    model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = torch.inf
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.v_proj"):
+        model.merge()
+    model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = 1.0
+    assert torch.equal(says(model), expected)
+    model.model.model.layers[1].self_attn.v_proj.vera_lambda_b.default.data[0] = torch.inf
+    model.merge(check=False)
+    assert not says(model).isfinite().all()
+
+
+def test_a_tied_head_is_merged_as_its_user_says() -> None:
+    def tied() -> VeraModel:
+        return VeraModel(torchmodels.built("gpt2"), replace(LLAMA, target_modules=("lm_head",)))
+
+    model = tied()
+    adapted = says(model, "gpt2")
+    with pytest.raises(UsageError, match=r"transformer\.wte\.weight and lm_head\.weight are one"):
+        model.merge()
+    assert torch.equal(says(model, "gpt2"), adapted)
+    model.merge(tied=Tied.UNTIE)
+    torch.testing.assert_close(says(model, "gpt2"), adapted)
+    merged = model.unload()
+    assert merged.config.tie_word_embeddings is False
+    assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
+    model = tied()
+    model.merge(tied=Tied.ADD)
+    changed = model.unload()
+    assert changed.lm_head.weight is changed.transformer.wte.weight
+    assert torch.equal(changed.lm_head.weight, merged.lm_head.weight)
+    assert not torch.equal(says(changed, "gpt2"), adapted)
+
+
+# --- torch's own machinery -----------------------------------------------------------------------
+
+
+def test_a_state_dict_comes_back() -> None:
+    model, other = bert(), bert(replace(WITH_HEAD, projection_prng_key=1))
+    for parameter in model.trainable_parameters():
+        parameter.data.normal_()
+    assert not torch.equal(says(model, "bert"), says(other, "bert"))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(says(model, "bert"), says(other, "bert"))
+    assert torch.equal(says(copy.deepcopy(model), "bert"), says(other, "bert"))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: Any) -> None:
+    def gradients(model: VeraModel) -> list[Any]:
+        model.train()
+        model(**torchmodels.fed("llama")).logits.square().sum().backward()
+        return [parameter.grad for parameter in model.trainable_parameters()]
+
+    expected = gradients(llama())
+    model = llama()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_it_compiles() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.one(x).relu())
+
+    config = VeraConfig(r=2, target_modules=("one",), modules_to_save=("head",), init_weights=False)
+    model = VeraModel(Two(), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_model_can_be_moved() -> None:
+    model = llama().double()
+    assert model.vera_A.default.dtype == torch.float64
+    torch.testing.assert_close(says(model).float(), says(llama()))
+
+
+# --- saving and loading --------------------------------------------------------------------------
+
+
+def test_without_an_adapter_there_is_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no adapter to save"):
+        llama(None).save_pretrained(tmp_path / "out")
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    model = bert()
+    for parameter in model.trainable_parameters():
+        parameter.data.normal_()
+    model.save_pretrained(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    loaded = VeraModel.from_pretrained(torchmodels.built("bert"), tmp_path / "out")
+    assert torch.equal(says(loaded, "bert"), says(model, "bert"))
+    assert loaded.trainable_parameters() == []
+    loaded.set_adapter("default")
+    assert names(loaded.named_parameters()) == names(model.named_parameters())
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_named_adapter_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(replace(LLAMA, projection_prng_key=9), adapter="nine")
+    model.save_pretrained(tmp_path / "out")
+    loaded = VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "out")
+    loaded.load_adapter(tmp_path / "out" / "nine", adapter="ninth")
+    assert loaded.configs["ninth"].projection_prng_key == 9
+    for ours, theirs in (("default", "default"), ("nine", "ninth")):
+        model.set_adapter(ours)
+        loaded.set_adapter(theirs)
+        assert torch.equal(says(loaded), says(model))
+
+
+def test_a_folder_is_replaced_only_if_nothing_of_value_is_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = llama()
+    model.add_adapter(LLAMA, adapter="two")
+    model.save_pretrained(out)
+    with pytest.raises(UsageError):
+        model.save_pretrained(out)
+    model.save_pretrained(out, force=True)
+    (out / "optimizer.pt").write_bytes(b"precious")
+    with pytest.raises(UsageError):
+        model.save_pretrained(out, force=True)
+    assert (out / "optimizer.pt").read_bytes() == b"precious"
+
+
+def test_a_stripped_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
+    model = llama(dtype="bfloat16")
+    model.save_pretrained(tmp_path / "whole")
+    strip(tmp_path / "whole", tmp_path / "stripped", accept_change=True)
+    loaded = VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "stripped")
+    assert torch.equal(loaded.vera_A.default, model.vera_A.default)  # rounded, on a float32 base
+
+
+def test_the_key_can_be_meant_instead_of_what_is_stored(tmp_path: Path) -> None:
+    llama(dtype="bfloat16").save_pretrained(tmp_path / "out")
+    by_key = VeraModel.from_pretrained(
+        torchmodels.built("llama"), tmp_path / "out", projections=Meant.KEY
+    )
+    assert torch.equal(by_key.vera_A.default, llama().vera_A.default)
+
+
+def edited(folder: Path, tensors: Mapping[str, Any], **config: object) -> Path:
+    """Change a saved adapter; a tensor that is None is taken out."""
+    path = folder / "adapter_model.safetensors"
+    stored = {**load_file(path), **tensors}
+    save_file({name: array for name, array in stored.items() if array is not None}, path)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "message"),
+    [
+        ("gpt2", {}, r"4 of 4 layers, such as .*q_proj.*, are no linear layers of it"),
+        (
+            "llama",
+            {f"{LAYER}.vera_lambda_b": np.ones(30, np.float32)},
+            "lambda_b has 30 values, the layer 32 outputs",
+        ),
+        (
+            "llama",
+            {"base_model.vera_A": np.ones((4, 31), np.float32)},
+            "31 columns, a layer of LlamaForCausalLM 32 inputs",
+        ),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    kind: str, tensors: Mapping[str, Any], message: str, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "out")
+    base = torchmodels.built(kind)
+    expected = says(base, kind)
+    with pytest.raises(CheckpointError, match=message):
+        VeraModel.from_pretrained(base, edited(tmp_path / "out", tensors))
+    assert torch.equal(says(base, kind), expected)
+
+
+def test_layers_that_the_file_lacks_are_left_alone_and_told(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "out")
+    gone = {f"{LAYER}.vera_lambda_{vector}": None for vector in "bd"}
+    loaded = VeraModel.from_pretrained(torchmodels.built("llama"), edited(tmp_path / "out", gone))
+    assert not isinstance(loaded.model.model.layers[0].self_attn.q_proj, VeraLinear)
+    assert any("V411" in str(finding.rule.code) for finding in loaded.findings["default"])
+
+
+def test_embeddings_that_come_with_an_adapter_are_kept(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "out")
+    name = "base_model.model.model.embed_tokens.weight"
+    values = np.random.default_rng(0).normal(size=(96, 32)).astype(np.float32)
+    loaded = VeraModel.from_pretrained(
+        torchmodels.built("llama"), edited(tmp_path / "out", {name: values})
+    )
+    assert np.array_equal(loaded.model.model.embed_tokens.weight.numpy(), values)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert np.array_equal(again[name], values)

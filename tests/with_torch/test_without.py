@@ -1,0 +1,24 @@
+"""What a user without torch is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["with_torch", "with_torch.layer", "with_torch.model"])
+def test_whoever_lacks_torch_is_told_what_to_install(module: str) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from vera_convert import SurroundingsError
+try:
+    import vera_convert.{module}
+except SurroundingsError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "PyTorch" in run.stdout
+    assert "pip install 'vera-convert[torch]'" in run.stdout

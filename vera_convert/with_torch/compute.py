@@ -1,0 +1,112 @@
+"""The sums of a merge on a GPU: block after block goes there and comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vera_convert.blocks import Bench, Device, Room, product_sha256, weighted
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files import printable
+from vera_convert.sums import Sum
+from vera_convert.with_torch.arrays import to_array, to_tensor
+
+Array = NDArray[Any]
+
+
+def on_gpu(name: str) -> Device:
+    """Return a GPU as a device of a merge.
+
+    Args:
+        name: ``cuda``, or ``cuda:1`` for the second one.
+
+    Raises:
+        UsageError: it is no name of a GPU.
+        SurroundingsError: there is none that PyTorch can use.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {printable(name)}: give cpu, cuda or cuda:N.") from error
+    if device.type != "cuda":
+        raise UsageError(f"--device {printable(name)}: give cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise SurroundingsError(
+            f"--device {name}: PyTorch {torch.__version__} sees {count or 'no'} GPU here. "
+            "Merge with --device cpu, or install a PyTorch for this machine's GPU and driver."
+        )
+    return on_device(device)
+
+
+def on_device(device: torch.device) -> Device:
+    """Return any device of torch as one of a merge."""
+    torch.set_float32_matmul_precision("highest")
+
+    def multiply(left: Array, right: Array) -> Array:
+        there = to_tensor(left).to(device) @ to_tensor(right).to(device)
+        return to_array(there)
+
+    return Device(
+        str(device),
+        lambda room, all_rows: _DeviceBench(room, device, all_rows=all_rows),
+        lambda: product_sha256(multiply),
+    )
+
+
+class _DeviceBench(Bench):
+    """A bench whose sums are taken elsewhere; here it holds blocks as they are stored."""
+
+    def __init__(self, room: Room, device: torch.device, *, all_rows: bool) -> None:
+        super().__init__(Room(stored=room.stored, written=room.written), all_rows=all_rows)
+        self._device = device
+        self._matrices: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._operands: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _prepare(self, tensor: Sum) -> None:
+        """Bring over the vectors, and scale the operand that all blocks of the tensor share."""
+        self._prepared, self._operands = None, []
+        dtype, width = _torch_dtype(tensor.working), tensor.shape[1]
+        for term in tensor.terms:
+            A, B = self._matrix(term.A, dtype), self._matrix(term.B, dtype)
+            vectors = term.layer.vectors()
+            d, b = vectors[0], weighted(vectors[1], term.weight, tensor.working)
+            d, b = (to_tensor(vector).to(self._device).to(dtype) for vector in (d, b))
+            if tensor.conv1d:
+                self._operands.append((d, A, b[:, None] * B[:width]))
+            else:
+                self._operands.append((b, B, d[:, None] * A[:, :width]))
+        self._prepared = tensor
+
+    def _matrix(self, array: Array, dtype: torch.dtype) -> Tensor:
+        """Return A or B there; each comes over once."""
+        key = (id(array), dtype)
+        if key not in self._matrices:
+            self._matrices[key] = to_tensor(array).to(self._device).to(dtype)
+        return self._matrices[key]
+
+    def _sum(
+        self, tensor: Sum, rows: slice, stored: Array, written: Array, looked_at: slice
+    ) -> tuple[Array, bool]:
+        total = to_tensor(stored).to(self._device).to(_torch_dtype(tensor.working))
+        change = torch.zeros_like(total[looked_at])
+        for vector, matrix, shared in self._operands:
+            if tensor.conv1d:
+                delta = (vector[:, None] * matrix[:, rows]).T @ shared.T
+            else:
+                delta = (vector[rows, None] * matrix[rows]) @ shared
+            change += delta[looked_at]
+            total += delta
+        if tensor.written.itemsize < 4:
+            total = total.float()
+        rounded = total.to(_torch_dtype(tensor.written))
+        written[...] = to_array(rounded)
+        return to_array(change), bool(torch.isfinite(rounded).all())
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return to_tensor(np.empty(0, dtype)).dtype

@@ -1,0 +1,272 @@
+"""What an adapter puts into a model: made for a new one, or read from PEFT's format.
+
+    config ── complete ──► targets ── draw A and B, round ──► first d and b ─┐
+                                                                             ├──► Contents
+    folder ── read ──► hold against the model ──► A and B in effect ─────────┘
+
+Values pass through the dtypes of the layers that they are for, as in PEFT, so that both hold the
+same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vera_convert.adapter import Adapter, open_adapter
+from vera_convert.adaptertensors import A_NAME, replaced_name
+from vera_convert.config import VeraConfig, parse_config
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files import printable
+from vera_convert.generator import Rounding, Variant, draw, rounded
+from vera_convert.ineffect import in_effect
+from vera_convert.onbase import OnBase, _dims
+from vera_convert.projections import Meant, check_size
+from vera_convert.proof import other_dims
+from vera_convert.rules import (
+    BASE_COPY_DIFFERS,
+    NAMES_DIFFER,
+    PROJECTIONS_TOO_NARROW,
+    REPLACEMENT_SHAPE,
+    REPLACEMENT_UNKNOWN,
+    SHAPES_DIFFER,
+    Finding,
+)
+from vera_convert.targets import SAVED_BY_TASK, Linear, ModelLayers, adapted, matching, resolve
+from vera_convert.with_torch.arrays import to_array, to_tensor
+from vera_convert.with_torch.layer import weight_dtype
+from vera_convert.with_torch.parts import layers_of, modules_of, own_tensors
+from vera_convert.with_torch.writing import config_text
+
+_CASTS = {torch.bfloat16: Rounding.BF16, torch.float16: Rounding.FP16}
+_BASE_COPY = ".base_layer.weight"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """An adapter that fits a model.
+
+    Attributes:
+        config: as it is to be saved.
+        vectors: d (r,) and b (out,) by the path of the layer, in the model's order.
+        A: (r, max_in or more).
+        B: (max_out or more, r).
+        replacements: values by the model's own name of the parameter that they replace.
+        findings: what its user should know.
+    """
+
+    config: VeraConfig
+    vectors: Mapping[str, tuple[Tensor, Tensor]]
+    A: Tensor
+    B: Tensor
+    replacements: Mapping[str, Tensor] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+def _rounding(layers: Iterable[nn.Module]) -> Rounding:
+    """Return what the dtypes of adapted layers, in their order, do to drawn values."""
+    dtypes = dict.fromkeys(weight_dtype(layer) for layer in layers)
+    casts = [_CASTS[dtype] for dtype in dtypes if dtype in _CASTS]
+    if casts:
+        return Rounding("+".join(casts))
+    return Rounding.NONE if set(dtypes) == {torch.float64} else Rounding.FP32
+
+
+# --- a new adapter -------------------------------------------------------------------------------
+
+
+def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> Contents:
+    """Return what training of a new adapter begins with.
+
+    Raises:
+        CheckpointError: a field of the config has no valid value, or it matches no layer.
+        UsageError: it names what cannot be adapted, or a module to save that is not there.
+    """
+    layers = layers_of(model)
+    config = _completed(config, model, layers)
+    chosen = adapted(layers, config)
+    _check_named(config, model, layers.linear)
+    config = replace(config, fan_in_fan_out=[*chosen.layers.values()][-1].conv1d)
+    check_size(config.r, chosen.max_in, chosen.max_out, place=layers.source)
+    drawn = draw(
+        variant,
+        key=config.projection_prng_key,
+        rank=config.r,
+        in_features=chosen.max_in,
+        out_features=chosen.max_out,
+    )
+    modules = {path: model.get_submodule(path) for path in chosen.layers}
+    rounding = _rounding(modules.values())
+    A, B = (to_tensor(rounded(matrix, rounding)) for matrix in drawn)
+    vectors = {
+        path: _first_vectors(config, dims.out_features, weight_dtype(modules[path]))
+        for path, dims in chosen.layers.items()
+    }
+    return Contents(config, vectors, A, B)
+
+
+def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> VeraConfig:
+    """Return a config with what PEFT fills in when it wraps a model.
+
+    Raises:
+        CheckpointError: a field has a value that PEFT cannot work with, or no targets are known.
+    """
+    config = parse_config(config_text(config), place=type(config).__name__).config
+    described = {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+    }
+    return replace(
+        config,
+        target_modules=resolve(layers, config),
+        modules_to_save=_saved_whole(config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else described),
+        base_model_name_or_path=config.base_model_name_or_path
+        or getattr(model, "name_or_path", None)
+        or None,
+    )
+
+
+def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
+    """Return modules_to_save with the heads that PEFT appends for the task."""
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *implied))) or None
+
+
+def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) -> None:
+    """Refuse targets that cannot be adapted and modules to save that are not there."""
+    modules = {path: module for path, module in modules_of(model) if path}
+    unfit = matching([path for path in modules if path not in linear], config)
+    if unfit:
+        kind = type(modules[unfit[0]]).__name__
+        raise UsageError(
+            f"target_modules matches {printable(unfit[0])}, a {kind}, and VeRA adapts linear "
+            "layers only: name them more closely."
+        )
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    for name in config.modules_to_save or ():
+        if name not in implied and not any(path.endswith(name) for path in modules):
+            raise UsageError(
+                f"modules_to_save names {printable(name)}, which no module's path ends with."
+            )
+
+
+def _first_vectors(
+    config: VeraConfig, outputs: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return the d (r,) and b (out,) that training begins with, as a layer of this dtype has them.
+
+    The layer keeps them in float32, but values that came through 16 bits.
+    """
+    if config.init_weights:
+        d = torch.full((config.r,), config.d_initial, dtype=torch.float32)
+        b = torch.zeros(outputs, dtype=torch.float32)
+    else:
+        d = torch.randn(config.r, dtype=torch.float32)
+        b = torch.ones(outputs, dtype=torch.float32)
+    return d.to(dtype or torch.float32), b.to(dtype or torch.float32)
+
+
+# --- a stored adapter ----------------------------------------------------------------------------
+
+
+def stored_contents(
+    folder: Path, model: nn.Module, *, projections: Meant, variant: Variant | None
+) -> Contents:
+    """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
+
+    Unlike PEFT it refuses an adapter of which a part would find no place in the model.
+
+    Args:
+        folder: the adapter's.
+        model: the model that it is to adapt; layers can be wrapped already.
+        projections: which A and B are meant where file, flag and key disagree.
+        variant: the generator's variant, where A and B are drawn and no fingerprint names it.
+
+    Raises:
+        CheckpointError: the adapter is malformed, or does not fit the model.
+        UsageError: stored projections are meant and there are none.
+        SurroundingsError: a file cannot be read.
+    """
+    with open_adapter(folder) as adapter:
+        layers = layers_of(model)
+        dims = _dims(adapter, layers, _matched(adapter, layers))
+        on_base = OnBase(
+            dims.in_features,
+            dims.out_features,
+            _rounding(model.get_submodule(path) for path in dims.adapted),
+            source=layers.source,
+        )
+        pair = in_effect(adapter, on_base, meant=projections, variant=variant)
+        widest = max(layers.linear[path].in_features for path in adapter.layers)
+        if pair.A.shape[1] < widest:
+            reason = (
+                f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
+            )
+            raise CheckpointError(PROJECTIONS_TOO_NARROW.at(A_NAME, reason))
+        return Contents(
+            config=replace(adapter.config, modules_to_save=_saved_whole(adapter.config)),
+            vectors={
+                path: (to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array()))
+                for path in layers.linear
+                if (layer := adapter.layers.get(path)) is not None
+            },
+            A=to_tensor(pair.A),
+            B=to_tensor(pair.B),
+            replacements=_replacements(adapter, own_tensors(model)),
+            findings=(
+                *adapter.findings,
+                *dims.findings,
+                *other_dims(adapter, on_base),
+                *pair.findings,
+            ),
+        )
+
+
+def _matched(adapter: Adapter, layers: ModelLayers) -> dict[str, Linear]:
+    """Return the model's layers that the adapter has vectors for; each of them must be there."""
+    absent = [path for path in adapter.layers if path not in layers.linear]
+    if absent:
+        reason = (
+            f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}", are '
+            "no linear layers of it."
+        )
+        raise CheckpointError(NAMES_DIFFER.at(layers.source, reason))
+    matched = {path: layers.linear[path] for path in adapter.layers}
+    wrong = [
+        SHAPES_DIFFER.at(
+            printable(path),
+            f"lambda_b has {adapter.layers[path].out_features} values, the layer "
+            f"{dims.out_features} outputs.",
+        )
+        for path, dims in matched.items()
+        if adapter.layers[path].out_features != dims.out_features
+    ]
+    if wrong:
+        raise CheckpointError.of(wrong)
+    return matched
+
+
+def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the adapter puts in the place of the model's tensors, by the model's names."""
+    found: dict[str, Tensor] = {}
+    wrong: list[Finding] = []
+    for tensor in adapter.replacements:
+        name, place = replaced_name(tensor.name), printable(tensor.name)
+        target = own.get(name)
+        if target is None:
+            wrong.append(REPLACEMENT_UNKNOWN.at(place, f"the model has no {printable(name)}."))
+        elif tuple(target.shape) != tensor.shape:
+            reason = f"its shape is {list(tensor.shape)}, the model's {list(target.shape)}."
+            wrong.append(REPLACEMENT_SHAPE.at(place, reason))
+        elif not tensor.name.endswith(_BASE_COPY):
+            found[name] = to_tensor(tensor.array())
+        elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
+            wrong.append(BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
+    if wrong:
+        raise CheckpointError.of(wrong)
+    return found

@@ -1,0 +1,268 @@
+"""The VeRA layer: a frozen linear layer, two shared random matrices, and two trained vectors.
+
+                ┌──────────────────── W (out, in), bias ─────────────────────┐
+    x (.., in) ─┤                                                            + ──► y (.., out)
+                └─ dropout ─► A (r, in) ─► · d (r) ─► B (out, r) ─► · b (out) ┘
+
+    forward    y = W x + bias + b * (B (d * (A x)))
+    merge      W <- round(W + D),   D = diag(b) B diag(d) A      (out, in)
+
+VeRA is "Vector-based Random Matrix Adaptation", Kopiczko, Blankevoort and Asano, arXiv 2310.11454,
+where b and d are the diagonal matrices Λ_b and Λ_d. A and B are drawn once for the whole model, at
+the width of its widest adapted layers: a layer with fewer inputs or outputs uses the leading
+columns of A and the leading rows of B. Only d and b are trained.
+
+The branch computes in the dtype of d and b, which is float32 also where W is kept in 16 bits; the
+sum is cast to what the frozen layer gives. Nothing here knows of configs, files or whole models.
+"""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.targets import Linear
+
+
+def linear_of(module: nn.Module) -> Linear | None:
+    """Return the dims of a layer that VeRA can adapt; None for any other module.
+
+    These are ``torch.nn.Linear``, the ``Conv1D`` of transformers, and whatever has no modules of
+    its own but ``in_features`` and ``out_features``, as quantised layers do.
+    """
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return None  # of nn.MultiheadAttention, which reads its weight and never calls it
+    if _is_conv1d(module):
+        inputs, outputs = module.weight.shape
+        return Linear(int(outputs), int(inputs), conv1d=True)
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if type(inputs) is int and type(outputs) is int and next(module.children(), None) is None:
+        return Linear(outputs, inputs)
+    return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    defined = sys.modules.get("transformers.pytorch_utils")  # not loaded: nobody has made one
+    return defined is not None and isinstance(module, defined.Conv1D)
+
+
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights that are not quantised."""
+
+
+def weight_dtype(layer: nn.Module) -> torch.dtype | None:
+    """Return the dtype that a layer computes in; None where its weight tells none."""
+    dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+    return dtype if dtype in DENSE else getattr(layer, "compute_dtype", None)  # of 4-bit layers
+
+
+def check_has_values(tensor: Tensor, what: str) -> None:
+    """Raise `SurroundingsError` for a tensor on the meta device."""
+    if tensor.is_meta:
+        raise SurroundingsError(
+            f"{what} is on the meta device, so it has no values. Load the model's weights before "
+            "it is wrapped, and never move it to that device."
+        )
+
+
+class SharedMatrix(nn.Module):
+    """A, or B, of each adapter: frozen buffers by the adapter's name, read by all layers.
+
+    It is a part of the model, not of every layer. Adapters with equal matrices hold one tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def put(self, adapter: str, matrix: Tensor) -> None:
+        """Store the matrix of an adapter."""
+        self.register_buffer(adapter, matrix)
+        self._pool()
+
+    def like(self, adapter: str, x: Tensor) -> Tensor:
+        """Return an adapter's matrix on the device of `x` and in its dtype.
+
+        Where a model is spread over devices, each gets a copy, made once and not saved.
+
+        Raises:
+            SurroundingsError: the model was moved to the meta device, which keeps no values.
+        """
+        matrix: Tensor = self._buffers[adapter]
+        if matrix.device == x.device and matrix.dtype == x.dtype:
+            return matrix
+        key = adapter, x.device, x.dtype
+        if key not in self._copies:
+            check_has_values(matrix, f"the shared matrix of adapter {adapter}")
+            self._copies[key] = matrix.to(x)
+        return self._copies[key]
+
+    def _pool(self) -> None:
+        """Let adapters with equal matrices hold one tensor, and forget copies of former values."""
+        self._copies.clear()
+        kept: list[Tensor] = []
+        for adapter, matrix in self._buffers.items():
+            same = (other for other in kept if _are_equal(other, matrix))
+            self._buffers[adapter] = next(same, matrix)
+            kept.append(self._buffers[adapter])
+
+    # torch moves and loads buffers one by one, which would give each adapter a tensor of its own,
+    # or one adapter's values to another.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401, FBT001, FBT002
+        super()._apply(fn, recurse)
+        self._pool()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self._buffers.update({name: matrix.clone() for name, matrix in self._buffers.items()})
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pool()
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors can stand for each other; on the meta device nobody can know."""
+    return (
+        (one.device, one.dtype, one.shape) == (other.device, other.dtype, other.shape)
+        and not one.is_meta
+        and torch.equal(one, other)
+    )
+
+
+class VeraLinear(nn.Module):
+    """A linear layer with the VeRA branches of any number of adapters.
+
+    Attributes:
+        base_layer: the frozen layer; its own forward is called.
+        vera_lambda_d: d by adapter, of shape (r,).
+        vera_lambda_b: b by adapter, of shape (out,).
+        dropout: probability by adapter, for the branch's input in training.
+        active: the adapters whose branches are added, in this order.
+        merged: those whose D is contained in W; then the branches rest.
+    """
+
+    def __init__(self, base_layer: nn.Module, vera_A: SharedMatrix, vera_B: SharedMatrix) -> None:
+        super().__init__()
+        dims = linear_of(base_layer)
+        if dims is None:
+            raise UsageError(f"VeRA adapts linear layers; {type(base_layer).__name__} is none.")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = dims.in_features, dims.out_features
+        self.conv1d = dims.conv1d
+        self.vera_lambda_b = nn.ParameterDict()  # first, as in PEFT: so optimizers number them
+        self.vera_lambda_d = nn.ParameterDict()
+        self.dropout: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self._shared = (vera_A, vera_B)  # in a tuple, so that they do not become modules of its own
+
+    def add(self, adapter: str, d: Tensor, b: Tensor, *, dropout: float = 0.0) -> None:
+        """Give the layer copies of an adapter's vectors d (r,) and b (out,), not active yet.
+
+        They are kept where the frozen layer is, in float32, or in float64 if W is.
+        """
+        wide = weight_dtype(self.base_layer) == torch.float64
+        held = chain(self.base_layer.parameters(), self.base_layer.buffers())
+        place = {
+            "device": next((tensor.device for tensor in held), None),
+            "dtype": torch.float64 if wide else torch.float32,
+        }
+        self.vera_lambda_d[adapter] = nn.Parameter(d.to(**place, copy=True))
+        self.vera_lambda_b[adapter] = nn.Parameter(b.to(**place, copy=True))
+        self.dropout[adapter] = dropout
+
+    # Models ask their layers for these, to learn a dtype or a device.
+
+    @property
+    def weight(self) -> Any:  # noqa: ANN401 -- a quantised layer may have none
+        """The frozen layer's W."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:  # noqa: ANN401
+        """The frozen layer's bias, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Return y (.., out) for x (.., in); further arguments go to the frozen layer."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged or not self.active:
+            return y
+        dtype = y.dtype
+        for adapter in self.active:
+            y = self._branch(adapter, x).add_(y)  # in place: neither is needed for gradients
+        return y.to(dtype)
+
+    def _branch(self, adapter: str, x: Tensor) -> Tensor:
+        d, b = self.vera_lambda_d[adapter], self.vera_lambda_b[adapter]
+        x = functional.dropout(x.to(d.dtype), self.dropout[adapter], self.training)
+        A, B = self._slices(adapter, x)
+        y = functional.linear(d * functional.linear(x, A), B)
+        if torch.is_grad_enabled() or y.dtype != b.dtype:
+            return b * y
+        return y.mul_(b)  # the gradient of b alone would need y as it was
+
+    def _slices(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of this layer where `x` is, and in its dtype."""
+        A, B = (matrix.like(adapter, x) for matrix in self._shared)
+        return A[:, : self.in_features], B[: self.out_features]
+
+    def delta(self, adapter: str) -> Tensor:
+        """Return D (out, in) of an adapter, in float32, or in float64 if its vectors are."""
+        vectors = self.vera_lambda_d[adapter].detach(), self.vera_lambda_b[adapter].detach()
+        d, b = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in vectors)
+        A, B = self._slices(adapter, d)
+        with torch.autocast(d.device.type, enabled=False):
+            return (b[:, None] * B) @ (d[:, None] * A)
+
+    def merge(self) -> None:
+        """Add the D of each active adapter in turn to W; each sum is rounded once, to W's dtype.
+
+        Raises:
+            UsageError: W is quantised, or something is merged already.
+            SurroundingsError: W is on the meta device.
+        """
+        if self.merged:
+            raise UsageError(f"{', '.join(self.merged)} is merged already: call unmerge() first.")
+        self._add_to_weight(self.dense_weight(), self.active)
+        self.merged = self.active
+
+    def unmerge(self) -> None:
+        """Subtract what was merged, last first. W comes back but for rounding, not bit for bit."""
+        if self.merged:
+            self._add_to_weight(self.dense_weight(), self.merged[::-1], sign=-1)
+        self.merged = ()
+
+    def merges_finite(self) -> bool:
+        """Tell whether every value of W would be finite after `merge`, which takes a copy of W."""
+        weight = self.dense_weight().clone()
+        self._add_to_weight(weight, self.active)
+        return bool(weight.isfinite().all())
+
+    def dense_weight(self) -> Tensor:
+        """Return W, if something can be merged into it; raises as `merge` does."""
+        weight: Any = getattr(self.base_layer, "weight", None)
+        if getattr(weight, "dtype", None) not in DENSE or weight.ndim != 2:
+            kind = type(self.base_layer).__name__
+            raise UsageError(f"a {kind} layer is quantised: nothing can be merged into it.")
+        check_has_values(weight, "a weight to merge into")
+        return weight.detach()
+
+    def _add_to_weight(self, weight: Tensor, adapters: tuple[str, ...], *, sign: int = 1) -> None:
+        for adapter in adapters:
+            delta = self.delta(adapter)
+            # Into 16 bits this adds in float32 and rounds the sum: once, not D first.
+            weight.add_(delta.T if self.conv1d else delta, alpha=sign)
+
+    def extra_repr(self) -> str:
+        """Name the adapters in the layer's `repr`."""
+        return f"active={self.active}, merged={self.merged}"

@@ -1,0 +1,190 @@
+"""The parts of a wrapped model under the names that adapters use, and modules trained whole."""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from vera_convert.adaptertensors import PREFIX, replaced_name
+from vera_convert.config import VeraConfig
+from vera_convert.errors import UsageError
+from vera_convert.files import printable
+from vera_convert.targets import ModelLayers
+from vera_convert.with_torch.layer import VeraLinear, linear_of
+
+
+class TrainedWhole(nn.Module):
+    """A module of ``modules_to_save``: the frozen original and a trained copy for each adapter.
+
+    Attributes:
+        original_module: the model's own.
+        modules_to_save: the copies by adapter.
+        active: the adapter whose copy stands in for the original; None for the original itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.active: str | None = None
+
+    def add(self, adapter: str) -> None:
+        """Give an adapter its copy of the original."""
+        self.modules_to_save[adapter] = deepcopy(self.original_module)
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that computes."""
+        return self.original_module if self.active is None else self.modules_to_save[self.active]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- that of any module
+        """Do what the current module does."""
+        return self.current(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):  # not there yet
+                raise
+            return getattr(self.current, name)
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module once, by the path that it had before anything was wrapped.
+
+    A layer that is wrapped comes as its wrapper; what is inside of one does not come.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        if not isinstance(module, VeraLinear | TrainedWhole):
+            for name, child in module.named_children():
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def layers_of(model: nn.Module) -> ModelLayers:
+    """Return what the target rules need to know of a model, wrapped layers included."""
+    frozen = {
+        path: module.base_layer if isinstance(module, VeraLinear) else module
+        for path, module in modules_of(model)
+    }
+    linear = {path: linear_of(module) for path, module in frozen.items() if path}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(output, VeraLinear):
+        output = output.base_layer
+    return ModelLayers(
+        source=type(model).__name__,
+        model_type=getattr(getattr(model, "config", None), "model_type", None),
+        linear={path: dims for path, dims in linear.items() if dims is not None},
+        output_heads=frozenset(path for path, module in frozen.items() if module is output),
+        embeddings=tuple(path for path, m in frozen.items() if isinstance(m, nn.Embedding)),
+    )
+
+
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def named_in(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Return what modules_to_save means, by path: as in PEFT, all whose path ends with a name.
+
+    Raises:
+        UsageError: another adapter adapts a layer in it.
+    """
+    names = tuple(name for name in config.modules_to_save or () if name)
+    found: dict[str, nn.Module] = {}
+    for path, module in modules_of(model):
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if names and path.endswith(names) and not inside:
+            if any(isinstance(part, VeraLinear) for part in module.modules()):
+                raise UsageError(
+                    f"modules_to_save names {printable(path)}, which another adapter adapts: "
+                    "give each of the two a model of its own."
+                )
+            found[path] = module
+    return found
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters and buffers by the names that they had in the beginning."""
+    return {
+        replaced_name(PREFIX + name.replace(".original_module.", ".")): tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if ".modules_to_save." not in name and ".vera_lambda_" not in name
+    }
+
+
+def trained_tensors(model: nn.Module, adapter: str, *, bias: str) -> dict[str, Tensor]:
+    """Return what an adapter trains, by the names in PEFT's file.
+
+    That is d and b, the biases that `bias` of its config says, and its copies of whole modules.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in modules_of(model):
+        name = f"{PREFIX}{path}"
+        if isinstance(module, TrainedWhole):
+            if adapter in module.modules_to_save:
+                whole = module.modules_to_save[adapter].state_dict(keep_vars=True)
+                found |= {f"{name}.{key}": tensor for key, tensor in whole.items()}
+        elif isinstance(module, VeraLinear):
+            ours = adapter in module.vera_lambda_b
+            if ours:
+                found[f"{name}.vera_lambda_b"] = module.vera_lambda_b[adapter]
+                found[f"{name}.vera_lambda_d"] = module.vera_lambda_d[adapter]
+            if module.bias is not None and (bias == "all" or (ours and bias != "none")):
+                found[f"{name}.base_layer.bias"] = module.bias
+        elif bias == "all":
+            biases = module.named_parameters(recurse=False)
+            found |= {f"{name}.{key}": tensor for key, tensor in biases if key.endswith("bias")}
+    return found
+
+
+def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
+    """Let these adapters take part in the forward pass, in this order, and no others.
+
+    Raises:
+        UsageError: two of them would each put a module of their own in one place.
+    """
+    modules = [*modules_of(model)]
+    for path, module in modules:
+        if isinstance(module, TrainedWhole):
+            own = [name for name in adapters if name in module.modules_to_save]
+            if len(own) > 1:
+                raise UsageError(
+                    f"{' and '.join(own)} each have a {printable(path)} of their own, of which "
+                    "only one can be active."
+                )
+    for _, module in modules:
+        if isinstance(module, VeraLinear):
+            module.active = tuple(name for name in adapters if name in module.vera_lambda_b)
+        elif isinstance(module, TrainedWhole):
+            module.active = next((n for n in adapters if n in module.modules_to_save), None)
+
+
+def names_of_weight(model: nn.Module, path: str) -> list[str]:
+    """Return every name of a wrapped layer's weight; one that is tied has more than its own."""
+    weight = model.get_submodule(path).weight
+    every = model.named_parameters(remove_duplicate=False)
+    return [name.replace(".base_layer.", ".") for name, tensor in every if tensor is weight]
+
+
+def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
+    """Give layers weights of their own, and let the model's config say so."""
+    for layer in layers:
+        layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # or whoever loads it next ties them again
