@@ -11,11 +11,16 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
 from vera_convert.schemas import load_schema
 
 DATA = Path(__file__).parent / "data"
+
+# On a fresh machine the first texts wait for a table to be built, longer than Hypothesis allows.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -133,10 +133,14 @@ class AdapterContent:
 def is_written_adapter(folder: Path) -> bool:
     """Say whether a folder could have been written by a conversion: what ``--force`` may replace.
 
-    It holds a VeRA adapter, no training state or pickle, and no further adapter below it.
+    It holds a VeRA adapter, no training state or pickle, no further adapter below it and nothing
+    hidden.
     """
-    return is_vera(folder) and not (
-        (sides := side_files(folder)).left_out or sides.outside or sides.adapters
+    hidden = any(path.name.startswith(".") for path in folder.rglob("*"))
+    return (
+        is_vera(folder)
+        and not hidden
+        and not ((sides := side_files(folder)).left_out or sides.outside or sides.adapters)
     )
 
 

@@ -62,7 +62,10 @@ HEADS_OF_TASK = {
 """What PEFT itself appends to modules_to_save; a model has one of them, not all."""
 
 EMBEDDING_NAMES = frozenset(
-    ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+    (
+        *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
+        *("embeddings", "tokens_embed", "decoder", "vocab_projector", "generator_lm_head"),
+    )
 )
 """Last path elements of what PEFT saves with save_embedding_layers, which no config records."""
 
@@ -112,6 +115,8 @@ _OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|ve
 _LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
 # modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
 _STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
+# With bias "all" PEFT writes the biases of a module that it saves whole three times.
+_BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 _VERA = re.compile(r"(?:^|\.)vera_(?:lambda_[bd]|A|B)(?:\.[^.]+)?$")
 
@@ -133,6 +138,8 @@ def misnamed(name: str) -> Rule | None:
     elements = name.removeprefix(PREFIX).split(".")
     alone = len(elements) == 1 and elements[0] in _LAMBDAS
     inside = elements[:-1] if elements[-1] in (*_LAMBDAS, "vera_A", "vera_B") else elements
+    if _BIAS_COPY.search(name):
+        return None
     return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
 
 
@@ -372,9 +379,7 @@ def is_below(module: str, name: str) -> bool:
 
     PEFT holds the name against the end of each path, not minding where its elements begin.
     """
-    parts = module.split(".")
-    paths = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-    return name != "" and any(path.endswith(name) for path in paths)
+    return name != "" and f"{name}." in f"{module}."
 
 
 def _replacement_findings(
@@ -386,6 +391,8 @@ def _replacement_findings(
 ) -> Iterator[Finding]:
     declared = frozenset(config.modules_to_save or ())
     heads = frozenset(HEADS_OF_TASK.get(config.task_type or "", ()))
+    # Who names several heads means whichever of them the model has.
+    either = frozenset(name for names in HEADS_OF_TASK.values() for name in names)
     modules = []
     bias_stored = False
     for tensor in others:
@@ -405,7 +412,7 @@ def _replacement_findings(
             f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
         )
     if not renamed:
-        yield from _incomplete_modules(modules, declared, heads)
+        yield from _incomplete_modules(modules, declared, either)
         if config.bias != "none" and not bias_stored:
             yield BIAS_NOT_STORED.at(WEIGHTS_NAME, f'bias is "{printable(config.bias)}".')
 

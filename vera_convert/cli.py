@@ -22,6 +22,7 @@ from vera_convert.files import printable
 from vera_convert.interrupts import Interrupted, signals_raise
 
 if TYPE_CHECKING:
+    from vera_convert.blocks import Device
     from vera_convert.conversion import Conversion
     from vera_convert.hub import HubAccess
     from vera_convert.mergeoptions import MergeOptions
@@ -503,6 +504,7 @@ def count(**options: Any) -> None:
 @click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
 @click.option("--dtype", type=click.Choice(BASE_DTYPES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
+@click.option("--device", default="cpu", help="cpu (default), or cuda with the extra torch.")
 @click.option("--jobs", type=int, help="Threads (default: one for each core, four at most).")
 @click.option(
     "--check", is_flag=True, help="Look at all values; compare what comes back from disk."
@@ -553,8 +555,19 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
         generator=Variant(options["generator"]) if options["generator"] else None,
         tied=Tied(options["tied"]) if options["tied"] else None,
         force=options["force"],
+        device=_device(options["device"]),
         **{name: options[name] for name in same},
     )
+
+
+def _device(name: str) -> Device:
+    if name == "cpu":
+        from vera_convert.blocks import CPU
+
+        return CPU
+    from vera_convert.with_torch.compute import on_gpu
+
+    return on_gpu(name)
 
 
 @contextmanager
@@ -626,7 +639,7 @@ def _print_document(document: Mapping[str, object]) -> None:
 
 def _say(text: str, *, err: bool = False) -> None:
     """Print a text; a reader that went away does not undo what was done."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError if err else BrokenPipeError):
         click.echo(text, err=err)
 
 

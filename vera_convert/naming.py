@@ -260,9 +260,9 @@ def _prefix_strategies(
     known = (BASE_PREFIXES | own) - {""}
     in_adapter = {module.partition(".")[0] for module in layers}
     for prefix in sorted(known & in_base):
-        yield _key_map_strategy("", prefix, name=f'prefix "{prefix}." added')
+        yield _key_map_strategy("", prefix, name=f'prefix "{printable(prefix)}." added')
     for prefix in sorted(known & in_adapter):
-        yield _key_map_strategy(prefix, "", name=f'prefix "{prefix}." removed')
+        yield _key_map_strategy(prefix, "", name=f'prefix "{printable(prefix)}." removed')
 
 
 def _key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:

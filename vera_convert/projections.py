@@ -106,10 +106,16 @@ def as_meant(adapter: Adapter, on_base: OnBase, meant: Meant) -> Adapter:
         return adapter
     pair = as_tensors(drawn, dtype=stored.A.dtype, place=adapter.place)
     replaced = {A_NAME: pair.A, B_NAME: pair.B}
+    copies = {copy.name for copy in adapter.repeated}
     return replace(
         adapter,
         projections=pair,
-        tensors=tuple(replaced.get(tensor.name, tensor) for tensor in adapter.tensors),
+        repeated=(),
+        tensors=tuple(
+            replaced.get(tensor.name, tensor)
+            for tensor in adapter.tensors
+            if tensor.name not in copies
+        ),
     )
 
 

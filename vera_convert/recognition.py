@@ -360,7 +360,8 @@ def _conceivable_widths(
     bound = float(np.median(bounds)) if bounds.size else 0.0
     agreeing = np.abs(bounds - bound) < _TOLERANCE * bound
     related = np.count_nonzero(agreeing) > _PLAUSIBLE * bounds.size
-    if not related or bound**2 < 6.0 / (2 * _WIDEST):
+    # No width is below one, so no bound is above the square root of six.
+    if not related or not 6.0 / (2 * _WIDEST) <= min(bound, 4.0) ** 2 <= 6.0 * 1.5:
         return np.arange(0)
     width = round(6.0 / bound**2)
     reach = min(1 + int(width * _TOLERANCE), _FARTHEST)
@@ -387,7 +388,7 @@ def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
     variant's arithmetic or the rounding made of the last bits, and whatever the width.
     """
     clue = np.array([*A.flat[:_CLUE], *B.flat[:_CLUE]][:_CLUE], np.float64)
-    if clue.size < _CLUE:
+    if clue.size < _CLUE or not np.isfinite(clue).all():
         return []
     clue *= np.sqrt(np.where(np.arange(_CLUE) < A.size, A.shape[1], A.shape[0]))
     keys = np.arange(SEARCHED_KEYS.start, SEARCHED_KEYS.stop, dtype=np.uint32)

@@ -111,11 +111,14 @@ def regenerate_for(
         bare, on_base = _without_stored(source, on_base, found)
         variant = found.variant if found is not None and generator is None else generator
         converted = embedded(bare, on_base, variant=variant)
-        pair = {t.name: t.array() for t in converted.tensors if t.name in (A_NAME, B_NAME)}
         drawn = converted.draw
         assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
+        # What an adapter stores can be narrower than what was drawn: not so here.
+        shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
+        A, B = materialised(drawn)
         kind = drawn.variant.dtype
-        A, B = (pair[name].astype(kind) for name in (A_NAME, B_NAME))
+        A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
+        B = B[: shapes[B_NAME][0]].astype(kind, copy=False)
         inputs = (source.folder, *on_base.folders)
         source.check_unchanged()
         findings = source.findings if drawn == found else converted.findings

@@ -106,6 +106,8 @@ def _with_prefix(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], s
     """
     bare = not any(tensor.name.startswith(PREFIX) for tensor in tensors)
     bare &= any(_VERA.fullmatch(tensor.name) for tensor in tensors)
+    # Something before base_model is another wrapper's, and says nothing of what is missing.
+    bare &= not any("base_model" in tensor.name.split(".")[1:] for tensor in tensors)
 
     def new_name(name: str) -> str:
         if name.removeprefix("base_model.") in ("vera_A", "vera_B"):

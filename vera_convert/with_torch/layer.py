@@ -60,7 +60,8 @@ DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype | None:
-    """Return the dtype that a layer computes in; None where its weight tells none."""
+    """Return the dtype that a layer computes in, wrapped or not; None if its weight tells none."""
+    layer = getattr(layer, "base_layer", layer)
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
     return dtype if dtype in DENSE else getattr(layer, "compute_dtype", None)  # of 4-bit layers
 

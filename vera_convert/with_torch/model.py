@@ -247,6 +247,8 @@ class VeraModel(nn.Module):
         """
         self._refuse_merged("merging")
         layers = {path: layer for path, layer in self._layers() if layer.active}
+        for layer in layers.values():
+            layer.dense_weight()
         shared = [path for path in layers if len(names_of_weight(self.model, path)) > 1]
         if shared and tied is None:
             names = " and ".join(names_of_weight(self.model, shared[0]))
@@ -254,8 +256,6 @@ class VeraModel(nn.Module):
                 f"{names} are one tensor. Say what is meant: Tied.UNTIE gives the adapted layer "
                 "one of its own, Tied.ADD changes both."
             )
-        for layer in layers.values():
-            layer.dense_weight()
         for path, layer in layers.items():
             if check and not layer.merges_finite():
                 reason = "after the merge its weight would hold values that are not finite."
