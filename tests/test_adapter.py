@@ -328,3 +328,17 @@ def test_no_tensor_is_without_a_meaning(
         assert found.projections.A.shape[0] == found.projections.B.shape[1] == 4
         tallest = max(adapted.out_features for adapted in found.layers.values())
         assert found.projections.out_features >= tallest
+
+
+def test_the_biases_of_a_saved_head_are_stored_three_times(tmp_path: Path) -> None:
+    """So PEFT writes them with bias "all"; all three pass."""
+    bias = np.zeros(2, np.float32)
+    head = {
+        f"base_model.model.classifier.{name}": bias
+        for name in ("bias", "modules_to_save.bias", "original_module.bias", "weight")
+    }
+    folder = good_adapter(
+        tmp_path / "adapter", tensors=head, bias="all", modules_to_save=["classifier", "score"]
+    )
+    with open_adapter(folder) as adapter:
+        assert {tensor.name for tensor in adapter.replacements} == head.keys()

@@ -12,7 +12,7 @@ from folders import everything
 from vera_convert import adapterfolder
 from vera_convert.adapterfolder import is_training_state, is_written_adapter, side_files
 from vera_convert.conversion import strip
-from vera_convert.errors import SurroundingsError
+from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files import LocalFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
@@ -184,3 +184,26 @@ def test_an_adapters_folder_is_known_by_its_config(tmp_path: Path) -> None:
     assert not is_written_adapter(tmp_path)
     (tmp_path / "adapter_config.json").mkdir()
     assert not is_written_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "adapter_model.bin", ".git/config", "checkpoint-10/adapter_config.json"],
+)
+def test_force_replaces_nothing_that_no_conversion_writes(name: str, tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    taken = good_adapter(tmp_path / "out")
+    (taken / name).parent.mkdir(exist_ok=True)
+    (taken / name).write_text("{}")
+    before = everything(taken)
+    with pytest.raises(UsageError, match="--force"):
+        strip(folder, taken, force=True)
+    assert everything(taken) == before
+
+
+def test_force_does_not_replace_a_lora(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    lora = good_adapter(tmp_path / "out", peft_type="LORA")
+    with pytest.raises(UsageError):
+        strip(folder, lora, force=True)
+    assert '"LORA"' in (lora / "adapter_config.json").read_text()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapterdefects import LAYER, A, B, all_of, drawn, fields, renamed, stripped, tensors, without
-from adapters import KEY, RANK, good_adapter
+from adapters import KEY, RANK, good_adapter, good_tensors
 from bases import tiny_base
 from conftest import DATA
 from defects import DEFECTS, Spoiler, edit_config
@@ -529,3 +529,22 @@ def test_progress_of_a_failing_disk_stops_the_tree(
     with pytest.raises(SurroundingsError, match="disk is full"):
         migrate_tree(tree, tmp_path / "out", to=Mode.ASIS)
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+def test_a_prefix_is_not_put_before_another_wrappers(tmp_path: Path) -> None:
+    """Names from DistributedDataParallel say nothing of a prefix that is missing."""
+    names = good_tensors()
+    renamed = {f"module.{name}": array for name, array in names.items()}
+    folder = good_adapter(tmp_path / "adapter", tensors={**dict.fromkeys(names), **renamed})
+    with pytest.raises(CheckpointError, match="V217"):
+        migrate(folder, tmp_path / "out", to=Mode.ASIS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tree_tells_what_lies_in_no_adapter(tmp_path: Path) -> None:
+    good_adapter(tmp_path / "tree" / "one")
+    (tmp_path / "tree" / "notes.txt").write_text("mine")
+    (tmp_path / "tree" / "link").symlink_to(tmp_path / "tree" / "one")
+    result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
+    assert result.outside == ("link", "notes.txt")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["one"]

@@ -414,3 +414,14 @@ def test_a_difference_is_described_in_one_sentence() -> None:
         "the largest difference is 0.75"
     )
     assert "1,280 values differ" in Difference("vera_A", (0, 0), 1, 2, 3, 1280).description
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+def test_absurd_values_are_no_draw_and_cost_no_time(value: float) -> None:
+    A, B = np.full((4, 16), value), np.full((16, 4), value)
+    A[0, 0] = 0.25
+    with np.errstate(all="ignore"):
+        found = recognise(A, B, key=7)
+    assert found.draw is None
+    assert found.difference is not None
+    assert found.difference.count == A.size + B.size
