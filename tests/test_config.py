@@ -284,3 +284,17 @@ def test_all_bytes_around_a_changed_value_are_kept(
     assert edited.startswith(text[:at])
     assert edited.endswith(text[at + 1 :])
     assert json.loads(edited[at : len(edited) - len(text[at + 1 :])]) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["a"] * 10_001}, "modules_to_save has 10,001 entries"),
+        ({"target_modules": ["." * 10_001]}, "target_modules has an entry of over 10,000 letters"),
+        ({f"field_{number}": 0 for number in range(1_000)}, "fields"),
+    ],
+)
+def test_absurdly_long_configs_are_refused(changes: dict[str, object], said: str) -> None:
+    text = json.dumps({"peft_type": "VERA", **changes}).encode()
+    with pytest.raises(CheckpointError, match=f"V104 .*{said}"):
+        parse_config(text, place="here")

@@ -115,14 +115,17 @@ def _missing_files(folder: Path) -> Iterator[Finding]:
     place = printable(folder.name or str(folder))
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
-    named = sorted(entry.name for entry in folder.iterdir() if (entry / CONFIG_NAME).is_file())
-    hint = (
-        f" Its subfolder {printable(named[0])} is an adapter: did you mean that?" if named else ""
-    )
     if not (folder / CONFIG_NAME).exists():
-        yield CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}.{hint}")
+        yield CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}.{_hint(folder)}")
     elif not (folder / WEIGHTS_NAME).exists():
         yield pickled_weights(folder) or WEIGHTS_MISSING.at(place, f"there is no {WEIGHTS_NAME}.")
+
+
+def _hint(folder: Path) -> str:
+    """Name the subfolders that are adapters, if there are any."""
+    named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    shown = ", ".join(map(printable, named[:3]))
+    return f" It holds adapters in subfolders ({shown}): did you mean one of them?" if named else ""
 
 
 def _read_both(

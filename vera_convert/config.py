@@ -31,6 +31,11 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1 << 24
 """No adapter comes near; a larger claim would only serve to exhaust memory."""
 
+MAX_FIELDS = 1_000
+MAX_LISTED = 10_000
+MAX_NAME = 10_000
+"""Far above what any model needs."""
+
 KEY_RANGE = range(-(2**63), 2**64)
 """What ``torch.Generator.manual_seed`` takes; a negative key counts from 2^64 downwards."""
 
@@ -137,6 +142,8 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
         raise CheckpointError(
             CONFIG_NOT_OBJECT.at(place, f"it holds {_json_kind(document)} at its top level.")
         )
+    if len(document) > MAX_FIELDS:
+        raise CheckpointError(FIELD_RANGE.at(place, f"it has {len(document):,} fields."))
     if document.get("peft_type") != "VERA":
         raise CheckpointError(NOT_VERA.at(place, _what_else(document)))
     findings = [*_field_findings(document, place)]
@@ -276,8 +283,20 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[Find
         yield KEY_INVALID.at(place, f"projection_prng_key is {key}.")
 
 
+def _absurd_lists(config: VeraConfig, place: str) -> Iterator[Finding]:
+    """Refuse lists that would only serve to exhaust time: names are compared with each other."""
+    for field in ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        value = getattr(config, field)
+        items = value if isinstance(value, tuple) else (value,)
+        if len(items) > MAX_LISTED:
+            yield FIELD_RANGE.at(place, f"{field} has {len(items):,} entries.")
+        if any(isinstance(item, str) and len(item) > MAX_NAME for item in items):
+            yield FIELD_RANGE.at(place, f"{field} has an entry of over {MAX_NAME:,} letters.")
+
+
 def _relation_findings(config: VeraConfig, place: str) -> Iterator[Finding]:
     """Yield a finding for each well-typed field whose value PEFT cannot work with."""
+    yield from _absurd_lists(config, place)
     if not 1 <= config.r <= MAX_RANK:
         yield FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
     if not (math.isfinite(config.vera_dropout) and 0 <= config.vera_dropout <= 1):

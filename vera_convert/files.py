@@ -21,8 +21,6 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
-import numpy as np
-
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.rules import (
     FILE_EMPTY,
@@ -417,6 +415,8 @@ def _check_structure(data: bytes, place: str) -> None:
     if len(outside) > _MOST_VALUES:
         reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
         raise CheckpointError(JSON_TOO_MANY.at(place, reason))
+    import numpy as np  # here, since --help reads no JSON
+
     brackets = np.frombuffer(outside.replace(b",", b""), np.int8)
     steps = np.where(brackets == ord("["), np.int8(1), np.int8(-1))
     depth = int(steps.cumsum(dtype=np.int32).max(initial=0))
