@@ -548,3 +548,12 @@ def test_a_tree_tells_what_lies_in_no_adapter(tmp_path: Path) -> None:
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert result.outside == ("link", "notes.txt")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["one"]
+
+
+def test_folders_that_lie_absurdly_deep_are_refused(tmp_path: Path) -> None:
+    good_adapter(tmp_path / "tree" / "one")
+    deep = Path(tmp_path, "tree", *["d"] * 120)
+    deep.mkdir(parents=True)
+    with pytest.raises(SurroundingsError, match="too deep"):
+        migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
+    assert not (tmp_path / "out").exists()

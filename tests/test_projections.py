@@ -256,3 +256,16 @@ def test_the_keys_projections_cannot_be_had_without_a_dtype(tmp_path: Path) -> N
         wish = BaseWish(dtype="bfloat16")
         done = act(folder, tmp_path / act.__name__, projections=Meant.KEY, base=wish)
         assert "replaced A and B by the draw of the config's key" in done.changes[0]
+
+
+def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    drawn(variant=Variant.FLOAT32_SEPARATE)(folder)
+    wish = BaseWish(dtype="float32")
+    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+    found = embed(tmp_path / "stripped", tmp_path / "out", base=wish, projections=Meant.KEY).draw
+    assert found is not None
+    assert found.variant is Variant.FLOAT32_FUSED
+    restored = embed(tmp_path / "stripped", tmp_path / "restored").draw
+    assert restored is not None
+    assert restored.variant is Variant.FLOAT32_SEPARATE

@@ -18,6 +18,9 @@ from vera_convert.header import read_header
 from vera_convert.publish import staged_folder
 from vera_convert.tensorfile import TensorData, write_tensors
 
+DEEPEST = 100
+"""How deep folders are followed; a checkpoint has two or three levels."""
+
 _TRAINING_STATE = re.compile(
     r"(adapter_model|training_args)\.bin"
     r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
@@ -80,6 +83,8 @@ def _regular_files(folder: Path, adapters: list[str], prefix: str = "") -> Itera
 
     Subfolders that are adapters themselves are added to `adapters` instead.
     """
+    if prefix.count("/") > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:

@@ -133,10 +133,10 @@ def embed(
 
 def need_to_embed(adapter: Adapter, wish: BaseWish, meant: Meant) -> Need:
     """Say how much embedding needs the base: all depends on it where nothing else records dims."""
+    if meant is Meant.KEY and (adapter.projections or adapter.fingerprint) is not None:
+        return Need.VITAL if wish.dtype is None else Need.HELPFUL
     if adapter.projections is None:
         return Need.VITAL if adapter.fingerprint is None else Need.NONE
-    if meant is Meant.KEY:
-        return Need.VITAL if wish.dtype is None else Need.HELPFUL
     return Need.NONE if adapter.config.save_projection else Need.HELPFUL
 
 

@@ -49,6 +49,7 @@ __all__ = (
     "open_remote",
 )
 
+_DEEPEST = 100
 SIDE_FILE_LIMIT = 10_000_000
 """The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
 _CONFIG = "adapter_config.json"
@@ -295,6 +296,8 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
 
 def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Yield the regular files below a folder, links to files included but no linked folder."""
+    if prefix.count("/") > _DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
     try:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adapterfolder import is_vera, side_files, write_adapter
+from vera_convert.adapterfolder import DEEPEST, is_vera, side_files, write_adapter
 from vera_convert.adaptertensors import StoredProjections
 from vera_convert.config import CONFIG_NAME
 from vera_convert.conversion import (
@@ -172,6 +172,7 @@ def _migrate_one(
             converted, on_base = _migrated(adapter, wishes)
             converted = _with_changes(converted, repairs)
             content = content_of(adapter, converted)
+            side_files(tree / name)  # one that cannot be read is found before anything is written
             writing = True
             (staging / name).mkdir(parents=True, exist_ok=True)
             sides = write_adapter(content, staging / name)
@@ -193,6 +194,8 @@ def _migrate_one(
 def adapters_below(tree: Path, prefix: str = "") -> Iterator[str]:
     """Yield the adapters' folders below a folder, relative to it, in sorted order; no links."""
     folder = tree / prefix
+    if prefix.count("/") > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)

@@ -21,7 +21,7 @@ from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import LOAD_DTYPES, Meant, usual_draw
 from vera_convert.proof import other_dims
 from vera_convert.recognition import Difference, Draw, recognise
-from vera_convert.rules import PROJECTIONS_IGNORED, Finding
+from vera_convert.rules import PROJECTIONS_IGNORED, UNPROVEN_DRAW, Finding
 from vera_convert.targets import Linear, kind_of
 from vera_convert.tensorfile import TensorData
 from vera_convert.transforms import embedded, stripped
@@ -186,6 +186,7 @@ def _described(adapter: Adapter, location: Location, on_base: OnBase, meant: Mea
             *on_base.findings,
             *other_dims(adapter, on_base),
             *_ignored(adapter, effects),
+            *_unknown_origin(adapter),
         ),
     )
 
@@ -249,6 +250,17 @@ def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
     stored = adapter.projections is not None and adapter.config.save_projection
     if stored and any(effect.same_on == () for effect in effects):
         yield PROJECTIONS_IGNORED.at(adapter.place, "what PEFT draws from the key is not A and B.")
+
+
+def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
+    """Warn where nothing at all tells which A and B an adapter was trained on.
+
+    There are other trainers of VeRA, whose seed does not give PyTorch's draw.
+    """
+    unrecorded = adapter.config.peft_version is None
+    if adapter.projections is None and adapter.fingerprint is None and unrecorded:
+        reason = "it stores no A and B, no fingerprint of them, and no version of PEFT."
+        yield UNPROVEN_DRAW.at(adapter.place, reason)
 
 
 def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:

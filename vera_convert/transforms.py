@@ -162,8 +162,15 @@ def embedded(
     adapter = as_meant(adapter, on_base, meant)
     if adapter.projections is not None:
         return _announced(adapter, on_base, meant, redrawn=adapter is not original)
-    if adapter.fingerprint is not None:
-        return _restored(adapter, adapter.fingerprint, on_base, variant)
+    recorded = adapter.fingerprint
+    if recorded is not None and meant is not Meant.KEY:
+        return _restored(adapter, recorded, on_base, variant)
+    if recorded is not None:  # it tells the dims even where its draw is not the one that is meant
+        on_base = replace(
+            on_base,
+            in_features=on_base.in_features or recorded.in_features,
+            out_features=on_base.out_features or recorded.out_features,
+        )
     return _redrawn(adapter, on_base, variant or Variant.FLOAT32_FUSED)
 
 
