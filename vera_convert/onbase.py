@@ -224,7 +224,7 @@ def _from_base(adapter: Adapter, location: Location, wish: BaseWish, access: Hub
     model = replace(
         model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
     )
-    dims = _dims(adapter, model, own)
+    dims = shared_dims(adapter, model, own)
     used = [tensors.get(module) or match.tensors[module] for module in dims.adapted]
     rounding, possible, unclear = _rounding(base, used)
     return OnBase(
@@ -255,7 +255,7 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dims:
+class SharedDims:
     """PEFT's shared dims, and the layers that they are taken from."""
 
     in_features: int
@@ -264,7 +264,7 @@ class _Dims:
     findings: tuple[Finding, ...]
 
 
-def _dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> _Dims:
+def shared_dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> SharedDims:
     """Predict the dims of A and B by the config's targets, and hold them against the adapter's."""
     needed = Adapted(
         own,
@@ -298,7 +298,7 @@ def _dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> _D
             f"{len(adapter.layers)}; {what} {example}."
         )
         findings += (TARGETS_DISAGREE.at(adapter.place, reason),)
-    return _Dims(predicted.max_in, predicted.max_out, tuple(predicted.layers), findings)
+    return SharedDims(predicted.max_in, predicted.max_out, tuple(predicted.layers), findings)
 
 
 def _rounding(
@@ -348,7 +348,7 @@ def _from_config(
         if found != linear.out_features:
             reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
             raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
-    dims = _dims(adapter, model, own)
+    dims = shared_dims(adapter, model, own)
     return OnBase(
         dims.in_features,
         dims.out_features,

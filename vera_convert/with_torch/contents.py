@@ -24,7 +24,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files import printable
 from vera_convert.generator import Rounding, Variant, draw, rounded
 from vera_convert.ineffect import in_effect
-from vera_convert.onbase import OnBase, _dims
+from vera_convert.onbase import OnBase, shared_dims
 from vera_convert.projections import Meant, check_size
 from vera_convert.proof import other_dims
 from vera_convert.rules import (
@@ -194,7 +194,7 @@ def stored_contents(
     """
     with open_adapter(folder) as adapter:
         layers = layers_of(model)
-        dims = _dims(adapter, layers, _matched(adapter, layers))
+        dims = shared_dims(adapter, layers, _matched(adapter, layers))
         on_base = OnBase(
             dims.in_features,
             dims.out_features,
