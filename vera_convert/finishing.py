@@ -92,8 +92,10 @@ class Finisher:
         self._failure: BaseException | None = None
         self._queues: list[_Tasks] = [queue.SimpleQueue() for _ in range(_THREADS)]
         self._files: dict[str, _Progress] = {}
+        self._ended = [threading.Event() for _ in self._queues]
         self._threads = [
-            threading.Thread(target=self._live, args=(each,), daemon=True) for each in self._queues
+            threading.Thread(target=self._live, args=both, daemon=True)
+            for both in zip(self._queues, self._ended, strict=True)
         ]
         try:
             for thread in self._threads:
@@ -122,11 +124,17 @@ class Finisher:
             raise self._failure
 
     def close(self) -> None:
-        """Wait until all is done that was asked for; a signal comes through."""
+        """Wait until all is done that was asked for; a signal comes through.
+
+        Not by joining: a `join` that a signal leaves takes the thread for ended when it is not.
+        """
         self._end()
-        for thread in self._threads:
-            while thread.is_alive():
-                thread.join(_LOOK_EVERY)
+        for each in self._ended:
+            while not each.wait(_LOOK_EVERY):
+                pass
+        with signals_held():
+            for thread in self._threads:
+                thread.join()
 
     def stop(self, error: BaseException | None) -> None:
         """Drop what has not begun, and wait for the rest; signals are held back."""
@@ -161,7 +169,7 @@ class Finisher:
             raise
         self.raise_failure()
 
-    def _live(self, tasks: _Tasks) -> None:
+    def _live(self, tasks: _Tasks, ended: threading.Event) -> None:
         while (task := tasks.get()) is not None:
             if self._failure is not None:
                 continue
@@ -169,6 +177,7 @@ class Finisher:
                 task()
             except BaseException as error:  # noqa: BLE001 -- it is raised again by who waits
                 self._failure = error
+        ended.set()
 
     def _take(self, file: _Progress, part: Written) -> None:
         target = os.open(file.path, OPEN_FLAGS)
