@@ -311,9 +311,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        # Modules are compiled once, as where they are installed.
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{folder}/compiled"
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         found = beside_others(Path(folder), arguments.rounds, with_peft=arguments.peft)
-    if arguments.more:
-        with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        if arguments.more:
             found |= growth(Path(folder))
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,10 +24,13 @@ from adapters import KEY, good_adapter
 from bases import tiny_base
 from conftest import DATA
 from folders import WEIGHTS, everything, weights
+from merges import filled_base
 from safetensors.numpy import load_file
 
 from vera_convert import cli
+from vera_convert.assembling import Finished
 from vera_convert.generator import Rounding, Variant, draw, rounded
+from vera_convert.journal import Journal
 from vera_convert.migration import Mode
 from vera_convert.projections import Meant
 from vera_convert.schemas import schema_names
@@ -606,3 +612,36 @@ cli.main(sys.argv[1:])
     assert out == ""
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("token", [["--token", "hf_secret"], ["--token=hf_secret"]])
+def test_a_merge_that_failed_names_the_command_that_continues(
+    token: list[str], run: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = filled_base(tmp_path / "sharded", shards=4), tmp_path / "out 1"
+    call = ["merge", adapter, out, "--base", base, "--jobs", "1"]
+    real, count = Journal.add, itertools.count()
+
+    def add(self: Journal, name: str, finished: Finished) -> None:
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, name, finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        failed = run(*call, "--resume", *token)
+    assert failed.status == 3
+    assert not out.exists()
+    assert "hf_secret" not in failed.err
+    (line,) = re.findall("^note: .* this continues: vera-convert (.*)$", failed.err, re.MULTILINE)
+    assert run(*shlex.split(line)).status == 0
+    assert run(*call, "--force").err == ""
+
+
+def test_a_merge_that_keeps_nothing_names_no_command(
+    run: Run, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    refused = run("merge", adapter, tmp_path / "out", "--base", base, "--resume")
+    assert refused.status == 2
+    assert "continues" not in refused.err

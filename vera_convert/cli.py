@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -525,7 +526,7 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
     from vera_convert.mergetext import merge_document, merge_text
     from vera_convert.merging import merge as run
 
-    with _progress(options, "merged") as progress:
+    with _telling_how_to_continue(), _progress(options, "merged") as progress:
         result = run(
             adapter,
             out,
@@ -536,6 +537,33 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
             progress=progress,
         )
     _show(options, result.findings, merge_text(result), lambda: merge_document(result))
+
+
+@contextmanager
+def _telling_how_to_continue() -> Iterator[None]:
+    """Name the command that continues a merge which failed or was stopped, if one can."""
+    from vera_convert.mergejob import KEPT
+
+    try:
+        yield
+    except BaseException as error:
+        if KEPT in getattr(error, "__notes__", ()):
+            command = _command_without_token(click.get_current_context().obj)
+            _say(f"note: what is finished is kept; this continues: {command}", err=True)
+        raise
+
+
+def _command_without_token(arguments: Sequence[str]) -> str:
+    """Return the command line as a shell takes it; a token is never printed."""
+    kept: list[str] = []
+    skips = False
+    for argument in arguments:
+        if not skips and not argument.startswith("--token="):
+            skips = argument == "--token"
+            kept += [] if skips else [argument]
+        else:
+            skips = False
+    return "".join(map(printable, shlex.join(["vera-convert", *kept])))
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
@@ -687,7 +715,7 @@ def _run(arguments: list[str]) -> int:
     Not by way of click's own `main`, which takes any signal for SIGINT.
     """
     try:
-        with program.make_context("vera-convert", [*arguments]) as context:
+        with program.make_context("vera-convert", [*arguments], obj=arguments) as context:
             program.invoke(context)
     except click.exceptions.Exit as leaving:
         return leaving.exit_code

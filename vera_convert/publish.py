@@ -266,10 +266,13 @@ def _explained(out: Path) -> Iterator[None]:
             raise
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         where = "" if not name or TAG in name else f" ({printable(name)})"
-        raise SurroundingsError(
+        explained = SurroundingsError(
             f"{printable(str(out))} could not be written: {error.strerror}{where}. "
             f"{_REMEDIES.get(error.errno, '')}".rstrip()
-        ) from error
+        )
+        for note in getattr(error, "__notes__", ()):
+            explained.add_note(note)
+        raise explained from error
 
 
 # Publishing ---------------------------------------------------------------------------------------
