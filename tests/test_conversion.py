@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from adapterdefects import bare, fields, stripped
-from adapters import good_adapter
+from adapters import RANK, good_adapter
 from bases import tiny_base
 from folders import WEIGHTS, codes, everything
 from hub_server import HubServer
@@ -149,3 +149,14 @@ def test_the_revisions_of_adapter_and_base_are_kept_apart(
     by_name = BaseWish("example/tiny-llama", revision="given")
     by_both = strip("org/name", tmp_path / "c", base=by_name, access=access)
     assert by_both.on_base.source == f"example/tiny-llama@{bases['given']}"
+
+
+def test_info_fetches_config_and_weights_alone(
+    hub: HubServer, access: HubAccess, adapter: Path
+) -> None:
+    (adapter / "tokenizer.json").write_bytes(bytes(1000))
+    hub.add("example/adapter", everything(adapter))
+    found = info("example/adapter", access=access)
+    assert found.config.r == RANK
+    asked = [path for path in hub.paths("GET") if "example/adapter/resolve" in path]
+    assert {path.rpartition("/")[2] for path in asked} == {"adapter_config.json", WEIGHTS}

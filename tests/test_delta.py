@@ -16,9 +16,8 @@ from safetensors.numpy import load_file
 
 from vera_convert.adapter import open_adapter
 from vera_convert.delta import delta, exact_delta, merged
-from vera_convert.hub import HubAccess
 from vera_convert.ineffect import in_effect
-from vera_convert.onbase import BaseWish, Need, learn
+from vera_convert.onbase import Bases, BaseWish, Need, learn
 from vera_convert.projections import Meant
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))
@@ -99,7 +98,7 @@ def test_in_float64_it_gives_every_reference_of_the_fixtures(path: Path) -> None
     base = FIXTURES / expected["base"]
     weights = load_file(base / "model.safetensors")
     with open_adapter(path.parent) as adapter:
-        on_base = learn(adapter, BaseWish(str(base)), access=HubAccess(), need=Need.VITAL)
+        on_base = learn(adapter, BaseWish(str(base)), bases=Bases(), need=Need.VITAL)
         assert on_base.match is not None
         pair = in_effect(adapter, on_base, meant=meant)
         for module, layer in adapter.layers.items():

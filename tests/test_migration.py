@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from vera_convert.adapter import open_adapter
+from vera_convert.basemodel import BaseModel, read_base
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.hub import HubAccess, Location
 from vera_convert.migration import Mode, adapters_below, migrate, migrate_tree
 from vera_convert.onbase import BaseWish
 from vera_convert.projections import Meant
@@ -451,7 +454,7 @@ def test_links_are_not_followed_out_of_the_tree_nor_in_circles(tmp_path: Path) -
         (tmp_path / "tree" / "two" / name).symlink_to(outside / name)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert [*result.done] == ["one"]
-    assert result.done["one"].side_files.outside == ("secret",)
+    assert result.done["one"].side_files.outside == ("gone", "round", "secret", "self")
     assert [*result.failed] == ["two"]
     assert sorted(everything(tmp_path / "out")) == [f"one/{CONFIG_NAME}", f"one/{WEIGHTS}"]
 
@@ -554,6 +557,42 @@ def test_folders_that_lie_absurdly_deep_are_refused(tmp_path: Path) -> None:
     good_adapter(tmp_path / "tree" / "one")
     deep = Path(tmp_path, "tree", *["d"] * 120)
     deep.mkdir(parents=True)
-    with pytest.raises(SurroundingsError, match="too deep"):
-        migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
-    assert not (tmp_path / "out").exists()
+    result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
+    assert [*result.done] == ["one"]
+    (error,) = result.failed.values()
+    assert "too deep" in str(error)
+
+
+def test_a_folder_that_cannot_be_listed_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good_adapter(tmp_path / "tree" / "one")
+    good_adapter(tmp_path / "tree" / "shut")
+    real = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if Path(folder).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr("vera_convert.migration.os.scandir", scandir)
+    result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
+    assert [*result.done] == ["one"]
+    assert [*result.failed] == ["shut"]
+    assert "Permission denied" in str(result.failed["shut"])
+
+
+def test_a_tree_reads_its_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two", "three"):
+        good_adapter(tmp_path / "tree" / name)
+    read: list[str] = []
+
+    def counted(location: Location, access: HubAccess) -> BaseModel:
+        read.append(location.label)
+        return read_base(location, access)
+
+    monkeypatch.setattr("vera_convert.onbase.read_base", counted)
+    base = tiny_base(tmp_path / "base")
+    result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.STRIPPED, base=str(base))
+    assert len(result.done) == 3
+    assert len(read) == 1

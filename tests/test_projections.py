@@ -16,6 +16,7 @@ from adapters import CONFIG, KEY, good_adapter
 from bases import tiny_base
 from draws import STORED, as_peft_stored
 from folders import CONFIG_NAME, WEIGHTS, codes, everything, refusal, weights
+from safetensors.numpy import load_file
 
 from vera_convert.conversion import embed, strip
 from vera_convert.errors import SurroundingsError, UsageError
@@ -23,6 +24,7 @@ from vera_convert.generator import Rounding, Variant
 from vera_convert.onbase import BaseWish
 from vera_convert.projections import Meant, materialised
 from vera_convert.recognition import recognise
+from vera_convert.regeneration import regenerate_for
 
 # --- what is not known ---------------------------------------------------------------------------
 
@@ -269,3 +271,19 @@ def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
     restored = embed(tmp_path / "stripped", tmp_path / "restored").draw
     assert restored is not None
     assert restored.variant is Variant.FLOAT32_SEPARATE
+
+
+def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Whatever its lambdas are stored as; in the adapter it is named as what was stored."""
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    wish = BaseWish(dtype="float64", in_features=16, out_features=16)
+    done = embed(folder, tmp_path / "out", base=wish, generator=Variant.FLOAT64_FUSED)
+    assert done.draw is not None
+    assert done.draw.rounding is Rounding.FP32
+    base = BaseWish(str(tiny_base(tmp_path / "base")), dtype="float64")
+    found = regenerate_for(
+        folder, tmp_path / "pair.safetensors", base=base, generator=Variant.FLOAT64_FUSED
+    )
+    assert found.draw.rounding is Rounding.NONE
+    A, _ = materialised(found.draw)
+    assert np.array_equal(load_file(tmp_path / "pair.safetensors")["vera_A"], A)

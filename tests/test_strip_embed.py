@@ -27,8 +27,7 @@ from vera_convert.conversion import Conversion, embed, strip
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.fingerprint import METADATA_KEY, from_text
 from vera_convert.generator import Rounding, Variant
-from vera_convert.hub import HubAccess
-from vera_convert.onbase import BaseWish, Need, learn
+from vera_convert.onbase import Bases, BaseWish, Need, learn
 from vera_convert.projections import Meant
 from vera_convert.transforms import embedded
 
@@ -62,7 +61,7 @@ def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
         means.append(Meant.AUTO)
     with open_adapter(path.parent) as adapter:
         base = BaseWish(str(FIXTURES / expected["base"]))
-        on_base = learn(adapter, base, access=HubAccess(), need=Need.NONE)
+        on_base = learn(adapter, base, bases=Bases(), need=Need.NONE)
         for meant in means:
             result = {t.name: t.array() for t in embedded(adapter, on_base, meant=meant).tensors}
             for name, effect in expected["projections_in_effect"].items():

@@ -194,6 +194,13 @@ def test_the_size_embedded_is_told_if_it_can_be(
     assert info(folder, base=wish).sizes.embedded == done.bytes_after
 
 
+def test_a_size_that_only_drawing_would_tell_is_not_told(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    tensors(lambda all_: {name: a.astype(np.float16) for name, a in all_.items()})(folder)
+    wish = BaseWish(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
+    assert info(folder, base=wish).sizes.embedded is None
+
+
 def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     alone = info(folder)

@@ -25,7 +25,7 @@ _TRAINING_STATE = re.compile(
     r"(adapter_model|training_args)\.bin"
     r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
     r"|rng_state(_\d+)?\.(pt|pth)|random_states_\d+\.pkl"
-    r"|.*_(optim|model)_states\.pt"
+    r"|.*_(optim|model)_states\.pt|.*\.distcp"
 )
 """Pickled weights and the states of a training run: of no use to whoever loads the adapter."""
 
@@ -42,7 +42,7 @@ class SideFiles:
     Attributes:
         carried: copied byte for byte, in sorted order.
         left_out: pickled weights and training states, never copied.
-        outside: links that lead out of the folder, never followed.
+        outside: links that lead out of the folder, to nowhere or to a folder; never followed.
         adapters: subfolders that are adapters of their own.
     """
 
@@ -61,9 +61,10 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
         folder: the adapter's.
         not_fetched: files that were left on the Hub; the cache may hold some of them by chance.
     """
-    carried, left_out, outside = [], [], []
+    carried, left_out = [], []
+    outside: list[str] = []
     adapters: list[str] = []
-    for name in _regular_files(folder, adapters):
+    for name in _regular_files(folder, adapters, outside):
         if name in not_fetched:
             continue
         if is_training_state(PurePosixPath(name).name):
@@ -75,13 +76,17 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
                 outside.append(name)
             else:
                 carried.append(name)
-    return SideFiles(tuple(carried), (*left_out, *not_fetched), tuple(outside), tuple(adapters))
+    unfollowed = tuple(sorted(outside))
+    return SideFiles(tuple(carried), (*left_out, *not_fetched), unfollowed, tuple(adapters))
 
 
-def _regular_files(folder: Path, adapters: list[str], prefix: str = "") -> Iterator[str]:
+def _regular_files(
+    folder: Path, adapters: list[str], links: list[str], prefix: str = ""
+) -> Iterator[str]:
     """Yield the regular files below a folder, links to files included, in sorted order.
 
-    Subfolders that are adapters themselves are added to `adapters` instead.
+    Subfolders that are adapters themselves are added to `adapters` instead, and links to folders
+    (which could lead out of the adapter or round in circles) or to nowhere to `links`.
     """
     if prefix.count("/") > DEEPEST:
         raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
@@ -91,14 +96,15 @@ def _regular_files(folder: Path, adapters: list[str], prefix: str = "") -> Itera
             if entry.name.startswith("."):
                 continue
             name = prefix + entry.name
-            # A linked folder could lead out of the adapter or round in circles.
             if entry.is_dir(follow_symlinks=False):
                 if os.path.lexists(Path(entry.path, CONFIG_NAME)):
                     adapters.append(name)
                 else:
-                    yield from _regular_files(Path(entry.path), adapters, f"{name}/")
+                    yield from _regular_files(Path(entry.path), adapters, links, f"{name}/")
             elif _is_regular(entry):
                 yield name
+            elif entry.is_symlink():
+                links.append(name)
     except OSError as error:
         raise SurroundingsError(
             f"cannot list {printable(str(folder))}: {error.strerror or error}"

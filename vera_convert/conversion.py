@@ -22,7 +22,7 @@ from vera_convert.adapterfolder import (
 from vera_convert.adaptertensors import A_NAME, WEIGHTS_NAME
 from vera_convert.generator import Variant
 from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import Meant
 from vera_convert.publish import check_out
 from vera_convert.recognition import Draw
@@ -90,7 +90,7 @@ def strip(
     """
     with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
-        on_base = learn(work.adapter, wish_of(base), access=work.access, need=need)
+        on_base = learn(work.adapter, wish_of(base), bases=Bases(work.access), need=need)
         converted = stripped(work.adapter, on_base, meant=projections, accept_change=accept_change)
         return publish(work, converted, on_base)
 
@@ -126,7 +126,7 @@ def embed(
     with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
         wish = wish_of(base)
         need = need_to_embed(work.adapter, wish, projections)
-        on_base = learn(work.adapter, wish, access=work.access, need=need)
+        on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
         converted = embedded(work.adapter, on_base, meant=projections, variant=generator)
         return publish(work, converted, on_base)
 

@@ -113,9 +113,7 @@ def conversion_text(result: Conversion) -> str:
     if sides.adapters:
         rows.append(["passed over", f"adapters of their own: {_listed(sides.adapters)}"])
     if sides.outside:
-        rows.append(
-            ["not followed", f"links that lead out of the folder: {_listed(sides.outside)}"]
-        )
+        rows.append(["not followed", f"links that lead elsewhere: {_listed(sides.outside)}"])
     return table(rows)
 
 
@@ -272,7 +270,7 @@ def _effect_text(effect: Effect) -> str:
 
 def _size_rows(result: AdapterInfo) -> list[list[str]]:
     sizes = result.sizes
-    unknown = "needs the base" if result.on_base.base is None else "refused as it is"
+    unknown = "needs the base" if result.on_base.base is None else "not told without drawing"
     lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
     return [
         ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],

@@ -353,10 +353,7 @@ def fetch_adapter(
     """
     if location.folder is not None:
         return location
-    listed = list_files(location, access)
-    others = tuple(name.removesuffix(_CONFIG) for name in listed if name.endswith(f"/{_CONFIG}"))
-    names = {name: size for name, size in listed.items() if not name.startswith(others)}
-    _demand_adapter(location, names, others)
+    names = _adapter_files(location, access)
     beside = {name: size for name, size in names.items() if name not in (_CONFIG, _WEIGHTS)}
     small = [
         name
@@ -368,6 +365,23 @@ def fetch_adapter(
     folder = _download(location, [_CONFIG, _WEIGHTS, *small], access)
     left_out = tuple(name for name in beside if name not in small)
     return replace(location, folder=folder, left_out=left_out)
+
+
+def fetch_weights(location: Location, access: HubAccess) -> Location:
+    """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
+    if location.folder is not None:
+        return location
+    _adapter_files(location, access)
+    return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
+
+
+def _adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out."""
+    listed = list_files(location, access)
+    others = tuple(name.removesuffix(_CONFIG) for name in listed if name.endswith(f"/{_CONFIG}"))
+    names = {name: size for name, size in listed.items() if not name.startswith(others)}
+    _demand_adapter(location, names, others)
+    return names
 
 
 def _is_clean(name: str) -> bool:

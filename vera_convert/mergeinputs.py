@@ -30,7 +30,7 @@ from vera_convert.ineffect import InEffect, in_effect
 from vera_convert.inputs import InputFile
 from vera_convert.mergeparts import Part, check_vectors
 from vera_convert.modelfolder import ModelFiles, sort_files, tokenizer_files
-from vera_convert.onbase import BaseWish, Need, OnBase, learn, loaded_in
+from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, loaded_in
 from vera_convert.projections import Meant
 from vera_convert.quantised import quantised_elsewhere, refuse_quantised
 from vera_convert.remotefile import RemoteFile
@@ -204,12 +204,13 @@ def _folder(location: Location) -> Path:
 
 def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -> list[OnBase]:
     """Match every adapter with the one base, that of the first if none is given."""
-    known = [learn(adapters[0], wish, access=access, need=Need.VITAL)]
+    bases = Bases(access)
+    known = [learn(adapters[0], wish, bases=bases, need=Need.VITAL)]
     base = known[0].base
     if base is None:
         raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
     same = replace(wish, model=_name(base.location), revision=None)
-    known += [learn(each, same, access=access, need=Need.VITAL) for each in adapters[1:]]
+    known += [learn(each, same, bases=bases, need=Need.VITAL) for each in adapters[1:]]
     return known
 
 

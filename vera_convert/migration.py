@@ -22,8 +22,8 @@ from vera_convert.conversion import (
 )
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files import printable
-from vera_convert.hub import HubAccess, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.hub import HubAccess
+from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import Meant
 from vera_convert.proof import other_dims
 from vera_convert.publish import staged_folder
@@ -79,7 +79,9 @@ def migrate(
     with opened(
         adapter, Path(out), force=force, revision=revision, access=access, repair=repairs
     ) as work:
-        wishes = _Wishes(to, wish_of(base), projections, accept_change, peft_version, work.access)
+        wishes = _Wishes(
+            to, wish_of(base), projections, accept_change, peft_version, Bases(work.access)
+        )
         converted, on_base = _migrated(work.adapter, wishes)
         return publish(work, _with_changes(converted, repairs), on_base)
 
@@ -125,13 +127,15 @@ def migrate_tree(
     tree, out, base, access = Path(tree), Path(out), wish_of(base), access or HubAccess()
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
-    wishes = _Wishes(to, base, projections, accept_change, peft_version, access)
+    bases = Bases(access)
+    wishes = _Wishes(to, base, projections, accept_change, peft_version, bases)
     inputs = [tree]
     if base.model is not None:  # a wrong one is to be told once, not for each adapter
-        location = locate(base.model, kind="base", access=access, revision=base.revision)
+        location = bases.located(base.model, base.revision)
         inputs += [location.folder] if location.folder else []
-    names = tuple(adapters_below(tree))
-    result = TreeMigration(out, {}, {}, tuple(_outside_adapters(tree, names)))
+    unreadable: dict[str, VeraConvertError] = {}
+    names = tuple(adapters_below(tree, unreadable=unreadable))
+    result = TreeMigration(out, {}, unreadable, tuple(_outside_adapters(tree, names)))
     try:
         with staged_folder(out, force=force, inputs=inputs, is_own=is_tree) as staging:
             for name in names:
@@ -157,7 +161,7 @@ class _Wishes:
     projections: Meant
     accept_change: bool
     peft_version: tuple[int, ...] | None
-    access: HubAccess
+    bases: Bases
 
 
 def _migrate_one(
@@ -191,23 +195,41 @@ def _migrate_one(
         result.failed[name] = error
 
 
-def adapters_below(tree: Path, prefix: str = "") -> Iterator[str]:
-    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links."""
-    folder = tree / prefix
-    if prefix.count("/") > DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+def adapters_below(
+    tree: Path, prefix: str = "", *, unreadable: dict[str, VeraConvertError] | None = None
+) -> Iterator[str]:
+    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links.
+
+    Subfolders that cannot be listed are added to `unreadable` with the reason, if it is given.
+
+    Raises:
+        SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
+    """
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise SurroundingsError(
-            f"cannot list {printable(str(folder))}: {error.strerror or error}."
-        ) from error
+        entries = _entries(tree / prefix, depth=prefix.count("/"))
+    except SurroundingsError as error:
+        if unreadable is None or not prefix:
+            raise
+        unreadable[prefix] = error
+        return
     if any(entry.name == CONFIG_NAME for entry in entries):
         yield prefix or "."
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            yield from adapters_below(tree, f"{prefix}/{entry.name}" if prefix else entry.name)
+            below = f"{prefix}/{entry.name}" if prefix else entry.name
+            yield from adapters_below(tree, below, unreadable=unreadable)
+
+
+def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
+    if depth > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise SurroundingsError(
+            f"cannot list {printable(str(folder))}: {error.strerror or error}."
+        ) from error
 
 
 def is_tree(folder: Path) -> bool:
@@ -239,7 +261,7 @@ def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
 
 def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
     """Bring a repaired adapter to the wanted mode."""
-    on_base = learn(adapter, wishes.base, access=wishes.access, need=_need(adapter, wishes))
+    on_base = learn(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
     adapter, change = _cut(adapter, on_base)
     if wishes.to is Mode.ASIS:
         findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))

@@ -6,18 +6,24 @@ of each adapted layer in turn; neither can be told from the adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vera_convert.adapter import Adapter
 from vera_convert.architectures import layers_from_config
 from vera_convert.basemodel import BaseModel, read_base, read_model_config
-from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.errors import (
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
 from vera_convert.files import printable
 from vera_convert.generator import Rounding
-from vera_convert.hub import HubAccess, Location, base_from_config, locate
+from vera_convert.hub import HubAccess, Location, NamedBase, base_from_config, locate
 from vera_convert.naming import Match, match_modules
 from vera_convert.rules import (
     BASE_WITHOUT_WEIGHTS,
@@ -30,6 +36,8 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, layers_from_shapes
+
+Found = TypeVar("Found")
 
 ROUNDING_OF_DTYPE = {
     "float64": Rounding.NONE,
@@ -127,13 +135,52 @@ class Need(Enum):
     VITAL = auto()
 
 
-def learn(adapter: Adapter, wish: BaseWish, *, access: HubAccess, need: Need) -> OnBase:
+class Bases:
+    """The bases of one run: each is looked up and read once, whoever asks how often."""
+
+    def __init__(self, access: HubAccess | None = None) -> None:
+        self.access = access or HubAccess()
+        self._found: dict[tuple[object, ...], Any] = {}
+
+    def located(self, model: str, revision: str | None) -> Location:
+        """Find a base that a caller names; see `hub.locate`."""
+        return self._once(
+            ("located", model, revision),
+            lambda: locate(model, kind="base", access=self.access, revision=revision),
+        )
+
+    def named(self, name: str | None, revision: str | None) -> NamedBase:
+        """Find a base that a config names; see `hub.base_from_config`."""
+        return self._once(
+            ("named", name, revision), lambda: base_from_config(name, revision, self.access)
+        )
+
+    def read(self, location: Location) -> BaseModel:
+        """Read a base's headers; see `basemodel.read_base`."""
+        return self._once(
+            ("read", location.label, location.folder), lambda: read_base(location, self.access)
+        )
+
+    def _once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
+        """Return what was found for a key, or raise again what was raised."""
+        if key not in self._found:
+            try:
+                self._found[key] = find()
+            except VeraConvertError as error:
+                self._found[key] = error
+        found: Found | VeraConvertError = self._found[key]
+        if isinstance(found, VeraConvertError):
+            raise found
+        return found
+
+
+def learn(adapter: Adapter, wish: BaseWish, *, bases: Bases, need: Need) -> OnBase:
     """Find out what can be known of the base that an adapter is for.
 
     Args:
         adapter: the adapter.
         wish: what the caller says; a base that it names must be had.
-        access: how the Hub is reached.
+        bases: where they are looked up.
         need: what becomes of a base that only the config names.
 
     Raises:
@@ -145,10 +192,10 @@ def learn(adapter: Adapter, wish: BaseWish, *, access: HubAccess, need: Need) ->
     if wish.in_features is not None or wish.out_features is not None:
         known = _from_options(wish)
     elif wish.model is not None:
-        location = locate(wish.model, kind="base", access=access, revision=wish.revision)
-        known = _from_base(adapter, location, wish, access)
+        location = bases.located(wish.model, wish.revision)
+        known = _from_base(adapter, location, wish, bases)
     elif need is not Need.NONE:
-        known = _from_name(adapter, wish, access, vital=need is Need.VITAL)
+        known = _from_name(adapter, wish, bases, vital=need is Need.VITAL)
     return known if wish.dtype is None else loaded_in(known, wish.dtype)
 
 
@@ -172,15 +219,15 @@ def _from_options(wish: BaseWish) -> OnBase:
     return OnBase(wish.in_features, wish.out_features, source="what was given")
 
 
-def _from_name(adapter: Adapter, wish: BaseWish, access: HubAccess, *, vital: bool) -> OnBase:
+def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, *, vital: bool) -> OnBase:
     """Read the base that the config names, or say why that cannot be done."""
     config = adapter.config
     revision = wish.revision or config.revision
     try:
-        named = base_from_config(config.base_model_name_or_path, revision, access)
+        named = bases.named(config.base_model_name_or_path, revision)
         if named.location is None:
             return OnBase(source=named.reason)
-        return _from_base(adapter, named.location, wish, access)
+        return _from_base(adapter, named.location, wish, bases)
     except SurroundingsError as error:
         if vital:
             raise SurroundingsError(
@@ -198,12 +245,12 @@ def _from_name(adapter: Adapter, wish: BaseWish, access: HubAccess, *, vital: bo
 # --- from a base's headers -----------------------------------------------------------------------
 
 
-def _from_base(adapter: Adapter, location: Location, wish: BaseWish, access: HubAccess) -> OnBase:
+def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Bases) -> OnBase:
     try:
-        base = read_base(location, access)
+        base = bases.read(location)
     except CheckpointError as error:
         if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
-            return _from_config(adapter, location, access, error)
+            return _from_config(adapter, location, bases.access, error)
         raise
     match = match_modules(
         {module: layer.out_features for module, layer in adapter.layers.items()},

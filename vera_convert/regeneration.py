@@ -18,7 +18,7 @@ from vera_convert.files import open_local
 from vera_convert.generator import Rounding, Variant, check_key
 from vera_convert.header import read_header
 from vera_convert.hub import HubAccess
-from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import check_size, materialised
 from vera_convert.publish import sha256_of, staged_file
 from vera_convert.recognition import Draw, recognise
@@ -107,13 +107,15 @@ def regenerate_for(
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        on_base = learn(source, wish_of(base), access=work.access, need=_need(source, found))
+        on_base = learn(source, wish_of(base), bases=Bases(work.access), need=_need(source, found))
         bare, on_base = _without_stored(source, on_base, found)
         variant = found.variant if found is not None and generator is None else generator
         converted = embedded(bare, on_base, variant=variant)
         drawn = converted.draw
         assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
         # What an adapter stores can be narrower than what was drawn: not so here.
+        if drawn.rounding is Rounding.FP32 and on_base.rounding is Rounding.NONE:
+            drawn = replace(drawn, rounding=Rounding.NONE)
         shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
         A, B = materialised(drawn)
         kind = drawn.variant.dtype

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adapterfolder import is_training_state
 from vera_convert.adaptertensors import A_NAME, B_NAME, StoredProjections
 from vera_convert.config import VeraConfig
 from vera_convert.counting import lora_file_bytes, lora_parameters
@@ -16,8 +15,8 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.fingerprint import METADATA_KEY, Fingerprint
 from vera_convert.generator import Rounding
 from vera_convert.header import header_bytes, in_order
-from vera_convert.hub import HubAccess, Location, fetch_adapter, locate
-from vera_convert.onbase import BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.hub import HubAccess, Location, fetch_weights, locate
+from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.projections import LOAD_DTYPES, Meant, usual_draw
 from vera_convert.proof import other_dims
 from vera_convert.recognition import Difference, Draw, recognise
@@ -139,10 +138,10 @@ def info(
     """
     access = access or HubAccess()
     location = locate(str(adapter), kind="adapter", access=access, revision=revision)
-    location = fetch_adapter(location, access, is_training_state=is_training_state)
+    location = fetch_weights(location, access)
     assert location.folder is not None  # noqa: S101 -- fetched
     with open_adapter(location.folder) as opened:
-        on_base = learn(opened, wish_of(base), access=access, need=Need.HELPFUL)
+        on_base = learn(opened, wish_of(base), bases=Bases(access), need=Need.HELPFUL)
         described = _described(opened, location, on_base, projections)
         opened.check_unchanged()
     return described
@@ -305,14 +304,18 @@ def _is_unfit(adapter: Adapter, on_base: OnBase) -> bool:
 
 
 def _embedded_dtype(adapter: Adapter, on_base: OnBase) -> str | None:
-    """Return how A and B would be stored; None where the rounding is not known."""
+    """Return how A and B would be stored; None where only drawing them would tell."""
     if adapter.fingerprint is not None:
         return adapter.fingerprint.dtype
     if on_base.rounding is None:
         return None
     dtypes = _lambda_dtypes(adapter)
-    exact = {"F64", "F32", {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(on_base.rounding)}
-    return dtypes[0] if len(dtypes) == 1 and dtypes[0] in exact else "F32"
+    if len(dtypes) != 1 or dtypes[0] in ("F64", "F32"):
+        return dtypes[0] if len(dtypes) == 1 else "F32"
+    rounded = {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(on_base.rounding)
+    if dtypes[0] == "F16" and rounded == "BF16":
+        return None  # float16 holds them if none is too small: only the values tell
+    return dtypes[0] if dtypes[0] == rounded else "F32"
 
 
 def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from vera_convert.adapter import Adapter
 from vera_convert.adaptertensors import StoredProjections
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.fingerprint import METADATA_KEY, Fingerprint, to_text
-from vera_convert.generator import Variant
+from vera_convert.generator import Rounding, Variant
 from vera_convert.onbase import OnBase
 from vera_convert.projections import Meant, as_cast, as_meant, as_tensors
 from vera_convert.proof import (
@@ -258,6 +258,9 @@ def _redrawn(adapter: Adapter, on_base: OnBase, variant: Variant) -> Converted:
         as_cast(variant, on_base.rounding),
     )
     pair = as_tensors(drawn, dtype=_stored_dtype(adapter), place=adapter.place)
+    exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
+    if pair.A.dtype == "F32" and exact:
+        drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
     warning = UNPROVEN_DRAW.at(adapter.place, f"drew {drawn.description}.")
     return _with_pair(adapter, pair, drawn, "not proven", (*on_base.findings, warning))
 
