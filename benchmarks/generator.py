@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_convert.generator import Rounding, Variant, draw, draw_blocks, rounded
-from vera_convert.recognition import recognise, searched_keys
+from vera_convert.draws.generator import Rounding, Variant, draw, draw_blocks, rounded
+from vera_convert.draws.recognition import recognise, searched_keys
 
 KEY = 40_000
 DTYPES = tuple(dict.fromkeys(variant.split("-")[0] for variant in Variant))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from vera_convert.generator import Variant, draw
+from vera_convert.draws.generator import Variant, draw
 
 LAYERS, HIDDEN, INTERMEDIATE, RANK, KEY = 32, 4096, 11008, 256, 7
 TARGETS = {

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vera_convert import BaseWish, strip
-from vera_convert.merging import merge
+from vera_convert.merging.merge import merge
 from vera_convert.with_torch import VeraConfig, VeraModel
 
 WORDS = {

@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_convert.adapter import open_adapter
-from vera_convert.conversion import embed, strip
+from vera_convert.adapter.adapter import open_adapter
+from vera_convert.adapter.fingerprint import METADATA_KEY, from_text, to_text
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.migration import Mode, migrate
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.errors import CheckpointError
-from vera_convert.fingerprint import METADATA_KEY, from_text, to_text
-from vera_convert.generator import Rounding, Variant, draw, rounded
-from vera_convert.migration import Mode, migrate
-from vera_convert.onbase import BaseWish
 from vera_convert.rules import Finding
 from vera_convert.summary import info
-from vera_convert.targets import ModelLayers, adapted
+from vera_convert.targets.matching import ModelLayers, adapted
 
 Finder = Callable[[Path], Iterable[Finding]]
 Tensors = dict[str, NDArray[Any]]

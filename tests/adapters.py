@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from vera_convert.generator import Variant, draw
+from vera_convert.draws.generator import Variant, draw
 
 RANK, HIDDEN = 4, 16
 OUTPUTS = {"q_proj": 16, "v_proj": 8}

@@ -17,8 +17,12 @@ package = types.ModuleType("vera_convert")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["vera_convert"] = package
 from pathlib import Path
-from vera_convert import container, errors, filesystem, interrupts, publish
-from vera_convert.publish import staged_file, staged_folder, sweep
+from vera_convert import errors
+from vera_convert.publish import container
+from vera_convert.publish import filesystem
+from vera_convert.publish import interrupts
+from vera_convert.publish import publishing as publish
+from vera_convert.publish.publishing import staged_file, staged_folder, sweep
 
 out = Path(sys.argv[1])
 

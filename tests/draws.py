@@ -11,7 +11,7 @@ from adapterdefects import A, B
 from adapters import HIDDEN, KEY, RANK
 from numpy.typing import NDArray
 
-from vera_convert.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 
 ROUNDINGS = {
     "float64": Rounding.NONE,

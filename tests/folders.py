@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vera_convert.conversion import Conversion
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.errors import CheckpointError
-from vera_convert.onbase import BaseWish
 
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -12,10 +12,10 @@ from bases import tiny_base
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from vera_convert.base.onbase import BaseWish
 from vera_convert.delta import exact_delta, merged
-from vera_convert.mergeoptions import MergeOptions
-from vera_convert.merging import Merge, merge
-from vera_convert.onbase import BaseWish
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
 
 Tensors = dict[str, NDArray[Any]]
 FIXTURES = Path(__file__).parent / "data" / "fixtures"

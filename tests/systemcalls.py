@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vera_convert import container, filesystem
+from vera_convert.publish import container, filesystem
 
 CALLS = [
     *((os, name) for name in ("mkdir", "open", "fsync", "close", "rename", "link")),

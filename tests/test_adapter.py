@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adaptertensors import is_below, replaced_name, sort_tensors
-from vera_convert.config import VeraConfig
+from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.tensors import is_below, replaced_name, sort_tensors
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.tensorfile import from_array
 from vera_convert.rules import Severity
-from vera_convert.tensorfile import from_array
 
 MODEL = "base_model.model."
 ATTENTION = f"{MODEL}model.layers.0.self_attn."

@@ -9,11 +9,11 @@ import pytest
 from adapters import good_adapter
 from folders import everything
 
-from vera_convert import adapterfolder
-from vera_convert.adapterfolder import is_training_state, is_written_adapter, side_files
-from vera_convert.conversion import strip
+from vera_convert.adapter import folder as adapterfolder
+from vera_convert.adapter.folder import is_training_state, is_written_adapter, side_files
+from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files import LocalFile
+from vera_convert.files.reading import LocalFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from vera_convert.architectures import _CLASSES, _FAMILIES, MAX_LAYERS, layers_from_config
 from vera_convert.errors import CheckpointError
-from vera_convert.targets import Linear, layers_from_shapes
+from vera_convert.targets.architectures import _CLASSES, _FAMILIES, MAX_LAYERS, layers_from_config
+from vera_convert.targets.matching import Linear, layers_from_shapes
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 

@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from test_blocks import term, worked
 
-from vera_convert import assembling, sums
-from vera_convert.assembling import (
+from vera_convert.assembly import assembling, sums
+from vera_convert.assembly.assembling import (
     Assembler,
     Carried,
     Computed,
@@ -23,11 +23,11 @@ from vera_convert.assembling import (
     NewFile,
     ResultNotFiniteError,
 )
-from vera_convert.blocks import CPU
+from vera_convert.assembly.blocks import CPU
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.assembly.outputs import write_at
+from vera_convert.assembly.sums import Numbers, Sum
 from vera_convert.errors import SurroundingsError
-from vera_convert.inputs import InputFile
-from vera_convert.outputs import write_at
-from vera_convert.sums import Numbers, Sum
 
 FLOAT = np.dtype(np.float32)
 OUTPUTS, INPUTS = 40, 12
@@ -182,7 +182,7 @@ def test_bytes_that_come_back_otherwise_stop_a_checked_run(
     def spoilt(target: int, at: int, data: memoryview) -> None:
         write_at(target, at, data if at < 700 else memoryview(bytes(len(data))))
 
-    monkeypatch.setattr("vera_convert.assembling.write_at", spoilt)
+    monkeypatch.setattr("vera_convert.assembly.assembling.write_at", spoilt)
     assembled(source, tmp_path / "unchecked")
     with pytest.raises(SurroundingsError, match="came back from the disk"):
         assembled(source, tmp_path / "out", check=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vera_convert import blocks, sums
-from vera_convert.blocks import Bench, room_for
+from vera_convert.assembly import blocks, sums
+from vera_convert.assembly.blocks import Bench, room_for
+from vera_convert.assembly.sums import NotFiniteError, Numbers, Sum, Term
 from vera_convert.delta import exact_delta, merged, working_dtype
-from vera_convert.sums import NotFiniteError, Numbers, Sum, Term
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[Any]

@@ -28,11 +28,11 @@ from merges import filled_base
 from safetensors.numpy import load_file
 
 from vera_convert import cli
-from vera_convert.assembling import Finished
-from vera_convert.generator import Rounding, Variant, draw, rounded
-from vera_convert.journal import Journal
-from vera_convert.migration import Mode
-from vera_convert.projections import Meant
+from vera_convert.assembly.assembling import Finished
+from vera_convert.assembly.journal import Journal
+from vera_convert.conversion.migration import Mode
+from vera_convert.conversion.projections import Meant
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.schemas import schema_names
 
 ROOT = Path(__file__).parent.parent
@@ -594,7 +594,8 @@ def test_an_interruption_leaves_nothing(
 ) -> None:
     code = """
 import sys, time
-from vera_convert import adapterfolder, cli
+from vera_convert import cli
+from vera_convert.adapter import folder as adapterfolder
 write = adapterfolder.write_tensors
 def write_and_wait(*args):
     written = write(*args)

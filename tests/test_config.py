@@ -12,10 +12,10 @@ from adapters import CONFIG
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vera_convert.config import ConfigFile, VeraConfig, parse_config, read_config
+from vera_convert.adapter.config import ConfigFile, VeraConfig, parse_config, read_config
 from vera_convert.errors import CheckpointError
-from vera_convert.files import open_local
-from vera_convert.jsonediting import edited_object
+from vera_convert.files.jsonediting import edited_object
+from vera_convert.files.reading import open_local
 
 
 def parsed(**changes: object) -> ConfigFile:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from children import finished, running, told
 
-from vera_convert import container
-from vera_convert.container import Container, sweep_containers
 from vera_convert.errors import SurroundingsError
-from vera_convert.filesystem import remove_tree, try_lock
+from vera_convert.publish import container
+from vera_convert.publish.container import Container, sweep_containers
+from vera_convert.publish.filesystem import remove_tree, try_lock
 
 
 def names(folder: Path) -> list[str]:

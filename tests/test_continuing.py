@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vera_convert import filesystem
-from vera_convert.container import Container
 from vera_convert.errors import UsageError
-from vera_convert.publish import Staged, staged_folder, staged_run
+from vera_convert.publish import filesystem
+from vera_convert.publish.container import Container
+from vera_convert.publish.publishing import Staged, staged_folder, staged_run
 
 
 class StopError(Exception):

@@ -12,12 +12,12 @@ from bases import tiny_base
 from folders import WEIGHTS, codes, everything
 from hub_server import HubServer
 
-from vera_convert import remotefile
-from vera_convert.conversion import embed, strip
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.migration import Mode, migrate
+from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub import HubAccess
-from vera_convert.migration import Mode, migrate
-from vera_convert.onbase import BaseWish
+from vera_convert.hub import remotefile
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.summary import info
 
 LARGE = 8_000_000

@@ -14,11 +14,11 @@ from merges import FIXTURES
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.adapter import open_adapter
+from vera_convert.adapter.adapter import open_adapter
+from vera_convert.base.onbase import Bases, BaseWish, Need, learn
+from vera_convert.conversion.projections import Meant
 from vera_convert.delta import delta, exact_delta, merged
-from vera_convert.ineffect import in_effect
-from vera_convert.onbase import Bases, BaseWish, Need, learn
-from vera_convert.projections import Meant
+from vera_convert.merging.ineffect import in_effect
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))
 RANK, INPUTS, OUTPUTS = 3, 5, 4

@@ -14,17 +14,22 @@ from adapters import RANK, good_adapter, good_tensors
 from bases import LAYER, TENSORS
 from numpy.typing import NDArray
 
-from vera_convert.basemodel import read_base
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.model import read_base
+from vera_convert.base.onbase import BaseWish
 from vera_convert.delta import delta
-from vera_convert.dequantising import decoder, dequantised_config, plan_dequantisation, scaled
 from vera_convert.errors import CheckpointError
-from vera_convert.files import open_local
-from vera_convert.hub import HubAccess, Location
-from vera_convert.inputs import InputFile
-from vera_convert.mergeoptions import MergeOptions
-from vera_convert.merging import Merge, merge
-from vera_convert.onbase import BaseWish
-from vera_convert.tensorfile import TensorFile, from_array, write_tensors
+from vera_convert.files.reading import open_local
+from vera_convert.files.tensorfile import TensorFile, from_array, write_tensors
+from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.merging.dequantising import (
+    decoder,
+    dequantised_config,
+    plan_dequantisation,
+    scaled,
+)
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
 
 BF16, F8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 F32, E5M2 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e5m2)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vera_convert import files
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files import (
+from vera_convert.files import reading as files
+from vera_convert.files.reading import (
     LocalFile,
     clean_name,
     is_pickle,

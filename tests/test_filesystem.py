@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from vera_convert import filesystem
-from vera_convert.filesystem import exchange, move, remove_tree, sync_folder, sync_tree, try_lock
+from vera_convert.publish import filesystem
+from vera_convert.publish.filesystem import (
+    exchange,
+    move,
+    remove_tree,
+    sync_folder,
+    sync_tree,
+    try_lock,
+)
 
 
 def names(folder: Path) -> list[str]:

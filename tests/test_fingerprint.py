@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vera_convert.config import VeraConfig
-from vera_convert.errors import CheckpointError
-from vera_convert.fingerprint import (
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.fingerprint import (
     MAX_FEATURES,
     METADATA_KEY,
     STORED_DTYPES,
@@ -21,7 +20,8 @@ from vera_convert.fingerprint import (
     from_text,
     to_text,
 )
-from vera_convert.generator import Rounding, Variant
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.errors import CheckpointError
 
 HASH = "0123456789abcdef" * 4
 GOOD = Fingerprint(

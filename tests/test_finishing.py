@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from vera_convert import finishing
+from vera_convert.assembly import finishing
+from vera_convert.assembly.finishing import Finisher, Written, digest_of
+from vera_convert.assembly.inputs import InputFile
 from vera_convert.errors import SurroundingsError
-from vera_convert.finishing import Finisher, Written, digest_of
-from vera_convert.inputs import InputFile
-from vera_convert.interrupts import Interrupted, signals_raise
+from vera_convert.publish.interrupts import Interrupted, signals_raise
 
 CONTENT = random.Random(0).randbytes(10_000)
 PARTS = [(0, 10), (10, 4000), (4010, 1), (4011, 5989)]

@@ -15,10 +15,15 @@ from adapters import KEY, good_adapter
 from bases import tiny_base
 from conftest import DATA
 
-from vera_convert.conversion import Conversion, embed, strip
+from vera_convert.base.layers import layers_of_base, layers_of_config_file
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.migration import Mode, migrate_tree
+from vera_convert.conversion.regeneration import regenerate
+from vera_convert.conversion.strip_embed import Conversion, embed, strip
 from vera_convert.counting import count
+from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.formats import (
+from vera_convert.formats.results import (
     conversion_document,
     conversion_text,
     count_document,
@@ -32,12 +37,7 @@ from vera_convert.formats import (
     tree_document,
     tree_text,
 )
-from vera_convert.generator import Rounding, Variant
-from vera_convert.hub import HubAccess
-from vera_convert.migration import Mode, migrate_tree
-from vera_convert.modellayers import layers_of_base, layers_of_config_file
-from vera_convert.onbase import BaseWish
-from vera_convert.regeneration import regenerate
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import CATALOGUE
 from vera_convert.schemas import load_schema
 from vera_convert.summary import info

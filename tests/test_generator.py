@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vera_convert import generator
-from vera_convert.generator import (
+from vera_convert.draws import generator
+from vera_convert.draws.generator import (
     Rounding,
     Source,
     Variant,

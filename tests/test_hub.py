@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-from vera_convert import remotefile
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.hub import (
+from vera_convert.hub import remotefile
+from vera_convert.hub.lookup import (
     SIDE_FILE_LIMIT,
     HubAccess,
     Location,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vera_convert.assembly.inputs import InputFile
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.inputs import InputFile
 
 
 @pytest.fixture

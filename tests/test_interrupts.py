@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vera_convert.interrupts import Interrupted, drop_signal, signals_held, signals_raise
+from vera_convert.publish.interrupts import Interrupted, drop_signal, signals_held, signals_raise
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from vera_convert.interrupts import Interrupted, signals_raise
-from vera_convert.jobs import Crew, default_jobs
+from vera_convert.assembly.jobs import Crew, default_jobs
+from vera_convert.publish.interrupts import Interrupted, signals_raise
 
 SIZES = [1, 2, 5]
 

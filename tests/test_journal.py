@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vera_convert.assembling import Finished
-from vera_convert.journal import Journal, finished_files
-from vera_convert.sums import Numbers
+from vera_convert.assembly.assembling import Finished
+from vera_convert.assembly.journal import Journal, finished_files
+from vera_convert.assembly.sums import Numbers
 
 FINISHED = {
     "a.safetensors": Finished({"w": Numbers(3, 2, 0.1, 1e-300, 1 / 3)}, "00"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vera_convert.jsonediting import edited_member
+from vera_convert.files.jsonediting import edited_member
 
 TEXT = b"""{
   "a": [1,   2],

@@ -13,13 +13,13 @@ from folders import everything
 from hub_server import HubServer
 from merges import assert_same, filled_base, tensors_of, wanted
 
+from vera_convert.base.folder import sort_files
+from vera_convert.base.onbase import BaseWish
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub import HubAccess
-from vera_convert.mergeinputs import AdapterWish
-from vera_convert.mergeoptions import MergeOptions
-from vera_convert.merging import Merge, merge
-from vera_convert.modelfolder import sort_files
-from vera_convert.onbase import BaseWish
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.inputs import AdapterWish
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
 
 
 @pytest.fixture
@@ -131,6 +131,6 @@ def test_an_input_that_changes_between_two_looks_is_refused(
             (other / "model.safetensors").replace(base / "model.safetensors")
         return sort_files(*given)
 
-    monkeypatch.setattr("vera_convert.mergeinputs.sort_files", meddle)
+    monkeypatch.setattr("vera_convert.merging.inputs.sort_files", meddle)
     with pytest.raises(SurroundingsError, match="changed while it was read"):
         merged(tmp_path, adapter, str(base))

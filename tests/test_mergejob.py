@@ -16,11 +16,11 @@ from folders import everything
 from merges import filled_base, merged_with
 from safetensors.numpy import load_file, save_file
 
-from vera_convert.assembling import Finished
+from vera_convert.assembly.assembling import Finished
+from vera_convert.assembly.journal import Journal, finished_files
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.journal import Journal, finished_files
-from vera_convert.mergejob import KEPT
-from vera_convert.mergeoutput import check_staged
+from vera_convert.merging.job import KEPT
+from vera_convert.merging.output import check_staged
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
@@ -97,7 +97,7 @@ def test_a_stopped_merge_is_continued(
         taken.append(len(found))
         return found
 
-    monkeypatch.setattr("vera_convert.mergejob.finished_files", counted)
+    monkeypatch.setattr("vera_convert.merging.job.finished_files", counted)
     merged_with(adapter, sharded, tmp_path / "out", checksums=True, resume=True, jobs=2)
     assert taken[0] >= 2
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
@@ -157,7 +157,7 @@ def test_of_a_single_file_nothing_is_kept(
     def fail(*_: Any) -> None:
         raise StopError
 
-    monkeypatch.setattr("vera_convert.mergejob.check_staged", fail)
+    monkeypatch.setattr("vera_convert.merging.job.check_staged", fail)
     with pytest.raises(StopError):
         merged_with(adapter, base, tmp_path / "out", resume=True)
     assert not hidden(tmp_path)
@@ -171,7 +171,7 @@ def test_an_input_that_changes_meanwhile_is_refused(
         (base / "generation_config.json").write_text("{ }")
 
     (base / "generation_config.json").write_text("{}")
-    monkeypatch.setattr("vera_convert.mergejob.check_staged", meddle)
+    monkeypatch.setattr("vera_convert.merging.job.check_staged", meddle)
     with pytest.raises(SurroundingsError, match="changed"):
         merged_with(adapter, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -183,9 +183,9 @@ def test_an_input_that_changes_meanwhile_is_refused(
 MEASURED = """
 import sys
 from pathlib import Path
-from vera_convert.mergeoptions import MergeOptions
-from vera_convert.merging import merge
-from vera_convert.onbase import BaseWish
+from vera_convert.merging.options import MergeOptions
+from vera_convert.merging.merge import merge
+from vera_convert.base.onbase import BaseWish
 adapter, base, out = sys.argv[1:]
 merge(adapter, out, base=BaseWish(base), options=MergeOptions(jobs=2))
 status = Path("/proc/self/status").read_text()

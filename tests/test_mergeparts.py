@@ -14,8 +14,8 @@ from folders import refusal
 from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
 
 from vera_convert.errors import CheckpointError
-from vera_convert.mergeinputs import AdapterWish
-from vera_convert.mergeparts import Tied
+from vera_convert.merging.inputs import AdapterWish
+from vera_convert.merging.parts import Tied
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from vera_convert.mergereport import (
+from vera_convert.assembly.sums import Numbers
+from vera_convert.merging.report import (
     TensorReport,
     changed_share,
     number_findings,
@@ -15,7 +16,6 @@ from vera_convert.mergereport import (
     total,
     worst,
 )
-from vera_convert.sums import Numbers
 
 SOME = Numbers(values=8, changed=2, base=100.0, change=4.0, loss=1.0)
 LOST = Numbers(values=8, changed=0, base=100.0, change=4.0, loss=4.0)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vera_convert.mergeoptions import MergeOptions
-from vera_convert.mergetext import merge_document, merge_text
-from vera_convert.merging import Merge, merge
-from vera_convert.onbase import BaseWish
+from vera_convert.base.onbase import BaseWish
+from vera_convert.formats.merge import merge_document, merge_text
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
 
 SchemaErrors = Callable[..., list[str]]
 

@@ -16,10 +16,10 @@ from folders import everything, refusal
 from merges import FIXTURES, assert_same, filled_base, merged_with, tensors_of, wanted
 from safetensors.numpy import load_file, save_file
 
+from vera_convert.conversion.projections import Meant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.mergeinputs import AdapterWish
-from vera_convert.merging import merge
-from vera_convert.projections import Meant
+from vera_convert.merging.inputs import AdapterWish
+from vera_convert.merging.merge import merge
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))
 PREFIX = "base_model.model."
@@ -207,7 +207,7 @@ def test_too_little_memory_is_said_so(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("vera_convert.blocks.Bench", fail)
+    monkeypatch.setattr("vera_convert.assembly.blocks.Bench", fail)
     with pytest.raises(SurroundingsError, match="memory"):
         merged_with(adapter, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import pytest
 from merges import Tensors, assert_same, merged_with, tensors_of
 from test_renames import EYE, LLM, MODELS, TINY
 
-from vera_convert.mergeparts import Tied
+from vera_convert.merging.parts import Tied
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -21,13 +21,13 @@ from folders import CONFIG_NAME, WEIGHTS, everything, metadata, refusal, weights
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.adapter import open_adapter
-from vera_convert.basemodel import BaseModel, read_base
+from vera_convert.adapter.adapter import open_adapter
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.migration import Mode, adapters_below, migrate, migrate_tree
+from vera_convert.conversion.projections import Meant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.hub import HubAccess, Location
-from vera_convert.migration import Mode, adapters_below, migrate, migrate_tree
-from vera_convert.onbase import BaseWish
-from vera_convert.projections import Meant
+from vera_convert.hub.lookup import HubAccess, Location
 
 MODEL = "base_model.model."
 
@@ -528,7 +528,7 @@ def test_progress_of_a_failing_disk_stops_the_tree(
     def full(*_: Any, **__: Any) -> Callable[..., Any]:
         raise SurroundingsError("the disk is full.")
 
-    monkeypatch.setattr("vera_convert.migration.write_adapter", full)
+    monkeypatch.setattr("vera_convert.conversion.migration.write_adapter", full)
     with pytest.raises(SurroundingsError, match="disk is full"):
         migrate_tree(tree, tmp_path / "out", to=Mode.ASIS)
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
@@ -575,7 +575,7 @@ def test_a_folder_that_cannot_be_listed_stops_no_other(
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(folder)
 
-    monkeypatch.setattr("vera_convert.migration.os.scandir", scandir)
+    monkeypatch.setattr("vera_convert.conversion.migration.os.scandir", scandir)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert [*result.done] == ["one"]
     assert [*result.failed] == ["shut"]
@@ -591,7 +591,7 @@ def test_a_tree_reads_its_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read.append(location.label)
         return read_base(location, access)
 
-    monkeypatch.setattr("vera_convert.onbase.read_base", counted)
+    monkeypatch.setattr("vera_convert.base.onbase.read_base", counted)
     base = tiny_base(tmp_path / "base")
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.STRIPPED, base=str(base))
     assert len(result.done) == 3

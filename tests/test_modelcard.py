@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vera_convert._version import __version__
-from vera_convert.modelcard import Origin, model_card
+from vera_convert.merging.card import Origin, model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

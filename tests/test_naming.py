@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from vera_convert.basemodel import BaseModel, BaseTensor, read_base
+from vera_convert.base.model import BaseModel, BaseTensor, read_base
+from vera_convert.base.naming import match_modules, match_replacements, parse_key_map
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.header import TensorInfo
-from vera_convert.hub import HubAccess, Location
-from vera_convert.naming import match_modules, match_replacements, parse_key_map
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import HubAccess, Location
 
 Shape = Sequence[int]
 

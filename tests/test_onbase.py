@@ -16,10 +16,10 @@ from bases import tiny_base
 from conftest import DATA
 from folders import WEIGHTS, base_of, codes, refusal, weights
 
-from vera_convert.conversion import embed, strip
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.draws.generator import Variant, draw
 from vera_convert.errors import UsageError
-from vera_convert.generator import Variant, draw
-from vera_convert.onbase import BaseWish
 
 FIXTURES = DATA / "fixtures"
 

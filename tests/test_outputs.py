@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
-from vera_convert import outputs
+from vera_convert.assembly import outputs
+from vera_convert.assembly.outputs import (
+    OPEN_FLAGS,
+    copy_range,
+    forget,
+    start_writing_back,
+    write_at,
+)
 from vera_convert.errors import SurroundingsError
-from vera_convert.files import LocalFile, open_local
-from vera_convert.outputs import OPEN_FLAGS, copy_range, forget, start_writing_back, write_at
+from vera_convert.files.reading import LocalFile, open_local
 
 CONTENT = bytes(range(256)) * 1000
 in_kernel = pytest.mark.skipif(

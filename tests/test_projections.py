@@ -18,13 +18,13 @@ from draws import STORED, as_peft_stored
 from folders import CONFIG_NAME, WEIGHTS, codes, everything, refusal, weights
 from safetensors.numpy import load_file
 
-from vera_convert.conversion import embed, strip
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.projections import Meant, materialised
+from vera_convert.conversion.regeneration import regenerate_for
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.recognition import recognise
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.generator import Rounding, Variant
-from vera_convert.onbase import BaseWish
-from vera_convert.projections import Meant, materialised
-from vera_convert.recognition import recognise
-from vera_convert.regeneration import regenerate_for
 
 # --- what is not known ---------------------------------------------------------------------------
 

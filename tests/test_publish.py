@@ -16,10 +16,11 @@ import pytest
 from children import finished, running, tell, told
 from systemcalls import intercept
 
-from vera_convert import container, filesystem, publish
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.interrupts import Interrupted
-from vera_convert.publish import check_out, sha256_of, staged_file, staged_folder, sweep
+from vera_convert.publish import container, filesystem
+from vera_convert.publish import publishing as publish
+from vera_convert.publish.interrupts import Interrupted
+from vera_convert.publish.publishing import check_out, sha256_of, staged_file, staged_folder, sweep
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 TESTS = Path(__file__).parent

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from vera_convert.basemodel import BaseModel, BaseTensor
-from vera_convert.errors import CheckpointError
-from vera_convert.header import TensorInfo
-from vera_convert.hub import Location
-from vera_convert.naming import match_modules
-from vera_convert.quantised import (
+from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.naming import match_modules
+from vera_convert.base.quantised import (
     packed_weight,
     quantised_elsewhere,
     quantised_targets,
     quantised_tensors,
     refuse_quantised,
 )
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import Location
 
 Q, K = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
 UP = "model.layers.0.mlp.up_proj"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vera_convert.generator import Rounding, Variant, draw, rounded
-from vera_convert.recognition import (
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.recognition import (
     Difference,
     Draw,
     Recognition,

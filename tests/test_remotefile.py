@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vera_convert import remotefile
 from vera_convert.errors import SurroundingsError
-from vera_convert.remotefile import HEAD_BYTES, Answer, RemoteFile, TryAgainError
+from vera_convert.hub import remotefile
+from vera_convert.hub.remotefile import HEAD_BYTES, Answer, RemoteFile, TryAgainError
 
 CONTENT = bytes(i * 7 % 251 for i in range(3 * HEAD_BYTES))
 

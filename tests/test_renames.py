@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vera_convert.basemodel import BaseModel, BaseTensor, read_base
+from vera_convert.base.layouts import LAYOUTS
+from vera_convert.base.model import BaseModel, BaseTensor, read_base
+from vera_convert.base.naming import Match, match_modules, match_replacements
+from vera_convert.base.renamerules import FAMILIES
+from vera_convert.base.renames import model_types, views
 from vera_convert.errors import CheckpointError
-from vera_convert.header import TensorInfo
-from vera_convert.hub import HubAccess, Location
-from vera_convert.layouts import LAYOUTS
-from vera_convert.naming import Match, match_modules, match_replacements
-from vera_convert.renamerules import FAMILIES
-from vera_convert.renames import model_types, views
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import HubAccess, Location
 
 CLIP, SIGLIP = ({"model_type": f"{name}_vision_model"} for name in ("clip", "siglip"))
 

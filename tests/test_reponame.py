@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vera_convert.reponame import (
+from vera_convert.hub.reponame import (
     RepoName,
     is_repo_id,
     is_revision,

@@ -21,15 +21,16 @@ from folders import CONFIG_NAME, WEIGHTS, base_of, codes, everything, metadata, 
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from vera_convert import adapterfolder, conversion
-from vera_convert.adapter import open_adapter
-from vera_convert.conversion import Conversion, embed, strip
+from vera_convert.adapter import folder as adapterfolder
+from vera_convert.adapter.adapter import open_adapter
+from vera_convert.adapter.fingerprint import METADATA_KEY, from_text
+from vera_convert.base.onbase import Bases, BaseWish, Need, learn
+from vera_convert.conversion import strip_embed as conversion
+from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.strip_embed import Conversion, embed, strip
+from vera_convert.conversion.transforms import embedded
+from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.fingerprint import METADATA_KEY, from_text
-from vera_convert.generator import Rounding, Variant
-from vera_convert.onbase import Bases, BaseWish, Need, learn
-from vera_convert.projections import Meant
-from vera_convert.transforms import embedded
 
 FIXTURES = DATA / "fixtures"
 ADAPTERS = sorted(path.parent for path in FIXTURES.glob("*/*/adapter_config.json"))

@@ -18,11 +18,11 @@ from defects import Spoiler
 from folders import WEIGHTS, base_of
 from safetensors.numpy import load_file, save
 
-from vera_convert.conversion import embed, strip
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
-from vera_convert.generator import Rounding, Variant
-from vera_convert.onbase import BaseWish
-from vera_convert.projections import Meant
 from vera_convert.summary import AdapterInfo, info
 
 FIXTURES = DATA / "fixtures"

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from vera_convert import patterns
-from vera_convert.config import VeraConfig, parse_config
+from vera_convert.adapter.config import VeraConfig, parse_config
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.targets import (
+from vera_convert.targets import patterns
+from vera_convert.targets.matching import (
     DEFAULT_TARGETS,
     NEWEST,
     Linear,
@@ -490,7 +490,7 @@ def test_a_killed_parent_leaves_no_process_that_searches_for_ever() -> None:
     """The child ends itself, so nothing is left even where nobody can stop it."""
     text = """
 import os, subprocess, threading
-from vera_convert.patterns import Pattern, search
+from vera_convert.targets.patterns import Pattern, search
 
 class Popen(subprocess.Popen):
     def __init__(self, *args, **kwargs):

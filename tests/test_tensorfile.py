@@ -20,12 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
-from vera_convert import header
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files import open_local, read_json
-from vera_convert.header import TensorInfo
-from vera_convert.rules import CONFIG_MISSING, WEIGHTS_MISSING
-from vera_convert.tensorfile import (
+from vera_convert.files import header
+from vera_convert.files.header import TensorInfo
+from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.tensorfile import (
     BITS,
     NUMPY_DTYPE,
     TensorData,
@@ -37,6 +36,7 @@ from vera_convert.tensorfile import (
     read_header,
     write_tensors,
 )
+from vera_convert.rules import CONFIG_MISSING, WEIGHTS_MISSING
 
 library: Any = safetensors
 """The safetensors library, whose functions carry no types."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vera_convert.errors import CheckpointError
-from vera_convert.weightfiles import (
+from vera_convert.files.weightfiles import (
     WeightFiles,
     demand_shards,
     find_weights,

@@ -14,9 +14,9 @@ from conftest import DATA
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.conversion import embed, strip
-from vera_convert.migration import Mode, migrate
-from vera_convert.onbase import BaseWish
+from vera_convert.base.onbase import BaseWish
+from vera_convert.conversion.migration import Mode, migrate
+from vera_convert.conversion.strip_embed import embed, strip
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -22,48 +22,48 @@ from vera_convert.errors import (
 )
 
 if TYPE_CHECKING:
-    from vera_convert.conversion import Conversion, embed, strip
+    from vera_convert.base.onbase import BaseWish
+    from vera_convert.conversion.migration import Mode, TreeMigration, migrate, migrate_tree
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.conversion.regeneration import Regenerated, regenerate, regenerate_for
+    from vera_convert.conversion.strip_embed import Conversion, embed, strip
     from vera_convert.counting import Count, count
-    from vera_convert.generator import Rounding, Variant
-    from vera_convert.hub import HubAccess
-    from vera_convert.mergeinputs import AdapterWish
-    from vera_convert.mergeoptions import MergeOptions
-    from vera_convert.mergeparts import Tied
-    from vera_convert.merging import Merge, merge
-    from vera_convert.migration import Mode, TreeMigration, migrate, migrate_tree
-    from vera_convert.onbase import BaseWish
-    from vera_convert.projections import Meant
-    from vera_convert.regeneration import Regenerated, regenerate, regenerate_for
+    from vera_convert.draws.generator import Rounding, Variant
+    from vera_convert.hub.lookup import HubAccess
+    from vera_convert.merging.inputs import AdapterWish
+    from vera_convert.merging.merge import Merge, merge
+    from vera_convert.merging.options import MergeOptions
+    from vera_convert.merging.parts import Tied
     from vera_convert.schemas import load_schema, schema_names
     from vera_convert.summary import AdapterInfo, info
 
 _MODULES = {
     "AdapterInfo": "summary",
-    "AdapterWish": "mergeinputs",
-    "BaseWish": "onbase",
-    "Conversion": "conversion",
+    "AdapterWish": "merging.inputs",
+    "BaseWish": "base.onbase",
+    "Conversion": "conversion.strip_embed",
     "Count": "counting",
-    "HubAccess": "hub",
-    "Meant": "projections",
-    "Merge": "merging",
-    "MergeOptions": "mergeoptions",
-    "Mode": "migration",
-    "Regenerated": "regeneration",
-    "Rounding": "generator",
-    "Tied": "mergeparts",
-    "TreeMigration": "migration",
-    "Variant": "generator",
+    "HubAccess": "hub.lookup",
+    "Meant": "conversion.projections",
+    "Merge": "merging.merge",
+    "MergeOptions": "merging.options",
+    "Mode": "conversion.migration",
+    "Regenerated": "conversion.regeneration",
+    "Rounding": "draws.generator",
+    "Tied": "merging.parts",
+    "TreeMigration": "conversion.migration",
+    "Variant": "draws.generator",
     "count": "counting",
-    "embed": "conversion",
+    "embed": "conversion.strip_embed",
     "info": "summary",
     "load_schema": "schemas",
-    "merge": "merging",
-    "migrate": "migration",
-    "migrate_tree": "migration",
-    "regenerate": "regeneration",
-    "regenerate_for": "regeneration",
+    "merge": "merging.merge",
+    "migrate": "conversion.migration",
+    "migrate_tree": "conversion.migration",
+    "regenerate": "conversion.regeneration",
+    "regenerate_for": "conversion.regeneration",
     "schema_names": "schemas",
-    "strip": "conversion",
+    "strip": "conversion.strip_embed",
 }
 
 __all__ = [

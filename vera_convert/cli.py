@@ -19,17 +19,17 @@ import click
 
 from vera_convert._version import __version__
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
-from vera_convert.files import printable
-from vera_convert.interrupts import Interrupted, signals_raise
+from vera_convert.files.reading import printable
+from vera_convert.publish.interrupts import Interrupted, signals_raise
 
 if TYPE_CHECKING:
-    from vera_convert.blocks import Device
-    from vera_convert.conversion import Conversion
-    from vera_convert.hub import HubAccess
-    from vera_convert.mergeoptions import MergeOptions
-    from vera_convert.migration import TreeMigration
-    from vera_convert.onbase import BaseWish
-    from vera_convert.regeneration import Regenerated
+    from vera_convert.assembly.blocks import Device
+    from vera_convert.base.onbase import BaseWish
+    from vera_convert.conversion.migration import TreeMigration
+    from vera_convert.conversion.regeneration import Regenerated
+    from vera_convert.conversion.strip_embed import Conversion
+    from vera_convert.hub.lookup import HubAccess
+    from vera_convert.merging.options import MergeOptions
     from vera_convert.rules import Finding
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -69,7 +69,7 @@ class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         """Split at the equals sign; one side may be empty."""
-        from vera_convert.naming import parse_key_map
+        from vera_convert.base.naming import parse_key_map
 
         return parse_key_map(value)
 
@@ -204,7 +204,7 @@ adapter_argument = click.argument("adapter")
 
 
 def _access(options: Mapping[str, Any]) -> HubAccess:
-    from vera_convert.hub import HubAccess
+    from vera_convert.hub.lookup import HubAccess
 
     cache_dir = options["cache_dir"]
     return HubAccess(
@@ -216,7 +216,7 @@ def _access(options: Mapping[str, Any]) -> HubAccess:
 
 
 def _base_wish(options: Mapping[str, Any]) -> BaseWish:
-    from vera_convert.onbase import BaseWish
+    from vera_convert.base.onbase import BaseWish
 
     return BaseWish(
         model=options.get("base"),
@@ -248,8 +248,8 @@ def info(adapter: str, **options: Any) -> None:
 
     ADAPTER is a folder or a repo on the Hub, org/name[@revision][/subfolder].
     """
-    from vera_convert.formats import info_document, info_text
-    from vera_convert.projections import Meant
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.formats.results import info_document, info_text
     from vera_convert.summary import info as summarise
 
     result = summarise(
@@ -273,8 +273,8 @@ def info(adapter: str, **options: Any) -> None:
 @output_options
 def strip(adapter: str, out: Path, **options: Any) -> None:
     """Drop A and B of ADAPTER if they are proven to be redrawable; write OUT."""
-    from vera_convert.conversion import strip as run
-    from vera_convert.projections import Meant
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.conversion.strip_embed import strip as run
 
     result = run(
         adapter,
@@ -301,9 +301,9 @@ def strip(adapter: str, out: Path, **options: Any) -> None:
 @output_options
 def embed(adapter: str, out: Path, **options: Any) -> None:
     """Draw A and B of ADAPTER again and store them; write OUT."""
-    from vera_convert.conversion import embed as run
-    from vera_convert.generator import Variant
-    from vera_convert.projections import Meant
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.conversion.strip_embed import embed as run
+    from vera_convert.draws.generator import Variant
 
     result = run(
         adapter,
@@ -340,7 +340,7 @@ def regenerate(out: Path, **options: Any) -> None:
 
     Give --rank, --in-features and --out-features, or --for ADAPTER.
     """
-    from vera_convert.formats import regenerated_document, regenerated_text
+    from vera_convert.formats.results import regenerated_document, regenerated_text
 
     result = _regenerated(out, options)
     _show(
@@ -352,8 +352,8 @@ def regenerate(out: Path, **options: Any) -> None:
 
 
 def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
-    from vera_convert.generator import Rounding, Variant
-    from vera_convert.regeneration import regenerate, regenerate_for
+    from vera_convert.conversion.regeneration import regenerate, regenerate_for
+    from vera_convert.draws.generator import Rounding, Variant
 
     generator = Variant(options["generator"]) if options["generator"] else None
     alone = ("rank", "in_features", "out_features", "key", "rounding")
@@ -420,8 +420,8 @@ def _option_name(name: str) -> str:
 @output_options
 def migrate(adapter: str, out: Path, **options: Any) -> None:
     """Bring ADAPTER to the current form and to a mode; say every change; write OUT."""
-    from vera_convert.migration import Mode, migrate, migrate_tree
-    from vera_convert.projections import Meant
+    from vera_convert.conversion.migration import Mode, migrate, migrate_tree
+    from vera_convert.conversion.projections import Meant
 
     wishes: dict[str, Any] = {
         "to": Mode(options["to"]),
@@ -442,7 +442,7 @@ def migrate(adapter: str, out: Path, **options: Any) -> None:
 
 
 def _show_tree(options: Mapping[str, Any], result: TreeMigration) -> None:
-    from vera_convert.formats import tree_document, tree_text
+    from vera_convert.formats.results import tree_document, tree_text
 
     for name, conversion in result.done.items():
         _warn(conversion.findings, f"{printable(name)}: ")
@@ -475,9 +475,9 @@ def _show_tree(options: Mapping[str, Any], result: TreeMigration) -> None:
 @output_options
 def count(**options: Any) -> None:
     """Count trainable parameters and bytes of an adapter, VeRA beside LoRA, before training."""
+    from vera_convert.base.layers import layers_of_base, layers_of_config_file
     from vera_convert.counting import count as run
-    from vera_convert.formats import count_document, count_text
-    from vera_convert.modellayers import layers_of_base, layers_of_config_file
+    from vera_convert.formats.results import count_document, count_text
 
     if (options["config_file"] is None) == (options["base"] is None):
         raise UsageError("give one of --base and --config.")
@@ -523,8 +523,8 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
 
     Shard by shard, in memory that does not grow with the model, and without PyTorch.
     """
-    from vera_convert.mergetext import merge_document, merge_text
-    from vera_convert.merging import merge as run
+    from vera_convert.formats.merge import merge_document, merge_text
+    from vera_convert.merging.merge import merge as run
 
     with _telling_how_to_continue(), _progress(options, "merged") as progress:
         result = run(
@@ -542,7 +542,7 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
 @contextmanager
 def _telling_how_to_continue() -> Iterator[None]:
     """Name the command that continues a merge which failed or was stopped, if one can."""
-    from vera_convert.mergejob import KEPT
+    from vera_convert.merging.job import KEPT
 
     try:
         yield
@@ -567,11 +567,11 @@ def _command_without_token(arguments: Sequence[str]) -> str:
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
-    from vera_convert.generator import Variant
-    from vera_convert.mergeinputs import AdapterWish
-    from vera_convert.mergeoptions import MergeOptions
-    from vera_convert.mergeparts import Tied
-    from vera_convert.projections import Meant
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.draws.generator import Variant
+    from vera_convert.merging.inputs import AdapterWish
+    from vera_convert.merging.options import MergeOptions
+    from vera_convert.merging.parts import Tied
 
     same = (
         *("weight", "dtype", "dequantize", "max_shard_size", "jobs"),
@@ -590,7 +590,7 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
 
 def _device(name: str) -> Device:
     if name == "cpu":
-        from vera_convert.blocks import CPU
+        from vera_convert.assembly.blocks import CPU
 
         return CPU
     from vera_convert.with_torch.compute import on_gpu
@@ -620,7 +620,7 @@ def _progress(options: Mapping[str, Any], what: str) -> Iterator[Callable[[int, 
 
 
 def _show_conversion(command: str, options: Mapping[str, Any], result: Conversion) -> None:
-    from vera_convert.formats import conversion_document, conversion_text
+    from vera_convert.formats.results import conversion_document, conversion_text
 
     _show(
         options,
@@ -754,7 +754,7 @@ def _explained(error: Exception) -> VeraConvertError:
 def _refuse(error: VeraConvertError, arguments: list[str]) -> int:
     """Say why a command failed and return the status that stands for it."""
     if "--json" in arguments:
-        from vera_convert.formats import error_document
+        from vera_convert.formats.results import error_document
 
         _print_document(error_document(error))
     _say(f"error: {_reason(error)}", err=True)

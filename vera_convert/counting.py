@@ -11,11 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vera_convert.config import MAX_RANK, VeraConfig
+from vera_convert.adapter.config import MAX_RANK, VeraConfig
 from vera_convert.errors import UsageError
-from vera_convert.files import printable
-from vera_convert.header import Entry, TensorInfo, header_bytes
-from vera_convert.targets import Adapted, Linear, ModelLayers, adapted, is_all_linear, kind_of
+from vera_convert.files.header import Entry, TensorInfo, header_bytes
+from vera_convert.files.reading import printable
+from vera_convert.targets.matching import (
+    Adapted,
+    Linear,
+    ModelLayers,
+    adapted,
+    is_all_linear,
+    kind_of,
+)
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."

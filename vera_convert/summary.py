@@ -7,23 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adaptertensors import A_NAME, B_NAME, StoredProjections
-from vera_convert.config import VeraConfig
+from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
+from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
+from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw
+from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.transforms import embedded, stripped
 from vera_convert.counting import lora_file_bytes, lora_parameters
+from vera_convert.draws.generator import Rounding
+from vera_convert.draws.recognition import Difference, Draw, recognise
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.fingerprint import METADATA_KEY, Fingerprint
-from vera_convert.generator import Rounding
-from vera_convert.header import header_bytes, in_order
-from vera_convert.hub import HubAccess, Location, fetch_weights, locate
-from vera_convert.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
-from vera_convert.projections import LOAD_DTYPES, Meant, usual_draw
-from vera_convert.proof import other_dims
-from vera_convert.recognition import Difference, Draw, recognise
+from vera_convert.files.header import header_bytes, in_order
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, UNPROVEN_DRAW, Finding
-from vera_convert.targets import Linear, kind_of
-from vera_convert.tensorfile import TensorData
-from vera_convert.transforms import embedded, stripped
+from vera_convert.targets.matching import Linear, kind_of
 
 
 @dataclass(frozen=True, slots=True)

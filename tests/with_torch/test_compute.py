@@ -13,11 +13,11 @@ from adapters import good_adapter
 from merges import assert_same, filled_base, merged_with, tensors_of
 from test_blocks import change_of, term
 
-from vera_convert import sums
-from vera_convert.blocks import room_for
+from vera_convert.assembly import sums
+from vera_convert.assembly.blocks import room_for
+from vera_convert.assembly.sums import NotFiniteError, Numbers, Sum
 from vera_convert.delta import merged, working_dtype
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.sums import NotFiniteError, Numbers, Sum
 
 torch = pytest.importorskip("torch")
 compute = pytest.importorskip("vera_convert.with_torch.compute")

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from vera_convert.projections import Meant
+from vera_convert.conversion.projections import Meant
 from vera_convert.with_torch import VeraModel
 
 FIXTURES = Path(__file__).parent.parent / "data" / "fixtures"

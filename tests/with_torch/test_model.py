@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from vera_convert import CheckpointError, SurroundingsError, UsageError, Variant, strip
-from vera_convert.mergeparts import Tied
-from vera_convert.projections import Meant
+from vera_convert.conversion.projections import Meant
+from vera_convert.merging.parts import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 
 LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)

@@ -11,7 +11,7 @@ This folder is the only part of the package that imports torch.
 
 from __future__ import annotations
 
-from vera_convert.config import VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import SurroundingsError
 
 try:

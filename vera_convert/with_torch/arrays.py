@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vera_convert.tensorfile import NUMPY_DTYPE
+from vera_convert.files.tensorfile import NUMPY_DTYPE
 
 _NAMES = {
     "float64": "F64",

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vera_convert.blocks import Bench, Device, Room, product_sha256, weighted
+from vera_convert.assembly.blocks import Bench, Device, Room, product_sha256, weighted
+from vera_convert.assembly.sums import Sum
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files import printable
-from vera_convert.sums import Sum
+from vera_convert.files.reading import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
 
 Array = NDArray[Any]

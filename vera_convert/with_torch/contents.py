@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vera_convert.adapter import Adapter, open_adapter
-from vera_convert.adaptertensors import A_NAME, replaced_name
-from vera_convert.config import VeraConfig, parse_config
+from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.config import VeraConfig, parse_config
+from vera_convert.adapter.tensors import A_NAME, replaced_name
+from vera_convert.base.onbase import OnBase, shared_dims
+from vera_convert.conversion.projections import Meant, check_size
+from vera_convert.conversion.proof import other_dims
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files import printable
-from vera_convert.generator import Rounding, Variant, draw, rounded
-from vera_convert.ineffect import in_effect
-from vera_convert.onbase import OnBase, shared_dims
-from vera_convert.projections import Meant, check_size
-from vera_convert.proof import other_dims
+from vera_convert.files.reading import printable
+from vera_convert.merging.ineffect import in_effect
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     NAMES_DIFFER,
@@ -36,7 +36,14 @@ from vera_convert.rules import (
     SHAPES_DIFFER,
     Finding,
 )
-from vera_convert.targets import SAVED_BY_TASK, Linear, ModelLayers, adapted, matching, resolve
+from vera_convert.targets.matching import (
+    SAVED_BY_TASK,
+    Linear,
+    ModelLayers,
+    adapted,
+    matching,
+    resolve,
+)
 from vera_convert.with_torch.arrays import to_array, to_tensor
 from vera_convert.with_torch.layer import weight_dtype
 from vera_convert.with_torch.parts import layers_of, modules_of, own_tensors

@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.targets import Linear
+from vera_convert.targets.matching import Linear
 
 
 def linear_of(module: nn.Module) -> Linear | None:

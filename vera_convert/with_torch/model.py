@@ -21,15 +21,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vera_convert.adapterfolder import is_training_state
-from vera_convert.adaptertensors import A_NAME, B_NAME, PREFIX, replaced_name
-from vera_convert.config import VeraConfig
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.folder import is_training_state
+from vera_convert.adapter.tensors import A_NAME, B_NAME, PREFIX, replaced_name
+from vera_convert.conversion.projections import Meant
+from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files import printable
-from vera_convert.generator import Variant
-from vera_convert.hub import HubAccess, fetch_adapter, locate
-from vera_convert.mergeparts import Tied
-from vera_convert.projections import Meant
+from vera_convert.files.reading import printable
+from vera_convert.hub.lookup import HubAccess, fetch_adapter, locate
+from vera_convert.merging.parts import Tied
 from vera_convert.rules import VALUE_NOT_FINITE, Finding
 from vera_convert.with_torch.contents import Contents, new_contents, stored_contents
 from vera_convert.with_torch.layer import SharedMatrix, VeraLinear, check_has_values

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vera_convert.adaptertensors import PREFIX, replaced_name
-from vera_convert.config import VeraConfig
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.tensors import PREFIX, replaced_name
 from vera_convert.errors import UsageError
-from vera_convert.files import printable
-from vera_convert.targets import ModelLayers
+from vera_convert.files.reading import printable
+from vera_convert.targets.matching import ModelLayers
 from vera_convert.with_torch.layer import VeraLinear, linear_of
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vera_convert.adapterfolder import AdapterContent, is_vera, write_adapter
-from vera_convert.adaptertensors import WEIGHTS_NAME
-from vera_convert.config import CONFIG_NAME, VeraConfig
-from vera_convert.publish import staged_folder
-from vera_convert.tensorfile import from_array
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.files.tensorfile import from_array
+from vera_convert.publish.publishing import staged_folder
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"

@@ -1,0 +1,1 @@
+"""A VeRA adapter: its config, its tensors, its folder, its known damages."""

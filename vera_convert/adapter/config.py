@@ -1,0 +1,319 @@
+"""``adapter_config.json`` as a record: read strictly, edited in place.
+
+What `VeraConfig` cannot express does not get past this module. The file's own text is kept, so that
+an edit changes the named fields and not one byte more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.jsonediting import edited_object
+from vera_convert.files.reading import ByteSource, parse_json, printable, read_json
+from vera_convert.rules import (
+    CONFIG_NOT_OBJECT,
+    FIELD_RANGE,
+    FIELD_TYPE,
+    FIELD_VALUE,
+    KEY_INVALID,
+    LAYERS_PATTERN_ALONE,
+    NOT_VERA,
+    UNKNOWN_FIELD,
+    Finding,
+)
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1_000_000
+MAX_RANK = 1 << 24
+"""No adapter comes near; a larger claim would only serve to exhaust memory."""
+
+MAX_FIELDS = 1_000
+MAX_LISTED = 10_000
+MAX_NAME = 10_000
+"""Far above what any model needs."""
+
+KEY_RANGE = range(-(2**63), 2**64)
+"""What ``torch.Generator.manual_seed`` takes; a negative key counts from 2^64 downwards."""
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VeraConfig:
+    """The fields of PEFT's ``VeraConfig`` with PEFT's defaults (a missing field means its default).
+
+    Attributes:
+        r: rank; rows of A, columns of B, length of every lambda_d.
+        target_modules: names (matched as suffixes) or one regular expression; None means PEFT's
+            default for the base's type.
+        projection_prng_key: seed of A and B.
+        save_projection: whether A and B are stored with the adapter.
+        vera_dropout: dropout on the layer's input, in training only.
+        d_initial: initial value of every lambda_d.
+        fan_in_fan_out: whether the base stores its weights as (in, out); PEFT corrects it by layer.
+        bias: which biases were trained: ``none``, ``all`` or ``vera_only``.
+        modules_to_save: modules that were trained whole and replace the base's.
+        init_weights: whether lambda_b began at zero.
+        layers_to_transform: the indices of the layers that are adapted; None means all.
+        layers_pattern: the name before the index in a module's path.
+        task_type: what PEFT wraps the model for.
+        base_model_name_or_path: where the base came from; a stranger's text, no path to follow.
+        revision: the base's revision on the Hub.
+        inference_mode: true in every saved file.
+        auto_mapping: class and library of the base where task_type is None.
+        peft_version: the PEFT that wrote the file (0.18 and later record it).
+    """
+
+    r: int = 256
+    target_modules: tuple[str, ...] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: Mapping[str, object] | None = None
+    peft_version: str | None = None
+
+
+FIELDS = frozenset(field.name for field in fields(VeraConfig))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A config with the text that it was read from.
+
+    Attributes:
+        config: the fields.
+        text: the file's bytes.
+        findings: warnings met while reading; errors are raised instead.
+    """
+
+    config: VeraConfig
+    text: bytes
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Names in the file that no VeraConfig has, in the file's order."""
+        return tuple(name for name in json.loads(self.text) if _is_unknown(name))
+
+    def edited(self, *, remove: frozenset[str] = frozenset(), **changes: object) -> ConfigFile:
+        """Return the same file with fields set and others removed, all else byte for byte."""
+        return parse_config(edited_object(self.text, changes, remove), place=CONFIG_NAME)
+
+
+def read_config(source: ByteSource) -> ConfigFile:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: with every defect found.
+    """
+    document, text = read_json(source, limit=MAX_CONFIG_BYTES)
+    return _from_document(document, text, source.place)
+
+
+def parse_config(text: bytes, *, place: str) -> ConfigFile:
+    """Read a config from the bytes of its file; see `read_config`."""
+    return _from_document(parse_json(text, place=place), text, place)
+
+
+def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
+    if not isinstance(document, dict):
+        raise CheckpointError(
+            CONFIG_NOT_OBJECT.at(place, f"it holds {_json_kind(document)} at its top level.")
+        )
+    if len(document) > MAX_FIELDS:
+        raise CheckpointError(FIELD_RANGE.at(place, f"it has {len(document):,} fields."))
+    if document.get("peft_type") != "VERA":
+        raise CheckpointError(NOT_VERA.at(place, _what_else(document)))
+    findings = [*_field_findings(document, place)]
+    if findings:
+        raise CheckpointError.of(findings)
+    config = VeraConfig(**{name: _frozen(document[name]) for name in FIELDS & document.keys()})  # type: ignore[arg-type]
+    findings = [*_relation_findings(config, place)]
+    if findings:
+        raise CheckpointError.of(findings)
+    unknown = [
+        UNKNOWN_FIELD.at(place, f"there is a field {printable(name)}.")
+        for name in document
+        if _is_unknown(name)
+    ]
+    return ConfigFile(config, text, tuple(unknown))
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_unknown(name: str) -> bool:
+    return name not in FIELDS and name != "peft_type"
+
+
+def _json_kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
+        (str, "a text"),
+        (list, "a list"),
+        (dict, "an object"),
+        ((int, float), "a number"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+
+
+_DIALECTS = {
+    "PVERA": "an adapter of PVeRA, another method of PEFT",
+    "LORA": "a LoRA adapter",
+}
+
+
+def _what_else(document: dict[str, object]) -> str:
+    """Say in one sentence what a config that is not VeRA's looks like."""
+    kind = document.get("peft_type")
+    if isinstance(kind, str) and kind in _DIALECTS:
+        return f"peft_type is {kind}: this is {_DIALECTS[kind]}."
+    if isinstance(kind, str):
+        spelled = " (PEFT takes it in capitals only)" if kind.upper() == "VERA" else ""
+        return f'peft_type is "{printable(kind)}", not "VERA"{spelled}.'
+    if kind is not None:
+        return f"peft_type is {_json_kind(kind)} where the text VERA is expected."
+    state = "null" if "peft_type" in document else "missing"
+    if isinstance(document.get("config"), dict):  # it has a model_type as well
+        return f"peft_type is {state}; it looks like a config of AdapterHub's adapters library."
+    if "architectures" in document or "model_type" in document:
+        return f"peft_type is {state}; it looks like the config.json of a whole model."
+    return f"peft_type is {state}."
+
+
+# --- the fields one by one -----------------------------------------------------------------------
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_int, "a whole number"),
+    "target_modules": (
+        lambda value: _is_text_or_null(value) or _is_names(value),
+        "a list of names, a regular expression or null",
+    ),
+    "save_projection": (_is_bool, "true or false"),
+    "vera_dropout": (_is_number, "a number"),
+    "d_initial": (_is_number, "a number"),
+    "fan_in_fan_out": (_is_bool, "true or false"),
+    "bias": (lambda value: isinstance(value, str), "a text"),
+    "modules_to_save": (
+        lambda value: value is None or _is_names(value),
+        "a list of names or null",
+    ),
+    "init_weights": (_is_bool, "true or false"),
+    "layers_to_transform": (
+        lambda value: (
+            value is None
+            or _is_int(value)
+            or (isinstance(value, list) and all(_is_int(item) for item in value))
+        ),
+        "a whole number, a list of them or null",
+    ),
+    "layers_pattern": (
+        lambda value: _is_text_or_null(value) or _is_names(value),
+        "a name, a list of names or null",
+    ),
+    "task_type": (_is_text_or_null, "a text or null"),
+    "base_model_name_or_path": (_is_text_or_null, "a text or null"),
+    "revision": (_is_text_or_null, "a text or null"),
+    "inference_mode": (_is_bool, "true or false"),
+    "auto_mapping": (
+        lambda value: value is None or isinstance(value, dict),
+        "an object or null",
+    ),
+    "peft_version": (_is_text_or_null, "a text or null"),
+}
+
+
+def _field_findings(document: Mapping[str, object], place: str) -> Iterator[Finding]:
+    """Yield a finding for each field that is of the wrong type."""
+    for name, (fits, expected) in _TYPES.items():
+        if name in document and not fits(document[name]):
+            yield FIELD_TYPE.at(
+                place, f"{name} is {_json_kind(document[name])} where {expected} is expected."
+            )
+    key = document.get("projection_prng_key", 0)
+    if not isinstance(key, int) or isinstance(key, bool):
+        shown = printable(json.dumps(key))
+        yield KEY_INVALID.at(place, f"projection_prng_key is {shown}, {_json_kind(key)}.")
+    elif key not in KEY_RANGE:
+        yield KEY_INVALID.at(place, f"projection_prng_key is {key}.")
+
+
+def _absurd_lists(config: VeraConfig, place: str) -> Iterator[Finding]:
+    """Refuse lists that would only serve to exhaust time: names are compared with each other."""
+    for field in ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        value = getattr(config, field)
+        items = value if isinstance(value, tuple) else (value,)
+        if len(items) > MAX_LISTED:
+            yield FIELD_RANGE.at(place, f"{field} has {len(items):,} entries.")
+        if any(isinstance(item, str) and len(item) > MAX_NAME for item in items):
+            yield FIELD_RANGE.at(place, f"{field} has an entry of over {MAX_NAME:,} letters.")
+
+
+def _relation_findings(config: VeraConfig, place: str) -> Iterator[Finding]:
+    """Yield a finding for each well-typed field whose value PEFT cannot work with."""
+    yield from _absurd_lists(config, place)
+    if not 1 <= config.r <= MAX_RANK:
+        yield FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
+    if not (math.isfinite(config.vera_dropout) and 0 <= config.vera_dropout <= 1):
+        yield FIELD_RANGE.at(
+            place, f"vera_dropout is {config.vera_dropout}; a probability is from 0 to 1."
+        )
+    if not math.isfinite(config.d_initial):
+        yield FIELD_RANGE.at(place, f"d_initial is {config.d_initial}.")
+    # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
+    if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
+        yield FIELD_VALUE.at(
+            place, f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'
+        )
+    if config.task_type is not None and config.task_type not in TASK_TYPES:
+        known = ", ".join(TASK_TYPES)
+        yield FIELD_VALUE.at(
+            place, f'task_type is "{printable(config.task_type)}"; PEFT knows {known} and null.'
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        yield LAYERS_PATTERN_ALONE.at(place, "layers_to_transform is null.")

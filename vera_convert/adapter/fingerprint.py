@@ -1,0 +1,170 @@
+"""The fingerprint: what a stripped adapter's projections were, kept in its safetensors metadata.
+
+PEFT ignores metadata, so the record changes nothing for a loader; but whoever draws A and B again
+can prove that the very same matrices came back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import parse_json, printable
+from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Finding
+
+METADATA_KEY = "vera_convert.projection"
+FORMAT = 1
+MAX_FEATURES = (1 << 32) - 1
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Which draw a pair of projections is, how it was stored, and its hashes.
+
+    Attributes:
+        variant: the generator's variant.
+        key: seed, as in the config.
+        rank: r.
+        in_features: columns of the stored A (r, in).
+        out_features: rows of the stored B (out, r).
+        drawn_in_features: columns of A as it was drawn; more than in_features where it was cut.
+        drawn_out_features: rows of B as it was drawn.
+        rounding: the 16-bit rounding that the base's dtype caused.
+        dtype: how A and B were stored, in safetensors' names.
+        sha256_A: SHA-256 of the stored bytes of A (little endian, row-major), in hex.
+        sha256_B: the same of B.
+    """
+
+    variant: Variant
+    key: int
+    rank: int
+    in_features: int
+    out_features: int
+    drawn_in_features: int
+    drawn_out_features: int
+    rounding: Rounding
+    dtype: str
+    sha256_A: str  # noqa: N815 -- the matrix is called A everywhere
+    sha256_B: str  # noqa: N815
+
+    @property
+    def draw(self) -> Draw:
+        """The draw that the projections are."""
+        return Draw(
+            self.variant,
+            self.key,
+            self.rank,
+            self.drawn_in_features,
+            self.drawn_out_features,
+            self.rounding,
+        )
+
+
+def to_text(fingerprint: Fingerprint) -> str:
+    """Return the compact JSON that goes into the metadata."""
+    return json.dumps({"format": FORMAT, **asdict(fingerprint)}, separators=(",", ":"))
+
+
+def from_text(text: str, *, place: str) -> Fingerprint:
+    """Read a fingerprint strictly.
+
+    Raises:
+        CheckpointError: `FINGERPRINT_MALFORMED`, with what is wrong.
+    """
+    place = f"{place}, metadata {METADATA_KEY}"
+    try:
+        document = parse_json(text.encode(), place=place)
+        reason = _defect(document)
+    except CheckpointError as error:
+        reason = error.findings[0].reason
+    if reason is not None or not isinstance(document, dict):
+        raise CheckpointError(FINGERPRINT_MALFORMED.at(place, reason or ""))
+    values = {name: document[name] for name in _CHECKS}
+    values["variant"] = Variant(values["variant"])
+    values["rounding"] = Rounding(values["rounding"])
+    return Fingerprint(**values)
+
+
+def _between(low: int, high: int) -> tuple[Callable[[object], bool], str]:
+    return (
+        lambda value: (
+            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        ),
+        f"a whole number from {low} to {high}",
+    )
+
+
+def _one_of(*known: str) -> tuple[Callable[[object], bool], str]:
+    return lambda value: value in known, f"one of {', '.join(known)}"
+
+
+_SHA256 = (
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "a SHA-256 in hex",
+)
+_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "variant": _one_of(*Variant),
+    "key": _between(KEY_RANGE.start, KEY_RANGE.stop - 1),
+    "rank": _between(1, MAX_RANK),
+    "in_features": _between(1, MAX_FEATURES),
+    "out_features": _between(1, MAX_FEATURES),
+    "drawn_in_features": _between(1, MAX_FEATURES),
+    "drawn_out_features": _between(1, MAX_FEATURES),
+    "rounding": _one_of(*Rounding),
+    "dtype": _one_of(*STORED_DTYPES),
+    "sha256_A": _SHA256,
+    "sha256_B": _SHA256,
+}
+
+
+def _defect(document: object) -> str | None:
+    """Say in one sentence what is wrong with a fingerprint's JSON, or None."""
+    if not isinstance(document, dict):
+        return "it is not a JSON object."
+    if not _between(FORMAT, FORMAT)[0](document.get("format")):
+        shown = printable(json.dumps(document.get("format")))
+        return f"its format is {shown}; this version reads format {FORMAT}."
+    if document.keys() != {"format", *_CHECKS}:
+        return f"its fields are not exactly format, {', '.join(_CHECKS)}."
+    for name, (fits, expected) in _CHECKS.items():
+        if not fits(document[name]):
+            return f"{name} is not {expected}."
+    for side in ("in_features", "out_features"):
+        if document[side] > document[f"drawn_{side}"]:
+            return f"{side} is larger than drawn_{side}."
+    return None
+
+
+def disagreement(
+    fingerprint: Fingerprint, config: VeraConfig, longest_b: int, *, place: str
+) -> Finding | None:
+    """Return the finding that a fingerprint contradicts its own adapter, or None.
+
+    Args:
+        fingerprint: what was recorded.
+        config: the adapter's.
+        place: how messages call the file.
+        longest_b: the length of the longest lambda_b; B needs a row for each of its values.
+    """
+    for name, recorded, actual in (
+        ("key", fingerprint.key, config.projection_prng_key),
+        ("rank", fingerprint.rank, config.r),
+    ):
+        if recorded != actual:
+            return FINGERPRINT_DISAGREES.at(
+                place, f"the fingerprint says {name} {recorded}, the config {actual}."
+            )
+    if fingerprint.out_features < longest_b:
+        return FINGERPRINT_DISAGREES.at(
+            place,
+            f"the fingerprint gives B {fingerprint.out_features} rows, "
+            f"but a layer has {longest_b} outputs.",
+        )
+    return None

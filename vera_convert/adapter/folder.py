@@ -1,0 +1,227 @@
+"""An adapter's folder: what lies beside its weights, and how a new one is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+from vera_convert.adapter.config import CONFIG_NAME, read_config
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.header import read_header
+from vera_convert.files.reading import ByteSource, open_local, printable
+from vera_convert.files.tensorfile import TensorData, write_tensors
+from vera_convert.publish.publishing import staged_folder
+
+DEEPEST = 100
+"""How deep folders are followed; a checkpoint has two or three levels."""
+
+_TRAINING_STATE = re.compile(
+    r"(adapter_model|training_args)\.bin"
+    r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
+    r"|rng_state(_\d+)?\.(pt|pth)|random_states_\d+\.pkl"
+    r"|.*_(optim|model)_states\.pt|.*\.distcp"
+)
+"""Pickled weights and the states of a training run: of no use to whoever loads the adapter."""
+
+
+def is_training_state(name: str) -> bool:
+    """Say whether a file of this name (without folders) is never carried."""
+    return _TRAINING_STATE.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """The files beside an adapter, sorted by what becomes of them; paths are relative, with `/`.
+
+    Attributes:
+        carried: copied byte for byte, in sorted order.
+        left_out: pickled weights and training states, never copied.
+        outside: links that lead out of the folder, to nowhere or to a folder; never followed.
+        adapters: subfolders that are adapters of their own.
+    """
+
+    carried: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+
+
+def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
+    """Sort the files of an adapter's folder; its config and weights are not among them.
+
+    Hidden files are passed over in silence.
+
+    Args:
+        folder: the adapter's.
+        not_fetched: files that were left on the Hub; the cache may hold some of them by chance.
+    """
+    carried, left_out = [], []
+    outside: list[str] = []
+    adapters: list[str] = []
+    for name in _regular_files(folder, adapters, outside):
+        if name in not_fetched:
+            continue
+        if is_training_state(PurePosixPath(name).name):
+            left_out.append(name)
+        elif name not in (CONFIG_NAME, WEIGHTS_NAME):
+            try:
+                open_local(folder / name, within=folder).close()
+            except CheckpointError:
+                outside.append(name)
+            else:
+                carried.append(name)
+    unfollowed = tuple(sorted(outside))
+    return SideFiles(tuple(carried), (*left_out, *not_fetched), unfollowed, tuple(adapters))
+
+
+def _regular_files(
+    folder: Path, adapters: list[str], links: list[str], prefix: str = ""
+) -> Iterator[str]:
+    """Yield the regular files below a folder, links to files included, in sorted order.
+
+    Subfolders that are adapters themselves are added to `adapters` instead, and links to folders
+    (which could lead out of the adapter or round in circles) or to nowhere to `links`.
+    """
+    if prefix.count("/") > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if os.path.lexists(Path(entry.path, CONFIG_NAME)):
+                    adapters.append(name)
+                else:
+                    yield from _regular_files(Path(entry.path), adapters, links, f"{name}/")
+            elif _is_regular(entry):
+                yield name
+            elif entry.is_symlink():
+                links.append(name)
+    except OSError as error:
+        raise SurroundingsError(
+            f"cannot list {printable(str(folder))}: {error.strerror or error}"
+        ) from error
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        if entry.is_symlink():
+            return False  # to nowhere, or round in a circle
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterContent:
+    """What a new adapter's folder is to hold.
+
+    Attributes:
+        tensors: in any order; the file gets the canonical one.
+        metadata: the safetensors metadata.
+        config_text: the bytes of ``adapter_config.json``.
+        folder: the adapter that it was made from; its side files are carried.
+        not_fetched: those that were left on the Hub.
+        check_unchanged: raises if the input changed while it was read.
+    """
+
+    tensors: Sequence[TensorData]
+    metadata: Mapping[str, str]
+    config_text: bytes
+    folder: Path
+    not_fetched: tuple[str, ...]
+    check_unchanged: Callable[[], None]
+
+
+def is_written_adapter(folder: Path) -> bool:
+    """Say whether a folder could have been written by a conversion: what ``--force`` may replace.
+
+    It holds a VeRA adapter, no training state or pickle, no further adapter below it and nothing
+    hidden.
+    """
+    hidden = any(path.name.startswith(".") for path in folder.rglob("*"))
+    return (
+        is_vera(folder)
+        and not hidden
+        and not ((sides := side_files(folder)).left_out or sides.outside or sides.adapters)
+    )
+
+
+def is_vera(folder: Path) -> bool:
+    """Say whether a folder's config is a VeRA adapter's."""
+    try:
+        with open_local(folder / CONFIG_NAME, within=folder) as source:
+            read_config(source)
+    except (CheckpointError, SurroundingsError):
+        return False
+    return True
+
+
+def publish_adapter(
+    content: AdapterContent, out: Path, *, force: bool, inputs: Sequence[Path]
+) -> SideFiles:
+    """Write an adapter's folder whole or not at all, reading back what was written.
+
+    Raises:
+        UsageError: OUT exists and may not be replaced, or overlaps an input.
+        SurroundingsError: the disk fails, or the input changed while it was read.
+    """
+    with staged_folder(out, force=force, inputs=inputs, is_own=is_written_adapter) as staging:
+        return write_adapter(content, staging)
+
+
+def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
+    """Write an adapter into an empty folder and compare what came to lie there."""
+    (folder / CONFIG_NAME).write_bytes(content.config_text)
+    written = {
+        CONFIG_NAME: sha256(content.config_text).hexdigest(),
+        WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, content.tensors, content.metadata),
+    }
+    sides = side_files(content.folder, not_fetched=content.not_fetched)
+    for name in sides.carried:  # one after the other: there may be more than can be open at once
+        with open_local(content.folder / name, within=content.folder) as source:
+            written[name] = _copy(source, folder / name)
+            source.check_unchanged()
+    _read_back(folder, written)
+    content.check_unchanged()
+    return sides
+
+
+def _copy(source: ByteSource, target: Path) -> str:
+    """Copy a file and return the SHA-256 of its bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = sha256()
+    with target.open("xb") as sink:
+        for block in _blocks(source):
+            digest.update(block)
+            sink.write(block)
+    return digest.hexdigest()
+
+
+def _blocks(source: ByteSource, length: int = 1 << 20) -> Iterator[bytes]:
+    for start in range(0, source.size, length):
+        yield source.read_at(start, min(length, source.size - start))
+
+
+def _read_back(folder: Path, written: Mapping[str, str]) -> None:
+    """Read every file again and compare it with what was meant to be written."""
+    for name, expected in written.items():
+        with open_local(folder / name) as source:
+            digest = sha256()
+            for block in _blocks(source):
+                digest.update(block)
+            if name == WEIGHTS_NAME:
+                read_header(source)
+        if digest.hexdigest() != expected:
+            raise SurroundingsError(
+                f"{printable(name)} came back from the disk with other bytes than were written; "
+                "nothing was published. The disk or its driver is faulty."
+            )

@@ -1,0 +1,435 @@
+"""What the tensors of an adapter mean, and what can be wrong with them.
+
+Every tensor is a lambda, one of the shared projections, a copy of one, or a replacement of a tensor
+of the base model; what is none of these is a finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.rules import (
+    ADAPTER_NAME_LEFT,
+    BIAS_NOT_STORED,
+    EMPTY_TENSOR,
+    LAMBDA_COLUMN,
+    LAMBDA_D_LENGTH,
+    LAMBDA_SHAPE,
+    LAMBDA_UNPAIRED,
+    LAYERS_UNEVEN,
+    MIXED_DTYPES,
+    MODULE_TO_SAVE_MISSING,
+    NO_LAMBDAS,
+    ONE_PROJECTION,
+    OTHER_VERA,
+    PREFIX_MISSING,
+    PREFIX_MIXED,
+    PREFIX_ORIG_MOD,
+    PROJECTION_SHAPE,
+    PROJECTION_TOO_SHORT,
+    PROJECTIONS_DIFFER,
+    PROJECTIONS_MISSING,
+    PROJECTIONS_PER_LAYER,
+    PROJECTIONS_REPEATED,
+    PROJECTIONS_TOO_LARGE,
+    PROJECTIONS_UNANNOUNCED,
+    SEVERAL_ADAPTERS,
+    TENSOR_DTYPE,
+    UNDECLARED_TENSOR,
+    UNKNOWN_TENSOR,
+    Finding,
+    Rule,
+    Severity,
+)
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_PROJECTION_BYTES = 2 << 30
+"""A and B together; the largest models at rank 1,024 need a thirtieth of it."""
+
+HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT itself appends to modules_to_save; a model has one of them, not all."""
+
+EMBEDDING_NAMES = frozenset(
+    (
+        *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
+        *("embeddings", "tokens_embed", "decoder", "vocab_projector", "generator_lm_head"),
+    )
+)
+"""Last path elements of what PEFT saves with save_embedding_layers, which no config records."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedLayer:
+    """The two trained vectors of one layer.
+
+    Attributes:
+        module: path of the layer in the model that was wrapped.
+        lambda_b: b, of shape (out,).
+        lambda_d: d, of shape (r,).
+    """
+
+    module: str
+    lambda_b: TensorData
+    lambda_d: TensorData
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs of the layer."""
+        return self.lambda_b.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProjections:
+    """The shared pair as it is stored: A of shape (r, in), B of shape (out, r)."""
+
+    A: TensorData
+    B: TensorData
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B."""
+        return self.B.shape[0]
+
+
+# --- what a name means ---------------------------------------------------------------------------
+
+_LEFTOVER = re.compile(r"\.vera_(?:lambda_[bd]|A|B)\.[^.]+$")
+_OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|vera_[C-Z])(?:\.|$)")
+_LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
+# modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
+_STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
+# With bias "all" PEFT writes the biases of a module that it saves whole three times.
+_BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
+_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
+_VERA = re.compile(r"(?:^|\.)vera_(?:lambda_[bd]|A|B)(?:\.[^.]+)?$")
+
+
+def misnamed(name: str) -> Rule | None:
+    """Return the rule that a tensor's name breaks, or None if it has a known meaning."""
+    if "_orig_mod" in name.split("."):
+        return PREFIX_ORIG_MOD
+    if not name.startswith(PREFIX) and name not in (A_NAME, B_NAME):
+        if name.startswith("base_model.vera_") and _LEFTOVER.search(name):
+            return ADAPTER_NAME_LEFT
+        if _OTHER_VERA.search(f".{name}"):
+            return OTHER_VERA
+        return PREFIX_MISSING if _VERA.search(name) else UNKNOWN_TENSOR
+    if _OTHER_VERA.search(name):
+        return OTHER_VERA
+    if _LEFTOVER.search(name):
+        return ADAPTER_NAME_LEFT
+    elements = name.removeprefix(PREFIX).split(".")
+    alone = len(elements) == 1 and elements[0] in _LAMBDAS
+    inside = elements[:-1] if elements[-1] in (*_LAMBDAS, "vera_A", "vera_B") else elements
+    if _BIAS_COPY.search(name):
+        return None
+    return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SortedTensors:
+    """Tensors by meaning, with every defect met on the way (errors included)."""
+
+    layers: Mapping[str, AdaptedLayer]
+    projections: StoredProjections | None
+    repeated: tuple[TensorData, ...]
+    replacements: tuple[TensorData, ...]
+    findings: tuple[Finding, ...]
+
+
+def sort_tensors(tensors: Sequence[TensorData], config: VeraConfig) -> SortedTensors:
+    """Sort tensors by what their names say and judge them; nothing is raised."""
+    findings: list[Finding] = []
+    by_rule: dict[Rule, list[str]] = {}
+    lambdas: dict[str, dict[str, TensorData]] = {}
+    pair: dict[str, TensorData] = {}
+    repeated: list[TensorData] = []
+    others: list[TensorData] = []
+    for tensor in tensors:
+        module, _, last = tensor.name.rpartition(".")
+        broken = misnamed(tensor.name)
+        if broken is not None:
+            by_rule.setdefault(broken, []).append(tensor.name)
+        elif tensor.name in (A_NAME, B_NAME):
+            pair[last] = tensor
+        elif last in _LAMBDAS:
+            lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
+        elif last in ("vera_A", "vera_B"):
+            repeated.append(tensor)
+        else:
+            others.append(tensor)
+    findings += _misnamed_findings(by_rule, tensors)
+    layers = {
+        module: AdaptedLayer(module, both["vera_lambda_b"], both["vera_lambda_d"])
+        for module, both in lambdas.items()
+        if len(both) == 2
+    }
+    if not lambdas and not by_rule:
+        findings.append(NO_LAMBDAS.at(WEIGHTS_NAME, "it holds no lambda."))
+    findings += _unpaired(lambdas)
+    findings += _uneven(lambdas)
+    findings += _shapes(layers, pair, others, config)
+    projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
+    judged = any(finding.severity is Severity.ERROR for finding in findings)
+    findings += _presence(pair, repeated, config, renamed=bool(by_rule))
+    if projections is not None and not judged:
+        findings += _copies(projections, repeated)
+    findings += _replacement_findings(others, layers, config, renamed=bool(by_rule))
+    return SortedTensors(layers, projections, tuple(repeated), tuple(others), tuple(findings))
+
+
+def _misnamed_findings(
+    by_rule: Mapping[Rule, Sequence[str]], tensors: Sequence[TensorData]
+) -> Iterator[Finding]:
+    prefixed = [tensor.name for tensor in tensors if tensor.name.startswith(PREFIX)]
+    for rule, names in by_rule.items():
+        place = printable(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        adapters = sorted({name.rpartition(".")[2] for name in names})
+        if rule is ADAPTER_NAME_LEFT and len(adapters) > 1:
+            yield SEVERAL_ADAPTERS.at(place, f"they are {printable(', '.join(adapters))}.")
+        elif rule is PREFIX_MISSING and prefixed and set(names) - {"vera_A", "vera_B"}:
+            reason = f"{len(prefixed)} names have it, such as {printable(prefixed[0])}."
+            yield PREFIX_MIXED.at(place, reason)
+        else:
+            yield rule.at(place, _name_reason(rule))
+
+
+def _name_reason(rule: Rule) -> str:
+    return {
+        PREFIX_ORIG_MOD: "the name has an element _orig_mod.",
+        ADAPTER_NAME_LEFT: "the name ends with the name of an adapter.",
+        PREFIX_MISSING: f"the name does not begin with {PREFIX}",
+        OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
+    }.get(rule, "the name is none that PEFT writes for VeRA.")
+
+
+def _uneven(modules: Iterable[str]) -> Iterator[Finding]:
+    """Warn where one target is adapted in fewer layers of a stack than another."""
+    stacks: dict[str, dict[str, set[str]]] = {}
+    for module in modules:
+        parts = _NUMBERED.fullmatch(module)
+        if parts is not None:
+            targets = stacks.setdefault(parts["stack"], {})
+            targets.setdefault(parts["target"], set()).add(parts["number"])
+    for name, targets in stacks.items():
+        every = frozenset[str]().union(*targets.values())
+        lacking = {target: len(found) for target, found in targets.items() if found != every}
+        for target, count in lacking.items():
+            reason = f"{printable(target)} is adapted in {count} of {len(every)} layers."
+            yield LAYERS_UNEVEN.at(printable(name), reason)
+
+
+def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Finding]:
+    for module, both in lambdas.items():
+        if len(both) == 1:
+            (present,) = both
+            absent = "vera_lambda_d" if present == "vera_lambda_b" else "vera_lambda_b"
+            yield LAMBDA_UNPAIRED.at(printable(module), f"it has {present} but no {absent}.")
+
+
+# --- shapes and dtypes ---------------------------------------------------------------------------
+
+
+def _shapes(
+    layers: Mapping[str, AdaptedLayer],
+    pair: Mapping[str, TensorData],
+    others: Sequence[TensorData],
+    config: VeraConfig,
+) -> Iterator[Finding]:
+    trained = [t for layer in layers.values() for t in (layer.lambda_b, layer.lambda_d)]
+    for tensor in (*trained, *pair.values()):
+        if tensor.dtype not in FLOAT_DTYPES:
+            yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
+    for tensor in (*trained, *pair.values(), *others):
+        if 0 in tensor.shape:
+            yield EMPTY_TENSOR.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+    for layer in layers.values():
+        yield from _lambda_shapes(layer, config.r)
+    yield from _projection_shapes(pair, layers, config.r)
+    kinds = {tensor.dtype for tensor in (*trained, *pair.values())}
+    if len(kinds) > 1:
+        yield MIXED_DTYPES.at(WEIGHTS_NAME, f"they are {', '.join(sorted(kinds))}.")
+
+
+def _lambda_shapes(layer: AdaptedLayer, rank: int) -> Iterator[Finding]:
+    for tensor in (layer.lambda_b, layer.lambda_d):
+        if len(tensor.shape) == 2 and tensor.shape[1] == 1:
+            yield LAMBDA_COLUMN.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+        elif len(tensor.shape) != 1:
+            yield LAMBDA_SHAPE.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+    found = layer.lambda_d.shape[0] if layer.lambda_d.shape else 1
+    if 0 not in layer.lambda_d.shape and found != rank:
+        yield LAMBDA_D_LENGTH.at(
+            printable(layer.lambda_d.name), f"it has {found} values, but r is {rank}."
+        )
+
+
+def _projection_shapes(
+    pair: Mapping[str, TensorData], layers: Mapping[str, AdaptedLayer], rank: int
+) -> Iterator[Finding]:
+    for name, axis in (("vera_A", 0), ("vera_B", 1)):
+        tensor = pair.get(name)
+        if tensor is None or 0 in tensor.shape:
+            continue
+        if len(tensor.shape) != 2 or tensor.shape[axis] != rank:
+            expected = f"({rank}, inputs)" if axis == 0 else f"(outputs, {rank})"
+            yield PROJECTION_SHAPE.at(
+                tensor.name, f"its shape is {list(tensor.shape)}, expected {expected}."
+            )
+        elif axis == 1:
+            yield from _too_short(tensor, layers)
+    total = sum(tensor.nbytes for tensor in pair.values())
+    if total > MAX_PROJECTION_BYTES:
+        yield PROJECTIONS_TOO_LARGE.at(
+            WEIGHTS_NAME, f"A and B take {total:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}."
+        )
+
+
+def _too_short(B: TensorData, layers: Mapping[str, AdaptedLayer]) -> Iterator[Finding]:
+    for layer in layers.values():
+        if layer.lambda_b.shape and layer.out_features > B.shape[0]:
+            yield PROJECTION_TOO_SHORT.at(
+                printable(layer.module),
+                f"it has {layer.out_features} outputs, vera_B {B.shape[0]} rows.",
+            )
+
+
+# --- projections ---------------------------------------------------------------------------------
+
+
+def _presence(
+    pair: Mapping[str, TensorData],
+    repeated: Sequence[TensorData],
+    config: VeraConfig,
+    *,
+    renamed: bool,
+) -> Iterator[Finding]:
+    if renamed:  # the pair may be among the misnamed tensors
+        return
+    if len(pair) == 1:
+        (present,) = pair
+        absent = "vera_B" if present == "vera_A" else "vera_A"
+        yield ONE_PROJECTION.at(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
+    elif not pair and repeated:
+        yield PROJECTIONS_PER_LAYER.at(
+            printable(repeated[0].name), f"{len(repeated)} such tensors, but no {A_NAME}."
+        )
+    elif not pair and config.save_projection:
+        yield PROJECTIONS_MISSING.at(
+            WEIGHTS_NAME, f"save_projection is true, but there is no {A_NAME}."
+        )
+    elif pair and not config.save_projection:
+        yield PROJECTIONS_UNANNOUNCED.at(
+            WEIGHTS_NAME, "save_projection is false, but A and B are stored."
+        )
+
+
+def _copies(projections: StoredProjections, repeated: Sequence[TensorData]) -> Iterator[Finding]:
+    unequal = [copy for copy in repeated if not same_tensor(copy, shared_twin(copy, projections))]
+    for copy in unequal:
+        yield PROJECTIONS_DIFFER.at(printable(copy.name), "it differs from the shared matrix.")
+    if repeated and not unequal:
+        yield PROJECTIONS_REPEATED.at(
+            printable(repeated[0].name), f"{len(repeated)} copies of A and B are stored."
+        )
+
+
+def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
+    """Return the shared matrix that a layer's copy repeats."""
+    return projections.A if copy.name.endswith("vera_A") else projections.B
+
+
+def same_tensor(one: TensorData, other: TensorData) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and all(a == b for a, b in zip(one.blocks(), other.blocks(), strict=True))
+    )
+
+
+# --- tensors that replace the base's -------------------------------------------------------------
+
+
+def replaced_name(name: str) -> str:
+    """Return the base model's own name of a replacement: no prefix, no ``base_layer``."""
+    module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
+    return f"{module.removesuffix('.base_layer')}.{parameter}" if module else parameter
+
+
+def is_below(module: str, name: str) -> bool:
+    """Say whether modules_to_save with this name saves a module, or one that it lies in.
+
+    PEFT holds the name against the end of each path, not minding where its elements begin.
+    """
+    return name != "" and f"{name}." in f"{module}."
+
+
+def _replacement_findings(
+    others: Sequence[TensorData],
+    layers: Mapping[str, AdaptedLayer],
+    config: VeraConfig,
+    *,
+    renamed: bool,
+) -> Iterator[Finding]:
+    declared = frozenset(config.modules_to_save or ())
+    heads = frozenset(HEADS_OF_TASK.get(config.task_type or "", ()))
+    # Who names several heads means whichever of them the model has.
+    either = frozenset(name for names in HEADS_OF_TASK.values() for name in names)
+    modules = []
+    bias_stored = False
+    for tensor in others:
+        module, _, parameter = replaced_name(tensor.name).rpartition(".")
+        modules.append(module)
+        bias_stored |= parameter == "bias"
+        if any(is_below(module, name) for name in declared | heads):
+            continue
+        if parameter == "bias" and (
+            config.bias == "all" or _is_adapted_bias(module, layers, config)
+        ):
+            continue
+        if module.rpartition(".")[2] in EMBEDDING_NAMES:
+            continue
+        yield UNDECLARED_TENSOR.at(
+            printable(tensor.name),
+            f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
+        )
+    if not renamed:
+        yield from _incomplete_modules(modules, declared, either)
+        if config.bias != "none" and not bias_stored:
+            yield BIAS_NOT_STORED.at(WEIGHTS_NAME, f'bias is "{printable(config.bias)}".')
+
+
+def _is_adapted_bias(module: str, layers: Mapping[str, AdaptedLayer], config: VeraConfig) -> bool:
+    return config.bias != "none" and module in layers
+
+
+def _incomplete_modules(
+    modules: Sequence[str], declared: frozenset[str], heads: frozenset[str]
+) -> Iterator[Finding]:
+    def stored(name: str) -> bool:
+        return any(is_below(module, name) for module in modules)
+
+    for name in sorted(declared - heads):
+        if not stored(name):
+            yield MODULE_TO_SAVE_MISSING.at(printable(name), "no tensor of it is stored.")
+    if declared & heads and not any(stored(name) for name in heads):
+        names = " or ".join(sorted(declared & heads))
+        yield MODULE_TO_SAVE_MISSING.at(printable(names), "no tensor of it is stored.")

@@ -1,0 +1,97 @@
+"""The journal of a merge that can be continued: which files are finished, of which inputs.
+
+A line of JSON with the identity of inputs and options, then one for each file that is on the disk.
+A line that was not finished itself counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from vera_convert.assembly.assembling import Finished
+from vera_convert.assembly.sums import Numbers
+
+
+class Journal:
+    """A journal that is written; safe to share between threads."""
+
+    def __init__(
+        self, path: Path, folder: Path, identity: str, finished: Mapping[str, Finished]
+    ) -> None:
+        """Begin it anew.
+
+        Args:
+            path: where it is written.
+            folder: where the files are.
+            identity: stands for all inputs and options.
+            finished: the files that are finished already.
+        """
+        self._path = path
+        self._folder = folder
+        self._lock = threading.Lock()
+        records = [self._record(name, each) for name, each in finished.items()]
+        self._write("wb", {"identity": identity}, *records)
+
+    def add(self, name: str, finished: Finished) -> None:
+        """Note that a file is finished."""
+        with self._lock:
+            self._write("ab", self._record(name, finished))
+
+    def _record(self, name: str, finished: Finished) -> dict[str, object]:
+        found = (self._folder / name).stat()
+        return {
+            "name": name,
+            "size": found.st_size,
+            "mtime": found.st_mtime_ns,
+            "sha256": finished.sha256,
+            "numbers": {tensor: asdict(each) for tensor, each in finished.numbers.items()},
+        }
+
+    def _write(self, mode: Literal["wb", "ab"], *lines: Mapping[str, object]) -> None:
+        with self._path.open(mode) as file:
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def finished_files(path: Path, folder: Path, identity: str) -> dict[str, Finished]:
+    """Return the files that a journal calls finished and that are as it left them.
+
+    Empty where there is no journal, or one of other inputs or options.
+    """
+    try:
+        first, *lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+    except (OSError, ValueError):
+        return {}
+    if _parsed(first) != {"identity": identity}:
+        return {}
+    finished = {}
+    for line in lines:
+        record = _parsed(line)
+        if record is not None and _is_as_recorded(folder, record):
+            numbers = {name: Numbers(**each) for name, each in record["numbers"].items()}
+            finished[record["name"]] = Finished(numbers, record["sha256"])
+    return finished
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return a line's object; None if it was cut off."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_as_recorded(folder: Path, record: Mapping[str, Any]) -> bool:
+    try:
+        found = (folder / record["name"]).lstat()
+    except OSError:
+        return False
+    return (found.st_size, found.st_mtime_ns) == (record["size"], record["mtime"])

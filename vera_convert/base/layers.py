@@ -1,0 +1,47 @@
+"""The linear layers of a model, from its headers or its config alone: what `count` counts on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from vera_convert.base.model import CONFIG_LIMIT, read_base, read_model_config
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import open_local, read_json
+from vera_convert.hub.lookup import HubAccess, locate
+from vera_convert.rules import BASE_WITHOUT_WEIGHTS, MODEL_CONFIG_FORM
+from vera_convert.targets.architectures import layers_from_config
+from vera_convert.targets.matching import ModelLayers, layers_from_shapes
+
+
+def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
+    """Read a model's layers from its headers; from its config alone where it has no weights.
+
+    Raises:
+        CheckpointError: it is malformed, or of a type that is not known from its config.
+        SurroundingsError: it cannot be had.
+    """
+    location = locate(model, kind="base", access=access, revision=revision)
+    try:
+        base = read_base(location, access)
+    except CheckpointError as error:
+        config = read_model_config(location, access)
+        if error.findings[0].rule is not BASE_WITHOUT_WEIGHTS or config is None:
+            raise
+        return layers_from_config(config)
+    shapes = {name: tensor.info.shape for name, tensor in base.tensors.items()}
+    return layers_from_shapes(shapes, model_type=base.model_type)
+
+
+def layers_of_config_file(path: Path) -> ModelLayers:
+    """Read a model's layers from its ``config.json``.
+
+    Raises:
+        CheckpointError: it is malformed, or of a type that is not known.
+        SurroundingsError: it cannot be read.
+    """
+    with open_local(path) as source:
+        document, _ = read_json(source, limit=CONFIG_LIMIT)
+    if not isinstance(document, Mapping):
+        raise CheckpointError(MODEL_CONFIG_FORM.at(str(path), "it is no object."))
+    return layers_from_config(document)

@@ -1,0 +1,176 @@
+"""Layers that no renaming leads to: a base holds them cut up, joined with others, or reordered.
+
+transformers cuts, joins and reorders such tensors when it loads a base. That is not implemented;
+the layers are known here so that they are refused by name, and never met by luck.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.renames import model_types
+from vera_convert.files.reading import printable
+from vera_convert.rules import (
+    EXPERTS_STACKED,
+    LAYER_CUT_OUT,
+    LAYER_OF_SEVERAL,
+    LAYER_REORDERED,
+    Finding,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor in the files that holds other values, or in another order, than a layer in memory.
+
+    Attributes:
+        types: the model types that it holds for.
+        files: the end of the tensor's path, and of its name where that is no ``weight``.
+        memory: the ends of the paths of the layers that it becomes.
+        is_permuted: whether rows are put into another order on the way, and not only cut.
+    """
+
+    types: frozenset[str]
+    files: str
+    memory: tuple[str, ...]
+    is_permuted: bool = False
+
+
+def _layouts(table: str, *, is_permuted: bool = False) -> tuple[Layout, ...]:
+    """Read lines of ``types | files | memory``; ``{q,k,v}_proj`` stands for several names."""
+    rows = (line.split("|") for line in table.splitlines() if line.strip())
+    return tuple(
+        Layout(frozenset(types.split()), files.strip(), _spread(memory.strip()), is_permuted)
+        for types, files, memory in rows
+    )
+
+
+def _spread(text: str) -> tuple[str, ...]:
+    start, _, rest = text.partition("{")
+    names, _, end = rest.partition("}")
+    return tuple(start + name + end for name in names.split(","))
+
+
+LAYOUTS = (
+    *_layouts("""
+    dinov2 dinov2_with_registers        | mlp.weights_in            | mlp.{gate,up}_proj
+    gte                                 | attention.qkv_proj        | self_attn.{q,k,v}_proj
+    gte                                 | mlp.up_gate_proj          | mlp.{up,gate}_proj
+    hrm_text                            | attn.gqkv_proj            | self_attn.{gate,q,k,v}_proj
+    hrm_text                            | mlp.gate_up_proj          | mlp.{gate,up}_proj
+    jina_embeddings_v3                  | mixer.Wqkv                | self_attn.{q,k,v}_proj
+    lara_mini                        | linear_attn.in_proj    | linear_attn.in_proj_{qkv,z,b,a}
+    molmo2 molmo2_text                  | self_attn.att_proj        | self_attn.{q,k,v}_proj
+    molmo2 molmo2_text                  | mlp.ff_proj               | mlp.{up,gate}_proj
+    nemo_speechlm                       | attn.w_qkv                | self_attn.{q,k,v}_proj
+    nomic_bert                          | attn.Wqkv                 | self_attn.{q,k,v}_proj
+    qianfan_ocr radio                   | attn.qkv                  | attention.{q,k,v}_proj
+    rf_detr                             | self_attn.in_proj_weight  | self_attn.{q,k,v}_proj
+    sapiens2                            | ffn.w12                   | mlp.{gate,up}_proj
+    sarvam_moe                          | attention.query_key_value | self_attn.{q,k,v}_proj
+    tipsv2 tipsv2_dpt tipsv2_text_model | attn.in_proj_weight       | self_attn.{q,k,v}_proj
+    tipsv2 tipsv2_dpt tipsv2_vision_model | attn.qkv                | attention.{q,k,v}_proj
+    tipsv2 tipsv2_dpt tipsv2_vision_model | mlp.w12                 | mlp.{gate,up}_proj
+    unlimited_ocr                       | self_attn.qkv_proj        | self_attn.{q,k,v}_proj
+    """),
+    *_layouts(
+        """
+    gradium_phonon_tts                  | self_attn.in_proj         | self_attn.{q,k,v}_proj
+    inkling_mm_model                    | mlp.w13_dn                | mlp.{gate,up}_proj
+    kimi_k25                            | wqkv                      | attn.{q,k,v}_proj
+    mistral_large4                      | attention.wq              | attention.{q}_proj
+    mistral_large4                      | attention.wk              | attention.{k}_proj
+    step3p5_vision step3p7              | attn.in_proj_weight       | self_attn.{q,k,v}_proj
+    """,
+        is_permuted=True,
+    ),
+)
+"""Layers that a plain renaming does not lead to."""
+
+PARTS_OF_LAYERS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
+"""Layers in memory that files hold as several tensors, by the last part of their paths."""
+
+
+def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
+    """Say by name why layers have no tensor of their own in the base, if a layout is known for it.
+
+    Args:
+        modules: paths, in the adapter, of layers that found none.
+        base: the base.
+    """
+    by_numbers = _ByNumbers(base)
+    types = set(model_types(base.config))
+    layouts = [layout for layout in LAYOUTS if types & layout.types]
+    for module in {re.sub(r"\d+", "#", module): module for module in modules}.values():
+        found = (
+            _experts(module, base)
+            or _cut_out(module, layouts, by_numbers)
+            or _of_several(module, by_numbers)
+        )
+        if found is not None:
+            return found
+    return None
+
+
+class _ByNumbers:
+    """Finds tensors by the end of their names among those of the same layer numbers."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._names: dict[tuple[str, ...], list[str]] = {}
+        for name in base.tensors:
+            self._names.setdefault(_numbers(name), []).append(name)
+
+    def ending(self, end: str, *, like: str) -> str | None:
+        """Return a tensor whose name ends so, with or without ``.weight``, in the same layer."""
+        ends = (f".{end}", f".{end}.weight")
+        names = self._names.get(_numbers(like), ())
+        return next((name for name in names if f".{name}".endswith(ends)), None)
+
+
+def _numbers(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split(".") if part.isdecimal())
+
+
+def _experts(module: str, base: BaseModel) -> Finding | None:
+    """Look for one expert's layer in a tensor that holds all experts of a layer."""
+    start, experts, rest = module.rpartition(".experts.")
+    if not experts or not rest.partition(".")[0].isdecimal():
+        return None
+    numbers = _numbers(start)
+    for name, tensor in base.tensors.items():
+        is_stack = len(tensor.info.shape) == 3 and re.search(r"experts|(in|out)put_linear", name)
+        if is_stack and _numbers(name) == numbers:
+            reason = f'"{printable(module)}" is one of the experts in "{printable(name)}".'
+            return EXPERTS_STACKED.at(base.location.label, reason)
+    return None
+
+
+def _cut_out(module: str, layouts: Iterable[Layout], tensors: _ByNumbers) -> Finding | None:
+    """Look for a layer that is some of the rows of a tensor, or all of them reordered."""
+    for layout in layouts:
+        if f".{module}".endswith(tuple(f".{end}" for end in layout.memory)):
+            name = tensors.ending(layout.files, like=module)
+            if name is not None:
+                rule = LAYER_REORDERED if layout.is_permuted else LAYER_CUT_OUT
+                return rule.at(printable(name), f'"{printable(module)}" is made from it.')
+    return None
+
+
+def _of_several(module: str, tensors: _ByNumbers) -> Finding | None:
+    """Look for a layer that several tensors are joined to."""
+    start, _, last = module.rpartition(".")
+    parent = start.rpartition(".")[2]
+    names = [
+        tensors.ending(f"{parent}.{part}", like=module) for part in PARTS_OF_LAYERS.get(last, ())
+    ]
+    found = [name for name in names if name is not None]
+    if not found or len(found) != len(names):
+        return None
+    parts = " and ".join(f'"{printable(name)}"' for name in found)
+    return LAYER_OF_SEVERAL.at(printable(module), f"the base stores {parts}.")

@@ -1,0 +1,289 @@
+"""The base model as its headers describe it: names, shapes, dtypes and files, but no values.
+
+A model here is one safetensors file, or shards under an index, of transformers or diffusers, in a
+folder or on the Hub; there, each file costs a range request of kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import Header, TensorInfo, read_header
+from vera_convert.files.reading import LocalFile, open_local, printable, read_json
+from vera_convert.files.weightfiles import (
+    WeightFiles,
+    demand_shards,
+    find_weights,
+    held_against_index,
+    read_weight_map,
+    stray_weights,
+)
+from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
+from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.rules import (
+    MODEL_CONFIG_FORM,
+    STRAY_WEIGHTS,
+    TENSOR_IN_TWO_SHARDS,
+    TENSOR_MISPLACED,
+    TENSOR_NOT_IN_INDEX,
+    TENSOR_NOT_IN_SHARD,
+    Finding,
+)
+from vera_convert.targets.matching import CONV1D_LAYERS
+
+CONFIG_LIMIT = 16 << 20
+"""The most bytes of a model's config.json; class names of image models fill a megabyte."""
+INDEX_LIMIT = 100_000_000
+"""The most bytes of an index, which is of the size of all headers together."""
+_REQUESTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """One tensor of the base: the file that holds it, and its record in that file's header."""
+
+    file: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model, every tensor accounted for.
+
+    Attributes:
+        location: where it lies.
+        config: its ``config.json``; empty if there is none.
+        files: header of each weight file, by name relative to the location, sorted.
+        tensors: by name, in the order of the files and their headers.
+        prefix: the component's folder inside a pipeline, such as ``transformer/``; else empty.
+        index: the name of the shards' index, if there is one.
+        strays: safetensors files beside the weights that are not among them.
+    """
+
+    location: Location
+    config: Mapping[str, object]
+    files: Mapping[str, Header]
+    tensors: Mapping[str, BaseTensor]
+    prefix: str = ""
+    index: str | None = None
+    strays: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str | None:
+        """What the config calls the kind of model, such as ``llama``."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else None
+
+    @property
+    def tie_word_embeddings(self) -> bool | None:
+        """Whether the config says that the head is the embedding's tensor; None if it is silent."""
+        parts = (part for part in self.config.values() if isinstance(part, Mapping))
+        for part in (self.config, *parts):
+            found = part.get("tie_word_embeddings")
+            if isinstance(found, bool):
+                return found
+        return None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Warnings about the base."""
+        place = self.location.label
+        return tuple(
+            STRAY_WEIGHTS.at(place, f"{printable(name)} is left out.") for name in self.strays
+        )
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of all weight files."""
+        ends = (
+            header.data_start + max((info.end for info in header.tensors.values()), default=0)
+            for header in self.files.values()
+        )
+        return sum(ends)
+
+    def dtypes_of(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the dtypes, as safetensors names them, of the tensors named."""
+        return frozenset(self.tensors[name].info.dtype for name in names)
+
+    def linear_shape(self, name: str, *, conv1d: bool) -> tuple[int, int]:
+        """Return outputs and inputs of the layer with this weight, a matrix."""
+        rows, columns = self.tensors[name].info.shape
+        return (columns, rows) if conv1d else (rows, columns)
+
+
+def read_base(location: Location, access: HubAccess) -> BaseModel:
+    """Read a base from its headers, index and shards held against each other.
+
+    Raises:
+        CheckpointError: no safetensors weights, or malformed, or shards missing or of another save.
+        SurroundingsError: it cannot be read.
+    """
+    names = list_files(location, access)
+    source = _Source(location, access)
+    weights = find_weights(names, place=location.label)
+    config_name = weights.prefix + "config.json"
+    config = source.read_config(config_name) if config_name in names else {}
+    weight_map = None
+    if weights.index is not None:
+        weight_map = source.read_index(weights.index)
+        demand_shards(set(weight_map.values()), names, place=location.label)
+    files = source.read_headers(_files(weights, weight_map))
+    if weight_map is not None:
+        _hold_against_index(location, weight_map, files)
+    tensors = {
+        name: BaseTensor(file, info)
+        for file, header in files.items()
+        for name, info in header.tensors.items()
+    }
+    strays = stray_weights(names, weights, files)
+    return BaseModel(location, config, files, tensors, weights.prefix, weights.index, strays)
+
+
+def read_model_config(location: Location, access: HubAccess) -> Mapping[str, object] | None:
+    """Read a model's ``config.json`` alone; None if there is none.
+
+    Raises:
+        CheckpointError: it is malformed.
+        SurroundingsError: it cannot be read.
+    """
+    if "config.json" not in list_files(location, access):
+        return None
+    return _Source(location, access).read_config("config.json")
+
+
+def _files(weights: WeightFiles, weight_map: Mapping[str, str] | None) -> list[str]:
+    if weight_map is not None:
+        return sorted(set(weight_map.values()))
+    return [weights.single] if weights.single is not None else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The files of a location, wherever it is."""
+
+    location: Location
+    access: HubAccess
+
+    def open(self, name: str) -> LocalFile | RemoteFile:
+        folder = self.location.folder
+        if folder is None:
+            return open_remote(self.location, name, self.access)
+        return open_local(folder / name, within=folder)
+
+    def read_config(self, name: str) -> Mapping[str, object]:
+        with self.open(name) as file:
+            document, _ = read_json(file, limit=CONFIG_LIMIT)
+        if not isinstance(document, dict):
+            raise CheckpointError(MODEL_CONFIG_FORM.at(file.place, "it is no object."))
+        return document
+
+    def read_index(self, name: str) -> dict[str, str]:
+        with self.open(name) as file:
+            document, _ = read_json(file, limit=INDEX_LIMIT)
+        return read_weight_map(document, name, place=file.place)
+
+    def read_headers(self, names: Collection[str]) -> dict[str, Header]:
+        """Read the headers of files, with every defect of all of them raised at once."""
+        if self.location.folder is not None:
+            results = [self._header(name) for name in names]
+        else:
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                results = list(pool.map(self._header, names))
+        findings = [
+            found
+            for result in results
+            if isinstance(result, CheckpointError)
+            for found in result.findings
+        ]
+        if findings:
+            raise CheckpointError.of(findings)
+        headers = (result for result in results if isinstance(result, Header))
+        return dict(zip(names, headers, strict=True))
+
+    def _header(self, name: str) -> Header | CheckpointError:
+        try:
+            with self.open(name) as file:
+                return read_header(file)
+        except CheckpointError as error:
+            return error
+
+
+def _hold_against_index(
+    location: Location, weight_map: Mapping[str, str], files: Mapping[str, Header]
+) -> None:
+    shards = {file: header.tensors.keys() for file, header in files.items()}
+    differences = held_against_index(weight_map, shards)
+    rules = {
+        "absent": TENSOR_NOT_IN_SHARD,
+        "misplaced": TENSOR_MISPLACED,
+        "unindexed": TENSOR_NOT_IN_INDEX,
+        "repeated": TENSOR_IN_TWO_SHARDS,
+    }
+    findings = [
+        rules[kind].at(location.label, f"{_some(tensors)}.")
+        for kind, tensors in differences.items()
+        if tensors
+    ]
+    if findings:
+        raise CheckpointError.of(findings)
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return f'"{printable(next(iter(names)))}"{more}'
+
+
+# --- orientation ---------------------------------------------------------------------------------
+
+
+class Orientation:
+    """Which weights of a base are stored as (in, out), the way of ``Conv1D``, and which are not.
+
+    A square shape says nothing, so the base is asked: a bias has as many values as a layer has
+    outputs; layers of one name are of one kind; and the model type tells what its layers are.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._by_layer_name: dict[str, set[bool]] = {}
+        for name in base.tensors:
+            found = self._from_bias(name)
+            if found is not None:
+                self._by_layer_name.setdefault(_layer_name(name), set()).add(found)
+        parts = (part for part in base.config.values() if isinstance(part, Mapping))
+        types = (part.get("model_type") for part in (base.config, *parts))
+        self._types = {kind for kind in types if isinstance(kind, str)}
+
+    def is_conv1d(self, name: str) -> bool | None:
+        """Say whether the weight of this name is stored as (in, out); None if nothing tells."""
+        own = self._from_bias(name)
+        if own is not None:
+            return own
+        layer = _layer_name(name)
+        kinds = self._by_layer_name.get(layer, set())
+        if len(kinds) == 1:
+            return next(iter(kinds))
+        if any(layer in CONV1D_LAYERS.get(kind, ()) for kind in self._types):
+            return True
+        # Code that comes with the model may have layers of its own; all other models are known.
+        config = self._base.config
+        if (self._types or "_class_name" in config) and "auto_map" not in config:
+            return False
+        rows, columns = self._base.tensors[name].info.shape
+        kinds = set[bool]().union(*self._by_layer_name.values())
+        return kinds.pop() if rows == columns and len(kinds) == 1 else None
+
+    def _from_bias(self, name: str) -> bool | None:
+        bias = self._base.tensors.get(f"{name.removesuffix('.weight')}.bias")
+        shape = self._base.tensors[name].info.shape
+        if not name.endswith(".weight") or bias is None or len(shape) != 2 or shape[0] == shape[1]:
+            return None
+        length = bias.info.shape
+        return length == shape[1:] if length in (shape[:1], shape[1:]) else None
+
+
+def _layer_name(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

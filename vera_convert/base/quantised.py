@@ -1,0 +1,336 @@
+"""Which layers of a base are quantised, by what lies in its files and by what its config says.
+
+Either is enough to refuse: files can be quantised without a word in the config, and a loader can
+quantise after the config what the files hold in 16 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.renames import other_names
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.rules import QUANTISED_ELSEWHERE, QUANTISED_TARGET, Finding
+from vera_convert.targets.patterns import Pattern, search
+
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+"""Dtypes of values that are not quantised."""
+FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
+CONFIG_FIELDS = ("quantization_config", "compression_config")
+"""Members of a config, or of a part of it, that say how it is quantised."""
+
+_METHODS = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "autoround": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "compressed-tensors": "compressed-tensors",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "fbgemm_fp8": "fp8 (FBGEMM)",
+    "fp8": "fp8",
+    "fp_quant": "FP-Quant",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "modelopt": "ModelOpt",
+    "mxfp4": "mxfp4",
+    "quanto": "quanto",
+    "quark": "Quark",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+_KEPT_FIELDS = (
+    "modules_to_not_convert",
+    "llm_int8_skip_modules",
+    "ignore",
+    "ignored_layers",
+    "exclude",
+    "exclude_modules",
+    "skip_modules",
+    "linear_weights_not_to_quantize",
+)
+"""What methods call their list of modules that are left alone."""
+_OF_SIBLINGS = (
+    (r"weight\.(absmax|quant_map|nested_.*|quant_state\..*)", "bitsandbytes 4-bit"),
+    (r"SCB|weight_format", "bitsandbytes 8-bit"),
+    (r"weight_scale_inv", "fp8"),
+    (r"weight_(scale_2|global_scale)", "NVFP4"),
+    (r"weight_(packed|shape|g_idx|zero_point)", "compressed-tensors"),
+    (r"weight_scale|input_scale(_ub)?", "fp8 or compressed-tensors"),
+    (r"qweight|qzeros|g_idx|scales", "GPTQ or AWQ"),
+    (r"W_q", "HQQ"),
+    (r".*blocks", "mxfp4"),
+    (r"weight_scales", "EETQ"),
+    (r"weight[.:](?!original\d).*", "torchao or quanto"),
+    (r"codes|codebooks", "AQLM"),
+)
+"""Names of tensors beside a layer's weight that only quantisers write, and who they are."""
+_PACKED = ("qweight", "weight_packed", "W_q", "codes", "packed_weight")
+"""What some call the weight itself; its shape is not the layer's."""
+_SHAPED = FLOATS | FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
+"""Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
+_KEPT_BY_DEFAULT = re.compile(
+    r"(.*\.)?(lm_head|embed_out|embed_tokens|embed_in|wte|wpe|shared|word_embeddings|output"
+    r"|tok_embeddings)"
+)
+"""Heads and embeddings, which quantisers leave alone unless they are told otherwise."""
+
+
+def quantised_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
+    """Return an error for each way in which any of these tensors of a base is quantised.
+
+    Args:
+        base: the base.
+        tensors: names of weights that something is to be added to.
+    """
+    names = [*dict.fromkeys(tensors)]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (kind, reason) in _Quantisation(base).of_all(names).items():
+        found.setdefault(kind, []).append((name, reason))
+    return [
+        QUANTISED_TARGET.at(
+            base.location.label,
+            f"{len(those)} of {len(names)} layers are quantised ({kind}), such as "
+            f'"{printable(those[0][0])}": {those[0][1]}.',
+        )
+        for kind, those in found.items()
+    ]
+
+
+def refuse_quantised(base: BaseModel, tensors: Iterable[str]) -> None:
+    """Raise `CheckpointError` if any of these tensors of a base is quantised."""
+    findings = quantised_targets(base, tensors)
+    if findings:
+        raise CheckpointError.of(findings)
+
+
+def quantised_elsewhere(base: BaseModel) -> Finding | None:
+    """Return a note if any tensor of a base is quantised."""
+    quantisation = _Quantisation(base)
+    kinds = {kind: name for name in base.tensors for kind, _ in quantisation.by_tensors(name)}
+    if not kinds:
+        return None
+    shown = " and ".join(f'{kind}, such as "{printable(name)}"' for kind, name in kinds.items())
+    return QUANTISED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
+
+
+def quantised_tensors(base: BaseModel) -> frozenset[str]:
+    """Return the names of all tensors of quantised layers: weights, scales and whatever else.
+
+    None of them may be converted to another dtype.
+    """
+    quantisation = _Quantisation(base)
+    return frozenset(name for name in base.tensors if [*quantisation.by_tensors(name)])
+
+
+def packed_weight(base: BaseModel, path: str) -> str | None:
+    """Return what a layer has in the place of a ``weight``, if a quantiser calls it otherwise.
+
+    Args:
+        base: the base.
+        path: the layer's, in the base's files.
+    """
+    return next((name for end in _PACKED if (name := f"{path}.{end}") in base.tensors), None)
+
+
+def is_packed(base: BaseModel, name: str) -> bool:
+    """Say whether the shape of a weight is not that of its layer."""
+    return layer_of(name)[1] != "weight" or base.tensors[name].info.dtype not in _SHAPED
+
+
+@lru_cache(maxsize=1024)
+def kind_of_siblings(name: str) -> str | None:
+    """Return which quantiser writes a tensor of this name beside a weight; None if it is of none.
+
+    Args:
+        name: without the path of the layer, such as ``weight_scale``.
+    """
+    return next((kind for pattern, kind in _OF_SIBLINGS if re.fullmatch(pattern, name)), None)
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def layer_of(name: str) -> tuple[str, str]:
+    """Split a tensor's name into the path of its layer and the rest.
+
+    What belongs to a weight stays with it: ``a.b`` and ``weight.absmax``.
+    """
+    start, inside, rest = name.rpartition(".weight.")
+    if inside:
+        return start, f"weight.{rest}"
+    path, _, last = name.rpartition(".")
+    return path, last
+
+
+class _Quantisation:
+    """What a base's files and config say of each of its tensors."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._signs: dict[str, tuple[str, str]] = {}
+        for name in base.tensors:
+            path, rest = layer_of(name)
+            kind = kind_of_siblings(rest)
+            if kind is not None:
+                self._signs.setdefault(path, (rest, kind))
+
+    def of_all(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """Return kind and reason by name, for those that are quantised."""
+        by_config = self._by_config(names)
+        found = {}
+        for name in names:
+            reasons = [*self.by_tensors(name)]
+            claim = by_config.get(name)
+            if claim is not None:
+                reasons.insert(0, (claim, "the config says so"))
+            if reasons:
+                found[name] = (reasons[0][0], " and ".join(reason for _, reason in reasons))
+        return found
+
+    def by_tensors(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield kind and reason for each sign of it in the files."""
+        path, rest = layer_of(name)
+        sign = self._signs.get(path)
+        dtype = self._base.tensors[name].info.dtype
+        if rest == "weight" and dtype not in FLOATS:
+            plain = "fp8" if dtype in FP8 else "packed or integer values"
+            yield sign[1] if sign else plain, f"its dtype is {dtype}"
+        if sign and rest != "bias":
+            yield sign[1], f"{printable(sign[0])} lies beside it"
+
+    def _by_config(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the method by name for those that the config says are quantised."""
+        claims = [*_claims(self._base.config)]
+        names = [name for name in names if len(self._base.tensors[name].info.shape) > 1]
+        if not claims or not names:
+            return {}
+        known = other_names(self._base, (layer_of(name)[0] for name in names))
+        patterns = dict.fromkeys(pattern for claim in claims for pattern in claim.patterns)
+        every = [*dict.fromkeys(other for others in known.values() for other in others)]
+        fitting = _fitting(patterns, every)
+        return {
+            name: claim.method
+            for claim in claims
+            for name in names
+            if claim.covers(known[layer_of(name)[0]], fitting)
+        }
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A config's statement that modules are quantised.
+
+    Attributes:
+        method: what the method is called.
+        kept: names of modules that are left alone: paths or parts of them, with ``*``, or regular
+            expressions.
+        named: names of those that are quantised, likewise; None if they are all.
+        takes_heads: whether output heads are quantised too.
+    """
+
+    method: str
+    kept: tuple[str, ...]
+    named: tuple[str, ...] | None
+    takes_heads: bool
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns."""
+        return (*self.kept, *(self.named or ()))
+
+    def covers(self, names: Sequence[str], fitting: Mapping[str, Collection[str]]) -> bool:
+        """Say whether a module is quantised that different releases know by these names.
+
+        Args:
+            names: those of the module.
+            fitting: by each pattern the names that it fits.
+        """
+        if not self.takes_heads and any(map(_KEPT_BY_DEFAULT.fullmatch, names)):
+            return False
+        fits = {pattern for pattern in self.patterns if any(n in fitting[pattern] for n in names)}
+        return fits.isdisjoint(self.kept) and (
+            self.named is None or not fits.isdisjoint(self.named)
+        )
+
+
+def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
+    """Yield the claims of a config and its parts."""
+    for name, part in config.items():
+        if not isinstance(part, Mapping):
+            continue
+        if name in CONFIG_FIELDS:
+            yield _claim(part)
+        else:
+            yield from _claims(part)
+
+
+def _claim(config: Mapping[str, object]) -> _Claim:
+    method = config.get("quant_method")
+    kept = [text for field in _KEPT_FIELDS for text in _texts(config.get(field))]
+    if method == "bitsandbytes" or "load_in_4bit" in config or "load_in_8bit" in config:
+        label = f"bitsandbytes {'4' if config.get('load_in_4bit') else '8'}-bit"
+    else:
+        label = _METHODS.get(str(method).lower(), printable(str(method or "of an unnamed method")))
+    return _Claim(label, tuple(kept), _named(config), config.get("lm_head") is True)
+
+
+def _named(config: Mapping[str, object]) -> tuple[str, ...] | None:
+    """Return the modules that are quantised, where a config lists them."""
+    if config.get("quant_method") == "mxfp4":
+        return ("experts",)
+    found = [*_texts(config.get("modules_in_block_to_quantize"))]
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        found += _texts(group.get("targets") if isinstance(group, Mapping) else None)
+    # "Linear" and the like are classes, which cover more than a name can tell.
+    is_class = any(re.fullmatch(r"[A-Z]\w*", text) for text in found)
+    return tuple(found) if found and not is_class else None
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, which may be one, or a list of texts or of lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return by each pattern the names that it fits: of modules, or of what they are a part of."""
+    found = {}
+    expressions = {}
+    for pattern in patterns:
+        text = pattern.removeprefix("re:")
+        if text != pattern or re.search(r"[\\^$+(\[|]", text):
+            expressions[pattern] = Pattern("quantization_config", text)
+        else:
+            text = text.removesuffix(".weight").strip(".")
+            found[pattern] = frozenset(name for name in names if _is_part(text, name))
+    try:
+        results = search([*expressions.values()], names)
+    except (CheckpointError, SurroundingsError):  # what cannot be told is taken as quantised
+        results = [[] for _ in expressions]
+    for pattern, hits in zip(expressions, results, strict=True):
+        matched = zip(names, hits, strict=False)
+        found[pattern] = frozenset(name for name, hit in matched if hit is not None)
+    return found
+
+
+def _is_part(text: str, name: str) -> bool:
+    if "*" in text:
+        return any(fnmatchcase(name, each) for each in (text, f"{text}.*", f"*.{text}"))
+    return f".{text}." in f".{name}."

@@ -1,0 +1,253 @@
+"""A base's layers under the names that other releases of transformers give them in memory.
+
+transformers renames layers from time to time and keeps the names in the files: it translates when
+it loads. An adapter's keys are the names in memory of the release that it was trained with. A view
+holds the base's layers under the names of one release, so that an adapter's are looked up in it.
+
+    files (of any release) ──► today's names ──► each release's names ──► the adapter's
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import combinations
+from operator import add
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.renamerules import FAMILIES, WITH_CLIP_TOWER, Family
+
+_MOST_FAMILIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The layers of a base under the names that a release has for them in memory.
+
+    Attributes:
+        name: which names these are, for people.
+        on_disk: path in the files by path in memory.
+        in_memory: path in memory by path in the files.
+        like_files: from the path in memory of a layer that the base lacks to the path that fits
+            its files.
+    """
+
+    name: str
+    on_disk: Mapping[str, str]
+    in_memory: Mapping[str, str]
+    like_files: Callable[[str], str]
+
+    def path_on_disk(self, module: str) -> str | None:
+        """Return the path of a layer in the files.
+
+        A layer that the base lacks gets the path that fits its files; a name that another release
+        has for one of the base's layers gets None, so that names are never mixed.
+        """
+        found = self.on_disk.get(module)
+        if found is not None:
+            return found
+        fitting = self.like_files(module)
+        return None if fitting in self.in_memory else fitting
+
+
+def views(base: BaseModel) -> Iterator[View]:
+    """Yield the base's layers under the names of each release that has names of its own for them.
+
+    A base that no release renames has none; nor has one whose config does not tell its type. Names
+    by which two layers could be meant are no view.
+    """
+    paths = _Paths(name.rpartition(".")[0] for name in base.tensors)
+    for naming in _namings(base, paths.templates):
+        in_memory = paths.renamed(naming.names)
+        on_disk = {name: path for path, name in in_memory.items()}
+        if len(on_disk) == len(in_memory):
+            yield View(naming.title, on_disk, in_memory, naming.like_files)
+
+
+def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of some of a base's layers in its files and in the memory of each release.
+
+    Args:
+        base: the base.
+        paths: those in its files.
+    """
+    templates = frozenset(_template(name.rpartition(".")[0]) for name in base.tensors)
+    some = _Paths(paths)
+    found = {path: [path] for path in some}
+    for naming in _namings(base, templates | some.templates):
+        for path, name in some.renamed(naming.names).items():
+            found[path].append(name)
+    return found
+
+
+def model_types(config: Mapping[str, object]) -> Iterator[str]:
+    """Yield the ``model_type`` of a config and then those of its parts, at any depth."""
+    found = config.get("model_type")
+    if isinstance(found, str):
+        yield found
+    for part in config.values():
+        if isinstance(part, Mapping):
+            yield from model_types(part)
+
+
+def _families(base: BaseModel) -> list[Family]:
+    types = set(model_types(base.config))
+    vision = base.config.get("vision_config")
+    is_told = isinstance(vision, Mapping) and "model_type" in vision
+    if not is_told and types & WITH_CLIP_TOWER:
+        types.add("clip_vision_model")
+    return [family for family in FAMILIES if types & family.types]
+
+
+@dataclass(frozen=True, slots=True)
+class _Naming:
+    """The names that a release has for layers, by their templates.
+
+    Attributes:
+        title: which names these are, for people.
+        names: template in memory by template in the files.
+        like_files: as of `View`.
+    """
+
+    title: str
+    names: Mapping[str, str]
+    like_files: Callable[[str], str]
+
+
+def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
+    """Yield the names that differ from those in the files, each once."""
+    families, former_in_files = _concerned(_families(base), templates)
+    seen = [{template: template for template in templates}]
+    for former, taken in _states(families):
+        translate = _translation(taken, former)
+        names = {template: translate(template) for template in templates}
+        if names not in seen:
+            seen.append(names)
+            like_files = _on_paths(_translation(taken, former_in_files))
+            yield _Naming(_title(taken, former), names, like_files)
+
+
+def _concerned(
+    families: Iterable[Family], templates: Collection[str]
+) -> tuple[list[Family], set[str]]:
+    """Return the families that rename any layer of a base, and those whose former names it has."""
+    concerned, former = [], set()
+    for family in families:
+        renamed = {_to_memory(template, family) for template in templates}
+        if renamed != templates:
+            former.add(family.name)
+        if renamed != templates or renamed != {_to_files(name, family) for name in renamed}:
+            concerned.append(family)
+        templates = renamed
+    return concerned, former
+
+
+def _states(families: Sequence[Family]) -> Iterator[tuple[frozenset[str], Sequence[Family]]]:
+    """Yield which families still have their former names, and which are looked at at all.
+
+    Releases renamed one family after the other, so any set of them can be behind; a family that
+    some classes of a type leave out may also be absent.
+    """
+    optional = [family for family in families if family.is_optional]
+    fixed = [family for family in families if not family.is_optional]
+    for present in _subsets(optional):
+        taken = [family for family in families if family in fixed or family in present]
+        for former in _subsets(fixed):
+            yield frozenset(family.name for family in former), taken
+
+
+def _subsets(families: Sequence[Family]) -> Iterator[Sequence[Family]]:
+    sizes = range(len(families) + 1)
+    if len(families) > _MOST_FAMILIES:  # no model has so many, but a stranger's config may
+        sizes = range(0, len(families) + 1, len(families))
+    for size in sizes:
+        yield from combinations(families, size)
+
+
+def _title(taken: Iterable[Family], former: Collection[str]) -> str:
+    parts = [
+        f"{family.name} {'before' if family.name in former else 'since'} "
+        f"transformers {family.since}"
+        for family in taken
+    ]
+    return f"names of {' and '.join(parts)}"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+_NUMBER = re.compile(r"(?<![^.])(?:\d+|#)(?![^.])")
+_PLACE = re.compile(r"(?<![^.])#(?![^.])")
+
+
+class _Paths:
+    """Paths grouped by what is left of them without their numbers: few, however many layers."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._parts = {
+            path: (_template(path), _NUMBER.findall(path)) for path in dict.fromkeys(paths) if path
+        }
+        self.templates = frozenset(template for template, _ in self._parts.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def renamed(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Return each path with its template replaced; the numbers keep their order."""
+        pieces = {template: _PLACE.split(names[template]) for template in self.templates}
+        return {
+            path: _filled(pieces[template], numbers)
+            for path, (template, numbers) in self._parts.items()
+        }
+
+
+def _on_paths(translate: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda path: _filled(_PLACE.split(translate(_template(path))), _NUMBER.findall(path))
+
+
+def _template(path: str) -> str:
+    return _NUMBER.sub("#", path)
+
+
+def _filled(pieces: Sequence[str], numbers: Iterable[str]) -> str:
+    """Put the numbers of one path between the pieces of another."""
+    first, *rest = pieces
+    return first + "".join(map(add, numbers, rest))
+
+
+def _translation(families: Sequence[Family], former: Collection[str]) -> Callable[[str], str]:
+    """Return the function from a template to the same layer's where these families are former."""
+
+    def translate(template: str) -> str:
+        for family in families:
+            template = _to_memory(template, family)
+        for family in reversed(families):
+            if family.name in former:
+                template = _to_files(template, family)
+        return template
+
+    return translate
+
+
+def _to_memory(template: str, family: Family) -> str:
+    for files, memory in (*family.steps, *family.tolerated):
+        template = _replaced(template, files, memory)
+    return template
+
+
+def _to_files(template: str, family: Family) -> str:
+    for files, memory in reversed(family.steps):
+        template = _replaced(template, memory, files)
+    return template
+
+
+def _replaced(path: str, old: str, new: str) -> str:
+    """Replace the parts `old` of a path by `new` once, unless they are already part of `new`."""
+    dotted, old_part, new_part = f".{path}.", f".{old.lstrip('^')}.", f".{new.lstrip('^')}."
+    if old_part in new_part and new_part in dotted:
+        return path
+    if old.startswith("^") and not dotted.startswith(old_part):
+        return path
+    return dotted.replace(old_part, new_part, 1).strip(".")

@@ -1,0 +1,1 @@
+"""regenerate, strip, embed and migrate: an adapter becomes another form of itself."""

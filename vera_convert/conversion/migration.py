@@ -1,0 +1,311 @@
+"""migrate: any adapter, or a tree of them, brought to the current form and to the wanted mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.config import CONFIG_NAME
+from vera_convert.adapter.folder import DEEPEST, is_vera, side_files, write_adapter
+from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.tensors import StoredProjections
+from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.strip_embed import (
+    Conversion,
+    content_of,
+    need_to_embed,
+    opened,
+    publish,
+    reported,
+)
+from vera_convert.conversion.transforms import Converted, as_it_is, embedded, stripped
+from vera_convert.errors import SurroundingsError, VeraConvertError
+from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import from_array
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.publish.publishing import staged_folder
+
+
+class Mode(StrEnum):
+    """What an adapter is to be brought to."""
+
+    EMBEDDED = "embedded"
+    STRIPPED = "stripped"
+    ASIS = "asis"
+
+
+def migrate(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: Mode,
+    base: BaseWish | str | Path | None = None,
+    projections: Meant = Meant.AUTO,
+    accept_change: bool = False,
+    peft_version: tuple[int, ...] | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Conversion:
+    """Write an adapter in its current form, with A and B stored, dropped or as they are.
+
+    Known old and damaged forms are mended where that loses nothing; every change is named. Done
+    twice it changes nothing more.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the folder to write.
+        to: the mode.
+        base: what the caller says of the base.
+        projections: which A and B are meant.
+        accept_change: as for `strip`.
+        peft_version: the oldest PEFT that is to read it, such as (0, 13).
+        force: replace an adapter that lies at `out`.
+        revision: the adapter's, on the Hub.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the adapter cannot be brought there without loss.
+        UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    repairs = Repairs(peft_version)
+    with opened(
+        adapter, Path(out), force=force, revision=revision, access=access, repair=repairs
+    ) as work:
+        wishes = _Wishes(
+            to, wish_of(base), projections, accept_change, peft_version, Bases(work.access)
+        )
+        converted, on_base = _migrated(work.adapter, wishes)
+        return publish(work, _with_changes(converted, repairs), on_base)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeMigration:
+    """What became of a tree of adapters.
+
+    Attributes:
+        out: the folder under which the good ones were rebuilt; nothing is there if none was good.
+        done: the conversions, by path relative to the tree.
+        outside: files and links of the tree that lie in no adapter, and are not carried.
+        failed: why the others could not be migrated, by path.
+    """
+
+    out: Path
+    done: dict[str, Conversion]
+    failed: dict[str, VeraConvertError]
+    outside: tuple[str, ...] = ()
+
+
+def migrate_tree(
+    tree: str | Path,
+    out: str | Path,
+    *,
+    to: Mode,
+    base: BaseWish | str | Path | None = None,
+    projections: Meant = Meant.AUTO,
+    accept_change: bool = False,
+    peft_version: tuple[int, ...] | None = None,
+    force: bool = False,
+    access: HubAccess | None = None,
+) -> TreeMigration:
+    """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
+
+    A bad adapter does not stop the others. Links are not followed to other folders, and files that
+    belong to no adapter are not carried.
+
+    Raises:
+        UsageError: `out` exists, or overlaps the tree.
+        SurroundingsError: no adapter is there, the disk fails, or an input changed meanwhile.
+    """
+    tree, out, base, access = Path(tree), Path(out), wish_of(base), access or HubAccess()
+    if not tree.is_dir():
+        raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
+    bases = Bases(access)
+    wishes = _Wishes(to, base, projections, accept_change, peft_version, bases)
+    inputs = [tree]
+    if base.model is not None:  # a wrong one is to be told once, not for each adapter
+        location = bases.located(base.model, base.revision)
+        inputs += [location.folder] if location.folder else []
+    unreadable: dict[str, VeraConvertError] = {}
+    names = tuple(adapters_below(tree, unreadable=unreadable))
+    result = TreeMigration(out, {}, unreadable, tuple(_outside_adapters(tree, names)))
+    try:
+        with staged_folder(out, force=force, inputs=inputs, is_own=is_tree) as staging:
+            for name in names:
+                _migrate_one(tree, staging, name, wishes, result)
+            if not result.done:
+                raise _NothingGood
+    except _NothingGood:
+        if not result.failed:
+            raise SurroundingsError(f"no adapter lies below {printable(str(tree))}.") from None
+    return result
+
+
+class _NothingGood(Exception):  # noqa: N818 -- it only leaves the staging without publishing
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What a caller wants of every adapter."""
+
+    to: Mode
+    base: BaseWish
+    projections: Meant
+    accept_change: bool
+    peft_version: tuple[int, ...] | None
+    bases: Bases
+
+
+def _migrate_one(
+    tree: Path, staging: Path, name: str, wishes: _Wishes, result: TreeMigration
+) -> None:
+    """Migrate the adapter called `name` below `tree` to its place below `staging`."""
+    repairs = Repairs(wishes.peft_version)
+    label = printable(name)
+    writing = False
+    try:
+        with open_adapter(tree / name, repair=repairs) as adapter:
+            converted, on_base = _migrated(adapter, wishes)
+            converted = _with_changes(converted, repairs)
+            content = content_of(adapter, converted)
+            side_files(tree / name)  # one that cannot be read is found before anything is written
+            writing = True
+            (staging / name).mkdir(parents=True, exist_ok=True)
+            sides = write_adapter(content, staging / name)
+            result.done[name] = reported(
+                adapter,
+                converted,
+                on_base,
+                sides,
+                label=label,
+                out=result.out / name,
+                written=staging / name,
+            )
+    except VeraConvertError as error:
+        if writing:  # what is half there would be published with the others
+            raise
+        result.failed[name] = error
+
+
+def adapters_below(
+    tree: Path, prefix: str = "", *, unreadable: dict[str, VeraConvertError] | None = None
+) -> Iterator[str]:
+    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links.
+
+    Subfolders that cannot be listed are added to `unreadable` with the reason, if it is given.
+
+    Raises:
+        SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
+    """
+    try:
+        entries = _entries(tree / prefix, depth=prefix.count("/"))
+    except SurroundingsError as error:
+        if unreadable is None or not prefix:
+            raise
+        unreadable[prefix] = error
+        return
+    if any(entry.name == CONFIG_NAME for entry in entries):
+        yield prefix or "."
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            below = f"{prefix}/{entry.name}" if prefix else entry.name
+            yield from adapters_below(tree, below, unreadable=unreadable)
+
+
+def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
+    if depth > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise SurroundingsError(
+            f"cannot list {printable(str(folder))}: {error.strerror or error}."
+        ) from error
+
+
+def is_tree(folder: Path) -> bool:
+    """Say whether `migrate_tree` could have written a folder: VeRA adapters, and no more."""
+    names = tuple(adapters_below(folder))
+    if not names or any(_outside_adapters(folder, names)):
+        return False
+    sides = [side_files(folder / name) for name in names if is_vera(folder / name)]
+    return len(sides) == len(names) and not any(side.left_out or side.outside for side in sides)
+
+
+def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
+    """Yield the files and links below a folder that lie in none of its adapters, in order."""
+    for root, folders, files in os.walk(tree):
+        folders.sort()
+        folder = Path(root).relative_to(tree)
+        linked = [name for name in folders if Path(root, name).is_symlink()]
+        if not any(_lies_in(folder, name) for name in names):
+            yield from (str(folder / name) for name in sorted([*files, *linked]))
+
+
+def _lies_in(path: Path, name: str) -> bool:
+    return name == "." or path.is_relative_to(name)
+
+
+def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
+    return replace(converted, changes=(*repairs.changes, *converted.changes))
+
+
+def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
+    """Bring a repaired adapter to the wanted mode."""
+    on_base = learn(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
+    adapter, change = _cut(adapter, on_base)
+    if wishes.to is Mode.ASIS:
+        findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))
+        converted = replace(as_it_is(adapter), findings=findings)
+    elif wishes.to is Mode.EMBEDDED:
+        converted = embedded(adapter, on_base, meant=wishes.projections)
+    else:
+        converted = stripped(
+            adapter, on_base, meant=wishes.projections, accept_change=wishes.accept_change
+        )
+    return replace(converted, changes=(*change, *converted.changes)), on_base
+
+
+def _need(adapter: Adapter, wishes: _Wishes) -> Need:
+    """Say how much a migration needs the base: stored projections may have to be cut to it."""
+    if wishes.to is Mode.ASIS:
+        return Need.NONE
+    need = need_to_embed(adapter, wishes.base, wishes.projections)
+    if adapter.projections is None:
+        return need if wishes.to is Mode.EMBEDDED else Need.NONE
+    return Need.VITAL if need is Need.VITAL else Need.HELPFUL
+
+
+def _cut(adapter: Adapter, on_base: OnBase) -> tuple[Adapter, tuple[str, ...]]:
+    """Cut A and B that a wider adapter left behind to what this one's own layers need.
+
+    PEFT 0.21 refuses larger ones; a layer uses the leading slices alone, so nothing is lost.
+    """
+    stored = adapter.projections
+    width, height = on_base.in_features, on_base.out_features
+    if stored is None or width is None or height is None:
+        return adapter, ()
+    if width > stored.in_features or height > stored.out_features:
+        return adapter, ()
+    if on_base.fits(stored.in_features, stored.out_features):
+        return adapter, ()
+    pair = StoredProjections(
+        from_array(stored.A.name, stored.A.array()[:, :width], stored.A.dtype),
+        from_array(stored.B.name, stored.B.array()[:height], stored.B.dtype),
+    )
+    replaced = {tensor.name: tensor for tensor in (pair.A, pair.B)}
+    tensors = tuple(replaced.get(tensor.name, tensor) for tensor in adapter.tensors)
+    change = (
+        f"cut A from {list(stored.A.shape)} to {list(pair.A.shape)} "
+        f"and B from {list(stored.B.shape)} to {list(pair.B.shape)}"
+    )
+    return replace(adapter, projections=pair, tensors=tensors), (change,)

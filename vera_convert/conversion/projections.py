@@ -1,0 +1,157 @@
+"""A and B as they are meant: drawn, rounded, and given the form in which they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.fingerprint import Fingerprint
+from vera_convert.adapter.tensors import A_NAME, B_NAME, MAX_PROJECTION_BYTES, StoredProjections
+from vera_convert.base.onbase import OnBase
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.recognition import Draw, difference, recognise
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
+from vera_convert.rules import PROJECTIONS_TOO_LARGE
+
+LOAD_DTYPES = {
+    "float32": Rounding.NONE,
+    "bfloat16": Rounding.BF16,
+    "float16": Rounding.FP16,
+}
+"""The dtypes that bases are loaded in, and what each does to projections drawn from the key."""
+
+
+class Meant(StrEnum):
+    """Which A and B are meant where the file and the key could give different ones."""
+
+    AUTO = "auto"
+    """As PEFT 0.21: the file's where save_projection is true, the key's where it is false."""
+    FILE = "file"
+    """The stored ones whatever the flag says."""
+    KEY = "key"
+    """The key's in any case, as PEFT 0.11 to 0.20."""
+
+
+def check_size(rank: int, in_features: int, out_features: int, *, place: str) -> None:
+    """Refuse dimensions whose projections would not fit any machine, before memory is taken."""
+    needed = 8 * rank * (in_features + out_features)
+    if needed > MAX_PROJECTION_BYTES:
+        raise CheckpointError(
+            PROJECTIONS_TOO_LARGE.at(
+                place,
+                f"r = {rank} with {in_features} inputs and {out_features} outputs would take "
+                f"{needed:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}.",
+            )
+        )
+
+
+def as_cast(variant: Variant, rounding: Rounding) -> Rounding:
+    """Return a rounding as recognition calls it: `NONE` where it changes no drawn value."""
+    exact = {
+        "float64": (),
+        "float32": (Rounding.FP32,),
+        "bfloat16": (Rounding.FP32, Rounding.BF16),
+        "float16": (Rounding.FP32, Rounding.FP16),
+    }
+    return Rounding.NONE if rounding in exact[variant.dtype.name] else rounding
+
+
+def usual_draw(adapter: Adapter, on_base: OnBase, stored: StoredProjections | Fingerprint) -> Draw:
+    """Return what PEFT draws on nearly every machine, not rounded yet.
+
+    Its dims are those of the base where they are known, else those that are stored or recorded.
+    """
+    return Draw(
+        Variant.FLOAT32_FUSED,
+        adapter.config.projection_prng_key,
+        adapter.config.r,
+        on_base.in_features or stored.in_features,
+        on_base.out_features or stored.out_features,
+    )
+
+
+def as_meant(adapter: Adapter, on_base: OnBase, meant: Meant) -> Adapter:
+    """Return the adapter with the projections that are meant in place of the stored ones.
+
+    Only `Meant.KEY` changes anything: what PEFT up to 0.20 draws from the key on this base takes
+    the place of stored projections that are not just that.
+
+    Raises:
+        UsageError: neither the base nor what is stored tells the rounding.
+    """
+    stored = adapter.projections
+    if stored is None or meant is not Meant.KEY:
+        return adapter
+    A, B = stored.A.array(), stored.B.array()
+    drawn = usual_draw(adapter, on_base, stored)
+    if on_base.rounding is not None:
+        drawn = replace(drawn, rounding=as_cast(drawn.variant, on_base.rounding))
+    else:
+        found = recognise(A, B, key=drawn.key, search=False).draw
+        if found is None or replace(found, rounding=Rounding.NONE) != drawn:
+            raise UsageError(
+                "drawing A and B from the key needs the dtype that the base is loaded in: "
+                "give --base or --base-dtype."
+            )
+        drawn = found
+    check_size(drawn.rank, drawn.in_features, drawn.out_features, place=adapter.place)
+    of_size = (drawn.in_features, drawn.out_features) == (stored.in_features, stored.out_features)
+    if of_size and difference(A, B, drawn) is None:
+        return adapter
+    pair = as_tensors(drawn, dtype=stored.A.dtype, place=adapter.place)
+    replaced = {A_NAME: pair.A, B_NAME: pair.B}
+    copies = {copy.name for copy in adapter.repeated}
+    return replace(
+        adapter,
+        projections=pair,
+        repeated=(),
+        tensors=tuple(
+            replaced.get(tensor.name, tensor)
+            for tensor in adapter.tensors
+            if tensor.name not in copies
+        ),
+    )
+
+
+def materialised(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return A and B of a draw, rounded as it says."""
+    A, B = draw(
+        drawn.variant,
+        key=drawn.key,
+        rank=drawn.rank,
+        in_features=drawn.in_features,
+        out_features=drawn.out_features,
+    )
+    return rounded(A, drawn.rounding), rounded(B, drawn.rounding)
+
+
+def as_tensors(
+    drawn: Draw, *, dtype: str, place: str, stored: tuple[int, int] | None = None
+) -> StoredProjections:
+    """Draw A and B and give them the form in which they are stored.
+
+    Args:
+        drawn: what to draw.
+        dtype: wanted dtype (safetensors' name); float32 where it could not hold the values.
+        place: for messages.
+        stored: (in_features, out_features) of the leading slices to keep; None keeps all.
+    """
+    check_size(drawn.rank, drawn.in_features, drawn.out_features, place=place)
+    A, B = materialised(drawn)
+    if stored is not None:
+        A, B = A[:, : stored[0]], B[: stored[1]]
+    if not (_is_exact_in(A, NUMPY_DTYPE[dtype]) and _is_exact_in(B, NUMPY_DTYPE[dtype])):
+        dtype = "F32"
+    return StoredProjections(from_array(A_NAME, A, dtype), from_array(B_NAME, B, dtype))
+
+
+def _is_exact_in(matrix: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    return matrix.dtype == dtype or bool(
+        np.array_equal(matrix.astype(dtype).astype(matrix.dtype), matrix)
+    )

@@ -1,0 +1,125 @@
+"""Whether stored A and B would come back: what PEFT draws, held against what lies in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.tensors import A_NAME, StoredProjections
+from vera_convert.base.onbase import OnBase
+from vera_convert.conversion.projections import LOAD_DTYPES, Meant, as_cast, check_size, usual_draw
+from vera_convert.draws.recognition import Draw, difference, recognise
+from vera_convert.errors import CheckpointError
+from vera_convert.rules import (
+    NOT_A_DRAW,
+    OTHER_DIMS,
+    OTHER_KEY,
+    PROJECTION_TYPES_DIFFER,
+    PROJECTIONS_CONTRADICT,
+    ROUNDING_UNPROVEN,
+    UNPROVEN_ROWS,
+    Finding,
+)
+
+
+def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Draw:
+    """Return the draw of the config's key that the stored projections are, or refuse.
+
+    Raises:
+        CheckpointError: `NOT_A_DRAW`, `OTHER_KEY`, or `PROJECTIONS_CONTRADICT` where the config
+            says that they are not stored at all; `PROJECTION_TYPES_DIFFER`.
+    """
+    key = adapter.config.projection_prng_key
+    recognition = recognise(stored.A.array(), stored.B.array(), key=key)
+    drawn = recognition.draw
+    if drawn is None or not drawn.has_key(key):
+        if is_undecided(adapter, meant):
+            reason = "A and B are not the draw of the config's key."
+            raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, reason))
+        if drawn is not None:
+            reason = f"A and B are the draw of key {drawn.key}; the config says {key}."
+            raise CheckpointError(OTHER_KEY.at(adapter.place, reason))
+        detail = f" {recognition.difference.description}." if recognition.difference else ""
+        reason = f"no variant of key {key} gives A and B.{detail}"
+        raise CheckpointError(NOT_A_DRAW.at(adapter.place, reason))
+    if stored.A.dtype != stored.B.dtype:
+        reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
+        raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
+    return drawn
+
+
+def is_undecided(adapter: Adapter, meant: Meant) -> bool:
+    """Say whether the config denies what is stored and nobody said which is meant."""
+    return not adapter.config.save_projection and meant is Meant.AUTO
+
+
+def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: OnBase) -> None:
+    """Refuse a B that is taller than the adapter's own layers explain, where no base is known."""
+    if on_base.in_features is None and stored.out_features > adapter.longest_b:
+        raise CheckpointError(
+            UNPROVEN_ROWS.at(
+                adapter.place,
+                f"it has {stored.out_features} rows, the longest lambda_b {adapter.longest_b}.",
+            )
+        )
+
+
+def unproven(
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: OnBase
+) -> Iterator[Finding]:
+    """Warn where no base proves the width of A and the rounding of what PEFT will draw."""
+    unproven = []
+    if on_base.in_features is None:
+        unproven.append(f"the width of A ({stored.in_features})")
+    if on_base.rounding is None:
+        unproven.append("the rounding")
+    if unproven:
+        dtypes = [name for name, rounding in LOAD_DTYPES.items() if rounding is drawn.rounding]
+        comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
+        why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""
+        reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
+        yield ROUNDING_UNPROVEN.at(adapter.place, reason)
+
+
+def change_by_redrawing(
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: OnBase
+) -> str | None:
+    """Say how what PEFT will draw differs from what is stored, or None if it need not."""
+    usual = usual_draw(adapter, on_base, stored)
+    possible = on_base.roundings or (drawn.rounding,)
+    if on_base.rounding is not None:
+        possible = (on_base.rounding,)
+    said = [
+        _difference(stored, drawn, replace(usual, rounding=as_cast(usual.variant, rounding)))
+        for rounding in possible
+    ]
+    return None if None in said else said[0]
+
+
+def _difference(stored: StoredProjections, drawn: Draw, expected: Draw) -> str | None:
+    """Say how stored projections differ from what is expected, or None if they do not."""
+    if expected == drawn:
+        return None
+    reason = f"stored is {drawn.description}, PEFT would draw {expected.description}"
+    if expected.in_features < stored.in_features or expected.out_features < stored.out_features:
+        return f"{reason}, which is smaller."
+    check_size(expected.rank, expected.in_features, expected.out_features, place=A_NAME)
+    # A wider draw is compared where both have values: a layer uses the leading slice.
+    found = difference(stored.A.array(), stored.B.array(), expected)
+    largest = 0.0 if found is None else found.largest
+    dims = expected.in_features, expected.out_features
+    if largest == 0 and dims == (stored.in_features, stored.out_features):
+        return None  # variants can agree in every value, as small or 16-bit matrices do
+    return f"{reason}; the largest difference is {largest:.3g}."
+
+
+def other_dims(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
+    """Warn that stored projections have not the dims that PEFT demands on the base."""
+    stored = adapter.projections
+    if stored is not None and not on_base.fits(stored.in_features, stored.out_features):
+        reason = (
+            f"they are for {stored.in_features} inputs and {stored.out_features} outputs; "
+            f"{on_base.dims_text}."
+        )
+        yield OTHER_DIMS.at(adapter.place, reason)

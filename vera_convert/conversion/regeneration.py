@@ -1,0 +1,193 @@
+"""regenerate: the two shared matrices alone, in a file of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import MAX_RANK
+from vera_convert.adapter.tensors import A_NAME, B_NAME
+from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.conversion.projections import check_size, materialised
+from vera_convert.conversion.strip_embed import opened
+from vera_convert.conversion.transforms import embedded
+from vera_convert.draws.generator import Rounding, Variant, check_key
+from vera_convert.draws.recognition import Draw, recognise
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.files.header import read_header
+from vera_convert.files.reading import open_local
+from vera_convert.files.tensorfile import from_array, write_tensors
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.publish.publishing import sha256_of, staged_file
+from vera_convert.rules import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Regenerated:
+    """What was drawn.
+
+    Attributes:
+        out: the file that was written, with ``vera_A`` (r, in) and ``vera_B`` (out, r).
+        draw: which draw they are.
+        dtype: how they are stored.
+        sha256_A: SHA-256 of A's bytes, in hex.
+        sha256_B: of B's.
+        size: bytes of the file.
+        findings: warnings and notes.
+    """
+
+    out: Path
+    draw: Draw
+    dtype: str
+    sha256_A: str  # noqa: N815 -- the matrix is called A everywhere
+    sha256_B: str  # noqa: N815
+    size: int
+    findings: tuple[Finding, ...] = ()
+
+
+def regenerate(
+    out: str | Path,
+    *,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    key: int = 0,
+    generator: Variant = Variant.FLOAT32_FUSED,
+    rounding: Rounding = Rounding.NONE,
+    force: bool = False,
+) -> Regenerated:
+    """Draw A (rank, in_features), then B (out_features, rank), and write them to a file.
+
+    Raises:
+        UsageError: a number is out of range, or `out` exists.
+        SurroundingsError: the disk fails.
+    """
+    if not 1 <= rank <= MAX_RANK or in_features < 1 or out_features < 1:
+        raise UsageError(f"rank (up to {MAX_RANK}), inputs and outputs must be positive.")
+    try:
+        check_key(key)
+        check_size(rank, in_features, out_features, place="the options")
+    except ValueError as error:
+        raise UsageError(f"--key: {error}") from error
+    except CheckpointError as error:
+        raise UsageError(error.findings[0].reason) from error
+    if rounding is not Rounding.NONE and generator.dtype.itemsize == 2:
+        raise UsageError(f"{generator} draws 16-bit values: there is nothing for --round to do.")
+    drawn = Draw(generator, key, rank, in_features, out_features, rounding)
+    A, B = materialised(drawn)
+    return _write(Path(out), drawn, A, B, force=force)
+
+
+def regenerate_for(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: BaseWish | str | Path | None = None,
+    generator: Variant | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Regenerated:
+    """Draw A and B as an adapter's key, dims and base have them, and write them to a file.
+
+    Dims come from its fingerprint, else from its stored projections, else from the base.
+
+    Raises:
+        CheckpointError: the adapter is malformed, or its fingerprint is not met.
+        UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    with opened(
+        adapter, Path(out), force=force, revision=revision, access=access, is_own=is_pair
+    ) as work:
+        source = work.adapter
+        found = _stored_draw(source)
+        on_base = learn(source, wish_of(base), bases=Bases(work.access), need=_need(source, found))
+        bare, on_base = _without_stored(source, on_base, found)
+        variant = found.variant if found is not None and generator is None else generator
+        converted = embedded(bare, on_base, variant=variant)
+        drawn = converted.draw
+        assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
+        # What an adapter stores can be narrower than what was drawn: not so here.
+        if drawn.rounding is Rounding.FP32 and on_base.rounding is Rounding.NONE:
+            drawn = replace(drawn, rounding=Rounding.NONE)
+        shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
+        A, B = materialised(drawn)
+        kind = drawn.variant.dtype
+        A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
+        B = B[: shapes[B_NAME][0]].astype(kind, copy=False)
+        inputs = (source.folder, *on_base.folders)
+        source.check_unchanged()
+        findings = source.findings if drawn == found else converted.findings
+        return _write(Path(out), drawn, A, B, force=force, inputs=inputs, findings=findings)
+
+
+def _stored_draw(adapter: Adapter) -> Draw | None:
+    """Return the draw of the config's key that stored projections are, if they are one."""
+    stored = adapter.projections
+    if stored is None:
+        return None
+    key = adapter.config.projection_prng_key
+    return recognise(stored.A.array(), stored.B.array(), key=key, search=False).draw
+
+
+def _need(adapter: Adapter, found: Draw | None) -> Need:
+    if found is not None or adapter.fingerprint is not None:
+        return Need.NONE
+    return Need.VITAL if adapter.projections is None else Need.HELPFUL
+
+
+def _without_stored(
+    adapter: Adapter, on_base: OnBase, found: Draw | None
+) -> tuple[Adapter, OnBase]:
+    """Forget stored projections but for their dims, and their rounding where they are a draw."""
+    stored = adapter.projections
+    if stored is None:
+        return adapter, on_base
+    known = replace(
+        on_base,
+        in_features=on_base.in_features or stored.in_features,
+        out_features=on_base.out_features or stored.out_features,
+        rounding=found.rounding if found and on_base.rounding is None else on_base.rounding,
+    )
+    dropped = {stored.A.name, stored.B.name}
+    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped)
+    return replace(adapter, projections=None, fingerprint=None, tensors=tensors), known
+
+
+def is_pair(path: Path) -> bool:
+    """Say whether a file holds vera_A and vera_B alone: what ``--force`` may replace."""
+    try:
+        with open_local(path) as source:
+            return set(read_header(source).tensors) == {"vera_A", "vera_B"}
+    except (CheckpointError, SurroundingsError):
+        return False
+
+
+def _write(
+    out: Path,
+    drawn: Draw,
+    A: NDArray[Any],
+    B: NDArray[Any],
+    *,
+    force: bool,
+    inputs: tuple[Path, ...] = (),
+    findings: tuple[Finding, ...] = (),
+) -> Regenerated:
+    tensors = (from_array("vera_A", A), from_array("vera_B", B))
+    with staged_file(out, force=force, inputs=inputs, is_own=is_pair) as staging:
+        digest = write_tensors(staging, tensors, {"format": "pt"})
+        if sha256_of(staging) != digest:
+            raise SurroundingsError(
+                "the file came back from the disk with other bytes than were written; "
+                "nothing was published. The disk or its driver is faulty."
+            )
+    hashes = [sha256(b"".join(tensor.blocks())).hexdigest() for tensor in tensors]
+    return Regenerated(
+        out, drawn, tensors[0].dtype, hashes[0], hashes[1], out.stat().st_size, findings
+    )

@@ -1,0 +1,229 @@
+"""regenerate, strip, embed and migrate: read, transform, publish, report.
+
+Each function takes what the command of the same name takes and returns what it did; how that is
+said is the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_convert.adapter.adapter import Adapter, Repair, open_adapter
+from vera_convert.adapter.folder import (
+    AdapterContent,
+    SideFiles,
+    is_training_state,
+    is_written_adapter,
+    publish_adapter,
+)
+from vera_convert.adapter.tensors import A_NAME, WEIGHTS_NAME
+from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.transforms import Converted, embedded, stripped
+from vera_convert.draws.generator import Variant
+from vera_convert.draws.recognition import Draw
+from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
+from vera_convert.publish.publishing import check_out
+from vera_convert.rules import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        adapter: how the caller named the adapter, with its commit on the Hub.
+        out: the folder that was written.
+        embedded: whether A and B are stored in it.
+        changes: what was changed, one phrase each; empty if the adapter was only copied.
+        draw: which draw its projections are, where that is known.
+        on_base: what was known of the base.
+        findings: warnings and notes.
+        side_files: what was carried beside the weights and what was left out.
+        bytes_before: size of ``adapter_model.safetensors`` as read.
+        bytes_after: its size as written.
+    """
+
+    adapter: str
+    out: Path
+    embedded: bool
+    changes: tuple[str, ...]
+    draw: Draw | None
+    on_base: OnBase
+    findings: tuple[Finding, ...]
+    side_files: SideFiles
+    bytes_before: int
+    bytes_after: int
+
+
+def strip(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: BaseWish | str | Path | None = None,
+    projections: Meant = Meant.AUTO,
+    accept_change: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Conversion:
+    """Write an adapter without A and B, if they are proven to be redrawable.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the folder to write.
+        base: what the caller says of the base; without it the config's base is looked up, and done
+            without where it cannot be had.
+        projections: which A and B are meant.
+        accept_change: drop also what only `embed` would restore.
+        force: replace an adapter that lies at `out`.
+        revision: the adapter's, on the Hub.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the adapter is malformed, or its projections are not redrawable.
+        UsageError: `out` exists, or overlaps the adapter.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
+        need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
+        on_base = learn(work.adapter, wish_of(base), bases=Bases(work.access), need=need)
+        converted = stripped(work.adapter, on_base, meant=projections, accept_change=accept_change)
+        return publish(work, converted, on_base)
+
+
+def embed(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: BaseWish | str | Path | None = None,
+    generator: Variant | None = None,
+    projections: Meant = Meant.AUTO,
+    force: bool = False,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Conversion:
+    """Write an adapter with A and B stored, drawn again from its key.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the folder to write.
+        base: what the caller says of the base: a model, or dims and dtype.
+        generator: the variant, where no fingerprint says it; float32-fused by default.
+        projections: which A and B are meant.
+        force: replace an adapter that lies at `out`.
+        revision: the adapter's, on the Hub.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the adapter is malformed, or its fingerprint is not met.
+        UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
+        wish = wish_of(base)
+        need = need_to_embed(work.adapter, wish, projections)
+        on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
+        converted = embedded(work.adapter, on_base, meant=projections, variant=generator)
+        return publish(work, converted, on_base)
+
+
+def need_to_embed(adapter: Adapter, wish: BaseWish, meant: Meant) -> Need:
+    """Say how much embedding needs the base: all depends on it where nothing else records dims."""
+    if meant is Meant.KEY and (adapter.projections or adapter.fingerprint) is not None:
+        return Need.VITAL if wish.dtype is None else Need.HELPFUL
+    if adapter.projections is None:
+        return Need.VITAL if adapter.fingerprint is None else Need.NONE
+    return Need.NONE if adapter.config.save_projection else Need.HELPFUL
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An opened adapter and where its conversion goes."""
+
+    location: Location
+    adapter: Adapter
+    out: Path
+    force: bool
+    access: HubAccess
+
+
+@contextmanager
+def opened(
+    adapter: str | Path,
+    out: Path,
+    *,
+    force: bool,
+    revision: str | None,
+    access: HubAccess | None,
+    repair: Repair | None = None,
+    is_own: Callable[[Path], bool] = is_written_adapter,
+) -> Iterator[Work]:
+    """Find and open an adapter, once it is certain that what is made of it may be written."""
+    access = access or HubAccess()
+    location = locate(str(adapter), kind="adapter", access=access, revision=revision)
+    inputs = [location.folder] if location.folder else []
+    folder = is_own is is_written_adapter
+    check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
+    location = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert location.folder is not None  # noqa: S101 -- fetched
+    with open_adapter(location.folder, repair=repair) as opened:
+        yield Work(location, opened, out, force, access)
+
+
+def content_of(
+    adapter: Adapter, converted: Converted, *, not_fetched: tuple[str, ...] = ()
+) -> AdapterContent:
+    """Return what the new folder is to hold."""
+    return AdapterContent(
+        converted.tensors,
+        converted.metadata,
+        converted.config_text,
+        adapter.folder,
+        not_fetched,
+        adapter.check_unchanged,
+    )
+
+
+def publish(work: Work, converted: Converted, on_base: OnBase) -> Conversion:
+    """Write a conversion and report it."""
+    source = work.adapter
+    inputs = [source.folder, *on_base.folders]
+    sides = publish_adapter(
+        content_of(source, converted, not_fetched=work.location.left_out),
+        work.out,
+        force=work.force,
+        inputs=inputs,
+    )
+    return reported(
+        source, converted, on_base, sides, label=work.location.label, out=work.out, written=work.out
+    )
+
+
+def reported(
+    adapter: Adapter,
+    converted: Converted,
+    on_base: OnBase,
+    sides: SideFiles,
+    *,
+    label: str,
+    out: Path,
+    written: Path,
+) -> Conversion:
+    """Return the report of a conversion that lies in `written` and is, or will be, at `out`."""
+    stored = {tensor.name for tensor in converted.tensors}
+    return Conversion(
+        adapter=label,
+        out=out,
+        embedded=A_NAME in stored,
+        changes=converted.changes,
+        draw=converted.draw,
+        on_base=on_base,
+        findings=converted.findings,
+        side_files=sides,
+        bytes_before=adapter.weights_size,
+        bytes_after=(written / WEIGHTS_NAME).stat().st_size,
+    )

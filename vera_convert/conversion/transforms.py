@@ -1,0 +1,304 @@
+"""What an adapter becomes without A and B, and with them: content, before anything is written.
+
+Nothing is dropped that cannot be proven to come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
+from vera_convert.adapter.tensors import StoredProjections
+from vera_convert.base.onbase import OnBase
+from vera_convert.conversion.projections import Meant, as_cast, as_meant, as_tensors
+from vera_convert.conversion.proof import (
+    change_by_redrawing,
+    demand_proof_of_rows,
+    is_undecided,
+    other_dims,
+    redrawable,
+    unproven,
+)
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.rules import (
+    FINGERPRINT_DISAGREES,
+    FINGERPRINT_NOT_MET,
+    OTHER_DRAW,
+    PROJECTIONS_CONTRADICT,
+    PROJECTIONS_TOO_NARROW,
+    UNPROVEN_DRAW,
+    Finding,
+)
+
+REPLACED_BY_KEYS = "replaced A and B by the draw of the config's key"
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """An adapter's content after a conversion, with what is to be said about it.
+
+    Attributes:
+        tensors: the tensors of the new file.
+        metadata: its metadata.
+        config_text: the bytes of its config.
+        changes: what was changed, one phrase each; empty if the adapter was in that form already.
+        draw: which draw the projections are, where that is known.
+        findings: warnings and notes.
+    """
+
+    tensors: tuple[TensorData, ...]
+    metadata: Mapping[str, str]
+    config_text: bytes
+    changes: tuple[str, ...] = ()
+    draw: Draw | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
+    """Return an adapter's content unchanged."""
+    return Converted(
+        adapter.tensors,
+        adapter.metadata,
+        adapter.config_file.text,
+        draw=draw,
+        findings=adapter.findings,
+    )
+
+
+def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
+    if adapter.config.save_projection == save_projection:
+        return adapter.config_file.text
+    return adapter.config_file.edited(save_projection=save_projection).text
+
+
+def stripped(
+    adapter: Adapter,
+    on_base: OnBase,
+    *,
+    meant: Meant = Meant.AUTO,
+    accept_change: bool = False,
+) -> Converted:
+    """Return an adapter without A and B, if they are proven to be redrawable.
+
+    Args:
+        adapter: the adapter; one without projections comes back as it is.
+        on_base: what is known of the base that it will be loaded on.
+        meant: which projections count where file, flag and key disagree.
+        accept_change: drop also what PEFT would draw differently but `embedded` can restore.
+
+    Raises:
+        CheckpointError: they are no draw, the draw of another key, or (without `accept_change`)
+            not the draw that PEFT makes.
+    """
+    original = adapter
+    adapter = as_meant(adapter, on_base, meant)
+    stored = adapter.projections
+    if stored is None:
+        return as_it_is(adapter, adapter.fingerprint.draw if adapter.fingerprint else None)
+    drawn = redrawable(adapter, stored, meant)
+    demand_proof_of_rows(adapter, stored, on_base)
+    change = change_by_redrawing(adapter, stored, drawn, on_base)
+    if change is not None and is_undecided(adapter, meant):
+        raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
+    if change is not None and not accept_change:
+        raise CheckpointError(OTHER_DRAW.at(adapter.place, change))
+    warned = () if change is not None else unproven(adapter, stored, drawn, on_base)
+    fingerprint = Fingerprint(
+        variant=drawn.variant,
+        key=drawn.key,
+        rank=drawn.rank,
+        in_features=stored.in_features,
+        out_features=stored.out_features,
+        drawn_in_features=drawn.in_features,
+        drawn_out_features=drawn.out_features,
+        rounding=drawn.rounding,
+        dtype=stored.A.dtype,
+        sha256_A=_sha256(stored.A),
+        sha256_B=_sha256(stored.B),
+    )
+    dropped = {stored.A.name, stored.B.name, *(copy.name for copy in adapter.repeated)}
+    changes = [REPLACED_BY_KEYS] if adapter is not original else []
+    changes.append(f"dropped A and B ({drawn.description}), {_size(stored):,} bytes")
+    if adapter.repeated:
+        changes.append(f"dropped {len(adapter.repeated)} copies of A and B")
+    if change is not None:
+        changes.append(f"accepted: {change}")
+    return Converted(
+        tensors=tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped),
+        metadata={**adapter.metadata, METADATA_KEY: to_text(fingerprint)},
+        config_text=_with_flag(adapter, save_projection=False),
+        changes=tuple(changes),
+        draw=drawn,
+        findings=(*adapter.findings, *on_base.findings, *warned),
+    )
+
+
+def embedded(
+    adapter: Adapter,
+    on_base: OnBase,
+    *,
+    meant: Meant = Meant.AUTO,
+    variant: Variant | None = None,
+) -> Converted:
+    """Return an adapter with A and B stored, drawn as the fingerprint says or as PEFT would.
+
+    Args:
+        adapter: the adapter; one with announced projections comes back as it is.
+        on_base: dims and rounding, from a base's headers or given; a fingerprint needs neither.
+        meant: which projections count where file, flag and key disagree.
+        variant: the generator's variant where no fingerprint names it.
+
+    Raises:
+        CheckpointError: the fingerprint is not met, or the dims do not fit the adapter.
+        UsageError: dims or rounding are not known from anywhere.
+    """
+    original = adapter
+    adapter = as_meant(adapter, on_base, meant)
+    if adapter.projections is not None:
+        return _announced(adapter, on_base, meant, redrawn=adapter is not original)
+    recorded = adapter.fingerprint
+    if recorded is not None and meant is not Meant.KEY:
+        return _restored(adapter, recorded, on_base, variant)
+    if recorded is not None:  # it tells the dims even where its draw is not the one that is meant
+        on_base = replace(
+            on_base,
+            in_features=on_base.in_features or recorded.in_features,
+            out_features=on_base.out_features or recorded.out_features,
+        )
+    return _redrawn(adapter, on_base, variant or Variant.FLOAT32_FUSED)
+
+
+def _announced(adapter: Adapter, on_base: OnBase, meant: Meant, *, redrawn: bool) -> Converted:
+    """Keep stored projections and make the config say that they are there."""
+    changes = [REPLACED_BY_KEYS] if redrawn else []
+    findings = [*adapter.findings, *other_dims(adapter, on_base)]
+    drawn = None
+    if not adapter.config.save_projection:
+        if adapter.projections is not None and is_undecided(adapter, meant):
+            drawn = redrawable(adapter, adapter.projections, meant)
+            demand_proof_of_rows(adapter, adapter.projections, on_base)
+            change = change_by_redrawing(adapter, adapter.projections, drawn, on_base)
+            if change is not None:
+                raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
+            findings += unproven(adapter, adapter.projections, drawn, on_base)
+        changes.append("set save_projection to true")
+    return replace(
+        as_it_is(adapter, drawn),
+        config_text=_with_flag(adapter, save_projection=True),
+        changes=tuple(changes),
+        findings=tuple(findings),
+    )
+
+
+def _restored(
+    adapter: Adapter, fingerprint: Fingerprint, on_base: OnBase, variant: Variant | None
+) -> Converted:
+    """Draw what the fingerprint records and prove that it came back."""
+    place = adapter.place
+    if variant is not None and variant is not fingerprint.variant:
+        raise UsageError(
+            f"the adapter's fingerprint says that A and B were drawn as {fingerprint.variant}; "
+            f"leave --generator {variant} out."
+        )
+    if not on_base.fits(fingerprint.in_features, fingerprint.out_features):
+        reason = (
+            f"the fingerprint gives A and B for {fingerprint.in_features} inputs and "
+            f"{fingerprint.out_features} outputs; {on_base.dims_text}."
+        )
+        raise CheckpointError(FINGERPRINT_DISAGREES.at(place, reason))
+    drawn = fingerprint.draw
+    pair = as_tensors(
+        drawn,
+        dtype=fingerprint.dtype,
+        place=place,
+        stored=(fingerprint.in_features, fingerprint.out_features),
+    )
+    for name, tensor, recorded in (
+        ("vera_A", pair.A, fingerprint.sha256_A),
+        ("vera_B", pair.B, fingerprint.sha256_B),
+    ):
+        found = _sha256(tensor)
+        if found != recorded:
+            reason = f"{name} has SHA-256 {found[:16]}…, the fingerprint says {recorded[:16]}…."
+            raise CheckpointError(FINGERPRINT_NOT_MET.at(place, reason))
+    proof = "proven by the fingerprint to be the same matrices"
+    return _with_pair(adapter, pair, drawn, proof, ())
+
+
+def _redrawn(adapter: Adapter, on_base: OnBase, variant: Variant) -> Converted:
+    """Draw A and B for the base that is known, with nothing to prove them by."""
+    if on_base.in_features is None or on_base.out_features is None:
+        why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""
+        raise UsageError(
+            "A and B cannot be drawn from the adapter alone: their width is that of the widest "
+            f"layer of the base{why}. Give --base, or --in-features and --out-features."
+        )
+    if on_base.rounding is None:
+        raise UsageError(
+            "A and B are rounded to the dtype that the base is loaded in, and it is not known: "
+            "give --base or --base-dtype."
+        )
+    if on_base.out_features < adapter.longest_b:
+        reason = (
+            f"B would have {on_base.out_features} rows; a layer has {adapter.longest_b} outputs."
+        )
+        raise CheckpointError(PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
+    drawn = Draw(
+        variant,
+        adapter.config.projection_prng_key,
+        adapter.config.r,
+        on_base.in_features,
+        on_base.out_features,
+        as_cast(variant, on_base.rounding),
+    )
+    pair = as_tensors(drawn, dtype=_stored_dtype(adapter), place=adapter.place)
+    exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
+    if pair.A.dtype == "F32" and exact:
+        drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
+    warning = UNPROVEN_DRAW.at(adapter.place, f"drew {drawn.description}.")
+    return _with_pair(adapter, pair, drawn, "not proven", (*on_base.findings, warning))
+
+
+def _stored_dtype(adapter: Adapter) -> str:
+    """Return the lambdas' dtype, or float32 where they have several."""
+    dtypes = {
+        tensor.dtype
+        for layer in adapter.layers.values()
+        for tensor in (layer.lambda_b, layer.lambda_d)
+    }
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
+
+
+def _with_pair(
+    adapter: Adapter,
+    pair: StoredProjections,
+    drawn: Draw,
+    proof: str,
+    findings: tuple[Finding, ...],
+) -> Converted:
+    metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
+    return Converted(
+        tensors=(*adapter.tensors, pair.A, pair.B),
+        metadata=metadata,
+        config_text=_with_flag(adapter, save_projection=True),
+        changes=(f"drew A and B ({drawn.description}), {_size(pair):,} bytes, {proof}",),
+        draw=drawn,
+        findings=(*adapter.findings, *findings),
+    )
+
+
+def _sha256(tensor: TensorData) -> str:
+    digest = sha256()
+    for block in tensor.blocks():
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _size(stored: StoredProjections) -> int:
+    return stored.A.nbytes + stored.B.nbytes

@@ -1,0 +1,1 @@
+"""What torch's generator drew for A and B, from NumPy alone; and which draw a stored pair is."""

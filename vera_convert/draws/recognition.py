@@ -1,0 +1,405 @@
+"""Which draw a stored pair of A and B is, proven bit for bit, or how far it is from one.
+
+Hypotheses come first and proof after: cheap looks at the first values say which draws are
+conceivable, and only a comparison of every value, down to the sign of a zero, decides. The order
+of hypotheses: the config's key at the stored dimensions; the same key at a larger width, because a
+second adapter in one PEFT model stores the leading slices of the first one's matrices; any key
+among 0 .. 65535, at the stored width or a larger one.
+
+A larger width shows in A alone: its values scale with the bound, hence with one over the square
+root of the width. How many rows B had cannot show: its leading rows are the same in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.draws.generator import (
+    BLOCK,
+    Rounding,
+    Source,
+    Variant,
+    centred_words,
+    check_key,
+    first_words,
+    rounded,
+    valued,
+)
+
+SEARCHED_KEYS = range(1 << 16)
+"""The keys that a search tries beside the config's own."""
+
+_TOLERANCE = 2.0**-6
+"""How far two values of one draw may disagree on the bound: 16-bit rounding stays far below."""
+
+_CLUE = 8
+"""First values that a searched key must explain; by chance not one key in 2^40 explains them."""
+
+_PLAUSIBLE = 0.5
+"""The share of equal values above which a draw is taken for the origin of a damaged pair."""
+
+_PROBE = 64
+"""Values, or one row, that a look at a hypothesis takes from each of two places."""
+
+_ROW = 256
+"""Values of the first row that a width is estimated from."""
+
+_FARTHEST = 4096
+"""How far a width may lie from its estimate."""
+
+_WIDEST = 1 << 20
+"""The largest width that is tried; the largest layers known have a tenth of it."""
+
+_MOST_VALUES = 1 << 30
+"""The largest A that is drawn for a trial, so that no file can ask for hours of work."""
+
+_BY_BITS = {
+    bits: [variant for variant in Variant if variant.bits == bits]
+    for bits in dict.fromkeys(variant.bits for variant in Variant)
+}
+"""The variants that make the same integers of the same words."""
+
+_CAST_NAMES = {
+    Rounding.BF16: "rounded to bfloat16",
+    Rounding.FP16: "rounded to float16",
+    Rounding.FP16_BF16: "rounded to float16, then to bfloat16",
+    Rounding.BF16_FP16: "rounded to bfloat16, then to float16",
+    Rounding.FP32: "rounded to float32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw of A and B: everything that decides their values.
+
+    Attributes:
+        variant: how torch turned random words into values.
+        key: the seed; keys that agree modulo 2^32 give the same draw.
+        rank: rows of A, columns of B.
+        in_features: columns of A as it was drawn.
+        out_features: rows of B as it was drawn.
+        rounding: the casts that followed.
+    """
+
+    variant: Variant
+    key: int
+    rank: int
+    in_features: int
+    out_features: int
+    rounding: Rounding = Rounding.NONE
+
+    def has_key(self, key: int) -> bool:
+        """Say whether this key gives the same draw."""
+        return (self.key - key) % 2**32 == 0
+
+    @property
+    def description(self) -> str:
+        """The draw in one phrase, for people."""
+        phrase = (
+            f"the {self.variant} draw of key {self.key} "
+            f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
+        )
+        cast = _CAST_NAMES.get(self.rounding)
+        return f"{phrase}, {cast}" if cast else phrase
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a stored pair differs from a draw.
+
+    Attributes:
+        tensor: ``vera_A`` or ``vera_B``, whichever differs first.
+        index: row and column of the first difference.
+        found: the stored value there.
+        expected: the drawn one.
+        largest: the largest absolute difference in both; infinite beside a NaN or an infinity,
+            zero if only signs of zeros differ.
+        count: how many values differ in both.
+    """
+
+    tensor: str
+    index: tuple[int, int]
+    found: float
+    expected: float
+    largest: float
+    count: int
+
+    @property
+    def description(self) -> str:
+        """The difference in one sentence, for people."""
+        row, column = self.index
+        values = "one value differs" if self.count == 1 else f"{self.count:,} values differ"
+        return (
+            f"{values}, first {self.tensor}[{row}, {column}]: stored {self.found!r}, "
+            f"drawn {self.expected!r}; the largest difference is {self.largest:.3g}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """What a stored pair turned out to be.
+
+    Attributes:
+        draw: the draw that it equals in every bit, or None.
+        nearest: that draw, or the one that explains most of the first values; the usual draw of the
+            config's key if none explains half of them.
+        difference: how the pair differs from `nearest`; None if it equals it.
+        key_is_configs: whether the key of `nearest` is the config's.
+        width_is_own: whether `nearest` is as wide as the stored A.
+    """
+
+    draw: Draw | None
+    nearest: Draw
+    difference: Difference | None
+    key_is_configs: bool
+    width_is_own: bool
+
+
+@np.errstate(invalid="ignore")  # a signalling NaN is a difference like any other
+def recognise(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True) -> Recognition:
+    """Say which draw the stored A (r, in) and B (out, r) are, or how they differ from the nearest.
+
+    Values are compared as they are, whatever float dtype they are stored in. Where several draws
+    are equal in every bit the first counts, in the order of `Variant` and then of `Rounding`: it
+    is float32-fused, and not rounded, wherever that fits. `key` is the config's. With `search`,
+    larger widths and the keys of `SEARCHED_KEYS` are tried where it does not fit. Beside the
+    arrays this takes a few megabytes, a search a few dozen.
+
+    Raises:
+        ValueError: the shapes are not those of a pair, or torch refuses the key.
+    """
+    _check_shapes(A, B)
+    usual = _draw_for(A, B, Variant.FLOAT32_FUSED, key=check_key(key), width=A.shape[1])
+    if not any(unequal.any() for *_, unequal in _compared(A, B, usual)):
+        return _recognition(usual, None, A, key)
+    scored = _best_hypotheses(A, B, key, search=search)
+    best = max((score for score, _ in scored), default=0.0)
+    plausible = [draw for score, draw in scored if score == best > _PLAUSIBLE]
+    nearest, least = usual, None
+    for draw in plausible or [usual]:
+        found = difference(A, B, draw)
+        if found is None:
+            return _recognition(draw, None, A, key)
+        if least is None or found.count < least.count:
+            nearest, least = draw, found
+    return _recognition(nearest, least, A, key)
+
+
+@np.errstate(invalid="ignore")
+def difference(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Difference | None:
+    """Return how a stored pair differs from a draw that is at least as large, None if it is equal.
+
+    A and B are held against the leading slices of the draw, bit for bit after widening to the
+    larger of the two dtypes.
+
+    Raises:
+        ValueError: the shapes are not those of a pair of that rank, or exceed the draw's.
+    """
+    _check_shapes(A, B)
+    if draw.rank != A.shape[0] or draw.in_features < A.shape[1] or draw.out_features < B.shape[0]:
+        raise ValueError(f"A {A.shape} and B {B.shape} are no slices of {draw.description}")
+    first: Difference | None = None
+    largest, count = 0.0, 0
+    for tensor, row, stored, drawn, unequal in _compared(A, B, draw):
+        if not unequal.any():
+            continue
+        found = stored[unequal].astype(np.float64)
+        expected = drawn[unequal].astype(np.float64)
+        if first is None:
+            at, column = divmod(int(unequal.argmax()), unequal.shape[1])
+            first = Difference(
+                tensor, (row + at, column), float(found[0]), float(expected[0]), 0.0, 0
+            )
+        gaps = np.abs(found - expected)
+        largest = max(largest, float(np.where(np.isnan(gaps), np.inf, gaps).max()))
+        count += found.size
+    return None if first is None else replace(first, largest=largest, count=count)
+
+
+def redrawn(
+    draw: Draw, *, in_features: int, out_features: int, block: int = BLOCK
+) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
+
+    Each item is ``vera_A`` or ``vera_B``, the number of its first row, and the rows, rounded as the
+    draw says; about `block` values, but at least one row as wide as it was drawn.
+    """
+    source = Source(draw.variant, key=draw.key)
+    for tensor, rows, width, kept in (
+        ("vera_A", draw.rank, draw.in_features, in_features),
+        ("vera_B", out_features, draw.rank, draw.rank),
+    ):
+        step = max(1, block // width)
+        for row in range(0, rows, step):
+            drawn = np.empty((min(step, rows - row), width), draw.variant.dtype)
+            source.fill(drawn, fan_in=width)
+            yield tensor, row, rounded(drawn[:, :kept], draw.rounding)
+
+
+# --- comparison ----------------------------------------------------------------------------------
+
+
+def _check_shapes(A: NDArray[Any], B: NDArray[Any]) -> None:
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.size or not B.size:
+        raise ValueError(f"A {A.shape} and B {B.shape} are not of shapes (r, in) and (out, r)")
+
+
+def _draw_for(A: NDArray[Any], B: NDArray[Any], variant: Variant, *, key: int, width: int) -> Draw:
+    return Draw(variant, key, rank=A.shape[0], in_features=width, out_features=B.shape[0])
+
+
+def _recognition(nearest: Draw, apart: Difference | None, A: NDArray[Any], key: int) -> Recognition:
+    return Recognition(
+        draw=nearest if apart is None else None,
+        nearest=nearest,
+        difference=apart,
+        key_is_configs=nearest.has_key(key),
+        width_is_own=nearest.in_features == A.shape[1],
+    )
+
+
+def _compared(
+    A: NDArray[Any], B: NDArray[Any], draw: Draw, *, block: int = BLOCK
+) -> Iterator[tuple[str, int, NDArray[Any], NDArray[Any], NDArray[np.bool_]]]:
+    """Yield tensor, first row, stored rows, drawn rows, and where they are unequal in any bit."""
+    stored = {"vera_A": A, "vera_B": B}
+    blocks = redrawn(draw, in_features=A.shape[1], out_features=B.shape[0], block=block)
+    for tensor, row, drawn in blocks:
+        rows = stored[tensor][row : row + len(drawn)]
+        yield tensor, row, rows, drawn, _unequal(rows, drawn)
+
+
+def _unequal(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say where values differ in any bit. Widening first is exact and hides no difference."""
+    wide = np.float64 in (one.dtype, other.dtype)
+    dtype, pattern = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
+    left = one.astype(dtype, copy=False).view(pattern)
+    right = other.astype(dtype, copy=False).view(pattern)
+    unequal: NDArray[np.bool_] = left != right
+    return unequal
+
+
+# --- hypotheses ----------------------------------------------------------------------------------
+
+
+def _best_hypotheses(
+    A: NDArray[Any], B: NDArray[Any], key: int, *, search: bool
+) -> list[tuple[float, Draw]]:
+    """Return conceivable draws with the share of first values that each explains.
+
+    The next place to look is tried only while nothing plausible was found.
+    """
+    scored = [
+        pair
+        for variant in Variant
+        for pair in _scored(A, B, _draw_for(A, B, variant, key=key, width=A.shape[1]))
+    ]
+
+    def plausible() -> bool:
+        return any(score > _PLAUSIBLE for score, _ in scored)
+
+    if search and not plausible():
+        scored += _at_any_width(A, B, key)
+    if search and not plausible():
+        for other in searched_keys(A, B):
+            scored += _at_any_width(A, B, other)
+    return scored
+
+
+def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[float, Draw]]:
+    """Yield the draw under each rounding, with the share of first values that it explains.
+
+    They come from two blocks, so that they show more than one row, or more than one matrix: values
+    of the first row alone say little about the width.
+    """
+    blocks = list(islice(_compared(A, B, draw, block=_PROBE), 2))
+    total = sum(unequal.size for *_, unequal in blocks)
+    for rounding in Rounding:
+        equal = sum(
+            np.count_nonzero(~_unequal(stored, rounded(drawn, rounding)))
+            for _, _, stored, drawn, _ in blocks
+        )
+        yield equal / total, replace(draw, rounding=rounding)
+
+
+def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[float, Draw]]:
+    """Return what draws of one key explain, at those widths that fit the first row of A best."""
+    row = A[0, :_ROW].astype(np.float64)
+    limits = A.shape[1], min(_WIDEST, _MOST_VALUES // A.shape[0])
+    scored: list[tuple[float, Draw]] = []
+    for variants in _BY_BITS.values():
+        centred = Source(variants[0], key=key).centred(row.size)
+        widths = _conceivable_widths(row, centred, variants[0], limits=limits)
+        if not widths.size:
+            continue
+        for variant in variants:
+            drawn = valued(variant, centred, fan_in=widths[:, np.newaxis])
+            for width in _fitting(row, drawn, widths):
+                scored += _scored(A, B, _draw_for(A, B, variant, key=key, width=width))
+    return scored
+
+
+def _conceivable_widths(
+    row: NDArray[np.float64], centred: NDArray[Any], variant: Variant, *, limits: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Return the widths of A whose bound could have given this row; none if it is unrelated.
+
+    The bound is sqrt(6 / width), and each value tells it up to its own rounding. The median of
+    what the larger values say withstands damaged ones.
+    """
+    sizes = np.abs(centred)
+    large = sizes >= max(1, int(sizes.max()) // 4)
+    bounds = row[large] / centred[large] * 2.0 ** (variant.bits - 1)
+    bounds = bounds[np.isfinite(bounds)]
+    bound = float(np.median(bounds)) if bounds.size else 0.0
+    agreeing = np.abs(bounds - bound) < _TOLERANCE * bound
+    related = np.count_nonzero(agreeing) > _PLAUSIBLE * bounds.size
+    # No width is below one, so no bound is above the square root of six.
+    if not related or not 6.0 / (2 * _WIDEST) <= min(bound, 4.0) ** 2 <= 6.0 * 1.5:
+        return np.arange(0)
+    width = round(6.0 / bound**2)
+    reach = min(1 + int(width * _TOLERANCE), _FARTHEST)
+    first, last = max(limits[0], width - reach), min(limits[1], width + reach)
+    return np.arange(first, last + 1)
+
+
+def _fitting(row: NDArray[np.float64], drawn: NDArray[Any], widths: NDArray[np.int64]) -> list[int]:
+    """Return the widths whose drawn row explains most of the stored one, under any rounding."""
+    fitting: set[int] = set()
+    for rounding in Rounding:
+        values = rounded(drawn, rounding).astype(np.float64, copy=False)
+        equal = np.count_nonzero(values == row, axis=1)
+        if equal.max() > _PLAUSIBLE * row.size:
+            fitting.update(widths[equal == equal.max()].tolist())
+    return sorted(fitting)
+
+
+@np.errstate(invalid="ignore")
+def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
+    """Return those keys of `SEARCHED_KEYS` that could have given the first values of the pair.
+
+    A draw's values, divided by its centred integers, all give the same factor, whatever the
+    variant's arithmetic or the rounding made of the last bits, and whatever the width.
+    """
+    clue = np.array([*A.flat[:_CLUE], *B.flat[:_CLUE]][:_CLUE], np.float64)
+    if clue.size < _CLUE or not np.isfinite(clue).all():
+        return []
+    clue *= np.sqrt(np.where(np.arange(_CLUE) < A.size, A.shape[1], A.shape[0]))
+    keys = np.arange(SEARCHED_KEYS.start, SEARCHED_KEYS.stop, dtype=np.uint32)
+    words = first_words(keys, 2 * _CLUE)
+    conceivable = np.zeros(keys.size, np.bool_)
+    for variant, *_ in _BY_BITS.values():
+        per_value = 2 if variant.bits > 32 else 1
+        centred = centred_words(variant, words[: per_value * _CLUE]).astype(np.float64)
+        # The smallest say nothing: roundings of a fixed size drown them.
+        centred[np.abs(centred) < 2.0 ** (variant.bits - 11)] = np.nan
+        factors = clue[:, np.newaxis] / centred
+        low, high = np.fmin.reduce(factors), np.fmax.reduce(factors)
+        conceivable |= (low > 0) & (high <= low * (1 + _TOLERANCE)) & np.isfinite(high)
+    return [int(key) for key in keys[conceivable]]

@@ -1,0 +1,1 @@
+"""What comes from outside, read with care: bytes, JSON, safetensors headers and tensors."""

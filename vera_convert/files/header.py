@@ -1,0 +1,421 @@
+"""The header of a safetensors file: read as records, and written as the library writes it.
+
+The format: eight bytes with the length of the header, little-endian; the header, a JSON object with
+one entry per tensor (dtype, shape, and where its bytes begin and end in what follows) and texts
+under ``__metadata__``; then the tensors' bytes, without a gap.
+
+Reading is at least as strict as the safetensors library; where that is lax, so that two readers
+could see two different files, it is stricter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Protocol, TypeGuard, TypeVar
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import ByteSource, parse_json, printable
+from vera_convert.rules import (
+    DATA_CUT_OFF,
+    DATA_HOLE,
+    DATA_OVERLAP,
+    DATA_TRAILING,
+    DTYPE_UNKNOWN,
+    ENTRY_FIELD_MISSING,
+    ENTRY_FIELD_UNKNOWN,
+    ENTRY_FORM,
+    FILE_EMPTY,
+    HEADER_CUT_OFF,
+    HEADER_START,
+    HEADER_TOO_LONG,
+    LENGTH_MISSING,
+    LFS_POINTER,
+    METADATA_FORM,
+    OFFSETS_FORM,
+    OFFSETS_SPAN,
+    OTHER_FORMAT,
+    PICKLE_RENAMED,
+    SHAPE_FORM,
+    SHAPE_OVERFLOW,
+    SHAPE_PARTIAL_BYTE,
+    Finding,
+    Rule,
+)
+
+# In the library's order: a file's tensors stand by falling place in this list, then by name.
+BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits of one value by safetensors dtype."""
+_RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
+
+MAX_HEADER_BYTES = 100_000_000
+_FIRST_READ = 1 << 16  # most headers of an adapter fit, so a remote one costs one round trip
+_MOST_FINDINGS = 50
+_MOST_DIMENSIONS = 32  # NumPy 1 has no more
+_METADATA_KEY = "__metadata__"
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
+class Entry(Protocol):
+    """What the header says of a tensor, its place aside."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a header; `start` and `end` are offsets into the data part."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before the data.
+
+    Attributes:
+        tensors: by name, in the order of the header.
+        metadata: the texts under ``__metadata__``; empty if there are none.
+        data_start: where the data part begins in the file.
+        raw: the bytes of the file before that, its length included.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    raw: bytes
+
+
+# --- reading a header ----------------------------------------------------------------------------
+
+
+def read_header(source: ByteSource) -> Header:
+    """Read the header of a safetensors file, in one or two reads.
+
+    Raises:
+        CheckpointError: with every defect of the header, fifty at most.
+        SurroundingsError: the file cannot be read, or changed meanwhile.
+    """
+    raw = _read_raw(source)
+    source.check_unchanged()
+    defects = _Defects(source.place)
+    document, plain = _parsed(raw[8:], f"{source.place} header", defects.findings)
+    metadata = _metadata(document.pop(_METADATA_KEY, {}), defects)
+    tensors = _tensors(document, defects) + plain
+    for info in plain:
+        for rule, reason in _wrong_size(info):
+            defects.add(rule, reason, info.name)
+    defects.raise_any()
+    _check_layout(tensors, source.size - len(raw), defects)
+    defects.raise_any()
+    return Header({info.name: info for info in tensors}, metadata, len(raw), raw)
+
+
+class _Defects:
+    """Findings of one header, of which only the first fifty are kept."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.findings: list[Finding] = []
+        self.more = 0
+
+    def add(self, rule: Rule, reason: str, tensor: str | None = None) -> None:
+        if len(self.findings) >= _MOST_FINDINGS:
+            self.more += 1
+            return
+        where = "" if tensor is None else f' tensor "{printable(tensor)}"'
+        self.findings.append(rule.at(f"{self.place}{where}", reason))
+
+    def raise_any(self) -> None:
+        if not self.findings:
+            return
+        if self.more:
+            *kept, last = self.findings
+            reason = f"{last.reason} ({self.more:,} more defects of this header are not listed.)"
+            self.findings = [*kept, last.rule.at(last.place, reason)]
+        raise CheckpointError.of(self.findings)
+
+
+def _read_raw(source: ByteSource) -> bytes:
+    """Return length and header as they stand in the file, held against its size first."""
+    if source.size == 0:
+        raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
+    if source.size < 8:
+        raise CheckpointError(LENGTH_MISSING.at(source.place, f"has {source.size} bytes only."))
+    raw = source.read_at(0, min(source.size, _FIRST_READ))
+    length = int.from_bytes(raw[:8], "little")
+    end = 8 + length
+    if end > source.size or length > MAX_HEADER_BYTES:
+        _refuse_length(source, raw, length)
+    if raw[8:9] != b"{" or not length:
+        found = f"begins with {printable(repr(raw[8:9])[1:])}." if length else "has no bytes."
+        raise CheckpointError(HEADER_START.at(source.place, f"the header {found}"))
+    if end > len(raw):
+        raw += source.read_at(len(raw), end - len(raw))
+    return raw[:end]
+
+
+_MAGIC: Mapping[bytes, tuple[Rule, str]] = {
+    b"version https://git-lfs": (LFS_POINTER, "a Git LFS pointer"),
+    b"PK\x03\x04": (PICKLE_RENAMED, "a zip archive, as torch.save writes it"),
+    b"\x80\x02": (PICKLE_RENAMED, "a pickle"),
+    b"\x80\x03": (PICKLE_RENAMED, "a pickle"),
+    b"\x80\x04": (PICKLE_RENAMED, "a pickle"),
+    b"\x80\x05": (PICKLE_RENAMED, "a pickle"),
+    b"GGUF": (OTHER_FORMAT, "a GGUF file"),
+    b"\x89HDF": (OTHER_FORMAT, "an HDF5 file"),
+    b"\x93NUMPY": (OTHER_FORMAT, "a NumPy array"),
+    b"\x1f\x8b": (OTHER_FORMAT, "compressed with gzip"),
+    b"\x28\xb5\x2f\xfd": (OTHER_FORMAT, "compressed with zstandard"),
+    b"<": (OTHER_FORMAT, "a web page"),
+    b"{": (OTHER_FORMAT, "JSON text"),
+}
+
+
+def _refuse_length(source: ByteSource, raw: bytes, length: int) -> None:
+    """Raise for a length that cannot be; other formats, read as one, give such lengths."""
+    claim = f"the length of the header is given as {length:,} bytes"
+    if length <= MAX_HEADER_BYTES:
+        reason = f"{claim}, but the file has {source.size:,} bytes."
+        raise CheckpointError(HEADER_CUT_OFF.at(source.place, reason))
+    for magic, (rule, what) in _MAGIC.items():
+        if raw.startswith(magic):
+            raise CheckpointError(rule.at(source.place, f"is {what}."))
+    raise CheckpointError(HEADER_TOO_LONG.at(source.place, f"{claim}."))
+
+
+_NUMBER = "(0|[1-9][0-9]{0,17})"
+_PLAIN_ENTRY = re.compile(
+    r', ?"([^"\\\x00-\x1f]*+)": ?\{"dtype": ?"([A-Z0-9_]++)", ?"shape": ?\[([0-9, ]*+)\],'
+    rf' ?"data_offsets": ?\[{_NUMBER}, ?{_NUMBER}\]\}}'
+)
+_SHAPE = re.compile(f"(?:{_NUMBER}(?:, ?{_NUMBER}){{,{_MOST_DIMENSIONS - 1}}})?")
+_MOST_PLAIN = 500_000
+
+
+def _parsed(
+    data: bytes, place: str, duplicates: list[Finding]
+) -> tuple[dict[str, Any], list[TensorInfo]]:
+    """Return the JSON object of a header, of which plain entries at its end may be cut as records.
+
+    Nearly every header ends in entries that all look alike. One expression over all of them takes
+    half of the time that the JSON parser needs, which then sees the rest only.
+    """
+    head, plain = _cut_plain(data)
+    if plain:
+        try:
+            document: Any = parse_json(head, place=place)
+        except CheckpointError:
+            document = None  # let the whole text say what is wrong
+        names = {info.name for info in plain}
+        if document and len(names) == len(plain) and names.isdisjoint({*document, _METADATA_KEY}):
+            return document, plain
+    document = parse_json(data, place=place, duplicates=duplicates)
+    return document, []
+
+
+def _cut_plain(data: bytes) -> tuple[bytes, list[TensorInfo]]:
+    """Return the text without the plain entries at its end, closed again, and those as records."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return data, []
+    if text.count('"dtype"') > _MOST_PLAIN:
+        return data, []
+    head, *pieces = _PLAIN_ENTRY.split(text)
+    between, last = pieces[5:-1:6], pieces[-1:]
+    if any(between) or "".join(last).rstrip(" \t\r\n") != "}":
+        return data, []
+    shapes = {*pieces[2::6]}
+    if not all(map(_SHAPE.fullmatch, shapes)) or not {*pieces[1::6]} <= BITS.keys():
+        return data, []
+    sizes = {shape: tuple(map(int, shape.split(","))) if shape else () for shape in shapes}
+    columns = zip(*(pieces[field::6] for field in range(5)), strict=True)
+    plain = [TensorInfo(n, d, sizes[s], int(a), int(b)) for n, d, s, a, b in columns]
+    if any(info.start > info.end for info in plain):
+        return data, []
+    return f"{head}}}".encode(), plain
+
+
+def _metadata(value: object, defects: _Defects) -> dict[str, str]:
+    if not isinstance(value, dict):
+        defects.add(METADATA_FORM, f"{_METADATA_KEY} is {_kind(value)}.")
+        return {}
+    for key, text in value.items():
+        if not isinstance(text, str):
+            defects.add(METADATA_FORM, f'its key "{printable(key)}" has {_kind(text)} as value.')
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]:
+    """Return the entries whose fields are sound; the defects of fields and sizes are added."""
+    tensors = []
+    for name, entry in document.items():
+        found = [*_wrong_fields(entry)]
+        if not found:
+            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            tensors.append(info)
+            found = [*_wrong_size(info)]
+        for rule, reason in found:
+            defects.add(rule, reason, name)
+    return tensors
+
+
+def _wrong_fields(entry: object) -> Iterator[tuple[Rule, str]]:
+    """Yield what is wrong with the fields of an entry, each by itself."""
+    if not isinstance(entry, dict):
+        yield ENTRY_FORM, f"is {_kind(entry)}."
+        return
+    if entry.keys() != _FIELDS:
+        for field in sorted(_FIELDS - entry.keys()):
+            yield ENTRY_FIELD_MISSING, f"has no {field}."
+        for field in [key for key in entry if key not in _FIELDS][:1]:
+            yield ENTRY_FIELD_UNKNOWN, f'has the field "{printable(field)}".'
+    dtype, shape = entry.get("dtype", "U8"), entry.get("shape", [])
+    if not isinstance(dtype, str) or dtype not in BITS:
+        yield DTYPE_UNKNOWN, f"its dtype is {_text(dtype)}."
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        yield SHAPE_FORM, f"its shape is {_text(shape)}."
+    offsets = entry.get("data_offsets", [0, 0])
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        yield OFFSETS_FORM, f"its data_offsets are {_text(offsets)}."
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of whole numbers from 0 up; `true` is none."""
+    if type(value) is not list:
+        return False
+    for item in value:  # noqa: SIM110 - a generator would take three times as long
+        if type(item) is not int or item < 0:
+            return False
+    return True
+
+
+def _text(value: object) -> str:
+    return printable(json.dumps(value, ensure_ascii=False))
+
+
+def _wrong_size(info: TensorInfo) -> Iterator[tuple[Rule, str]]:
+    """Yield why the span of bytes is not what shape and dtype need."""
+    bits = math.prod(info.shape) * BITS[info.dtype]
+    if bits == info.nbytes * 8 and 0 < bits < 1 << 63:
+        return
+    shape = "x".join(map(str, info.shape))
+    # An empty tensor can have huge dimensions: their product overflows before the 0 is met.
+    if math.prod(size or 1 for size in info.shape) * BITS[info.dtype] >= 1 << 63:
+        yield SHAPE_OVERFLOW, f"its shape is {printable(shape)}."
+    elif bits % 8:
+        yield SHAPE_PARTIAL_BYTE, f"{shape} values of {info.dtype} are {bits:,} bits."
+    elif bits != info.nbytes * 8:
+        needed = f"{shape or 'one'} {info.dtype} needs {bits // 8:,} bytes"
+        yield OFFSETS_SPAN, f"{needed}, its data_offsets span {info.nbytes:,}."
+
+
+def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -> None:
+    """Demand that the tensors fill the data part of `size` bytes without overlap or gap."""
+    end, last = 0, ""
+    for info in sorted(tensors, key=attrgetter("start", "end")):
+        if info.start != end:
+            before = f'"{printable(last)}" ends' if last else "the data begins"
+            reason = f"begins at byte {info.start:,}; {before} at byte {end:,}."
+            defects.add(DATA_OVERLAP if info.start < end else DATA_HOLE, reason, info.name)
+        if info.end >= end:
+            end, last = info.end, info.name
+    sizes = f"the tensors take {end:,} bytes, the file has {size:,} for them."
+    if end != size:
+        defects.add(DATA_CUT_OFF if end > size else DATA_TRAILING, sizes)
+
+
+# --- writing a header ----------------------------------------------------------------------------
+
+
+def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the data: the header with its length, as safetensors writes it.
+
+    Tensors stand by dtype (the widest first) and name, metadata by key, JSON without spaces, padded
+    to eight bytes. Without metadata there is no entry for it.
+
+    Raises:
+        ValueError: two tensors have the same name.
+    """
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ValueError("two tensors have the same name")
+    entries = []
+    if metadata:
+        entries.append(f'"{_METADATA_KEY}":{_compact(dict(sorted(metadata.items())))}')
+    start = 0
+    for tensor in in_order(tensors):
+        end = start + tensor.nbytes
+        fields = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        entries.append(f"{_compact(tensor.name)}:{_compact(fields)}")
+        start = end
+    header = ("{" + ",".join(entries) + "}").encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+_E = TypeVar("_E", bound=Entry)
+
+
+def in_order(tensors: Iterable[_E]) -> list[_E]:
+    """Return tensors in the order of a file: the widest dtype first, then by name."""
+    return sorted(tensors, key=lambda tensor: (-_RANK[tensor.dtype], tensor.name))

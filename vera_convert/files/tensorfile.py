@@ -1,0 +1,223 @@
+"""One safetensors file: its tensors read when they are asked for, or written block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order, read_header
+from vera_convert.files.reading import ByteSource, is_pickle, printable
+from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
+
+__all__ = [
+    "BITS",
+    "NUMPY_DTYPE",
+    "Array",
+    "Header",
+    "TensorData",
+    "TensorFile",
+    "TensorInfo",
+    "from_array",
+    "from_file",
+    "header_bytes",
+    "pickled_weights",
+    "read_header",
+    "write_tensors",
+]
+
+Array = NDArray[Any]
+"""An array of any dtype that a tensor can have."""
+
+_BLOCK = 1 << 22
+
+
+def _numpy_dtypes() -> Iterator[tuple[str, np.dtype[Any]]]:
+    plain = {"F": "f", "I": "i", "U": "u", "C": "c"}
+    special = {
+        "BF16": "bfloat16",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E8M0": "float8_e8m0fnu",  # since ml_dtypes 0.5
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    }
+    for name, bits in BITS.items():
+        if name == "BOOL":
+            yield name, np.dtype(np.bool_)
+        elif name[1:].isdecimal() and bits >= 8:
+            yield name, np.dtype(f"<{plain[name[0]]}{bits // 8}")
+        elif hasattr(ml_dtypes, special.get(name, "")):
+            yield name, np.dtype(getattr(ml_dtypes, special[name]))
+
+
+NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = dict(_numpy_dtypes())
+"""NumPy's dtype by safetensors dtype; F4 and F6 have none and pass through as bytes."""
+_SAFETENSORS_DTYPE = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
+
+
+# --- reading tensors -----------------------------------------------------------------------------
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read when they are asked for.
+
+    Every method that takes a name raises `KeyError` for one that the header does not have,
+    `CheckpointError` for a dtype that it cannot express, and `SurroundingsError` where the file
+    cannot be read or changed since it was opened.
+    """
+
+    def __init__(self, source: ByteSource, header: Header | None = None) -> None:
+        self.source = source
+        self.header = read_header(source) if header is None else header
+
+    def read(self, name: str) -> Array:
+        """Return a tensor as a new array of its own dtype, in C order."""
+        info = self.header.tensors[name]
+        return self._array(info, 0, info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> Array:
+        """Return the rows `first` to `last` (not included) of a tensor with one or more axes.
+
+        Raises:
+            IndexError: the tensor has no such rows.
+        """
+        info = self.header.tensors[name]
+        if not info.shape or not 0 <= first <= last <= info.shape[0]:
+            raise IndexError(f"rows {first} to {last} of shape {info.shape}")
+        row = info.nbytes // max(info.shape[0], 1)
+        return self._array(info, first * row, (last - first, *info.shape[1:]))
+
+    def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in blocks of `size`, in one buffer that each block overwrites."""
+        info = self.header.tensors[name]
+        buffer = memoryview(bytearray(min(size, info.nbytes)))
+        for start in range(0, info.nbytes, size):
+            block = buffer[: min(size, info.nbytes - start)]
+            self.source.read_into(self.header.data_start + info.start + start, block)
+            yield block
+        self.source.check_unchanged()
+
+    def _array(self, info: TensorInfo, skip: int, shape: tuple[int, ...]) -> Array:
+        dtype = NUMPY_DTYPE.get(info.dtype)
+        if dtype is None:
+            where = f'{self.source.place} tensor "{printable(info.name)}"'
+            raise CheckpointError(
+                TENSOR_DTYPE.at(where, f"its dtype is {info.dtype}, which NumPy lacks.")
+            )
+        raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        self.source.read_into(self.header.data_start + info.start + skip, raw.data)
+        self.source.check_unchanged()
+        return raw.view(dtype).reshape(shape)
+
+
+def pickled_weights(folder: Path) -> Finding | None:
+    """Return the finding that a folder's adapter weights are pickled, only or as well."""
+    names = [path.name for path in folder.glob("adapter_model.*") if is_pickle(path.name)]
+    if not names:
+        return None
+    both = (folder / "adapter_model.safetensors").exists()
+    found = f"there is {printable(min(names))}"
+    if both:
+        return BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
+    return PICKLE_ONLY.at(printable(folder.name), f"{found}, and no adapter_model.safetensors.")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """One tensor that can be written: what its entry says, and its bytes when they are asked for.
+
+    Attributes:
+        name: its name in the file.
+        dtype: its safetensors dtype.
+        shape: its shape.
+        blocks: yields its bytes in order; one block can overwrite the last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[bytes | memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def array(self) -> Array:
+        """Return the values as a new array of their own dtype.
+
+        Raises:
+            CheckpointError: NumPy has no such dtype.
+        """
+        dtype = NUMPY_DTYPE.get(self.dtype)
+        if dtype is None:
+            reason = f"its dtype is {self.dtype}, which NumPy lacks."
+            raise CheckpointError(TENSOR_DTYPE.at(f'tensor "{printable(self.name)}"', reason))
+        raw = np.empty(self.nbytes, np.uint8)
+        done = 0
+        for block in self.blocks():
+            values = np.frombuffer(block, np.uint8)
+            raw[done : done + values.size] = values
+            done += values.size
+        return raw.view(dtype).reshape(self.shape)
+
+
+def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
+    """Return an array as a tensor to be written.
+
+    Args:
+        name: its name in the file.
+        array: of any dtype that safetensors has; the file gets C order, little-endian.
+        dtype: the safetensors dtype to store; values are cast to it as NumPy casts.
+    """
+    kind = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
+    name_of_kind = _SAFETENSORS_DTYPE[kind] if dtype is None else dtype
+    stored = np.ascontiguousarray(array, dtype=NUMPY_DTYPE[name_of_kind]).reshape(-1)
+    data = stored.view(np.uint8).data
+    return TensorData(name, name_of_kind, array.shape, lambda: iter((data,)))
+
+
+def from_file(file: TensorFile, name: str, *, rename: str | None = None) -> TensorData:
+    """Return a tensor of an open file as one to be written: untouched, but for a new name."""
+    info = file.header.tensors[name]
+    return TensorData(rename or name, info.dtype, info.shape, lambda: file.blocks(name))
+
+
+def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> str:
+    """Write a new safetensors file block by block and return the SHA-256 of its bytes, as hex.
+
+    Raises:
+        ValueError: a tensor gives more or fewer bytes than its shape and dtype need.
+        FileExistsError: there is a file at `path` already.
+        OSError: the system cannot write it.
+    """
+    ordered = in_order(tensors)
+    digest = hashlib.sha256()
+    with path.open("xb") as sink:
+        for block in itertools.chain([header_bytes(ordered, metadata)], _all_blocks(ordered)):
+            digest.update(block)
+            sink.write(block)
+    return digest.hexdigest()
+
+
+def _all_blocks(tensors: Iterable[TensorData]) -> Iterator[bytes | memoryview]:
+    for tensor in tensors:
+        left = tensor.nbytes
+        for block in tensor.blocks():
+            left -= memoryview(block).nbytes
+            yield block
+        if left:
+            raise ValueError(f"{tensor.name} gave {tensor.nbytes - left} of {tensor.nbytes} bytes")

@@ -1,0 +1,189 @@
+"""Which files of a model's folder are its weights, told from their names and the index alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import clean_name, is_pickle, printable
+from vera_convert.rules import (
+    BASE_AMBIGUOUS,
+    BASE_IS_ADAPTER,
+    BASE_OTHER_FORMAT,
+    BASE_PICKLED,
+    BASE_WITHOUT_WEIGHTS,
+    INDEX_MALFORMED,
+    SHARD_MISSING,
+    Finding,
+)
+
+PIPELINE = "model_index.json"
+"""Stands in the root of a diffusers pipeline, whose components are folders."""
+COMPONENTS = ("transformer/", "unet/")
+"""Components of a pipeline that adapters are trained on."""
+STEMS = ("model", "diffusion_pytorch_model")
+"""What transformers and diffusers call a model's weights, in this order."""
+
+_SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
+_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_SHARD = re.compile(r".*-\d+-of-0*(\d+)\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Where a model's weights are, as far as names tell.
+
+    Attributes:
+        prefix: the component's folder inside a pipeline, such as ``transformer/``; else empty.
+        index: the index of the shards, with the prefix; None if there is one file.
+        single: that one file, with the prefix; None if there is an index.
+    """
+
+    prefix: str
+    index: str | None
+    single: str | None
+
+
+def find_weights(names: Collection[str], *, place: str) -> WeightFiles:
+    """Find the index or the one file of a model; an index rules over what lies beside it.
+
+    Args:
+        names: all files of the folder, relative to it, with `/`.
+        place: how messages call the folder.
+
+    Raises:
+        CheckpointError: no safetensors weights, or it is not clear which.
+    """
+    prefix = _component(names, place)
+    top = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    top = {name for name in top if "/" not in name}
+    for stem in STEMS:
+        if stem + _INDEX_SUFFIX in top:
+            return WeightFiles(prefix, prefix + stem + _INDEX_SUFFIX, None)
+        if stem + _SUFFIX in top:
+            return WeightFiles(prefix, None, prefix + stem + _SUFFIX)
+    indexes = sorted(name for name in top if name.endswith(_INDEX_SUFFIX))
+    if len(indexes) == 1:
+        return WeightFiles(prefix, prefix + indexes[0], None)
+    singles = sorted(
+        name for name in top if name.endswith(_SUFFIX) and not name.startswith("adapter_model")
+    )
+    if not singles and not indexes:
+        raise CheckpointError(_why_none(top, place + "/" + prefix if prefix else place))
+    lone = _SHARD.fullmatch(singles[0]) if len(singles) == 1 else None
+    if indexes or len(singles) > 1 or (lone is not None and int(lone[1]) != 1):
+        found = ", ".join(map(printable, (indexes or singles)[:3]))
+        found += ", …" if len(indexes or singles) > 3 else ""
+        raise CheckpointError(BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all."))
+    return WeightFiles(prefix, None, prefix + singles[0])
+
+
+def _component(names: Collection[str], place: str) -> str:
+    if PIPELINE not in names:
+        return ""
+    found = [
+        component
+        for component in COMPONENTS
+        if any(name.startswith(component) and name.endswith(_SUFFIX) for name in names)
+    ]
+    if len(found) > 1:
+        reason = f"the pipeline has {' and '.join(found)}."
+        raise CheckpointError(BASE_AMBIGUOUS.at(place, reason))
+    return found[0] if found else ""
+
+
+def _why_none(top: Collection[str], place: str) -> Finding:
+    """Say what a folder without safetensors weights holds instead."""
+    if "adapter_config.json" in top:
+        return BASE_IS_ADAPTER.at(place, "there is adapter_config.json and no model.")
+    pickled = sorted(name for name in top if is_pickle(name) and not name.startswith(_TRAINING))
+    if pickled:
+        return BASE_PICKLED.at(place, f"there is {printable(pickled[0])} and no safetensors file.")
+    other = sorted(name for name in top if name.lower().endswith(_OTHER_FORMATS))
+    if other:
+        return BASE_OTHER_FORMAT.at(place, f"there is {printable(other[0])}.")
+    return BASE_WITHOUT_WEIGHTS.at(place, "there is no model.safetensors and no index.")
+
+
+def read_weight_map(document: object, index: str, *, place: str) -> dict[str, str]:
+    """Return the file of each tensor, as names in the model's folder.
+
+    Args:
+        document: the parsed index.
+        index: its name; shards are named relative to its folder.
+        place: how messages call it.
+
+    Raises:
+        CheckpointError: no map of names to clean names of safetensors files.
+    """
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(INDEX_MALFORMED.at(place, "it has no weight_map with entries."))
+    folder = PurePosixPath(index).parent
+    files: dict[object, str] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(_SUFFIX):
+            reason = f'"{printable(tensor)}" is given no safetensors file.'
+            raise CheckpointError(INDEX_MALFORMED.at(place, reason))
+        if file not in files:
+            files[file] = str(folder / clean_name(file, place=place))
+    return {tensor: files[file] for tensor, file in weight_map.items()}
+
+
+def demand_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
+    """Raise `CheckpointError` with each file of an index that is not among `names`."""
+    missing = sorted(set(files).difference(names))
+    if missing:
+        raise CheckpointError.of(
+            SHARD_MISSING.at(place, f"{printable(file)} is not there.") for file in missing[:50]
+        )
+
+
+def stray_weights(
+    names: Collection[str], weights: WeightFiles, files: Collection[str]
+) -> tuple[str, ...]:
+    """Return the safetensors files that a loader could take for the model's, sorted.
+
+    Those of an adapter, or in the folder of another component with a config of its own, are none.
+    """
+    configs = ("config.json", "adapter_config.json")
+    folders = {str(PurePosixPath(name).parent) for name in names if name.endswith(configs)}
+    own = weights.prefix.rstrip("/") or "."
+
+    def could_be_taken(name: str) -> bool:
+        path = PurePosixPath(name)
+        between = [str(folder) for folder in path.parents if str(folder) not in (own, ".")]
+        below = name.startswith(weights.prefix) or "/" not in name
+        return below and not path.name.startswith("adapter_model") and not folders & {*between}
+
+    loose = (name for name in names if name.endswith(_SUFFIX) and name not in files)
+    return tuple(sorted(filter(could_be_taken, loose)))
+
+
+def held_against_index(
+    weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
+) -> dict[str, list[str]]:
+    """Compare an index with what its shards hold; see the rules for what each group means.
+
+    Returns:
+        ``absent``, ``misplaced``, ``unindexed`` and ``repeated`` tensors, each in order.
+    """
+    owners: dict[str, list[str]] = {}
+    for file, tensors in shards.items():
+        for tensor in tensors:
+            owners.setdefault(tensor, []).append(file)
+    return {
+        "absent": [tensor for tensor in weight_map if tensor not in owners],
+        "misplaced": [
+            tensor
+            for tensor, file in weight_map.items()
+            if tensor in owners and file not in owners[tensor]
+        ],
+        "unindexed": [tensor for tensor in owners if tensor not in weight_map],
+        "repeated": [tensor for tensor, files in owners.items() if len(files) > 1],
+    }

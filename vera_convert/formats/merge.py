@@ -1,0 +1,129 @@
+"""A merge's result as text for people and as a JSON document."""
+
+from __future__ import annotations
+
+from vera_convert.files.reading import printable
+from vera_convert.formats.results import Document, draw_document, finding_document, table
+from vera_convert.merging.merge import Merge, MergedAdapter
+from vera_convert.merging.report import (
+    changed_share,
+    numbers_record,
+    relative_change,
+    relative_loss,
+    total,
+    worst,
+)
+
+_MOST_LISTED = 12
+
+
+def merge_text(result: Merge) -> str:
+    """What a merge did, or would do, for people."""
+    out = printable(str(result.out))
+    size = f"{result.needed:,} bytes in {len(result.files)} files"
+    rows = [["wrote" if result.written else "would write", f"{out}, {size}"]]
+    rows.append(["base", printable(result.base)])
+    for adapter in result.adapters:
+        rows += _adapter_rows(adapter)
+    rows += _number_rows(result) if result.written else _plan_rows(result)
+    rows += _side_rows(result)
+    return table(rows)
+
+
+def _adapter_rows(adapter: MergedAdapter) -> list[list[str]]:
+    weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
+    drawn = f", {adapter.draw.description}" if adapter.draw is not None else ""
+    layers = f"{adapter.layers} layers of rank {adapter.rank}{weight}"
+    return [
+        ["adapter", f"{printable(adapter.label)}, {layers}"],
+        ["  names", adapter.strategy],
+        ["  A and B", f"from the {adapter.origin}{drawn}"],
+    ]
+
+
+def _number_rows(result: Merge) -> list[list[str]]:
+    numbers = total(result.tensors)
+    last = worst(result.tensors)
+    rows = [["time", f"{result.seconds:.1f} s in {result.jobs} threads"]]
+    if last is None or last.numbers is None:
+        return rows
+    most = f"{relative_loss(last.numbers):.3g}, in {printable(last.name)}"
+    return [
+        *rows,
+        ["changed", f"{changed_share(numbers):.1%} of the {numbers.values:,} values looked at"],
+        ["delta", f"{relative_change(numbers):.3g} of the weights it is added to"],
+        ["rounding", f"loses {relative_loss(numbers):.3g} of the delta; most, {most}"],
+    ]
+
+
+def _plan_rows(result: Merge) -> list[list[str]]:
+    rows = [
+        ["space", f"{result.needed:,} bytes needed, {result.free:,} free"],
+        ["estimate", f"{result.seconds:.1f} s in {result.jobs} threads"],
+    ]
+    weights = [file for file in result.files if file.name.endswith(".safetensors")]
+    for file in weights[:_MOST_LISTED]:
+        copied = f"{file.carried:,} bytes copied"
+        rows.append(
+            [
+                f"  {printable(file.name)}",
+                f"{copied}, {file.computed:,} of {file.tensors} tensors computed",
+            ]
+        )
+    if len(weights) > _MOST_LISTED:
+        rows.append(["", f"and {len(weights) - _MOST_LISTED} more shards"])
+    return rows
+
+
+def _side_rows(result: Merge) -> list[list[str]]:
+    rows = []
+    if result.sides.carried:
+        rows.append(["carried", ", ".join(map(printable, result.sides.carried))])
+    if result.tokenizer:
+        names = ", ".join(map(printable, result.tokenizer))
+        rows.append(["tokenizer", f"the adapter's own: {names}"])
+    return rows
+
+
+def merge_document(result: Merge) -> Document:
+    """What a merge did, or would do (schema ``merge``)."""
+    return {
+        "format": 1,
+        "command": "merge",
+        "base": result.base,
+        "out": str(result.out),
+        "written": result.written,
+        "adapters": [
+            {
+                "name": adapter.label,
+                "weight": adapter.weight,
+                "rank": adapter.rank,
+                "layers": adapter.layers,
+                "strategy": adapter.strategy,
+                "projections": adapter.origin,
+                "draw": draw_document(adapter.draw),
+            }
+            for adapter in result.adapters
+        ],
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size,
+                "carried_bytes": file.carried,
+                "computed_bytes": file.computed,
+                "computed_tensors": file.tensors,
+                "sha256": result.sha256.get(file.name),
+            }
+            for file in result.files
+        ],
+        "tensors": [report.record() for report in result.tensors],
+        "numbers": numbers_record(total(result.tensors)) if result.written else None,
+        "bytes_needed": result.needed,
+        "bytes_free": result.free,
+        "seconds": round(result.seconds, 3),
+        "jobs": result.jobs,
+        "carried": list(result.sides.carried),
+        "left_out": [*result.sides.other_weights, *result.sides.adapter],
+        "tokenizer": list(result.tokenizer),
+        "findings": [finding_document(finding) for finding in result.findings],
+    }

@@ -1,0 +1,398 @@
+"""Results as text for people and as JSON documents for programs: pure functions.
+
+Every document has a file of its name under `schemas/`, and a number `format` that grows when its
+shape changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from vera_convert.base.naming import AS_THEY_ARE
+from vera_convert.base.onbase import OnBase
+from vera_convert.conversion.migration import TreeMigration
+from vera_convert.conversion.regeneration import Regenerated
+from vera_convert.conversion.strip_embed import Conversion
+from vera_convert.counting import Count, MethodSize
+from vera_convert.draws.recognition import Difference, Draw
+from vera_convert.errors import CheckpointError, VeraConvertError
+from vera_convert.files.reading import printable
+from vera_convert.rules import Finding
+from vera_convert.summary import AdapterInfo, Effect
+
+Document = dict[str, object]
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Align cells in columns, two spaces apart; the last cell of a row may be of any length."""
+    rows = list(rows)
+    widths: dict[int, int] = {}
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            widths[column] = max(widths.get(column, 0), len(cell))
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(widths.get(column, 0)) for column, cell in enumerate(row)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def finding_document(finding: Finding) -> Document:
+    """One finding."""
+    return {
+        "code": finding.code,
+        "severity": str(finding.severity),
+        "place": finding.place,
+        "reason": finding.reason,
+        "remedy": finding.rule.remedy,
+    }
+
+
+def error_document(error: VeraConvertError) -> Document:
+    """Why a command failed, with every finding (schema ``error``)."""
+    findings = error.findings if isinstance(error, CheckpointError) else ()
+    return {
+        "format": 1,
+        "error": str(error),
+        "status": error.status,
+        "findings": [finding_document(finding) for finding in findings],
+    }
+
+
+def draw_document(draw: Draw | None) -> Document | None:
+    """One draw."""
+    if draw is None:
+        return None
+    return {
+        "variant": str(draw.variant),
+        "key": draw.key,
+        "rank": draw.rank,
+        "in_features": draw.in_features,
+        "out_features": draw.out_features,
+        "rounding": str(draw.rounding),
+    }
+
+
+def _base_document(on_base: OnBase) -> Document | None:
+    location = on_base.location
+    if location is None:
+        return None
+    return {
+        "name": location.label,
+        "repo_id": location.repo_id,
+        "commit": location.commit,
+        "model_type": on_base.base.model_type if on_base.base else None,
+        "names": on_base.match.strategy if on_base.match else None,
+    }
+
+
+# --- strip, embed, migrate -----------------------------------------------------------------------
+
+
+def conversion_text(result: Conversion) -> str:
+    """What a conversion did, for people."""
+    out = printable(str(result.out))
+    form = "embedded" if result.embedded else "stripped"
+    rows = [["wrote", f"{out} ({form})"]]
+    rows += [
+        ["changed" if not index else "", change] for index, change in enumerate(result.changes)
+    ]
+    if not result.changes:
+        rows.append(["changed", f"nothing: it was {form} already, and was copied"])
+    before, after = f"{result.bytes_before:,}", f"{result.bytes_after:,}"
+    rows.append(["weights", f"{before} bytes" if before == after else f"{before} -> {after} bytes"])
+    if result.on_base.in_features is not None:
+        rows.append(["base", location_text(result.on_base)])
+    sides = result.side_files
+    if sides.carried:
+        rows.append(["carried", _listed(sides.carried)])
+    if sides.left_out:
+        rows.append(["left out", _listed(sides.left_out)])
+    if sides.adapters:
+        rows.append(["passed over", f"adapters of their own: {_listed(sides.adapters)}"])
+    if sides.outside:
+        rows.append(["not followed", f"links that lead elsewhere: {_listed(sides.outside)}"])
+    return table(rows)
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    shown = ", ".join(map(printable, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def location_text(on_base: OnBase) -> str:
+    """The base in words: its name, and how the adapter's fit its own; or why it was not read."""
+    if on_base.match is not None and on_base.match.strategy != AS_THEY_ARE.name:
+        return f"{on_base.source}, {on_base.match.strategy}"
+    return on_base.source if on_base.in_features else f"not read: {on_base.source}"
+
+
+def conversion_document(command: str, result: Conversion) -> Document:
+    """What a conversion did (schema ``conversion``)."""
+    return {
+        "format": 1,
+        "command": command,
+        "adapter": result.adapter,
+        "out": str(result.out),
+        "projections": "embedded" if result.embedded else "stripped",
+        "changes": list(result.changes),
+        "draw": draw_document(result.draw),
+        "base": _base_document(result.on_base),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "carried": list(result.side_files.carried),
+        "left_out": list(result.side_files.left_out),
+        "not_followed": list(result.side_files.outside),
+        "findings": [finding_document(finding) for finding in result.findings],
+    }
+
+
+def tree_text(result: TreeMigration) -> str:
+    """What became of a tree of adapters, for people; why the bad ones are bad is told apart."""
+    rows = []
+    for name, done in result.done.items():
+        rows.append([printable(name), "; ".join(done.changes) or "copied: nothing to change"])
+        left_out = (*done.side_files.left_out, *done.side_files.outside)
+        rows += [["", f"left out: {_listed(left_out)}"]] if left_out else []
+    for name, error in result.failed.items():
+        code = error.findings[0].code if isinstance(error, CheckpointError) else "no defect of it"
+        rows.append([printable(name), f"NOT MIGRATED ({code})"])
+    if result.outside:
+        rows.append(["in no adapter", f"left out: {_listed(result.outside)}"])
+    wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
+    where = f" to {printable(str(result.out))}" if result.done else ", so nothing"
+    return f"{table(rows)}\n{wrote}{where}"
+
+
+def tree_document(result: TreeMigration) -> Document:
+    """What became of a tree of adapters (schema ``migration``)."""
+    return {
+        "format": 1,
+        "out": str(result.out),
+        "done": {name: conversion_document("migrate", done) for name, done in result.done.items()},
+        "failed": {name: error_document(error) for name, error in result.failed.items()},
+        "outside": list(result.outside),
+    }
+
+
+# --- regenerate ----------------------------------------------------------------------------------
+
+
+def regenerated_text(result: Regenerated) -> str:
+    """What was drawn, for people."""
+    return table(
+        [
+            ["wrote", f"{printable(str(result.out))}, {result.size:,} bytes"],
+            ["drew", f"{result.draw.description}, stored as {result.dtype}"],
+            ["vera_A", f"SHA-256 {result.sha256_A}"],
+            ["vera_B", f"SHA-256 {result.sha256_B}"],
+        ]
+    )
+
+
+def regenerated_document(result: Regenerated) -> Document:
+    """What was drawn (schema ``regeneration``)."""
+    return {
+        "format": 1,
+        "out": str(result.out),
+        "draw": draw_document(result.draw),
+        "dtype": result.dtype,
+        "sha256_A": result.sha256_A,
+        "sha256_B": result.sha256_B,
+        "bytes": result.size,
+        "findings": [finding_document(finding) for finding in result.findings],
+    }
+
+
+# --- info ----------------------------------------------------------------------------------------
+
+
+def info_text(result: AdapterInfo) -> str:
+    """What an adapter is, for people."""
+    config = result.config
+    written = f", written by PEFT {printable(config.peft_version)}" if config.peft_version else ""
+    rows = [
+        ["adapter", f"{result.location.label} (VeRA{written})"],
+        ["base", _base_line(result)],
+        ["rank", str(config.r)],
+        ["key", str(config.projection_prng_key)],
+        ["layers", str(result.layers)],
+    ]
+    rows += [
+        [
+            f"  {printable(group.name)}",
+            f"{group.layers} x ({group.in_features or '?'} -> {group.out_features})",
+        ]
+        for group in result.groups
+    ]
+    rows.append(["lambdas", ", ".join(result.lambda_dtypes)])
+    if result.replacements:
+        rows.append(["also trained", _listed(result.replacements)])
+    rows += _projection_rows(result)
+    rows += [[f"  PEFT {effect.peft}", _effect_text(effect)] for effect in result.effects]
+    rows += _size_rows(result)
+    return table(rows)
+
+
+def _base_line(result: AdapterInfo) -> str:
+    if result.on_base.base is not None:
+        kind = result.on_base.base.model_type
+        return location_text(result.on_base) + (f" ({printable(kind)})" if kind else "")
+    return location_text(result.on_base)
+
+
+def _projection_rows(result: AdapterInfo) -> list[list[str]]:
+    stored = result.projections
+    if stored is not None:
+        shapes = f"A {list(stored.A.shape)}, B {list(stored.B.shape)}, {stored.A.dtype}"
+        rows = [["projections", f"embedded: {shapes}"]]
+        if result.draw is not None:
+            rows.append(["", result.draw.description])
+        elif result.difference is not None:
+            rows.append(["", f"no draw: {result.difference.description}"])
+        return rows
+    if result.draw is not None:
+        return [["projections", "stripped, with a fingerprint:"], ["", result.draw.description]]
+    return [["projections", "stripped, without a fingerprint: nothing records their dims"]]
+
+
+def _effect_text(effect: Effect) -> str:
+    if effect.source == "file":
+        return "uses the stored A and B"
+    if effect.same_on is None:
+        return "draws A and B from the key; nothing tells whether they are the trained ones"
+    if not effect.same_on:
+        return "draws A and B from the key, and gets others"
+    return f"draws A and B from the key: the same on a {' or '.join(effect.same_on)} base"
+
+
+def _size_rows(result: AdapterInfo) -> list[list[str]]:
+    sizes = result.sizes
+    unknown = "needs the base" if result.on_base.base is None else "not told without drawing"
+    lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
+    return [
+        ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],
+        ["bytes", f"{sizes.as_is:,} as it is"],
+        ["  stripped", _bytes_text(sizes.stripped, "cannot be stripped")],
+        ["  embedded", _bytes_text(sizes.embedded, unknown)],
+        ["  as LoRA", _bytes_text(sizes.lora, "needs the base")],
+        ["  merged", _bytes_text(sizes.merged, "needs the base")],
+    ]
+
+
+def _bytes_text(size: int | None, otherwise: str) -> str:
+    return otherwise if size is None else f"{size:,}"
+
+
+def _difference_document(difference: Difference | None) -> Document | None:
+    if difference is None:
+        return None
+    document = asdict(difference)
+    document["index"] = list(difference.index)
+    for name in ("found", "expected", "largest"):
+        value = document[name]
+        # JSON has no NaN and no infinity.
+        document[name] = value if math.isfinite(value) else str(value)
+    return document
+
+
+def info_document(result: AdapterInfo) -> Document:
+    """What an adapter is (schema ``info``)."""
+    config = result.config
+    stored = result.projections
+    return {
+        "format": 1,
+        "adapter": result.location.label,
+        "commit": result.location.commit,
+        "peft_version": config.peft_version,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "base": _base_document(result.on_base),
+        "rank": config.r,
+        "key": config.projection_prng_key,
+        "save_projection": config.save_projection,
+        "layers": result.layers,
+        "groups": [asdict(group) for group in result.groups],
+        "lambda_dtypes": list(result.lambda_dtypes),
+        "replacements": list(result.replacements),
+        "projections": None
+        if stored is None
+        else {
+            "dtype": stored.A.dtype,
+            "shape_A": list(stored.A.shape),
+            "shape_B": list(stored.B.shape),
+        },
+        "fingerprint": result.fingerprint is not None,
+        "draw": draw_document(result.draw),
+        "difference": _difference_document(result.difference),
+        "effects": [
+            {
+                "peft": effect.peft,
+                "source": effect.source,
+                "same_on": None if effect.same_on is None else list(effect.same_on),
+            }
+            for effect in result.effects
+        ],
+        "trainable_parameters": result.parameters,
+        "lora_parameters": result.lora_parameters,
+        "bytes": asdict(result.sizes),
+        "findings": [finding_document(finding) for finding in result.findings],
+    }
+
+
+# --- count ---------------------------------------------------------------------------------------
+
+
+def count_text(result: Count) -> str:
+    """Trainable parameters and bytes of VeRA and LoRA, for people."""
+    rows = [
+        ["model", printable(result.source)],
+        ["rank", str(result.rank)],
+        ["layers", str(result.layers)],
+    ]
+    rows += [
+        [
+            f"  {printable(group.name)}",
+            f"{group.layers} x ({group.in_features} -> {group.out_features})",
+        ]
+        for group in result.groups
+    ]
+    rows.append(
+        ["A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"]
+    )
+    body = table(rows)
+    return f"{body}\n\n{table(_count_rows(result))}"
+
+
+def _count_rows(result: Count) -> list[list[str]]:
+    def numbers(name: str, parameters: int, size: int) -> list[str]:
+        return [name, f"{parameters:>15,}", f"{size:>15,}"]
+
+    vera, lora = result.vera, result.lora
+    return [
+        ["", f"{'trainable':>15}", f"{'file bytes':>15}"],
+        numbers("VeRA", vera.parameters, vera.file_bytes),
+        numbers("VeRA, stripped", vera.parameters, result.stripped_bytes),
+        numbers("LoRA", lora.parameters, lora.file_bytes),
+    ]
+
+
+def count_document(result: Count) -> Document:
+    """Trainable parameters and bytes (schema ``count``)."""
+
+    def size(method: MethodSize) -> Document:
+        return asdict(method)
+
+    return {
+        "format": 1,
+        "source": result.source,
+        "rank": result.rank,
+        "targets": list(result.targets),
+        "layers": result.layers,
+        "groups": [asdict(group) for group in result.groups],
+        "max_in": result.max_in,
+        "max_out": result.max_out,
+        "vera": {**size(result.vera), "stripped_bytes": result.stripped_bytes},
+        "lora": size(result.lora),
+    }

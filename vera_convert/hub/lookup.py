@@ -1,0 +1,441 @@
+"""From what a user wrote to where it lies: a folder here, or a repo on the Hub at one commit.
+
+With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: what the local cache lacks cannot
+be had.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.files.reading import LocalFile, clean_name, open_local, printable, unreadable
+from vera_convert.hub.calls import (
+    HubAccess,
+    OutOfReachError,
+    cache_of_repo,
+    download,
+    open_by_range,
+    repo_info,
+)
+from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.hub.reponame import (
+    COMMIT,
+    SCHEME,
+    RepoName,
+    is_repo_id,
+    is_revision,
+    looks_like_path,
+    parse_repo_name,
+)
+from vera_convert.rules import CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
+
+__all__ = (
+    "HubAccess",
+    "Location",
+    "NamedBase",
+    "base_from_config",
+    "fetch_adapter",
+    "fetch_base",
+    "list_files",
+    "locate",
+    "open_remote",
+)
+
+_DEEPEST = 100
+SIDE_FILE_LIMIT = 10_000_000
+"""The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint lies: in a folder here, or in a repo on the Hub at one commit.
+
+    Attributes:
+        label: what messages call it; printable.
+        folder: the folder with its files; None while they are on the Hub alone.
+        repo_id: the repo on the Hub, if it is one.
+        commit: the commit that is meant, forty hexadecimal digits.
+        subfolder: the folder inside the repo, with `/`; empty for its root.
+        revision: the branch, tag or commit that was asked for; None for the default branch.
+        left_out: files of the repo that were not fetched with the others.
+    """
+
+    label: str
+    folder: Path | None
+    repo_id: str | None = None
+    commit: str | None = None
+    subfolder: str = ""
+    revision: str | None = None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBase:
+    """The base that an adapter's config names: where it lies, or why the name is not followed."""
+
+    location: Location | None
+    reason: str = ""
+
+
+# --- what was written ----------------------------------------------------------------------------
+
+
+def locate(
+    text: str,
+    *,
+    kind: Literal["adapter", "base"],
+    access: HubAccess,
+    revision: str | None = None,
+) -> Location:
+    """Find what an argument of the command line means; a path that exists wins.
+
+    Args:
+        text: a folder, or ``org/name[@revision][/subfolder]``, or that after ``hf://``.
+        kind: only a base may be a repo without an organisation, such as ``gpt2``.
+        access: how the Hub is reached.
+        revision: branch, tag or commit, from an option of its own.
+
+    Returns:
+        A folder; or a repo with its commit resolved and nothing fetched yet.
+
+    Raises:
+        UsageError: malformed, a file, or a revision of something that has none.
+        SurroundingsError: no such folder, repo or revision; gated, offline or no network.
+    """
+    folder = _existing_folder(text)
+    if folder is not None:
+        if revision is not None:
+            raise UsageError(f"{printable(text)} is a folder here, so it has no revision.")
+        return Location(printable(text), folder)
+    bare = re.search("[/@]", text) is None
+    if looks_like_path(text) or (bare and kind == "adapter"):
+        hint = " A repo on the Hub is written org/name." if bare else ""
+        raise SurroundingsError(f"there is no folder {printable(text)}.{hint}")
+    try:
+        name = parse_repo_name(text, bare=kind == "base")
+    except ValueError as error:
+        raise UsageError(
+            f"{printable(text)} is no folder here, nor can it be a repo on the Hub: {error}. "
+            "A repo is written org/name, org/name@revision or org/name@revision/subfolder."
+        ) from None
+    try:
+        return _resolve(_with_revision(name, revision), access)
+    except SurroundingsError as error:
+        raise SurroundingsError(f"there is no folder {printable(text)}, and {error}") from error
+
+
+def base_from_config(name: str | None, revision: str | None, access: HubAccess) -> NamedBase:
+    """Find the base that an adapter's config names, in the cache first; a path is never followed.
+
+    Raises:
+        UsageError: the name is a path here as well; ``--base`` has to say which is meant.
+        SurroundingsError: no such repo or revision; gated, offline or no network.
+    """
+    if not name:
+        return NamedBase(None, "the adapter's config names no base")
+    if not is_repo_id(name):
+        return NamedBase(None, f"the config calls the base {printable(name)}, which is no repo")
+    if revision is not None and not is_revision(revision):
+        return NamedBase(None, f"{printable(revision)} is no revision of the base {name}")
+    if os.path.lexists(name):
+        raise UsageError(
+            f"the adapter's config calls the base {name}, which is a path here and may be a repo "
+            f"on the Hub: say which with --base ./{name} or --base {SCHEME}{name}."
+        )
+    wanted = RepoName(name, revision)
+    cached = _cached_commit(wanted, access)
+    if cached is not None and any(_snapshot(name, cached, access).rglob("*.safetensors")):
+        return NamedBase(_at(wanted, cached))
+    return NamedBase(_resolve(wanted, access))
+
+
+def _existing_folder(text: str) -> Path | None:
+    """Return the folder that `text` is the path of, None if nothing is there."""
+    if not text or "\0" in text:
+        raise UsageError("a folder or a repo has to be named: this is empty or has a NUL in it.")
+    if text.startswith(SCHEME):
+        return None
+    for path in dict.fromkeys((text, os.path.expanduser(text))):  # noqa: PTH111 - Path's can raise
+        try:
+            found = os.stat(path)  # noqa: PTH116 - as above
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        except OSError as error:
+            # No file can have such a name, so it may still be a repo.
+            if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+                continue
+            raise unreadable(printable(text), error) from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise UsageError(f"{printable(text)} is no folder; pass the folder that it lies in.")
+        return Path(path)
+    return None
+
+
+def _with_revision(name: RepoName, revision: str | None) -> RepoName:
+    if revision is None:
+        return name
+    if not is_revision(revision):
+        raise UsageError(f"{printable(revision)} is no revision that git allows.")
+    if name.revision not in (None, revision):
+        raise UsageError(
+            f"two revisions of {name.repo_id} are asked for: {name.revision} after the @ and "
+            f"{printable(revision)} by the option."
+        )
+    return replace(name, revision=revision)
+
+
+# --- commits and the cache -----------------------------------------------------------------------
+
+
+def _at(name: RepoName, commit: str) -> Location:
+    label = "/".join(filter(None, (f"{name.repo_id}@{commit}", name.subfolder)))
+    return Location(printable(label), None, name.repo_id, commit, name.subfolder, name.revision)
+
+
+def _resolve(name: RepoName, access: HubAccess) -> Location:
+    """Find the commit of a revision: from the Hub, or the cache if that cannot be asked."""
+    cached = _cached_commit(name, access)
+    if cached is not None and (access.is_offline or name.revision == cached):
+        return _at(name, cached)
+    if access.is_offline:
+        raise _not_cached(f"{name.repo_id}@{name.revision or 'main'}")
+    try:
+        commit, _ = repo_info(name.repo_id, name.revision, access)
+    except OutOfReachError:
+        if cached is None:
+            raise
+        commit = cached
+    return _at(name, commit)
+
+
+def _snapshot(repo_id: str, commit: str, access: HubAccess) -> Path:
+    return cache_of_repo(repo_id, access) / "snapshots" / commit
+
+
+def _cached_commit(name: RepoName, access: HubAccess) -> str | None:
+    """Return the commit that the cache knows for a revision, if it holds any file of it."""
+    commit = name.revision or "main"
+    if not COMMIT.fullmatch(commit):
+        ref = cache_of_repo(name.repo_id, access).joinpath("refs", *commit.split("/"))
+        try:
+            commit = ref.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+    known = COMMIT.fullmatch(commit) and _snapshot(name.repo_id, commit, access).is_dir()
+    return commit if known else None
+
+
+def _not_cached(what: str) -> SurroundingsError:
+    return SurroundingsError(
+        f"{what} is not in the local cache, and nothing is fetched offline. "
+        "Run again without --offline and HF_HUB_OFFLINE, or download it first with `hf download`."
+    )
+
+
+def _on_hub(location: Location) -> tuple[str, str]:
+    if location.repo_id is None or location.commit is None:
+        raise ValueError("not a repo on the Hub")
+    return location.repo_id, location.commit
+
+
+def _inside(location: Location, filename: str) -> PurePosixPath:
+    return PurePosixPath(location.subfolder) / clean_name(filename, place=location.label)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def list_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the files of a location with their sizes, hidden ones left out, in sorted order.
+
+    Names are relative to the location, with `/`; a size that the Hub does not tell is -1. Where the
+    Hub cannot be asked, what the cache holds of the commit is listed.
+
+    Raises:
+        SurroundingsError: the folder is not there or cannot be read; gated, no network.
+    """
+    if location.folder is not None:
+        return dict(_walk(location.folder))
+    repo_id, commit = _on_hub(location)
+    cached = _snapshot(repo_id, commit, access) / location.subfolder
+    if access.is_offline and not cached.is_dir():
+        raise _not_cached(location.label)
+    if access.is_offline:
+        return dict(_walk(cached))
+    try:
+        _, names = repo_info(repo_id, commit, access, files=True)
+    except OutOfReachError:
+        if not cached.is_dir():
+            raise
+        return dict(_walk(cached))
+    listed = _below(location.subfolder, names)
+    if location.subfolder and not listed:
+        raise SurroundingsError(f"{location.label}: the repo has no such folder.")
+    return listed
+
+
+def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
+    prefix = f"{subfolder}/" if subfolder else ""
+    relative = {
+        name.removeprefix(prefix): size for name, size in names.items() if name.startswith(prefix)
+    }
+    shown = (name for name in relative if not re.search(r"(^|/)\.", name))
+    return {name: relative[name] for name in sorted(shown)}
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the regular files below a folder, links to files included but no linked folder."""
+    if prefix.count("/") > _DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
+    except OSError as error:
+        raise unreadable(printable(str(folder)), error) from error
+
+
+def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
+    """Open a file of a repo to be read by position: from the cache, else by range requests.
+
+    Args:
+        location: a repo at its commit.
+        filename: relative to the location, with `/`.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the name leads out of the repo.
+        SurroundingsError: it cannot be had.
+    """
+    repo_id, commit = _on_hub(location)
+    name = _inside(location, filename)
+    snapshot = _snapshot(repo_id, commit, access)
+    if (snapshot / name).exists():
+        return open_local(snapshot / name, within=snapshot)
+    place = f"{location.label}/{printable(filename)}"
+    if access.is_offline:
+        raise _not_cached(place)
+    return open_by_range(repo_id, str(name), commit=commit, place=place, access=access)
+
+
+def fetch_adapter(
+    location: Location, access: HubAccess, *, is_training_state: Callable[[str], bool]
+) -> Location:
+    """Fetch an adapter: its config, its weights of any size, and small files beside them.
+
+    Left out, and named in the result: pickled weights, training states, files of more than 10 MB,
+    and names that not every system allows. Hidden files and subfolders that are adapters themselves
+    are passed over in silence.
+
+    Args:
+        location: a folder, returned as it is, or a repo.
+        access: how the Hub is reached.
+        is_training_state: whether a file of this name (without folders) is never carried.
+
+    Raises:
+        CheckpointError: config or weights are not there.
+        SurroundingsError: a file cannot be had.
+    """
+    if location.folder is not None:
+        return location
+    names = _adapter_files(location, access)
+    beside = {name: size for name, size in names.items() if name not in (_CONFIG, _WEIGHTS)}
+    small = [
+        name
+        for name, size in beside.items()
+        if 0 <= size <= SIDE_FILE_LIMIT
+        and _is_clean(name)
+        and not is_training_state(PurePosixPath(name).name)
+    ]
+    folder = _download(location, [_CONFIG, _WEIGHTS, *small], access)
+    left_out = tuple(name for name in beside if name not in small)
+    return replace(location, folder=folder, left_out=left_out)
+
+
+def fetch_weights(location: Location, access: HubAccess) -> Location:
+    """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
+    if location.folder is not None:
+        return location
+    _adapter_files(location, access)
+    return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
+
+
+def _adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out."""
+    listed = list_files(location, access)
+    others = tuple(name.removesuffix(_CONFIG) for name in listed if name.endswith(f"/{_CONFIG}"))
+    names = {name: size for name, size in listed.items() if not name.startswith(others)}
+    _demand_adapter(location, names, others)
+    return names
+
+
+def _is_clean(name: str) -> bool:
+    try:
+        clean_name(name, place=name)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _demand_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
+    place = location.label
+    if _CONFIG not in names:
+        hint = f" Its folder {printable(others[0])} is an adapter: was it meant?" if others else ""
+        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {_CONFIG}.{hint}"))
+    if _WEIGHTS not in names and _PICKLED in names:
+        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {_PICKLED} alone."))
+    if _WEIGHTS not in names:
+        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {_WEIGHTS}."))
+
+
+def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:
+    """Fetch files of a base through the cache.
+
+    Args:
+        location: a folder, returned as it is, or a repo.
+        access: how the Hub is reached.
+        names: the files that are needed, as `list_files` names them; at least one.
+
+    Raises:
+        SurroundingsError: a file cannot be had.
+    """
+    if location.folder is not None:
+        return location
+    return replace(location, folder=_download(location, sorted(names), access))
+
+
+def _download(location: Location, names: Sequence[str], access: HubAccess) -> Path:
+    """Bring files of one commit into the cache and return the folder that holds them all."""
+    repo_id, commit = _on_hub(location)
+    snapshot = _snapshot(repo_id, commit, access)
+    full = [str(_inside(location, name)) for name in names]
+    if access.is_offline:
+        for name in full:
+            if not (snapshot / name).exists():
+                raise _not_cached(f"{repo_id}@{commit}/{printable(name)}")
+        return snapshot / location.subfolder
+    # The first is asked for by the name of its revision: so the cache learns what that name means,
+    # and the next run can do without the Hub. One after the other, since a thread that downloads
+    # cannot be interrupted.
+    revision = location.revision or "main"
+    for name in full:
+        path = download(repo_id, name, revision=revision, access=access)
+        if commit not in path.parts:
+            raise SurroundingsError(f"{location.label}: the repo was changed meanwhile. Try again.")
+        revision = commit
+    return snapshot / location.subfolder

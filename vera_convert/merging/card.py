@@ -1,0 +1,86 @@
+"""The model card of a merged model: what it was made of, for people and for the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vera_convert._version import __version__
+from vera_convert.files.reading import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One input as a card names it; nothing of it tells of the machine it lay on.
+
+    Attributes:
+        name: the repo on the Hub, or the name of a folder.
+        commit: the commit of the repo; empty for a folder.
+        is_repo: whether the name is that of a repo.
+        weight: the factor of an adapter's deltas; None for a base.
+    """
+
+    name: str
+    commit: str = ""
+    is_repo: bool = False
+    weight: float | None = None
+
+
+def model_card(
+    base: Origin, adapters: Sequence[Origin], *, library: str, trained_on: str | None = None
+) -> str:
+    """Return the text of the card.
+
+    Args:
+        base: the base.
+        adapters: the adapters in the order of the merge.
+        library: which library loads the result, as the Hub calls it.
+        trained_on: the repo that the first adapter's config names as its base; used where the base
+            that was read is a folder.
+    """
+    base_model = base.name if base.is_repo else trained_on
+    fields = [
+        *([f"base_model: {_quoted(base_model)}"] if base_model else []),
+        *(["base_model_relation: finetune"] if base_model else []),
+        f"library_name: {library}",
+        "tags:",
+        "- vera",
+        "- merged",
+    ]
+    rows = [_row("Base", base), *(_row("Adapter", adapter) for adapter in adapters)]
+    several = "adapters" if len(adapters) > 1 else "adapter"
+    return "\n".join(
+        [
+            "---",
+            *fields,
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"The weights of the base plus those of the VeRA {several}, each sum rounded once to",
+            f"the type of its tensor. Made by vera-convert {__version__}; `merge-provenance.json`",
+            "beside this card names every input, option and change.",
+            "",
+            "| | name | revision | weight |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _row(kind: str, origin: Origin) -> str:
+    weight = "" if origin.weight is None else repr(origin.weight)
+    return f"| {kind} | {_code(origin.name)} | {_code(origin.commit)} | {weight} |"
+
+
+def _quoted(text: str) -> str:
+    """Return text as a value of YAML, which takes the texts of JSON."""
+    return json.dumps(printable(text))
+
+
+def _code(text: str) -> str:
+    """Return text as code that Markdown neither ends nor splits into cells."""
+    shown = printable(text).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`" if shown else ""

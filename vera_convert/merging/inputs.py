@@ -1,0 +1,291 @@
+"""What a merge reads, understood before anything is planned: adapters, base, and their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.folder import is_training_state, side_files
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
+from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel
+from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, loaded_in
+from vera_convert.base.quantised import quantised_elsewhere, refuse_quantised
+from vera_convert.conversion.projections import Meant
+from vera_convert.draws.generator import Variant
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.header import Header, read_header
+from vera_convert.files.reading import LocalFile, open_local, read_json
+from vera_convert.files.weightfiles import read_weight_map
+from vera_convert.hub.lookup import (
+    HubAccess,
+    Location,
+    fetch_adapter,
+    fetch_base,
+    list_files,
+    locate,
+    open_remote,
+)
+from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.hub.reponame import SCHEME
+from vera_convert.merging.dequantising import Dequantisation, plan_dequantisation
+from vera_convert.merging.ineffect import InEffect, in_effect
+from vera_convert.merging.parts import Part, check_vectors
+from vera_convert.rules import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWish:
+    """One adapter as a caller names it.
+
+    Attributes:
+        adapter: a folder or a repo on the Hub.
+        weight: the factor of its deltas.
+        revision: its branch, tag or commit on the Hub.
+    """
+
+    adapter: str | Path
+    weight: float = 1.0
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeInputs:
+    """All that a merge reads.
+
+    Attributes:
+        parts: the adapters, matched with the base, in the order of the merge.
+        locations: where each adapter lies.
+        base: the base.
+        files: its weight files, by name.
+        sides: its other files by what becomes of them.
+        carried: those that are carried, by name.
+        texts: the bytes of its config and index, by name, as far as there are such files.
+        tokenizer: the files of the first adapter's own tokenizer, by name; empty without one.
+        read_whole: the files of `texts`.
+        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+        findings: warnings and notes.
+    """
+
+    parts: tuple[Part, ...]
+    locations: tuple[Location, ...]
+    base: BaseModel
+    files: Mapping[str, InputFile]
+    sides: ModelFiles
+    carried: Mapping[str, InputFile]
+    texts: Mapping[str, bytes]
+    tokenizer: Mapping[str, InputFile]
+    read_whole: Mapping[str, InputFile]
+    dequantisation: Dequantisation | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that are read, which no output may touch."""
+        folders = [location.folder for location in (*self.locations, self.base.location)]
+        return tuple(folder for folder in folders if folder is not None)
+
+    def check_unchanged(self) -> None:
+        """Raise `SurroundingsError` if anything changed since it was looked at first."""
+        for part in self.parts:
+            part.adapter.check_unchanged()
+            part.weights.check_unchanged()
+        for files in (self.files, self.carried, self.tokenizer, self.read_whole):
+            for file in files.values():
+                file.check_unchanged()
+
+
+def find_adapters(wishes: Sequence[AdapterWish], access: HubAccess) -> tuple[Location, ...]:
+    """Find where the adapters lie; nothing is fetched.
+
+    Raises:
+        UsageError: malformed, or a revision of something that has none.
+        SurroundingsError: there is no such folder or repo.
+    """
+    return tuple(
+        locate(str(wish.adapter), kind="adapter", access=access, revision=wish.revision)
+        for wish in wishes
+    )
+
+
+@contextmanager
+def open_inputs(
+    wishes: Sequence[AdapterWish],
+    locations: Sequence[Location],
+    base: BaseWish,
+    *,
+    access: HubAccess,
+    meant: Meant = Meant.AUTO,
+    variant: Variant | None = None,
+    dequantize: bool = False,
+    fetch: bool = True,
+) -> Iterator[MergeInputs]:
+    """Fetch, open and understand what is merged.
+
+    Args:
+        wishes: the adapters.
+        locations: where they lie.
+        base: what the caller says of the base.
+        access: how the Hub is reached.
+        meant: which A and B count where file, flag and key disagree.
+        variant: how they are drawn, where they are and no fingerprint says it.
+        dequantize: make a base whose weights are fp8 a 16-bit model.
+        fetch: bring a base on the Hub here; without that its headers alone are read, and what is
+            returned serves for a plan.
+
+    Raises:
+        CheckpointError: an adapter or the base is malformed, or they do not belong together.
+        UsageError: no base is named, or options clash.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    with ExitStack() as stack:
+        fetched = [
+            fetch_adapter(location, access, is_training_state=is_training_state)
+            for location in locations
+        ]
+        adapters = [stack.enter_context(open_adapter(_folder(each))) for each in fetched]
+        known = _learn_all(adapters, base, access)
+        model = known[0].base
+        assert model is not None  # noqa: S101 -- `_learn_all` demands it
+        dequantisation = plan_dequantisation(model) if dequantize else None
+        if dequantisation is None:
+            matches = [each.match for each in known if each.match is not None]
+            refuse_quantised(model, [name for each in matches for name in each.tensors.values()])
+        elif base.dtype is None:
+            known = [loaded_in(each, dequantisation.dtype) for each in known]
+        names = list_files(model.location, access)
+        sides = sort_files(names, model)
+        whole = [name for name in (sides.config, model.index) if name is not None]
+        if fetch:
+            needed = [*model.files, *whole, *sides.carried]
+            model = replace(model, location=fetch_base(model.location, access, names=needed))
+        find = _Finder(model.location, names)
+        files = {name: find.file(name, header) for name, header in model.files.items()}
+        read_whole = {name: find.file(name) for name in whole} if fetch else {}
+        texts = {name: _text(model.location, name, access) for name in whole}
+        _hold_against_base(texts, sides, model)
+        parts = []
+        for wish, location, adapter, on_base in zip(wishes, fetched, adapters, known, strict=True):
+            check_vectors(adapter)
+            pair = in_effect(adapter, on_base, meant=meant, variant=variant)
+            parts.append(_part(wish, location, adapter, on_base, pair))
+        findings = [*sides.findings(model.location.label)]
+        if dequantisation is None:
+            findings += filter(None, [quantised_elsewhere(model)])
+        else:
+            findings.append(dequantisation.finding(model.location.label))
+        for part, on_base in zip(parts, known, strict=True):
+            findings += [*part.adapter.findings, *on_base.findings, *part.pair.findings]
+        inputs = MergeInputs(
+            parts=tuple(parts),
+            locations=tuple(fetched),
+            base=model,
+            files=files,
+            sides=sides,
+            carried={name: find.file(name) for name in sides.carried},
+            texts=texts,
+            tokenizer=_tokenizer(fetched[0]),
+            read_whole=read_whole,
+            dequantisation=dequantisation,
+            findings=tuple(dict.fromkeys(findings)),
+        )
+        yield inputs
+
+
+def _folder(location: Location) -> Path:
+    assert location.folder is not None  # noqa: S101 -- it has been fetched
+    return location.folder
+
+
+def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -> list[OnBase]:
+    """Match every adapter with the one base, that of the first if none is given."""
+    bases = Bases(access)
+    known = [learn(adapters[0], wish, bases=bases, need=Need.VITAL)]
+    base = known[0].base
+    if base is None:
+        raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
+    same = replace(wish, model=_name(base.location), revision=None)
+    known += [learn(each, same, bases=bases, need=Need.VITAL) for each in adapters[1:]]
+    return known
+
+
+def _name(location: Location) -> str:
+    """Return what names a location so that it is found again."""
+    if location.folder is not None:
+        return str(location.folder)
+    subfolder = f"/{location.subfolder}" if location.subfolder else ""
+    return f"{SCHEME}{location.repo_id}@{location.commit}{subfolder}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Makes input files of names in the base's folder; of sizes alone where it is not here."""
+
+    location: Location
+    sizes: Mapping[str, int]
+
+    def file(self, name: str, header: Header | None = None) -> InputFile:
+        folder = self.location.folder
+        if folder is None:
+            return InputFile(Path(name), Path(), (0, 0, self.sizes[name], 0, 0))
+        return InputFile.look(folder / name, within=folder, header=header)
+
+
+def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
+    """Demand that the config and the index that are carried are those that were understood."""
+    changed = False
+    if sides.config is not None:
+        changed = json.loads(texts[sides.config]) != base.config
+    if base.index is not None:
+        document, place = json.loads(texts[base.index]), base.location.label
+        files = {name: tensor.file for name, tensor in base.tensors.items()}
+        changed |= read_weight_map(document, base.index, place=place) != files
+    if changed:
+        raise SurroundingsError(
+            f"{base.location.label} changed while it was read. Try again when nothing writes to it."
+        )
+
+
+def _part(
+    wish: AdapterWish,
+    location: Location,
+    adapter: Adapter,
+    on_base: OnBase,
+    pair: InEffect,
+) -> Part:
+    source, folder = adapter.sources[-1], _folder(location)
+    assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
+    assert on_base.match is not None  # noqa: S101 -- it is known from a base
+    return Part(
+        label=location.label,
+        adapter=adapter,
+        match=on_base.match,
+        pair=pair,
+        weights=InputFile(folder / WEIGHTS_NAME, folder, source.identity),
+        header=read_header(source),
+        weight=wish.weight,
+    )
+
+
+def _text(location: Location, name: str, access: HubAccess) -> bytes:
+    """Read a whole file of JSON."""
+    folder = location.folder
+    file: LocalFile | RemoteFile
+    if folder is None:
+        file = open_remote(location, name, access)
+    else:
+        file = open_local(folder / name, within=folder)
+    with file:
+        return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT))[1]
+
+
+def _tokenizer(location: Location) -> dict[str, InputFile]:
+    """Return the files of an adapter's own tokenizer, if it has a whole one."""
+    folder = _folder(location)
+    names = tokenizer_files(side_files(folder, not_fetched=location.left_out).carried)
+    return {name: InputFile.look(folder / name, within=folder) for name in names}

@@ -1,0 +1,278 @@
+"""A planned merge that is carried out: staged, read back, published in one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from vera_convert.assembly.assembling import (
+    Assembler,
+    Computed,
+    Finished,
+    NewFile,
+    ResultNotFiniteError,
+)
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.assembly.jobs import default_jobs
+from vera_convert.assembly.journal import Journal, finished_files
+from vera_convert.assembly.sums import Numbers
+from vera_convert.base.folder import PROVENANCE_NAME
+from vera_convert.base.onbase import BaseWish
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.options import MergeOptions
+from vera_convert.merging.output import check_staged
+from vera_convert.merging.parts import Changes
+from vera_convert.merging.plan import WeightsPlan
+from vera_convert.merging.provenance import adapter_record, base_record, provenance_text, versions
+from vera_convert.merging.report import TensorReport
+from vera_convert.publish.publishing import Staged, staged_run
+from vera_convert.rules import RESULT_NOT_FINITE, Finding
+
+KEPT = "What is finished is kept: the same command with --resume continues from there."
+"""The note of an error after which a merge can be continued."""
+
+_BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+
+
+def is_merged(folder: Path) -> bool:
+    """Say whether a folder is a merged model: what ``--force`` may replace by another."""
+    return (folder / PROVENANCE_NAME).is_file()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeJob:
+    """A merge that is planned.
+
+    Attributes:
+        inputs: what is read.
+        changes: what is done to the base.
+        weights: the plan of the weight files.
+        files: all files but the provenance.
+        out: the folder that is to appear.
+        base: what the caller says of the base.
+        options: how to merge.
+        free: bytes that are free where it goes.
+    """
+
+    inputs: MergeInputs
+    changes: Changes
+    weights: WeightsPlan
+    files: tuple[NewFile, ...]
+    out: Path
+    base: BaseWish
+    options: MergeOptions
+    free: int
+
+    @property
+    def jobs(self) -> int:
+        """How many threads work on it."""
+        return self.options.jobs or default_jobs()
+
+    @property
+    def needed(self) -> int:
+        """How many bytes its output takes."""
+        return sum(file.size for file in self.files)
+
+    def run(
+        self, progress: Callable[[int, int], None]
+    ) -> tuple[tuple[TensorReport, ...], dict[str, str]]:
+        """Do it; return what became of each tensor, and the SHA-256 of files if it is asked for.
+
+        Raises:
+            CheckpointError: a result is not finite.
+            UsageError: `out` exists and may not be replaced, or overlaps an input.
+            SurroundingsError: the disk fails, memory or space is short, or an input changed.
+        """
+        needed = self.needed
+        self._demand_space(needed)
+        with (
+            _enough_memory(),
+            Assembler(
+                self.files, jobs=self.jobs, check=self.options.check, device=self.options.device
+            ) as assembler,
+        ):
+            product = self.options.device.product()
+            with self._staged(product) as (folder, finished, on_finished):
+                try:
+                    results = finished | assembler.assemble(
+                        folder,
+                        finished=finished,
+                        hashes=self.options.checksums,
+                        progress=lambda done: progress(done, needed),
+                        on_finished=on_finished,
+                    )
+                except ResultNotFiniteError as error:
+                    raise CheckpointError(_not_finite(error, self.files)) from error
+                reports = self._reports(results)
+                hashes = {name: each.sha256 for name, each in results.items() if each.sha256}
+                provenance = self._provenance(reports, hashes, product)
+                (folder / PROVENANCE_NAME).write_bytes(provenance)
+                check_staged(folder, {file.name: file for file in self.files}, self.weights)
+                self.inputs.check_unchanged()
+        return reports, hashes
+
+    def _demand_space(self, needed: int) -> None:
+        if needed > self.free:
+            raise SurroundingsError(
+                f"the merged model takes {needed:,} bytes, and {self.free:,} are free where "
+                f"{printable(str(self.out))} is to appear. Free some space there, or choose an "
+                "OUT on another disk."
+            )
+
+    # --- staging and continuing ------------------------------------------------------------------
+
+    @contextmanager
+    def _staged(
+        self, product: str
+    ) -> Iterator[tuple[Path, dict[str, Finished], Callable[[str, Finished], None]]]:
+        """Give a folder, the files that are finished in it, and what to call for each further."""
+        with staged_run(
+            self.out,
+            continues=self.options.resume,
+            force=self.options.force,
+            inputs=self.inputs.folders,
+            is_own=is_merged,
+        ) as staged:
+            journal, finished = None, dict[str, Finished]()
+            if self.options.resume:
+                journal, finished = self._continued(staged, product)
+
+            def on_finished(name: str, each: Finished) -> None:
+                staged.synced.add(staged.folder / name)
+                if journal is not None and name in self._shards:
+                    journal.add(name, each)
+                    # Of a single file nothing would be left to do.
+                    staged.worth_keeping = len(self._shards) > 1
+
+            try:
+                yield staged.folder, finished, on_finished
+            except BaseException as error:
+                if staged.worth_keeping:
+                    error.add_note(KEPT)
+                raise
+
+    @property
+    def _shards(self) -> frozenset[str]:
+        return frozenset(file.name for file in self.weights.files)
+
+    def _continued(self, staged: Staged, product: str) -> tuple[Journal, dict[str, Finished]]:
+        """Take over what an earlier run left, as far as its journal ties it to this merge."""
+        identity = self._identity(product)
+        left = finished_files(staged.journal, staged.folder, identity)
+        finished = {name: each for name, each in left.items() if name in self._shards}
+        staged.keep_only(finished)
+        staged.worth_keeping = bool(finished)
+        return Journal(staged.journal, staged.folder, identity, finished), finished
+
+    def _identity(self, product: str) -> str:
+        """Return the hash of all that decides the bytes of the output."""
+        inputs = self.inputs
+        files = {**inputs.files, **inputs.read_whole}
+        document = {
+            "versions": versions(),
+            "product": product,
+            "options": self.options.record(self.base),
+            "adapters": [
+                adapter_record(part, location) | {"file": _trace(part.weights)}
+                for part, location in zip(inputs.parts, inputs.locations, strict=True)
+            ],
+            "base": base_record(inputs.base, inputs.files, inputs.texts),
+            "files": {name: _trace(file) for name, file in sorted(files.items())},
+            "outputs": [
+                [file.name, file.size, sha256(file.head).hexdigest()] for file in self.files
+            ],
+        }
+        return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    # --- what is said of it ----------------------------------------------------------------------
+
+    def _reports(self, results: Mapping[str, Finished]) -> tuple[TensorReport, ...]:
+        """Return what became of each tensor that an adapter touches, in the order of the files."""
+        numbers: dict[str, Numbers] = {}
+        for each in results.values():
+            numbers |= each.numbers
+        parts, changes = self.inputs.parts, self.changes
+        reports = []
+        for tensor in self.weights.tensors:
+            terms = changes.terms.get(tensor.name, ())
+            touching = [part for part in parts if any(term.A is part.pair.A for term in terms)]
+            kind = "added"
+            replacement = changes.replaced.get(tensor.name) or changes.new.get(tensor.name)
+            if replacement is not None:
+                touching = [replacement.part]
+                kind = "replaced" if tensor.name in changes.replaced else "new"
+            if touching:
+                reports.append(
+                    TensorReport(
+                        tensor.name,
+                        tensor.dtype,
+                        tensor.shape,
+                        tuple(index for index, part in enumerate(parts) if part in touching),
+                        kind,
+                        numbers.get(tensor.name),
+                    )
+                )
+        return tuple(reports)
+
+    def _provenance(
+        self, reports: Sequence[TensorReport], hashes: Mapping[str, str], product: str
+    ) -> bytes:
+        inputs = self.inputs
+        return provenance_text(
+            adapters=[
+                adapter_record(part, location)
+                for part, location in zip(inputs.parts, inputs.locations, strict=True)
+            ],
+            base=base_record(inputs.base, inputs.files, inputs.texts),
+            options=self.options.record(self.base),
+            product=product,
+            tensors=reports,
+            outputs=[
+                {"name": file.name, "size": file.size}
+                | ({"sha256": hashes[file.name]} if file.name in hashes else {})
+                for file in self.files
+            ],
+            carried=[*inputs.carried],
+        )
+
+
+def _trace(file: InputFile) -> list[object]:
+    """Return what tells an input from all others: its hash where the Hub's cache has it."""
+    real = Path(os.path.realpath(file.path))
+    if "blobs" in (real.parent.name, real.parent.parent.name) and _BLOB.fullmatch(real.name):
+        return [real.name]
+    _, _, size, modified, _ = file.identity
+    return [size, modified]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Say so where there is not enough for buffers or threads."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            raise
+        raise SurroundingsError(
+            "there is not enough memory for the buffers or threads of a merge. Run it with fewer "
+            "--jobs, or where more memory is free."
+        ) from error
+
+
+def _not_finite(error: ResultNotFiniteError, files: Sequence[NewFile]) -> Finding:
+    row, column = error.index
+    is_flat = any(
+        isinstance(piece, Computed) and piece.tensor.name == error.name and not piece.tensor.terms
+        for file in files
+        for piece in file.pieces
+    )
+    where = f"value {row:,}" if is_flat else f"value at [{row}, {column}]"
+    return RESULT_NOT_FINITE.at(printable(error.name), f"its {where} would not be finite.")

@@ -1,0 +1,235 @@
+"""merge: base weights plus the deltas of adapters, a complete model, without PyTorch.
+
+    understand: adapters, base, names, A and B ──> plan: files, pieces ──> run: threads, sync
+        ──> read back ──> publish in one rename ──> report
+
+A part is never merged. Peak memory does not depend on the number of shards and layers, nor on the
+size of a tensor. It is 45 MiB, and 4 r (in + out) bytes for A and B of each adapter, and for each
+thread 17 MiB and 4 r w bytes, w being the widest adapted weight, of 16 bits, as it is stored.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from vera_convert.base.folder import ModelFiles
+from vera_convert.base.onbase import BaseWish, wish_of
+from vera_convert.base.quantised import refuse_quantised
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.job import MergeJob, is_merged
+from vera_convert.merging.options import DTYPES, MergeOptions
+from vera_convert.merging.output import FilePlan, check_tokenizer, file_plan, plan_files
+from vera_convert.merging.parts import Part, collect
+from vera_convert.merging.plan import plan_weights
+from vera_convert.merging.report import TensorReport, number_findings
+from vera_convert.publish.interrupts import signals_raise
+from vera_convert.publish.publishing import check_out
+from vera_convert.rules import Finding
+
+_COPY_SPEED = 1e9
+"""Bytes a second that an estimate counts on for reading and writing."""
+
+Progress = Callable[[int, int], None]
+"""Told now and then how many bytes have been written, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """One adapter of a merge.
+
+    Attributes:
+        label: how the caller named it, with its commit on the Hub.
+        weight: the factor of its deltas.
+        rank: its rank.
+        layers: how many layers it adapts.
+        strategy: how its names were brought to those of the base.
+        origin: where A and B came from: ``file``, ``fingerprint`` or ``key``.
+        draw: which draw they are, where they were drawn.
+    """
+
+    label: str
+    weight: float
+    rank: int
+    layers: int
+    strategy: str
+    origin: str
+    draw: Draw | None
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What a merge did, or is going to do.
+
+    Attributes:
+        base: how the base is named, with its commit on the Hub.
+        adapters: the adapters.
+        out: the folder.
+        files: its files but for the provenance, the weights first.
+        tensors: what became of each tensor that an adapter touches; empty for a dry run.
+        sides: what was carried of the base and what was left out.
+        tokenizer: the files of the adapter's own tokenizer, taken in place of the base's.
+        sha256: of each file, where hashes were asked for.
+        needed: bytes that the output takes.
+        free: bytes that are free where it goes.
+        seconds: how long it took, or is estimated to take.
+        jobs: threads.
+        written: whether it was written; False for a dry run.
+        findings: warnings and notes.
+    """
+
+    base: str
+    adapters: tuple[MergedAdapter, ...]
+    out: Path
+    files: tuple[FilePlan, ...]
+    tensors: tuple[TensorReport, ...]
+    sides: ModelFiles
+    tokenizer: tuple[str, ...]
+    sha256: Mapping[str, str]
+    needed: int
+    free: int
+    seconds: float
+    jobs: int
+    written: bool
+    findings: tuple[Finding, ...]
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: BaseWish | str | Path | None = None,
+    options: MergeOptions | None = None,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+    progress: Progress = lambda _done, _of: None,
+) -> Merge:
+    """Write a complete model: a base with the deltas of one or more adapters in its weights.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the folder to write.
+        base: what the caller says of the base; without it that of the adapter's config.
+        options: how to merge.
+        revision: the adapter's, on the Hub.
+        access: how the Hub is reached.
+        progress: told now and then how far it is.
+
+    Raises:
+        CheckpointError: adapter or base is malformed, they do not belong together, or a result is
+            not finite.
+        UsageError: an option makes no sense; `out` exists, or overlaps an input.
+        SurroundingsError: a file, a repo or the disk fails, or memory or space is short. As any
+            error after which a merge can be continued it then has the note `mergejob.KEPT`.
+    """
+    base, options, access = wish_of(base), options or MergeOptions(), access or HubAccess()
+    options.validate()
+    wishes = (AdapterWish(adapter, options.weight, revision), *options.add)
+    place, started = Path(out), time.monotonic()
+    with signals_raise():
+        locations = find_adapters(wishes, access)
+        folders = [each.folder for each in locations if each.folder is not None]
+        check_out(place, inputs=folders, force=options.force, is_own=is_merged)
+        with open_inputs(
+            wishes,
+            locations,
+            base,
+            access=access,
+            meant=options.projections,
+            variant=options.generator,
+            dequantize=options.dequantize,
+            fetch=not options.dry_run,
+        ) as inputs:
+            job = _plan(inputs, place, base, options)
+            if options.dry_run:
+                return _result(job, (), {}, _estimate(job))
+            reports, hashes = job.run(progress)
+            return _result(job, reports, hashes, time.monotonic() - started)
+
+
+def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions) -> MergeJob:
+    dtype = DTYPES[options.dtype] if options.dtype is not None else None
+    check_tokenizer(inputs)
+    changes = collect(inputs.parts, inputs.base, inputs.files, tied=options.tied)
+    if inputs.dequantisation is None:
+        refuse_quantised(inputs.base, changes.replaced)
+    weights = plan_weights(
+        inputs.base,
+        inputs.files,
+        changes,
+        dtype=dtype,
+        max_shard_size=options.max_shard_size,
+        dequantisation=inputs.dequantisation,
+        index_text=inputs.texts.get(inputs.base.index or ""),
+    )
+    files = plan_files(inputs, changes, weights, dtype=dtype)
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        reason = f"{printable(str(out.parent))} cannot be looked at: {error.strerror}."
+        raise SurroundingsError(reason) from error
+    return MergeJob(inputs, changes, weights, files, out, base, options, free)
+
+
+def _result(
+    job: MergeJob, reports: Sequence[TensorReport], hashes: Mapping[str, str], seconds: float
+) -> Merge:
+    inputs = job.inputs
+    label = inputs.base.location.label
+    findings = [*inputs.findings, *job.changes.findings, *number_findings(reports, place=label)]
+    return Merge(
+        base=label,
+        adapters=tuple(map(_adapter, inputs.parts)),
+        out=job.out,
+        files=tuple(map(file_plan, job.files)),
+        tensors=tuple(reports),
+        sides=inputs.sides,
+        tokenizer=tuple(inputs.tokenizer),
+        sha256=hashes,
+        needed=job.needed,
+        free=job.free,
+        seconds=seconds,
+        jobs=job.jobs,
+        written=not job.options.dry_run,
+        findings=tuple(dict.fromkeys(findings)),
+    )
+
+
+def _adapter(part: Part) -> MergedAdapter:
+    return MergedAdapter(
+        label=part.label,
+        weight=part.weight,
+        rank=part.adapter.config.r,
+        layers=len(part.adapter.layers),
+        strategy=part.match.strategy,
+        origin=part.pair.origin,
+        draw=part.pair.draw,
+    )
+
+
+def _estimate(job: MergeJob) -> float:
+    """Return how many seconds the merge will take, by the speed of a product and a guess."""
+    operations = sum(file_plan(file).products for file in job.files)
+    seconds = 2 * job.needed / _COPY_SPEED
+    return seconds + (operations / _product_speed() / job.jobs if operations else 0.0)
+
+
+def _product_speed() -> float:
+    """Return how many operations a second one thread does in a product like those of a merge."""
+    left, right = np.ones((512, 256), np.float32), np.ones((256, 1024), np.float32)
+    out = np.empty((512, 1024), np.float32)
+    with threadpool_limits(1, user_api="blas"):
+        np.matmul(left, right, out=out)
+        start = time.perf_counter()
+        np.matmul(left, right, out=out)
+        return 2 * left.size * right.shape[1] / (time.perf_counter() - start)

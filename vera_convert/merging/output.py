@@ -1,0 +1,179 @@
+"""All files of a merged model as data: weights, index, config, card, and what is carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_convert.assembly.assembling import Carried, Computed, NewFile
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.folder import CARD_NAME, check_tokens, of_dtype, tokenizer_files, untied
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.naming import embedding_rows
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import LocalFile, open_local, printable
+from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.hub.reponame import is_repo_id
+from vera_convert.merging.card import Origin, model_card
+from vera_convert.merging.dequantising import SIDE_FILES, dequantised_config
+from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.parts import Changes
+from vera_convert.merging.plan import WeightsPlan
+from vera_convert.merging.provenance import folder_name
+
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Torch's names, as configs have them, by those of safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One file of the output, in numbers.
+
+    Attributes:
+        name: relative to the output folder, with `/`.
+        size: its bytes.
+        carried: how many of them are copied from an input.
+        computed: how many are those of tensors that are computed.
+        tensors: how many tensors are computed.
+        products: floating-point operations of their products.
+    """
+
+    name: str
+    size: int
+    carried: int
+    computed: int
+    tensors: int
+    products: int
+
+
+def file_plan(file: NewFile) -> FilePlan:
+    """Return a file in numbers."""
+    computed = [piece for piece in file.pieces if isinstance(piece, Computed)]
+    return FilePlan(
+        file.name,
+        file.size,
+        sum(piece.size for piece in file.pieces if isinstance(piece, Carried)),
+        sum(piece.size for piece in computed),
+        len(computed),
+        sum(
+            2 * len(term.A) * piece.tensor.shape[0] * piece.tensor.shape[1]
+            for piece in computed
+            for term in piece.tensor.terms
+        ),
+    )
+
+
+def plan_files(
+    inputs: MergeInputs, changes: Changes, weights: WeightsPlan, *, dtype: str | None
+) -> tuple[NewFile, ...]:
+    """Return all files of the output but its provenance, the weights first.
+
+    Args:
+        inputs: what is read.
+        changes: what is done to the base.
+        weights: the plan of its weight files.
+        dtype: what float tensors become, in safetensors' names; None if each stays.
+    """
+    files = [*weights.files]
+    if weights.index is not None:
+        files.append(NewFile(*weights.index))
+    if inputs.sides.config is not None:
+        text = inputs.texts[inputs.sides.config]
+        if inputs.dequantisation is not None:
+            text = dequantised_config(text, inputs.base.config)
+        if changes.unties:
+            text = untied(text, inputs.base.config)
+        if dtype is not None:
+            text = of_dtype(text, inputs.base.config, TORCH_DTYPES[dtype])
+        files.append(NewFile(inputs.sides.config, text))
+    card = model_card(
+        _origin(inputs.base.location),
+        [
+            _origin(location, part.weight)
+            for location, part in zip(inputs.locations, inputs.parts, strict=True)
+        ],
+        library=_library(inputs),
+        trained_on=_trained_on(inputs),
+    )
+    files.append(NewFile(CARD_NAME, card.encode()))
+    files += [NewFile(name, pieces=(*_whole(file),)) for name, file in _beside(inputs).items()]
+    return tuple(files)
+
+
+def _whole(file: InputFile) -> Iterator[Carried]:
+    if file.size:
+        yield Carried(file, 0, file.size, 0)
+
+
+def _beside(inputs: MergeInputs) -> dict[str, InputFile]:
+    """Return what is carried, with the adapter's tokenizer in the place of the base's."""
+    carried = dict(inputs.carried)
+    if inputs.dequantisation is not None:
+        carried = {name: file for name, file in carried.items() if name not in SIDE_FILES}
+    if inputs.tokenizer:
+        for name in tokenizer_files(carried):
+            del carried[name]
+        carried |= inputs.tokenizer
+    return dict(sorted(carried.items()))
+
+
+def _origin(location: Location, weight: float | None = None) -> Origin:
+    if location.repo_id is None:
+        return Origin(folder_name(location), weight=weight)
+    return Origin(location.repo_id, location.commit or "", is_repo=True, weight=weight)
+
+
+def _trained_on(inputs: MergeInputs) -> str | None:
+    name = inputs.parts[0].adapter.config.base_model_name_or_path
+    return name if name is not None and is_repo_id(name) else None
+
+
+def _library(inputs: MergeInputs) -> str:
+    if "_class_name" in inputs.base.config or inputs.base.prefix:
+        return "diffusers"
+    return "sentence-transformers" if "modules.json" in inputs.carried else "transformers"
+
+
+def check_tokenizer(inputs: MergeInputs) -> None:
+    """Refuse an adapter's tokenizer that knows tokens beyond the rows of the embedding."""
+    rows = embedding_rows(inputs.base)
+    opened: dict[str, LocalFile] = {}
+    try:
+        for name, file in inputs.tokenizer.items():
+            opened[name] = file.open()
+        check_tokens(opened, rows, place=inputs.parts[0].label)
+    finally:
+        for source in opened.values():
+            source.close()
+
+
+# --- reading back --------------------------------------------------------------------------------
+
+
+def check_staged(folder: Path, files: Mapping[str, NewFile], weights: WeightsPlan) -> None:
+    """Read the output again before it is published: sizes, headers, index against shards.
+
+    Raises:
+        SurroundingsError: something is not what was written.
+    """
+    for name, file in files.items():
+        if (folder / name).lstat().st_size != file.size:
+            raise _came_back(name)
+        if name not in weights.headers and file.head:
+            with open_local(folder / name) as source:
+                if source.read_at(0, len(file.head)) != file.head:
+                    raise _came_back(name)
+    model: BaseModel = read_base(Location("the merged model", folder), HubAccess(offline=True))
+    if model.files.keys() != weights.headers.keys():
+        raise _came_back(", ".join(model.files.keys() ^ weights.headers.keys()))
+    for name, header in model.files.items():
+        if header.raw != weights.headers[name]:
+            raise _came_back(name)
+
+
+def _came_back(name: str) -> SurroundingsError:
+    return SurroundingsError(
+        f"{printable(name)} came back from the disk otherwise than it was written; nothing was "
+        "published. The disk or its driver is faulty."
+    )

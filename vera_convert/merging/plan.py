@@ -1,0 +1,343 @@
+"""The weight files of a merge as data: which bytes are carried, which tensors are computed, where.
+
+Nothing is read or written here. A file that keeps its names, dtypes, shapes and order keeps its
+header byte for byte; any other gets the canonical one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vera_convert.assembly.assembling import Carried, Computed, NewFile, Piece
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.assembly.sums import Sum
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantised import FLOATS, quantised_tensors
+from vera_convert.delta import working_dtype
+from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order
+from vera_convert.files.jsonediting import edited_member
+from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.merging.dequantising import Decoder, Dequantisation, decoder
+from vera_convert.merging.parts import Changes, Replacement
+
+_SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedTensor:
+    """One tensor of the output, with where its bytes come from.
+
+    Attributes:
+        name: its name.
+        dtype: what it is written as.
+        shape: its shape.
+        source: the file that holds what is stored.
+        start: where that begins there.
+        total: what is added to it, or None where the bytes are carried.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: InputFile
+    start: int
+    total: Sum | None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in the output."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def piece(self, at: int) -> Piece:
+        """Return it as a piece of a file, beginning at a position."""
+        if self.total is None:
+            return Carried(self.source, self.start, self.nbytes, at)
+        return Computed(self.source, self.start, self.total, at)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightsPlan:
+    """The weight files of the output.
+
+    Attributes:
+        files: in order; their heads are whole headers.
+        index: name and bytes of the index, where there are shards.
+        total_size: bytes of all tensors.
+        headers: the header that each file is to have, by name.
+        tensors: all tensors, in the order of the files.
+    """
+
+    files: tuple[NewFile, ...]
+    index: tuple[str, bytes] | None
+    total_size: int
+    headers: Mapping[str, bytes]
+    tensors: tuple[PlannedTensor, ...]
+
+
+def plan_weights(
+    base: BaseModel,
+    files: Mapping[str, InputFile],
+    changes: Changes,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    dequantisation: Dequantisation | None = None,
+    index_text: bytes | None = None,
+) -> WeightsPlan:
+    """Plan the weight files.
+
+    Args:
+        base: the base.
+        files: its weight files, by name.
+        changes: what adapters do to it.
+        dtype: what its float tensors are to become, as safetensors names it; None keeps each.
+        max_shard_size: the most bytes of a shard, but for a larger tensor; None keeps the shards.
+        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+        index_text: the bytes of the base's index, where there is one.
+    """
+    planner = _Planner(base, files, changes, dtype, dequantisation)
+    if max_shard_size is None:
+        shards = {name: planner.of_file(name) for name in base.files}
+        for name, planned in planner.additions().items():
+            shards[name] += planned
+        shards = {
+            name: held for name, held in shards.items() if held or not base.files[name].tensors
+        }
+        index_name = base.index
+    else:
+        shards = _resharded(base, planner, max_shard_size)
+        index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if len(shards) > 1 else None
+    made = {name: _file(name, tensors, base, files) for name, tensors in shards.items()}
+    placed = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = None
+    if index_name is not None:
+        index = index_name, _index_text(index_name, placed, index_text)
+    return WeightsPlan(
+        tuple(file for file, _ in made.values()),
+        index,
+        sum(tensor.nbytes for tensor in placed),
+        {name: head for name, (_, head) in made.items()},
+        tuple(placed),
+    )
+
+
+class _Planner:
+    """Makes planned tensors of those of the base, and of those that are new."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        files: Mapping[str, InputFile],
+        changes: Changes,
+        dtype: str | None,
+        dequantisation: Dequantisation | None,
+    ) -> None:
+        self.base = base
+        self.files = files
+        self.changes = changes
+        self.dtype = dtype
+        self.dequantisation = dequantisation or Dequantisation({}, frozenset(), "")
+        # What means nothing without its quantiser stays as it is.
+        stay = dtype is not None and dequantisation is None
+        self.kept = quantised_tensors(base) if stay else frozenset[str]()
+
+    def of_file(self, name: str) -> list[PlannedTensor]:
+        """Return the tensors of one of the base's files, in the order of their bytes."""
+        infos = sorted(self.base.files[name].tensors.values(), key=lambda info: info.start)
+        dropped = self.dequantisation.dropped
+        return [self._of_base(info.name) for info in infos if info.name not in dropped]
+
+    def additions(self) -> dict[str, list[PlannedTensor]]:
+        """Return the tensors that the base does not have, by the file that they go to.
+
+        An untied head goes to the file of its embedding, what else is new to the last one.
+        """
+        found: dict[str, list[PlannedTensor]] = {}
+        for name, embedding in self.changes.heads.items():
+            file = self.base.tensors[embedding].file
+            found.setdefault(file, []).append(self._of_base(embedding, name))
+        last = [*self.base.files][-1]
+        for name, replacement in self.changes.new.items():
+            found.setdefault(last, []).append(self._of_adapter(name, replacement, None))
+        return found
+
+    def _of_base(self, stored_name: str, name: str | None = None) -> PlannedTensor:
+        name = name or stored_name
+        replacement = self.changes.replaced.get(name)
+        tensor = self.base.tensors[stored_name]
+        scale = self.dequantisation.scales.get(stored_name)
+        dtype = tensor.info.dtype if scale is None else self.dequantisation.dtype
+        if replacement is not None:
+            return self._of_adapter(name, replacement, dtype)
+        written = dtype if stored_name in self.kept else self._written(dtype)
+        start = self.base.files[tensor.file].data_start + tensor.info.start
+        decode = None if scale is None else decoder(self.base, self.files, scale)
+        return self._planned(
+            name, tensor.info, written, self.files[tensor.file], start, decode=decode
+        )
+
+    def _of_adapter(self, name: str, replacement: Replacement, dtype: str | None) -> PlannedTensor:
+        """Return what an adapter brings, in the dtype of what it replaces."""
+        written = self._written(dtype or replacement.info.dtype)
+        source = replacement.part.weights
+        return self._planned(name, replacement.info, written, source, replacement.start)
+
+    def _written(self, dtype: str) -> str:
+        return self.dtype if self.dtype is not None and dtype in FLOATS else dtype
+
+    def _planned(
+        self,
+        name: str,
+        info: TensorInfo,
+        written: str,
+        source: InputFile,
+        start: int,
+        *,
+        decode: Decoder | None = None,
+    ) -> PlannedTensor:
+        total = None
+        if name in self.changes.terms or written != info.dtype:
+            total = self._sum(name, info, written, decode)
+        return PlannedTensor(name, written, info.shape, source, start, total)
+
+    def _sum(self, name: str, info: TensorInfo, written: str, decode: Decoder | None) -> Sum:
+        stored = NUMPY_DTYPE[info.dtype]
+        terms = self.changes.terms.get(name, ())
+        count = math.prod(info.shape)
+        rows, columns = info.shape if terms or decode else (count, 1)
+        dtypes = [dtype for term in terms for dtype in term.dtypes]
+        return Sum(
+            name,
+            (rows, columns),
+            stored,
+            NUMPY_DTYPE[written],
+            working_dtype(stored, *dtypes),
+            conv1d=name in self.changes.conv1d,
+            terms=terms,
+            decode=decode,
+        )
+
+
+def _file(
+    name: str, tensors: Sequence[PlannedTensor], base: BaseModel, files: Mapping[str, InputFile]
+) -> tuple[NewFile, bytes]:
+    """Return a file with its header, and the header by itself."""
+    old = base.files.get(name)
+    if old is not None and _fits(tensors, old):
+        head = old.raw
+    else:
+        tensors = in_order(tensors)
+        head = header_bytes(tensors, (old or next(iter(base.files.values()))).metadata)
+    pieces = _joined(_placed(tensors, len(head)))
+    if old is not None and head == old.raw and _are_all_of(files[name], pieces):
+        # A file system that shares blocks can do so for a whole file.
+        return NewFile(name, pieces=(Carried(files[name], 0, files[name].size, 0),)), head
+    return NewFile(name, head, tuple(pieces)), head
+
+
+def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
+    """Say whether pieces are all that a file holds, where it holds it."""
+    return not pieces or (
+        len(pieces) == 1
+        and isinstance(pieces[0], Carried)
+        and pieces[0].source is source
+        and pieces[0].start == pieces[0].at
+    )
+
+
+def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
+    """Say whether a header still describes the tensors: names, dtypes and shapes."""
+    return len(tensors) == len(old.tensors) and all(
+        (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
+        for tensor in tensors
+        if (info := old.tensors.get(tensor.name)) is not None
+    )
+
+
+def _placed(tensors: Iterable[PlannedTensor], at: int) -> Iterator[Piece]:
+    for tensor in tensors:
+        if tensor.nbytes:
+            yield tensor.piece(at)
+        at += tensor.nbytes
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Join carried ranges that follow one another in the source as well."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if (
+            isinstance(piece, Carried)
+            and isinstance(last, Carried)
+            and last.source is piece.source
+            and last.start + last.size == piece.start
+        ):
+            joined[-1] = Carried(last.source, last.start, last.size + piece.size, last.at)
+        else:
+            joined.append(piece)
+    return joined
+
+
+# --- shards and index ----------------------------------------------------------------------------
+
+
+def _resharded(base: BaseModel, planner: _Planner, limit: int) -> dict[str, list[PlannedTensor]]:
+    """Distribute all tensors, in the base's order, over shards of at most `limit` bytes."""
+    additions = planner.additions()
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for file in base.files:
+        for tensor in (*planner.of_file(file), *additions.get(file, ())):
+            if shards[-1] and size + tensor.nbytes > limit:
+                shards.append([])
+                size = 0
+            shards[-1].append(tensor)
+            size += tensor.nbytes
+    stem = base.prefix + _stem(base)
+    count = len(shards)
+    if count == 1:
+        return {f"{stem}{_SUFFIX}": shards[0]}
+    return {
+        f"{stem}-{number:05}-of-{count:05}{_SUFFIX}": tensors
+        for number, tensors in enumerate(shards, 1)
+    }
+
+
+def _stem(base: BaseModel) -> str:
+    """Return what loaders expect the names of such a model's weight files to begin with."""
+    if base.index is not None:
+        return PurePosixPath(base.index).name.removesuffix(_INDEX_SUFFIX)
+    is_diffusers = "_class_name" in base.config
+    return "diffusion_pytorch_model" if is_diffusers else "model"
+
+
+def _index_text(name: str, placed: Mapping[PlannedTensor, str], text: bytes | None) -> bytes:
+    """Return the bytes of an index: the base's own as far as it is still right.
+
+    Args:
+        name: its name; shards are named relative to its folder.
+        placed: the file of each tensor.
+        text: the bytes of the base's index.
+    """
+    document = json.loads(text) if text is not None else {}
+    found = document.get("metadata")
+    metadata = dict(found) if isinstance(found, dict) else {}
+    folder = PurePosixPath(name).parent
+    weight_map = {
+        tensor.name: str(PurePosixPath(file).relative_to(folder)) for tensor, file in placed.items()
+    }
+    total = sum(tensor.nbytes for tensor in placed)
+    if text is not None and document.get("weight_map") == weight_map:
+        if metadata.get("total_size", total) == total:
+            return text
+        return edited_member(text, ("metadata", "total_size"), total)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(tensor.shape) for tensor in placed)
+    metadata["total_size"] = total
+    document |= {"metadata": metadata, "weight_map": weight_map}
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,117 @@
+"""The provenance of a merged model: every input, option and change, and nothing of this machine.
+
+The same inputs and options give the same bytes: there is no time in it, no path, no number of
+threads. What can differ between kinds of CPU is named by the hash of a small product.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from vera_convert._version import __version__
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.model import BaseModel
+from vera_convert.hub.lookup import Location
+from vera_convert.merging.parts import Part
+from vera_convert.merging.report import TensorReport
+
+FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the bytes of a merge."""
+    return {
+        "vera_convert": __version__,
+        "numpy": np.__version__,
+        "ml_dtypes": ml_dtypes.__version__,
+    }
+
+
+def source_of(location: Location) -> dict[str, object]:
+    """Return what names an input anywhere: repo and commit, or the name of its folder alone."""
+    if location.repo_id is not None:
+        found: dict[str, object] = {"repo_id": location.repo_id, "commit": location.commit}
+        return found | ({"subfolder": location.subfolder} if location.subfolder else {})
+    return {"folder": folder_name(location)}
+
+
+def folder_name(location: Location) -> str:
+    """Return the name of a location's folder, without the path to it."""
+    return (location.folder or Path()).resolve().name
+
+
+def adapter_record(part: Part, location: Location) -> dict[str, object]:
+    """Return what is recorded of one adapter."""
+    config, pair = part.adapter.config, part.pair
+    drawn = asdict(pair.draw) if pair.draw is not None else None
+    return {
+        "source": source_of(location),
+        "weight": part.weight,
+        "rank": config.r,
+        "layers": len(part.adapter.layers),
+        "strategy": part.match.strategy,
+        "projections": {"origin": pair.origin, "draw": drawn},
+        "config_sha256": sha256(part.adapter.config_file.text).hexdigest(),
+        "weights_size": part.weights.size,
+        "header_sha256": sha256(part.header.raw).hexdigest(),
+    }
+
+
+def base_record(
+    base: BaseModel, files: Mapping[str, InputFile], texts: Mapping[str, bytes]
+) -> dict[str, object]:
+    """Return what is recorded of the base.
+
+    Args:
+        base: the base.
+        files: its weight files.
+        texts: the bytes of its config and index, by name, as far as there are such files.
+    """
+    return {
+        "source": source_of(base.location),
+        "files": [
+            {
+                "name": name,
+                "size": files[name].size,
+                "header_sha256": sha256(header.raw).hexdigest(),
+            }
+            for name, header in base.files.items()
+        ],
+        "texts": [
+            {"name": name, "size": len(text), "sha256": sha256(text).hexdigest()}
+            for name, text in sorted(texts.items())
+        ],
+    }
+
+
+def provenance_text(
+    *,
+    adapters: Sequence[Mapping[str, object]],
+    base: Mapping[str, object],
+    options: Mapping[str, object],
+    product: str,
+    tensors: Sequence[TensorReport],
+    outputs: Sequence[Mapping[str, object]],
+    carried: Sequence[str],
+) -> bytes:
+    """Return the bytes of the provenance file."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": versions(),
+        "product_sha256": product,
+        "base": base,
+        "adapters": list(adapters),
+        "options": options,
+        "tensors": [each.record() for each in tensors],
+        "outputs": list(outputs),
+        "carried": list(carried),
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()

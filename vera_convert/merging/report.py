@@ -1,0 +1,112 @@
+"""What a merge did to each tensor, in the few numbers that a person needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+from vera_convert.assembly.sums import Numbers
+from vera_convert.files.reading import printable
+from vera_convert.rules import DELTA_LOST, DELTA_ZERO, Finding
+
+LOSS_LIMIT = 0.5
+"""The share of a delta's size from which on its loss by rounding is warned of."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """What became of one tensor.
+
+    Attributes:
+        name: its name.
+        dtype: what it is written as, in safetensors' names.
+        shape: its shape.
+        adapters: numbers of the adapters that add to it or replace it, from 0.
+        kind: ``added``, ``replaced``, ``new`` or ``converted``.
+        numbers: of the values that were looked at; None where nothing was added.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    adapters: tuple[int, ...]
+    kind: str
+    numbers: Numbers | None = None
+
+    def record(self) -> dict[str, object]:
+        """Return it as a JSON object."""
+        found: dict[str, object] = {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "adapters": list(self.adapters),
+            "kind": self.kind,
+        }
+        return found | (numbers_record(self.numbers) if self.numbers is not None else {})
+
+
+def numbers_record(numbers: Numbers) -> dict[str, object]:
+    """Return numbers as members of a JSON object, in the four digits that are meaningful."""
+    return {
+        "looked_at": numbers.values,
+        "changed": _short(changed_share(numbers)),
+        "relative_change": _short(relative_change(numbers)),
+        "relative_loss": _short(relative_loss(numbers)),
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def changed_share(numbers: Numbers) -> float:
+    """Return which share of the values differs after the merge."""
+    return numbers.changed / numbers.values if numbers.values else 0.0
+
+
+def relative_change(numbers: Numbers) -> float:
+    """Return the size of what was added beside that of the base (Frobenius norms).
+
+    Where the base is zero it is 1 by convention, or 0 if nothing was added either.
+    """
+    if numbers.base == 0:
+        return 1.0 if numbers.change else 0.0
+    return math.sqrt(numbers.change / numbers.base)
+
+
+def relative_loss(numbers: Numbers) -> float:
+    """Return the size of what rounding did beside that of what was added; 0 if nothing was."""
+    return math.sqrt(numbers.loss / numbers.change) if numbers.change else 0.0
+
+
+def total(reports: Sequence[TensorReport]) -> Numbers:
+    """Return the numbers of all tensors together."""
+    return reduce(add, (each.numbers for each in reports if each.numbers is not None), Numbers())
+
+
+def worst(reports: Sequence[TensorReport]) -> TensorReport | None:
+    """Return the tensor of whose delta rounding loses the largest share."""
+    added = [each for each in reports if each.numbers is not None]
+    return max(added, key=lambda each: relative_loss(each.numbers or Numbers()), default=None)
+
+
+def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[Finding]:
+    """Yield a warning where the deltas are nothing, or are mostly lost in rounding."""
+    everything, last = total(reports), worst(reports)
+    if last is None or last.numbers is None:
+        return
+    if everything.values and not everything.change:
+        yield DELTA_ZERO.at(place, f"all {everything.values:,} values looked at stay.")
+    elif relative_loss(last.numbers) > LOSS_LIMIT:
+        count = sum(
+            relative_loss(each.numbers) > LOSS_LIMIT for each in reports if each.numbers is not None
+        )
+        reason = (
+            f"in {count:,} of {len(reports):,} tensors; of all values "
+            f"{1 - changed_share(everything):.1%} stay as they were. The worst is "
+            f"{printable(last.name)}, which loses {relative_loss(last.numbers):.0%} of its delta."
+        )
+        yield DELTA_LOST.at(place, reason)

@@ -1,0 +1,353 @@
+"""Output appears whole or not at all. Nothing but this renames or deletes.
+
+A run stages what it writes in a hidden folder beside OUT (see `container`), syncs it, and moves it
+to OUT in one rename, or exchanges the two. `filesystem` knows how each system does that,
+`interrupts` when a signal may come.
+
+Not promised: durability on a disk that lies about fsync; and, where the system has no rename that
+refuses to replace (NFS), that an *empty* folder made at OUT in the very moment of publishing is
+noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.reading import printable
+from vera_convert.publish.container import TAG, Container, sweep_containers
+from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
+from vera_convert.publish.interrupts import drop_signal, signals_held, signals_raise
+
+_TRIES = 16
+"""Rounds against other runs for the same OUT before giving up; one is nearly always enough."""
+
+
+@contextmanager
+def staged_folder(
+    out: Path,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    is_own: Callable[[Path], bool],
+) -> Iterator[Path]:
+    """Give an empty folder that becomes `out` when the block ends well, and vanishes when not.
+
+    Everything in it is synced, then it is published by one rename that never replaces what it may
+    not, and the parent is synced. SIGINT, SIGTERM and SIGHUP leave nothing behind; one that comes
+    during the rename is dropped, because the output is there. Modes follow the umask. Threads and
+    processes that write into the folder must have ended when the block does.
+
+    Args:
+        out: where the folder is to appear.
+        force: replace an existing folder for which `is_own` holds.
+        inputs: what is read; `out` must not be, contain or lie inside any of it.
+        is_own: whether a path is of the kind that this command writes.
+
+    Raises:
+        UsageError: `out` exists and may not be replaced, overlaps an input, or has no name.
+        SurroundingsError: the system refused (also for an `OSError` of the block itself).
+        Interrupted: a signal came; nothing is left.
+    """
+    replacing = _Replacing(allowed=force, is_own=is_own, folder=True)
+    with _staged(out, inputs, replacing) as staged:
+        yield staged.folder
+
+
+@contextmanager
+def staged_file(
+    out: Path,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    is_own: Callable[[Path], bool],
+) -> Iterator[Path]:
+    """Give a path at which nothing is yet; the file written there becomes `out`.
+
+    Otherwise as `staged_folder`, for one file.
+    """
+    replacing = _Replacing(allowed=force, is_own=is_own, folder=False)
+    with _staged(out, inputs, replacing) as staged:
+        yield staged.folder
+
+
+class Staged:
+    """What a run stages, and what of it an earlier run left.
+
+    Attributes:
+        folder: what is to become OUT; for a file, a path at which nothing is yet.
+        journal: a file of the run's own, beside the folder; what is in it survives with the folder.
+        synced: files that the run has brought to the disk itself, and not touched since.
+        worth_keeping: whether a failure leaves folder and journal for a later run; set by the run.
+    """
+
+    def __init__(self, folder: Path, journal: Path) -> None:
+        self.folder = folder
+        self.journal = journal
+        self.synced: set[Path] = set()
+        self.worth_keeping = False
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove every file of the folder but those named, relative to it and with `/`."""
+        for path in [*self.folder.rglob("*")]:
+            is_folder = path.is_dir() and not path.is_symlink()
+            if not is_folder and path.relative_to(self.folder).as_posix() not in names:
+                remove_tree(path)
+
+
+@contextmanager
+def staged_run(
+    out: Path,
+    *,
+    continues: bool,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    is_own: Callable[[Path], bool],
+) -> Iterator[Staged]:
+    """Do as `staged_folder`, for a run that syncs files itself, and may be continued by another.
+
+    If the block fails or is stopped and found its work worth keeping, the hidden folder stays. A
+    later run for the same `out` that `continues` gets it; one that does not removes it.
+    """
+    replacing = _Replacing(allowed=force, is_own=is_own, folder=True)
+    with _staged(out, inputs, replacing, continues=continues) as staged:
+        yield staged
+
+
+def check_out(
+    out: Path,
+    *,
+    inputs: Sequence[Path],
+    force: bool,
+    is_own: Callable[[Path], bool],
+    folder: bool = True,
+) -> None:
+    """Refuse an `out` that could not be published, before any work; `staged_*` do so themselves.
+
+    Raises:
+        UsageError: `out` overlaps an input (links resolved, whatever `force` says); it exists
+            without `force`; it is a link, of another kind, or not the command's own.
+        SurroundingsError: its parent is missing, or cannot be looked into.
+    """
+    with _explained(out):
+        place = _real_place(out)
+        _refuse_overlap(place, inputs)
+        _Replacing(allowed=force, is_own=is_own, folder=folder).check(place)
+
+
+def sweep(out: Path) -> None:
+    """Remove what killed runs for this `out` left, and nothing else.
+
+    One that was killed between its two renames has its old output put back first. What cannot be
+    removed, or not be proven dead, stays: that is no reason to fail.
+    """
+    sweep_containers(_real_place(out))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal digits, for reading back."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Checks before work -------------------------------------------------------------------------------
+
+
+def _real_place(out: Path) -> Path:
+    """Return `out` with the links of its parent resolved and its own name as it is."""
+    if out.name in ("", "..") or "\0" in out.name:
+        raise UsageError(f"OUT must end in a name of its own; {printable(str(out))} does not.")
+    shown = printable(str(out.parent))
+    try:
+        parent = Path(os.path.realpath(out.parent, strict=True))
+        if not parent.is_dir():
+            raise SurroundingsError(
+                f"{shown}, in which OUT is to appear, is not a folder. Choose another OUT."
+            )
+    except ValueError as error:
+        raise UsageError(f"OUT cannot be a path: {error}.") from error
+    except FileNotFoundError as error:
+        raise SurroundingsError(
+            f"the folder {shown}, in which OUT is to appear, does not exist. "
+            "Create it, or choose another OUT."
+        ) from error
+    return parent / out.name
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file or folder from all others by whatever name; None if it is absent."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
+    real_out = Path(os.path.realpath(out))
+    out_itself = _identity(real_out)
+    around_out = [_identity(folder) for folder in real_out.parents]
+    for given in inputs:
+        real_input = Path(os.path.realpath(given))
+        itself = _identity(real_input)
+        if itself is None:
+            continue  # whoever reads it will say so
+        if itself == out_itself:
+            relation = "is"
+        elif itself in around_out:
+            relation = "lies inside"
+        elif out_itself and out_itself in map(_identity, real_input.parents):
+            relation = "contains"
+        else:
+            continue
+        raise UsageError(
+            f"OUT {printable(str(out))} {relation} the input {printable(str(given))}, "
+            "which is never written to. Choose another OUT."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacing:
+    """What a run may replace: nothing, or what its command writes."""
+
+    allowed: bool
+    is_own: Callable[[Path], bool]
+    folder: bool
+
+    def check(self, out: Path) -> None:
+        """Refuse an existing `out` that this run may not replace."""
+        try:
+            mode = out.lstat().st_mode
+        except FileNotFoundError:
+            return
+        shown = printable(str(out))
+        if not self.allowed:
+            raise UsageError(f"{shown} exists. Choose another OUT, or replace it with --force.")
+        if stat.S_ISLNK(mode):
+            raise UsageError(f"{shown} is a link; --force replaces none. Give what it leads to.")
+        fits = stat.S_ISDIR(mode) if self.folder else stat.S_ISREG(mode)
+        if not fits or not self.is_own(out):
+            raise UsageError(
+                f"{shown} is not what this command writes, so --force does not replace it. "
+                "Choose another OUT, or move it away."
+            )
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space there, or choose an OUT on another disk.",
+    errno.EDQUOT: "Free some of your quota there, or choose an OUT on another disk.",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f), or choose another file system.",
+    errno.EACCES: "Choose an OUT in a folder that you may write to.",
+    errno.EPERM: "Choose an OUT in a folder that you may write to.",
+    errno.EROFS: "Choose an OUT in a folder that can be written to.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.EIO: "The disk is faulty or gone; the system's log may say more.",
+    errno.EBUSY: "It is in use, perhaps as a mount point. Choose another OUT.",
+    errno.EXDEV: "It belongs to another file system or an image's layer. Choose another OUT.",
+}
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn an `OSError` of the system (not of a connection) into a `SurroundingsError`."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        where = "" if not name or TAG in name else f" ({printable(name)})"
+        explained = SurroundingsError(
+            f"{printable(str(out))} could not be written: {error.strerror}{where}. "
+            f"{_REMEDIES.get(error.errno, '')}".rstrip()
+        )
+        for note in getattr(error, "__notes__", ()):
+            explained.add_note(note)
+        raise explained from error
+
+
+# Publishing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _staged(
+    out: Path, inputs: Sequence[Path], replacing: _Replacing, *, continues: bool = False
+) -> Iterator[Staged]:
+    container, staged = None, None
+    with signals_raise(), _explained(out):
+        place = _real_place(out)
+        _refuse_overlap(place, inputs)  # before sweeping: nothing is removed inside an input
+        if not continues:
+            with signals_held():
+                sweep_containers(place)
+        replacing.check(place)
+        try:
+            with signals_held():
+                make = Container.continuing if continues else Container.beside
+                container = make(place)
+            staged = Staged(container.new, container.journal)
+            if replacing.folder and not container.new.is_dir():
+                container.new.mkdir()
+            yield staged
+            sync_tree(container.new, synced=staged.synced)
+            with signals_held():
+                _publish(container, place, replacing)
+                container.remove()
+                drop_signal()  # the output is there, so the run has succeeded
+        finally:
+            if container is not None:
+                with signals_held():
+                    keep = staged is not None and staged.worth_keeping
+                    container.keep() if keep else container.remove()
+
+
+def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
+    """Move `new` to `out` in one step and sync the parent; undo it if that fails."""
+    undo = _put_in_place(container, out, replacing)
+    try:
+        sync_folder(out.parent)
+    except OSError:
+        with suppress(OSError):  # the first error is the one to tell
+            undo()
+        raise
+
+
+def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Callable[[], object]:
+    """Give `out` its new content and return how to take it back."""
+    for _ in range(_TRIES):
+        try:
+            move(container.new, out)
+        except FileExistsError:
+            replacing.check(out)
+        else:
+            return lambda: out.rename(container.new)
+        try:
+            return _replace(container, out)
+        except (FileExistsError, FileNotFoundError):
+            if not os.path.lexists(container.new):
+                raise
+            # Another run put its output there, or took it away: look again.
+    raise SurroundingsError(f"{printable(str(out))} kept changing while it was to be replaced.")
+
+
+def _replace(container: Container, out: Path) -> Callable[[], object]:
+    """Put `new` where `out` exists: by an exchange, else by two renames.
+
+    Should the run end between the two, whoever removes the container puts `old` back first.
+    """
+    new, old = container.new, container.old
+    if exchange(new, out):
+        return lambda: exchange(new, out)
+    remove_tree(old)  # there is one if another run was faster in the last round
+    out.rename(old)
+    move(new, out)
+    return lambda: out.rename(new)

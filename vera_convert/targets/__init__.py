@@ -1,0 +1,1 @@
+"""Which layers of a model PEFT adapts, told without the model."""

@@ -1,0 +1,418 @@
+"""Which layers of a model PEFT adapts with VeRA, and how large that makes the shared A and B.
+
+The rules are PEFT's, with the differences between its versions; they look at module names, at what
+kind of layer a module is, and at the config. One implementation serves counting, the prediction of
+A's and B's shapes, and the layer in torch.
+
+    target_modules ── resolve ──► names or a regex ── matching ──► adapted layers ──► A's, B's dims
+     null, all-linear                    layers_to_transform, modules_to_save
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import printable
+from vera_convert.rules import (
+    TARGET_REGEX_INVALID,
+    TARGETS_MATCH_NOTHING,
+    TARGETS_UNKNOWN,
+)
+from vera_convert.targets.patterns import Pattern, search
+
+Version = tuple[int, int]
+NEWEST: Version = (0, 21)
+"""The PEFT whose rules hold where none is named."""
+
+_PLACE = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A layer that VeRA can adapt.
+
+    Attributes:
+        out_features: rows of the weight as ``torch.nn.Linear`` stores it.
+        in_features: its columns.
+        conv1d: whether it is a transformers ``Conv1D``, which stores (in, out) instead.
+    """
+
+    out_features: int
+    in_features: int
+    conv1d: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayers:
+    """What the target rules need to know of a model.
+
+    Attributes:
+        source: where this was read from, for people: a model class, or the tensors' headers.
+        model_type: ``model_type`` of the base's config; decides PEFT's default targets.
+        linear: every linear layer by module path, heads included, in the model's order.
+        output_heads: those of them that are the output embedding, which all-linear leaves out.
+        embeddings: modules with a two-dimensional weight that is a table and no linear layer.
+        dtype: what the weights are kept in, as safetensors names it.
+    """
+
+    source: str
+    model_type: str | None
+    linear: Mapping[str, Linear]
+    output_heads: frozenset[str] = frozenset()
+    embeddings: tuple[str, ...] = ()
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The layers that PEFT adapts, and what A and B are sized by.
+
+    Attributes:
+        layers: adapted layers by module path, in the model's order.
+        max_in: columns of A, which is (r, max_in).
+        max_out: rows of B, which is (max_out, r).
+    """
+
+    layers: Mapping[str, Linear]
+    max_in: int
+    max_out: int
+
+
+def kind_of(module: str) -> str:
+    """Return what tells layers of one kind from others: the path after the last index."""
+    return re.split(r"(?:^|\.)\d+\.", module)[-1]
+
+
+def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
+    """Tell which layers of `model` PEFT adapts for `config`, and the dims of the A and B it draws.
+
+    PEFT sizes A and B before it condenses a long list of names to suffixes, and adapts layers
+    afterwards. The two differ where `layers_to_transform` is set: it acts on suffixes only.
+
+    Raises:
+        CheckpointError: nothing matches, no targets are known, or a pattern is invalid or slow.
+        SurroundingsError: the process that evaluates a regular expression did not start.
+    """
+    names = list(model.linear)
+    targets = resolve(model, config, peft=peft)
+    sized_by = matching(names, replace(config, target_modules=targets), peft=peft)
+    chosen = sized_by
+    if not isinstance(targets, str) and _limits_layers(config):
+        condensed = _condensed(names, targets, peft=peft)
+        chosen = matching(names, replace(config, target_modules=condensed), peft=peft)
+    if not chosen:
+        wanted = printable(targets if isinstance(targets, str) else ", ".join(targets))
+        raise CheckpointError(
+            TARGETS_MATCH_NOTHING.at(
+                _PLACE,
+                f"{wanted or 'an empty list'} matches none of the {len(names)} linear layers "
+                f"({model.source}).",
+            )
+        )
+    return Adapted(
+        layers={name: model.linear[name] for name in chosen},
+        max_in=max(model.linear[name].in_features for name in sized_by),
+        max_out=max(model.linear[name].out_features for name in sized_by),
+    )
+
+
+def peft_release(version: str | None) -> Version:
+    """Return (major, minor) of a recorded ``peft_version``; the newest if it tells none."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", version or "")
+    return (int(found[1]), int(found[2])) if found else NEWEST
+
+
+# --- which names are meant -----------------------------------------------------------------------
+
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(
+        (
+            *("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral"),
+            *("stablelm", "phi", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ),
+        ("q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    **dict.fromkeys(
+        ("bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"),
+        ("query_key_value",),
+    ),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "mpt": ("Wqkv",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""What PEFT 0.21 adapts, by the base's model_type, where target_modules is null."""
+
+SAVED_BY_TASK: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT appends to modules_to_save by itself, by task_type."""
+
+
+def resolve(
+    model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST
+) -> tuple[str, ...] | str:
+    """Return what PEFT puts for `target_modules`: names, or a regex for full names.
+
+    Null becomes the default of the model's type, all-linear the list of its linear layers.
+
+    Raises:
+        CheckpointError: null, and the model's type has no default.
+    """
+    targets = config.target_modules
+    if targets is None:
+        kind = model.model_type or ""
+        if kind not in DEFAULT_TARGETS:
+            known = (
+                f"its model_type is {printable(kind)}" if kind else "its model_type is not known"
+            )
+            raise CheckpointError(TARGETS_UNKNOWN.at(_PLACE, f"{known}."))
+        targets = DEFAULT_TARGETS[kind]
+    if is_all_linear(targets):
+        return _all_linear(model, config.task_type, peft=peft)
+    return targets
+
+
+def is_all_linear(targets: tuple[str, ...] | str | None) -> bool:
+    """Whether `target_modules` is PEFT's word for all linear layers, in any case."""
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _all_linear(model: ModelLayers, task_type: str | None, *, peft: Version) -> tuple[str, ...]:
+    left_out = set(model.output_heads)
+    if not left_out and task_type == "SEQ_CLS" and peft >= (0, 13):
+        left_out |= set(_classifier(model.linear))
+    if peft < (0, 15):
+        # Last path elements, from which the full names of the heads are taken: a nested head stays.
+        names = dict.fromkeys(name.rpartition(".")[2] for name in model.linear)
+    else:
+        names = dict.fromkeys(model.linear)
+    return tuple(name for name in names if name not in left_out)
+
+
+def _classifier(names: Iterable[str]) -> Iterator[str]:
+    """Yield the classifier that PEFT looks for; one that is a container shields nothing."""
+    names = list(names)
+    for head in ("score", "classifier"):
+        if any(name == head or name.startswith(f"{head}.") for name in names):
+            yield head
+            return
+
+
+def _condensed(names: Sequence[str], targets: tuple[str, ...], *, peft: Version) -> tuple[str, ...]:
+    """Return a list of 20 names or more as the shortest suffixes that match nothing else."""
+    listed = set(targets)
+    if peft < (0, 13) or len(listed) < 20:
+        return targets
+    suffixes = tuple(f".{target}" for target in targets)
+    everything = {*names, *(parent for name in names for parent in _parents(name))}
+    others = {
+        suffix
+        for name in everything
+        if name not in listed and not name.endswith(suffixes)
+        for suffix in _suffixes(name)
+    }
+    shortest = (
+        next((suffix for suffix in _suffixes(target) if suffix not in others), None)
+        for target in targets
+    )
+    condensed = tuple(dict.fromkeys(suffix for suffix in shortest if suffix is not None))
+    return condensed if 0 < len(condensed) < len(listed) else targets
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+# --- which modules have such a name --------------------------------------------------------------
+
+
+def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST) -> list[str]:
+    """Return those of `names` that a config with resolved targets adapts, in their order.
+
+    Raises:
+        CheckpointError: a pattern is no regular expression, or takes more than two seconds.
+        SurroundingsError: the process that evaluates it did not start.
+    """
+    kept = _not_saved_whole(names, config, peft=peft)
+    targets = config.target_modules
+    if isinstance(targets, str):
+        found = search([Pattern("target_modules", targets, full=True)], kept)[0]
+        return [name for name, hit in zip(kept, found, strict=True) if hit is not None]
+    listed = set(targets or ())
+    suffixes = tuple(f".{target}" for target in listed)
+    matched = [name for name in kept if name in listed or name.endswith(suffixes)]
+    if not _limits_layers(config):
+        return matched
+    by_suffix = [name for name in matched if name not in listed]
+    allowed = {
+        name
+        for name, index in zip(by_suffix, _indices(by_suffix, config, peft=peft), strict=True)
+        if index in _layer_numbers(config)
+    }
+    return [name for name in matched if name in listed or name in allowed]
+
+
+def _not_saved_whole(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[str]:
+    """Leave out what modules_to_save names, and all below it."""
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    saved = dict.fromkeys((*(config.modules_to_save or ()), *implied))
+    if peft < (0, 16) or not saved:
+        return list(names)
+    plain = [name for name in saved if _is_plain(name)]
+    kept = [name for name in names if not any(f".{part}." in f".{name}." for part in plain)]
+    patterns = [
+        Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)")
+        for name in saved
+        if not _is_plain(name)
+    ]
+    hits = search(patterns, kept)
+    return [name for at, name in enumerate(kept) if all(found[at] is None for found in hits)]
+
+
+def _limits_layers(config: VeraConfig) -> bool:
+    return config.layers_to_transform is not None and config.layers_to_transform != ()
+
+
+def _layer_numbers(config: VeraConfig) -> tuple[int, ...]:
+    limit = config.layers_to_transform
+    return limit if isinstance(limit, tuple) else (limit,) if limit is not None else ()
+
+
+def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[int | None]:
+    """Return the number of the layer that each name lies in, as this PEFT reads it."""
+    given = config.layers_pattern or ()
+    lists = (given,) if isinstance(given, str) else given
+    if all(_is_plain(part) for part in lists):
+        return [_index(name, lists, peft=peft) for name in names]
+    found = search([_index_pattern(part, peft=peft) for part in lists], names)
+    # The first of the patterns that matches decides, even where its number is missing.
+    first = (
+        next((hit for hit in hits if hit is not None), None) for hits in zip(*found, strict=True)
+    )
+    return [None if hit is None else _number(hit, peft=peft) for hit in first]
+
+
+def _index(name: str, lists: tuple[str, ...], *, peft: Version) -> int | None:
+    """Find the layer's number without a regular expression: `<list module>.<number>.`."""
+    parts = name.split(".")
+    for wanted in lists or (None,):
+        # Only PEFT 0.21, and only for a named pattern, takes a list module at the very beginning.
+        first = 1 if wanted is not None and peft >= (0, 21) else 2
+        places = [
+            at
+            for at in range(first, len(parts) - 1)
+            if parts[at].isdecimal() and wanted in (None, parts[at - 1])
+        ]
+        if places:
+            return _number(parts[places[0 if peft >= (0, 20) else -1]], peft=peft)
+    return None
+
+
+def _index_pattern(part: str, *, peft: Version) -> Pattern:
+    if peft >= (0, 21):
+        return Pattern("layers_pattern", rf"(?:^|.*?\.){part}\.(?P<idx>\d+)\.", group="idx")
+    start = ".*?" if peft >= (0, 20) else ".*"
+    return Pattern("layers_pattern", rf"{start}\.{part}\.(\d+)\.", group=1)
+
+
+def _number(text: str, *, peft: Version) -> int | None:
+    if text.isdecimal():
+        return int(text) if len(text) < 20 else None
+    if peft >= (0, 21):
+        return None
+    raise CheckpointError(
+        TARGET_REGEX_INVALID.at(
+            _PLACE,
+            "layers_pattern has a group of its own, which PEFT before 0.21 takes for the index.",
+        )
+    )
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a pattern can match nothing but itself, so that no regular expression is needed."""
+    return re.fullmatch(r"[\w-]+", pattern) is not None
+
+
+# --- a model's layers from the shapes of its tensors ---------------------------------------------
+
+_EMBEDDING = re.compile(r"(.*[._])?embed(s|dings?)?|embed_(tokens|positions|in)\w*")
+_EMBEDDING_NAMES = frozenset(("wte", "wpe", "shared", "relative_attention_bias"))
+_OUTPUT_HEAD = re.compile(
+    r"(.*\.)?(lm_head(\.decoder)?|embed_out|generator_lm_head|lm_loss|vocab_projector|predictions\.decoder)"
+)
+_OUTPUT_HEADS_BY_TYPE = {
+    "whisper": "proj_out",
+    "rwkv": "head",
+    "chatglm": "transformer.output_layer",
+}
+CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(
+        ("gpt2", "imagegpt", "decision_transformer"),
+        frozenset(("c_attn", "q_attn", "c_proj", "c_fc")),
+    ),
+    "openai-gpt": frozenset(("c_attn", "c_proj", "c_fc")),
+    "clvp_decoder": frozenset(("c_proj", "c_fc")),
+}
+"""Layers that are ``Conv1D`` in transformers, stored as (in, out), by model type."""
+
+
+def layers_from_shapes(
+    shapes: Mapping[str, Sequence[int]], *, model_type: str | None, dtype: str = "F32"
+) -> ModelLayers:
+    """Read a model's linear layers off the names and shapes of its tensors on disk.
+
+    A tensor with two dimensions called ``<module>.weight`` is taken for a linear layer, unless its
+    name is an embedding's. Names are those on disk, which newer transformers may change in memory.
+
+    Args:
+        shapes: shape by tensor name, in the order in which layers are to be listed.
+        model_type: the base config's; tells the Conv1D layers of GPT-2 and its kin.
+        dtype: what the weights are stored in.
+    """
+    modules = {
+        name.removesuffix(".weight"): (int(shape[0]), int(shape[1]))
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    embeddings = tuple(name for name in modules if _is_embedding(name))
+    transposed = CONV1D_LAYERS.get(model_type or "", frozenset())
+    linear = {
+        name: Linear(columns, rows, conv1d=True)
+        if name.rpartition(".")[2] in transposed
+        else Linear(rows, columns)
+        for name, (rows, columns) in modules.items()
+        if not _is_embedding(name)
+    }
+    heads = frozenset(
+        name
+        for name in linear
+        if _OUTPUT_HEAD.fullmatch(name) or _OUTPUT_HEADS_BY_TYPE.get(model_type or "") == name
+    )
+    return ModelLayers("the tensors' headers", model_type, linear, heads, embeddings, dtype)
+
+
+def _is_embedding(module: str) -> bool:
+    last = module.rpartition(".")[2]
+    return last in _EMBEDDING_NAMES or _EMBEDDING.fullmatch(last) is not None

@@ -1,0 +1,118 @@
+"""A stranger's regular expressions, evaluated under a time limit that really stops them.
+
+Some expressions take longer than the universe will last, and Python cannot interrupt one. They are
+evaluated in a process of their own, which ends itself even if its parent is gone by then.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
+
+LIMIT_SECONDS = 2
+_START_SECONDS = 8  # for Python itself to start, on a machine that is busy
+
+_PLACE = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A regular expression from a config and what is asked of it.
+
+    Attributes:
+        field: the config's field that it comes from, for messages.
+        text: the expression, for Python's `re`.
+        full: whether it is to match a name from end to end; else from the start.
+        group: the group that is asked for.
+    """
+
+    field: str
+    text: str
+    full: bool = False
+    group: int | str = 0
+
+
+# The watchdog of faulthandler is a thread without Python: it ends the process inside a match too.
+_CHILD = f"""
+import faulthandler, json, re, sys
+sys.stdout.write("started ")
+sys.stdout.flush()
+names, patterns = json.loads(sys.stdin.buffer.read())
+faulthandler.dump_traceback_later({LIMIT_SECONDS}, exit=True)
+found = []
+for text, full, group in patterns:
+    try:
+        pattern = re.compile(text)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        found.append(str(error) or type(error).__name__)
+        continue
+    hits = map(pattern.fullmatch if full else pattern.match, names)
+    found.append([None if hit is None else hit[group] or "" for hit in hits])
+sys.stdout.write(json.dumps(found))
+"""
+
+
+def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str | None]]:
+    """Return for each pattern what its group matched in each name, None where it does not match.
+
+    A group that took no part in the match gives the empty text.
+
+    Raises:
+        CheckpointError: a text is no regular expression, or all of them together took more than
+            two seconds.
+        SurroundingsError: the process that evaluates them did not start.
+    """
+    if not patterns or not names:
+        return [[None] * len(names) for _ in patterns]
+    asked = [(pattern.text, pattern.full, pattern.group) for pattern in patterns]
+    started, _, answer = _run_child(json.dumps([names, asked])).partition(" ")
+    if not started:
+        raise SurroundingsError(
+            "Python could not be started to evaluate a regular expression; "
+            f"check that {printable(sys.executable or 'sys.executable')} runs."
+        )
+    if not answer:
+        raise CheckpointError.of(
+            TARGET_REGEX_SLOW.at(
+                _PLACE,
+                f"{pattern.field} holds {printable(pattern.text)}, which took more than "
+                f"{LIMIT_SECONDS} seconds on {len(names)} names.",
+            )
+            for pattern in patterns
+        )
+    found: list[list[str | None] | str] = json.loads(answer)
+    invalid = [
+        TARGET_REGEX_INVALID.at(
+            _PLACE, f"{pattern.field} holds {printable(pattern.text)}: {printable(result)}."
+        )
+        for pattern, result in zip(patterns, found, strict=True)
+        if isinstance(result, str)
+    ]
+    if invalid:
+        raise CheckpointError.of(invalid)
+    return [result for result in found if not isinstance(result, str)]
+
+
+def _run_child(request: str) -> str:
+    """Return what the process wrote: nothing, "started ", or that and the answer."""
+    try:
+        done = subprocess.run(  # noqa: S603 - our own text, run by this very Python
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=request.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_START_SECONDS + LIMIT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode()
+    except OSError:
+        return ""
+    return done.stdout.decode()
