@@ -2,6 +2,7 @@
 
 - `test.txt` is all that `make test` installs but torch, whose version is the argument;
 - `demo.txt` is the part of it that `make demo` needs;
+- `ci.txt` is what `make test-ci` needs, in the same versions;
 - `oldest.txt` holds the lowest versions that pyproject.toml promises, with the newest test tools;
 - `lock.txt` holds the resolver itself.
 
@@ -37,6 +38,7 @@ def main(torch: str) -> None:
 
     resolve("test.txt", project, "-", "--extra", "dev", "--group", "test", stdin=f"torch=={torch}")
     resolve("demo.txt", project, "--group", "demo", *same_as_test)
+    resolve("ci.txt", project, "--group", "ci", *same_as_test)
     resolve("oldest.txt", project, "--resolution", "lowest-direct")
     resolve("oldest.txt", project, "--group", "test", *lowest)
     resolve("lock.txt", "-", stdin="uv")

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_convert.adapter.adapter import open_adapter
 from vera_convert.adapter.fingerprint import METADATA_KEY, from_text, to_text
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.strip_embed import embed, strip
@@ -31,6 +31,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.rules import Finding
 from vera_convert.summary import info
 from vera_convert.targets.matching import ModelLayers, adapted
+from vera_convert.validation.validate import validate
 
 Finder = Callable[[Path], Iterable[Finding]]
 Tensors = dict[str, NDArray[Any]]
@@ -106,6 +107,17 @@ def migrating(folder: Path) -> Iterable[Finding]:
 def stripping_alone(folder: Path) -> Iterable[Finding]:
     """What `strip` finds where nothing is known of a base."""
     return strip(folder, _out(folder)).findings
+
+
+def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
+    """What `validate` finds, on a base if one is described; that no revision is named is passed."""
+
+    def find(folder: Path) -> Iterable[Finding]:
+        wish = _wish(folder, base) if base else None
+        (checked,) = validate([folder], base=wish, ignore=ignore or ("V122",), deep=deep).adapters
+        return checked.findings
+
+    return find
 
 
 def sizing(folder: Path) -> Iterable[Finding]:
@@ -622,4 +634,205 @@ register(
         drawn(**case), tensors(lambda stored: {**stored, B: stored[B].astype(np.float16)})
     ),
     by=stripping(dtype="float16"),
+)
+
+# --- what only `validate` looks for --------------------------------------------------------------
+
+
+@spoiled("V007", by=validating())
+def a_side_file_links_to_nowhere(folder: Path) -> None:
+    (folder / "notes.txt").symlink_to(folder / "gone.txt")
+
+
+@spoiled("V014")
+def weights_are_a_models(folder: Path) -> None:
+    names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")
+    tensors(lambda _: {name: _zeros(16, 16) for name in names})(folder)
+
+
+@spoiled("V015")
+def weights_are_called_as_a_models(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model.safetensors")
+
+
+@spoiled("V016")
+def folder_is_a_models(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    (folder / WEIGHTS).rename(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+@spoiled("V018", by=validating())
+def states_of_training_lie_beside_it(folder: Path) -> None:
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"):
+        (folder / name).write_bytes(b"state")
+
+
+register(
+    "V101",
+    {
+        "config_is_of_paddle_nlp": {"vera_alpha": 8},
+        "config_is_of_mlora": {"peft_type": "VeRA", "lora_alpha": 16},
+        "config_is_of_vera_plus": {"c_initial": 1.0},
+    },
+    fields,
+)
+register(
+    "V111",
+    {"layers_pattern_is_a_list": {"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}},
+    fields,
+    by=validating(),
+)
+
+
+@spoiled("V111", by=validating())
+def the_only_layer_is_zero(folder: Path) -> None:
+    fields({"layers_to_transform": 0, "layers_pattern": "layers"})(folder)
+    tensors(lambda stored: {k: v for k, v in stored.items() if ".layers.1." not in k})(folder)
+
+
+register(
+    "V120",
+    {"base_is_a_path": "/data/llama", "base_is_a_path_of_windows": "C:\\llama"},
+    lambda name: fields({"base_model_name_or_path": name}),
+    by=validating(),
+)
+register(
+    "V121",
+    {"base_has_no_name": None, "base_has_an_empty_name": ""},
+    lambda name: fields({"base_model_name_or_path": name}),
+    by=validating(),
+)
+register("V122", {"base_has_no_revision": {}}, fields, by=validating("V121"))
+register(
+    "V134",
+    {"layers_lie_at_the_top": None},
+    lambda _: all_of(
+        fields({"layers_to_transform": [0, 1], "layers_pattern": "layers"}),
+        renamed(lambda name: name.replace("base_model.model.model.", "base_model.model.")),
+    ),
+    by=validating(),
+)
+register(
+    "V229",
+    {"a_target_is_not_stored": {"target_modules": ["q_proj", "v_proj", "k_proj"]}},
+    fields,
+    by=validating(),
+)
+register(
+    "V301",
+    {"a_lambda_is_no_number": np.nan, "a_lambda_is_infinite": -np.inf},
+    lambda value: added({Q_D: np.array([1, 2, value, 4], np.float32)}),
+    by=validating(),
+)
+
+
+def as_float16(folder: Path) -> None:
+    """Store everything in float16, A and B as a float16 base rounds them."""
+    drawn(rounding=Rounding.FP16)(folder)
+    tensors(lambda stored: {k: v.astype(np.float16) for k, v in stored.items()})(folder)
+
+
+register(
+    "V302",
+    {"the_vectors_overflow_float16": 60000, "their_products_overflow_float16": 700},
+    lambda value: all_of(
+        as_float16, added({Q_B: np.full(16, value, "f2"), Q_D: np.full(4, value, "f2")})
+    ),
+    by=validating("V122", "V418"),
+)
+
+
+def lambdas(which: str, value: float, *, layer: str = "") -> Spoiler:
+    """Return a spoiler that sets all values of the vectors of one kind, in some layers."""
+
+    def filled(name: str, array: NDArray[Any]) -> NDArray[Any]:
+        return np.full_like(array, value) if name.endswith(which) and layer in name else array
+
+    return tensors(lambda stored: {k: filled(k, v) for k, v in stored.items()})
+
+
+register(
+    "V303",
+    {"no_layer_was_trained": "lambda_b", "every_lambda_d_is_zero": "lambda_d"},
+    lambda which: lambdas(which, 0),
+    by=validating(),
+)
+register(
+    "V305",
+    {"values_are_huge": 1e30, "values_are_tiny": 1e-40},
+    lambda value: added({Q_B: np.full(16, value, np.float32)}),
+    by=validating(),
+)
+register(
+    "V306",
+    {"a_layer_was_not_trained": ".layers.1."},
+    lambda layer: lambdas("lambda_b", 0, layer=layer),
+    by=validating(),
+)
+register(
+    "V414",
+    {
+        "projections_are_seen_to_be_random": added({A: np.ones((RANK, HIDDEN), np.float32)}),
+        "projections_are_seen_to_be_of_another_key": drawn(key=KEY + 1),
+        "projections_are_seen_to_be_of_another_width": drawn(width=HIDDEN + 1, kept=HIDDEN),
+    },
+    all_of,
+    by=validating("V122", "V304"),
+)
+register(
+    "V414",
+    {"projections_are_not_rounded_as_by_this_base": None},
+    as_it_is,
+    by=validating(dtype="bfloat16"),
+)
+register(
+    "V418", {"projections_are_rounded": Rounding.BF16}, lambda r: drawn(rounding=r), by=validating()
+)
+register(
+    "V419",
+    {"what_was_dropped_is_drawn_otherwise": {"variant": Variant.FLOAT32_SEPARATE}},
+    lambda changes: fingerprint(**changes),
+    by=validating(),
+)
+register(
+    "V526",
+    {"the_head_is_the_embedding": "base_model.model.lm_head"},
+    lambda module: all_of(
+        fields({"target_modules": ["q_proj", "v_proj", "lm_head"]}),
+        drawn(height=32),
+        added(
+            {
+                f"{module}.vera_lambda_b": np.ones(32, np.float32),
+                f"{module}.vera_lambda_d": np.ones(RANK, np.float32),
+            }
+        ),
+    ),
+    by=validating(
+        tensors={"lm_head.weight": None},
+        config={"model_type": "llama", "tie_word_embeddings": True},
+    ),
+)
+register(
+    "V527",
+    {"layers_are_said_to_be_conv1d": {"fan_in_fan_out": True}},
+    fields,
+    by=validating(dtype="float32"),
+)
+register(
+    "V546",
+    {"names_lack_the_base_prefix": lambda name: name.replace(".model.model.", ".model.")},
+    renamed,
+    by=validating(dtype="float32"),
+)
+register(
+    "V556",
+    {"the_targets_are_quantised": None},
+    as_it_is,
+    by=validating(
+        "V122",
+        "V415",
+        dtypes={"self_attn": "int8"},
+        config={"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}},
+    ),
 )

@@ -22,7 +22,7 @@ from vera_convert.publish import container
 from vera_convert.publish import filesystem
 from vera_convert.publish import interrupts
 from vera_convert.publish import publishing as publish
-from vera_convert.publish.publishing import staged_file, staged_folder, sweep
+from vera_convert.publish.publishing import staged_file, staged_folder
 
 out = Path(sys.argv[1])
 

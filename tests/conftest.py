@@ -11,9 +11,13 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from commandline import Ended, Run
+from hub_server import HubServer
 from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
+from vera_convert.cli import main
+from vera_convert.hub import remotefile
 from vera_convert.schemas import load_schema
 
 DATA = Path(__file__).parent / "data"
@@ -89,3 +93,36 @@ def schema_errors() -> Callable[..., list[str]]:
             yield f"{error.json_path}: {error.message}"
 
     return lambda *args, **kwargs: list(errors(*args, **kwargs))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program in this process: ``run("info", folder)``."""
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert isinstance(leaving.value.code, int)
+        return Ended(leaving.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HubServer]:
+    """A stand-in for the Hub, empty; the test runs in a folder where no repo's name is a path."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(remotefile, "PAUSES", (0.0, 0.0))
+        yield hub
+        huggingface_hub.close_session()

@@ -293,7 +293,7 @@ def config_is_missing(folder: Path) -> None:
     (folder / CONFIG).unlink()
 
 
-@defect("V010")
+@defect("V017")
 def config_lies_in_a_subfolder(folder: Path) -> None:
     (folder / "default").mkdir()
     for name in (CONFIG, WEIGHTS):
@@ -760,3 +760,25 @@ _register(
 @defect("V053", posix=True)
 def a_terabyte_is_appended(folder: Path) -> None:
     os.truncate(folder / WEIGHTS, 1 << 40)  # sparse: it takes no room
+
+
+def _named(name: str) -> Spoiler:
+    """Return a spoiler that gives one tensor another name."""
+
+    def spoil(folder: Path) -> None:
+        header, data = split_weights(folder)
+        join_weights(
+            folder, {name if k == _any_name(header) else k: v for k, v in header.items()}, data
+        )
+
+    return spoil
+
+
+_register(
+    "V054",
+    {
+        "a_name_has_a_million_letters": "a" * 1_000_000,
+        "a_name_has_a_hundred_elements": "base_model.model." + "a." * 100 + "vera_lambda_b",
+    },
+    _named,
+)

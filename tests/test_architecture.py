@@ -18,19 +18,22 @@ PACKAGE = ROOT / "vera_convert"
 LAYERS = """
 _version schemas
 rules errors delta
-files: reading jsonediting header tensorfile weightfiles
+files: reading jsonediting header tensorfile extents weightfiles
 draws: generator recognition
 publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
-adapter: config fingerprint tensors folder adapter repairs
+adapter: config fingerprint tensors folder adapter values opening repairs
 targets: patterns matching architectures
 base: model folder layers renamerules renames layouts quantised naming onbase
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report inputs options card provenance output job merge
 counting summary
-formats: results merge
+validation: validation selection values files config targets projections base validate
+verification: comparison provenance options expected judging pairs hints tensors merged forms result
+formats: pieces results merge locations validation sarif junit github catalogue verification
 with_torch
+verifying
 __init__ cli __main__
 """
 """The modules in order, a folder's together: each may import those before it, and no other."""
@@ -162,6 +165,7 @@ def test_what_is_slow_to_load_is_loaded_in_functions(module: str) -> None:
         "import vera_convert",
         "from vera_convert.cli import main; sys.argv[1:] = ['--help']; main()",
         "from vera_convert.cli import main; sys.argv[1:] = ['info', '--help']; main()",
+        "from vera_convert.cli import main; sys.argv[1:] = ['validate', '--help']; main()",
     ],
 )
 def test_a_start_loads_nothing_heavy(start: str) -> None:

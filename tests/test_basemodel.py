@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,20 +180,6 @@ def test_no_folder_is_the_surroundings_fault(tmp_path: Path) -> None:
 
 
 # --- on the Hub ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    with HubServer() as hub:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
-        huggingface_hub.close_session()
 
 
 def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None:

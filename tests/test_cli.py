@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -22,6 +21,7 @@ import pytest
 from adapterdefects import A, bare, drawn, fields, renamed, stripped, tensors
 from adapters import KEY, good_adapter
 from bases import tiny_base
+from commandline import Run
 from conftest import DATA
 from folders import WEIGHTS, everything, weights
 from merges import filled_base
@@ -38,6 +38,7 @@ from vera_convert.schemas import schema_names
 ROOT = Path(__file__).parent.parent
 SCHEMA_OF = {
     "info": "info",
+    "validate": "validation",
     "strip": "conversion",
     "embed": "conversion",
     "migrate": "conversion",
@@ -45,36 +46,6 @@ SCHEMA_OF = {
     "count": "count",
 }
 COMMANDS = [*SCHEMA_OF]
-
-
-class Ended(NamedTuple):
-    """How a run ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process."""
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return Ended(leaving.value.code, out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -113,6 +84,7 @@ def test_choices_are_those_of_the_library() -> None:
 RECURRING = ["--json", "--quiet", "--progress", "--debug", "--token", "--cache-dir", "--offline"]
 OPTIONS = {
     "info": ["--base", "--base-revision", "--base-dtype", "--key-map", "--projections"],
+    "validate": ["--recursive", "--base", "--deep", "--format", "--output", "--select", "--ignore"],
     "strip": ["--base", "--accept-change", "--force", "--projections", "--base-dtype"],
     "embed": ["--base", "--in-features", "--out-features", "--generator", "--key-map", "--force"],
     "migrate": ["--to", "--base", "--accept-change", "--peft-version", "--recursive", "--force"],
@@ -315,7 +287,7 @@ def arguments_of(command: str, adapter: Path, tmp_path: Path) -> list[object]:
         return [command, tmp_path / "out.safetensors", *sizes]
     if command == "count":
         return [command, "--config", DATA / "configs" / "gpt2-medium.json", "--rank=4"]
-    out = [] if command == "info" else [tmp_path / "out"]
+    out = [] if command in ("info", "validate") else [tmp_path / "out"]
     return [command, adapter, *out, *(["--to=stripped"] if command == "migrate" else [])]
 
 
@@ -450,8 +422,36 @@ def test_of_several_defects_the_first_is_told_and_the_others_counted(
 ) -> None:
     fields({"r": "4", "bias": 1, "init_weights": 1})(adapter)
     ended = run("info", adapter)
-    assert re.fullmatch(r"error: V103 .* \(and 2 more\)\n", ended.err)
+    assert re.fullmatch(
+        rf"error: V103 .* \(and 2 more: vera-convert validate {re.escape(str(adapter))}\)\n",
+        ended.err,
+    )
     assert len(run("info", adapter, "--json").document["findings"]) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["info", "BAD"],
+        ["strip", "BAD", "OUT", "--base", "BASE"],
+        ["regenerate", "OUT", "--for", "BAD"],
+        ["migrate", "TREE", "OUT", "--to=asis", "--recursive"],
+    ],
+    ids=lambda call: call[0],
+)
+def test_the_command_that_shows_the_other_defects_can_be_run(
+    call: list[str], run: Run, base: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "a tree"
+    bad = good_adapter(tree / "it's \u202e; $(x) bad", r="4", bias=1, init_weights=1)
+    places = {"BAD": bad, "BASE": base, "OUT": tmp_path / "out", "TREE": tree}
+    refused = run(*(places.get(word, word) for word in call))
+    (line,) = re.findall(r"\(and 2 more: vera-convert (.*)\)$", refused.err, re.MULTILINE)
+    words = [word.encode("latin-1").decode("unicode_escape") for word in shlex.split(line)]
+    assert words == ["validate", str(bad), *(["--base", str(base)] if "--base" in call else [])]
+    assert [each["code"] for each in run(*words, "--json").document["adapters"][0]["findings"]][
+        :3
+    ] == ["V103"] * 3
 
 
 def test_names_and_texts_are_escaped(run: Run, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub import remotefile
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.summary import info
 
@@ -24,20 +22,11 @@ LARGE = 8_000_000
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub with the good adapter and its base, which is large."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
+def hub(server: HubServer, tmp_path: Path) -> HubServer:
+    """A Hub with the base of the good adapter, which is large."""
     base = tiny_base(tmp_path / "base", tensors={"model.embed_tokens.weight": (LARGE // 64, 16)})
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(remotefile, "PAUSES", (0.0, 0.0))
-        server.add("example/tiny-llama", everything(base))
-        yield server
-        huggingface_hub.close_session()
+    server.add("example/tiny-llama", everything(base))
+    return server
 
 
 @pytest.fixture

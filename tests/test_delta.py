@@ -14,7 +14,7 @@ from merges import FIXTURES
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.adapter.adapter import open_adapter
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.onbase import Bases, BaseWish, Need, learn
 from vera_convert.conversion.projections import Meant
 from vera_convert.delta import delta, exact_delta, merged

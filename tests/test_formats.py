@@ -23,17 +23,16 @@ from vera_convert.conversion.strip_embed import Conversion, embed, strip
 from vera_convert.counting import count
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.formats.pieces import error_document, table
 from vera_convert.formats.results import (
     conversion_document,
     conversion_text,
     count_document,
     count_text,
-    error_document,
     info_document,
     info_text,
     regenerated_document,
     regenerated_text,
-    table,
     tree_document,
     tree_text,
 )

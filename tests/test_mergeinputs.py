@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.inputs import AdapterWish
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    with HubServer() as hub:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture

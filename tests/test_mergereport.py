@@ -69,7 +69,7 @@ def test_what_drowns_is_warned_of() -> None:
 
 
 def test_an_adapter_that_does_nothing_is_warned_of() -> None:
-    assert codes(NONE, NONE) == ["V538"]
+    assert codes(NONE, NONE) == ["V303"]
     assert codes(NONE, SOME) == []
     assert codes() == []
     assert codes(None) == []

@@ -59,14 +59,17 @@ def loaded(name: str, base: Path) -> Any:
     return getattr(transformers, name).from_pretrained(base, dtype="auto")
 
 
-def trained(folder: Path, base: Path, name: str, *, targets: Any, stored: bool) -> Path:
-    """An adapter with random vectors and a random head."""
+def trained(
+    folder: Path, base: Path, name: str, *, targets: Any, stored: bool, bias: str = "none"
+) -> Path:
+    """An adapter with random vectors, a random head, and random biases if they are trained."""
     config = peft.VeraConfig(
         r=6,
         target_modules=targets,
         modules_to_save=HEADS.get(name),
         save_projection=stored,
         projection_prng_key=11,
+        bias=bias,
     )
     model = peft.get_peft_model(loaded(name, base), config)
     torch.manual_seed(1)
@@ -117,6 +120,19 @@ def test_a_merge_equals_that_of_peft(name: str, dtype: str, stored: bool, tmp_pa
     changed = {n for n, tensor in tensors_of(base).items() if not np.array_equal(tensor, found[n])}
     assert changed == {each.name for each in done.tensors}
     assert len(changed) >= 3
+
+
+@pytest.mark.parametrize("bias", ["all", "vera_only"])
+def test_trained_biases_are_merged_as_by_peft(bias: str, tmp_path: Path) -> None:
+    """With bias "all" PEFT stores a saved head's bias three times, and reads one of them."""
+    name = "BertForSequenceClassification"
+    base = saved(tmp_path / "base", name, "float32")
+    adapter = trained(tmp_path / "adapter", base, name, targets=["query"], stored=True, bias=bias)
+    stored = tensors_of(adapter)
+    assert ("base_model.model.classifier.original_module.bias" in stored) == (bias == "all")
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours")
+    assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)
 
 
 def test_a_tied_head_is_added_as_peft_adds_it(tmp_path: Path) -> None:

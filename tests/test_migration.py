@@ -21,10 +21,11 @@ from folders import CONFIG_NAME, WEIGHTS, everything, metadata, refusal, weights
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vera_convert.adapter.adapter import open_adapter
+from vera_convert.adapter.folder import adapters_below
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.migration import Mode, adapters_below, migrate, migrate_tree
+from vera_convert.conversion.migration import Mode, migrate, migrate_tree
 from vera_convert.conversion.projections import Meant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.hub.lookup import HubAccess, Location
@@ -131,7 +132,7 @@ def test_twice_changes_nothing(spoil: Spoiler, mode: Mode, tmp_path: Path) -> No
 
 def test_lambdas_keep_their_bytes_and_types(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    values = np.array([0.0, -0.0, np.nan, np.inf, 1e-40, 3], np.float32).astype(ml_dtypes.bfloat16)
+    values = np.array([0.0, -0.0, 1e30, 1e-40, 3], np.float32).astype(ml_dtypes.bfloat16)
     name = f"{LAYER}v_proj.vera_lambda_b"
     odd = np.resize(values, 8)
     all_of(tensors(lambda stored: columns({**stored, name: odd})))(folder)
@@ -302,7 +303,8 @@ def test_smaller_projections_are_not_cut_but_told(tmp_path: Path) -> None:
 
 def test_foreign_projections_are_cut_too(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    pair = {A: np.ones((RANK, 20), np.float32), B: np.ones((16, RANK), np.float32)}
+    random = np.random.default_rng(0)
+    pair = {A: random.random((RANK, 20), np.float32), B: random.random((16, RANK), np.float32)}
     tensors(lambda stored: {**stored, **pair})(folder)
     base = BaseWish(str(tiny_base(tmp_path / "base")))
     migrate(folder, tmp_path / "out", to=Mode.EMBEDDED, base=base)
@@ -575,7 +577,7 @@ def test_a_folder_that_cannot_be_listed_stops_no_other(
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(folder)
 
-    monkeypatch.setattr("vera_convert.conversion.migration.os.scandir", scandir)
+    monkeypatch.setattr("vera_convert.adapter.folder.os.scandir", scandir)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert [*result.done] == ["one"]
     assert [*result.failed] == ["shut"]

@@ -22,6 +22,7 @@ PUBLIC_HOSTS = {
     "arxiv.org",
     "git-lfs.github.com",
     "json-schema.org",
+    "json.schemastore.org",
     "keepachangelog.com",
     "mlco2.github.io",
     "semver.org",

@@ -19,8 +19,9 @@ from systemcalls import intercept
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.publish import container, filesystem
 from vera_convert.publish import publishing as publish
+from vera_convert.publish.container import sweep_containers
 from vera_convert.publish.interrupts import Interrupted
-from vera_convert.publish.publishing import check_out, sha256_of, staged_file, staged_folder, sweep
+from vera_convert.publish.publishing import check_out, sha256_of, staged_file, staged_folder
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 TESTS = Path(__file__).parent
@@ -622,7 +623,7 @@ for number in range(1, 100):
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     if old and step and not out.exists():
-        sweep(out)
+        container.sweep_containers(out)
         assert texts(out) == {{"old"}}, number
     assert texts(out) in ([{{"old"}}, {{"new"}}] if old else [set(), {{"new"}}]), number
     try:
@@ -784,7 +785,7 @@ with staged_folder(out, force=True, is_own=own) as new:
     with running(code, out) as child:
         told(child)
         write(out)
-        sweep(out)
+        sweep_containers(out)
         assert len(names(out.parent)) == 2
         assert content_of(out) == NEW
         tell(child)

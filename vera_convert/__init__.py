@@ -36,13 +36,20 @@ if TYPE_CHECKING:
     from vera_convert.merging.parts import Tied
     from vera_convert.schemas import load_schema, schema_names
     from vera_convert.summary import AdapterInfo, info
+    from vera_convert.validation.validate import validate
+    from vera_convert.validation.validation import Checked, Validation
+    from vera_convert.verification.options import GivenAdapter, VerifyOptions
+    from vera_convert.verification.result import Verification
+    from vera_convert.verifying import verify
 
 _MODULES = {
     "AdapterInfo": "summary",
     "AdapterWish": "merging.inputs",
     "BaseWish": "base.onbase",
+    "Checked": "validation.validation",
     "Conversion": "conversion.strip_embed",
     "Count": "counting",
+    "GivenAdapter": "verification.options",
     "HubAccess": "hub.lookup",
     "Meant": "conversion.projections",
     "Merge": "merging.merge",
@@ -52,7 +59,10 @@ _MODULES = {
     "Rounding": "draws.generator",
     "Tied": "merging.parts",
     "TreeMigration": "conversion.migration",
+    "Validation": "validation.validation",
     "Variant": "draws.generator",
+    "Verification": "verification.result",
+    "VerifyOptions": "verification.options",
     "count": "counting",
     "embed": "conversion.strip_embed",
     "info": "summary",
@@ -64,15 +74,19 @@ _MODULES = {
     "regenerate_for": "conversion.regeneration",
     "schema_names": "schemas",
     "strip": "conversion.strip_embed",
+    "validate": "validation.validate",
+    "verify": "verifying",
 }
 
 __all__ = [
     "AdapterInfo",
     "AdapterWish",
     "BaseWish",
+    "Checked",
     "CheckpointError",
     "Conversion",
     "Count",
+    "GivenAdapter",
     "HubAccess",
     "Meant",
     "Merge",
@@ -84,8 +98,11 @@ __all__ = [
     "Tied",
     "TreeMigration",
     "UsageError",
+    "Validation",
     "Variant",
     "VeraConvertError",
+    "Verification",
+    "VerifyOptions",
     "__version__",
     "count",
     "embed",
@@ -98,6 +115,8 @@ __all__ = [
     "regenerate_for",
     "schema_names",
     "strip",
+    "validate",
+    "verify",
 ]
 
 

@@ -5,10 +5,12 @@ Nothing heavy is imported before a command needs it; `--help` costs click and no
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from vera_convert.hub.lookup import HubAccess
     from vera_convert.merging.options import MergeOptions
     from vera_convert.rules import Finding
+    from vera_convert.validation.validation import Validation
+    from vera_convert.verification.options import VerifyOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -101,6 +105,18 @@ class PeftVersion(click.ParamType):  # type: ignore[type-arg] # generic only fro
         return tuple(map(int, parts))
 
 
+class Codes(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """Codes of rules, or their beginnings, separated by commas."""
+
+    name = "CODE[,CODE]"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Split at commas; a small v is one too. What is no code is refused when it is used."""
+        return tuple(code.strip().upper() for code in value.split(","))
+
+
 class Size(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
     """A number of bytes such as 5GB, 500MB or 5GiB, as transformers writes it."""
 
@@ -120,18 +136,30 @@ class WeightedAdapter(click.ParamType):  # type: ignore[type-arg] # generic only
 
     name = "ADAPTER[=W]"
 
+    def __init__(self, unsaid: float | None = 1.0) -> None:
+        self.unsaid = unsaid
+
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
+    ) -> tuple[str, float | None]:
         """Split at the last equals sign, if a number follows it."""
         adapter, equals, weight = value.rpartition("=")
         try:
-            return (adapter, float(weight)) if equals and adapter else (value, 1.0)
+            return (adapter, float(weight)) if equals and adapter else (value, self.unsaid)
         except ValueError:
-            return value, 1.0
+            return value, self.unsaid
 
 
 # --- options that recur --------------------------------------------------------------------------
+
+_WHOSE = {"adapter": "", "revision": "--revision", "base": "--base"}
+"""What says which adapter a command was about, and how `validate` is told the same."""
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Keep what a refusal names again when it points to `validate`."""
+    context.meta[f"vera_convert.{parameter.name}"] = value
+    return value
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -155,14 +183,22 @@ output_options = _options(
 )
 hub_options = _options(
     click.option(
-        "--revision", metavar="REV", help="The adapter's branch, tag or commit on the Hub."
+        "--revision",
+        metavar="REV",
+        callback=_remember,
+        help="The adapter's branch, tag or commit on the Hub.",
     ),
     click.option("--token", metavar="TOKEN", help="Access token for the Hub (default: HF_TOKEN)."),
     click.option("--cache-dir", metavar="DIR", help="The Hub's cache (default: HF_HOME)."),
     click.option("--offline", is_flag=True, help="Use the Hub's cache only; open no connection."),
 )
 base_options = _options(
-    click.option("--base", metavar="MODEL", help="The base model: a folder or a repo on the Hub."),
+    click.option(
+        "--base",
+        metavar="MODEL",
+        callback=_remember,
+        help="The base model: a folder or a repo on the Hub.",
+    ),
     click.option("--base-revision", metavar="REV", help="The base's branch, tag or commit."),
     click.option(
         "--base-dtype",
@@ -200,7 +236,7 @@ generator_option = click.option(
     help="How PyTorch drew A and B (default: float32-fused).",
 )
 out_argument = click.argument("out", type=click.Path(path_type=Path))
-adapter_argument = click.argument("adapter")
+adapter_argument = click.argument("adapter", callback=_remember)
 
 
 def _access(options: Mapping[str, Any]) -> HubAccess:
@@ -263,6 +299,187 @@ def info(adapter: str, **options: Any) -> None:
 
 
 @program.command()
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
+@click.option("--recursive", is_flag=True, help="Check every adapter below the folders given.")
+@base_options
+@click.option("--deep", is_flag=True, help="Fetch the weights of repos too; draw A and B again.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif", "junit", "github")),
+    help="How to report (default: text).",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report to FILE, whatever was found, and text for people to stdout.",
+)
+@click.option(
+    "--select",
+    type=Codes(),
+    multiple=True,
+    help="Report these codes only; V2 means all that begin so.",
+)
+@click.option(
+    "--ignore",
+    type=Codes(),
+    multiple=True,
+    help="Do not report these, nor those that pyproject.toml ignores.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(("error", "warning")),
+    help="Exit with status 1 from this severity on (default: error).",
+)
+@click.option("--rules", is_flag=True, help="List every rule, and check nothing.")
+@click.option("--explain", type=Codes(), metavar="CODE", help="Explain a rule, and check nothing.")
+@hub_options
+@output_options
+def validate(adapters: tuple[str, ...], **options: Any) -> None:
+    """Find everything that is wrong with each ADAPTER, and say what to do about it.
+
+    ADAPTER is a folder, a file of it, or a repo on the Hub, org/name[@revision][/subfolder], of
+    which config and header are read.
+
+    [tool.vera-convert.validate] in pyproject.toml can hold select, ignore and fail-on too.
+    """
+    if options["rules"] or options["explain"]:
+        _show_rules(adapters, options)
+        return
+    if not adapters:
+        raise UsageError("name an ADAPTER to validate, or give --rules or --explain CODE.")
+    if options["as_json"] and options["form"] not in (None, "json") and not options["output"]:
+        raise UsageError("--json and another --format cannot both go to stdout: give --output.")
+    result = _validated(adapters, options)
+    for checked in result.adapters:
+        if checked.failure is not None:
+            _say(f"error: {checked.label}: {_reason(checked.failure)}", err=True)
+    _report(result, options)
+    if result.status:
+        raise click.exceptions.Exit(result.status)
+
+
+def _validated(adapters: tuple[str, ...], options: Mapping[str, Any]) -> Validation:
+    from vera_convert.rules import Severity
+    from vera_convert.validation.selection import read_settings
+    from vera_convert.validation.validate import validate as run
+
+    settings = read_settings(Path.cwd())
+    select = [code for codes in options["select"] for code in codes]
+    ignore = [code for codes in options["ignore"] for code in codes]
+    fail_on = Severity(options["fail_on"]) if options["fail_on"] else settings.fail_on
+    return run(
+        adapters,
+        base=_base_wish(options),
+        recursive=options["recursive"],
+        deep=options["deep"],
+        select=select or settings.select,
+        ignore=[*settings.ignore, *ignore],
+        fail_on=fail_on or Severity.ERROR,
+        revision=options["revision"],
+        access=_access(options),
+    )
+
+
+def _report(result: Validation, options: Mapping[str, Any]) -> None:
+    """Print the report, or write it and print the text for people."""
+    from vera_convert.formats.validation import validation_document, validation_text
+
+    form = options["form"] or ("json" if options["as_json"] else "text")
+    if form == "github":
+        _append_summary(result)
+    if options["output"] is not None:
+        _write_report(options["output"], _rendered(result, form), result)
+        form = "text"
+    if options["as_json"]:
+        _print_document(validation_document(result))
+    elif form != "text":
+        _say(_rendered(result, form))
+    elif not options["quiet"]:
+        _say(validation_text(result, colour=_in_colour(), width=_columns()))
+
+
+def _rendered(result: Validation, form: str) -> str:
+    """Return a report in a format; each has a module of its own."""
+    import json
+
+    from vera_convert.formats.github import github_text
+    from vera_convert.formats.junit import junit_text
+    from vera_convert.formats.sarif import sarif_text
+    from vera_convert.formats.validation import validation_document, validation_text
+
+    renderers: dict[str, Callable[[Validation], str]] = {
+        "text": validation_text,
+        "json": lambda result: json.dumps(validation_document(result), indent=2),
+        "sarif": sarif_text,
+        "junit": junit_text,
+        "github": github_text,
+    }
+    return renderers[form](result)
+
+
+def _write_report(out: Path, text: str, result: Validation) -> None:
+    """Write a report whole or not at all; a file of this name is an earlier one, and replaced."""
+    from vera_convert.publish.publishing import staged_file
+
+    shown = printable(str(out))
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
+        raise UsageError(f"{shown} is no regular file, so no report is put in its place.")
+    inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
+    with staged_file(out, force=True, inputs=inputs, is_own=lambda _: True) as path:
+        path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _append_summary(result: Validation) -> None:
+    """Add to the summary of a job on GitHub, if this is one; the report does not hang on it."""
+    from vera_convert.formats.github import job_summary
+
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    try:
+        with Path(name).open("a", encoding="ascii", newline="\n") as summary:
+            summary.write(job_summary(result))
+    except (OSError, ValueError) as error:
+        _say(f"warning: no summary was written: {printable(str(error))}", err=True)
+
+
+def _in_colour() -> bool:
+    """Whether a terminal shows the text that wants no other."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and not plain
+
+
+def _columns() -> int:
+    """Return how wide a text may be: as the terminal, within reason."""
+    from vera_convert.formats.validation import WIDTH
+
+    if sys.stdout is None or not sys.stdout.isatty():
+        return WIDTH
+    return min(max(shutil.get_terminal_size().columns, 60), WIDTH)
+
+
+def _show_rules(adapters: tuple[str, ...], options: Mapping[str, Any]) -> None:
+    from vera_convert.formats.catalogue import explanation, rules_document, rules_text
+    from vera_convert.rules import CATALOGUE
+    from vera_convert.validation.selection import check_codes
+
+    if adapters or (options["rules"] and options["explain"]):
+        raise UsageError("--rules and --explain each stand alone, without an ADAPTER.")
+    if options["form"] not in (None, "text", "json") or options["output"] is not None:
+        raise UsageError("--rules and --explain print text, or JSON with --json, to stdout.")
+    codes = options["explain"] or ("",)
+    if options["explain"]:
+        check_codes(codes)
+    rules = [rule for rule in CATALOGUE.values() if rule.code.startswith(codes)]
+    if options["as_json"] or options["form"] == "json":
+        _print_document(rules_document(rules))
+    else:
+        _say(explanation(rules, width=_columns()) if options["explain"] else rules_text(rules))
+
+
+@program.command()
 @adapter_argument
 @out_argument
 @base_options
@@ -320,7 +537,13 @@ def embed(adapter: str, out: Path, **options: Any) -> None:
 
 @program.command()
 @out_argument
-@click.option("--for", "adapter", metavar="ADAPTER", help="Draw as this adapter has them.")
+@click.option(
+    "--for",
+    "adapter",
+    metavar="ADAPTER",
+    callback=_remember,
+    help="Draw as this adapter has them.",
+)
 @click.option("--rank", type=int, help="Rows of A, columns of B.")
 @dims_options
 @click.option("--key", type=int, default=None, help="The seed (default: 0).")
@@ -435,19 +658,20 @@ def migrate(adapter: str, out: Path, **options: Any) -> None:
     if options["recursive"]:
         if options["revision"] is not None:
             raise UsageError("--recursive takes a folder, which has no --revision.")
-        _show_tree(options, migrate_tree(adapter, out, **wishes))
+        _show_tree(adapter, options, migrate_tree(adapter, out, **wishes))
     else:
         result = migrate(adapter, out, revision=options["revision"], **wishes)
         _show_conversion("migrate", options, result)
 
 
-def _show_tree(options: Mapping[str, Any], result: TreeMigration) -> None:
+def _show_tree(tree: str, options: Mapping[str, Any], result: TreeMigration) -> None:
     from vera_convert.formats.results import tree_document, tree_text
 
     for name, conversion in result.done.items():
         _warn(conversion.findings, f"{printable(name)}: ")
     for name, error in result.failed.items():
-        _say(f"error: {printable(name)}: {_reason(error)}", err=True)
+        where = {"adapter": f"{tree}/{name}"}
+        _say(f"error: {printable(name)}: {_reason(error, where)}", err=True)
     _print(options, tree_text(result), lambda: tree_document(result))
     if result.failed:
         raise click.exceptions.Exit(min(error.status for error in result.failed.values()))
@@ -537,6 +761,85 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
             progress=progress,
         )
     _show(options, result.findings, merge_text(result), lambda: merge_document(result))
+
+
+@program.command()
+@adapter_argument
+@click.option("--adapter", "other", metavar="OTHER", help="ADAPTER stripped, embedded or migrated.")
+@click.option("--merged", metavar="MODEL", help="The model that ADAPTER was merged into.")
+@base_options
+@click.option(
+    "--projections",
+    type=click.Choice(("auto", "file", "key")),
+    help="Which A and B are meant (default: as the merge recorded, else auto).",
+)
+@generator_option
+@click.option("--weight", type=float, help="Factor of ADAPTER's delta in the merge.")
+@click.option(
+    "--add",
+    type=WeightedAdapter(unsaid=None),
+    multiple=True,
+    help="Another adapter that was merged, for each one.",
+)
+@click.option("--tied", type=click.Choice(("add", "untie")), help="What became of a tied head.")
+@click.option(
+    "--dequantize", is_flag=True, default=None, help="An fp8 base was made a 16-bit model."
+)
+@click.option("--dtype", type=click.Choice(BASE_DTYPES), help="What float tensors became.")
+@click.option("--samples", type=int, help="How many sequences to run both models on (default: 8).")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the sequences from this text (default: token ids that are drawn).",
+)
+@click.option("--layers-only", is_flag=True, help="Compare weights alone; torch is not needed.")
+@click.option("--jobs", type=int, help="Threads (default: one for each core, four at most).")
+@hub_options
+@output_options
+def verify(adapter: str, **options: Any) -> None:
+    """Hold what was made of ADAPTER against it: another form, or a merged model.
+
+    Every tensor of the merged model is computed again, in blocks; then the whole model is run
+    beside the base with ADAPTER. The options of the merge are those that it recorded.
+    """
+    from vera_convert.formats.verification import verification_document, verification_text
+    from vera_convert.verifying import verify as run
+
+    with _progress(options, "compared") as progress:
+        result = run(
+            adapter,
+            base=_base_wish(options),
+            other=options["other"],
+            merged=options["merged"],
+            options=_verify_options(options),
+            revision=options["revision"],
+            access=_access(options),
+            progress=progress,
+        )
+    _show(
+        options, result.findings, verification_text(result), lambda: verification_document(result)
+    )
+    if result.errors:
+        _say(f"error: {_reason(CheckpointError.of(result.errors))}", err=True)
+        raise click.exceptions.Exit(CheckpointError.status)
+
+
+def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
+    from vera_convert.conversion.projections import Meant
+    from vera_convert.draws.generator import Variant
+    from vera_convert.merging.parts import Tied
+    from vera_convert.verification.options import SAMPLES, GivenAdapter, VerifyOptions
+
+    same = ("weight", "dtype", "dequantize", "layers_only", "text", "jobs")
+    return VerifyOptions(
+        add=tuple(GivenAdapter(adapter, weight) for adapter, weight in options["add"]),
+        projections=Meant(options["projections"]) if options["projections"] else None,
+        generator=Variant(options["generator"]) if options["generator"] else None,
+        tied=Tied(options["tied"]) if options["tied"] else None,
+        samples=SAMPLES if options["samples"] is None else options["samples"],
+        **{name: options[name] for name in same},
+    )
 
 
 @contextmanager
@@ -671,18 +974,32 @@ def _say(text: str, *, err: bool = False) -> None:
         click.echo(text, err=err)
 
 
-def _reason(error: VeraConvertError) -> str:
-    """Return the one line that says why a command failed."""
-    more = ""
-    if isinstance(error, CheckpointError) and len(error.findings) > 1:
-        more = f" (and {len(error.findings) - 1} more)"
-    return f"{error}{more}"
+def _reason(error: VeraConvertError, whose: Mapping[str, str | None] | None = None) -> str:
+    """Return the one line that says why a command failed.
+
+    Of several defects it names the first and how to see the others, if `whose` has the adapter.
+    """
+    if not isinstance(error, CheckpointError) or len(error.findings) == 1:
+        return str(error)
+    more = f"and {len(error.findings) - 1} more"
+    if whose and whose.get("adapter"):
+        more += f": {_validate_command(whose)}"
+    return f"{error} ({more})"
+
+
+def _validate_command(whose: Mapping[str, str | None]) -> str:
+    words = ["vera-convert", "validate"]
+    for name, option in _WHOSE.items():
+        value = whose.get(name)
+        words += [*filter(None, [option]), value] if value else []
+    return "".join(map(printable, shlex.join(words)))  # letter by letter: nothing of it is cut
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with the status that the contract gives to its outcome."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.getLogger("vera_convert").addHandler(_WARNING_LINES)
+    gc.set_threshold(100_000)  # a header is many small records that live to the end
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr has it: a name can be Chinese
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -714,9 +1031,13 @@ def _run(arguments: list[str]) -> int:
 
     Not by way of click's own `main`, which takes any signal for SIGINT.
     """
+    whose: dict[str, str | None] = {}
     try:
         with program.make_context("vera-convert", [*arguments], obj=arguments) as context:
-            program.invoke(context)
+            try:
+                program.invoke(context)
+            finally:
+                whose = {name: context.meta.get(f"vera_convert.{name}") for name in _WHOSE}
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -726,7 +1047,7 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error.__cause__, KeyboardInterrupt):  # met while a class was being made
             raise error.__cause__ from None
         _show_traceback(arguments)
-        return _refuse(_explained(error), arguments)
+        return _refuse(_explained(error), arguments, whose)
     return 0
 
 
@@ -751,13 +1072,13 @@ def _explained(error: Exception) -> VeraConvertError:
     )
 
 
-def _refuse(error: VeraConvertError, arguments: list[str]) -> int:
+def _refuse(error: VeraConvertError, arguments: list[str], whose: Mapping[str, str | None]) -> int:
     """Say why a command failed and return the status that stands for it."""
     if "--json" in arguments:
-        from vera_convert.formats.results import error_document
+        from vera_convert.formats.pieces import error_document
 
         _print_document(error_document(error))
-    _say(f"error: {_reason(error)}", err=True)
+    _say(f"error: {_reason(error, whose)}", err=True)
     return error.status
 
 

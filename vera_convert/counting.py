@@ -188,11 +188,6 @@ def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
 # --- files, as PEFT writes them ------------------------------------------------------------------
 
 
-def vera_file_bytes(chosen: Adapted, *, rank: int, projections: bool) -> int:
-    """Return the size of `adapter_model.safetensors` in float32, with or without A and B."""
-    return _file_bytes(_vera_tensors(chosen, rank, projections=projections))
-
-
 def lora_file_bytes(
     layers: Mapping[str, Linear], *, rank: int, beside: Iterable[Entry] = ()
 ) -> int:

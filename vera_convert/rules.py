@@ -1,6 +1,7 @@
 """The catalogue: every way a checkpoint can be wrong, each with a stable code.
 
-Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base.
+Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base,
+V6 verification.
 A code is never used for another meaning. A reader that meets a defect raises `CheckpointError` with
 the `Finding`; commands show it as their one-line refusal, in the same words everywhere.
 """
@@ -99,6 +100,20 @@ NAME_UNSAFE = Rule(
     "Absolute names, '..', backslashes and colons reach other files on one system or another.",
     "Use plain names inside the folder, with '/' between their parts.",
 )
+FILE_UNREADABLE = Rule(
+    "V006",
+    ERROR,
+    "a file cannot be read",
+    "Its owner or its mode forbids it; whoever is given such a folder fails on it as well.",
+    "Give yourself the right to read it: `chmod u+r FILE`.",
+)
+LINK_NOT_CARRIED = Rule(
+    "V007",
+    WARNING,
+    "a link leads elsewhere",
+    "It is not followed, so what it leads to is lost when the adapter is converted or published.",
+    "Put a copy of the file in this place, or remove the link.",
+)
 CONFIG_MISSING = Rule(
     "V010",
     ERROR,
@@ -130,6 +145,41 @@ BOTH_KINDS = Rule(
     "pickled weights lie beside the safetensors file",
     "PEFT and this tool use the safetensors file; other programs may take the pickle instead.",
     "Remove the pickled file if it is not needed.",
+)
+MODEL_AS_ADAPTER = Rule(
+    "V014",
+    ERROR,
+    "a whole model's weights lie under an adapter's name",
+    "PEFT finds no vector of VeRA there and changes nothing; it may overwrite the base's tensors.",
+    "Save the adapter again with PeftModel.save_pretrained, before it is merged.",
+)
+ADAPTER_AS_MODEL = Rule(
+    "V015",
+    ERROR,
+    "the adapter's weights lie under a model's name",
+    "PEFT looks for adapter_model.safetensors alone, and other loaders take them for a model.",
+    "Rename model.safetensors to adapter_model.safetensors.",
+)
+MODEL_FOLDER = Rule(
+    "V016",
+    ERROR,
+    "the folder holds a whole model and no adapter",
+    "A merged model is loaded by itself and needs no adapter.",
+    "Pass the folder of the adapter, or load this one as a model.",
+)
+ADAPTER_BELOW = Rule(
+    "V017",
+    ERROR,
+    "the adapter lies in a subfolder",
+    "PEFT puts every adapter that is not called default into a subfolder of its name.",
+    "Pass the subfolder, or copy its files to where they are looked for.",
+)
+TRAINING_STATE = Rule(
+    "V018",
+    NOTE,
+    "states of a training run lie beside the adapter",
+    "They are large, they are pickles, and nobody who loads the adapter needs them.",
+    "Leave them out when the adapter is published; every conversion here does.",
 )
 JSON_NOT_UTF8 = Rule(
     "V020",
@@ -342,6 +392,14 @@ DATA_TRAILING = Rule(
     "Anything could hide there; the safetensors library refuses it.",
     "Write the file again with the safetensors library.",
 )
+TENSOR_NAME_ABSURD = Rule(
+    "V054",
+    ERROR,
+    "a tensor's name is absurdly long or deep",
+    "Names are compared element by element, so that such ones exhaust the reader; real ones have "
+    "a dozen elements.",
+    "Save the tensors under the names that their modules have.",
+)
 
 # --- V1: config ----------------------------------------------------------------------------------
 
@@ -402,6 +460,35 @@ UNKNOWN_FIELD = Rule(
     "It is kept as it is; `vera-convert migrate --to asis --peft-version 0.13` removes it for old "
     "readers.",
 )
+FIELD_BY_VERSION = Rule(
+    "V111",
+    WARNING,
+    "a config field is not read by every PEFT",
+    "Some releases refuse the adapter for it, or read it as something else.",
+    "Load the adapter with a release that reads it, or write the field in the older form.",
+)
+
+BASE_IS_PATH = Rule(
+    "V120",
+    WARNING,
+    "the config calls the base by a path",
+    "Nobody else has it there, and the Hub refuses a model card that names it.",
+    "Write the base's name on the Hub into base_model_name_or_path.",
+)
+BASE_UNNAMED = Rule(
+    "V121",
+    WARNING,
+    "the config names no base",
+    "Whoever has the adapter has to guess which model it was trained on.",
+    "Write the base's name on the Hub into base_model_name_or_path.",
+)
+REVISION_MISSING = Rule(
+    "V122",
+    NOTE,
+    "the config names no revision of the base",
+    "A repo can change; then the adapter meets other weights than it was trained on.",
+    "Write the commit that it was trained on into revision.",
+)
 
 TARGET_REGEX_INVALID = Rule(
     "V130",
@@ -430,6 +517,14 @@ TARGETS_UNKNOWN = Rule(
     "target_modules is null and PEFT has no default for the base",
     "Nothing says which layers are adapted.",
     "List the modules in target_modules.",
+)
+TARGETS_BY_VERSION = Rule(
+    "V134",
+    WARNING,
+    "releases of PEFT read the config's targets differently",
+    "What they leave unadapted is lost without a word.",
+    "Load the adapter with a release that adapts all its layers, or list their full names in "
+    "target_modules.",
 )
 
 # --- V2: tensors ---------------------------------------------------------------------------------
@@ -632,6 +727,13 @@ PREFIX_MIXED = Rule(
     "No PEFT loads those that lack it, and nothing tells whether they are of the same adapter.",
     "Save the adapter again from the training run.",
 )
+TARGET_NOT_STORED = Rule(
+    "V229",
+    WARNING,
+    "a target of the config has no vectors in the file",
+    "If the base has such layers, PEFT adapts them with the initial vectors, which add nothing.",
+    "Remove the name from target_modules, or save the adapter again if it was trained.",
+)
 
 # --- V3: values ----------------------------------------------------------------------------------
 
@@ -641,6 +743,41 @@ VALUE_NOT_FINITE = Rule(
     "a trained value is infinite or no number",
     "It would spread over a whole row or column of a weight.",
     "Take an earlier checkpoint of the training run: it diverged before this one was saved.",
+)
+PRODUCT_OVERFLOWS = Rule(
+    "V302",
+    WARNING,
+    "what the adapter adds can overflow float16",
+    "In float16 a value above 65,504 becomes infinite, and the model's output no number.",
+    "Load base and adapter in bfloat16 or float32.",
+)
+UNTRAINED = Rule(
+    "V303",
+    WARNING,
+    "the adapter changes nothing",
+    "Every lambda_b or every lambda_d is zero; so lambda_b is before training.",
+    "Check that this is the adapter that was trained.",
+)
+PROJECTION_CONSTANT = Rule(
+    "V304",
+    ERROR,
+    "vera_A or vera_B holds one value only",
+    "Random matrices are what VeRA is trained on; this is a save that went wrong.",
+    "Save the adapter again from the training run.",
+)
+VALUE_ABSURD = Rule(
+    "V305",
+    WARNING,
+    "a tensor's values are absurdly large or small",
+    "No training ends there: the tensor was damaged, or decoded in another type than its own.",
+    "Compare the adapter's results with those of the training run, or save it again.",
+)
+LAYERS_UNTRAINED = Rule(
+    "V306",
+    NOTE,
+    "lambda_b is zero in some of the layers",
+    "They add nothing; so they began, and training did not reach them.",
+    "Nothing need be done if these layers were to stay as they are.",
 )
 
 # --- V4: projections -----------------------------------------------------------------------------
@@ -767,6 +904,20 @@ PROJECTION_TYPES_DIFFER = Rule(
     "vera_A and vera_B are stored in different types",
     "A fingerprint records one type, so the file could not be restored to its bytes.",
     "Keep them stored, or save both in one type.",
+)
+PROJECTIONS_ROUNDED = Rule(
+    "V418",
+    NOTE,
+    "the stored projections are rounded to 16 bits",
+    "So PEFT has them on a 16-bit base; PEFT 0.11 to 0.20 use exact ones on a float32 base.",
+    "Load the base in the type that the adapter was trained in, or use PEFT 0.21 or later.",
+)
+REDRAWN_OTHERWISE = Rule(
+    "V419",
+    WARNING,
+    "PEFT would draw other projections than those that were dropped",
+    "The fingerprint tells which they were, but PEFT does not read it.",
+    "Restore them with `vera-convert embed` and load the result with PEFT 0.21 or later.",
 )
 
 # --- V5: base ------------------------------------------------------------------------------------
@@ -906,6 +1057,20 @@ REPLACEMENT_CLASH = Rule(
     "Only one of them can be meant.",
     "Remove the one that is stale, or save the adapter again from the training run.",
 )
+HEAD_SHARED = Rule(
+    "V526",
+    WARNING,
+    "the adapter changes an output head that the base shares with its embedding",
+    "Unmerged it works; a merge needs to know whether the embedding is to change too.",
+    "When merging, say what is meant: `--tied untie` or `--tied add`.",
+)
+ORIENTATION_WRONG = Rule(
+    "V527",
+    NOTE,
+    "fan_in_fan_out is not how the base stores its layers",
+    "PEFT corrects it for each layer, with a warning; the results are the same.",
+    "Set it to true for Conv1D layers (GPT-2 and its kin) and to false for all others.",
+)
 
 RESULT_NOT_FINITE = Rule(
     "V530",
@@ -964,13 +1129,6 @@ DELTA_LOST = Rule(
     "The change of most values is smaller than half of their last bit.",
     "Merge into a wider type with --dtype float32, or serve the adapter unmerged.",
 )
-DELTA_ZERO = Rule(
-    "V538",
-    WARNING,
-    "the adapter changes nothing",
-    "Every lambda_b is zero, as it is before training.",
-    "Check that this is the adapter that was trained.",
-)
 WEIGHTS_LEFT_OUT = Rule(
     "V539",
     WARNING,
@@ -1025,6 +1183,13 @@ LAYER_OF_SEVERAL = Rule(
     "implemented.",
     "Merge with PEFT in the release of transformers that the adapter was trained with.",
 )
+NAMES_RENAMED = Rule(
+    "V546",
+    NOTE,
+    "the adapter's layers have other names in the base's files",
+    "A class or a release of transformers whose names in memory are others loads nothing of it.",
+    "Load it in the class and the release of transformers that it was trained in.",
+)
 
 QUANTISED_TARGET = Rule(
     "V550",
@@ -1069,6 +1234,13 @@ DEQUANTISED = Rule(
     "Their scales and what the config says of them are left out with them.",
     "Nothing need be done; the result is about twice as large as the base.",
 )
+TARGET_IS_QUANTISED = Rule(
+    "V556",
+    WARNING,
+    "layers of the adapter are quantised in this base",
+    "PEFT can run the adapter there; it cannot be merged into it.",
+    "To merge, take the original model in 16 or 32 bits that this base was made from.",
+)
 
 MODEL_TYPE_UNKNOWN = Rule(
     "V560",
@@ -1083,6 +1255,119 @@ MODEL_FIELD_INVALID = Rule(
     "a field of the model's config is missing or makes no sense",
     "The shapes of the layers follow from it.",
     "Restore the config.json that belongs to the model.",
+)
+
+MERGED_WEIGHT_WRONG = Rule(
+    "V601",
+    ERROR,
+    "a merged weight is not the base's plus the adapter's delta",
+    "The model is not the base with this adapter: its outputs differ from those of training.",
+    "Merge again, with this adapter on this base.",
+)
+MERGED_TENSOR_CHANGED = Rule(
+    "V602",
+    ERROR,
+    "a tensor of the merged model differs from the one that it is a copy of",
+    "A merge copies what no adapter adds to: from the base, or from the adapter that replaces it.",
+    "Merge again; if the base was changed on purpose, pass the changed one with --base.",
+)
+MERGED_TENSOR_MISSING = Rule(
+    "V603",
+    ERROR,
+    "a tensor is missing in the merged model",
+    "A loader would fill it with random values.",
+    "Merge again, or save the model with all of its tensors.",
+)
+MERGED_TENSOR_UNKNOWN = Rule(
+    "V604",
+    ERROR,
+    "the merged model has a tensor too many",
+    "A loader that knows its name uses it; nothing says what it should hold.",
+    "Merge again into an empty folder.",
+)
+MERGED_TENSOR_FORM = Rule(
+    "V605",
+    ERROR,
+    "a tensor of the merged model has another dtype or shape than it should have",
+    "Its values were rounded otherwise than it was asked for, or are those of another tensor.",
+    "Say with --dtype what the merge was to write, or merge again.",
+)
+MERGED_TIE = Rule(
+    "V606",
+    ERROR,
+    "the merged model's config ties head and embedding otherwise than it should",
+    "A loader makes one tensor of the two, or two of one.",
+    "Say with --tied what the merge was to do, or merge again.",
+)
+PROVENANCE_MALFORMED = Rule(
+    "V607",
+    ERROR,
+    "the provenance of the merged model cannot be understood",
+    "The options of the merge are read from it, and are not guessed where it was edited.",
+    "Restore the file, or remove it and give the options of the merge.",
+)
+PROVENANCE_MISSING = Rule(
+    "V608",
+    WARNING,
+    "the merged model has no provenance",
+    "Nothing says with which options it was merged, so the usual ones are taken.",
+    "Give the options that it was merged with where they were others.",
+)
+OTHER_ADAPTER_MERGED = Rule(
+    "V609",
+    WARNING,
+    "the adapter is not, byte for byte, one that was merged",
+    "The provenance records another config or header; another form of the same adapter has others.",
+    "Nothing need be done where it is the same adapter stripped, embedded or migrated.",
+)
+OTHER_BASE_MERGED = Rule(
+    "V610",
+    WARNING,
+    "the base is not the one that was merged",
+    "The provenance records files of another size or with another header.",
+    "Pass the base that the model was merged from, if it is not the same in another form.",
+)
+MODEL_DIFFERS = Rule(
+    "V611",
+    ERROR,
+    "the merged model computes otherwise than the base with the adapter",
+    "Weights alone do not make a model: config and tied tensors decide as well.",
+    "Merge again, and load the result with the class that the adapter was trained in.",
+)
+FORM_TENSOR_DIFFERS = Rule(
+    "V620",
+    ERROR,
+    "a trained tensor is not the same in both forms of the adapter",
+    "A conversion copies vectors, heads and biases byte for byte.",
+    "Convert the adapter again.",
+)
+FORM_TENSOR_MISSING = Rule(
+    "V621",
+    ERROR,
+    "a trained tensor is in one form of the adapter alone",
+    "A conversion carries every tensor but A and B.",
+    "Convert the adapter again.",
+)
+FORM_CONFIG_DIFFERS = Rule(
+    "V622",
+    ERROR,
+    "the two forms of the adapter are configured differently",
+    "Another layer would be adapted, another base loaded, or other matrices drawn.",
+    "Convert the adapter again.",
+)
+FORM_PROJECTIONS_DIFFER = Rule(
+    "V623",
+    ERROR,
+    "the two forms of the adapter have different A and B in effect",
+    "The delta of every layer is another.",
+    "Convert the adapter again; name the base with --base where A and B are drawn.",
+)
+FORM_PROJECTIONS_DEPEND = Rule(
+    "V624",
+    WARNING,
+    "PEFT does not use the same A and B for both forms on every base",
+    "It draws what is not stored, and rounds that to the dtype that the base is loaded in.",
+    "Load both on a base of a dtype for which they agree, or embed the stripped one.",
 )
 
 # -------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
 from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.jsonediting import edited_object
@@ -47,6 +47,13 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+
+SAVED_BY_TASK: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT itself appends to modules_to_save, by task_type; a model has one of them, not all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +129,28 @@ class ConfigFile:
         return parse_config(edited_object(self.text, changes, remove), place=CONFIG_NAME)
 
 
+class ConfigError(CheckpointError):
+    """A VeRA config with fields that are wrong.
+
+    Attributes:
+        sound: the config with the defaults in the place of fields that are wrong, so that the
+            tensors can be judged as well; None where not even the rank is known.
+        warnings: what else was met.
+    """
+
+    def __init__(
+        self, sound: VeraConfig | None, findings: Sequence[Finding], warnings: Sequence[Finding]
+    ) -> None:
+        super().__init__(*findings)
+        self.sound = sound
+        self.warnings = tuple(warnings)
+
+
 def read_config(source: ByteSource) -> ConfigFile:
     """Read ``adapter_config.json``.
 
     Raises:
-        CheckpointError: with every defect found.
+        CheckpointError: with every defect found; `ConfigError` if it is a VeRA adapter's at least.
     """
     document, text = read_json(source, limit=MAX_CONFIG_BYTES)
     return _from_document(document, text, source.place)
@@ -144,21 +168,22 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
         )
     if len(document) > MAX_FIELDS:
         raise CheckpointError(FIELD_RANGE.at(place, f"it has {len(document):,} fields."))
-    if document.get("peft_type") != "VERA":
+    if _is_foreign(document):
         raise CheckpointError(NOT_VERA.at(place, _what_else(document)))
-    findings = [*_field_findings(document, place)]
-    if findings:
-        raise CheckpointError.of(findings)
-    config = VeraConfig(**{name: _frozen(document[name]) for name in FIELDS & document.keys()})  # type: ignore[arg-type]
-    findings = [*_relation_findings(config, place)]
-    if findings:
-        raise CheckpointError.of(findings)
-    unknown = [
+    unknown = tuple(
         UNKNOWN_FIELD.at(place, f"there is a field {printable(name)}.")
         for name in document
         if _is_unknown(name)
-    ]
-    return ConfigFile(config, text, tuple(unknown))
+    )
+    wrong = dict(_field_findings(document, place))
+    known = FIELDS & document.keys() - wrong.keys()
+    config = VeraConfig(**{name: _frozen(document[name]) for name in known})  # type: ignore[arg-type]
+    findings = [*wrong.values(), *_relation_findings(config, place)]
+    if findings:
+        sound = "r" not in wrong and _is_rank(config.r)
+        bias = config.bias if _is_bias(config.bias) else "none"
+        raise ConfigError(replace(config, bias=bias) if sound else None, findings, unknown)
+    return ConfigFile(config, text, unknown)
 
 
 def _frozen(value: object) -> object:
@@ -185,11 +210,26 @@ _DIALECTS = {
     "PVERA": "an adapter of PVeRA, another method of PEFT",
     "LORA": "a LoRA adapter",
 }
+_FOREIGN_FIELDS = {
+    "vera_alpha": "PaddleNLP, whose VeRA has a factor of its own",
+    "lora_alpha": "mLoRA or MoE-PEFT, whose VeRA has a factor of its own",
+    "c_initial": "VeRA-plus, which trains a third vector",
+    "init_vera_weights": "VeRA-plus, whose methods are other ones",
+}
+"""Fields that tell other trainers of a VeRA by the same name, which is another method."""
+
+
+def _is_foreign(document: Mapping[str, object]) -> bool:
+    return document.get("peft_type") != "VERA" or not _FOREIGN_FIELDS.keys().isdisjoint(document)
 
 
 def _what_else(document: dict[str, object]) -> str:
     """Say in one sentence what a config that is not VeRA's looks like."""
     kind = document.get("peft_type")
+    if isinstance(kind, str) and kind.upper() == "VERA":
+        for field, trainer in _FOREIGN_FIELDS.items():
+            if field in document:
+                return f"it has a field {field}: this is a config of {trainer}."
     if isinstance(kind, str) and kind in _DIALECTS:
         return f"peft_type is {kind}: this is {_DIALECTS[kind]}."
     if isinstance(kind, str):
@@ -268,19 +308,28 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def _field_findings(document: Mapping[str, object], place: str) -> Iterator[Finding]:
-    """Yield a finding for each field that is of the wrong type."""
+def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tuple[str, Finding]]:
+    """Yield each field that is of the wrong type, with a finding."""
     for name, (fits, expected) in _TYPES.items():
         if name in document and not fits(document[name]):
-            yield FIELD_TYPE.at(
-                place, f"{name} is {_json_kind(document[name])} where {expected} is expected."
-            )
-    key = document.get("projection_prng_key", 0)
+            reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
+            yield name, FIELD_TYPE.at(place, reason)
+    name = "projection_prng_key"
+    key = document.get(name, 0)
     if not isinstance(key, int) or isinstance(key, bool):
         shown = printable(json.dumps(key))
-        yield KEY_INVALID.at(place, f"projection_prng_key is {shown}, {_json_kind(key)}.")
+        yield name, KEY_INVALID.at(place, f"{name} is {shown}, {_json_kind(key)}.")
     elif key not in KEY_RANGE:
-        yield KEY_INVALID.at(place, f"projection_prng_key is {key}.")
+        yield name, KEY_INVALID.at(place, f"{name} is {key}.")
+
+
+def _is_rank(rank: int) -> bool:
+    return 1 <= rank <= MAX_RANK
+
+
+def _is_bias(bias: str) -> bool:
+    # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
+    return bias in ("none", "all") or bias.endswith("_only")
 
 
 def _absurd_lists(config: VeraConfig, place: str) -> Iterator[Finding]:
@@ -297,7 +346,7 @@ def _absurd_lists(config: VeraConfig, place: str) -> Iterator[Finding]:
 def _relation_findings(config: VeraConfig, place: str) -> Iterator[Finding]:
     """Yield a finding for each well-typed field whose value PEFT cannot work with."""
     yield from _absurd_lists(config, place)
-    if not 1 <= config.r <= MAX_RANK:
+    if not _is_rank(config.r):
         yield FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
     if not (math.isfinite(config.vera_dropout) and 0 <= config.vera_dropout <= 1):
         yield FIELD_RANGE.at(
@@ -305,8 +354,7 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[Finding]:
         )
     if not math.isfinite(config.d_initial):
         yield FIELD_RANGE.at(place, f"d_initial is {config.d_initial}.")
-    # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
-    if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
+    if not _is_bias(config.bias):
         yield FIELD_VALUE.at(
             place, f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from vera_convert.adapter.config import CONFIG_NAME, read_config
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local, printable
 from vera_convert.files.tensorfile import TensorData, write_tensors
@@ -120,6 +121,43 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
         raise
 
 
+def adapters_below(
+    tree: Path, prefix: str = "", *, unreadable: dict[str, VeraConvertError] | None = None
+) -> Iterator[str]:
+    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links.
+
+    Subfolders that cannot be listed are added to `unreadable` with the reason, if it is given.
+
+    Raises:
+        SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
+    """
+    try:
+        entries = _entries(tree / prefix, depth=prefix.count("/"))
+    except SurroundingsError as error:
+        if unreadable is None or not prefix:
+            raise
+        unreadable[prefix] = error
+        return
+    if any(entry.name == CONFIG_NAME for entry in entries):
+        yield prefix or "."
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            below = f"{prefix}/{entry.name}" if prefix else entry.name
+            yield from adapters_below(tree, below, unreadable=unreadable)
+
+
+def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
+    if depth > DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise SurroundingsError(
+            f"cannot list {printable(str(folder))}: {error.strerror or error}."
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterContent:
     """What a new adapter's folder is to hold.
@@ -180,12 +218,13 @@ def publish_adapter(
 
 def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
     """Write an adapter into an empty folder and compare what came to lie there."""
+    sides = side_files(content.folder, not_fetched=content.not_fetched)
+    _demand_space(content, sides, folder)
     (folder / CONFIG_NAME).write_bytes(content.config_text)
     written = {
         CONFIG_NAME: sha256(content.config_text).hexdigest(),
         WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, content.tensors, content.metadata),
     }
-    sides = side_files(content.folder, not_fetched=content.not_fetched)
     for name in sides.carried:  # one after the other: there may be more than can be open at once
         with open_local(content.folder / name, within=content.folder) as source:
             written[name] = _copy(source, folder / name)
@@ -193,6 +232,18 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
     _read_back(folder, written)
     content.check_unchanged()
     return sides
+
+
+def _demand_space(content: AdapterContent, sides: SideFiles, folder: Path) -> None:
+    """Refuse what would fill the disk before a byte is copied; a sparse file claims any size."""
+    needed = sum((content.folder / name).stat().st_size for name in sides.carried)
+    needed += sum(tensor.nbytes for tensor in content.tensors)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SurroundingsError(
+            f"the adapter takes {needed:,} bytes, and {free:,} are free where it is to be written. "
+            "Free some space there, or choose an OUT on another disk."
+        )
 
 
 def _copy(source: ByteSource, target: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from vera_convert.adapter.config import ConfigFile
 from vera_convert.adapter.tensors import A_NAME, B_NAME, PREFIX, same_tensor
@@ -69,7 +69,7 @@ def _renamed(
             raise CheckpointError(NAME_TAKEN_TWICE.at(printable(tensor.name), reason))
         seen.add(name)
     renamed = [
-        tensor if name == tensor.name else replace(tensor, name=name)
+        tensor if name == tensor.name else tensor._replace(name=name)
         for name, tensor in zip(names, tensors, strict=True)
     ]
     return renamed, f"{change} ({count} tensors)"
@@ -128,7 +128,7 @@ def _as_vectors(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], st
     count = sum(map(is_column, tensors))
     if not count:
         return tensors, ""
-    flat = [replace(t, shape=t.shape[:1]) if is_column(t) else t for t in tensors]
+    flat = [t._replace(shape=t.shape[:1]) if is_column(t) else t for t in tensors]
     return flat, f"dropped the second dimension of 1 from {count} lambdas"
 
 
@@ -141,7 +141,7 @@ def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorDat
         if not copies:
             continue
         shared = next((t for t in kept if t.name == shared_name), None)
-        first = shared or replace(copies[0], name=shared_name)
+        first = shared or copies[0]._replace(name=shared_name)
         _demand_equal(first, copies)
         dropped = {copy.name for copy in copies}
         kept = [tensor for tensor in kept if tensor.name not in dropped]

@@ -7,10 +7,12 @@ of the base model; what is none of these is a finding.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
@@ -23,6 +25,7 @@ from vera_convert.rules import (
     LAMBDA_UNPAIRED,
     LAYERS_UNEVEN,
     MIXED_DTYPES,
+    MODEL_AS_ADAPTER,
     MODULE_TO_SAVE_MISSING,
     NO_LAMBDAS,
     ONE_PROJECTION,
@@ -54,13 +57,6 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_PROJECTION_BYTES = 2 << 30
 """A and B together; the largest models at rank 1,024 need a thirtieth of it."""
 
-HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""What PEFT itself appends to modules_to_save; a model has one of them, not all."""
-
 EMBEDDING_NAMES = frozenset(
     (
         *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
@@ -70,8 +66,7 @@ EMBEDDING_NAMES = frozenset(
 """Last path elements of what PEFT saves with save_embedding_layers, which no config records."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptedLayer:
+class AdaptedLayer(NamedTuple):
     """The two trained vectors of one layer.
 
     Attributes:
@@ -113,9 +108,15 @@ class StoredProjections:
 _LEFTOVER = re.compile(r"\.vera_(?:lambda_[bd]|A|B)\.[^.]+$")
 _OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|vera_[C-Z])(?:\.|$)")
 _LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
+_PLAIN_LAMBDA = re.compile(
+    r"base_model\.model\.((?:(?!_orig_mod|modules_to|original_|p?vera_|lora_)[^.]++\.)++)"
+    r"(vera_lambda_[bd])"
+)
+"""Nearly every name of nearly every file; there can be a hundred thousand."""
 # modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
 _STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
-# With bias "all" PEFT writes the biases of a module that it saves whole three times.
+# With bias "all" PEFT writes the biases of a module that it saves whole three times, and reads those
+# with the plain name alone.
 _BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 _VERA = re.compile(r"(?:^|\.)vera_(?:lambda_[bd]|A|B)(?:\.[^.]+)?$")
@@ -143,6 +144,10 @@ def misnamed(name: str) -> Rule | None:
     return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
 
 
+def _is_of_adapter(name: str) -> bool:
+    return "base_model." in name or "vera_" in name or "lora_" in name
+
+
 @dataclass(frozen=True, slots=True)
 class SortedTensors:
     """Tensors by meaning, with every defect met on the way (errors included)."""
@@ -154,8 +159,20 @@ class SortedTensors:
     findings: tuple[Finding, ...]
 
 
-def sort_tensors(tensors: Sequence[TensorData], config: VeraConfig) -> SortedTensors:
-    """Sort tensors by what their names say and judge them; nothing is raised."""
+def sort_tensors(
+    tensors: Sequence[TensorData], config: VeraConfig, *, values: bool = True
+) -> SortedTensors:
+    """Sort tensors by what their names say and judge them; nothing is raised.
+
+    Args:
+        tensors: all of the file.
+        config: the adapter's.
+        values: whether values may be read, which copies of A and B are compared by.
+    """
+    if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
+        reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
+        finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
+        return SortedTensors({}, None, (), (), (finding,))
     findings: list[Finding] = []
     by_rule: dict[Rule, list[str]] = {}
     lambdas: dict[str, dict[str, TensorData]] = {}
@@ -163,6 +180,10 @@ def sort_tensors(tensors: Sequence[TensorData], config: VeraConfig) -> SortedTen
     repeated: list[TensorData] = []
     others: list[TensorData] = []
     for tensor in tensors:
+        plain = _PLAIN_LAMBDA.fullmatch(tensor.name)
+        if plain is not None:
+            lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
+            continue
         module, _, last = tensor.name.rpartition(".")
         broken = misnamed(tensor.name)
         if broken is not None:
@@ -173,7 +194,7 @@ def sort_tensors(tensors: Sequence[TensorData], config: VeraConfig) -> SortedTen
             lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
         elif last in ("vera_A", "vera_B"):
             repeated.append(tensor)
-        else:
+        elif not _BIAS_COPY.search(tensor.name):
             others.append(tensor)
     findings += _misnamed_findings(by_rule, tensors)
     layers = {
@@ -190,7 +211,7 @@ def sort_tensors(tensors: Sequence[TensorData], config: VeraConfig) -> SortedTen
     judged = any(finding.severity is Severity.ERROR for finding in findings)
     findings += _presence(pair, repeated, config, renamed=bool(by_rule))
     if projections is not None and not judged:
-        findings += _copies(projections, repeated)
+        findings += _copies(projections, repeated, values=values)
     findings += _replacement_findings(others, layers, config, renamed=bool(by_rule))
     return SortedTensors(layers, projections, tuple(repeated), tuple(others), tuple(findings))
 
@@ -341,14 +362,17 @@ def _presence(
         )
 
 
-def _copies(projections: StoredProjections, repeated: Sequence[TensorData]) -> Iterator[Finding]:
-    unequal = [copy for copy in repeated if not same_tensor(copy, shared_twin(copy, projections))]
+def _copies(
+    projections: StoredProjections, repeated: Sequence[TensorData], *, values: bool
+) -> Iterator[Finding]:
+    same = same_tensor if values else _same_form
+    unequal = [copy for copy in repeated if not same(copy, shared_twin(copy, projections))]
     for copy in unequal:
         yield PROJECTIONS_DIFFER.at(printable(copy.name), "it differs from the shared matrix.")
     if repeated and not unequal:
-        yield PROJECTIONS_REPEATED.at(
-            printable(repeated[0].name), f"{len(repeated)} copies of A and B are stored."
-        )
+        compared = "" if values else "; their values were not compared"
+        reason = f"{len(repeated)} copies of A and B are stored{compared}."
+        yield PROJECTIONS_REPEATED.at(printable(repeated[0].name), reason)
 
 
 def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
@@ -358,11 +382,13 @@ def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
 
 def same_tensor(one: TensorData, other: TensorData) -> bool:
     """Say whether two tensors have the same dtype, shape and bytes."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and all(a == b for a, b in zip(one.blocks(), other.blocks(), strict=True))
+    return _same_form(one, other) and all(
+        a == b for a, b in zip(one.blocks(), other.blocks(), strict=True)
     )
+
+
+def _same_form(one: TensorData, other: TensorData) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape
 
 
 # --- tensors that replace the base's -------------------------------------------------------------
@@ -374,12 +400,25 @@ def replaced_name(name: str) -> str:
     return f"{module.removesuffix('.base_layer')}.{parameter}" if module else parameter
 
 
-def is_below(module: str, name: str) -> bool:
-    """Say whether modules_to_save with this name saves a module, or one that it lies in.
+class SavedModules:
+    """The names of modules_to_save; ten thousand of them cost as one does.
 
-    PEFT holds the name against the end of each path, not minding where its elements begin.
+    PEFT holds each against the end of a module's path, not minding where its elements begin.
     """
-    return name != "" and f"{name}." in f"{module}."
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(filter(None, names))
+        self._lengths = sorted({len(name) for name in self._names})
+
+    def of(self, module: str) -> frozenset[str]:
+        """Return the names that save a module, or one that it lies in."""
+        ends = (found.start() for found in re.finditer(r"\.|\Z", module))
+        endings = {
+            module[end - length : end]
+            for end in ends
+            for length in self._lengths[: bisect_right(self._lengths, end)]
+        }
+        return self._names & endings
 
 
 def _replacement_findings(
@@ -390,16 +429,18 @@ def _replacement_findings(
     renamed: bool,
 ) -> Iterator[Finding]:
     declared = frozenset(config.modules_to_save or ())
-    heads = frozenset(HEADS_OF_TASK.get(config.task_type or "", ()))
+    heads = frozenset(SAVED_BY_TASK.get(config.task_type or "", ()))
     # Who names several heads means whichever of them the model has.
-    either = frozenset(name for names in HEADS_OF_TASK.values() for name in names)
-    modules = []
+    either = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
+    saved = SavedModules(declared | either)
+    stored: set[str] = set()
     bias_stored = False
     for tensor in others:
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
-        modules.append(module)
+        names = saved.of(module)
+        stored |= names
         bias_stored |= parameter == "bias"
-        if any(is_below(module, name) for name in declared | heads):
+        if names & (declared | heads):
             continue
         if parameter == "bias" and (
             config.bias == "all" or _is_adapted_bias(module, layers, config)
@@ -412,7 +453,7 @@ def _replacement_findings(
             f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
         )
     if not renamed:
-        yield from _incomplete_modules(modules, declared, either)
+        yield from _incomplete_modules(stored, declared, either)
         if config.bias != "none" and not bias_stored:
             yield BIAS_NOT_STORED.at(WEIGHTS_NAME, f'bias is "{printable(config.bias)}".')
 
@@ -422,14 +463,11 @@ def _is_adapted_bias(module: str, layers: Mapping[str, AdaptedLayer], config: Ve
 
 
 def _incomplete_modules(
-    modules: Sequence[str], declared: frozenset[str], heads: frozenset[str]
+    stored: Collection[str], declared: frozenset[str], heads: frozenset[str]
 ) -> Iterator[Finding]:
-    def stored(name: str) -> bool:
-        return any(is_below(module, name) for module in modules)
-
     for name in sorted(declared - heads):
-        if not stored(name):
+        if name not in stored:
             yield MODULE_TO_SAVE_MISSING.at(printable(name), "no tensor of it is stored.")
-    if declared & heads and not any(stored(name) for name in heads):
+    if declared & heads and heads.isdisjoint(stored):
         names = " or ".join(sorted(declared & heads))
         yield MODULE_TO_SAVE_MISSING.at(printable(names), "no tensor of it is stored.")

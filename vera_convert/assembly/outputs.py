@@ -66,13 +66,6 @@ def _copied_by_the_kernel(source: LocalFile, target: int, start: int, at: int, s
     return done
 
 
-def expect_reading(source: LocalFile, start: int, size: int) -> None:
-    """Tell the system that a range will be read soon."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(source.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-
-
 def start_writing_back(target: int, at: int, size: int) -> None:
     """Let the system begin to bring a written range to the disk, so that a sync finds less to do.
 

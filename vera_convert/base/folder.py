@@ -41,6 +41,7 @@ _TOKENIZER_ITSELF = re.compile(
 )
 """Of a tokenizer's files those without which it is none."""
 _TOKENS_LIMIT = 100_000_000
+_LONGEST_ID = 20  # digits; Python takes no more than thousands, and no embedding has as many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def _tokens(name: str, source: ByteSource) -> Iterator[int]:
     elif name == "tokenizer_config.json":
         decoder = document.get("added_tokens_decoder")
         keys = decoder if isinstance(decoder, dict) else {}
-        found += [int(key) for key in keys if key.isdecimal()]
+        found += [int(key[:_LONGEST_ID]) for key in keys if key.isdecimal()]
     else:
         added = document.get("added_tokens")
         entries = added if isinstance(added, list) else []

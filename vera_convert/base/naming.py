@@ -211,7 +211,7 @@ def shared_embedding(base: BaseModel, shape: tuple[int, int]) -> str | None:
 # --- strategies ----------------------------------------------------------------------------------
 
 
-def _replace(old: str, new: str, module: str) -> str:
+def moved(old: str, new: str, module: str) -> str:
     """Replace the leading path `old` by `new`, element by element; other modules stay."""
     if old and module != old and not module.startswith(f"{old}."):
         return module
@@ -220,9 +220,9 @@ def _replace(old: str, new: str, module: str) -> str:
 
 
 def _put_back(old: str, new: str, path: str) -> str | None:
-    """Undo `_replace`."""
-    module = _replace(new, old, path)
-    return module if _replace(old, new, module) == path else None
+    """Undo `moved`."""
+    module = moved(new, old, path)
+    return module if moved(old, new, module) == path else None
 
 
 def _known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strategy]:
@@ -268,7 +268,7 @@ def _prefix_strategies(
 def _key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:
     text = printable(f"{old}={new}")
     return Strategy(
-        name or f"--key-map {text}", partial(_replace, old, new), partial(_put_back, old, new), text
+        name or f"--key-map {text}", partial(moved, old, new), partial(_put_back, old, new), text
     )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from vera_convert.adapter.adapter import Adapter, open_adapter
-from vera_convert.adapter.config import CONFIG_NAME
-from vera_convert.adapter.folder import DEEPEST, is_vera, side_files, write_adapter
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.folder import adapters_below, is_vera, side_files, write_adapter
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
+from vera_convert.adapter.values import refuse_values
 from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.proof import other_dims
@@ -173,6 +174,7 @@ def _migrate_one(
     writing = False
     try:
         with open_adapter(tree / name, repair=repairs) as adapter:
+            refuse_values(adapter)
             converted, on_base = _migrated(adapter, wishes)
             converted = _with_changes(converted, repairs)
             content = content_of(adapter, converted)
@@ -193,43 +195,6 @@ def _migrate_one(
         if writing:  # what is half there would be published with the others
             raise
         result.failed[name] = error
-
-
-def adapters_below(
-    tree: Path, prefix: str = "", *, unreadable: dict[str, VeraConvertError] | None = None
-) -> Iterator[str]:
-    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links.
-
-    Subfolders that cannot be listed are added to `unreadable` with the reason, if it is given.
-
-    Raises:
-        SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
-    """
-    try:
-        entries = _entries(tree / prefix, depth=prefix.count("/"))
-    except SurroundingsError as error:
-        if unreadable is None or not prefix:
-            raise
-        unreadable[prefix] = error
-        return
-    if any(entry.name == CONFIG_NAME for entry in entries):
-        yield prefix or "."
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            below = f"{prefix}/{entry.name}" if prefix else entry.name
-            yield from adapters_below(tree, below, unreadable=unreadable)
-
-
-def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
-    if depth > DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise SurroundingsError(
-            f"cannot list {printable(str(folder))}: {error.strerror or error}."
-        ) from error
 
 
 def is_tree(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_convert.adapter.adapter import Adapter, Repair, open_adapter
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import (
     AdapterContent,
     SideFiles,
@@ -19,7 +19,9 @@ from vera_convert.adapter.folder import (
     is_written_adapter,
     publish_adapter,
 )
+from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.tensors import A_NAME, WEIGHTS_NAME
+from vera_convert.adapter.values import refuse_values
 from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.transforms import Converted, embedded, stripped
@@ -171,6 +173,7 @@ def opened(
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     assert location.folder is not None  # noqa: S101 -- fetched
     with open_adapter(location.folder, repair=repair) as opened:
+        refuse_values(opened)
         yield Work(location, opened, out, force, access)
 
 

@@ -212,9 +212,19 @@ def _restored(
             f"{fingerprint.out_features} outputs; {on_base.dims_text}."
         )
         raise CheckpointError(FINGERPRINT_DISAGREES.at(place, reason))
-    drawn = fingerprint.draw
+    pair = prove(fingerprint, place=place)
+    proof = "proven by the fingerprint to be the same matrices"
+    return _with_pair(adapter, pair, fingerprint.draw, proof, ())
+
+
+def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
+    """Draw what a fingerprint records and return it, if it is the same to the last bit.
+
+    Raises:
+        CheckpointError: `FINGERPRINT_NOT_MET`, or it is absurdly large.
+    """
     pair = as_tensors(
-        drawn,
+        fingerprint.draw,
         dtype=fingerprint.dtype,
         place=place,
         stored=(fingerprint.in_features, fingerprint.out_features),
@@ -227,8 +237,7 @@ def _restored(
         if found != recorded:
             reason = f"{name} has SHA-256 {found[:16]}…, the fingerprint says {recorded[:16]}…."
             raise CheckpointError(FINGERPRINT_NOT_MET.at(place, reason))
-    proof = "proven by the fingerprint to be the same matrices"
-    return _with_pair(adapter, pair, drawn, proof, ())
+    return pair
 
 
 def _redrawn(adapter: Adapter, on_base: OnBase, variant: Variant) -> Converted:

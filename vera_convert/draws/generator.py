@@ -191,19 +191,19 @@ def valued(
         values = np.subtract(values, bound, out=work)
     if recipe.dtype == recipe.work:
         return values
-    narrow: NDArray[Any] = values.astype(recipe.dtype)
+    narrow = np.empty(values.shape, recipe.dtype) if out is None else out
+    narrow[...] = values
     if recipe.bits == 24:
         _reflect(narrow, bound.astype(recipe.dtype))
-    if out is None:
-        return narrow
-    out[...] = narrow
-    return out
+    return narrow
 
 
 def _reflect(values: NDArray[Any], bound: NDArray[Any]) -> None:
     """Turn each value that rounding brought up to the excluded upper bound into minus the bound."""
     patterns = values.view(np.uint16)
-    np.bitwise_or(patterns, 0x8000, out=patterns, where=patterns == bound.view(np.uint16))
+    reached = patterns == bound.view(np.uint16)
+    if reached.any():
+        np.bitwise_or(patterns, 0x8000, out=patterns, where=reached)
 
 
 def draw(

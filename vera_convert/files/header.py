@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, parse_json, printable
@@ -43,6 +43,7 @@ from vera_convert.rules import (
     SHAPE_FORM,
     SHAPE_OVERFLOW,
     SHAPE_PARTIAL_BYTE,
+    TENSOR_NAME_ABSURD,
     Finding,
     Rule,
 )
@@ -79,6 +80,7 @@ MAX_HEADER_BYTES = 100_000_000
 _FIRST_READ = 1 << 16  # most headers of an adapter fit, so a remote one costs one round trip
 _MOST_FINDINGS = 50
 _MOST_DIMENSIONS = 32  # NumPy 1 has no more
+_LONGEST_NAME, _DEEPEST_NAME = 1_000, 100
 _METADATA_KEY = "__metadata__"
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
@@ -103,9 +105,11 @@ class Entry(Protocol):
         """How many bytes it has."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a header; `start` and `end` are offsets into the data part."""
+class TensorInfo(NamedTuple):
+    """One tensor of a header; `start` and `end` are offsets into the data part.
+
+    A named tuple, since a header can have a hundred thousand and a dataclass takes longer to make.
+    """
 
     name: str
     dtype: str
@@ -152,6 +156,10 @@ def read_header(source: ByteSource) -> Header:
     document, plain = _parsed(raw[8:], f"{source.place} header", defects.findings)
     metadata = _metadata(document.pop(_METADATA_KEY, {}), defects)
     tensors = _tensors(document, defects) + plain
+    for info in tensors:
+        if len(info.name) > _LONGEST_NAME or info.name.count(".") > _DEEPEST_NAME:
+            reason = f"its {len(info.name):,} letters have {info.name.count('.'):,} dots."
+            defects.add(TENSOR_NAME_ABSURD, reason, info.name)
     for info in plain:
         for rule, reason in _wrong_size(info):
             defects.add(rule, reason, info.name)

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -85,18 +85,6 @@ class TensorFile:
         info = self.header.tensors[name]
         return self._array(info, 0, info.shape)
 
-    def read_rows(self, name: str, first: int, last: int) -> Array:
-        """Return the rows `first` to `last` (not included) of a tensor with one or more axes.
-
-        Raises:
-            IndexError: the tensor has no such rows.
-        """
-        info = self.header.tensors[name]
-        if not info.shape or not 0 <= first <= last <= info.shape[0]:
-            raise IndexError(f"rows {first} to {last} of shape {info.shape}")
-        row = info.nbytes // max(info.shape[0], 1)
-        return self._array(info, first * row, (last - first, *info.shape[1:]))
-
     def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
         """Yield a tensor's bytes in blocks of `size`, in one buffer that each block overwrites."""
         info = self.header.tensors[name]
@@ -135,8 +123,7 @@ def pickled_weights(folder: Path) -> Finding | None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TensorData:
+class TensorData(NamedTuple):
     """One tensor that can be written: what its entry says, and its bytes when they are asked for.
 
     Attributes:
@@ -193,7 +180,7 @@ def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
 def from_file(file: TensorFile, name: str, *, rename: str | None = None) -> TensorData:
     """Return a tensor of an open file as one to be written: untouched, but for a new name."""
     info = file.header.tensors[name]
-    return TensorData(rename or name, info.dtype, info.shape, lambda: file.blocks(name))
+    return TensorData(rename or name, info.dtype, info.shape, partial(file.blocks, name))
 
 
 def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vera_convert.files.reading import printable
-from vera_convert.formats.results import Document, draw_document, finding_document, table
+from vera_convert.formats.pieces import Document, draw_document, finding_document, table
 from vera_convert.merging.merge import Merge, MergedAdapter
 from vera_convert.merging.report import (
     changed_share,

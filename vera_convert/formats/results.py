@@ -7,7 +7,7 @@ shape changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from vera_convert.base.naming import AS_THEY_ARE
@@ -16,63 +16,17 @@ from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.counting import Count, MethodSize
-from vera_convert.draws.recognition import Difference, Draw
-from vera_convert.errors import CheckpointError, VeraConvertError
+from vera_convert.draws.recognition import Difference
+from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
-from vera_convert.rules import Finding
+from vera_convert.formats.pieces import (
+    Document,
+    draw_document,
+    error_document,
+    finding_document,
+    table,
+)
 from vera_convert.summary import AdapterInfo, Effect
-
-Document = dict[str, object]
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Align cells in columns, two spaces apart; the last cell of a row may be of any length."""
-    rows = list(rows)
-    widths: dict[int, int] = {}
-    for row in rows:
-        for column, cell in enumerate(row[:-1]):
-            widths[column] = max(widths.get(column, 0), len(cell))
-    lines = []
-    for row in rows:
-        padded = [cell.ljust(widths.get(column, 0)) for column, cell in enumerate(row)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
-
-
-def finding_document(finding: Finding) -> Document:
-    """One finding."""
-    return {
-        "code": finding.code,
-        "severity": str(finding.severity),
-        "place": finding.place,
-        "reason": finding.reason,
-        "remedy": finding.rule.remedy,
-    }
-
-
-def error_document(error: VeraConvertError) -> Document:
-    """Why a command failed, with every finding (schema ``error``)."""
-    findings = error.findings if isinstance(error, CheckpointError) else ()
-    return {
-        "format": 1,
-        "error": str(error),
-        "status": error.status,
-        "findings": [finding_document(finding) for finding in findings],
-    }
-
-
-def draw_document(draw: Draw | None) -> Document | None:
-    """One draw."""
-    if draw is None:
-        return None
-    return {
-        "variant": str(draw.variant),
-        "key": draw.key,
-        "rank": draw.rank,
-        "in_features": draw.in_features,
-        "out_features": draw.out_features,
-        "rounding": str(draw.rounding),
-    }
 
 
 def _base_document(on_base: OnBase) -> Document | None:

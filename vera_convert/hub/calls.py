@@ -55,6 +55,19 @@ class HubAccess:
         return self.offline or any(os.environ.get(name, "").upper() in _TRUE for name in names)
 
 
+@contextmanager
+def no_network() -> Iterator[None]:
+    """Keep off the Hub, inside the block, whatever library reaches for it by huggingface_hub."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 class OutOfReachError(SurroundingsError):
     """The Hub did not answer, or cannot now; what the cache holds may serve instead."""
 

@@ -35,15 +35,17 @@ from vera_convert.hub.reponame import (
     looks_like_path,
     parse_repo_name,
 )
-from vera_convert.rules import CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
+from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 
 __all__ = (
     "HubAccess",
     "Location",
     "NamedBase",
     "base_from_config",
+    "demand_adapter",
     "fetch_adapter",
     "fetch_base",
+    "fetch_weights",
     "list_files",
     "locate",
     "open_remote",
@@ -304,10 +306,19 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif entry.is_file():
+            elif _is_file(entry):
                 yield prefix + entry.name, entry.stat().st_size
     except OSError as error:
         raise unreadable(printable(str(folder)), error) from error
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link in a circle leads nowhere, as one to nothing does
+            return False
+        raise
 
 
 def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
@@ -375,6 +386,16 @@ def fetch_weights(location: Location, access: HubAccess) -> Location:
     return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
 
 
+def demand_adapter(location: Location, access: HubAccess) -> None:
+    """Demand that a repo, at a location, holds the config and the weights of an adapter.
+
+    Raises:
+        CheckpointError: what it holds instead.
+        SurroundingsError: the Hub cannot be asked.
+    """
+    _adapter_files(location, access)
+
+
 def _adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
     """Return the sizes of an adapter's files on the Hub, those of adapters below it left out."""
     listed = list_files(location, access)
@@ -395,8 +416,10 @@ def _is_clean(name: str) -> bool:
 def _demand_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
     place = location.label
     if _CONFIG not in names:
-        hint = f" Its folder {printable(others[0])} is an adapter: was it meant?" if others else ""
-        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {_CONFIG}.{hint}"))
+        if others and _WEIGHTS not in names:
+            reason = f"its folder {printable(others[0])} is an adapter, it has none of its own."
+            raise CheckpointError(ADAPTER_BELOW.at(place, reason))
+        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {_CONFIG}."))
     if _WEIGHTS not in names and _PICKLED in names:
         raise CheckpointError(PICKLE_ONLY.at(place, f"there is {_PICKLED} alone."))
     if _WEIGHTS not in names:

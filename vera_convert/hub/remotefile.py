@@ -60,7 +60,13 @@ Raises `TryAgainError` for what passes and `SurroundingsError` for what does not
 
 
 class RemoteFile:
-    """A file on a server as a `ByteSource`; safe to share between threads. A context manager."""
+    """A file on a server as a `ByteSource`; safe to share between threads. A context manager.
+
+    Attributes:
+        place: how messages call it.
+        size: its length in bytes.
+        bytes_read: how many bytes were transferred so far.
+    """
 
     def __init__(self, place: str, ask: Ask) -> None:
         """Ask for the head of the file, and so for its size.
@@ -72,6 +78,7 @@ class RemoteFile:
         self._ask = ask
         self._identity: tuple[str | None, str | None] | None = None
         self.size = -1
+        self.bytes_read = 0
         self._head = b""
         self._head = self._read(0, HEAD_BYTES)
 
@@ -129,6 +136,7 @@ class RemoteFile:
                     f"{offset:,} on are too far into the file. Download it first: `hf download`."
                 )
             data = _take(answer.blocks, skip, wanted)
+            self.bytes_read += skip + len(data)
         if len(data) != wanted:
             raise TryAgainError("the answer was cut off")
         return data

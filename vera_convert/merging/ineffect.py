@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
+from vera_convert.adapter.tensors import A_NAME, B_NAME
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Variant
 from vera_convert.draws.recognition import Draw
-from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.reading import printable
-from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import VALUE_NOT_FINITE, Finding
+from vera_convert.errors import UsageError
+from vera_convert.rules import Finding
 
 _CHUNK_VALUES = 1 << 16
 
@@ -67,8 +63,7 @@ def in_effect(
         variant: the generator's variant, where they are drawn and no fingerprint names it.
 
     Raises:
-        CheckpointError: stored ones contradict the config, the fingerprint is not met, or a value
-            is not finite.
+        CheckpointError: stored ones contradict the config, or the fingerprint is not met.
         UsageError: the stored ones are meant and there are none, or what they were rounded to is
             not known.
     """
@@ -82,39 +77,17 @@ def in_effect(
     if adapter.projections is not None:
         if not adapter.config.save_projection:
             embedded(adapter, on_base, meant=meant)  # refuses what contradicts the config
-        return _checked(adapter.projections, Origin.FILE, None, ())
+        stored = adapter.projections
+        return InEffect(stored.A.array(), stored.B.array(), Origin.FILE)
     origin = Origin.KEY if adapter.fingerprint is None else Origin.FINGERPRINT
     drawn = embedded(adapter, on_base, meant=meant, variant=variant)
     by_name = {tensor.name: tensor for tensor in drawn.tensors}
-    pair = StoredProjections(by_name[A_NAME], by_name[B_NAME])
     own = {*adapter.findings, *on_base.findings}
     findings = tuple(finding for finding in drawn.findings if finding not in own)
-    return _checked(pair, origin, drawn.draw, findings)
+    A, B = by_name[A_NAME].array(), by_name[B_NAME].array()
+    return InEffect(A, B, origin, drawn.draw, findings)
 
 
 def _without_stored(adapter: Adapter) -> Adapter:
     tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
     return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))
-
-
-def _checked(
-    pair: StoredProjections, origin: Origin, draw: Draw | None, findings: tuple[Finding, ...]
-) -> InEffect:
-    A, B = pair.A.array(), pair.B.array()
-    wrong = [*not_finite(pair.A, A), *not_finite(pair.B, B)]
-    if wrong:
-        raise CheckpointError.of(wrong)
-    return InEffect(A, B, origin, draw, findings)
-
-
-def not_finite(tensor: TensorData, values: NDArray[Any]) -> Iterator[Finding]:
-    """Yield a finding with the first value of a tensor that is not finite, if there is one."""
-    step = max(1, _CHUNK_VALUES * len(values) // max(values.size, 1))
-    for start in range(0, len(values), step):
-        finite = np.isfinite(values[start : start + step].astype(np.float64))
-        if not finite.all():
-            first, *others = np.argwhere(~finite)[0].tolist()
-            index = (start + first, *others)
-            reason = f"its value at {list(index)} is {float(values[index])}."
-            yield VALUE_NOT_FINITE.at(printable(tensor.name), reason)
-            return

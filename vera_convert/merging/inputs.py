@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vera_convert.adapter.adapter import Adapter, open_adapter
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import is_training_state, side_files
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel
@@ -35,7 +37,7 @@ from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.hub.reponame import SCHEME
 from vera_convert.merging.dequantising import Dequantisation, plan_dequantisation
 from vera_convert.merging.ineffect import InEffect, in_effect
-from vera_convert.merging.parts import Part, check_vectors
+from vera_convert.merging.parts import Part
 from vera_convert.rules import Finding
 
 
@@ -171,7 +173,7 @@ def open_inputs(
         _hold_against_base(texts, sides, model)
         parts = []
         for wish, location, adapter, on_base in zip(wishes, fetched, adapters, known, strict=True):
-            check_vectors(adapter)
+            refuse_values(adapter)
             pair = in_effect(adapter, on_base, meant=meant, variant=variant)
             parts.append(_part(wish, location, adapter, on_base, pair))
         findings = [*sides.findings(model.location.label)]
@@ -258,7 +260,7 @@ def _part(
     on_base: OnBase,
     pair: InEffect,
 ) -> Part:
-    source, folder = adapter.sources[-1], _folder(location)
+    source, folder = adapter.file.source, _folder(location)
     assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
     assert on_base.match is not None  # noqa: S101 -- it is known from a base
     return Part(

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.tensors import (
-    HEADS_OF_TASK,
     AdaptedLayer,
-    is_below,
+    SavedModules,
     replaced_name,
     same_tensor,
 )
@@ -29,7 +29,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
-from vera_convert.merging.ineffect import InEffect, not_finite
+from vera_convert.merging.ineffect import InEffect
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
@@ -126,18 +126,6 @@ class _Vectors:
 
     def vectors(self) -> tuple[NDArray[Any], NDArray[Any]]:
         return self.layer.lambda_d.array(), self.layer.lambda_b.array()
-
-
-def check_vectors(adapter: Adapter) -> None:
-    """Raise `CheckpointError` with every lambda that holds a value that is not finite."""
-    findings = [
-        finding
-        for layer in adapter.layers.values()
-        for tensor in (layer.lambda_d, layer.lambda_b)
-        for finding in not_finite(tensor, tensor.array())
-    ]
-    if findings:
-        raise CheckpointError.of(findings)
 
 
 def collect(
@@ -318,8 +306,8 @@ def _bring(
             yield HEAD_TIED.at(place, "the adapter stores a head of its own (to be untied).")
         return
     declared = {*(adapter.config.modules_to_save or ())}
-    declared.update(HEADS_OF_TASK.get(adapter.config.task_type or "", ()))
-    if not any(is_below(module, each) for each in declared):
+    declared.update(SAVED_BY_TASK.get(adapter.config.task_type or "", ()))
+    if not SavedModules(declared).of(module):
         yield REPLACEMENT_UNKNOWN.at(place, f"{printable(name)} would replace it.")
         return
     yield from _once(changes.new, target, replacement)

@@ -10,7 +10,7 @@ from operator import add
 
 from vera_convert.assembly.sums import Numbers
 from vera_convert.files.reading import printable
-from vera_convert.rules import DELTA_LOST, DELTA_ZERO, Finding
+from vera_convert.rules import DELTA_LOST, UNTRAINED, Finding
 
 LOSS_LIMIT = 0.5
 """The share of a delta's size from which on its loss by rounding is warned of."""
@@ -99,7 +99,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
     if last is None or last.numbers is None:
         return
     if everything.values and not everything.change:
-        yield DELTA_ZERO.at(place, f"all {everything.values:,} values looked at stay.")
+        yield UNTRAINED.at(place, f"all {everything.values:,} values looked at stay.")
     elif relative_loss(last.numbers) > LOSS_LIMIT:
         count = sum(
             relative_loss(each.numbers) > LOSS_LIMIT for each in reports if each.numbers is not None

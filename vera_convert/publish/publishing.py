@@ -142,15 +142,6 @@ def check_out(
         _Replacing(allowed=force, is_own=is_own, folder=folder).check(place)
 
 
-def sweep(out: Path) -> None:
-    """Remove what killed runs for this `out` left, and nothing else.
-
-    One that was killed between its two renames has its old output put back first. What cannot be
-    removed, or not be proven dead, stays: that is no reason to fail.
-    """
-    sweep_containers(_real_place(out))
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits, for reading back."""
     with path.open("rb") as file:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -156,13 +157,6 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
 }
 """What PEFT 0.21 adapts, by the base's model_type, where target_modules is null."""
 
-SAVED_BY_TASK: Mapping[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""What PEFT appends to modules_to_save by itself, by task_type."""
-
 
 def resolve(
     model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST
@@ -219,25 +213,20 @@ def _condensed(names: Sequence[str], targets: tuple[str, ...], *, peft: Version)
     listed = set(targets)
     if peft < (0, 13) or len(listed) < 20:
         return targets
-    suffixes = tuple(f".{target}" for target in targets)
-    everything = {*names, *(parent for name in names for parent in _parents(name))}
+    endings = Endings(listed)
     others = {
         suffix
-        for name in everything
-        if name not in listed and not name.endswith(suffixes)
-        for suffix in _suffixes(name)
+        for name in names
+        for path in (name, *_parents(name))
+        if not endings.has(path)
+        for suffix in endings.suffixes(path)
     }
     shortest = (
-        next((suffix for suffix in _suffixes(target) if suffix not in others), None)
+        next((suffix for suffix in endings.suffixes(target) if suffix not in others), None)
         for target in targets
     )
     condensed = tuple(dict.fromkeys(suffix for suffix in shortest if suffix is not None))
     return condensed if 0 < len(condensed) < len(listed) else targets
-
-
-def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
 
 
 def _parents(name: str) -> list[str]:
@@ -246,6 +235,46 @@ def _parents(name: str) -> list[str]:
 
 
 # --- which modules have such a name --------------------------------------------------------------
+
+
+class Endings:
+    """Names that a module's path can be or end with, after a dot; ten thousand cost as one does.
+
+    They are kept as a tree of their elements, the last one first.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._tree: dict[str, Any] = {}
+        for name in names:
+            node = self._tree
+            for element in reversed(name.split(".")):
+                node = node.setdefault(element, {})
+            node[_END] = name
+
+    def of(self, path: str) -> Iterator[str]:
+        """Yield each of the names that a path is or ends with, the shortest first."""
+        return (node[_END] for _, node in self._walk(path) if _END in node)
+
+    def has(self, path: str) -> bool:
+        """Say whether a path is one of the names or ends with one."""
+        return next(self.of(path), None) is not None
+
+    def suffixes(self, path: str) -> Iterator[str]:
+        """Yield what a path ends with, the shortest first, as long as any name ends with it too."""
+        parts = path.split(".")
+        return (".".join(parts[-count:]) for count, _ in self._walk(path))
+
+    def _walk(self, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        node = self._tree
+        for count, element in enumerate(reversed(path.split(".")), 1):
+            if element not in node:
+                return
+            node = node[element]
+            yield count, node
+
+
+_END = "."
+"""Marks where a name ends; no element has a dot."""
 
 
 def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST) -> list[str]:
@@ -261,15 +290,15 @@ def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST
         found = search([Pattern("target_modules", targets, full=True)], kept)[0]
         return [name for name, hit in zip(kept, found, strict=True) if hit is not None]
     listed = set(targets or ())
-    suffixes = tuple(f".{target}" for target in listed)
-    matched = [name for name in kept if name in listed or name.endswith(suffixes)]
+    matched = [*filter(Endings(listed).has, kept)]
     if not _limits_layers(config):
         return matched
     by_suffix = [name for name in matched if name not in listed]
+    numbers = frozenset(_layer_numbers(config))
     allowed = {
         name
         for name, index in zip(by_suffix, _indices(by_suffix, config, peft=peft), strict=True)
-        if index in _layer_numbers(config)
+        if index in numbers
     }
     return [name for name in matched if name in listed or name in allowed]
 
@@ -280,8 +309,8 @@ def _not_saved_whole(names: Sequence[str], config: VeraConfig, *, peft: Version)
     saved = dict.fromkeys((*(config.modules_to_save or ()), *implied))
     if peft < (0, 16) or not saved:
         return list(names)
-    plain = [name for name in saved if _is_plain(name)]
-    kept = [name for name in names if not any(f".{part}." in f".{name}." for part in plain)]
+    plain = {name for name in saved if _is_plain(name)}
+    kept = [name for name in names if plain.isdisjoint(name.split("."))]
     patterns = [
         Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)")
         for name in saved
@@ -305,7 +334,8 @@ def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list
     given = config.layers_pattern or ()
     lists = (given,) if isinstance(given, str) else given
     if all(_is_plain(part) for part in lists):
-        return [_index(name, lists, peft=peft) for name in names]
+        ranks = {part: rank for rank, part in reversed([*enumerate(lists)])}
+        return [_index(name, ranks, peft=peft) for name in names]
     found = search([_index_pattern(part, peft=peft) for part in lists], names)
     # The first of the patterns that matches decides, even where its number is missing.
     first = (
@@ -314,20 +344,21 @@ def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list
     return [None if hit is None else _number(hit, peft=peft) for hit in first]
 
 
-def _index(name: str, lists: tuple[str, ...], *, peft: Version) -> int | None:
-    """Find the layer's number without a regular expression: `<list module>.<number>.`."""
+def _index(name: str, ranks: Mapping[str, int], *, peft: Version) -> int | None:
+    """Find the layer's number without a regular expression: `<list module>.<number>.`.
+
+    The first of the list modules that the name has decides; none at all means any.
+    """
     parts = name.split(".")
-    for wanted in lists or (None,):
-        # Only PEFT 0.21, and only for a named pattern, takes a list module at the very beginning.
-        first = 1 if wanted is not None and peft >= (0, 21) else 2
-        places = [
-            at
-            for at in range(first, len(parts) - 1)
-            if parts[at].isdecimal() and wanted in (None, parts[at - 1])
-        ]
-        if places:
-            return _number(parts[places[0 if peft >= (0, 20) else -1]], peft=peft)
-    return None
+    # Only PEFT 0.21, and only for a named pattern, takes a list module at the very beginning.
+    first = 1 if ranks and peft >= (0, 21) else 2
+    numbered = [at for at in range(first, len(parts) - 1) if parts[at].isdecimal()]
+    if ranks:
+        best = min((ranks[parts[at - 1]] for at in numbered if parts[at - 1] in ranks), default=-1)
+        numbered = [at for at in numbered if ranks.get(parts[at - 1]) == best]
+    if not numbered:
+        return None
+    return _number(parts[numbered[0 if peft >= (0, 20) else -1]], peft=peft)
 
 
 def _index_pattern(part: str, *, peft: Version) -> Pattern:

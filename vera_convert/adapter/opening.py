@@ -1,0 +1,270 @@
+"""An adapter's folder opened: whatever can be read, every defect, and the adapter if it is sound.
+
+config ──► fields ──┐
+├──► tensors by meaning ──► fingerprint ──► an `Adapter`, or findings
+weights ─► header ──┘
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import (
+    CONFIG_NAME,
+    ConfigError,
+    ConfigFile,
+    VeraConfig,
+    read_config,
+)
+from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
+from vera_convert.adapter.tensors import WEIGHTS_NAME, SortedTensors, sort_tensors
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import ByteSource, open_local, printable, too_large
+from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights
+from vera_convert.rules import (
+    ADAPTER_AS_MODEL,
+    ADAPTER_BELOW,
+    CONFIG_MISSING,
+    MODEL_FOLDER,
+    WEIGHTS_MISSING,
+    Finding,
+    Severity,
+)
+
+Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData], ConfigFile]]
+
+_MODEL_WEIGHTS = "model.safetensors"
+MAX_WEIGHTS_BYTES = 64 << 30
+"""Embedding and head of the largest models, saved whole in float32, take a third of it."""
+
+
+@contextmanager
+def open_adapter(folder: Path, *, repair: Repair | None = None) -> Iterator[Adapter]:
+    """Open the adapter in a folder; its tensors can be read until the context ends.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        repair: brings known old and damaged forms to the current one before they are judged.
+
+    Raises:
+        CheckpointError: with every defect of config and tensors at once.
+        SurroundingsError: no such folder, or a file cannot be read.
+    """
+    with examined_folder(folder, repair=repair) as found:
+        if found.adapter is None:
+            raise CheckpointError.of(errors_of(found.findings))
+        yield found.adapter
+
+
+def errors_of(findings: Iterable[Finding]) -> list[Finding]:
+    """Return those of the findings that are errors."""
+    return [finding for finding in findings if finding.severity is Severity.ERROR]
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What could be read of an adapter, sound or not; what could not is a finding.
+
+    Attributes:
+        config: the fields of the config, or those of them that are sound; None where not even the
+            rank is known.
+        config_is_sound: whether all of them are.
+        file: the open weights; None if their header is not sound.
+        tensors: what the header names, repaired where that was wanted.
+        sorted: the tensors by meaning, if the config says enough.
+        fingerprint: what dropped projections were, if it can be read.
+        findings: every defect that was met.
+        adapter: the adapter; None if any of the findings is an error.
+    """
+
+    config: VeraConfig | None
+    config_is_sound: bool
+    file: TensorFile | None
+    tensors: tuple[TensorData, ...]
+    sorted: SortedTensors | None
+    fingerprint: Fingerprint | None
+    findings: tuple[Finding, ...]
+    adapter: Adapter | None
+
+
+@contextmanager
+def examined_folder(folder: Path, *, repair: Repair | None = None) -> Iterator[Examined]:
+    """Open what there is of an adapter in a folder; see `open_adapter`.
+
+    Raises:
+        CheckpointError: a repair cannot be made.
+        SurroundingsError: no such folder, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
+    findings = [*_missing_files(folder)]
+    with ExitStack() as opened:
+        sources: dict[str, ByteSource] = {}
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if (folder / name).exists():
+                try:
+                    sources[name] = opened.enter_context(open_local(folder / name, within=folder))
+                except CheckpointError as error:
+                    findings += error.findings
+        config, weights = sources.get(CONFIG_NAME), sources.get(WEIGHTS_NAME)
+        yield examine(folder, config, weights, findings, repair=repair)
+
+
+def examine(
+    folder: Path,
+    config_source: ByteSource | None,
+    weights_source: ByteSource | None,
+    findings: Iterable[Finding] = (),
+    *,
+    repair: Repair | None = None,
+    values: bool = True,
+) -> Examined:
+    """Read config and header each to the end, so that one run shows the defects of both.
+
+    Args:
+        folder: where the adapter lies.
+        config_source: ``adapter_config.json``, if it could be opened.
+        weights_source: ``adapter_model.safetensors``, likewise.
+        findings: what is known to be wrong with the folder.
+        repair: see `open_adapter`.
+        values: whether tensors may be read, and not only the header.
+
+    Raises:
+        CheckpointError: the repair cannot be made.
+        SurroundingsError: a file cannot be read.
+    """
+    found = [*findings]
+    config_file, config = _config(config_source, found)
+    weights = _weights(weights_source, found)
+    tensors: Sequence[TensorData] = ()
+    by_meaning, fingerprint, adapter = None, None, None
+    if weights is not None:
+        tensors = [from_file(weights, name) for name in weights.header.tensors]
+        if repair is not None and config_file is not None:
+            tensors, config_file = repair(tensors, config_file)
+            config = config_file.config
+        if config is not None:
+            by_meaning = sort_tensors(tensors, config, values=values)
+            found += by_meaning.findings
+        fingerprint = _fingerprint(weights, config, by_meaning, found)
+    if not errors_of(found) and config_source and config_file and weights and by_meaning:
+        adapter = Adapter(
+            folder=folder,
+            config_file=config_file,
+            metadata=weights.header.metadata,
+            tensors=tuple(tensors),
+            layers=by_meaning.layers,
+            projections=by_meaning.projections,
+            repeated=by_meaning.repeated,
+            replacements=by_meaning.replacements,
+            fingerprint=fingerprint,
+            findings=tuple(found),
+            config_source=config_source,
+            file=weights,
+        )
+    sound = config_file is not None
+    return Examined(
+        config, sound, weights, tuple(tensors), by_meaning, fingerprint, tuple(found), adapter
+    )
+
+
+def _config(
+    source: ByteSource | None, found: list[Finding]
+) -> tuple[ConfigFile | None, VeraConfig | None]:
+    """Read the config as far as it is sound."""
+    if source is None:
+        return None, None
+    try:
+        config_file = read_config(source)
+    except CheckpointError as error:
+        found += error.findings
+        if not isinstance(error, ConfigError):
+            return None, None
+        found += error.warnings
+        return None, error.sound
+    found += config_file.findings
+    return config_file, config_file.config
+
+
+def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | None:
+    if source is None:
+        return None
+    try:
+        file = TensorFile(source)
+    except CheckpointError as error:
+        found += error.findings
+        return None
+    if source.size > MAX_WEIGHTS_BYTES:  # all of its values would be read: a sparse file has no end
+        found.append(too_large(source, MAX_WEIGHTS_BYTES))
+        return None
+    return file
+
+
+def _fingerprint(
+    weights: TensorFile,
+    config: VeraConfig | None,
+    by_meaning: SortedTensors | None,
+    found: list[Finding],
+) -> Fingerprint | None:
+    """Read the fingerprint and hold it against the adapter, as far as that is sound."""
+    text = weights.header.metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        fingerprint = from_text(text, place=WEIGHTS_NAME)
+    except CheckpointError as error:
+        found += error.findings
+        return None
+    if config is not None and by_meaning is not None and not errors_of(found):
+        longest = max(layer.out_features for layer in by_meaning.layers.values())
+        wrong = disagreement(fingerprint, config, longest, place=WEIGHTS_NAME)
+        found += [wrong] if wrong else []
+    return fingerprint
+
+
+# --- what is missing -----------------------------------------------------------------------------
+
+
+def _missing_files(folder: Path) -> Iterator[Finding]:
+    """Yield what a folder lacks, or has in the wrong form; no weights without a config matter."""
+    place = printable(folder.name or str(folder))
+    if not (folder / CONFIG_NAME).exists():
+        yield _no_config(folder, place)
+    elif (folder / WEIGHTS_NAME).exists():
+        pickled = pickled_weights(folder)
+        yield from [pickled] if pickled else []
+    else:
+        yield pickled_weights(folder) or _no_weights(folder, place)
+
+
+def _no_config(folder: Path, place: str) -> Finding:
+    try:
+        names = {entry.name for entry in os.scandir(folder)}
+    except OSError as error:
+        raise SurroundingsError(f"cannot list {place}: {error.strerror or error}.") from error
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if WEIGHTS_NAME not in names and below:
+        shown = ", ".join(map(printable, below[:3])) + (" and more" if below[3:] else "")
+        return ADAPTER_BELOW.at(place, f"it holds adapters in subfolders only ({shown}).")
+    if WEIGHTS_NAME not in names and "config.json" in names:
+        return MODEL_FOLDER.at(place, f"there is a model's config.json and no {CONFIG_NAME}.")
+    hint = ", but a vera_config.json, which is PaddleNLP's" if "vera_config.json" in names else ""
+    return CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}{hint}.")
+
+
+def _no_weights(folder: Path, place: str) -> Finding:
+    """Tell weights that lie under a model's name from weights that are not there at all."""
+    reason = f"there is no {WEIGHTS_NAME}"
+    try:
+        with open_local(folder / _MODEL_WEIGHTS, within=folder) as source:
+            names = [*TensorFile(source).header.tensors]
+    except (CheckpointError, SurroundingsError):
+        names = []
+    if any(".vera_lambda_" in name for name in names):
+        return ADAPTER_AS_MODEL.at(place, f"{reason}, but {_MODEL_WEIGHTS} holds vectors of VeRA.")
+    return WEIGHTS_MISSING.at(place, f"{reason}.")

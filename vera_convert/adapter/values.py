@@ -1,0 +1,47 @@
+"""What can be wrong with the values of an adapter's tensors so that nothing may use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.tensors import A_NAME, B_NAME
+from vera_convert.errors import CheckpointError
+from vera_convert.files.extents import Extent, extents
+from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
+from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
+
+
+def value_errors(file: TensorFile, found: Mapping[str, Extent]) -> Iterator[Finding]:
+    """Yield a finding for each tensor with a value that is not finite, and for a constant A or B.
+
+    Args:
+        file: the adapter's weights.
+        found: the extents of its tensors.
+    """
+    for name, extent in found.items():
+        if extent.not_finite is not None:
+            yield VALUE_NOT_FINITE.at(printable(name), _where(file, name, extent.not_finite))
+    for name in (A_NAME, B_NAME):
+        if name in found and found[name].is_constant and file.header.tensors[name].shape != (1, 1):
+            reason = f"all its values are the same, of magnitude {found[name].magnitude:.3g}."
+            yield PROJECTION_CONSTANT.at(name, reason)
+
+
+def _where(file: TensorFile, name: str, place: int) -> str:
+    info = file.header.tensors[name]
+    dtype = NUMPY_DTYPE[info.dtype]
+    start = file.header.data_start + info.start + place * dtype.itemsize
+    value = np.frombuffer(file.source.read_at(start, dtype.itemsize), dtype)[0]
+    index = [int(at) for at in np.unravel_index(place, info.shape)]
+    return f"its value at {index} is {float(value)}."
+
+
+def refuse_values(adapter: Adapter) -> None:
+    """Raise `CheckpointError` with every value error of an adapter."""
+    findings = [*value_errors(adapter.file, extents(adapter.file))]
+    if findings:
+        raise CheckpointError.of(findings)

@@ -1,0 +1,61 @@
+"""What documents and texts of all kinds are made of: findings, errors, draws, aligned columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import CheckpointError, VeraConvertError
+from vera_convert.rules import Finding
+
+Document = dict[str, object]
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Align cells in columns, two spaces apart; the last cell of a row may be of any length."""
+    rows = list(rows)
+    widths: dict[int, int] = {}
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            widths[column] = max(widths.get(column, 0), len(cell))
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(widths.get(column, 0)) for column, cell in enumerate(row)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def finding_document(finding: Finding) -> Document:
+    """One finding."""
+    return {
+        "code": finding.code,
+        "severity": str(finding.severity),
+        "place": finding.place,
+        "reason": finding.reason,
+        "remedy": finding.rule.remedy,
+    }
+
+
+def error_document(error: VeraConvertError) -> Document:
+    """Why a command failed, with every finding (schema ``error``)."""
+    findings = error.findings if isinstance(error, CheckpointError) else ()
+    return {
+        "format": 1,
+        "error": str(error),
+        "status": error.status,
+        "findings": [finding_document(finding) for finding in findings],
+    }
+
+
+def draw_document(draw: Draw | None) -> Document | None:
+    """One draw."""
+    if draw is None:
+        return None
+    return {
+        "variant": str(draw.variant),
+        "key": draw.key,
+        "rank": draw.rank,
+        "in_features": draw.in_features,
+        "out_features": draw.out_features,
+        "rounding": str(draw.rounding),
+    }

@@ -1,0 +1,113 @@
+"""A validation as SARIF 2.1.0, which code scanning and editors read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+
+from vera_convert._version import __version__
+from vera_convert.formats.locations import file_name, file_uri, place_in
+from vera_convert.formats.pieces import Document
+from vera_convert.rules import CATALOGUE, Finding, Rule
+from vera_convert.validation.validation import Checked, Validation
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+_INDEX = {code: index for index, code in enumerate(CATALOGUE)}
+
+
+def sarif_text(result: Validation) -> str:
+    """The log as JSON in ASCII."""
+    return json.dumps(sarif_document(result), indent=2, allow_nan=False)
+
+
+def sarif_document(result: Validation) -> Document:
+    """The log as data: one run, with every rule of the catalogue and every finding."""
+    seen: Counter[str] = Counter()
+    results = [
+        _result(checked, finding, seen)
+        for checked in result.adapters
+        for finding in checked.findings
+    ]
+    driver: Document = {
+        "name": "vera-convert",
+        "version": __version__,
+        "rules": [_descriptor(rule) for rule in CATALOGUE.values()],
+    }
+    run: Document = {
+        "tool": {"driver": driver},
+        "invocations": [_invocation(result)],
+        "columnKind": "unicodeCodePoints",
+        "results": results,
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _descriptor(rule: Rule) -> Document:
+    return {
+        "id": rule.code,
+        "name": rule.title,
+        "shortDescription": {"text": rule.title},
+        "fullDescription": {"text": rule.why},
+        "help": {"text": rule.remedy},
+        "defaultConfiguration": {"level": str(rule.severity)},
+        "properties": {"since": rule.since},
+    }
+
+
+def _message(text: str) -> Document:
+    """Return a message; the standard makes links of `[...](...)`, and no stranger's text may."""
+    return {"text": text.replace("](", "] (")}
+
+
+def _result(checked: Checked, finding: Finding, seen: Counter[str]) -> Document:
+    place = place_in(checked, finding)
+    physical = {
+        "artifactLocation": {"uri": file_uri(checked, finding)},
+        "region": {"startLine": 1},  # GitHub demands one; nothing better is known
+    }
+    return {
+        "ruleId": finding.code,
+        "ruleIndex": _INDEX[finding.code],
+        "level": str(finding.severity),
+        "message": _message(f"{place}: {finding.reason} {finding.rule.remedy}"),
+        "locations": [
+            {
+                "physicalLocation": physical,
+                "logicalLocations": [{"fullyQualifiedName": f"{checked.label}: {place}"}],
+            }
+        ],
+        "partialFingerprints": {"primaryLocationLineHash": _fingerprint(checked, finding, seen)},
+    }
+
+
+def _fingerprint(checked: Checked, finding: Finding, seen: Counter[str]) -> str:
+    """Return what stays the same from run to run: code and place, but no measured number.
+
+    A commit on the Hub and the folder above the adapter's files are no part of it. Findings that
+    agree in all of it are told apart by a number, as GitHub's own hashes do.
+    """
+    adapter = checked.label.split("@")[0] if checked.path is None else checked.path
+    parts = [finding.code, adapter, file_name(checked, finding), place_in(checked, finding)]
+    text = json.dumps(parts)
+    digest = hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+    seen[digest] += 1
+    return f"{digest}:{seen[digest]}"
+
+
+def _invocation(result: Validation) -> Document:
+    failures = [checked for checked in result.adapters if checked.failure is not None]
+    notifications = [
+        {"level": "error", "message": _message(f"{checked.label}: {checked.failure}")}
+        for checked in failures
+    ]
+    notifications += [
+        {"level": "note", "message": _message(f"{checked.label}: not checked: {sentence}")}
+        for checked in result.adapters
+        for sentence in checked.not_checked
+    ]
+    return {
+        "executionSuccessful": not failures,
+        "exitCode": result.status,
+        "toolExecutionNotifications": notifications,
+    }

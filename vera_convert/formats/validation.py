@@ -1,0 +1,244 @@
+"""A validation as text for people and as a JSON document."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+
+from vera_convert.formats.locations import place_in
+from vera_convert.formats.pieces import Document, draw_document, finding_document, table
+from vera_convert.rules import Finding, Severity
+from vera_convert.validation.validation import Checked, Validation
+
+WIDTH = 100
+"""Columns of a text that is not for a terminal."""
+
+_STYLES = {"error": "1;31", "warning": "1;33", "note": "36", "good": "32", "name": "1"}
+_INDENT = " " * 11  # below a finding's title, beyond its severity
+_KEPT_WHOLE = re.compile(r'`[^`]*`|python -c ".*"')
+_COMMAND_OF_A_LOG = re.compile(r"(?m)^(\s*):(?=:)")
+
+Paint = Callable[[str, str], str]
+
+
+def _coloured(text: str, style: str) -> str:
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def _plain(text: str, style: str) -> str:  # noqa: ARG001 -- as `_coloured`
+    return text
+
+
+def wrapped(text: str, width: int, *, first: str = "", indent: str = "") -> list[str]:
+    """Break a text into lines of `width`; names and commands stay whole, to be copied."""
+    kept = _KEPT_WHOLE.sub(lambda match: match[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(
+        kept,
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\0", " ") for line in lines]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 error``, ``1,000 errors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _counts(findings: Iterable[Finding]) -> str:
+    found = Counter(finding.severity for finding in findings)
+    return ", ".join(counted(found[severity], severity) for severity in Severity if found[severity])
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def validation_text(result: Validation, *, colour: bool = False, width: int = WIDTH) -> str:
+    """What was found, for people: adapter by adapter, then all of them in a table."""
+    paint = _coloured if colour else _plain
+    many = len(result.adapters) > 1
+    parts = [
+        _block(checked, paint, width, alone=not many)
+        for checked in result.adapters
+        if not many or checked.findings or checked.failure
+    ]
+    if many:
+        parts += [_table(result, paint), "\n".join(_in_common(result, width))]
+    if many or any(result.findings):
+        parts.append(_closing(result, paint))
+    text = "\n\n".join(part for part in parts if part)
+    # A log of GitHub's takes a line that begins with two colons for a command.
+    return _COMMAND_OF_A_LOG.sub(r"\1\\x3a", text)
+
+
+def verdict(checked: Checked) -> str:
+    """What became of an adapter, in a few words."""
+    if checked.failure is not None:
+        return "not read"
+    good = [] if _worst(checked) in (Severity.ERROR, Severity.WARNING) else ["good"]
+    return ", ".join(filter(None, [*good, _counts(checked.findings)]))
+
+
+def _worst(checked: Checked) -> Severity | None:
+    found = {finding.severity for finding in checked.findings}
+    return next((severity for severity in Severity if severity in found), None)
+
+
+def _style(checked: Checked) -> str:
+    if checked.failure is not None:
+        return "error"
+    worst = _worst(checked)
+    return "good" if worst in (None, Severity.NOTE) else worst
+
+
+def _block(checked: Checked, paint: Paint, width: int, *, alone: bool) -> str:
+    head = f"{paint(checked.label, 'name')}: {paint(verdict(checked), _style(checked))}"
+    lines = [head]
+    if checked.failure is not None:
+        lines += wrapped(str(checked.failure), width, first="  ", indent="  ")
+    for findings in _by_rule(checked.findings):
+        lines += _rule_lines(checked, findings, paint, width)
+    for name, text in _rows(checked) if alone else ():
+        lines += wrapped(text, width, first=f"  {name:<11}  ", indent=" " * 15)
+    return "\n".join(lines)
+
+
+def _by_rule(findings: Iterable[Finding]) -> Iterable[list[Finding]]:
+    """Group findings by their rules, the worst first."""
+    groups: dict[str, list[Finding]] = {}
+    for severity in Severity:
+        for finding in findings:
+            if finding.severity is severity:
+                groups.setdefault(finding.code, []).append(finding)
+    return groups.values()
+
+
+def _rule_lines(
+    checked: Checked, findings: list[Finding], paint: Paint, width: int
+) -> Iterator[str]:
+    """Yield the lines of all findings of one rule; its remedy is said once."""
+    rule = findings[0].rule
+    head = f"  {paint(f'{rule.severity:<7}', rule.severity)}  {paint(rule.code, 'name')}  "
+    indent = " " * 17
+    title, *more = wrapped(rule.title, width, first=indent, indent=indent)
+    yield head + title.lstrip()
+    yield from more
+    for place, said in _places(checked, findings):
+        yield from wrapped(f"{place}{said}", width, first=_INDENT, indent=f"{_INDENT}  ")
+    yield from wrapped(f"Remedy: {rule.remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
+
+
+def _places(checked: Checked, findings: list[Finding]) -> Iterator[tuple[str, str]]:
+    """Yield each place and its reason; where the next has the same, it is said once, there."""
+    for finding, following in zip_longest(findings, findings[1:]):
+        same = following is not None and following.reason == finding.reason
+        yield place_in(checked, finding), "," if same else f": {finding.reason}"
+
+
+def _rows(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Yield what else is known of an adapter; among many the table says it."""
+    projections = _projections(checked, checked.draw.description if checked.draw else "")
+    if projections:
+        yield "A and B", projections
+    if checked.base:
+        yield "base", checked.base
+    if checked.bytes_read is not None:
+        yield "read", f"{checked.bytes_read:,} bytes of the repo"
+    for index, sentence in enumerate(checked.not_checked):
+        yield "" if index else "not checked", sentence
+
+
+def _projections(checked: Checked, draw: str) -> str:
+    form = {True: "embedded", False: "stripped", None: ""}[checked.embedded]
+    return ": ".join(filter(None, (form, draw)))
+
+
+def _table(result: Validation, paint: Paint) -> str:
+    """One line for each adapter; the name is last, since it may be of any length."""
+    read = any(checked.bytes_read is not None for checked in result.adapters)
+    rows = [["result", "A and B", *(["bytes read"] if read else []), "adapter"]]
+    for checked in result.adapters:
+        draw = checked.draw
+        short = f"{draw.variant}, key {draw.key}" if draw else ""
+        row = [verdict(checked), _projections(checked, short)]
+        if read:
+            row.append("" if checked.bytes_read is None else f"{checked.bytes_read:>10,}")
+        rows.append([*row, checked.label])
+    head, *lines = table(rows).split("\n")
+    shown = [
+        paint(line[: len(verdict(checked))], _style(checked)) + line[len(verdict(checked)) :]
+        for line, checked in zip(lines, result.adapters, strict=True)
+    ]
+    return "\n".join([head, *shown])
+
+
+def _in_common(result: Validation, width: int) -> Iterator[str]:
+    """Yield bases and what was not checked, each with how many adapters it is said of."""
+    bases = Counter(checked.base for checked in result.adapters if checked.base)
+    missed = Counter(text for checked in result.adapters for text in checked.not_checked)
+    said = [(f"Held against {base}", number) for base, number in bases.items()]
+    said += [(f"Not checked: {sentence.removesuffix('.')}", n) for sentence, n in missed.items()]
+    for text, number in said:
+        of = "all of them" if number == len(result.adapters) else f"{number:,} of them"
+        yield from wrapped(f"{text} ({of})", width, indent="  ")
+
+
+def closing_line(result: Validation) -> str:
+    """The counts of a whole call in one line."""
+    adapters = result.adapters
+    if len(adapters) == 1:
+        return f"1 adapter: {verdict(adapters[0])}"
+    unread = sum(checked.failure is not None for checked in adapters)
+    good = sum(_style(checked) == "good" for checked in adapters)
+    parts = [f"{good:,} good"]
+    if len(adapters) - good - unread:
+        parts.append(f"{len(adapters) - good - unread:,} with errors or warnings")
+    if unread:
+        parts.append(f"{unread:,} not read")
+    counts = _counts(result.findings)
+    shown = f"{counted(len(adapters), 'adapter')}: {', '.join(parts)}"
+    return f"{shown}; {counts}" if counts else shown
+
+
+def _closing(result: Validation, paint: Paint) -> str:
+    lines = [paint(closing_line(result), "name")]
+    if result.fail_on is not Severity.ERROR and result.count(result.fail_on):
+        lines[0] += f" (each {result.fail_on} fails this call)"
+    if any(result.findings):
+        lines.append("`vera-convert validate --explain CODE` says why a finding matters.")
+    return "\n".join(lines)
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def validation_document(result: Validation) -> Document:
+    """What was found in every adapter (schema ``validation``)."""
+    return {
+        "format": 1,
+        "status": result.status,
+        "fail_on": str(result.fail_on),
+        "counts": {str(severity): result.count(severity) for severity in Severity},
+        "adapters": [_checked_document(checked) for checked in result.adapters],
+    }
+
+
+def _checked_document(checked: Checked) -> Document:
+    failure = checked.failure
+    return {
+        "adapter": checked.label,
+        "path": checked.path,
+        "base": checked.base or None,
+        "projections": {True: "embedded", False: "stripped", None: None}[checked.embedded],
+        "draw": draw_document(checked.draw),
+        "findings": [finding_document(finding) for finding in checked.findings],
+        "not_checked": list(checked.not_checked),
+        "bytes_read": checked.bytes_read,
+        "failure": None if failure is None else {"error": str(failure), "status": failure.status},
+    }

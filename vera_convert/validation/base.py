@@ -1,0 +1,119 @@
+"""What a base makes of an adapter: names, heads, quantised layers, sizes. From headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import CONFIG_NAME
+from vera_convert.adapter.folder import side_files
+from vera_convert.adapter.tensors import EMBEDDING_NAMES, WEIGHTS_NAME, replaced_name
+from vera_convert.base.folder import check_tokens, tokenizer_files
+from vera_convert.base.model import BaseModel
+from vera_convert.base.naming import (
+    AS_THEY_ARE,
+    Match,
+    embedding_rows,
+    is_head,
+    match_replacements,
+    shared_embedding,
+)
+from vera_convert.base.onbase import OnBase
+from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import open_local, printable
+from vera_convert.rules import (
+    HEAD_SHARED,
+    NAMES_RENAMED,
+    ORIENTATION_WRONG,
+    REPLACEMENT_NEW,
+    REPLACEMENT_SHAPE,
+    TARGET_IS_QUANTISED,
+    Finding,
+)
+
+
+def base_findings(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
+    """Yield what is to be known of an adapter on a base that it fits.
+
+    Args:
+        adapter: the adapter.
+        on_base: what `learn` found; its own findings are not repeated.
+    """
+    base, match = on_base.base, on_base.match
+    if base is None or match is None:
+        return
+    if match.strategy != AS_THEY_ARE.name:
+        yield NAMES_RENAMED.at(base.location.label, f"they fit by this: {match.strategy}.")
+    yield from _orientation(adapter, match)
+    yield from _heads(match, base)
+    quantised = quantised_targets(base, match.tensors.values())
+    for finding in quantised:
+        yield TARGET_IS_QUANTISED.at(finding.place, finding.reason)
+    elsewhere = None if quantised else quantised_elsewhere(base)
+    yield from [elsewhere] if elsewhere else []
+    rows = embedding_rows(base)
+    for wrong, new_rows in _replacements(adapter, match, base):
+        rows = new_rows or rows
+        yield from [wrong] if wrong else []
+    yield from _tokens(adapter, rows)
+
+
+def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
+    said = adapter.config.fan_in_fan_out
+    if all((module in match.conv1d) != said for module in adapter.layers):
+        kinds = "Conv1D layers" if match.conv1d else "plain linear layers"
+        reason = f"it is {str(said).lower()}, but these are {kinds}."
+        yield ORIENTATION_WRONG.at(CONFIG_NAME, reason)
+
+
+def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
+    for module, name in match.tensors.items():
+        shared = name if module in match.tied else None
+        if shared is None and is_head(module) and base.tie_word_embeddings:
+            shared = shared_embedding(base, match.shapes[module])
+        if shared is not None:
+            reason = f"the base has {printable(shared)} for both."
+            yield HEAD_SHARED.at(printable(module), reason)
+
+
+def _replacements(
+    adapter: Adapter, match: Match, base: BaseModel
+) -> Iterator[tuple[Finding | None, int | None]]:
+    """Yield what is wrong with each head, bias or embedding, and the rows of an embedding."""
+    tensors = {tensor.name: tensor for tensor in adapter.replacements}
+    try:
+        targets = match_replacements(tensors, match, base)
+    except CheckpointError as error:
+        for finding in error.findings:
+            yield finding, None
+        return
+    for name, target in targets.items():
+        shape = tensors[name].shape
+        module = replaced_name(name).rpartition(".")[0].rpartition(".")[2]
+        rows = shape[0] if module in EMBEDDING_NAMES and not is_head(module) and shape else None
+        if target not in base.tensors:
+            if not is_head(replaced_name(name).rpartition(".")[0]):
+                yield REPLACEMENT_NEW.at(printable(target), "the base has no such tensor."), None
+        elif base.tensors[target].info.shape != shape:
+            own = " by ".join(map(str, base.tensors[target].info.shape))
+            reason = f"the adapter's is {' by '.join(map(str, shape))}, the base's {own}."
+            yield REPLACEMENT_SHAPE.at(printable(target), reason), rows
+        else:
+            yield None, rows
+
+
+def _tokens(adapter: Adapter, rows: int | None) -> Iterator[Finding]:
+    """Yield a finding if the adapter's own tokenizer has more tokens than the embedding rows."""
+    folder = adapter.folder
+    names = side_files(folder).carried if folder.is_dir() else ()  # what a merge would take
+    with ExitStack() as opened:
+        try:
+            sources = {
+                name: opened.enter_context(open_local(folder / name, within=folder))
+                for name in tokenizer_files(names)
+            }
+            check_tokens(sources, rows, place=WEIGHTS_NAME)
+        except CheckpointError as error:
+            yield from error.findings

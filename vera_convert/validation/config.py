@@ -1,0 +1,42 @@
+"""What a well-formed config says that will not do everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.files.reading import printable
+from vera_convert.hub.reponame import is_repo_id
+from vera_convert.rules import (
+    BASE_IS_PATH,
+    BASE_UNNAMED,
+    FIELD_BY_VERSION,
+    REVISION_MISSING,
+    Finding,
+)
+
+
+def config_findings(config: VeraConfig) -> Iterator[Finding]:
+    """Yield what the fields of a config say of the base, and what some releases trip over."""
+    name = config.base_model_name_or_path
+    if not name:
+        yield BASE_UNNAMED.at(CONFIG_NAME, "base_model_name_or_path is empty.")
+    elif not is_repo_id(name):
+        reason = f"base_model_name_or_path is {printable(name)}, which is no repo on the Hub."
+        yield BASE_IS_PATH.at(CONFIG_NAME, reason)
+    elif config.revision is None:
+        yield REVISION_MISSING.at(CONFIG_NAME, f"revision is null; the base is {name}.")
+    for reason in _by_version(config):
+        yield FIELD_BY_VERSION.at(CONFIG_NAME, reason)
+
+
+def _by_version(config: VeraConfig) -> Iterator[str]:
+    if isinstance(config.layers_pattern, tuple) and config.layers_pattern:
+        yield "layers_pattern is a list; PEFT 0.13 and earlier take a text alone."
+    if config.layers_pattern and config.layers_to_transform == 0:
+        yield (
+            "layers_to_transform is 0 beside a layers_pattern; PEFT 0.14 to 0.20 take it for "
+            "missing and refuse the adapter, where [0] would do."
+        )
+    if config.bias not in ("none", "all", "vera_only"):
+        yield f"bias is {printable(config.bias)}; PEFT before 0.18 knows none, all and vera_only."

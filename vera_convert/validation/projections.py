@@ -1,0 +1,132 @@
+"""Whether A and B come back as they were trained with: in each PEFT, stored or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.fingerprint import Fingerprint
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.base.onbase import OnBase
+from vera_convert.conversion.projections import as_cast
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
+from vera_convert.rules import (
+    FINGERPRINT_DISAGREES,
+    OTHER_DIMS,
+    PROJECTIONS_CONTRADICT,
+    PROJECTIONS_IGNORED,
+    PROJECTIONS_ROUNDED,
+    REDRAWN_OTHERWISE,
+    UNPROVEN_DRAW,
+    Finding,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Stored A (r, in) and B (out, r), and which draw they are."""
+
+    A: NDArray[Any]
+    B: NDArray[Any]
+    recognition: Recognition
+
+
+def recognised(config: VeraConfig, A: NDArray[Any], B: NDArray[Any]) -> Pair:
+    """Return a stored pair with the draw that it is."""
+    return Pair(A, B, recognise(A, B, key=config.projection_prng_key))
+
+
+def stored_findings(config: VeraConfig, pair: Pair, on_base: OnBase) -> Iterator[Finding]:
+    """Yield where a PEFT uses other A and B than the stored ones.
+
+    Args:
+        config: the adapter's config.
+        pair: what is stored.
+        on_base: what is known of the base; nothing, if there is none.
+    """
+    width, height = pair.A.shape[1], pair.B.shape[0]
+    if not on_base.fits(width, height):
+        reason = f"they are for {width} inputs and {height} outputs; {on_base.dims_text}."
+        yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
+    reason = _why_other(config, pair, on_base)
+    if reason and config.save_projection:
+        yield PROJECTIONS_IGNORED.at(WEIGHTS_NAME, reason)
+    elif reason:
+        yield PROJECTIONS_CONTRADICT.at(WEIGHTS_NAME, reason)
+    draw = pair.recognition.draw
+    if draw is not None and draw.rounding is not Rounding.NONE and on_base.rounding is None:
+        yield PROJECTIONS_ROUNDED.at(WEIGHTS_NAME, f"they are {draw.description}.")
+
+
+def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
+    """Say why what PEFT draws from the key is not what is stored; empty if it is.
+
+    Where the base's dtype is not known, whatever rounding is stored is taken for the base's.
+    """
+    draw, key = pair.recognition.draw, config.projection_prng_key
+    if draw is None:
+        found = pair.recognition.difference
+        return f"they are no draw of key {key}{f': {found.description}' if found else ''}."
+    if not draw.has_key(key):
+        return f"they are the draw of key {draw.key}; the config says {key}."
+    expected = _usual(config, draw, on_base, (pair.A.shape[1], pair.B.shape[0]))
+    if expected == draw:
+        return ""
+    same_dims = (expected.in_features, expected.out_features) == (
+        pair.A.shape[1],
+        pair.B.shape[0],
+    )
+    if same_dims and difference(pair.A, pair.B, expected) is None:
+        return ""  # variants can agree in every value, as small or 16-bit matrices do
+    return f"stored is {draw.description}; PEFT draws {expected.description}."
+
+
+def _usual(
+    config: VeraConfig, found: Draw | Fingerprint, on_base: OnBase, dims: tuple[int, int]
+) -> Draw:
+    """Return what PEFT draws on nearly every machine, on this base or on one that fits."""
+    variant = Variant.FLOAT32_FUSED
+    rounding = found.rounding
+    if on_base.rounding is not None:
+        rounding = as_cast(variant, on_base.rounding)
+    return Draw(
+        variant,
+        config.projection_prng_key,
+        config.r,
+        on_base.in_features or dims[0],
+        on_base.out_features or dims[1],
+        rounding,
+    )
+
+
+def stripped_findings(
+    config: VeraConfig, fingerprint: Fingerprint | None, on_base: OnBase
+) -> Iterator[Finding]:
+    """Yield what is not certain of projections that have to be drawn again.
+
+    Args:
+        config: the adapter's config.
+        fingerprint: what a strip recorded of them.
+        on_base: what is known of the base; nothing, if there is none.
+    """
+    if fingerprint is None:
+        by = f"PEFT {config.peft_version} wrote it" if config.peft_version else "no PEFT is named"
+        reason = f"it stores no A and B and no fingerprint of them ({by.strip()})."
+        yield UNPROVEN_DRAW.at(WEIGHTS_NAME, reason)
+        return
+    if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):
+        return  # told when it was read
+    dims = fingerprint.in_features, fingerprint.out_features
+    if not on_base.fits(*dims):
+        reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {on_base.dims_text}."
+        yield FINGERPRINT_DISAGREES.at(WEIGHTS_NAME, reason)
+        return
+    dropped, expected = fingerprint.draw, _usual(config, fingerprint, on_base, dims)
+    if replace(dropped, key=expected.key) != expected:
+        reason = f"dropped was {dropped.description}; PEFT draws {expected.description}."
+        yield REDRAWN_OTHERWISE.at(WEIGHTS_NAME, reason)

@@ -1,0 +1,112 @@
+"""Which findings count: chosen by code on the command line, or in ``pyproject.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable, unreadable
+from vera_convert.rules import CATALOGUE, Finding, Severity
+
+FILE_NAME = "pyproject.toml"
+_TABLE = ("tool", "vera-convert", "validate")
+_LARGEST = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``[tool.vera-convert.validate]`` says.
+
+    Attributes:
+        select: the only codes that count, or beginnings of codes; empty means all.
+        ignore: codes that do not.
+        fail_on: the severity that fails a call; None where it is not said.
+    """
+
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    fail_on: Severity | None = None
+
+
+def read_settings(start: Path) -> Settings:
+    """Read the settings from the nearest ``pyproject.toml`` at `start` or above that has them.
+
+    Raises:
+        UsageError: the table has unknown keys, values or codes.
+        SurroundingsError: a file cannot be read.
+    """
+    start = start.absolute()
+    for folder in (start, *start.parents):
+        table = _table_of(folder / FILE_NAME)
+        if table is not None:
+            return _settings(table, printable(str(folder / FILE_NAME)))
+    return Settings()
+
+
+def _table_of(path: Path) -> dict[str, Any] | None:
+    """Return our table of a project's file; None if there is no such file, or no such table."""
+    if not path.is_file():
+        return None
+    place = printable(str(path))
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"{place} has more than {_LARGEST:,} bytes.")
+        found: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(place, error) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{place} is no TOML: {printable(str(error))}.") from error
+    for name in _TABLE:
+        found = found.get(name) if isinstance(found, dict) else None
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise UsageError(f"{place}: {'.'.join(_TABLE)} is no table.")
+    return found
+
+
+def _settings(table: dict[str, Any], place: str) -> Settings:
+    unknown = sorted(table.keys() - {"select", "ignore", "fail-on"})
+    if unknown:
+        names = ", ".join(map(printable, unknown))
+        raise UsageError(f"{place}: unknown keys {names}; known are select, ignore and fail-on.")
+    lists = {name: table.get(name, []) for name in ("select", "ignore")}
+    for name, value in lists.items():
+        if not isinstance(value, list) or not all(isinstance(code, str) for code in value):
+            raise UsageError(f"{place}: {name} has to be a list of codes.")
+        check_codes(value)
+    fail_on = table.get("fail-on")
+    if fail_on not in (None, "error", "warning"):
+        raise UsageError(f"{place}: fail-on has to be error or warning.")
+    severity = None if fail_on is None else Severity(fail_on)
+    return Settings(tuple(lists["select"]), tuple(lists["ignore"]), severity)
+
+
+def check_codes(codes: Iterable[str]) -> None:
+    """Raise `UsageError` for what is neither a code nor the beginning of one."""
+    for code in codes:
+        if not code or not any(known.startswith(code) for known in CATALOGUE):
+            near = get_close_matches(code, CATALOGUE, 1)
+            hint = f" Was {near[0]} meant?" if near else ""
+            raise UsageError(
+                f'"{printable(code)}" is no code; --rules lists them, and V2 means all that begin '
+                f"so.{hint}"
+            )
+
+
+def selected(
+    findings: Iterable[Finding], *, select: Sequence[str], ignore: Sequence[str]
+) -> tuple[Finding, ...]:
+    """Return the findings that count, in the order of their codes and then as they were met."""
+    chosen = (
+        finding
+        for finding in dict.fromkeys(findings)
+        if (not select or finding.code.startswith(tuple(select)))
+        and not finding.code.startswith(tuple(ignore))
+    )
+    return tuple(sorted(chosen, key=lambda finding: finding.code))

@@ -1,0 +1,87 @@
+"""The config's targets held against the layers that the file adapts, without a base.
+
+The names of the file are those that the config was matched against when the adapter was trained,
+so that each of them has to match again, in whatever release loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import printable
+from vera_convert.rules import (
+    TARGET_NOT_STORED,
+    TARGETS_BY_VERSION,
+    TARGETS_DISAGREE,
+    Finding,
+)
+from vera_convert.targets.matching import NEWEST, Endings, is_all_linear, matching
+
+RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}
+"""The releases whose rules differ from the newest, by how they are called."""
+
+
+def target_findings(config: VeraConfig, layers: Sequence[str]) -> Iterator[Finding]:
+    """Yield how targets and adapted layers disagree, and how releases of PEFT read the targets.
+
+    Args:
+        config: the config; its targets may be names or a regular expression.
+        layers: paths of the adapted layers.
+    """
+    targets = config.target_modules
+    if not layers or targets is None or is_all_linear(targets):
+        return
+    try:
+        newest = matching(layers, config, peft=NEWEST)
+    except CheckpointError as error:
+        yield from error.findings
+        return
+    matched = {*newest}
+    unmatched = [layer for layer in layers if layer not in matched]
+    if unmatched:
+        reason = (
+            f"its targets match {len(newest)} of the {len(layers)} layers that the file adapts; "
+            f"PEFT leaves out {printable(unmatched[0])}."
+        )
+        yield TARGETS_DISAGREE.at(CONFIG_NAME, reason)
+    if not isinstance(targets, str):
+        yield from _by_version(config, layers, newest)
+        yield from _not_stored(config, targets, layers)
+
+
+def _by_version(
+    config: VeraConfig, layers: Sequence[str], newest: Sequence[str]
+) -> Iterator[Finding]:
+    """Yield a finding where another release adapts other layers of the file.
+
+    Regular expressions are read alike in all of them, and modules_to_save has no part in it.
+    """
+    alone = replace(config, modules_to_save=None, task_type=None)
+    differing = {}
+    for release, version in RELEASES.items():
+        try:
+            found = matching(layers, alone, peft=version)
+        except CheckpointError:
+            continue  # told with the newest
+        if len(found) < len(layers) and {*found} != {*newest}:
+            differing[release] = len(found)
+    if differing:
+        said = ", ".join(f"PEFT {release} adapts {count}" for release, count in differing.items())
+        reason = f"of {len(layers)} layers, {said}; PEFT 0.21 and later adapt {len(newest)}."
+        yield TARGETS_BY_VERSION.at(CONFIG_NAME, reason)
+
+
+def _not_stored(
+    config: VeraConfig, targets: Sequence[str], layers: Sequence[str]
+) -> Iterator[Finding]:
+    saved = {*(config.modules_to_save or ()), *SAVED_BY_TASK.get(config.task_type or "", ())}
+    endings = Endings(targets)
+    stored = {target for layer in layers for target in endings.of(layer)}
+    for target in dict.fromkeys(targets):
+        if target not in stored and not saved & {*target.split(".")}:
+            reason = f"target_modules names {printable(target)}, no layer of the file is called so."
+            yield TARGET_NOT_STORED.at(WEIGHTS_NAME, reason)
