@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real, trained adapter: described, stripped to a tenth, embedded to the same bytes, merged.
+# A real, trained adapter: described, stripped to a tenth, embedded to the same bytes, merged, verified.
 # `make demo` runs this with what it needs; the trained adapter is described in tests/data/minilm-vera.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,5 +29,7 @@ run cmp "$adapter/adapter_model.safetensors" "$out/embedded/adapter_model.safete
 echo "The very same bytes."
 
 run vera-convert merge "$adapter" "$out/merged" --base "$model" --check
+run vera-convert verify "$adapter" --adapter "$out/stripped" --merged "$out/merged" \
+    --base "$model" --layers-only
 printf '\nThe merged model is a model like any other; with transformers installed:\n\n'
 printf '    from transformers import AutoModel\n    model = AutoModel.from_pretrained("%s")\n' "$out/merged"

@@ -3,6 +3,7 @@
     sentences ─► encoder + VeRA ─► mean ─► head ─► praise or blame
                        │
                        └─► save ─► strip ─► load again ─► merge ─► load with transformers alone
+                             └──────────── verify ────────────┘
 
 The sentences are made here, of words that training and test do not share: half of them say what
 their adjective says, half the contrary ("The plot is anything but dull."). A frozen encoder with
@@ -26,8 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vera_convert import BaseWish, strip
-from vera_convert.merging.merge import merge
+from vera_convert import merge, strip, verify
 from vera_convert.with_torch import VeraConfig, VeraModel
 
 WORDS = {
@@ -153,22 +153,30 @@ def trained(
 
 
 def carried_on(model: VeraModel, probe: Any, base: str, out: Path) -> None:  # noqa: ANN401
-    """Save, strip and merge the adapter; hold what each form gives against the trained model."""
+    """Save, strip, merge and verify the adapter; hold each form against the trained model."""
 
     def difference(other: nn.Module) -> float:
         return float((probe(other) - expected).abs().max())
 
     expected = probe(model)
     model.save_pretrained(out / "adapter")
-    stripped = strip(out / "adapter", out / "stripped", base=BaseWish(model=base))
+    stripped = strip(out / "adapter", out / "stripped", base=base)
     print(f"saved {stripped.bytes_before:,} bytes; stripped {stripped.bytes_after:,} bytes")
     again = VeraModel.from_pretrained(
         transformers.AutoModel.from_pretrained(base).eval(), out / "stripped"
     )
     print(f"  the stripped adapter, loaded again, differs by {difference(again):.1e}")
-    merge(out / "stripped", out / "merged", base=BaseWish(model=base))
+    merge(out / "stripped", out / "merged", base=base)
     merged = transformers.AutoModel.from_pretrained(out / "merged").eval()
     print(f"  the merged model, without this package, differs by {difference(merged):.1e}")
+    checked = verify(out / "adapter", other=out / "stripped", merged=out / "merged", base=base)
+    for finding in checked.errors:
+        print(f"  {finding}")
+    if not checked.passed or checked.model is None:
+        raise SystemExit("what came out is not what was trained")
+    largest, effect = checked.model.largest_difference, checked.model.effect
+    print("verified, tensor by tensor and by running both models:")
+    print(f"  what they give differs by {largest:.1e}, where the adapter makes {effect:.1e}")
 
 
 def main() -> None:

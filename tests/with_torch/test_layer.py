@@ -303,6 +303,14 @@ def test_shared_matrices_follow_the_input_and_are_copied_once() -> None:
     assert A.like("one", torch.empty(0, dtype=torch.bfloat16)) is A.one
 
 
+def test_shared_matrices_come_to_where_a_layer_computes() -> None:
+    vera = wrapped(plain())
+    there = vera.to("meta")  # the layer alone: the shared matrices are a part of the model
+    assert not any(matrix.one.is_meta for matrix in vera._shared)
+    assert there(torch.empty(3, INPUTS, device="meta")).is_meta
+    assert not any(matrix.one.is_meta for matrix in vera._shared)
+
+
 def test_values_lost_on_the_meta_device_are_missed() -> None:
     vera = wrapped(plain())
     for matrix in vera._shared:

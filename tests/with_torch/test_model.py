@@ -17,7 +17,14 @@ import torchmodels
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from vera_convert import CheckpointError, SurroundingsError, UsageError, Variant, strip
+from vera_convert import (
+    CheckpointError,
+    Rounding,
+    SurroundingsError,
+    UsageError,
+    Variant,
+    strip,
+)
 from vera_convert.conversion.projections import Meant
 from vera_convert.merging.parts import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
@@ -418,6 +425,30 @@ def test_the_key_can_be_meant_instead_of_what_is_stored(tmp_path: Path) -> None:
         torchmodels.built("llama"), tmp_path / "out", projections=Meant.KEY
     )
     assert torch.equal(by_key.vera_A.default, llama().vera_A.default)
+
+
+def test_drawn_projections_can_be_rounded_as_for_another_dtype(tmp_path: Path) -> None:
+    llama(replace(LLAMA, save_projection=False)).save_pretrained(tmp_path / "out")
+    base = torchmodels.built("llama")
+    loaded = VeraModel.from_pretrained(base, tmp_path / "out", rounding=Rounding.BF16)
+    assert torch.equal(loaded.vera_A.default, llama(dtype="bfloat16").vera_A.default)
+
+
+def test_paths_can_be_brought_to_those_of_the_model(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    embedding = {"base_model.model.model.embed_tokens.weight": np.ones((96, 32), np.float32)}
+    stored = {**load_file(path), **embedding}
+    moved = {name.replace(".model.model.", ".model.my.model."): stored[name] for name in stored}
+    save_file(moved, path)
+    with pytest.raises(CheckpointError, match="no linear layers"):
+        VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "out")
+    pairs = (("my", "your"), ("my", ""))
+    loaded = VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "out", key_map=pairs)
+    assert (loaded.model.model.embed_tokens.weight == 1).all()
+    model.model.model.embed_tokens.weight.fill_(1)
+    assert torch.equal(says(loaded), says(model))
 
 
 def edited(folder: Path, tensors: Mapping[str, Any], **config: object) -> Path:

@@ -10,16 +10,18 @@ same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vera_convert.adapter.adapter import Adapter, open_adapter
-from vera_convert.adapter.config import VeraConfig, parse_config
-from vera_convert.adapter.tensors import A_NAME, replaced_name
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
+from vera_convert.adapter.opening import open_adapter
+from vera_convert.adapter.tensors import A_NAME, PREFIX, replaced_name
+from vera_convert.base.naming import moved
 from vera_convert.base.onbase import OnBase, shared_dims
 from vera_convert.conversion.projections import Meant, check_size
 from vera_convert.conversion.proof import other_dims
@@ -37,7 +39,6 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets.matching import (
-    SAVED_BY_TASK,
     Linear,
     ModelLayers,
     adapted,
@@ -182,7 +183,13 @@ def _first_vectors(
 
 
 def stored_contents(
-    folder: Path, model: nn.Module, *, projections: Meant, variant: Variant | None
+    folder: Path,
+    model: nn.Module,
+    *,
+    projections: Meant,
+    variant: Variant | None,
+    rounding: Rounding | None = None,
+    key_map: Sequence[tuple[str, str]] = (),
 ) -> Contents:
     """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
 
@@ -193,19 +200,23 @@ def stored_contents(
         model: the model that it is to adapt; layers can be wrapped already.
         projections: which A and B are meant where file, flag and key disagree.
         variant: the generator's variant, where A and B are drawn and no fingerprint names it.
+        rounding: what drawn values are rounded to; None for what the layers' dtypes do to them.
+        key_map: pairs (OLD, NEW); one that brings all layers to the model's is used where their
+            own names do not.
 
     Raises:
         CheckpointError: the adapter is malformed, or does not fit the model.
         UsageError: stored projections are meant and there are none.
         SurroundingsError: a file cannot be read.
     """
-    with open_adapter(folder) as adapter:
-        layers = layers_of(model)
+    layers = layers_of(model)
+    with open_adapter(folder) as opened:
+        adapter = _renamed(opened, layers, key_map)
         dims = shared_dims(adapter, layers, _matched(adapter, layers))
         on_base = OnBase(
             dims.in_features,
             dims.out_features,
-            _rounding(model.get_submodule(path) for path in dims.adapted),
+            rounding or _rounding(model.get_submodule(path) for path in dims.adapted),
             source=layers.source,
         )
         pair = in_effect(adapter, on_base, meant=projections, variant=variant)
@@ -232,6 +243,21 @@ def stored_contents(
                 *pair.findings,
             ),
         )
+
+
+def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str, str]]) -> Adapter:
+    """Return the adapter with its paths brought to the model's by the first pair that can do it."""
+    if all(path in layers.linear for path in adapter.layers):
+        return adapter
+    for old, new in key_map:
+        found = {moved(old, new, path): layer for path, layer in adapter.layers.items()}
+        if all(path in layers.linear for path in found) and len(found) == len(adapter.layers):
+            replacements = (
+                tensor._replace(name=PREFIX + moved(old, new, tensor.name.removeprefix(PREFIX)))
+                for tensor in adapter.replacements
+            )
+            return replace(adapter, layers=found, replacements=tuple(replacements))
+    return adapter
 
 
 def _matched(adapter: Adapter, layers: ModelLayers) -> dict[str, Linear]:

@@ -13,7 +13,7 @@ adapter's name at the end.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.tensors import A_NAME, B_NAME, PREFIX, replaced_name
 from vera_convert.conversion.projections import Meant
-from vera_convert.draws.generator import Variant
+from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess, fetch_adapter, locate
@@ -93,6 +93,8 @@ class VeraModel(nn.Module):
         trainable: bool = False,
         projections: Meant = Meant.AUTO,
         variant: Variant | None = None,
+        rounding: Rounding | None = None,
+        key_map: Sequence[tuple[str, str]] = (),
         revision: str | None = None,
         access: HubAccess | None = None,
     ) -> Self:
@@ -103,6 +105,8 @@ class VeraModel(nn.Module):
             adapter=adapter,
             projections=projections,
             variant=variant,
+            rounding=rounding,
+            key_map=key_map,
             revision=revision,
             access=access,
         )
@@ -152,6 +156,8 @@ class VeraModel(nn.Module):
         adapter: str = DEFAULT,
         projections: Meant = Meant.AUTO,
         variant: Variant | None = None,
+        rounding: Rounding | None = None,
+        key_map: Sequence[tuple[str, str]] = (),
         revision: str | None = None,
         access: HubAccess | None = None,
     ) -> None:
@@ -165,6 +171,9 @@ class VeraModel(nn.Module):
             adapter: the name to give it.
             projections: which A and B are meant where file, flag and key disagree.
             variant: how A and B are drawn where they are not stored and no fingerprint says it.
+            rounding: what they are then rounded to; None for what the dtypes of the layers do.
+            key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules; one that
+                fits all layers is used where they do not fit as they are.
             revision: the adapter's, on the Hub.
             access: how the Hub is reached.
 
@@ -178,7 +187,12 @@ class VeraModel(nn.Module):
         place = fetch_adapter(place, access, is_training_state=is_training_state)
         assert place.folder is not None  # noqa: S101 -- fetched
         contents = stored_contents(
-            place.folder, self.model, projections=projections, variant=variant
+            place.folder,
+            self.model,
+            projections=projections,
+            variant=variant,
+            rounding=rounding,
+            key_map=key_map,
         )
         self._place(adapter, contents)
         trained = {replaced_name(key): value for key, value in self._trained(adapter).items()}

@@ -1,0 +1,569 @@
+"""Whole models compared: right merges pass, wrong ones do not, and a stranger's folder is safe."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import socket
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torchmodels
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from vera_convert import (
+    AdapterWish,
+    BaseWish,
+    CheckpointError,
+    MergeOptions,
+    SurroundingsError,
+    Tied,
+    UsageError,
+    merge,
+    strip,
+)
+from vera_convert.delta import delta, merged
+from vera_convert.verification.comparison import ModelComparison
+from vera_convert.with_torch import VeraConfig, VeraModel, comparing, loading, sampling
+from vera_convert.with_torch.comparing import BOUNDS, compare_models
+
+Tensors = dict[str, Any]
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """Save a model whose matrices are as large as trained ones, so that each does something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and model.config.model_type != "t5":
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, folder: Path, kind: str, *, size: float = 0.3, **fields: Any) -> Path:
+    """Save an adapter with random vectors, and heads and biases a bit off those of the base."""
+    fields = {"r": 4, **torchmodels.KINDS[kind].config, **fields}
+    model = type(torchmodels.built(kind)).from_pretrained(base, dtype="auto")
+    vera = VeraModel(model, VeraConfig(**fields))
+    torch.manual_seed(len(folder.name))
+    for parameter in vera.trainable_parameters():
+        noise = torch.randn(parameter.shape)
+        parameter.data = (size * noise + (parameter.ndim > 1) * parameter).to(parameter.dtype)
+    vera.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder with `base`, `adapter` and `merged` of a kind in a dtype; not to be changed."""
+    root = tmp_path_factory.mktemp("shelf")
+
+    def made(kind: str, dtype: str = "float32") -> Path:
+        folder = root / f"{kind}-{dtype}"
+        if not folder.exists():
+            base = saved(torchmodels.built(kind, dtype), folder / "base")
+            adapter = trained(base, folder / "adapter", kind)
+            merge(adapter, folder / "merged", base=base)
+        return folder
+
+    return made
+
+
+def compared(
+    base: Path, found: Path, *adapters: Path | tuple[Path, float], **options: Any
+) -> ModelComparison:
+    fields: dict[str, Any] = {
+        "samples": 4,
+        "text": None,
+        "dtype": None,
+        "tied": None,
+        "projections": "auto",
+        "generator": None,
+        "key_map": (),
+    }
+    weighted = [each if isinstance(each, tuple) else (each, 1.0) for each in adapters]
+    return compare_models(weighted, base, found, **{**fields, **options})
+
+
+def changed(folder: Path, copy: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Copy a model, with other tensors."""
+    shutil.copytree(folder, copy)
+    save_file(change(load_file(folder / WEIGHTS)), copy / WEIGHTS, {"format": "pt"})
+    return copy
+
+
+def configured(folder: Path, copy: Path, **fields: Any) -> Path:
+    """Copy a model, with other fields in its config."""
+    shutil.copytree(folder, copy)
+    config = json.loads((folder / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **fields}))
+    return copy
+
+
+# --- correct merges ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, dtype) for kind in torchmodels.KINDS for dtype in ("float32", "bfloat16")),
+        ("llama", "float64"),
+        ("llama", "float16"),
+        ("t5", "float16"),  # of which transformers keeps some layers in float32
+    ],
+)
+def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path]) -> None:
+    folder = shelf(kind, dtype)
+    found = compared(folder / "base", folder / "merged", folder / "adapter")
+    assert found.passed, found
+    assert found.reason == ""
+    assert found.model_class == type(torchmodels.built(kind)).__name__
+    assert (found.dtype, found.samples) == (dtype, 4)
+    assert found.tokens == (4 if kind in ("bert", "vit") else 48)
+    assert found.remerged_difference < found.threshold_remerged / 4  # the margin that is promised
+    assert found.effect > 10 * found.threshold_remerged
+    assert found.kl is not None
+    assert found.top1 is not None
+    assert found.kl < BOUNDS[getattr(torch, dtype)].kl / 2
+
+
+def test_nothing_is_printed(shelf: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    folder = shelf("llama")
+    compared(folder / "base", folder / "merged", folder / "adapter")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_several_adapters_with_weights(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("llama", "bfloat16")
+    base, one = folder / "base", folder / "adapter"
+    two = trained(base, tmp_path / "two", "llama", target_modules=["k_proj", "q_proj"], r=8)
+    options = MergeOptions(weight=0.5, add=[AdapterWish(two, -0.75)])
+    merge(one, tmp_path / "merged", base=base, options=options)
+    assert compared(base, tmp_path / "merged", (one, 0.5), (two, -0.75)).passed
+    for wrong in ([(one, 0.5), (two, 0.75)], [(one, 0.5)], [(one, 0.45), (two, -0.75)]):
+        assert not compared(base, tmp_path / "merged", *wrong).passed
+
+
+@pytest.mark.parametrize("tied", Tied)
+def test_a_tied_head(tied: Tied, shelf: Callable[..., Path], tmp_path: Path) -> None:
+    base = shelf("gpt2") / "base"
+    adapter = trained(base, tmp_path / "adapter", "gpt2", target_modules=["c_attn", "lm_head"])
+    merge(adapter, tmp_path / "merged", base=base, options=MergeOptions(tied=tied))
+    assert compared(base, tmp_path / "merged", adapter, tied=tied.value).passed
+    other = next(each for each in Tied if each is not tied)
+    assert not compared(base, tmp_path / "merged", adapter, tied=other.value).passed
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_merge_into_another_dtype(dtype: str, shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("llama", "bfloat16")
+    merge(
+        folder / "adapter", tmp_path / "m", base=folder / "base", options=MergeOptions(dtype=dtype)
+    )
+    found = compared(folder / "base", tmp_path / "m", folder / "adapter", dtype=dtype)
+    assert found.passed, found
+    assert found.dtype == ("float16" if dtype == "float16" else "float32")
+
+
+def test_drawn_projections_are_rounded_as_the_merge_rounded_them(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = shelf("llama") / "base"
+    adapter = trained(base, tmp_path / "adapter", "llama", save_projection=False, r=64)
+    wish = BaseWish(str(base), dtype="bfloat16")
+    merge(adapter, tmp_path / "merged", base=wish)
+    assert compared(base, tmp_path / "merged", adapter, base_dtype="bfloat16").passed
+    assert not compared(base, tmp_path / "merged", adapter).passed
+
+
+def test_renamed_layers(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("llama")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folder / "adapter", adapter)
+    tensors = load_file(adapter / ADAPTER)
+    renamed = {name.replace(".model.layers.", ".my.layers."): t for name, t in tensors.items()}
+    save_file(renamed, adapter / ADAPTER)
+    pairs = (("nobody", "model"), ("my", "model"))
+    wish = BaseWish(str(folder / "base"), key_map=pairs)
+    merge(adapter, tmp_path / "merged", base=wish)
+    assert compared(folder / "base", tmp_path / "merged", adapter, key_map=pairs).passed
+    with pytest.raises(CheckpointError, match="no linear layers"):
+        compared(folder / "base", tmp_path / "merged", adapter)
+
+
+def test_a_head_that_the_base_lacks(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    """Such adapters are trained on a class with a head of its own, which the config cannot name."""
+    classifier = shelf("bert")
+    encoder = transformers.BertForMaskedLM.from_pretrained(classifier / "base")
+    encoder.save_pretrained(tmp_path / "base")
+    adapter = classifier / "adapter"
+    merge(adapter, tmp_path / "merged", base=tmp_path / "base")
+    found = compared(tmp_path / "base", tmp_path / "merged", adapter)
+    assert found.passed, found
+    assert found.model_class == "BertForSequenceClassification"
+
+
+def test_the_trained_adapter_on_its_model(minilm: Path, minilm_model: Path, tmp_path: Path) -> None:
+    adapter = minilm / "save_projection_false"
+    merge(adapter, tmp_path / "merged", base=minilm_model)
+    text = tmp_path / "text"
+    text.write_text("\n\nThe plot is not dull.\n \n" + "word " * 9999 + "\nIt is.\n")
+    found = compared(minilm_model, tmp_path / "merged", adapter, text=text)
+    assert found.passed, found
+    assert (found.model_class, found.samples) == ("BertModel", 3)
+    assert found.tokens == 8 + 1 + 64 + 1 + 5 + 1  # each with its pooled state
+    assert (found.kl, found.top1) == (None, None)
+    assert (found.threshold_kl, found.threshold_top1) == (None, None)
+    wrong = changed(tmp_path / "merged", tmp_path / "wrong", partial(left_out, minilm_model))
+    assert not compared(minilm_model, wrong, adapter, text=text).passed
+
+
+# --- wrong merges --------------------------------------------------------------------------------
+
+
+def adapted(base: Tensors, adapter: Path) -> Mapping[str, tuple[Any, Any]]:
+    """The vectors d and b of each adapted weight of a base."""
+    stored = load_file(adapter / ADAPTER)
+    return {
+        name: (stored[f"{key}_d"], stored[f"{key}_b"])
+        for name in base
+        if (key := f"{PREFIX}{name.removesuffix('.weight')}.vera_lambda") + "_d" in stored
+    }
+
+
+def made_otherwise(
+    base: Path, adapter: Path, found: Tensors, change: Callable[..., Any]
+) -> Tensors:
+    """The merge done again, with deltas that `change` makes of A, B, d, b and the inputs."""
+    stored, weights = load_file(adapter / ADAPTER), load_file(base / WEIGHTS)
+    A, B = (stored[f"base_model.vera_{name}"] for name in "AB")
+    conv1d = json.loads((base / "config.json").read_text())["model_type"] == "gpt2"
+    for name, (d, b) in adapted(weights, adapter).items():
+        weight = weights[name].T if conv1d else weights[name]
+        total = merged(weight, change(A, B, d, b, weight.shape[1]).astype(np.float32))
+        found[name] = np.ascontiguousarray(total.T if conv1d else total)
+    return found
+
+
+def left_out(base: Path, found: Tensors) -> Tensors:
+    weights = load_file(base / WEIGHTS)
+    last = [name for name in weights if not np.array_equal(weights[name], found[name])][-1]
+    return {**found, last: weights[last]}
+
+
+def transposed(A: Any, B: Any, d: Any, b: Any, width: int) -> Any:
+    change = delta(A, B, d, b, width)
+    return change.T if change.shape[0] == change.shape[1] else change
+
+
+def wrong_slice(A: Any, B: Any, d: Any, b: Any, width: int) -> Any:
+    return delta(A[:, -width:], B, d, b, width)
+
+
+def wrong_rows(A: Any, B: Any, d: Any, b: Any, width: int) -> Any:
+    return delta(A, B[-len(b) :], d, b, width)
+
+
+def wrong_key(A: Any, B: Any, d: Any, b: Any, width: int) -> Any:
+    values = np.random.default_rng(0)
+    return delta(values.permuted(A), values.permuted(B), d, b, width)
+
+
+def twice(A: Any, B: Any, d: Any, b: Any, width: int) -> Any:
+    return 2 * delta(A, B, d, b, width)
+
+
+def rounded_before(A: Any, B: Any, d: Any, b: Any, width: int, *, dtype: str) -> Any:
+    kind = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
+    return delta(A, B, d, b, width).astype(kind)
+
+
+DIFFERENT = {
+    "transposed": transposed,
+    "wrong slice": wrong_slice,
+    "wrong rows": wrong_rows,
+    "wrong key": wrong_key,
+    "double-merged": twice,
+}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
+@pytest.mark.parametrize("wrong", ["one layer left out", "nothing merged", *DIFFERENT])
+def test_a_wrong_merge_fails(
+    wrong: str, kind: str, dtype: str, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shelf(kind, dtype)
+    base, adapter = folder / "base", folder / "adapter"
+    changes: dict[str, Callable[[Tensors], Tensors]] = {
+        "one layer left out": partial(left_out, base),
+        "nothing merged": lambda _: load_file(base / WEIGHTS),
+        **{
+            name: partial(made_otherwise, base, adapter, change=change)
+            for name, change in DIFFERENT.items()
+        },
+    }
+    model = changed(folder / "merged", tmp_path / "wrong", changes[wrong])
+    found = compared(base, model, adapter)
+    if (kind, wrong) == ("gpt2", "transposed"):  # none of its layers are square
+        assert found.passed
+        return
+    assert not found.passed
+    assert found.remerged_difference > 10 * found.threshold_remerged
+    assert "is not what this base and these adapters make" in found.reason
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_delta_that_was_rounded_first_is_seen_though_rounding_does_as_much(
+    dtype: str, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Here deltas are a fifth of the weights; what small ones do, the layers alone can show."""
+    folder = shelf("llama", dtype)
+    base, adapter = folder / "base", folder / "adapter"
+    change = partial(made_otherwise, base, adapter, change=partial(rounded_before, dtype=dtype))
+    found = compared(base, changed(folder / "merged", tmp_path / "wrong", change), adapter)
+    assert found.largest_difference < found.threshold_difference
+    assert found.remerged_difference > 2 * found.threshold_remerged
+    assert not found.passed
+
+
+def test_the_reference_of_these_tests_is_the_merge(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shelf("gpt2", "bfloat16")
+    base, adapter = folder / "base", folder / "adapter"
+    change = partial(made_otherwise, base, adapter, change=delta)
+    assert compared(base, changed(folder / "merged", tmp_path / "same", change), adapter).passed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_does_nothing_shows_nothing(
+    dtype: str, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = shelf("llama", dtype) / "base"
+    adapter = trained(base, tmp_path / "adapter", "llama", size=0.0)
+    found = compared(base, base, adapter)
+    assert found.effect == found.largest_difference == found.remerged_difference == 0
+    assert not found.passed
+    assert "a merge without effect would pass as well" in found.reason
+
+
+def test_values_that_are_not_finite_fail(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("llama")
+
+    def spoilt(found: Tensors) -> Tensors:
+        found["model.norm.weight"][3] = np.nan
+        return found
+
+    wrong = changed(folder / "merged", tmp_path / "wrong", spoilt)
+    found = compared(folder / "base", wrong, folder / "adapter")
+    assert not found.passed
+    assert found.largest_difference == found.remerged_difference == found.kl == math.inf
+    assert found.top1 == 0
+    assert "not finite" in found.reason
+
+
+def test_a_merged_model_that_cannot_be_built_fails(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shelf("llama")
+
+    def cut(found: Tensors) -> Tensors:
+        return {**found, "lm_head.weight": found["lm_head.weight"][:5]}
+
+    wrong = changed(folder / "merged", tmp_path / "wrong", cut)
+    found = compared(folder / "base", wrong, folder / "adapter")
+    assert not found.passed
+    assert found.largest_difference == math.inf
+    assert "transformers cannot build" in found.reason
+
+
+def test_another_kind_of_model_fails(shelf: Callable[..., Path]) -> None:
+    folder = shelf("llama")
+    found = compared(folder / "base", shelf("gpt2") / "merged", folder / "adapter")
+    assert not found.passed
+    assert "LlamaForCausalLM" in found.reason
+
+
+# --- strangers -----------------------------------------------------------------------------------
+
+
+def with_code(folder: Path, copy: Path, marker: Path, **fields: Any) -> Path:
+    """Copy a model that brings code, which leaves a mark where it runs."""
+    refs = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModel": "evil.EvilModel",
+        "AutoModelForCausalLM": "evil.EvilModel",
+        "AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"],
+    }
+    configured(folder, copy, auto_map=refs, **fields)
+    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
+    (copy / "evil.py").write_text(code)
+    (copy / "custom_generate").mkdir()
+    (copy / "custom_generate" / "generate.py").write_text(code)
+    return copy
+
+
+def test_code_that_comes_with_a_model_never_runs(
+    shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, marker = shelf("llama"), tmp_path / "ran"
+    known = with_code(folder / "base", tmp_path / "known", marker)
+    merge(folder / "adapter", tmp_path / "merged", base=known)
+    assert (tmp_path / "merged" / "evil.py").exists()
+    assert compared(known, tmp_path / "merged", folder / "adapter").passed
+    unknown = with_code(folder / "base", tmp_path / "unknown", marker, model_type="evil")
+    with pytest.raises(SurroundingsError, match=r"is of type evil.*never run.*--layers-only"):
+        compared(unknown, tmp_path / "merged", folder / "adapter")
+    adapter = trained(folder / "base", tmp_path / "adapter", "llama", task_type=None)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "EvilModel", "parent_library": "evil"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    foreign = with_code(folder / "base", tmp_path / "foreign", marker, architectures=["EvilModel"])
+    with pytest.raises(SurroundingsError, match=r"names EvilModel, EvilModel.*never run"):
+        compared(foreign, tmp_path / "merged", adapter)
+    assert not marker.exists()
+
+
+def test_what_a_config_names_elsewhere_is_not_fetched(
+    shelf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    def reached(*_: object, **__: object) -> None:
+        pytest.fail("the network was reached for")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, reached)
+    monkeypatch.setattr(socket, "getaddrinfo", reached)
+    folder = shelf("llama")
+    base = configured(
+        folder / "base",
+        tmp_path / "base",
+        _attn_implementation="example/kernel",
+        attn_implementation="example/kernel",
+        _name_or_path="example/model",
+        transformers_weights="pytorch_model.bin",
+        use_pretrained_backbone=True,
+    )
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "example/other"}')
+    (base / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert compared(base, folder / "merged", folder / "adapter").passed
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised"),
+        ({"_class_name": "Transformer2DModel"}, "no model of transformers"),
+        ({"model_type": None}, "no model of transformers"),
+        ({"vocab_size": 10**10}, "far larger than its weights"),
+        ({"num_hidden_layers": 10**9}, "far larger than its weights"),
+        ({"num_labels": 10**9}, "far larger than its weights"),
+        ({"text_config": {"depths": [2, 10**9]}}, "far larger than its weights"),
+        ({"hidden_act": "evil"}, "transformers cannot build"),
+        ({"num_attention_heads": "many"}, "transformers cannot"),
+    ],
+    ids=str,
+)
+def test_a_base_that_cannot_be_built_is_refused(
+    fields: dict[str, Any], message: str, shelf: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shelf("llama")
+    base = configured(folder / "base", tmp_path / "base", **fields)
+    with pytest.raises(SurroundingsError, match=rf"{message}.*--layers-only"):
+        compared(base, folder / "merged", folder / "adapter")
+
+
+def test_an_adapter_of_another_model_is_refused(shelf: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="no linear layers"):
+        compared(shelf("llama") / "base", shelf("llama") / "merged", shelf("gpt2") / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no line"),
+        (b" \n\t\n", "no line"),
+        (b"\xff\xfe", "no UTF-8"),
+        (b"text \xc3", "no UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_used(
+    content: bytes, message: str, minilm: Path, minilm_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        compared(minilm_model, minilm_model, minilm / "save_projection_true", text=text)
+
+
+def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before one
+    with text.open("ab") as file:
+        file.write(b"\n\xff")
+    assert list(sampling._lines(text)) == ["é" * 4096]
+    text.write_bytes(b"x" + "é".encode() * (1 << 20))
+    assert [len(line) for line in sampling._lines(text)] == [4096]
+
+
+def test_an_image_model_takes_no_text(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("vit")
+    with pytest.raises(UsageError, match="takes no text"):
+        compared(folder / "base", folder / "merged", folder / "adapter", text=tmp_path / "t")
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_one_model_is_in_memory_at_a_time(
+    shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+
+    def watched(plan: Any) -> Any:
+        assert all(model() is None for model in models)
+        model = loading.built(plan)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(comparing, "built", watched)
+    folder = shelf("t5")
+    gc.disable()
+    try:
+        compared(folder / "base", folder / "merged", folder / "adapter")
+    finally:
+        gc.enable()
+    assert len(models) == 2
+
+
+def test_answers_are_kept_as_far_as_there_is_room(
+    shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_KEPT_VALUES", 4 * 96 * 3)
+    folder = shelf("llama")
+    found = compared(folder / "base", folder / "merged", folder / "adapter")
+    assert found.tokens == 4 * 3
+    assert found.passed
+
+
+def test_a_stripped_adapter_is_compared_too(shelf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shelf("llama")
+    strip(folder / "adapter", tmp_path / "stripped", base=folder / "base")
+    assert compared(folder / "base", folder / "merged", tmp_path / "stripped").passed

@@ -1,0 +1,1 @@
+"""verify: what a conversion made, held against the formula, the inputs and the layer itself."""

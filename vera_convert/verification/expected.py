@@ -1,0 +1,185 @@
+"""What every tensor of a merged model must be, told from the inputs and the options alone.
+
+The plan of the merge is not asked: a mistake of it would then be held against itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.assembly.sums import Term
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantised import FLOATS, quantised_tensors
+from vera_convert.files.header import BITS
+from vera_convert.merging.dequantising import Decoder, Dequantisation, decoder
+from vera_convert.merging.parts import Changes, Replacement
+
+
+class Kind(StrEnum):
+    """What a merge does to a tensor."""
+
+    SAME = "same"
+    """Nothing: it is the base's, byte for byte."""
+    CONVERTED = "converted"
+    """Its dtype alone is another."""
+    ADDED = "added"
+    """Deltas are added to it."""
+    REPLACED = "replaced"
+    """An adapter's own tensor takes its place."""
+    NEW = "new"
+    """An adapter brings it, and the base has none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """One tensor as the merged model must have it.
+
+    Attributes:
+        name: its name.
+        kind: what the merge does to it.
+        dtype: its dtype in the merged model, in safetensors' names.
+        shape: its shape.
+        source: the file that holds what it starts from.
+        start: where that begins there.
+        stored: the dtype that it has there.
+        terms: what is added, in this order.
+        conv1d: whether it is stored as (in, out).
+        decode: makes values of what a quantiser stored; None for plain values.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    source: InputFile
+    start: int
+    stored: str
+    terms: tuple[Term, ...] = ()
+    conv1d: bool = False
+    decode: Decoder | None = None
+
+    @property
+    def count(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether its bytes are those of its source."""
+        return not self.terms and self.decode is None and self.dtype == self.stored
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Its rows and columns; what is no matrix is one column."""
+        if len(self.shape) == 2:
+            return self.shape[0], self.shape[1]
+        return self.count, 1
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of one row in its source and in the merged model."""
+        columns = self.matrix[1]
+        return columns * BITS[self.stored] // 8, columns * BITS[self.dtype] // 8
+
+
+def expected_tensors(
+    base: BaseModel,
+    files: Mapping[str, InputFile],
+    changes: Changes,
+    *,
+    dtype: str | None = None,
+    dequantisation: Dequantisation | None = None,
+) -> dict[str, Expected]:
+    """Return every tensor that the merged model must have, by name.
+
+    Args:
+        base: the base.
+        files: its weight files, by name.
+        changes: what adapters do to it.
+        dtype: what its float tensors become, in safetensors' names; None keeps each.
+        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+    """
+    maker = _Maker(base, files, changes, dtype, dequantisation)
+    return {tensor.name: tensor for tensor in maker.all()}
+
+
+class _Maker:
+    """Makes expected tensors of those of the base, and of those that are new."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        files: Mapping[str, InputFile],
+        changes: Changes,
+        dtype: str | None,
+        dequantisation: Dequantisation | None,
+    ) -> None:
+        self.base = base
+        self.files = files
+        self.changes = changes
+        self.dtype = dtype
+        self.dequantisation = dequantisation or Dequantisation({}, frozenset(), "")
+        # What means nothing without its quantiser keeps its dtype.
+        stays = dtype is not None and dequantisation is None
+        self.kept = quantised_tensors(base) if stays else frozenset[str]()
+
+    def all(self) -> Iterator[Expected]:
+        for name in self.base.tensors:
+            replacement = self.changes.replaced.get(name)
+            if name in self.dequantisation.dropped:
+                continue
+            if replacement is None:
+                yield self._of_base(name, name)
+            else:
+                yield self._of_adapter(name, replacement, Kind.REPLACED, self._dtype_of(name))
+        for head, embedding in self.changes.heads.items():
+            yield self._of_base(head, embedding)
+        for name, replacement in self.changes.new.items():
+            yield self._of_adapter(name, replacement, Kind.NEW, replacement.info.dtype)
+
+    def _of_base(self, name: str, stored_name: str) -> Expected:
+        """Return a tensor that starts from one of the base's."""
+        tensor = self.base.tensors[stored_name]
+        terms = self.changes.terms.get(name, ())
+        dtype = self._dtype_of(stored_name)
+        written = dtype if stored_name in self.kept else self._written(dtype)
+        scale = self.dequantisation.scales.get(stored_name)
+        kind = Kind.SAME if written == tensor.info.dtype else Kind.CONVERTED
+        return Expected(
+            name,
+            Kind.ADDED if terms else kind,
+            written,
+            tensor.info.shape,
+            self.files[tensor.file],
+            self.base.files[tensor.file].data_start + tensor.info.start,
+            tensor.info.dtype,
+            terms,
+            conv1d=name in self.changes.conv1d,
+            decode=decoder(self.base, self.files, scale) if scale is not None else None,
+        )
+
+    def _of_adapter(self, name: str, replacement: Replacement, kind: Kind, dtype: str) -> Expected:
+        """Return a tensor that an adapter brings, in the dtype of what it replaces."""
+        info = replacement.info
+        return Expected(
+            name,
+            kind,
+            self._written(dtype),
+            info.shape,
+            replacement.part.weights,
+            replacement.start,
+            info.dtype,
+        )
+
+    def _dtype_of(self, name: str) -> str:
+        """Return the dtype of a tensor of the base, once it is no longer quantised."""
+        if name in self.dequantisation.scales:
+            return self.dequantisation.dtype
+        return self.base.tensors[name].info.dtype
+
+    def _written(self, dtype: str) -> str:
+        return self.dtype if self.dtype is not None and dtype in FLOATS else dtype

@@ -1,0 +1,345 @@
+"""Two forms of one adapter held against each other: stripped, embedded or migrated, nothing lost.
+
+    trained tensors   the same names, dtypes and bytes
+    config            the same fields, but for what a form changes
+    A and B           the same values in effect: here, and as PEFT loads each form
+
+What has to be drawn for that is drawn once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.folder import is_training_state
+from vera_convert.adapter.opening import open_adapter
+from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.tensors import A_NAME, B_NAME, same_tensor
+from vera_convert.base.onbase import ROUNDING_OF_DTYPE, Bases, BaseWish, Need, OnBase, learn
+from vera_convert.conversion.projections import (
+    LOAD_DTYPES,
+    Meant,
+    as_cast,
+    check_size,
+    materialised,
+    usual_draw,
+)
+from vera_convert.draws.generator import Variant, rounded
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
+from vera_convert.merging.ineffect import in_effect
+from vera_convert.rules import (
+    FORM_CONFIG_DIFFERS,
+    FORM_PROJECTIONS_DEPEND,
+    FORM_PROJECTIONS_DIFFER,
+    FORM_TENSOR_DIFFERS,
+    FORM_TENSOR_MISSING,
+    Finding,
+)
+from vera_convert.verification.options import GivenAdapter, VerifyOptions
+
+Array = NDArray[Any]
+Pair = tuple[Array, Array]
+
+_FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))
+"""What the form of an adapter is free to say of itself."""
+_UNORDERED = frozenset(("target_modules", "modules_to_save"))
+_MOST_FINDINGS = 50
+_CHUNK_VALUES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class FormEffect:
+    """Whether two forms have the same A and B on a base that is loaded in one dtype.
+
+    Attributes:
+        dtype: the dtype, in torch's names.
+        same: whether they do here: stored, proven by a fingerprint, or drawn.
+        same_in_peft: whether they do in PEFT 0.21 and later.
+        difference: the first difference here, in words; empty if there is none.
+    """
+
+    dtype: str
+    same: bool
+    same_in_peft: bool
+    difference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FormCheck:
+    """What holding two forms of an adapter against each other came to.
+
+    Attributes:
+        label: how the caller named the other form.
+        origins: where A and B of either come from: ``file``, ``fingerprint`` or ``key``.
+        tensors: how many trained tensors were compared.
+        effects: A and B, by the dtype that a base is loaded in.
+        findings: what is wrong; then warnings and notes.
+    """
+
+    label: str
+    origins: tuple[str, str]
+    tensors: int
+    effects: tuple[FormEffect, ...]
+    findings: tuple[Finding, ...]
+
+
+def check_form(
+    adapter: GivenAdapter,
+    other: str | Path,
+    base: BaseWish,
+    options: VerifyOptions,
+    *,
+    access: HubAccess,
+) -> FormCheck:
+    """Hold another form of an adapter against it.
+
+    Args:
+        adapter: the adapter; a known old or damaged form is repaired while it is read.
+        other: what was made of it, a folder or a repo on the Hub.
+        base: what the caller says of the base.
+        options: how to verify.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: one of the two is malformed, or is not for the base.
+        UsageError: A and B have to be drawn, and the base is not known.
+        SurroundingsError: a file or a repo cannot be had, or changed meanwhile.
+    """
+    with ExitStack() as stack:
+        first = _fetched(adapter.adapter, access, adapter.revision)
+        second = _fetched(other, access, None)
+        ours = stack.enter_context(open_adapter(_folder(first), repair=Repairs()))
+        theirs = stack.enter_context(open_adapter(_folder(second)))
+        bases = Bases(access)
+        known = [learn(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)]
+        known = [_with_dims_of(known[0], theirs), _with_dims_of(known[1], ours)]
+        sides = (_Side(ours, known[0], options), _Side(theirs, known[1], options))
+        effects = tuple(_effects(sides))
+        wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
+        wrong += _other_projections(effects, theirs)
+        findings = [*ours.findings, *theirs.findings, *known[1].findings]
+        compared = {tensor.name for tensor in (*_trained(ours), *_trained(theirs))}
+        ours.check_unchanged()
+        theirs.check_unchanged()
+        return FormCheck(
+            label=second.label,
+            origins=(sides[0].origin, sides[1].origin),
+            tensors=len(compared),
+            effects=effects,
+            findings=(*wrong, *dict.fromkeys(findings)),
+        )
+
+
+def _fetched(text: str | Path, access: HubAccess, revision: str | None) -> Location:
+    location = locate(str(text), kind="adapter", access=access, revision=revision)
+    return fetch_adapter(location, access, is_training_state=is_training_state)
+
+
+def _folder(location: Location) -> Path:
+    assert location.folder is not None  # noqa: S101 -- it has been fetched
+    return location.folder
+
+
+# --- tensors and config --------------------------------------------------------------------------
+
+
+def _trained(adapter: Adapter) -> Iterator[TensorData]:
+    """Yield all tensors but A, B and copies of them."""
+    drawn = {A_NAME, B_NAME, *(copy.name for copy in adapter.repeated)}
+    return (tensor for tensor in adapter.tensors if tensor.name not in drawn)
+
+
+def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
+    first = {tensor.name: tensor for tensor in _trained(ours)}
+    second = {tensor.name: tensor for tensor in _trained(theirs)}
+    for name in [*first.keys() - second.keys()][:_MOST_FINDINGS]:
+        yield FORM_TENSOR_MISSING.at(printable(name), "the other form does not have it.")
+    for name in [*second.keys() - first.keys()][:_MOST_FINDINGS]:
+        yield FORM_TENSOR_MISSING.at(printable(name), "the other form alone has it.")
+    for name, tensor in first.items():
+        other = second.get(name)
+        if other is not None and not same_tensor(tensor, other):
+            yield FORM_TENSOR_DIFFERS.at(printable(name), _tensor_difference(tensor, other))
+
+
+def _tensor_difference(tensor: TensorData, other: TensorData) -> str:
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return (
+            f"it is {tensor.dtype} {list(tensor.shape)}, in the other form "
+            f"{other.dtype} {list(other.shape)}."
+        )
+    return f"{_difference(tensor.array(), other.array()) or 'its bytes differ'}."
+
+
+def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
+    for field in fields(VeraConfig):
+        if field.name in _FORM_FIELDS:
+            continue
+        first, second = (
+            _comparable(field.name, getattr(each.config, field.name)) for each in (ours, theirs)
+        )
+        if first != second:
+            was, now = (
+                printable(repr(getattr(each.config, field.name))) for each in (ours, theirs)
+            )
+            yield FORM_CONFIG_DIFFERS.at(CONFIG_NAME, f"{field.name} is {was}, then {now}.")
+
+
+def _comparable(name: str, value: object) -> object:
+    """Return a value of the config in one of the forms that mean the same."""
+    if name in ("layers_to_transform", "layers_pattern") and value is not None:
+        return value if isinstance(value, tuple) else (value,)
+    if name in _UNORDERED and isinstance(value, tuple):
+        return frozenset(value)
+    return value
+
+
+# --- A and B -------------------------------------------------------------------------------------
+
+
+def _with_dims_of(known: OnBase, other: Adapter) -> OnBase:
+    """Return what is known of the base, with dims of the other form where there are no better."""
+    recorded = other.projections or other.fingerprint
+    if recorded is None or known.in_features is not None:
+        return known
+    return replace(known, in_features=recorded.in_features, out_features=recorded.out_features)
+
+
+class _Side:
+    """One form, and the A and B that it has in effect."""
+
+    def __init__(self, adapter: Adapter, known: OnBase, options: VerifyOptions) -> None:
+        self.adapter = adapter
+        self.known = known
+        self.meant = options.projections or Meant.AUTO
+        self.variant = options.generator
+        self.origin = ""
+        self._here: Pair | None = None
+        self._drawn: dict[Draw, Pair] = {}
+
+    @property
+    def needs_dtype(self) -> bool:
+        """Whether the dtype of the base decides what is in effect here."""
+        recorded = self.adapter.projections or self.adapter.fingerprint
+        return self.meant is Meant.KEY or recorded is None
+
+    def here(self, dtype: str) -> Pair:
+        """Return A and B as this package has them in effect."""
+        if self._here is None or self.needs_dtype:
+            known = replace(self.known, rounding=ROUNDING_OF_DTYPE[dtype])
+            found = in_effect(self.adapter, known, meant=self.meant, variant=self.variant)
+            self.origin, self._here = found.origin, (found.A, found.B)
+        return self._here
+
+    def in_peft(self, dtype: str) -> Pair:
+        """Return A and B as PEFT 0.21 has them in effect."""
+        stored = self.adapter.projections
+        if stored is not None and self.adapter.config.save_projection:
+            return stored.A.array(), stored.B.array()
+        drawn = self._draw()
+        check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
+        if drawn not in self._drawn:
+            self._drawn[drawn] = materialised(drawn)
+        rounding = as_cast(drawn.variant, ROUNDING_OF_DTYPE[dtype])
+        A, B = (rounded(matrix, rounding) for matrix in self._drawn[drawn])
+        return A, B
+
+    def _draw(self) -> Draw:
+        known, config = self.known, self.adapter.config
+        recorded = self.adapter.projections or self.adapter.fingerprint
+        if recorded is not None:
+            return usual_draw(self.adapter, known, recorded)
+        if known.in_features is None or known.out_features is None:
+            raise UsageError(
+                "neither form records the dims of A and B, so they cannot be drawn: give --base."
+            )
+        return Draw(
+            self.variant or Variant.FLOAT32_FUSED,
+            config.projection_prng_key,
+            config.r,
+            known.in_features,
+            known.out_features,
+        )
+
+
+def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
+    """Yield whether both forms have the same A and B, for each dtype that is possible."""
+    first, second = sides
+    dtypes = [dtype for dtype, rounding in _DTYPES.items() if rounding is first.known.rounding]
+    needed = _needed(first)
+    for dtype in dtypes or LOAD_DTYPES:
+        difference = _pairs_differ(first.here(dtype), second.here(dtype), needed)
+        in_peft = _pairs_differ(first.in_peft(dtype), second.in_peft(dtype), needed)
+        yield FormEffect(dtype, not difference, not in_peft, difference)
+
+
+_DTYPES = {name: ROUNDING_OF_DTYPE[name] for name in (*LOAD_DTYPES, "float64")}
+
+
+def _needed(side: _Side) -> tuple[int, int]:
+    """Return how many columns of A and rows of B the layers use, as far as that is known."""
+    match = side.known.match
+    widest = max((inputs for _, inputs in match.shapes.values()), default=0) if match else 0
+    return widest, side.adapter.longest_b
+
+
+def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
+    """Return in words how two pairs of A and B differ first; empty if they are the same in use.
+
+    Layers use leading slices, so what is beyond those may be there or not.
+    """
+    columns = min(first[0].shape[1], second[0].shape[1])
+    rows = min(first[1].shape[0], second[1].shape[0])
+    shapes = [[matrix.shape for matrix in pair] for pair in (first, second)]
+    if shapes[0] != shapes[1]:
+        other_rank = len(first[0]) != len(second[0])
+        if other_rank or columns < needed[0] or rows < needed[1]:
+            return f"A and B are {shapes[0]}, then {shapes[1]}"
+        first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
+    for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):
+        difference = _difference(one, other)
+        if difference:
+            return f"{name}: {difference}"
+    return ""
+
+
+def _difference(first: Array, second: Array) -> str:
+    """Return in words where two arrays of one shape differ first; empty if they are the same.
+
+    Values are compared in every bit, once they are float64, which holds all of them.
+    """
+    step = max(1, _CHUNK_VALUES * len(first) // max(first.size, 1))
+    for start in range(0, len(first), step):
+        one = np.ascontiguousarray(first[start : start + step].astype(np.float64))
+        other = np.ascontiguousarray(second[start : start + step].astype(np.float64))
+        differs = one.view(np.uint64) != other.view(np.uint64)
+        if differs.any():
+            place = np.unravel_index(int(np.argmax(differs)), differs.shape)
+            index = [start + int(place[0]), *map(int, place[1:])]
+            return f"its value at {index} is {one[place]}, then {other[place]}"
+    return ""
+
+
+def _other_projections(effects: tuple[FormEffect, ...], other: Adapter) -> Iterator[Finding]:
+    same = [effect.dtype for effect in effects if effect.same]
+    if not same:
+        yield FORM_PROJECTIONS_DIFFER.at(other.place, f"{effects[0].difference}.")
+        return
+    differing = [e.dtype for e in effects if not (e.same and e.same_in_peft)]
+    if differing:
+        agree = [effect.dtype for effect in effects if effect.dtype not in differing]
+        where = f"on a base in {' or '.join(agree)} alone" if agree else "on no base"
+        yield FORM_PROJECTIONS_DEPEND.at(other.place, f"they are the same {where}.")

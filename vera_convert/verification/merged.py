@@ -1,0 +1,285 @@
+"""A merged model and all that it is held against: options, adapters, base, tensors, config."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.folder import PROVENANCE_NAME, sort_files
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.onbase import BaseWish
+from vera_convert.base.quantised import refuse_quantised
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import open_local, printable
+from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, locate
+from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.options import DTYPES
+from vera_convert.merging.parts import Changes, Part, collect
+from vera_convert.rules import (
+    MERGED_TIE,
+    OTHER_ADAPTER_MERGED,
+    OTHER_BASE_MERGED,
+    PROVENANCE_MISSING,
+    Finding,
+)
+from vera_convert.verification.expected import expected_tensors
+from vera_convert.verification.options import (
+    GivenAdapter,
+    MergeSettings,
+    VerifyOptions,
+    demand_all_adapters,
+    settle,
+)
+from vera_convert.verification.provenance import Provenance, RecordedAdapter, read_provenance
+from vera_convert.verification.tensors import MergedTensors, Progress, check_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAdapter:
+    """One adapter that a merged model is held against.
+
+    Attributes:
+        label: how the caller named it, with its commit on the Hub.
+        weight: the factor of its deltas.
+        rank: its rank.
+        layers: how many layers it adapts.
+        strategy: how its names were brought to those of the base.
+        origin: where A and B come from: ``file``, ``fingerprint`` or ``key``.
+        folder: where it lies here.
+    """
+
+    label: str
+    weight: float
+    rank: int
+    layers: int
+    strategy: str
+    origin: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MergedCheck:
+    """What holding a merged model against base and adapters came to.
+
+    Attributes:
+        label: how the caller named the model.
+        folder: where it lies here.
+        base: how the base is named, with its commit on the Hub.
+        base_folder: where that lies here.
+        adapters: the adapters.
+        settings: the options of the merge.
+        tensors: what its tensors came to.
+        seconds: how long that took.
+        findings: what is wrong, the worst first; then warnings and notes.
+    """
+
+    label: str
+    folder: Path
+    base: str
+    base_folder: Path
+    adapters: tuple[VerifiedAdapter, ...]
+    settings: MergeSettings
+    tensors: MergedTensors
+    seconds: float
+    findings: tuple[Finding, ...]
+
+
+def check_merged(
+    adapter: GivenAdapter,
+    merged: str | Path,
+    base: BaseWish,
+    options: VerifyOptions,
+    *,
+    access: HubAccess,
+    progress: Progress,
+) -> MergedCheck:
+    """Hold a merged model against its base and its adapters, tensor by tensor.
+
+    Args:
+        adapter: the first adapter.
+        merged: a folder or a repo on the Hub.
+        base: what the caller says of the base.
+        options: how to verify.
+        access: how the Hub is reached.
+        progress: told now and then how far it is.
+
+    Raises:
+        CheckpointError: something is malformed, or what is given does not belong together.
+        UsageError: an option makes no sense, or an adapter that was merged is not given.
+        SurroundingsError: a file or a repo cannot be had, or changed meanwhile.
+    """
+    started = time.monotonic()
+    model, provenance = _read_merged(merged, access, whole=not options.layers_only)
+    settings = settle(options, base, provenance)
+    if settings.dequantize and not options.layers_only:
+        raise UsageError(
+            "the base is fp8 and the merged model is not, so the two cannot be run alike: leave "
+            "it at the weights with --layers-only."
+        )
+    given = (adapter, *options.add)
+    if provenance is not None:
+        demand_all_adapters(options.add, provenance)
+    with _opened(given, base, settings, access=access) as inputs:
+        parts, findings = _weighted(inputs.parts, given, provenance)
+        if provenance is not None:
+            findings += _other_base(inputs.base, provenance)
+        else:
+            reason = f"it has no {PROVENANCE_NAME}."
+            findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
+        changes = collect(parts, inputs.base, inputs.files, tied=settings.tied)
+        if inputs.dequantisation is None:
+            refuse_quantised(inputs.base, changes.replaced)
+        expected = expected_tensors(
+            inputs.base,
+            inputs.files,
+            changes,
+            dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
+            dequantisation=inputs.dequantisation,
+        )
+        files = _files(model)
+        tensors = check_tensors(expected, model, files, jobs=options.jobs, progress=progress)
+        inputs.check_unchanged()
+        for file in files.values():
+            file.check_unchanged()
+        wrong = [*tensors.findings, *_tie(model, inputs.base, changes)]
+        return MergedCheck(
+            label=model.location.label,
+            folder=_folder(model),
+            base=inputs.base.location.label,
+            base_folder=_folder(inputs.base),
+            adapters=tuple(map(_verified, parts)),
+            settings=settings,
+            tensors=tensors,
+            seconds=time.monotonic() - started,
+            findings=(*wrong, *dict.fromkeys((*findings, *model.findings))),
+        )
+
+
+def _read_merged(
+    merged: str | Path, access: HubAccess, *, whole: bool
+) -> tuple[BaseModel, Provenance | None]:
+    """Fetch a merged model and read its headers and provenance; the rest too, to run it whole."""
+    location = locate(str(merged), kind="base", access=access)
+    model = read_base(location, access)
+    names = list_files(model.location, access)
+    sides = sort_files(names, model)
+    needed = [name for name in (sides.config, model.index) if name is not None]
+    needed += [*model.files, *(sides.carried if whole else ())]
+    needed += [PROVENANCE_NAME] if PROVENANCE_NAME in names else []
+    model = replace(model, location=fetch_base(location, access, names=needed))
+    if PROVENANCE_NAME not in names:
+        return model, None
+    folder = _folder(model)
+    with open_local(folder / PROVENANCE_NAME, within=folder) as source:
+        return model, read_provenance(source)
+
+
+def _folder(model: BaseModel) -> Path:
+    assert model.location.folder is not None  # noqa: S101 -- it has been fetched
+    return model.location.folder
+
+
+def _files(model: BaseModel) -> dict[str, InputFile]:
+    folder = _folder(model)
+    return {
+        name: InputFile.look(folder / name, within=folder, header=header)
+        for name, header in model.files.items()
+    }
+
+
+@contextmanager
+def _opened(
+    given: Sequence[GivenAdapter], base: BaseWish, settings: MergeSettings, *, access: HubAccess
+) -> Iterator[MergeInputs]:
+    """Open what was merged, as the merge did."""
+    wishes = [AdapterWish(each.adapter, revision=each.revision) for each in given]
+    with open_inputs(
+        wishes,
+        find_adapters(wishes, access),
+        replace(base, dtype=settings.base_dtype, key_map=settings.key_map),
+        access=access,
+        meant=settings.projections,
+        variant=settings.generator,
+        dequantize=settings.dequantize,
+    ) as inputs:
+        yield inputs
+
+
+# --- what was merged, and what is given ----------------------------------------------------------
+
+
+def _weighted(
+    parts: Sequence[Part], given: Sequence[GivenAdapter], provenance: Provenance | None
+) -> tuple[tuple[Part, ...], list[Finding]]:
+    """Return the adapters with the weights that they were merged with, and what is doubtful.
+
+    An adapter is known by its hashes, in whatever order they are given; what has none of the
+    recorded ones is another form of the one in its place.
+    """
+    findings: list[Finding] = []
+    records = _records(parts, provenance)
+    weighted = []
+    for part, wish, record in zip(parts, given, records, strict=True):
+        weight = wish.weight
+        if weight is None:
+            weight = record.weight if record is not None else 1.0
+        weighted.append(replace(part, weight=weight))
+        if record is not None and _hashes(part) != (record.config_sha256, record.header_sha256):
+            reason = f'"{printable(record.name)}" was merged in its place.'
+            findings.append(OTHER_ADAPTER_MERGED.at(part.label, reason))
+    return tuple(weighted), findings
+
+
+def _records(parts: Sequence[Part], provenance: Provenance | None) -> list[RecordedAdapter | None]:
+    """Return for each adapter what was recorded of it, or of the one in its place."""
+    if provenance is None:
+        return [None] * len(parts)
+    left = [*provenance.adapters]
+    found: list[RecordedAdapter | None] = []
+    for part in parts:
+        same = [r for r in left if (r.config_sha256, r.header_sha256) == _hashes(part)]
+        found.append(same[0] if same else None)
+        if same:
+            left.remove(same[0])
+    return [record or left.pop(0) for record in found]
+
+
+def _hashes(part: Part) -> tuple[str, str]:
+    config, header = part.adapter.config_file.text, part.header.raw
+    return sha256(config).hexdigest(), sha256(header).hexdigest()
+
+
+def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
+    headers = {name: sha256(header.raw).hexdigest() for name, header in base.files.items()}
+    if headers != dict(provenance.base_headers):
+        names = {*headers.items()} ^ {*provenance.base_headers.items()}
+        reason = f"{printable(min(names)[0])} is another one."
+        yield OTHER_BASE_MERGED.at(base.location.label, reason)
+
+
+def _tie(model: BaseModel, base: BaseModel, changes: Changes) -> Iterator[Finding]:
+    """Yield a finding if a loader makes of head and embedding what it should not."""
+    wanted = False if changes.unties else base.tie_word_embeddings
+    found = model.tie_word_embeddings
+    is_known = changes.unties or None not in (wanted, found)
+    if is_known and found != wanted:
+        said = "is not there" if found is None else f"is {str(found).lower()}"
+        reason = f"tie_word_embeddings {said} where {str(wanted).lower()} is due."
+        yield MERGED_TIE.at(f"{model.location.label}/config.json", reason)
+
+
+def _verified(part: Part) -> VerifiedAdapter:
+    return VerifiedAdapter(
+        label=part.label,
+        weight=part.weight,
+        rank=part.adapter.config.r,
+        layers=len(part.adapter.layers),
+        strategy=part.match.strategy,
+        origin=part.pair.origin,
+        folder=part.adapter.folder,
+    )

@@ -1,0 +1,112 @@
+"""A tensor of a merged model beside what it must be: both read in blocks, never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.model import BaseModel
+from vera_convert.files.header import BITS
+from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.verification.expected import Expected
+
+Array = NDArray[Any]
+
+BLOCK_VALUES = 1 << 20
+"""Values in a block. With its sums that is some 20 MiB for each thread; larger ones win nothing."""
+_BLOCK_BYTES = 1 << 23
+
+
+class Buffers:
+    """What one thread reads into; made larger where a row needs it, and never given back."""
+
+    def __init__(self) -> None:
+        self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+
+    def take(self, number: int, size: int) -> NDArray[np.uint8]:
+        """Return `size` bytes of the buffer with this number, 0 or 1."""
+        if self._held[number].size < size:
+            self._held[number] = np.empty(size, np.uint8)
+        return self._held[number][:size]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """One tensor that the merged model has, in the dtype and shape that are expected.
+
+    Attributes:
+        expected: what it must be.
+        file: the file of the merged model that holds it.
+        start: where its bytes begin there.
+    """
+
+    expected: Expected
+    file: InputFile
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in the merged model."""
+        return self.expected.count * BITS[self.expected.dtype] // 8
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield where blocks begin and end: bytes if they are carried, else rows."""
+        if self.expected.is_carried:
+            size, step = self.nbytes, _BLOCK_BYTES
+        else:
+            size, columns = self.expected.matrix
+            ranks = [len(term.A) for term in self.expected.terms]
+            step = max(1, BLOCK_VALUES // max(columns, *ranks, 1))
+        for first in range(0, size, step):
+            yield first, min(first + step, size)
+
+    def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
+        """Return some bytes of the merged tensor and of its source."""
+        size = last - first
+        found, source = buffers.take(0, size), buffers.take(1, size)
+        with self.file.open() as file:
+            file.read_into(self.start + first, found.data)
+        with self.expected.source.open() as file:
+            file.read_into(self.expected.start + first, source.data)
+        return found, source
+
+    def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
+        """Return some rows of the merged tensor and of its source, each in its own dtype."""
+        tensor = self.expected
+        stored_row, found_row = tensor.row_bytes
+        count, columns = last - first, tensor.matrix[1]
+        found = buffers.take(0, count * found_row)
+        source = buffers.take(1, count * stored_row)
+        with self.file.open() as file:
+            file.read_into(self.start + first * found_row, found.data)
+        with tensor.source.open() as file:
+            file.read_into(tensor.start + first * stored_row, source.data)
+        return (
+            found.view(NUMPY_DTYPE[tensor.dtype]).reshape(count, columns),
+            source.view(NUMPY_DTYPE[tensor.stored]).reshape(count, columns),
+        )
+
+
+def pairs_of(
+    expected: Mapping[str, Expected], merged: BaseModel, files: Mapping[str, InputFile]
+) -> list[Pair]:
+    """Return what can be compared, in the order in which it lies on the disk.
+
+    Args:
+        expected: what has to be there, by name.
+        merged: the merged model.
+        files: its weight files, by name.
+    """
+    found = []
+    for name, tensor in expected.items():
+        there = merged.tensors.get(name)
+        if there is None or (there.info.dtype, there.info.shape) != (tensor.dtype, tensor.shape):
+            continue
+        start = merged.files[there.file].data_start + there.info.start
+        found.append(Pair(tensor, files[there.file], start))
+    return sorted(found, key=lambda pair: (str(pair.file.path), pair.start))
