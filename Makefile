@@ -15,13 +15,14 @@ SHELL := bash
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := .venv/$(SCRIPTS)
 BIN_OLDEST := .venv-oldest/$(SCRIPTS)
+BIN_CI := .venv-ci/$(SCRIPTS)
 BIN_LOCK := .venv-lock/$(SCRIPTS)
 
 PIP := -m pip --disable-pip-version-check -qq
 PINNED := $(PIP) install --no-deps --require-hashes --requirement
 THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 
-.PHONY: help demo test lint format test-oldest bench lock clean
+.PHONY: help demo test lint format test-oldest test-ci bench docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -44,14 +45,21 @@ format: .venv/test.stamp ## Format, and mend what the linter can mend
 test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core dependencies promised, without torch
 	$(BIN_OLDEST)/python -m pytest
 
+# Its folder is left out by pyproject.toml, so that no other run of pytest meets it.
+test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages
+	$(BIN_CI)/python -m pytest --override-ini 'norecursedirs=.*' tests/ci
+
 bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: .venv/demo.stamp ## Write the page of the rules anew from the catalogue
+	$(BIN)/python -m vera_convert.formats.catalogue > docs/rules.md
 
 lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
 	$(BIN_LOCK)/python requirements/lock.py $(TORCH)
 
 clean: ## Remove everything that make made
-	rm -rf .venv .venv-oldest .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-ci .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find vera_convert tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +
 
 # The pins come first and by hash; torch, by version alone, then finds what it needs installed.
@@ -70,6 +78,12 @@ clean: ## Remove everything that make made
 	$(call create-venv,PYTHON_OLDEST,.venv-oldest,==)
 	$(BIN_OLDEST)/python $(PINNED) requirements/oldest.txt
 	$(BIN_OLDEST)/python $(THIS)
+	@touch $@
+
+.venv-ci/test.stamp: requirements/ci.txt pyproject.toml
+	$(call create-venv,PYTHON,.venv-ci,>=)
+	$(BIN_CI)/python $(PINNED) requirements/ci.txt
+	$(BIN_CI)/python $(THIS)
 	@touch $@
 
 .venv-lock/lock.stamp: requirements/lock.txt
