@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.base.onbase import Bases, BaseWish, Need, learn
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.projections import Meant
 from vera_convert.delta import delta, exact_delta, merged
 from vera_convert.merging.ineffect import in_effect

@@ -593,7 +593,7 @@ def test_a_tree_reads_its_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read.append(location.label)
         return read_base(location, access)
 
-    monkeypatch.setattr("vera_convert.base.onbase.read_base", counted)
+    monkeypatch.setattr("vera_convert.base.learning.read_base", counted)
     base = tiny_base(tmp_path / "base")
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.STRIPPED, base=str(base))
     assert len(result.done) == 3

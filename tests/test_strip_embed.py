@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from vera_convert.adapter import folder as adapterfolder
 from vera_convert.adapter.fingerprint import METADATA_KEY, from_text
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.base.onbase import Bases, BaseWish, Need, learn
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion import strip_embed as conversion
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.strip_embed import Conversion, embed, strip

@@ -12,7 +12,8 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.transforms import embedded, stripped

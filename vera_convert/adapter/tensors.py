@@ -115,8 +115,8 @@ _PLAIN_LAMBDA = re.compile(
 """Nearly every name of nearly every file; there can be a hundred thousand."""
 # modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
 _STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
-# With bias "all" PEFT writes the biases of a module that it saves whole three times, and reads those
-# with the plain name alone.
+# With bias "all" PEFT writes the biases of a module that it saves whole three times, and reads only
+# those with the plain name.
 _BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 _VERA = re.compile(r"(?:^|\.)vera_(?:lambda_[bd]|A|B)(?:\.[^.]+)?$")
@@ -173,30 +173,8 @@ def sort_tensors(
         reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
         finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
         return SortedTensors({}, None, (), (), (finding,))
-    findings: list[Finding] = []
-    by_rule: dict[Rule, list[str]] = {}
-    lambdas: dict[str, dict[str, TensorData]] = {}
-    pair: dict[str, TensorData] = {}
-    repeated: list[TensorData] = []
-    others: list[TensorData] = []
-    for tensor in tensors:
-        plain = _PLAIN_LAMBDA.fullmatch(tensor.name)
-        if plain is not None:
-            lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
-            continue
-        module, _, last = tensor.name.rpartition(".")
-        broken = misnamed(tensor.name)
-        if broken is not None:
-            by_rule.setdefault(broken, []).append(tensor.name)
-        elif tensor.name in (A_NAME, B_NAME):
-            pair[last] = tensor
-        elif last in _LAMBDAS:
-            lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
-        elif last in ("vera_A", "vera_B"):
-            repeated.append(tensor)
-        elif not _BIAS_COPY.search(tensor.name):
-            others.append(tensor)
-    findings += _misnamed_findings(by_rule, tensors)
+    by_rule, lambdas, pair, repeated, others = _by_name(tensors)
+    findings = [*_misnamed_findings(by_rule, tensors)]
     layers = {
         module: AdaptedLayer(module, both["vera_lambda_b"], both["vera_lambda_d"])
         for module, both in lambdas.items()
@@ -214,6 +192,38 @@ def sort_tensors(
         findings += _copies(projections, repeated, values=values)
     findings += _replacement_findings(others, layers, config, renamed=bool(by_rule))
     return SortedTensors(layers, projections, tuple(repeated), tuple(others), tuple(findings))
+
+
+class _ByName(NamedTuple):
+    """Tensors by what their names say: misnamed ones by rule, lambdas by module and kind."""
+
+    misnamed: dict[Rule, list[str]]
+    lambdas: dict[str, dict[str, TensorData]]
+    pair: dict[str, TensorData]
+    repeated: list[TensorData]
+    others: list[TensorData]
+
+
+def _by_name(tensors: Iterable[TensorData]) -> _ByName:
+    found = _ByName({}, {}, {}, [], [])
+    for tensor in tensors:
+        plain = _PLAIN_LAMBDA.fullmatch(tensor.name)
+        if plain is not None:
+            found.lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
+            continue
+        module, _, last = tensor.name.rpartition(".")
+        broken = misnamed(tensor.name)
+        if broken is not None:
+            found.misnamed.setdefault(broken, []).append(tensor.name)
+        elif tensor.name in (A_NAME, B_NAME):
+            found.pair[last] = tensor
+        elif last in _LAMBDAS:
+            found.lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
+        elif last in ("vera_A", "vera_B"):
+            found.repeated.append(tensor)
+        elif not _BIAS_COPY.search(tensor.name):
+            found.others.append(tensor)
+    return found
 
 
 def _misnamed_findings(

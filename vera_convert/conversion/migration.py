@@ -14,7 +14,8 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import (

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
 from vera_convert.adapter.tensors import A_NAME, B_NAME
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import check_size, materialised
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded

@@ -22,7 +22,8 @@ from vera_convert.adapter.folder import (
 from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.tensors import A_NAME, WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, wish_of
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Variant

@@ -15,8 +15,9 @@ from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
+from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, loaded_in
+from vera_convert.base.onbase import BaseWish, OnBase, loaded_in
 from vera_convert.base.quantised import quantised_elsewhere, refuse_quantised
 from vera_convert.conversion.projections import Meant
 from vera_convert.draws.generator import Variant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from vera_convert.adapter.adapter import Adapter
@@ -10,6 +10,7 @@ from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.tensors import EMBEDDING_NAMES, WEIGHTS_NAME, replaced_name
 from vera_convert.base.folder import check_tokens, tokenizer_files
+from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import (
     AS_THEY_ARE,
@@ -19,10 +20,11 @@ from vera_convert.base.naming import (
     match_replacements,
     shared_embedding,
 )
-from vera_convert.base.onbase import OnBase
+from vera_convert.base.onbase import BaseWish, OnBase
 from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import (
     HEAD_SHARED,
     NAMES_RENAMED,
@@ -32,6 +34,27 @@ from vera_convert.rules import (
     TARGET_IS_QUANTISED,
     Finding,
 )
+
+
+def learner(wish: BaseWish, access: HubAccess) -> Callable[[Adapter], tuple[OnBase, list[Finding]]]:
+    """Find a base and return what says of an adapter what is known of it there, and what is wrong.
+
+    Args:
+        wish: what the caller says of the base; it names one.
+        access: how the Hub is reached.
+
+    Raises:
+        SurroundingsError: it cannot be had; told once, and not for each adapter.
+    """
+    bases = Bases(access)
+    assert wish.model is not None  # noqa: S101 -- as promised
+    bases.located(wish.model, wish.revision)
+
+    def learned(adapter: Adapter) -> tuple[OnBase, list[Finding]]:
+        on_base = learn(adapter, wish, bases=bases, need=Need.NONE)
+        return on_base, [*on_base.findings, *base_findings(adapter, on_base)]
+
+    return learned
 
 
 def base_findings(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:

@@ -7,11 +7,12 @@ What a step needs and the steps before could not read is told as not checked, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.folder import adapters_below
 from vera_convert.adapter.opening import Examined, examine, examined_folder
@@ -22,8 +23,7 @@ from vera_convert.adapter.tensors import (
     WEIGHTS_NAME,
     StoredProjections,
 )
-from vera_convert.base.onbase import Bases, BaseWish, Need, OnBase, learn, loaded_in, wish_of
-from vera_convert.conversion.transforms import prove
+from vera_convert.base.onbase import BaseWish, OnBase, loaded_in, wish_of
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.extents import extents
@@ -38,7 +38,6 @@ from vera_convert.hub.lookup import (
 )
 from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
-from vera_convert.validation.base import base_findings
 from vera_convert.validation.config import config_findings
 from vera_convert.validation.files import folder_findings
 from vera_convert.validation.projections import recognised, stored_findings, stripped_findings
@@ -46,6 +45,9 @@ from vera_convert.validation.selection import check_codes, selected
 from vera_convert.validation.targets import target_findings
 from vera_convert.validation.validation import Checked, Validation
 from vera_convert.validation.values import value_findings
+
+Learn = Callable[[Adapter], tuple[OnBase, list[Finding]]]
+"""Says what is known of the base of an adapter, and what is wrong with the adapter on it."""
 
 _REMOTE = Path("on-the-hub")
 """The folder of an adapter that was not fetched; nothing lies there."""
@@ -83,13 +85,15 @@ def validate(
     """
     check_codes((*select, *ignore))
     access, wish = access or HubAccess(), wish_of(base)
-    bases = Bases(access)
-    if wish.model is not None:  # one that cannot be had is to be told once, not for each adapter
-        bases.located(wish.model, wish.revision)
+    learn: Learn | None = None
+    if wish.model is not None:
+        from vera_convert.validation.base import learner  # takes as long to load as all the rest
+
+        learn = learner(wish, access)
     checked = [
         named
         if isinstance(named, Checked)
-        else _checked(named, wish, bases, deep=deep, revision=revision)
+        else _checked(named, wish, learn, access, deep=deep, revision=revision)
         for named in _named(adapters, recursive=recursive)
     ]
     chosen = (
@@ -145,7 +149,13 @@ class _Told:
 
 
 def _checked(
-    named: str, wish: BaseWish, bases: Bases, *, deep: bool, revision: str | None
+    named: str,
+    wish: BaseWish,
+    learn: Learn | None,
+    access: HubAccess,
+    *,
+    deep: bool,
+    revision: str | None,
 ) -> Checked:
     """Check one adapter; that it cannot be had is a result as well."""
     label, remote = printable(named), False
@@ -153,15 +163,15 @@ def _checked(
     embedded: bool | None = None
     told = _Told()
     try:
-        location = locate(named, kind="adapter", access=bases.access, revision=revision)
+        location = locate(named, kind="adapter", access=access, revision=revision)
         label = location.label
         remote = location.folder is None
         if deep and location.folder is None:
-            location = fetch_weights(location, bases.access)
-        with _examined(location, bases.access) as (examined, sources):
+            location = fetch_weights(location, access)
+        with _examined(location, access) as (examined, sources):
             told.findings += examined.findings
             embedded = _is_embedded(examined)
-            _check(examined, location, wish, bases, told, deep=deep)
+            _check(examined, location, wish, learn, told, deep=deep)
             read = _bytes_read(sources)
     except CheckpointError as error:
         told.findings += error.findings
@@ -212,7 +222,7 @@ def _check(
     examined: Examined,
     location: Location,
     wish: BaseWish,
-    bases: Bases,
+    learn: Learn | None,
     told: _Told,
     *,
     deep: bool,
@@ -230,7 +240,7 @@ def _check(
     elif examined.file is not None:
         found = extents(examined.file)
         told.findings += value_findings(examined.file, [*layers.values()], found)
-    on_base = _on_base(examined, wish, bases, told)
+    on_base = _on_base(examined, wish, learn, told)
     if config is not None and not examined.config_is_sound:
         told.not_checked.append("whether A and B are a draw: mend the config first.")
     elif config is not None and by_meaning is not None:
@@ -238,22 +248,21 @@ def _check(
         _check_projections(config, examined, on_base, told, here=here, deep=deep)
 
 
-def _on_base(examined: Examined, wish: BaseWish, bases: Bases, told: _Told) -> OnBase:
+def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Told) -> OnBase:
     """Return what is known of the base, and tell what is wrong with an adapter on it."""
     dtype = OnBase() if wish.dtype is None else loaded_in(OnBase(), wish.dtype)
-    if wish.model is None:
+    if learn is None:
         return dtype
     if examined.adapter is None:
         told.not_checked.append("the base: mend the errors first.")
         return dtype
     try:
-        on_base = learn(examined.adapter, wish, bases=bases, need=Need.NONE)
+        on_base, findings = learn(examined.adapter)
     except CheckpointError as error:
         told.findings += error.findings
         return dtype
     told.base = on_base.source
-    told.findings += on_base.findings
-    told.findings += base_findings(examined.adapter, on_base)
+    told.findings += findings
     return on_base
 
 
@@ -267,6 +276,8 @@ def _check_projections(
         told.draw = fingerprint.draw if fingerprint else None
         told.findings += stripped_findings(config, fingerprint, on_base)
         if deep and fingerprint is not None:
+            from vera_convert.conversion.transforms import prove
+
             prove(fingerprint, place=WEIGHTS_NAME)
     elif stored is not None and here and _are_unfit(stored, config):
         told.not_checked.append("whether A and B are a draw: mend their errors first.")

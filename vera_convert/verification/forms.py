@@ -24,7 +24,8 @@ from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import A_NAME, B_NAME, same_tensor
-from vera_convert.base.onbase import ROUNDING_OF_DTYPE, Bases, BaseWish, Need, OnBase, learn
+from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase
 from vera_convert.conversion.projections import (
     LOAD_DTYPES,
     Meant,

@@ -21,8 +21,9 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import A_NAME, PREFIX, replaced_name
+from vera_convert.base.learning import shared_dims
 from vera_convert.base.naming import moved
-from vera_convert.base.onbase import OnBase, shared_dims
+from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import Meant, check_size
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded
