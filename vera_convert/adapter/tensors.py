@@ -157,6 +157,8 @@ class SortedTensors:
     repeated: tuple[TensorData, ...]
     replacements: tuple[TensorData, ...]
     findings: tuple[Finding, ...]
+    unread: tuple[TensorData, ...] = ()
+    """Copies of a saved head's bias, which PEFT writes and does not read."""
 
 
 def sort_tensors(
@@ -173,7 +175,7 @@ def sort_tensors(
         reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
         finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
         return SortedTensors({}, None, (), (), (finding,))
-    by_rule, lambdas, pair, repeated, others = _by_name(tensors)
+    by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors)
     findings = [*_misnamed_findings(by_rule, tensors)]
     layers = {
         module: AdaptedLayer(module, both["vera_lambda_b"], both["vera_lambda_d"])
@@ -191,7 +193,9 @@ def sort_tensors(
     if projections is not None and not judged:
         findings += _copies(projections, repeated, values=values)
     findings += _replacement_findings(others, layers, config, renamed=bool(by_rule))
-    return SortedTensors(layers, projections, tuple(repeated), tuple(others), tuple(findings))
+    return SortedTensors(
+        layers, projections, tuple(repeated), tuple(others), tuple(findings), tuple(unread)
+    )
 
 
 class _ByName(NamedTuple):
@@ -202,10 +206,11 @@ class _ByName(NamedTuple):
     pair: dict[str, TensorData]
     repeated: list[TensorData]
     others: list[TensorData]
+    unread: list[TensorData]
 
 
 def _by_name(tensors: Iterable[TensorData]) -> _ByName:
-    found = _ByName({}, {}, {}, [], [])
+    found = _ByName({}, {}, {}, [], [], [])
     for tensor in tensors:
         plain = _PLAIN_LAMBDA.fullmatch(tensor.name)
         if plain is not None:
@@ -221,8 +226,9 @@ def _by_name(tensors: Iterable[TensorData]) -> _ByName:
             found.lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
         elif last in ("vera_A", "vera_B"):
             found.repeated.append(tensor)
-        elif not _BIAS_COPY.search(tensor.name):
-            found.others.append(tensor)
+        else:
+            kind = found.unread if _BIAS_COPY.search(tensor.name) else found.others
+            kind.append(tensor)
     return found
 
 
@@ -442,7 +448,7 @@ def _replacement_findings(
     heads = frozenset(SAVED_BY_TASK.get(config.task_type or "", ()))
     # Who names several heads means whichever of them the model has.
     either = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
-    saved = SavedModules(declared | either)
+    expected, saved = declared | heads, SavedModules(declared | either)
     stored: set[str] = set()
     bias_stored = False
     for tensor in others:
@@ -450,7 +456,7 @@ def _replacement_findings(
         names = saved.of(module)
         stored |= names
         bias_stored |= parameter == "bias"
-        if names & (declared | heads):
+        if not names.isdisjoint(expected):
             continue
         if parameter == "bias" and (
             config.bias == "all" or _is_adapted_bias(module, layers, config)

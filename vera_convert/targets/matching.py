@@ -257,7 +257,12 @@ class Endings:
 
     def has(self, path: str) -> bool:
         """Say whether a path is one of the names or ends with one."""
-        return next(self.of(path), None) is not None
+        node: dict[str, Any] | None = self._tree
+        for element in reversed(path.split(".")):
+            node = node.get(element)
+            if node is None or _END in node:
+                return node is not None
+        return False
 
     def suffixes(self, path: str) -> Iterator[str]:
         """Yield what a path ends with, the shortest first, as long as any name ends with it too."""
