@@ -24,7 +24,7 @@ publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
 adapter: config fingerprint tensors folder adapter values opening repairs
 targets: patterns matching architectures
-base: model folder layers renamerules renames layouts quantised naming onbase learning
+base: model folder layers renamerules renames layouts quantised naming replacements onbase learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report inputs options card provenance output job merge

@@ -12,7 +12,13 @@ from adapters import CONFIG
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vera_convert.adapter.config import ConfigFile, VeraConfig, parse_config, read_config
+from vera_convert.adapter.config import (
+    ConfigFile,
+    VeraConfig,
+    parse_config,
+    peft_release,
+    read_config,
+)
 from vera_convert.errors import CheckpointError
 from vera_convert.files.jsonediting import edited_object
 from vera_convert.files.reading import open_local
@@ -298,3 +304,21 @@ def test_absurdly_long_configs_are_refused(changes: dict[str, object], said: str
     text = json.dumps({"peft_type": "VERA", **changes}).encode()
     with pytest.raises(CheckpointError, match=f"V104 .*{said}"):
         parse_config(text, place="here")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "release"),
+    [
+        (None, None),
+        ("0.18.1", (0, 18)),
+        ("0.19.0.dev0@UNKNOWN", (0, 19)),
+        ("1.2", (1, 2)),
+        ("latest", None),
+        ("0.123456789", None),
+        ("", None),
+    ],
+)
+def test_a_recorded_version_tells_the_release(
+    recorded: str | None, release: tuple[int, int] | None
+) -> None:
+    assert peft_release(recorded) == release

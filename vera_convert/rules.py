@@ -775,8 +775,8 @@ VALUE_ABSURD = Rule(
 LAYERS_UNTRAINED = Rule(
     "V306",
     NOTE,
-    "lambda_b is zero in some of the layers",
-    "They add nothing; so they began, and training did not reach them.",
+    "a vector is zero in some of the layers",
+    "They add nothing; lambda_b begins so, and training did not reach it.",
     "Nothing need be done if these layers were to stay as they are.",
 )
 

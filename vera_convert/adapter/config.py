@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.jsonediting import edited_object
@@ -135,14 +136,19 @@ class ConfigError(CheckpointError):
     Attributes:
         sound: the config with the defaults in the place of fields that are wrong, so that the
             tensors can be judged as well; None where not even the rank is known.
+        unsound: names of those fields.
         warnings: what else was met.
     """
 
     def __init__(
-        self, sound: VeraConfig | None, findings: Sequence[Finding], warnings: Sequence[Finding]
+        self,
+        sound: VeraConfig | None,
+        wrong: Sequence[tuple[str, Finding]],
+        warnings: Sequence[Finding],
     ) -> None:
-        super().__init__(*findings)
+        super().__init__(*(finding for _, finding in wrong))
         self.sound = sound
+        self.unsound = frozenset(name for name, _ in wrong)
         self.warnings = tuple(warnings)
 
 
@@ -175,15 +181,20 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
         for name in document
         if _is_unknown(name)
     )
-    wrong = dict(_field_findings(document, place))
-    known = FIELDS & document.keys() - wrong.keys()
-    config = VeraConfig(**{name: _frozen(document[name]) for name in known})  # type: ignore[arg-type]
-    findings = [*wrong.values(), *_relation_findings(config, place)]
-    if findings:
-        sound = "r" not in wrong and _is_rank(config.r)
-        bias = config.bias if _is_bias(config.bias) else "none"
-        raise ConfigError(replace(config, bias=bias) if sound else None, findings, unknown)
+    wrong = [*_field_findings(document, place)]
+    config = _of_fields(document, wrong)
+    wrong += _relation_findings(config, place)
+    if wrong:
+        config = _of_fields(document, wrong)
+        rank_is_wrong = any(name == "r" for name, _ in wrong)
+        raise ConfigError(None if rank_is_wrong else config, wrong, unknown)
     return ConfigFile(config, text, unknown)
+
+
+def _of_fields(document: Mapping[str, object], wrong: Sequence[tuple[str, Finding]]) -> VeraConfig:
+    """Return the config of those fields that are not wrong; the others have their defaults."""
+    sound = FIELDS & document.keys() - {name for name, _ in wrong}
+    return VeraConfig(**{name: _frozen(document[name]) for name in sound})  # type: ignore[arg-type]
 
 
 def _frozen(value: object) -> object:
@@ -323,45 +334,41 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tupl
         yield name, KEY_INVALID.at(place, f"{name} is {key}.")
 
 
-def _is_rank(rank: int) -> bool:
-    return 1 <= rank <= MAX_RANK
-
-
-def _is_bias(bias: str) -> bool:
-    # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
-    return bias in ("none", "all") or bias.endswith("_only")
-
-
-def _absurd_lists(config: VeraConfig, place: str) -> Iterator[Finding]:
+def _absurd_lists(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
     """Refuse lists that would only serve to exhaust time: names are compared with each other."""
     for field in ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
         value = getattr(config, field)
         items = value if isinstance(value, tuple) else (value,)
         if len(items) > MAX_LISTED:
-            yield FIELD_RANGE.at(place, f"{field} has {len(items):,} entries.")
+            yield field, FIELD_RANGE.at(place, f"{field} has {len(items):,} entries.")
         if any(isinstance(item, str) and len(item) > MAX_NAME for item in items):
-            yield FIELD_RANGE.at(place, f"{field} has an entry of over {MAX_NAME:,} letters.")
+            reason = f"{field} has an entry of over {MAX_NAME:,} letters."
+            yield field, FIELD_RANGE.at(place, reason)
 
 
-def _relation_findings(config: VeraConfig, place: str) -> Iterator[Finding]:
-    """Yield a finding for each well-typed field whose value PEFT cannot work with."""
+def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
+    """Yield each well-typed field whose value PEFT cannot work with, with a finding."""
     yield from _absurd_lists(config, place)
-    if not _is_rank(config.r):
-        yield FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
+    if not 1 <= config.r <= MAX_RANK:
+        yield "r", FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
     if not (math.isfinite(config.vera_dropout) and 0 <= config.vera_dropout <= 1):
-        yield FIELD_RANGE.at(
-            place, f"vera_dropout is {config.vera_dropout}; a probability is from 0 to 1."
-        )
+        reason = f"vera_dropout is {config.vera_dropout}; a probability is from 0 to 1."
+        yield "vera_dropout", FIELD_RANGE.at(place, reason)
     if not math.isfinite(config.d_initial):
-        yield FIELD_RANGE.at(place, f"d_initial is {config.d_initial}.")
-    if not _is_bias(config.bias):
-        yield FIELD_VALUE.at(
-            place, f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'
-        )
+        yield "d_initial", FIELD_RANGE.at(place, f"d_initial is {config.d_initial}.")
+    # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
+    if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
+        reason = f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'
+        yield "bias", FIELD_VALUE.at(place, reason)
     if config.task_type is not None and config.task_type not in TASK_TYPES:
         known = ", ".join(TASK_TYPES)
-        yield FIELD_VALUE.at(
-            place, f'task_type is "{printable(config.task_type)}"; PEFT knows {known} and null.'
-        )
+        reason = f'task_type is "{printable(config.task_type)}"; PEFT knows {known} and null.'
+        yield "task_type", FIELD_VALUE.at(place, reason)
     if config.layers_pattern and config.layers_to_transform is None:
-        yield LAYERS_PATTERN_ALONE.at(place, "layers_to_transform is null.")
+        yield "layers_pattern", LAYERS_PATTERN_ALONE.at(place, "layers_to_transform is null.")
+
+
+def peft_release(version: str | None) -> tuple[int, int] | None:
+    """Return (major, minor) of a recorded ``peft_version``; None if it tells none."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", version or "")
+    return (int(found[1]), int(found[2])) if found else None

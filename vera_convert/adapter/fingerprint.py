@@ -21,6 +21,7 @@ from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Fin
 METADATA_KEY = "vera_convert.projection"
 FORMAT = 1
 MAX_FEATURES = (1 << 32) - 1
+_SMALL = 1 << 18
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -53,6 +54,11 @@ class Fingerprint:
     dtype: str
     sha256_A: str  # noqa: N815 -- the matrix is called A everywhere
     sha256_B: str  # noqa: N815
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes no time to draw what is recorded."""
+        return self.rank * (self.drawn_in_features + self.drawn_out_features) <= _SMALL
 
     @property
     def draw(self) -> Draw:

@@ -22,6 +22,11 @@ from vera_convert.publish.publishing import staged_folder
 DEEPEST = 100
 """How deep folders are followed; a checkpoint has two or three levels."""
 
+_OF_AN_ADAPTER = frozenset(
+    (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "adapter_model.pt", "vera_config.json")
+)
+"""Names that tell the folder of an adapter, or of what is left of one."""
+
 _TRAINING_STATE = re.compile(
     r"(adapter_model|training_args)\.bin"
     r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
@@ -138,7 +143,7 @@ def adapters_below(
             raise
         unreadable[prefix] = error
         return
-    if any(entry.name == CONFIG_NAME for entry in entries):
+    if any(entry.name in _OF_AN_ADAPTER for entry in entries):
         yield prefix or "."
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):

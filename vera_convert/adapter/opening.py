@@ -73,7 +73,7 @@ class Examined:
     Attributes:
         config: the fields of the config, or those of them that are sound; None where not even the
             rank is known.
-        config_is_sound: whether all of them are.
+        unsound: names of the fields that are not.
         file: the open weights; None if their header is not sound.
         tensors: what the header names, repaired where that was wanted.
         sorted: the tensors by meaning, if the config says enough.
@@ -83,7 +83,7 @@ class Examined:
     """
 
     config: VeraConfig | None
-    config_is_sound: bool
+    unsound: frozenset[str]
     file: TensorFile | None
     tensors: tuple[TensorData, ...]
     sorted: SortedTensors | None
@@ -139,7 +139,7 @@ def examine(
         SurroundingsError: a file cannot be read.
     """
     found = [*findings]
-    config_file, config = _config(config_source, found)
+    config_file, config, unsound = _config(config_source, found)
     weights = _weights(weights_source, found)
     tensors: Sequence[TensorData] = ()
     by_meaning, fingerprint, adapter = None, None, None
@@ -167,28 +167,27 @@ def examine(
             config_source=config_source,
             file=weights,
         )
-    sound = config_file is not None
     return Examined(
-        config, sound, weights, tuple(tensors), by_meaning, fingerprint, tuple(found), adapter
+        config, unsound, weights, tuple(tensors), by_meaning, fingerprint, tuple(found), adapter
     )
 
 
 def _config(
     source: ByteSource | None, found: list[Finding]
-) -> tuple[ConfigFile | None, VeraConfig | None]:
-    """Read the config as far as it is sound."""
+) -> tuple[ConfigFile | None, VeraConfig | None, frozenset[str]]:
+    """Read the config as far as it is sound, and the names of the fields that are not."""
     if source is None:
-        return None, None
+        return None, None, frozenset()
     try:
         config_file = read_config(source)
+    except ConfigError as error:
+        found += (*error.findings, *error.warnings)
+        return None, error.sound, error.unsound
     except CheckpointError as error:
         found += error.findings
-        if not isinstance(error, ConfigError):
-            return None, None
-        found += error.warnings
-        return None, error.sound
+        return None, None, frozenset()
     found += config_file.findings
-    return config_file, config_file.config
+    return config_file, config_file.config, frozenset()
 
 
 def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | None:
@@ -220,9 +219,8 @@ def _fingerprint(
     except CheckpointError as error:
         found += error.findings
         return None
-    if config is not None and by_meaning is not None and not errors_of(found):
-        longest = max(layer.out_features for layer in by_meaning.layers.values())
-        wrong = disagreement(fingerprint, config, longest, place=WEIGHTS_NAME)
+    if config is not None and by_meaning is not None:
+        wrong = disagreement(fingerprint, config, by_meaning.longest_b, place=WEIGHTS_NAME)
         found += [wrong] if wrong else []
     return fingerprint
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
@@ -56,6 +56,8 @@ A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_PROJECTION_BYTES = 2 << 30
 """A and B together; the largest models at rank 1,024 need a thirtieth of it."""
+MAX_WIDTH = 1 << 20
+"""Columns of A, which is drawn and compared in whole rows; the widest layers have 60,000 inputs."""
 
 EMBEDDING_NAMES = frozenset(
     (
@@ -108,6 +110,7 @@ class StoredProjections:
 _LEFTOVER = re.compile(r"\.vera_(?:lambda_[bd]|A|B)\.[^.]+$")
 _OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|vera_[C-Z])(?:\.|$)")
 _LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
+_BASE_BIAS = ".base_layer.bias"
 _PLAIN_LAMBDA = re.compile(
     r"base_model\.model\.((?:(?!_orig_mod|modules_to|original_|p?vera_|lora_)[^.]++\.)++)"
     r"(vera_lambda_[bd])"
@@ -160,6 +163,12 @@ class SortedTensors:
     unread: tuple[TensorData, ...] = ()
     """Copies of a saved head's bias, which PEFT writes and does not read."""
 
+    @property
+    def longest_b(self) -> int:
+        """Length of the longest lambda_b, malformed ones left out."""
+        shapes = (layer.lambda_b.shape for layer in self.layers.values())
+        return max((shape[0] for shape in shapes if shape), default=0)
+
 
 def sort_tensors(
     tensors: Sequence[TensorData], config: VeraConfig, *, values: bool = True
@@ -185,7 +194,7 @@ def sort_tensors(
     if not lambdas and not by_rule:
         findings.append(NO_LAMBDAS.at(WEIGHTS_NAME, "it holds no lambda."))
     findings += _unpaired(lambdas)
-    findings += _uneven(lambdas)
+    findings += _uneven(lambdas.keys() - {*(config.target_modules or ())})
     findings += _shapes(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
     judged = any(finding.severity is Severity.ERROR for finding in findings)
@@ -258,7 +267,10 @@ def _name_reason(rule: Rule) -> str:
 
 
 def _uneven(modules: Iterable[str]) -> Iterator[Finding]:
-    """Warn where one target is adapted in fewer layers of a stack than another."""
+    """Warn where one target is adapted in fewer layers of a stack than another.
+
+    Modules that the config names in full are meant as they are, and not among these.
+    """
     stacks: dict[str, dict[str, set[str]]] = {}
     for module in modules:
         parts = _NUMBERED.fullmatch(module)
@@ -293,6 +305,10 @@ def _shapes(
     trained = [t for layer in layers.values() for t in (layer.lambda_b, layer.lambda_d)]
     for tensor in (*trained, *pair.values()):
         if tensor.dtype not in FLOAT_DTYPES:
+            yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
+    for tensor in others:
+        # Other buffers, such as counters, can be whole numbers.
+        if tensor.name.endswith((".weight", ".bias")) and tensor.dtype not in FLOAT_DTYPES:
             yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
     for tensor in (*trained, *pair.values(), *others):
         if 0 in tensor.shape:
@@ -332,6 +348,9 @@ def _projection_shapes(
             )
         elif axis == 1:
             yield from _too_short(tensor, layers)
+        elif tensor.shape[1] > MAX_WIDTH:
+            reason = f"it has {tensor.shape[1]:,} columns; the limit is {MAX_WIDTH:,}."
+            yield PROJECTIONS_TOO_LARGE.at(tensor.name, reason)
     total = sum(tensor.nbytes for tensor in pair.values())
     if total > MAX_PROJECTION_BYTES:
         yield PROJECTIONS_TOO_LARGE.at(
@@ -455,11 +474,15 @@ def _replacement_findings(
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         names = saved.of(module)
         stored |= names
-        bias_stored |= parameter == "bias"
         if not names.isdisjoint(expected):
             continue
+        bias_stored |= parameter == "bias"
+        if parameter == "bias" and module in layers and not tensor.name.endswith(_BASE_BIAS):
+            reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS} and drops this one."
+            yield UNKNOWN_TENSOR.at(printable(tensor.name), reason)
+            continue
         if parameter == "bias" and (
-            config.bias == "all" or _is_adapted_bias(module, layers, config)
+            config.bias == "all" or (config.bias != "none" and module in layers)
         ):
             continue
         if module.rpartition(".")[2] in EMBEDDING_NAMES:
@@ -469,13 +492,15 @@ def _replacement_findings(
             f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
         )
     if not renamed:
-        yield from _incomplete_modules(stored, declared, either)
-        if config.bias != "none" and not bias_stored:
+        yield from _incomplete_modules(stored, expected, either)
+        if config.bias != "none" and not bias_stored and not _saves_biases(config.peft_version):
             yield BIAS_NOT_STORED.at(WEIGHTS_NAME, f'bias is "{printable(config.bias)}".')
 
 
-def _is_adapted_bias(module: str, layers: Mapping[str, AdaptedLayer], config: VeraConfig) -> bool:
-    return config.bias != "none" and module in layers
+def _saves_biases(peft_version: str | None) -> bool:
+    """Say whether the PEFT that wrote a file stores trained biases: if there are none, none are."""
+    release = peft_release(peft_version)
+    return release is not None and release >= (0, 21)
 
 
 def _incomplete_modules(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import A_NAME, B_NAME
 from vera_convert.errors import CheckpointError
 from vera_convert.files.extents import Extent, extents
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
+
+_SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
 
 def value_errors(file: TensorFile, found: Mapping[str, Extent]) -> Iterator[Finding]:
@@ -25,10 +27,12 @@ def value_errors(file: TensorFile, found: Mapping[str, Extent]) -> Iterator[Find
     for name, extent in found.items():
         if extent.not_finite is not None:
             yield VALUE_NOT_FINITE.at(printable(name), _where(file, name, extent.not_finite))
-    for name in (A_NAME, B_NAME):
-        if name in found and found[name].is_constant and file.header.tensors[name].shape != (1, 1):
-            reason = f"all its values are the same, of magnitude {found[name].magnitude:.3g}."
-            yield PROJECTION_CONSTANT.at(name, reason)
+    for name, extent in found.items():
+        # Whatever its name still carries: a repaired one is judged here as well.
+        is_shared = _SHARED.fullmatch(name) is not None
+        if is_shared and extent.is_constant and file.header.tensors[name].shape != (1, 1):
+            reason = f"all its values are the same, of magnitude {extent.magnitude:.3g}."
+            yield PROJECTION_CONSTANT.at(printable(name), reason)
 
 
 def _where(file: TensorFile, name: str, place: int) -> str:

@@ -79,10 +79,11 @@ def validation_text(result: Validation, *, colour: bool = False, width: int = WI
 
 def verdict(checked: Checked) -> str:
     """What became of an adapter, in a few words."""
+    counts = _counts(checked.findings)
     if checked.failure is not None:
-        return "not read"
+        return f"{counts}, not all read" if counts else "not read"
     good = [] if _worst(checked) in (Severity.ERROR, Severity.WARNING) else ["good"]
-    return ", ".join(filter(None, [*good, _counts(checked.findings)]))
+    return ", ".join(filter(None, [*good, counts]))
 
 
 def _worst(checked: Checked) -> Severity | None:

@@ -386,14 +386,14 @@ def fetch_weights(location: Location, access: HubAccess) -> Location:
     return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
 
 
-def demand_adapter(location: Location, access: HubAccess) -> None:
-    """Demand that a repo, at a location, holds the config and the weights of an adapter.
+def demand_adapter(location: Location, access: HubAccess) -> Collection[str]:
+    """Return the names of an adapter's files in a repo, which has its config and weights.
 
     Raises:
         CheckpointError: what it holds instead.
         SurroundingsError: the Hub cannot be asked.
     """
-    _adapter_files(location, access)
+    return _adapter_files(location, access)
 
 
 def _adapter_files(location: Location, access: HubAccess) -> dict[str, int]:

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.tensors import (
     AdaptedLayer,
-    SavedModules,
     replaced_name,
     same_tensor,
 )
@@ -25,6 +23,7 @@ from vera_convert.assembly.inputs import InputFile
 from vera_convert.assembly.sums import Term
 from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import Match, is_head, match_replacements, shared_embedding
+from vera_convert.base.replacements import brought, incomplete_modules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
 from vera_convert.files.reading import printable
@@ -34,7 +33,6 @@ from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
     HEAD_TIED,
-    REPLACEMENT_NEW,
     REPLACEMENT_SHAPE,
     REPLACEMENT_UNKNOWN,
     REPLACEMENTS_DIFFER,
@@ -221,6 +219,7 @@ def _add_replacements(
             yield from _replace(changes, target, replacement, base)
         else:
             yield from _bring(changes, target, replacement, base, tied)
+    yield from incomplete_modules(part.adapter, part.match, base, targets)
 
 
 def _is_base_copy(name: str, adapter: Adapter) -> bool:
@@ -305,13 +304,12 @@ def _bring(
         else:
             yield HEAD_TIED.at(place, "the adapter stores a head of its own (to be untied).")
         return
-    declared = {*(adapter.config.modules_to_save or ())}
-    declared.update(SAVED_BY_TASK.get(adapter.config.task_type or "", ()))
-    if not SavedModules(declared).of(module):
-        yield REPLACEMENT_UNKNOWN.at(place, f"{printable(name)} would replace it.")
+    finding = brought(adapter.config, name, target)
+    if finding.rule is REPLACEMENT_UNKNOWN:
+        yield finding
         return
     yield from _once(changes.new, target, replacement)
-    changes.findings.append(REPLACEMENT_NEW.at(place, "the base has no such tensor."))
+    changes.findings.append(finding)
 
 
 def _once(

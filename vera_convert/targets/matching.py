@@ -121,12 +121,6 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
     )
 
 
-def peft_release(version: str | None) -> Version:
-    """Return (major, minor) of a recorded ``peft_version``; the newest if it tells none."""
-    found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", version or "")
-    return (int(found[1]), int(found[2])) if found else NEWEST
-
-
 # --- which names are meant -----------------------------------------------------------------------
 
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
@@ -257,11 +251,13 @@ class Endings:
 
     def has(self, path: str) -> bool:
         """Say whether a path is one of the names or ends with one."""
-        node: dict[str, Any] | None = self._tree
+        node = self._tree
         for element in reversed(path.split(".")):
-            node = node.get(element)
-            if node is None or _END in node:
-                return node is not None
+            if element not in node:
+                return False
+            node = node[element]
+            if _END in node:
+                return True
         return False
 
     def suffixes(self, path: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from vera_convert.base.naming import (
 )
 from vera_convert.base.onbase import BaseWish, OnBase
 from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
+from vera_convert.base.replacements import brought, incomplete_modules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess
@@ -29,7 +30,6 @@ from vera_convert.rules import (
     HEAD_SHARED,
     NAMES_RENAMED,
     ORIENTATION_WRONG,
-    REPLACEMENT_NEW,
     REPLACEMENT_SHAPE,
     TARGET_IS_QUANTISED,
     Finding,
@@ -76,11 +76,8 @@ def base_findings(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
         yield TARGET_IS_QUANTISED.at(finding.place, finding.reason)
     elsewhere = None if quantised else quantised_elsewhere(base)
     yield from [elsewhere] if elsewhere else []
-    rows = embedding_rows(base)
-    for wrong, new_rows in _replacements(adapter, match, base):
-        rows = new_rows or rows
-        yield from [wrong] if wrong else []
-    yield from _tokens(adapter, rows)
+    yield from _replacements(adapter, match, base)
+    yield from _tokens(adapter, _rows(adapter, base))
 
 
 def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
@@ -101,30 +98,34 @@ def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
             yield HEAD_SHARED.at(printable(module), reason)
 
 
-def _replacements(
-    adapter: Adapter, match: Match, base: BaseModel
-) -> Iterator[tuple[Finding | None, int | None]]:
-    """Yield what is wrong with each head, bias or embedding, and the rows of an embedding."""
+def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
+    """Yield what is wrong with heads, biases and embeddings."""
     tensors = {tensor.name: tensor for tensor in adapter.replacements}
     try:
         targets = match_replacements(tensors, match, base)
     except CheckpointError as error:
-        for finding in error.findings:
-            yield finding, None
+        yield from error.findings
         return
     for name, target in targets.items():
         shape = tensors[name].shape
-        module = replaced_name(name).rpartition(".")[0].rpartition(".")[2]
-        rows = shape[0] if module in EMBEDDING_NAMES and not is_head(module) and shape else None
         if target not in base.tensors:
             if not is_head(replaced_name(name).rpartition(".")[0]):
-                yield REPLACEMENT_NEW.at(printable(target), "the base has no such tensor."), None
+                yield brought(adapter.config, name, target)
         elif base.tensors[target].info.shape != shape:
             own = " by ".join(map(str, base.tensors[target].info.shape))
             reason = f"the adapter's is {' by '.join(map(str, shape))}, the base's {own}."
-            yield REPLACEMENT_SHAPE.at(printable(target), reason), rows
-        else:
-            yield None, rows
+            yield REPLACEMENT_SHAPE.at(printable(target), reason)
+    yield from incomplete_modules(adapter, match, base, targets)
+
+
+def _rows(adapter: Adapter, base: BaseModel) -> int | None:
+    """Return the rows of the embedding: those that the adapter brings, or else the base's."""
+    for tensor in adapter.replacements:
+        module = replaced_name(tensor.name).rpartition(".")[0]
+        is_embedding = module.rpartition(".")[2] in EMBEDDING_NAMES and not is_head(module)
+        if is_embedding and len(tensor.shape) == 2:
+            return tensor.shape[0]
+    return embedding_rows(base)
 
 
 def _tokens(adapter: Adapter, rows: int | None) -> Iterator[Finding]:

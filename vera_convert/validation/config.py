@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.files.reading import printable
@@ -16,10 +16,19 @@ from vera_convert.rules import (
 )
 
 
-def config_findings(config: VeraConfig) -> Iterator[Finding]:
-    """Yield what the fields of a config say of the base, and what some releases trip over."""
+def config_findings(
+    config: VeraConfig, unsound: Collection[str] = frozenset()
+) -> Iterator[Finding]:
+    """Yield what the fields of a config say of the base, and what some releases trip over.
+
+    Args:
+        config: the config.
+        unsound: names of fields that have been found wrong already.
+    """
     name = config.base_model_name_or_path
-    if not name:
+    if {"base_model_name_or_path", "revision"} & {*unsound}:
+        pass
+    elif not name:
         yield BASE_UNNAMED.at(CONFIG_NAME, "base_model_name_or_path is empty.")
     elif not is_repo_id(name):
         reason = f"base_model_name_or_path is {printable(name)}, which is no repo on the Hub."
@@ -33,10 +42,10 @@ def config_findings(config: VeraConfig) -> Iterator[Finding]:
 def _by_version(config: VeraConfig) -> Iterator[str]:
     if isinstance(config.layers_pattern, tuple) and config.layers_pattern:
         yield "layers_pattern is a list; PEFT 0.13 and earlier take a text alone."
-    if config.layers_pattern and config.layers_to_transform == 0:
+    if config.layers_pattern and config.layers_to_transform in (0, ()):
         yield (
-            "layers_to_transform is 0 beside a layers_pattern; PEFT 0.14 to 0.20 take it for "
-            "missing and refuse the adapter, where [0] would do."
+            "layers_to_transform is 0 or empty beside a layers_pattern; PEFT 0.14 to 0.20 take it "
+            "for missing and refuse the adapter."
         )
     if config.bias not in ("none", "all", "vera_only"):
         yield f"bias is {printable(config.bias)}; PEFT before 0.18 knows none, all and vera_only."

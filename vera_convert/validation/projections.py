@@ -41,16 +41,22 @@ def recognised(config: VeraConfig, A: NDArray[Any], B: NDArray[Any]) -> Pair:
     return Pair(A, B, recognise(A, B, key=config.projection_prng_key))
 
 
-def stored_findings(config: VeraConfig, pair: Pair, on_base: OnBase) -> Iterator[Finding]:
+def stored_findings(
+    config: VeraConfig, pair: Pair, on_base: OnBase, *, tallest: int
+) -> Iterator[Finding]:
     """Yield where a PEFT uses other A and B than the stored ones.
 
     Args:
         config: the adapter's config.
         pair: what is stored.
         on_base: what is known of the base; nothing, if there is none.
+        tallest: the length of the longest lambda_b.
     """
     width, height = pair.A.shape[1], pair.B.shape[0]
-    if not on_base.fits(width, height):
+    if on_base.out_features is None and height > tallest:
+        reason = f"vera_B has {height} rows, the longest lambda_b {tallest} values."
+        yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
+    elif not on_base.fits(width, height):
         reason = f"they are for {width} inputs and {height} outputs; {on_base.dims_text}."
         yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
     reason = _why_other(config, pair, on_base)

@@ -17,6 +17,7 @@ from vera_convert.rules import (
     TARGET_NOT_STORED,
     TARGETS_BY_VERSION,
     TARGETS_DISAGREE,
+    TARGETS_MATCH_NOTHING,
     Finding,
 )
 from vera_convert.targets.matching import NEWEST, Endings, is_all_linear, matching
@@ -25,12 +26,19 @@ RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20
 """The releases whose rules differ from the newest, by how they are called."""
 
 
-def target_findings(config: VeraConfig, layers: Sequence[str]) -> Iterator[Finding]:
+TARGET_FIELDS = frozenset(
+    ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
+)
+"""The fields that decide which layers are meant."""
+
+
+def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -> Iterator[Finding]:
     """Yield how targets and adapted layers disagree, and how releases of PEFT read the targets.
 
     Args:
         config: the config; its targets may be names or a regular expression.
         layers: paths of the adapted layers.
+        alone: whether there is no base, which tells better what the targets match.
     """
     targets = config.target_modules
     if not layers or targets is None or is_all_linear(targets):
@@ -42,7 +50,10 @@ def target_findings(config: VeraConfig, layers: Sequence[str]) -> Iterator[Findi
         return
     matched = {*newest}
     unmatched = [layer for layer in layers if layer not in matched]
-    if unmatched:
+    if alone and not matched:
+        reason = f"of the {len(layers)} layers that the file adapts, such as "
+        yield TARGETS_MATCH_NOTHING.at(CONFIG_NAME, f"{reason}{printable(layers[0])}, none.")
+    elif alone and unmatched:
         reason = (
             f"its targets match {len(newest)} of the {len(layers)} layers that the file adapts; "
             f"PEFT leaves out {printable(unmatched[0])}."
@@ -50,7 +61,7 @@ def target_findings(config: VeraConfig, layers: Sequence[str]) -> Iterator[Findi
         yield TARGETS_DISAGREE.at(CONFIG_NAME, reason)
     if not isinstance(targets, str):
         yield from _by_version(config, layers, newest)
-        yield from _not_stored(config, targets, layers)
+        yield from _not_stored(config, targets, layers) if alone else ()
 
 
 def _by_version(
@@ -58,8 +69,10 @@ def _by_version(
 ) -> Iterator[Finding]:
     """Yield a finding where another release adapts other layers of the file.
 
-    Regular expressions are read alike in all of them, and modules_to_save has no part in it.
+    They differ in how they read a layer's number alone; modules_to_save has no part in it.
     """
+    if config.layers_to_transform is None:
+        return
     alone = replace(config, modules_to_save=None, task_type=None)
     differing = {}
     for release, version in RELEASES.items():

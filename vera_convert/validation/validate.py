@@ -7,7 +7,8 @@ What a step needs and the steps before could not read is told as not checked, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,12 @@ from vera_convert.adapter.tensors import (
     A_NAME,
     FLOAT_DTYPES,
     MAX_PROJECTION_BYTES,
+    MAX_WIDTH,
     WEIGHTS_NAME,
     StoredProjections,
 )
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in, wish_of
+from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.extents import extents
@@ -37,20 +40,20 @@ from vera_convert.hub.lookup import (
     open_remote,
 )
 from vera_convert.hub.remotefile import RemoteFile
-from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
+from vera_convert.rules import FILE_UNREADABLE, LAYERS_UNEVEN, Finding, Severity
 from vera_convert.validation.config import config_findings
-from vera_convert.validation.files import folder_findings
+from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.projections import recognised, stored_findings, stripped_findings
 from vera_convert.validation.selection import check_codes, selected
-from vera_convert.validation.targets import target_findings
+from vera_convert.validation.targets import TARGET_FIELDS, target_findings
 from vera_convert.validation.validation import Checked, Validation
 from vera_convert.validation.values import value_findings
 
 Learn = Callable[[Adapter], tuple[OnBase, list[Finding]]]
 """Says what is known of the base of an adapter, and what is wrong with the adapter on it."""
 
-_REMOTE = Path("on-the-hub")
-"""The folder of an adapter that was not fetched; nothing lies there."""
+_REMOTE = Path(os.devnull, "on-the-hub")
+"""The folder of an adapter that was not fetched; nothing can lie there."""
 
 
 def validate(
@@ -111,8 +114,14 @@ def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str |
     seen: set[str] = set()
     for adapter in adapters:
         text = str(adapter)
-        if Path(text).name in (CONFIG_NAME, WEIGHTS_NAME) and not Path(text).is_dir():
+        if Path(text).is_dir():
+            text = str(Path(text))  # ./a and a/ are a
+        elif Path(text).name in (CONFIG_NAME, WEIGHTS_NAME):
             text = str(Path(text).parent)
+            if not Path(text).is_dir():  # nor is it asked for on the Hub
+                absent = SurroundingsError(f"there is no folder {printable(text)}.")
+                yield Checked(printable(text), text, failure=absent)
+                continue
         unreadable: dict[str, VeraConvertError] = {}
         below = _below(Path(text), unreadable) if recursive else [text]
         for name in below:
@@ -145,7 +154,20 @@ class _Told:
     findings: list[Finding] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     draw: Draw | None = None
+    embedded: bool | None = None
     base: str = ""
+    read: int | None = None
+    failure: VeraConvertError | None = None
+
+    def step(self, what: str, find: Callable[[], Iterable[Finding]]) -> None:
+        """Add what a step finds; that it could not be taken is told, and stops no other."""
+        try:
+            self.findings += find()
+        except CheckpointError as error:
+            self.findings += error.findings
+        except SurroundingsError as error:
+            self.failure = self.failure or error
+            self.not_checked.append(f"{what}: {error}")
 
 
 def _checked(
@@ -159,48 +181,55 @@ def _checked(
 ) -> Checked:
     """Check one adapter; that it cannot be had is a result as well."""
     label, remote = printable(named), False
-    read: int | None = None
-    embedded: bool | None = None
     told = _Told()
     try:
         location = locate(named, kind="adapter", access=access, revision=revision)
         label = location.label
         remote = location.folder is None
-        if deep and location.folder is None:
+        if deep and remote:
             location = fetch_weights(location, access)
-        with _examined(location, access) as (examined, sources):
+        with _examined(location, access, told) as (examined, sources):
             told.findings += examined.findings
-            embedded = _is_embedded(examined)
+            told.embedded = _is_embedded(examined)
             _check(examined, location, wish, learn, told, deep=deep)
-            read = _bytes_read(sources)
+            told.read = _bytes_read(sources) if remote else None
     except CheckpointError as error:
         told.findings += error.findings
     except SurroundingsError as error:
-        if not isinstance(error.__cause__, PermissionError):
-            return Checked(label, None if remote else named, failure=error)
-        told.findings.append(FILE_UNREADABLE.at(label, str(error)))
+        if isinstance(error.__cause__, PermissionError):
+            told.findings.append(FILE_UNREADABLE.at(label, str(error)))
+            told.not_checked.append("whatever stands in what cannot be read.")
+        else:
+            told.failure = error
     return Checked(
-        label,
-        None if remote else named,
-        tuple(told.findings),
-        told.draw,
-        embedded,
-        told.base,
-        tuple(told.not_checked),
-        read if remote else None,
+        label=label,
+        path=None if remote else named,
+        findings=tuple(_placed(finding, named) for finding in told.findings),
+        draw=told.draw,
+        embedded=told.embedded,
+        base=told.base,
+        not_checked=tuple(told.not_checked),
+        bytes_read=told.read,
+        failure=told.failure,
     )
+
+
+def _placed(finding: Finding, named: str) -> Finding:
+    """Return a finding with its place as it is called inside of the adapter's folder."""
+    folder = printable(os.path.join(named, ""))  # noqa: PTH118 -- a path would lose the separator
+    return finding.rule.at(finding.place.removeprefix(folder), finding.reason)
 
 
 @contextmanager
 def _examined(
-    location: Location, access: HubAccess
+    location: Location, access: HubAccess, told: _Told
 ) -> Iterator[tuple[Examined, tuple[ByteSource, ...]]]:
     """Open an adapter in its folder; or on the Hub, where its config and header alone are read."""
     if location.folder is not None:
         with examined_folder(location.folder) as examined:
             yield examined, ()
         return
-    demand_adapter(location, access)
+    told.findings += names_findings(demand_adapter(location, access), place=location.label)
     with (
         open_remote(location, CONFIG_NAME, access) as config,
         open_remote(location, WEIGHTS_NAME, access) as weights,
@@ -213,9 +242,12 @@ def _bytes_read(sources: Sequence[ByteSource]) -> int:
 
 
 def _is_embedded(examined: Examined) -> bool | None:
-    if examined.file is None:
-        return None
-    return A_NAME in examined.file.header.tensors
+    """Say whether A and B are stored; None where no name tells."""
+    names = examined.file.header.tensors if examined.file is not None else ()
+    if A_NAME in names:
+        return True
+    misnamed = any(".vera_A" in f".{name}" for name in names)
+    return None if misnamed or not any(".vera_lambda_" in name for name in names) else False
 
 
 def _check(
@@ -228,63 +260,82 @@ def _check(
     deep: bool,
 ) -> None:
     """Run every check for which enough could be read."""
-    config, by_meaning = examined.config, examined.sorted
-    if location.folder is not None:
-        told.findings += folder_findings(location.folder)
-    layers = by_meaning.layers if by_meaning is not None else {}
-    if config is not None and examined.config_is_sound:
-        told.findings += config_findings(config)
-        told.findings += target_findings(config, [*layers])
-    if location.folder is None:
-        told.not_checked.append("values, and whether A and B are a draw: --deep fetches them.")
-    elif examined.file is not None:
-        found = extents(examined.file)
-        told.findings += value_findings(examined.file, [*layers.values()], found)
+    config, file, folder = examined.config, examined.file, location.folder
+    layers = examined.sorted.layers if examined.sorted is not None else {}
     on_base = _on_base(examined, wish, learn, told)
-    if config is not None and not examined.config_is_sound:
+    if folder is not None:
+        told.step("the files beside the weights", lambda: folder_findings(folder))
+    if config is not None:
+        told.step("the config", lambda: config_findings(config, examined.unsound))
+        if examined.unsound.isdisjoint(TARGET_FIELDS):
+            told.step(
+                "the targets",
+                lambda: target_findings(config, [*layers], alone=on_base.base is None),
+            )
+    if folder is None:
+        told.not_checked.append("values, and whether A and B are a draw: --deep fetches them.")
+    elif file is not None and layers:
+        found = extents(file)
+        is_float16 = on_base.rounding is Rounding.FP16
+        told.findings += value_findings(
+            file, config, [*layers.values()], found, on_float16=is_float16
+        )
+    if config is None or examined.sorted is None:
+        return
+    if "projection_prng_key" in examined.unsound or "save_projection" in examined.unsound:
         told.not_checked.append("whether A and B are a draw: mend the config first.")
-    elif config is not None and by_meaning is not None:
-        here = location.folder is not None
-        _check_projections(config, examined, on_base, told, here=here, deep=deep)
+        return
+    here = folder is not None
+    told.step(
+        "A and B",
+        lambda: _projection_findings(config, examined, on_base, told, here=here, deep=deep),
+    )
 
 
 def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Told) -> OnBase:
     """Return what is known of the base, and tell what is wrong with an adapter on it."""
-    dtype = OnBase() if wish.dtype is None else loaded_in(OnBase(), wish.dtype)
+    known = OnBase() if wish.dtype is None else loaded_in(OnBase(), wish.dtype)
+    adapter = examined.adapter
     if learn is None:
-        return dtype
-    if examined.adapter is None:
+        return known
+    if adapter is None:
         told.not_checked.append("the base: mend the errors first.")
-        return dtype
-    try:
-        on_base, findings = learn(examined.adapter)
-    except CheckpointError as error:
-        told.findings += error.findings
-        return dtype
-    told.base = on_base.source
-    told.findings += findings
-    return on_base
+        return known
+
+    def find() -> list[Finding]:
+        nonlocal known
+        known, findings = learn(adapter)
+        told.base = known.source
+        # The base tells which layers there are; without one it could be guessed only.
+        told.findings = [each for each in told.findings if each.rule is not LAYERS_UNEVEN]
+        return findings
+
+    told.step("the base", find)
+    return known
 
 
-def _check_projections(
+def _projection_findings(
     config: VeraConfig, examined: Examined, on_base: OnBase, told: _Told, *, here: bool, deep: bool
-) -> None:
+) -> Iterator[Finding]:
     """Hold A and B against draws: stored ones, if their values may be read, or what was dropped."""
-    stored = examined.sorted.projections if examined.sorted is not None else None
-    fingerprint = examined.fingerprint
+    assert examined.sorted is not None  # noqa: S101 -- the caller looked
+    stored, fingerprint = examined.sorted.projections, examined.fingerprint
     if stored is None and not config.save_projection:
         told.draw = fingerprint.draw if fingerprint else None
-        told.findings += stripped_findings(config, fingerprint, on_base)
-        if deep and fingerprint is not None:
+        yield from stripped_findings(config, fingerprint, on_base)
+        if fingerprint is not None and (deep or fingerprint.is_small):
             from vera_convert.conversion.transforms import prove
 
             prove(fingerprint, place=WEIGHTS_NAME)
+        elif fingerprint is not None:
+            told.not_checked.append("that what is drawn has the recorded hashes: --deep draws it.")
     elif stored is not None and here and _are_unfit(stored, config):
         told.not_checked.append("whether A and B are a draw: mend their errors first.")
     elif stored is not None and here:
         pair = recognised(config, stored.A.array(), stored.B.array())
         told.draw = pair.recognition.draw
-        told.findings += stored_findings(config, pair, on_base)
+        tallest = examined.sorted.longest_b
+        yield from stored_findings(config, pair, on_base, tallest=tallest)
 
 
 def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
@@ -295,4 +346,5 @@ def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
         or any(tensor.dtype not in FLOAT_DTYPES for tensor in pair)
         or (stored.A.shape[0], stored.B.shape[1]) != (config.r, config.r)
         or stored.A.nbytes + stored.B.nbytes > MAX_PROJECTION_BYTES
+        or stored.A.shape[1] > MAX_WIDTH
     )

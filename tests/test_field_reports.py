@@ -1,0 +1,364 @@
+"""What users of other tools ran into, and where it is seen that it cannot happen here.
+
+Most of it was reported of LoRA or of other programs; the kind of failure is what carries over.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hostile import CASES
+
+HERE = Path(__file__).parent
+
+
+class Report(NamedTuple):
+    """One kind of failure.
+
+    Attributes:
+        kind: what happened.
+        reported: where, in public.
+        seen: the hostile cases and the tests that hold us to the right behaviour.
+    """
+
+    kind: str
+    reported: str
+    seen: tuple[str, ...]
+
+
+REPORTS = (
+    # --- names of tensors ---
+    Report(
+        "an adapter whose names fit nothing of the model is accepted and does nothing",
+        "vllm-project/vllm #34186, #34591",
+        (
+            "test_names_that_do_not_fit_are_refused_with_counts_and_examples",
+            "test_one_layer_that_is_missing_is_enough",
+        ),
+    ),
+    Report(
+        "names carry _orig_mod from torch.compile and load as nothing",
+        "MakazhanAlpamys/Soup #335, #351",
+        (
+            "V215-names_begin_with_orig_mod",
+            "V215-names_have_orig_mod_inside",
+            "test_twice_changes_nothing",
+        ),
+    ),
+    Report(
+        "names carry the adapter's name, or the adapter lies in a folder of that name",
+        "huggingface/peft #2699, #2252",
+        (
+            "V216-names_end_with_the_adapters",
+            "V227-two_adapters_lie_in_one_file",
+            "V017-config_lies_in_a_subfolder",
+        ),
+    ),
+    Report(
+        "a release of transformers moves layers, and older adapters match nothing",
+        "huggingface/transformers #38927, huggingface/peft #2574",
+        ("test_each_form_of_llava_is_found_in_each", "test_names_of_two_releases_are_never_mixed"),
+    ),
+    Report(
+        "half of the names were moved, and half of the adapter is applied",
+        "illuin-tech/colpali #424, embeddings-benchmark/mteb #4673",
+        (
+            "V228-half_the_names_lack_the_prefix",
+            "test_mixed_layouts_are_never_half_applied",
+            "test_a_mixture_of_two_layouts_fits_no_base",
+        ),
+    ),
+    Report(
+        "a merged model has the names of memory where those of the base's files are expected",
+        "huggingface/transformers #38489, #45358",
+        (
+            "test_shards_keep_their_headers_and_the_index_its_bytes",
+            "test_shards_may_lie_in_subfolders",
+        ),
+    ),
+    Report(
+        "names lack PEFT's prefix, or A and B lie elsewhere",
+        "huggingface/peft #3110",
+        (
+            "V217-names_lack_the_prefix",
+            "V217-vera_a_lies_at_the_top",
+            "V225-projections_lie_with_layers_only",
+        ),
+    ),
+    # --- types and numbers ---
+    Report(
+        "a merged 16-bit model comes out in 32 bits",
+        "axolotl #1510, bigcode/starcoder #137",
+        ("test_each_dtype_keeps_its_own",),
+    ),
+    Report(
+        "a second merge into one folder leaves shards of the first",
+        "huggingface/peft #906",
+        ("test_only_a_merged_model_is_replaced",),
+    ),
+    Report(
+        "the delta drowns in the rounding of the base, and nobody is told",
+        "OpenBMB/MiniCPM-V #502, meta-pytorch/torchtune #1101",
+        ("test_what_drowns_is_warned_of", "test_a_delta_below_the_last_bit_is_warned_of"),
+    ),
+    Report(
+        "tensors are decoded in another type than their own",
+        "paiml/aprender #2189",
+        (
+            "test_each_tensor_keeps_its_own_dtype",
+            "V207-one_lambda_is_of_16_bits",
+            "V305-values_are_huge",
+        ),
+    ),
+    Report(
+        "merged weights are not the base's plus the delta, rounded once",
+        "huggingface/peft #1388, unslothai/unsloth #3091, QwenLM/Qwen #1168",
+        ("test_a_merge_is_what_peft_merged", "test_a_model_that_is_merged_again_is_found"),
+    ),
+    Report(
+        "a value that is no number is merged, or found when weights have changed already",
+        "huggingface/peft #3682, #3689, #3705, #3710",
+        (
+            "test_a_trained_value_that_is_not_finite_is_named",
+            "V301-a_lambda_is_no_number",
+            "lambda_b_ends_in_a_signalling_nan",
+            "a_saved_head_holds_nan",
+        ),
+    ),
+    Report(
+        "a change of the head changes the embedding that is tied to it",
+        "huggingface/peft #2018, #2244, ggml-org/llama.cpp #9065",
+        ("test_a_tied_head_is_refused", "test_a_tied_head_is_untied"),
+    ),
+    Report(
+        "a trained head is lost, or one that nobody declared is taken",
+        "huggingface/peft #2502, sentence-transformers #3980",
+        (
+            "test_a_head_replaces_the_base_s",
+            "V222-a_tasks_head_is_gone",
+            "V221-a_norm_is_smuggled_in",
+        ),
+    ),
+    Report(
+        "trained biases are dropped, or added where they replace",
+        "huggingface/peft #3306",
+        ("V223-trained_biases_are_gone", "test_trained_biases_replace_and_do_not_add"),
+    ),
+    Report(
+        "a variant with a third vector is merged as if it were plain VeRA",
+        "TonAnh/VeRA-plus, its layer",
+        ("V219-a_third_lambda", "V101-config_is_of_vera_plus"),
+    ),
+    # --- the config ---
+    Report(
+        "a config of a newer release has fields that an older one dies of",
+        "huggingface/peft #2275, oobabooga/textgen #6819, modelscope/ms-swift #3141",
+        (
+            "V110-config_has_a_new_field",
+            "hundreds_of_fields_are_unknown",
+            "test_metadata_and_unknown_fields_pass_through",
+        ),
+    ),
+    Report(
+        "a model's config, or one without a method, ends in a KeyError",
+        "huggingface/peft #1661, #662, #1168",
+        (
+            "V101-config_is_of_a_model",
+            "V101-peft_type_is_null",
+            "V101-peft_type_is_a_number",
+            "config_is_an_empty_object",
+        ),
+    ),
+    Report(
+        "a seed is described as a switch, so that true or text stands there",
+        "modelscope/ms-swift, its parameters",
+        (
+            "V105-key_is_true",
+            "V105-key_is_large",
+            "key_is_text",
+            "key_is_fractional",
+            "test_a_negative_key_comes_back",
+        ),
+    ),
+    Report(
+        "a target matches in some layers only, and nobody is told",
+        "huggingface/peft #3658, #1024, #3610",
+        ("V226-a_target_is_missing_in_one_layer", "test_a_target_in_some_layers_only_is_told"),
+    ),
+    Report(
+        "one revision is taken for the adapter and for its base",
+        "huggingface/peft #1567, huggingface/transformers #29849",
+        (
+            "test_adapters_and_the_base_they_name_come_from_the_hub",
+            "test_two_revisions_clash",
+            "revision_is_a_path",
+        ),
+    ),
+    # --- tokenizers and side files ---
+    Report(
+        "files beside the weights are missing after a merge, or written anew",
+        "arcee-ai/mergekit #275, modelscope/ms-swift #566",
+        ("test_side_files_are_carried_byte_for_byte", "code_lies_in_the_base"),
+    ),
+    Report(
+        "new tokens have no row in the merged embedding",
+        "hiyouga/LlamaFactory #4408, unslothai/unsloth #3428",
+        (
+            "test_a_token_without_a_row_is_refused_with_both_numbers",
+            "a_token_has_five_thousand_digits",
+        ),
+    ),
+    Report(
+        "an embedding of another height than the base's fails in the middle",
+        "axolotl #2277, hiyouga/LlamaFactory #3125, allenai/open-instruct #124, #142",
+        ("test_an_embedding_of_another_height_is_refused_with_both",),
+    ),
+    Report(
+        "an adapter in the base's folder is attached to the merged model",
+        "huggingface/transformers #43746, #43781",
+        ("test_an_adapter_in_the_base_s_folder_is_left_out",),
+    ),
+    Report(
+        "what is called merged holds an adapter, or the other way round",
+        "a repo of the Hub called merged_model",
+        (
+            "V016-folder_is_a_models",
+            "V014-weights_are_a_models",
+            "V015-weights_are_called_as_a_models",
+            "test_everything_can_be_checked",
+        ),
+    ),
+    # --- shards ---
+    Report(
+        "shards come without their index",
+        "unslothai/unsloth #2355",
+        ("test_shards_can_be_made_anew", "test_an_index_that_does_not_agree_is_refused"),
+    ),
+    Report(
+        "stray weights beside the shards are loaded or merged as well",
+        "unslothai/unsloth-zoo #808, Blaizzy/mlx-vlm #1464, #1827",
+        ("stray_weights_lie_in_the_base", "test_a_stray_file_is_reported_and_not_read"),
+    ),
+    Report(
+        "the index names shards that are not there, and random values take their place",
+        "sgl-project/sglang #32279, Neph0s/CoSER #3",
+        (
+            "test_a_shard_that_is_missing_is_refused",
+            "index_names_a_file_that_is_not_there",
+            "index_names_a_tensor_of_no_shard",
+        ),
+    ),
+    Report(
+        "the index gives a number of tensors where the bytes are meant",
+        "axolotl, its merge of LoRA",
+        ("test_a_wrong_total_size_is_put_right", "index_has_a_size_that_is_text"),
+    ),
+    # --- the Hub and paths ---
+    Report(
+        "the network is asked though it was forbidden",
+        "huggingface/peft #1452, #867, huggingface/transformers #31700",
+        ("test_offline_no_socket_is_opened", "test_what_was_merged_once_is_merged_offline"),
+    ),
+    Report(
+        "a token reaches the adapter's repo and not the base's, or a log",
+        "huggingface/trl #1825, huggingface/transformers #26488, #25649",
+        ("test_the_same_token_goes_to_adapter_and_base", "test_a_token_is_never_printed"),
+    ),
+    Report(
+        "the base is called by a path of one machine",
+        "huggingface/transformers #33922, #32212, huggingface/peft #938",
+        (
+            "V120-base_is_a_path",
+            "V120-base_is_a_path_of_windows",
+            "test_a_folder_is_no_base_that_others_could_find",
+        ),
+    ),
+    Report(
+        "of pickled and other weights the wrong ones are loaded",
+        "predibase/lorax #51, huggingface/peft #546, huggingface/text-generation-inference #1333",
+        ("V012-weights_are_pickled", "V013-pickled_weights_lie_beside"),
+    ),
+    # --- memory and disk ---
+    Report(
+        "a merge takes as much memory as the model",
+        "huggingface/peft #1939, #2065, hiyouga/LlamaFactory #4711, modelscope/ms-swift #4963",
+        ("test_memory_does_not_grow_with_the_model",),
+    ),
+    Report(
+        "the disk is full half way, and that is called a success",
+        "unslothai/unsloth #732, #534, #1122",
+        (
+            "test_space_is_looked_at_before_anything_is_written",
+            "test_a_full_disk_is_no_reason_to_try_otherwise",
+            "a_side_file_claims_more_than_any_disk",
+        ),
+    ),
+    # --- quantised bases ---
+    Report(
+        "the scales of a quantised base are left out of account",
+        "unslothai/unsloth #4919, unslothai/unsloth-zoo #803",
+        (
+            "test_without_the_option_it_is_refused_and_nothing_is_written",
+            "test_a_merge_is_that_of_the_16_bit_model",
+            "base_config_is_quantised_in_an_odd_way",
+        ),
+    ),
+    # --- A and B ---
+    Report(
+        "B has fewer rows than a layer has outputs",
+        "huggingface/peft #1816, #1954, #1921",
+        ("V210-vera_b_is_short", "test_a_layer_wider_than_b_is_named_with_both_sizes"),
+    ),
+    Report(
+        "the same seed gives other bits on another processor",
+        "pytorch #155423, #155552, #148247",
+        ("test_recognises_every_variant_and_rounding", "test_one_flipped_bit_is_enough"),
+    ),
+    Report(
+        "A and B were drawn on a GPU, whose generator depends on the card",
+        "pytorch #196613, #158398, #97097",
+        ("V401-projections_are_random", "test_foreign_projections_are_never_stripped"),
+    ),
+    Report(
+        "nothing says how A and B were drawn, and they were not drawn from the seed",
+        "mindspore-lab/mindnlp, its VeRA",
+        ("nobody_says_who_dropped_the_projections",),
+    ),
+    Report(
+        "a save under ZeRO-3 holds no values",
+        "huggingface/peft #2892, #2500, #2450, huggingface/trl #4416, DeepSpeed #7900",
+        (
+            "V201-all_tensors_are_gone",
+            "V205-lambda_b_is_empty",
+            "V205-a_saved_head_is_empty",
+        ),
+    ),
+    Report(
+        "the shared matrices are stored with every layer",
+        "huggingface/peft #3709, #3714",
+        (
+            "V213-projections_are_repeated",
+            "V214-a_layer_has_projections_of_its_own",
+            "test_repeated_projections_are_all_dropped",
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def known() -> frozenset[str]:
+    """The names of every hostile case and of every test."""
+    sources = (path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
+    tests = {
+        name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    }
+    return frozenset(tests | {case.name for case in CASES})
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.kind)
+def test_what_was_reported_is_seen_by_a_test(report: Report, known: frozenset[str]) -> None:
+    assert report.seen
+    assert known >= {*report.seen}
