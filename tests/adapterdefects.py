@@ -774,7 +774,9 @@ register(
 register(
     "V414",
     {
-        "projections_are_seen_to_be_random": added({A: np.ones((RANK, HIDDEN), np.float32)}),
+        "projections_are_seen_to_be_random": tensors(
+            lambda stored: {**stored, A: stored[A] + 1, B: stored[B] + 1}
+        ),
         "projections_are_seen_to_be_of_another_key": drawn(key=KEY + 1),
         "projections_are_seen_to_be_of_another_width": drawn(width=HIDDEN + 1, kept=HIDDEN),
     },
@@ -836,4 +838,23 @@ register(
         dtypes={"self_attn": "int8"},
         config={"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}},
     ),
+)
+
+
+def _with_a_bit_flipped(stored: Tensors) -> Tensors:
+    stored[B].view(np.uint32)[3, 2] ^= 1
+    return stored
+
+
+register(
+    "V420",
+    {"a_bit_of_the_projections_is_flipped": _with_a_bit_flipped},
+    tensors,
+    by=validating(),
+)
+register(
+    "V231",
+    {"an_embedding_is_stored": {"base_model.model.model.embed_tokens.weight": _zeros(32, 16)}},
+    added,
+    by=validating(),
 )

@@ -172,7 +172,8 @@ ADAPTER_BELOW = Rule(
     ERROR,
     "the adapter lies in a subfolder",
     "PEFT puts every adapter that is not called default into a subfolder of its name.",
-    "Pass the subfolder, or copy its files to where they are looked for.",
+    "Pass the subfolder, or copy its files to where they are looked for; `vera-convert validate "
+    "--recursive` checks all that lie below.",
 )
 TRAINING_STATE = Rule(
     "V018",
@@ -555,7 +556,7 @@ LAMBDA_D_LENGTH = Rule(
     ERROR,
     "lambda_d does not have r values",
     "PEFT refuses the file: the rank of the config and the rank of the tensors differ.",
-    "Set r in adapter_config.json to the rank that was trained.",
+    "If all layers have another rank in common, set r to it; else save the adapter again.",
 )
 EMPTY_TENSOR = Rule(
     "V205",
@@ -733,6 +734,13 @@ TARGET_NOT_STORED = Rule(
     "a target of the config has no vectors in the file",
     "If the base has such layers, PEFT adapts them with the initial vectors, which add nothing.",
     "Remove the name from target_modules, or save the adapter again if it was trained.",
+)
+EMBEDDING_UNDECLARED = Rule(
+    "V231",
+    NOTE,
+    "the adapter replaces an embedding or a head that its config does not name",
+    "So PEFT saves them where the vocabulary was resized; on load they overwrite the base's own.",
+    "Nothing need be done if the vocabulary was resized; else remove the tensor.",
 )
 
 # --- V3: values ----------------------------------------------------------------------------------
@@ -918,6 +926,14 @@ REDRAWN_OTHERWISE = Rule(
     "PEFT would draw other projections than those that were dropped",
     "The fingerprint tells which they were, but PEFT does not read it.",
     "Restore them with `vera-convert embed` and load the result with PEFT 0.21 or later.",
+)
+PROJECTIONS_DAMAGED = Rule(
+    "V420",
+    ERROR,
+    "the stored projections are a draw of which some values are others",
+    "Nobody changes a few of millions of random values: a copy, a disk or a program did.",
+    "Copy the adapter again. Where no other copy is left, `vera-convert migrate --to embedded "
+    "--projections key --base MODEL` puts the key's own draw in their place.",
 )
 
 # --- V5: base ------------------------------------------------------------------------------------

@@ -328,8 +328,9 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tupl
     name = "projection_prng_key"
     key = document.get(name, 0)
     if not isinstance(key, int) or isinstance(key, bool):
-        shown = printable(json.dumps(key))
-        yield name, KEY_INVALID.at(place, f"{name} is {shown}, {_json_kind(key)}.")
+        shown, kind = printable(json.dumps(key)), _json_kind(key)
+        said = shown if shown == kind else f"{shown}, {kind}"
+        yield name, KEY_INVALID.at(place, f"{name} is {said}.")
     elif key not in KEY_RANGE:
         yield name, KEY_INVALID.at(place, f"{name} is {key}.")
 

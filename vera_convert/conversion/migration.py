@@ -17,7 +17,7 @@ from vera_convert.adapter.values import refuse_values
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
-from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.proof import other_dims, refuse_damage
 from vera_convert.conversion.strip_embed import (
     Conversion,
     content_of,
@@ -230,6 +230,8 @@ def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
     on_base = learn(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
     adapter, change = _cut(adapter, on_base)
     if wishes.to is Mode.ASIS:
+        if adapter.projections is not None:
+            refuse_damage(adapter, adapter.projections)
         findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))
         converted = replace(as_it_is(adapter), findings=findings)
     elif wishes.to is Mode.EMBEDDED:

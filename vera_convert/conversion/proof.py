@@ -9,7 +9,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.tensors import A_NAME, StoredProjections
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, as_cast, check_size, usual_draw
-from vera_convert.draws.recognition import Draw, difference, recognise
+from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     NOT_A_DRAW,
@@ -17,6 +17,7 @@ from vera_convert.rules import (
     OTHER_KEY,
     PROJECTION_TYPES_DIFFER,
     PROJECTIONS_CONTRADICT,
+    PROJECTIONS_DAMAGED,
     ROUNDING_UNPROVEN,
     UNPROVEN_ROWS,
     Finding,
@@ -47,6 +48,31 @@ def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Dra
         reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
         raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
     return drawn
+
+
+def damage(recognition: Recognition, values: int, *, place: str) -> Finding | None:
+    """Return the finding that stored projections are a draw but for some values.
+
+    Args:
+        recognition: what they turned out to be.
+        values: how many values A and B have.
+        place: for messages.
+    """
+    found = recognition.difference
+    # More than a few can have been meant: A stored in 16 bits, and B in 32.
+    if recognition.draw is not None or found is None or 16 * found.count > values:
+        return None
+    reason = f"they are {recognition.nearest.description}, but {found.description}."
+    return PROJECTIONS_DAMAGED.at(place, reason)
+
+
+def refuse_damage(adapter: Adapter, stored: StoredProjections) -> None:
+    """Raise `CheckpointError` if stored projections that are to be used or kept are damaged."""
+    A, B = stored.A.array(), stored.B.array()
+    recognition = recognise(A, B, key=adapter.config.projection_prng_key)
+    finding = damage(recognition, A.size + B.size, place=adapter.place)
+    if finding is not None:
+        raise CheckpointError(finding)
 
 
 def is_undecided(adapter: Adapter, meant: Meant) -> bool:

@@ -80,7 +80,7 @@ def _of_many(file: TensorFile, group: list[TensorInfo]) -> dict[str, Extent]:
     width = NUMPY_DTYPE[group[0].dtype].itemsize
     starts = np.array([(info.start - group[0].start) // width for info in group])
     largest, least = np.maximum.reduceat(values, starts), np.minimum.reduceat(values, starts)
-    magnitude = np.maximum(largest, -least)
+    magnitude = np.maximum(np.abs(largest), np.abs(least))
     finite = np.isfinite(magnitude)
     records = map(Extent, magnitude.tolist(), (largest == least).tolist())
     found = dict(zip((info.name for info in group), records, strict=True))
@@ -100,7 +100,7 @@ def _of_one(file: TensorFile, info: TensorInfo) -> Extent:
             not_finite = (start - info.start) // width + int(np.argmin(np.isfinite(values)))
         # NumPy's, since Python's own lose a NaN.
         largest, least = float(np.maximum(largest, high)), float(np.minimum(least, low))
-    magnitude = math.nan if not_finite is not None else max(largest, -least)
+    magnitude = math.nan if not_finite is not None else max(abs(largest), abs(least))
     return Extent(magnitude, largest == least, not_finite)
 
 

@@ -17,6 +17,7 @@ WIDTH = 100
 """Columns of a text that is not for a terminal."""
 
 _STYLES = {"error": "1;31", "warning": "1;33", "note": "36", "good": "32", "name": "1"}
+_MOST_PLACES = 5
 _INDENT = " " * 11  # below a finding's title, beyond its severity
 _KEPT_WHOLE = re.compile(r'`[^`]*`|python -c ".*"')
 _COMMAND_OF_A_LOG = re.compile(r"(?m)^(\s*):(?=:)")
@@ -66,7 +67,7 @@ def validation_text(result: Validation, *, colour: bool = False, width: int = WI
     parts = [
         _block(checked, paint, width, alone=not many)
         for checked in result.adapters
-        if not many or checked.findings or checked.failure
+        if not many or _style(checked) != "good"
     ]
     if many:
         parts += [_table(result, paint), "\n".join(_in_common(result, width))]
@@ -82,6 +83,8 @@ def verdict(checked: Checked) -> str:
     counts = _counts(checked.findings)
     if checked.failure is not None:
         return f"{counts}, not all read" if counts else "not read"
+    if checked.has_hidden_errors:
+        return f"{counts or 'nothing'} selected, other errors"
     good = [] if _worst(checked) in (Severity.ERROR, Severity.WARNING) else ["good"]
     return ", ".join(filter(None, [*good, counts]))
 
@@ -130,8 +133,10 @@ def _rule_lines(
     title, *more = wrapped(rule.title, width, first=indent, indent=indent)
     yield head + title.lstrip()
     yield from more
-    for place, said in _places(checked, findings):
+    for place, said in _places(checked, findings[:_MOST_PLACES]):
         yield from wrapped(f"{place}{said}", width, first=_INDENT, indent=f"{_INDENT}  ")
+    if findings[_MOST_PLACES:]:
+        yield f"{_INDENT}and {len(findings) - _MOST_PLACES:,} more (--json lists all)"
     yield from wrapped(f"Remedy: {rule.remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
 
 

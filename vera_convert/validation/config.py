@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.tensors import SavedModules, replaced_name
 from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.reponame import is_repo_id
 from vera_convert.rules import (
     BASE_IS_PATH,
     BASE_UNNAMED,
+    EMBEDDING_UNDECLARED,
     FIELD_BY_VERSION,
     REVISION_MISSING,
     Finding,
@@ -49,3 +52,21 @@ def _by_version(config: VeraConfig) -> Iterator[str]:
         )
     if config.bias not in ("none", "all", "vera_only"):
         yield f"bias is {printable(config.bias)}; PEFT before 0.18 knows none, all and vera_only."
+
+
+def undeclared_embeddings(
+    config: VeraConfig, replacements: Iterable[TensorData]
+) -> Iterator[Finding]:
+    """Yield a note for each embedding or head that PEFT saved by itself: it overwrites the base's.
+
+    Args:
+        config: the config.
+        replacements: the tensors that replace the base's.
+    """
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    saved = SavedModules((*(config.modules_to_save or ()), *implied))
+    for tensor in replacements:
+        module, _, parameter = replaced_name(tensor.name).rpartition(".")
+        if parameter == "weight" and not saved.of(module):
+            reason = f"it replaces {printable(replaced_name(tensor.name))} of the base model."
+            yield EMBEDDING_UNDECLARED.at(printable(tensor.name), reason)

@@ -43,4 +43,5 @@ def _training_states(names: Iterable[str], place: str) -> Iterator[Finding]:
     if states:
         more = f" and {len(states) - 3} more" if states[3:] else ""
         shown = ", ".join(map(printable, states[:3]))
-        yield TRAINING_STATE.at(place, f"there are {shown}{more}.")
+        are = "are" if states[1:] else "is"
+        yield TRAINING_STATE.at(place, f"there {are} {shown}{more}.")

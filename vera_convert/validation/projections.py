@@ -13,6 +13,7 @@ from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import as_cast
+from vera_convert.conversion.proof import damage
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
 from vera_convert.rules import (
@@ -53,12 +54,20 @@ def stored_findings(
         tallest: the length of the longest lambda_b.
     """
     width, height = pair.A.shape[1], pair.B.shape[0]
-    if on_base.out_features is None and height > tallest:
+    damaged = damage(pair.recognition, pair.A.size + pair.B.size, place=WEIGHTS_NAME)
+    if damaged is not None:
+        yield damaged
+    elif on_base.out_features is None and height > tallest:
         reason = f"vera_B has {height} rows, the longest lambda_b {tallest} values."
         yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
     elif not on_base.fits(width, height):
         reason = f"they are for {width} inputs and {height} outputs; {on_base.dims_text}."
         yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
+    else:
+        yield from _held_against_the_key(config, pair, on_base)
+
+
+def _held_against_the_key(config: VeraConfig, pair: Pair, on_base: OnBase) -> Iterator[Finding]:
     reason = _why_other(config, pair, on_base)
     if reason and config.save_projection:
         yield PROJECTIONS_IGNORED.at(WEIGHTS_NAME, reason)
@@ -79,7 +88,10 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
         found = pair.recognition.difference
         return f"they are no draw of key {key}{f': {found.description}' if found else ''}."
     if not draw.has_key(key):
-        return f"they are the draw of key {draw.key}; the config says {key}."
+        return (
+            f"they are the draw of key {draw.key}; the config says {key}. With "
+            f"projection_prng_key {draw.key} every PEFT would use them."
+        )
     expected = _usual(config, draw, on_base, (pair.A.shape[1], pair.B.shape[0]))
     if expected == draw:
         return ""

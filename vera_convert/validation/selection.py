@@ -79,7 +79,7 @@ def _settings(table: dict[str, Any], place: str) -> Settings:
     for name, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(code, str) for code in value):
             raise UsageError(f"{place}: {name} has to be a list of codes.")
-        check_codes(value)
+        check_codes(value, place=place)
     fail_on = table.get("fail-on")
     if fail_on not in (None, "error", "warning"):
         raise UsageError(f"{place}: fail-on has to be error or warning.")
@@ -87,15 +87,16 @@ def _settings(table: dict[str, Any], place: str) -> Settings:
     return Settings(tuple(lists["select"]), tuple(lists["ignore"]), severity)
 
 
-def check_codes(codes: Iterable[str]) -> None:
+def check_codes(codes: Iterable[str], *, place: str = "") -> None:
     """Raise `UsageError` for what is neither a code nor the beginning of one."""
+    before = f"{place}: " if place else ""
     for code in codes:
         if not code or not any(known.startswith(code) for known in CATALOGUE):
-            near = get_close_matches(code, CATALOGUE, 1)
+            near = get_close_matches(code, CATALOGUE, 1) if len(code) > 3 else []
             hint = f" Was {near[0]} meant?" if near else ""
             raise UsageError(
-                f'"{printable(code)}" is no code; --rules lists them, and V2 means all that begin '
-                f"so.{hint}"
+                f'{before}"{printable(code)}" is no code; --rules lists them, and V2 means all '
+                f"that begin so.{hint}"
             )
 
 

@@ -28,7 +28,7 @@ from vera_convert.adapter.tensors import (
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in, wish_of
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
-from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.extents import extents
 from vera_convert.files.reading import ByteSource, printable
 from vera_convert.hub.lookup import (
@@ -41,7 +41,7 @@ from vera_convert.hub.lookup import (
 )
 from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.rules import FILE_UNREADABLE, LAYERS_UNEVEN, Finding, Severity
-from vera_convert.validation.config import config_findings
+from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.projections import recognised, stored_findings, stripped_findings
 from vera_convert.validation.selection import check_codes, selected
@@ -57,7 +57,7 @@ _REMOTE = Path(os.devnull, "on-the-hub")
 
 
 def validate(
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path] | str | Path,
     *,
     base: BaseWish | str | Path | None = None,
     recursive: bool = False,
@@ -71,8 +71,8 @@ def validate(
     """Find everything that is wrong with adapters; nothing is written and no base is guessed.
 
     Args:
-        adapters: folders, files of an adapter (which stand for their folder), or repos on the Hub,
-            of which only config and header are read.
+        adapters: one or several: folders, files of an adapter (which stand for their folder), or
+            repos on the Hub, of which only config and header are read.
         base: the model to hold them against, by its headers; None holds them against none.
         recursive: search the folders for adapters.
         deep: fetch the weights of repos too, and draw what a fingerprint promises.
@@ -86,6 +86,11 @@ def validate(
         UsageError: an unknown code, or a name that can be no adapter's.
         SurroundingsError: the base cannot be had, or there is no adapter in a searched folder.
     """
+    if isinstance(adapters, str | Path):
+        adapters = [adapters]
+    if isinstance(select, str) or isinstance(ignore, str):
+        raise UsageError("select and ignore are lists of codes, not texts.")
+    fail_on = Severity(fail_on)
     check_codes((*select, *ignore))
     access, wish = access or HubAccess(), wish_of(base)
     learn: Learn | None = None
@@ -99,11 +104,16 @@ def validate(
         else _checked(named, wish, learn, access, deep=deep, revision=revision)
         for named in _named(adapters, recursive=recursive)
     ]
-    chosen = (
-        replace(one, findings=selected(one.findings, select=select, ignore=ignore))
-        for one in checked
-    )
-    return Validation(tuple(chosen), fail_on)
+    return Validation(tuple(_chosen(one, select, ignore) for one in checked), fail_on)
+
+
+def _chosen(checked: Checked, select: Sequence[str], ignore: Sequence[str]) -> Checked:
+    """Return an adapter with the findings that count; that others are errors is told."""
+    kept = selected(checked.findings, select=select, ignore=ignore)
+    hidden = {f.code for f in checked.findings if f not in kept and f.severity is Severity.ERROR}
+    said = f"errors that are not selected: {', '.join(sorted(hidden))}."
+    not_checked = (*checked.not_checked, said) if hidden else checked.not_checked
+    return replace(checked, findings=kept, not_checked=not_checked, has_hidden_errors=bool(hidden))
 
 
 # --- which adapters ------------------------------------------------------------------------------
@@ -267,6 +277,8 @@ def _check(
         told.step("the files beside the weights", lambda: folder_findings(folder))
     if config is not None:
         told.step("the config", lambda: config_findings(config, examined.unsound))
+        if examined.sorted is not None:
+            told.findings += undeclared_embeddings(config, examined.sorted.replacements)
         if examined.unsound.isdisjoint(TARGET_FIELDS):
             told.step(
                 "the targets",
@@ -297,6 +309,7 @@ def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Tol
     known = OnBase() if wish.dtype is None else loaded_in(OnBase(), wish.dtype)
     adapter = examined.adapter
     if learn is None:
+        told.not_checked.append("whether it fits a base: --base MODEL tells.")
         return known
     if adapter is None:
         told.not_checked.append("the base: mend the errors first.")

@@ -25,7 +25,8 @@ class Checked:
         base: the base that it was held against; empty if there was none.
         not_checked: what could not be looked at, and why; one sentence each.
         bytes_read: what was read of a repo on the Hub; None for a folder.
-        failure: why it could not be read at all; its findings are empty then.
+        failure: why something of it could not be read: all of it, if there are no findings.
+        has_hidden_errors: whether errors were found that are not selected.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Checked:
     not_checked: tuple[str, ...] = ()
     bytes_read: int | None = None
     failure: VeraConvertError | None = None
+    has_hidden_errors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class Validation:
     def count(self, severity: Severity) -> int:
         """Return how many findings have this severity."""
         return Counter(finding.severity for finding in self.findings)[severity]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was read and nothing found that fails the call."""
+        return self.status == 0
 
     @property
     def status(self) -> int:
