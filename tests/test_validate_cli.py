@@ -102,8 +102,13 @@ def test_formats_for_ci(run: Run, bad: Path) -> None:
     assert annotated.count("::error file=bad/adapter_model.safetensors,title=V218 ") == 2
 
 
-def test_quiet_prints_only_what_was_asked_for_by_name(run: Run, bad: Path) -> None:
-    assert run("validate", bad, "--quiet") == Ended(1, "", "")
+def test_quiet_prints_errors_and_warnings_alone(run: Run, good: Path, bad: Path) -> None:
+    ended = run("validate", bad, "--quiet")
+    assert (ended.status, ended.out) == (1, "")
+    lines = ended.err.splitlines()
+    assert [line.split()[2] for line in lines] == [c for c in BAD_CODES if c != "V122"]
+    assert all(line.startswith(("error: ", "warning: ")) for line in lines)
+    assert run("validate", good, "--quiet") == Ended(0, "", "")
     assert codes(run("validate", bad, "--quiet", "--json")) == BAD_CODES
 
 
@@ -225,7 +230,7 @@ def test_a_report_may_lie_in_a_tree_that_is_searched(run: Run, bad: Path) -> Non
         ("bad/adapter_config.json", 2, "lies inside the input bad"),
         ("good", 2, "no regular file"),
         ("link", 2, "no regular file"),
-        ("gone/report", 3, "does not exist"),
+        ("gone/report", 3, "no folder to put the report into"),
     ],
 )
 def test_a_report_goes_nowhere_else(

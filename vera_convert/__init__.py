@@ -1,8 +1,8 @@
-"""Read, strip, embed, migrate and count VeRA adapters of PEFT, exactly and without PyTorch.
+"""Validate, strip, embed, migrate, merge and verify VeRA adapters of PEFT, exactly.
 
     read ──► understand ──► transform ──► publish ──► report
-    files    adapter        projections   publish     summary, formats
-    header   onbase         repairs                   cli
+    files/   adapter/       conversion/   publish/    formats/
+    hub/     base/          merging/                  cli
 
 There is one function for each command. Their modules load when one is first used, so that
 ``import vera_convert`` costs next to nothing.

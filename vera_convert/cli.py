@@ -270,7 +270,7 @@ def _base_wish(options: Mapping[str, Any]) -> BaseWish:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vera-convert", message="%(prog)s %(version)s")
 def program() -> None:
-    """Check, strip, embed and convert VeRA adapters, bit for bit and without PyTorch."""
+    """Validate, strip, embed, migrate, merge and verify VeRA adapters, bit for bit."""
 
 
 @program.command()
@@ -396,7 +396,12 @@ def _report(result: Validation, options: Mapping[str, Any]) -> None:
         _print_document(validation_document(result))
     elif form != "text":
         _say(_rendered(result, form))
-    elif not options["quiet"]:
+    elif options["quiet"]:
+        for checked in result.adapters:
+            for finding in checked.findings:
+                if finding.severity != "note":
+                    _say(f"{finding.severity}: {checked.label}: {finding}", err=True)
+    else:
         _say(validation_text(result, colour=_in_colour(), width=_columns()))
 
 
@@ -424,6 +429,10 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
     from vera_convert.publish.publishing import staged_file
 
     shown = printable(str(out))
+    if shown == "-":
+        raise UsageError("leave --output out: without it the report goes to stdout.")
+    if not out.absolute().parent.is_dir():
+        raise SurroundingsError(f"{shown}: there is no folder to put the report into.")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
         raise UsageError(f"{shown} is no regular file, so no report is put in its place.")
     inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
@@ -469,8 +478,9 @@ def _show_rules(adapters: tuple[str, ...], options: Mapping[str, Any]) -> None:
         raise UsageError("--rules and --explain each stand alone, without an ADAPTER.")
     if options["form"] not in (None, "text", "json") or options["output"] is not None:
         raise UsageError("--rules and --explain print text, or JSON with --json, to stdout.")
-    codes = options["explain"] or ("",)
-    if options["explain"]:
+    selected = tuple(code for codes in options["select"] for code in codes)
+    codes = options["explain"] or selected or ("",)
+    if codes != ("",):
         check_codes(codes)
     rules = [rule for rule in CATALOGUE.values() if rule.code.startswith(codes)]
     if options["as_json"] or options["form"] == "json":

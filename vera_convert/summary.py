@@ -236,7 +236,9 @@ def _effects(adapter: Adapter, draw: Draw | None, on_base: OnBase) -> tuple[Effe
     redrawn: tuple[str, ...] | None = None
     if origin is not None:
         redrawn = ()
-        if draw and replace(draw, rounding=Rounding.NONE) == usual_draw(adapter, on_base, origin):
+        dims = origin.in_features, origin.out_features
+        usual = usual_draw(adapter.config, on_base, *dims)
+        if draw and replace(draw, rounding=Rounding.NONE) == usual:
             redrawn = tuple(
                 dtype for dtype, rounding in LOAD_DTYPES.items() if draw.rounding is rounding
             )

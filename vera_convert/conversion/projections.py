@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.fingerprint import Fingerprint
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.tensors import A_NAME, B_NAME, MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.onbase import OnBase
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded
@@ -62,17 +62,21 @@ def as_cast(variant: Variant, rounding: Rounding) -> Rounding:
     return Rounding.NONE if rounding in exact[variant.dtype.name] else rounding
 
 
-def usual_draw(adapter: Adapter, on_base: OnBase, stored: StoredProjections | Fingerprint) -> Draw:
+def usual_draw(config: VeraConfig, on_base: OnBase, in_features: int, out_features: int) -> Draw:
     """Return what PEFT draws on nearly every machine, not rounded yet.
 
-    Its dims are those of the base where they are known, else those that are stored or recorded.
+    Args:
+        config: the adapter's.
+        on_base: what is known of the base, whose dims count.
+        in_features: columns of the stored or recorded A, which count where no base is known.
+        out_features: rows of B, likewise.
     """
     return Draw(
         Variant.FLOAT32_FUSED,
-        adapter.config.projection_prng_key,
-        adapter.config.r,
-        on_base.in_features or stored.in_features,
-        on_base.out_features or stored.out_features,
+        config.projection_prng_key,
+        config.r,
+        on_base.in_features or in_features,
+        on_base.out_features or out_features,
     )
 
 
@@ -89,7 +93,7 @@ def as_meant(adapter: Adapter, on_base: OnBase, meant: Meant) -> Adapter:
     if stored is None or meant is not Meant.KEY:
         return adapter
     A, B = stored.A.array(), stored.B.array()
-    drawn = usual_draw(adapter, on_base, stored)
+    drawn = usual_draw(adapter.config, on_base, stored.in_features, stored.out_features)
     if on_base.rounding is not None:
         drawn = replace(drawn, rounding=as_cast(drawn.variant, on_base.rounding))
     else:

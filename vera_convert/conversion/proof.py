@@ -112,7 +112,7 @@ def change_by_redrawing(
     adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: OnBase
 ) -> str | None:
     """Say how what PEFT will draw differs from what is stored, or None if it need not."""
-    usual = usual_draw(adapter, on_base, stored)
+    usual = usual_draw(adapter.config, on_base, stored.in_features, stored.out_features)
     possible = on_base.roundings or (drawn.rounding,)
     if on_base.rounding is not None:
         possible = (on_base.rounding,)

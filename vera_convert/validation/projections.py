@@ -12,9 +12,9 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.onbase import OnBase
-from vera_convert.conversion.projections import as_cast
+from vera_convert.conversion.projections import as_cast, usual_draw
 from vera_convert.conversion.proof import damage
-from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
 from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
@@ -92,7 +92,7 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
             f"they are the draw of key {draw.key}; the config says {key}. With "
             f"projection_prng_key {draw.key} every PEFT would use them."
         )
-    expected = _usual(config, draw, on_base, (pair.A.shape[1], pair.B.shape[0]))
+    expected = _as_drawn(config, draw, on_base, (pair.A.shape[1], pair.B.shape[0]))
     if expected == draw:
         return ""
     same_dims = (expected.in_features, expected.out_features) == (
@@ -104,22 +104,15 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
     return f"stored is {draw.description}; PEFT draws {expected.description}."
 
 
-def _usual(
+def _as_drawn(
     config: VeraConfig, found: Draw | Fingerprint, on_base: OnBase, dims: tuple[int, int]
 ) -> Draw:
-    """Return what PEFT draws on nearly every machine, on this base or on one that fits."""
-    variant = Variant.FLOAT32_FUSED
+    """Return what PEFT draws, rounded as the base rounds it, or as `found` is without a base."""
+    usual = usual_draw(config, on_base, *dims)
     rounding = found.rounding
     if on_base.rounding is not None:
-        rounding = as_cast(variant, on_base.rounding)
-    return Draw(
-        variant,
-        config.projection_prng_key,
-        config.r,
-        on_base.in_features or dims[0],
-        on_base.out_features or dims[1],
-        rounding,
-    )
+        rounding = as_cast(usual.variant, on_base.rounding)
+    return replace(usual, rounding=rounding)
 
 
 def stripped_findings(
@@ -144,7 +137,7 @@ def stripped_findings(
         reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {on_base.dims_text}."
         yield FINGERPRINT_DISAGREES.at(WEIGHTS_NAME, reason)
         return
-    dropped, expected = fingerprint.draw, _usual(config, fingerprint, on_base, dims)
+    dropped, expected = fingerprint.draw, _as_drawn(config, fingerprint, on_base, dims)
     if replace(dropped, key=expected.key) != expected:
         reason = f"dropped was {dropped.description}; PEFT draws {expected.description}."
         yield REDRAWN_OTHERWISE.at(WEIGHTS_NAME, reason)

@@ -110,7 +110,7 @@ def validate(
 def _chosen(checked: Checked, select: Sequence[str], ignore: Sequence[str]) -> Checked:
     """Return an adapter with the findings that count; that others are errors is told."""
     kept = selected(checked.findings, select=select, ignore=ignore)
-    hidden = {f.code for f in checked.findings if f not in kept and f.severity is Severity.ERROR}
+    hidden = {f.code for f in {*checked.findings}.difference(kept) if f.severity is Severity.ERROR}
     said = f"errors that are not selected: {', '.join(sorted(hidden))}."
     not_checked = (*checked.not_checked, said) if hidden else checked.not_checked
     return replace(checked, findings=kept, not_checked=not_checked, has_hidden_errors=bool(hidden))
