@@ -17,7 +17,6 @@ from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertE
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local, printable
 from vera_convert.files.tensorfile import TensorData, write_tensors
-from vera_convert.publish.publishing import staged_folder
 
 DEEPEST = 100
 """How deep folders are followed; a checkpoint has two or three levels."""
@@ -217,6 +216,8 @@ def publish_adapter(
         UsageError: OUT exists and may not be replaced, or overlaps an input.
         SurroundingsError: the disk fails, or the input changed while it was read.
     """
+    from vera_convert.publish.publishing import staged_folder  # not for those who only read
+
     with staged_folder(out, force=force, inputs=inputs, is_own=is_written_adapter) as staging:
         return write_adapter(content, staging)
 
