@@ -1,0 +1,374 @@
+"""What strangers' files can do to us: nothing, whatever they hold, in no time and no memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from adapters import good_adapter
+from commandline import Ended, Run
+from folders import WEIGHTS
+from hostile import ACCEPT, ACTING, CASES, COMMANDS, SURROUNDINGS, Case, Outcome
+from merges import filled_base
+
+from vera_convert.files.reading import LocalFile
+
+LIMIT_SECONDS = 30
+"""Far more than any case takes: the limit is there for those that would never end."""
+MOST_MEMORY = 400 << 20
+"""What the most patient reader may take for a file that is not worth it."""
+
+Arguments = list[object]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A good adapter and good bases; what is spoiled is a copy."""
+    folder = tmp_path_factory.mktemp("originals")
+    return {
+        "adapter": good_adapter(folder / "adapter", revision="main"),
+        "base": filled_base(folder / "base"),
+        "shards": filled_base(folder / "shards", shards=3),
+    }
+
+
+def calls(adapter: Path, out: Path, base: Path, *, on_base: bool) -> dict[str, Arguments]:
+    """Every command on an adapter; on a hostile base all of them are told of it."""
+    given = ["--base", base]
+    return {
+        "validate": ["validate", adapter, *(given if on_base else [])],
+        "info": ["info", adapter, *(given if on_base else [])],
+        "strip": ["strip", adapter, out, *given],
+        "embed": ["embed", adapter, out, *given],
+        "migrate": ["migrate", adapter, out, "--to", "asis", *(given if on_base else [])],
+        "merge": ["merge", adapter, out, *given, "--jobs", "1"],
+    }
+
+
+def looks(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return kind, size, times and identity of everything below a folder, links not followed."""
+    found: dict[str, tuple[int, ...]] = {}
+    folders = [str(folder)]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            status = entry.stat(follow_symlinks=False)
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            found[entry.path] = (status.st_mode, status.st_size, status.st_ino, *times)
+            folders += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+    return found
+
+
+TOLD = re.compile(r"^(?:  )?(?:error|warning|note)(?::.*?)? +(V\d\d\d)\b", re.MULTILINE)
+"""How text names a finding: after two spaces in a report, else at the beginning of its line."""
+
+
+def assert_harmless(ended: Ended) -> None:
+    """Nothing that is printed acts on a terminal, or hides from a reader."""
+    for text in (ended.out, ended.err):
+        assert "Traceback" not in text
+        assert all(line.replace("\t", "").isprintable() for line in text.split("\n"))
+
+
+def assert_ends(command: str, outcome: Outcome, ended: Ended) -> None:
+    """Status and code are those that were foreseen; one line says why."""
+    said = ended.out if command == "validate" else ended.err
+    assert ended.status == outcome.status, said
+    codes = TOLD.findall(said)
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    if not outcome.status:
+        assert outcome.code in codes if outcome.code else not codes, said
+        assert not errors
+    elif command == "validate" and outcome.code:
+        assert outcome.code in codes
+    elif command == "validate":
+        assert errors or "not read" in said
+    else:
+        (line,) = errors
+        assert line.startswith(f"error: {outcome.code}")
+        assert ended.out == ""
+
+
+class TooLongError(BaseException):
+    """A command did not end in time; nothing in the package catches it."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Stop what does not end, where the system has an alarm."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def memory(field: str) -> int:
+    """Return a field of this process in bytes, where the system tells; else 0."""
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) << 10 if found else 0
+
+
+@contextmanager
+def in_memory() -> Iterator[None]:
+    """Demand that no more memory is taken than is reasonable, where the system tells."""
+    try:
+        _RESET.write_text("5")  # the peak is counted anew
+    except OSError:
+        yield
+        return
+    before = memory("VmRSS")
+    yield
+    assert memory("VmHWM") - before < MOST_MEMORY
+
+
+def built(case: Case, originals: Mapping[str, Path], folder: Path) -> tuple[Path, Path]:
+    """Return an adapter and a base, one of them spoiled; skip what this system cannot have."""
+    if case.posix and os.name != "posix":
+        pytest.skip("pipes, sockets and links of POSIX")
+    adapter = Path(shutil.copytree(originals["adapter"], folder / "adapter"))
+    base = originals["base"]
+    if case.on != "adapter":
+        base = Path(shutil.copytree(originals[case.on], folder / "base"))
+    try:
+        case.build(base if case.on != "adapter" else adapter)
+    except PermissionError:
+        pytest.skip("nobody but root makes a device")
+    return adapter, base
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_command_ends_as_it_should(
+    case: Case,
+    run: Run,
+    originals: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what is durable is tested elsewhere
+    adapter, base = built(case, originals, tmp_path)
+    before = looks(tmp_path)
+    out = tmp_path / "out"
+    wanted: Mapping[str, Arguments] = calls(adapter, out, base, on_base=case.on != "adapter")
+    for command in COMMANDS:
+        if command not in case.outcomes:
+            continue
+        with in_time(), in_memory():
+            ended = run(*wanted[command])
+        assert_harmless(ended)
+        assert_ends(command, case.outcomes[command], ended)
+        if out.exists():
+            assert ended.status == 0
+            shutil.rmtree(out)
+        assert looks(tmp_path) == before
+
+
+def test_there_are_hundreds_of_cases_over_all_families() -> None:
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names))
+    assert sum(len(case.outcomes) for case in CASES) > 3_000
+    codes = {outcome.code[:2] for case in CASES for outcome in case.outcomes.values()}
+    assert codes >= {"V0", "V1", "V2", "V3", "V4", "V5"}
+    assert {command for case in CASES for command in case.outcomes} == {*COMMANDS}
+
+
+def test_what_was_not_derived_has_a_reason() -> None:
+    for case in CASES:
+        outcomes = {*case.outcomes.values()}
+        derived = len(outcomes) == 1 and ACCEPT not in outcomes and SURROUNDINGS not in outcomes
+        assert derived or case.why, case.name
+
+
+LEFT_TO_OTHERS = ("V130", "V131", "V132", "V406", "V409")
+
+
+def test_no_conversion_is_laxer_than_the_validator() -> None:
+    """But for targets, which a conversion evaluates only where A and B have to be sized.
+
+    Nor does one that neither draws nor drops A and B look at what they are.
+    """
+    for case in CASES:
+        found = case.outcomes.get("validate", ACCEPT)
+        if found.status != 1 or found.code in LEFT_TO_OTHERS:
+            continue
+        mended = {"migrate"} if case.outcomes.get("migrate") == ACCEPT else set()
+        for command in {"strip", "embed", "migrate", "merge"} & case.outcomes.keys() - mended:
+            assert case.outcomes[command].status, f"{command} of {case.name}"
+
+
+# --- as real processes ---------------------------------------------------------------------------
+
+SAMPLE = {
+    "V001-config_is_a_pipe": "info",
+    "V001-weights_are_a_pipe": "merge",
+    "V001-weights_are_a_socket": "validate",
+    "V002-weights_link_to_an_endless_device": "strip",
+    "V003-config_claims_a_terabyte": "embed",
+    "V011-weights_are_a_link_to_themselves": "migrate",
+    "V025-config_nests_without_end": "merge",
+    "V025-header_nests_lists": "validate",
+    "V026-config_has_a_number_of_900000_digits": "strip",
+    "V028-header_has_millions_of_sizes": "info",
+    "V031-weights_are_a_renamed_pickle": "merge",
+    "V034-header_really_has_more_than_100_megabytes": "embed",
+    "V052-tensor_claims_an_exabyte": "validate",
+    "V053-a_terabyte_is_appended": "merge",
+    "V301-a_lambda_is_no_number": "merge",
+    "config_links_to_a_full_device": "validate",
+    "weights_link_to_what_this_process_holds": "merge",
+    "a_module_lies_beside_it": "strip",
+    "a_side_file_claims_more_than_any_disk": "migrate",
+    "a_head_claims_a_terabyte": "merge",
+    "rank_is_a_milliard": "embed",
+    "fingerprint_claims_all_of_32_bits": "merge",
+    "fingerprint_was_cut_from_a_disk_full": "embed",
+    "ten_thousand_saved_modules_meet_as_many_heads": "strip",
+    "pattern_nests_for_ever": "validate",
+    "a_name_sets_the_title": "merge",
+    "a_text_forges_a_line": "info",
+    "base_config_nests_for_ever": "strip",
+    "index_names_the_folder_above": "merge",
+    "a_shard_is_a_pipe": "merge",
+    "code_lies_in_the_base": "merge",
+}
+"""One command for each: the cases that a single process could hide from."""
+
+MOST_ADDRESSES = 2 << 30
+LIMITED = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({MOST_ADDRESSES},) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, ({LIMIT_SECONDS},) * 2)
+from vera_convert.cli import main
+main(sys.argv[1:])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """How a command ended in a process of its own, and what it left where it ran."""
+
+    ended: Ended
+    wrote: bool
+    before: Mapping[str, tuple[int, ...]]
+    after: Mapping[str, tuple[int, ...]]
+
+
+def ran(arguments: Arguments, folder: Path) -> Process:
+    """Run a command in a folder under limits of time and memory."""
+    before, out = looks(folder), folder / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    wrote = out.exists()
+    shutil.rmtree(out, ignore_errors=True)
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    return Process(ended, wrote, before, looks(folder))
+
+
+@pytest.fixture(scope="module")
+def processes(
+    originals: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[Process]]]:
+    """All of the sample, on every core at once."""
+    by_name, started = {case.name: case for case in CASES}, {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, command in SAMPLE.items():
+            case, folder = by_name[name], tmp_path_factory.mktemp("process")
+            adapter, base = built(case, originals, folder)
+            given = calls(adapter, folder / "out", base, on_base=case.on != "adapter")
+            started[name] = pool.submit(ran, given[command], folder)
+        yield started
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of processes as Linux has them")
+@pytest.mark.parametrize(("name", "command"), SAMPLE.items())
+def test_a_process_of_its_own_ends_in_the_same_way(
+    name: str, command: str, processes: Mapping[str, Future[Process]]
+) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    process = processes[name].result()
+    assert_harmless(process.ended)
+    assert_ends(command, case.outcomes[command], process.ended)
+    assert process.wrote is (process.ended.status == 0 and command not in ("validate", "info"))
+    assert process.after == process.before
+
+
+# --- what no folder can hold ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_changes_while_it_is_read_is_the_surroundings_fault(
+    command: str,
+    run: Run,
+    originals: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = Path(shutil.copytree(originals["adapter"], tmp_path / "adapter"))
+    real = LocalFile.read_into
+
+    def read_and_change(self: LocalFile, offset: int, buffer: memoryview) -> None:
+        real(self, offset, buffer)
+        if self.place.endswith(WEIGHTS):
+            with (adapter / WEIGHTS).open("ab") as file:
+                file.write(b"more")
+
+    monkeypatch.setattr(LocalFile, "read_into", read_and_change)
+    ended = run(*calls(adapter, tmp_path / "out", originals["base"], on_base=False)[command])
+    assert_harmless(ended)
+    assert ended.status == 3
+    assert "changed while it was read" in ended.out + ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("what", [what for what in ACTING if what != "has_a_nul"])
+def test_the_name_of_a_folder_acts_on_no_terminal(
+    what: str, run: Run, originals: Mapping[str, Path], tmp_path: Path
+) -> None:
+    name = ACTING[what].replace("/", "").replace("\\", "")
+    try:
+        adapter = Path(shutil.copytree(originals["adapter"], tmp_path / name))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for out in (tmp_path / "out", tmp_path / f"out{name}"):
+        for command, arguments in calls(adapter, out, originals["base"], on_base=False).items():
+            if command in ("validate", "info", "strip"):
+                assert_harmless(run(*arguments))
+                shutil.rmtree(out, ignore_errors=True)
+    (adapter / WEIGHTS).write_bytes(b"")
+    for command, arguments in calls(adapter, tmp_path / "x", adapter, on_base=True).items():
+        ended = run(*arguments)
+        assert_harmless(ended)
+        assert ended.status == 1, command
