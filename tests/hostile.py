@@ -131,7 +131,7 @@ MENDED = "migrate brings it to the current form"
 NO_VALUES = "info reads no values"
 NO_PATTERNS = "info and migrate to asis size nothing, so they evaluate no pattern"
 STRIP_PROVES = "only who drops A and B needs them to be a draw"
-DRAWN_AGAIN = "only who draws what was dropped can meet the hash or not; others carry it along"
+DRAWN_AGAIN = "info draws nothing, so it cannot see that the hash is not met"
 VALIDATE_ALONE = "it works as it is; validate tells what it may come to"
 
 BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
@@ -223,19 +223,19 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         {"validate": warn("V414"), "info": warn("V414"), "strip": reject("V403")},
     ),
     "V406-denied_projections_are_others": (
-        "migrate to asis leaves file and config as they are, info tells both",
-        everywhere(reject("V406"), info=warn("V212"), migrate=warn("V212")),
+        "info tells both",
+        everywhere(reject("V406"), info=warn("V212")),
     ),
     **{
         f"V409-{name}": (
             DRAWN_AGAIN,
-            dict.fromkeys(("validate", "embed", "merge"), reject("V409")),
+            everywhere(reject("V409"), info=ACCEPT),
         )
         for name in ("fingerprint_has_another_hash", "fingerprint_has_another_dtype")
     },
     "V408-fingerprint_is_of_another_base": (
         "only who draws what was dropped holds it against the base",
-        {"validate": reject("V409"), "embed": reject("V408"), "merge": reject("V408")},
+        everywhere(reject("V409"), info=ACCEPT, embed=reject("V408"), merge=reject("V408")),
     ),
     "V412-config_matches_narrower_layers": (
         "what has to be sized on the base comes out too small",
@@ -1102,7 +1102,7 @@ hostile(
     "who draws what was dropped sees how large it was before it takes memory",
 )
 hostile(
-    everywhere(ACCEPT, **dict.fromkeys(("validate", "embed", "merge"), reject("V409"))),
+    everywhere(reject("V409"), info=ACCEPT),
     {"fingerprint_has_hashes_of_nothing": fingerprint(sha256_A="0" * 64, sha256_B="f" * 64)},
     DRAWN_AGAIN,
 )

@@ -26,7 +26,13 @@ from vera_convert.conversion.strip_embed import (
     publish,
     reported,
 )
-from vera_convert.conversion.transforms import Converted, as_it_is, embedded, stripped
+from vera_convert.conversion.transforms import (
+    Converted,
+    already_stripped,
+    as_it_is,
+    embedded,
+    stripped,
+)
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import from_array
@@ -230,10 +236,7 @@ def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
     on_base = learn(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
     adapter, change = _cut(adapter, on_base)
     if wishes.to is Mode.ASIS:
-        if adapter.projections is not None:
-            refuse_damage(adapter, adapter.projections)
-        findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))
-        converted = replace(as_it_is(adapter), findings=findings)
+        converted = _as_it_is(adapter, on_base, wishes.projections)
     elif wishes.to is Mode.EMBEDDED:
         converted = embedded(adapter, on_base, meant=wishes.projections)
     else:
@@ -241,6 +244,20 @@ def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
             adapter, on_base, meant=wishes.projections, accept_change=wishes.accept_change
         )
     return replace(converted, changes=(*change, *converted.changes)), on_base
+
+
+def _as_it_is(adapter: Adapter, on_base: OnBase, meant: Meant) -> Converted:
+    """Keep what is stored, unless it is damaged or contradicts the config."""
+    if adapter.projections is None:
+        converted = already_stripped(adapter)
+    elif adapter.config.save_projection or meant is not Meant.AUTO:
+        refuse_damage(adapter, adapter.projections)
+        converted = as_it_is(adapter)
+    else:
+        embedded(adapter, on_base, meant=meant)  # refuses a contradiction
+        converted = as_it_is(adapter)
+    findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))
+    return replace(converted, findings=findings)
 
 
 def _need(adapter: Adapter, wishes: _Wishes) -> Need:

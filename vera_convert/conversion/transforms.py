@@ -72,6 +72,18 @@ def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
     )
 
 
+def already_stripped(adapter: Adapter) -> Converted:
+    """Return an adapter without projections unchanged.
+
+    Raises:
+        CheckpointError: `FINGERPRINT_NOT_MET`, where it takes no time to see that.
+    """
+    recorded = adapter.fingerprint
+    if recorded is not None and recorded.is_small:
+        prove(recorded, place=adapter.place)
+    return as_it_is(adapter, recorded.draw if recorded else None)
+
+
 def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
     if adapter.config.save_projection == save_projection:
         return adapter.config_file.text
@@ -101,7 +113,7 @@ def stripped(
     adapter = as_meant(adapter, on_base, meant)
     stored = adapter.projections
     if stored is None:
-        return as_it_is(adapter, adapter.fingerprint.draw if adapter.fingerprint else None)
+        return already_stripped(adapter)
     drawn = redrawable(adapter, stored, meant)
     demand_proof_of_rows(adapter, stored, on_base)
     change = change_by_redrawing(adapter, stored, drawn, on_base)
