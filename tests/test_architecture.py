@@ -30,7 +30,8 @@ assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report inputs options card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
-verification: comparison provenance options expected judging pairs hints tensors merged forms result
+verification: comparison provenance options expected judging pairs hints tensors
+verification: beside merged forms result
 formats: pieces results merge locations validation sarif junit github catalogue verification
 with_torch
 verifying
@@ -44,7 +45,7 @@ def in_order(layers: str) -> list[str]:
     names: list[str] = []
     for line in layers.split("\n"):
         folder, _, modules = line.rpartition(":")
-        names += [folder] * bool(folder)
+        names += [folder] * (folder not in ("", *names))
         names += [f"{folder}.{name}".lstrip(".") for name in modules.split()]
     return names
 

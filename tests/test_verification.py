@@ -170,7 +170,7 @@ def test_heads_of_an_adapter_hold(tmp_path: Path) -> None:
     without = filled_base(tmp_path / "without")
     merged_with(adapter, without, tmp_path / "new")
     result = layers(adapter, without, tmp_path / "new")
-    assert codes(result) == []
+    assert (result.passed, codes(result)) == (True, ["V533"])  # as the merge said
     assert kinds(result)["score.weight"] == "new"
 
 
@@ -178,7 +178,7 @@ def test_a_dequantised_merge_holds(tmp_path: Path, adapter: Path) -> None:
     fp8_base(tmp_path / "base")
     merged_with(adapter, tmp_path / "base", tmp_path / "out", dequantize=True)
     result = layers(adapter, tmp_path / "base", tmp_path / "out")
-    assert codes(result) == []
+    assert (result.passed, codes(result)) == (True, ["V555"])  # a note, as the merge had it
     assert {*kinds(result).values()} == {"added", "converted"}
     # The base cannot be run as it is, and without its scales its values are others.
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +404,8 @@ def test_given_options_override_the_recorded_ones(
     result = layers(adapter, base, tmp_path / "out", weight=1.0)
     assert codes(result) == ["V601"] * 4
     assert "added 0.5 times" in str(result.findings[0])
-    assert codes(layers(adapter, base, tmp_path / "out", dtype="float16")) == ["V605"] * 17
+    (finding,) = layers(adapter, base, tmp_path / "out", dtype="float16").findings
+    assert (finding.code, finding.reason) == ("V605", "it and 16 more are F32 where F16 is due.")
     (tmp_path / "out" / PROVENANCE).unlink()
     assert codes(layers(adapter, base, tmp_path / "out", weight=0.5)) == ["V608"]
 
@@ -545,17 +546,23 @@ COMPARED = ModelComparison(
     threshold_remerged=1e-5,
     threshold_kl=1e-6,
     threshold_top1=0.99,
+    wrapped=True,
+    conclusive=True,
     passed=True,
     reason="",
 )
 
 
-def comparing(monkeypatch: pytest.MonkeyPatch, result: ModelComparison) -> list[Any]:
+def comparing(
+    monkeypatch: pytest.MonkeyPatch, result: ModelComparison | SurroundingsError
+) -> list[Any]:
     """Let models be compared without torch; return what is asked for."""
     asked: list[Any] = []
 
     def compare_models(*places: Any, **options: Any) -> ModelComparison:
         asked.append((*places, options))
+        if isinstance(result, SurroundingsError):
+            raise result
         return result
 
     name = "vera_convert.with_torch"
@@ -592,11 +599,12 @@ def test_the_model_is_run_with_the_options_of_the_merge(
         "generator": None,
         "base_dtype": "float32",
         "key_map": (),
+        "wider": {},
     }
     assert schema_errors("verification", verification_document(result)) == []
     text = verification_text(result)
     assert "LlamaForCausalLM in float32, 3 samples, 48 positions" in text
-    assert "it moves the base by 0.5" in text
+    assert "the adapter changes what the base gives by up to 0.5" in text
 
 
 def test_a_model_that_computes_otherwise_fails(
@@ -609,6 +617,38 @@ def test_a_model_that_computes_otherwise_fails(
     assert reason in str(result.findings[0])
 
 
+@pytest.mark.parametrize(("moved", "code"), [(True, "V618"), (False, "V617")])
+def test_a_model_that_shows_nothing_is_no_error_if_the_weights_moved(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch, *, moved: bool, code: str
+) -> None:
+    comparing(monkeypatch, dataclasses.replace(COMPARED, passed=False, conclusive=False))
+    size = 0.5 if moved else 0.0
+    vectors = {n: size * array for n, array in good_tensors().items() if "lambda_b" in n}
+    small = good_adapter(adapter.parent / "small", tensors=vectors)
+    merged_with(small, base, adapter.parent / "out")
+    result = verify(small, base=str(base), merged=adapter.parent / "out")
+    assert code in codes(result)
+    assert result.passed is moved
+
+
+def test_why_a_model_was_not_run_is_told_beside_its_layers(
+    adapter: Path,
+    base: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schema_errors: SchemaErrors,
+) -> None:
+    comparing(monkeypatch, SurroundingsError("transformers cannot run it."))
+    result = verify(adapter, base=str(base), merged=model)
+    assert (result.passed, result.errors, result.model) == (False, (), None)
+    text = verification_text(result)
+    assert "4 of 4 tensors are right" in text
+    assert "NOT RUN: transformers cannot run it." in text
+    document = verification_document(result)
+    assert document["not_run"] == "transformers cannot run it."
+    assert schema_errors("verification", document) == []
+
+
 def test_a_model_whose_weights_are_wrong_is_not_run(
     adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -616,7 +656,7 @@ def test_a_model_whose_weights_are_wrong_is_not_run(
     result = verify(adapter, base=str(base), merged=base)
     assert not result.passed
     assert asked == []
-    assert "not run: the weights are wrong" in verification_text(result)
+    assert "not run: something else is wrong" in verification_text(result)
 
 
 def test_without_torch_it_is_said_how_to_do_without(
@@ -700,12 +740,14 @@ def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base_model.vera_A", "base_model.vera_B"])
-def test_one_value_of_a_projection_is_enough(tmp_path: Path, adapter: Path, name: str) -> None:
-    stored = good_tensors()[name]
+def test_one_value_of_a_projection_is_enough(tmp_path: Path, name: str) -> None:
+    unlike = {n: 2 * good_tensors()[n] for n in ("base_model.vera_A", "base_model.vera_B")}
+    one = good_adapter(tmp_path / "one", tensors=unlike)  # what is nearly the key's draw is refused
+    stored = unlike[name].copy()
     stored[3, 1] = np.nextafter(stored[3, 1], np.float32(9))
-    other = good_adapter(tmp_path / "other", tensors={name: stored})
-    result = same_form(adapter, other)
-    assert codes(result) == ["V623"]
+    other = good_adapter(tmp_path / "other", tensors={**unlike, name: stored})
+    result = same_form(one, other)
+    assert [finding.code for finding in result.errors] == ["V623"]
     assert "its value at [3, 1] is" in str(result.findings[0])
 
 

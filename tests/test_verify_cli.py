@@ -17,6 +17,7 @@ from wrongmerges import PROVENANCE, Q, edit
 from vera_convert import cli, verifying
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.strip_embed import strip
+from vera_convert.errors import SurroundingsError
 from vera_convert.merging.inputs import AdapterWish
 
 
@@ -196,6 +197,35 @@ def test_without_torch_weights_alone_are_compared(
     assert "pip install 'vera-convert[torch]'" in ended.err
     assert "--layers-only" in ended.err
     assert run(adapter, "--merged", model, "--base", base, "--layers-only").status == 0
+
+
+def test_the_layers_are_shown_where_the_model_cannot_be_run(
+    run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(*_: object) -> None:
+        raise SurroundingsError("it cannot be built.")
+
+    monkeypatch.setattr(verifying, "find_spec", lambda _name: object())
+    monkeypatch.setattr(verifying, "_run", unfit)
+    ended = run(adapter, "--merged", model, "--base", base)
+    assert (ended.status, ended.err) == (3, "error: it cannot be built.\n")
+    assert re.search(r"^with a delta +4 of 4 tensors are right", ended.out, re.MULTILINE)
+    assert re.search(r"^model +NOT RUN: it cannot be built\.$", ended.out, re.MULTILINE)
+    document: Any = json.loads(run(adapter, "--merged", model, "--base", base, "--json").out)
+    assert (document["passed"], document["not_run"]) == (False, "it cannot be built.")
+
+
+def test_defects_of_the_merged_model_do_not_lead_to_the_adapter(
+    run: Run, tmp_path: Path, adapter: Path
+) -> None:
+    base = filled_base(tmp_path / "sharded", shards=3)
+    merged_with(adapter, base, tmp_path / "out")
+    for shard in sorted((tmp_path / "out").glob("*.safetensors"))[:2]:
+        shard.unlink()
+    ended = run(adapter, "--merged", tmp_path / "out", "--base", base, "--layers-only")
+    assert ended.status == 1
+    assert ended.err.startswith("error: V507 ")
+    assert ended.err.endswith("(and 1 more)\n")
 
 
 def test_names_are_escaped(run: Run, tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vera_convert._version import __version__
-from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
+from vera_convert.errors import (
+    OF_MERGED,
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
 from vera_convert.files.reading import printable
 from vera_convert.publish.interrupts import Interrupted, signals_raise
 
@@ -830,24 +836,24 @@ def verify(adapter: str, **options: Any) -> None:
     _show(
         options, result.findings, verification_text(result), lambda: verification_document(result)
     )
-    if result.errors:
-        _say(f"error: {_reason(CheckpointError.of(result.errors))}", err=True)
-        raise click.exceptions.Exit(CheckpointError.status)
+    failure = CheckpointError.of(result.errors) if result.errors else result.not_run
+    if failure is not None:
+        _say(f"error: {_reason(failure)}", err=True)
+        raise click.exceptions.Exit(failure.status)
 
 
 def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
     from vera_convert.conversion.projections import Meant
     from vera_convert.draws.generator import Variant
     from vera_convert.merging.parts import Tied
-    from vera_convert.verification.options import SAMPLES, GivenAdapter, VerifyOptions
+    from vera_convert.verification.options import GivenAdapter, VerifyOptions
 
-    same = ("weight", "dtype", "dequantize", "layers_only", "text", "jobs")
+    same = ("weight", "dtype", "dequantize", "layers_only", "samples", "text", "jobs")
     return VerifyOptions(
         add=tuple(GivenAdapter(adapter, weight) for adapter, weight in options["add"]),
         projections=Meant(options["projections"]) if options["projections"] else None,
         generator=Variant(options["generator"]) if options["generator"] else None,
         tied=Tied(options["tied"]) if options["tied"] else None,
-        samples=SAMPLES if options["samples"] is None else options["samples"],
         **{name: options[name] for name in same},
     )
 
@@ -987,12 +993,13 @@ def _say(text: str, *, err: bool = False) -> None:
 def _reason(error: VeraConvertError, whose: Mapping[str, str | None] | None = None) -> str:
     """Return the one line that says why a command failed.
 
-    Of several defects it names the first and how to see the others, if `whose` has the adapter.
+    Of several defects it names the first and how to see the others, if `whose` has the adapter and
+    no note says that they are those of something else.
     """
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)
     more = f"and {len(error.findings) - 1} more"
-    if whose and whose.get("adapter"):
+    if whose and whose.get("adapter") and OF_MERGED not in getattr(error, "__notes__", ()):
         more += f": {_validate_command(whose)}"
     return f"{error} ({more})"
 

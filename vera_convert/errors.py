@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from vera_convert.rules import Finding
 
+OF_MERGED = "this is a defect of the merged model"
+"""A note on errors of `verify` that are no fault of the adapter."""
+
 
 class VeraConvertError(Exception):
     """Base of every error that this package raises on purpose."""

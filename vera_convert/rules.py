@@ -1350,6 +1350,62 @@ MODEL_DIFFERS = Rule(
     "Weights alone do not make a model: config and tied tensors decide as well.",
     "Merge again, and load the result with the class that the adapter was trained in.",
 )
+LOADED_INSTEAD = Rule(
+    "V612",
+    ERROR,
+    "a loader would take another file than the merged weights",
+    "What loads is not what was verified, and may be the base without the adapter.",
+    "Remove what is named, or save the merged model in an empty folder.",
+)
+ADAPTER_IN_MERGED = Rule(
+    "V613",
+    ERROR,
+    "an adapter lies in the merged model's folder",
+    "transformers adds it to what it loads, so a delta would be there twice, or another one.",
+    "Remove adapter_config.json and the adapter's weights from the folder.",
+)
+MERGED_IS_ADAPTER = Rule(
+    "V614",
+    ERROR,
+    "what is given as the merged model is an adapter",
+    "An adapter holds changes to a model, not the model.",
+    "Pass the model that was made with it; another form of an adapter is given with --adapter.",
+)
+MERGED_CONFIG_DIFFERS = Rule(
+    "V615",
+    ERROR,
+    "the merged model's config.json makes another model of its weights than the base's",
+    "A merge changes dtype, tie and quantiser in it alone. The same weights now compute otherwise.",
+    "Put the base's config.json there, with the merged model's dtype, or merge again.",
+)
+MERGED_CONFIG_RESAVED = Rule(
+    "V616",
+    WARNING,
+    "the merged model's config.json has other fields than the base's",
+    "transformers writes and leaves out fields when it saves a model; these need not change it.",
+    "Look at the fields that are named, or put the base's config.json there.",
+)
+MODEL_SHOWS_NOTHING = Rule(
+    "V617",
+    ERROR,
+    "running the model shows nothing, and its weights are the base's",
+    "What a merge without effect would pass as well proves no merge.",
+    "Take sequences for which the adapter was trained with --text, or train it further.",
+)
+MODEL_SHOWS_LITTLE = Rule(
+    "V618",
+    WARNING,
+    "running the model cannot show the adapter; its weights are right",
+    "Every weight is the base's with the delta, but the whole model could not confirm it.",
+    "If its effect is small, take text like that of its training with --text, or --layers-only.",
+)
+MERGED_BUFFER = Rule(
+    "V619",
+    WARNING,
+    "a buffer that a loader makes itself is stored in one of base and merged model alone",
+    "Versions of transformers differ in which of these they save; none of them reads them.",
+    "Nothing need be done.",
+)
 FORM_TENSOR_DIFFERS = Rule(
     "V620",
     ERROR,
@@ -1384,6 +1440,20 @@ FORM_PROJECTIONS_DEPEND = Rule(
     "PEFT does not use the same A and B for both forms on every base",
     "It draws what is not stored, and rounds that to the dtype that the base is loaded in.",
     "Load both on a base of a dtype for which they agree, or embed the stripped one.",
+)
+MERGED_TENSOR_WIDER = Rule(
+    "V630",
+    WARNING,
+    "tensors of the merged model are of a wider dtype than the base's",
+    "Their values are right in that dtype; some models keep layers in float32 when they are saved.",
+    "Nothing need be done; say with --dtype what the merge was to write, to have it demanded.",
+)
+MERGED_OTHER_WEIGHTS = Rule(
+    "V631",
+    WARNING,
+    "weights in another form lie beside those of the merged model",
+    "They are not compared. Whoever asks a loader for that form gets what they hold.",
+    "Remove them, unless they were made from the merged model.",
 )
 
 # -------------------------------------------------------------------------------------------------

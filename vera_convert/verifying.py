@@ -12,15 +12,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vera_convert.base.onbase import BaseWish, wish_of
-from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.interrupts import signals_raise
-from vera_convert.rules import MODEL_DIFFERS, Finding, Severity
+from vera_convert.rules import (
+    MODEL_DIFFERS,
+    MODEL_SHOWS_LITTLE,
+    MODEL_SHOWS_NOTHING,
+    Finding,
+    Rule,
+    Severity,
+)
 from vera_convert.verification.comparison import ModelComparison
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
-from vera_convert.verification.options import GivenAdapter, VerifyOptions
+from vera_convert.verification.options import SAMPLES, GivenAdapter, VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import Progress
 
@@ -53,7 +60,7 @@ def verify(
             differs is no error but a finding of the result.
         UsageError: an option makes no sense, or something must be given that is not.
         SurroundingsError: a file or a repo cannot be had or changed meanwhile, or torch is needed
-            and is not there.
+            and is not there. Why the whole model could not be run is `not_run` of the result.
     """
     base, options, access = wish_of(base), options or VerifyOptions(), access or HubAccess()
     options.validate()
@@ -65,22 +72,37 @@ def verify(
         _demand_torch()
         _demand_text(options.text)
     given = GivenAdapter(adapter, options.weight, revision)
-    form, check, model = None, None, None
+    form, check, model, not_run = None, None, None, None
     with signals_raise():
         if other is not None:
             form = check_form(given, other, base, options, access=access)
         if merged is not None:
             check = check_merged(given, merged, base, options, access=access, progress=progress)
             if not options.layers_only and _passed(check.findings):
-                model = _run(check, options)
+                try:
+                    model = _run(check, options)
+                except VeraConvertError as error:  # what the layers came to is not lost with it
+                    not_run = error
     findings = [
         *(form.findings if form is not None else ()),
         *(check.findings if check is not None else ()),
     ]
     if check is not None and model is not None and not model.passed:
-        findings.append(MODEL_DIFFERS.at(check.label, model.reason))
+        findings.append(_rule(check, model).at(check.label, model.reason))
     findings.sort(key=lambda each: each.severity is not Severity.ERROR)
-    return Verification(printable(str(adapter)), form, check, model, tuple(dict.fromkeys(findings)))
+    return Verification(
+        printable(str(adapter)), form, check, model, not_run, tuple(dict.fromkeys(findings))
+    )
+
+
+def _rule(check: MergedCheck, model: ModelComparison) -> Rule:
+    """Return the rule that a model breaks which did not pass.
+
+    One that can show nothing is no reason to refuse weights that are right and are not the base's.
+    """
+    if model.conclusive:
+        return MODEL_DIFFERS
+    return MODEL_SHOWS_LITTLE if check.tensors.moved else MODEL_SHOWS_NOTHING
 
 
 def _passed(findings: tuple[Finding, ...]) -> bool:
@@ -111,7 +133,7 @@ def _run(check: MergedCheck, options: VerifyOptions) -> ModelComparison:
         [(adapter.folder, adapter.weight) for adapter in check.adapters],
         check.base_folder,
         check.folder,
-        samples=options.samples,
+        samples=SAMPLES if options.samples is None else options.samples,
         text=options.text,
         dtype=settings.dtype,
         tied=settings.tied,
@@ -119,4 +141,5 @@ def _run(check: MergedCheck, options: VerifyOptions) -> ModelComparison:
         generator=settings.generator,
         key_map=settings.key_map,
         base_dtype=settings.base_dtype,
+        wider=check.tensors.wider,
     )

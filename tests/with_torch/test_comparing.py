@@ -119,7 +119,8 @@ def configured(folder: Path, copy: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *((kind, dtype) for kind in torchmodels.KINDS for dtype in ("float32", "bfloat16")),
+        *((kind, "float32") for kind in torchmodels.KINDS),
+        *((kind, "bfloat16") for kind in ("llama", "gpt2", "t5")),
         ("llama", "float64"),
         ("llama", "float16"),
         ("t5", "float16"),  # of which transformers keeps some layers in float32
@@ -153,7 +154,7 @@ def test_several_adapters_with_weights(shelf: Callable[..., Path], tmp_path: Pat
     options = MergeOptions(weight=0.5, add=[AdapterWish(two, -0.75)])
     merge(one, tmp_path / "merged", base=base, options=options)
     assert compared(base, tmp_path / "merged", (one, 0.5), (two, -0.75)).passed
-    for wrong in ([(one, 0.5), (two, 0.75)], [(one, 0.5)], [(one, 0.45), (two, -0.75)]):
+    for wrong in ([(one, 0.5)], [(one, 0.45), (two, -0.75)]):
         assert not compared(base, tmp_path / "merged", *wrong).passed
 
 
@@ -162,7 +163,8 @@ def test_a_tied_head(tied: Tied, shelf: Callable[..., Path], tmp_path: Path) -> 
     base = shelf("gpt2") / "base"
     adapter = trained(base, tmp_path / "adapter", "gpt2", target_modules=["c_attn", "lm_head"])
     merge(adapter, tmp_path / "merged", base=base, options=MergeOptions(tied=tied))
-    assert compared(base, tmp_path / "merged", adapter, tied=tied.value).passed
+    found = compared(base, tmp_path / "merged", adapter, tied=tied.value)
+    assert (found.passed, found.wrapped) == (True, tied is Tied.UNTIE)
     other = next(each for each in Tied if each is not tied)
     assert not compared(base, tmp_path / "merged", adapter, tied=other.value).passed
 
@@ -300,8 +302,13 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
-@pytest.mark.parametrize("wrong", ["one layer left out", "nothing merged", *DIFFERENT])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "wrong"),
+    [
+        *(("llama", "bfloat16", w) for w in ("one layer left out", "nothing merged", *DIFFERENT)),
+        *(("gpt2", "float32", w) for w in ("one layer left out", "transposed", "wrong rows")),
+    ],
+)
 def test_a_wrong_merge_fails(
     wrong: str, kind: str, dtype: str, shelf: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -356,8 +363,43 @@ def test_an_adapter_that_does_nothing_shows_nothing(
     adapter = trained(base, tmp_path / "adapter", "llama", size=0.0)
     found = compared(base, base, adapter)
     assert found.effect == found.largest_difference == found.remerged_difference == 0
-    assert not found.passed
+    assert (found.passed, found.conclusive) == (False, False)
     assert "a merge without effect would pass as well" in found.reason
+
+
+def test_a_model_that_does_not_call_its_layers_is_held_against_a_merge_alone(
+    tmp_path: Path,
+) -> None:
+    """Mamba reads the weights of some, so a branch beside them does nothing."""
+    config = transformers.MambaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    base = saved(transformers.MambaForCausalLM(config), tmp_path / "base")
+    model = transformers.MambaForCausalLM.from_pretrained(base)
+    vera = VeraModel(model, VeraConfig(r=4, target_modules=("x_proj", "dt_proj", "in_proj")))
+    for parameter in vera.trainable_parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape)
+    vera.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    found = compared(base, tmp_path / "merged", tmp_path / "adapter")
+    assert (found.passed, found.conclusive, found.wrapped) == (False, False, False)
+    assert "does not call its adapted layers" in found.reason
+    wrong = changed(tmp_path / "merged", tmp_path / "wrong", partial(left_out, base))
+    found = compared(base, wrong, tmp_path / "adapter")
+    assert (found.passed, found.conclusive) == (False, True)
+    assert "is not what this base and these adapters make" in found.reason
+
+
+def test_a_model_for_which_there_are_no_samples_is_unfit(
+    shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_there(_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "get_input_embeddings", not_there)
+    folder = shelf("llama")
+    with pytest.raises(SurroundingsError, match=r"NotImplementedError.*--layers-only"):
+        compared(folder / "base", folder / "merged", folder / "adapter")
 
 
 def test_values_that_are_not_finite_fail(shelf: Callable[..., Path], tmp_path: Path) -> None:
@@ -474,6 +516,8 @@ def test_what_a_config_names_elsewhere_is_not_fetched(
         ({"model_type": None}, "no model of transformers"),
         ({"vocab_size": 10**10}, "far larger than its weights"),
         ({"num_hidden_layers": 10**9}, "far larger than its weights"),
+        ({"num_hidden_layers": 100}, "far larger than its weights"),
+        ({"num_experts": 2000}, "far larger than its weights"),
         ({"num_labels": 10**9}, "far larger than its weights"),
         ({"text_config": {"depths": [2, 10**9]}}, "far larger than its weights"),
         ({"hidden_act": "evil"}, "transformers cannot build"),
@@ -521,6 +565,35 @@ def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
     assert list(sampling._lines(text)) == ["é" * 4096]
     text.write_bytes(b"x" + "é".encode() * (1 << 20))
     assert [len(line) for line in sampling._lines(text)] == [4096]
+
+
+def test_a_tokenizer_that_lies_elsewhere_is_refused(
+    minilm: Path, minilm_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("It is.\n")
+    base = tmp_path / "base"
+    shutil.copytree(minilm_model, base)
+    vocabulary = next(base.glob("vocab.*"), base / "tokenizer.json")
+    vocabulary.rename(tmp_path / "elsewhere")
+    vocabulary.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="V002"):
+        compared(base, base, minilm / "save_projection_true", text=text)
+
+
+def test_what_a_tokenizer_s_config_names_elsewhere_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    named = {"tokenizer_file": "/etc/passwd", "auto_map": {}, "init_inputs": ["/etc/passwd"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**named, "model_max_length": 5}))
+    (tmp_path / "evil.py").touch()
+    with sampling._tokenizer_of(tmp_path) as copy:
+        assert sorted(path.name for path in copy.iterdir()) == [
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        kept = json.loads((copy / "tokenizer_config.json").read_text())
+    assert kept == {"model_max_length": 5}
+    assert not copy.exists()
 
 
 def test_an_image_model_takes_no_text(shelf: Callable[..., Path], tmp_path: Path) -> None:

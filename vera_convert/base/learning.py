@@ -48,6 +48,9 @@ class Need(Enum):
     HELPFUL = auto()
     """It is done without where it cannot be had or read."""
     VITAL = auto()
+    """Itself, or what a caller says of its dims."""
+    WHOLE = auto()
+    """Itself: its dims would not do."""
 
 
 class Bases:
@@ -110,7 +113,7 @@ def learn(adapter: Adapter, wish: BaseWish, *, bases: Bases, need: Need) -> OnBa
         location = bases.located(wish.model, wish.revision)
         known = _from_base(adapter, location, wish, bases)
     elif need is not Need.NONE:
-        known = _from_name(adapter, wish, bases, vital=need is Need.VITAL)
+        known = _from_name(adapter, wish, bases, need)
     return known if wish.dtype is None else loaded_in(known, wish.dtype)
 
 
@@ -122,7 +125,7 @@ def _from_options(wish: BaseWish) -> OnBase:
     return OnBase(wish.in_features, wish.out_features, source="what was given")
 
 
-def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, *, vital: bool) -> OnBase:
+def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, need: Need) -> OnBase:
     """Read the base that the config names, or say why that cannot be done."""
     config = adapter.config
     revision = wish.revision or config.revision
@@ -132,7 +135,10 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, *, vital: bool) -
             return OnBase(source=named.reason)
         return _from_base(adapter, named.location, wish, bases)
     except SurroundingsError as error:
-        if vital:
+        if need is Need.WHOLE:
+            reason = f"{error} Name the base with --base where it lies here."
+            raise SurroundingsError(reason) from error
+        if need is Need.VITAL:
             raise SurroundingsError(
                 f"{error} Name the base with --base where it lies here, or give --in-features, "
                 "--out-features and --base-dtype."
@@ -140,7 +146,7 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, *, vital: bool) -
         return OnBase(source=str(error))
     except CheckpointError as error:
         of_base = all(finding.code.startswith(("V0", "V5")) for finding in error.findings)
-        if vital or not of_base:
+        if need in (Need.VITAL, Need.WHOLE) or not of_base:
             raise
         return OnBase(source=str(error))
 

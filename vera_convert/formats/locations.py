@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import PurePosixPath
-from urllib.parse import quote
 
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME
@@ -67,6 +66,8 @@ def file_path(checked: Checked, finding: Finding) -> str | None:
 
 def file_uri(checked: Checked, finding: Finding) -> str:
     """Return the same as a URI, relative where the folder was."""
+    from urllib.parse import quote  # programs alone want URIs
+
     path = file_path(checked, finding)
     if path is None:
         return f"hf://{quote(checked.label, safe='/@')}/{quote(file_name(checked, finding))}"

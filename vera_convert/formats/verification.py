@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -13,11 +14,11 @@ from vera_convert.verification.expected import Kind
 from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.judging import LIMIT
 from vera_convert.verification.merged import MergedCheck
-from vera_convert.verification.options import MergeSettings
 from vera_convert.verification.result import Verification
-from vera_convert.verification.tensors import TensorCheck
+from vera_convert.verification.tensors import MergedTensors, TensorCheck, last_bits_text
 
 _MOST_LISTED = 12
+_MOST_OTHERS = 5
 
 Rows = list[list[str]]
 
@@ -32,17 +33,23 @@ def verification_text(result: Verification) -> str:
     if result.model is not None:
         rows += _model_rows(result.model)
     elif result.merged is not None:
-        why = "left out: --layers-only" if result.passed else "not run: the weights are wrong"
-        rows.append(["model", why])
+        rows.append(["model", _why_not_run(result)])
     rows.append(["result", _verdict(result)])
-    checks = result.merged.tensors.checks if result.merged is not None else ()
-    return "\n".join([table(rows), *_wrong_lines(checks)])
+    return "\n".join([table(rows), *_error_lines(result)])
+
+
+def _why_not_run(result: Verification) -> str:
+    if result.not_run is not None:
+        return f"NOT RUN: {result.not_run}"
+    if result.merged is not None and result.merged.layers_only:
+        return "left out: --layers-only"
+    return "not run: something else is wrong"
 
 
 def _verdict(result: Verification) -> str:
     count = len(result.errors)
     if not count:
-        return "it holds"
+        return "it holds" if result.passed else "the weights hold; the model was NOT RUN"
     return f"IT DOES NOT HOLD: {count} {'things are' if count > 1 else 'thing is'} wrong"
 
 
@@ -50,7 +57,7 @@ def _form_rows(form: FormCheck) -> Rows:
     origins = [_origin(origin) for origin in form.origins]
     rows = [
         ["other form", form.label],
-        ["trained", f"{form.tensors} tensors compared, byte for byte"],
+        ["trained", f"{_counted(form.tensors, 'tensor')} compared, byte for byte"],
         ["A and B", f"{origins[0]}, then {origins[1]}"],
     ]
     for effect in form.effects:
@@ -72,35 +79,58 @@ def _origin(origin: str) -> str:
 
 
 def _merged_rows(check: MergedCheck) -> Rows:
-    rows = [["merged", check.label], ["base", check.base]]
+    same = ", THE SAME FOLDER AS THE MERGED MODEL" if check.is_base else ""
+    rows = [["merged", check.label], ["base", check.base + same]]
     for adapter in check.adapters:
         weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
-        layers = f"{adapter.layers} layers of rank {adapter.rank}{weight}"
+        layers = f"{_counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
+        is_plain = adapter.strategy == "names as they are"
         rows += [
-            ["of", f"{adapter.label}, {layers}"],
-            ["  names", adapter.strategy],
+            ["with", f"{adapter.label}, {layers}"],
+            ["  layer names", "as in the base" if is_plain else adapter.strategy],
             ["  A and B", _origin(adapter.origin)],
         ]
-    rows.append(["options", _settings_text(check.settings)])
+    rows.append(["options", _settings_text(check)])
     rows += _tensor_rows(check.tensors.checks)
     size, jobs = check.tensors.nbytes, check.tensors.jobs
-    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes in {jobs} threads"])
+    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes in {_counted(jobs, 'thread')}"])
     return rows
 
 
-def _settings_text(settings: MergeSettings) -> str:
-    given = {
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _settings_text(check: MergedCheck) -> str:
+    """Say which options a merge is held against, and where each comes from."""
+    settings = check.settings
+    values = {
         "projections": settings.projections if settings.projections != "auto" else None,
         "generator": settings.generator,
-        "base dtype": settings.base_dtype,
+        "base_dtype": settings.base_dtype,
         "dtype": settings.dtype,
         "tied": settings.tied,
     }
-    said = [f"{name} {value}" for name, value in given.items() if value is not None]
-    said += [f"key map {printable(f'{old}={new}')}" for old, new in settings.key_map]
-    said += ["dequantized"] if settings.dequantize else []
+    said = {
+        name: f"{name.replace('_', ' ')} {value}"
+        for name, value in values.items()
+        if value is not None
+    }
+    if settings.key_map:
+        renames = ", ".join(printable(f"{old}={new}") for old, new in settings.key_map)
+        said["key_map"] = f"key map {renames}"
+    if settings.dequantize:
+        said["dequantize"] = "dequantized"
+    weights = [f"{adapter.weight:g}" for adapter in check.adapters]
+    if "weight" in settings.given or weights != ["1"]:
+        said["weight"] = f"weight {' and '.join(weights)}"
+    given = [text for name, text in said.items() if name in settings.given]
+    others = [text for name, text in said.items() if name not in settings.given]
     where = "of its provenance" if settings.recorded else "it has no provenance"
-    return f"{', '.join(said) or 'the usual ones'} ({where})"
+    groups = [f"{', '.join(given)} (given)"] if given else []
+    if others or not given:
+        groups.append(f"{', '.join(others) or 'the usual ones'} ({where})")
+    return "; ".join(groups)
 
 
 def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
@@ -113,11 +143,11 @@ def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
         excess = max(check.judgement.excess for check in added)
         rows += [
             ["with a delta", f"{_held(added)}, {values:,} values"],
+            ["  rounding", _rounding_text(off, values, ulps)],
             [
-                "  rounding",
-                f"{off / max(values, 1):.2%} of them are off, by up to {ulps:.3g} last bits",
+                "  beyond rounding",
+                f"{last_bits_text(excess)} of the sum, before it is rounded (allowed {LIMIT:g})",
             ],
-            ["  beyond it", f"{excess:.3g} last bits of the sum (allowed {LIMIT:g})"],
         ]
     for kind, words in _IN_WORDS.items():
         alike = [check for check in checks if check.kind is kind]
@@ -125,16 +155,49 @@ def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
     return rows
 
 
-def _wrong_lines(checks: Sequence[TensorCheck]) -> Iterator[str]:
-    """Yield a line for each tensor that is wrong, the worst first."""
-    wrong = [check for check in checks if not check.passed]
-    wrong.sort(key=lambda check: (-check.judgement.excess, -check.judgement.wrong))
-    for check in wrong[:_MOST_LISTED]:
+def _rounding_text(off: int, values: int, ulps: float) -> str:
+    if not off:
+        return "each is what is computed here, to the last bit"
+    share = f"{off / values:.2%}" if off * 10_000 >= values else "less than 0.01%"
+    return f"{share} of them are not what is computed here, by up to {last_bits_text(ulps)}"
+
+
+def _error_lines(result: Verification) -> Iterator[str]:
+    """Yield a line for each other thing that is wrong, then for tensors that are, worst first."""
+    tensors = result.merged.tensors if result.merged is not None else None
+    of_tensors = {check.finding() for check in tensors.worst_first} if tensors is not None else ()
+    others = [each for each in result.errors if each not in of_tensors]
+    for finding in others[:_MOST_OTHERS]:
+        yield f"WRONG {finding.code} {finding.place}: {finding.reason}"
+    if len(others) > _MOST_OTHERS:
+        yield f"and {_counted(len(others) - _MOST_OTHERS, 'more thing')}"
+    if tensors is not None:
+        yield from _wrong_lines(tensors)
+
+
+def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
+    """Yield a line for each tensor that is wrong, and one for all that went wrong alike."""
+    wrong = tensors.worst_first
+    added = sum(check.kind is Kind.ADDED for check in tensors.checks)
+    alike = Counter(check.hint for check in wrong if check.hint)
+    shown, done = 0, set[str]()
+    for check in wrong:
+        count = alike[check.hint]
+        if check.hint in done:
+            continue
+        if shown == _MOST_LISTED:
+            rest = [each for each in wrong[wrong.index(check) :] if each.hint not in done]
+            yield f"and {_counted(len(rest), 'more tensor')}"
+            return
+        shown += 1
+        if count > 1:
+            done.add(check.hint)
+            said = f"{check.hint} The worst is {printable(check.name)}."
+            yield f"WRONG {count:,} of {_counted(added, 'layer')}: {said}"
+            continue
         found = check.judgement
-        said = f"{found.wrong:,} of {found.values:,} values are wrong. {check.hint}"
+        said = f"{found.wrong:,} of {_counted(found.values, 'value')} are wrong. {check.hint}"
         yield f"WRONG {printable(check.name)}: {said.rstrip()}"
-    if len(wrong) > _MOST_LISTED:
-        yield f"and {len(wrong) - _MOST_LISTED} more tensors"
 
 
 _IN_WORDS = {
@@ -147,23 +210,41 @@ _IN_WORDS = {
 
 def _held(checks: Sequence[TensorCheck]) -> str:
     held = sum(check.passed for check in checks)
+    if len(checks) == 1:
+        return f"{held} of 1 tensor is right"
     return f"{held:,} of {len(checks):,} tensors are right"
 
 
 def _model_rows(model: ModelComparison) -> Rows:
-    ran = f"{model.samples} samples, {model.tokens:,} positions"
-    wrapped = f"{model.largest_difference:.3g} (allowed {model.threshold_difference:.3g})"
-    remerged = f"{model.remerged_difference:.3g} (allowed {model.threshold_remerged:.3g})"
-    rows = [
-        ["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"],
-        ["  with the adapter", f"up to {wrapped} off; it moves the base by {model.effect:.3g}"],
-        ["  merged anew", f"up to {remerged} off"],
-    ]
+    ran = f"{_counted(model.samples, 'sample')}, {_counted(model.tokens, 'position')}"
+    rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
+    if math.isinf(model.largest_difference):
+        return [*rows, ["  its results", "none that could be compared"]]
+    largest, remerged = (f"up to {number:.3g} off" for number in _differences(model))
+    rounding = f"rounding to {model.dtype} explains {model.threshold_difference:.3g}"
+    order = f"the order of sums explains {model.threshold_remerged:.3g}"
+    rows.append(
+        ["  effect", f"the adapter changes what the base gives by up to {model.effect:.3g}"]
+    )
+    if model.wrapped:
+        rows.append(["  with the adapter", f"{largest}; {rounding}"])
+    else:
+        rows.append(["  merged here", f"{largest} from a merge that is not rounded; {rounding}"])
+        rows.append(
+            ["", "what PEFT computes before it merges is something else, and is not compared"]
+        )
+    rows.append(["  merged anew", f"{remerged} from a merge done here; {order}"])
     if model.kl is not None and model.threshold_kl is not None:
         rows.append(["  KL", f"{model.kl:.3g} (allowed {model.threshold_kl:.3g})"])
     if model.top1 is not None and model.threshold_top1 is not None:
         rows.append(["  top-1", f"{model.top1:.2%} agree (at least {model.threshold_top1:.2%})"])
+    if not model.passed:
+        rows.append(["  so" if model.conclusive else "  BUT", model.reason])
     return rows
+
+
+def _differences(model: ModelComparison) -> tuple[float, float]:
+    return model.largest_difference, model.remerged_difference
 
 
 # --- the document --------------------------------------------------------------------------------
@@ -179,6 +260,7 @@ def verification_document(result: Verification) -> Document:
         "form": None if result.form is None else _form_document(result.form),
         "merged": None if result.merged is None else _merged_document(result.merged),
         "model": None if result.model is None else _model_document(result.model),
+        "not_run": None if result.not_run is None else str(result.not_run),
         "findings": [finding_document(finding) for finding in result.findings],
     }
 
@@ -206,6 +288,7 @@ def _merged_document(check: MergedCheck) -> Document:
     return {
         "name": check.label,
         "base": check.base,
+        "is_base": check.is_base,
         "adapters": [
             {
                 "name": adapter.label,
@@ -219,6 +302,7 @@ def _merged_document(check: MergedCheck) -> Document:
         ],
         "options": {
             "recorded": settings.recorded,
+            "given": sorted(settings.given),
             "projections": str(settings.projections),
             "generator": settings.generator,
             "base_dtype": settings.base_dtype,

@@ -208,12 +208,12 @@ def _folder(location: Location) -> Path:
 def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -> list[OnBase]:
     """Match every adapter with the one base, that of the first if none is given."""
     bases = Bases(access)
-    known = [learn(adapters[0], wish, bases=bases, need=Need.VITAL)]
+    known = [learn(adapters[0], wish, bases=bases, need=Need.WHOLE)]
     base = known[0].base
     if base is None:
         raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
     same = replace(wish, model=_name(base.location), revision=None)
-    known += [learn(each, same, bases=bases, need=Need.VITAL) for each in adapters[1:]]
+    known += [learn(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
     return known
 
 

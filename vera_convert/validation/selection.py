@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +50,8 @@ def _table_of(path: Path) -> dict[str, Any] | None:
     """Return our table of a project's file; None if there is no such file, or no such table."""
     if not path.is_file():
         return None
+    import tomllib  # most projects have no such file where adapters lie
+
     place = printable(str(path))
     try:
         if path.stat().st_size > _LARGEST:
@@ -92,6 +92,8 @@ def check_codes(codes: Iterable[str], *, place: str = "") -> None:
     before = f"{place}: " if place else ""
     for code in codes:
         if not code or not any(known.startswith(code) for known in CATALOGUE):
+            from difflib import get_close_matches
+
             near = get_close_matches(code, CATALOGUE, 1) if len(code) > 3 else []
             hint = f" Was {near[0]} meant?" if near else ""
             raise UsageError(

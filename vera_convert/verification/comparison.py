@@ -29,6 +29,10 @@ class ModelComparison:
         threshold_remerged: what `remerged_difference` may be.
         threshold_kl: what `kl` may be.
         threshold_top1: what `top1` must be at least.
+        wrapped: whether the first comparison is with the wrapped model. It is not, but
+            with the model merged here before it was rounded, where a head's delta goes to the
+            embedding as well, which no branch does, or the model does not call its layers.
+        conclusive: whether a failure means that the model is wrong; else nothing can be said.
         passed: whether the merged model does as the wrapped one.
         reason: why it does not; empty if it does.
     """
@@ -46,5 +50,7 @@ class ModelComparison:
     threshold_remerged: float
     threshold_kl: float | None
     threshold_top1: float | None
+    wrapped: bool
+    conclusive: bool
     passed: bool
     reason: str

@@ -6,17 +6,22 @@ The plan of the merge is not asked: a mistake of it would then be held against i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+from numpy.typing import NDArray
 
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.assembly.sums import Term
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantised import FLOATS, quantised_tensors
 from vera_convert.files.header import BITS
-from vera_convert.merging.dequantising import Decoder, Dequantisation, decoder
+from vera_convert.merging.dequantising import Dequantisation, decoder
 from vera_convert.merging.parts import Changes, Replacement
+
+Array = NDArray[Any]
 
 
 class Kind(StrEnum):
@@ -60,7 +65,7 @@ class Expected:
     stored: str
     terms: tuple[Term, ...] = ()
     conv1d: bool = False
-    decode: Decoder | None = None
+    decode: Callable[[Array, int], Array] | None = None
 
     @property
     def count(self) -> int:
@@ -80,10 +85,9 @@ class Expected:
         return self.count, 1
 
     @property
-    def row_bytes(self) -> tuple[int, int]:
-        """Bytes of one row in its source and in the merged model."""
-        columns = self.matrix[1]
-        return columns * BITS[self.stored] // 8, columns * BITS[self.dtype] // 8
+    def row_bytes(self) -> int:
+        """Bytes of one row in its source."""
+        return self.matrix[1] * BITS[self.stored] // 8
 
 
 def expected_tensors(

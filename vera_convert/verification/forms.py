@@ -240,10 +240,18 @@ class _Side:
     def here(self, dtype: str) -> Pair:
         """Return A and B as this package has them in effect."""
         if self._here is None or self.needs_dtype:
+            self._demand_dims()
             known = replace(self.known, rounding=ROUNDING_OF_DTYPE[dtype])
             found = in_effect(self.adapter, known, meant=self.meant, variant=self.variant)
             self.origin, self._here = found.origin, (found.A, found.B)
         return self._here
+
+    def _demand_dims(self) -> None:
+        recorded = self.adapter.projections or self.adapter.fingerprint
+        if recorded is None and None in (self.known.in_features, self.known.out_features):
+            raise UsageError(
+                "neither form records the dims of A and B, so they cannot be drawn: give --base."
+            )
 
     def in_peft(self, dtype: str) -> Pair:
         """Return A and B as PEFT 0.21 has them in effect."""
@@ -262,11 +270,11 @@ class _Side:
         known, config = self.known, self.adapter.config
         recorded = self.adapter.projections or self.adapter.fingerprint
         if recorded is not None:
-            return usual_draw(self.adapter, known, recorded)
-        if known.in_features is None or known.out_features is None:
-            raise UsageError(
-                "neither form records the dims of A and B, so they cannot be drawn: give --base."
-            )
+            dims = recorded.in_features, recorded.out_features
+            return usual_draw(self.adapter.config, known, *dims)
+        self._demand_dims()
+        assert known.in_features is not None  # noqa: S101 -- demanded
+        assert known.out_features is not None  # noqa: S101 -- demanded
         return Draw(
             self.variant or Variant.FLOAT32_FUSED,
             config.projection_prng_key,
@@ -309,6 +317,11 @@ def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
         other_rank = len(first[0]) != len(second[0])
         if other_rank or columns < needed[0] or rows < needed[1]:
             return f"A and B are {shapes[0]}, then {shapes[1]}"
+        if not needed[0] and first[0].shape[1] != second[0].shape[1]:
+            return (
+                f"A and B are {shapes[0]}, then {shapes[1]}, and only a base, to be given with "
+                "--base, says how many columns of A the layers use"
+            )
         first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
     for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):
         difference = _difference(one, other)

@@ -6,14 +6,15 @@ What was added is held against the delta, against a multiple of it, and against 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.delta import FLOAT64
-from vera_convert.verification.judging import Judge, Judgement, last_bits
-from vera_convert.verification.pairs import Buffers, Pair
+from vera_convert.verification.judging import Judge, Judgement, last_bits, rounded
+from vera_convert.verification.pairs import Buffers, Pair, is_wider
 
 Array = NDArray[Any]
 
@@ -21,6 +22,9 @@ _LEFT_OVER = 0.02
 """The share of a change that a multiple of the delta may leave unexplained, beside rounding."""
 _CLEAR = 4.0
 """How many times larger than what rounding does a delta must be, to be told from it."""
+_SIGMAS = 4.0
+_MANY = 8
+"""Values that have to be wrong, or right, before that says something of all."""
 _UNLIKE = 0.5
 """The cosine below which a change has little to do with the delta."""
 
@@ -49,9 +53,16 @@ def hint(pair: Pair, judgement: Judgement) -> str:
     size = float(np.linalg.norm(noise))
     if float(np.linalg.norm(delta)) < _CLEAR * size:
         return ""
+    if _holds_for_rounded(pair, stored, found, first):
+        return (
+            f"The base was rounded to {pair.expected.dtype} before the delta was added, and is "
+            f"stored in {pair.expected.stored}: verify against the base in that dtype."
+        )
     factor = _explained(change, delta, size)
     if factor is not None:
-        return _multiple(factor, judgement)
+        # What rounding alone makes of a factor: the mean of its errors, beside the delta.
+        doubt = size / change.size**0.5 / float(np.linalg.norm(delta))
+        return _multiple(factor, _SIGMAS * doubt, judgement)
     rows, columns = pair.expected.matrix
     if rows == columns:
         turned = _sum(judge.transposed_deltas(first, last), change.shape)
@@ -81,11 +92,29 @@ def _explained(change: Array, delta: Array, noise: float) -> float | None:
     return factor if left_over <= allowed else None
 
 
-def _multiple(factor: float, judgement: Judgement) -> str:
+def _multiple(factor: float, doubt: float, judgement: Judgement) -> str:
+    """Return what a multiple of the delta, or nearly the delta itself, says.
+
+    Args:
+        factor: the multiple.
+        doubt: how far rounding can have brought it off.
+        judgement: what the values came to.
+    """
     if abs(factor - 2) < _LEFT_OVER:
         return "The delta was added twice: a merged model was merged again."
     if abs(factor - 1) > _LEFT_OVER:
         return f"The delta was added {factor:.3g} times."
-    if judgement.ulps <= 1:
+    many = judgement.wrong >= max(_MANY, _LEFT_OVER * judgement.values)
+    if many and judgement.ulps <= 1 and abs(factor - 1) <= doubt:
         return "No value is off by more than one last bit: the sum was rounded on the way."
     return ""
+
+
+def _holds_for_rounded(pair: Pair, stored: Array, found: Array, first: int) -> bool:
+    """Say whether rows are right for a base that is rounded to the dtype of the merged model."""
+    tensor = pair.expected
+    if not is_wider(tensor.stored, tensor.dtype) or tensor.decode is not None:
+        return False
+    before = replace(tensor, decode=lambda rows, _first: rounded(rows, found.dtype))
+    judged = Judge(before).judge(stored, found, first)
+    return not judged.wrong and judged.values >= _MANY

@@ -73,6 +73,7 @@ class Judgement:
         ulps: the largest difference in last bits of the stored dtype.
         excess: the largest difference beyond one rounding, in last bits of the working dtype.
         worst: the value with the largest excess of those that are off, if any is.
+        moved: whether any is known to be another than that which was added to.
     """
 
     values: int = 0
@@ -81,6 +82,7 @@ class Judgement:
     ulps: float = 0.0
     excess: float = 0.0
     worst: Worst | None = None
+    moved: bool = False
 
     def __add__(self, other: Judgement) -> Judgement:
         first, second = (self, other) if self._leads(other) else (other, self)
@@ -91,6 +93,7 @@ class Judgement:
             max(self.ulps, other.ulps),
             max(self.excess, other.excess),
             first.worst or second.worst,
+            self.moved or other.moved,
         )
 
     def _leads(self, other: Judgement) -> bool:
@@ -218,6 +221,7 @@ class Judge:
         # To 16 bits everything comes by way of float32, or may do so.
         narrow = NUMPY_DTYPE[tensor.dtype].itemsize < FLOAT32.itemsize
         self.last_bit = float(np.finfo(FLOAT32 if narrow else self.working).eps) / 2
+        self._moved = False
 
     def _factor(self, term: Term) -> _Factor:
         d, b = term.layer.vectors()
@@ -278,7 +282,10 @@ class Judge:
             rows = slice(row, row + step)
             wanted = rounded(total[rows], found.dtype)
             differs = (_bits(found[rows]) != _bits(wanted)).reshape(-1)
-            result += Judgement(differs.size)
+            if not self._moved:  # one such value is enough
+                before = rounded(weights[rows], found.dtype)
+                self._moved = bool((found[rows] != before).any())
+            result += Judgement(differs.size, moved=self._moved)
             places = np.flatnonzero(differs)
             if places.size:
                 off = _Off(

@@ -14,28 +14,34 @@ from vera_convert.base.folder import PROVENANCE_NAME, sort_files
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.onbase import BaseWish
 from vera_convert.base.quantised import refuse_quantised
-from vera_convert.errors import UsageError
+from vera_convert.errors import OF_MERGED, CheckpointError, UsageError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, locate
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
 from vera_convert.merging.options import DTYPES
-from vera_convert.merging.parts import Changes, Part, collect
+from vera_convert.merging.parts import Part, collect
 from vera_convert.rules import (
-    MERGED_TIE,
+    BASE_IS_ADAPTER,
+    MERGED_IS_ADAPTER,
     OTHER_ADAPTER_MERGED,
     OTHER_BASE_MERGED,
     PROVENANCE_MISSING,
     Finding,
 )
+from vera_convert.verification.beside import config_findings, file_findings, tie_findings
 from vera_convert.verification.expected import expected_tensors
 from vera_convert.verification.options import (
     GivenAdapter,
-    MergeSettings,
     VerifyOptions,
     demand_all_adapters,
     settle,
 )
-from vera_convert.verification.provenance import Provenance, RecordedAdapter, read_provenance
+from vera_convert.verification.provenance import (
+    MergeSettings,
+    Provenance,
+    RecordedAdapter,
+    read_provenance,
+)
 from vera_convert.verification.tensors import MergedTensors, Progress, check_tensors
 
 
@@ -71,9 +77,11 @@ class MergedCheck:
         folder: where it lies here.
         base: how the base is named, with its commit on the Hub.
         base_folder: where that lies here.
+        is_base: whether the two are one folder.
         adapters: the adapters.
         settings: the options of the merge.
         tensors: what its tensors came to.
+        layers_only: whether the model is not to be run.
         seconds: how long that took.
         findings: what is wrong, the worst first; then warnings and notes.
     """
@@ -82,9 +90,11 @@ class MergedCheck:
     folder: Path
     base: str
     base_folder: Path
+    is_base: bool
     adapters: tuple[VerifiedAdapter, ...]
     settings: MergeSettings
     tensors: MergedTensors
+    layers_only: bool
     seconds: float
     findings: tuple[Finding, ...]
 
@@ -114,7 +124,7 @@ def check_merged(
         SurroundingsError: a file or a repo cannot be had, or changed meanwhile.
     """
     started = time.monotonic()
-    model, provenance = _read_merged(merged, access, whole=not options.layers_only)
+    model, provenance, beside = _read_merged(merged, access, whole=not options.layers_only)
     settings = settle(options, base, provenance)
     if settings.dequantize and not options.layers_only:
         raise UsageError(
@@ -126,9 +136,9 @@ def check_merged(
         demand_all_adapters(options.add, provenance)
     with _opened(given, base, settings, access=access) as inputs:
         parts, findings = _weighted(inputs.parts, given, provenance)
-        if provenance is not None:
-            findings += _other_base(inputs.base, provenance)
-        else:
+        others = [*_other_base(inputs.base, provenance)] if provenance is not None else []
+        findings += others
+        if provenance is None:
             reason = f"it has no {PROVENANCE_NAME}."
             findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
         changes = collect(parts, inputs.base, inputs.files, tied=settings.tied)
@@ -142,41 +152,84 @@ def check_merged(
             dequantisation=inputs.dequantisation,
         )
         files = _files(model)
-        tensors = check_tensors(expected, model, files, jobs=options.jobs, progress=progress)
+        tensors = check_tensors(
+            expected,
+            model,
+            files,
+            jobs=options.jobs,
+            wider_too=settings.dtype is None and not settings.recorded,
+            progress=progress,
+        )
+        folder, base_folder = _folder(model), _folder(inputs.base)
         inputs.check_unchanged()
         for file in files.values():
             file.check_unchanged()
-        wrong = [*tensors.findings, *_tie(model, inputs.base, changes)]
+        found = [
+            *beside,
+            *tensors.findings,
+            *tie_findings(model, files, inputs.base, changes),
+            *config_findings(
+                model,
+                inputs.base,
+                [part.adapter.config.task_type for part in parts],
+                is_copied=provenance is not None and not others,
+                dequantised=inputs.dequantisation is not None,
+            ),
+            *findings,
+            *inputs.findings,
+            *changes.findings,
+        ]
         return MergedCheck(
             label=model.location.label,
-            folder=_folder(model),
+            folder=folder,
             base=inputs.base.location.label,
-            base_folder=_folder(inputs.base),
+            base_folder=base_folder,
+            is_base=base_folder.resolve() == folder.resolve(),
             adapters=tuple(map(_verified, parts)),
             settings=settings,
             tensors=tensors,
+            layers_only=options.layers_only,
             seconds=time.monotonic() - started,
-            findings=(*wrong, *dict.fromkeys((*findings, *model.findings))),
+            findings=tuple(dict.fromkeys(found)),
         )
 
 
+@contextmanager
+def _of_the_merged_model() -> Iterator[None]:
+    """Note on what is refused inside that it is the merged model's fault, not the adapter's."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.findings[0].rule is BASE_IS_ADAPTER:
+            finding = MERGED_IS_ADAPTER.at(error.findings[0].place, error.findings[0].reason)
+            error = CheckpointError(finding)
+        error.add_note(OF_MERGED)
+        raise error from None
+
+
+@_of_the_merged_model()
 def _read_merged(
     merged: str | Path, access: HubAccess, *, whole: bool
-) -> tuple[BaseModel, Provenance | None]:
-    """Fetch a merged model and read its headers and provenance; the rest too, to run it whole."""
+) -> tuple[BaseModel, Provenance | None, list[Finding]]:
+    """Fetch a merged model and read its headers and provenance; the rest too, to run it whole.
+
+    Returns:
+        also what lies beside the weights and does not belong there.
+    """
     location = locate(str(merged), kind="base", access=access)
     model = read_base(location, access)
     names = list_files(model.location, access)
     sides = sort_files(names, model)
+    beside = [*file_findings(names, model, sides)]
     needed = [name for name in (sides.config, model.index) if name is not None]
     needed += [*model.files, *(sides.carried if whole else ())]
     needed += [PROVENANCE_NAME] if PROVENANCE_NAME in names else []
     model = replace(model, location=fetch_base(location, access, names=needed))
     if PROVENANCE_NAME not in names:
-        return model, None
+        return model, None, beside
     folder = _folder(model)
     with open_local(folder / PROVENANCE_NAME, within=folder) as source:
-        return model, read_provenance(source)
+        return model, read_provenance(source), beside
 
 
 def _folder(model: BaseModel) -> Path:
@@ -260,17 +313,6 @@ def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
         names = {*headers.items()} ^ {*provenance.base_headers.items()}
         reason = f"{printable(min(names)[0])} is another one."
         yield OTHER_BASE_MERGED.at(base.location.label, reason)
-
-
-def _tie(model: BaseModel, base: BaseModel, changes: Changes) -> Iterator[Finding]:
-    """Yield a finding if a loader makes of head and embedding what it should not."""
-    wanted = False if changes.unties else base.tie_word_embeddings
-    found = model.tie_word_embeddings
-    is_known = changes.unties or None not in (wanted, found)
-    if is_known and found != wanted:
-        said = "is not there" if found is None else f"is {str(found).lower()}"
-        reason = f"tie_word_embeddings {said} where {str(wanted).lower()} is due."
-        yield MERGED_TIE.at(f"{model.location.label}/config.json", reason)
 
 
 def _verified(part: Part) -> VerifiedAdapter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.projections import Meant
@@ -14,7 +15,7 @@ from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
 from vera_convert.merging.options import DTYPES
 from vera_convert.merging.parts import Tied
-from vera_convert.verification.provenance import Provenance
+from vera_convert.verification.provenance import MergeSettings, Provenance
 
 SAMPLES = 8
 """Sequences that both models are run on, where nothing else is said."""
@@ -48,7 +49,7 @@ class VerifyOptions:
         tied: what became of an output head that shares its tensor with the embedding.
         dequantize: whether a base whose weights are fp8 was made a 16-bit model.
         layers_only: leave it at the weights; no model is loaded, and torch is not needed.
-        samples: how many sequences both models are run on.
+        samples: how many sequences both models are run on; None for `SAMPLES`.
         text: a file whose text they are made of; without it token ids are drawn.
         jobs: threads; None for one for each core, four at most.
     """
@@ -61,7 +62,7 @@ class VerifyOptions:
     tied: Tied | None = None
     dequantize: bool | None = None
     layers_only: bool = False
-    samples: int = SAMPLES
+    samples: int | None = None
     text: Path | None = None
     jobs: int | None = None
 
@@ -72,10 +73,14 @@ class VerifyOptions:
         for weight in (self.weight, *(each.weight for each in self.add)):
             if weight is not None and not math.isfinite(weight):
                 raise UsageError(f"the weight of an adapter is a finite number, not {weight}.")
-        if self.samples < 1:
+        if self.samples is not None and self.samples < 1:
             raise UsageError("--samples is a positive number of sequences.")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError("--jobs is a positive number of threads.")
+        runs = {"--samples": self.samples, "--text": self.text}
+        names = [name for name, value in runs.items() if value is not None]
+        if self.layers_only and names:
+            raise UsageError(f"{', '.join(names)}: with --layers-only no model is run.")
 
     def demand_no_merge(self) -> None:
         """Raise `UsageError` for an option that says something of a merged model."""
@@ -85,62 +90,32 @@ class VerifyOptions:
             "--dtype": self.dtype,
             "--tied": self.tied,
             "--dequantize": self.dequantize,
+            "--layers-only": self.layers_only or None,
+            "--samples": self.samples,
             "--text": self.text,
+            "--jobs": self.jobs,
         }
         names = [name for name, value in given.items() if value is not None]
         if names:
             raise UsageError(f"{', '.join(names)}: there is no --merged that this could be of.")
 
 
-@dataclass(frozen=True, slots=True)
-class MergeSettings:
-    """The options that a merge is held against.
-
-    Attributes:
-        projections: which A and B were meant.
-        generator: how they were drawn, where no fingerprint says it.
-        base_dtype: the dtype that the base was taken to be loaded in.
-        key_map: pairs (OLD, NEW) that renamed modules.
-        dtype: what float tensors became, in torch's names; None if each kept its own.
-        tied: what became of a head that shares its tensor with the embedding.
-        dequantize: whether an fp8 base was made a 16-bit model.
-        recorded: whether they come from a provenance.
-    """
-
-    projections: Meant
-    generator: Variant | None
-    base_dtype: str | None
-    key_map: tuple[tuple[str, str], ...]
-    dtype: str | None
-    tied: Tied | None
-    dequantize: bool
-    recorded: bool
-
-
 def settle(options: VerifyOptions, base: BaseWish, provenance: Provenance | None) -> MergeSettings:
     """Return the options of a merge: those that are given, else those that it recorded."""
-    recorded = provenance
-    if recorded is None:
-        return MergeSettings(
-            projections=options.projections or Meant.AUTO,
-            generator=options.generator,
-            base_dtype=base.dtype,
-            key_map=tuple(base.key_map),
-            dtype=options.dtype,
-            tied=options.tied,
-            dequantize=bool(options.dequantize),
-            recorded=False,
-        )
-    return MergeSettings(
-        projections=options.projections or recorded.projections,
-        generator=options.generator or recorded.generator,
-        base_dtype=base.dtype or recorded.base_dtype,
-        key_map=tuple(base.key_map) or recorded.key_map,
-        dtype=options.dtype or recorded.dtype,
-        tied=options.tied or recorded.tied,
-        dequantize=recorded.dequantize if options.dequantize is None else options.dequantize,
-        recorded=True,
-    )
+    said: dict[str, Any] = {
+        "projections": options.projections,
+        "generator": options.generator,
+        "base_dtype": base.dtype,
+        "key_map": tuple(base.key_map) or None,
+        "dtype": options.dtype,
+        "tied": options.tied,
+        "dequantize": options.dequantize,
+    }
+    given = {name: value for name, value in said.items() if value is not None}
+    weights = [options.weight, *(each.weight for each in options.add)]
+    names = {*given, *(["weight"] if any(each is not None for each in weights) else [])}
+    recorded = MergeSettings() if provenance is None else provenance.settings
+    return replace(recorded, **given, given=frozenset(names))
 
 
 def demand_all_adapters(given: Sequence[GivenAdapter], provenance: Provenance) -> None:

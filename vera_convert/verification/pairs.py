@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.files.header import BITS
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.verification.expected import Expected
+from vera_convert.verification.expected import Expected, Kind
 
 Array = NDArray[Any]
 
+_HOLD_ALL = {"F16": ("F32", "F64"), "BF16": ("F32", "F64"), "F32": ("F64",)}
+"""Dtypes that hold every value of another one."""
 BLOCK_VALUES = 1 << 20
 """Values in a block. With its sums that is some 20 MiB for each thread; larger ones win nothing."""
 _BLOCK_BYTES = 1 << 23
@@ -37,22 +39,30 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """One tensor that the merged model has, in the dtype and shape that are expected.
+    """One tensor that the merged model has, in the shape that is expected.
 
     Attributes:
         expected: what it must be.
         file: the file of the merged model that holds it.
         start: where its bytes begin there.
+        found: the dtype that it has there; its values must be those of the expected one, if that is
+            narrower.
     """
 
     expected: Expected
     file: InputFile
     start: int
+    found: str
 
     @property
     def nbytes(self) -> int:
         """How many bytes it takes in the merged model."""
-        return self.expected.count * BITS[self.expected.dtype] // 8
+        return self.expected.count * BITS[self.found] // 8
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes one of its rows takes in the merged model."""
+        return self.expected.matrix[1] * BITS[self.found] // 8
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield where blocks begin and end: bytes if they are carried, else rows."""
@@ -78,7 +88,7 @@ class Pair:
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
         """Return some rows of the merged tensor and of its source, each in its own dtype."""
         tensor = self.expected
-        stored_row, found_row = tensor.row_bytes
+        stored_row, found_row = tensor.row_bytes, self.row_bytes
         count, columns = last - first, tensor.matrix[1]
         found = buffers.take(0, count * found_row)
         source = buffers.take(1, count * stored_row)
@@ -86,14 +96,32 @@ class Pair:
             file.read_into(self.start + first * found_row, found.data)
         with tensor.source.open() as file:
             file.read_into(tensor.start + first * stored_row, source.data)
+        merged = found.view(NUMPY_DTYPE[self.found]).reshape(count, columns)
         return (
-            found.view(NUMPY_DTYPE[tensor.dtype]).reshape(count, columns),
+            merged if self.found == tensor.dtype else _narrowed(merged, NUMPY_DTYPE[tensor.dtype]),
             source.view(NUMPY_DTYPE[tensor.stored]).reshape(count, columns),
         )
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Return values in a narrower dtype; what it cannot hold is no number."""
+    narrow = values.astype(dtype)
+    narrow[narrow.astype(values.dtype) != values] = np.nan
+    return narrow
+
+
+def is_wider(found: str, due: str) -> bool:
+    """Say whether a dtype holds every value of another, and more."""
+    return found in _HOLD_ALL.get(due, ())
+
+
 def pairs_of(
-    expected: Mapping[str, Expected], merged: BaseModel, files: Mapping[str, InputFile]
+    expected: Mapping[str, Expected],
+    merged: BaseModel,
+    files: Mapping[str, InputFile],
+    *,
+    wider_too: bool = False,
 ) -> list[Pair]:
     """Return what can be compared, in the order in which it lies on the disk.
 
@@ -101,12 +129,19 @@ def pairs_of(
         expected: what has to be there, by name.
         merged: the merged model.
         files: its weight files, by name.
+        wider_too: take also what is stored in a wider dtype, and expect that one.
     """
     found = []
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
-        if there is None or (there.info.dtype, there.info.shape) != (tensor.dtype, tensor.shape):
+        if there is None or there.info.shape != tensor.shape:
             continue
+        due = tensor
+        if there.info.dtype != tensor.dtype:
+            if not (wider_too and is_wider(there.info.dtype, tensor.dtype)):
+                continue
+            kind = Kind.CONVERTED if tensor.kind is Kind.SAME else tensor.kind
+            due = replace(tensor, dtype=there.info.dtype, kind=kind)
         start = merged.files[there.file].data_start + there.info.start
-        found.append(Pair(tensor, files[there.file], start))
+        found.append(Pair(due, files[there.file], start, due.dtype))
     return sorted(found, key=lambda pair: (str(pair.file.path), pair.start))

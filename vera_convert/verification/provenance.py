@@ -6,7 +6,7 @@ Options are taken from it only where each has a form that this package writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -48,12 +48,10 @@ class RecordedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """What a merge recorded of itself, as far as it decides what must have come out.
+class MergeSettings:
+    """The options that a merge is held against; the usual ones, where nothing else is said.
 
     Attributes:
-        adapters: in the order in which their deltas were added.
-        base_headers: SHA-256 of the header of each weight file of the base, by name.
         projections: which A and B were meant.
         generator: how they were drawn, where no fingerprint says it.
         base_dtype: the dtype that the base was taken to be loaded in.
@@ -61,17 +59,34 @@ class Provenance:
         dtype: what float tensors became, in torch's names; None if each kept its own.
         tied: what became of a head that shares its tensor with the embedding.
         dequantize: whether an fp8 base was made a 16-bit model.
+        recorded: whether they come from a provenance, but for those that are given.
+        given: names of those that the caller gave, ``weight`` among them.
+    """
+
+    projections: Meant = Meant.AUTO
+    generator: Variant | None = None
+    base_dtype: str | None = None
+    key_map: tuple[tuple[str, str], ...] = ()
+    dtype: str | None = None
+    tied: Tied | None = None
+    dequantize: bool = False
+    recorded: bool = False
+    given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What a merge recorded of itself, as far as it decides what must have come out.
+
+    Attributes:
+        adapters: in the order in which their deltas were added.
+        base_headers: SHA-256 of the header of each weight file of the base, by name.
+        settings: the options.
     """
 
     adapters: tuple[RecordedAdapter, ...]
     base_headers: Mapping[str, str]
-    projections: Meant
-    generator: Variant | None
-    base_dtype: str | None
-    key_map: tuple[tuple[str, str], ...]
-    dtype: str | None
-    tied: Tied | None
-    dequantize: bool
+    settings: MergeSettings
 
 
 def read_provenance(source: ByteSource) -> Provenance:
@@ -97,6 +112,14 @@ def read_provenance(source: ByteSource) -> Provenance:
     return Provenance(
         adapters=tuple(reader.adapter(each, f"adapters[{n}]") for n, each in enumerate(listed)),
         base_headers=reader.headers(base.get("files")),
+        settings=_settings(reader, options, renames),
+    )
+
+
+def _settings(
+    reader: _Reader, options: Mapping[str, object], renames: Sequence[object]
+) -> MergeSettings:
+    return MergeSettings(
         projections=reader.one_of(Meant, options.get("projections"), "options.projections"),
         generator=reader.optional(Variant, options.get("generator"), "options.generator"),
         base_dtype=reader.optional(_base_dtype, options.get("base_dtype"), "options.base_dtype"),
@@ -106,6 +129,7 @@ def read_provenance(source: ByteSource) -> Provenance:
         dtype=reader.optional(_dtype, options.get("dtype"), "options.dtype"),
         tied=reader.optional(Tied, options.get("tied"), "options.tied"),
         dequantize=reader.truth(options.get("dequantize"), "options.dequantize"),
+        recorded=True,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
 from vera_convert.verification.comparison import ModelComparison
 from vera_convert.verification.forms import FormCheck
@@ -18,8 +19,9 @@ class Verification:
         adapter: how the caller named the adapter.
         form: what another form of it came to; None if none was given.
         merged: what a merged model came to; None if none was given.
-        model: what running that model came to; None if it was left at the weights, or if those
-            were wrong already.
+        model: what running that model came to; None if it was left at the weights, if those were
+            wrong already, or if it could not be run.
+        not_run: why it could not; None if it was, or was not to be.
         findings: what is wrong, the worst first; then warnings and notes.
     """
 
@@ -27,6 +29,7 @@ class Verification:
     form: FormCheck | None
     merged: MergedCheck | None
     model: ModelComparison | None
+    not_run: VeraConvertError | None
     findings: tuple[Finding, ...]
 
     @property
@@ -36,5 +39,5 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether all that was looked at holds."""
-        return not self.errors
+        """Whether all that was to be looked at was, and holds."""
+        return not self.errors and self.not_run is None

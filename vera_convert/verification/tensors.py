@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from threadpoolctl import threadpool_limits
 
@@ -18,10 +18,12 @@ from vera_convert.assembly.jobs import Crew, default_jobs
 from vera_convert.base.model import BaseModel
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
+    MERGED_BUFFER,
     MERGED_TENSOR_CHANGED,
     MERGED_TENSOR_FORM,
     MERGED_TENSOR_MISSING,
     MERGED_TENSOR_UNKNOWN,
+    MERGED_TENSOR_WIDER,
     MERGED_WEIGHT_WRONG,
     Finding,
 )
@@ -31,7 +33,7 @@ from vera_convert.verification.judging import Judge, Judgement, judge_bytes, jud
 from vera_convert.verification.pairs import Buffers, Pair, pairs_of
 
 _MOST_FINDINGS = 50
-_MOST_HINTS = 12
+_MOST_HINTS = 64
 """Tensors whose values are looked at again to say what went wrong, the worst first."""
 
 Progress = Callable[[int, int], None]
@@ -49,6 +51,7 @@ class TensorCheck:
         shape: its shape.
         judgement: what its values came to.
         hint: what went wrong with it, as far as its values tell; empty if they do not.
+        rounded: the dtype that its values were rounded to, which can be narrower than its own.
     """
 
     name: str
@@ -57,6 +60,7 @@ class TensorCheck:
     shape: tuple[int, ...]
     judgement: Judgement
     hint: str = ""
+    rounded: str = ""
 
     @property
     def passed(self) -> bool:
@@ -80,7 +84,7 @@ class TensorCheck:
         values = f"its value at {self.where} is {worst.found!r} where {worst.expected!r} is due"
         count = f"{found.wrong:,} of {found.values:,} values are wrong"
         if self.kind is Kind.ADDED:
-            reason = f"{count}, by up to {found.ulps:.3g} last bits; {values}."
+            reason = f"{count}, by up to {last_bits_text(found.ulps)}; {values}."
             reason += f" {self.hint}" if self.hint else ""
             return MERGED_WEIGHT_WRONG.at(printable(self.name), reason)
         return MERGED_TENSOR_CHANGED.at(printable(self.name), f"{count}; {values}.")
@@ -92,6 +96,8 @@ class MergedTensors:
 
     Attributes:
         checks: of every tensor that was compared, in the order of the base.
+        wider: the dtype that the values of each added tensor were rounded to whose dtype in the
+            merged model is wider than that of the base, by name.
         findings: what is wrong, the worst first.
         nbytes: how many bytes of the merged model were compared.
         jobs: threads.
@@ -101,6 +107,23 @@ class MergedTensors:
     findings: tuple[Finding, ...]
     nbytes: int
     jobs: int
+    wider: Mapping[str, str]
+
+    @property
+    def moved(self) -> bool:
+        """Whether any weight that a delta is added to is another than the base's."""
+        return any(check.judgement.moved for check in self.checks)
+
+    @property
+    def worst_first(self) -> list[TensorCheck]:
+        """Return the tensors that are wrong, the one that is off the most first."""
+        wrong = [check for check in self.checks if not check.passed]
+        return sorted(wrong, key=lambda check: (-check.judgement.excess, -check.judgement.wrong))
+
+
+def last_bits_text(count: float) -> str:
+    """Return a number of last bits in words."""
+    return f"{count:.3g} last bit{'' if count == 1 else 's'}"
 
 
 def check_tensors(
@@ -109,6 +132,7 @@ def check_tensors(
     files: Mapping[str, InputFile],
     *,
     jobs: int | None = None,
+    wider_too: bool = False,
     progress: Progress = lambda _done, _of: None,
 ) -> MergedTensors:
     """Hold every tensor of a merged model against what it must be.
@@ -118,29 +142,53 @@ def check_tensors(
         merged: the merged model.
         files: its weight files, by name.
         jobs: threads; None for one for each core, four at most.
+        wider_too: whether a wider dtype than the expected one is no error.
         progress: told now and then how many bytes have been compared, and of how many.
 
     Raises:
         SurroundingsError: a file cannot be read, or changed meanwhile.
     """
-    pairs = pairs_of(expected, merged, files)
+    pairs = pairs_of(expected, merged, files, wider_too=wider_too)
     count = jobs or default_jobs()
     judgements = _Comparison(pairs, count, progress).run()
+    pairs = _rounded_before(pairs, judgements, expected, count)
     found = {pair.expected.name: check for pair, check in _checks(pairs, judgements)}
     checks = tuple(found[name] for name in expected if name in found)
-    return MergedTensors(
+    compared = MergedTensors(
         checks,
-        (*_differences(expected, merged), *_worst_first(checks)),
+        (),
         sum(pair.nbytes for pair in pairs),
         count,
+        {c.name: c.rounded for c in checks if c.dtype != expected[c.name].dtype},
     )
+    wrong = [check.finding() for check in compared.worst_first[:_MOST_FINDINGS]]
+    differences = _differences(expected, merged, compared)
+    return replace(compared, findings=(*differences, *wrong))
 
 
-def _worst_first(checks: Sequence[TensorCheck]) -> Iterator[Finding]:
-    """Yield what is wrong, the tensor that is off the most first."""
-    wrong = [check for check in checks if not check.passed]
-    wrong.sort(key=lambda check: (-check.judgement.excess, -check.judgement.wrong))
-    yield from (check.finding() for check in wrong[:_MOST_FINDINGS])
+def _rounded_before(
+    pairs: Sequence[Pair],
+    judgements: dict[str, Judgement],
+    expected: Mapping[str, Expected],
+    jobs: int,
+) -> list[Pair]:
+    """Return the pairs, of those that are wrong in a wider dtype the ones that hold narrow values.
+
+    A model that was merged in 16 bits can be saved in 32. Judgements of such are replaced.
+    """
+    again = [
+        replace(pair, expected=expected[pair.expected.name])
+        for pair in pairs
+        if pair.expected.kind is Kind.ADDED
+        and pair.expected.dtype != expected[pair.expected.name].dtype
+        and judgements[pair.expected.name].wrong
+    ]
+    if not again:
+        return [*pairs]
+    found = _Comparison(again, jobs, lambda _done, _of: None).run()
+    narrow = {pair.expected.name: pair for pair in again if not found[pair.expected.name].wrong}
+    judgements.update({name: found[name] for name in narrow})
+    return [narrow.get(pair.expected.name, pair) for pair in pairs]
 
 
 def _checks(
@@ -162,34 +210,84 @@ def _checks(
             TensorCheck(
                 tensor.name,
                 tensor.kind,
-                tensor.dtype,
+                pair.found,
                 tensor.shape,
                 judgement,
                 hints.get(tensor.name, ""),
+                tensor.dtype,
             ),
         )
 
 
-def _differences(expected: Mapping[str, Expected], merged: BaseModel) -> Iterator[Finding]:
-    """Yield what the headers alone show."""
-    missing = [name for name in expected if name not in merged.tensors]
+def _differences(
+    expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
+) -> Iterator[Finding]:
+    """Yield what the headers alone show, what the most tensors have in common first."""
+    yield from _other_forms(expected, merged, compared)
+    gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
+    extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
+    lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
+    won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
+    for buffers, said in ((lost, "is not stored here"), (won, "is not stored in the base")):
+        if buffers:
+            others = f" (as {len(buffers) - 1:,} more)" if len(buffers) > 1 else ""
+            yield MERGED_BUFFER.at(printable(buffers[0]), f"it {said}{others}.")
+    missing = [name for name in gone if name not in lost]
     for name in missing[:_MOST_FINDINGS]:
         more = f" ({len(missing):,} are missing)" if len(missing) > 1 else ""
         reason = f"{merged.location.label} has no tensor of this name{more}."
         yield MERGED_TENSOR_MISSING.at(printable(name), reason)
-    unknown = [name for name in merged.tensors if name not in expected]
+    unknown = [name for name in extra if name not in won]
     for name in unknown[:_MOST_FINDINGS]:
         reason = "neither the base nor an adapter has a tensor that belongs there."
         yield MERGED_TENSOR_UNKNOWN.at(printable(name), reason)
+
+
+def _other_forms(
+    expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
+) -> Iterator[Finding]:
+    """Yield which tensors have another dtype, one finding for all of a kind, or another shape."""
+    others: dict[tuple[str, str], list[str]] = {}
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
-        if there is None or (there.info.dtype, there.info.shape) == (tensor.dtype, tensor.shape):
-            continue
-        reason = (
-            f"it is {there.info.dtype} {list(there.info.shape)} where "
-            f"{tensor.dtype} {list(tensor.shape)} is due."
-        )
-        yield MERGED_TENSOR_FORM.at(printable(name), reason)
+        if there is not None and there.info.dtype != tensor.dtype:
+            others.setdefault((there.info.dtype, tensor.dtype), []).append(name)
+    for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
+        rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
+        yield rule.at(printable(names[0]), f"it{more} {found} where {due} is due.")
+    count = 0
+    for name, tensor in expected.items():
+        there = merged.tensors.get(name)
+        if there is not None and there.info.shape != tensor.shape and count < _MOST_FINDINGS:
+            count += 1
+            reason = f"it is {list(there.info.shape)} where {list(tensor.shape)} is due."
+            yield MERGED_TENSOR_FORM.at(printable(name), reason)
+
+
+_UNCHANGED = (Kind.SAME, Kind.CONVERTED)
+_WHOLE = frozenset(("I64", "I32", "I16", "I8", "U8", "BOOL"))
+_COUNTED_BUFFERS = frozenset(("position_ids", "token_type_ids", "relative_position_index"))
+
+
+def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a tensor is one that models make themselves, whatever is stored of it.
+
+    Args:
+        name: its name.
+        dtype: its dtype, in safetensors' names.
+        shape: its shape.
+    """
+    owner, _, last = name.rpartition(".")
+    if last in _COUNTED_BUFFERS:
+        return dtype in _WHOLE
+    if last in ("inv_freq", "original_inv_freq"):
+        return len(shape) == 1
+    if last == "masked_bias":
+        return not shape or shape == (1,)
+    of_attention = owner.rpartition(".")[2] in ("attn", "attention", "self_attn")
+    is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return last == "bias" and of_attention and is_mask
 
 
 class _Comparison:
@@ -230,7 +328,7 @@ class _Comparison:
 
 
 def _bytes(pair: Pair, first: int, last: int) -> int:
-    return (last - first) * pair.expected.row_bytes[1]
+    return (last - first) * pair.row_bytes
 
 
 def _compared(

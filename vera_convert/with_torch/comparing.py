@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from vera_convert.merging.output import TORCH_DTYPES
 from vera_convert.merging.parts import Tied
 from vera_convert.verification.comparison import ModelComparison
 from vera_convert.with_torch.layer import VeraLinear
-from vera_convert.with_torch.loading import Blueprint, UnfitError, blueprint, built
+from vera_convert.with_torch.loading import Blueprint, UnfitError, blueprint, built, guarded
 from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.parts import modules_of
 from vera_convert.with_torch.sampling import Answers, Sample, answers, drawn_samples, text_samples
@@ -90,6 +91,8 @@ class _How:
         variant: how they were drawn, where no fingerprint says it.
         key_map: pairs (OLD, NEW) that rename leading paths of their modules.
         rounding: of drawn A and B; None for what the base's dtype does to them.
+        wider: the dtypes, in safetensors' names, of merged weights that are not rounded to the
+            base's, by tensor.
     """
 
     adapters: Sequence[tuple[Path, float]]
@@ -99,6 +102,7 @@ class _How:
     variant: Variant | None
     key_map: Sequence[tuple[str, str]]
     rounding: Rounding | None
+    wider: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +118,9 @@ class _Ours:
         rounding: the coarsest dtype that an adapted weight was rounded to.
         wide: what all of it was computed in.
         weights: how many adapted weights there are.
+        branches: how far the branches can differ from the merged weights, unrounded.
+        is_called: whether the model calls its adapted layers.
+        wrapped_is_merged: whether `wrapped` is what the model merged here gave.
     """
 
     samples: Sequence[Sample]
@@ -124,6 +131,9 @@ class _Ours:
     rounding: torch.dtype
     wide: torch.dtype
     weights: int
+    branches: float
+    is_called: bool
+    wrapped_is_merged: bool
 
 
 def compare_models(
@@ -139,6 +149,7 @@ def compare_models(
     generator: str | None,
     key_map: Sequence[tuple[str, str]],
     base_dtype: str | None = None,
+    wider: Mapping[str, str] = MappingProxyType({}),
 ) -> ModelComparison:
     """Run the base with its adapters, and the merged model, and compare what they give.
 
@@ -157,6 +168,8 @@ def compare_models(
         generator: how they were drawn, where no fingerprint says it.
         key_map: pairs (OLD, NEW) that rename leading paths of the adapters' modules.
         base_dtype: the dtype that drawn A and B are rounded to; None for that of the base.
+        wider: the dtypes, in safetensors' names, of merged weights that are not rounded to the
+            base's, by tensor.
 
     Raises:
         CheckpointError: an adapter or the base is malformed, or they do not belong together.
@@ -171,6 +184,7 @@ def compare_models(
         Variant(generator) if generator is not None else None,
         key_map,
         ROUNDING_OF_DTYPE[base_dtype] if base_dtype is not None else None,
+        wider,
     )
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(folder)) for folder, _ in adapters]
@@ -194,23 +208,27 @@ def compare_models(
 def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
     """Ask the base, the base with its adapters, and the base into which they are merged."""
     model = built(plan)
-    if text is None:
-        samples = drawn_samples(model, count)
-    else:
-        assert plan.base.location.folder is not None  # noqa: S101 -- it is a folder's
-        samples = text_samples(model, plan.base.location.folder, text, count)
+    with guarded(f"make samples for {plan.name}"):
+        samples = _samples(plan, model, count, text)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     with _widened(model, wide):
         base = answers(model, samples)
     vera = _wrapped(model, how)
-    layers = [module for _, module in modules_of(vera.model) if isinstance(module, VeraLinear)]
-    rounding = [how.dtype or _stored(plan) or layer.weight.dtype for layer in layers]
+    named = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
+    layers = [*named.values()]
+    rounding = [
+        how.dtype or _of_tensor(name, how.wider) or _stored(plan) or layer.weight.dtype
+        for name, layer in named.items()
+    ]
     vera.to(wide)
     wrapped = answers(vera, samples)
     vera.merge(check=False, tied=how.tied)
     unrounded = answers(vera, samples)
-    if how.tied is Tied.ADD:  # the embedding changes too, which a branch at the head cannot do
+    branches = _difference(wrapped, unrounded)
+    largest = BOUNDS[wide].difference * (unrounded.largest if unrounded.are_finite else 0.0)
+    does_less = branches > largest and wrapped.are_finite and unrounded.are_finite
+    if does_less:
         wrapped = unrounded
     weights = [layer.weight for layer in layers]
     merged = vera.unload()
@@ -219,8 +237,27 @@ def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
         _round((tensor, how.dtype) for tensor in merged.state_dict(keep_vars=True).values())
     remerged = answers(merged, samples)
     coarsest = max([wide, *rounding], key=_eps)
-    count = sum(weight.numel() for weight in weights)
-    return _Ours(samples, base, wrapped, unrounded, remerged, coarsest, wide, count)
+    return _Ours(
+        samples,
+        base,
+        wrapped,
+        unrounded,
+        remerged,
+        coarsest,
+        wide,
+        weights=sum(weight.numel() for weight in weights),
+        branches=min(branches, largest),
+        # With a delta that the embedding shares a branch at the head always does less.
+        is_called=not does_less or how.tied is Tied.ADD,
+        wrapped_is_merged=does_less,
+    )
+
+
+def _samples(plan: Blueprint, model: nn.Module, count: int, text: Path | None) -> list[Sample]:
+    if text is None:
+        return drawn_samples(model, count)
+    assert plan.base.location.folder is not None  # noqa: S101 -- it is a folder's
+    return text_samples(model, plan.base.location.folder, text, count)
 
 
 def _eps(dtype: torch.dtype) -> float:
@@ -279,6 +316,16 @@ def _stored(plan: Blueprint) -> torch.dtype | None:
     return dtype
 
 
+def _of_tensor(module: str, dtypes: Mapping[str, str]) -> torch.dtype | None:
+    """Return the dtype of a module's weight; files name it with a path more or less."""
+    weight = f".{module}.weight"
+    for name, dtype in dtypes.items():
+        if f".{name}".endswith(weight) or weight.endswith(f".{name}"):
+            found: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
+            return found
+    return None
+
+
 def _round(tensors: Iterable[tuple[Tensor, torch.dtype]]) -> None:
     """Round tensors to a dtype, and keep them in theirs."""
     for tensor, dtype in tensors:
@@ -315,12 +362,15 @@ def _judged(name: str, ours: _Ours, theirs: Answers | None, why: str = "") -> Mo
         threshold_kl=bounds.kl if chosen else None,
         # Of eight positions a single one would be too much.
         threshold_top1=min(bounds.top1, 1 - 1 / wrapped.positions) if chosen else None,
+        wrapped=not ours.wrapped_is_merged,
+        conclusive=True,
         passed=False,
         reason="",
     )
-    no_effect = _difference(ours.remerged, ours.base) <= found.threshold_remerged
-    reason = why or next(_reasons(found, is_finite=wrapped.are_finite, no_effect=no_effect), "")
-    return replace(found, passed=not reason, reason=reason)
+    wrong = why or next(_reasons(found, is_finite=wrapped.are_finite), "")
+    nothing = "" if wrong else next(_inconclusive(found, ours), "")
+    reason = wrong or nothing
+    return replace(found, conclusive=not nothing, passed=not reason, reason=reason)
 
 
 def _of_two_merges(ours: _Ours, scale: float) -> float:
@@ -332,23 +382,33 @@ def _of_two_merges(ours: _Ours, scale: float) -> float:
     share = _eps(ours.wide) / _eps(ours.rounding) + _STRAYS / ours.weights
     bound = (
         _UNITS * _eps(ours.wide) * scale
-        + _NOISE * _difference(ours.wrapped, ours.unrounded)
+        + _NOISE * ours.branches
         + min(1.0, 4 * share**0.5) * _difference(ours.unrounded, ours.remerged)
     )
     return bound if math.isfinite(bound) else 0.0
 
 
-def _reasons(found: ModelComparison, *, is_finite: bool, no_effect: bool) -> Iterator[str]:
+def _inconclusive(found: ModelComparison, ours: _Ours) -> Iterator[str]:
+    """Yield why nothing can be said of a merged model that is not known to be wrong."""
+    if not ours.is_called:
+        yield (
+            "This model does not call its adapted layers but reads their weights, so the adapter "
+            "does less to it than the merge does, and it cannot be held against the base with the "
+            "adapter; it does what a merge that is done anew does."
+        )
+    if _difference(ours.remerged, ours.base) <= found.threshold_remerged:
+        yield (
+            f"The adapters change what the base gives by no more than {found.effect:.1e} for these "
+            "samples, so that a merge without effect would pass as well."
+        )
+
+
+def _reasons(found: ModelComparison, *, is_finite: bool) -> Iterator[str]:
     """Yield why the two do not do the same, what says most first."""
     if not is_finite:
         yield "The base with its adapters gives values that are not finite: nothing can be said."
     if math.isinf(found.largest_difference):
         yield "The merged model gives values that are not finite, or of another shape."
-    if no_effect:
-        yield (
-            f"The adapters change the base by no more than {found.effect:.1e}, so that a merge "
-            "without effect would pass as well: this shows nothing."
-        )
     if found.remerged_difference > found.threshold_remerged:
         yield (
             "The merged model is not what this base and these adapters make when they are merged "

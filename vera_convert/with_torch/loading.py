@@ -8,6 +8,7 @@ would go and get; and beside the weights there can be adapters and pickles, whic
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,13 @@ _MOST = 100_000
 
 Configs make lists of that length when they are read, and models make modules.
 """
+_COUNTS_LAYERS = re.compile(
+    r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
+)
+_COUNTS_EXPERTS = re.compile(r"(num|n)_.*experts?|.*_experts")
+_MORE_LAYERS = 64
+_MORE_EXPERTS = 1024
+"""How many more layers, and experts, than tensors there can be: those of all experts may be one."""
 _ROOM = 1 << 28
 """Bytes that a model can need beside those of its file: a head that is new, tables of positions."""
 
@@ -111,7 +119,7 @@ def guarded(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise SurroundingsError(f"memory is too short to {what}. {INSTEAD}") from error
-        reason = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
+        reason = printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(". "))
         raise UnfitError(f"transformers cannot {what}: {reason}. {INSTEAD}") from error
     finally:
         log.set_verbosity(level)
@@ -176,7 +184,7 @@ def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
             f"{place} is of type {printable(str(kind))}, which transformers "
             f"{transformers.__version__} does not have.{code} {INSTEAD}"
         )
-    if _counts_too_many(base.config):
+    if _counts_too_many(base.config, len(base.tensors)):
         raise _too_large(place)
     with guarded(f"read the config of {place}"):
         return mapping[kind].from_dict(_harmless(base.config))
@@ -190,13 +198,25 @@ def _harmless(document: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _counts_too_many(value: object, name: str = "") -> bool:
-    """Whether a field of a config, or one inside of it, says that there are too many of a thing."""
+def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
+    """Whether a field of a config, or one inside of it, says that there are too many of a thing.
+
+    Args:
+        value: of the field.
+        tensors: how many the files have: each layer has some.
+        name: of the field.
+    """
     if isinstance(value, Mapping):
-        return any(_counts_too_many(each, str(key)) for key, each in value.items())
+        return any(_counts_too_many(each, tensors, str(key)) for key, each in value.items())
     if isinstance(value, list):
-        return any(_counts_too_many(each, name) for each in value)
-    return isinstance(value, int) and abs(value) > _MOST and any(word in name for word in _COUNTED)
+        return any(_counts_too_many(each, tensors, name) for each in value)
+    if not isinstance(value, int):
+        return False
+    if _COUNTS_EXPERTS.fullmatch(name):
+        return abs(value) > tensors + _MORE_EXPERTS
+    if _COUNTS_LAYERS.fullmatch(name):
+        return abs(value) > tensors + _MORE_LAYERS
+    return abs(value) > _MOST and any(word in name for word in _COUNTED)
 
 
 def _too_large(place: str) -> UnfitError:

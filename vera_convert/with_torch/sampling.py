@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vera_convert.base.folder import tokenizer_files
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import open_local, printable
+from vera_convert.files.reading import open_local, parse_json, printable
+from vera_convert.hub.lookup import HubAccess, Location, list_files
 from vera_convert.with_torch.loading import INSTEAD, UnfitError, guarded
 
 Sample = Mapping[str, Tensor]
@@ -23,6 +28,9 @@ _MOST_TOKENS = 64
 _TEXT_BYTES = 1 << 20
 _LINE_LETTERS = 4096
 """How much of a text is looked at, and of each line of it."""
+_FILE_LIMIT = 100_000_000
+"""The most bytes of a tokenizer's file; all of them together can have four times as many."""
+_NOT_KEPT = frozenset(("auto_map", "init_inputs", "quantization_config"))
 _KEPT_VALUES = 1 << 25
 """Values of all answers of a model together that are kept: 128 MiB, and there are four models."""
 
@@ -87,6 +95,7 @@ def text_samples(model: nn.Module, folder: Path, text: Path, count: int) -> list
 
     Raises:
         UsageError: there is no line, it is no text, or the model takes none.
+        CheckpointError: a file of the tokenizer is a link out of the folder, malformed, too large.
         SurroundingsError: the file or the tokenizer cannot be read.
     """
     import transformers
@@ -96,9 +105,12 @@ def text_samples(model: nn.Module, folder: Path, text: Path, count: int) -> list
     lines = list(_lines(text))[:count]
     if not lines:
         raise UsageError(f"--text {printable(str(text))}: there is no line with something in it.")
-    with guarded(f"load the tokenizer of {printable(str(folder))}"):
+    with (
+        guarded(f"load the tokenizer of {printable(str(folder))}"),
+        _tokenizer_of(folder) as copy,
+    ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            copy, local_files_only=True, trust_remote_code=False
         )
         most = min(_MOST_TOKENS, _room(model.config))
         known = _vocabulary(model)
@@ -113,6 +125,44 @@ def text_samples(model: nn.Module, folder: Path, text: Path, count: int) -> list
         )
     generator = torch.Generator().manual_seed(0)
     return [_with_decoder(model, ids, generator) for ids in encoded]
+
+
+@contextmanager
+def _tokenizer_of(folder: Path) -> Iterator[Path]:
+    """Copy a tokenizer's files, checked, to where transformers can do with them what it likes.
+
+    It would follow links, and names of files in the tokenizer's config, out of the folder.
+    """
+    location = Location(printable(str(folder)), folder)
+    names = [*tokenizer_files(list_files(location, HubAccess(offline=True))), "config.json"]
+    room = 4 * _FILE_LIMIT
+    with TemporaryDirectory(prefix="vera-convert-") as made:
+        for name in names:
+            if not (folder / name).exists():
+                continue
+            with open_local(folder / name, within=folder, limit=_FILE_LIMIT) as source:
+                room -= source.size
+                if room < 0:
+                    raise UnfitError(f"the tokenizer of {location.label} is too large.")
+                text = source.read_at(0, source.size)
+                source.check_unchanged()
+                if name in ("config.json", "tokenizer_config.json"):
+                    text = _without_files(parse_json(text, place=source.place))
+            target = Path(made, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(text)
+        yield Path(made)
+
+
+def _without_files(document: object) -> bytes:
+    """Return a config without what names files or code."""
+    fields = document if isinstance(document, Mapping) else {}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if not name.endswith(("_file", "_files", "_path")) and name not in _NOT_KEPT
+    }
+    return json.dumps(kept).encode()
 
 
 def _lines(text: Path) -> Iterator[str]:

@@ -1,0 +1,335 @@
+"""What a loader would make of a merged model beside its tensors, and tensors saved otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapters import good_adapter, good_tensors
+from merges import INDEX, change, filled_base, merged_with, tensors_of
+from safetensors.numpy import save_file
+from wrongmerges import PROVENANCE, Array, Q, V, codes, edit, layers
+
+from vera_convert.delta import merged as merged_weight
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.formats.verification import verification_text
+from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.result import Verification
+from vera_convert.verification.tensors import is_buffer
+from vera_convert.verifying import verify
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "dtype": "float32",
+    "sliding_window": 4096,
+}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "base", config=CONFIG)
+
+
+@pytest.fixture
+def model(tmp_path: Path, adapter: Path, base: Path) -> Path:
+    merged_with(adapter, base, tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def reasons(result: Verification, code: str) -> list[str]:
+    return [finding.reason for finding in result.findings if finding.code == code]
+
+
+def put_fields(folder: Path, **fields: Any) -> None:
+    """Set fields of a model's config; None takes one out."""
+    path = folder / "config.json"
+    document = {**json.loads(path.read_bytes()), **fields}
+    path.write_text(json.dumps({n: value for n, value in document.items() if value is not None}))
+
+
+def as_peft(model: Path) -> None:
+    """Make it a model that this package did not write."""
+    (model / PROVENANCE).unlink()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_file_that_a_loader_takes_before_the_shards_is_found(
+    tmp_path: Path, adapter: Path
+) -> None:
+    base = filled_base(tmp_path / "base", shards=2)
+    out = tmp_path / "out"
+    merged_with(adapter, base, out)
+    assert codes(layers(adapter, base, out)) == []
+    save_file(tensors_of(base), out / "model.safetensors")
+    result = layers(adapter, base, out)
+    assert codes(result) == ["V612"]
+    assert f"takes model.safetensors before {INDEX}" in str(result.findings[0])
+
+
+def test_a_field_that_names_other_weights_is_found(adapter: Path, base: Path, model: Path) -> None:
+    shutil.copy(base / "model.safetensors", model / "other.safetensors")
+    put_fields(model, transformers_weights="other.safetensors")
+    assert codes(layers(adapter, base, model)) == ["V612", "V512"]
+    put_fields(model, transformers_weights="model.safetensors")
+    assert codes(layers(adapter, base, model)) == ["V512"]
+
+
+def test_an_adapter_in_the_folder_is_found(adapter: Path, base: Path, model: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(adapter / name, model)
+        result = layers(adapter, base, model)
+        assert codes(result) == ["V613" if name.endswith("json") else "V631"]
+
+
+def test_weights_in_another_form_are_warned_of(adapter: Path, base: Path, model: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"never read")
+    result = layers(adapter, base, model)
+    assert (result.passed, codes(result)) == (True, ["V631"])
+
+
+def test_an_adapter_is_no_merged_model(adapter: Path, base: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"V614.*is given with --adapter"):
+        layers(adapter, base, adapter)
+
+
+def test_the_base_s_own_folder_is_named_as_such(adapter: Path, base: Path) -> None:
+    text = verification_text(layers(adapter, base, base))
+    assert "THE SAME FOLDER AS THE MERGED MODEL" in text
+    assert "WRONG 4 of 4 layers: It is the base's own weight: the delta is not there." in text
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "of_copy", "of_saved"),
+    [
+        ({"hidden_act": "relu"}, ["V615"], ["V615"]),
+        ({"rms_norm_eps": 1e-5}, ["V615"], ["V615"]),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["V615"], ["V615"]),
+        ({"architectures": ["LlamaForTokenClassification"]}, ["V615"], ["V615"]),
+        ({"use_cache": False}, ["V615"], ["V616"]),
+        ({"sliding_window": None, "head_dim": 4}, ["V615"], ["V616"]),
+        ({"rope_scaling": {"type": "x", "rope_type": "y", "factor": 2.0}}, ["V615"], ["V616"]),
+        ({"dtype": "bfloat16", "torch_dtype": "float16", "transformers_version": "5"}, [], []),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_another_model_is_found(
+    fields: dict[str, Any],
+    of_copy: list[str],
+    of_saved: list[str],
+    adapter: Path,
+    model: Path,
+) -> None:
+    base = model.parent / "base"
+    put_fields(model, **fields)
+    assert codes(layers(adapter, base, model)) == of_copy
+    as_peft(model)
+    assert [c for c in codes(layers(adapter, base, model)) if c != "V608"] == of_saved
+
+
+def test_the_fields_are_named(adapter: Path, base: Path, model: Path) -> None:
+    put_fields(model, hidden_act="relu\u202e", use_cache=False)
+    as_peft(model)
+    result = layers(adapter, base, model)
+    assert reasons(result, "V615") == ["hidden_act is relu\\u202e where the base has silu."]
+    assert reasons(result, "V616") == ["use_cache differ."]
+
+
+def test_a_config_that_is_missing_is_said_to_be(adapter: Path, base: Path, model: Path) -> None:
+    (model / "config.json").unlink()
+    result = layers(adapter, base, model)
+    assert "V615" in codes(result)
+    assert "no loader can tell" in reasons(result, "V615")[0]
+
+
+def test_a_tie_of_which_the_base_says_nothing(adapter: Path, base: Path, model: Path) -> None:
+    put_fields(model, tie_word_embeddings=True)
+    assert codes(layers(adapter, base, model)) == ["V606"]
+    embedding = tensors_of(base)["model.embed_tokens.weight"]
+    for folder in (base, model):
+        edit(folder, {"lm_head.weight": embedding})
+    assert "V606" not in codes(layers(adapter, base, model))
+
+
+# --- tensors that were saved otherwise -----------------------------------------------------------
+
+
+def test_buffers_that_models_make_themselves_may_come_and_go(
+    adapter: Path, base: Path, model: Path
+) -> None:
+    ids = np.arange(16)[None]
+    edit(model, {"model.embeddings.position_ids": ids, "model.a.inv_freq": np.ones(4, "f4")})
+    result = layers(adapter, base, model)
+    assert (result.passed, codes(result)) == (True, ["V619"])
+    assert reasons(result, "V619") == ["it is not stored in the base (as 1 more)."]
+    result = layers(adapter, model, base)
+    assert reasons(result, "V619") == ["it is not stored here (as 1 more)."]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "expected"),
+    [
+        ("embeddings.position_ids", "I64", (1, 16), True),
+        ("embeddings.position_ids", "F32", (1, 16), False),
+        ("h.0.attn.bias", "BOOL", (1, 1, 8, 8), True),
+        ("h.0.attn.bias", "F32", (8,), False),
+        ("h.0.attn.masked_bias", "F32", (), True),
+        ("h.0.mlp.masked_bias", "F32", (8,), False),
+        ("model.rotary_emb.inv_freq", "F32", (8,), True),
+        ("model.norm.weight", "F32", (8,), False),
+    ],
+)
+def test_which_tensors_are_buffers(
+    name: str, dtype: str, shape: tuple[int, ...], *, expected: bool
+) -> None:
+    assert is_buffer(name, dtype, shape) is expected
+
+
+def widened(_: Path, __: Path, found: Array) -> Array:
+    return found.astype(np.float32)
+
+
+def summed_wider(adapter: Path, base: Path, _: Array) -> Array:
+    weight = tensors_of(base)[f"{Q}.weight"].astype(np.float32)
+    return merged_weight(weight, change(adapter, Q, 16).astype(np.float32))
+
+
+def spoilt(adapter: Path, base: Path, found: Array) -> Array:
+    other = summed_wider(adapter, base, found)
+    other[3, 3] *= 1.5
+    return other
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("save", "found"), [(widened, "V630"), (summed_wider, "V630"), (spoilt, "V601")]
+)
+def test_a_wider_dtype_is_right_with_the_same_values_or_the_sum(
+    save: Callable[..., Array], found: str, dtype: str, tmp_path: Path, adapter: Path
+) -> None:
+    base = filled_base(tmp_path / "base", dtype=dtype)
+    out = tmp_path / "out"
+    merged_with(adapter, base, out)
+    norm = tensors_of(base)["model.norm.weight"].astype(np.float32)
+    right = tensors_of(out)[f"{Q}.weight"]
+    edit(out, {f"{Q}.weight": save(adapter, base, right), "model.norm.weight": norm})
+    result = layers(adapter, base, out)
+    assert codes(result) == ["V605"]  # of what the merge recorded nothing is wider
+    as_peft(out)
+    result = layers(adapter, base, out)
+    assert found in codes(result)
+    assert result.passed is (found == "V630")
+    if result.passed:
+        assert result.merged is not None
+        narrow = "F16" if dtype == "float16" else "BF16"
+        rounded = narrow if save is widened else "F32"
+        assert result.merged.tensors.wider == {f"{Q}.weight": rounded, "model.norm.weight": "F32"}
+
+
+def test_a_base_that_was_rounded_first_is_named(tmp_path: Path, adapter: Path, base: Path) -> None:
+    out = tmp_path / "out"
+    merged_with(adapter, base, out, dtype="bfloat16")
+    rounded = {}
+    for module in (Q, V):
+        weight = tensors_of(base)[f"{module}.weight"].astype(ml_dtypes.bfloat16)
+        total = weight.astype(np.float64) + change(adapter, module, 16)
+        rounded[f"{module}.weight"] = total.astype(np.float32).astype(ml_dtypes.bfloat16)
+    edit(out, rounded)
+    as_peft(out)
+    result = layers(adapter, base, out, dtype="bfloat16")
+    assert [c for c in codes(result) if c != "V608"] == ["V601", "V601"]
+    assert all("rounded to BF16 before the delta" in r for r in reasons(result, "V601"))
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.99])
+def test_nothing_is_said_that_is_not_certain(
+    factor: float, adapter: Path, base: Path, model: Path
+) -> None:
+    weight = tensors_of(base)[f"{Q}.weight"]
+    edit(model, {f"{Q}.weight": merged_weight(weight, factor * change(adapter, Q, 16))})
+    (reason,) = reasons(layers(adapter, base, model), "V601")
+    assert "on the way" not in reason
+
+
+def test_one_flipped_bit_was_not_rounded_on_the_way(tmp_path: Path, adapter: Path) -> None:
+    base = filled_base(tmp_path / "base", dtype="bfloat16")
+    out = tmp_path / "out"
+    merged_with(adapter, base, out)
+    flipped = tensors_of(out)[f"{Q}.weight"].copy()
+    flipped.reshape(-1).view(np.uint16)[7] ^= 1
+    edit(out, {f"{Q}.weight": flipped})
+    (reason,) = reasons(layers(adapter, base, out), "V601")
+    assert "1 of 256 values are wrong" in reason
+    assert "on the way" not in reason
+
+
+# --- options and inputs --------------------------------------------------------------------------
+
+
+def test_what_a_merge_says_of_its_inputs_is_said_again(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    more = good_adapter(tmp_path / "more", target_modules=["q_proj", "v_proj", "k_proj"])
+    said = merged_with(more, base, tmp_path / "out")
+    assert said.findings
+    result = layers(more, base, tmp_path / "out")
+    assert result.findings == said.findings
+    assert adapter.is_dir()
+
+
+def test_where_options_come_from_is_told(tmp_path: Path, adapter: Path, base: Path) -> None:
+    out = tmp_path / "out"
+    merged_with(adapter, base, out, dtype="float16", weight=0.5)
+    text = verification_text(layers(adapter, base, out))
+    assert "dtype float16, weight 0.5 (of its provenance)" in text
+    text = verification_text(layers(adapter, base, out, weight=0.5))
+    assert "weight 0.5 (given); dtype float16 (of its provenance)" in text
+
+
+def test_options_that_would_be_passed_over_are_refused(adapter: Path, model: Path) -> None:
+    options = VerifyOptions(layers_only=True, samples=3)
+    with pytest.raises(UsageError, match="--samples: with --layers-only no model is run"):
+        verify(adapter, merged=model, options=options)
+    with pytest.raises(UsageError, match="--layers-only, --jobs: there is no --merged"):
+        verify(adapter, other=adapter, options=VerifyOptions(layers_only=True, jobs=1))
+
+
+def test_other_widths_of_a_need_the_base(tmp_path: Path, adapter: Path) -> None:
+    name = "base_model.vera_A"
+    narrow = np.ascontiguousarray(good_tensors()[name][:, :8])
+    other = good_adapter(tmp_path / "other", tensors={name: narrow}, task_type="CAUSAL_LM")
+    for one, two in ((adapter, other), (other, adapter)):
+        result = verify(one, other=two)
+        assert "V623" in codes(result)
+        assert "to be given with --base" in reasons(result, "V623")[0]
+
+
+def test_other_things_are_listed_with_what_is_wrong(adapter: Path, base: Path, model: Path) -> None:
+    edit(model, {f"{Q}.weight": None, f"{V}.weight": 0 * tensors_of(base)[f"{V}.weight"]})
+    put_fields(model, hidden_act="relu")
+    text = verification_text(layers(adapter, base, model))
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("WRONG")] == [
+        "V603",
+        "V615",
+        f"{V}.weight:",
+    ]
