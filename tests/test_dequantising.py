@@ -254,17 +254,19 @@ def test_the_scales_of_activations_go_too_and_16_bit_scales_are_read(tmp_path: P
 
 def test_a_replaced_weight_comes_in_16_bits(tmp_path: Path) -> None:
     meant = fp8_base(tmp_path / "base")
-    name = "model.layers.0.mlp.up_proj.weight"
-    values = meant[name] + 1
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
+    values = {name: meant[name] + 1 for name in names}
     adapter = good_adapter(
         tmp_path / "adapter",
-        tensors={f"base_model.model.{name}": values},
+        tensors={f"base_model.model.{name}": values[name] for name in names},
         modules_to_save=["up_proj"],
     )
     with pytest.raises(CheckpointError, match="V550"):
         run(adapter, tmp_path / "out", tmp_path / "base")
     run(adapter, tmp_path / "out", tmp_path / "base", dequantize=True)
-    np.testing.assert_array_equal(tensors_in(tmp_path / "out")[name], values.astype(BF16))
+    for name in names:
+        found = tensors_in(tmp_path / "out")[name]
+        np.testing.assert_array_equal(found, values[name].astype(BF16))
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from merges import INDEX, assert_same, change, filled_base, merged_with, tensors
 from vera_convert.errors import CheckpointError
 from vera_convert.merging.inputs import AdapterWish
 from vera_convert.merging.parts import Tied
+from vera_convert.validation.validate import validate
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
@@ -62,6 +63,23 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / INDEX).read_bytes())
     assert index["weight_map"]["score.weight"] == "model-00003-of-00003.safetensors"
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in found.values()) + 3 * 16 * 4
+
+
+def test_a_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
+    base = filled_base(tmp_path / "base", tensors={**HEAD, "score.bias": (3,)})
+    with pytest.raises(CheckpointError, match=r"V222 score\.bias: the base has it"):
+        merged_with(adapter, base, tmp_path / "out")
+    found = validate(adapter, base=base).findings
+    assert "V222" in {finding.code for finding in found}
+
+
+def test_a_bias_that_peft_would_drop_is_refused(tmp_path: Path) -> None:
+    """It reads the biases of adapted layers under ``base_layer`` alone."""
+    bias = {f"{PREFIX}{Q}.bias": np.ones(16, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=bias, bias="vera_only")
+    base = filled_base(tmp_path / "base", tensors={f"{Q}.bias": (16,)})
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V220"
 
 
 def test_a_head_of_another_size_is_refused_with_both(tmp_path: Path) -> None:

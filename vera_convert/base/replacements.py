@@ -41,7 +41,9 @@ def brought(config: VeraConfig, name: str, target: str) -> Finding:
 def incomplete_modules(
     adapter: Adapter, match: Match, base: BaseModel, targets: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """Yield each tensor of a module that is saved whole which the base has and the adapter lacks.
+    """Yield each weight and bias of a module that is saved whole which the adapter lacks.
+
+    The base has it, so the module has; what else lies beside it can be a quantiser's.
 
     Args:
         adapter: the adapter.
@@ -52,8 +54,9 @@ def incomplete_modules(
     saved = saved_modules(adapter.config)
     stored = {*targets.values(), *match.tensors.values()}
     for name in base.tensors:
-        path = name.rpartition(".")[0]
+        path, _, parameter = name.rpartition(".")
         paths = {path, match.undo(path) or path}
-        if name not in stored and any(map(saved.of, paths)):
+        is_due = parameter in ("weight", "bias") and any(map(saved.of, paths))
+        if is_due and name not in stored:
             reason = "the base has it and the module is saved whole; the adapter does not store it."
             yield MODULE_TO_SAVE_MISSING.at(printable(name), reason)
