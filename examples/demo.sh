@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real, trained adapter: described, stripped to a tenth, embedded to the same bytes, merged, verified.
+# A real, trained adapter: described, validated, stripped to a tenth, embedded to the same bytes,
+# merged, verified.
 # `make demo` runs this with what it needs; the trained adapter is described in tests/data/minilm-vera.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +21,7 @@ vera-convert() { "$python" -m vera_convert "$@"; }
 
 echo "MODEL is all-MiniLM-L6-v2, in $model"
 run vera-convert info "$adapter" --base "$model"
+run vera-convert validate "$adapter" --base "$model"
 run vera-convert strip "$adapter" "$out/stripped" --base "$model"
 run vera-convert embed "$out/stripped" "$out/embedded" --base "$model"
 
