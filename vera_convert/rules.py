@@ -1401,7 +1401,7 @@ MODEL_SHOWS_LITTLE = Rule(
 )
 MERGED_BUFFER = Rule(
     "V619",
-    WARNING,
+    NOTE,
     "a buffer that a loader makes itself is stored in one of base and merged model alone",
     "Versions of transformers differ in which of these they save; none of them reads them.",
     "Nothing need be done.",

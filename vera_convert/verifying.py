@@ -82,7 +82,8 @@ def verify(
                 try:
                     model = _run(check, options)
                 except VeraConvertError as error:  # what the layers came to is not lost with it
-                    not_run = error
+                    # Nor does it say that the merge is wrong: its weights are right.
+                    not_run = SurroundingsError(str(error))
     findings = [
         *(form.findings if form is not None else ()),
         *(check.findings if check is not None else ()),

@@ -146,6 +146,11 @@ class _Difference:
         return f"{printable('.'.join(self.path))} is {found} where the base has {wanted}"
 
     @property
+    def is_default(self) -> bool:
+        """Whether a field is only written out that says nothing: null, false, 0 or empty."""
+        return self.wanted is None and not self.found
+
+    @property
     def decides(self) -> bool:
         """Whether the base says it, the merged model says otherwise, and the results are others."""
         if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
@@ -190,7 +195,7 @@ def config_findings(
     ]
     if wrong:
         yield MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")
-    rest = [each for each in found if each not in wrong]
+    rest = [each for each in found if each not in wrong and not each.is_default]
     if rest:
         yield MERGED_CONFIG_RESAVED.at(place, f"{_some(['.'.join(e.path) for e in rest])} differ.")
 

@@ -262,6 +262,8 @@ def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> It
         if described.get("base_model_class"):
             yield str(described["base_model_class"])
         auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
+        if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
+            yield from _architectures(base)  # any class can be trained for its features
         if auto is not None:
             names = [model.__name__ for model in _given_by(getattr(transformers, auto), config)]
             yield from (name for name in _architectures(base) if name in names)
