@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Ended, Run
+from folders import DATA
 from hub_server import HubServer
 from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
@@ -19,8 +20,6 @@ from jsonschema import Draft202012Validator, validators
 from vera_convert.cli import main
 from vera_convert.hub import remotefile
 from vera_convert.schemas import load_schema
-
-DATA = Path(__file__).parent / "data"
 
 # On a fresh machine the first texts wait for a table to be built, longer than Hypothesis allows.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -18,6 +17,9 @@ from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.errors import CheckpointError
 
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+DATA = Path(__file__).parent / "data"
+"""What real PEFT and PyTorch wrote."""
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -22,8 +22,7 @@ from adapterdefects import A, bare, drawn, fields, renamed, stripped, tensors
 from adapters import KEY, good_adapter
 from bases import tiny_base
 from commandline import Run
-from conftest import DATA
-from folders import WEIGHTS, everything, weights
+from folders import DATA, WEIGHTS, everything, weights
 from merges import filled_base
 from safetensors.numpy import load_file
 

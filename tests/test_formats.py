@@ -13,7 +13,7 @@ import pytest
 from adapterdefects import A, all_of, bare, drawn, fields, stripped, tensors
 from adapters import KEY, good_adapter
 from bases import tiny_base
-from conftest import DATA
+from folders import DATA
 
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
 from vera_convert.base.onbase import BaseWish

@@ -13,8 +13,7 @@ import pytest
 from adapterdefects import A, B, all_of, drawn, tensors
 from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
-from conftest import DATA
-from folders import WEIGHTS, base_of, codes, refusal, weights
+from folders import DATA, WEIGHTS, base_of, codes, refusal, weights
 
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.strip_embed import embed, strip

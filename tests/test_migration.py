@@ -15,9 +15,8 @@ import pytest
 from adapterdefects import LAYER, A, B, all_of, drawn, fields, renamed, stripped, tensors, without
 from adapters import KEY, RANK, good_adapter, good_tensors
 from bases import tiny_base
-from conftest import DATA
 from defects import DEFECTS, Spoiler, edit_config
-from folders import CONFIG_NAME, WEIGHTS, everything, metadata, refusal, weights
+from folders import CONFIG_NAME, DATA, WEIGHTS, everything, metadata, refusal, weights
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 

@@ -15,9 +15,18 @@ import pytest
 from adapterdefects import A, B, drawn, fields, tensors
 from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
-from conftest import DATA
 from draws import ROUNDINGS, STORED, as_peft_stored
-from folders import CONFIG_NAME, WEIGHTS, base_of, codes, everything, metadata, refusal, weights
+from folders import (
+    CONFIG_NAME,
+    DATA,
+    WEIGHTS,
+    base_of,
+    codes,
+    everything,
+    metadata,
+    refusal,
+    weights,
+)
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 

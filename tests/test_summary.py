@@ -13,9 +13,8 @@ import pytest
 from adapterdefects import A, B, all_of, bare, drawn, fields, stripped, tensors
 from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
-from conftest import DATA
 from defects import Spoiler
-from folders import WEIGHTS, base_of
+from folders import DATA, WEIGHTS, base_of
 from safetensors.numpy import load_file, save
 
 from vera_convert.base.onbase import BaseWish

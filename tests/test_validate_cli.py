@@ -13,7 +13,7 @@ import pytest
 from adapterdefects import fields
 from adapters import OUTPUTS, good_adapter
 from commandline import Ended, Run
-from conftest import DATA
+from folders import DATA
 
 import vera_convert
 from vera_convert.formats.catalogue import rules_text

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapterdefects import A, B, tensors
-from conftest import DATA
+from folders import DATA
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
