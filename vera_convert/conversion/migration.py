@@ -17,7 +17,7 @@ from vera_convert.adapter.values import refuse_values
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
-from vera_convert.conversion.proof import other_dims, refuse_damage
+from vera_convert.conversion.proof import other_dims, undamaged
 from vera_convert.conversion.strip_embed import (
     Conversion,
     content_of,
@@ -251,7 +251,7 @@ def _as_it_is(adapter: Adapter, on_base: OnBase, meant: Meant) -> Converted:
     if adapter.projections is None:
         converted = already_stripped(adapter)
     elif adapter.config.save_projection or meant is not Meant.AUTO:
-        refuse_damage(adapter, adapter.projections)
+        undamaged(adapter, adapter.projections)
         converted = as_it_is(adapter)
     else:
         embedded(adapter, on_base, meant=meant)  # refuses a contradiction

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.tensors import A_NAME, StoredProjections
@@ -66,13 +69,18 @@ def damage(recognition: Recognition, values: int, *, place: str) -> Finding | No
     return PROJECTIONS_DAMAGED.at(place, reason)
 
 
-def refuse_damage(adapter: Adapter, stored: StoredProjections) -> None:
-    """Raise `CheckpointError` if stored projections that are to be used or kept are damaged."""
+def undamaged(adapter: Adapter, stored: StoredProjections) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return stored A and B that are to be used or kept.
+
+    Raises:
+        CheckpointError: `PROJECTIONS_DAMAGED`.
+    """
     A, B = stored.A.array(), stored.B.array()
     recognition = recognise(A, B, key=adapter.config.projection_prng_key)
     finding = damage(recognition, A.size + B.size, place=adapter.place)
     if finding is not None:
         raise CheckpointError(finding)
+    return A, B
 
 
 def is_undecided(adapter: Adapter, meant: Meant) -> bool:

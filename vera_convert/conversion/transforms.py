@@ -20,7 +20,7 @@ from vera_convert.conversion.proof import (
     is_undecided,
     other_dims,
     redrawable,
-    refuse_damage,
+    undamaged,
     unproven,
 )
 from vera_convert.draws.generator import Rounding, Variant
@@ -191,7 +191,7 @@ def _announced(adapter: Adapter, on_base: OnBase, meant: Meant, *, redrawn: bool
     """Keep stored projections and make the config say that they are there."""
     changes = [REPLACED_BY_KEYS] if redrawn else []
     if adapter.projections is not None and not redrawn:
-        refuse_damage(adapter, adapter.projections)
+        undamaged(adapter, adapter.projections)
     findings = [*adapter.findings, *other_dims(adapter, on_base)]
     drawn = None
     if not adapter.config.save_projection:

@@ -12,7 +12,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.tensors import A_NAME, B_NAME
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import Meant
-from vera_convert.conversion.proof import refuse_damage
+from vera_convert.conversion.proof import undamaged
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Variant
 from vera_convert.draws.recognition import Draw
@@ -78,9 +78,7 @@ def in_effect(
     if adapter.projections is not None:
         if not adapter.config.save_projection:
             embedded(adapter, on_base, meant=meant)  # refuses what contradicts the config
-        stored = adapter.projections
-        refuse_damage(adapter, stored)
-        return InEffect(stored.A.array(), stored.B.array(), Origin.FILE)
+        return InEffect(*undamaged(adapter, adapter.projections), Origin.FILE)
     origin = Origin.KEY if adapter.fingerprint is None else Origin.FINGERPRINT
     drawn = embedded(adapter, on_base, meant=meant, variant=variant)
     by_name = {tensor.name: tensor for tensor in drawn.tensors}
