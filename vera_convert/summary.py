@@ -141,8 +141,7 @@ def info(
     access = access or HubAccess()
     location = locate(str(adapter), kind="adapter", access=access, revision=revision)
     location = fetch_weights(location, access)
-    assert location.folder is not None  # noqa: S101 -- fetched
-    with open_adapter(location.folder) as opened:
+    with open_adapter(location.fetched) as opened:
         on_base = learn(opened, wish_of(base), bases=Bases(access), need=Need.HELPFUL)
         described = _described(opened, location, on_base, projections)
         opened.check_unchanged()

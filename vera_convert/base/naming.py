@@ -208,6 +208,18 @@ def shared_embedding(base: BaseModel, shape: tuple[int, int]) -> str | None:
     return _embedding(base, shape[0], shape[1])
 
 
+def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
+    """Return the embedding whose tensor an adapted output head shares; None if it shares none.
+
+    A head can be stored beside its embedding, and a loader takes one of them for both all the same.
+    """
+    if module in match.tied:
+        return match.tensors[module]
+    if is_head(module) and base.tie_word_embeddings:
+        return shared_embedding(base, match.shapes[module])
+    return None
+
+
 # --- strategies ----------------------------------------------------------------------------------
 
 

@@ -172,8 +172,7 @@ def opened(
     folder = is_own is is_written_adapter
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
     location = fetch_adapter(location, access, is_training_state=is_training_state)
-    assert location.folder is not None  # noqa: S101 -- fetched
-    with open_adapter(location.folder, repair=repair) as opened:
+    with open_adapter(location.fetched, repair=repair) as opened:
         refuse_values(opened)
         yield Work(location, opened, out, force, access)
 

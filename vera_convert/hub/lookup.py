@@ -41,8 +41,8 @@ __all__ = (
     "HubAccess",
     "Location",
     "NamedBase",
+    "adapter_files",
     "base_from_config",
-    "demand_adapter",
     "fetch_adapter",
     "fetch_base",
     "fetch_weights",
@@ -80,6 +80,12 @@ class Location:
     subfolder: str = ""
     revision: str | None = None
     left_out: tuple[str, ...] = ()
+
+    @property
+    def fetched(self) -> Path:
+        """The folder, of a location that is known to have been fetched."""
+        assert self.folder is not None  # noqa: S101 -- the caller fetched it
+        return self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +370,7 @@ def fetch_adapter(
     """
     if location.folder is not None:
         return location
-    names = _adapter_files(location, access)
+    names = adapter_files(location, access)
     beside = {name: size for name, size in names.items() if name not in (_CONFIG, _WEIGHTS)}
     small = [
         name
@@ -382,22 +388,17 @@ def fetch_weights(location: Location, access: HubAccess) -> Location:
     """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
     if location.folder is not None:
         return location
-    _adapter_files(location, access)
+    adapter_files(location, access)
     return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
 
 
-def demand_adapter(location: Location, access: HubAccess) -> Collection[str]:
-    """Return the names of an adapter's files in a repo, which has its config and weights.
+def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out.
 
     Raises:
-        CheckpointError: what it holds instead.
+        CheckpointError: config or weights are not there.
         SurroundingsError: the Hub cannot be asked.
     """
-    return _adapter_files(location, access)
-
-
-def _adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out."""
     listed = list_files(location, access)
     others = tuple(name.removesuffix(_CONFIG) for name in listed if name.endswith(f"/{_CONFIG}"))
     names = {name: size for name, size in listed.items() if not name.startswith(others)}

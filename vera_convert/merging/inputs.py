@@ -151,7 +151,7 @@ def open_inputs(
             fetch_adapter(location, access, is_training_state=is_training_state)
             for location in locations
         ]
-        adapters = [stack.enter_context(open_adapter(_folder(each))) for each in fetched]
+        adapters = [stack.enter_context(open_adapter(each.fetched)) for each in fetched]
         known = _learn_all(adapters, base, access)
         model = known[0].base
         assert model is not None  # noqa: S101 -- `_learn_all` demands it
@@ -198,11 +198,6 @@ def open_inputs(
             findings=tuple(dict.fromkeys(findings)),
         )
         yield inputs
-
-
-def _folder(location: Location) -> Path:
-    assert location.folder is not None  # noqa: S101 -- it has been fetched
-    return location.folder
 
 
 def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -> list[OnBase]:
@@ -261,7 +256,7 @@ def _part(
     on_base: OnBase,
     pair: InEffect,
 ) -> Part:
-    source, folder = adapter.file.source, _folder(location)
+    source, folder = adapter.file.source, location.fetched
     assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
     assert on_base.match is not None  # noqa: S101 -- it is known from a base
     return Part(
@@ -289,6 +284,6 @@ def _text(location: Location, name: str, access: HubAccess) -> bytes:
 
 def _tokenizer(location: Location) -> dict[str, InputFile]:
     """Return the files of an adapter's own tokenizer, if it has a whole one."""
-    folder = _folder(location)
+    folder = location.fetched
     names = tokenizer_files(side_files(folder, not_fetched=location.left_out).carried)
     return {name: InputFile.look(folder / name, within=folder) for name in names}

@@ -22,7 +22,13 @@ from vera_convert.adapter.tensors import (
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.assembly.sums import Term
 from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import Match, is_head, match_replacements, shared_embedding
+from vera_convert.base.naming import (
+    Match,
+    embedding_of_head,
+    is_head,
+    match_replacements,
+    shared_embedding,
+)
 from vera_convert.base.replacements import brought, incomplete_modules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
@@ -179,10 +185,7 @@ def _targets(
 ) -> Iterator[str]:
     """Yield the tensors that a layer's delta is added to; none where it has to be said first."""
     name = match.tensors[module]
-    embedding = name if module in match.tied else None
-    if embedding is None and is_head(module) and base.tie_word_embeddings:
-        # The head is stored beside the embedding, but a loader takes one of them for both.
-        embedding = shared_embedding(base, match.shapes[module])
+    embedding = embedding_of_head(module, match, base)
     if embedding is None:
         yield name
     elif tied is Tied.ADD:

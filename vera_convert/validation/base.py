@@ -15,10 +15,10 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import (
     AS_THEY_ARE,
     Match,
+    embedding_of_head,
     embedding_rows,
     is_head,
     match_replacements,
-    shared_embedding,
 )
 from vera_convert.base.onbase import BaseWish, OnBase
 from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
@@ -89,10 +89,8 @@ def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
 
 
 def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
-    for module, name in match.tensors.items():
-        shared = name if module in match.tied else None
-        if shared is None and is_head(module) and base.tie_word_embeddings:
-            shared = shared_embedding(base, match.shapes[module])
+    for module in match.tensors:
+        shared = embedding_of_head(module, match, base)
         if shared is not None:
             reason = f"the base has {printable(shared)} for both."
             yield HEAD_SHARED.at(printable(module), reason)

@@ -34,7 +34,7 @@ from vera_convert.files.reading import ByteSource, printable
 from vera_convert.hub.lookup import (
     HubAccess,
     Location,
-    demand_adapter,
+    adapter_files,
     fetch_weights,
     locate,
     open_remote,
@@ -239,7 +239,7 @@ def _examined(
         with examined_folder(location.folder) as examined:
             yield examined, ()
         return
-    told.findings += names_findings(demand_adapter(location, access), place=location.label)
+    told.findings += names_findings(adapter_files(location, access), place=location.label)
     with (
         open_remote(location, CONFIG_NAME, access) as config,
         open_remote(location, WEIGHTS_NAME, access) as weights,

@@ -122,8 +122,8 @@ def check_form(
     with ExitStack() as stack:
         first = _fetched(adapter.adapter, access, adapter.revision)
         second = _fetched(other, access, None)
-        ours = stack.enter_context(open_adapter(_folder(first), repair=Repairs()))
-        theirs = stack.enter_context(open_adapter(_folder(second)))
+        ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
+        theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
         known = [learn(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)]
         known = [_with_dims_of(known[0], theirs), _with_dims_of(known[1], ours)]
@@ -147,11 +147,6 @@ def check_form(
 def _fetched(text: str | Path, access: HubAccess, revision: str | None) -> Location:
     location = locate(str(text), kind="adapter", access=access, revision=revision)
     return fetch_adapter(location, access, is_training_state=is_training_state)
-
-
-def _folder(location: Location) -> Path:
-    assert location.folder is not None  # noqa: S101 -- it has been fetched
-    return location.folder
 
 
 # --- tensors and config --------------------------------------------------------------------------

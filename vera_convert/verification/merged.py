@@ -160,7 +160,7 @@ def check_merged(
             wider_too=settings.dtype is None and not settings.recorded,
             progress=progress,
         )
-        folder, base_folder = _folder(model), _folder(inputs.base)
+        folder, base_folder = model.location.fetched, inputs.base.location.fetched
         inputs.check_unchanged()
         for file in files.values():
             file.check_unchanged()
@@ -227,18 +227,13 @@ def _read_merged(
     model = replace(model, location=fetch_base(location, access, names=needed))
     if PROVENANCE_NAME not in names:
         return model, None, beside
-    folder = _folder(model)
+    folder = model.location.fetched
     with open_local(folder / PROVENANCE_NAME, within=folder) as source:
         return model, read_provenance(source), beside
 
 
-def _folder(model: BaseModel) -> Path:
-    assert model.location.folder is not None  # noqa: S101 -- it has been fetched
-    return model.location.folder
-
-
 def _files(model: BaseModel) -> dict[str, InputFile]:
-    folder = _folder(model)
+    folder = model.location.fetched
     return {
         name: InputFile.look(folder / name, within=folder, header=header)
         for name, header in model.files.items()

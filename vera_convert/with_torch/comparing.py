@@ -256,8 +256,7 @@ def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
 def _samples(plan: Blueprint, model: nn.Module, count: int, text: Path | None) -> list[Sample]:
     if text is None:
         return drawn_samples(model, count)
-    assert plan.base.location.folder is not None  # noqa: S101 -- it is a folder's
-    return text_samples(model, plan.base.location.folder, text, count)
+    return text_samples(model, plan.base.location.fetched, text, count)
 
 
 def _eps(dtype: torch.dtype) -> float:

@@ -185,9 +185,8 @@ class VeraModel(nn.Module):
         access = access or HubAccess()
         place = locate(str(folder), kind="adapter", access=access, revision=revision)
         place = fetch_adapter(place, access, is_training_state=is_training_state)
-        assert place.folder is not None  # noqa: S101 -- fetched
         contents = stored_contents(
-            place.folder,
+            place.fetched,
             self.model,
             projections=projections,
             variant=variant,
