@@ -372,6 +372,38 @@ def test_tensors_that_are_missing_unknown_or_of_another_form_are_named(
     ]
 
 
+def test_all_that_is_wrong_is_counted_though_findings_are_bounded(
+    tmp_path: Path, adapter: Path
+) -> None:
+    many = {f"model.more.{n}.weight": (2,) for n in range(60)}
+    base = filled_base(tmp_path / "base", tensors=many)
+    merged_with(adapter, base, tmp_path / "out")
+    edit(tmp_path / "out", dict.fromkeys(many))
+    result = layers(adapter, base, tmp_path / "out")
+    assert codes(result) == ["V603"] * 50
+    assert (result.wrong, result.passed) == (60, False)
+    text = verification_text(result)
+    assert "60 things are wrong" in text
+    assert text.endswith("and 55 more things")
+    assert "60" not in result.findings[1].reason
+    edit(tmp_path / "out", {name: np.ones(2, np.float32) for name in many})
+    result = layers(adapter, base, tmp_path / "out")
+    assert (codes(result), result.wrong) == (["V602"] * 50, 60)
+    assert "60 things are wrong" in verification_text(result)
+
+
+def test_a_tied_head_without_a_word_on_how_it_was_merged_is_a_fault_of_the_call(
+    tmp_path: Path,
+) -> None:
+    for place, stored in enumerate(({"lm_head.weight": None}, {})):
+        adapter = on_the_head(tmp_path / f"a{place}")
+        base = filled_base(tmp_path / f"base{place}", tensors=stored, config=TIED)
+        merged_with(adapter, base, tmp_path / f"out{place}", tied=Tied.UNTIE)
+        (tmp_path / f"out{place}" / PROVENANCE).unlink()
+        with pytest.raises(UsageError, match=r"V524 .*--tied"):
+            layers(adapter, base, tmp_path / f"out{place}")
+
+
 @pytest.mark.parametrize("tie", [True, None])
 def test_a_config_that_ties_otherwise_is_found(tmp_path: Path, *, tie: bool | None) -> None:
     adapter = on_the_head(tmp_path / "a")

@@ -84,6 +84,19 @@ def test_a_file_that_a_loader_takes_before_the_shards_is_found(
     assert f"takes model.safetensors before {INDEX}" in str(result.findings[0])
 
 
+def test_a_stray_file_is_warned_of_though_its_name_ends_as_one_that_a_loader_takes(
+    tmp_path: Path, adapter: Path
+) -> None:
+    base = filled_base(tmp_path / "base", shards=2)
+    out = tmp_path / "out"
+    merged_with(adapter, base, out)
+    for name in ("model.safetensors", "old_model.safetensors"):
+        save_file(tensors_of(base), out / name)
+    result = layers(adapter, base, out)
+    assert codes(result) == ["V612", "V512"]
+    assert "old_model.safetensors" in result.findings[1].reason
+
+
 def test_a_field_that_names_other_weights_is_found(adapter: Path, base: Path, model: Path) -> None:
     shutil.copy(base / "model.safetensors", model / "other.safetensors")
     put_fields(model, transformers_weights="other.safetensors")

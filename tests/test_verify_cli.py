@@ -12,6 +12,7 @@ import pytest
 from adapters import good_adapter
 from folders import everything
 from merges import filled_base, merged_with, tensors_of
+from test_mergeparts import TIED, on_the_head
 from wrongmerges import PROVENANCE, Q, edit
 
 from vera_convert import cli, verifying
@@ -19,6 +20,7 @@ from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.merging.inputs import AdapterWish
+from vera_convert.merging.parts import Tied
 
 
 class Ended(NamedTuple):
@@ -226,6 +228,29 @@ def test_defects_of_the_merged_model_do_not_lead_to_the_adapter(
     assert ended.status == 1
     assert ended.err.startswith("error: V507 ")
     assert ended.err.endswith("(and 1 more)\n")
+
+
+def test_an_interruption_says_nothing_of_an_output_where_there_is_none(
+    run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifying, "verify", stopped)
+    ended = run(adapter, "--merged", model, "--base", base)
+    assert ended == (130, "", "error: interrupted.\n")
+
+
+def test_a_tied_head_needs_the_option_of_the_merge(run: Run, tmp_path: Path) -> None:
+    adapter = on_the_head(tmp_path / "a")
+    base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=TIED)
+    merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
+    (tmp_path / "out" / PROVENANCE).unlink()
+    call = [adapter, "--merged", tmp_path / "out", "--base", base, "--layers-only"]
+    ended = run(*call)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("error: V524 ")
+    assert run(*call, "--tied", "untie").status == 0
 
 
 def test_names_are_escaped(run: Run, tmp_path: Path) -> None:

@@ -836,10 +836,13 @@ def verify(adapter: str, **options: Any) -> None:
     _show(
         options, result.findings, verification_text(result), lambda: verification_document(result)
     )
-    failure = CheckpointError.of(result.errors) if result.errors else result.not_run
-    if failure is not None:
-        _say(f"error: {_reason(failure)}", err=True)
-        raise click.exceptions.Exit(failure.status)
+    if result.errors:
+        more = f" (and {result.wrong - 1:,} more)" if result.wrong > 1 else ""
+        _say(f"error: {result.errors[0]}{more}", err=True)
+        raise click.exceptions.Exit(CheckpointError.status)
+    if result.not_run is not None:
+        _say(f"error: {result.not_run}", err=True)
+        raise click.exceptions.Exit(result.not_run.status)
 
 
 def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
@@ -1023,9 +1026,9 @@ def main(arguments: list[str] | None = None) -> None:
         with signals_raise():
             _leave(_run(arguments))
     except Interrupted as interruption:
-        _interrupted(interruption.status)
+        _interrupted(interruption.status, arguments)
     except KeyboardInterrupt:
-        _interrupted(130)
+        _interrupted(130, arguments)
 
 
 class _WarningLines(logging.Handler):
@@ -1038,8 +1041,13 @@ class _WarningLines(logging.Handler):
 _WARNING_LINES = _WarningLines()  # one alone, however often `main` is called
 
 
-def _interrupted(status: int) -> None:
-    _say("error: interrupted; no output is left.", err=True)
+_WRITES_NOTHING = frozenset(("info", "validate", "verify", "count"))
+"""Commands without an OUT, of which no interruption can leave anything."""
+
+
+def _interrupted(status: int, arguments: Sequence[str]) -> None:
+    writes = not _WRITES_NOTHING.intersection(arguments[:1])
+    _say(f"error: interrupted{'; no output is left' if writes else ''}.", err=True)
     _leave(status)
 
 

@@ -47,10 +47,10 @@ def _why_not_run(result: Verification) -> str:
 
 
 def _verdict(result: Verification) -> str:
-    count = len(result.errors)
+    count = result.wrong
     if not count:
         return "it holds" if result.passed else "the weights hold; the model was NOT RUN"
-    return f"IT DOES NOT HOLD: {count} {'things are' if count > 1 else 'thing is'} wrong"
+    return f"IT DOES NOT HOLD: {count:,} {'things are' if count > 1 else 'thing is'} wrong"
 
 
 def _form_rows(form: FormCheck) -> Rows:
@@ -165,12 +165,14 @@ def _rounding_text(off: int, values: int, ulps: float) -> str:
 def _error_lines(result: Verification) -> Iterator[str]:
     """Yield a line for each other thing that is wrong, then for tensors that are, worst first."""
     tensors = result.merged.tensors if result.merged is not None else None
-    of_tensors = {check.finding() for check in tensors.worst_first} if tensors is not None else ()
-    others = [each for each in result.errors if each not in of_tensors]
-    for finding in others[:_MOST_OTHERS]:
+    wrong = tensors.worst_first if tensors is not None else []
+    of_tensors = {check.finding() for check in wrong}
+    others = [each for each in result.errors if each not in of_tensors][:_MOST_OTHERS]
+    for finding in others:
         yield f"WRONG {finding.code} {finding.place}: {finding.reason}"
-    if len(others) > _MOST_OTHERS:
-        yield f"and {_counted(len(others) - _MOST_OTHERS, 'more thing')}"
+    more = result.wrong - len(wrong) - len(others)
+    if more:
+        yield f"and {_counted(more, 'more thing')}"
     if tensors is not None:
         yield from _wrong_lines(tensors)
 

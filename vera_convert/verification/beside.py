@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles
@@ -73,8 +73,9 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     others += [name for name in sides.adapter if config not in names]
     if others:
         yield MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
-    # The other strays; which were told above are no mere warning.
-    yield from (each for each in model.findings if not any(n in each.reason for n in taken))
+    # A stray file that is named above is an error; only the others are mere warnings.
+    strays = tuple(name for name in model.strays if name not in taken)
+    yield from replace(model, strays=strays).findings
 
 
 def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:

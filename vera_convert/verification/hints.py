@@ -71,8 +71,8 @@ def hint(pair: Pair, judgement: Judgement) -> str:
     cosine = float(np.vdot(change, delta)) / float(np.linalg.norm(change) * np.linalg.norm(delta))
     if abs(cosine) < _UNLIKE:
         return (
-            f"What was added is another matrix (the cosine of both is {cosine:.2f}): the delta of "
-            "another layer, of other A and B, or of another slice of them."
+            "What was added is another matrix: the delta of another layer, of other A and B, or of "
+            "another slice of them."
         )
     return ""
 

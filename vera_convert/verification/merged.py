@@ -19,9 +19,10 @@ from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, locate
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
 from vera_convert.merging.options import DTYPES
-from vera_convert.merging.parts import Part, collect
+from vera_convert.merging.parts import Changes, Part, collect
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
+    HEAD_TIED,
     MERGED_IS_ADAPTER,
     OTHER_ADAPTER_MERGED,
     OTHER_BASE_MERGED,
@@ -141,7 +142,7 @@ def check_merged(
         if provenance is None:
             reason = f"it has no {PROVENANCE_NAME}."
             findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
-        changes = collect(parts, inputs.base, inputs.files, tied=settings.tied)
+        changes = _collected(parts, inputs, settings)
         if inputs.dequantisation is None:
             refuse_quantised(inputs.base, changes.replaced)
         expected = expected_tensors(
@@ -230,6 +231,24 @@ def _read_merged(
     folder = model.location.fetched
     with open_local(folder / PROVENANCE_NAME, within=folder) as source:
         return model, read_provenance(source), beside
+
+
+def _collected(parts: Sequence[Part], inputs: MergeInputs, settings: MergeSettings) -> Changes:
+    """Collect the changes of all adapters; a missing `--tied` is a fault of the call.
+
+    Raises:
+        CheckpointError: the adapters do not belong together or do not fit the base.
+        UsageError: an adapter changes a tied head and nothing says how it was merged.
+    """
+    try:
+        return collect(parts, inputs.base, inputs.files, tied=settings.tied)
+    except CheckpointError as error:
+        if any(finding.rule is not HEAD_TIED for finding in error.findings):
+            raise
+        raise UsageError(
+            f"{error} The merged model does not record how it was merged: give the `--tied` of "
+            "the merge."
+        ) from error
 
 
 def _files(model: BaseModel) -> dict[str, InputFile]:

@@ -38,6 +38,12 @@ class Verification:
         return tuple(each for each in self.findings if each.severity is Severity.ERROR)
 
     @property
+    def wrong(self) -> int:
+        """How many things are wrong: every error, and every wrong tensor that has none."""
+        unlisted = self.merged.tensors.unlisted if self.merged is not None else 0
+        return len(self.errors) + unlisted
+
+    @property
     def passed(self) -> bool:
         """Whether all that was to be looked at was, and holds."""
         return not self.errors and self.not_run is None

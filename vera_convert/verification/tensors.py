@@ -101,6 +101,7 @@ class MergedTensors:
         findings: what is wrong, the worst first.
         nbytes: how many bytes of the merged model were compared.
         jobs: threads.
+        unlisted: how many tensors are wrong beyond those that have a finding, which are bounded.
     """
 
     checks: tuple[TensorCheck, ...]
@@ -108,6 +109,7 @@ class MergedTensors:
     nbytes: int
     jobs: int
     wider: Mapping[str, str]
+    unlisted: int = 0
 
     @property
     def moved(self) -> bool:
@@ -161,9 +163,14 @@ def check_tensors(
         count,
         {c.name: c.rounded for c in checks if c.dtype != expected[c.name].dtype},
     )
-    wrong = [check.finding() for check in compared.worst_first[:_MOST_FINDINGS]]
-    differences = _differences(expected, merged, compared)
-    return replace(compared, findings=(*differences, *wrong))
+    kinds = [
+        [*_other_dtypes(expected, merged, compared)],
+        [*_other_shapes(expected, merged)],
+        *_only_in_one(expected, merged),
+        [check.finding() for check in compared.worst_first],
+    ]
+    listed = [finding for kind in kinds for finding in kind[:_MOST_FINDINGS]]
+    return replace(compared, findings=tuple(listed), unlisted=sum(map(len, kinds)) - len(listed))
 
 
 def _rounded_before(
@@ -219,34 +226,10 @@ def _checks(
         )
 
 
-def _differences(
+def _other_dtypes(
     expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
 ) -> Iterator[Finding]:
-    """Yield what the headers alone show, what the most tensors have in common first."""
-    yield from _other_forms(expected, merged, compared)
-    gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
-    extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
-    lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
-    won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
-    for buffers, said in ((lost, "is not stored here"), (won, "is not stored in the base")):
-        if buffers:
-            others = f" (as {len(buffers) - 1:,} more)" if len(buffers) > 1 else ""
-            yield MERGED_BUFFER.at(printable(buffers[0]), f"it {said}{others}.")
-    missing = [name for name in gone if name not in lost]
-    for name in missing[:_MOST_FINDINGS]:
-        more = f" ({len(missing):,} are missing)" if len(missing) > 1 else ""
-        reason = f"{merged.location.label} has no tensor of this name{more}."
-        yield MERGED_TENSOR_MISSING.at(printable(name), reason)
-    unknown = [name for name in extra if name not in won]
-    for name in unknown[:_MOST_FINDINGS]:
-        reason = "neither the base nor an adapter has a tensor that belongs there."
-        yield MERGED_TENSOR_UNKNOWN.at(printable(name), reason)
-
-
-def _other_forms(
-    expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
-) -> Iterator[Finding]:
-    """Yield which tensors have another dtype, one finding for all of a kind, or another shape."""
+    """Yield one finding for all tensors that have one dtype in the place of another."""
     others: dict[tuple[str, str], list[str]] = {}
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
@@ -256,13 +239,44 @@ def _other_forms(
         more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
         rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
         yield rule.at(printable(names[0]), f"it{more} {found} where {due} is due.")
-    count = 0
+
+
+def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterator[Finding]:
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
-        if there is not None and there.info.shape != tensor.shape and count < _MOST_FINDINGS:
-            count += 1
+        if there is not None and there.info.shape != tensor.shape:
             reason = f"it is {list(there.info.shape)} where {list(tensor.shape)} is due."
             yield MERGED_TENSOR_FORM.at(printable(name), reason)
+
+
+def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[list[Finding]]:
+    """Return a note for each kind of buffers, then what is missing, then what is unknown."""
+    gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
+    extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
+    lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
+    won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
+    notes = []
+    for buffers, said in ((lost, "is not stored here"), (won, "is not stored in the base")):
+        if buffers:
+            others = f" (as {len(buffers) - 1:,} more)" if len(buffers) > 1 else ""
+            notes.append(MERGED_BUFFER.at(printable(buffers[0]), f"it {said}{others}."))
+    buffers_of_one = {*lost, *won}
+    missing = [
+        MERGED_TENSOR_MISSING.at(
+            printable(name), f"{merged.location.label} has no tensor of this name."
+        )
+        for name in gone
+        if name not in buffers_of_one
+    ]
+    unknown = [
+        MERGED_TENSOR_UNKNOWN.at(
+            printable(name),
+            "neither the base nor an adapter has a tensor that belongs there.",
+        )
+        for name in extra
+        if name not in buffers_of_one
+    ]
+    return [notes, missing, unknown]
 
 
 _UNCHANGED = (Kind.SAME, Kind.CONVERTED)
