@@ -415,11 +415,11 @@ _register(
 _register(
     "V024",
     {
-        "config_has_nan": b'"vera_alpha": NaN',
-        "config_has_infinity": b'"vera_alpha": Infinity',
-        "config_has_minus_infinity": b'"vera_alpha": [-Infinity]',
+        "header_has_nan": lambda text: text.replace(b"[0, ", b"[NaN, ", 1),
+        "header_has_infinity": lambda text: text.replace(b"[0, ", b"[Infinity, ", 1),
+        "header_has_minus_infinity": lambda text: text.replace(b"[0, ", b"[-Infinity, ", 1),
     },
-    with_field,
+    edit_header_text,
 )
 _register(
     "V025",
@@ -443,16 +443,17 @@ _register(
     "V026",
     {
         "config_has_a_number_of_900000_digits": b'"seed": ' + b"9" * 900_000,
-        "config_has_a_number_of_65_digits": b'"seed": ' + b"9" * 65,
-        "config_has_a_float_that_overflows": b'"seed": 1e999',
-        "config_has_a_float_of_a_thousand_digits": b'"seed": 0.' + b"1" * 1_000,
-        "config_has_minus_zero": b'"seed": -0',
+        "config_has_a_number_of_4301_digits": b'"seed": ' + b"9" * 4_301,
+        "config_has_a_float_of_five_thousand_digits": b'"seed": 0.' + b"1" * 5_000,
     },
     with_field,
 )
 _register(
     "V026",
     {
+        "header_has_a_number_of_65_digits": lambda text: text.replace(
+            b"[0, ", b"[" + b"9" * 65 + b", ", 1
+        ),
         "header_has_minus_zero": lambda text: text.replace(b"[0, ", b"[-0, ", 1),
         "header_has_an_offset_that_overflows": lambda text: text.replace(b"[0, ", b"[1e400, ", 1),
     },

@@ -734,6 +734,8 @@ hostile(
         "a_target_has_ten_thousand_and_one_letters": fields({"target_modules": ["q" * 10_001]}),
         "a_pattern_has_a_million_letters": fields({"target_modules": "(a|b)*" * 100_000}),
         "dropout_is_huge": fields({"vera_dropout": 1e308}),
+        "rank_has_65_digits": fields({"r": 10**64}),
+        "initial_value_is_beyond_all_floats": fields({"d_initial": 10**400}),
         "dropout_is_negative": fields({"vera_dropout": -1e-9}),
     },
 )
@@ -769,7 +771,6 @@ hostile(
         "bias_acts_on_a_terminal": fields({"bias": "\x1b[2J\u2066"}),
     },
 )
-hostile(REFUSED["V026"], {"rank_has_65_digits": fields({"r": 10**64})})
 hostile(
     REFUSED["V023"],
     {"config_has_a_thousand_keys_twice": with_field(b",".join(b'"a": 1' for _ in range(1_000)))},
@@ -781,6 +782,10 @@ hostile(
         "a_field_has_a_long_name": fields({"x" * 900_000: 1}),
         "a_field_is_a_whole_emoji": with_field(b'"x": "\\ud83d\\ude00"'),
         "a_field_is_a_tiny_number": with_field(b'"x": 1e-999'),
+        "a_field_is_nan": with_field(b'"x": NaN'),
+        "a_field_is_infinite": with_field(b'"x": [-Infinity, Infinity, 1e400]'),
+        "a_field_is_minus_zero": with_field(b'"x": -0'),
+        "a_field_has_4300_digits": with_field(b'"x": -' + b"9" * 4_300),
         "a_field_has_64_levels": with_field(b'"x": ' + b"[" * 63 + b"]" * 63),
         "a_field_is_called_as_an_attribute": fields({"__class__": "x", "__init__": {}}),
         "hundreds_of_fields_are_unknown": fields({f"x{n}": n for n in range(900)}),
@@ -1316,7 +1321,6 @@ for _code, _bases in {
     "V021": {"base_config_has_a_byte_order_mark": base_config(b"\xef\xbb\xbf{}")},
     "V022": {"base_config_is_cut_off": base_config(b'{"model_type": "lla')},
     "V023": {"base_config_has_a_key_twice": base_config(b'{"a": 1, "a": 2}')},
-    "V024": {"base_config_has_infinity": base_config(b'{"rope_theta": Infinity}')},
     "V025": {"base_config_nests_for_ever": base_config(b'{"a":' * 500_000)},
     "V026": {
         "base_config_has_a_long_number": base_config(b'{"vocab_size": ' + b"9" * 5_000 + b"}")

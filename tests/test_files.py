@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -488,6 +489,42 @@ def test_what_only_looks_odd_is_read(text: str, value: object) -> None:
 )
 def test_what_readers_disagree_on_is_refused(text: str | bytes, code: str) -> None:
     assert codes(lambda: parse(text)) == [code]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "[Infinity, -Infinity]",
+        "1e400",
+        "-1e309",
+        "-0",
+        "[1, -0]",
+        "9" * 4_300,
+        "0." + "1" * 99,
+    ],
+)
+def test_a_config_may_hold_the_numbers_of_pythons_json(text: str) -> None:
+    value = parse_json(text.encode(), place="config.json", pythons_numbers=True)
+    assert repr(value) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize("text", ["9" * 4_301, "-" + "9" * 4_301, "0." + "1" * 5_000])
+def test_a_number_that_takes_python_long_is_refused_even_there(text: str) -> None:
+    found = codes(lambda: parse_json(text.encode(), place="config.json", pythons_numbers=True))
+    assert found == ["V026"]
+
+
+def test_what_else_is_refused_is_refused_with_pythons_numbers_too() -> None:
+    for text, code in {'{"a": NaN, "a": NaN}': "V023", "[" * 65: "V025", "nan": "V022"}.items():
+        act = partial(parse_json, text.encode(), place="config.json", pythons_numbers=True)
+        assert codes(act) == [code]
+
+
+def test_a_config_with_nan_equals_itself_read_again() -> None:
+    text = b'{"a": [NaN, {"b": NaN}], "c": NaN}'
+    first, second = (parse_json(text, place="x", pythons_numbers=True) for _ in range(2))
+    assert first == second
 
 
 def test_an_error_says_where() -> None:

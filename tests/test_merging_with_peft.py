@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are theirs
 
-KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     **MODELS,
     "LlamaForCausalLM": ("LlamaConfig", LLM),
     "LlamaModel": ("LlamaConfig", LLM),
@@ -35,6 +35,18 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "ViTForImageClassification": ("ViTConfig", EYE),
 }
+MAMBA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "state_size": 8,
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 1,
+    "chunk_size": 8,
+    "tie_word_embeddings": False,
+}
+"""The range that its time steps are limited to ends at infinity."""
 HEADS = {
     "BertForSequenceClassification": ["classifier"],
     "RobertaForSequenceClassification": ["classifier"],
@@ -120,6 +132,29 @@ def test_a_merge_equals_that_of_peft(name: str, dtype: str, stored: bool, tmp_pa
     changed = {n for n, tensor in tensors_of(base).items() if not np.array_equal(tensor, found[n])}
     assert changed == {each.name for each in done.tensors}
     assert len(changed) >= 3
+
+
+@pytest.mark.parametrize("number", ['{"__float__": "Infinity"}', "Infinity", "1e400"])
+def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "Mamba2ForCausalLM"
+    monkeypatch.setitem(KINDS, name, ("Mamba2Config", MAMBA))
+    base = saved(tmp_path / "base", name, "float32")
+    config = base / "config.json"
+    tagged = json.dumps({"__float__": "Infinity"}, indent=2).replace("\n", "\n    ")
+    assert tagged in config.read_text()
+    config.write_text(config.read_text().replace(tagged, number))
+    adapter = trained(tmp_path / "adapter", base, name, targets=["in_proj"], stored=True)
+    document = json.loads((adapter / "adapter_config.json").read_bytes())
+    document |= {"d_initial": float("-inf"), "vera_dropout": float("nan")}
+    (adapter / "adapter_config.json").write_text(json.dumps(document))
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours")
+    assert_same(tensors_of(tmp_path / "ours"), expected)
+    assert (tmp_path / "ours/config.json").read_bytes() == config.read_bytes()
+    limit = loaded(name, tmp_path / "ours").config.time_step_limit
+    assert tuple(limit) == (0.0, float("inf"))
 
 
 @pytest.mark.parametrize("bias", ["all", "vera_only"])

@@ -7,8 +7,8 @@ an edit changes the named fields and not one byte more.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -158,13 +158,13 @@ def read_config(source: ByteSource) -> ConfigFile:
     Raises:
         CheckpointError: with every defect found; `ConfigError` if it is a VeRA adapter's at least.
     """
-    document, text = read_json(source, limit=MAX_CONFIG_BYTES)
+    document, text = read_json(source, limit=MAX_CONFIG_BYTES, pythons_numbers=True)
     return _from_document(document, text, source.place)
 
 
 def parse_config(text: bytes, *, place: str) -> ConfigFile:
     """Read a config from the bytes of its file; see `read_config`."""
-    return _from_document(parse_json(text, place=place), text, place)
+    return _from_document(parse_json(text, place=place, pythons_numbers=True), text, place)
 
 
 def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
@@ -332,7 +332,12 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tupl
         said = shown if shown == kind else f"{shown}, {kind}"
         yield name, KEY_INVALID.at(place, f"{name} is {said}.")
     elif key not in KEY_RANGE:
-        yield name, KEY_INVALID.at(place, f"{name} is {key}.")
+        yield name, KEY_INVALID.at(place, f"{name} is {_shown(key)}.")
+
+
+def _shown(number: float) -> str:
+    """Return a number as messages show it: an integer may have thousands of digits."""
+    return printable(str(number))
 
 
 def _absurd_lists(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
@@ -351,12 +356,15 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Fi
     """Yield each well-typed field whose value PEFT cannot work with, with a finding."""
     yield from _absurd_lists(config, place)
     if not 1 <= config.r <= MAX_RANK:
-        yield "r", FIELD_RANGE.at(place, f"r is {config.r}; a rank is from 1 to {MAX_RANK}.")
-    if not (math.isfinite(config.vera_dropout) and 0 <= config.vera_dropout <= 1):
-        reason = f"vera_dropout is {config.vera_dropout}; a probability is from 0 to 1."
+        reason = f"r is {_shown(config.r)}; a rank is from 1 to {MAX_RANK}."
+        yield "r", FIELD_RANGE.at(place, reason)
+    # PEFT loads NaN: a dropout of NaN is none, and the stored lambda_d replaces d_initial.
+    if config.vera_dropout < 0 or config.vera_dropout > 1:
+        reason = f"vera_dropout is {_shown(config.vera_dropout)}; a probability is from 0 to 1."
         yield "vera_dropout", FIELD_RANGE.at(place, reason)
-    if not math.isfinite(config.d_initial):
-        yield "d_initial", FIELD_RANGE.at(place, f"d_initial is {config.d_initial}.")
+    if isinstance(config.d_initial, int) and abs(config.d_initial) > sys.float_info.max:
+        reason = f"d_initial is {_shown(config.d_initial)}, which no float holds."
+        yield "d_initial", FIELD_RANGE.at(place, reason)
     # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
     if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
         reason = f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'

@@ -177,7 +177,7 @@ def _tokens(name: str, source: ByteSource) -> Iterator[int]:
     """Yield the ids that a file of a tokenizer gives to added tokens."""
     if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
         return
-    document, _ = read_json(source, limit=_TOKENS_LIMIT)
+    document, _ = read_json(source, limit=_TOKENS_LIMIT, pythons_numbers=True)
     if not isinstance(document, dict):
         return
     found: list[object] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from vera_convert.base.model import CONFIG_LIMIT, read_base, read_model_config
+from vera_convert.base.model import read_base, read_config_file, read_model_config
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
-from vera_convert.rules import BASE_WITHOUT_WEIGHTS, MODEL_CONFIG_FORM
+from vera_convert.rules import BASE_WITHOUT_WEIGHTS
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.matching import ModelLayers, layers_from_shapes
 
@@ -41,7 +40,4 @@ def layers_of_config_file(path: Path) -> ModelLayers:
         SurroundingsError: it cannot be read.
     """
     with open_local(path) as source:
-        document, _ = read_json(source, limit=CONFIG_LIMIT)
-    if not isinstance(document, Mapping):
-        raise CheckpointError(MODEL_CONFIG_FORM.at(str(path), "it is no object."))
-    return layers_from_config(document)
+        return layers_from_config(read_config_file(source))

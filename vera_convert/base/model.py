@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
-from vera_convert.files.reading import LocalFile, open_local, printable, read_json
+from vera_convert.files.reading import (
+    NOT_FINITE,
+    ByteSource,
+    LocalFile,
+    open_local,
+    parse_json,
+    printable,
+    read_json,
+)
 from vera_convert.files.weightfiles import (
     WeightFiles,
     demand_shards,
@@ -154,6 +162,40 @@ def read_model_config(location: Location, access: HubAccess) -> Mapping[str, obj
     return _Source(location, access).read_config("config.json")
 
 
+def read_config_file(source: ByteSource) -> Mapping[str, object]:
+    """Read a model's ``config.json`` as transformers reads it.
+
+    Raises:
+        CheckpointError: it is malformed.
+        SurroundingsError: it cannot be read.
+    """
+    document, _ = read_json(source, limit=CONFIG_LIMIT, pythons_numbers=True)
+    return _config_of(document, source.place)
+
+
+def parse_config_file(text: bytes, *, place: str) -> Mapping[str, object]:
+    """Return the value of a ``config.json`` from its bytes; see `read_config_file`."""
+    return _config_of(parse_json(text, place=place, pythons_numbers=True), place)
+
+
+def _config_of(document: object, place: str) -> Mapping[str, object]:
+    if not isinstance(document, dict):
+        raise CheckpointError(MODEL_CONFIG_FORM.at(place, "it is no object."))
+    return {name: _with_floats(value) for name, value in document.items()}
+
+
+def _with_floats(value: object) -> object:
+    """Return a value with each ``{"__float__": "Infinity"}`` of transformers 5 as the float."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = value.get("__float__")
+    if len(value) == 1 and isinstance(tag, str) and tag in NOT_FINITE:
+        return NOT_FINITE[tag]
+    return {name: _with_floats(item) for name, item in value.items()}
+
+
 def _files(weights: WeightFiles, weight_map: Mapping[str, str] | None) -> list[str]:
     if weight_map is not None:
         return sorted(set(weight_map.values()))
@@ -175,14 +217,11 @@ class _Source:
 
     def read_config(self, name: str) -> Mapping[str, object]:
         with self.open(name) as file:
-            document, _ = read_json(file, limit=CONFIG_LIMIT)
-        if not isinstance(document, dict):
-            raise CheckpointError(MODEL_CONFIG_FORM.at(file.place, "it is no object."))
-        return document
+            return read_config_file(file)
 
     def read_index(self, name: str) -> dict[str, str]:
         with self.open(name) as file:
-            document, _ = read_json(file, limit=INDEX_LIMIT)
+            document, _ = read_json(file, limit=INDEX_LIMIT, pythons_numbers=True)
         return read_weight_map(document, name, place=file.place)
 
     def read_headers(self, names: Collection[str]) -> dict[str, Header]:

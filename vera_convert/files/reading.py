@@ -330,6 +330,10 @@ _DEEPEST = 64
 _MOST_VALUES = 4_000_000
 _MOST_QUOTES = 1_000_000
 _LONGEST_NUMBER = 64
+_LONGEST_IN_PYTHON = 4300
+"""The most digits of an integer that Python's json reads; the time grows with their square."""
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Names of the floats that JSON does not have, as Python's json and transformers write them."""
 _MOST_FINDINGS = 50
 
 # What gives JSON its structure, with one kind of bracket; everything else is deleted.
@@ -338,11 +342,13 @@ _NO_STRUCTURE = bytes(sorted(set(range(256)) - set(b'"{}[],')))
 _ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
 
 
-def read_json(source: ByteSource, *, limit: int) -> tuple[object, bytes]:
+def read_json(
+    source: ByteSource, *, limit: int, pythons_numbers: bool = False
+) -> tuple[object, bytes]:
     """Read a whole JSON file of at most `limit` bytes; returns its value and its bytes.
 
     Raises:
-        CheckpointError: too large, empty, or not strict JSON as `parse_json` demands it.
+        CheckpointError: too large, empty, or not JSON as `parse_json` demands it.
         SurroundingsError: it cannot be read, or changed meanwhile.
     """
     if source.size > limit:
@@ -351,33 +357,45 @@ def read_json(source: ByteSource, *, limit: int) -> tuple[object, bytes]:
         raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
     data = source.read_at(0, source.size)
     source.check_unchanged()
-    return parse_json(data, place=source.place), data
+    return parse_json(data, place=source.place, pythons_numbers=pythons_numbers), data
 
 
-def parse_json(data: bytes, *, place: str, duplicates: list[Finding] | None = None) -> object:
+def parse_json(
+    data: bytes,
+    *,
+    place: str,
+    duplicates: list[Finding] | None = None,
+    pythons_numbers: bool = False,
+) -> object:
     """Parse strict JSON: what two readers could understand in two ways is refused.
 
     No byte order mark, no duplicate keys, no NaN or Infinity, no number that is absurdly long or
     overflows, no unpaired surrogate, at most 64 levels and four million values.
 
+    transformers and PEFT write and read configs with Python's json. For these files
+    `pythons_numbers` also accepts the numbers that Python's json accepts: ``NaN``, ``Infinity``,
+    ``-Infinity``, ``1e400`` (infinity), ``-0``, and up to 4,300 digits. Every NaN is the one object
+    `math.nan`, so two equal configs compare as equal.
+
     Args:
         data: the text as UTF-8.
         place: how messages call it.
         duplicates: where findings of duplicate keys go; without it they are raised.
+        pythons_numbers: accept each number that Python's json accepts.
 
     Raises:
         CheckpointError: with the line and column where there is one.
     """
     text = _decoded(data, place)
     _check_structure(data, place)
-    hooks = _Hooks(place)
+    hooks = (_PythonsNumbers if pythons_numbers else _Hooks)(place)
     try:
         value: object = json.loads(
             text,
             object_pairs_hook=hooks.make_object,
             parse_int=hooks.make_integer if _has_odd_integer(data) else int,
             parse_float=hooks.make_float,
-            parse_constant=hooks.refuse_constant,
+            parse_constant=hooks.make_constant,
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -463,8 +481,28 @@ class _Hooks:
         shown = digits if len(digits) <= 24 else f"{digits[:20]}… ({len(digits):,} characters)"
         raise CheckpointError(JSON_NUMBER.at(self.place, f"holds the number {shown}."))
 
-    def refuse_constant(self, name: str) -> NoReturn:
+    def make_constant(self, name: str) -> float:
         raise CheckpointError(JSON_NOT_FINITE.at(self.place, f"holds {name}."))
+
+
+class _PythonsNumbers(_Hooks):
+    """Makes of each number what Python's json makes of it, within Python's own limit of digits."""
+
+    def make_integer(self, digits: str) -> int:
+        if len(digits.lstrip("-")) > _LONGEST_IN_PYTHON:
+            self._refuse_number(digits)
+        try:
+            return int(digits)
+        except ValueError:  # the user lowered the limit with PYTHONINTMAXSTRDIGITS
+            self._refuse_number(digits)
+
+    def make_float(self, digits: str) -> float:
+        if len(digits) > _LONGEST_IN_PYTHON:
+            self._refuse_number(digits)
+        return float(digits)
+
+    def make_constant(self, name: str) -> float:
+        return NOT_FINITE[name]
 
 
 def _check_surrogates(value: object, place: str) -> None:

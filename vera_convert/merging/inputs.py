@@ -16,7 +16,7 @@ from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
 from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel
+from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in
 from vera_convert.base.quantised import quantised_elsewhere, refuse_quantised
 from vera_convert.conversion.projections import Meant
@@ -236,11 +236,11 @@ class _Finder:
 
 def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
     """Demand that the config and the index that are carried are those that were understood."""
-    changed = False
+    changed, place = False, base.location.label
     if sides.config is not None:
-        changed = json.loads(texts[sides.config]) != base.config
+        changed = parse_config_file(texts[sides.config], place=place) != base.config
     if base.index is not None:
-        document, place = json.loads(texts[base.index]), base.location.label
+        document = json.loads(texts[base.index])
         files = {name: tensor.file for name, tensor in base.tensors.items()}
         changed |= read_weight_map(document, base.index, place=place) != files
     if changed:
@@ -279,7 +279,7 @@ def _text(location: Location, name: str, access: HubAccess) -> bytes:
     else:
         file = open_local(folder / name, within=folder)
     with file:
-        return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT))[1]
+        return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT), pythons_numbers=True)[1]
 
 
 def _tokenizer(location: Location) -> dict[str, InputFile]:

@@ -209,7 +209,7 @@ def _differences(
 ) -> Iterator[_Difference]:
     for name in dict.fromkeys((*wanted, *found)):
         one, other = wanted.get(name), found.get(name)
-        if name in free or one == other:
+        if name in free or one is other or one == other:  # NaN is only identical, never equal
             continue
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from _differences(one, other, free, (*path, name))

@@ -187,7 +187,7 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
         first, second = (
             _comparable(field.name, getattr(each.config, field.name)) for each in (ours, theirs)
         )
-        if first != second:
+        if first is not second and first != second:  # NaN is only identical, never equal
             was, now = (
                 printable(repr(getattr(each.config, field.name))) for each in (ours, theirs)
             )

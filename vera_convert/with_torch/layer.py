@@ -179,7 +179,7 @@ class VeraLinear(nn.Module):
         }
         self.vera_lambda_d[adapter] = nn.Parameter(d.to(**place, copy=True))
         self.vera_lambda_b[adapter] = nn.Parameter(b.to(**place, copy=True))
-        self.dropout[adapter] = dropout
+        self.dropout[adapter] = dropout if dropout > 0 else 0.0  # NaN is none, as in PEFT
 
     # Models ask their layers for these, to learn a dtype or a device.
 

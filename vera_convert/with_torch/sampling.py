@@ -147,7 +147,9 @@ def _tokenizer_of(folder: Path) -> Iterator[Path]:
                 text = source.read_at(0, source.size)
                 source.check_unchanged()
                 if name in ("config.json", "tokenizer_config.json"):
-                    text = _without_files(parse_json(text, place=source.place))
+                    text = _without_files(
+                        parse_json(text, place=source.place, pythons_numbers=True)
+                    )
             target = Path(made, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(text)
