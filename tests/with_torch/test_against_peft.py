@@ -97,6 +97,24 @@ def test_each_loads_what_the_other_saved(kind: str, dtype: str, tmp_path: Path) 
     assert not torch.equal(base, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "half"),
+    [
+        ("float32", torch.bfloat16),
+        ("float32", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_autocast_gives_the_same_bits(kind: str, dtype: str, half: Any) -> None:
+    models = both(kind, dtype)
+    with torch.autocast("cpu", half):
+        expected, logits = (torchmodels.logits(model, kind, dtype) for model in models)
+    assert logits.dtype == expected.dtype
+    assert torch.equal(logits, expected)
+
+
 @every_model
 def test_merged_models_are_bit_equal(kind: str, dtype: str) -> None:
     theirs, ours = both(kind, dtype)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.ibert.quant_modules import QuantLinear
 from transformers.pytorch_utils import Conv1D
 
 from vera_convert import SurroundingsError, UsageError
@@ -21,7 +24,7 @@ WIDEST = 16
 """Columns of A and rows of B: those of some wider layer of the model."""
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """A linear layer with a forward of its own, and a weight of integers in an order of its own."""
 
     def __init__(self) -> None:
@@ -69,7 +72,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-LAYERS = {"linear": plain, "conv1d": conv1d, "quantised": Quantised}
+@pytest.fixture(autouse=True)
+def _quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test's own class stand for that of a library that quantizes."""
+    library = SimpleNamespace(HQQLinear=Quantized)
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", library)
+
+
+LAYERS = {"linear": plain, "conv1d": conv1d, "quantized": Quantized}
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -90,7 +100,7 @@ def test_only_active_adapters_count() -> None:
 
 
 def test_further_arguments_reach_the_frozen_layer() -> None:
-    vera = wrapped(Quantised())
+    vera = wrapped(Quantized())
     x = torch.randn(3, INPUTS)
     twice = vera(x, times=2) - vera(x)
     torch.testing.assert_close(twice, vera.base_layer(x))
@@ -127,7 +137,7 @@ def test_autocast_does_not_depend_on_gradients() -> None:
         y = vera(x)
         with torch.no_grad():
             assert torch.equal(vera(x), y)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == torch.float32  # that of x, as in PEFT
     torch.testing.assert_close(y.double(), formula(vera, x, "one"), rtol=0.05, atol=0.2)
 
 
@@ -216,17 +226,31 @@ def test_what_would_not_be_finite_is_known_beforehand() -> None:
     assert torch.equal(vera.weight, weight)
 
 
-def test_a_quantised_layer_takes_no_merge() -> None:
-    with pytest.raises(UsageError, match="Quantised layer is quantised"):
-        wrapped(Quantised()).merge()
+def test_a_quantized_layer_takes_no_merge() -> None:
+    with pytest.raises(UsageError, match="a Quantized layer keeps no float weight"):
+        wrapped(Quantized()).merge()
 
 
 # --- what can be wrapped -------------------------------------------------------------------------
 
 
+class Transposed(nn.Module):
+    """Called like a linear layer, with a square weight that is stored (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 4
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
 @pytest.mark.parametrize(
     "module",
     [
+        Transposed(),
+        QuantLinear(4, 4),
         nn.Embedding(4, 4),
         nn.LayerNorm(4),
         nn.Conv1d(4, 4, 1),
@@ -242,6 +266,23 @@ def test_what_is_no_linear_layer_is_refused(module: nn.Module) -> None:
         VeraLinear(module, SharedMatrix(), SharedMatrix())
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_subclass_is_adapted_whatever_it_has_inside(kind: Any) -> None:
+    class Own(kind):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.norm = nn.LayerNorm(4)
+
+    assert linear_of(Own(4, 6)) == linear_of(kind(4, 6)) is not None
+
+
+def test_a_weight_of_another_shape_takes_no_merge() -> None:
+    vera = wrapped(plain())
+    vera.base_layer.weight = nn.Parameter(torch.zeros(INPUTS, OUTPUTS))
+    with pytest.raises(UsageError, match=r"no float weight of shape \(10, 12\)"):
+        vera.merge()
+
+
 def test_a_wrapper_is_no_linear_layer_itself() -> None:
     assert linear_of(wrapped(plain())) is None
 
@@ -250,7 +291,7 @@ def test_the_wrapper_answers_for_the_frozen_layer() -> None:
     vera = wrapped(plain())
     assert vera.weight is vera.base_layer.weight
     assert vera.bias is vera.base_layer.bias
-    assert wrapped(Quantised()).bias is None
+    assert wrapped(Quantized()).bias is None
     assert (vera.in_features, vera.out_features) == (INPUTS, OUTPUTS)
     assert "active=('one',)" in repr(vera)
 
@@ -287,20 +328,36 @@ def test_shared_matrices_are_no_part_of_a_layer() -> None:
     }
 
 
-def test_shared_matrices_follow_the_input_and_are_copied_once() -> None:
+def like(matrix: SharedMatrix, x: torch.Tensor) -> torch.Tensor:
+    return matrix.like("one", x, None, None)
+
+
+def test_shared_matrices_follow_the_input_and_every_change_of_their_values() -> None:
     A = SharedMatrix()
     A.put("one", torch.randn(2, 3))
     here, there = torch.empty(0), torch.empty(0, device="meta")
     wide = torch.empty(0, dtype=torch.float64)
-    assert A.like("one", here) is A.one
-    assert A.like("one", there).is_meta
-    assert A.like("one", there) is A.like("one", there)
-    assert torch.equal(A.like("one", wide), A.one.double())
+    assert like(A, here).data_ptr() == A.one.data_ptr()
+    assert like(A, there).is_meta
+    assert torch.equal(like(A, wide), A.one.double())
+    A.one.mul_(2)  # in place
+    assert torch.equal(like(A, wide), A.one.double())
     A.load_state_dict({"one": torch.ones(2, 3)})
-    assert torch.equal(A.like("one", wide), torch.ones(2, 3).double())
-    A.bfloat16()
-    assert A.like("one", wide) is A.like("one", wide)
-    assert A.like("one", torch.empty(0, dtype=torch.bfloat16)) is A.one
+    assert torch.equal(like(A, wide), torch.ones(2, 3).double())
+    assert torch.equal(A.like("one", wide, 1, 2), torch.ones(1, 2).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_goes_on_after_inference_mode(dtype: Any) -> None:
+    vera = wrapped(plain(dtype))
+    vera._shared[0].to(torch.float16)  # so that every use needs a converted copy
+    x = torch.randn(3, INPUTS, dtype=dtype)
+    with torch.inference_mode():
+        y = vera(x)
+    again = vera(x)
+    assert torch.equal(again, y)
+    again.sum().backward()
+    assert vera.vera_lambda_d.one.grad is not None
 
 
 def test_shared_matrices_come_to_where_a_layer_computes() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)
 """It begins with b = 1, so that the adapter does something."""
 WITH_HEAD = VeraConfig(r=4, target_modules=("query",), task_type="SEQ_CLS", init_weights=False)
+
+
+LAST = VeraConfig(r=2, target_modules=("2",))
 
 
 def llama(config: VeraConfig | None = LLAMA, dtype: str = "float32") -> VeraModel:
@@ -156,7 +161,7 @@ def test_attributes_are_the_models() -> None:
         ),
         (
             lambda m: m.add_adapter(replace(LLAMA, target_modules=("norm", "k_proj")), adapter="b"),
-            "a LlamaRMSNorm, and VeRA adapts linear layers only",
+            r"a LlamaRMSNorm. VeRA adapts torch.nn.Linear, transformers' Conv1D",
         ),
     ],
 )
@@ -213,7 +218,7 @@ def test_a_model_without_values_is_refused() -> None:
         llama().to("meta").save_pretrained("nowhere")
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """A linear layer without a weight that torch knows."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -226,9 +231,14 @@ class Quantised(nn.Module):
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
-def test_quantised_layers_are_adapted_and_not_merged(bias: str, tmp_path: Path) -> None:
+def test_quantized_layers_are_adapted_and_not_merged(
+    bias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(BaseQuantLinear=Quantized)
+    monkeypatch.setitem(sys.modules, "gptqmodel.nn_modules.qlinear", library)
+
     def base() -> nn.Module:
-        return nn.Sequential(Quantised(8, 6), nn.ReLU(), Quantised(6, 8))
+        return nn.Sequential(Quantized(8, 6), nn.ReLU(), Quantized(6, 8))
 
     config = VeraConfig(r=2, target_modules=("0", "2"), bias=bias, init_weights=False)
     model, x = VeraModel(base(), config), torch.randn(3, 8)
@@ -237,8 +247,21 @@ def test_quantised_layers_are_adapted_and_not_merged(bias: str, tmp_path: Path) 
     loaded = VeraModel.from_pretrained(base(), tmp_path / "out")
     assert torch.equal(loaded(x), model(x))
     assert not torch.equal(base()(x), model(x))
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="quantized"):
         model.merge(check=False)
+
+
+def test_a_layer_of_another_kind_is_refused_by_its_class(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Quantized(6, 8))
+
+    with pytest.raises(UsageError, match="target_modules matches 2, a Quantized"):
+        VeraModel(base(), VeraConfig(r=2, target_modules=("2",)))
+    VeraModel(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)), LAST).save_pretrained(
+        tmp_path / "out"
+    )
+    with pytest.raises(CheckpointError, match=r'"2" \(a Quantized\), are no linear layers'):
+        VeraModel.from_pretrained(base(), tmp_path / "out")
 
 
 # --- merging -------------------------------------------------------------------------------------

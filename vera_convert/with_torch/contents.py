@@ -97,8 +97,8 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
     """
     layers = layers_of(model)
     config = _completed(config, model, layers)
-    chosen = adapted(layers, config)
     _check_named(config, model, layers.linear)
+    chosen = adapted(layers, config)
     config = replace(config, fan_in_fan_out=[*chosen.layers.values()][-1].conv1d)
     check_size(config.r, chosen.max_in, chosen.max_out, place=layers.source)
     drawn = draw(
@@ -153,8 +153,8 @@ def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) 
     if unfit:
         kind = type(modules[unfit[0]]).__name__
         raise UsageError(
-            f"target_modules matches {printable(unfit[0])}, a {kind}, and VeRA adapts linear "
-            "layers only: name them more closely."
+            f"target_modules matches {printable(unfit[0])}, a {kind}. VeRA adapts torch.nn.Linear, "
+            "transformers' Conv1D and their subclasses only: name the layers more closely."
         )
     implied = SAVED_BY_TASK.get(config.task_type or "", ())
     for name in config.modules_to_save or ():
@@ -213,7 +213,7 @@ def stored_contents(
     layers = layers_of(model)
     with open_adapter(folder) as opened:
         adapter = _renamed(opened, layers, key_map)
-        dims = shared_dims(adapter, layers, _matched(adapter, layers))
+        dims = shared_dims(adapter, layers, _matched(adapter, layers, model))
         on_base = OnBase(
             dims.in_features,
             dims.out_features,
@@ -261,13 +261,15 @@ def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str,
     return adapter
 
 
-def _matched(adapter: Adapter, layers: ModelLayers) -> dict[str, Linear]:
+def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[str, Linear]:
     """Return the model's layers that the adapter has vectors for; each of them must be there."""
     absent = [path for path in adapter.layers if path not in layers.linear]
     if absent:
+        found = dict(modules_of(model)).get(absent[0])
+        kind = "" if found is None else f" (a {type(found).__name__})"
         reason = (
-            f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}", are '
-            "no linear layers of it."
+            f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}"'
+            f"{kind}, are no linear layers of it."
         )
         raise CheckpointError(NAMES_DIFFER.at(layers.source, reason))
     matched = {path: layers.linear[path] for path in adapter.layers}

@@ -12,8 +12,9 @@ where b and d are the diagonal matrices Λ_b and Λ_d. A and B are drawn once fo
 the width of its widest adapted layers: a layer with fewer inputs or outputs uses the leading
 columns of A and the leading rows of B. Only d and b are trained.
 
-The branch computes in the dtype of d and b, which is float32 also where W is kept in 16 bits; the
-sum is cast to what the frozen layer gives. Nothing here knows of configs, files or whole models.
+The branch computes in the dtype of d and b, which is float32 also where W is kept in 16 bits. As in
+PEFT, the sum is cast to the dtype that the frozen layer gives, and then to the dtype of x: under
+autocast the two differ. Nothing here knows of configs, files or whole models.
 """
 
 # mypy: allow-subclassing-any
@@ -36,27 +37,42 @@ from vera_convert.targets.matching import Linear
 def linear_of(module: nn.Module) -> Linear | None:
     """Return the dims of a layer that VeRA can adapt; None for any other module.
 
-    These are ``torch.nn.Linear``, the ``Conv1D`` of transformers, and whatever has no modules of
-    its own but ``in_features`` and ``out_features``, as quantised layers do.
+    As in PEFT, the class decides: ``torch.nn.Linear``, the ``Conv1D`` of transformers, the
+    quantized layers of `QUANTIZED`, and subclasses of these. A module that only has the attributes
+    ``in_features`` and ``out_features`` may compute something else, or store its weight transposed.
     """
     if type(module) is NonDynamicallyQuantizableLinear:
         return None  # of nn.MultiheadAttention, which reads its weight and never calls it
-    if _is_conv1d(module):
+    if _is_a(module, _CONV1D):
         inputs, outputs = module.weight.shape
         return Linear(int(outputs), int(inputs), conv1d=True)
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if type(inputs) is int and type(outputs) is int and next(module.children(), None) is None:
-        return Linear(outputs, inputs)
+    if isinstance(module, nn.Linear) or any(_is_a(module, name) for name in QUANTIZED):
+        return Linear(int(module.out_features), int(module.in_features))
     return None
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    defined = sys.modules.get("transformers.pytorch_utils")  # not loaded: nobody has made one
-    return defined is not None and isinstance(module, defined.Conv1D)
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+QUANTIZED = (
+    ("hqq.core.quantize", "HQQLinear"),
+    ("aqlm", "QuantizedLinear"),
+    ("eetq", "EetqLinear"),
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
+)
+"""Module and class of quantized layers that PEFT adapts and that are no ``nn.Linear`` themselves.
+
+The layers of bitsandbytes and torchao are.
+"""
+
+
+def _is_a(module: nn.Module, name: tuple[str, str]) -> bool:
+    """Tell whether a module is of a class that another library defines, without loading it."""
+    library, kind = name
+    defined = getattr(sys.modules.get(library), kind, None)  # not loaded: nobody has made one
+    return isinstance(defined, type) and isinstance(module, defined)
 
 
 DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes of weights that are not quantised."""
+"""The dtypes of weights that are not quantized."""
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype | None:
@@ -81,35 +97,27 @@ class SharedMatrix(nn.Module):
     It is a part of the model, not of every layer. Adapters with equal matrices hold one tensor.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
     def put(self, adapter: str, matrix: Tensor) -> None:
         """Store the matrix of an adapter."""
         self.register_buffer(adapter, matrix)
         self._pool()
 
-    def like(self, adapter: str, x: Tensor) -> Tensor:
-        """Return an adapter's matrix on the device of `x` and in its dtype.
+    def like(self, adapter: str, x: Tensor, rows: int | None, columns: int | None) -> Tensor:
+        """Return the leading rows and columns of an adapter's matrix, as `x` is: device and dtype.
 
-        Where a model is spread over devices, each gets a copy, made once and not saved.
+        A converted copy is not kept: training could not use one that was made in inference mode,
+        and none would follow a change of the matrix. A copy of what one layer uses costs little.
 
         Raises:
             SurroundingsError: the model was moved to the meta device, which keeps no values.
         """
         matrix: Tensor = self._buffers[adapter]
-        if matrix.device == x.device and matrix.dtype == x.dtype:
-            return matrix
-        key = adapter, x.device, x.dtype
-        if key not in self._copies:
+        if matrix.is_meta and not x.is_meta:
             check_has_values(matrix, f"the shared matrix of adapter {adapter}")
-            self._copies[key] = matrix.to(x)
-        return self._copies[key]
+        return matrix[:rows, :columns].to(x)
 
     def _pool(self) -> None:
-        """Let adapters with equal matrices hold one tensor, and forget copies of former values."""
-        self._copies.clear()
+        """Let adapters with equal matrices hold one tensor."""
         kept: list[Tensor] = []
         for adapter, matrix in self._buffers.items():
             same = (other for other in kept if _are_equal(other, matrix))
@@ -155,7 +163,10 @@ class VeraLinear(nn.Module):
         super().__init__()
         dims = linear_of(base_layer)
         if dims is None:
-            raise UsageError(f"VeRA adapts linear layers; {type(base_layer).__name__} is none.")
+            raise UsageError(
+                f"VeRA adapts torch.nn.Linear, transformers' Conv1D and their subclasses; "
+                f"{type(base_layer).__name__} is none of these."
+            )
         self.base_layer = base_layer
         self.in_features, self.out_features = dims.in_features, dims.out_features
         self.conv1d = dims.conv1d
@@ -184,7 +195,7 @@ class VeraLinear(nn.Module):
     # Models ask their layers for these, to learn a dtype or a device.
 
     @property
-    def weight(self) -> Any:  # noqa: ANN401 -- a quantised layer may have none
+    def weight(self) -> Any:  # noqa: ANN401 -- a quantized layer may have none
         """The frozen layer's W."""
         return self.base_layer.weight
 
@@ -197,11 +208,13 @@ class VeraLinear(nn.Module):
         """Return y (.., out) for x (.., in); further arguments go to the frozen layer."""
         y = self.base_layer(x, *args, **kwargs)
         if self.merged or not self.active:
-            return y
+            return y.to(x.dtype)
         dtype = y.dtype
         for adapter in self.active:
-            y = self._branch(adapter, x).add_(y)  # in place: neither is needed for gradients
-        return y.to(dtype)
+            branch = self._branch(adapter, x)
+            in_place = torch.promote_types(branch.dtype, y.dtype) == branch.dtype
+            y = branch.add_(y) if in_place else branch + y  # neither is needed for gradients
+        return y.to(dtype).to(x.dtype)
 
     def _branch(self, adapter: str, x: Tensor) -> Tensor:
         d, b = self.vera_lambda_d[adapter], self.vera_lambda_b[adapter]
@@ -214,8 +227,10 @@ class VeraLinear(nn.Module):
 
     def _slices(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) of this layer where `x` is, and in its dtype."""
-        A, B = (matrix.like(adapter, x) for matrix in self._shared)
-        return A[:, : self.in_features], B[: self.out_features]
+        A, B = self._shared
+        return A.like(adapter, x, None, self.in_features), B.like(
+            adapter, x, self.out_features, None
+        )
 
     def delta(self, adapter: str) -> Tensor:
         """Return D (out, in) of an adapter, in float32, or in float64 if its vectors are."""
@@ -229,7 +244,7 @@ class VeraLinear(nn.Module):
         """Add the D of each active adapter in turn to W; each sum is rounded once, to W's dtype.
 
         Raises:
-            UsageError: W is quantised, or something is merged already.
+            UsageError: W is quantized, or something is merged already.
             SurroundingsError: W is on the meta device.
         """
         if self.merged:
@@ -252,9 +267,14 @@ class VeraLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """Return W, if something can be merged into it; raises as `merge` does."""
         weight: Any = getattr(self.base_layer, "weight", None)
-        if getattr(weight, "dtype", None) not in DENSE or weight.ndim != 2:
+        shape = (self.out_features, self.in_features)
+        shape = shape[::-1] if self.conv1d else shape
+        if getattr(weight, "dtype", None) not in DENSE or tuple(weight.shape) != shape:
             kind = type(self.base_layer).__name__
-            raise UsageError(f"a {kind} layer is quantised: nothing can be merged into it.")
+            raise UsageError(
+                f"a {kind} layer keeps no float weight of shape {shape} (it may be quantized): "
+                "nothing can be merged into it."
+            )
         check_has_values(weight, "a weight to merge into")
         return weight.detach()
 
