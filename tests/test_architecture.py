@@ -16,9 +16,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
-_version schemas
-rules errors delta
+_version
+rules errors schemas delta
 files: reading jsonediting header tensorfile extents weightfiles
+arguments
 draws: generator recognition
 publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
@@ -64,6 +65,7 @@ ALLOWED = {
     "rules": set[str](),
     "errors": set[str](),
     "schemas": set[str](),
+    "arguments": set[str](),
     "architectures": set[str](),
     "draws.generator": {"numpy", "ml_dtypes"},
 }

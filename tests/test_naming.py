@@ -7,7 +7,8 @@ import pytest
 from safetensors import safe_open
 
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.naming import match_modules, match_replacements, parse_key_map
+from vera_convert.base.naming import match_modules, match_replacements
+from vera_convert.base.onbase import parse_key_map
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location

@@ -20,6 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vera_convert._version import __version__
+from vera_convert.arguments import (
+    DTYPES,
+    adapter_and_weight,
+    dtype_name,
+    peft_version,
+    size_in_bytes,
+)
 from vera_convert.errors import (
     OF_MERGED,
     CheckpointError,
@@ -31,7 +38,6 @@ from vera_convert.files.reading import printable
 from vera_convert.publish.interrupts import Interrupted, signals_raise
 
 if TYPE_CHECKING:
-    from vera_convert.assembly.blocks import Device
     from vera_convert.base.onbase import BaseWish
     from vera_convert.conversion.migration import TreeMigration
     from vera_convert.conversion.regeneration import Regenerated
@@ -58,16 +64,8 @@ GENERATORS = (
 )
 """As `generator.Variant`, repeated here so that `--help` need not load NumPy; a test compares."""
 
-SIZE_UNITS = {
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "B": 1,
-}
-BASE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+"""How `--round` calls the two dtypes that it takes."""
 
 
 class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -79,7 +77,7 @@ class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         """Split at the equals sign; one side may be empty."""
-        from vera_convert.base.naming import parse_key_map
+        from vera_convert.base.onbase import parse_key_map
 
         return parse_key_map(value)
 
@@ -105,10 +103,7 @@ class PeftVersion(click.ParamType):  # type: ignore[type-arg] # generic only fro
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         """Split at the dots; two or three whole numbers."""
-        parts = value.split(".")
-        if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() for part in parts):
-            self.fail(f"{value!r} is no version such as 0.13 or 0.13.2.")
-        return tuple(map(int, parts))
+        return peft_version("--peft-version", value)
 
 
 class Codes(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -130,11 +125,19 @@ class Size(click.ParamType):  # type: ignore[type-arg] # generic only from click
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Multiply the number by its unit."""
-        for unit, factor in SIZE_UNITS.items():
-            number = value.upper().removesuffix(unit.upper())
-            if number != value.upper() and number.strip().isascii() and number.strip().isdigit():
-                return int(number) * factor
-        return self.fail(f"{value!r} is no size such as 5GB or 500MB.")
+        return size_in_bytes("--max-shard-size", value)
+
+
+class Dtype(click.Choice):  # type: ignore[type-arg] # generic only from click 8.2
+    """A dtype by any usual spelling, such as bf16; the help lists one for each."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the spelling of the choices."""
+        with suppress(UsageError):
+            name = dtype_name("dtype", value)
+            value = SHORT_DTYPES.get(name, name) if "bf16" in self.choices else name
+        chosen: str = super().convert(value, param, ctx)
+        return chosen
 
 
 class WeightedAdapter(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -149,11 +152,8 @@ class WeightedAdapter(click.ParamType):  # type: ignore[type-arg] # generic only
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, float | None]:
         """Split at the last equals sign, if a number follows it."""
-        adapter, equals, weight = value.rpartition("=")
-        try:
-            return (adapter, float(weight)) if equals and adapter else (value, self.unsaid)
-        except ValueError:
-            return value, self.unsaid
+        adapter, weight = adapter_and_weight("--add", value)
+        return adapter, self.unsaid if weight is None else weight
 
 
 # --- options that recur --------------------------------------------------------------------------
@@ -208,7 +208,7 @@ base_options = _options(
     click.option("--base-revision", metavar="REV", help="The base's branch, tag or commit."),
     click.option(
         "--base-dtype",
-        type=click.Choice(BASE_DTYPES),
+        type=Dtype(DTYPES),
         help="The dtype that the base is loaded in; it decides the rounding of A and B.",
     ),
     click.option(
@@ -290,14 +290,13 @@ def info(adapter: str, **options: Any) -> None:
 
     ADAPTER is a folder or a repo on the Hub, org/name[@revision][/subfolder].
     """
-    from vera_convert.conversion.projections import Meant
     from vera_convert.formats.results import info_document, info_text
     from vera_convert.summary import info as summarise
 
     result = summarise(
         adapter,
         base=_base_wish(options),
-        projections=Meant(options["projections"]),
+        projections=options["projections"],
         revision=options["revision"],
         access=_access(options),
     )
@@ -374,7 +373,7 @@ def _validated(adapters: tuple[str, ...], options: Mapping[str, Any]) -> Validat
     settings = read_settings(Path.cwd())
     select = [code for codes in options["select"] for code in codes]
     ignore = [code for codes in options["ignore"] for code in codes]
-    fail_on = Severity(options["fail_on"]) if options["fail_on"] else settings.fail_on
+    fail_on = options["fail_on"] or settings.fail_on
     return run(
         adapters,
         base=_base_wish(options),
@@ -506,14 +505,13 @@ def _show_rules(adapters: tuple[str, ...], options: Mapping[str, Any]) -> None:
 @output_options
 def strip(adapter: str, out: Path, **options: Any) -> None:
     """Drop A and B of ADAPTER if they are proven to be redrawable; write OUT."""
-    from vera_convert.conversion.projections import Meant
     from vera_convert.conversion.strip_embed import strip as run
 
     result = run(
         adapter,
         out,
         base=_base_wish(options),
-        projections=Meant(options["projections"]),
+        projections=options["projections"],
         accept_change=options["accept_change"],
         force=options["force"],
         revision=options["revision"],
@@ -534,16 +532,14 @@ def strip(adapter: str, out: Path, **options: Any) -> None:
 @output_options
 def embed(adapter: str, out: Path, **options: Any) -> None:
     """Draw A and B of ADAPTER again and store them; write OUT."""
-    from vera_convert.conversion.projections import Meant
     from vera_convert.conversion.strip_embed import embed as run
-    from vera_convert.draws.generator import Variant
 
     result = run(
         adapter,
         out,
         base=_base_wish(options),
-        generator=Variant(options["generator"]) if options["generator"] else None,
-        projections=Meant(options["projections"]),
+        generator=options["generator"],
+        projections=options["projections"],
         force=options["force"],
         revision=options["revision"],
         access=_access(options),
@@ -567,7 +563,7 @@ def embed(adapter: str, out: Path, **options: Any) -> None:
 @click.option(
     "--round",
     "rounding",
-    type=click.Choice(("bf16", "fp16")),
+    type=Dtype((*SHORT_DTYPES.values(),)),
     help="Round as a base of this type does.",
 )
 @base_options
@@ -592,9 +588,8 @@ def regenerate(out: Path, **options: Any) -> None:
 
 def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
     from vera_convert.conversion.regeneration import regenerate, regenerate_for
-    from vera_convert.draws.generator import Rounding, Variant
 
-    generator = Variant(options["generator"]) if options["generator"] else None
+    generator = options["generator"]
     alone = ("rank", "in_features", "out_features", "key", "rounding")
     of_adapter = ("base", "base_revision", "base_dtype", "key_map", "revision")
     if options["adapter"] is not None:
@@ -619,8 +614,8 @@ def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
         in_features=options["in_features"],
         out_features=options["out_features"],
         key=options["key"] or 0,
-        generator=generator or Variant.FLOAT32_FUSED,
-        rounding=Rounding(options["rounding"] or "none"),
+        generator=generator or GENERATORS[0],
+        rounding=options["rounding"] or "none",
         force=options["force"],
     )
 
@@ -659,13 +654,12 @@ def _option_name(name: str) -> str:
 @output_options
 def migrate(adapter: str, out: Path, **options: Any) -> None:
     """Bring ADAPTER to the current form and to a mode; say every change; write OUT."""
-    from vera_convert.conversion.migration import Mode, migrate, migrate_tree
-    from vera_convert.conversion.projections import Meant
+    from vera_convert.conversion.migration import migrate, migrate_tree
 
     wishes: dict[str, Any] = {
-        "to": Mode(options["to"]),
+        "to": options["to"],
         "base": _base_wish(options),
-        "projections": Meant(options["projections"]),
+        "projections": options["projections"],
         "accept_change": options["accept_change"],
         "peft_version": options["peft_version"],
         "force": options["force"],
@@ -743,7 +737,7 @@ def count(**options: Any) -> None:
 )
 @click.option("--tied", type=click.Choice(("add", "untie")), help="What becomes of a tied head.")
 @click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
-@click.option("--dtype", type=click.Choice(BASE_DTYPES), help="Write float tensors in this type.")
+@click.option("--dtype", type=Dtype(DTYPES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
 @click.option("--device", default="cpu", help="cpu (default), or cuda with the extra torch.")
 @click.option("--jobs", type=int, help="Threads (default: one for each core, four at most).")
@@ -801,7 +795,7 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
 @click.option(
     "--dequantize", is_flag=True, default=None, help="An fp8 base was made a 16-bit model."
 )
-@click.option("--dtype", type=click.Choice(BASE_DTYPES), help="What float tensors became.")
+@click.option("--dtype", type=Dtype(DTYPES), help="What float tensors became.")
 @click.option("--samples", type=int, help="How many sequences to run both models on (default: 8).")
 @click.option(
     "--text",
@@ -846,17 +840,14 @@ def verify(adapter: str, **options: Any) -> None:
 
 
 def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
-    from vera_convert.conversion.projections import Meant
-    from vera_convert.draws.generator import Variant
-    from vera_convert.merging.parts import Tied
     from vera_convert.verification.options import GivenAdapter, VerifyOptions
 
     same = ("weight", "dtype", "dequantize", "layers_only", "samples", "text", "jobs")
     return VerifyOptions(
         add=tuple(GivenAdapter(adapter, weight) for adapter, weight in options["add"]),
-        projections=Meant(options["projections"]) if options["projections"] else None,
-        generator=Variant(options["generator"]) if options["generator"] else None,
-        tied=Tied(options["tied"]) if options["tied"] else None,
+        projections=options["projections"],
+        generator=options["generator"],
+        tied=options["tied"],
         **{name: options[name] for name in same},
     )
 
@@ -889,11 +880,8 @@ def _command_without_token(arguments: Sequence[str]) -> str:
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
-    from vera_convert.conversion.projections import Meant
-    from vera_convert.draws.generator import Variant
     from vera_convert.merging.inputs import AdapterWish
     from vera_convert.merging.options import MergeOptions
-    from vera_convert.merging.parts import Tied
 
     same = (
         *("weight", "dtype", "dequantize", "max_shard_size", "jobs"),
@@ -901,23 +889,13 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
     )
     return MergeOptions(
         add=tuple(AdapterWish(adapter, weight) for adapter, weight in options["add"]),
-        projections=Meant(options["projections"]),
-        generator=Variant(options["generator"]) if options["generator"] else None,
-        tied=Tied(options["tied"]) if options["tied"] else None,
+        projections=options["projections"],
+        generator=options["generator"],
+        tied=options["tied"],
         force=options["force"],
-        device=_device(options["device"]),
+        device=options["device"],
         **{name: options[name] for name in same},
     )
-
-
-def _device(name: str) -> Device:
-    if name == "cpu":
-        from vera_convert.assembly.blocks import CPU
-
-        return CPU
-    from vera_convert.with_torch.compute import on_gpu
-
-    return on_gpu(name)
 
 
 @contextmanager

@@ -10,11 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
+from vera_convert.arguments import instance, optional, place, text, texts, whole_number
+from vera_convert.base.layers import layers_of_base, layers_of_config_file
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.files.reading import printable
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.targets.matching import (
     Adapted,
     Linear,
@@ -93,20 +97,32 @@ class Count:
         return sum(group.layers for group in self.groups)
 
 
-def count(model: ModelLayers, *, rank: int, targets: Sequence[str] = ()) -> Count:
+def count(
+    model: ModelLayers | str | Path,
+    *,
+    rank: int,
+    targets: Sequence[str] | str = (),
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Count:
     """Count a VeRA adapter, and a LoRA beside it, on a model of which only the layers are known.
 
     Args:
-        model: its layers, from `layers_from_config` or `layers_from_shapes`.
+        model: a folder, a repo on the Hub, a ``config.json``, or the model's layers.
         rank: r.
         targets: names as in PEFT's list form, or all-linear alone; none means PEFT's default.
+        revision: the model's, on the Hub.
+        access: how the Hub is reached.
 
     Raises:
         UsageError: the rank is out of range, or a target matches no layer.
         CheckpointError: no targets are given and PEFT has no default for the model's type.
     """
-    if not 1 <= rank <= MAX_RANK:
-        raise UsageError(f"the rank is {rank}; give one from 1 to {MAX_RANK}.")
+    rank, targets = whole_number("rank", rank), texts("targets", targets)
+    if rank > MAX_RANK:
+        raise UsageError(f"rank is {rank}: give one up to {MAX_RANK}.")
+    if not isinstance(model, ModelLayers):
+        model = _layers(place("model", model), revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))
     chosen = adapted(model, config)
     heads = tuple(_copied_heads(model, chosen, targets))
@@ -126,6 +142,15 @@ def count(model: ModelLayers, *, rank: int, targets: Sequence[str] = ()) -> Coun
         stripped_bytes=stripped,
         lora=MethodSize(lora, 4 * lora, beside),
     )
+
+
+def _layers(model: str, revision: str | None, access: HubAccess | None) -> ModelLayers:
+    """Read the layers of a model, or of a ``config.json``."""
+    revision = optional(text, "revision", revision)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    if revision is None and Path(model).is_file():
+        return layers_of_config_file(Path(model))
+    return layers_of_base(model, revision=revision, access=access)
 
 
 def vera_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:

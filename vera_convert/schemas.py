@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vera_convert.errors import UsageError
+
 _PACKAGE = Path(__file__).parent
+
+
+class UnknownSchemaError(UsageError, ValueError):
+    """No schema has this name."""
 
 
 def schema_names() -> tuple[str, ...]:
@@ -17,11 +23,11 @@ def load_schema(name: str) -> dict[str, object]:
     """Return the schema (draft 2020-12) called `name`, such as ``adapter_config``.
 
     Raises:
-        ValueError: there is none of that name.
+        UnknownSchemaError: there is none of that name.
     """
     if name not in schema_names():
-        message = f"no schema is called {name!r}; there are {', '.join(schema_names())}"
-        raise ValueError(message)
+        known = ", ".join(schema_names())
+        raise UnknownSchemaError(f"no schema is called {name!r}; there are {known}")
     text = (_folder() / f"{name}.json").read_text(encoding="utf-8")
     schema: dict[str, object] = json.loads(text)
     return schema

@@ -12,6 +12,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
+from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw
@@ -121,7 +122,7 @@ def info(
     adapter: str | Path,
     *,
     base: BaseWish | str | Path | None = None,
-    projections: Meant = Meant.AUTO,
+    projections: Meant | str = Meant.AUTO,
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> AdapterInfo:
@@ -138,12 +139,14 @@ def info(
         CheckpointError: the adapter is malformed.
         SurroundingsError: it cannot be had or read.
     """
-    access = access or HubAccess()
-    location = locate(str(adapter), kind="adapter", access=access, revision=revision)
+    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    named, revision = place("adapter", adapter), optional(text, "revision", revision)
+    location = locate(named, kind="adapter", access=access, revision=revision)
     location = fetch_weights(location, access)
     with open_adapter(location.fetched) as opened:
-        on_base = learn(opened, wish_of(base), bases=Bases(access), need=Need.HELPFUL)
-        described = _described(opened, location, on_base, projections)
+        on_base = learn(opened, wish, bases=Bases(access), need=Need.HELPFUL)
+        described = _described(opened, location, on_base, meant)
         opened.check_unchanged()
     return described
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from vera_convert.arguments import function, instance, optional, place
 from vera_convert.base.onbase import BaseWish, wish_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.reading import printable
@@ -62,8 +63,10 @@ def verify(
         SurroundingsError: a file or a repo cannot be had or changed meanwhile, or torch is needed
             and is not there. Why the whole model could not be run is `not_run` of the result.
     """
-    base, options, access = wish_of(base), options or VerifyOptions(), access or HubAccess()
-    options.validate()
+    options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    other, merged = optional(place, "other", other), optional(place, "merged", merged)
+    base, progress = wish_of(base), function("progress", progress)
     if other is None and merged is None:
         raise UsageError("say what is to be verified: --adapter OTHER or --merged MODEL.")
     if merged is None:

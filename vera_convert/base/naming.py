@@ -20,7 +20,7 @@ from vera_convert.base.layouts import other_layout
 from vera_convert.base.model import BaseModel, Orientation
 from vera_convert.base.quantised import is_packed, packed_weight, quantised_targets
 from vera_convert.base.renames import model_types, views
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
     HEAD_TIED,
@@ -170,22 +170,6 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
             raise CheckpointError(REPLACEMENT_CLASH.at(printable(target), reason))
         targets[name] = target
     return targets
-
-
-def parse_key_map(text: str) -> tuple[str, str]:
-    """Split ``OLD=NEW``; either side may be empty, and is else a path of names and dots.
-
-    Raises:
-        UsageError: anything else.
-    """
-    old, equals, new = text.partition("=")
-    paths = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
-    if not equals or not (old or new) or not (paths.fullmatch(old) and paths.fullmatch(new)):
-        raise UsageError(
-            f"--key-map {printable(text)}: expected OLD=NEW, such as "
-            "model.layers=model.language_model.layers."
-        )
-    return old, new
 
 
 def is_head(module: str) -> bool:

@@ -5,12 +5,17 @@ The records alone, which cost nothing to load; how they are come by lies in `lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vera_convert.arguments import dtype_name, optional, place, set_checked, text, whole_number
 from vera_convert.draws.generator import Rounding
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable
 from vera_convert.rules import ROUNDING_UNCLEAR, Finding
 
 if TYPE_CHECKING:
@@ -29,6 +34,9 @@ ROUNDING_OF_DTYPE = {
     "F16": Rounding.FP16,
 }
 """By option (torch's names) and by header (safetensors' names)."""
+
+_PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
+"""A path of a module, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +59,59 @@ class BaseWish:
     out_features: int | None = None
     key_map: Sequence[tuple[str, str]] = ()
 
+    def __post_init__(self) -> None:
+        set_checked(
+            self,
+            model=optional(place, "base", self.model),
+            revision=optional(text, "base_revision", self.revision),
+            dtype=optional(dtype_name, "base_dtype", self.dtype),
+            in_features=optional(whole_number, "in_features", self.in_features),
+            out_features=optional(whole_number, "out_features", self.out_features),
+            key_map=key_maps(self.key_map),
+        )
+
+
+def key_maps(value: object) -> tuple[tuple[str, str], ...]:
+    """Return the renames of a key map: pairs (OLD, NEW), or texts ``OLD=NEW``.
+
+    Raises:
+        UsageError: one is neither.
+    """
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise UsageError("key_map: give a list of OLD=NEW.")
+    return tuple(parse_key_map(_written(each)) for each in value)
+
+
+def _written(rename: object) -> str:
+    """Return a rename as ``OLD=NEW``."""
+    if isinstance(rename, tuple | list):
+        old, new = map(partial(text, "key_map"), rename) if len(rename) == 2 else ("", "")
+        return f"{old}={new}"
+    return text("key_map", rename)
+
+
+def parse_key_map(written: str) -> tuple[str, str]:
+    """Split ``OLD=NEW``; either side may be empty, and is else a path of names and dots.
+
+    Raises:
+        UsageError: anything else.
+    """
+    old, equals, new = written.partition("=")
+    if not equals or not (old or new) or not (_PATH.fullmatch(old) and _PATH.fullmatch(new)):
+        raise UsageError(
+            f"--key-map {printable(written)}: expected OLD=NEW, such as "
+            "model.layers=model.language_model.layers."
+        )
+    return old, new
+
 
 def wish_of(base: BaseWish | str | Path | None) -> BaseWish:
     """Return what a caller says of the base as a record; a text or a path is the model."""
-    if isinstance(base, BaseWish):
-        return base
-    return BaseWish(model=None if base is None else str(base))
+    return base if isinstance(base, BaseWish) else BaseWish(model=optional(place, "base", base))
 
 
 @dataclass(frozen=True, slots=True)

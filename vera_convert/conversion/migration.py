@@ -14,6 +14,8 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
+from vera_convert.arguments import instance, one_of, optional, path, require_flags
+from vera_convert.arguments import peft_version as version_of
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
@@ -52,11 +54,11 @@ def migrate(
     adapter: str | Path,
     out: str | Path,
     *,
-    to: Mode,
+    to: Mode | str,
     base: BaseWish | str | Path | None = None,
-    projections: Meant = Meant.AUTO,
+    projections: Meant | str = Meant.AUTO,
     accept_change: bool = False,
-    peft_version: tuple[int, ...] | None = None,
+    peft_version: tuple[int, ...] | str | None = None,
     force: bool = False,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -73,7 +75,7 @@ def migrate(
         base: what the caller says of the base.
         projections: which A and B are meant.
         accept_change: as for `strip`.
-        peft_version: the oldest PEFT that is to read it, such as (0, 13).
+        peft_version: the oldest PEFT that must read it, such as ``"0.13"``.
         force: replace an adapter that lies at `out`.
         revision: the adapter's, on the Hub.
         access: how the Hub is reached.
@@ -83,13 +85,19 @@ def migrate(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    repairs = Repairs(peft_version)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    wishes = _wishes(
+        to,
+        base,
+        projections,
+        accept_change=accept_change,
+        peft_version=peft_version,
+        access=access,
+    )
+    repairs = Repairs(wishes.peft_version)
     with opened(
-        adapter, Path(out), force=force, revision=revision, access=access, repair=repairs
+        adapter, out, force=force, revision=revision, access=access, repair=repairs
     ) as work:
-        wishes = _Wishes(
-            to, wish_of(base), projections, accept_change, peft_version, Bases(work.access)
-        )
         converted, on_base = _migrated(work.adapter, wishes)
         return publish(work, _with_changes(converted, repairs), on_base)
 
@@ -115,11 +123,11 @@ def migrate_tree(
     tree: str | Path,
     out: str | Path,
     *,
-    to: Mode,
+    to: Mode | str,
     base: BaseWish | str | Path | None = None,
-    projections: Meant = Meant.AUTO,
+    projections: Meant | str = Meant.AUTO,
     accept_change: bool = False,
-    peft_version: tuple[int, ...] | None = None,
+    peft_version: tuple[int, ...] | str | None = None,
     force: bool = False,
     access: HubAccess | None = None,
 ) -> TreeMigration:
@@ -132,14 +140,23 @@ def migrate_tree(
         UsageError: `out` exists, or overlaps the tree.
         SurroundingsError: no adapter is there, the disk fails, or an input changed meanwhile.
     """
-    tree, out, base, access = Path(tree), Path(out), wish_of(base), access or HubAccess()
+    tree, out = path("tree", tree), path("out", out)
+    require_flags(force=force)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    wishes = _wishes(
+        to,
+        base,
+        projections,
+        accept_change=accept_change,
+        peft_version=peft_version,
+        access=access,
+    )
+    wish, bases = wishes.base, wishes.bases
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
-    bases = Bases(access)
-    wishes = _Wishes(to, base, projections, accept_change, peft_version, bases)
     inputs = [tree]
-    if base.model is not None:  # a wrong one is to be told once, not for each adapter
-        location = bases.located(base.model, base.revision)
+    if wish.model is not None:  # a wrong one is to be told once, not for each adapter
+        location = bases.located(wish.model, wish.revision)
         inputs += [location.folder] if location.folder else []
     unreadable: dict[str, VeraConvertError] = {}
     names = tuple(adapters_below(tree, unreadable=unreadable))
@@ -170,6 +187,27 @@ class _Wishes:
     accept_change: bool
     peft_version: tuple[int, ...] | None
     bases: Bases
+
+
+def _wishes(
+    to: Mode | str,
+    base: BaseWish | str | Path | None,
+    projections: Meant | str,
+    *,
+    accept_change: bool,
+    peft_version: tuple[int, ...] | str | None,
+    access: HubAccess,
+) -> _Wishes:
+    """Check the wishes of a caller, once for all adapters."""
+    require_flags(accept_change=accept_change)
+    return _Wishes(
+        one_of("to", Mode, to),
+        wish_of(base),
+        one_of("projections", Meant, projections),
+        accept_change,
+        optional(version_of, "peft_version", peft_version),
+        Bases(access),
+    )
 
 
 def _migrate_one(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
 from vera_convert.adapter.tensors import A_NAME, B_NAME
+from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import check_size, materialised
@@ -26,6 +27,12 @@ from vera_convert.files.tensorfile import from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import sha256_of, staged_file
 from vera_convert.rules import Finding
+
+_ROUNDING_OF_DTYPE = {
+    "bfloat16": Rounding.BF16,
+    "float16": Rounding.FP16,
+    "float32": Rounding.FP32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,8 @@ def regenerate(
     in_features: int,
     out_features: int,
     key: int = 0,
-    generator: Variant = Variant.FLOAT32_FUSED,
-    rounding: Rounding = Rounding.NONE,
+    generator: Variant | str = Variant.FLOAT32_FUSED,
+    rounding: Rounding | str = Rounding.NONE,
     force: bool = False,
 ) -> Regenerated:
     """Draw A (rank, in_features), then B (out_features, rank), and write them to a file.
@@ -68,8 +75,13 @@ def regenerate(
         UsageError: a number is out of range, or `out` exists.
         SurroundingsError: the disk fails.
     """
-    if not 1 <= rank <= MAX_RANK or in_features < 1 or out_features < 1:
-        raise UsageError(f"rank (up to {MAX_RANK}), inputs and outputs must be positive.")
+    variant, cast = one_of("generator", Variant, generator), rounding_of(rounding)
+    key, rank = whole_number("key", key, least=None), whole_number("rank", rank)
+    in_features = whole_number("in_features", in_features)
+    out_features = whole_number("out_features", out_features)
+    require_flags(force=force)
+    if rank > MAX_RANK:
+        raise UsageError(f"rank is {rank}: give one up to {MAX_RANK}.")
     try:
         check_key(key)
         check_size(rank, in_features, out_features, place="the options")
@@ -77,11 +89,20 @@ def regenerate(
         raise UsageError(f"--key: {error}") from error
     except CheckpointError as error:
         raise UsageError(error.findings[0].reason) from error
-    if rounding is not Rounding.NONE and generator.dtype.itemsize == 2:
-        raise UsageError(f"{generator} draws 16-bit values: there is nothing for --round to do.")
-    drawn = Draw(generator, key, rank, in_features, out_features, rounding)
+    if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
+        raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
+    drawn = Draw(variant, key, rank, in_features, out_features, cast)
     A, B = materialised(drawn)
-    return _write(Path(out), drawn, A, B, force=force)
+    return _write(path("out", out), drawn, A, B, force=force)
+
+
+def rounding_of(value: Rounding | str) -> Rounding:
+    """Return a rounding by itself, by its string, or by the dtype of the base that rounds so.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    return one_of("rounding", Rounding, _ROUNDING_OF_DTYPE.get(value, value))
 
 
 def regenerate_for(
@@ -89,7 +110,7 @@ def regenerate_for(
     out: str | Path,
     *,
     base: BaseWish | str | Path | None = None,
-    generator: Variant | None = None,
+    generator: Variant | str | None = None,
     force: bool = False,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -103,14 +124,16 @@ def regenerate_for(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
+    wish, out = wish_of(base), path("out", out)
+    given = optional(one_of, "generator", Variant, generator)
     with opened(
-        adapter, Path(out), force=force, revision=revision, access=access, is_own=is_pair
+        adapter, out, force=force, revision=revision, access=access, is_own=is_pair
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        on_base = learn(source, wish_of(base), bases=Bases(work.access), need=_need(source, found))
+        on_base = learn(source, wish, bases=Bases(work.access), need=_need(source, found))
         bare, on_base = _without_stored(source, on_base, found)
-        variant = found.variant if found is not None and generator is None else generator
+        variant = found.variant if found is not None and given is None else given
         converted = embedded(bare, on_base, variant=variant)
         drawn = converted.draw
         assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
@@ -125,7 +148,7 @@ def regenerate_for(
         inputs = (source.folder, *on_base.folders)
         source.check_unchanged()
         findings = source.findings if drawn == found else converted.findings
-        return _write(Path(out), drawn, A, B, force=force, inputs=inputs, findings=findings)
+        return _write(out, drawn, A, B, force=force, inputs=inputs, findings=findings)
 
 
 def _stored_draw(adapter: Adapter) -> Draw | None:

@@ -22,6 +22,7 @@ from vera_convert.adapter.folder import (
 from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.tensors import A_NAME, WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
+from vera_convert.arguments import instance, one_of, optional, path, place, require_flags, text
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import Meant
@@ -67,7 +68,7 @@ def strip(
     out: str | Path,
     *,
     base: BaseWish | str | Path | None = None,
-    projections: Meant = Meant.AUTO,
+    projections: Meant | str = Meant.AUTO,
     accept_change: bool = False,
     force: bool = False,
     revision: str | None = None,
@@ -91,10 +92,12 @@ def strip(
         UsageError: `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
+    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    require_flags(accept_change=accept_change)
+    with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
-        on_base = learn(work.adapter, wish_of(base), bases=Bases(work.access), need=need)
-        converted = stripped(work.adapter, on_base, meant=projections, accept_change=accept_change)
+        on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
+        converted = stripped(work.adapter, on_base, meant=meant, accept_change=accept_change)
         return publish(work, converted, on_base)
 
 
@@ -103,8 +106,8 @@ def embed(
     out: str | Path,
     *,
     base: BaseWish | str | Path | None = None,
-    generator: Variant | None = None,
-    projections: Meant = Meant.AUTO,
+    generator: Variant | str | None = None,
+    projections: Meant | str = Meant.AUTO,
     force: bool = False,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -126,11 +129,12 @@ def embed(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    with opened(adapter, Path(out), force=force, revision=revision, access=access) as work:
-        wish = wish_of(base)
-        need = need_to_embed(work.adapter, wish, projections)
+    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    variant = optional(one_of, "generator", Variant, generator)
+    with opened(adapter, out, force=force, revision=revision, access=access) as work:
+        need = need_to_embed(work.adapter, wish, meant)
         on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
-        converted = embedded(work.adapter, on_base, meant=projections, variant=generator)
+        converted = embedded(work.adapter, on_base, meant=meant, variant=variant)
         return publish(work, converted, on_base)
 
 
@@ -157,7 +161,7 @@ class Work:
 @contextmanager
 def opened(
     adapter: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     force: bool,
     revision: str | None,
@@ -166,8 +170,11 @@ def opened(
     is_own: Callable[[Path], bool] = is_written_adapter,
 ) -> Iterator[Work]:
     """Find and open an adapter, once it is certain that what is made of it may be written."""
-    access = access or HubAccess()
-    location = locate(str(adapter), kind="adapter", access=access, revision=revision)
+    require_flags(force=force)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    named, revision = place("adapter", adapter), optional(text, "revision", revision)
+    out = path("out", out)
+    location = locate(named, kind="adapter", access=access, revision=revision)
     inputs = [location.folder] if location.folder else []
     folder = is_own is is_written_adapter
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)

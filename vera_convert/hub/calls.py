@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vera_convert._version import __version__
+from vera_convert.arguments import optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
 from vera_convert.hub.remotefile import Answer, RemoteFile, TryAgainError
@@ -44,6 +45,12 @@ class HubAccess:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        set_checked(
+            self,
+            token=optional(text, "token", self.token),
+            cache_dir=optional(path, "cache_dir", self.cache_dir),
+        )
+        require_flags(offline=self.offline, progress=self.progress)
         # An HTTP library would quote a malformed header in its error, and so print the token.
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]+", self.token):
             raise UsageError("the token is empty, or has a character in it that no token has.")

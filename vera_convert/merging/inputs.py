@@ -13,6 +13,7 @@ from vera_convert.adapter.folder import is_training_state, side_files
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
+from vera_convert.arguments import number, optional, place, set_checked, text
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
 from vera_convert.base.learning import Bases, Need, learn
@@ -55,6 +56,14 @@ class AdapterWish:
     adapter: str | Path
     weight: float = 1.0
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        set_checked(
+            self,
+            adapter=place("adapter", self.adapter),
+            weight=number("weight", self.weight),
+            revision=optional(text, "revision", self.revision),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

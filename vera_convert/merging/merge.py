@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from vera_convert.arguments import function, instance, optional, path
 from vera_convert.base.folder import ModelFiles
 from vera_convert.base.onbase import BaseWish, wish_of
 from vera_convert.base.quantised import refuse_quantised
@@ -132,10 +133,11 @@ def merge(
         SurroundingsError: a file, a repo or the disk fails, or memory or space is short. As any
             error after which a merge can be continued it then has the note `mergejob.KEPT`.
     """
-    base, options, access = wish_of(base), options or MergeOptions(), access or HubAccess()
-    options.validate()
+    options = optional(instance, "options", MergeOptions, options) or MergeOptions()
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    progress = function("progress", progress)
+    base, place, started = wish_of(base), path("out", out), time.monotonic()
     wishes = (AdapterWish(adapter, options.weight, revision), *options.add)
-    place, started = Path(out), time.monotonic()
     with signals_raise():
         locations = find_adapters(wishes, access)
         folders = [each.folder for each in locations if each.folder is not None]

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
+from vera_convert.arguments import (
+    adapter_and_weight,
+    dtype_name,
+    instance,
+    number,
+    one_of,
+    optional,
+    require_flags,
+    set_checked,
+    size_in_bytes,
+    whole_number,
+)
 from vera_convert.assembly.blocks import CPU, Device
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.projections import Meant
@@ -23,16 +36,20 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 class MergeOptions:
     """How to merge.
 
+    An option with named choices takes the member or its string, and `dtype` any usual spelling.
+
     Attributes:
         weight: the factor of the first adapter's deltas.
-        add: further adapters, in the order in which their deltas are added.
+        add: further adapters, in the order in which their deltas are added; a text is
+            ``ADAPTER`` or ``ADAPTER=WEIGHT``.
         projections: which A and B are meant.
         generator: how they were drawn, where no fingerprint says it.
         dtype: what float tensors become, such as ``bfloat16``; None keeps each.
-        max_shard_size: the most bytes of a shard; None keeps the base's shards.
+        max_shard_size: the most bytes of a shard, or a text such as ``5GB``; None keeps the base's
+            shards.
         tied: what becomes of an output head that shares its tensor with the embedding.
         dequantize: make a base whose weights are fp8 a 16-bit model.
-        device: what does the products; `with_torch.compute.on_gpu` makes a GPU's.
+        device: what does the products: ``cpu``, or ``cuda`` or ``cuda:N`` with the extra torch.
         jobs: threads; None for one for each core, four at most.
         check: look at all values, and compare what was written with what comes back.
         checksums: take the SHA-256 of every file.
@@ -58,17 +75,21 @@ class MergeOptions:
     dry_run: bool = False
     force: bool = False
 
-    def validate(self) -> None:
-        """Raise `UsageError` for an option that makes no sense."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {printable(self.dtype)}: give one of {', '.join(DTYPES)}.")
-        for weight in (self.weight, *(each.weight for each in self.add)):
-            if not math.isfinite(weight):
-                raise UsageError(f"the weight of an adapter is a finite number, not {weight}.")
-        if self.max_shard_size is not None and self.max_shard_size < 1:
-            raise UsageError("--max-shard-size is a positive number of bytes.")
-        if self.jobs is not None and self.jobs < 1:
-            raise UsageError("--jobs is a positive number of threads.")
+    def __post_init__(self) -> None:
+        flags = ("dequantize", "check", "checksums", "resume", "dry_run", "force")
+        require_flags(**{name: getattr(self, name) for name in flags})
+        set_checked(
+            self,
+            weight=number("weight", self.weight),
+            add=_further(self.add),
+            projections=one_of("projections", Meant, self.projections),
+            generator=optional(one_of, "generator", Variant, self.generator),
+            dtype=optional(dtype_name, "dtype", self.dtype),
+            max_shard_size=optional(size_in_bytes, "max_shard_size", self.max_shard_size),
+            tied=optional(one_of, "tied", Tied, self.tied),
+            device=_device(self.device),
+            jobs=optional(whole_number, "jobs", self.jobs),
+        )
 
     def record(self, base: BaseWish) -> Mapping[str, object]:
         """Return what decides the bytes of the output, as a JSON object.
@@ -89,3 +110,29 @@ class MergeOptions:
             "check": self.check,
             "checksums": self.checksums,
         }
+
+
+def _further(add: object) -> tuple[AdapterWish, ...]:
+    """Return the further adapters of a merge as records."""
+    if isinstance(add, str) or not isinstance(add, Sequence):
+        raise UsageError("add: give a list of adapters, each a text or an AdapterWish.")
+    return tuple(each if isinstance(each, AdapterWish) else _wish(each) for each in add)
+
+
+def _wish(written: object) -> AdapterWish:
+    adapter, weight = adapter_and_weight("add", written)
+    return AdapterWish(adapter, 1.0 if weight is None else weight)
+
+
+def _device(device: object) -> Device:
+    """Return a device by itself or by its name; a GPU needs the extra torch."""
+    if not isinstance(device, str):
+        return instance("device", Device, device)
+    if device == CPU.name:
+        return CPU
+    if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
+        raise UsageError(f'device is "{printable(device)}": give cpu, cuda or cuda:N.')
+    # Imported by its name at the moment of need: it needs torch, and lies above this module.
+    compute = import_module("vera_convert.with_torch.compute")
+    found: Device = compute.on_gpu(device)
+    return found

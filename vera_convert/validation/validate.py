@@ -25,6 +25,15 @@ from vera_convert.adapter.tensors import (
     WEIGHTS_NAME,
     StoredProjections,
 )
+from vera_convert.arguments import (
+    instance,
+    one_of,
+    optional,
+    places,
+    require_flags,
+    text,
+    texts,
+)
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in, wish_of
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
@@ -64,7 +73,7 @@ def validate(
     deep: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: Severity = Severity.ERROR,
+    fail_on: Severity | str = Severity.ERROR,
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Validation:
@@ -86,13 +95,15 @@ def validate(
         UsageError: an unknown code, or a name that can be no adapter's.
         SurroundingsError: the base cannot be had, or there is no adapter in a searched folder.
     """
-    if isinstance(adapters, str | Path):
-        adapters = [adapters]
+    named_adapters = places("adapters", adapters)
     if isinstance(select, str) or isinstance(ignore, str):
         raise UsageError("select and ignore are lists of codes, not texts.")
-    fail_on = Severity(fail_on)
+    select, ignore = texts("select", select), texts("ignore", ignore)
+    fail_on = one_of("fail_on", Severity, fail_on)
+    require_flags(recursive=recursive, deep=deep)
     check_codes((*select, *ignore))
-    access, wish = access or HubAccess(), wish_of(base)
+    wish, revision = wish_of(base), optional(text, "revision", revision)
+    access = optional(instance, "access", HubAccess, access) or HubAccess()
     learn: Learn | None = None
     if wish.model is not None:
         from vera_convert.validation.base import learner  # takes as long to load as all the rest
@@ -102,7 +113,7 @@ def validate(
         named
         if isinstance(named, Checked)
         else _checked(named, wish, learn, access, deep=deep, revision=revision)
-        for named in _named(adapters, recursive=recursive)
+        for named in _named(named_adapters, recursive=recursive)
     ]
     return Validation(tuple(_chosen(one, select, ignore) for one in checked), fail_on)
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vera_convert.arguments import (
+    adapter_and_weight,
+    dtype_name,
+    number,
+    one_of,
+    optional,
+    path,
+    place,
+    require_flags,
+    set_checked,
+    text,
+    whole_number,
+)
 from vera_convert.base.onbase import BaseWish
 from vera_convert.conversion.projections import Meant
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
-from vera_convert.merging.options import DTYPES
 from vera_convert.merging.parts import Tied
 from vera_convert.verification.provenance import MergeSettings, Provenance
 
@@ -34,6 +45,14 @@ class GivenAdapter:
     adapter: str | Path
     weight: float | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        set_checked(
+            self,
+            adapter=place("adapter", self.adapter),
+            weight=optional(number, "weight", self.weight),
+            revision=optional(text, "revision", self.revision),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +85,22 @@ class VerifyOptions:
     text: Path | None = None
     jobs: int | None = None
 
-    def validate(self) -> None:
-        """Raise `UsageError` for an option that makes no sense."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {printable(self.dtype)}: give one of {', '.join(DTYPES)}.")
-        for weight in (self.weight, *(each.weight for each in self.add)):
-            if weight is not None and not math.isfinite(weight):
-                raise UsageError(f"the weight of an adapter is a finite number, not {weight}.")
-        if self.samples is not None and self.samples < 1:
-            raise UsageError("--samples is a positive number of sequences.")
-        if self.jobs is not None and self.jobs < 1:
-            raise UsageError("--jobs is a positive number of threads.")
+    def __post_init__(self) -> None:
+        require_flags(layers_only=self.layers_only)
+        if self.dequantize is not None:
+            require_flags(dequantize=self.dequantize)
+        set_checked(
+            self,
+            weight=optional(number, "weight", self.weight),
+            add=_further(self.add),
+            projections=optional(one_of, "projections", Meant, self.projections),
+            generator=optional(one_of, "generator", Variant, self.generator),
+            dtype=optional(dtype_name, "dtype", self.dtype),
+            tied=optional(one_of, "tied", Tied, self.tied),
+            samples=optional(whole_number, "samples", self.samples),
+            text=optional(path, "text", self.text),
+            jobs=optional(whole_number, "jobs", self.jobs),
+        )
         runs = {"--samples": self.samples, "--text": self.text}
         names = [name for name, value in runs.items() if value is not None]
         if self.layers_only and names:
@@ -98,6 +122,16 @@ class VerifyOptions:
         names = [name for name, value in given.items() if value is not None]
         if names:
             raise UsageError(f"{', '.join(names)}: there is no --merged that this could be of.")
+
+
+def _further(add: object) -> tuple[GivenAdapter, ...]:
+    """Return the further adapters of a merge as records."""
+    if isinstance(add, str) or not isinstance(add, Sequence):
+        raise UsageError("add: give a list of adapters, each a text or a GivenAdapter.")
+    return tuple(
+        each if isinstance(each, GivenAdapter) else GivenAdapter(*adapter_and_weight("add", each))
+        for each in add
+    )
 
 
 def settle(options: VerifyOptions, base: BaseWish, provenance: Provenance | None) -> MergeSettings:

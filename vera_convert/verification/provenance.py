@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from vera_convert.base.naming import parse_key_map
-from vera_convert.base.onbase import ROUNDING_OF_DTYPE
+from vera_convert.base.onbase import ROUNDING_OF_DTYPE, parse_key_map
 from vera_convert.conversion.projections import Meant
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError

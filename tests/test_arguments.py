@@ -1,0 +1,397 @@
+"""Every public function takes a choice as member or string, and refuses anything else by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import good_adapter
+from merges import filled_base
+
+import vera_convert
+from vera_convert import (
+    AdapterWish,
+    BaseWish,
+    GivenAdapter,
+    Meant,
+    MergeOptions,
+    Mode,
+    Rounding,
+    Tied,
+    UsageError,
+    Variant,
+    VeraConvertError,
+    VerifyOptions,
+)
+from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
+from vera_convert.rules import Severity
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A folder with an adapter, its base, and a merge of the two."""
+
+    folder: Path
+    counter: Iterator[int]
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    def out(self) -> Path:
+        return self.folder / f"out-{next(self.counter)}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("arguments")
+    found = Inputs(folder, iter(range(100_000)))
+    good_adapter(found.adapter)
+    filled_base(found.base)
+    vera_convert.merge(found.adapter, found.merged, base=found.base)
+    good_adapter(folder / "tree" / "one")
+    return found
+
+
+FUNCTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
+    "count": lambda i: {"model": i.base, "rank": 4, "targets": ["q_proj"]},
+    "embed": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
+    "info": lambda i: {"adapter": i.adapter, "base": i.base},
+    "load_schema": lambda _: {"name": "adapter_config"},
+    "merge": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
+    "migrate": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base, "to": "asis"},
+    "migrate_tree": lambda i: {
+        "tree": i.folder / "tree",
+        "out": i.out(),
+        "base": i.base,
+        "to": "asis",
+    },
+    "regenerate": lambda i: {"out": i.out(), "rank": 4, "in_features": 8, "out_features": 8},
+    "regenerate_for": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
+    "schema_names": lambda _: {},
+    "strip": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
+    "validate": lambda i: {"adapters": i.adapter, "base": i.base},
+    "verify": lambda i: {
+        "adapter": i.adapter,
+        "merged": i.merged,
+        "base": i.base,
+        "options": VerifyOptions(layers_only=True),
+    },
+}
+"""The public functions, each with arguments that it takes."""
+
+RECORDS: dict[str, dict[str, Any]] = {
+    "AdapterWish": {"adapter": "a"},
+    "BaseWish": {},
+    "GivenAdapter": {"adapter": "a"},
+    "HubAccess": {},
+    "MergeOptions": {},
+    "VerifyOptions": {},
+}
+"""The public records that a caller makes, each with the fields that it needs."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways to write an argument: each group is alike, and each of `wrong` is refused."""
+
+    alike: tuple[tuple[Any, ...], ...] = ()
+    wrong: tuple[Any, ...] = ()
+    names: str = ""
+
+
+def choices(kind: type[StrEnum]) -> Ways:
+    """Every member and its string; what is refused with all strings named."""
+    alike = tuple((member, str(member.value)) for member in kind)
+    return Ways(alike, ("banana", "", 5, True, object(), [*kind]), ".*".join(kind))
+
+
+FLAG = Ways(wrong=("no", 1, object()), names="True or False")
+PLACE = Ways(((Path("a"), "a"),), (5, b"a", object(), ["a"]), "pathlib")
+OUT = Ways(wrong=(5, None, b"a", object(), "", "a\0"), names="out")
+TEXT = Ways(wrong=(5, b"a", object()), names="text")
+WHOLE = Ways(wrong=("eight", 1.5, True, object(), 0, -1), names="whole number")
+NUMBER = Ways(((2, 2.0),), ("two", float("nan"), float("inf"), object(), True), "finite number")
+DTYPE = Ways(
+    (
+        ("bfloat16", "bf16", "BF16", "torch.bfloat16"),
+        ("float16", "fp16", "F16", "half"),
+        ("float32", "fp32", "F32"),
+        ("float64", "fp64", "F64"),
+    ),
+    ("int4", "", 16, object()),
+    "float64, float32, bfloat16, float16",
+)
+GENERATOR = choices(Variant)
+MEANT = choices(Meant)
+SIZE = Ways(
+    ((5_000_000_000, "5GB", "5 gb", "5G"), (1 << 29, "0.5GiB", "512MiB")),
+    ("big", "5", "GB", "-5GB", 0, -1, 1.5, object(), True),
+    "size|whole number",
+)
+VERSION = Ways(
+    (((0, 13), "0.13"), ((0, 13, 2), "0.13.2")),
+    ("new", "0.9", (0, 9), "1", 0.13, object(), ("0", "13")),
+    "0.13|0.11",
+)
+ACCESS = Ways(wrong=("token", object(), {}), names="HubAccess")
+BASE = Ways(wrong=(5, b"a", object(), ["a"]), names="base")
+KEY_MAP = Ways(
+    (((("a", "b"),), ("a=b",), "a=b", {"a": "b"}),),
+    ("a", 5, [5], [("a",)], [("a", 5)], ["a b=c"], object()),
+    "OLD=NEW|text",
+)
+ROUNDING = Ways(
+    (*choices(Rounding).alike, (Rounding.BF16, "bfloat16"), (Rounding.FP16, "float16")),
+    ("banana", 16, object()),
+    ".*".join(Rounding).replace("+", r"\+"),
+)
+CODES = Ways(((["V1"], ("V1",)),), ("V1", 5, [5], ["banana"], object()), "text|code")
+ADD = Ways(wrong=("a", 5, [5], [object()]), names="add")
+
+ARGUMENTS: dict[str, Ways] = {
+    "accept_change": FLAG,
+    "access": ACCESS,
+    "adapter": Ways(wrong=(5, None, b"a", object(), ["a"]), names="pathlib"),
+    "adapters": Ways(wrong=(5, None, b"a", object(), [5]), names="pathlib"),
+    "base": BASE,
+    "base_dtype": DTYPE,
+    "cache_dir": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "cache_dir"),
+    "check": FLAG,
+    "checksums": FLAG,
+    "deep": FLAG,
+    "dequantize": FLAG,
+    "device": Ways(wrong=("tpu", "cuda:x", "", 5, object()), names="cpu, cuda|Device"),
+    "dry_run": FLAG,
+    "dtype": DTYPE,
+    "fail_on": choices(Severity),
+    "force": FLAG,
+    "generator": GENERATOR,
+    "ignore": CODES,
+    "in_features": WHOLE,
+    "jobs": WHOLE,
+    "key": Ways(wrong=("seven", 1.5, True, object()), names="whole number"),
+    "key_map": KEY_MAP,
+    "layers_only": FLAG,
+    "max_shard_size": SIZE,
+    "model": Ways(wrong=(5, b"a", object(), ["a"]), names="pathlib"),
+    "name": Ways(wrong=("banana", 5), names="adapter_config"),
+    "offline": FLAG,
+    "options": Ways(wrong=("fast", object(), {}), names="Options"),
+    "other": Ways(wrong=(5, b"a", object()), names="pathlib"),
+    "merged": Ways(wrong=(5, b"a", object()), names="pathlib"),
+    "out": OUT,
+    "out_features": WHOLE,
+    "peft_version": VERSION,
+    "progress": FLAG,
+    "projections": MEANT,
+    "rank": Ways(WHOLE.alike, (*WHOLE.wrong, 10**9), "whole number|up to"),
+    "recursive": FLAG,
+    "resume": FLAG,
+    "revision": TEXT,
+    "rounding": ROUNDING,
+    "samples": WHOLE,
+    "select": CODES,
+    "targets": Ways(
+        ((["q_proj", "v_proj"], "q_proj,v_proj"),), (5, [5], ["banana"], object()), "text|q_proj"
+    ),
+    "text": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "text"),
+    "tied": choices(Tied),
+    "to": choices(Mode),
+    "token": TEXT,
+    "tree": Ways(wrong=(5, None, b"a", object(), "", "a\0"), names="tree"),
+    "weight": NUMBER,
+}
+"""What may be written for an argument, by its name."""
+
+OF_RECORDS = {"BaseWish.model": PLACE, "AdapterWish.adapter": PLACE, "GivenAdapter.adapter": PLACE}
+OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD}
+CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
+
+
+def ways_of(owner: str, argument: str) -> Ways:
+    if argument == "progress" and owner in FUNCTIONS:
+        return CALLBACK
+    return OF_RECORDS.get(f"{owner}.{argument}") or ARGUMENTS[argument]
+
+
+def parameters() -> Iterator[tuple[str, str]]:
+    for name in FUNCTIONS:
+        for argument in inspect.signature(getattr(vera_convert, name)).parameters:
+            yield name, argument
+
+
+def record_fields() -> Iterator[tuple[str, str]]:
+    for name in RECORDS:
+        for field in dataclasses.fields(getattr(vera_convert, name)):
+            yield name, field.name
+
+
+def outcome(name: str, inputs: Inputs, **changed: Any) -> object:
+    """What a function returns, in a form that can be compared; or how it refuses."""
+    arguments = FUNCTIONS[name](inputs) | changed
+    if name == "validate" and "select" not in changed:
+        arguments["ignore"] = changed.get("ignore", [])
+    try:
+        result = getattr(vera_convert, name)(**arguments)
+    except VeraConvertError as error:
+        return type(error), _without_out(str(error), arguments)
+    return _without_out(repr(_comparable(result)), arguments)
+
+
+def _comparable(result: object) -> object:
+    if dataclasses.is_dataclass(result):
+        return {
+            field.name: getattr(result, field.name)
+            for field in dataclasses.fields(result)
+            if field.name in ("changes", "bytes_after", "draw", "sha256_A", "embedded", "targets")
+        }
+    return type(result)
+
+
+def _without_out(text: str, arguments: dict[str, Any]) -> str:
+    return text.replace(str(arguments.get("out")), "OUT")
+
+
+def test_every_public_function_and_record_is_tried() -> None:
+    public = {name: getattr(vera_convert, name) for name in vera_convert.__all__}
+    functions = {name for name, value in public.items() if inspect.isfunction(value)}
+    assert functions == set(FUNCTIONS)
+    made_by_callers = {n for n, v in public.items() if dataclasses.is_dataclass(v)} - {
+        *("AdapterInfo", "Checked", "Conversion", "Count", "Merge", "Regenerated"),
+        *("TreeMigration", "Validation", "Verification"),
+    }
+    assert made_by_callers == set(RECORDS)
+
+
+@pytest.mark.parametrize(("name", "argument"), [*parameters()])
+def test_a_function_refuses_a_wrong_value_and_names_the_choices(
+    name: str, argument: str, inputs: Inputs
+) -> None:
+    ways = ways_of(name, argument)
+    assert ways.wrong
+    before = {*inputs.folder.iterdir()}
+    for wrong in ways.wrong:
+        arguments = FUNCTIONS[name](inputs) | {argument: wrong}
+        with pytest.raises(UsageError, match=f"(?s){ways.names}"):
+            getattr(vera_convert, name)(**arguments)
+    assert {*inputs.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "argument"), [*parameters()])
+def test_a_function_takes_every_choice_both_ways(name: str, argument: str, inputs: Inputs) -> None:
+    for alike in ways_of(name, argument).alike:
+        first, *others = [outcome(name, inputs, **{argument: value}) for value in alike]
+        assert others == [first] * (len(alike) - 1)
+
+
+def test_the_string_of_a_mode_does_what_the_mode_does(inputs: Inputs) -> None:
+    for mode, projections in (("embedded", True), ("stripped", False)):
+        done = vera_convert.migrate(inputs.adapter, inputs.out(), to=mode, base=inputs.base)
+        assert done.embedded is projections
+        config = json.loads((done.out / "adapter_config.json").read_text())
+        assert config["save_projection"] is projections
+
+
+def test_the_string_of_a_merge_option_does_what_the_option_does(
+    tmp_path: Path, inputs: Inputs
+) -> None:
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    own = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
+    adapter = good_adapter(tmp_path / "own", tensors={"base_model.vera_A": own})
+    weights, changed = {}, "model.layers.0.self_attn.q_proj.weight"
+    for projections in (Meant.KEY, "key", "file"):
+        out = tmp_path / f"{type(projections).__name__}-{projections}"
+        options = MergeOptions(projections=projections)  # type: ignore[arg-type]
+        vera_convert.merge(adapter, out, base=inputs.base, options=options)
+        weights[out.name] = load_file(out / "model.safetensors")[changed]
+    assert (weights["str-key"] == weights["Meant-key"]).all()
+    assert (weights["str-key"] != weights["str-file"]).any()
+
+
+@pytest.mark.parametrize(("name", "field"), [*record_fields()])
+def test_a_record_refuses_a_wrong_value_and_names_the_choices(name: str, field: str) -> None:
+    ways = ways_of(name, field)
+    assert ways.wrong
+    for wrong in ways.wrong:
+        with pytest.raises(UsageError, match=f"(?s){ways.names}"):
+            getattr(vera_convert, name)(**RECORDS[name] | {field: wrong})
+
+
+@pytest.mark.parametrize(("name", "field"), [*record_fields()])
+def test_a_record_takes_every_choice_both_ways(name: str, field: str) -> None:
+    for alike in ways_of(name, field).alike:
+        first, *others = [
+            getattr(vera_convert, name)(**RECORDS[name] | {field: value}) for value in alike
+        ]
+        assert others == [first] * (len(alike) - 1)
+        found = getattr(first, field)
+        assert all(type(getattr(other, field)) is type(found) for other in others)
+
+
+def test_further_adapters_are_records_or_texts() -> None:
+    options = MergeOptions(add=["a", "b=0.5", AdapterWish("c", 2)])  # type: ignore[list-item]
+    assert options.add == (AdapterWish("a", 1.0), AdapterWish("b", 0.5), AdapterWish("c", 2.0))
+    given = VerifyOptions(add=["a", "b=0.5"])  # type: ignore[list-item]
+    assert given.add == (GivenAdapter("a", None), GivenAdapter("b", 0.5))
+    assert adapter_and_weight("add", "a=b") == ("a=b", None)
+
+
+def test_a_dtype_of_torch_counts_by_its_name() -> None:
+    torch = pytest.importorskip("torch")
+    assert dtype_name("dtype", torch.bfloat16) == "bfloat16"
+    assert BaseWish(dtype=torch.float16).dtype == "float16"
+    with pytest.raises(UsageError, match="float64"):
+        dtype_name("dtype", torch.int8)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    assert MergeOptions(jobs=np.int64(3), weight=np.float32(0.5)).jobs == 3  # type: ignore[arg-type]
+    assert MergeOptions(check=np.True_).check  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="whole number"):
+        MergeOptions(jobs=np.float64(3))  # type: ignore[arg-type]
+
+
+def test_a_wrong_value_is_shown_in_one_short_line() -> None:
+    with pytest.raises(UsageError) as caught:
+        MergeOptions(dtype="x\x1b[2J\n" * 1000)
+    assert len(str(caught.value)) < 700
+    assert "\x1b" not in str(caught.value)
+    with pytest.raises(UsageError, match="bits"):
+        MergeOptions(dtype=10**5000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["1KB", "1 kB", "1K", "1000B", "0.001MB"])
+def test_a_size_is_read_as_people_write_it(text: str) -> None:
+    assert size_in_bytes("size", text) == 1000
+
+
+@pytest.mark.parametrize("text", ["iB", "1i", "1e3GB", "1.GB", "٣GB", "1GB1", "0.1B", "9" * 30])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="size"):
+        size_in_bytes("size", text)
+
+
+@pytest.mark.parametrize("text", ["0.10", "0", "0.13.", "v0.13", "0.13.2.dev0", "1" * 5000 + ".0"])
+def test_a_version_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"0\.1[13]"):
+        peft_version("peft_version", text)

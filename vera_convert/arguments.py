@@ -1,0 +1,267 @@
+"""Check what a caller passes to a public function, once, where the value enters.
+
+An option with named choices takes the member or its string; a dtype takes any usual spelling; a
+size takes a number of bytes or a text such as ``5GB``. Everything else raises `UsageError`, which
+names the argument and the choices. The command line parses its options with the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable
+
+Choice = TypeVar("Choice", bound=StrEnum)
+Kind = TypeVar("Kind")
+Checked = TypeVar("Checked")
+Called = TypeVar("Called", bound=Callable[..., object])
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""The names of the floating-point dtypes, as torch has them."""
+
+_DTYPE_SPELLINGS = {
+    **dict.fromkeys(("float64", "fp64", "f64", "double"), "float64"),
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
+}
+
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt])?(i)?(b)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
+_VERSION = re.compile(r"\d{1,4}\.\d{1,4}(\.\d{1,4})?", re.ASCII)
+
+OLDEST_PEFT = (0, 11)
+"""The first release of PEFT that has VeRA."""
+
+
+def one_of(name: str, kind: type[Choice], value: object) -> Choice:
+    """Return the member of a `StrEnum` that a caller named, by itself or by its string.
+
+    Raises:
+        UsageError: there is no such member; the message names all of them.
+    """
+    if isinstance(value, str):
+        for member in kind:
+            if value == member.value:
+                return member
+    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(kind)}.")
+
+
+def dtype_name(name: str, value: object) -> str:
+    """Return torch's name of a dtype, from any usual spelling such as ``bf16`` or ``BF16``.
+
+    Raises:
+        UsageError: it is no floating-point dtype; the message names the choices.
+    """
+    is_torch = type(value).__module__ == "torch"
+    if isinstance(value, str) or is_torch:
+        text = str(value).removeprefix("torch.").lower()
+        if text in _DTYPE_SPELLINGS:
+            return _DTYPE_SPELLINGS[text]
+    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(DTYPES)}.")
+
+
+def size_in_bytes(name: str, value: object) -> int:
+    """Return a size in bytes: a whole number, or a text such as ``5GB``, ``500MB`` or ``0.5GiB``.
+
+    Raises:
+        UsageError: it is no size, or less than one byte.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or not (match[2] or match[4]) or (match[3] and not match[2]):
+            raise UsageError(f"{name} is {_shown(value)}: give a size such as 5GB or 500MB.")
+        factor = (1024 if match[3] else 1000) ** _UNITS.get((match[2] or "").lower(), 0)
+        whole, _, decimals = match[1].partition(".")
+        value = int(whole + decimals) * factor // 10 ** len(decimals)
+    return whole_number(name, value)
+
+
+def peft_version(name: str, value: object) -> tuple[int, ...]:
+    """Return a version of PEFT, such as ``"0.13"`` or ``(0, 13, 2)``, as a tuple of numbers.
+
+    Raises:
+        UsageError: it is no version, or one of a time when PEFT had no VeRA.
+    """
+    if isinstance(value, tuple | list) and all(type(each) is int for each in value):
+        value = ".".join(map(str, value))
+    if not isinstance(value, str) or not _VERSION.fullmatch(value):
+        raise UsageError(f"{name} is {_shown(value)}: give a version such as 0.13 or 0.13.2.")
+    version = tuple(map(int, value.split(".")))
+    if version < OLDEST_PEFT:
+        raise UsageError(f"{name} is {value}: PEFT has VeRA since 0.11, so give 0.11 or later.")
+    return version
+
+
+def whole_number(name: str, value: object, *, least: int | None = 1) -> int:
+    """Return a whole number, which is at least `least`.
+
+    Raises:
+        UsageError: it is another kind of value, or too small.
+    """
+    index = getattr(type(value), "__index__", None)
+    if index is None or is_flag(value):
+        raise UsageError(f"{name} is {_shown(value)}: give a whole number.")
+    number: int = index(value)
+    if least is not None and number < least:
+        raise UsageError(f"{name} is {number}: give a whole number from {least} on.")
+    return number
+
+
+def number(name: str, value: object) -> float:
+    """Return a finite number.
+
+    Raises:
+        UsageError: it is another kind of value, or not finite.
+    """
+    if not is_flag(value) and not isinstance(value, str | bytes):
+        try:
+            converted = float(value)  # type: ignore[arg-type] # that is what is tried
+        except (TypeError, ValueError, OverflowError):
+            converted = math.nan
+        if math.isfinite(converted):
+            return converted
+    raise UsageError(f"{name} is {_shown(value)}: give a finite number.")
+
+
+def is_flag(value: object) -> bool:
+    """Return whether a value is True or False, NumPy's included."""
+    return type(value).__name__ in ("bool", "bool_")
+
+
+def require_flags(**values: object) -> None:
+    """Raise `UsageError` unless each of these arguments is True or False."""
+    for name, value in values.items():
+        if not is_flag(value):
+            raise UsageError(f"{name} is {_shown(value)}: give True or False.")
+
+
+def text(name: str, value: object) -> str:
+    """Return a text as it is.
+
+    Raises:
+        UsageError: it is no text.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {_shown(value)}: give a text.")
+    return value
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Return a list of texts, which a caller may also write as one text with commas.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Sequence | set | frozenset):
+        raise UsageError(f"{name} is {_shown(value)}: give a list of texts.")
+    return tuple(text(name, each) for each in value)
+
+
+def place(name: str, value: object) -> str:
+    """Return a folder, a file or a repo as the text that a command line would have.
+
+    Raises:
+        UsageError: it is neither a text nor a path.
+    """
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str):
+            return path
+    raise UsageError(f"{name} is {_shown(value)}: give a text or a pathlib.Path.")
+
+
+def places(name: str, value: object) -> tuple[str, ...]:
+    """Return one place or several; see `place`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, str | os.PathLike):
+        return (place(name, value),)
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        raise UsageError(f"{name} is {_shown(value)}: give a text, a pathlib.Path, or a list.")
+    return tuple(place(name, each) for each in value)
+
+
+def path(name: str, value: object) -> Path:
+    """Return a path on this machine.
+
+    Raises:
+        UsageError: it is neither a text nor a path, or no path can be written so.
+    """
+    found = place(name, value)
+    if not found or "\0" in found:
+        raise UsageError(f"{name} is empty or has a NUL in it: give a path.")
+    return Path(found)
+
+
+def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
+    """Split ``ADAPTER=WEIGHT`` at the last equals sign that a number follows.
+
+    The weight is None if none is written.
+
+    Raises:
+        UsageError: the value is neither a text nor a path.
+    """
+    written = place(name, value)
+    adapter, equals, weight = written.rpartition("=")
+    if equals and adapter:
+        try:
+            return adapter, float(weight)
+        except ValueError:
+            pass
+    return written, None
+
+
+def instance(name: str, kind: type[Kind], value: object) -> Kind:
+    """Return a value that has to be an object of one class.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is {_shown(value)}: give a {kind.__name__}.")
+    return value
+
+
+def function(name: str, value: Called) -> Called:
+    """Return a function that is going to be called.
+
+    Raises:
+        UsageError: it cannot be called.
+    """
+    if not callable(value):
+        raise UsageError(f"{name} is {_shown(value)}: give a function.")
+    return value
+
+
+def optional(check: Callable[..., Checked], name: str, *rest: object) -> Checked | None:
+    """Return None for None, and else what `check` makes of the value."""
+    return None if rest[-1] is None else check(name, *rest)
+
+
+def set_checked(record: object, **values: object) -> None:
+    """Put checked values into the fields of a frozen dataclass, from its ``__post_init__``."""
+    for name, value in values.items():
+        object.__setattr__(record, name, value)
+
+
+def _shown(value: object) -> str:
+    """Return a wrong value as a message shows it: a text as it is, else its class."""
+    if isinstance(value, str):
+        return f'"{printable(value)}"'
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or is_flag(value) or isinstance(value, int | float):
+        return str(value)
+    return f"a {type(value).__name__}"
