@@ -979,7 +979,7 @@ def test_the_merge_s_own_sums_are_not_asked() -> None:
         ({"jobs": 0}, "--jobs"),
         ({"dtype": "int8"}, "--dtype"),
         ({"weight": float("nan")}, "finite"),
-        ({"add": (GivenAdapter("x", float("inf")),)}, "finite"),
+        ({"add": ("x=inf",)}, "finite"),
         ({"weight": 2.0, "tied": Tied.ADD}, "--weight, --tied: there is no --merged"),
         ({"add": (GivenAdapter("x"),)}, "--add: there is no --merged"),
     ],

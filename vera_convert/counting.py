@@ -118,9 +118,9 @@ def count(
         UsageError: the rank is out of range, or a target matches no layer.
         CheckpointError: no targets are given and PEFT has no default for the model's type.
     """
-    rank, targets = whole_number("rank", rank), texts("targets", targets)
+    rank, targets = whole_number("--rank", rank), texts("targets", targets)
     if rank > MAX_RANK:
-        raise UsageError(f"rank is {rank}: give one up to {MAX_RANK}.")
+        raise UsageError(f"--rank is {rank}: give one up to {MAX_RANK}.")
     if not isinstance(model, ModelLayers):
         model = _layers(place("model", model), revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))

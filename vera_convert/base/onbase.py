@@ -62,11 +62,11 @@ class BaseWish:
     def __post_init__(self) -> None:
         set_checked(
             self,
-            model=optional(place, "base", self.model),
-            revision=optional(text, "base_revision", self.revision),
-            dtype=optional(dtype_name, "base_dtype", self.dtype),
-            in_features=optional(whole_number, "in_features", self.in_features),
-            out_features=optional(whole_number, "out_features", self.out_features),
+            model=optional(place, "--base", self.model),
+            revision=optional(text, "--base-revision", self.revision),
+            dtype=optional(dtype_name, "--base-dtype", self.dtype),
+            in_features=optional(whole_number, "--in-features", self.in_features),
+            out_features=optional(whole_number, "--out-features", self.out_features),
             key_map=key_maps(self.key_map),
         )
 
@@ -82,16 +82,16 @@ def key_maps(value: object) -> tuple[tuple[str, str], ...]:
     if isinstance(value, Mapping):
         value = tuple(value.items())
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise UsageError("key_map: give a list of OLD=NEW.")
+        raise UsageError("--key-map: give a list of OLD=NEW.")
     return tuple(parse_key_map(_written(each)) for each in value)
 
 
 def _written(rename: object) -> str:
     """Return a rename as ``OLD=NEW``."""
     if isinstance(rename, tuple | list):
-        old, new = map(partial(text, "key_map"), rename) if len(rename) == 2 else ("", "")
+        old, new = map(partial(text, "--key-map"), rename) if len(rename) == 2 else ("", "")
         return f"{old}={new}"
-    return text("key_map", rename)
+    return text("--key-map", rename)
 
 
 def parse_key_map(written: str) -> tuple[str, str]:
@@ -111,7 +111,7 @@ def parse_key_map(written: str) -> tuple[str, str]:
 
 def wish_of(base: BaseWish | str | Path | None) -> BaseWish:
     """Return what a caller says of the base as a record; a text or a path is the model."""
-    return base if isinstance(base, BaseWish) else BaseWish(model=optional(place, "base", base))
+    return base if isinstance(base, BaseWish) else BaseWish(model=optional(place, "--base", base))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,12 +76,12 @@ def regenerate(
         SurroundingsError: the disk fails.
     """
     variant, cast = one_of("generator", Variant, generator), rounding_of(rounding)
-    key, rank = whole_number("key", key, least=None), whole_number("rank", rank)
-    in_features = whole_number("in_features", in_features)
-    out_features = whole_number("out_features", out_features)
+    key, rank = whole_number("--key", key, least=None), whole_number("--rank", rank)
+    in_features = whole_number("--in-features", in_features)
+    out_features = whole_number("--out-features", out_features)
     require_flags(force=force)
     if rank > MAX_RANK:
-        raise UsageError(f"rank is {rank}: give one up to {MAX_RANK}.")
+        raise UsageError(f"--rank is {rank}: give one up to {MAX_RANK}.")
     try:
         check_key(key)
         check_size(rank, in_features, out_features, place="the options")

@@ -80,15 +80,15 @@ class MergeOptions:
         require_flags(**{name: getattr(self, name) for name in flags})
         set_checked(
             self,
-            weight=number("weight", self.weight),
+            weight=number("--weight", self.weight),
             add=_further(self.add),
-            projections=one_of("projections", Meant, self.projections),
-            generator=optional(one_of, "generator", Variant, self.generator),
-            dtype=optional(dtype_name, "dtype", self.dtype),
-            max_shard_size=optional(size_in_bytes, "max_shard_size", self.max_shard_size),
-            tied=optional(one_of, "tied", Tied, self.tied),
+            projections=one_of("--projections", Meant, self.projections),
+            generator=optional(one_of, "--generator", Variant, self.generator),
+            dtype=optional(dtype_name, "--dtype", self.dtype),
+            max_shard_size=optional(size_in_bytes, "--max-shard-size", self.max_shard_size),
+            tied=optional(one_of, "--tied", Tied, self.tied),
             device=_device(self.device),
-            jobs=optional(whole_number, "jobs", self.jobs),
+            jobs=optional(whole_number, "--jobs", self.jobs),
         )
 
     def record(self, base: BaseWish) -> Mapping[str, object]:
@@ -127,11 +127,11 @@ def _wish(written: object) -> AdapterWish:
 def _device(device: object) -> Device:
     """Return a device by itself or by its name; a GPU needs the extra torch."""
     if not isinstance(device, str):
-        return instance("device", Device, device)
+        return instance("--device", Device, device)
     if device == CPU.name:
         return CPU
     if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
-        raise UsageError(f'device is "{printable(device)}": give cpu, cuda or cuda:N.')
+        raise UsageError(f'--device is "{printable(device)}": give cpu, cuda or cuda:N.')
     # Imported by its name at the moment of need: it needs torch, and lies above this module.
     compute = import_module("vera_convert.with_torch.compute")
     found: Device = compute.on_gpu(device)
