@@ -23,7 +23,7 @@ arguments
 draws: generator recognition
 publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
-adapter: config fingerprint tensors folder adapter values opening repairs
+adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures
 base: model folder layers renamerules renames layouts quantised naming replacements onbase learning
 conversion: projections proof transforms strip_embed regeneration migration

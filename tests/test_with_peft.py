@@ -132,3 +132,26 @@ def test_a_mended_adapter_loads_where_the_damaged_one_does_nothing(tmp_path: Pat
     )
     assert np.array_equal(logits(tmp_path / "mended"), logits(folder))
     assert not np.array_equal(logits(damaged), logits(folder))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda name: name.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."),
+        lambda name: name.replace("base_model.model.", "base_model.model.module."),
+        lambda name: name.replace(".vera_lambda", ".default.vera_lambda"),
+        lambda name: f"base_model.model.{name}",
+    ],
+)
+def test_names_that_peft_loads_as_nothing_are_mended(
+    damage: Callable[[str], str], tmp_path: Path
+) -> None:
+    folder, _, logits = fixture("0.21.2/llama_fp32_noproj")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in folder.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    tensors(lambda stored: {damage(name): array for name, array in stored.items()})(damaged)
+    assert not np.array_equal(logits(damaged), logits(folder))
+    migrate(damaged, tmp_path / "mended", to=Mode.ASIS)
+    assert np.array_equal(logits(tmp_path / "mended"), logits(folder))

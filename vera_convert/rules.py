@@ -629,10 +629,10 @@ PROJECTIONS_DIFFER = Rule(
     "VeRA shares one A and one B over all layers; no loader would use the layer's own.",
     "Save the adapter again from the training run.",
 )
-PREFIX_ORIG_MOD = Rule(
+WRAPPER_IN_NAMES = Rule(
     "V215",
     ERROR,
-    "tensor names carry _orig_mod from torch.compile",
+    "names carry a part that is left over from a wrapper",
     "PEFT finds none of its names in the file and loads the adapter as one that does nothing.",
     "`vera-convert migrate --to asis` writes the proper names.",
 )
@@ -724,8 +724,8 @@ SEVERAL_ADAPTERS = Rule(
 PREFIX_MIXED = Rule(
     "V228",
     ERROR,
-    "some tensor names have PEFT's prefix and others lack it",
-    "No PEFT loads those that lack it, and nothing tells whether they are of the same adapter.",
+    "tensor names begin with PEFT's prefix in some layers and with something else in others",
+    "PEFT loads only names with its prefix, and nothing tells whether all are of one adapter.",
     "Save the adapter again from the training run.",
 )
 TARGET_NOT_STORED = Rule(

@@ -10,8 +10,9 @@ from pathlib import Path
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
+from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import A_NAME, B_NAME, StoredProjections
+from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of

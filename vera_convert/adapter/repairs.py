@@ -9,17 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from vera_convert.adapter.config import ConfigFile
-from vera_convert.adapter.tensors import A_NAME, B_NAME, PREFIX, same_tensor
+from vera_convert.adapter.config import ConfigFile, VeraConfig
+from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX, Names
+from vera_convert.adapter.tensors import same_tensor
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import NAME_TAKEN_TWICE, PROJECTIONS_DIFFER
 
-_LEFTOVER = re.compile(r"(?P<kept>(?:^|.*\.)vera_(?:lambda_[bd]|A|B))\.(?P<adapter>[^.]+)")
-_VERA = re.compile(r"(?:^|.*\.)vera_(?:lambda_[bd]|A|B)")
-
+_OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
+"""Names of layers in PEFT's VeraModel. No model has layers of such a name itself."""
 OLDEST_WITH_UNKNOWN_FIELDS = (0, 14)
 """PEFT before it raises TypeError on a field it does not know, `peft_version` among them."""
 
@@ -40,19 +41,24 @@ class Repairs:
         self, tensors: Sequence[TensorData], config_file: ConfigFile
     ) -> tuple[Sequence[TensorData], ConfigFile]:
         """Return the repaired tensors and config; every change is named in `changes`."""
-        steps: tuple[Callable[[Sequence[TensorData]], tuple[Sequence[TensorData], str]], ...] = (
-            _without_orig_mod,
-            _without_adapter_name,
-            _with_prefix,
-            _as_vectors,
-            _projections_once,
-        )
-        for step in steps:
+        tensors = self._with_proper_names(tensors, config_file.config)
+        for step in (_as_vectors, _projections_once):
             tensors, change = step(tensors)
             self.changes += [change] if change else []
-        config_file, change = _for_reader(config_file, self.peft_version)
-        self.changes += [change] if change else []
+        for edit in (_without_wrappers_in_config, partial(_for_reader, self.peft_version)):
+            config_file, change = edit(config_file)
+            self.changes += [change] if change else []
         return tensors, config_file
+
+    def _with_proper_names(
+        self, tensors: Sequence[TensorData], config: VeraConfig
+    ) -> Sequence[TensorData]:
+        """Return the tensors under the names that PEFT writes, as far as the names are clear."""
+        for repair in (_without_foreign_parts, _without_adapter_name, _with_prefix):
+            names = Names.of((tensor.name for tensor in tensors), config)
+            tensors, change = repair(tensors, names)
+            self.changes += [change] if change else []
+        return tensors
 
 
 def _renamed(
@@ -75,46 +81,66 @@ def _renamed(
     return renamed, f"{change} ({count} tensors)"
 
 
-def _without_orig_mod(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
+def _without_foreign_parts(
+    tensors: Sequence[TensorData], names: Names
+) -> tuple[Sequence[TensorData], str]:
+    """Remove wrappers' names, and what stands before PEFT's prefix in every layer."""
+    split = {tensor.name: names.parts(tensor.name) for tensor in tensors}
+    removed = {wrapper for parts in split.values() for wrapper in parts.wrappers}
+    if names.begin_alike:
+        removed |= {parts.front for parts in split.values() if parts.front}
+
     def new_name(name: str) -> str:
-        return ".".join(element for element in name.split(".") if element != "_orig_mod")
+        parts = split[name]
+        return parts.name if names.begin_alike else ".".join(filter(None, parts[1::-1]))
 
-    return _renamed(tensors, new_name, "removed _orig_mod from names")
+    said = " and ".join(printable(part) for part in sorted(removed))
+    return _renamed(tensors, new_name, f"removed {said} from names")
 
 
-def _without_adapter_name(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
-    found = {
-        match["adapter"] for t in tensors if (match := _LEFTOVER.fullmatch(t.name)) is not None
-    }
-    if len(found) != 1:  # several adapters in one file: which one is meant cannot be known
+def _without_adapter_name(
+    tensors: Sequence[TensorData], names: Names
+) -> tuple[Sequence[TensorData], str]:
+    split = {tensor.name: names.without_adapter(tensor.name) for tensor in tensors}
+    found = frozenset[str]().union(*(adapters for _, adapters in split.values()))
+    if len(found) != 1:  # several adapters in one file: which of them is wanted cannot be known
         return tensors, ""
-    (adapter,) = found
-
-    def new_name(name: str) -> str:
-        match = _LEFTOVER.fullmatch(name)
-        return match["kept"] if match else name
-
-    return _renamed(
-        tensors, new_name, f"removed the adapter's name {printable(adapter)} from names"
-    )
+    said = f"removed the adapter's name {printable(*found)} from names"
+    return _renamed(tensors, lambda name: split[name][0], said)
 
 
-def _with_prefix(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
-    """Add the prefix: to A and B in any case, to layers where none has it.
+def _with_prefix(tensors: Sequence[TensorData], names: Names) -> tuple[Sequence[TensorData], str]:
+    """Add the prefix: to A and B in any case, to all others if no layer's names have it.
 
-    So no mixture of two layouts is joined.
+    Names of PEFT's inner model already have the second half of the prefix.
     """
-    bare = not any(tensor.name.startswith(PREFIX) for tensor in tensors)
-    bare &= any(_VERA.fullmatch(tensor.name) for tensor in tensors)
-    # Something before base_model is another wrapper's, and says nothing of what is missing.
-    bare &= not any("base_model" in tensor.name.split(".")[1:] for tensor in tensors)
+    layers = names.beginnings.get("", ())
+    is_inner = bool(layers) and all(map(_OF_INNER_MODEL.match, layers))
+    missing = PREFIX.removesuffix("model.") if is_inner else PREFIX
 
     def new_name(name: str) -> str:
         if name.removeprefix("base_model.") in ("vera_A", "vera_B"):
             return f"base_model.{name.removeprefix('base_model.')}"
-        return PREFIX + name if bare else name
+        return missing + name if names.beginnings.keys() == {""} else name
 
     return _renamed(tensors, new_name, "added the prefix base_model. to names")
+
+
+def _without_wrappers_in_config(config_file: ConfigFile) -> tuple[ConfigFile, str]:
+    """Remove wrappers' names from the lists of modules in the config."""
+    config = config_file.config
+    names = Names.of((), config)
+    changes: dict[str, object] = {}
+    for field_name in ("target_modules", "modules_to_save"):
+        listed = getattr(config, field_name)
+        if isinstance(listed, tuple) and any(names.parts(each).wrappers for each in listed):
+            proper = (names.parts(each).name for each in listed)
+            changes[field_name] = list(dict.fromkeys(filter(None, proper)))
+    if not changes:
+        return config_file, ""
+    return config_file.edited(
+        remove=frozenset(), **changes
+    ), f"removed wrappers' names from {' and '.join(changes)}"
 
 
 def _as_vectors(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
@@ -158,7 +184,7 @@ def _demand_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
 
 
 def _for_reader(
-    config_file: ConfigFile, peft_version: tuple[int, ...] | None
+    peft_version: tuple[int, ...] | None, config_file: ConfigFile
 ) -> tuple[ConfigFile, str]:
     if peft_version is None or peft_version >= OLDEST_WITH_UNKNOWN_FIELDS:
         return config_file, ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
+from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
@@ -32,7 +33,6 @@ from vera_convert.rules import (
     OTHER_VERA,
     PREFIX_MISSING,
     PREFIX_MIXED,
-    PREFIX_ORIG_MOD,
     PROJECTION_SHAPE,
     PROJECTION_TOO_SHORT,
     PROJECTIONS_DIFFER,
@@ -45,14 +45,13 @@ from vera_convert.rules import (
     TENSOR_DTYPE,
     UNDECLARED_TENSOR,
     UNKNOWN_TENSOR,
+    WRAPPER_IN_NAMES,
     Finding,
     Rule,
     Severity,
 )
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_PROJECTION_BYTES = 2 << 30
 """A and B together; the largest models at rank 1,024 need a thirtieth of it."""
@@ -107,44 +106,13 @@ class StoredProjections:
 
 # --- what a name means ---------------------------------------------------------------------------
 
-_LEFTOVER = re.compile(r"\.vera_(?:lambda_[bd]|A|B)\.[^.]+$")
-_OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|vera_[C-Z])(?:\.|$)")
-_LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
 _BASE_BIAS = ".base_layer.bias"
 _PLAIN_LAMBDA = re.compile(
-    r"base_model\.model\.((?:(?!_orig_mod|modules_to|original_|p?vera_|lora_)[^.]++\.)++)"
+    r"base_model\.model\.((?:(?!_|module|pretrained_|base_model|original_|p?vera_|lora_)[^.]++\.)++)"
     r"(vera_lambda_[bd])"
 )
 """Nearly every name of nearly every file; there can be a hundred thousand."""
-# modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
-_STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
-# With bias "all" PEFT writes the biases of a module that it saves whole three times, and reads only
-# those with the plain name.
-_BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
-_VERA = re.compile(r"(?:^|\.)vera_(?:lambda_[bd]|A|B)(?:\.[^.]+)?$")
-
-
-def misnamed(name: str) -> Rule | None:
-    """Return the rule that a tensor's name breaks, or None if it has a known meaning."""
-    if "_orig_mod" in name.split("."):
-        return PREFIX_ORIG_MOD
-    if not name.startswith(PREFIX) and name not in (A_NAME, B_NAME):
-        if name.startswith("base_model.vera_") and _LEFTOVER.search(name):
-            return ADAPTER_NAME_LEFT
-        if _OTHER_VERA.search(f".{name}"):
-            return OTHER_VERA
-        return PREFIX_MISSING if _VERA.search(name) else UNKNOWN_TENSOR
-    if _OTHER_VERA.search(name):
-        return OTHER_VERA
-    if _LEFTOVER.search(name):
-        return ADAPTER_NAME_LEFT
-    elements = name.removeprefix(PREFIX).split(".")
-    alone = len(elements) == 1 and elements[0] in _LAMBDAS
-    inside = elements[:-1] if elements[-1] in (*_LAMBDAS, "vera_A", "vera_B") else elements
-    if _BIAS_COPY.search(name):
-        return None
-    return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
 
 
 def _is_of_adapter(name: str) -> bool:
@@ -184,8 +152,9 @@ def sort_tensors(
         reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
         finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
         return SortedTensors({}, None, (), (), (finding,))
-    by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors)
-    findings = [*_misnamed_findings(by_rule, tensors)]
+    names = Names.of((tensor.name for tensor in tensors), config)
+    by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors, names)
+    findings = [*_misnamed_findings(by_rule, names), *_misnamed_targets(names, config)]
     layers = {
         module: AdaptedLayer(module, both["vera_lambda_b"], both["vera_lambda_d"])
         for module, both in lambdas.items()
@@ -218,49 +187,81 @@ class _ByName(NamedTuple):
     unread: list[TensorData]
 
 
-def _by_name(tensors: Iterable[TensorData]) -> _ByName:
+def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
     found = _ByName({}, {}, {}, [], [], [])
     for tensor in tensors:
-        plain = _PLAIN_LAMBDA.fullmatch(tensor.name)
+        plain = None if names.inner else _PLAIN_LAMBDA.fullmatch(tensor.name)
         if plain is not None:
             found.lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
             continue
         module, _, last = tensor.name.rpartition(".")
-        broken = misnamed(tensor.name)
+        broken = names.broken_rule(tensor.name)
         if broken is not None:
             found.misnamed.setdefault(broken, []).append(tensor.name)
         elif tensor.name in (A_NAME, B_NAME):
             found.pair[last] = tensor
-        elif last in _LAMBDAS:
+        elif last in LAMBDAS:
             found.lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
         elif last in ("vera_A", "vera_B"):
             found.repeated.append(tensor)
         else:
-            kind = found.unread if _BIAS_COPY.search(tensor.name) else found.others
+            kind = found.unread if BIAS_COPY.search(tensor.name) else found.others
             kind.append(tensor)
     return found
 
 
-def _misnamed_findings(
-    by_rule: Mapping[Rule, Sequence[str]], tensors: Sequence[TensorData]
-) -> Iterator[Finding]:
-    prefixed = [tensor.name for tensor in tensors if tensor.name.startswith(PREFIX)]
-    for rule, names in by_rule.items():
-        place = printable(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        adapters = sorted({name.rpartition(".")[2] for name in names})
-        if rule is ADAPTER_NAME_LEFT and len(adapters) > 1:
-            yield SEVERAL_ADAPTERS.at(place, f"they are {printable(', '.join(adapters))}.")
-        elif rule is PREFIX_MISSING and prefixed and set(names) - {"vera_A", "vera_B"}:
-            reason = f"{len(prefixed)} names have it, such as {printable(prefixed[0])}."
-            yield PREFIX_MIXED.at(place, reason)
+def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> Iterator[Finding]:
+    """Yield one finding for each rule that names break; `repairs` mends the first three rules."""
+    for rule, broken in by_rule.items():
+        place = printable(broken[0]) + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+        if rule is WRAPPER_IN_NAMES and names.begin_alike:
+            yield rule.at(place, _foreign_reason(broken, names))
+        elif rule is ADAPTER_NAME_LEFT:
+            adapters = sorted(
+                frozenset().union(*(names.without_adapter(name)[1] for name in broken))
+            )
+            which = printable(", ".join(adapters))
+            if len(adapters) > 1:
+                yield SEVERAL_ADAPTERS.at(place, f"the adapters are {which}.")
+            else:
+                yield rule.at(place, f'the name carries the adapter\'s name "{which}".')
+        elif rule in (WRAPPER_IN_NAMES, PREFIX_MISSING) and not names.begin_alike:
+            groups = (
+                f"{len(group)} names of vectors begin with "
+                + (f'"{printable(beginning)}"' if beginning else "the path of the layer")
+                + f", such as {printable(group[0])}"
+                for beginning, group in names.beginnings.items()
+            )
+            yield PREFIX_MIXED.at(place, f"{'; '.join(groups)}.")
         else:
             yield rule.at(place, _name_reason(rule))
 
 
+def _foreign_reason(broken: Sequence[str], names: Names) -> str:
+    """Name the foreign parts, the front of a name and wrappers each once."""
+    parts = [names.parts(name) for name in broken]
+    wrappers = sorted({wrapper for each in parts for wrapper in each.wrappers})
+    fronts = sorted({each.front for each in parts} - {""})
+    said = [f'"{printable(front)}." stands before the name that PEFT writes' for front in fronts]
+    if wrappers:
+        shown = " and ".join(f'"{printable(wrapper)}"' for wrapper in wrappers)
+        said.append(f"{shown} is left over from a wrapper around the model")
+    return f"{'; '.join(said)}."
+
+
+def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
+    for field, listed in (
+        ("target_modules", config.target_modules),
+        ("modules_to_save", config.modules_to_save),
+    ):
+        broken = [each for each in listed or () if names.parts(each).wrappers]
+        if broken and isinstance(listed, tuple):
+            place = f"adapter_config.json, {field}: {printable(broken[0])}"
+            yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names))
+
+
 def _name_reason(rule: Rule) -> str:
     return {
-        PREFIX_ORIG_MOD: "the name has an element _orig_mod.",
-        ADAPTER_NAME_LEFT: "the name ends with the name of an adapter.",
         PREFIX_MISSING: f"the name does not begin with {PREFIX}",
         OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
     }.get(rule, "the name is none that PEFT writes for VeRA.")

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.tensors import A_NAME, B_NAME, MAX_PROJECTION_BYTES, StoredProjections
+from vera_convert.adapter.names import A_NAME, B_NAME
+from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.onbase import OnBase
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.draws.recognition import Draw, difference, recognise

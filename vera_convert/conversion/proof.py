@@ -9,7 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import A_NAME, StoredProjections
+from vera_convert.adapter.names import A_NAME
+from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, as_cast, check_size, usual_draw
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognise

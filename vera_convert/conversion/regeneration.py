@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
-from vera_convert.adapter.tensors import A_NAME, B_NAME
+from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of

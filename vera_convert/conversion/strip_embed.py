@@ -19,8 +19,9 @@ from vera_convert.adapter.folder import (
     is_written_adapter,
     publish_adapter,
 )
+from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
-from vera_convert.adapter.tensors import A_NAME, WEIGHTS_NAME
+from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import instance, one_of, optional, path, place, require_flags, text
 from vera_convert.base.learning import Bases, Need, learn

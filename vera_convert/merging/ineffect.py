@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import A_NAME, B_NAME
+from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.proof import undamaged

@@ -14,11 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import (
-    AdaptedLayer,
-    replaced_name,
-    same_tensor,
-)
+from vera_convert.adapter.tensors import AdaptedLayer, replaced_name, same_tensor
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.assembly.sums import Term
 from vera_convert.base.model import BaseModel

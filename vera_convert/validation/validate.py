@@ -16,9 +16,9 @@ from pathlib import Path
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.folder import adapters_below
+from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.adapter.tensors import (
-    A_NAME,
     FLOAT_DTYPES,
     MAX_PROJECTION_BYTES,
     MAX_WIDTH,
@@ -358,7 +358,8 @@ def _projection_findings(
     elif stored is not None and here:
         pair = recognised(config, stored.A.array(), stored.B.array())
         told.draw = pair.recognition.draw
-        tallest = examined.sorted.longest_b
+        # Without a lambda under its proper name, nothing is known of the layers' heights.
+        tallest = examined.sorted.longest_b or stored.B.shape[0]
         yield from stored_findings(config, pair, on_base, tallest=tallest)
 
 

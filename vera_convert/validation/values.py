@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.tensors import A_NAME, B_NAME, WEIGHTS_NAME, AdaptedLayer
+from vera_convert.adapter.names import A_NAME, B_NAME
+from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer
 from vera_convert.adapter.values import value_errors
 from vera_convert.files.extents import Extent
 from vera_convert.files.reading import printable

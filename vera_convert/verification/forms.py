@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.folder import is_training_state
+from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
-from vera_convert.adapter.tensors import A_NAME, B_NAME, same_tensor
+from vera_convert.adapter.tensors import same_tensor
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase
 from vera_convert.conversion.projections import (

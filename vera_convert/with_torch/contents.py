@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
+from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import A_NAME, PREFIX, replaced_name
+from vera_convert.adapter.tensors import replaced_name
 from vera_convert.base.learning import shared_dims
 from vera_convert.base.naming import moved
 from vera_convert.base.onbase import OnBase

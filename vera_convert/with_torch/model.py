@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
-from vera_convert.adapter.tensors import A_NAME, B_NAME, PREFIX, replaced_name
+from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX
+from vera_convert.adapter.tensors import replaced_name
 from vera_convert.conversion.projections import Meant
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, UsageError

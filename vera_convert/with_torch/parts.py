@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.tensors import PREFIX, replaced_name
+from vera_convert.adapter.names import PREFIX
+from vera_convert.adapter.tensors import replaced_name
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
 from vera_convert.targets.matching import ModelLayers

@@ -1,0 +1,204 @@
+"""What the names of an adapter's tensors say, and what in them PEFT did not write.
+
+PEFT finds a tensor by its whole name. A name with a part too many, too few or too much is loaded as
+nothing, and without an error: the adapter does nothing.
+
+    thinker.base_model.model.model._fsdp_wrapped_module.layers.0.q_proj.vera_lambda_b.default
+    └ front                        └ wrapper                                          └ adapter
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.rules import (
+    ADAPTER_NAME_LEFT,
+    OTHER_VERA,
+    PREFIX_MISSING,
+    UNKNOWN_TENSOR,
+    WRAPPER_IN_NAMES,
+    Rule,
+)
+
+PREFIX = "base_model.model."
+A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
+LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
+BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
+"""With bias "all", PEFT writes the biases of a module that it saves whole three times, and reads
+only the ones with the plain name."""
+
+_WRAPPER = re.compile(r"_(?:\w*_)?mod(?:ule)?")
+"""Attributes in which wrappers keep the module that they wrap: torch.compile's _orig_mod, FSDP's
+_fsdp_wrapped_module, activation checkpointing's _checkpoint_wrapped_module, Lightning's
+_forward_module, Opacus's _module. No model class has a module of such a name."""
+_WRAPPERS_OF_NAMED_BASES = frozenset(("module", "pretrained_model"))
+"""DistributedDataParallel's and TRL's. A custom class can have a module of this name, but such a
+class has no name on the Hub; of the models in transformers, LeViT alone has `module`, in each of
+its numbered layers."""
+_WRAPPER_CLASSES = frozenset(
+    ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+)
+
+_VECTOR_OR_MATRIX = r"vera_(?:lambda_[bd]|A|B)"
+_NAME_AT_END = re.compile(rf"(?P<kept>(?:^|.*\.){_VECTOR_OR_MATRIX})\.(?P<adapter>[^.]+)")
+_NAME_OF_SAVED = re.compile(r"(?P<kept>.+)\.modules_to_save\.(?P<adapter>[^.]+)(?P<rest>\..+)")
+_OF_VERA = re.compile(rf"(?:^|\.){_VECTOR_OR_MATRIX}(?:\.[^.]+)?$")
+_OTHER_VERA = re.compile(r"\.(?:vera_lambda_(?![bd](?:\.|$))[^.]*|pvera_[^.]*|vera_[C-Z])(?:\.|$)")
+# modules_to_save and original_module: so PEFT 0.12.0 wrote a classifier both adapted and saved.
+_STRANGE = re.compile(r"modules_to_save|original_module|lora_.*|vera_lambda.*|vera_[A-Z]")
+_DEFAULT_ADAPTER = "default"
+
+
+class Parts(NamedTuple):
+    """A tensor's name without its foreign parts, and these.
+
+    Attributes:
+        name: the rest of the name.
+        front: everything before PEFT's own prefix, a first one of two included; without a dot.
+        wrappers: the attributes in which wrappers keep the module that they wrap.
+    """
+
+    name: str
+    front: str
+    wrappers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What all names of a file together say about their foreign parts.
+
+    Attributes:
+        is_named_base: whether the base is a published model, and no class of the user's own.
+        beginnings: what stands before the path of a layer, PEFT's prefix included; for each, all
+            names of vectors that begin with it.
+        inner: the adapter's name, if the path of every adapted layer ends with it; else empty.
+    """
+
+    is_named_base: bool
+    beginnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    inner: str = ""
+
+    @classmethod
+    def of(cls, names: Iterable[str], config: VeraConfig) -> Names:
+        """Read the names of a file."""
+        vectors = [name for name in names if ".vera_lambda_" in name]
+        is_named_base = bool(config.base_model_name_or_path) or _wraps(config)
+        alone = cls(is_named_base)
+        beginnings: dict[str, list[str]] = {}
+        for name in vectors:
+            beginnings.setdefault(alone.beginning(name), []).append(name)
+        return cls(is_named_base, beginnings, _inner_adapter(vectors, config))
+
+    @property
+    def begin_alike(self) -> bool:
+        """Whether the same stands before the path in all layers, so that it can be corrected."""
+        return len(self.beginnings) <= 1
+
+    def beginning(self, name: str) -> str:
+        """Return what stands before the path of a layer: PEFT's prefix, if all is well."""
+        if name.startswith(PREFIX) and "base_model." not in name[len(PREFIX) :]:
+            return PREFIX
+        parts = self.parts(name)
+        front = f"{parts.front}." if parts.front else ""
+        own = PREFIX if parts.name.startswith(PREFIX) else ""
+        return front + (own or "base_model." * ("base_model" in parts.name.split(".")))
+
+    def parts(self, name: str) -> Parts:
+        """Split the foreign parts off a name."""
+        kept: list[str] = []
+        wrappers = []
+        for element in name.split("."):
+            if self._is_wrapper(element, kept):
+                wrappers.append(element)
+            else:
+                kept.append(element)
+        start = max(_starts(kept), default=0)
+        if start and kept[0] == "base_model" and not self.is_named_base:
+            start = 0  # a class of the user's own can have a module called base_model
+        return Parts(".".join(kept[start:]), ".".join(kept[:start]), tuple(wrappers))
+
+    def _is_wrapper(self, element: str, before: Sequence[str]) -> bool:
+        if element in _WRAPPERS_OF_NAMED_BASES:
+            return self.is_named_base and not (before and before[-1].isdecimal())
+        return _WRAPPER.fullmatch(element) is not None
+
+    def without_adapter(self, name: str) -> tuple[str, frozenset[str]]:
+        """Return a tensor's name without the adapter's names, which PEFT removes, and these."""
+        found = set()
+        match = _NAME_AT_END.fullmatch(name)
+        if match is not None:
+            found.add(match["adapter"])
+            name = match["kept"]
+        saved = _NAME_OF_SAVED.fullmatch(name)
+        if saved is not None and saved["adapter"] == _DEFAULT_ADAPTER:
+            found.add(saved["adapter"])
+            name = saved["kept"] + saved["rest"]
+        if self.inner and _layer_end(name) == self.inner:
+            found.add(self.inner)
+            path, _, last = name.rpartition(".")
+            name = f"{path.removesuffix(f'.{self.inner}')}.{last}"
+        return name, frozenset(found)
+
+    def broken_rule(self, name: str) -> Rule | None:
+        """Return the rule that a tensor's name breaks, or None if the name has a known meaning."""
+        parts = self.parts(name)
+        if parts.front or parts.wrappers:
+            return WRAPPER_IN_NAMES
+        has_prefix = name.startswith(PREFIX) or name in (A_NAME, B_NAME)
+        if _OTHER_VERA.search(name if has_prefix else f".{name}"):
+            return OTHER_VERA
+        if name.startswith((PREFIX, "base_model.vera_")) and self.without_adapter(name)[1]:
+            return ADAPTER_NAME_LEFT
+        if not has_prefix:
+            is_bare = "base_model" not in name.split(".") and _OF_VERA.search(name)
+            return PREFIX_MISSING if is_bare else UNKNOWN_TENSOR
+        return _strange(name)
+
+
+def _strange(name: str) -> Rule | None:
+    elements = name.removeprefix(PREFIX).split(".")
+    alone = len(elements) == 1 and elements[0] in LAMBDAS
+    inside = elements[:-1] if elements[-1] in (*LAMBDAS, "vera_A", "vera_B") else elements
+    if BIAS_COPY.search(name):
+        return None
+    return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
+
+
+def _wraps(config: VeraConfig) -> bool:
+    """Say whether PEFT recorded a wrapper as the class of the base."""
+    return (config.auto_mapping or {}).get("base_model_class") in _WRAPPER_CLASSES
+
+
+def _starts(elements: Sequence[str]) -> Iterator[int]:
+    """Yield where PEFT's prefix can start in a name."""
+    for at, (element, following) in enumerate(pairwise(elements)):
+        if element == "base_model" and following in ("model", "vera_A", "vera_B"):
+            yield at
+
+
+def _layer_end(name: str) -> str:
+    """Return the last element of the path of the layer that a vector belongs to."""
+    path, _, last = name.rpartition(".")
+    return path.rpartition(".")[2] if last in LAMBDAS else ""
+
+
+def _inner_adapter(vectors: Sequence[str], config: VeraConfig) -> str:
+    """Return the adapter's name where the path of each adapted layer ends with it.
+
+    The config's targets tell such a name from the layer's own; without them, PEFT's default does.
+    """
+    vectors = [match["kept"] if (match := _NAME_AT_END.fullmatch(n)) else n for n in vectors]
+    ends = {_layer_end(name) for name in vectors}
+    if len(ends) != 1:
+        return ""
+    (end,) = ends
+    if not isinstance(config.target_modules, tuple):
+        return end if end == _DEFAULT_ADAPTER else ""
+    targets = {target.rpartition(".")[2] for target in config.target_modules}
+    layers = {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2] for name in vectors}
+    return end if end not in targets and layers <= targets else ""
