@@ -25,10 +25,12 @@ publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures
-base: model folder layers renamerules renames layouts quantised naming replacements onbase learning
+base: model folder layers renamerules renames layouts quantised naming taskclasses
+base: replacements onbase learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
-merging: ineffect dequantising parts plan report inputs options card provenance output job merge
+merging: ineffect dequantising parts plan report adapterfiles modelconfig inputs options
+merging: card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: comparison provenance options expected judging pairs hints tensors

@@ -169,6 +169,7 @@ ARGUMENTS: dict[str, Ways] = {
     "access": ACCESS,
     "adapter": Ways(wrong=(5, None, b"a", object(), ["a"]), names="pathlib"),
     "adapters": Ways(wrong=(5, None, b"a", object(), [5]), names="pathlib"),
+    "architecture": Ways(wrong=(5, b"a", object(), "a b", ""), names="text|class"),
     "base": BASE,
     "base_dtype": DTYPE,
     "cache_dir": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "cache_dir"),
@@ -187,6 +188,9 @@ ARGUMENTS: dict[str, Ways] = {
     "jobs": WHOLE,
     "key": Ways(wrong=("seven", 1.5, True, object()), names="whole number"),
     "key_map": KEY_MAP,
+    "labels": Ways(
+        ((["a", "b"], ("a", "b"), "a,b"),), (5, [5], ["a", "a"], [""], object()), "text|label"
+    ),
     "layers_only": FLAG,
     "max_shard_size": SIZE,
     "model": Ways(wrong=(5, b"a", object(), ["a"]), names="pathlib"),

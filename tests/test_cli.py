@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from adapterdefects import A, bare, drawn, fields, renamed, stripped, tensors
+from adapterdefects import A, added, bare, drawn, fields, renamed, stripped, tensors
 from adapters import KEY, good_adapter
 from bases import tiny_base
 from commandline import Run
@@ -650,3 +651,19 @@ def test_a_merge_that_keeps_nothing_names_no_command(
     refused = run("merge", adapter, tmp_path / "out", "--base", base, "--resume")
     assert refused.status == 2
     assert "continues" not in refused.err
+
+
+def test_a_merge_takes_labels_and_the_class_of_the_head(
+    run: Run, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    fields({"modules_to_save": ["score"]})(adapter)
+    added({"base_model.model.score.weight": np.ones((2, 16), np.float32)})(adapter)
+    call = ["merge", adapter, tmp_path / "out", "--base", base]
+    assert "V533" in run(*call, "--dry-run").err
+    done = run(*call, "--architecture", "LlamaForSequenceClassification", "--labels", "no, yes")
+    assert (done.status, "V533" in done.err) == (0, False)
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    for wrong in (["--labels", "a,b,c"], ["--labels", "a,a"], ["--architecture", "no class"]):
+        assert run(*call, "--force", *wrong).status == 2

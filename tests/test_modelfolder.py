@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -129,11 +130,15 @@ def test_the_adapter_s_own_tokenizer_is_taken_as_a_set(
     assert done.tokenizer == tuple(sorted(own))
 
 
-def test_a_chat_template_alone_is_no_tokenizer(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_a_chat_template_is_taken_without_a_tokenizer(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    beside(base, {"chat_template.jinja": b"base", "tokenizer_config.json": b"base's"})
     beside(adapter, {"chat_template.jinja": b"x", "tokenizer_config.json": b"{}"})
     done = merged_with(adapter, base, tmp_path / "out")
     assert done.tokenizer == ()
-    assert not (tmp_path / "out/chat_template.jinja").exists()
+    assert (tmp_path / "out/chat_template.jinja").read_bytes() == b"x"
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == b"base's"
 
 
 @pytest.mark.parametrize(
@@ -150,3 +155,70 @@ def test_a_token_without_a_row_is_refused_with_both_numbers(
     beside(adapter, files)
     with pytest.raises(CheckpointError, match=r"V541 .*largest token is 32.* has 32 rows"):
         merged_with(adapter, base, tmp_path / "out")
+
+
+# --- what lies beside the adapter ----------------------------------------------------------------
+
+
+def test_what_decides_the_use_of_the_model_is_taken_from_the_adapter(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    beside(base, {"generation_config.json": b"base", "preprocessor_config.json": b"base"})
+    own = {"generation_config.json": b"own", "processor_config.json": b"own"}
+    beside(adapter, own | {"notes.txt": b"not taken", "code.py": b"not taken"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = everything(tmp_path / "out")
+    assert own.items() <= found.items()
+    assert found["preprocessor_config.json"] == b"base"
+    assert not {"notes.txt", "code.py"} & found.keys()
+    assert sorted(done.beside.copied) == sorted(own)
+    assert done.beside.left_out == ("code.py", "notes.txt")
+    record = json.loads(found["merge-provenance.json"])
+    assert record["from_adapter"] == sorted(own)
+    assert record["carried"] == ["preprocessor_config.json"]
+
+
+def test_the_modules_of_sentence_transformers_are_taken_from_the_adapter(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    beside(
+        base,
+        {
+            "modules.json": b"[]",
+            "1_Pooling/config.json": b"base",
+            "2_Dense/config.json": b"base",
+            "2_Dense/pytorch_model.bin": b"base",
+        },
+    )
+    listed = [{"idx": 2, "name": "2", "path": "head", "type": "x"}]
+    own = {
+        "modules.json": json.dumps(listed).encode(),
+        "config_sentence_transformers.json": b'{"prompts": {}}',
+        "sentence_bert_config.json": b"{}",
+        "2_Dense/config.json": b"own",
+        "2_Dense/model.safetensors": b"own",
+        "head/config.json": b"own",
+        "head/model.safetensors": b"own",
+    }
+    beside(adapter, own)
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = everything(tmp_path / "out")
+    assert own.items() <= found.items()
+    assert found["1_Pooling/config.json"] == b"base"
+    assert "2_Dense/pytorch_model.bin" not in found, "a module is replaced as a whole"
+    assert not done.findings
+    assert b"library_name: sentence-transformers" in found["README.md"]
+
+
+@pytest.mark.parametrize(
+    "name", ["new_embeddings.safetensors", "non_lora_state_dict.bin", "extra/weights.pt"]
+)
+def test_weights_beside_the_adapter_are_named_as_not_merged(
+    tmp_path: Path, adapter: Path, base: Path, name: str
+) -> None:
+    beside(adapter, {name: b"weights"})
+    done = merged_with(adapter, base, tmp_path / "out")
+    (finding,) = done.findings
+    assert finding.code == "V573"
+    assert name in finding.reason
+    assert not (tmp_path / "out" / name).exists()

@@ -737,6 +737,8 @@ def count(**options: Any) -> None:
 )
 @click.option("--tied", type=click.Choice(("add", "untie")), help="What becomes of a tied head.")
 @click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
+@click.option("--labels", metavar="A,B,...", help="Name the labels of the adapter's classifier.")
+@click.option("--architecture", metavar="CLASS", help="Name the class that has the head.")
 @click.option("--dtype", type=Dtype(DTYPES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
 @click.option("--device", default="cpu", help="cpu (default), or cuda with the extra torch.")
@@ -884,7 +886,7 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
     from vera_convert.merging.options import MergeOptions
 
     same = (
-        *("weight", "dtype", "dequantize", "max_shard_size", "jobs"),
+        *("weight", "dtype", "dequantize", "architecture", "max_shard_size", "jobs"),
         *("check", "checksums", "resume", "dry_run"),
     )
     return MergeOptions(
@@ -892,6 +894,7 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
         projections=options["projections"],
         generator=options["generator"],
         tied=options["tied"],
+        labels=options["labels"] or (),
         force=options["force"],
         device=options["device"],
         **{name: options[name] for name in same},

@@ -1113,8 +1113,9 @@ REPLACEMENT_NEW = Rule(
     "V533",
     WARNING,
     "the adapter brings a head that the base does not have",
-    "It is added to the weights, but the base's config.json still names a class without it.",
-    "Load the result with the class that the adapter was trained in.",
+    "A merge adds the head to the weights. If neither task_type nor auto_mapping names the class "
+    "that has the head, config.json still names the base's class, which ignores the head.",
+    "Merge with --architecture CLASS, naming the class that the adapter was trained in.",
 )
 REPLACEMENTS_DIFFER = Rule(
     "V534",
@@ -1271,6 +1272,41 @@ MODEL_FIELD_INVALID = Rule(
     "a field of the model's config is missing or makes no sense",
     "The shapes of the layers follow from it.",
     "Restore the config.json that belongs to the model.",
+)
+
+HEAD_CLASS_WRITTEN = Rule(
+    "V570",
+    NOTE,
+    "the merged model's config.json follows the adapter",
+    "A loader builds the class, the labels and the vocabulary that config.json names. The base's "
+    "config.json has no place for what the adapter brings.",
+    "Nothing need be done; --labels names the labels, --architecture another class.",
+    since="0.2.0",
+)
+HEAD_MODULE_MISSING = Rule(
+    "V571",
+    WARNING,
+    "the class of the merged model needs a module that neither base nor adapter stores",
+    "A loader fills the module with random values, as happened when the adapter was loaded.",
+    "Train with the module in modules_to_save, or start from a base that stores the module.",
+    since="0.2.0",
+)
+HEAD_WITHOUT_PADDING = Rule(
+    "V572",
+    NOTE,
+    "a classifier by last token has no padding token in its config",
+    "transformers refuses to classify more than one text at a time without pad_token_id.",
+    "Put the tokenizer of the training beside the adapter, or set pad_token_id in config.json.",
+    since="0.2.0",
+)
+TRAINED_NOT_MERGED = Rule(
+    "V573",
+    WARNING,
+    "weights beside the adapter are not merged",
+    "No PEFT reads the file, so nothing says what its tensors change. If it was trained, the "
+    "merged model lacks what it learned there.",
+    "Add the file's tensors with the program that wrote the file, or copy the file yourself.",
+    since="0.2.0",
 )
 
 MERGED_WEIGHT_WRONG = Rule(

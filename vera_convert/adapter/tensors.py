@@ -58,6 +58,9 @@ MAX_PROJECTION_BYTES = 2 << 30
 MAX_WIDTH = 1 << 20
 """Columns of A, which is drawn and compared in whole rows; the widest layers have 60,000 inputs."""
 
+_OTHER_HEAD = re.compile(r"classification_head|logits")
+"""Names of a model's own head, where the head is none that PEFT knows."""
+
 EMBEDDING_NAMES = frozenset(
     (
         *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
@@ -510,6 +513,8 @@ def _incomplete_modules(
     for name in sorted(declared - heads):
         if name not in stored:
             yield MODULE_TO_SAVE_MISSING.at(printable(name), "no tensor of it is stored.")
-    if declared & heads and heads.isdisjoint(stored):
+    # PEFT declares the usual heads even if the model's own head has another name.
+    others = (name for name in stored if name in declared and _OTHER_HEAD.search(name))
+    if declared & heads and heads.isdisjoint(stored) and not any(others):
         names = " or ".join(sorted(declared & heads))
         yield MODULE_TO_SAVE_MISSING.at(printable(names), "no tensor of it is stored.")

@@ -115,7 +115,12 @@ def _kind(name: str, prefix: str, components: Collection[str]) -> str:
         return "carried"
     if _ADAPTER.fullmatch(path.name):
         return "adapter"
-    return "weights" if _OTHER_WEIGHTS.fullmatch(path.name) else "carried"
+    return "weights" if is_other_weights(name) else "carried"
+
+
+def is_other_weights(name: str) -> bool:
+    """Say whether a file's name is that of weights in any form, or of an index of such."""
+    return _OTHER_WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
 
 
 def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:

@@ -177,6 +177,11 @@ def is_head(module: str) -> bool:
     return _HEAD.fullmatch(module) is not None
 
 
+def is_embedding(module: str) -> bool:
+    """Say whether a module of this path is a table of words, by its name."""
+    return _EMBEDDING.fullmatch(f"{module}.weight") is not None
+
+
 def embedding_rows(base: BaseModel) -> int | None:
     """Return how many words the base's embedding has; None if it is not known which that is."""
     rows = {

@@ -79,9 +79,12 @@ def _side_rows(result: Merge) -> list[list[str]]:
     rows = []
     if result.sides.carried:
         rows.append(["carried", ", ".join(map(printable, result.sides.carried))])
-    if result.tokenizer:
-        names = ", ".join(map(printable, result.tokenizer))
-        rows.append(["tokenizer", f"the adapter's own: {names}"])
+    for label, names in (
+        ("tokenizer", result.beside.tokenizer),
+        ("adapter's", result.beside.copied),
+    ):
+        if names:
+            rows.append([label, f"the adapter's own: {', '.join(map(printable, names))}"])
     return rows
 
 
@@ -123,7 +126,9 @@ def merge_document(result: Merge) -> Document:
         "seconds": round(result.seconds, 3),
         "jobs": result.jobs,
         "carried": list(result.sides.carried),
+        "from_adapter": list(result.beside.copied),
         "left_out": [*result.sides.other_weights, *result.sides.adapter],
-        "tokenizer": list(result.tokenizer),
+        "adapter_left_out": [*result.beside.unmerged, *result.beside.left_out],
+        "tokenizer": list(result.beside.tokenizer),
         "findings": [finding_document(finding) for finding in result.findings],
     }

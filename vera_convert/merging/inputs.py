@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.folder import is_training_state, side_files
+from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import number, optional, place, set_checked, text
 from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import ModelFiles, sort_files, tokenizer_files
+from vera_convert.base.folder import ModelFiles, sort_files
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in
@@ -37,6 +37,7 @@ from vera_convert.hub.lookup import (
 )
 from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.hub.reponame import SCHEME
+from vera_convert.merging.adapterfiles import AdapterFiles, adapter_files
 from vera_convert.merging.dequantising import Dequantisation, plan_dequantisation
 from vera_convert.merging.ineffect import InEffect, in_effect
 from vera_convert.merging.parts import Part
@@ -78,7 +79,7 @@ class MergeInputs:
         sides: its other files by what becomes of them.
         carried: those that are carried, by name.
         texts: the bytes of its config and index, by name, as far as there are such files.
-        tokenizer: the files of the first adapter's own tokenizer, by name; empty without one.
+        beside: the files beside the first adapter.
         read_whole: the files of `texts`.
         dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
         findings: warnings and notes.
@@ -91,7 +92,7 @@ class MergeInputs:
     sides: ModelFiles
     carried: Mapping[str, InputFile]
     texts: Mapping[str, bytes]
-    tokenizer: Mapping[str, InputFile]
+    beside: AdapterFiles
     read_whole: Mapping[str, InputFile]
     dequantisation: Dequantisation | None
     findings: tuple[Finding, ...]
@@ -107,7 +108,11 @@ class MergeInputs:
         for part in self.parts:
             part.adapter.check_unchanged()
             part.weights.check_unchanged()
-        for files in (self.files, self.carried, self.tokenizer, self.read_whole):
+        beside = self.beside
+        for files in (
+            *(self.files, self.carried, self.read_whole),
+            *(beside.tokenizer, beside.copied),
+        ):
             for file in files.values():
                 file.check_unchanged()
 
@@ -191,7 +196,9 @@ def open_inputs(
             findings += filter(None, [quantised_elsewhere(model)])
         else:
             findings.append(dequantisation.finding(model.location.label))
-        for part, on_base in zip(parts, known, strict=True):
+        beside = [adapter_files(location, model) for location in fetched]
+        for part, on_base, files_beside in zip(parts, known, beside, strict=True):
+            findings += files_beside.findings(part.label)
             findings += [*part.adapter.findings, *on_base.findings, *part.pair.findings]
         inputs = MergeInputs(
             parts=tuple(parts),
@@ -201,7 +208,7 @@ def open_inputs(
             sides=sides,
             carried={name: find.file(name) for name in sides.carried},
             texts=texts,
-            tokenizer=_tokenizer(fetched[0]),
+            beside=beside[0],
             read_whole=read_whole,
             dequantisation=dequantisation,
             findings=tuple(dict.fromkeys(findings)),
@@ -289,10 +296,3 @@ def _text(location: Location, name: str, access: HubAccess) -> bytes:
         file = open_local(folder / name, within=folder)
     with file:
         return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT), pythons_numbers=True)[1]
-
-
-def _tokenizer(location: Location) -> dict[str, InputFile]:
-    """Return the files of an adapter's own tokenizer, if it has a whole one."""
-    folder = location.fetched
-    names = tokenizer_files(side_files(folder, not_fetched=location.left_out).carried)
-    return {name: InputFile.look(folder / name, within=folder) for name in names}

@@ -27,8 +27,9 @@ from vera_convert.base.onbase import BaseWish
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import printable
 from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.modelconfig import ConfigEdits
 from vera_convert.merging.options import MergeOptions
-from vera_convert.merging.output import check_staged
+from vera_convert.merging.output import check_staged, files_beside
 from vera_convert.merging.parts import Changes
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import adapter_record, base_record, provenance_text, versions
@@ -55,6 +56,7 @@ class MergeJob:
         inputs: what is read.
         changes: what is done to the base.
         weights: the plan of the weight files.
+        edits: what the adapters change in the base's config.
         files: all files but the provenance.
         out: the folder that is to appear.
         base: what the caller says of the base.
@@ -65,6 +67,7 @@ class MergeJob:
     inputs: MergeInputs
     changes: Changes
     weights: WeightsPlan
+    edits: ConfigEdits
     files: tuple[NewFile, ...]
     out: Path
     base: BaseWish
@@ -225,7 +228,7 @@ class MergeJob:
     def _provenance(
         self, reports: Sequence[TensorReport], hashes: Mapping[str, str], product: str
     ) -> bytes:
-        inputs = self.inputs
+        inputs, beside = self.inputs, files_beside(self.inputs)
         return provenance_text(
             adapters=[
                 adapter_record(part, location)
@@ -240,7 +243,8 @@ class MergeJob:
                 | ({"sha256": hashes[file.name]} if file.name in hashes else {})
                 for file in self.files
             ],
-            carried=[*inputs.carried],
+            carried=[name for name, file in inputs.carried.items() if beside.get(name) is file],
+            from_adapter=sorted({*inputs.beside.tokenizer, *inputs.beside.copied}),
         )
 
 

@@ -27,8 +27,10 @@ from vera_convert.draws.recognition import Draw
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.adapterfiles import AdapterFiles
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
 from vera_convert.merging.job import MergeJob, is_merged
+from vera_convert.merging.modelconfig import config_edits
 from vera_convert.merging.options import DTYPES, MergeOptions
 from vera_convert.merging.output import FilePlan, check_tokenizer, file_plan, plan_files
 from vera_convert.merging.parts import Part, collect
@@ -79,7 +81,7 @@ class Merge:
         files: its files but for the provenance, the weights first.
         tensors: what became of each tensor that an adapter touches; empty for a dry run.
         sides: what was carried of the base and what was left out.
-        tokenizer: the files of the adapter's own tokenizer, taken in place of the base's.
+        beside: what lay beside the adapter, which takes the place of the base's files.
         sha256: of each file, where hashes were asked for.
         needed: bytes that the output takes.
         free: bytes that are free where it goes.
@@ -95,7 +97,7 @@ class Merge:
     files: tuple[FilePlan, ...]
     tensors: tuple[TensorReport, ...]
     sides: ModelFiles
-    tokenizer: tuple[str, ...]
+    beside: AdapterFiles
     sha256: Mapping[str, str]
     needed: int
     free: int
@@ -103,6 +105,11 @@ class Merge:
     jobs: int
     written: bool
     findings: tuple[Finding, ...]
+
+    @property
+    def tokenizer(self) -> tuple[str, ...]:
+        """The files of the adapter's own tokenizer, taken in the place of the base's."""
+        return tuple(self.beside.tokenizer)
 
 
 def merge(
@@ -161,8 +168,15 @@ def merge(
 
 def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions) -> MergeJob:
     dtype = DTYPES[options.dtype] if options.dtype is not None else None
-    check_tokenizer(inputs)
     changes = collect(inputs.parts, inputs.base, inputs.files, tied=options.tied)
+    check_tokenizer(inputs, changes)
+    edits = config_edits(
+        inputs.base,
+        changes,
+        inputs.beside.facts,
+        architecture=options.architecture,
+        labels=options.labels,
+    )
     if inputs.dequantisation is None:
         refuse_quantised(inputs.base, changes.replaced)
     weights = plan_weights(
@@ -174,13 +188,13 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions)
         dequantisation=inputs.dequantisation,
         index_text=inputs.texts.get(inputs.base.index or ""),
     )
-    files = plan_files(inputs, changes, weights, dtype=dtype)
+    files = plan_files(inputs, changes, weights, edits, dtype=dtype)
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
         reason = f"{printable(str(out.parent))} cannot be looked at: {error.strerror}."
         raise SurroundingsError(reason) from error
-    return MergeJob(inputs, changes, weights, files, out, base, options, free)
+    return MergeJob(inputs, changes, weights, edits, files, out, base, options, free)
 
 
 def _result(
@@ -188,7 +202,8 @@ def _result(
 ) -> Merge:
     inputs = job.inputs
     label = inputs.base.location.label
-    findings = [*inputs.findings, *job.changes.findings, *number_findings(reports, place=label)]
+    findings = [*inputs.findings, *job.changes.findings, *job.edits.findings]
+    findings += [*number_findings(reports, place=label)]
     return Merge(
         base=label,
         adapters=tuple(map(_adapter, inputs.parts)),
@@ -196,7 +211,7 @@ def _result(
         files=tuple(map(file_plan, job.files)),
         tensors=tuple(reports),
         sides=inputs.sides,
-        tokenizer=tuple(inputs.tokenizer),
+        beside=inputs.beside,
         sha256=hashes,
         needed=job.needed,
         free=job.free,

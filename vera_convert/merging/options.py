@@ -17,6 +17,8 @@ from vera_convert.arguments import (
     require_flags,
     set_checked,
     size_in_bytes,
+    text,
+    texts,
     whole_number,
 )
 from vera_convert.assembly.blocks import CPU, Device
@@ -49,6 +51,8 @@ class MergeOptions:
             shards.
         tied: what becomes of an output head that shares its tensor with the embedding.
         dequantize: make a base whose weights are fp8 a 16-bit model.
+        architecture: the class of the result, if nothing names the class of a head.
+        labels: the names of a classifier's labels, in order.
         device: what does the products: ``cpu``, or ``cuda`` or ``cuda:N`` with the extra torch.
         jobs: threads; None for one for each core, four at most.
         check: look at all values, and compare what was written with what comes back.
@@ -67,6 +71,8 @@ class MergeOptions:
     max_shard_size: int | None = None
     tied: Tied | None = None
     dequantize: bool = False
+    architecture: str | None = None
+    labels: Sequence[str] = ()
     device: Device = CPU
     jobs: int | None = None
     check: bool = False
@@ -87,6 +93,8 @@ class MergeOptions:
             dtype=optional(dtype_name, "--dtype", self.dtype),
             max_shard_size=optional(size_in_bytes, "--max-shard-size", self.max_shard_size),
             tied=optional(one_of, "--tied", Tied, self.tied),
+            architecture=optional(_class_name, "--architecture", self.architecture),
+            labels=_label_names(self.labels),
             device=_device(self.device),
             jobs=optional(whole_number, "--jobs", self.jobs),
         )
@@ -106,6 +114,8 @@ class MergeOptions:
             "max_shard_size": self.max_shard_size,
             "tied": self.tied,
             "dequantize": self.dequantize,
+            "architecture": self.architecture,
+            "labels": list(self.labels),
             "device": self.device.name,
             "check": self.check,
             "checksums": self.checksums,
@@ -122,6 +132,25 @@ def _further(add: object) -> tuple[AdapterWish, ...]:
 def _wish(written: object) -> AdapterWish:
     adapter, weight = adapter_and_weight("add", written)
     return AdapterWish(adapter, 1.0 if weight is None else weight)
+
+
+def _class_name(name: str, value: object) -> str:
+    """Return the name of a class."""
+    found = text(name, value)
+    if not found.isidentifier():
+        raise UsageError(
+            f"{name} is {printable(found)}: give the name of a class, such as "
+            "LlamaForSequenceClassification."
+        )
+    return found
+
+
+def _label_names(labels: object) -> tuple[str, ...]:
+    """Return the names of labels, each of its own."""
+    found = texts("--labels", labels)
+    if not all(found) or len({*found}) < len(found):
+        raise UsageError("--labels: give a name of its own for each label.")
+    return found
 
 
 def _device(device: object) -> Device:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from vera_convert.assembly.assembling import Carried, Computed, NewFile
 from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import CARD_NAME, check_tokens, of_dtype, tokenizer_files, untied
+from vera_convert.base.folder import CARD_NAME, check_tokens, of_dtype, untied
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.naming import embedding_rows
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.reading import LocalFile, open_local, printable
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.hub.reponame import is_repo_id
+from vera_convert.merging.adapterfiles import MODULES_NAME
 from vera_convert.merging.card import Origin, model_card
 from vera_convert.merging.dequantising import SIDE_FILES, dequantised_config
 from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.modelconfig import ConfigEdits
 from vera_convert.merging.parts import Changes
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import folder_name
@@ -65,7 +67,12 @@ def file_plan(file: NewFile) -> FilePlan:
 
 
 def plan_files(
-    inputs: MergeInputs, changes: Changes, weights: WeightsPlan, *, dtype: str | None
+    inputs: MergeInputs,
+    changes: Changes,
+    weights: WeightsPlan,
+    edits: ConfigEdits,
+    *,
+    dtype: str | None,
 ) -> tuple[NewFile, ...]:
     """Return all files of the output but its provenance, the weights first.
 
@@ -73,6 +80,7 @@ def plan_files(
         inputs: what is read.
         changes: what is done to the base.
         weights: the plan of its weight files.
+        edits: what the adapters change in its config.
         dtype: what float tensors become, in safetensors' names; None if each stays.
     """
     files = [*weights.files]
@@ -86,7 +94,7 @@ def plan_files(
             text = untied(text, inputs.base.config)
         if dtype is not None:
             text = of_dtype(text, inputs.base.config, TORCH_DTYPES[dtype])
-        files.append(NewFile(inputs.sides.config, text))
+        files.append(NewFile(inputs.sides.config, edits.of_text(text)))
     card = model_card(
         _origin(inputs.base.location),
         [
@@ -97,7 +105,7 @@ def plan_files(
         trained_on=_trained_on(inputs),
     )
     files.append(NewFile(CARD_NAME, card.encode()))
-    files += [NewFile(name, pieces=(*_whole(file),)) for name, file in _beside(inputs).items()]
+    files += [NewFile(name, pieces=(*_whole(file),)) for name, file in files_beside(inputs).items()]
     return tuple(files)
 
 
@@ -106,16 +114,12 @@ def _whole(file: InputFile) -> Iterator[Carried]:
         yield Carried(file, 0, file.size, 0)
 
 
-def _beside(inputs: MergeInputs) -> dict[str, InputFile]:
-    """Return what is carried, with the adapter's tokenizer in the place of the base's."""
+def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
+    """Return the files beside the merged weights: the base's, with the adapter's in their place."""
     carried = dict(inputs.carried)
     if inputs.dequantisation is not None:
         carried = {name: file for name, file in carried.items() if name not in SIDE_FILES}
-    if inputs.tokenizer:
-        for name in tokenizer_files(carried):
-            del carried[name]
-        carried |= inputs.tokenizer
-    return dict(sorted(carried.items()))
+    return inputs.beside.over(carried)
 
 
 def _origin(location: Location, weight: float | None = None) -> Origin:
@@ -132,15 +136,16 @@ def _trained_on(inputs: MergeInputs) -> str | None:
 def _library(inputs: MergeInputs) -> str:
     if "_class_name" in inputs.base.config or inputs.base.prefix:
         return "diffusers"
-    return "sentence-transformers" if "modules.json" in inputs.carried else "transformers"
+    return "sentence-transformers" if MODULES_NAME in files_beside(inputs) else "transformers"
 
 
-def check_tokenizer(inputs: MergeInputs) -> None:
+def check_tokenizer(inputs: MergeInputs, changes: Changes) -> None:
     """Refuse an adapter's tokenizer that knows tokens beyond the rows of the embedding."""
-    rows = embedding_rows(inputs.base)
+    resized = changes.resizes.vocabulary
+    rows = resized[1] if resized is not None else embedding_rows(inputs.base)
     opened: dict[str, LocalFile] = {}
     try:
-        for name, file in inputs.tokenizer.items():
+        for name, file in inputs.beside.tokenizer.items():
             opened[name] = file.open()
         check_tokens(opened, rows, place=inputs.parts[0].label)
     finally:

@@ -21,11 +21,19 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import (
     Match,
     embedding_of_head,
+    is_embedding,
     is_head,
     match_replacements,
     shared_embedding,
 )
-from vera_convert.base.replacements import brought, incomplete_modules
+from vera_convert.base.replacements import (
+    NO_RESIZES,
+    Resizes,
+    incomplete_modules,
+    is_of_classifier,
+    resizes,
+    saved_modules,
+)
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
 from vera_convert.files.reading import printable
@@ -35,7 +43,6 @@ from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
     HEAD_TIED,
-    REPLACEMENT_SHAPE,
     REPLACEMENT_UNKNOWN,
     REPLACEMENTS_DIFFER,
     Finding,
@@ -43,6 +50,7 @@ from vera_convert.rules import (
 
 _COMPARED_VALUES = 1 << 20
 _BASE_COPY = ".base_layer.weight"
+_TIED = "the config ties the two."
 
 
 class Tied(StrEnum):
@@ -90,6 +98,11 @@ class Replacement:
         """Where its bytes begin in the adapter's file."""
         return self.part.header.data_start + self.info.start
 
+    @property
+    def is_of_classifier(self) -> bool:
+        """Whether it belongs to a head of its own, not to an embedding or an output head."""
+        return is_of_classifier(self.part.adapter.config, self.tensor.name)
+
 
 @dataclass(slots=True, eq=False)
 class Changes:
@@ -102,6 +115,7 @@ class Changes:
         new: tensors that an adapter brings and the base does not have.
         heads: names of heads that are untied, each with the embedding that it starts from.
         unties: whether the config has to say that the head is no embedding.
+        resizes: which of them have another height than in the base.
         findings: warnings.
     """
 
@@ -111,6 +125,7 @@ class Changes:
     new: dict[str, Replacement] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     unties: bool = False
+    resizes: Resizes = NO_RESIZES
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -152,6 +167,13 @@ def collect(
         defects += _add_terms(changes, part, base, tied)
     for part in parts:
         defects += _add_replacements(changes, part, base, files, tied)
+    replacing = {**changes.replaced, **changes.new}
+    changes.resizes = resizes(
+        {name: each.info.shape for name, each in replacing.items()},
+        base,
+        heads=[name for name, each in replacing.items() if each.is_of_classifier],
+    )
+    defects += changes.resizes.findings
     if defects:
         raise CheckpointError.of(defects)
     return changes
@@ -257,24 +279,23 @@ def _replace(
     changes: Changes, target: str, replacement: Replacement, base: BaseModel
 ) -> Iterator[Finding]:
     """Put a tensor in the place of one of the base's."""
-    own, theirs = base.tensors[target].info, replacement.info
-    if own.shape != theirs.shape:
-        reason = (
-            f"{printable(theirs.name)} of the adapter is {_by(theirs.shape)}, "
-            f"the base's is {_by(own.shape)}."
-        )
-        yield REPLACEMENT_SHAPE.at(printable(target), reason)
-    elif target in changes.terms:
+    own = base.tensors[target].info
+    if target in changes.terms:
         yield REPLACEMENTS_DIFFER.at(printable(target), "one adds to it and one replaces it.")
     else:
         yield from _once(changes.replaced, target, replacement)
         if base.tie_word_embeddings and shared_embedding(base, _matrix(own.shape)) == target:
-            finding = EMBEDDING_SHARED.at(printable(target), "the config ties the two.")
+            finding = EMBEDDING_SHARED.at(printable(target), _TIED)
             changes.findings.append(finding)
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " by ".join(f"{size:,}" for size in shape) or "a single value"
+def _shape_in_base(changes: Changes, replacement: Replacement, base: BaseModel) -> tuple[int, ...]:
+    """Return the shape of a head before its vocabulary was resized, if an embedding tells it."""
+    shape = replacement.info.shape
+    for name, each in changes.replaced.items():
+        if is_embedding(name.rpartition(".")[0]) and each.info.shape == shape:
+            return base.tensors[name].info.shape
+    return shape
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -293,22 +314,23 @@ def _bring(
     module, _, parameter = replaced_name(name).rpartition(".")
     place = printable(target)
     if is_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
-        embedding = shared_embedding(base, _matrix(replacement.info.shape))
+        embedding = shared_embedding(base, _matrix(_shape_in_base(changes, replacement, base)))
         same = changes.replaced.get(embedding or "")
         if same is not None and same_tensor(same.tensor, replacement.tensor):
-            return  # both names of the one tensor were saved
+            # Both names of the one tensor were saved, so the two were one in training as well.
+            shared = EMBEDDING_SHARED.at(printable(embedding or ""), _TIED)
+            changes.findings = [each for each in changes.findings if each != shared]
+            return
         if tied is Tied.UNTIE:
             changes.unties = True
             yield from _once(changes.new, target, replacement)
         else:
             yield HEAD_TIED.at(place, "the adapter stores a head of its own (to be untied).")
         return
-    finding = brought(adapter.config, name, target)
-    if finding.rule is REPLACEMENT_UNKNOWN:
-        yield finding
+    if not saved_modules(adapter.config).of(module):
+        yield REPLACEMENT_UNKNOWN.at(place, f"{printable(name)} would replace it.")
         return
     yield from _once(changes.new, target, replacement)
-    changes.findings.append(finding)
 
 
 def _once(

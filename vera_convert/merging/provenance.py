@@ -101,6 +101,7 @@ def provenance_text(
     tensors: Sequence[TensorReport],
     outputs: Sequence[Mapping[str, object]],
     carried: Sequence[str],
+    from_adapter: Sequence[str],
 ) -> bytes:
     """Return the bytes of the provenance file."""
     document: dict[str, Any] = {
@@ -113,5 +114,6 @@ def provenance_text(
         "tensors": [each.record() for each in tensors],
         "outputs": list(outputs),
         "carried": list(carried),
+        "from_adapter": list(from_adapter),
     }
     return (json.dumps(document, indent=2) + "\n").encode()

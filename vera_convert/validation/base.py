@@ -22,7 +22,7 @@ from vera_convert.base.naming import (
 )
 from vera_convert.base.onbase import BaseWish, OnBase
 from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
-from vera_convert.base.replacements import brought, incomplete_modules
+from vera_convert.base.replacements import brought, incomplete_modules, is_of_classifier, resizes
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess
@@ -30,7 +30,6 @@ from vera_convert.rules import (
     HEAD_SHARED,
     NAMES_RENAMED,
     ORIENTATION_WRONG,
-    REPLACEMENT_SHAPE,
     TARGET_IS_QUANTISED,
     Finding,
 )
@@ -105,14 +104,13 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         yield from error.findings
         return
     for name, target in targets.items():
-        shape = tensors[name].shape
-        if target not in base.tensors:
-            if not is_head(replaced_name(name).rpartition(".")[0]):
-                yield brought(adapter.config, name, target)
-        elif base.tensors[target].info.shape != shape:
-            own = " by ".join(map(str, base.tensors[target].info.shape))
-            reason = f"the adapter's is {' by '.join(map(str, shape))}, the base's {own}."
-            yield REPLACEMENT_SHAPE.at(printable(target), reason)
+        is_lm_head = is_head(replaced_name(name).rpartition(".")[0])
+        if target not in base.tensors and not is_lm_head:
+            found = brought(adapter.config, name, target, base)
+            yield from [found] if found is not None else []
+    shapes = {target: tensors[name].shape for name, target in targets.items()}
+    heads = [target for name, target in targets.items() if is_of_classifier(adapter.config, name)]
+    yield from resizes(shapes, base, heads=heads).findings
     yield from incomplete_modules(adapter, match, base, targets)
 
 

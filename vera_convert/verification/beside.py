@@ -17,6 +17,7 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import is_head, shared_embedding
 from vera_convert.base.quantised import CONFIG_FIELDS
 from vera_convert.files.reading import printable
+from vera_convert.merging.modelconfig import ConfigEdits, label_count
 from vera_convert.merging.parts import Changes
 from vera_convert.rules import (
     ADAPTER_IN_MERGED,
@@ -119,6 +120,7 @@ _DECIDES = re.compile(
     r"|scale_.*|.*attention_bias|attn_bias|parallel_attn|.*norm.*|qk_.*|pooling.*|.*experts.*"
 )
 """Fields that decide what the same weights compute, by their names."""
+_LABELS = ("id2label", "label2id", "num_labels")
 _RENAMED = frozenset(("type", "rope_type"))
 """Of those the ones whose values transformers renames when it saves a model."""
 _HEAD_OF_TASK = {
@@ -162,6 +164,7 @@ class _Difference:
 def config_findings(
     model: BaseModel,
     base: BaseModel,
+    edits: ConfigEdits,
     tasks: Iterable[str | None],
     *,
     is_copied: bool,
@@ -169,13 +172,15 @@ def config_findings(
 ) -> Iterator[Finding]:
     """Yield how the config of a merged model differs from the base's.
 
-    A merge of this package copies the text, so any difference is an error. What transformers
+    A merge of this package copies the text but for what the adapters change, so any other
+    difference is an error. What transformers
     saved has fields more and fewer; there it is one if the base says something that decides what
     is computed, and the merged model says something else.
 
     Args:
         model: the merged model.
         base: the base.
+        edits: what the adapters change in the base's config.
         tasks: what the adapters were trained for, as PEFT names it.
         is_copied: whether this package wrote it.
         dequantised: whether the merge took out what the base says of its quantiser.
@@ -188,11 +193,20 @@ def config_findings(
         yield MERGED_CONFIG_DIFFERS.at(place, reason)
         return
     free = _FREE | frozenset(CONFIG_FIELDS if dequantised else ())
-    found = [*_differences(base.config, model.config, free)]
+    expected = edits.of_value(base.config)
+    found = [
+        each for each in _differences(expected, model.config, free) if each.path not in edits.open
+    ]
+    other_labels = label_count(model.config) != label_count(expected)
+    if edits.sets_labels and not other_labels and not edits.labels_given:
+        found = [each for each in found if each.path[0] not in _LABELS]
     wrong = [
         each
         for each in found
-        if is_copied or each.decides or _is_of_another_task(each, tuple(tasks))
+        if is_copied
+        or (edits.sets_labels and other_labels and each.path[0] in _LABELS)
+        or each.decides
+        or _is_of_another_task(each, tuple(tasks))
     ]
     if wrong:
         yield MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")

@@ -18,6 +18,7 @@ from vera_convert.errors import OF_MERGED, CheckpointError, UsageError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, locate
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.modelconfig import config_edits
 from vera_convert.merging.options import DTYPES
 from vera_convert.merging.parts import Changes, Part, collect
 from vera_convert.rules import (
@@ -152,6 +153,13 @@ def check_merged(
             dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
             dequantisation=inputs.dequantisation,
         )
+        edits = config_edits(
+            inputs.base,
+            changes,
+            inputs.beside.facts,
+            architecture=settings.architecture,
+            labels=settings.labels,
+        )
         files = _files(model)
         tensors = check_tensors(
             expected,
@@ -172,6 +180,7 @@ def check_merged(
             *config_findings(
                 model,
                 inputs.base,
+                edits,
                 [part.adapter.config.task_type for part in parts],
                 is_copied=provenance is not None and not others,
                 dequantised=inputs.dequantisation is not None,
@@ -179,6 +188,7 @@ def check_merged(
             *findings,
             *inputs.findings,
             *changes.findings,
+            *edits.findings,
         ]
         return MergedCheck(
             label=model.location.label,

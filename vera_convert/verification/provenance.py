@@ -58,6 +58,8 @@ class MergeSettings:
         dtype: what float tensors became, in torch's names; None if each kept its own.
         tied: what became of a head that shares its tensor with the embedding.
         dequantize: whether an fp8 base was made a 16-bit model.
+        architecture: the class of the result, if the caller of the merge named it.
+        labels: the names of a classifier's labels, if the caller of the merge gave them.
         recorded: whether they come from a provenance, but for those that are given.
         given: names of those that the caller gave, ``weight`` among them.
     """
@@ -69,6 +71,8 @@ class MergeSettings:
     dtype: str | None = None
     tied: Tied | None = None
     dequantize: bool = False
+    architecture: str | None = None
+    labels: tuple[str, ...] = ()
     recorded: bool = False
     given: frozenset[str] = frozenset()
 
@@ -128,6 +132,11 @@ def _settings(
         dtype=reader.optional(_dtype, options.get("dtype"), "options.dtype"),
         tied=reader.optional(Tied, options.get("tied"), "options.tied"),
         dequantize=reader.truth(options.get("dequantize"), "options.dequantize"),
+        architecture=reader.optional(str, options.get("architecture"), "options.architecture"),
+        labels=tuple(
+            reader.text(each, f"options.labels[{n}]")
+            for n, each in enumerate(reader.array(options.get("labels", []), "options.labels"))
+        ),
         recorded=True,
     )
 

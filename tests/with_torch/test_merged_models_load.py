@@ -1,0 +1,387 @@
+"""Merged models, loaded with the class that a user takes: they answer as the adapter did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from merges import merged_with
+from safetensors.torch import load_file, save_file
+
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.merging.merge import Merge
+from vera_convert.verification.options import VerifyOptions
+from vera_convert.verifying import verify
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft",  # of a base that PEFT does not find on the Hub
+    "ignore::FutureWarning:transformers",
+)
+
+DECODER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
+T5["decoder_start_token_id"] = 0
+SIGHT = {**ENCODER, "image_size": 8, "patch_size": 4}
+XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "vocab_size": 40}
+DISTIL = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "vocab_size": 40}
+
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base that was saved as one class, and an adapter that was trained in another.
+
+    Attributes:
+        base: the class that the base was saved as.
+        config: the class of its config, and the fields of that.
+        task: what PEFT calls the task; None for a head that PEFT does not know.
+        auto: the Auto class that the adapter was trained in, where no task says it.
+        targets: the layers that are adapted.
+        labels: how many there are; None for questions.
+        saved: further modules that are saved.
+    """
+
+    base: str
+    config: tuple[str, Mapping[str, Any]]
+    task: str | None
+    targets: tuple[str, ...]
+    labels: int | None = None
+    auto: str = ""
+    saved: tuple[str, ...] = ()
+    base_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loader(self) -> Any:
+        return getattr(transformers, self.auto or TASKS[self.task or ""])
+
+
+LLAMA, QWEN3 = ("LlamaConfig", DECODER), ("Qwen3Config", DECODER)
+BERT, ROBERTA = ("BertConfig", ENCODER), ("RobertaConfig", ENCODER)
+QV, ATTENTION = ("q_proj", "v_proj"), ("query", "value")
+KINDS = {
+    "a reward model": Trained("Qwen3ForCausalLM", QWEN3, "SEQ_CLS", QV, 1),
+    "two labels on a decoder": Trained("Qwen3ForCausalLM", QWEN3, "SEQ_CLS", QV, 2),
+    "three labels on a decoder": Trained("LlamaForCausalLM", LLAMA, "SEQ_CLS", QV, 3),
+    "three labels on a bare decoder": Trained("LlamaModel", LLAMA, "SEQ_CLS", QV, 3),
+    "tokens on a decoder": Trained("LlamaForCausalLM", LLAMA, "TOKEN_CLS", QV, 5),
+    "three labels on GPT-2": Trained(
+        "GPT2LMHeadModel", ("GPT2Config", GPT2), "SEQ_CLS", ("c_attn",), 3
+    ),
+    "tokens on GPT-2": Trained(
+        "GPT2LMHeadModel", ("GPT2Config", GPT2), "TOKEN_CLS", ("c_attn",), 4
+    ),
+    "questions on GPT-2": Trained(
+        "GPT2LMHeadModel", ("GPT2Config", GPT2), "QUESTION_ANS", ("c_attn",)
+    ),
+    "three labels on BERT": Trained("BertForPreTraining", BERT, "SEQ_CLS", ATTENTION, 3),
+    "three labels on a bare BERT": Trained("BertModel", BERT, "SEQ_CLS", ATTENTION, 3),
+    "tokens on BERT": Trained("BertForMaskedLM", BERT, "TOKEN_CLS", ATTENTION, 7),
+    "questions on BERT": Trained("BertForMaskedLM", BERT, "QUESTION_ANS", ATTENTION),
+    "three labels on RoBERTa": Trained("RobertaForMaskedLM", ROBERTA, "SEQ_CLS", ATTENTION, 3),
+    "other labels than the base's": Trained(
+        "BertForSequenceClassification",
+        BERT,
+        "SEQ_CLS",
+        ATTENTION,
+        5,
+        base_fields={"num_labels": 3},
+    ),
+    "tokens on a classifier of texts": Trained(
+        "BertForSequenceClassification",
+        BERT,
+        "TOKEN_CLS",
+        ATTENTION,
+        3,
+        base_fields={"num_labels": 3},
+    ),
+    "DistilBERT with all that it needs": Trained(
+        "DistilBertForMaskedLM",
+        ("DistilBertConfig", DISTIL),
+        "SEQ_CLS",
+        ("q_lin", "v_lin"),
+        3,
+        saved=("pre_classifier",),
+    ),
+    "T5 with its head named": Trained(
+        "T5ForConditionalGeneration",
+        ("T5Config", T5),
+        "SEQ_CLS",
+        ("q", "v"),
+        3,
+        saved=("classification_head",),
+    ),
+    "images": Trained(
+        "ViTModel",
+        ("ViTConfig", SIGHT),
+        None,
+        QV,
+        4,
+        auto="AutoModelForImageClassification",
+        saved=("classifier",),
+    ),
+}
+
+
+def trained(folder: Path, kind: Trained) -> tuple[Path, Path]:
+    """Save a base and an adapter with random values; return their folders."""
+    torch.manual_seed(0)
+    name, fields = kind.config
+    config = getattr(transformers, name)(**fields, **kind.base_fields)
+    base = folder / "base"
+    getattr(transformers, kind.base)(config).save_pretrained(base)
+    labels = {} if kind.labels is None else {"num_labels": kind.labels}
+    model = kind.loader.from_pretrained(base, **labels, ignore_mismatched_sizes=True)
+    wanted = peft.VeraConfig(
+        r=6,
+        task_type=kind.task,
+        target_modules=[*kind.targets],
+        modules_to_save=[*kind.saved] or None,
+        projection_prng_key=11,
+    )
+    adapted = peft.get_peft_model(model, wanted)
+    for key, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * (0.3 if "lambda" in key else 0.1)
+    adapted.save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+def asked(model: Any, kind: Trained) -> Any:
+    """Return what a model answers."""
+    torch.manual_seed(1)
+    model.eval()
+    if kind.auto:
+        given = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    else:
+        # One text at a time: a decoder without a padding token takes no more.
+        given = {"input_ids": torch.cat([torch.randint(3, 40, (1, 9)), torch.ones(1, 1).long()], 1)}
+    with torch.no_grad():
+        out = model(**given)
+    return out.start_logits if kind.task == "QUESTION_ANS" else out.logits
+
+
+def by_peft(base: Path, adapter: Path, kind: Trained) -> Any:
+    labels = {} if kind.labels is None else {"num_labels": kind.labels}
+    model = kind.loader.from_pretrained(base, **labels, ignore_mismatched_sizes=True)
+    return asked(peft.PeftModel.from_pretrained(model, adapter), kind)
+
+
+def loaded(folder: Path, kind: Trained) -> Any:
+    """Load a merged model, with nothing new and nothing of another shape."""
+    model, info = kind.loader.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model
+
+
+def codes(done: Merge) -> set[str]:
+    return {finding.code for finding in done.findings}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_merged_model_loads_as_it_was_trained(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    base, adapter = trained(tmp_path, kind)
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert not {"V533", "V571"} & codes(done)
+    model = loaded(tmp_path / "out", kind)
+    assert model.config.architectures == [type(model).__name__]
+    if kind.labels is not None:
+        assert model.config.num_labels == kind.labels
+    apart = (asked(model, kind) - by_peft(base, adapter, kind)).abs().max()
+    assert apart <= 1e-5
+    options = VerifyOptions(layers_only=True)
+    assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
+
+
+def test_verify_runs_a_classifier_beside_the_base(tmp_path: Path) -> None:
+    kind = KINDS["three labels on a decoder"]
+    base, adapter = trained(tmp_path, kind)
+    merged_with(adapter, base, tmp_path / "out")
+    result = verify(adapter, base=str(base), merged=tmp_path / "out")
+    assert result.passed, [str(each) for each in result.findings]
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    del config["id2label"], config["label2id"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    result = verify(
+        adapter, base=str(base), merged=tmp_path / "out", options=VerifyOptions(layers_only=True)
+    )
+    assert "V615" in {finding.code for finding in result.findings}
+
+
+def test_labels_are_named_by_the_caller(tmp_path: Path) -> None:
+    kind = KINDS["three labels on a decoder"]
+    base, adapter = trained(tmp_path, kind)
+    done = merged_with(adapter, base, tmp_path / "out", labels=["bad", "fair", "good"])
+    config = loaded(tmp_path / "out", kind).config
+    assert "V570" in codes(done)
+    assert config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert config.label2id == {"bad": 0, "fair": 1, "good": 2}
+    with pytest.raises(UsageError, match="a classifier of 3 labels"):
+        merged_with(adapter, base, tmp_path / "two", labels=["bad", "good"])
+    options = VerifyOptions(layers_only=True)
+    assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
+
+
+def test_labels_of_the_config_beside_the_adapter_are_taken(tmp_path: Path) -> None:
+    kind = KINDS["three labels on a decoder"]
+    base, adapter = trained(tmp_path, kind)
+    labels = {"0": "bad", "1": "fair", "2": "good"}
+    (adapter / "config.json").write_text(json.dumps({"model_type": "llama", "id2label": labels}))
+    merged_with(adapter, base, tmp_path / "out")
+    assert loaded(tmp_path / "out", kind).config.id2label[1] == "fair"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "tokenizer_config.json": {
+                "pad_token": "<pad>",
+                "added_tokens_decoder": {"7": {"content": "<pad>"}},
+            }
+        },
+        {
+            "special_tokens_map.json": {"pad_token": {"content": "<pad>"}},
+            "tokenizer.json": {"added_tokens": [{"id": 7, "content": "<pad>"}]},
+        },
+        {
+            "tokenizer_config.json": {"pad_token": "<pad>"},
+            "tokenizer.json": {"model": {"vocab": {"<s>": 1, "<pad>": 7}}},
+        },
+        {
+            "tokenizer_config.json": {"pad_token": "b"},
+            "tokenizer.json": {"model": {"vocab": [["<s>", 0.0]] * 7 + [["b", -1.0]]}},
+        },
+    ],
+)
+def test_the_padding_token_comes_from_the_adapters_tokenizer(
+    tmp_path: Path, files: Mapping[str, object]
+) -> None:
+    kind = KINDS["three labels on a decoder"]
+    base, adapter = trained(tmp_path, kind)
+    done = merged_with(adapter, base, tmp_path / "without")
+    assert "V572" in codes(done)
+    for name, value in files.items():
+        (adapter / name).write_text(json.dumps(value))
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert "V572" not in codes(done)
+    model = loaded(tmp_path / "out", kind)
+    assert model.config.pad_token_id == 7
+    texts = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 7]])
+    with torch.no_grad():
+        both, second = model(texts).logits, model(texts[1:, :2]).logits
+    assert (both[1] - second[0]).abs().max() <= 1e-5
+
+
+def test_a_head_of_no_known_class_needs_the_class_to_be_named(tmp_path: Path) -> None:
+    kind = KINDS["three labels on a decoder"]
+    base, adapter = trained(tmp_path, kind)
+    config = json.loads((adapter / "adapter_config.json").read_bytes()) | {"task_type": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "V533" in codes(merged_with(adapter, base, tmp_path / "unknown"))
+    done = merged_with(
+        adapter, base, tmp_path / "out", architecture="LlamaForSequenceClassification"
+    )
+    assert "V533" not in codes(done)
+    apart = (asked(loaded(tmp_path / "out", kind), kind) - by_peft(base, adapter, kind)).abs().max()
+    assert apart <= 1e-5
+    options = VerifyOptions(layers_only=True)
+    assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
+
+
+def test_what_a_class_needs_and_nobody_stores_is_named(tmp_path: Path) -> None:
+    kind = Trained("BertForMaskedLM", BERT, "SEQ_CLS", ATTENTION, 3)
+    base, adapter = trained(tmp_path, kind)
+    done = merged_with(adapter, base, tmp_path / "out")
+    (finding,) = [each for each in done.findings if each.code == "V571"]
+    assert finding.place == "pooler.dense.weight"
+    _, info = kind.loader.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {*info["missing_keys"]} == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_loads_as_it_was_trained(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER, tie_word_embeddings=tied)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def resized() -> Any:
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(46, mean_resizing=False)
+        return model
+
+    wanted = peft.VeraConfig(
+        r=6, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], projection_prng_key=11
+    )
+    adapted = peft.get_peft_model(resized(), wanted)
+    for key, parameter in adapted.named_parameters():
+        if "lambda" in key:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    done = merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert "V536" not in codes(done)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert model.config.vocab_size == 46
+    text = torch.tensor([[3, 41, 45, 6]])
+    with torch.no_grad():
+        apart = (model.eval()(text).logits - adapted.eval()(text).logits).abs().max()
+    assert apart <= 1e-5
+    options = VerifyOptions(layers_only=True)
+    result = verify(
+        tmp_path / "adapter", base=str(tmp_path / "base"), merged=tmp_path / "out", options=options
+    )
+    assert result.passed
+
+
+def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    wanted = peft.VeraConfig(r=6, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    peft.get_peft_model(model, wanted).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], torch.randn(4, 16)])
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"V531 .*44 by 16.*40 by 16, and lm_head\.weight"):
+        merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
