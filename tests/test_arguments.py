@@ -202,6 +202,11 @@ ARGUMENTS: dict[str, Ways] = {
     "out": OUT,
     "out_features": WHOLE,
     "peft_version": VERSION,
+    "places": Ways(
+        (({"a": "b"}, (("a", "b"),), [["a", Path("b")]]),),
+        ("a=b", 5, [5], [("a",)], [("a", 5)], {5: "b"}),
+        "NAME=MODEL|text|pathlib",
+    ),
     "progress": FLAG,
     "projections": MEANT,
     "rank": Ways(WHOLE.alike, (*WHOLE.wrong, 10**9), "whole number|up to"),

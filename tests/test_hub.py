@@ -9,6 +9,7 @@ from hub_server import HubServer
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.hub.lookup import (
     SIDE_FILE_LIMIT,
+    AmbiguousBaseError,
     HubAccess,
     Location,
     base_from_config,
@@ -494,11 +495,39 @@ def test_a_path_in_a_config_is_never_followed(
     assert "\n" not in found.reason
 
 
-@pytest.mark.usefixtures("no_network")
-def test_a_base_that_is_a_path_here_too_is_ambiguous(inside: Path, access: HubAccess) -> None:
-    (inside / "bases/llama").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"--base \./bases/llama or --base hf://bases/llama"):
-        base_from_config("bases/llama", None, access)
+def test_a_base_that_is_a_model_here_and_on_the_hub_is_ambiguous(
+    server: HubServer, inside: Path, access: HubAccess
+) -> None:
+    server.add("org/base", {"config.json": b"{}", "model.safetensors": b"weights"})
+    (inside / "org/base").mkdir(parents=True)
+    (inside / "org/base/config.json").write_bytes(b"{}")
+    with pytest.raises(AmbiguousBaseError, match=r"--base \./org/base or --base hf://org/base"):
+        base_from_config("org/base", None, access)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "model.safetensors"])
+def test_a_base_that_the_hub_does_not_have_is_a_model_in_a_folder_here(
+    file: str, server: HubServer, inside: Path, access: HubAccess
+) -> None:
+    (inside / "models/llama").mkdir(parents=True)
+    (inside / "models/llama" / file).write_bytes(b"{}")
+    found = base_from_config("models/llama", None, access)
+    assert found.location is not None
+    assert found.location.folder == Path("models/llama")
+    assert "no repo of that name" in found.reason
+    assert server.paths()
+
+
+def test_a_folder_here_that_is_no_model_is_not_the_base(
+    server: HubServer, inside: Path, access: HubAccess
+) -> None:
+    server.add("org/base", {"config.json": b"{}", "model.safetensors": b"weights"})
+    (inside / "org/base").mkdir(parents=True)
+    (inside / "org/base/adapter_config.json").write_bytes(b"{}")
+    (inside / "org/base/adapter_model.safetensors").write_bytes(b"")
+    found = base_from_config("org/base", None, access)
+    assert found.location is not None
+    assert (found.location.folder, found.location.repo_id) == (None, "org/base")
 
 
 def test_the_file_that_is_left_out_is_one_byte_too_large() -> None:

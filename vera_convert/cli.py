@@ -82,6 +82,21 @@ class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         return parse_key_map(value)
 
 
+class NamedBase(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """``NAME=MODEL``: the base that configs call NAME lies at MODEL."""
+
+    name = "NAME=MODEL"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """Split at the first equals sign; neither side is empty."""
+        name, _, model = value.partition("=")
+        if not name or not model:
+            self.fail(f"{value!r} is not NAME=MODEL, such as org/model=./model.")
+        return name, model
+
+
 class Targets(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
     """Names, separated by commas."""
 
@@ -267,6 +282,7 @@ def _base_wish(options: Mapping[str, Any]) -> BaseWish:
         in_features=options.get("in_features"),
         out_features=options.get("out_features"),
         key_map=tuple(options.get("key_map", ())),
+        places=tuple(options.get("base_for", ())),
     )
 
 
@@ -641,6 +657,12 @@ def _option_name(name: str) -> str:
     help="With A and B stored, without, or as it is.",
 )
 @click.option("--recursive", is_flag=True, help="ADAPTER is a tree of adapters; rebuild it in OUT.")
+@click.option(
+    "--base-for",
+    type=NamedBase(),
+    multiple=True,
+    help="Where the base lies that adapters' configs call NAME.",
+)
 @click.option(
     "--peft-version",
     type=PeftVersion(),

@@ -1259,6 +1259,15 @@ TARGET_IS_QUANTISED = Rule(
     "To merge, take the original model in 16 or 32 bits that this base was made from.",
 )
 
+BASE_IN_FOLDER = Rule(
+    "V557",
+    NOTE,
+    "the base is a folder here that only the adapter's config names",
+    "The name does not prove which model is meant. Names and shapes of the layers were compared "
+    "with the adapter's; whether the adapter was trained on these weights cannot be seen.",
+    "If another model is meant, name it with --base.",
+    since="0.2.0",
+)
 MODEL_TYPE_UNKNOWN = Rule(
     "V560",
     ERROR,

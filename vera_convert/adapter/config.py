@@ -152,6 +152,18 @@ class ConfigError(CheckpointError):
         self.warnings = tuple(warnings)
 
 
+class OtherMethodError(CheckpointError):
+    """The config is that of an adapter of another method, such as LoRA.
+
+    Attributes:
+        method: as ``peft_type`` has it; printable.
+    """
+
+    def __init__(self, finding: Finding, method: str) -> None:
+        super().__init__(finding)
+        self.method = method
+
+
 def read_config(source: ByteSource) -> ConfigFile:
     """Read ``adapter_config.json``.
 
@@ -175,7 +187,10 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
     if len(document) > MAX_FIELDS:
         raise CheckpointError(FIELD_RANGE.at(place, f"it has {len(document):,} fields."))
     if _is_foreign(document):
-        raise CheckpointError(NOT_VERA.at(place, _what_else(document)))
+        finding, method = NOT_VERA.at(place, _what_else(document)), document.get("peft_type")
+        if isinstance(method, str) and method.upper() != "VERA":
+            raise OtherMethodError(finding, printable(method))
+        raise CheckpointError(finding)
     unknown = tuple(
         UNKNOWN_FIELD.at(place, f"there is a field {printable(name)}.")
         for name in document

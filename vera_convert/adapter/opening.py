@@ -18,6 +18,7 @@ from vera_convert.adapter.config import (
     CONFIG_NAME,
     ConfigError,
     ConfigFile,
+    OtherMethodError,
     VeraConfig,
     read_config,
 )
@@ -56,6 +57,8 @@ def open_adapter(folder: Path, *, repair: Repair | None = None) -> Iterator[Adap
         SurroundingsError: no such folder, or a file cannot be read.
     """
     with examined_folder(folder, repair=repair) as found:
+        if found.other_method is not None:
+            raise found.other_method
         if found.adapter is None:
             raise CheckpointError.of(errors_of(found.findings))
         yield found.adapter
@@ -80,6 +83,8 @@ class Examined:
         fingerprint: what dropped projections were, if it can be read.
         findings: every defect that was met.
         adapter: the adapter; None if any of the findings is an error.
+        other_method: the error that says so, if the adapter is one of another method than VeRA.
+            Nothing else of it is looked at then.
     """
 
     config: VeraConfig | None
@@ -90,6 +95,7 @@ class Examined:
     fingerprint: Fingerprint | None
     findings: tuple[Finding, ...]
     adapter: Adapter | None
+    other_method: OtherMethodError | None = None
 
 
 @contextmanager
@@ -139,7 +145,12 @@ def examine(
         SurroundingsError: a file cannot be read.
     """
     found = [*findings]
-    config_file, config, unsound = _config(config_source, found)
+    try:
+        config_file, config, unsound = _config(config_source, found)
+    except OtherMethodError as error:
+        return Examined(
+            None, frozenset(), None, (), None, None, error.findings, None, other_method=error
+        )
     weights = _weights(weights_source, found)
     tensors: Sequence[TensorData] = ()
     by_meaning, fingerprint, adapter = None, None, None
@@ -183,6 +194,8 @@ def _config(
     except ConfigError as error:
         found += (*error.findings, *error.warnings)
         return None, error.sound, error.unsound
+    except OtherMethodError:
+        raise
     except CheckpointError as error:
         found += error.findings
         return None, None, frozenset()

@@ -23,8 +23,16 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.reading import printable
-from vera_convert.hub.lookup import HubAccess, Location, NamedBase, base_from_config, locate
+from vera_convert.hub.lookup import (
+    AmbiguousBaseError,
+    HubAccess,
+    Location,
+    NamedBase,
+    base_from_config,
+    locate,
+)
 from vera_convert.rules import (
+    BASE_IN_FOLDER,
     BASE_WITHOUT_WEIGHTS,
     NAMES_DIFFER,
     PROJECTIONS_TOO_NARROW,
@@ -106,12 +114,14 @@ def learn(adapter: Adapter, wish: BaseWish, *, bases: Bases, need: Need) -> OnBa
         UsageError: options clash, or the base is ambiguous.
         SurroundingsError: a base that was named by the caller, or is vital, cannot be had.
     """
-    known = OnBase()
+    known, named = OnBase(), adapter.config.base_model_name_or_path
     if wish.in_features is not None or wish.out_features is not None:
         known = _from_options(wish)
     elif wish.model is not None:
         location = bases.located(wish.model, wish.revision)
         known = _from_base(adapter, location, wish, bases)
+    elif need is not Need.NONE and (place := dict(wish.places).get(named or "")) is not None:
+        known = _from_base(adapter, bases.located(place, wish.revision), wish, bases)
     elif need is not Need.NONE:
         known = _from_name(adapter, wish, bases, need)
     return known if wish.dtype is None else loaded_in(known, wish.dtype)
@@ -133,7 +143,15 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, need: Need) -> On
         named = bases.named(config.base_model_name_or_path, revision)
         if named.location is None:
             return OnBase(source=named.reason)
-        return _from_base(adapter, named.location, wish, bases)
+        known = _from_base(adapter, named.location, wish, bases)
+        if not named.reason:
+            return known
+        said = BASE_IN_FOLDER.at(adapter.place, named.reason)
+        return replace(known, findings=(said, *known.findings))
+    except AmbiguousBaseError as error:
+        if need in (Need.VITAL, Need.WHOLE):
+            raise
+        return OnBase(source=str(error))
     except SurroundingsError as error:
         if need is Need.WHOLE:
             reason = f"{error} Name the base with --base where it lies here."

@@ -50,6 +50,8 @@ class BaseWish:
         in_features: columns of A, where no base is at hand.
         out_features: rows of B, likewise.
         key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules.
+        places: pairs (NAME, MODEL): where the base lies that adapters' configs call NAME; a
+            mapping will do.
     """
 
     model: str | None = None
@@ -58,6 +60,7 @@ class BaseWish:
     in_features: int | None = None
     out_features: int | None = None
     key_map: Sequence[tuple[str, str]] = ()
+    places: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
         set_checked(
@@ -68,7 +71,19 @@ class BaseWish:
             in_features=optional(whole_number, "--in-features", self.in_features),
             out_features=optional(whole_number, "--out-features", self.out_features),
             key_map=key_maps(self.key_map),
+            places=_places(self.places),
         )
+
+
+def _places(value: object) -> tuple[tuple[str, str], ...]:
+    """Return the names that configs have for bases, each with the place of the base."""
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if isinstance(value, Sequence) and all(isinstance(each, tuple | list) for each in value):
+        pairs = [tuple(each) for each in value]
+        if all(len(pair) == 2 for pair in pairs):
+            return tuple((text("--base-for", a), place("--base-for", b)) for a, b in pairs)
+    raise UsageError("--base-for: give NAME=MODEL, or a mapping of names to models.")
 
 
 def key_maps(value: object) -> tuple[tuple[str, str], ...]:

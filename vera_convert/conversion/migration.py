@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import OtherMethodError
 from vera_convert.adapter.folder import adapters_below, is_vera, side_files, write_adapter
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
@@ -111,12 +112,14 @@ class TreeMigration:
         done: the conversions, by path relative to the tree.
         outside: files and links of the tree that lie in no adapter, and are not carried.
         failed: why the others could not be migrated, by path.
+        passed_over: adapters of other methods than VeRA, by path, with the method of each.
     """
 
     out: Path
     done: dict[str, Conversion]
     failed: dict[str, VeraConvertError]
     outside: tuple[str, ...] = ()
+    passed_over: dict[str, str] = field(default_factory=dict)
 
 
 def migrate_tree(
@@ -133,8 +136,8 @@ def migrate_tree(
 ) -> TreeMigration:
     """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
 
-    A bad adapter does not stop the others. Links are not followed to other folders, and files that
-    belong to no adapter are not carried.
+    A bad adapter does not stop the others. An adapter of another method is passed over. Links are
+    not followed to other folders, and files that belong to no adapter are not carried.
 
     Raises:
         UsageError: `out` exists, or overlaps the tree.
@@ -169,8 +172,18 @@ def migrate_tree(
                 raise _NothingGood
     except _NothingGood:
         if not result.failed:
-            raise SurroundingsError(f"no adapter lies below {printable(str(tree))}.") from None
+            raise SurroundingsError(_nothing_below(tree, result)) from None
     return result
+
+
+def _nothing_below(tree: Path, result: TreeMigration) -> str:
+    """Say that a tree has no adapter to migrate, and which others it has."""
+    others = sorted({*result.passed_over.values()})
+    if not others:
+        return f"no adapter lies below {printable(str(tree))}."
+    number = len(result.passed_over)
+    said = "the one adapter there is" if number == 1 else f"the {number:,} adapters there are"
+    return f"no VeRA adapter lies below {printable(str(tree))}: {said} {', '.join(others)}."
 
 
 class _NothingGood(Exception):  # noqa: N818 -- it only leaves the staging without publishing
@@ -236,6 +249,8 @@ def _migrate_one(
                 out=result.out / name,
                 written=staging / name,
             )
+    except OtherMethodError as error:
+        result.passed_over[name] = error.method
     except VeraConvertError as error:
         if writing:  # what is half there would be published with the others
             raise

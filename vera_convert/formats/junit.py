@@ -40,7 +40,7 @@ def _suite(checked: Checked, failing: set[Severity]) -> Element:
     if checked.failure is not None:
         case = SubElement(suite, "testcase", classname=name, name="read")
         SubElement(case, "error", type="not read", message=_legal(str(checked.failure)))
-    elif not checked.findings:
+    elif not checked.findings and not checked.has_hidden_errors:
         SubElement(suite, "testcase", classname=name, name="no finding")
     for sentence in checked.not_checked:
         case = SubElement(suite, "testcase", classname=name, name="not checked")

@@ -113,6 +113,9 @@ def tree_text(result: TreeMigration) -> str:
     for name, error in result.failed.items():
         code = error.findings[0].code if isinstance(error, CheckpointError) else "no defect of it"
         rows.append([printable(name), f"NOT MIGRATED ({code})"])
+    for method in sorted({*result.passed_over.values()}):
+        names = [name for name, its in result.passed_over.items() if its == method]
+        rows.append(["passed over", f"{len(names)} of {method}: {_listed(names)}"])
     if result.outside:
         rows.append(["in no adapter", f"left out: {_listed(result.outside)}"])
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
@@ -128,6 +131,7 @@ def tree_document(result: TreeMigration) -> Document:
         "done": {name: conversion_document("migrate", done) for name, done in result.done.items()},
         "failed": {name: error_document(error) for name, error in result.failed.items()},
         "outside": list(result.outside),
+        "passed_over": dict(result.passed_over),
     }
 
 

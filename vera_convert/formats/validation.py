@@ -67,7 +67,7 @@ def validation_text(result: Validation, *, colour: bool = False, width: int = WI
     parts = [
         _block(checked, paint, width, alone=not many)
         for checked in result.adapters
-        if not many or _style(checked) != "good"
+        if not many or (_style(checked) != "good" and not checked.is_passed_over)
     ]
     if many:
         parts += [_table(result, paint), "\n".join(_in_common(result, width))]
@@ -83,6 +83,8 @@ def verdict(checked: Checked) -> str:
     counts = _counts(checked.findings)
     if checked.failure is not None:
         return f"{counts}, not all read" if counts else "not read"
+    if checked.is_passed_over:
+        return f"passed over ({checked.other_method})"
     if checked.has_hidden_errors:
         return f"{counts or 'nothing'} selected, other errors"
     good = [] if _worst(checked) in (Severity.ERROR, Severity.WARNING) else ["good"]
@@ -98,7 +100,9 @@ def _style(checked: Checked) -> str:
     if checked.failure is not None:
         return "error"
     worst = _worst(checked)
-    return "good" if worst in (None, Severity.NOTE) else worst
+    if worst in (None, Severity.NOTE):
+        return "note" if checked.has_hidden_errors else "good"
+    return worst
 
 
 def _block(checked: Checked, paint: Paint, width: int, *, alone: bool) -> str:
@@ -202,11 +206,15 @@ def closing_line(result: Validation) -> str:
         return f"1 adapter: {verdict(adapters[0])}"
     unread = sum(checked.failure is not None for checked in adapters)
     good = sum(_style(checked) == "good" for checked in adapters)
-    parts = [f"{good:,} good"]
-    if len(adapters) - good - unread:
-        parts.append(f"{len(adapters) - good - unread:,} with errors or warnings")
-    if unread:
-        parts.append(f"{unread:,} not read")
+    passed_over = sum(checked.is_passed_over for checked in adapters)
+    unselected = sum(_style(checked) == "note" for checked in adapters) - passed_over
+    others = {
+        "with errors or warnings": len(adapters) - good - unread - passed_over - unselected,
+        "with errors that are not selected": unselected,
+        "of other methods passed over": passed_over,
+        "not read": unread,
+    }
+    parts = [f"{good:,} good", *(f"{number:,} {said}" for said, number in others.items() if number)]
     counts = _counts(result.findings)
     shown = f"{counted(len(adapters), 'adapter')}: {', '.join(parts)}"
     return f"{shown}; {counts}" if counts else shown

@@ -38,6 +38,7 @@ from vera_convert.hub.reponame import (
 from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 
 __all__ = (
+    "AmbiguousBaseError",
     "HubAccess",
     "Location",
     "NamedBase",
@@ -90,10 +91,19 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class NamedBase:
-    """The base that an adapter's config names: where it lies, or why the name is not followed."""
+    """The base that an adapter's config names.
+
+    Attributes:
+        location: where it lies; None if the name is not followed.
+        reason: why the name is not followed; or, where it is a folder here, why that is read.
+    """
 
     location: Location | None
     reason: str = ""
+
+
+class AmbiguousBaseError(UsageError):
+    """The base's name in a config is a model here and a repo on the Hub."""
 
 
 # --- what was written ----------------------------------------------------------------------------
@@ -144,10 +154,14 @@ def locate(
 
 
 def base_from_config(name: str | None, revision: str | None, access: HubAccess) -> NamedBase:
-    """Find the base that an adapter's config names, in the cache first; a path is never followed.
+    """Find the base that an adapter's config names, in the cache first.
+
+    A text that can only be a path is never followed. A name such as ``models/llama`` can be a repo
+    and a folder below the working directory. The folder counts only if it holds a model; then it is
+    read if the Hub's repo cannot be had, and the result says so.
 
     Raises:
-        UsageError: the name is a path here as well; ``--base`` has to say which is meant.
+        AmbiguousBaseError: a model lies here under this name and on the Hub; ``--base`` decides.
         SurroundingsError: no such repo or revision; gated, offline or no network.
     """
     if not name:
@@ -156,16 +170,40 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
         return NamedBase(None, f"the config calls the base {printable(name)}, which is no repo")
     if revision is not None and not is_revision(revision):
         return NamedBase(None, f"{printable(revision)} is no revision of the base {name}")
-    if os.path.lexists(name):
-        raise UsageError(
-            f"the adapter's config calls the base {name}, which is a path here and may be a repo "
-            f"on the Hub: say which with --base ./{name} or --base {SCHEME}{name}."
+    if not _holds_model(Path(name)):
+        return NamedBase(_named_repo(RepoName(name, revision), access))
+    try:
+        _named_repo(RepoName(name, revision), access)
+    except SurroundingsError:
+        reason = (
+            f"the adapter's config calls the base {name}. A model lies in the folder {name} here, "
+            "and no repo of that name could be had from the Hub."
         )
-    wanted = RepoName(name, revision)
+        return NamedBase(Location(printable(name), Path(name)), reason)
+    raise AmbiguousBaseError(
+        f"the adapter's config calls the base {name}, which is a model in a folder here and a repo "
+        f"on the Hub: say which with --base ./{name} or --base {SCHEME}{name}."
+    )
+
+
+def _named_repo(wanted: RepoName, access: HubAccess) -> Location:
+    """Find the repo of a base, in the cache first."""
     cached = _cached_commit(wanted, access)
-    if cached is not None and any(_snapshot(name, cached, access).rglob("*.safetensors")):
-        return NamedBase(_at(wanted, cached))
-    return NamedBase(_resolve(wanted, access))
+    if cached is not None and any(_snapshot(wanted.repo_id, cached, access).rglob("*.safetensors")):
+        return _at(wanted, cached)
+    return _resolve(wanted, access)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Return whether a folder here holds a model: its config, or weights that are no adapter's."""
+    try:
+        names = {entry.name for entry in os.scandir(folder)}
+    except OSError:
+        return False
+    weights = (".safetensors", ".bin", ".safetensors.index.json")
+    return not names.isdisjoint(("config.json", "model_index.json")) or (
+        _CONFIG not in names and any(name.endswith(weights) for name in names)
+    )
 
 
 def _existing_folder(text: str) -> Path | None:

@@ -179,6 +179,7 @@ class _Told:
     base: str = ""
     read: int | None = None
     failure: VeraConvertError | None = None
+    other_method: str | None = None
 
     def step(self, what: str, find: Callable[[], Iterable[Finding]]) -> None:
         """Add what a step finds; that it could not be taken is told, and stops no other."""
@@ -210,9 +211,12 @@ def _checked(
         if deep and remote:
             location = fetch_weights(location, access)
         with _examined(location, access, told) as (examined, sources):
+            if examined.other_method is not None:
+                told.findings, told.other_method = [], examined.other_method.method
             told.findings += examined.findings
-            told.embedded = _is_embedded(examined)
-            _check(examined, location, wish, learn, told, deep=deep)
+            if examined.other_method is None:
+                told.embedded = _is_embedded(examined)
+                _check(examined, location, wish, learn, told, deep=deep)
             told.read = _bytes_read(sources) if remote else None
     except CheckpointError as error:
         told.findings += error.findings
@@ -232,6 +236,7 @@ def _checked(
         not_checked=tuple(told.not_checked),
         bytes_read=told.read,
         failure=told.failure,
+        other_method=told.other_method,
     )
 
 

@@ -27,6 +27,8 @@ class Checked:
         bytes_read: what was read of a repo on the Hub; None for a folder.
         failure: why something of it could not be read: all of it, if there are no findings.
         has_hidden_errors: whether errors were found that are not selected.
+        other_method: what the adapter is instead of VeRA, such as ``LORA``; nothing but its config
+            was looked at.
     """
 
     label: str
@@ -39,6 +41,12 @@ class Checked:
     bytes_read: int | None = None
     failure: VeraConvertError | None = None
     has_hidden_errors: bool = False
+    other_method: str | None = None
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether it is of another method, and the finding that says so is not selected."""
+        return self.other_method is not None and not self.findings
 
 
 @dataclass(frozen=True, slots=True)

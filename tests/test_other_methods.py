@@ -1,0 +1,124 @@
+"""Adapters of other methods among VeRA's: named, passed over, and never called good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from adapters import good_adapter
+from commandline import Run
+from safetensors.numpy import save_file
+
+from vera_convert.conversion.migration import migrate_tree
+from vera_convert.errors import SurroundingsError
+from vera_convert.validation.validate import validate
+
+SchemaErrors = Callable[..., list[str]]
+
+
+def other(folder: Path, method: str, *, weights: bool = True) -> None:
+    """An adapter of another method, with the files that PEFT writes for it."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": method, "r": 8}))
+    if weights:
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file({name: np.zeros((8, 16), "f4")}, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Two VeRA adapters, two of LoRA, and one of prompt tuning without weights."""
+    tree = tmp_path / "tree"
+    for name in ("a", "b"):
+        good_adapter(tree / "vera" / name)
+        other(tree / "lora" / name, "LORA")
+    other(tree / "prompt", "PROMPT_TUNING", weights=False)
+    return tree
+
+
+def test_ignoring_the_rule_passes_over_them(mixed: Path, run: Run) -> None:
+    assert run("validate", "--recursive", mixed).status == 1
+    ended = run("validate", "--recursive", mixed, "--ignore", "V101")
+    assert ended.status == 0
+    assert "5 adapters: 2 good, 3 of other methods passed over" in ended.out
+    assert "passed over (PROMPT_TUNING)" in ended.out
+    assert "V011" not in ended.out
+
+
+def test_nothing_but_the_method_is_said_of_them(mixed: Path) -> None:
+    (mixed / "lora/a/adapter_model.safetensors").write_bytes(b"\x00")
+    (mixed / "lora/b/adapter_model.bin").write_bytes(b"pickle")
+    (mixed / "lora/b/optimizer.pt").write_bytes(b"state")
+    found = validate(mixed, recursive=True)
+    methods = {each.label: each.other_method for each in found.adapters if each.other_method}
+    assert sorted(methods.values()) == ["LORA", "LORA", "PROMPT_TUNING"]
+    for each in found.adapters:
+        if each.other_method:
+            assert [finding.code for finding in each.findings] == ["V101"]
+            assert each.not_checked == ()
+
+
+@pytest.mark.parametrize("config", [{}, {"peft_type": None}, {"peft_type": "vera"}])
+def test_a_damaged_config_is_not_that_of_another_method(
+    config: dict[str, object], mixed: Path
+) -> None:
+    (mixed / "vera/a/adapter_config.json").write_text(json.dumps({"r": 4, **config}))
+    found = {each.label: each for each in validate(mixed, recursive=True).adapters}
+    assert found[str(mixed / "vera/a")].other_method is None
+    assert migrate_tree(mixed, mixed.parent / "out", to="asis").failed.keys() == {"vera/a"}
+
+
+def test_errors_that_are_not_selected_are_not_good_either(mixed: Path, run: Run) -> None:
+    (mixed / "vera/a/adapter_model.safetensors").unlink()
+    ended = run("validate", "--recursive", mixed, "--ignore", "V101,V011")
+    assert ended.status == 0
+    assert "1 good, 1 with errors that are not selected, 3 of other methods" in ended.out
+
+
+def test_no_format_counts_them_as_good(mixed: Path, run: Run) -> None:
+    ended = run("validate", "--recursive", mixed, "--ignore", "V101", "--format", "junit")
+    passed = {
+        case.get("classname")
+        for case in ET.fromstring(ended.out).iter("testcase")  # noqa: S314 -- our own
+        if case.find("skipped") is None and case.get("name") == "no finding"
+    }
+    assert not [name for name in passed if name and "vera" not in name]
+
+
+def test_a_tree_is_migrated_around_them(
+    mixed: Path, tmp_path: Path, run: Run, schema_errors: SchemaErrors
+) -> None:
+    ended = run("migrate", mixed, tmp_path / "out", "--recursive", "--to", "asis")
+    assert ended.status == 0
+    assert "2 of LORA: lora/a, lora/b" in ended.out
+    assert "1 of PROMPT_TUNING: prompt" in ended.out
+    assert "wrote 2 of 2 adapters" in ended.out
+    written = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("*/*"))
+    assert written == [Path("vera/a"), Path("vera/b")]
+    again = run("migrate", mixed, tmp_path / "two", "--recursive", "--to", "asis", "--json")
+    assert schema_errors("migration", again.document) == []
+    assert again.document["passed_over"]["prompt"] == "PROMPT_TUNING"
+
+
+def test_a_tree_of_other_methods_alone_has_nothing_to_migrate(tmp_path: Path) -> None:
+    other(tmp_path / "tree" / "a", "LORA")
+    with pytest.raises(SurroundingsError, match=r"no VeRA .* the one adapter there is LORA"):
+        migrate_tree(tmp_path / "tree", tmp_path / "out", to="asis")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["info", "strip", "embed", "migrate", "merge"])
+def test_one_that_is_named_is_refused_for_its_method_alone(
+    command: str, mixed: Path, tmp_path: Path, run: Run
+) -> None:
+    words = [command, mixed / "prompt"]
+    words += [] if command == "info" else [tmp_path / "out"]
+    words += ["--to", "asis"] if command == "migrate" else []
+    ended = run(*words)
+    assert ended.status == 1
+    assert "V101" in ended.err
+    assert "more" not in ended.err
