@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from vera_convert.publish.interrupts import Interrupted, drop_signal, signals_held, signals_raise
+from vera_convert.publish.interrupts import Interrupted, signals_done, signals_held, signals_raise
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):
@@ -62,15 +65,38 @@ def test_a_signal_that_is_held_comes_at_the_outermost_end() -> None:
     assert reached == ["inner"]
 
 
-def test_a_dropped_signal_never_comes_but_the_next_does() -> None:
-    def work() -> None:
+def test_once_the_work_is_done_neither_a_signal_that_waits_nor_a_later_one_comes() -> None:
+    with signals_raise():
         with signals_held():
             signal.raise_signal(signal.SIGTERM)
-            drop_signal()
+            signals_done()
         signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="SIGTERM"), signals_raise():
+        signal.raise_signal(signal.SIGTERM)  # the next work is not done yet
 
-    with pytest.raises(Interrupted, match="SIGINT"), signals_raise():
+
+def test_a_signal_during_an_import_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "module_that_hides_what_is_raised_in_it"
+    (tmp_path / f"{name}.py").write_text(
+        "import signal\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "except BaseException:\n"
+        "    raise ImportError from None\n"
+        "whole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = []
+
+    def work() -> None:
+        modules.append(import_module(name))
+        time.sleep(60)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), signals_raise():
         work()
+    assert modules[0].whole
 
 
 def test_nesting_changes_nothing() -> None:
@@ -103,7 +129,7 @@ def test_other_threads_leave_signals_alone() -> None:
 
     def work() -> None:
         with signals_raise(), signals_held():
-            drop_signal()
+            signals_done()
             seen.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)

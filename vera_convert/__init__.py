@@ -11,16 +11,10 @@ There is one function for each command. Their modules load when one is first use
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from vera_convert._version import __version__
-from vera_convert.errors import (
-    CheckpointError,
-    SurroundingsError,
-    UsageError,
-    VeraConvertError,
-)
 
+TYPE_CHECKING = False  # as in `typing`, which the program cannot wait for: a signal may come
 if TYPE_CHECKING:
     from vera_convert.base.onbase import BaseWish
     from vera_convert.conversion.migration import Mode, TreeMigration, migrate, migrate_tree
@@ -29,6 +23,12 @@ if TYPE_CHECKING:
     from vera_convert.conversion.strip_embed import Conversion, embed, strip
     from vera_convert.counting import Count, count
     from vera_convert.draws.generator import Rounding, Variant
+    from vera_convert.errors import (
+        CheckpointError,
+        SurroundingsError,
+        UsageError,
+        VeraConvertError,
+    )
     from vera_convert.hub.lookup import HubAccess
     from vera_convert.merging.inputs import AdapterWish
     from vera_convert.merging.merge import Merge, merge
@@ -47,6 +47,7 @@ _MODULES = {
     "AdapterWish": "merging.inputs",
     "BaseWish": "base.onbase",
     "Checked": "validation.validation",
+    "CheckpointError": "errors",
     "Conversion": "conversion.strip_embed",
     "Count": "counting",
     "GivenAdapter": "verification.options",
@@ -58,9 +59,12 @@ _MODULES = {
     "Regenerated": "conversion.regeneration",
     "Rounding": "draws.generator",
     "Tied": "merging.parts",
+    "SurroundingsError": "errors",
     "TreeMigration": "conversion.migration",
+    "UsageError": "errors",
     "Validation": "validation.validation",
     "Variant": "draws.generator",
+    "VeraConvertError": "errors",
     "Verification": "verification.result",
     "VerifyOptions": "verification.options",
     "count": "counting",

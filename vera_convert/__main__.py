@@ -1,5 +1,22 @@
-"""``python -m vera_convert`` is ``vera-convert``."""
+"""The program ``vera-convert``, which ``python -m vera_convert`` runs too."""
 
-from vera_convert.cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command line; a signal at any moment ends with the right status and sentence."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it would print a traceback
+    from vera_convert.publish.interrupts import exit_on_signals, ignore_signals
+
+    exit_on_signals()
+    try:
+        from vera_convert.cli import main as run
+
+        run()
+    finally:
+        ignore_signals()
+
+
+if __name__ == "__main__":
+    main()

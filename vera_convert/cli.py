@@ -35,7 +35,7 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.reading import printable
-from vera_convert.publish.interrupts import Interrupted, signals_raise
+from vera_convert.publish.interrupts import Interrupted, interruption, signals_raise
 
 if TYPE_CHECKING:
     from vera_convert.base.onbase import BaseWish
@@ -1028,8 +1028,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with signals_raise():
             _leave(_run(arguments))
-    except Interrupted as interruption:
-        _interrupted(interruption.status, arguments)
+    except Interrupted as stopped:
+        _interrupted(stopped.status, arguments)
     except KeyboardInterrupt:
         _interrupted(130, arguments)
 
@@ -1072,8 +1072,9 @@ def _run(arguments: list[str]) -> int:
         _say(error.format_message(), err=True)
         return UsageError.status
     except Exception as error:  # noqa: BLE001 -- the last one that can keep a traceback from users
-        if isinstance(error.__cause__, KeyboardInterrupt):  # met while a class was being made
-            raise error.__cause__ from None
+        stopped = interruption() or error.__cause__
+        if isinstance(stopped, Interrupted | KeyboardInterrupt):  # caught on its way by a library
+            raise stopped from None
         _show_traceback(arguments)
         return _refuse(_explained(error), arguments, whose)
     return 0

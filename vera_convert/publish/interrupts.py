@@ -1,11 +1,22 @@
-"""SIGINT, SIGTERM and SIGHUP as one exception that comes once, and not where it would do harm."""
+"""SIGINT, SIGTERM and SIGHUP as one exception that comes once, and not where it would do harm.
+
+A program's life has four parts. While the program starts (`exit_on_signals`), a signal ends the
+process at once, because nothing is written yet. While a command runs (`signals_raise`), a signal
+raises `Interrupted`, and clean-up follows; within `signals_held`, and during an import, the signal
+waits. When OUT is there (`signals_done`), a signal changes nothing: the command has succeeded.
+While Python ends (`ignore_signals`), a signal changes nothing either.
+"""
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -28,11 +39,44 @@ class _KeyboardInterrupted(Interrupted, KeyboardInterrupt):
 
 
 class _Delivery:
-    """Whether `signals_raise` is in force, how often signals are held back, and one that waits."""
+    """Where signals go.
+
+    Attributes:
+        active: `signals_raise` is in force.
+        held: how many `signals_held` are in force.
+        waiting: a signal that came while signals were held.
+        raised: what a signal raised; later ones are dropped.
+        done: the output is there; signals are dropped.
+    """
 
     active = False
     held = 0
     waiting: int | None = None
+    raised: Interrupted | None = None
+    done = False
+
+
+_IMPORT_TIME = 0.02
+"""Seconds after which a signal that came during an import is tried again."""
+
+
+def exit_on_signals() -> None:
+    """End the process at once on SIGINT, SIGTERM or SIGHUP; for a program's first lines.
+
+    `signals_raise` takes the signals over. After `signals_done`, or after a signal that raised,
+    these signals do nothing: the program is about to end with the right status.
+    """
+    for number in _ours():
+        signal.signal(number, _exit_at_once)
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT, SIGTERM and SIGHUP from here on, while Python ends; for a program's end.
+
+    Python puts the system's handlers back when it ends, so only an ignored signal does no harm.
+    """
+    for number in _ours():
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -46,7 +90,7 @@ def signals_raise() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _ours()}
-    _Delivery.active = True
+    _Delivery.active, _Delivery.raised, _Delivery.done = True, None, False
     try:
         for number in before:
             signal.signal(number, _on_signal)
@@ -62,7 +106,7 @@ def signals_raise() -> Iterator[None]:
 def signals_held() -> Iterator[None]:
     """Hold the signals of `signals_raise` back; one that came is raised at the end.
 
-    Unless `drop_signal` was called: then what it would have stopped was finished.
+    Unless `signals_done` was called: then the signal has nothing left to stop.
     """
     if not _in_main_thread():
         yield
@@ -77,10 +121,15 @@ def signals_held() -> Iterator[None]:
             _on_signal(number, None)
 
 
-def drop_signal() -> None:
-    """Forget a signal that was held back."""
+def signals_done() -> None:
+    """Drop the signals that wait and all that follow in this `signals_raise`: the work is done."""
     if _in_main_thread():
-        _Delivery.waiting = None
+        _Delivery.waiting, _Delivery.done = None, True
+
+
+def interruption() -> Interrupted | None:
+    """Return what a signal raised in this `signals_raise`, even if it was caught and hidden."""
+    return _Delivery.raised
 
 
 def _in_main_thread() -> bool:
@@ -90,14 +139,40 @@ def _in_main_thread() -> bool:
 def _ours() -> list[int]:
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last two are not known everywhere
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    free = (signal.SIG_DFL, signal.default_int_handler)
+    free = (signal.SIG_DFL, signal.default_int_handler, _exit_at_once)
     return [number for number in numbers if signal.getsignal(number) in free]
 
 
-def _on_signal(number: int, _frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _Delivery.done or _Delivery.raised is not None:
+        return
     if _Delivery.held:
         _Delivery.waiting = _Delivery.waiting or number
+    elif _is_importing(frame or sys._getframe()):  # noqa: SLF001
+        _thread.start_new_thread(_try_again, (number,))  # `threading` may hold its lock here
     else:
-        _Delivery.held = 1  # until `signals_raise` ends
         kind = _KeyboardInterrupted if number == signal.SIGINT else Interrupted
-        raise kind(number)
+        _Delivery.raised = kind(number)
+        raise _Delivery.raised
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported; some catch what is raised there, NumPy among them."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _try_again(number: int) -> None:
+    time.sleep(_IMPORT_TIME)
+    signal.raise_signal(number)
+
+
+def _exit_at_once(number: int, _frame: FrameType | None) -> None:
+    if _Delivery.done or _Delivery.raised is not None:
+        return
+    with suppress(OSError):
+        os.write(2, b"error: interrupted; no output is left.\n")
+    os._exit(128 + number)

@@ -24,7 +24,7 @@ from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
 from vera_convert.publish.container import TAG, Container, sweep_containers
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
-from vera_convert.publish.interrupts import drop_signal, signals_held, signals_raise
+from vera_convert.publish.interrupts import signals_done, signals_held, signals_raise
 
 _TRIES = 16
 """Rounds against other runs for the same OUT before giving up; one is nearly always enough."""
@@ -42,8 +42,8 @@ def staged_folder(
 
     Everything in it is synced, then it is published by one rename that never replaces what it may
     not, and the parent is synced. SIGINT, SIGTERM and SIGHUP leave nothing behind; one that comes
-    during the rename is dropped, because the output is there. Modes follow the umask. Threads and
-    processes that write into the folder must have ended when the block does.
+    during the rename or later is dropped, because the output is there. Modes follow the umask.
+    Threads and processes that write into the folder must have ended when the block does.
 
     Args:
         out: where the folder is to appear.
@@ -292,8 +292,8 @@ def _staged(
             sync_tree(container.new, synced=staged.synced)
             with signals_held():
                 _publish(container, place, replacing)
+                signals_done()  # the output is there, so the run has succeeded
                 container.remove()
-                drop_signal()  # the output is there, so the run has succeeded
         finally:
             if container is not None:
                 with signals_held():
