@@ -539,12 +539,6 @@ register(
     as_it_is,
     by=stripping(dtypes={"layers.0": "bfloat16", "layers.1": "float16"}),
 )
-register(
-    "V403",
-    {"base_has_a_wider_layer": ()},
-    as_it_is,
-    by=stripping(tensors={"model.extra.q_proj.weight": (16, 40)}),
-)
 register("V404", {"no_base_is_known": ()}, as_it_is, by=stripping_alone)
 register(
     "V405",
@@ -635,6 +629,15 @@ register(
         drawn(**case), tensors(lambda stored: {**stored, B: stored[B].astype(np.float16)})
     ),
     by=stripping(dtype="float16"),
+)
+register(
+    "V421",
+    {"a_layer_that_decides_the_dims_is_missing": bare},
+    lambda spoil: spoil,
+    by=describing(
+        config={"model_type": "llama", "num_hidden_layers": 3},
+        tensors={"model.layers.2.self_attn.q_proj.weight": (40, 48)},
+    ),
 )
 
 # --- what only `validate` looks for --------------------------------------------------------------

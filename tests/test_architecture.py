@@ -24,9 +24,9 @@ draws: generator recognition
 publish: interrupts filesystem container publishing
 hub: reponame remotefile calls lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
-targets: patterns matching architectures
+targets: patterns matching architectures built
 base: model folder layers renamerules renames layouts quantised naming taskclasses
-base: replacements onbase learning
+base: replacements onbase dims learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report adapterfiles modelconfig inputs options

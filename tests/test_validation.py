@@ -204,13 +204,15 @@ def test_the_rounding_is_held_against_the_base(good: Path, tmp_path: Path, spoil
     assert codes(good, base=bases["float32"]) == (["V414"] if of_16_bits else [])
 
 
-def test_a_base_with_wider_layers_needs_other_dims(good: Path, tmp_path: Path) -> None:
+def test_projections_that_no_layers_explain_have_other_dims(good: Path, tmp_path: Path) -> None:
+    drawn(width=20)(good)
     wide = {f"model.layers.{n}.mlp.v_proj.weight": (40, 24) for n in range(2)}
     base = tiny_base(tmp_path / "base", tensors=wide)
     assert codes(good, base=base) == ["V411", "V416"]
 
 
 def test_a_fingerprint_is_held_against_the_base(good: Path, tmp_path: Path) -> None:
+    drawn(width=20)(good)
     stripped(good)
     wide = {f"model.layers.{n}.mlp.v_proj.weight": (40, 24) for n in range(2)}
     assert "V408" in codes(good, base=tiny_base(tmp_path / "base", tensors=wide))

@@ -8,7 +8,7 @@ the `Finding`; commands show it as their one-line refusal, in the same words eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -37,6 +37,10 @@ class Rule:
     def at(self, place: str, reason: str) -> Finding:
         """Return the finding that this defect was met at `place` (already printable text)."""
         return Finding(self, place, reason)
+
+    def as_note(self) -> Rule:
+        """Return this rule for a case in which nothing is wrong."""
+        return replace(self, severity=Severity.NOTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -866,8 +870,10 @@ TARGETS_DISAGREE = Rule(
     "V411",
     WARNING,
     "the config matches other layers of the base than the file adapts",
-    "PEFT takes the dimensions of A and B from the layers that the config matches.",
-    "Correct target_modules in adapter_config.json, or check that this is the adapter's base.",
+    "PEFT sizes A and B by the layers that the config matches in the model, and saves them all. "
+    "This is a note if the other layers of the base's files change nothing.",
+    "Nothing need be done if the model class does not build the other layers. Else check that the "
+    "base and target_modules are those of the training, and that the file is whole.",
 )
 PROJECTIONS_TOO_NARROW = Rule(
     "V412",
@@ -934,6 +940,16 @@ PROJECTIONS_DAMAGED = Rule(
     "Nobody changes a few of millions of random values: a copy, a disk or a program did.",
     "Copy the adapter again. Where no other copy is left, `vera-convert migrate --to embedded "
     "--projections key --base MODEL` puts the key's own draw in their place.",
+)
+
+DIMS_AMBIGUOUS = Rule(
+    "V421",
+    ERROR,
+    "layers are missing from the file, and the dimensions of A and B depend on them",
+    "Other dimensions give other values in every column of A and B, so the result would be wrong.",
+    "Copy the file again from where it was trained. If the layers were never adapted, write "
+    "target_modules or layers_to_transform so that they match the file's layers alone.",
+    since="0.2.0",
 )
 
 # --- V5: base ------------------------------------------------------------------------------------

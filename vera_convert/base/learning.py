@@ -1,17 +1,18 @@
 """What a base makes of an adapter's projections: their dims, and the rounding to its dtype.
 
-PEFT takes the dims from the widest layers that the config matches, and casts A and B to the dtype
-of each adapted layer in turn; neither can be told from the adapter alone.
+PEFT casts A and B to the dtype of each adapted layer in turn; `dims` says how large A and B are.
+Neither can be told from the adapter alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, TypeVar
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.base.dims import shared_dims
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.naming import Match, match_modules
 from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase, loaded_in
@@ -35,15 +36,13 @@ from vera_convert.rules import (
     BASE_IN_FOLDER,
     BASE_WITHOUT_WEIGHTS,
     NAMES_DIFFER,
-    PROJECTIONS_TOO_NARROW,
     ROUNDING_UNCLEAR,
     SHAPES_DIFFER,
-    TARGETS_DISAGREE,
-    TARGETS_MATCH_NOTHING,
     Finding,
 )
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.matching import Adapted, Linear, ModelLayers, adapted, layers_from_shapes
+from vera_convert.targets.built import BuiltLayers
+from vera_convert.targets.matching import Linear, ModelLayers, layers_from_shapes
 
 Found = TypeVar("Found")
 
@@ -198,8 +197,8 @@ def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Base
     model = replace(
         model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
     )
-    dims = shared_dims(adapter, model, own)
-    used = [tensors.get(module) or match.tensors[module] for module in dims.adapted]
+    dims = shared_dims(adapter, model, own, BuiltLayers(base.config, own))
+    used = [match.tensors[module] for module in dims.adapted]
     rounding, possible, unclear = _rounding(base, used)
     return OnBase(
         dims.in_features,
@@ -226,53 +225,6 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
         if module is not None:
             named[module] = name
     return named
-
-
-@dataclass(frozen=True, slots=True)
-class SharedDims:
-    """PEFT's shared dims, and the layers that they are taken from."""
-
-    in_features: int
-    out_features: int
-    adapted: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-
-def shared_dims(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> SharedDims:
-    """Predict the dims of A and B by the config's targets, and hold them against the adapter's."""
-    needed = Adapted(
-        own,
-        max((layer.in_features for layer in own.values()), default=0),
-        max((layer.out_features for layer in own.values()), default=0),
-    )
-    findings: tuple[Finding, ...] = ()
-    try:
-        predicted = adapted(model, adapter.config)
-    except CheckpointError as error:
-        if error.findings[0].rule is not TARGETS_MATCH_NOTHING:
-            raise
-        predicted = needed
-        findings = (TARGETS_DISAGREE.at(adapter.place, error.findings[0].reason),)
-    if predicted.max_in < needed.max_in or predicted.max_out < needed.max_out:
-        raise CheckpointError(
-            PROJECTIONS_TOO_NARROW.at(
-                adapter.place,
-                f"the layers that target_modules matches have up to {predicted.max_in} inputs and "
-                f"{predicted.max_out} outputs, those of the adapter {needed.max_in} and "
-                f"{needed.max_out}.",
-            )
-        )
-    more = predicted.layers.keys() - adapter.layers.keys()
-    fewer = adapter.layers.keys() - predicted.layers.keys()
-    if more or fewer:
-        example = printable(min(fewer or more))
-        what = "PEFT leaves unadapted" if fewer else "the file does not adapt"
-        reason = (
-            f"the config's targets match {len(predicted.layers)} layers, the file adapts "
-            f"{len(adapter.layers)}; {what} {example}."
-        )
-        findings += (TARGETS_DISAGREE.at(adapter.place, reason),)
-    return SharedDims(predicted.max_in, predicted.max_out, tuple(predicted.layers), findings)
 
 
 def _rounding(
@@ -322,7 +274,7 @@ def _from_config(
         if found != linear.out_features:
             reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
             raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
-    dims = shared_dims(adapter, model, own)
+    dims = shared_dims(adapter, model, own, BuiltLayers(config, own))
     return OnBase(
         dims.in_features,
         dims.out_features,

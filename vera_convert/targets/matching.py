@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
@@ -76,11 +76,13 @@ class Adapted:
         layers: adapted layers by module path, in the model's order.
         max_in: columns of A, which is (r, max_in).
         max_out: rows of B, which is (max_out, r).
+        only_sized: layers that PEFT sizes A and B by and leaves unadapted.
     """
 
     layers: Mapping[str, Linear]
     max_in: int
     max_out: int
+    only_sized: Mapping[str, Linear] = field(default_factory=dict)
 
 
 def kind_of(module: str) -> str:
@@ -114,10 +116,12 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
                 f"({model.source}).",
             )
         )
+    layers = {name: model.linear[name] for name in chosen}
     return Adapted(
-        layers={name: model.linear[name] for name in chosen},
+        layers=layers,
         max_in=max(model.linear[name].in_features for name in sized_by),
         max_out=max(model.linear[name].out_features for name in sized_by),
+        only_sized={name: model.linear[name] for name in sized_by if name not in layers},
     )
 
 

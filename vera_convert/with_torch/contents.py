@@ -22,7 +22,7 @@ from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import replaced_name
-from vera_convert.base.learning import shared_dims
+from vera_convert.base.dims import shared_dims
 from vera_convert.base.naming import moved
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import Meant, check_size
@@ -40,6 +40,7 @@ from vera_convert.rules import (
     SHAPES_DIFFER,
     Finding,
 )
+from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.matching import (
     Linear,
     ModelLayers,
@@ -214,7 +215,8 @@ def stored_contents(
     layers = layers_of(model)
     with open_adapter(folder) as opened:
         adapter = _renamed(opened, layers, key_map)
-        dims = shared_dims(adapter, layers, _matched(adapter, layers, model))
+        own = _matched(adapter, layers, model)
+        dims = shared_dims(adapter, layers, own, BuiltLayers({}, own, all_built=True))
         on_base = OnBase(
             dims.in_features,
             dims.out_features,

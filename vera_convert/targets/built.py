@@ -1,0 +1,159 @@
+"""Which layers a model's class builds, as far as the model's ``config.json`` tells.
+
+The files of a model can hold layers that its class leaves out: layers for predicting several
+tokens, the tower of another modality, experts that the class fuses into one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+
+from vera_convert.errors import CheckpointError
+from vera_convert.targets.architectures import layers_from_config
+
+_COUNT = re.compile(
+    r"(?:num_hidden_layers|num_layers|n_layers?|depth)"
+    r"|(?:num_|n_)?(?P<stem>encoder|decoder|single)_layers"
+    r"|(?:num_|num_local_|n_routed_)(?P<experts>experts)"
+)
+"""Fields of a config that say how many layers or experts a class builds."""
+_MOST_DEPTH = 4
+_MOST_PARTS = 200
+_NOT_LOADED = re.compile(r"mtp(_.*)?")
+"""Path elements of layers that predict several tokens; no class of transformers loads these."""
+
+_SHARED_KEYS = ("self_attn.k_proj", "self_attn.v_proj")
+
+
+class BuiltLayers:
+    """The layers that a model's class builds, seen from the layers that an adapter's file adapts.
+
+    A class builds every layer that a file saved by PEFT adapts, because PEFT finds layers in the
+    model and not in files.
+    """
+
+    def __init__(
+        self, config: Mapping[str, object], adapted: Iterable[str], *, all_built: bool = False
+    ) -> None:
+        """Take the model's config and the adapted layers.
+
+        Args:
+            config: the content of ``config.json``; empty if there is none.
+            adapted: module paths of the layers that the adapter's file adapts.
+            all_built: whether every layer that is asked about is known to be in the model.
+        """
+        self._config = config
+        self._all_built = all_built
+        self._last: dict[str, int] = {}
+        self._last_of_target: dict[tuple[str, str], int] = {}
+        self._numbers: set[tuple[str, int]] = set()
+        self._elements: set[str] = set()
+        for module in adapted:
+            self._elements.update(module.split("."))
+            for stack, number, target in _numbered(module):
+                self._last[stack] = max(number, self._last.get(stack, 0))
+                key = stack, target
+                self._last_of_target[key] = max(number, self._last_of_target.get(key, 0))
+                self._numbers.add((stack, number))
+
+    def has(self, module: str) -> bool | None:
+        """Say whether the class builds a layer; None if nothing tells."""
+        if self._all_built:
+            return True
+        extra = set(module.split(".")) - self._elements
+        if any(_NOT_LOADED.fullmatch(element) for element in extra):
+            return False
+        for stack, number, target in _numbered(module):
+            count = self._count(stack)
+            if target.endswith(_SHARED_KEYS) and count is not None:
+                count -= self._layers_without_keys
+            if count is not None and number >= count:
+                return False
+        return True if module in self._known else None
+
+    def is_missing(self, module: str) -> bool:
+        """Say whether a layer that the file does not adapt leaves a hole in the file.
+
+        A hole is a layer that the class builds, or that is not known to be left out, in one of two
+        places: between or beside adapted layers of the same name with other numbers; or, if the
+        class is known to build the layer, inside a numbered layer of which the file adapts others.
+        """
+        built = self.has(module)
+        if built is False:
+            return False
+        for stack, number, target in _numbered(module):
+            last = self._last_of_target.get((stack, target))
+            if last is not None and (number <= self._last[stack] or self._is_counted(stack)):
+                return True
+            if built and (stack, number) in self._numbers:
+                return True
+        return False
+
+    def _is_counted(self, stack: str) -> bool:
+        return self._all_built or self._count(stack) is not None
+
+    def _count(self, stack: str) -> int | None:
+        """Return how many layers of a stack the class builds; None if the config does not tell."""
+        last = self._last.get(stack)
+        if last is None:
+            return None
+        possible = [(stem, count) for stem, count in self._counts if count > last]
+        named = [count for stem, count in possible if stem and stem in stack]
+        return min(named or [count for stem, count in possible if not stem], default=None)
+
+    @cached_property
+    def _layers_without_keys(self) -> int:
+        """How many of the last layers take keys and values from an earlier layer (Gemma 3n)."""
+        parts = (self._config, self._config.get("text_config"))
+        found = (part.get("num_kv_shared_layers") for part in parts if isinstance(part, Mapping))
+        return max((number for number in found if type(number) is int), default=0)
+
+    @cached_property
+    def _counts(self) -> list[tuple[str, int]]:
+        """Every number of layers in the config, with the part of a path that it is said of."""
+        return [*_counts(self._config)]
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """The layers of a class that is known, with and without the prefix of a class's body."""
+        try:
+            linear = layers_from_config(self._config).linear
+        except CheckpointError:
+            return frozenset()
+        paths = {*linear}
+        shorter = {path.partition(".")[2] for path in paths if len([*_numbered(path)]) == 1}
+        return frozenset(paths | shorter)
+
+
+def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
+    """Yield each place in a path where a stack's number stands: stack, number, rest of the path."""
+    parts = module.split(".")
+    for at in range(1, len(parts) - 1):
+        if parts[at].isdecimal() and len(parts[at]) < 10:
+            yield ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
+
+
+def _counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    parts = [("", config)]
+    for _ in range(_MOST_DEPTH):
+        below: list[tuple[str, Mapping[str, object]]] = []
+        for scope, part in parts:
+            for name, value in part.items():
+                if isinstance(value, Mapping) and name.endswith("_config"):
+                    below.append((_scope(name), value))
+                hit = _COUNT.fullmatch(name)
+                if hit is not None and type(value) is int and value > 0:
+                    yield hit["stem"] or hit["experts"] or scope, value
+        parts = below[:_MOST_PARTS]
+
+
+def _scope(name: str) -> str:
+    """Return what the paths of a part's layers are called by; the text model's have no such name.
+
+    >>> _scope("vision_config"), _scope("text_config")
+    ('vision', '')
+    """
+    stem = name.removesuffix("_config")
+    return "" if stem in ("text", "language", "llm", "thinker", "decoder", "generator") else stem
