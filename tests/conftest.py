@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
 from vera_convert.cli import main
-from vera_convert.hub import remotefile
+from vera_convert.hub import asking
+from vera_convert.hub.calls import close_sessions
 from vera_convert.schemas import load_schema
 
 # On a fresh machine the first texts wait for a table to be built, longer than Hypothesis allows.
@@ -114,7 +115,6 @@ def server(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HubServer]:
     """A stand-in for the Hub, empty; the test runs in a folder where no repo's name is a path."""
-    import huggingface_hub
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
@@ -122,6 +122,7 @@ def server(
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(remotefile, "PAUSES", (0.0, 0.0))
+        monkeypatch.setattr(asking, "PAUSES", (0.0, 0.0))
+        close_sessions()
         yield hub
-        huggingface_hub.close_session()
+        close_sessions()

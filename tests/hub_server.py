@@ -1,7 +1,8 @@
-"""A stand-in for the Hub on this machine: repos with commits, files by range, and its refusals.
+"""A stand-in for the Hub on this machine: repos with commits, files by range, and its failures.
 
 with HubServer() as hub:
     commit = hub.add("org/name", {"config.json": b"{}"})
+    hub.failures = [503, 0, Fault("reset"), Fault(429, {"Retry-After": "1"})]
     ... HF_ENDPOINT=hub.url ...
     hub.requests, hub.bytes_served
 """
@@ -10,17 +11,40 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
 SHOWN = 100
 """How much of a long body a server that breaks off sends."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How one request fails.
+
+    Attributes:
+        kind: the status of the answer; or the connection is reset, nothing comes for some seconds,
+            or the body is cut off.
+        headers: further headers of the answer.
+        body: of the answer.
+    """
+
+    kind: int | Literal["reset", "silence", "cut"]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+SILENCE = 3.0
+"""For how many seconds nothing comes."""
 
 
 @dataclass
@@ -29,6 +53,7 @@ class Repo:
 
     token: str | None = None
     gated: bool = False
+    disabled: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
@@ -44,18 +69,30 @@ class HubServer:
         ranges: whether range requests are answered with ranges.
         sizes: whether sizes are told when files are listed, as a mirror may not.
         elsewhere: send file content from another server, as the Hub does with large files.
-        failures: statuses to answer the next requests for files with; 0 breaks off in the body.
+        hashes: whether hashes are stated when files are listed and sent.
+        signature: what the address of the other server is signed with.
+        failures: how the next requests for files fail, a status or a `Fault`; 0 cuts the body off.
+        info_failures: how the next requests for the description of a repo fail.
+        refused_token: a token that no account has.
+        damaged: files in whose middle one bit is sent wrong.
         requests: method, path and range of each request for something of a repo.
         authorizations: what each of them was authorized with.
+        addresses: the address of each as it was sent, its query included.
         bytes_served: bytes of all bodies sent.
     """
 
     ranges: bool = True
     sizes: bool = True
+    hashes: bool = True
     elsewhere: HubServer | None = None
-    failures: list[int] = field(default_factory=list)
+    signature: str = ""
+    failures: list[int | Fault] = field(default_factory=list)
+    info_failures: list[int | Fault] = field(default_factory=list)
+    refused_token: str | None = None
+    damaged: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
     bytes_served: int = 0
     repos: dict[str, Repo] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -91,9 +128,10 @@ class HubServer:
         ref: str = "main",
         token: str | None = None,
         gated: bool = False,
+        disabled: bool = False,
     ) -> str:
         """Add a commit to a repo, move a ref to it, and return it."""
-        repo = self.repos.setdefault(repo_id, Repo(token, gated))
+        repo = self.repos.setdefault(repo_id, Repo(token, gated, disabled))
         digest = sha1(usedforsecurity=False)
         for name, content in sorted(files.items()):
             digest.update(f"{ref} {name} {len(content)}\n".encode() + content)
@@ -107,8 +145,21 @@ class HubServer:
         return [path for used, path, _ in self.requests if used == method]
 
 
+def is_large(name: str) -> bool:
+    """Say whether the Hub stores a file of this name elsewhere than in git."""
+    return name.endswith((".safetensors", ".bin", ".pt"))
+
+
+def stated(name: str, content: bytes) -> str:
+    """Return the hash that the Hub states: a SHA-256, or that of git's blob for small files."""
+    if is_large(name):
+        return sha256(content).hexdigest()
+    return sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    cut = False
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
@@ -130,45 +181,83 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(*file.groups())
         elif path.startswith("/content/"):
             _, _, repo_id, commit, name = path.split("/", 4)
-            self._content(self.hub.repos[repo_id.replace("--", "/")].commits[commit][name], {})
+            content = self.hub.repos[repo_id.replace("--", "/")].commits[commit][name]
+            self._content(name, content, {})
         else:
             self._refuse(404, "")
 
     def _note(self) -> None:
-        self.hub.requests.append((self.command, unquote(self.path), self.headers.get("Range")))
+        self.hub.requests.append(
+            (self.command, unquote(urlsplit(self.path).path), self.headers.get("Range"))
+        )
         self.hub.authorizations.append(self.headers.get("Authorization"))
+        self.hub.addresses.append(self.path)
 
     def _repo(self, repo_id: str) -> Repo | None:
-        """Return a repo that the caller may see, or refuse him."""
+        """Return a repo that the caller may see, or refuse them."""
         self._note()
         repo = self.hub.repos.get(repo_id)
         given = self.headers.get("Authorization")
-        if repo is None or (repo.token and given != f"Bearer {repo.token}"):
-            self._refuse(401, "RepoNotFound")
-            return None
-        return repo
+        if given is not None and given == f"Bearer {self.hub.refused_token}":
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif repo is None or (repo.token and given != f"Bearer {repo.token}"):
+            self._refuse(404 if given else 401, "RepoNotFound")
+        elif repo.disabled:
+            self._refuse(403, "", "Access to this resource is disabled.")
+        else:
+            return repo
+        return None
+
+    def _fails(self, failures: list[int | Fault]) -> bool:
+        """Fail as the next of the failures says; False if the request is to be answered."""
+        if not failures or self.command == "HEAD":
+            return False
+        fault = failures.pop(0)
+        if not isinstance(fault, Fault):
+            fault = Fault(fault or "cut")
+        if fault.kind == "cut":
+            self.cut = True
+            return False
+        if fault.kind == "silence":
+            time.sleep(SILENCE)
+        elif fault.kind == "reset":
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.shutdown(socket.SHUT_RD)
+        else:
+            self._send(fault.kind, fault.body, fault.headers)
+        self.close_connection = True
+        return True
 
     def _info(self, repo_id: str, revision: str, *, sizes: bool) -> None:
         repo = self._repo(repo_id)
-        if repo is None:
+        if repo is None or self._fails(self.hub.info_failures):
             return
         commit = repo.commit(revision)
         if commit is None:
             self._refuse(404, "RevisionNotFound")
             return
-        siblings: list[dict[str, object]] = [
-            {"rfilename": name} | ({"size": len(content)} if sizes and self.hub.sizes else {})
+        siblings = [
+            self._listed(name, content, sizes=sizes)
             for name, content in repo.commits[commit].items()
         ]
         document = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
         self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
+    def _listed(self, name: str, content: bytes, *, sizes: bool) -> dict[str, object]:
+        listed: dict[str, object] = {"rfilename": name}
+        if sizes and self.hub.sizes:
+            listed["size"] = len(content)
+        if sizes and self.hub.hashes and is_large(name):
+            large = {"sha256": stated(name, content), "size": len(content), "pointerSize": 130}
+            listed |= {"blobId": sha1(b"pointer", usedforsecurity=False).hexdigest(), "lfs": large}
+        elif sizes and self.hub.hashes:
+            listed["blobId"] = stated(name, content)
+        return listed
+
     def _file(self, repo_id: str, revision: str, name: str) -> None:
         repo = self._repo(repo_id)
-        if repo is None:
-            return
-        if self.hub.failures and self.command == "GET" and self.hub.failures[0]:
-            self._refuse(self.hub.failures.pop(0), "")
+        if repo is None or self._fails(self.hub.failures):
             return
         commit = repo.commit(revision)
         if repo.gated or commit is None or name not in repo.commits[commit]:
@@ -176,18 +265,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(status, "RevisionNotFound" if commit is None else code)
             return
         content = repo.commits[commit][name]
-        tag = sha1(content, usedforsecurity=False).hexdigest()
+        tag = stated(name, content) if self.hub.hashes else "of-a-mirror"
         headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}
         if self.hub.elsewhere is None:
-            self._content(content, headers)
+            self._content(name, content, headers)
             return
         headers = {"X-Linked-ETag": f'"{tag}"', "X-Linked-Size": str(len(content)), **headers}
         where = f"{self.hub.elsewhere.url}/content/{repo_id.replace('/', '--')}/{commit}/{name}"
+        where += f"?X-Amz-Signature={self.hub.signature}" if self.hub.signature else ""
         self._send(302, b"", {**headers, "ETag": '"of-the-redirect"', "Location": where})
 
-    def _content(self, content: bytes, headers: Mapping[str, str]) -> None:
+    def _content(self, name: str, content: bytes, headers: Mapping[str, str]) -> None:
         if self.path.startswith("/content/"):
             self._note()
+            if self._fails(self.hub.failures):
+                return
+        if name in self.hub.damaged:
+            at = len(content) // 2
+            content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if wanted is None or not self.hub.ranges or self.command == "HEAD":
             self._send(200, content, headers)
@@ -207,9 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.hub.failures and not self.hub.failures[0] and status in (200, 206):
-            self.hub.failures.pop(0)
-            body = body[:SHOWN]
+        if self.cut:
+            body = body[: min(SHOWN, len(body) - 1)]
         for start in range(0, len(body), 1 << 14):
             piece = body[start : start + (1 << 14)]
             try:
@@ -219,9 +313,11 @@ class _Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 self.hub.bytes_served += len(piece)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
+        if message:
+            self.send_header("X-Error-Message", message)
         self.send_header("Content-Length", "0")
         self.end_headers()

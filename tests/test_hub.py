@@ -193,7 +193,9 @@ def test_no_answer_is_the_surroundings_fault(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(SurroundingsError, match="org/name cannot be had from the Hub: Connect"):
+        with pytest.raises(
+            SurroundingsError, match="org/name could not be read from the Hub: the con"
+        ):
             locate("org/name", kind="adapter", access=access)
 
 
@@ -237,7 +239,7 @@ def test_the_token_stays_on_the_hub(server: HubServer, tmp_path: Path) -> None:
                 file.read_at(20_000_000, 4) == ADAPTER["adapter_model.safetensors"][-1_000_000:][:4]
             )
         assert storage.authorizations == [None, None]
-        assert storage.bytes_served < 100_000
+        assert storage.bytes_served < 40_000
 
 
 # --- reading by range ----------------------------------------------------------------------------
@@ -254,20 +256,6 @@ def test_a_file_is_read_by_range_at_its_commit(server: HubServer, access: HubAcc
         assert file.read_at(1_000_001, 3) == bytes([65, 66, 67])
         assert file.place == f"{location.label}/a b#.txt"
     assert server.bytes_served < 70_000
-
-
-@pytest.mark.usefixtures("inside")
-def test_a_failing_hub_is_asked_again_but_not_for_ever(
-    server: HubServer, access: HubAccess
-) -> None:
-    server.add("org/name", {"x": bytes(range(200))})
-    location = locate("org/name", kind="base", access=access)
-    server.failures = [503, 0]
-    with open_remote(location, "x", access) as file:
-        assert file.read_at(0, 200) == bytes(range(200))
-    server.failures = [429] * 9
-    with pytest.raises(SurroundingsError, match="after 3 tries: the Hub answers 429"):
-        open_remote(location, "x", access)
 
 
 @pytest.mark.usefixtures("inside")
@@ -361,14 +349,14 @@ def test_a_file_of_unknown_size_is_not_taken_for_small(
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_repo_that_moves_while_it_is_fetched_is_refused(
+def test_a_repo_that_moves_while_it_is_fetched_is_read_at_the_commit_that_was_found(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
     server.add("org/name", ADAPTER | {"adapter_config.json": b"[]"})
-    with pytest.raises(SurroundingsError, match="was changed meanwhile"):
-        fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert (fetched.fetched / "adapter_config.json").read_bytes() == b"{}"
 
 
 @pytest.mark.usefixtures("inside")
@@ -438,7 +426,7 @@ def test_what_is_cached_serves_when_the_hub_is_out_of_reach(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert locate("org/name", kind="adapter", access=access).commit == commit
     assert "README.md" in list_files(location, access)
-    with pytest.raises(SurroundingsError, match="cannot be had"):
+    with pytest.raises(SurroundingsError, match="could not be read from the Hub"):
         locate("org/other", kind="adapter", access=access)
 
 

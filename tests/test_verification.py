@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -853,19 +853,6 @@ def test_what_peft_would_draw_otherwise_is_warned_of(
 
 
 # --- from the Hub --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    with HubServer() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
-        huggingface_hub.close_session()
 
 
 def test_all_of_it_can_lie_on_the_hub(

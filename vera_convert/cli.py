@@ -35,6 +35,7 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.reading import printable
+from vera_convert.hub.secrets import redacted
 from vera_convert.publish.interrupts import Interrupted, interruption, signals_raise
 
 if TYPE_CHECKING:
@@ -1094,10 +1095,10 @@ def _explained(error: Exception) -> VeraConvertError:
     if isinstance(error, MemoryError):
         return SurroundingsError("there is not enough memory for this.")
     if isinstance(error, OSError):
-        return SurroundingsError(printable(str(error)))
+        return SurroundingsError(printable(redacted(str(error))))
     return SurroundingsError(
         f"this is a mistake of vera-convert itself, please report it with what --debug shows: "
-        f"{type(error).__name__}: {printable(str(error))}"
+        f"{type(error).__name__}: {printable(redacted(str(error)))}"
     )
 
 
@@ -1115,7 +1116,17 @@ def _show_traceback(arguments: list[str]) -> None:
     if "--debug" in arguments:
         import traceback
 
-        traceback.print_exc()
+        _say(redacted(traceback.format_exc().rstrip("\n"), _token_of(arguments)), err=True)
+
+
+def _token_of(arguments: list[str]) -> str | None:
+    """Return the value of --token, however it is written."""
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == "--token":
+            return after
+        if argument.startswith("--token="):
+            return argument.removeprefix("--token=")
+    return None
 
 
 def _leave(status: int) -> None:

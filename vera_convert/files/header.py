@@ -77,7 +77,7 @@ BITS: Mapping[str, int] = {
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 MAX_HEADER_BYTES = 100_000_000
-_FIRST_READ = 1 << 16  # most headers of an adapter fit, so a remote one costs one round trip
+_FIRST_READ = 32 << 10  # most headers of an adapter fit, so a remote one costs one round trip
 _MOST_FINDINGS = 50
 _MOST_DIMENSIONS = 32  # NumPy 1 has no more
 _LONGEST_NAME, _DEEPEST_NAME = 1_000, 100

@@ -11,23 +11,21 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.files.reading import LocalFile, clean_name, open_local, printable, unreadable
-from vera_convert.hub.calls import (
-    HubAccess,
-    OutOfReachError,
-    cache_of_repo,
-    download,
-    open_by_range,
-    repo_info,
-)
+from vera_convert.hub.beginnings import kept_beginning
+from vera_convert.hub.cache import cached_commit, remember_commit, snapshot_of
+from vera_convert.hub.calls import HubAccess, asking_for, endpoint, repo_info
+from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.downloading import download
+from vera_convert.hub.refusals import OutOfReachError
 from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.hub.reponame import (
-    COMMIT,
     SCHEME,
     RepoName,
     is_repo_id,
@@ -72,6 +70,7 @@ class Location:
         subfolder: the folder inside the repo, with `/`; empty for its root.
         revision: the branch, tag or commit that was asked for; None for the default branch.
         left_out: files of the repo that were not fetched with the others.
+        listed: every file of the repo at the commit, if the Hub was asked for the commit.
     """
 
     label: str
@@ -81,6 +80,7 @@ class Location:
     subfolder: str = ""
     revision: str | None = None
     left_out: tuple[str, ...] = ()
+    listed: Mapping[str, RepoFile] | None = field(default=None, repr=False, compare=False)
 
     @property
     def fetched(self) -> Path:
@@ -150,7 +150,8 @@ def locate(
     try:
         return _resolve(_with_revision(name, revision), access)
     except SurroundingsError as error:
-        raise SurroundingsError(f"there is no folder {printable(text)}, and {error}") from error
+        error.args = (f"there is no folder {printable(text)}, and {error}",)
+        raise
 
 
 def base_from_config(name: str | None, revision: str | None, access: HubAccess) -> NamedBase:
@@ -188,8 +189,10 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
 
 def _named_repo(wanted: RepoName, access: HubAccess) -> Location:
     """Find the repo of a base, in the cache first."""
-    cached = _cached_commit(wanted, access)
-    if cached is not None and any(_snapshot(wanted.repo_id, cached, access).rglob("*.safetensors")):
+    cached = cached_commit(wanted, access)
+    if cached is not None and any(
+        snapshot_of(wanted.repo_id, cached, access).rglob("*.safetensors")
+    ):
         return _at(wanted, cached)
     return _resolve(wanted, access)
 
@@ -244,42 +247,33 @@ def _with_revision(name: RepoName, revision: str | None) -> RepoName:
 # --- commits and the cache -----------------------------------------------------------------------
 
 
-def _at(name: RepoName, commit: str) -> Location:
+def _at(name: RepoName, commit: str, listed: Mapping[str, RepoFile] | None = None) -> Location:
     label = "/".join(filter(None, (f"{name.repo_id}@{commit}", name.subfolder)))
-    return Location(printable(label), None, name.repo_id, commit, name.subfolder, name.revision)
+    return Location(
+        printable(label),
+        None,
+        name.repo_id,
+        commit,
+        name.subfolder,
+        name.revision,
+        listed=listed,
+    )
 
 
 def _resolve(name: RepoName, access: HubAccess) -> Location:
     """Find the commit of a revision: from the Hub, or the cache if that cannot be asked."""
-    cached = _cached_commit(name, access)
+    cached = cached_commit(name, access)
     if cached is not None and (access.is_offline or name.revision == cached):
         return _at(name, cached)
     if access.is_offline:
         raise _not_cached(f"{name.repo_id}@{name.revision or 'main'}")
     try:
-        commit, _ = repo_info(name.repo_id, name.revision, access)
+        found = repo_info(name.repo_id, name.revision, access)
     except OutOfReachError:
         if cached is None:
             raise
-        commit = cached
-    return _at(name, commit)
-
-
-def _snapshot(repo_id: str, commit: str, access: HubAccess) -> Path:
-    return cache_of_repo(repo_id, access) / "snapshots" / commit
-
-
-def _cached_commit(name: RepoName, access: HubAccess) -> str | None:
-    """Return the commit that the cache knows for a revision, if it holds any file of it."""
-    commit = name.revision or "main"
-    if not COMMIT.fullmatch(commit):
-        ref = cache_of_repo(name.repo_id, access).joinpath("refs", *commit.split("/"))
-        try:
-            commit = ref.read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return None
-    known = COMMIT.fullmatch(commit) and _snapshot(name.repo_id, commit, access).is_dir()
-    return commit if known else None
+        return _at(name, cached)
+    return _at(name, found.commit, found.files)
 
 
 def _not_cached(what: str) -> SurroundingsError:
@@ -314,21 +308,37 @@ def list_files(location: Location, access: HubAccess) -> dict[str, int]:
     if location.folder is not None:
         return dict(_walk(location.folder))
     repo_id, commit = _on_hub(location)
-    cached = _snapshot(repo_id, commit, access) / location.subfolder
+    cached = snapshot_of(repo_id, commit, access) / location.subfolder
     if access.is_offline and not cached.is_dir():
         raise _not_cached(location.label)
     if access.is_offline:
         return dict(_walk(cached))
     try:
-        _, names = repo_info(repo_id, commit, access, files=True)
+        files = _files_of(location, access)
     except OutOfReachError:
         if not cached.is_dir():
             raise
         return dict(_walk(cached))
-    listed = _below(location.subfolder, names)
+    listed = _below(location.subfolder, {name: file.size for name, file in files.items()})
     if location.subfolder and not listed:
         raise SurroundingsError(f"{location.label}: the repo has no such folder.")
     return listed
+
+
+def _files_of(location: Location, access: HubAccess) -> Mapping[str, RepoFile]:
+    """Return the files of a whole repo as the Hub lists them, asking it once at most."""
+    if location.listed is not None:
+        return location.listed
+    repo_id, commit = _on_hub(location)
+    return _listed_at(repo_id, commit, access, endpoint())
+
+
+@lru_cache(maxsize=64)
+def _listed_at(
+    repo_id: str, commit: str, access: HubAccess, _endpoint: str
+) -> Mapping[str, RepoFile]:
+    """Ask the Hub for the files of a commit, which never change."""
+    return repo_info(repo_id, commit, access).files
 
 
 def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
@@ -379,13 +389,18 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
     """
     repo_id, commit = _on_hub(location)
     name = _inside(location, filename)
-    snapshot = _snapshot(repo_id, commit, access)
+    snapshot = snapshot_of(repo_id, commit, access)
     if (snapshot / name).exists():
         return open_local(snapshot / name, within=snapshot)
     place = f"{location.label}/{printable(filename)}"
     if access.is_offline:
         raise _not_cached(place)
-    return open_by_range(repo_id, str(name), commit=commit, place=place, access=access)
+    return RemoteFile(
+        place,
+        asking_for(repo_id, str(name), commit=commit, place=place, access=access),
+        listed=location.listed.get(str(name)) if location.listed is not None else None,
+        keeper=kept_beginning(repo_id, commit, str(name), access),
+    )
 
 
 def fetch_adapter(
@@ -484,20 +499,14 @@ def fetch_base(location: Location, access: HubAccess, *, names: Collection[str])
 def _download(location: Location, names: Sequence[str], access: HubAccess) -> Path:
     """Bring files of one commit into the cache and return the folder that holds them all."""
     repo_id, commit = _on_hub(location)
-    snapshot = _snapshot(repo_id, commit, access)
-    full = [str(_inside(location, name)) for name in names]
-    if access.is_offline:
-        for name in full:
-            if not (snapshot / name).exists():
-                raise _not_cached(f"{repo_id}@{commit}/{printable(name)}")
-        return snapshot / location.subfolder
-    # The first is asked for by the name of its revision: so the cache learns what that name means,
-    # and the next run can do without the Hub. One after the other, since a thread that downloads
-    # cannot be interrupted.
-    revision = location.revision or "main"
-    for name in full:
-        path = download(repo_id, name, revision=revision, access=access)
-        if commit not in path.parts:
-            raise SurroundingsError(f"{location.label}: the repo was changed meanwhile. Try again.")
-        revision = commit
+    snapshot = snapshot_of(repo_id, commit, access)
+    files = [_inside(location, name) for name in names]
+    absent = [name for name in files if not (snapshot / name).exists()]
+    if absent and access.is_offline:
+        raise _not_cached(f"{repo_id}@{commit}/{printable(str(absent[0]))}")
+    if absent:
+        listed = _files_of(location, access)
+        download(repo_id, commit, absent, listed=listed, access=access)
+    if not access.is_offline:
+        remember_commit(repo_id, location.revision or "main", commit, access)
     return snapshot / location.subfolder

@@ -1,0 +1,95 @@
+"""Whole files of a repo at one commit, brought into the Hub's cache if they are not there.
+
+One after the other and each in one stream, which an interruption ends at once. `hf download` brings
+the same files into the same cache, and is faster for hundreds of gigabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from vera_convert.files.reading import printable
+from vera_convert.hub.cache import link_blob, snapshot_of, store
+from vera_convert.hub.calls import HubAccess, asking_for
+from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.remotefile import RemoteFile
+
+_SMALL = 4 << 20
+"""No bar is drawn for a file of fewer bytes."""
+
+
+def download(
+    repo_id: str,
+    commit: str,
+    names: Sequence[PurePosixPath],
+    *,
+    listed: Mapping[str, RepoFile],
+    access: HubAccess,
+) -> Path:
+    """Bring files of a repo into the cache, if they are not there, and return their snapshot.
+
+    Args:
+        repo_id: the repo.
+        commit: the commit.
+        names: the files, as the repo calls them.
+        listed: what the Hub says of each, by name; may lack some.
+        access: how the Hub is reached.
+
+    Raises:
+        OutOfReachError: no answer.
+        SurroundingsError: no such file, or no access to it; the bytes are not those that the Hub
+            states; the disk is full.
+    """
+    snapshot = snapshot_of(repo_id, commit, access)
+    for name in names:
+        known = listed.get(str(name), RepoFile())
+        if not (snapshot / name).exists() and not link_blob(
+            snapshot, name, known.digest, known.size
+        ):
+            _download(repo_id, commit, name, known, access)
+    return snapshot
+
+
+def _download(
+    repo_id: str, commit: str, name: PurePosixPath, listed: RepoFile, access: HubAccess
+) -> None:
+    place = f"{repo_id}@{commit}/{printable(str(name))}"
+    ask = asking_for(repo_id, str(name), commit=commit, place=place, access=access)
+    remote = RemoteFile(place, ask, listed=listed)
+
+    def fill(file: BinaryIO) -> str:
+        with _bar(name.name, remote.size, access) as drawn:
+
+            def write(data: bytes) -> None:
+                file.write(data)
+                drawn(len(data))
+
+            return remote.copy_to(write).name
+
+    store(snapshot_of(repo_id, commit, access), name, remote.size, fill)
+
+
+@contextmanager
+def _bar(name: str, size: int, access: HubAccess) -> Iterator[Callable[[int], object]]:
+    """Draw a bar of bytes on a terminal, unless the caller or the environment wants none."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not (access.progress and terminal) or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        yield lambda _count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=printable(name)[-40:],
+        total=size,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        leave=False,
+        disable=size < _SMALL,
+    ) as bar:
+        yield bar.update

@@ -1,0 +1,214 @@
+"""How the Hub fails: what passes, the lasting reasons, and what a user can do about each."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.hub.secrets import redacted
+
+
+class TryAgainError(Exception):
+    """A request failed for a reason that may pass.
+
+    Attributes:
+        after: the seconds that the server asks to wait.
+        limited: whether the server refused because it was asked too often.
+    """
+
+    def __init__(self, reason: str, *, after: float = 0.0, limited: bool = False) -> None:
+        super().__init__(reason)
+        self.after = after
+        self.limited = limited
+
+
+class Refusal(StrEnum):
+    """Why the Hub refuses, for good or for some minutes."""
+
+    MISSING = "missing"
+    PRIVATE = "private"
+    GATED = "gated"
+    DISABLED = "disabled"
+    BAD_TOKEN = "bad token"  # noqa: S105 -- a reason, no secret
+    RATE_LIMITED = "rate-limited"
+
+
+class RefusedError(SurroundingsError):
+    """The Hub refuses a repo or a file.
+
+    Attributes:
+        refusal: why.
+    """
+
+    def __init__(self, message: str, refusal: Refusal) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
+class OutOfReachError(SurroundingsError):
+    """The Hub did not answer, or cannot now; the files in the cache may serve instead."""
+
+
+class LimitedError(OutOfReachError, RefusedError):
+    """The Hub was asked too often."""
+
+
+# --- what an answer means ------------------------------------------------------------------------
+
+
+def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
+    """Return what to raise once enough tries have failed."""
+    reason = f"{what} could not be read from the Hub in {tries} tries: {error}."
+    if error.limited:
+        return LimitedError(
+            f"{reason} The Hub limits how often you may ask: wait some minutes, or log in with "
+            "`hf auth login`, which raises the limit.",
+            Refusal.RATE_LIMITED,
+        )
+    return OutOfReachError(f"{reason} Check the connection, or try again later.")
+
+
+def unexpected(what: str, status: int) -> SurroundingsError:
+    """Return what to raise for a status that the Hub has no reason to send."""
+    return SurroundingsError(f"{what} could not be read from the Hub: it answers {status}.")
+
+
+def transient(status: int, headers: Mapping[str, str]) -> TryAgainError | None:
+    """Return the failure that an answer stands for if it may pass, else None."""
+    if status not in (408, 425, 429) and status < 500:
+        return None
+    limited = status == 429
+    reason = f"the Hub answers {status}" + (" (too many requests)" if limited else "")
+    return TryAgainError(reason, after=_asked_to_wait(headers), limited=limited)
+
+
+def refused(
+    what: str, status: int, headers: Mapping[str, str], said: str, *, with_token: bool
+) -> SurroundingsError:
+    """Return what an answer means that is no success and does not pass.
+
+    Args:
+        what: the repo or file, as messages call it.
+        status: of the answer.
+        headers: of the answer, in whatever case.
+        said: what the answer says in words, if anything.
+        with_token: whether the request carried a token.
+    """
+    code = headers.get("x-error-code", "")
+    if code == "RevisionNotFound":
+        reason = "the repo has no such revision. Check the spelling of branch, tag or commit"
+        return RefusedError(f"{what} was not found on the Hub: {reason}.", Refusal.MISSING)
+    if code == "EntryNotFound":
+        reason = "the repo has no such file at this commit"
+        return RefusedError(f"{what} was not found on the Hub: {reason}.", Refusal.MISSING)
+    refusal = _refusal(status, code, said, with_token=with_token)
+    if refusal is None:
+        return unexpected(what, status)
+    return RefusedError(f"{what} could not be read from the Hub: {_ADVICE[refusal]}.", refusal)
+
+
+_ADVICE = {
+    Refusal.MISSING: (
+        "the Hub has no such repo. Check the spelling. A private repo looks the same to an account "
+        "that may not read it: then log in with `hf auth login` or pass --token"
+    ),
+    Refusal.PRIVATE: (
+        "the Hub has no such repo, or it is private. Check the spelling; for a private one log in "
+        "with `hf auth login` or pass --token, as an account that may read it"
+    ),
+    Refusal.GATED: (
+        "the repo is gated. Accept its terms on its page on the Hub, then log in with "
+        "`hf auth login` or pass --token"
+    ),
+    Refusal.DISABLED: (
+        "the Hub has disabled the repo, and nobody can read it. Use another copy of the model, or "
+        "ask the repo's owner"
+    ),
+    Refusal.BAD_TOKEN: (
+        "the Hub does not accept the token: it is misspelled, expired or revoked. Make a new token "
+        "in the settings of your account, then pass it with --token, set HF_TOKEN, or log in with "
+        "`hf auth login`"
+    ),
+}
+
+
+def _refusal(status: int, code: str, said: str, *, with_token: bool) -> Refusal | None:
+    """Say which of the lasting reasons an answer stands for; None if it is none of them."""
+    if code == "GatedRepo":
+        return Refusal.GATED
+    if "is disabled" in said or status == 451:
+        return Refusal.DISABLED
+    if status == 401 and with_token and (code != "RepoNotFound" or "credentials" in said):
+        return Refusal.BAD_TOKEN
+    if status in (401, 403):
+        return Refusal.PRIVATE
+    return Refusal.MISSING if status in (404, 410) or code == "RepoNotFound" else None
+
+
+def _asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Return the seconds that a server asks to wait: by number, by date, or by its rate limit."""
+    after = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,9}", after, re.ASCII):
+        return float(after)
+    limit = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", headers.get("ratelimit", "")[:200], re.ASCII)
+    if limit is not None:
+        return float(limit[1])
+    try:
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+# --- what a failure below means ------------------------------------------------------------------
+
+
+_SAID = (
+    (socket.gaierror, False, "the server's name is not known here"),
+    (ssl.SSLCertVerificationError, False, "the server's certificate is not accepted"),
+    (ConnectionRefusedError, False, "the connection was refused"),
+    (ssl.SSLError, True, "the encryption failed"),
+    (TimeoutError, True, "the server did not answer in time"),
+    (ConnectionError, True, "the connection was broken off"),
+)
+"""What a user is told of failures that Python knows, the first that fits; and whether they pass."""
+
+
+def failure(what: str, error: BaseException) -> TryAgainError | OutOfReachError:
+    """Return what to raise for an error of the HTTP library, without the secrets in its text."""
+    name = type(error).__name__
+    reason, passes = redacted(f"{name}: {error}".rstrip(": ")), True
+    if "Timeout" in name:
+        reason = f"the server did not answer in time ({name})"
+    for cause in _causes(error):
+        known = next((each for each in _SAID if isinstance(cause, each[0])), None)
+        if known is not None:
+            reason, passes = f"{known[2]} ({name})", known[1]
+            break
+        if isinstance(cause, OSError) and cause.errno in errno.errorcode and cause.strerror:
+            reason = f"{cause.strerror} ({name})"
+            break
+    if passes:
+        return TryAgainError(printable(reason))
+    return OutOfReachError(
+        f"{what} could not be read from the Hub: {printable(reason)}. Check the connection, and "
+        "HF_ENDPOINT if it is set."
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from, however its library keeps that."""
+    seen: object = error
+    for _ in range(10):
+        if not isinstance(seen, BaseException):
+            return
+        yield seen
+        inner = next((arg for arg in seen.args if isinstance(arg, BaseException)), None)
+        seen = inner or getattr(seen, "reason", None) or seen.__cause__ or seen.__context__
