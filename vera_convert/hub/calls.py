@@ -137,7 +137,7 @@ def endpoint() -> str:
 
     found = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
     if not re.fullmatch(r"https?://[^\s/?#@\[\]]+(/[^\s?#]*)?", found):
-        raise UsageError("HF_ENDPOINT is no web address: write it as https://host.example.")
+        raise UsageError("HF_ENDPOINT is no web address: write it as `https://hub.example`.")
     return found
 
 
