@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import theirwarnings
 from merges import Tensors, assert_same, merged_with, tensors_of
 from test_renames import EYE, LLM, MODELS, TINY
 
@@ -17,7 +18,7 @@ from vera_convert.merging.parts import Tied
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are theirs
+pytestmark = theirwarnings.OF_PEFT
 
 KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     **MODELS,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import theirwarnings
 from adapterdefects import A, B, tensors
 from folders import DATA
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from vera_convert.conversion.strip_embed import embed, strip
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs are theirs
+pytestmark = theirwarnings.OF_PEFT
 
 FIXTURES = DATA / "fixtures"
 MODEL_CLASS = {
@@ -115,6 +116,7 @@ def test_a_cut_adapter_loads_where_the_larger_one_did_not(tmp_path: Path) -> Non
     assert np.array_equal(logits(tmp_path / "cut"), logits(folder))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_a_mended_adapter_loads_where_the_damaged_one_does_nothing(tmp_path: Path) -> None:
     folder, base, logits = fixture("0.21.2/llama_fp32_noproj")
     damaged = tmp_path / "damaged"

@@ -78,6 +78,42 @@ def staged_file(
         yield staged.folder
 
 
+@contextmanager
+def updated_folder(out: Path) -> Iterator[Path]:
+    """Give an empty folder whose files then replace those of the same names in `out`.
+
+    Each file is replaced in one rename, all others of `out` stay, and `out` is made if it is
+    missing. A failure of the block changes nothing.
+
+    Raises:
+        UsageError: `out` has no name.
+        SurroundingsError: the system refused (also for an `OSError` of the block itself).
+        Interrupted: a signal came.
+    """
+    container = None
+    with signals_raise(), explained(out):
+        place = _real_place(out)
+        with signals_held():
+            sweep_containers(place)
+        try:
+            with signals_held():
+                container = Container.beside(place)
+            container.new.mkdir()
+            yield container.new
+            sync_tree(container.new)
+            with signals_held():
+                place.mkdir(exist_ok=True)
+                for path in sorted(container.new.iterdir()):
+                    path.replace(place / path.name)
+                sync_folder(place)
+                signals_done()
+                container.remove()
+        finally:
+            if container is not None:
+                with signals_held():
+                    container.remove()
+
+
 class Staged:
     """What a run stages, and what of it an earlier run left.
 
@@ -136,7 +172,7 @@ def check_out(
             without `force`; it is a link, of another kind, or not the command's own.
         SurroundingsError: its parent is missing, or cannot be looked into.
     """
-    with _explained(out):
+    with explained(out):
         place = _real_place(out)
         _refuse_overlap(place, inputs)
         _Replacing(allowed=force, is_own=is_own, folder=folder).check(place)
@@ -246,7 +282,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def explained(out: Path) -> Iterator[None]:
     """Turn an `OSError` of the system (not of a connection) into a `SurroundingsError`."""
     try:
         yield
@@ -274,7 +310,7 @@ def _staged(
     out: Path, inputs: Sequence[Path], replacing: _Replacing, *, continues: bool = False
 ) -> Iterator[Staged]:
     container, staged = None, None
-    with signals_raise(), _explained(out):
+    with signals_raise(), explained(out):
         place = _real_place(out)
         _refuse_overlap(place, inputs)  # before sweeping: nothing is removed inside an input
         if not continues:

@@ -105,8 +105,8 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
     sized_by = matching(names, replace(config, target_modules=targets), peft=peft)
     chosen = sized_by
     if not isinstance(targets, str) and _limits_layers(config):
-        condensed = _condensed(names, targets, peft=peft)
-        chosen = matching(names, replace(config, target_modules=condensed), peft=peft)
+        suffixes = condensed(names, targets, peft=peft)
+        chosen = matching(names, replace(config, target_modules=suffixes), peft=peft)
     if not chosen:
         wanted = printable(targets if isinstance(targets, str) else ", ".join(targets))
         raise CheckpointError(
@@ -206,8 +206,16 @@ def _classifier(names: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _condensed(names: Sequence[str], targets: tuple[str, ...], *, peft: Version) -> tuple[str, ...]:
-    """Return a list of 20 names or more as the shortest suffixes that match nothing else."""
+def condensed(
+    names: Sequence[str], targets: tuple[str, ...], *, peft: Version = NEWEST
+) -> tuple[str, ...]:
+    """Return a list of 20 names or more as the shortest suffixes that match nothing else.
+
+    Args:
+        names: of modules; those of the modules around them need not be among them.
+        targets: the list.
+        peft: whose rules.
+    """
     listed = set(targets)
     if peft < (0, 13) or len(listed) < 20:
         return targets
@@ -223,8 +231,8 @@ def _condensed(names: Sequence[str], targets: tuple[str, ...], *, peft: Version)
         next((suffix for suffix in endings.suffixes(target) if suffix not in others), None)
         for target in targets
     )
-    condensed = tuple(dict.fromkeys(suffix for suffix in shortest if suffix is not None))
-    return condensed if 0 < len(condensed) < len(listed) else targets
+    found = tuple(dict.fromkeys(suffix for suffix in shortest if suffix is not None))
+    return found if 0 < len(found) < len(listed) else targets
 
 
 def _parents(name: str) -> list[str]:

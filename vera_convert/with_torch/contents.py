@@ -45,6 +45,7 @@ from vera_convert.targets.matching import (
     Linear,
     ModelLayers,
     adapted,
+    condensed,
     matching,
     resolve,
 )
@@ -101,7 +102,11 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
     config = _completed(config, model, layers)
     _check_named(config, model, layers.linear)
     chosen = adapted(layers, config)
-    config = replace(config, fan_in_fan_out=[*chosen.layers.values()][-1].conv1d)
+    config = replace(
+        config,
+        target_modules=_condensed(config, model),
+        fan_in_fan_out=[*chosen.layers.values()][-1].conv1d,
+    )
     check_size(config.r, chosen.max_in, chosen.max_out, place=layers.source)
     drawn = draw(
         variant,
@@ -142,6 +147,14 @@ def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> Ver
     )
 
 
+def _condensed(config: VeraConfig, model: nn.Module) -> tuple[str, ...] | str | None:
+    """Return target_modules as PEFT saves it: a list of 20 names or more as suffixes."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return targets
+    return condensed([path for path, _ in modules_of(model) if path], targets)
+
+
 def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
     """Return modules_to_save with the heads that PEFT appends for the task."""
     implied = SAVED_BY_TASK.get(config.task_type or "", ())
@@ -173,12 +186,11 @@ def _first_vectors(
 
     The layer keeps them in float32, but values that came through 16 bits.
     """
+    d = torch.randn(config.r, dtype=torch.float32)  # in any case, as in PEFT: what is drawn next
+    b = torch.ones(outputs, dtype=torch.float32)  # shall be the same
     if config.init_weights:
-        d = torch.full((config.r,), config.d_initial, dtype=torch.float32)
-        b = torch.zeros(outputs, dtype=torch.float32)
-    else:
-        d = torch.randn(config.r, dtype=torch.float32)
-        b = torch.ones(outputs, dtype=torch.float32)
+        d.fill_(config.d_initial)
+        b.zero_()
     return d.to(dtype or torch.float32), b.to(dtype or torch.float32)
 
 
@@ -189,6 +201,7 @@ def stored_contents(
     folder: Path,
     model: nn.Module,
     *,
+    config: VeraConfig | None = None,
     projections: Meant,
     variant: Variant | None,
     rounding: Rounding | None = None,
@@ -201,6 +214,7 @@ def stored_contents(
     Args:
         folder: the adapter's.
         model: the model that it is to adapt; layers can be wrapped already.
+        config: used instead of the folder's.
         projections: which A and B are meant where file, flag and key disagree.
         variant: the generator's variant, where A and B are drawn and no fingerprint names it.
         rounding: what drawn values are rounded to; None for what the layers' dtypes do to them.
@@ -209,12 +223,12 @@ def stored_contents(
 
     Raises:
         CheckpointError: the adapter is malformed, or does not fit the model.
-        UsageError: stored projections are meant and there are none.
+        UsageError: stored projections are meant and there are none; `config` has another rank.
         SurroundingsError: a file cannot be read.
     """
     layers = layers_of(model)
     with open_adapter(folder) as opened:
-        adapter = _renamed(opened, layers, key_map)
+        adapter = _renamed(_with_config(opened, config), layers, key_map)
         own = _matched(adapter, layers, model)
         dims = shared_dims(adapter, layers, own, BuiltLayers({}, own, all_built=True))
         on_base = OnBase(
@@ -230,6 +244,8 @@ def stored_contents(
                 f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
             )
             raise CheckpointError(PROJECTIONS_TOO_NARROW.at(A_NAME, reason))
+        for _ in adapter.layers:
+            torch.randn(adapter.config.r)  # PEFT draws d before it reads it: see `_first_vectors`
         return Contents(
             config=replace(adapter.config, modules_to_save=_saved_whole(adapter.config)),
             vectors={
@@ -247,6 +263,24 @@ def stored_contents(
                 *pair.findings,
             ),
         )
+
+
+def _with_config(adapter: Adapter, config: VeraConfig | None) -> Adapter:
+    """Return the adapter with another config, if one is given."""
+    if config is None:
+        return adapter
+    given = parse_config(config_text(config), place=type(config).__name__)
+    if given.config.r != adapter.config.r:
+        raise UsageError(
+            f"the given config has r={given.config.r}, and the adapter's vectors are of rank "
+            f"{adapter.config.r}."
+        )
+    if given.config.save_projection and adapter.projections is None:
+        raise UsageError(
+            "the given config has save_projection=True, and the adapter's file has no A and B: set "
+            "it to False, and A and B are drawn from the key."
+        )
+    return replace(adapter, config_file=given)
 
 
 def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str, str]]) -> Adapter:

@@ -20,6 +20,7 @@ autocast the two differ. Nothing here knows of configs, files or whole models.
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -102,6 +103,10 @@ class SharedMatrix(nn.Module):
         self.register_buffer(adapter, matrix)
         self._pool()
 
+    def drop(self, adapter: str) -> None:
+        """Forget the matrix of an adapter."""
+        del self._buffers[adapter]
+
     def like(self, adapter: str, x: Tensor, rows: int | None, columns: int | None) -> Tensor:
         """Return the leading rows and columns of an adapter's matrix, as `x` is: device and dtype.
 
@@ -147,6 +152,14 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     )
 
 
+def _largest(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if one is NaN."""
+    if not values.numel():
+        return 0.0
+    low, high = values.aminmax()
+    return math.nan if math.isnan(low) else max(-float(low), float(high))
+
+
 class VeraLinear(nn.Module):
     """A linear layer with the VeRA branches of any number of adapters.
 
@@ -177,20 +190,29 @@ class VeraLinear(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._shared = (vera_A, vera_B)  # in a tuple, so that they do not become modules of its own
 
-    def add(self, adapter: str, d: Tensor, b: Tensor, *, dropout: float = 0.0) -> None:
+    def add(
+        self, adapter: str, d: Tensor, b: Tensor, *, dropout: float = 0.0, widened: bool = True
+    ) -> None:
         """Give the layer copies of an adapter's vectors d (r,) and b (out,), not active yet.
 
-        They are kept where the frozen layer is, in float32, or in float64 if W is.
+        The copies lie on the frozen layer's device. Their dtype is that of W, and at least float32
+        if they are `widened`.
         """
-        wide = weight_dtype(self.base_layer) == torch.float64
+        dtype = weight_dtype(self.base_layer) or torch.float32
         held = chain(self.base_layer.parameters(), self.base_layer.buffers())
         place = {
             "device": next((tensor.device for tensor in held), None),
-            "dtype": torch.float64 if wide else torch.float32,
+            "dtype": torch.promote_types(dtype, torch.float32) if widened else dtype,
         }
         self.vera_lambda_d[adapter] = nn.Parameter(d.to(**place, copy=True))
         self.vera_lambda_b[adapter] = nn.Parameter(b.to(**place, copy=True))
         self.dropout[adapter] = dropout if dropout > 0 else 0.0  # NaN is none, as in PEFT
+
+    def remove(self, adapter: str) -> None:
+        """Take an adapter's vectors out of the layer, if there are any; it is not active then."""
+        if adapter in self.vera_lambda_d:
+            del self.vera_lambda_d[adapter], self.vera_lambda_b[adapter], self.dropout[adapter]
+        self.active = tuple(name for name in self.active if name != adapter)
 
     # Models ask their layers for these, to learn a dtype or a device.
 
@@ -240,8 +262,10 @@ class VeraLinear(nn.Module):
         with torch.autocast(d.device.type, enabled=False):
             return (b[:, None] * B) @ (d[:, None] * A)
 
-    def merge(self) -> None:
-        """Add the D of each active adapter in turn to W; each sum is rounded once, to W's dtype.
+    def merge(self, adapters: tuple[str, ...] | None = None) -> None:
+        """Add the D of each of these adapters in turn to W; None stands for the active ones.
+
+        Each sum is rounded once, to W's dtype.
 
         Raises:
             UsageError: W is quantized, or something is merged already.
@@ -249,8 +273,9 @@ class VeraLinear(nn.Module):
         """
         if self.merged:
             raise UsageError(f"{', '.join(self.merged)} is merged already: call unmerge() first.")
-        self._add_to_weight(self.dense_weight(), self.active)
-        self.merged = self.active
+        chosen = self.active if adapters is None else adapters
+        self._add_to_weight(self.dense_weight(), chosen)
+        self.merged = chosen
 
     def unmerge(self) -> None:
         """Subtract what was merged, last first. W comes back but for rounding, not bit for bit."""
@@ -258,11 +283,30 @@ class VeraLinear(nn.Module):
             self._add_to_weight(self.dense_weight(), self.merged[::-1], sign=-1)
         self.merged = ()
 
-    def merges_finite(self) -> bool:
-        """Tell whether every value of W would be finite after `merge`, which takes a copy of W."""
-        weight = self.dense_weight().clone()
-        self._add_to_weight(weight, self.active)
+    def merges_finite(self, adapters: tuple[str, ...] | None = None) -> bool:
+        """Tell whether every value of W would be finite after `merge` of these adapters.
+
+        A bound of the sum's largest value nearly always tells, without the sum. If the bound is too
+        high, the sum is computed, in a copy of W.
+        """
+        chosen = self.active if adapters is None else adapters
+        weight = self.dense_weight()
+        room = float(torch.finfo(weight.dtype).max) / 2 - _largest(weight)
+        if sum(self._largest_delta(adapter) for adapter in chosen) < room:  # false for NaN
+            return True
+        weight = weight.clone()
+        self._add_to_weight(weight, chosen)
         return bool(weight.isfinite().all())
+
+    def _largest_delta(self, adapter: str) -> float:
+        """Return a bound of D's values and of all that are computed on the way to them."""
+        d, b = self.vera_lambda_d[adapter].detach(), self.vera_lambda_b[adapter].detach()
+        left, right = (
+            _largest(vector) * _largest(matrix)
+            for vector, matrix in zip((d, b), self._slices(adapter, d), strict=True)
+        )
+        bound: float = left + right + d.numel() * left * right
+        return bound
 
     def dense_weight(self) -> Tensor:
         """Return W, if something can be merged into it; raises as `merge` does."""

@@ -37,6 +37,12 @@ class TrainedWhole(nn.Module):
         """Give an adapter its copy of the original."""
         self.modules_to_save[adapter] = deepcopy(self.original_module)
 
+    def remove(self, adapter: str) -> None:
+        """Take an adapter's copy away, if there is one; the original stands in for it."""
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+        self.active = None if self.active == adapter else self.active
+
     @property
     def current(self) -> nn.Module:
         """The module that computes."""
@@ -175,11 +181,12 @@ def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
             module.active = next((n for n in adapters if n in module.modules_to_save), None)
 
 
-def names_of_weight(model: nn.Module, path: str) -> list[str]:
-    """Return every name of a wrapped layer's weight; one that is tied has more than its own."""
-    weight = model.get_submodule(path).weight
-    every = model.named_parameters(remove_duplicate=False)
-    return [name.replace(".base_layer.", ".") for name, tensor in every if tensor is weight]
+def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Return every name of each parameter by its `id`; a tied one has more than its own."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name.replace(".base_layer.", "."))
+    return names
 
 
 def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:

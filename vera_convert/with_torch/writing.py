@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import from_array
-from vera_convert.publish.publishing import staged_folder
+from vera_convert.publish.publishing import explained, staged_folder, updated_folder
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"
@@ -28,41 +31,109 @@ def config_text(config: VeraConfig) -> bytes:
     document = {**asdict(config), "peft_type": "VERA", "inference_mode": True}
     if config.peft_version is None:
         del document["peft_version"]
-    return json.dumps(document, indent=2, sort_keys=True).encode()
+    return json.dumps(document, indent=2, sort_keys=True, default=_listed).encode()
+
+
+def _listed(value: object) -> list[object]:
+    """Return a set of a config as a list: PEFT takes sets of names."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    raise UsageError(
+        f"the config holds an object of the class {type(value).__name__}, which no "
+        "adapter_config.json can hold: give texts, numbers and lists."
+    )
+
+
+def check_trainers_arguments(given: Mapping[str, object]) -> None:
+    """Refuse arguments of PEFT's ``save_pretrained`` that this package cannot follow.
+
+    Raises:
+        UsageError: with the first of them.
+    """
+    reasons = {
+        "state_dict": "a state dict that was gathered elsewhere; save on a process that holds the "
+        "whole model",
+        "safe_serialization": "pickles; adapters are written as safetensors",
+        "save_embedding_layers": "embedding layers that were not trained; name a trained one in "
+        "modules_to_save",
+        "path_initial_model_for_weight_conversion": "a difference to another adapter",
+    }
+    harmless: dict[str, tuple[object, ...]] = {
+        "state_dict": (None,),
+        "safe_serialization": (True,),
+        "save_embedding_layers": ("auto", False),
+        "path_initial_model_for_weight_conversion": (None,),
+    }
+    for name, value in given.items():
+        if name == "is_main_process":
+            continue
+        if name not in harmless:
+            raise UsageError(f"save_pretrained() has no argument {printable(name)}.")
+        if not any(value is each or value == each for each in harmless[name]):
+            raise UsageError(f"save_pretrained() does not write {reasons[name]} ({name}).")
 
 
 def write_adapters(
-    out: Path, adapters: Mapping[str, tuple[VeraConfig, Mapping[str, Tensor]]], *, force: bool
+    out: Path,
+    adapters: Mapping[str, tuple[VeraConfig, Mapping[str, Tensor]]],
+    *,
+    force: bool,
+    update: bool = False,
 ) -> None:
-    """Write adapters as PEFT does, all or none, and compare what came to lie on the disk.
+    """Write adapters as PEFT does, and compare what came to lie on the disk.
 
     Args:
         out: the folder; `DEFAULT` goes into it, each other adapter into a subfolder of its name.
+            Missing parents are made.
         adapters: by name, the config and the tensors by the names that they get in the file.
-        force: replace a folder that holds nothing but adapters.
+        force: replace a folder that holds nothing but adapters; its README.md is kept.
+        update: replace files of the same names, one by one, and leave all others as they are;
+            otherwise the folder appears whole or not at all.
 
     Raises:
         UsageError: `out` exists and may not be replaced.
         SurroundingsError: the disk fails.
     """
-    with staged_folder(out, force=force, is_own=_holds_adapters_only) as staging:
-        for name, (config, tensors) in adapters.items():
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if update:
+        for name in adapters:
+            with updated_folder(out if name == DEFAULT else out / name) as staging:
+                _write_adapter(staging, *adapters[name])
+        return
+    empty = _is_empty(out)
+    with staged_folder(out, force=force or empty, is_own=_holds_adapters_only) as staging:
+        for name, contents in adapters.items():
             folder = staging if name == DEFAULT else staging / name
             folder.mkdir(exist_ok=True)
-            content = AdapterContent(
-                tensors=[from_array(key, to_array(tensor)) for key, tensor in tensors.items()],
-                metadata={"format": "pt"},
-                config_text=config_text(config),
-                folder=folder,
-                not_fetched=(),
-                check_unchanged=lambda: None,
-            )
-            write_adapter(content, folder)
+            _write_adapter(folder, *contents)
+        if not empty and (card := out / CARD_NAME).is_file():
+            shutil.copyfile(card, staging / CARD_NAME)
+
+
+def _write_adapter(folder: Path, config: VeraConfig, tensors: Mapping[str, Tensor]) -> None:
+    content = AdapterContent(
+        tensors=[from_array(key, to_array(tensor)) for key, tensor in tensors.items()],
+        metadata={"format": "pt"},
+        config_text=config_text(config),
+        folder=folder,
+        not_fetched=(),
+        check_unchanged=lambda: None,
+    )
+    write_adapter(content, folder)
+
+
+CARD_NAME = "README.md"
+"""The model card that PEFT puts beside an adapter."""
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and next(out.iterdir(), None) is None
 
 
 def _holds_adapters_only(folder: Path) -> bool:
-    """Whether a folder holds what `write_adapters` writes and nothing else."""
-    names = {CONFIG_NAME, WEIGHTS_NAME}
+    """Whether a folder holds what `write_adapters` and PEFT write and nothing else."""
+    names = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
     return all(
         entry.name in names or (entry.is_dir() and is_vera(entry) and _holds_adapters_only(entry))
         for entry in folder.iterdir()

@@ -1,0 +1,323 @@
+"""The adapters of a wrapped model: added, loaded, made active, and deleted."""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.folder import is_training_state
+from vera_convert.adapter.tensors import replaced_name
+from vera_convert.arguments import one_of
+from vera_convert.conversion.projections import Meant
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.errors import UsageError
+from vera_convert.files.reading import printable
+from vera_convert.hub.lookup import HubAccess, fetch_adapter, locate
+from vera_convert.rules import Finding
+from vera_convert.with_torch.contents import Contents, new_contents, stored_contents
+from vera_convert.with_torch.layer import SharedMatrix, VeraLinear, check_has_values
+from vera_convert.with_torch.parts import (
+    TrainedWhole,
+    activate,
+    modules_of,
+    named_in,
+    own_tensors,
+    put_module,
+    trained_tensors,
+)
+from vera_convert.with_torch.peftnames import PeftMethods, own_config, takes_pefts_names
+from vera_convert.with_torch.writing import DEFAULT
+
+
+class Adapters(PeftMethods):
+    """What a `VeraModel` does with its adapters; its attributes are described there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, VeraLinear) for module in model.modules()):
+            raise UsageError("the model is wrapped already: add an adapter to its VeraModel.")
+        self.model = model
+        self.vera_A, self.vera_B = SharedMatrix(), SharedMatrix()
+        self.configs: dict[str, VeraConfig] = {}
+        self.active: tuple[str, ...] = ()
+        self.findings: dict[str, tuple[Finding, ...]] = {}
+        self._brought: dict[str, set[str]] = {}  # embeddings that came with an adapter
+
+    @takes_pefts_names
+    def add_adapter(
+        self,
+        config: VeraConfig | str,
+        adapter: str | VeraConfig = DEFAULT,
+        *,
+        variant: Variant = Variant.FLOAT32_FUSED,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter. It is not active yet, and adds nothing while its b is zero.
+
+        Args:
+            config: which layers, which rank, which key. A ``VeraConfig`` of PEFT will do.
+            adapter: its name. PEFT's order, the name first, works too.
+            variant: how A and B are drawn. PEFT takes what the machine's CPU and torch's default
+                dtype make of the key, which nearly everywhere is float32-fused.
+            autocast_adapter_dtype: keep d, b, A and B in float32 if the layers are kept in 16
+                bits; otherwise they have the layers' dtype.
+
+        Raises:
+            CheckpointError: a field of the config has no valid value, or it matches no layer.
+            UsageError: the name is taken or is none, or what is named cannot be adapted or saved.
+            SurroundingsError: the model is on the meta device.
+        """
+        if isinstance(config, str):
+            config, adapter = adapter, config
+        contents = new_contents(
+            own_config(config), self.model, variant=one_of("variant", Variant, variant)
+        )
+        self._place(str(adapter), contents, widened=autocast_adapter_dtype)
+
+    @takes_pefts_names
+    def load_adapter(
+        self,
+        folder: str | Path,
+        adapter: str = DEFAULT,
+        trainable: bool = False,  # noqa: FBT001, FBT002 -- in PEFT's order
+        *,
+        config: VeraConfig | None = None,
+        projections: Meant = Meant.AUTO,
+        variant: Variant | None = None,
+        rounding: Rounding | None = None,
+        key_map: Sequence[tuple[str, str]] = (),
+        revision: str | None = None,
+        access: HubAccess | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter in PEFT's format, as PEFT 0.21 loads it. It is not active yet.
+
+        A and B that are stored are used as they are, others are drawn and rounded for this model.
+        Biases and embeddings that the adapter brings replace the model's own for good. If the model
+        has an adapter of this name, its values are replaced, and its optimizer stays valid.
+
+        Args:
+            folder: the adapter's, or a repo on the Hub.
+            adapter: the name to give it.
+            trainable: whether gradients flow to it already; if not, the whole model is put into
+                eval mode, as in PEFT.
+            config: used instead of the one in the folder, which must be of the same rank.
+            projections: which A and B are meant where file, flag and key disagree.
+            variant: how A and B are drawn where they are not stored and no fingerprint says it.
+            rounding: what they are then rounded to; None for what the dtypes of the layers do.
+            key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules; one that
+                fits all layers is used where they do not fit as they are.
+            revision: the adapter's, on the Hub.
+            access: how the Hub is reached.
+            autocast_adapter_dtype: see `add_adapter`.
+
+        Raises:
+            CheckpointError: the adapter is malformed, or does not fit the model.
+            UsageError: the name cannot be one; the adapter of this name has other layers; stored
+                projections are meant and not there.
+            SurroundingsError: a file or a repo fails, or the model is on the meta device.
+        """
+        projections = one_of("projections", Meant, projections)
+        variant = None if variant is None else one_of("variant", Variant, variant)
+        rounding = None if rounding is None else one_of("rounding", Rounding, rounding)
+        access = access or HubAccess()
+        place = locate(str(folder), kind="adapter", access=access, revision=revision)
+        place = fetch_adapter(place, access, is_training_state=is_training_state)
+        contents = stored_contents(
+            place.fetched,
+            self.model,
+            config=None if config is None else own_config(config),
+            projections=projections,
+            variant=variant,
+            rounding=rounding,
+            key_map=key_map,
+        )
+        if adapter in self.configs:
+            self._refill(adapter, contents)
+        else:
+            self._place(adapter, contents, widened=autocast_adapter_dtype)
+        self._replace(adapter, contents)
+        if trainable:
+            self.let_train(adapter, trainable)
+        else:
+            self.eval()
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget an adapter. Biases and embeddings that it brought stay in the model.
+
+        If no other is active, the first of those that are left becomes active, as in PEFT, and is
+        trained if the deleted one was. Without any, the layers do what the frozen ones do.
+
+        Raises:
+            UsageError: there is no such adapter, or something is merged.
+        """
+        self.require_known([adapter])
+        self.refuse_merged("an adapter is deleted")
+        trained = any(tensor.requires_grad for tensor in self._trained(adapter).values())
+        self.let_train(adapter, False)  # noqa: FBT003
+        for _, module in modules_of(self.model):
+            if isinstance(module, VeraLinear | TrainedWhole):
+                module.remove(adapter)
+        self.vera_A.drop(adapter)
+        self.vera_B.drop(adapter)
+        del self.configs[adapter]
+        self.findings.pop(adapter, None)
+        self._brought.pop(adapter, None)
+        left = tuple(name for name in self.active if name != adapter)
+        if left or not self.configs or adapter not in self.active:
+            self.active = left
+            return
+        successor = min(self.configs)
+        warnings.warn(
+            f"the active adapter {adapter} is deleted: {successor} is active now.", stacklevel=2
+        )
+        self.set_adapter(successor, trainable=trained)
+
+    def set_adapter(
+        self,
+        *adapters: str | Sequence[str],
+        trainable: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Make these adapters active, no others, and let gradients flow to them alone of adapters.
+
+        Parameters of the model that no adapter trains are left as they are, frozen or not.
+
+        Args:
+            adapters: their names, or one list of them, in the order in which what they add is
+                summed.
+            trainable: whether gradients flow at all: to d and b, and to what modules_to_save and
+                bias name.
+            inference_mode: PEFT's word for the opposite.
+
+        Raises:
+            UsageError: there is no such adapter, something is merged, or two of them would each
+                put a module of their own in one place.
+        """
+        listed = ([each] if isinstance(each, str) else each for each in adapters)
+        names = tuple(dict.fromkeys(chain.from_iterable(listed)))
+        self.require_known(names)
+        self.refuse_merged("other adapters are made active")
+        activate(self.model, names)
+        self.active = names
+        for name in self.configs:
+            self.let_train(name, name in names and trainable and not inference_mode)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what an optimizer is to change: the parameters that gradients flow to."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _layers(self) -> Iterator[tuple[str, VeraLinear]]:
+        return (
+            (p, module) for p, module in modules_of(self.model) if isinstance(module, VeraLinear)
+        )
+
+    def _trained(self, adapter: str) -> dict[str, Tensor]:
+        return trained_tensors(self.model, adapter, bias=self.configs[adapter].bias)
+
+    def let_train(self, adapter: str, trainable: bool) -> None:  # noqa: FBT001
+        """Let gradients flow to all that an adapter trains, or stop them."""
+        for tensor in self._trained(adapter).values():
+            if isinstance(tensor, nn.Parameter):  # a whole module has buffers too
+                tensor.requires_grad_(trainable)
+
+    def _place(self, adapter: str, contents: Contents, *, widened: bool) -> None:
+        """Put the parts of an adapter where they belong, or change nothing if that cannot be."""
+        config = contents.config
+        self._check_new(adapter, config)
+        whole = named_in(config, self.model)
+        for path in contents.vectors:
+            for tensor in self.model.get_submodule(path).parameters():
+                check_has_values(tensor, f"the layer {printable(path)}")
+        if not self.configs:
+            self.model.requires_grad_(requires_grad=False)
+        for path, (d, b) in contents.vectors.items():
+            layer = self._wrapped(path)
+            layer.add(adapter, d, b, dropout=config.vera_dropout, widened=widened)
+        self.vera_A.put(adapter, contents.A.to(layer.vera_lambda_d[adapter]))
+        self.vera_B.put(adapter, contents.B.to(layer.vera_lambda_d[adapter]))
+        for path, module in whole.items():
+            if not isinstance(module, TrainedWhole):
+                put_module(self.model, path, TrainedWhole(module))
+            self.model.get_submodule(path).add(adapter)
+        self.configs[adapter] = config
+        self.findings[adapter] = contents.findings
+        self.let_train(adapter, False)  # noqa: FBT003 -- until it is active
+
+    def _refill(self, adapter: str, contents: Contents) -> None:
+        """Give an adapter that is there the values of a stored one of the same layers and rank."""
+        self.refuse_merged("an adapter is loaded")
+        layers = {p: layer for p, layer in self._layers() if adapter in layer.vera_lambda_d}
+        if layers.keys() != contents.vectors.keys() or contents.config.r != self.configs[adapter].r:
+            raise UsageError(
+                f"this model has an adapter {adapter} of other layers or another rank: load this "
+                "one by another name, or delete the other first."
+            )
+        with torch.no_grad():
+            for path, layer in layers.items():
+                d, b = contents.vectors[path]
+                layer.vera_lambda_d[adapter].copy_(d)
+                layer.vera_lambda_b[adapter].copy_(b)
+        for matrix, values in ((self.vera_A, contents.A), (self.vera_B, contents.B)):
+            matrix.put(adapter, values.to(getattr(matrix, adapter)))
+        self.findings[adapter] = contents.findings
+
+    def _replace(self, adapter: str, contents: Contents) -> None:
+        """Give the model's own parameters the values that came with an adapter."""
+        trained = {replaced_name(key): value for key, value in self._trained(adapter).items()}
+        targets = own_tensors(self.model) | trained
+        with torch.no_grad():
+            for name, values in contents.replacements.items():
+                targets[name].copy_(values)
+        self._brought[adapter] = contents.replacements.keys() - trained.keys()
+
+    def _wrapped(self, path: str) -> VeraLinear:
+        module = self.model.get_submodule(path)
+        if isinstance(module, VeraLinear):
+            return module
+        layer = VeraLinear(module, self.vera_A, self.vera_B)
+        layer.train(module.training)
+        put_module(self.model, path, layer)
+        return layer
+
+    def _check_new(self, adapter: str, config: VeraConfig) -> None:
+        """Refuse an adapter that this model cannot take beside what it has."""
+        holders = (nn.ParameterDict(), nn.ModuleDict(), self.vera_A)
+        if adapter in self.configs:
+            raise UsageError(f"this model has an adapter {adapter} already.")
+        usual = re.fullmatch(r"[A-Za-z0-9_-]+", adapter)
+        if not usual or any(hasattr(holder, adapter) for holder in holders):
+            raise UsageError(
+                f'"{printable(adapter)}" cannot name an adapter: use letters, digits, _ and -, '
+                "and no word that torch has another use for."
+            )
+        if config.bias != "none" and any(other.bias != "none" for other in self.configs.values()):
+            raise UsageError(
+                "two adapters of one model cannot both train biases: there is one of each."
+            )
+        self.refuse_merged("an adapter is added")
+
+    def require_known(self, adapters: Iterable[str]) -> None:
+        """Raise `UsageError` for a name that no adapter of this model has."""
+        for name in adapters:
+            if name not in self.configs:
+                raise UsageError(
+                    f"this model has no adapter {printable(name)}, but "
+                    f"{', '.join(self.configs) or 'none'}."
+                )
+
+    def refuse_merged(self, before: str) -> None:
+        """Raise `UsageError` if anything is merged."""
+        merged = next((layer.merged for _, layer in self._layers() if layer.merged), ())
+        if merged:
+            raise UsageError(f"{', '.join(merged)} is merged: call unmerge() before {before}.")
