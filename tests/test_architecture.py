@@ -26,7 +26,7 @@ hub: reponame secrets checksum refusals asking remotefile calls cache beginnings
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
 base: model folder layers renamerules renames layouts quantised naming taskclasses
-base: replacements onbase dims learning
+base: replacements components onbase dims learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report adapterfiles modelconfig inputs options

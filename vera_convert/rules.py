@@ -987,8 +987,8 @@ BASE_AMBIGUOUS = Rule(
     "V505",
     ERROR,
     "it is not clear which files are the base's weights",
-    "Several safetensors files and no index say nothing of which of them belong together.",
-    "Restore the index (model.safetensors.index.json), or pass the folder of one component.",
+    "Several files without an index, or several components that fit, leave open which are meant.",
+    "Pass the folder of one component of a pipeline; restore the index of a model in shards.",
 )
 INDEX_MALFORMED = Rule(
     "V506",

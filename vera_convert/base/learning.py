@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, TypeVar
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.naming import Match, match_modules
@@ -24,12 +26,14 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.reading import printable
+from vera_convert.files.weightfiles import component_folders
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
     HubAccess,
     Location,
     NamedBase,
     base_from_config,
+    list_files,
     locate,
 )
 from vera_convert.rules import (
@@ -80,10 +84,11 @@ class Bases:
             ("named", name, revision), lambda: base_from_config(name, revision, self.access)
         )
 
-    def read(self, location: Location) -> BaseModel:
-        """Read a base's headers; see `basemodel.read_base`."""
+    def read(self, location: Location, component: str = "") -> BaseModel:
+        """Read a base's headers; see `base.model.read_base`."""
         return self._once(
-            ("read", location.label, location.folder), lambda: read_base(location, self.access)
+            ("read", location.label, location.folder, component),
+            lambda: read_base(location, self.access, component=component),
         )
 
     def _once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
@@ -172,20 +177,18 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, need: Need) -> On
 
 
 def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Bases) -> OnBase:
+    find = partial(_find_layers, adapter, wish)
     try:
-        base = bases.read(location)
+        if component_folders(list_files(location, bases.access)):
+            pipeline = Pipeline(location, bases.access, bases.read)
+            base, match = pipeline.component_of(find, adapter.config.base_model_name_or_path)
+        else:
+            base = bases.read(location)
+            match = find(base)
     except CheckpointError as error:
         if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
             return _from_config(adapter, location, bases.access, error)
         raise
-    match = match_modules(
-        {module: layer.out_features for module, layer in adapter.layers.items()},
-        base,
-        widest=adapter.projections.in_features if adapter.projections else None,
-        fan_in_fan_out=adapter.config.fan_in_fan_out,
-        key_map=wish.key_map,
-        allow_tied=True,
-    )
     own = {
         module: Linear(out, width, conv1d=module in match.conv1d)
         for module, (out, width) in match.shapes.items()
@@ -210,6 +213,17 @@ def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Base
         base=base,
         match=match,
         findings=(*base.findings, *dims.findings, *unclear),
+    )
+
+
+def _find_layers(adapter: Adapter, wish: BaseWish, base: BaseModel) -> Match:
+    return match_modules(
+        {module: layer.out_features for module, layer in adapter.layers.items()},
+        base,
+        widest=adapter.projections.in_features if adapter.projections else None,
+        fan_in_fan_out=adapter.config.fan_in_fan_out,
+        key_map=wish.key_map,
+        allow_tied=True,
     )
 
 

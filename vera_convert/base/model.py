@@ -22,6 +22,7 @@ from vera_convert.files.reading import (
     read_json,
 )
 from vera_convert.files.weightfiles import (
+    PIPELINE,
     WeightFiles,
     demand_shards,
     find_weights,
@@ -122,8 +123,14 @@ class BaseModel:
         return (columns, rows) if conv1d else (rows, columns)
 
 
-def read_base(location: Location, access: HubAccess) -> BaseModel:
+def read_base(location: Location, access: HubAccess, *, component: str = "") -> BaseModel:
     """Read a base from its headers, index and shards held against each other.
+
+    Args:
+        location: where the base lies.
+        access: how the Hub is reached.
+        component: the folder of a pipeline's component, such as ``transformer_2/``; empty for a
+            model, and for the one main component that a pipeline has.
 
     Raises:
         CheckpointError: no safetensors weights, or malformed, or shards missing or of another save.
@@ -131,7 +138,7 @@ def read_base(location: Location, access: HubAccess) -> BaseModel:
     """
     names = list_files(location, access)
     source = _Source(location, access)
-    weights = find_weights(names, place=location.label)
+    weights = find_weights(names, place=location.label, component=component)
     config_name = weights.prefix + "config.json"
     config = source.read_config(config_name) if config_name in names else {}
     weight_map = None
@@ -148,6 +155,25 @@ def read_base(location: Location, access: HubAccess) -> BaseModel:
     }
     strays = stray_weights(names, weights, files)
     return BaseModel(location, config, files, tensors, weights.prefix, weights.index, strays)
+
+
+def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
+    """Return the folders of the components that a pipeline's index lists, each with a `/`.
+
+    An index that cannot be understood lists none.
+
+    Raises:
+        SurroundingsError: the index cannot be read.
+    """
+    try:
+        document = _Source(location, access).read_config(PIPELINE)
+    except CheckpointError:
+        return frozenset()
+    return frozenset(
+        f"{name}/"
+        for name, value in document.items()
+        if isinstance(value, list) and all(isinstance(each, str) for each in value)
+    )
 
 
 def read_model_config(location: Location, access: HubAccess) -> Mapping[str, object] | None:

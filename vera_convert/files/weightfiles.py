@@ -22,8 +22,8 @@ from vera_convert.rules import (
 
 PIPELINE = "model_index.json"
 """Stands in the root of a diffusers pipeline, whose components are folders."""
-COMPONENTS = ("transformer/", "unet/")
-"""Components of a pipeline that adapters are trained on."""
+_MAIN_COMPONENT = re.compile(r"(transformer|unet)(_\d+)?/")
+"""The components of a pipeline that are taken where no adapter tells which is wanted."""
 STEMS = ("model", "diffusion_pytorch_model")
 """What transformers and diffusers call a model's weights, in this order."""
 
@@ -49,17 +49,37 @@ class WeightFiles:
     single: str | None
 
 
-def find_weights(names: Collection[str], *, place: str) -> WeightFiles:
+def component_folders(names: Collection[str]) -> tuple[str, ...]:
+    """Return the folders of a pipeline's components that have weights, sorted, each with a `/`.
+
+    A folder that is no pipeline has none.
+    """
+    if PIPELINE not in names:
+        return ()
+    found = {
+        name[: name.index("/") + 1] for name in names if name.endswith(_SUFFIX) and "/" in name
+    }
+    return tuple(sorted(found))
+
+
+def kind_of_component(folder: str) -> str:
+    """Return a component's folder without its number: ``transformer`` for ``transformer_2/``."""
+    return re.sub(r"_\d+$", "", folder.rstrip("/"))
+
+
+def find_weights(names: Collection[str], *, place: str, component: str = "") -> WeightFiles:
     """Find the index or the one file of a model; an index rules over what lies beside it.
 
     Args:
         names: all files of the folder, relative to it, with `/`.
         place: how messages call the folder.
+        component: the folder of the component of a pipeline that is wanted; empty if that is not
+            known.
 
     Raises:
         CheckpointError: no safetensors weights, or it is not clear which.
     """
-    prefix = _component(names, place)
+    prefix = component or _main_component(names, place)
     top = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     top = {name for name in top if "/" not in name}
     for stem in STEMS:
@@ -83,16 +103,10 @@ def find_weights(names: Collection[str], *, place: str) -> WeightFiles:
     return WeightFiles(prefix, None, prefix + singles[0])
 
 
-def _component(names: Collection[str], place: str) -> str:
-    if PIPELINE not in names:
-        return ""
-    found = [
-        component
-        for component in COMPONENTS
-        if any(name.startswith(component) and name.endswith(_SUFFIX) for name in names)
-    ]
+def _main_component(names: Collection[str], place: str) -> str:
+    found = [folder for folder in component_folders(names) if _MAIN_COMPONENT.fullmatch(folder)]
     if len(found) > 1:
-        reason = f"the pipeline has {' and '.join(found)}."
+        reason = f"the pipeline has {' and '.join(map(printable, found))}."
         raise CheckpointError(BASE_AMBIGUOUS.at(place, reason))
     return found[0] if found else ""
 

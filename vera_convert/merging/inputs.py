@@ -24,7 +24,7 @@ from vera_convert.conversion.projections import Meant
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.header import Header, read_header
-from vera_convert.files.reading import LocalFile, open_local, read_json
+from vera_convert.files.reading import LocalFile, open_local, printable, read_json
 from vera_convert.files.weightfiles import read_weight_map
 from vera_convert.hub.lookup import (
     HubAccess,
@@ -225,6 +225,13 @@ def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -
         raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
     same = replace(wish, model=_name(base.location), revision=None)
     known += [learn(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
+    components = dict.fromkeys(each.base.prefix for each in known if each.base is not None)
+    if len(components) > 1:
+        shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)
+        raise UsageError(
+            f"the adapters are of different components of the base ({shown}): merge one adapter, "
+            "and merge the next into the result."
+        )
     return known
 
 

@@ -169,7 +169,8 @@ def check_staged(folder: Path, files: Mapping[str, NewFile], weights: WeightsPla
             with open_local(folder / name) as source:
                 if source.read_at(0, len(file.head)) != file.head:
                     raise _came_back(name)
-    model: BaseModel = read_base(Location("the merged model", folder), HubAccess(offline=True))
+    merged = Location("the merged model", folder)
+    model: BaseModel = read_base(merged, HubAccess(offline=True), component=weights.component)
     if model.files.keys() != weights.headers.keys():
         raise _came_back(", ".join(model.files.keys() ^ weights.headers.keys()))
     for name, header in model.files.items():

@@ -70,6 +70,7 @@ class WeightsPlan:
         total_size: bytes of all tensors.
         headers: the header that each file is to have, by name.
         tensors: all tensors, in the order of the files.
+        component: the folder of the pipeline's component that is merged; empty outside a pipeline.
     """
 
     files: tuple[NewFile, ...]
@@ -77,6 +78,7 @@ class WeightsPlan:
     total_size: int
     headers: Mapping[str, bytes]
     tensors: tuple[PlannedTensor, ...]
+    component: str = ""
 
 
 def plan_weights(
@@ -123,6 +125,7 @@ def plan_weights(
         sum(tensor.nbytes for tensor in placed),
         {name: head for name, (_, head) in made.items()},
         tuple(placed),
+        base.prefix,
     )
 
 

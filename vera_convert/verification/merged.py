@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -16,7 +16,8 @@ from vera_convert.base.onbase import BaseWish
 from vera_convert.base.quantised import refuse_quantised
 from vera_convert.errors import OF_MERGED, CheckpointError, UsageError
 from vera_convert.files.reading import open_local, printable
-from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, locate
+from vera_convert.files.weightfiles import component_folders
+from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
 from vera_convert.merging.modelconfig import config_edits
 from vera_convert.merging.options import DTYPES
@@ -137,6 +138,9 @@ def check_merged(
     if provenance is not None:
         demand_all_adapters(options.add, provenance)
     with _opened(given, base, settings, access=access) as inputs:
+        if model.prefix and model.prefix != inputs.base.prefix:  # the adapter's layers decide
+            whole, component = not options.layers_only, inputs.base.prefix
+            model, _, beside = _read_merged(merged, access, whole=whole, component=component)
         parts, findings = _weighted(inputs.parts, given, provenance)
         others = [*_other_base(inputs.base, provenance)] if provenance is not None else []
         findings += others
@@ -220,7 +224,7 @@ def _of_the_merged_model() -> Iterator[None]:
 
 @_of_the_merged_model()
 def _read_merged(
-    merged: str | Path, access: HubAccess, *, whole: bool
+    merged: str | Path, access: HubAccess, *, whole: bool, component: str = ""
 ) -> tuple[BaseModel, Provenance | None, list[Finding]]:
     """Fetch a merged model and read its headers and provenance; the rest too, to run it whole.
 
@@ -228,19 +232,31 @@ def _read_merged(
         also what lies beside the weights and does not belong there.
     """
     location = locate(str(merged), kind="base", access=access)
-    model = read_base(location, access)
-    names = list_files(model.location, access)
+    names = list_files(location, access)
+    provenance = _provenance(location, names, access)
+    component = component or _recorded_component(provenance, names)
+    model = read_base(location, access, component=component)
     sides = sort_files(names, model)
     beside = [*file_findings(names, model, sides)]
     needed = [name for name in (sides.config, model.index) if name is not None]
     needed += [*model.files, *(sides.carried if whole else ())]
-    needed += [PROVENANCE_NAME] if PROVENANCE_NAME in names else []
     model = replace(model, location=fetch_base(location, access, names=needed))
+    return model, provenance, beside
+
+
+def _provenance(location: Location, names: Collection[str], access: HubAccess) -> Provenance | None:
     if PROVENANCE_NAME not in names:
-        return model, None, beside
-    folder = model.location.fetched
+        return None
+    folder = fetch_base(location, access, names=[PROVENANCE_NAME]).fetched
     with open_local(folder / PROVENANCE_NAME, within=folder) as source:
-        return model, read_provenance(source), beside
+        return read_provenance(source)
+
+
+def _recorded_component(provenance: Provenance | None, names: Collection[str]) -> str:
+    """Return the folder of the component of a pipeline that a merge recorded; else empty."""
+    recorded = provenance.base_headers if provenance is not None else ()
+    folders = {f"{name.partition('/')[0]}/" for name in recorded}
+    return next((folder for folder in component_folders(names) if {folder} == folders), "")
 
 
 def _collected(parts: Sequence[Part], inputs: MergeInputs, settings: MergeSettings) -> Changes:

@@ -1,0 +1,106 @@
+"""The component of a diffusers pipeline that an adapter was trained on.
+
+A pipeline has several models in folders of their own, and an adapter's file does not name its
+model. The layers decide: an adapter fits the component that has a tensor of the right shape for
+each of its layers. Wan 2.2 has two transformers with equal layers, and other pipelines have two
+equal text encoders; there, nothing in an adapter tells which of them it is for, and a guess would
+add the deltas to the wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from vera_convert.base.model import BaseModel, listed_components
+from vera_convert.base.naming import Match
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import printable
+from vera_convert.files.weightfiles import component_folders, kind_of_component
+from vera_convert.hub.lookup import HubAccess, Location, list_files
+from vera_convert.rules import BASE_AMBIGUOUS, Finding
+
+_MAIN = ("transformer", "unet")
+"""Kinds of components that most adapters are trained on; their errors are told first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A folder or repo of a diffusers pipeline.
+
+    Attributes:
+        location: where the pipeline lies.
+        access: how the Hub is reached.
+        read: reads the headers of the component in a folder.
+    """
+
+    location: Location
+    access: HubAccess
+    read: Callable[[Location, str], BaseModel]
+
+    def component_of(
+        self, find: Callable[[BaseModel], Match], trained_on: str | None
+    ) -> tuple[BaseModel, Match]:
+        """Return the one component that has an adapter's layers, and where they are in it.
+
+        Args:
+            find: finds the adapter's layers in a component, or raises `CheckpointError`.
+            trained_on: what the adapter's config calls its base; the path of a component's folder
+                decides among equal components.
+
+        Raises:
+            CheckpointError: no component has the layers, or several have them.
+        """
+        bases, errors = self._read_all()
+        found: dict[str, tuple[BaseModel, Match]] = {}
+        for folder, base in bases.items():
+            try:
+                found[folder] = base, find(base)
+            except CheckpointError as error:
+                errors[folder] = error
+        if not found:
+            raise errors[min(errors, key=_order)]
+        named = (trained_on or "").rstrip("/").rpartition("/")[2] + "/"
+        if named in found:
+            return found[named]
+        for folder in errors.keys() - bases.keys():
+            if kind_of_component(folder) in map(kind_of_component, found):
+                raise errors[folder]
+        possible = {*found, *self._absent_equals(found)}
+        if len(possible) > 1:
+            raise CheckpointError(self._ambiguous(possible))
+        return next(iter(found.values()))
+
+    def _read_all(self) -> tuple[dict[str, BaseModel], dict[str, CheckpointError]]:
+        """Read every component that has weights; a malformed one stops no other."""
+        bases, errors = {}, {}
+        for folder in component_folders(list_files(self.location, self.access)):
+            try:
+                bases[folder] = self.read(self.location, folder)
+            except CheckpointError as error:
+                errors[folder] = error
+        return bases, errors
+
+    def _absent_equals(self, found: Mapping[str, object]) -> frozenset[str]:
+        """Return the components of a kind that fits whose weights are elsewhere."""
+        present = component_folders(list_files(self.location, self.access))
+        kinds = {kind_of_component(folder) for folder in found}
+        listed = listed_components(self.location, self.access)
+        return frozenset(
+            folder
+            for folder in listed
+            if folder not in present and kind_of_component(folder) in kinds
+        )
+
+    def _ambiguous(self, folders: Collection[str]) -> Finding:
+        shown = [printable(folder.rstrip("/")) for folder in sorted(folders)]
+        ways = " or ".join(f"--base {self.location.label}/{name}" for name in shown)
+        reason = (
+            f"the adapter's layers fit {' and '.join(shown)}, and nothing in the adapter says "
+            f"which of them it was trained on. Choose with {ways}."
+        )
+        return BASE_AMBIGUOUS.at(self.location.label, reason)
+
+
+def _order(folder: str) -> tuple[bool, str]:
+    return kind_of_component(folder) not in _MAIN, folder
