@@ -33,7 +33,7 @@ merging: ineffect dequantising parts plan report adapterfiles modelconfig inputs
 merging: card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
-verification: comparison provenance options expected judging pairs hints tensors
+verification: comparison running provenance options expected judging pairs hints tensors
 verification: beside merged forms result
 formats: pieces results merge locations validation sarif junit github catalogue verification
 with_torch

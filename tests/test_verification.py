@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -36,7 +34,7 @@ from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.inputs import AdapterWish
 from vera_convert.merging.parts import Tied
 from vera_convert.verification import pairs
-from vera_convert.verification.comparison import ModelComparison
+from vera_convert.verification.comparison import ModelComparison, ModelJob
 from vera_convert.verification.judging import LIMIT, last_bits
 from vera_convert.verification.options import GivenAdapter, VerifyOptions
 from vera_convert.verification.result import Verification
@@ -591,17 +589,14 @@ def comparing(
     """Let models be compared without torch; return what is asked for."""
     asked: list[Any] = []
 
-    def compare_models(*places: Any, **options: Any) -> ModelComparison:
-        asked.append((*places, options))
+    def run_models(job: ModelJob, **options: Any) -> ModelComparison:
+        asked.append((job, options))
+        options["progress"](0, 5)
         if isinstance(result, SurroundingsError):
             raise result
         return result
 
-    name = "vera_convert.with_torch"
-    stub = ModuleType(f"{name}.comparing")
-    stub.compare_models = compare_models  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, f"{name}.comparing", stub)
+    monkeypatch.setattr(verifying, "run_models", run_models)
     monkeypatch.setattr(verifying, "find_spec", lambda _name: object())
     return asked
 
@@ -620,23 +615,23 @@ def test_the_model_is_run_with_the_options_of_the_merge(
     result = verify(adapter, base=str(base), merged=tmp_path / "out", options=options)
     assert result.passed
     assert result.model is COMPARED
-    ((adapters, of_base, of_model, given),) = asked
-    assert (adapters, of_base, of_model) == ([(adapter, 0.5)], base, tmp_path / "out")
-    assert given == {
-        "samples": 3,
-        "text": None,
-        "dtype": None,
-        "tied": None,
-        "projections": "key",
-        "generator": None,
-        "base_dtype": "float32",
-        "key_map": (),
-        "wider": {},
-    }
+    ((job, given),) = asked
+    assert job == ModelJob(
+        ((adapter, 0.5),),
+        base,
+        tmp_path / "out",
+        samples=3,
+        projections="key",
+        base_dtype="float32",
+    )
+    assert result.merged is not None
+    assert given["weights"] == result.merged.tensors.nbytes
     assert schema_errors("verification", verification_document(result)) == []
     text = verification_text(result)
     assert "LlamaForCausalLM in float32, 3 samples, 48 positions" in text
     assert "the adapter changes what the base gives by up to 0.5" in text
+    assert f"{result.seconds:.1f} s" in text.splitlines()[-2]
+    assert result.seconds >= result.merged.seconds
 
 
 def test_a_model_that_computes_otherwise_fails(

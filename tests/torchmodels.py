@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from vera_convert.verification.comparison import ModelJob
+from vera_convert.with_torch import VeraConfig, VeraModel
 
 
 @dataclass(frozen=True)
@@ -128,3 +134,39 @@ def logits(model: Any, kind: str, dtype: str = "float32") -> Any:
     """Return what a model says to its input."""
     with torch.no_grad():
         return model(**fed(kind, dtype)).logits
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """Save a model whose matrices are as large as trained ones, so that each does something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and model.config.model_type != "t5":
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, folder: Path, kind: str, *, size: float = 0.3, **fields: Any) -> Path:
+    """Save an adapter with random vectors, and heads and biases a bit off those of the base."""
+    fields = {"r": 4, **KINDS[kind].config, **fields}
+    model = type(built(kind)).from_pretrained(base, dtype="auto")
+    vera = VeraModel(model, VeraConfig(**fields))
+    torch.manual_seed(len(folder.name))
+    for parameter in vera.trainable_parameters():
+        noise = torch.randn(parameter.shape)
+        parameter.data = (size * noise + (parameter.ndim > 1) * parameter).to(parameter.dtype)
+    vera.save_pretrained(folder)
+    return folder
+
+
+def job(base: Path, found: Path, *adapters: Path | tuple[Path, float], **options: Any) -> ModelJob:
+    weighted = tuple(each if isinstance(each, tuple) else (each, 1.0) for each in adapters)
+    return ModelJob(weighted, base, found, **{"samples": 4, **options})
+
+
+def configured(folder: Path, copy: Path, **fields: Any) -> Path:
+    """Copy a model, with other fields in its config."""
+    shutil.copytree(folder, copy)
+    config = json.loads((folder / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **fields}))
+    return copy

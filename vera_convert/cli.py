@@ -13,9 +13,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -841,7 +841,10 @@ def verify(adapter: str, **options: Any) -> None:
     from vera_convert.formats.verification import verification_document, verification_text
     from vera_convert.verifying import verify as run
 
-    with _progress(options, "compared") as progress:
+    with (
+        _progress(options, "compared") as progress,
+        _progress(options, "models run", unit="run") as runs,
+    ):
         result = run(
             adapter,
             base=_base_wish(options),
@@ -851,6 +854,7 @@ def verify(adapter: str, **options: Any) -> None:
             revision=options["revision"],
             access=_access(options),
             progress=progress,
+            runs=runs,
         )
     _show(
         options, result.findings, verification_text(result), lambda: verification_document(result)
@@ -925,8 +929,13 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
 
 
 @contextmanager
-def _progress(options: Mapping[str, Any], what: str) -> Iterator[Callable[[int, int], None]]:
-    """Draw a bar of bytes on a terminal, or where it is asked for."""
+def _progress(
+    options: Mapping[str, Any], what: str, *, unit: str = "B"
+) -> Iterator[Callable[[int, int], None]]:
+    """Draw a bar, of bytes or of another unit, on a terminal or if it is asked for.
+
+    The bar comes with the first thing that it is told.
+    """
     wanted = options["progress"]
     if wanted is None:
         wanted = sys.stderr is not None and sys.stderr.isatty() and not options["quiet"]
@@ -936,11 +945,16 @@ def _progress(options: Mapping[str, Any], what: str) -> Iterator[Callable[[int, 
         return
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False) as bar:
+    with ExitStack() as stack:
+        bars: list[tqdm[NoReturn]] = []
 
         def show(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+            if not bars:
+                scaled = {"unit_scale": True} if unit == "B" else {}
+                bar = tqdm(desc=what, unit=unit, file=sys.stderr, leave=False, **scaled)
+                bars.append(stack.enter_context(bar))
+            bars[0].total = of
+            bars[0].update(done - bars[0].n)
 
         yield show
 

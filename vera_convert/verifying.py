@@ -8,6 +8,7 @@ Nothing is written. What differs is a finding; the result has all of them.
 
 from __future__ import annotations
 
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from vera_convert.rules import (
     Rule,
     Severity,
 )
-from vera_convert.verification.comparison import ModelComparison
+from vera_convert.verification.comparison import ModelComparison, ModelJob
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
 from vera_convert.verification.options import SAMPLES, GivenAdapter, VerifyOptions
 from vera_convert.verification.result import Verification
+from vera_convert.verification.running import run_models
 from vera_convert.verification.tensors import Progress
 
 
@@ -43,6 +45,7 @@ def verify(
     revision: str | None = None,
     access: HubAccess | None = None,
     progress: Progress = lambda _done, _of: None,
+    runs: Progress = lambda _done, _of: None,
 ) -> Verification:
     """Hold what was made of an adapter against it: another form, a merged model, or both.
 
@@ -55,6 +58,7 @@ def verify(
         revision: the adapter's, on the Hub.
         access: how the Hub is reached.
         progress: told now and then how many bytes of the merged model have been compared.
+        runs: told, if models are run, how many runs of a model on a sample are done, of how many.
 
     Raises:
         CheckpointError: something is malformed, or what is given does not belong together. What
@@ -63,10 +67,12 @@ def verify(
         SurroundingsError: a file or a repo cannot be had or changed meanwhile, or torch is needed
             and is not there. Why the whole model could not be run is `not_run` of the result.
     """
+    started = time.monotonic()
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
     base, progress = wish_of(base), function("progress", progress)
+    runs = function("runs", runs)
     if other is None and merged is None:
         raise UsageError("say what is to be verified: --adapter OTHER or --merged MODEL.")
     if merged is None:
@@ -83,7 +89,7 @@ def verify(
             check = check_merged(given, merged, base, options, access=access, progress=progress)
             if not options.layers_only and _passed(check.findings):
                 try:
-                    model = _run(check, options)
+                    model = _run(check, options, runs)
                 except VeraConvertError as error:  # what the layers came to is not lost with it
                     # Nor does it say that the merge is wrong: its weights are right.
                     not_run = SurroundingsError(str(error))
@@ -95,7 +101,13 @@ def verify(
         findings.append(_rule(check, model).at(check.label, model.reason))
     findings.sort(key=lambda each: each.severity is not Severity.ERROR)
     return Verification(
-        printable(str(adapter)), form, check, model, not_run, tuple(dict.fromkeys(findings))
+        printable(str(adapter)),
+        form,
+        check,
+        model,
+        not_run,
+        time.monotonic() - started,
+        tuple(dict.fromkeys(findings)),
     )
 
 
@@ -129,14 +141,12 @@ def _demand_text(path: Path | None) -> None:
         raise SurroundingsError(f"{printable(str(path))}: there is no such file to take text from.")
 
 
-def _run(check: MergedCheck, options: VerifyOptions) -> ModelComparison:
-    from vera_convert.with_torch.comparing import compare_models
-
+def _run(check: MergedCheck, options: VerifyOptions, runs: Progress) -> ModelComparison:
     settings = check.settings
-    return compare_models(
-        [(adapter.folder, adapter.weight) for adapter in check.adapters],
-        check.base_folder,
-        check.folder,
+    job = ModelJob(
+        adapters=tuple((adapter.folder, adapter.weight) for adapter in check.adapters),
+        base=check.base_folder,
+        merged=check.folder,
         samples=SAMPLES if options.samples is None else options.samples,
         text=options.text,
         dtype=settings.dtype,
@@ -147,3 +157,4 @@ def _run(check: MergedCheck, options: VerifyOptions) -> ModelComparison:
         base_dtype=settings.base_dtype,
         wider=check.tensors.wider,
     )
+    return run_models(job, weights=check.tensors.nbytes, progress=runs)

@@ -34,6 +34,8 @@ def verification_text(result: Verification) -> str:
         rows += _model_rows(result.model)
     elif result.merged is not None:
         rows.append(["model", _why_not_run(result)])
+    if result.model is not None or result.not_run is not None:
+        rows.append(["time in all", f"{result.seconds:.1f} s"])
     rows.append(["result", _verdict(result)])
     return "\n".join([table(rows), *_error_lines(result)])
 
@@ -263,6 +265,7 @@ def verification_document(result: Verification) -> Document:
         "merged": None if result.merged is None else _merged_document(result.merged),
         "model": None if result.model is None else _model_document(result.model),
         "not_run": None if result.not_run is None else str(result.not_run),
+        "seconds": round(result.seconds, 3),
         "findings": [finding_document(finding) for finding in result.findings],
     }
 

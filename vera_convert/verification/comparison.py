@@ -1,8 +1,69 @@
-"""What running two whole models beside each other showed. No torch in here."""
+"""What running two whole models beside each other needs, and what it showed. No torch in here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+INSTEAD = "verify --layers-only compares without building a model."
+"""The way out if a model cannot be run."""
+
+
+class Stage(StrEnum):
+    """The kinds of work that running the models consists of."""
+
+    START = "start"
+    """torch and transformers are loaded."""
+    BUILD = "build"
+    """A config is read, weights are read, and a model is built."""
+    TEXT = "text"
+    """A tokenizer is loaded, and a text is made token ids."""
+    RUN = "run"
+    """A model is run on one sample."""
+    MERGE = "merge"
+    """The base is wrapped with the adapters, or the adapters are merged into the base."""
+
+
+Tell = Callable[[Stage, int, int], None]
+"""Is told that a stage begins, how many runs of a sample are done, and of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelJob:
+    """Two models to run beside each other, and how the merged one was made.
+
+    Attributes:
+        adapters: the folder and the weight of each, in the order in which they were merged.
+        base: the folder of the base.
+        merged: the folder of the merged model.
+        samples: how many to run, at the most.
+        text: UTF-8, of which the first lines are run; None for token ids, or images, that are
+            drawn.
+        dtype: what all float tensors became in the merge, as torch calls it; None if each kept its
+            own.
+        tied: what became of an output head that is the embedding.
+        projections: which A and B are meant.
+        generator: how A and B were drawn, if no fingerprint says it.
+        key_map: pairs (OLD, NEW) that rename leading paths of the adapters' modules.
+        base_dtype: the dtype that drawn A and B are rounded to; None for that of the base.
+        wider: the dtypes, in safetensors' names, of merged weights that are not rounded to the
+            base's, by tensor.
+    """
+
+    adapters: tuple[tuple[Path, float], ...]
+    base: Path
+    merged: Path
+    samples: int
+    text: Path | None = None
+    dtype: str | None = None
+    tied: str | None = None
+    projections: str = "auto"
+    generator: str | None = None
+    key_map: tuple[tuple[str, str], ...] = ()
+    base_dtype: str | None = None
+    wider: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

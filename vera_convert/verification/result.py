@@ -22,6 +22,7 @@ class Verification:
         model: what running that model came to; None if it was left at the weights, if those were
             wrong already, or if it could not be run.
         not_run: why it could not; None if it was, or was not to be.
+        seconds: how long all of it took.
         findings: what is wrong, the worst first; then warnings and notes.
     """
 
@@ -30,6 +31,7 @@ class Verification:
     merged: MergedCheck | None
     model: ModelComparison | None
     not_run: VeraConvertError | None
+    seconds: float
     findings: tuple[Finding, ...]
 
     @property

@@ -7,8 +7,9 @@
 All are asked in float32, or in float64 where weights are: what a 16-bit model loses in its own
 arithmetic would hide more than what can go wrong in a merge. A correct merge into 16 bits is still
 off by the rounding of the weights. Therefore there are two comparisons. One is with the wrapped
-model, whose arithmetic is not that of any merge; its bounds are those of rounding. The other is
-with a merge done here and rounded alike, to which nothing is left but the order of sums: any layer
+model, whose arithmetic is not that of any merge. A merge done here and rounded alike measures what
+rounding does to this very model and these samples, and that is the bound. The other comparison is
+with that merge itself, to which nothing is left but the order of sums: any layer
 left out of the thirty of a trained MiniLM is beyond its bounds many times over. Of deltas that were
 rounded before they were added it sees what they do to a model of real size; in a tiny one nothing,
 if they are less than some hundredths of the weights: one weight rounded otherwise does as much. The
@@ -19,11 +20,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -36,40 +36,18 @@ from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.output import TORCH_DTYPES
 from vera_convert.merging.parts import Tied
-from vera_convert.verification.comparison import ModelComparison
+from vera_convert.verification.comparison import ModelComparison, ModelJob, Stage, Tell
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.loading import Blueprint, UnfitError, blueprint, built, guarded
 from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.parts import modules_of
 from vera_convert.with_torch.sampling import Answers, Sample, answers, drawn_samples, text_samples
 
+_NOISE_OF_ORDER: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""How far sums in another order can bring a model off, as a part of its largest value.
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How far a correct merge can be from the wrapped model, by the rounding of its weights.
-
-    Attributes:
-        difference: the largest difference, as a part of the largest value.
-        kl: nats.
-        top1: the share of positions at which the likeliest agree.
-    """
-
-    difference: float
-    kl: float
-    top1: float
-
-
-BOUNDS: Mapping[torch.dtype, Bounds] = {
-    torch.float64: Bounds(1e-10, 1e-12, 0.99),
-    torch.float32: Bounds(1e-4, 1e-6, 0.99),
-    torch.float16: Bounds(5e-2, 2e-3, 0.9),
-    torch.bfloat16: Bounds(3e-1, 1e-1, 0.8),
-}
-"""By the dtype of the merged weights.
-
-Random Llama, GPT-2, BERT, ViT models and a trained MiniLM come to 5e-7, 7e-4 and 5e-3 of the
-largest value in float32, float16 and bfloat16; a random T5 with weights four times as large as
-usual, which amplifies all noise, to 2e-5, 1.5e-2 and 1.4e-1. The bounds are at least twice that.
+Random Llama, GPT-2, BERT, ViT models and a trained MiniLM come to 5e-7 in float32; a random T5 with
+weights four times as large as usual, which amplifies all noise, to 2e-5.
 """
 _NOISE = 8
 """How much more than branches and merged weights differ, unrounded, two merges can."""
@@ -136,84 +114,101 @@ class _Ours:
     wrapped_is_merged: bool
 
 
-def compare_models(
-    adapters: Sequence[tuple[Path, float]],
-    base_folder: Path,
-    merged_folder: Path,
-    *,
-    samples: int,
-    text: Path | None,
-    dtype: str | None,
-    tied: str | None,
-    projections: str,
-    generator: str | None,
-    key_map: Sequence[tuple[str, str]],
-    base_dtype: str | None = None,
-    wider: Mapping[str, str] = MappingProxyType({}),
-) -> ModelComparison:
+def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) -> ModelComparison:
     """Run the base with its adapters, and the merged model, and compare what they give.
 
     One model is in memory at a time, with 4 bytes for each of its parameters.
 
     Args:
-        adapters: the folder and the weight of each, in the order in which they were merged.
-        base_folder: the base's.
-        merged_folder: the merged model's.
-        samples: how many to run, at the most.
-        text: UTF-8, of which the first lines are run; None for token ids, or images, that are
-            drawn.
-        dtype: what all float tensors became in the merge; None if each kept its own.
-        tied: what became of an output head that is the embedding.
-        projections: which A and B are meant.
-        generator: how they were drawn, where no fingerprint says it.
-        key_map: pairs (OLD, NEW) that rename leading paths of the adapters' modules.
-        base_dtype: the dtype that drawn A and B are rounded to; None for that of the base.
-        wider: the dtypes, in safetensors' names, of merged weights that are not rounded to the
-            base's, by tensor.
+        job: the models and how they were merged.
+        tell: told at the beginning of each stage.
 
     Raises:
         CheckpointError: an adapter or the base is malformed, or they do not belong together.
         UsageError: a text that cannot be used, or adapters that cannot be active together.
         SurroundingsError: transformers cannot build or run a model; a file cannot be read.
     """
-    how = _How(
-        adapters,
-        getattr(torch, dtype) if dtype is not None else None,
-        Tied(tied) if tied is not None else None,
-        Meant(projections),
-        Variant(generator) if generator is not None else None,
-        key_map,
-        ROUNDING_OF_DTYPE[base_dtype] if base_dtype is not None else None,
-        wider,
-    )
+    how = _how(job)
+    tell(Stage.BUILD, 0, 0)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_adapter(folder)) for folder, _ in adapters]
-        base = blueprint(base_folder, label=str(base_folder), adapters=opened)
+        opened = [stack.enter_context(open_adapter(folder)) for folder, _ in job.adapters]
+        base = blueprint(job.base, label=str(job.base), adapters=opened)
         labels = getattr(base.config, "num_labels", None)
-    ours = _asked(base, how, samples, text)
+    ours = _asked(base, how, job, tell)
     gc.collect()  # the next model is built when this one is gone, whatever refers to itself in it
+    runs = _Runs(tell, len(ours.samples), model=4)
+    tell(Stage.BUILD, runs.done, runs.of)
     try:
-        merged = blueprint(merged_folder, label=str(merged_folder), like=base.name)
+        merged = blueprint(job.merged, label=str(job.merged), like=base.name)
         if labels is not None and labels != merged.config.num_labels:
             merged.config.num_labels = labels  # which a head that came with an adapter has
-        theirs = answers(built(merged).to(ours.wide), ours.samples)
+        theirs = answers(built(merged).to(ours.wide), ours.samples, runs.begin)
     except UnfitError as error:
         return _judged(base.name, ours, None, f"{error}")
     return _judged(base.name, ours, theirs)
 
 
+def _how(job: ModelJob) -> _How:
+    return _How(
+        job.adapters,
+        getattr(torch, job.dtype) if job.dtype is not None else None,
+        Tied(job.tied) if job.tied is not None else None,
+        Meant(job.projections),
+        Variant(job.generator) if job.generator is not None else None,
+        job.key_map,
+        ROUNDING_OF_DTYPE[job.base_dtype] if job.base_dtype is not None else None,
+        job.wider,
+    )
+
+
+_MODELS = 5
+"""The models that are run: base, wrapped, merged here, rounded, and the merged one."""
+
+
+@dataclass(slots=True)
+class _Runs:
+    """Counts the runs of models on samples, and tells of each."""
+
+    tell: Tell
+    samples: int
+    model: int = 0
+
+    @property
+    def done(self) -> int:
+        return self.model * self.samples
+
+    @property
+    def of(self) -> int:
+        return _MODELS * self.samples
+
+    def begin(self, sample: int) -> None:
+        self.tell(Stage.RUN, self.done + sample, self.of)
+
+    def merges(self) -> None:
+        self.tell(Stage.MERGE, self.done, self.of)
+
+    def of_next_model(self) -> Callable[[int], None]:
+        """Go on to the next model, and return what tells of its runs."""
+        begin = replace(self).begin
+        self.model += 1
+        return begin
+
+
 # --- the base and what becomes of it -------------------------------------------------------------
 
 
-def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
+def _asked(plan: Blueprint, how: _How, job: ModelJob, tell: Tell) -> _Ours:
     """Ask the base, the base with its adapters, and the base into which they are merged."""
     model = built(plan)
+    tell(Stage.TEXT, 0, 0)
     with guarded(f"make samples for {plan.name}"):
-        samples = _samples(plan, model, count, text)
+        samples = _samples(plan, model, job.samples, job.text)
+    runs = _Runs(tell, len(samples))
     dtypes = {parameter.dtype for parameter in model.parameters()}
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     with _widened(model, wide):
-        base = answers(model, samples)
+        base = answers(model, samples, runs.of_next_model())
+    runs.merges()
     vera = _wrapped(model, how)
     named = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
     layers = [*named.values()]
@@ -222,11 +217,12 @@ def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
         for name, layer in named.items()
     ]
     vera.to(wide)
-    wrapped = answers(vera, samples)
+    wrapped = answers(vera, samples, runs.of_next_model())
+    runs.merges()
     vera.merge(check=False, tied=how.tied)
-    unrounded = answers(vera, samples)
+    unrounded = answers(vera, samples, runs.of_next_model())
     branches = _difference(wrapped, unrounded)
-    largest = BOUNDS[wide].difference * (unrounded.largest if unrounded.are_finite else 0.0)
+    largest = _NOISE_OF_ORDER[wide] * (unrounded.largest if unrounded.are_finite else 0.0)
     does_less = branches > largest and wrapped.are_finite and unrounded.are_finite
     if does_less:
         wrapped = unrounded
@@ -235,7 +231,7 @@ def _asked(plan: Blueprint, how: _How, count: int, text: Path | None) -> _Ours:
     _round(zip(weights, rounding, strict=True))
     if how.dtype is not None:
         _round((tensor, how.dtype) for tensor in merged.state_dict(keep_vars=True).values())
-    remerged = answers(merged, samples)
+    remerged = answers(merged, samples, runs.of_next_model())
     coarsest = max([wide, *rounding], key=_eps)
     return _Ours(
         samples,
@@ -344,8 +340,9 @@ def _judged(name: str, ours: _Ours, theirs: Answers | None, why: str = "") -> Mo
         theirs: what it gave; None if it could not be asked.
         why: it could not.
     """
-    wrapped, bounds = ours.wrapped, BOUNDS[ours.rounding]
+    wrapped = ours.wrapped
     scale, chosen = wrapped.largest if wrapped.are_finite else 0.0, wrapped.are_logits
+    of_order = _of_two_merges(ours, scale)
     found = ModelComparison(
         model_class=name,
         dtype=str(ours.rounding).removeprefix("torch."),
@@ -356,11 +353,10 @@ def _judged(name: str, ours: _Ours, theirs: Answers | None, why: str = "") -> Mo
         kl=_divergence(wrapped, theirs) if chosen else None,
         top1=_agreement(wrapped, theirs) if chosen else None,
         effect=_difference(wrapped, ours.base),
-        threshold_difference=bounds.difference * scale,
-        threshold_remerged=_of_two_merges(ours, scale),
-        threshold_kl=bounds.kl if chosen else None,
-        # Of eight positions a single one would be too much.
-        threshold_top1=min(bounds.top1, 1 - 1 / wrapped.positions) if chosen else None,
+        threshold_difference=_finite(_difference(wrapped, ours.remerged) + of_order),
+        threshold_remerged=of_order,
+        threshold_kl=_kl_of_rounding(ours, of_order) if chosen else None,
+        threshold_top1=_agreement_of_rounding(ours, of_order) if chosen else None,
         wrapped=not ours.wrapped_is_merged,
         conclusive=True,
         passed=False,
@@ -384,7 +380,34 @@ def _of_two_merges(ours: _Ours, scale: float) -> float:
         + _NOISE * ours.branches
         + min(1.0, 4 * share**0.5) * _difference(ours.unrounded, ours.remerged)
     )
+    return _finite(bound)
+
+
+def _finite(bound: float) -> float:
     return bound if math.isfinite(bound) else 0.0
+
+
+def _kl_of_rounding(ours: _Ours, of_order: float) -> float:
+    """Return how far a correct merge can diverge from the wrapped model, in nats.
+
+    The model merged here diverges by what rounding does. Logits that are off by no more than t from
+    its own diverge by no more than t * t / 2 from them, and roots of divergences add up nearly.
+    """
+    roots = math.sqrt(_finite(_divergence(ours.wrapped, ours.remerged))) + of_order / math.sqrt(2)
+    return 2 * roots * roots + _eps(ours.wide)
+
+
+def _agreement_of_rounding(ours: _Ours, of_order: float) -> float:
+    """Return at how many of the positions a correct merge finds the same likeliest at least.
+
+    As many as the model merged here, but for those at which sums in another order can decide.
+    """
+    agreement = _agreement(ours.wrapped, ours.remerged)
+    open_ones = 0
+    for values in ours.remerged.values:
+        first, second = values.topk(2, -1).values.unbind(-1)
+        open_ones += int((first - second <= 2 * of_order).sum())
+    return max(0.0, agreement - open_ones / ours.remerged.positions)
 
 
 def _inconclusive(found: ModelComparison, ours: _Ours) -> Iterator[str]:

@@ -28,10 +28,10 @@ from vera_convert.files.reading import open_local, printable
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.hub.calls import no_network
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.verification.comparison import INSTEAD
+from vera_convert.verification.running import printable_reason
 from vera_convert.with_torch.arrays import to_tensor
-
-INSTEAD = "verify --layers-only compares without building a model."
-"""The way out, where this one is closed."""
+from vera_convert.with_torch.configfields import known_fields
 
 _CLASS_OF_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -42,14 +42,6 @@ _CLASS_OF_TASK = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """What PEFT's task types are trained on."""
-_LEADS_ELSEWHERE = frozenset(
-    """
-    auto_map attn_implementation experts_implementation fusion_config transformers_weights
-    _attn_implementation _attn_implementation_internal
-    _experts_implementation _experts_implementation_internal
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-"""Fields of a config that name code or files; none of them says what the model is."""
 _COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
 _MOST = 100_000
 """Parts of the names of fields that say how many of something there are, and how many that can be.
@@ -116,10 +108,13 @@ def guarded(what: str) -> Iterator[None]:
             yield
     except VeraConvertError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A library in Rust panics with a class of its own, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise SurroundingsError(f"memory is too short to {what}. {INSTEAD}") from error
-        reason = printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(". "))
+        reason = printable_reason(error)
         raise UnfitError(f"transformers cannot {what}: {reason}. {INSTEAD}") from error
     finally:
         log.set_verbosity(level)
@@ -187,15 +182,7 @@ def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
     if _counts_too_many(base.config, len(base.tensors)):
         raise _too_large(place)
     with guarded(f"read the config of {place}"):
-        return mapping[kind].from_dict(_harmless(base.config))
-
-
-def _harmless(document: Mapping[str, object]) -> dict[str, object]:
-    return {
-        name: _harmless(value) if isinstance(value, Mapping) else value
-        for name, value in document.items()
-        if name not in _LEADS_ELSEWHERE
-    }
+        return mapping[kind].from_dict(known_fields(mapping[kind], base.config))
 
 
 def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:

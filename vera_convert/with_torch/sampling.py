@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from vera_convert.base.folder import tokenizer_files
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import open_local, parse_json, printable
 from vera_convert.hub.lookup import HubAccess, Location, list_files
-from vera_convert.with_torch.loading import INSTEAD, UnfitError, guarded
+from vera_convert.verification.comparison import INSTEAD
+from vera_convert.with_torch.loading import UnfitError, guarded
 
 Sample = Mapping[str, Tensor]
 
@@ -233,8 +234,17 @@ def _image_size(config: Any) -> tuple[int, int]:  # noqa: ANN401
 # --- answers -------------------------------------------------------------------------------------
 
 
-def answers(model: nn.Module, samples: Sequence[Sample]) -> Answers:
+def answers(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    begin: Callable[[int], None] = lambda _place: None,
+) -> Answers:
     """Ask a model all samples, one by one, and keep as much as there is room for.
+
+    Args:
+        model: the model.
+        samples: what it is asked.
+        begin: told the place of each sample before it is asked.
 
     Raises:
         UnfitError: it cannot be run.
@@ -249,7 +259,8 @@ def answers(model: nn.Module, samples: Sequence[Sample]) -> Answers:
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
     ):
-        for sample in samples:
+        for place, sample in enumerate(samples):
+            begin(place)
             torch.manual_seed(0)  # some models hide parts of what they are shown at random
             fed = {
                 name: each.to(dtype) if each.is_floating_point() else each

@@ -1,0 +1,70 @@
+"""A child process in the place of that which runs models: it ends, or does not, as it is told.
+
+Run as a module with the job on stdin; the first sample's text says what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULT = {
+    "model_class": "Model",
+    "dtype": "float32",
+    "samples": 1,
+    "tokens": 1,
+    "largest_difference": float("inf"),
+    "remerged_difference": 0.0,
+    "kl": None,
+    "top1": None,
+    "effect": 1.0,
+    "threshold_difference": 0.0,
+    "threshold_remerged": 0.0,
+    "threshold_kl": None,
+    "threshold_top1": None,
+    "wrapped": True,
+    "conclusive": True,
+    "passed": True,
+    "reason": "",
+}
+
+
+def say(**said: object) -> None:
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.buffer.readline())
+    Path(job["merged"], "pid").write_text(str(os.getpid()))
+    Path(job["merged"], "environment").write_text(json.dumps(dict(os.environ)))
+    Path(job["merged"], "path").write_text(json.dumps(sys.path))
+    Path(tempfile.mkdtemp(), "left").write_text("a copy of a tokenizer")
+    say(stage="run", done=1, of=5)
+    match job["generator"]:
+        case "answer":
+            say(result={**RESULT, "tokens": job["memory"]})
+        case "fail":
+            say(error="it cannot be built.")
+        case "abort":
+            os.kill(os.getpid(), signal.SIGABRT)
+        case "leave":
+            sys.exit(7)
+        case "noise":
+            sys.stdout.write("what a library prints\n")
+            sys.stdout.flush()
+            time.sleep(600)
+        case "sleep":
+            time.sleep(600)
+        case "mute":
+            os.close(1)
+            time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Run whole models in a process of their own, with limits on its memory and its time.
+
+    job ──► child: config, tokenizer, weights, models ──► result
+                │ says at each stage how far it is
+    parent: ends the child at a limit, and removes its temporary files
+
+Configs, tokenizers and weights are a stranger's. Libraries that read them can take all memory, run
+for hours, or end their process; here that ends the child alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.verification.comparison import INSTEAD, ModelComparison, ModelJob, Stage
+
+Progress = Callable[[int, int], None]
+
+_CHILD = "vera_convert.with_torch.child"
+"""The module that the child process runs."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The time that a stage may take: so many seconds, and so many more for each GiB of weights."""
+
+    seconds: float
+    seconds_per_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the child process may take. There are two builds, one merge, and five runs a sample.
+
+    Attributes:
+        memory: bytes, whatever the size of the model: torch and transformers take half a GiB of it.
+        memory_factor: bytes more for each byte of the weights. A model in 16 bits is computed in
+            32, and is there twice for a moment while it is built: six times its bytes.
+        times: the time for each stage.
+    """
+
+    memory: int = 4 * _GIB
+    memory_factor: float = 8.0
+    times: Mapping[Stage, Limit] | None = None
+
+
+_TIMES: Mapping[Stage, Limit] = {
+    Stage.START: Limit(300),
+    Stage.BUILD: Limit(180, 240),
+    Stage.TEXT: Limit(60),
+    Stage.RUN: Limit(60, 60),
+    Stage.MERGE: Limit(180, 120),
+}
+"""Far more than each stage takes on two slow cores; a disk of 5 MB/s still feeds the weights."""
+_IN_WORDS: Mapping[Stage, str] = {
+    Stage.START: "loading torch and transformers",
+    Stage.BUILD: "building a model",
+    Stage.TEXT: "making token ids of the text",
+    Stage.RUN: "running a model on a sample",
+    Stage.MERGE: "merging the adapters again",
+}
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "USE_HUB_KERNELS": "NO",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+"""The child reaches no network, fetches no kernels, and computes on the CPU."""
+_LONGEST_LINE = 1 << 20
+_LOOK_EVERY = 0.1
+"""Seconds between two looks at the child: a signal to the parent is answered that fast."""
+
+
+def run_models(
+    job: ModelJob,
+    *,
+    weights: int,
+    progress: Progress = lambda _done, _of: None,
+    limits: Limits | None = None,
+) -> ModelComparison:
+    """Run the base with its adapters and the merged model in a child process, and compare them.
+
+    Args:
+        job: the models and how they were merged.
+        weights: the bytes of the larger model's weights, which the limits grow with.
+        progress: told how many runs of a model on a sample are done, and of how many.
+        limits: what the child may take.
+
+    Raises:
+        SurroundingsError: the models cannot be built or run, or not within the limits.
+    """
+    limits = limits or Limits()
+    with TemporaryDirectory(prefix="vera-convert-") as scratch, _started(scratch) as child:
+        memory = int(limits.memory + limits.memory_factor * weights)
+        _send(child, {**asdict(job), "memory": memory})
+        progress(0, 5 * job.samples)
+        return _Watch(child, weights, limits, progress).result()
+
+
+@contextmanager
+def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the child; when the block ends, however it ends, the child has ended."""
+    if not sys.executable:
+        raise SurroundingsError(f"there is no Python here that could run a model. {INSTEAD}")
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    # Without -P a file of the working directory could take the place of a module.
+    path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
+    environment = {**kept, **_ENVIRONMENT, "PYTHONPATH": path}
+    environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
+    child = subprocess.Popen(  # noqa: S603 -- our own module, and no shell
+        [sys.executable, "-P", "-m", _CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # a Ctrl-C is for the parent, which ends the child
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr] # both were asked for
+
+
+def _send(child: subprocess.Popen[bytes], document: Mapping[str, object]) -> None:
+    """Write a line to the child, and leave the pipe open: the child ends when that closes."""
+    assert child.stdin is not None  # noqa: S101 -- asked for
+    with suppress(BrokenPipeError):  # how the child ended is found out by who reads
+        child.stdin.write(json.dumps(document, default=os.fspath).encode() + b"\n")
+        child.stdin.flush()
+
+
+class _Watch:
+    """Reads what a child says, and ends a child that takes too long."""
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], weights: int, limits: Limits, progress: Progress
+    ) -> None:
+        self._child = child
+        self._gib = weights / _GIB
+        self._times = limits.times or _TIMES
+        self._progress = progress
+        self._stage = Stage.START
+        self._lines: queue.Queue[bytes] = queue.Queue()
+
+    def result(self) -> ModelComparison:
+        """Return what the child found.
+
+        Raises:
+            SurroundingsError: the child failed, died, or took too long.
+        """
+        assert self._child.stdout is not None  # noqa: S101 -- asked for
+        reader = threading.Thread(target=_read, args=(self._child.stdout, self._lines), daemon=True)
+        reader.start()
+        deadline = self._deadline()
+        while True:
+            try:
+                line = self._lines.get(timeout=_LOOK_EVERY)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise self._too_slow() from None
+                continue
+            said = _document(line)
+            if said is None:
+                raise self._died()
+            if "result" in said:
+                return ModelComparison(**said["result"])
+            if "error" in said:
+                raise SurroundingsError(str(said["error"]))
+            self._stage = Stage(said["stage"])
+            if said["of"]:
+                self._progress(said["done"], said["of"])
+            deadline = self._deadline()
+
+    def _seconds(self) -> float:
+        limit = self._times[self._stage]
+        return limit.seconds + limit.seconds_per_gib * self._gib
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._seconds()
+
+    def _too_slow(self) -> SurroundingsError:
+        return SurroundingsError(
+            f"{_IN_WORDS[self._stage]} took longer than {self._seconds():,.0f} s, the limit for "
+            f"weights of this size, and was ended. {INSTEAD}"
+        )
+
+    def _died(self) -> SurroundingsError:
+        self._child.kill()  # of a child that closed its output and lives on
+        status = self._child.wait()
+        how = f"with status {status}"
+        if status < 0:
+            names = {number.value: number.name for number in signal.Signals}
+            how = f"by signal {names.get(-status, -status)}"
+        return SurroundingsError(
+            f"the process that runs the models was ended {how} while it was "
+            f"{_IN_WORDS[self._stage]}. Either memory is too short for the model, or a file of the "
+            f"model makes a library fail. {INSTEAD}"
+        )
+
+
+def _read(pipe: IO[bytes], lines: queue.Queue[bytes]) -> None:
+    """Hand on each line, and an empty one at the end."""
+    with suppress(OSError, ValueError):  # the pipe was closed
+        while line := pipe.readline(_LONGEST_LINE):
+            lines.put(line)
+    lines.put(b"")
+
+
+def _document(line: bytes) -> dict[str, Any] | None:
+    """Return what a line says; None at the end, or if a library wrote something else."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def job_of(document: Mapping[str, Any]) -> ModelJob:
+    """Return the job that a line to the child describes."""
+    text = document["text"]
+    return ModelJob(
+        adapters=tuple((Path(folder), weight) for folder, weight in document["adapters"]),
+        base=Path(document["base"]),
+        merged=Path(document["merged"]),
+        text=Path(text) if text is not None else None,
+        key_map=tuple((old, new) for old, new in document["key_map"]),
+        **{name: document[name] for name in _PLAIN},
+    )
+
+
+_PLAIN = ("samples", "dtype", "tied", "projections", "generator", "base_dtype", "wider")
+
+
+def printable_reason(error: BaseException) -> str:
+    """Return the first line of what a library says of its failure."""
+    return printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(". "))
