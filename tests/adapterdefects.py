@@ -463,6 +463,7 @@ register(
     "V226",
     {"a_target_is_missing_in_one_layer": (V_B, V_B.replace("_b", "_d"))},
     lambda names: without(*names),
+    by=validating(),
 )
 register(
     "V227",

@@ -1114,7 +1114,11 @@ hostile(
 
 hostile(
     everywhere(warn("V410"), strip=ACCEPT, migrate=ACCEPT),
-    {"nobody_says_who_dropped_the_projections": all_of(bare, fields({"peft_version": None}))},
+    {
+        "nobody_says_who_dropped_the_projections": all_of(
+            bare, fields({"peft_version": None, "inference_mode": False})
+        )
+    },
     "who has to draw them, or to judge them, says that nothing is proven",
 )
 

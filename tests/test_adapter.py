@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,34 +250,6 @@ def test_values_of_a_file_that_changed_are_not_handed_out(tmp_path: Path) -> Non
         _touched(folder / "adapter_model.safetensors")
         with pytest.raises(SurroundingsError, match="changed while it was read"):
             adapter.tensors[0].array()
-
-
-@pytest.mark.parametrize(
-    ("dropped", "said"),
-    [
-        (["0.self_attn.v_proj"], {"v_proj": "1 of 2"}),
-        (["1.self_attn.q_proj"], {"q_proj": "1 of 2"}),
-        (["0.self_attn.q_proj", "1.self_attn.v_proj"], {"q_proj": "1 of 2", "v_proj": "1 of 2"}),
-        (["0.self_attn.q_proj", "1.self_attn.q_proj"], {}),
-        (["1.self_attn.q_proj", "1.self_attn.v_proj"], {}),
-        ([], {}),
-    ],
-    ids=str,
-)
-def test_a_target_in_some_layers_only_is_told(
-    tmp_path: Path, dropped: list[str], said: Mapping[str, str]
-) -> None:
-    gone = {
-        f"{MODEL}model.layers.{module}.vera_lambda_{kind}": None
-        for module in dropped
-        for kind in "bd"
-    }
-    with open_adapter(good_adapter(tmp_path / "adapter", tensors=gone)) as adapter:
-        found = {finding.reason for finding in adapter.findings}
-        assert found == {
-            f"self_attn.{target} is adapted in {count} layers." for target, count in said.items()
-        }
-        assert {finding.code for finding in adapter.findings} <= {"V226"}
 
 
 ELEMENTS = st.sampled_from(

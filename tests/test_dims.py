@@ -259,6 +259,15 @@ def test_stored_a_and_b_of_a_cut_file_are_used_as_they_are(tmp_path: Path) -> No
     assert {"V411", "V416"} <= {f.code for f in info(unlike, base=base).findings}
 
 
+def test_a_merge_tells_of_a_and_b_that_are_wider_than_any_layer(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    drawn(width=20, height=20)(folder)
+    base = tiny_base(tmp_path / "base")
+    assert "V416" in {
+        finding.code for finding in merge(folder, tmp_path / "out", base=base).findings
+    }
+
+
 # --- lists that PEFT shortens --------------------------------------------------------------------
 
 

@@ -186,7 +186,7 @@ REPORTS = (
     Report(
         "a target matches in some layers only, and nobody is told",
         "huggingface/peft #3658, #1024, #3610",
-        ("V226-a_target_is_missing_in_one_layer", "test_a_target_in_some_layers_only_is_told"),
+        ("test_a_target_in_some_layers_only_is_told",),
     ),
     Report(
         "one revision is taken for the adapter and for its base",

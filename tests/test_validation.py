@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.merge import merge
 from vera_convert.rules import CATALOGUE, Severity
 from vera_convert.validation.selection import Settings, read_settings
 from vera_convert.validation.validate import validate
@@ -141,6 +143,102 @@ def test_what_lies_beside_the_weights_and_has_nothing_wrong_is_not_told(good: Pa
     (good / "runs").mkdir()
     (good / "runs" / "log.txt").write_text("log")
     assert codes(good) == []
+
+
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [
+        (["0.self_attn.v_proj"], {"v_proj": "1 of 2"}),
+        (["1.self_attn.q_proj"], {"q_proj": "1 of 2"}),
+        (["0.self_attn.q_proj", "1.self_attn.v_proj"], {"q_proj": "1 of 2", "v_proj": "1 of 2"}),
+        (["0.self_attn.q_proj", "1.self_attn.q_proj"], {}),
+        (["1.self_attn.q_proj", "1.self_attn.v_proj"], {}),
+        ([], {}),
+    ],
+    ids=str,
+)
+def test_a_target_in_some_layers_only_is_told(
+    tmp_path: Path, dropped: list[str], said: Mapping[str, str]
+) -> None:
+    gone = {
+        f"base_model.model.model.layers.{module}.vera_lambda_{kind}": None
+        for module in dropped
+        for kind in "bd"
+    }
+    folder = good_adapter(tmp_path / "adapter", tensors=gone)
+    found = check(folder, ignore=["V122", "V229", "V416"]).findings
+    assert {finding.reason for finding in found} == {
+        f"self_attn.{target} is adapted in {count} layers." for target, count in said.items()
+    }
+    assert {(finding.code, finding.severity) for finding in found} <= {("V226", Severity.NOTE)}
+    base = tiny_base(tmp_path / "base", config={"model_type": "llama", "num_hidden_layers": 2})
+    of_base = check(folder, ignore=["V122", "V416"], base=base).findings
+    holes = {("V411", Severity.WARNING)} if len(dropped) else set()
+    assert {(finding.code, finding.severity) for finding in of_base} == holes
+
+
+def test_a_hybrid_model_of_which_every_layer_is_adapted_has_no_finding(tmp_path: Path) -> None:
+    gone = {
+        f"base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_{kind}": None
+        for kind in "bd"
+    }
+    folder = good_adapter(tmp_path / "adapter", tensors=gone)
+    base = tiny_base(tmp_path / "base", tensors={"model.layers.1.self_attn.q_proj.weight": None})
+    assert check(folder, base=base, ignore=["V122"]).findings == ()
+
+
+@pytest.mark.parametrize("version", ["0.21.2", None])
+def test_an_adapter_that_peft_stripped_passes_where_warnings_fail(
+    version: str | None, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True, peft_version=version)
+    strip(folder, tmp_path / "out")
+    for each in (folder, tmp_path / "out"):
+        result = validate([each], base=tiny_base(each / "base"), fail_on=Severity.WARNING)
+        assert result.passed
+        assert [f.severity for f in result.findings if f.code == "V410"] == [Severity.NOTE]
+
+
+def test_an_adapter_of_an_unknown_trainer_is_warned_of(tmp_path: Path) -> None:
+    folder = good_adapter(
+        tmp_path / "adapter", stripped=True, peft_version=None, inference_mode=False
+    )
+    assert not validate([folder], fail_on=Severity.WARNING).passed
+
+
+BIASES = {f"model.layers.{n}.self_attn.q_proj.bias": (16,) for n in range(2)}
+OTHERS = {"model.layers.0.mlp.up_proj.bias": (24,)}
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.21.2"])
+@pytest.mark.parametrize(
+    ("bias", "tensors", "lost"),
+    [
+        ("none", BIASES, False),
+        ("all", {}, False),
+        ("all", OTHERS, True),
+        ("vera_only", OTHERS, False),
+        ("vera_only", BIASES, True),
+        ("lora_only", BIASES, True),
+        ("all", {"model.layers.0.self_attn.bias": (1, 1, 8, 8)}, False),
+    ],
+)
+def test_declared_biases_that_are_not_stored_are_told(
+    bias: str, tensors: dict[str, Any], lost: bool, version: str, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", bias=bias, peft_version=version)
+    base = tiny_base(tmp_path / "base", tensors=tensors)
+    alone = [f.severity for f in check(folder, select=["V223"]).findings]
+    found = [f.severity for f in check(folder, select=["V223"], base=base).findings]
+    if bias == "none":
+        assert alone == found == []
+    elif version == "0.20.0":
+        assert alone == found == [Severity.WARNING]
+    else:
+        assert alone == [Severity.NOTE]
+        assert found == [Severity.NOTE] + [Severity.WARNING] * lost
+    merged = merge(folder, tmp_path / "merged", base=base).findings
+    assert [f.severity for f in merged if f.code == "V223"] == found
 
 
 # --- what real PEFT wrote ------------------------------------------------------------------------

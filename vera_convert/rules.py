@@ -693,8 +693,9 @@ BIAS_NOT_STORED = Rule(
     "V223",
     WARNING,
     "the config trains biases that the file does not hold",
-    "PEFT up to 0.20 never saved trained biases, so they are lost.",
-    "Train again with PEFT 0.21 or later if they matter.",
+    "PEFT up to 0.20 never saved trained biases, so they are lost. It is a note if PEFT 0.21 or "
+    "later wrote the file and no base tells whether the model has biases.",
+    "Nothing need be done if the model has no biases. Else train again with PEFT 0.21 or later.",
 )
 NAME_TAKEN_TWICE = Rule(
     "V224",
@@ -713,10 +714,10 @@ PROJECTIONS_PER_LAYER = Rule(
 )
 LAYERS_UNEVEN = Rule(
     "V226",
-    WARNING,
+    NOTE,
     "a target is adapted in fewer layers of the model than another",
-    "A name that matches in some layers only is left out in the others without a word.",
-    "Check target_modules against the base's names, unless its layers differ from each other.",
+    "Hybrid models are so by design. Else the file lacks layers, or the name matches in some only.",
+    "Run `vera-convert validate ADAPTER --base MODEL`: the base tells whether layers are missing.",
 )
 SEVERAL_ADAPTERS = Rule(
     "V227",
@@ -862,9 +863,12 @@ FINGERPRINT_NOT_MET = Rule(
 UNPROVEN_DRAW = Rule(
     "V410",
     WARNING,
-    "nothing proves that the adapter was trained on the projections that were drawn",
-    "A stripped adapter without a fingerprint records neither the draw nor its dimensions.",
-    "Compare the adapter's results with known ones before you publish it.",
+    "nothing proves that the adapter was trained on the projections that are drawn for it",
+    "The adapter records neither A and B nor a fingerprint of them. This is a note if PEFT wrote "
+    "the adapter, because PEFT draws the same A and B when it loads the adapter.",
+    "Run `vera-convert embed ADAPTER OUT --base MODEL` and compare the results of OUT with those "
+    "of the training run. Then publish OUT; if you run `vera-convert strip` on OUT, its output "
+    "carries a fingerprint.",
 )
 TARGETS_DISAGREE = Rule(
     "V411",

@@ -17,7 +17,7 @@ from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.onbase import BaseWish, OnBase, wish_of
 from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw
-from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.proof import other_dims, unproven_draw
 from vera_convert.conversion.transforms import embedded, stripped
 from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.draws.generator import Rounding
@@ -26,7 +26,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
-from vera_convert.rules import PROJECTIONS_IGNORED, UNPROVEN_DRAW, Finding
+from vera_convert.rules import PROJECTIONS_IGNORED, Finding
 from vera_convert.targets.matching import Linear, kind_of
 
 
@@ -266,7 +266,7 @@ def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
     unrecorded = adapter.config.peft_version is None
     if adapter.projections is None and adapter.fingerprint is None and unrecorded:
         reason = "it stores no A and B, no fingerprint of them, and no version of PEFT."
-        yield UNPROVEN_DRAW.at(adapter.place, reason)
+        yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 
 def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:

@@ -102,6 +102,11 @@ class VeraConfig:
     auto_mapping: Mapping[str, object] | None = None
     peft_version: str | None = None
 
+    @property
+    def written_by_peft(self) -> bool:
+        """Whether PEFT saved this config: PEFT names its release, or sets ``inference_mode``."""
+        return bool(self.peft_version) or self.inference_mode
+
 
 FIELDS = frozenset(field.name for field in fields(VeraConfig))
 

@@ -24,7 +24,6 @@ from vera_convert.rules import (
     LAMBDA_D_LENGTH,
     LAMBDA_SHAPE,
     LAMBDA_UNPAIRED,
-    LAYERS_UNEVEN,
     MIXED_DTYPES,
     MODEL_AS_ADAPTER,
     MODULE_TO_SAVE_MISSING,
@@ -115,7 +114,6 @@ _PLAIN_LAMBDA = re.compile(
     r"(vera_lambda_[bd])"
 )
 """Nearly every name of nearly every file; there can be a hundred thousand."""
-_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 
 
 def _is_of_adapter(name: str) -> bool:
@@ -166,7 +164,6 @@ def sort_tensors(
     if not lambdas and not by_rule:
         findings.append(NO_LAMBDAS.at(WEIGHTS_NAME, "it holds no lambda."))
     findings += _unpaired(lambdas)
-    findings += _uneven(lambdas.keys() - {*(config.target_modules or ())})
     findings += _shapes(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
     judged = any(finding.severity is Severity.ERROR for finding in findings)
@@ -268,25 +265,6 @@ def _name_reason(rule: Rule) -> str:
         PREFIX_MISSING: f"the name does not begin with {PREFIX}",
         OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
     }.get(rule, "the name is none that PEFT writes for VeRA.")
-
-
-def _uneven(modules: Iterable[str]) -> Iterator[Finding]:
-    """Warn where one target is adapted in fewer layers of a stack than another.
-
-    Modules that the config names in full are meant as they are, and not among these.
-    """
-    stacks: dict[str, dict[str, set[str]]] = {}
-    for module in modules:
-        parts = _NUMBERED.fullmatch(module)
-        if parts is not None:
-            targets = stacks.setdefault(parts["stack"], {})
-            targets.setdefault(parts["target"], set()).add(parts["number"])
-    for name, targets in stacks.items():
-        every = frozenset[str]().union(*targets.values())
-        lacking = {target: len(found) for target, found in targets.items() if found != every}
-        for target, count in lacking.items():
-            reason = f"{printable(target)} is adapted in {count} of {len(every)} layers."
-            yield LAYERS_UNEVEN.at(printable(name), reason)
 
 
 def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Finding]:
@@ -497,12 +475,15 @@ def _replacement_findings(
         )
     if not renamed:
         yield from _incomplete_modules(stored, expected, either)
-        if config.bias != "none" and not bias_stored and not _saves_biases(config.peft_version):
-            yield BIAS_NOT_STORED.at(WEIGHTS_NAME, f'bias is "{printable(config.bias)}".')
+        if config.bias != "none" and not bias_stored:
+            rule = BIAS_NOT_STORED
+            rule = rule.as_note() if _saves_biases(config.peft_version) else rule
+            reason = f'bias is "{printable(config.bias)}", and the file holds no bias.'
+            yield rule.at(WEIGHTS_NAME, reason)
 
 
 def _saves_biases(peft_version: str | None) -> bool:
-    """Say whether the PEFT that wrote a file stores trained biases: if there are none, none are."""
+    """Say whether the PEFT that wrote a file stores trained biases, if the model has any."""
     release = peft_release(peft_version)
     return release is not None and release >= (0, 21)
 

@@ -18,6 +18,7 @@ from vera_convert.base.dims import shared_dims
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.naming import Match, match_modules
 from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase, loaded_in
+from vera_convert.base.replacements import lost_biases
 from vera_convert.draws.generator import Rounding
 from vera_convert.errors import (
     CheckpointError,
@@ -212,7 +213,12 @@ def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Base
         location=location,
         base=base,
         match=match,
-        findings=(*base.findings, *dims.findings, *unclear),
+        findings=(
+            *base.findings,
+            *dims.findings,
+            *unclear,
+            *lost_biases(adapter, match, base),
+        ),
     )
 
 

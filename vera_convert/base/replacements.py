@@ -8,17 +8,19 @@ from dataclasses import dataclass
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
-from vera_convert.adapter.tensors import SavedModules, replaced_name
+from vera_convert.adapter.tensors import WEIGHTS_NAME, SavedModules, replaced_name
 from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import Match, is_embedding, is_head
 from vera_convert.base.taskclasses import class_of_task, has_head_of
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
+    BIAS_NOT_STORED,
     MODULE_TO_SAVE_MISSING,
     REPLACEMENT_NEW,
     REPLACEMENT_SHAPE,
     REPLACEMENT_UNKNOWN,
     Finding,
+    Severity,
 )
 
 
@@ -211,3 +213,26 @@ def incomplete_modules(
         if is_due and name not in stored:
             reason = "the base has it and the module is saved whole; the adapter does not store it."
             yield MODULE_TO_SAVE_MISSING.at(printable(name), reason)
+
+
+def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
+    """Warn if the config trains biases that the base has and the adapter's file does not.
+
+    A file by PEFT 0.20 or earlier is warned of when it is read, because these never saved biases.
+    """
+    read = [finding for finding in adapter.findings if finding.code == BIAS_NOT_STORED.code]
+    if not read or read[0].severity is not Severity.NOTE:
+        return
+    own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
+    meant = own if adapter.config.bias != "all" else None
+    found = [
+        name
+        for name, tensor in base.tensors.items()
+        if name.endswith(".bias")
+        and len(tensor.info.shape) == 1
+        and (meant is None or name in meant)
+    ]
+    if found:
+        more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+        reason = f"the base has {printable(found[0])}{more}, and the file holds no bias."
+        yield BIAS_NOT_STORED.at(WEIGHTS_NAME, reason)

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.onbase import OnBase
@@ -23,6 +24,7 @@ from vera_convert.rules import (
     PROJECTIONS_CONTRADICT,
     PROJECTIONS_DAMAGED,
     ROUNDING_UNPROVEN,
+    UNPROVEN_DRAW,
     UNPROVEN_ROWS,
     Finding,
 )
@@ -52,6 +54,16 @@ def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Dra
         reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
         raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
     return drawn
+
+
+def unproven_draw(config: VeraConfig, reason: str, *, place: str) -> Finding:
+    """Return the finding that nothing records which A and B an adapter was trained on.
+
+    It is a note if PEFT wrote the adapter, because A and B are drawn as PEFT draws them; other
+    trainers have other draws.
+    """
+    rule = UNPROVEN_DRAW.as_note() if config.written_by_peft else UNPROVEN_DRAW
+    return rule.at(place, reason)
 
 
 def damage(recognition: Recognition, values: int, *, place: str) -> Finding | None:

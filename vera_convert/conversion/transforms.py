@@ -22,6 +22,7 @@ from vera_convert.conversion.proof import (
     redrawable,
     undamaged,
     unproven,
+    unproven_draw,
 )
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.draws.recognition import Draw
@@ -33,7 +34,6 @@ from vera_convert.rules import (
     OTHER_DRAW,
     PROJECTIONS_CONTRADICT,
     PROJECTIONS_TOO_NARROW,
-    UNPROVEN_DRAW,
     Finding,
 )
 
@@ -285,8 +285,9 @@ def _redrawn(adapter: Adapter, on_base: OnBase, variant: Variant) -> Converted:
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
         drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
-    warning = UNPROVEN_DRAW.at(adapter.place, f"drew {drawn.description}.")
-    return _with_pair(adapter, pair, drawn, "not proven", (*on_base.findings, warning))
+    reason = f"A and B were drawn: {drawn.description}."
+    finding = unproven_draw(adapter.config, reason, place=adapter.place)
+    return _with_pair(adapter, pair, drawn, "not proven", (*on_base.findings, finding))
 
 
 def _stored_dtype(adapter: Adapter) -> str:

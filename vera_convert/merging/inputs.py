@@ -21,6 +21,7 @@ from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_
 from vera_convert.base.onbase import BaseWish, OnBase, loaded_in
 from vera_convert.base.quantised import quantised_elsewhere, refuse_quantised
 from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.header import Header, read_header
@@ -200,6 +201,7 @@ def open_inputs(
         for part, on_base, files_beside in zip(parts, known, beside, strict=True):
             findings += files_beside.findings(part.label)
             findings += [*part.adapter.findings, *on_base.findings, *part.pair.findings]
+            findings += other_dims(part.adapter, on_base)
         inputs = MergeInputs(
             parts=tuple(parts),
             locations=tuple(fetched),

@@ -13,7 +13,7 @@ from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.onbase import OnBase
 from vera_convert.conversion.projections import as_cast, usual_draw
-from vera_convert.conversion.proof import damage
+from vera_convert.conversion.proof import damage, unproven_draw
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
 from vera_convert.rules import (
@@ -23,7 +23,6 @@ from vera_convert.rules import (
     PROJECTIONS_IGNORED,
     PROJECTIONS_ROUNDED,
     REDRAWN_OTHERWISE,
-    UNPROVEN_DRAW,
     Finding,
 )
 
@@ -128,7 +127,7 @@ def stripped_findings(
     if fingerprint is None:
         by = f"PEFT {config.peft_version} wrote it" if config.peft_version else "no PEFT is named"
         reason = f"it stores no A and B and no fingerprint of them ({by.strip()})."
-        yield UNPROVEN_DRAW.at(WEIGHTS_NAME, reason)
+        yield unproven_draw(config, reason, place=WEIGHTS_NAME)
         return
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):
         return  # told when it was read

@@ -6,7 +6,8 @@ so that each of them has to match again, in whatever release loads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
@@ -14,6 +15,7 @@ from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
+    LAYERS_UNEVEN,
     TARGET_NOT_STORED,
     TARGETS_BY_VERSION,
     TARGETS_DISAGREE,
@@ -24,6 +26,7 @@ from vera_convert.targets.matching import NEWEST, Endings, is_all_linear, matchi
 
 RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}
 """The releases whose rules differ from the newest, by how they are called."""
+_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 
 
 TARGET_FIELDS = frozenset(
@@ -98,3 +101,27 @@ def _not_stored(
         if target not in stored and not saved & {*target.split(".")}:
             reason = f"target_modules names {printable(target)}, no layer of the file is called so."
             yield TARGET_NOT_STORED.at(WEIGHTS_NAME, reason)
+
+
+def uneven_findings(config: VeraConfig, layers: Iterable[str]) -> Iterator[Finding]:
+    """Yield a note for each target that is adapted in fewer layers of a stack than another.
+
+    Only a base tells whether all of the stack's layers have the target.
+
+    Args:
+        config: the config; layers that it lists by full name are left out.
+        layers: paths of the adapted layers.
+    """
+    listed = {*(config.target_modules or ())}
+    stacks: dict[str, dict[str, set[str]]] = {}
+    for module in layers:
+        parts = _NUMBERED.fullmatch(module)
+        if parts is not None and module not in listed:
+            targets = stacks.setdefault(parts["stack"], {})
+            targets.setdefault(parts["target"], set()).add(parts["number"])
+    for name, targets in stacks.items():
+        every = frozenset[str]().union(*targets.values())
+        lacking = {target: len(found) for target, found in targets.items() if found != every}
+        for target, count in lacking.items():
+            reason = f"{printable(target)} is adapted in {count} of {len(every)} layers."
+            yield LAYERS_UNEVEN.at(printable(name), reason)

@@ -49,12 +49,12 @@ from vera_convert.hub.lookup import (
     open_remote,
 )
 from vera_convert.hub.remotefile import RemoteFile
-from vera_convert.rules import FILE_UNREADABLE, LAYERS_UNEVEN, Finding, Severity
+from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.projections import recognised, stored_findings, stripped_findings
 from vera_convert.validation.selection import check_codes, selected
-from vera_convert.validation.targets import TARGET_FIELDS, target_findings
+from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
 from vera_convert.validation.validation import Checked, Validation
 from vera_convert.validation.values import value_findings
 
@@ -296,6 +296,8 @@ def _check(
         if examined.sorted is not None:
             told.findings += undeclared_embeddings(config, examined.sorted.replacements)
         if examined.unsound.isdisjoint(TARGET_FIELDS):
+            if examined.adapter is not None and on_base.base is None:
+                told.findings += uneven_findings(config, layers)
             told.step(
                 "the targets",
                 lambda: target_findings(config, [*layers], alone=on_base.base is None),
@@ -335,8 +337,6 @@ def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Tol
         nonlocal known
         known, findings = learn(adapter)
         told.base = known.source
-        # The base tells which layers there are; without one it could be guessed only.
-        told.findings = [each for each in told.findings if each.rule is not LAYERS_UNEVEN]
         return findings
 
     told.step("the base", find)
