@@ -673,6 +673,29 @@ def states_of_training_lie_beside_it(folder: Path) -> None:
         (folder / name).write_bytes(b"state")
 
 
+@spoiled("V018", by=validating())
+def logs_of_training_lie_beside_it(folder: Path) -> None:
+    (folder / "runs" / "host").mkdir(parents=True)
+    (folder / "runs" / "host" / "events.out.tfevents.1.host.2.0").write_bytes(b"log")
+    (folder / "trainer_state.json").write_text("{}")
+
+
+@spoiled("V019", by=validating())
+def marks_of_a_download_lie_beside_it(folder: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        (folder / f"{name}:Zone.Identifier").write_text("[ZoneTransfer]")
+
+
+@spoiled("V019", by=validating())
+def another_models_weights_lie_beside_it(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+@spoiled("V008", by=validating())
+def weights_that_peft_does_not_read_lie_beside_it(folder: Path) -> None:
+    (folder / "new_embeddings.safetensors").write_bytes(b"weights")
+
+
 register(
     "V101",
     {

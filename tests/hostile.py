@@ -169,7 +169,14 @@ CASES += [
 
 FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     "V007-a_side_file_links_to_nowhere": (VALIDATE_ALONE, {"validate": warn("V007")}),
+    "V008-weights_that_peft_does_not_read_lie_beside_it": (
+        VALIDATE_ALONE,
+        {"validate": warn("V008"), "merge": warn("V573")},
+    ),
     "V018-states_of_training_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V018")}),
+    "V018-logs_of_training_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V018")}),
+    "V019-marks_of_a_download_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V019")}),
+    "V019-another_models_weights_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V019")}),
     "V111-layers_pattern_is_a_list": (VALIDATE_ALONE, {"validate": warn("V111")}),
     "V111-the_only_layer_is_zero": (VALIDATE_ALONE, {"validate": warn("V111")}),
     "V120-base_is_a_path": (VALIDATE_ALONE, {"validate": warn("V120")}),

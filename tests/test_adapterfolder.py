@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from adapters import good_adapter
 from folders import everything
 
 from vera_convert.adapter import folder as adapterfolder
-from vera_convert.adapter.folder import is_training_state, is_written_adapter, side_files
+from vera_convert.adapter.folder import is_training_state, is_vera, side_files
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import LocalFile
@@ -34,6 +35,13 @@ posix = pytest.mark.skipif(os.name != "posix", reason="links need rights on Wind
         "random_states_0.pkl",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "mp_rank_00_model_states.pt",
+        "trainer_state.json",
+        "checkpoint/trainer_state.json",
+        "runs/Jul01_host/events.out.tfevents.1.host.2.0",
+        "logs/events.out.tfevents.1.host.2.0",
+        "wandb/run-1/files/wandb-metadata.json",
+        "latest",
+        "zero_to_fp32.py",
     ],
 )
 def test_the_state_of_a_training_run_is_left_out(name: str) -> None:
@@ -44,7 +52,6 @@ def test_the_state_of_a_training_run_is_left_out(name: str) -> None:
     "name",
     [
         "README.md",
-        "trainer_state.json",
         "tokenizer.json",
         "generation_config.json",
         "chat_template.jinja",
@@ -52,6 +59,8 @@ def test_the_state_of_a_training_run_is_left_out(name: str) -> None:
         "my_optimizer.pt.txt",
         "adapter_model.bin.md",
         "OPTIMIZER.txt",
+        "latest.txt",
+        "runs/notes.txt",
     ],
 )
 def test_everything_else_is_carried(name: str) -> None:
@@ -180,23 +189,28 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_an_adapters_folder_is_known_by_its_config(tmp_path: Path) -> None:
-    assert is_written_adapter(good_adapter(tmp_path / "adapter"))
-    assert not is_written_adapter(tmp_path)
+    assert is_vera(good_adapter(tmp_path / "adapter"))
+    assert not is_vera(tmp_path)
     (tmp_path / "adapter_config.json").mkdir()
-    assert not is_written_adapter(tmp_path)
+    assert not is_vera(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["optimizer.pt", "adapter_model.bin", ".git/config", "checkpoint-10/adapter_config.json"],
+    [
+        *("optimizer.pt", "adapter_model.bin", ".git/config", "checkpoint-10/adapter_config.json"),
+        *("notes.txt", "eval_results.json", "deep/er/notes.txt"),
+    ],
 )
-def test_force_replaces_nothing_that_no_conversion_writes(name: str, tmp_path: Path) -> None:
+def test_force_deletes_nothing_that_the_conversion_does_not_write(
+    name: str, tmp_path: Path
+) -> None:
     folder = good_adapter(tmp_path / "adapter")
     taken = good_adapter(tmp_path / "out")
-    (taken / name).parent.mkdir(exist_ok=True)
+    (taken / name).parent.mkdir(parents=True, exist_ok=True)
     (taken / name).write_text("{}")
     before = everything(taken)
-    with pytest.raises(UsageError, match="--force"):
+    with pytest.raises(UsageError, match=f"--force would delete: {re.escape(name)}"):
         strip(folder, taken, force=True)
     assert everything(taken) == before
 
@@ -207,3 +221,42 @@ def test_force_does_not_replace_a_lora(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         strip(folder, lora, force=True)
     assert '"LORA"' in (lora / "adapter_config.json").read_text()
+
+
+def test_force_replaces_what_the_conversion_writes_again(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "README.md").write_text("card")
+    strip(folder, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("another card")
+    strip(folder, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_copied"),
+    [
+        ("adapter_model.safetensors:Zone.Identifier", False),
+        ("README.md\uf03aZone.Identifier", False),
+        ("__MACOSX/README.md", False),
+        ("__pycache__/code.cpython-311.pyc", False),
+        ("Thumbs.db", False),
+        ("model.safetensors", False),
+        ("model-00001-of-00002.safetensors", False),
+        ("pytorch_model.bin.index.json", False),
+        ("model.q4.gguf", False),
+        ("old/model.safetensors", False),
+        ("new_embeddings.safetensors", True),
+        ("2_Dense/model.safetensors", True),
+        ("model_card.md", True),
+    ],
+)
+def test_what_came_from_elsewhere_is_left_out(name: str, is_copied: bool, tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text("{}")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    done = strip(folder, tmp_path / "out")
+    assert (name in done.side_files.carried) is is_copied
+    assert (name in done.side_files.left_out) is not is_copied
+    assert (tmp_path / "out" / name).exists() is is_copied

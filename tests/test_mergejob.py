@@ -53,6 +53,36 @@ def test_only_a_merged_model_is_replaced(tmp_path: Path, adapter: Path, base: Pa
             merged_with(adapter, base, place, force=True)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_force_deletes_nothing_that_no_merge_wrote(
+    tmp_path: Path, adapter: Path, base: Path, dry_run: bool
+) -> None:
+    out = tmp_path / "out"
+    merged_with(adapter, base, out, max_shard_size=3000)
+    (out / "eval").mkdir()
+    for name in ("notes.txt", "eval/results.json"):
+        (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"would delete: eval/results\.json, notes\.txt\. Move"):
+        merged_with(adapter, base, out, force=True, dry_run=dry_run)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len([*out.glob("model-*.safetensors")]) > 1
+
+
+def test_a_provenance_alone_makes_no_folder_a_merged_model(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    for number, text in enumerate(
+        ["", "{}", "[]", '{"outputs": 5}', '{"outputs": [{"name": []}]}']
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "merge-provenance.json").write_text(text)
+        (folder / "thesis.tex").write_text("mine")
+        with pytest.raises(UsageError, match=r"thesis\.tex"):
+            merged_with(adapter, base, folder, force=True)
+        assert (folder / "thesis.tex").exists()
+
+
 class StopError(Exception):
     """What stops a merge half way."""
 

@@ -59,7 +59,7 @@ OTHERS = [
 
 def beside(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
@@ -222,3 +222,22 @@ def test_weights_beside_the_adapter_are_named_as_not_merged(
     assert finding.code == "V573"
     assert name in finding.reason
     assert not (tmp_path / "out" / name).exists()
+
+
+def test_nothing_of_a_training_run_or_a_download_is_published(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    strange = {
+        "config.json:Zone.Identifier": b"[ZoneTransfer]",
+        "runs/host/events.out.tfevents.1.host.2.0": b"log",
+        "trainer_state.json": b"{}",
+        "zero_to_fp32.py": b"",
+        "latest": b"global_step10",
+    }
+    beside(base, strange)
+    beside(adapter, strange)
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert not strange.keys() & everything(tmp_path / "out").keys()
+    assert sorted(done.sides.unneeded) == sorted(strange)
+    assert sorted(done.beside.left_out) == sorted(strange)
+    assert not done.findings

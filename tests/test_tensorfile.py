@@ -598,7 +598,7 @@ def test_good_adapters_are_read(tmp_path: Path) -> None:
     assert "base_model.vera_A" in split_weights(tmp_path / "embedded")[0]
 
 
-OF_FOLDERS = ("V007", "V014", "V015", "V016", "V017", "V018")
+OF_FOLDERS = ("V007", "V014", "V015", "V016", "V017", "V018", "V008", "V019")
 """What is told of files together, not when one of them is read."""
 
 OF_FILES = [

@@ -118,6 +118,15 @@ LINK_NOT_CARRIED = Rule(
     "It is not followed, so what it leads to is lost when the adapter is converted or published.",
     "Put a copy of the file in this place, or remove the link.",
 )
+UNREAD_WEIGHTS = Rule(
+    "V008",
+    NOTE,
+    "weights that PEFT does not read lie beside the adapter",
+    "PEFT loads adapter_model.safetensors alone. If the file was trained too, only the program "
+    "that wrote the file gives its users the whole model.",
+    "Say beside the adapter what reads the file; a conversion copies the file, a merge does not.",
+    since="0.2.0",
+)
 CONFIG_MISSING = Rule(
     "V010",
     ERROR,
@@ -183,8 +192,18 @@ TRAINING_STATE = Rule(
     "V018",
     NOTE,
     "states of a training run lie beside the adapter",
-    "They are large, they are pickles, and nobody who loads the adapter needs them.",
-    "Leave them out when the adapter is published; every conversion here does.",
+    "States are large and pickled; logs tell paths and the name of the training machine. Nobody "
+    "who loads the adapter needs these files.",
+    "Leave the files out when you publish the adapter; strip, embed, migrate and merge do.",
+)
+STRANGE_FILES = Rule(
+    "V019",
+    NOTE,
+    "files of a download or of another model lie beside the adapter",
+    "NAME:Zone.Identifier tells from where NAME was downloaded. A loader can take the weights of "
+    "another model for those of the adapter's base.",
+    "Remove the files; strip, embed, migrate and merge leave such files out.",
+    since="0.2.0",
 )
 JSON_NOT_UTF8 = Rule(
     "V020",

@@ -31,13 +31,48 @@ _TRAINING_STATE = re.compile(
     r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
     r"|rng_state(_\d+)?\.(pt|pth)|random_states_\d+\.pkl"
     r"|.*_(optim|model)_states\.pt|.*\.distcp"
+    r"|trainer_state\.json|trainer_log\.jsonl|events\.out\.tfevents\..*|latest|zero_to_fp32\.py"
 )
-"""Pickled weights and the states of a training run: of no use to whoever loads the adapter."""
+"""Names of pickled weights, and of what a training run leaves: states, logs, paths, host names."""
+_TRAINING_FOLDERS = frozenset(("wandb", "mlruns", "lightning_logs"))
+"""Folders into which training runs write their logs."""
+_STRANGE = re.compile(
+    r".*[:\uf03a](Zone\.Identifier|com\.dropbox\..*|mshield)|Thumbs\.db|desktop\.ini|.*\.pyc"
+)
+"""Names of what an operating system adds to a download or a folder; U+F03A is WSL's colon."""
+_STRANGE_FOLDERS = frozenset(("__MACOSX", "__pycache__"))
+_OTHER_MODEL = re.compile(
+    r"(pytorch_|tf_|flax_|rust_|diffusion_pytorch_)?model([-_.].*)?"
+    r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
+    r"|consolidated.*\.(pth|safetensors)|.*\.(gguf|ggml)"
+)
+"""Names of the weights of a complete model, which a loader could take for the adapter's base."""
 
 
 def is_training_state(name: str) -> bool:
-    """Say whether a file of this name (without folders) is never carried."""
-    return _TRAINING_STATE.fullmatch(name) is not None
+    """Say whether a file comes from a training run and is never copied, by its relative path."""
+    path = PurePosixPath(name)
+    in_logs = not _TRAINING_FOLDERS.isdisjoint(path.parts[:-1])
+    return in_logs or _TRAINING_STATE.fullmatch(path.name) is not None
+
+
+def is_strange(name: str) -> bool:
+    """Say whether an operating system or Python added a file, by its relative path."""
+    path = PurePosixPath(name)
+    in_folder = not _STRANGE_FOLDERS.isdisjoint(path.parts[:-1])
+    return in_folder or _STRANGE.fullmatch(path.name) is not None
+
+
+def is_of_other_model(name: str, names: Collection[str]) -> bool:
+    """Say whether a file holds weights of a complete model, and of no module of the adapter's.
+
+    Args:
+        name: the relative path of the file.
+        names: those of all files beside the adapter; a module has a ``config.json`` in its folder.
+    """
+    path = PurePosixPath(name)
+    in_module = len(path.parts) > 1 and f"{path.parent}/config.json" in names
+    return not in_module and _OTHER_MODEL.fullmatch(path.name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +81,7 @@ class SideFiles:
 
     Attributes:
         carried: copied byte for byte, in sorted order.
-        left_out: pickled weights and training states, never copied.
+        left_out: what comes from a training run, a download or another model; never copied.
         outside: links that lead out of the folder, to nowhere or to a folder; never followed.
         adapters: subfolders that are adapters of their own.
     """
@@ -69,10 +104,12 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     carried, left_out = [], []
     outside: list[str] = []
     adapters: list[str] = []
-    for name in _regular_files(folder, adapters, outside):
+    names = [*_regular_files(folder, adapters, outside)]
+    present = frozenset(names)
+    for name in names:
         if name in not_fetched:
             continue
-        if is_training_state(PurePosixPath(name).name):
+        if is_training_state(name) or is_strange(name) or is_of_other_model(name, present):
             left_out.append(name)
         elif name not in (CONFIG_NAME, WEIGHTS_NAME):
             try:
@@ -183,22 +220,8 @@ class AdapterContent:
     check_unchanged: Callable[[], None]
 
 
-def is_written_adapter(folder: Path) -> bool:
-    """Say whether a folder could have been written by a conversion: what ``--force`` may replace.
-
-    It holds a VeRA adapter, no training state or pickle, no further adapter below it and nothing
-    hidden.
-    """
-    hidden = any(path.name.startswith(".") for path in folder.rglob("*"))
-    return (
-        is_vera(folder)
-        and not hidden
-        and not ((sides := side_files(folder)).left_out or sides.outside or sides.adapters)
-    )
-
-
 def is_vera(folder: Path) -> bool:
-    """Say whether a folder's config is a VeRA adapter's."""
+    """Say whether a folder's config is a VeRA adapter's: what ``--force`` may replace."""
     try:
         with open_local(folder / CONFIG_NAME, within=folder) as source:
             read_config(source)
@@ -213,13 +236,26 @@ def publish_adapter(
     """Write an adapter's folder whole or not at all, reading back what was written.
 
     Raises:
-        UsageError: OUT exists and may not be replaced, or overlaps an input.
+        UsageError: OUT exists and may not be replaced, holds files that are not written again, or
+            overlaps an input.
         SurroundingsError: the disk fails, or the input changed while it was read.
     """
-    from vera_convert.publish.publishing import staged_folder  # not for those who only read
+    from vera_convert.publish.publishing import files_but, staged_folder  # not for mere readers
 
-    with staged_folder(out, force=force, inputs=inputs, is_own=is_written_adapter) as staging:
+    written = {*written_files(content.folder, not_fetched=content.not_fetched)}
+    with staged_folder(
+        out,
+        force=force,
+        inputs=inputs,
+        is_own=is_vera,
+        strangers=lambda folder: files_but(folder, written),
+    ) as staging:
         return write_adapter(content, staging)
+
+
+def written_files(folder: Path, *, not_fetched: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the files that a conversion of an adapter's folder writes."""
+    return (CONFIG_NAME, WEIGHTS_NAME, *side_files(folder, not_fetched=not_fetched).carried)
 
 
 def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from vera_convert.adapter.folder import is_strange, is_training_state
 from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError
 from vera_convert.files.jsonediting import edited_member, edited_object
@@ -53,12 +54,14 @@ class ModelFiles:
         config: the model's ``config.json``, if there is one.
         other_weights: the same weights in other forms, left out.
         adapter: files of an adapter that lies there, left out.
+        unneeded: what comes from a training run or a download, left out.
     """
 
     carried: tuple[str, ...]
     config: str | None
     other_weights: tuple[str, ...]
     adapter: tuple[str, ...]
+    unneeded: tuple[str, ...] = ()
 
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield one warning for each kind of files that is left out."""
@@ -80,7 +83,7 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
     own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
     own |= {CARD_NAME, PROVENANCE_NAME}
     components = _components(names, base)
-    groups: dict[str, list[str]] = {"carried": [], "weights": [], "adapter": []}
+    groups: dict[str, list[str]] = {"carried": [], "weights": [], "adapter": [], "unneeded": []}
     for name in sorted(set(names) - own):
         groups[_kind(name, base.prefix, components)].append(name)
     config = base.prefix + "config.json"
@@ -89,6 +92,7 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
         config if config in names else None,
         tuple(groups["weights"]),
         tuple(groups["adapter"]),
+        tuple(groups["unneeded"]),
     )
 
 
@@ -111,6 +115,9 @@ def _kind(name: str, prefix: str, components: Collection[str]) -> str:
     inside = PurePosixPath(name.removeprefix(prefix))
     if _OTHER_FOLDERS & {part.lower() for part in inside.parts[:-1]}:
         return "weights"
+    is_unneeded = is_strange(name) or is_training_state(name)
+    if is_unneeded and not is_other_weights(name):
+        return "unneeded"
     if any(folder in components for folder in folders):
         return "carried"
     if _ADAPTER.fullmatch(path.name):

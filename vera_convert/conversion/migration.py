@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import OtherMethodError
-from vera_convert.adapter.folder import adapters_below, is_vera, side_files, write_adapter
+from vera_convert.adapter.folder import (
+    adapters_below,
+    is_vera,
+    side_files,
+    write_adapter,
+    written_files,
+)
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
@@ -40,7 +47,7 @@ from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import from_array
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.publish.publishing import staged_folder
+from vera_convert.publish.publishing import files_but, staged_folder
 
 
 class Mode(StrEnum):
@@ -165,7 +172,13 @@ def migrate_tree(
     names = tuple(adapters_below(tree, unreadable=unreadable))
     result = TreeMigration(out, {}, unreadable, tuple(_outside_adapters(tree, names)))
     try:
-        with staged_folder(out, force=force, inputs=inputs, is_own=is_tree) as staging:
+        with staged_folder(
+            out,
+            force=force,
+            inputs=inputs,
+            is_own=is_tree,
+            strangers=lambda old: files_but(old, _written(tree, names)),
+        ) as staging:
             for name in names:
                 _migrate_one(tree, staging, name, wishes, result)
             if not result.done:
@@ -258,12 +271,19 @@ def _migrate_one(
 
 
 def is_tree(folder: Path) -> bool:
-    """Say whether `migrate_tree` could have written a folder: VeRA adapters, and no more."""
+    """Say whether a folder holds VeRA adapters and no others, as `migrate_tree` writes them."""
     names = tuple(adapters_below(folder))
-    if not names or any(_outside_adapters(folder, names)):
-        return False
-    sides = [side_files(folder / name) for name in names if is_vera(folder / name)]
-    return len(sides) == len(names) and not any(side.left_out or side.outside for side in sides)
+    return bool(names) and all(is_vera(folder / name) for name in names)
+
+
+def _written(tree: Path, names: Sequence[str]) -> set[str]:
+    """Return the files that are written for the adapters of a tree, those that fail included."""
+    found: set[str] = set()
+    for name in names:
+        with suppress(SurroundingsError):
+            prefix = "" if name == "." else f"{name}/"
+            found |= {prefix + file for file in written_files(tree / name)}
+    return found
 
 
 def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from vera_convert.adapter.folder import (
     AdapterContent,
     SideFiles,
     is_training_state,
-    is_written_adapter,
+    is_vera,
     publish_adapter,
 )
 from vera_convert.adapter.names import A_NAME
@@ -168,7 +168,7 @@ def opened(
     revision: str | None,
     access: HubAccess | None,
     repair: Repair | None = None,
-    is_own: Callable[[Path], bool] = is_written_adapter,
+    is_own: Callable[[Path], bool] = is_vera,
 ) -> Iterator[Work]:
     """Find and open an adapter, once it is certain that what is made of it may be written."""
     require_flags(force=force)
@@ -177,7 +177,7 @@ def opened(
     out = path("out", out)
     location = locate(named, kind="adapter", access=access, revision=revision)
     inputs = [location.folder] if location.folder else []
-    folder = is_own is is_written_adapter
+    folder = is_own is is_vera
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     with open_adapter(location.fetched, repair=repair) as opened:

@@ -85,6 +85,9 @@ def _side_rows(result: Merge) -> list[list[str]]:
     ):
         if names:
             rows.append([label, f"the adapter's own: {', '.join(map(printable, names))}"])
+    left_out = [*result.sides.unneeded, *result.beside.left_out]
+    if left_out:
+        rows.append(["left out", ", ".join(map(printable, left_out))])
     return rows
 
 
@@ -127,7 +130,11 @@ def merge_document(result: Merge) -> Document:
         "jobs": result.jobs,
         "carried": list(result.sides.carried),
         "from_adapter": list(result.beside.copied),
-        "left_out": [*result.sides.other_weights, *result.sides.adapter],
+        "left_out": [
+            *result.sides.other_weights,
+            *result.sides.adapter,
+            *result.sides.unneeded,
+        ],
         "adapter_left_out": [*result.beside.unmerged, *result.beside.left_out],
         "tokenizer": list(result.beside.tokenizer),
         "findings": [finding_document(finding) for finding in result.findings],

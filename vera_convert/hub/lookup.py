@@ -415,7 +415,7 @@ def fetch_adapter(
     Args:
         location: a folder, returned as it is, or a repo.
         access: how the Hub is reached.
-        is_training_state: whether a file of this name (without folders) is never carried.
+        is_training_state: whether a file is never copied, by its relative path.
 
     Raises:
         CheckpointError: config or weights are not there.
@@ -428,9 +428,7 @@ def fetch_adapter(
     small = [
         name
         for name, size in beside.items()
-        if 0 <= size <= SIDE_FILE_LIMIT
-        and _is_clean(name)
-        and not is_training_state(PurePosixPath(name).name)
+        if 0 <= size <= SIDE_FILE_LIMIT and _is_clean(name) and not is_training_state(name)
     ]
     folder = _download(location, [_CONFIG, _WEIGHTS, *small], access)
     left_out = tuple(name for name in beside if name not in small)

@@ -116,7 +116,7 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         files(tokenizer),
         files(copied),
         (*unmerged, *_not_fetched(sides, modules)),
-        tuple(name for name in rest if name not in unmerged),
+        (*(name for name in rest if name not in unmerged), *_dropped(sides, modules)),
         AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
     )
 
@@ -129,6 +129,12 @@ def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
     named = {entry.get("path") for entry in entries if isinstance(entry, dict)}
     is_module = (each for each in folders if each in named or _MODULE_FOLDER.fullmatch(each))
     return frozenset(each for each in is_module if f"{each}/config.json" in names)
+
+
+def _dropped(sides: SideFiles, modules: Collection[str]) -> list[str]:
+    """Return the files that no conversion copies and that hold nothing of the model."""
+    needed = {*_not_fetched(sides, modules)}
+    return [name for name in sides.left_out if name not in needed]
 
 
 def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:

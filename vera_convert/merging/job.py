@@ -32,9 +32,15 @@ from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import check_staged, files_beside
 from vera_convert.merging.parts import Changes
 from vera_convert.merging.plan import WeightsPlan
-from vera_convert.merging.provenance import adapter_record, base_record, provenance_text, versions
+from vera_convert.merging.provenance import (
+    adapter_record,
+    base_record,
+    provenance_text,
+    recorded_files,
+    versions,
+)
 from vera_convert.merging.report import TensorReport
-from vera_convert.publish.publishing import Staged, staged_run
+from vera_convert.publish.publishing import Staged, files_but, staged_run
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
 
 KEPT = "What is finished is kept: the same command with --resume continues from there."
@@ -83,6 +89,11 @@ class MergeJob:
     def needed(self) -> int:
         """How many bytes its output takes."""
         return sum(file.size for file in self.files)
+
+    def strangers(self, folder: Path) -> list[str]:
+        """Return the files of an earlier output that neither that merge nor this one writes."""
+        written = {PROVENANCE_NAME, *(file.name for file in self.files)}
+        return files_but(folder, written | recorded_files(folder))
 
     def run(
         self, progress: Callable[[int, int], None]
@@ -143,6 +154,7 @@ class MergeJob:
             force=self.options.force,
             inputs=self.inputs.folders,
             is_own=is_merged,
+            strangers=self.strangers,
         ) as staged:
             journal, finished = None, dict[str, Finished]()
             if self.options.resume:

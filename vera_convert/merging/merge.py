@@ -161,6 +161,13 @@ def merge(
         ) as inputs:
             job = _plan(inputs, place, base, options)
             if options.dry_run:
+                check_out(
+                    place,
+                    inputs=inputs.folders,
+                    force=options.force,
+                    is_own=is_merged,
+                    strangers=job.strangers,
+                )
                 return _result(job, (), {}, _estimate(job))
             reports, hashes = job.run(progress)
             return _result(job, reports, hashes, time.monotonic() - started)

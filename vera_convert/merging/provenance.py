@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -18,12 +19,17 @@ import numpy as np
 
 from vera_convert._version import __version__
 from vera_convert.assembly.inputs import InputFile
+from vera_convert.base.folder import PROVENANCE_NAME
 from vera_convert.base.model import BaseModel
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import open_local, read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.merging.parts import Part
 from vera_convert.merging.report import TensorReport
 
 FORMAT = 1
+PROVENANCE_LIMIT = 100_000_000
+"""The most bytes of a provenance: it has some hundred for each tensor of the model."""
 
 
 def versions() -> dict[str, str]:
@@ -90,6 +96,18 @@ def base_record(
             for name, text in sorted(texts.items())
         ],
     }
+
+
+def recorded_files(folder: Path) -> set[str]:
+    """Return the files that an earlier merge recorded as written; none if that cannot be read."""
+    with suppress(CheckpointError, SurroundingsError):
+        with open_local(folder / PROVENANCE_NAME, within=folder) as source:
+            document, _ = read_json(source, limit=PROVENANCE_LIMIT)
+        outputs = document.get("outputs") if isinstance(document, dict) else None
+        records = outputs if isinstance(outputs, list) else []
+        names = (each.get("name") for each in records if isinstance(each, dict))
+        return {name for name in names if isinstance(name, str)}
+    return set()
 
 
 def provenance_text(

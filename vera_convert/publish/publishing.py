@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
@@ -26,6 +27,10 @@ from vera_convert.publish.container import TAG, Container, sweep_containers
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.interrupts import signals_done, signals_held, signals_raise
 
+Strangers = Callable[[Path], Collection[str]]
+"""Gives the files of a folder at OUT that a run would not write, relative to the folder."""
+
+_MOST_NAMED = 10
 _TRIES = 16
 """Rounds against other runs for the same OUT before giving up; one is nearly always enough."""
 
@@ -37,6 +42,7 @@ def staged_folder(
     force: bool = False,
     inputs: Sequence[Path] = (),
     is_own: Callable[[Path], bool],
+    strangers: Strangers = lambda _: (),
 ) -> Iterator[Path]:
     """Give an empty folder that becomes `out` when the block ends well, and vanishes when not.
 
@@ -50,13 +56,14 @@ def staged_folder(
         force: replace an existing folder for which `is_own` holds.
         inputs: what is read; `out` must not be, contain or lie inside any of it.
         is_own: whether a path is of the kind that this command writes.
+        strangers: files of an existing folder that keep it from being replaced.
 
     Raises:
         UsageError: `out` exists and may not be replaced, overlaps an input, or has no name.
         SurroundingsError: the system refused (also for an `OSError` of the block itself).
         Interrupted: a signal came; nothing is left.
     """
-    replacing = _Replacing(allowed=force, is_own=is_own, folder=True)
+    replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
     with _staged(out, inputs, replacing) as staged:
         yield staged.folder
 
@@ -73,7 +80,7 @@ def staged_file(
 
     Otherwise as `staged_folder`, for one file.
     """
-    replacing = _Replacing(allowed=force, is_own=is_own, folder=False)
+    replacing = _Replacing(force, is_own, folder=False)
     with _staged(out, inputs, replacing) as staged:
         yield staged.folder
 
@@ -146,13 +153,14 @@ def staged_run(
     force: bool = False,
     inputs: Sequence[Path] = (),
     is_own: Callable[[Path], bool],
+    strangers: Strangers = lambda _: (),
 ) -> Iterator[Staged]:
     """Do as `staged_folder`, for a run that syncs files itself, and may be continued by another.
 
     If the block fails or is stopped and found its work worth keeping, the hidden folder stays. A
     later run for the same `out` that `continues` gets it; one that does not removes it.
     """
-    replacing = _Replacing(allowed=force, is_own=is_own, folder=True)
+    replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
     with _staged(out, inputs, replacing, continues=continues) as staged:
         yield staged
 
@@ -164,18 +172,20 @@ def check_out(
     force: bool,
     is_own: Callable[[Path], bool],
     folder: bool = True,
+    strangers: Strangers = lambda _: (),
 ) -> None:
     """Refuse an `out` that could not be published, before any work; `staged_*` do so themselves.
 
     Raises:
         UsageError: `out` overlaps an input (links resolved, whatever `force` says); it exists
-            without `force`; it is a link, of another kind, or not the command's own.
+            without `force`; it is a link, of another kind, or not the command's own; it holds
+            files that the command would not write.
         SurroundingsError: its parent is missing, or cannot be looked into.
     """
     with explained(out):
         place = _real_place(out)
         _refuse_overlap(place, inputs)
-        _Replacing(allowed=force, is_own=is_own, folder=folder).check(place)
+        _Replacing(force, is_own, folder=folder, strangers=strangers).check(place)
 
 
 def sha256_of(path: Path) -> str:
@@ -247,6 +257,7 @@ class _Replacing:
     allowed: bool
     is_own: Callable[[Path], bool]
     folder: bool
+    strangers: Strangers = lambda _: ()
 
     def check(self, out: Path) -> None:
         """Refuse an existing `out` that this run may not replace."""
@@ -265,6 +276,37 @@ class _Replacing:
                 f"{shown} is not what this command writes, so --force does not replace it. "
                 "Choose another OUT, or move it away."
             )
+        if self.folder:
+            _refuse_strangers(shown, self.strangers(out))
+
+
+def _refuse_strangers(shown: str, names: Collection[str]) -> None:
+    """Refuse to replace a folder with files that the run would not write."""
+    if names:
+        listed = [printable(name) for name in sorted(names)[:_MOST_NAMED]]
+        more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+        raise UsageError(
+            f"{shown} holds files that this command does not write, which --force would delete: "
+            f"{', '.join(listed)}{more}. Move them away, or choose another OUT."
+        )
+
+
+def files_but(folder: Path, names: Collection[str]) -> list[str]:
+    """Return the files and links below a folder that are not among `names`, with `/`.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    found: list[str] = []
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        paths = (Path(root, name).relative_to(folder).as_posix() for name in (*files, *links))
+        found += [name for name in paths if name not in names]
+    return found
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 _REMEDIES = {

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from vera_convert.adapter.config import CONFIG_NAME
-from vera_convert.adapter.folder import is_training_state, side_files
+from vera_convert.adapter.folder import is_of_other_model, is_strange, is_training_state, side_files
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.files.reading import is_pickle, printable
-from vera_convert.rules import BOTH_KINDS, LINK_NOT_CARRIED, TRAINING_STATE, Finding
+from vera_convert.rules import (
+    BOTH_KINDS,
+    LINK_NOT_CARRIED,
+    STRANGE_FILES,
+    TRAINING_STATE,
+    UNREAD_WEIGHTS,
+    Finding,
+)
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
 
 def folder_findings(folder: Path) -> Iterator[Finding]:
@@ -24,7 +33,8 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
         if name in (CONFIG_NAME, WEIGHTS_NAME):
             continue  # told for itself
         yield LINK_NOT_CARRIED.at(printable(name), "it leads out of the folder, or nowhere.")
-    yield from _training_states(sides.left_out, place)
+    yield from _left_out(sides.left_out, place)
+    yield from _unread_weights(sides.carried, place)
 
 
 def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
@@ -34,14 +44,37 @@ def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
     )
     if pickled:
         yield BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
-    states = [name for name in names if is_training_state(PurePosixPath(name).name)]
-    yield from _training_states(states, place)
+    beside = frozenset(names) - {CONFIG_NAME, WEIGHTS_NAME}
+    is_dropped = {name: _is_dropped(name, beside) for name in sorted(beside)}
+    yield from _left_out([name for name, is_one in is_dropped.items() if is_one], place)
+    yield from _unread_weights([name for name, is_one in is_dropped.items() if not is_one], place)
 
 
-def _training_states(names: Iterable[str], place: str) -> Iterator[Finding]:
-    states = [name for name in names if not name.startswith("adapter_model.")]
-    if states:
-        more = f" and {len(states) - 3} more" if states[3:] else ""
-        shown = ", ".join(map(printable, states[:3]))
-        are = "are" if states[1:] else "is"
-        yield TRAINING_STATE.at(place, f"there {are} {shown}{more}.")
+def _is_dropped(name: str, names: Collection[str]) -> bool:
+    return is_training_state(name) or is_strange(name) or is_of_other_model(name, names)
+
+
+def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
+    """Yield a note on what a training run left, and one on what came from elsewhere."""
+    names = [name for name in names if not name.startswith("adapter_model.bin")]
+    for rule, chosen in (
+        (TRAINING_STATE, [name for name in names if is_training_state(name)]),
+        (STRANGE_FILES, [name for name in names if not is_training_state(name)]),
+    ):
+        if chosen:
+            yield rule.at(place, f"there {'are' if chosen[1:] else 'is'} {_some(chosen)}.")
+
+
+def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
+    """Yield a note on weights that no PEFT reads, but for modules with a config of their own."""
+    folders = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")}
+    unread = [
+        name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
+    ]
+    if unread:
+        yield UNREAD_WEIGHTS.at(place, f"there {'are' if unread[1:] else 'is'} {_some(unread)}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return ", ".join(map(printable, names[:3])) + more

@@ -17,11 +17,9 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource, printable, read_json
 from vera_convert.merging.options import DTYPES
 from vera_convert.merging.parts import Tied
-from vera_convert.merging.provenance import FORMAT
+from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED
 
-_LIMIT = 100_000_000
-"""The most bytes of a provenance: it has some hundred for each tensor of the model."""
 _MOST_ADAPTERS = 1_000
 _MOST_RENAMES = 1_000
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -99,7 +97,7 @@ def read_provenance(source: ByteSource) -> Provenance:
         CheckpointError: it is malformed, or of a format that is not known.
         SurroundingsError: it cannot be read.
     """
-    document, _ = read_json(source, limit=_LIMIT)
+    document, _ = read_json(source, limit=PROVENANCE_LIMIT)
     reader = _Reader(source.place)
     top = reader.mapping(document, "it")
     if top.get("format") != FORMAT:
