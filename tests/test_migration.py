@@ -589,9 +589,9 @@ def test_a_tree_reads_its_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         good_adapter(tmp_path / "tree" / name)
     read: list[str] = []
 
-    def counted(location: Location, access: HubAccess) -> BaseModel:
+    def counted(location: Location, access: HubAccess, **more: Any) -> BaseModel:
         read.append(location.label)
-        return read_base(location, access)
+        return read_base(location, access, **more)
 
     monkeypatch.setattr("vera_convert.base.learning.read_base", counted)
     base = tiny_base(tmp_path / "base")
