@@ -151,6 +151,7 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         CheckpointError: two of them replace the same tensor.
     """
     targets: dict[str, str] = {}
+    owners: dict[str, str] = {}
     # Layers may fit as they are although the module beside them is called otherwise.
     ways: list[Callable[[str], str | None]] = [
         match.rename,
@@ -164,8 +165,8 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         there = (".".join(filter(None, (path, parameter))) for path in paths)
         plain = ".".join(filter(None, (module, parameter)))
         target = next(filter(base.tensors.__contains__, there), plain)
-        if target in targets.values():
-            first = next(other for other, taken in targets.items() if taken == target)
+        first = owners.setdefault(target, name)
+        if first != name:
             reason = f'"{printable(first)}" and "{printable(name)}" both replace it.'
             raise CheckpointError(REPLACEMENT_CLASH.at(printable(target), reason))
         targets[name] = target

@@ -7,10 +7,11 @@ quantise after the config what the files hold in 16 bits.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import lru_cache
+from itertools import islice
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import other_names
@@ -210,20 +211,24 @@ class _Quantisation:
 
     def _by_config(self, names: Sequence[str]) -> dict[str, str]:
         """Return the method by name for those that the config says are quantised."""
-        claims = [*_claims(self._base.config)]
+        claims = [*islice(dict.fromkeys(_claims(self._base.config)), _MOST_CLAIMS + 1)]
         names = [name for name in names if len(self._base.tensors[name].info.shape) > 1]
         if not claims or not names:
             return {}
+        if len(claims) > _MOST_CLAIMS:
+            return dict.fromkeys(names, claims[0].method)
         known = other_names(self._base, (layer_of(name)[0] for name in names))
         patterns = dict.fromkeys(pattern for claim in claims for pattern in claim.patterns)
         every = [*dict.fromkeys(other for others in known.values() for other in others)]
         fitting = _fitting(patterns, every)
-        return {
-            name: claim.method
-            for claim in claims
-            for name in names
-            if claim.covers(known[layer_of(name)[0]], fitting)
-        }
+        if fitting is None:  # it takes too long to tell: taken as quantised
+            return dict.fromkeys(names, claims[0].method)
+        found: dict[str, str] = {}
+        for name in names:
+            others = known[layer_of(name)[0]]
+            fits = frozenset[str]().union(*(fitting[other] for other in others))
+            found.update((name, claim.method) for claim in claims if claim.covers(others, fits))
+        return found
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -242,25 +247,24 @@ class _Claim:
     """
 
     method: str
-    kept: tuple[str, ...]
-    named: tuple[str, ...] | None
+    kept: frozenset[str]
+    named: frozenset[str] | None
     takes_heads: bool
 
     @property
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> frozenset[str]:
         """All patterns."""
-        return (*self.kept, *(self.named or ()))
+        return self.kept | (self.named or frozenset())
 
-    def covers(self, names: Sequence[str], fitting: Mapping[str, Collection[str]]) -> bool:
+    def covers(self, names: Iterable[str], fits: frozenset[str]) -> bool:
         """Say whether a module is quantised that different releases know by these names.
 
         Args:
             names: those of the module.
-            fitting: by each pattern the names that it fits.
+            fits: the patterns that fit any of the names.
         """
         if not self.takes_heads and any(map(_KEPT_BY_DEFAULT.fullmatch, names)):
             return False
-        fits = {pattern for pattern in self.patterns if any(n in fitting[pattern] for n in names)}
         return fits.isdisjoint(self.kept) and (
             self.named is None or not fits.isdisjoint(self.named)
         )
@@ -284,20 +288,20 @@ def _claim(config: Mapping[str, object]) -> _Claim:
         label = f"bitsandbytes {'4' if config.get('load_in_4bit') else '8'}-bit"
     else:
         label = _METHODS.get(str(method).lower(), printable(str(method or "of an unnamed method")))
-    return _Claim(label, tuple(kept), _named(config), config.get("lm_head") is True)
+    return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
 
 
-def _named(config: Mapping[str, object]) -> tuple[str, ...] | None:
+def _named(config: Mapping[str, object]) -> frozenset[str] | None:
     """Return the modules that are quantised, where a config lists them."""
     if config.get("quant_method") == "mxfp4":
-        return ("experts",)
+        return frozenset(("experts",))
     found = [*_texts(config.get("modules_in_block_to_quantize"))]
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         found += _texts(group.get("targets") if isinstance(group, Mapping) else None)
     # "Linear" and the like are classes, which cover more than a name can tell.
     is_class = any(re.fullmatch(r"[A-Z]\w*", text) for text in found)
-    return tuple(found) if found and not is_class else None
+    return frozenset(found) if found and not is_class else None
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -309,28 +313,59 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Return by each pattern the names that it fits: of modules, or of what they are a part of."""
-    found = {}
+_MOST_CLAIMS = 32
+"""The most different statements of a config that are read: each is compared with each layer."""
+_MOST_LOOKUPS = 20_000_000
+"""The most parts of names that are looked up among plain patterns: some seconds of work."""
+
+
+def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]] | None:
+    """Return the patterns that fit each name, of a module or of what the module is a part of.
+
+    Plain patterns cost one look-up for each part of a name, however many patterns there are; all
+    others are under the limits of `patterns.search`.
+
+    Returns:
+        None if that takes too long, or if a pattern is no regular expression.
+    """
+    plain: dict[str, list[str]] = {}
     expressions = {}
     for pattern in patterns:
         text = pattern.removeprefix("re:")
         if text != pattern or re.search(r"[\\^$+(\[|]", text):
             expressions[pattern] = Pattern("quantization_config", text)
+            continue
+        text = text.removesuffix(".weight").strip(".")
+        if "*" in text:
+            expressions[pattern] = Pattern("quantization_config", _of_wildcards(text))
         else:
-            text = text.removesuffix(".weight").strip(".")
-            found[pattern] = frozenset(name for name in names if _is_part(text, name))
+            plain.setdefault(text, []).append(pattern)
+    sizes = {text.count(".") + 1 for text in plain}
+    if len(sizes) * sum(name.count(".") + 1 for name in names) > _MOST_LOOKUPS:
+        return None
     try:
         results = search([*expressions.values()], names)
-    except (CheckpointError, SurroundingsError):  # what cannot be told is taken as quantised
-        results = [[] for _ in expressions]
+    except (CheckpointError, SurroundingsError):
+        return None
+    found = {
+        name: {each for part in _parts(name, sizes) for each in plain.get(part, ())}
+        for name in names
+    }
     for pattern, hits in zip(expressions, results, strict=True):
-        matched = zip(names, hits, strict=False)
-        found[pattern] = frozenset(name for name, hit in matched if hit is not None)
-    return found
+        for name, hit in zip(names, hits, strict=True):
+            if hit is not None:
+                found[name].add(pattern)
+    return {name: frozenset(fits) for name, fits in found.items()}
 
 
-def _is_part(text: str, name: str) -> bool:
-    if "*" in text:
-        return any(fnmatchcase(name, each) for each in (text, f"{text}.*", f"*.{text}"))
-    return f".{text}." in f".{name}."
+def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:
+    """Yield each part of a name that has as many elements as one of `sizes`."""
+    elements = name.split(".")
+    for size in sizes:
+        for start in range(len(elements) - size + 1):
+            yield ".".join(elements[start : start + size])
+
+
+def _of_wildcards(text: str) -> str:
+    """Return the regular expression for a name with ``*``, at either end of a path."""
+    return "|".join(map(translate, (text, f"{text}.*", f"*.{text}")))

@@ -10,6 +10,7 @@ holds the base's layers under the names of one release, so that an adapter's are
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.renamerules import FAMILIES, WITH_CLIP_TOWER, Family
 
 _MOST_FAMILIES = 4
+_MOST_TYPES = 16
+_MOST_TEMPLATES = 20_000
+"""The most layers that differ in more than numbers; each is renamed for each release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,21 @@ def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def model_types(config: Mapping[str, object]) -> Iterator[str]:
-    """Yield the ``model_type`` of a config and then those of its parts, at any depth."""
-    found = config.get("model_type")
-    if isinstance(found, str):
-        yield found
-    for part in config.values():
-        if isinstance(part, Mapping):
-            yield from model_types(part)
+def model_types(config: Mapping[str, object]) -> list[str]:
+    """Return the ``model_type`` of a config, and those of its parts at any depth.
+
+    The outermost come first. Of more than `_MOST_TYPES` the rest is left out: each type adds names
+    that every layer is compared with, and real models have ten at most.
+    """
+    found: dict[str, None] = {}
+    parts: deque[Mapping[str, object]] = deque([config])
+    while parts and len(found) < _MOST_TYPES:
+        part = parts.popleft()
+        kind = part.get("model_type")
+        if isinstance(kind, str):
+            found[kind] = None
+        parts.extend(value for value in part.values() if isinstance(value, Mapping))
+    return [*found]
 
 
 def _families(base: BaseModel) -> list[Family]:
@@ -118,6 +129,8 @@ class _Naming:
 
 def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
     """Yield the names that differ from those in the files, each once."""
+    if len(templates) > _MOST_TEMPLATES:  # a model of a type that is known has a hundred
+        return
     families, former_in_files = _concerned(_families(base), templates)
     seen = [{template: template for template in templates}]
     for former, taken in _states(families):

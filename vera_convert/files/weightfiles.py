@@ -31,7 +31,7 @@ _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-_SHARD = re.compile(r".*-\d+-of-0*(\d+)\.safetensors")
+_SHARD = re.compile(r".*-\d{1,9}-of-(\d{1,9})\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

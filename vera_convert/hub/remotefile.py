@@ -28,7 +28,7 @@ MOST_WITHOUT_RANGES = 128 << 20
 PROGRESS = 1 << 20
 """A request that broke off after so many bytes does not count as a failed try."""
 
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""A stranger's regular expressions, evaluated under a time limit that really stops them.
+"""A stranger's regular expressions, evaluated under limits that really stop them.
 
 Some expressions take longer than the universe will last, and Python cannot interrupt one. They are
-evaluated in a process of their own, which ends itself even if its parent is gone by then.
+evaluated in a process of their own, which ends itself even if its parent is gone by then. The limit
+is CPU time where the system counts CPU time, so a busy machine refuses no good expression.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from vera_convert.files.reading import printable
 from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
 
 LIMIT_SECONDS = 2
-_START_SECONDS = 8  # for Python itself to start, on a machine that is busy
+"""CPU time of all expressions together; on Windows, time."""
+MOST_MATCHES = 4_000_000
+"""The most pairs of an expression and a name; each takes memory in the answer."""
+_MOST_MEMORY = 1 << 30
+_WALL_SECONDS = 120  # for a process that gets little of a busy machine
 
 _PLACE = "adapter_config.json"
 
@@ -38,13 +43,24 @@ class Pattern:
     group: int | str = 0
 
 
-# The watchdog of faulthandler is a thread without Python: it ends the process inside a match too.
+# The system's timer ends the process inside a match too, as does the watchdog of faulthandler,
+# which is a thread without Python.
 _CHILD = f"""
-import faulthandler, json, re, sys
+import faulthandler, json, re, signal, sys
 sys.stdout.write("started ")
 sys.stdout.flush()
 names, patterns = json.loads(sys.stdin.buffer.read())
-faulthandler.dump_traceback_later({LIMIT_SECONDS}, exit=True)
+if hasattr(signal, "setitimer"):
+    import resource
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, {LIMIT_SECONDS})
+    faulthandler.dump_traceback_later({_WALL_SECONDS}, exit=True)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, ({_MOST_MEMORY}, {_MOST_MEMORY}))
+    except (OSError, ValueError):
+        pass
+else:
+    faulthandler.dump_traceback_later({LIMIT_SECONDS}, exit=True)
 found = []
 for text, full, group in patterns:
     try:
@@ -65,11 +81,14 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
 
     Raises:
         CheckpointError: a text is no regular expression, or all of them together took more than
-            two seconds.
+            two seconds, or there are more than `MOST_MATCHES` pairs of an expression and a name.
         SurroundingsError: the process that evaluates them did not start.
     """
     if not patterns or not names:
         return [[None] * len(names) for _ in patterns]
+    if len(patterns) * len(names) > MOST_MATCHES:
+        reason = f"{len(patterns):,} expressions would be compared with {len(names):,} names."
+        raise CheckpointError(TARGET_REGEX_SLOW.at(_PLACE, reason))
     asked = [(pattern.text, pattern.full, pattern.group) for pattern in patterns]
     started, _, answer = _run_child(json.dumps([names, asked])).partition(" ")
     if not started:
@@ -109,7 +128,7 @@ def _run_child(request: str) -> str:
             input=request.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=_START_SECONDS + LIMIT_SECONDS,
+            timeout=_WALL_SECONDS + LIMIT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired as error:

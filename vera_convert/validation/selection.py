@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,15 @@ from vera_convert.rules import CATALOGUE, Finding, Severity
 FILE_NAME = "pyproject.toml"
 _TABLE = ("tool", "vera-convert", "validate")
 _LARGEST = 1_000_000
+_MOST_DOTS = 32
+_NO_KEYS = re.compile(
+    r"""\"{3}(?:[^\\"]|\\.?|"(?!""))*+(?:\"{3}|\Z)|'{3}(?:[^']|'(?!''))*+(?:'{3}|\Z)"""
+    r"""|"(?:[^"\\\n]|\\.?)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
+    re.DOTALL,
+)
+"""Texts and comments; what does not end goes to the end, so that each letter is read once."""
+_DEEP_KEY = re.compile(rf"(?:\.[\w-]*+){{{_MOST_DOTS + 1}}}", re.ASCII)
+"""A key such as ``a.b.c`` with more dots; tomllib takes memory with the square of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +66,13 @@ def _table_of(path: Path) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _LARGEST:
             raise UsageError(f"{place} has more than {_LARGEST:,} bytes.")
-        found: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _DEEP_KEY.search(re.sub(r"[ \t]+", "", _NO_KEYS.sub("x", text))):
+            raise UsageError(f"{place} has a key with more than {_MOST_DOTS} dots.")
+        found: Any = tomllib.loads(text)
     except OSError as error:
         raise unreadable(place, error) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for an integer of 4,301 digits
         raise UsageError(f"{place} is no TOML: {printable(str(error))}.") from error
     for name in _TABLE:
         found = found.get(name) if isinstance(found, dict) else None

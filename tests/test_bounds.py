@@ -1,0 +1,224 @@
+"""Small files that would cost much work: each kind of work has a bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import good_adapter
+from bases import TENSORS, tiny_base
+from commandline import Run
+
+from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.naming import Match, match_modules, match_replacements
+from vera_convert.base.quantised import quantised_targets
+from vera_convert.base.renames import model_types, views
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.header import TensorInfo
+from vera_convert.files.weightfiles import find_weights
+from vera_convert.hub.lookup import Location
+from vera_convert.validation.selection import Settings, read_settings
+
+SECONDS = 10.0
+"""Of the processor; each of these took longer, or tens of times as much memory, without a bound."""
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < SECONDS
+
+
+def base_of(names: Iterator[str], config: Mapping[str, Any]) -> BaseModel:
+    infos = {
+        name: BaseTensor("model.safetensors", TensorInfo(name, "F32", (8, 8), 0, 256))
+        for name in names
+    }
+    return BaseModel(Location("base", None), config, {}, infos)
+
+
+def layers(count: int, target: str = "q_proj") -> Iterator[str]:
+    return (f"model.layers.{number}.self_attn.{target}.weight" for number in range(count))
+
+
+def quantised(base: BaseModel) -> int:
+    """How many layers the config calls quantised."""
+    findings = quantised_targets(base, base.tensors)
+    return int(findings[0].reason.partition(" of ")[0].replace(",", "")) if findings else 0
+
+
+# --- quantization_config -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "modules_in_block_to_quantize"])
+def test_many_patterns_and_many_layers_are_compared_soon(field: str) -> None:
+    kept = [f"model.layers.{number}.self_attn.q_proj" for number in range(0, 40_000, 2)]
+    config = {"quantization_config": {"quant_method": "gptq", field: kept}}
+    with soon():
+        found = quantised(base_of(layers(20_000), config))
+    assert found == 10_000
+
+
+@pytest.mark.parametrize("pattern", ["re:.*\\.{}\\..*", "*.{}.*"])
+def test_patterns_that_cannot_be_compared_soon_leave_every_layer_quantised(pattern: str) -> None:
+    ignored = [pattern.format(number) for number in range(20_000)]
+    config = {"quantization_config": {"quant_method": "fp8", "ignore": ignored}}
+    with soon():
+        assert quantised(base_of(layers(500), config)) == 500
+
+
+def test_what_takes_too_long_to_tell_is_quantised_also_where_the_quantised_ones_are_listed() -> (
+    None
+):
+    config = {"quantization_config": {"modules_in_block_to_quantize": ["(a+)+x"]}}
+    assert quantised(base_of(iter(["a" * 40 + ".weight"]), config)) == 1
+
+
+def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
+    ignored = [".".join(["x"] * size) for size in range(1, 100)]
+    config = {"quantization_config": {"quant_method": "fp8", "ignore": ignored}}
+    names = (f"{'a.' * 98}n{number}.weight" for number in range(10_000))
+    with soon():
+        assert quantised(base_of(names, config)) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("kept", "name", "fits"),
+    [
+        ("layers.1", "model.layers.1.q", True),
+        ("layers.1", "model.layers.10.q", False),
+        ("q_proj", "a.q_proj", True),
+        ("proj", "a.q_proj", False),
+        ("a.q_proj.weight", "a.q_proj", True),
+        ("model.*.q", "model.layers.1.q", True),
+        ("layers.*", "model.layers.1.q", True),
+        ("*q", "model.layers.1.q", True),
+        ("*.k", "model.layers.1.q", False),
+        ("re:.*q$", "model.layers.1.q", True),
+        ("re:layers", "model.layers.1.q", False),
+    ],
+)
+def test_a_pattern_fits_as_before(kept: str, name: str, fits: bool) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "ignore": [kept]}}
+    assert quantised(base_of(iter([f"{name}.weight"]), config)) == (0 if fits else 1)
+
+
+def test_a_config_of_very_many_quantization_configs_is_read_as_one() -> None:
+    parts = {
+        f"part{number}": {"quantization_config": {"quant_method": "fp8", "ignore": [str(number)]}}
+        for number in range(20_000)
+    }
+    with soon():
+        assert quantised(base_of(layers(500), parts)) == 500
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_a_config_has_sixteen_types_of_models_at_most() -> None:
+    parts = {f"part{number}": {"model_type": f"type{number}"} for number in range(200)}
+    found = model_types({**parts, "model_type": "outermost"})
+    assert found[0] == "outermost"
+    assert len(found) == 16
+    assert model_types({"a": {"b": {"model_type": "deep"}}, "model_type": 3}) == ["deep"]
+
+
+def test_nested_configs_with_very_many_types_are_matched_soon() -> None:
+    kinds = [f"kind{number}" for number in range(400)]
+    config = {"model_type": "llava", "parts": {kind: {"model_type": kind} for kind in kinds}}
+    names = (f"{kind}.layers.{number}.q.weight" for kind in kinds for number in range(50))
+    lambdas = {f"layers.{number}.other": 8 for number in range(2_000)}
+    with soon(), pytest.raises(CheckpointError):
+        match_modules(lambdas, base_of(names, config))
+
+
+def test_names_that_differ_in_more_than_numbers_are_renamed_within_a_bound() -> None:
+    names = (f"language_model.model.layers.0.x{number}y.weight" for number in range(60_000))
+    with soon():
+        assert not [*views(base_of(names, {"model_type": "llava"}))]
+
+
+def test_very_many_replacements_are_told_apart_soon() -> None:
+    names = [f"base_model.model.x{number}.weight" for number in range(60_000)]
+    base = base_of(iter(()), {})
+    match = Match("", {}, {}, frozenset(), frozenset(), str, str)
+    with soon():
+        assert len(match_replacements(names, match, base)) == 60_000
+    with pytest.raises(CheckpointError, match="both replace"):
+        match_replacements([*names, "x7.weight"], match, base)
+
+
+# --- numbers in names ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digits", ["1" * 5_000, "0" * 100_000, "٣"])
+def test_a_shard_of_absurdly_many_is_no_shard(digits: str) -> None:
+    for name in (f"model-1-of-{digits}.safetensors", f"model-{digits}-of-1.safetensors"):
+        with soon():
+            assert find_weights([name], place="base").single == name
+    with pytest.raises(CheckpointError):
+        find_weights(["x-00001-of-00002.safetensors"], place="base")
+
+
+# --- pyproject.toml ------------------------------------------------------------------------------
+
+
+def settings(folder: Path, text: str) -> Settings:
+    (folder / "pyproject.toml").write_text(text)
+    return read_settings(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 33 + " = 1",
+        "a" + ".a" * 30_000 + " = 1",
+        "[" + "a" + " . a" * 30_000 + "]",
+        'x = { "a"' + '."a"' * 5_000 + " = 1 }",
+        '"""a"""' + ".'b'" * 40 + " = 1",
+    ],
+)
+def test_a_toml_key_of_very_many_parts_is_refused(text: str, tmp_path: Path) -> None:
+    with soon(), pytest.raises(UsageError, match="dots"):
+        settings(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["x = " + "9" * 5_000, "x = [" * 5_000, "x = 2020-99-99", "x = "])
+def test_what_tomllib_cannot_read_is_no_toml(text: str, tmp_path: Path) -> None:
+    with soon(), pytest.raises(UsageError, match="TOML"):
+        settings(tmp_path, text)
+
+
+@pytest.mark.parametrize("letter", ["a", ".", '"', "'", " ", "#", "\\", "a.", '"""', "-_", '\\"""'])
+def test_long_toml_is_searched_for_deep_keys_soon(letter: str, tmp_path: Path) -> None:
+    with soon(), pytest.raises(UsageError):
+        settings(tmp_path, letter * (900_000 // len(letter)) + "\n]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'description = "' + "a.b." * 1_000 + '"',
+        'description = """' + "\n...a.b" * 1_000 + '"""',
+        "description = '" + ". " * 1_000 + "'  # " + "a.b" * 1_000,
+        "x = [" + "0.1, " * 1_000 + "]",
+        "[a.b.c.d.e]\nf.g.h = 1.5",
+    ],
+)
+def test_dots_in_texts_and_numbers_are_no_keys(text: str, tmp_path: Path) -> None:
+    own = '\n[tool.vera-convert.validate]\nignore = ["V122"]\n'
+    assert settings(tmp_path, text + own).ignore == ("V122",)
+
+
+def test_the_bounds_refuse_no_ordinary_base(tmp_path: Path, run: Run) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    config = {"model_type": "llama", "quantization_config": {"ignore": ["lm_head", "re:.*_proj"]}}
+    base = tiny_base(tmp_path / "base", config=config)
+    ended = run("validate", adapter, "--base", base)
+    assert ended.status == 0, ended.out
+    assert len(TENSORS) < 20
