@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from vera_convert.assembly.journal import Journal, finished_files
 from vera_convert.assembly.sums import Numbers
 
 FINISHED = {
-    "a.safetensors": Finished({"w": Numbers(3, 2, 0.1, 1e-300, 1 / 3)}, "00"),
-    "b/c.safetensors": Finished({}, None),
+    "a.safetensors": Finished(
+        {"w": Numbers(3, 2, 0.1, 1e-300, 1 / 3)}, sha256(b"a.safetensors").hexdigest()
+    ),
+    "b/c.safetensors": Finished({}, sha256(b"b/c.safetensors").hexdigest()),
 }
 
 
@@ -69,6 +72,24 @@ def test_a_file_that_is_not_as_it_was_left_is_not_finished(path: Path, folder: P
     os.utime(folder / "a.safetensors", ns=(0, 0))
     assert finished_files(path, folder, "same").keys() == {"b/c.safetensors"}
     (folder / "b/c.safetensors").unlink()
+    assert not finished_files(path, folder, "same")
+
+
+def test_a_file_with_other_bytes_is_not_finished_whatever_its_times_say(
+    path: Path, folder: Path
+) -> None:
+    file = folder / "a.safetensors"
+    times = file.stat()
+    file.write_text("b.safetensors")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert finished_files(path, folder, "same").keys() == {"b/c.safetensors"}
+
+
+def test_a_file_without_a_hash_or_behind_a_link_is_not_finished(path: Path, folder: Path) -> None:
+    (folder / "b/c.safetensors").rename(folder / "d")
+    (folder / "b/c.safetensors").symlink_to(folder / "d")
+    without = {"a.safetensors": Finished({}, None), "b/c.safetensors": FINISHED["b/c.safetensors"]}
+    Journal(path, folder, "same", without)
     assert not finished_files(path, folder, "same")
 
 

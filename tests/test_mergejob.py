@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +181,69 @@ def test_a_shard_that_was_touched_is_made_again(
     first.write_bytes(content)
     merged_with(adapter, sharded, tmp_path / "out", resume=True)
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_a_shard_whose_times_were_put_back_is_made_again(
+    tmp_path: Path, adapter: Path, sharded: Path
+) -> None:
+    merged_with(adapter, sharded, tmp_path / "whole")
+    stopped(adapter, sharded, tmp_path / "out", after=3)
+    (kept,) = hidden(tmp_path)
+    first = kept / "new/model-00001-of-00004.safetensors"
+    times, content = first.stat(), bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    merged_with(adapter, sharded, tmp_path / "out", resume=True)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+@pytest.mark.parametrize("is_of", ["another user", "a group"])
+def test_a_hidden_folder_that_others_may_have_filled_is_neither_adopted_nor_removed(
+    tmp_path: Path, adapter: Path, sharded: Path, is_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged_with(adapter, sharded, tmp_path / "whole")
+    stopped(adapter, sharded, tmp_path / "out", after=3)
+    (kept,) = hidden(tmp_path)
+    (kept / "old").mkdir()
+    before = everything(kept)
+    if is_of == "a group":
+        kept.chmod(0o770)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4_321)
+        real = Path.lstat
+
+        def mine(path: Path) -> os.stat_result:
+            found = real(path)
+            return found if path == kept else os.stat_result((*found[:4], 4_321, *found[5:]))
+
+        monkeypatch.setattr(Path, "lstat", mine)
+    for resume in (True, False):
+        merged_with(adapter, sharded, tmp_path / "out", resume=resume, force=True)
+        assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+        assert hidden(tmp_path) == [kept]
+        assert everything(kept) == before
+
+
+def test_what_is_kept_already_needs_no_space_again(
+    tmp_path: Path, adapter: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(adapter, sharded, tmp_path / "out", after=3)
+    (kept,) = hidden(tmp_path)
+    records = [json.loads(line) for line in (kept / "journal").read_text().splitlines()]
+    finished = sum(record["size"] for record in records[1:])
+    assert len(records) > 1
+    needed = merged_with(adapter, sharded, tmp_path / "x", dry_run=True).needed
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - finished - 1))
+    with pytest.raises(SurroundingsError, match=f"{finished:,} of which are there already"):
+        merged_with(adapter, sharded, tmp_path / "out", resume=True)
+    assert hidden(tmp_path), "what is finished stays"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - finished))
+    merged_with(adapter, sharded, tmp_path / "out", resume=True, dry_run=True)
+    merged_with(adapter, sharded, tmp_path / "out", resume=True)
+    assert not hidden(tmp_path)
 
 
 def test_of_a_single_file_nothing_is_kept(

@@ -201,6 +201,15 @@ def test_space_is_looked_at_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_fails_as_the_merge_would_where_space_is_short(
+    tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(SurroundingsError, match="bytes, and 100 are free"):
+        merged_with(adapter, base, tmp_path / "out", dry_run=True)
+
+
 def test_too_little_memory_is_said_so(
     tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,16 @@
 """The journal of a merge that can be continued: which files are finished, of which inputs.
 
 A line of JSON with the identity of inputs and options, then one for each file that is on the disk.
-A line that was not finished itself counts as not written.
+A line that was not finished itself counts as not written. A file counts as finished only if its
+bytes still have the SHA-256 that the journal says: the disk may have lost some, or somebody may
+have changed the file.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +19,7 @@ from typing import Any, Literal
 
 from vera_convert.assembly.assembling import Finished
 from vera_convert.assembly.sums import Numbers
+from vera_convert.publish.publishing import sha256_of
 
 
 class Journal:
@@ -90,8 +94,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _is_as_recorded(folder: Path, record: Mapping[str, Any]) -> bool:
+    path = folder / record["name"]
     try:
-        found = (folder / record["name"]).lstat()
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            return False
+        same = (found.st_size, found.st_mtime_ns) == (record["size"], record["mtime"])
+        return same and record["sha256"] == sha256_of(path)
     except OSError:
         return False
-    return (found.st_size, found.st_mtime_ns) == (record["size"], record["mtime"])

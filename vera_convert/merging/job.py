@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class MergeJob:
         out: the folder that is to appear.
         base: what the caller says of the base.
         options: how to merge.
-        free: bytes that are free where it goes.
+        free: bytes that are free where it goes, with what killed runs left there.
     """
 
     inputs: MergeInputs
@@ -106,7 +107,6 @@ class MergeJob:
             SurroundingsError: the disk fails, memory or space is short, or an input changed.
         """
         needed = self.needed
-        self._demand_space(needed)
         with (
             _enough_memory(),
             Assembler(
@@ -119,24 +119,32 @@ class MergeJob:
                     results = finished | assembler.assemble(
                         folder,
                         finished=finished,
-                        hashes=self.options.checksums,
+                        hashes=self.options.checksums or self.options.resume,
                         progress=lambda done: progress(done, needed),
                         on_finished=on_finished,
                     )
                 except ResultNotFiniteError as error:
                     raise CheckpointError(_not_finite(error, self.files)) from error
                 reports = self._reports(results)
-                hashes = {name: each.sha256 for name, each in results.items() if each.sha256}
+                wanted = results.items() if self.options.checksums else ()
+                hashes = {name: each.sha256 for name, each in wanted if each.sha256}
                 provenance = self._provenance(reports, hashes, product)
                 (folder / PROVENANCE_NAME).write_bytes(provenance)
                 check_staged(folder, {file.name: file for file in self.files}, self.weights)
                 self.inputs.check_unchanged()
         return reports, hashes
 
-    def _demand_space(self, needed: int) -> None:
-        if needed > self.free:
+    def demand_space(self, free: int, *, there: int = 0) -> None:
+        """Raise `SurroundingsError` if the output needs more space than there is.
+
+        Args:
+            free: bytes that are free.
+            there: bytes of the output that an earlier run wrote already.
+        """
+        if self.needed - there > free:
+            kept = f", {there:,} of which are there already" if there else ""
             raise SurroundingsError(
-                f"the merged model takes {needed:,} bytes, and {self.free:,} are free where "
+                f"the merged model takes {self.needed:,} bytes{kept}, and {free:,} are free where "
                 f"{printable(str(self.out))} is to appear. Free some space there, or choose an "
                 "OUT on another disk."
             )
@@ -168,6 +176,8 @@ class MergeJob:
                     staged.worth_keeping = len(self._shards) > 1
 
             try:
+                there = sum((staged.folder / name).stat().st_size for name in finished)
+                self.demand_space(shutil.disk_usage(staged.folder).free, there=there)
                 yield staged.folder, finished, on_finished
             except BaseException as error:
                 if staged.worth_keeping:

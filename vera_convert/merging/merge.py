@@ -10,7 +10,6 @@ thread 17 MiB and 4 r w bytes, w being the widest adapted weight, of 16 bits, as
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from vera_convert.base.folder import ModelFiles
 from vera_convert.base.onbase import BaseWish, wish_of
 from vera_convert.base.quantised import refuse_quantised
 from vera_convert.draws.recognition import Draw
-from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapterfiles import AdapterFiles
 from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
@@ -37,7 +34,7 @@ from vera_convert.merging.parts import Part, collect
 from vera_convert.merging.plan import plan_weights
 from vera_convert.merging.report import TensorReport, number_findings
 from vera_convert.publish.interrupts import signals_raise
-from vera_convert.publish.publishing import check_out
+from vera_convert.publish.publishing import check_out, free_space
 from vera_convert.rules import Finding
 
 _COPY_SPEED = 1e9
@@ -168,6 +165,7 @@ def merge(
                     is_own=is_merged,
                     strangers=job.strangers,
                 )
+                job.demand_space(job.free)
                 return _result(job, (), {}, _estimate(job))
             reports, hashes = job.run(progress)
             return _result(job, reports, hashes, time.monotonic() - started)
@@ -196,12 +194,7 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions)
         index_text=inputs.texts.get(inputs.base.index or ""),
     )
     files = plan_files(inputs, changes, weights, edits, dtype=dtype)
-    try:
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        reason = f"{printable(str(out.parent))} cannot be looked at: {error.strerror}."
-        raise SurroundingsError(reason) from error
-    return MergeJob(inputs, changes, weights, edits, files, out, base, options, free)
+    return MergeJob(inputs, changes, weights, edits, files, out, base, options, free_space(out))
 
 
 def _result(

@@ -8,9 +8,10 @@
         journal what a run that can be continued has finished so far
 
 Whoever can lock a container knows that its run is dead, and removes it: a killed run's leftovers go
-with the next run for the same OUT, a living run's stay. OUT itself never carries a lock. A run on a
-host that a network file system's locks do not reach may be taken for dead; it then fails and
-publishes nothing.
+with the next run for the same OUT, a living run's stay. OUT itself never carries a lock. A run does
+not touch a container of another user, or one that others may read or write: in a folder that
+several people share, anybody could have put it there. A run on a host that a network file system's
+locks do not reach may be taken for dead; it then fails and publishes nothing.
 """
 
 from __future__ import annotations
@@ -103,6 +104,17 @@ class Container:
         return made
 
 
+def bytes_of_the_dead(out: Path) -> int:
+    """Return how many bytes the containers of dead runs for `out` hold; nothing is removed."""
+    found = 0
+    for path in _containers(out):
+        lock = _lock_of_the_dead(path)
+        if lock is not None:
+            found += sum(each.lstat().st_size for each in path.rglob("*") if each.is_file())
+            os.close(lock)
+    return found
+
+
 def sweep_containers(out: Path) -> None:
     """Remove the containers of all dead runs for `out`; put back what one had moved away.
 
@@ -170,7 +182,7 @@ def _lock_of_the_dead(path: Path) -> int | None:
     """Return the lock of a container, held, if its run is dead; None if that is not proven."""
     name = path / "lock"
     try:
-        if not stat.S_ISDIR(path.lstat().st_mode):
+        if not _is_ours(path.lstat()):
             return None
         lock = os.open(name, os.O_RDWR | NO_FOLLOW)
     except FileNotFoundError:
@@ -187,6 +199,14 @@ def _lock_of_the_dead(path: Path) -> int | None:
     with suppress(OSError):
         os.close(lock)
     return None
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Say whether this user made a container, and nobody else can have written into it."""
+    if sys.platform == "win32":
+        return stat.S_ISDIR(found.st_mode)
+    is_private = stat.S_IMODE(found.st_mode) & 0o077 == 0
+    return stat.S_ISDIR(found.st_mode) and is_private and found.st_uid == os.geteuid()
 
 
 def _remove(path: Path, out: Path, lock: int, *, owner: int, foreign: bool = False) -> None:

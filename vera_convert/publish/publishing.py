@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from typing import NoReturn
 
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
-from vera_convert.publish.container import TAG, Container, sweep_containers
+from vera_convert.publish.container import TAG, Container, bytes_of_the_dead, sweep_containers
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.interrupts import signals_done, signals_held, signals_raise
 
@@ -186,6 +187,17 @@ def check_out(
         place = _real_place(out)
         _refuse_overlap(place, inputs)
         _Replacing(force, is_own, folder=folder, strangers=strangers).check(place)
+
+
+def free_space(out: Path) -> int:
+    """Return how many bytes are free for `out`, counting what killed runs for it left there.
+
+    Raises:
+        SurroundingsError: its parent cannot be looked at.
+    """
+    with explained(out):
+        place = _real_place(out)
+        return shutil.disk_usage(place.parent).free + bytes_of_the_dead(place)
 
 
 def sha256_of(path: Path) -> str:
