@@ -240,7 +240,7 @@ def _answered(
     session: Any = get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with _failures(what):
-        if hasattr(session, "stream"):
+        if callable(session.stream):  # a method of httpx, and a setting of requests
             context = session.stream(
                 "GET", url, headers=headers, timeout=timeout, follow_redirects=True
             )
