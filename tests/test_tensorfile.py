@@ -372,7 +372,7 @@ def test_a_header_costs_one_read_or_two() -> None:
     entries = {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(2_000)}
     large = Memory(packed(entries))
     assert len(read_header(large).tensors) == 2_000
-    assert large.reads == [(0, 65_536), (65_536, large.size - 65_536)]
+    assert large.reads == [(0, 32_768), (32_768, large.size - 32_768)]
 
 
 def test_a_claim_is_held_against_the_file_before_it_is_followed() -> None:

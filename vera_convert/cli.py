@@ -1007,6 +1007,8 @@ def _print_document(document: Mapping[str, object]) -> None:
 
 def _say(text: str, *, err: bool = False) -> None:
     """Print a text; a reader that went away does not undo what was done."""
+    if (sys.stderr if err else sys.stdout) is None:  # closed before the program began
+        return
     with suppress(OSError if err else BrokenPipeError):
         click.echo(text, err=err)
 
@@ -1074,6 +1076,9 @@ def _run(arguments: list[str]) -> int:
 
     Not by way of click's own `main`, which takes any signal for SIGINT.
     """
+    if not arguments:
+        _say(program.get_help(click.Context(program, info_name="vera-convert")), err=True)
+        return UsageError.status
     whose: dict[str, str | None] = {}
     try:
         with program.make_context("vera-convert", [*arguments], obj=arguments) as context:
@@ -1083,9 +1088,6 @@ def _run(arguments: list[str]) -> int:
                 whose = {name: context.meta.get(f"vera_convert.{name}") for name in _WHOSE}
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        _say(error.format_message(), err=True)
-        return UsageError.status
     except Exception as error:  # noqa: BLE001 -- the last one that can keep a traceback from users
         stopped = interruption() or error.__cause__
         if isinstance(stopped, Interrupted | KeyboardInterrupt):  # caught on its way by a library
