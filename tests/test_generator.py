@@ -31,7 +31,10 @@ from vera_convert.draws.generator import (
     valued,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "data/golden/torch_projections.json").read_text())
+GOLDEN = tuple(
+    json.loads((Path(__file__).parent / "data/golden" / name).read_text())
+    for name in ("torch_projections.json", "torch_214_215.json")
+)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 KEYS = st.integers(-(2**63), 2**64 - 1)
 REFUSED_KEYS = [2**64, -(2**63) - 1, True, None, 1.0, "0"]
@@ -62,8 +65,8 @@ def hex_of_first(array: NDArray[Any], count: int) -> list[str]:
 
 def golden_cases() -> list[Any]:
     cases = []
-    for case in GOLDEN["cases"]:
-        environments = GOLDEN["env_sets"][case["envs"]]
+    for document, case in ((each, case) for each in GOLDEN for case in each["cases"]):
+        environments = document["env_sets"][case["envs"]]
         for variant in sorted({variant_of(case["default_dtype"], env) for env in environments}):
             name = f"{variant}-{case['seed']}-{case['r']}x{case['in']}x{case['out']}"
             cases.append(pytest.param(variant, case, id=name))
@@ -87,6 +90,14 @@ def test_gives_the_bytes_that_torch_gave(variant: Variant, case: dict[str, Any])
 
 def test_golden_cases_cover_every_variant() -> None:
     assert {case.values[0] for case in golden_cases()} == set(Variant)
+
+
+def test_the_readme_names_the_releases_that_were_checked() -> None:
+    environments = (env for golden in GOLDEN for envs in golden["env_sets"] for env in envs)
+    releases = {env.split("+")[0].split("|")[0].removesuffix("a0") for env in environments}
+    checked = sorted(releases, key=lambda release: tuple(map(int, release.split("."))))
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"PyTorch {', '.join(checked[:-1])} and {checked[-1]}" in " ".join(readme.split())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +188,7 @@ def test_agrees_with_torch_without_vector_instructions() -> None:
         check=True,
     )
     for name, *hashes in json.loads(run.stdout).values():
-        assert name.endswith("-separate")
+        assert name.endswith(("-separate", "-torch2.11"))
         pair = draw(Variant(name), key=-7, rank=8, in_features=300, out_features=200)
         assert [sha256(matrix) for matrix in pair] == hashes
 

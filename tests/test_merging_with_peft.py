@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import theirwarnings
 from merges import Tensors, assert_same, merged_with, tensors_of
+from releases import AS_STORED, has, needs, of_transformers
 from test_renames import EYE, LLM, MODELS, TINY
 
 from vera_convert.merging.parts import Tied
@@ -63,13 +64,13 @@ TARGETS = {
 def saved(folder: Path, name: str, dtype: str) -> Path:
     config, values = KINDS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**values))
+    model = of_transformers(name)(of_transformers(config)(**values))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 
 def loaded(name: str, base: Path) -> Any:
-    return getattr(transformers, name).from_pretrained(base, dtype="auto")
+    return getattr(transformers, name).from_pretrained(base, **AS_STORED)
 
 
 def trained(
@@ -144,8 +145,9 @@ def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
     base = saved(tmp_path / "base", name, "float32")
     config = base / "config.json"
     tagged = json.dumps({"__float__": "Infinity"}, indent=2).replace("\n", "\n    ")
-    assert tagged in config.read_text()
-    config.write_text(config.read_text().replace(tagged, number))
+    written = tagged if has("transformers", "5.0") else "Infinity"
+    assert written in config.read_text()
+    config.write_text(config.read_text().replace(written, number))
     adapter = trained(tmp_path / "adapter", base, name, targets=["in_proj"], stored=True)
     document = json.loads((adapter / "adapter_config.json").read_bytes())
     document |= {"d_initial": float("-inf"), "vera_dropout": float("nan")}
@@ -154,6 +156,8 @@ def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
     merged_with(adapter, base, tmp_path / "ours")
     assert_same(tensors_of(tmp_path / "ours"), expected)
     assert (tmp_path / "ours/config.json").read_bytes() == config.read_bytes()
+    if "__float__" in number and not has("transformers", "5.0"):
+        return  # the spelling of transformers 5
     limit = loaded(name, tmp_path / "ours").config.time_step_limit
     assert tuple(limit) == (0.0, float("inf"))
 
@@ -196,6 +200,7 @@ def test_an_untied_head_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
     assert (plain.logits - adapted.logits).abs().max() > 1e-2
 
 
+@needs("transformers", "5.0", "earlier releases do not fuse experts")
 def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
     tmp_path: Path,
 ) -> None:

@@ -13,6 +13,7 @@ import theirwarnings
 from adapterdefects import A, B, tensors
 from folders import DATA
 from numpy.typing import NDArray
+from releases import AS_STORED
 from safetensors.numpy import load_file
 
 from vera_convert.base.onbase import BaseWish
@@ -37,7 +38,7 @@ def logits_on(base: Path, model_class: Any) -> Logits:
     """Return what gives the logits of the base with an adapter, in the base's own dtype."""
 
     def logits(folder: Path) -> NDArray[Any]:
-        model = model_class.from_pretrained(base, dtype="auto")
+        model = model_class.from_pretrained(base, **AS_STORED)
         adapted = peft.PeftModel.from_pretrained(model, folder).eval()
         ids = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 31]])
         with torch.no_grad():
@@ -136,6 +137,7 @@ def test_a_mended_adapter_loads_where_the_damaged_one_does_nothing(tmp_path: Pat
     assert not np.array_equal(logits(damaged), logits(folder))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.parametrize(
     "damage",
     [

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from releases import AS_STORED, has
 
 from vera_convert.verification.comparison import ModelJob
 from vera_convert.with_torch import VeraConfig, VeraModel
@@ -111,7 +112,14 @@ KINDS: Mapping[str, Kind] = {
     "gpt2": Kind(_gpt2, _tokens, {"target_modules": ["c_attn", "mlp.c_proj"]}),
     "bert": Kind(_bert, _tokens, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "t5": Kind(_t5, _both_ends, {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
-    "vit": Kind(_vit, _pixels, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}),
+    "vit": Kind(
+        _vit,
+        _pixels,
+        {
+            "target_modules": ["q_proj" if has("transformers", "5.0") else "query"],
+            "modules_to_save": ["classifier"],
+        },
+    ),
 }
 
 
@@ -149,7 +157,7 @@ def saved(model: Any, folder: Path) -> Path:
 def trained(base: Path, folder: Path, kind: str, *, size: float = 0.3, **fields: Any) -> Path:
     """Save an adapter with random vectors, and heads and biases a bit off those of the base."""
     fields = {"r": 4, **KINDS[kind].config, **fields}
-    model = type(built(kind)).from_pretrained(base, dtype="auto")
+    model = type(built(kind)).from_pretrained(base, **AS_STORED)
     vera = VeraModel(model, VeraConfig(**fields))
     torch.manual_seed(len(folder.name))
     for parameter in vera.trainable_parameters():

@@ -27,7 +27,7 @@ from vera_convert import CheckpointError, Rounding, SurroundingsError, UsageErro
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 from vera_convert.with_torch.peftnames import DECLINED
 
-pytestmark = theirwarnings.OF_PEFT
+pytestmark = [theirwarnings.OF_PEFT, theirwarnings.OF_TORCH]
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
 OURS = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)
@@ -541,7 +541,7 @@ def trainer(model: Any, out: Path, **options: Any) -> Any:
     "options",
     [
         {},
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"label_smoothing_factor": 0.1},
         {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
     ],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from releases import AS_STORED
 from safetensors.torch import load_file
 
 from vera_convert.conversion.projections import Meant
@@ -27,7 +28,11 @@ NATIVE_BFLOAT16 = ("0.11.0", "0.11.1")
 @cache
 def base(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text())
-    return getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
+    return (
+        getattr(transformers, config["architectures"][0])
+        .from_pretrained(folder, **AS_STORED)
+        .eval()
+    )
 
 
 def test_none_is_forgotten() -> None:

@@ -294,12 +294,23 @@ def built(plan: Blueprint) -> nn.Module:
             None,
             config=plan.config,
             state_dict=_tensors(plan.base),
-            dtype="auto",
+            **_as_stored(),
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
         )
         return model.eval()
+
+
+def _as_stored() -> dict[str, str]:
+    """Return the argument that lets transformers keep the dtypes of the files.
+
+    transformers 4.56 renamed ``torch_dtype``.
+    """
+    import transformers
+
+    release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+    return {"dtype" if release >= (4, 56) else "torch_dtype": "auto"}
 
 
 def _refuse_too_large(plan: Blueprint) -> None:

@@ -109,7 +109,10 @@ class PeftMethods(nn.Module):
         """
         known = getattr(sys.modules.get("peft"), "PeftModel", None)
         own: type = type(self)
-        return _passing_for(own, known) if isinstance(known, type) else own
+        wrapped = self.__dict__.get("_modules", {}).get("model")
+        if wrapped is None or not isinstance(known, type):
+            return own
+        return _passing_for(own, known, type(wrapped).forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
         """Let copies and pickles be of the true class."""
@@ -277,10 +280,14 @@ class PeftMethods(nn.Module):
         )
 
 
-@lru_cache(maxsize=8)
-def _passing_for(kind: type, known: type) -> type:
-    """Return a class of both; it is asked about and never made."""
-    return type(kind.__name__, (kind, known), {"__module__": kind.__module__})
+@lru_cache(maxsize=64)
+def _passing_for(kind: type, known: type, forward: Callable[..., Any]) -> type:
+    """Return a class of both; it is asked about and never made.
+
+    Its ``forward`` is the wrapped model's: older releases of the Trainer look there for the labels.
+    """
+    fields = {"__module__": kind.__module__, "forward": forward}
+    return type(kind.__name__, (kind, known), fields)
 
 
 def _unmade(kind: Any) -> Any:  # noqa: ANN401

@@ -1,0 +1,37 @@
+"""What the installed releases of torch, transformers and PEFT have, for tests that differ by it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+
+def has(library: str, release: str) -> bool:
+    """Whether a library is installed in this release or a later one."""
+    try:
+        return Version(Version(version(library)).base_version) >= Version(release)
+    except PackageNotFoundError:
+        return False
+
+
+def needs(library: str, release: str, why: str) -> pytest.MarkDecorator:
+    """Skip a test where a library is older, and say why it needs the release."""
+    return pytest.mark.skipif(
+        not has(library, release), reason=f"needs {library} {release} or later: {why}"
+    )
+
+
+def of_transformers(name: str) -> Any:
+    """Return a class of transformers, or skip the test if the installed release lacks the class."""
+    import transformers
+
+    if not hasattr(transformers, name):
+        pytest.skip(f"needs a later transformers than {transformers.__version__}: one with {name}")
+    return getattr(transformers, name)
+
+
+AS_STORED: dict[str, Any] = {"dtype" if has("transformers", "4.56") else "torch_dtype": "auto"}
+"""Tells transformers to keep the dtypes of the files."""
