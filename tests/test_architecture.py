@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-rules errors schemas delta
+rules errors schemas delta embeddings
 files: reading jsonediting header tensorfile extents weightfiles
 arguments
 draws: generator recognition

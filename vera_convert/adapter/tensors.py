@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
+from vera_convert.embeddings import may_be_resized
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
@@ -59,14 +60,6 @@ MAX_WIDTH = 1 << 20
 
 _OTHER_HEAD = re.compile(r"classification_head|logits")
 """Names of a model's own head, where the head is none that PEFT knows."""
-
-EMBEDDING_NAMES = frozenset(
-    (
-        *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
-        *("embeddings", "tokens_embed", "decoder", "vocab_projector", "generator_lm_head"),
-    )
-)
-"""Last path elements of what PEFT saves with save_embedding_layers, which no config records."""
 
 
 class AdaptedLayer(NamedTuple):
@@ -467,7 +460,7 @@ def _replacement_findings(
             config.bias == "all" or (config.bias != "none" and module in layers)
         ):
             continue
-        if module.rpartition(".")[2] in EMBEDDING_NAMES:
+        if parameter in ("weight", "bias") and may_be_resized(module):
             continue
         yield UNDECLARED_TENSOR.at(
             printable(tensor.name),

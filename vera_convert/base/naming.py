@@ -20,6 +20,7 @@ from vera_convert.base.layouts import other_layout
 from vera_convert.base.model import BaseModel, Orientation
 from vera_convert.base.quantised import is_packed, packed_weight, quantised_targets
 from vera_convert.base.renames import model_types, views
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -44,13 +45,6 @@ BASE_PREFIXES = frozenset(
 )
 """What transformers' classes with a head call the model below it, beside the model type itself."""
 
-_HEAD = re.compile(
-    r"(.*\.)?(lm_head(\.decoder)?|embed_out|generator_lm_head|lm_loss|vocab_projector"
-    r"|output_projection|proj_out|predictions\.decoder)"
-)
-_EMBEDDING = re.compile(
-    r"(.*\.)?(shared|embed_tokens|embed_in|wte|word_embeddings|tokens_embed|tok_embeddings)\.weight"
-)
 _MOST_FINDINGS = 50
 _MOST_HINTS = 3
 _MOST_TRIED = 32
@@ -173,22 +167,12 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
     return targets
 
 
-def is_head(module: str) -> bool:
-    """Say whether a module of this path is an output head, by its name."""
-    return _HEAD.fullmatch(module) is not None
-
-
-def is_embedding(module: str) -> bool:
-    """Say whether a module of this path is a table of words, by its name."""
-    return _EMBEDDING.fullmatch(f"{module}.weight") is not None
-
-
 def embedding_rows(base: BaseModel) -> int | None:
     """Return how many words the base's embedding has; None if it is not known which that is."""
     rows = {
         tensor.info.shape[0]
         for name, tensor in base.tensors.items()
-        if _EMBEDDING.fullmatch(name) and len(tensor.info.shape) == 2
+        if is_embedding(name.removesuffix(".weight")) and len(tensor.info.shape) == 2
     }
     return rows.pop() if len(rows) == 1 else None
 
@@ -205,7 +189,7 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     """
     if module in match.tied:
         return match.tensors[module]
-    if is_head(module) and base.tie_word_embeddings:
+    if is_output_head(module) and base.tie_word_embeddings:
         return shared_embedding(base, match.shapes[module])
     return None
 
@@ -445,7 +429,7 @@ def _tied_heads(
     matcher: _Matcher, layers: Mapping[str, int], key_map: Sequence[tuple[str, str]]
 ) -> tuple[_Trial, dict[str, str]] | None:
     """If only an output head has no tensor, return the trial of the rest, and the embedding."""
-    heads = {module: size for module, size in layers.items() if _HEAD.fullmatch(module)}
+    heads = {module: size for module, size in layers.items() if is_output_head(module)}
     if len(heads) != 1 or matcher.base.tie_word_embeddings is False:
         return None
     rest = {module: size for module, size in layers.items() if module not in heads}
@@ -462,7 +446,7 @@ def _embedding(base: BaseModel, rows: int, widest: int | None) -> str | None:
     found = [
         name
         for name, tensor in base.tensors.items()
-        if _EMBEDDING.fullmatch(name)
+        if is_embedding(name.removesuffix(".weight"))
         and len(tensor.info.shape) == 2
         and tensor.info.shape[0] == rows
         and (widest is None or tensor.info.shape[1] <= widest)

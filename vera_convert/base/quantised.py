@@ -15,6 +15,7 @@ from itertools import islice
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import other_names
+from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import printable
 from vera_convert.rules import QUANTISED_ELSEWHERE, QUANTISED_TARGET, Finding
@@ -79,11 +80,6 @@ _PACKED = ("qweight", "weight_packed", "W_q", "codes", "packed_weight")
 """What some call the weight itself; its shape is not the layer's."""
 _SHAPED = FLOATS | FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
 """Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
-_KEPT_BY_DEFAULT = re.compile(
-    r"(.*\.)?(lm_head|embed_out|embed_tokens|embed_in|wte|wpe|shared|word_embeddings|output"
-    r"|tok_embeddings)"
-)
-"""Heads and embeddings, which quantisers leave alone unless they are told otherwise."""
 
 
 def quantised_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
@@ -263,7 +259,7 @@ class _Claim:
             names: those of the module.
             fits: the patterns that fit any of the names.
         """
-        if not self.takes_heads and any(map(_KEPT_BY_DEFAULT.fullmatch, names)):
+        if not self.takes_heads and any(map(_is_kept_by_default, names)):
             return False
         return fits.isdisjoint(self.kept) and (
             self.named is None or not fits.isdisjoint(self.named)
@@ -369,3 +365,8 @@ def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:
 def _of_wildcards(text: str) -> str:
     """Return the regular expression for a name with ``*``, at either end of a path."""
     return "|".join(map(translate, (text, f"{text}.*", f"*.{text}")))
+
+
+def _is_kept_by_default(module: str) -> bool:
+    """Say whether quantisers leave a module alone unless they are told otherwise."""
+    return is_output_head(module) or is_table(module)

@@ -10,8 +10,9 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
 from vera_convert.adapter.tensors import WEIGHTS_NAME, SavedModules, replaced_name
 from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import Match, is_embedding, is_head
+from vera_convert.base.naming import Match
 from vera_convert.base.taskclasses import class_of_task, has_head_of
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
     BIAS_NOT_STORED,
@@ -94,7 +95,7 @@ def resizes(
         module = name.rpartition(".")[0]
         if own[1:] != shape[1:] or not own:
             wrong[name] = ""
-        elif is_head(module) or is_embedding(module):
+        elif is_output_head(module) or is_embedding(module):
             words[name] = (own[0], shape[0])
         elif name in heads:
             labels[name] = (own[0], shape[0])
@@ -136,7 +137,7 @@ def _why_not_resized(
     old, new = next(iter(words.values()))
     for name, tensor in base.tensors.items():
         module = name.rpartition(".")[0]
-        is_table = is_embedding(module) or is_head(module)
+        is_table = is_embedding(module) or is_output_head(module)
         if is_table and tensor.info.shape[:1] == (old,) and shapes.get(name, ())[:1] != (new,):
             return f", and {printable(name)} has {old:,} rows that the adapter does not replace"
     if not vocabulary_fields(base, old):
@@ -157,7 +158,7 @@ def is_of_classifier(config: VeraConfig, name: str) -> bool:
     """
     module = replaced_name(name).rpartition(".")[0]
     is_saved = bool(saved_modules(config).of(module))
-    return is_saved and not is_head(module) and not is_embedding(module)
+    return is_saved and not is_output_head(module) and not is_embedding(module)
 
 
 def vocabulary_fields(base: BaseModel, rows: int) -> list[tuple[str, ...]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from vera_convert.adapter.tensors import replaced_name
 from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import embedding_rows, is_head
+from vera_convert.base.naming import embedding_rows
 from vera_convert.base.replacements import class_of_head, shape_differs, vocabulary_fields
 from vera_convert.base.taskclasses import needed_modules
+from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.jsonediting import edited_member
 from vera_convert.files.reading import printable
@@ -152,7 +153,7 @@ def _unknown_class(changes: Changes) -> Iterator[Finding]:
     """Yield a warning for each new tensor of which nothing says which class has it."""
     for name, replacement in changes.new.items():
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
-        if not (is_head(module) and changes.unties):
+        if not (is_output_head(module) and changes.unties):
             reason = "the base has no such tensor, and nothing names the class that has it."
             yield REPLACEMENT_NEW.at(printable(name), reason)
 

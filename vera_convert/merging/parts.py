@@ -21,8 +21,6 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.naming import (
     Match,
     embedding_of_head,
-    is_embedding,
-    is_head,
     match_replacements,
     shared_embedding,
 )
@@ -34,6 +32,7 @@ from vera_convert.base.replacements import (
     resizes,
     saved_modules,
 )
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
 from vera_convert.files.reading import printable
@@ -313,7 +312,7 @@ def _bring(
     adapter, name = replacement.part.adapter, replacement.tensor.name
     module, _, parameter = replaced_name(name).rpartition(".")
     place = printable(target)
-    if is_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
+    if is_output_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
         embedding = shared_embedding(base, _matrix(_shape_in_base(changes, replacement, base)))
         same = changes.replaced.get(embedding or "")
         if same is not None and same_tensor(same.tensor, replacement.tensor):

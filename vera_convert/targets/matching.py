@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
+from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -401,16 +402,6 @@ def _is_plain(pattern: str) -> bool:
 
 # --- a model's layers from the shapes of its tensors ---------------------------------------------
 
-_EMBEDDING = re.compile(r"(.*[._])?embed(s|dings?)?|embed_(tokens|positions|in)\w*")
-_EMBEDDING_NAMES = frozenset(("wte", "wpe", "shared", "relative_attention_bias"))
-_OUTPUT_HEAD = re.compile(
-    r"(.*\.)?(lm_head(\.decoder)?|embed_out|generator_lm_head|lm_loss|vocab_projector|predictions\.decoder)"
-)
-_OUTPUT_HEADS_BY_TYPE = {
-    "whisper": "proj_out",
-    "rwkv": "head",
-    "chatglm": "transformer.output_layer",
-}
 CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(
         ("gpt2", "imagegpt", "decision_transformer"),
@@ -440,23 +431,14 @@ def layers_from_shapes(
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2
     }
-    embeddings = tuple(name for name in modules if _is_embedding(name))
+    embeddings = tuple(name for name in modules if is_table(name))
     transposed = CONV1D_LAYERS.get(model_type or "", frozenset())
     linear = {
         name: Linear(columns, rows, conv1d=True)
         if name.rpartition(".")[2] in transposed
         else Linear(rows, columns)
         for name, (rows, columns) in modules.items()
-        if not _is_embedding(name)
+        if not is_table(name)
     }
-    heads = frozenset(
-        name
-        for name in linear
-        if _OUTPUT_HEAD.fullmatch(name) or _OUTPUT_HEADS_BY_TYPE.get(model_type or "") == name
-    )
+    heads = frozenset(name for name in linear if is_output_head(name, model_type or ""))
     return ModelLayers("the tensors' headers", model_type, linear, heads, embeddings, dtype)
-
-
-def _is_embedding(module: str) -> bool:
-    last = module.rpartition(".")[2]
-    return last in _EMBEDDING_NAMES or _EMBEDDING.fullmatch(last) is not None

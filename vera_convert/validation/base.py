@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import side_files
-from vera_convert.adapter.tensors import EMBEDDING_NAMES, WEIGHTS_NAME, replaced_name
+from vera_convert.adapter.tensors import WEIGHTS_NAME, replaced_name
 from vera_convert.base.folder import check_tokens, tokenizer_files
 from vera_convert.base.learning import Bases, Need, learn
 from vera_convert.base.model import BaseModel
@@ -17,12 +17,12 @@ from vera_convert.base.naming import (
     Match,
     embedding_of_head,
     embedding_rows,
-    is_head,
     match_replacements,
 )
 from vera_convert.base.onbase import BaseWish, OnBase
 from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
 from vera_convert.base.replacements import brought, incomplete_modules, is_of_classifier, resizes
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.hub.lookup import HubAccess
@@ -104,7 +104,7 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         yield from error.findings
         return
     for name, target in targets.items():
-        is_lm_head = is_head(replaced_name(name).rpartition(".")[0])
+        is_lm_head = is_output_head(replaced_name(name).rpartition(".")[0])
         if target not in base.tensors and not is_lm_head:
             found = brought(adapter.config, name, target, base)
             yield from [found] if found is not None else []
@@ -118,8 +118,7 @@ def _rows(adapter: Adapter, base: BaseModel) -> int | None:
     """Return the rows of the embedding: those that the adapter brings, or else the base's."""
     for tensor in adapter.replacements:
         module = replaced_name(tensor.name).rpartition(".")[0]
-        is_embedding = module.rpartition(".")[2] in EMBEDDING_NAMES and not is_head(module)
-        if is_embedding and len(tensor.shape) == 2:
+        if is_embedding(module) and len(tensor.shape) == 2:
             return tensor.shape[0]
     return embedding_rows(base)
 

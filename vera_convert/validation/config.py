@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
 from vera_convert.adapter.tensors import SavedModules, replaced_name
+from vera_convert.embeddings import may_be_resized
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.reponame import is_repo_id
@@ -67,6 +68,6 @@ def undeclared_embeddings(
     saved = SavedModules((*(config.modules_to_save or ()), *implied))
     for tensor in replacements:
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
-        if parameter == "weight" and not saved.of(module):
+        if parameter == "weight" and may_be_resized(module) and not saved.of(module):
             reason = f"it replaces {printable(replaced_name(tensor.name))} of the base model."
             yield EMBEDDING_UNDECLARED.at(printable(tensor.name), reason)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.base.folder import ModelFiles
 from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import is_head, shared_embedding
+from vera_convert.base.naming import shared_embedding
 from vera_convert.base.quantised import CONFIG_FIELDS
+from vera_convert.embeddings import is_output_head
 from vera_convert.files.reading import printable
 from vera_convert.merging.modelconfig import ConfigEdits, label_count
 from vera_convert.merging.parts import Changes
@@ -281,7 +282,7 @@ def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str
     """Yield the heads that are stored and hold other values than the embedding."""
     for name, tensor in model.tensors.items():
         shape = tensor.info.shape
-        if len(shape) != 2 or not is_head(name.removesuffix(".weight")):
+        if len(shape) != 2 or not is_output_head(name.removesuffix(".weight")):
             continue
         embedding = shared_embedding(model, (shape[0], shape[1]))
         if embedding is not None and _differ(model, files, name, embedding):
