@@ -22,7 +22,8 @@ files: reading jsonediting header tensorfile extents weightfiles
 arguments
 draws: generator recognition
 publish: interrupts filesystem container publishing
-hub: reponame secrets checksum refusals asking remotefile calls cache beginnings downloading lookup
+hub: reponame secrets checksum refusals asking remotefile calls cache beginnings downloading
+hub: location files lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
 base: model folder layers renamerules renames layouts quantised naming taskclasses

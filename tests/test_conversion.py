@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from folders import WEIGHTS, codes, everything
 from hub_server import HubServer
 
 from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.migration import Mode, migrate
+from vera_convert.conversion.migration import Mode, migrate, migrate_tree
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.hub.lookup import HubAccess
@@ -149,3 +150,20 @@ def test_info_fetches_config_and_weights_alone(
     assert found.config.r == RANK
     asked = [path for path in hub.paths("GET") if "example/adapter/resolve" in path]
     assert {path.rpartition("/")[2] for path in asked} == {"adapter_config.json", WEIGHTS}
+
+
+def test_a_tree_of_adapters_asks_once_for_each_base_and_fetches_no_header_twice(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c/d"):
+        shutil.copytree(adapter, tmp_path / "tree" / name)
+    for run in range(2):
+        hub.requests.clear()
+        done = migrate_tree(
+            tmp_path / "tree", tmp_path / f"out{run}", to=Mode.EMBEDDED, access=access
+        )
+        assert len(done.done) == 3
+        described = [path for path in hub.paths() if path.startswith("/api/")]
+        assert described == ["/api/models/example/tiny-llama"]
+        assert len(hub.requests) == (3, 1)[run]
+    assert not hub.paths("HEAD")

@@ -7,8 +7,8 @@ import pytest
 from hub_server import HubServer
 
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.hub.files import SIDE_FILE_LIMIT
 from vera_convert.hub.lookup import (
-    SIDE_FILE_LIMIT,
     AmbiguousBaseError,
     HubAccess,
     Location,

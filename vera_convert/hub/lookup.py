@@ -1,7 +1,10 @@
 """From what a user wrote to where it lies: a folder here, or a repo on the Hub at one commit.
 
-With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: what the local cache lacks cannot
-be had.
+This is the door of the folder: the rest of the package asks for a location and its files here. Each
+further way to use the Hub, such as pushing a result, gets a module of its own beside `downloading`,
+built on the requests of `calls`.
+
+With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: only the local cache is read.
 """
 
 from __future__ import annotations
@@ -10,21 +13,26 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.files.reading import LocalFile, clean_name, open_local, printable, unreadable
-from vera_convert.hub.beginnings import kept_beginning
-from vera_convert.hub.cache import cached_commit, remember_commit, snapshot_of
-from vera_convert.hub.calls import HubAccess, asking_for, endpoint, repo_info
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.reading import printable, unreadable
+from vera_convert.hub.cache import cached_commit, snapshot_of
+from vera_convert.hub.calls import HubAccess, repo_info
 from vera_convert.hub.checksum import RepoFile
-from vera_convert.hub.downloading import download
+from vera_convert.hub.files import (
+    adapter_files,
+    fetch_adapter,
+    fetch_base,
+    fetch_weights,
+    list_files,
+    open_remote,
+)
+from vera_convert.hub.location import ADAPTER_CONFIG, Location, not_cached
 from vera_convert.hub.refusals import OutOfReachError
-from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.hub.reponame import (
     SCHEME,
     RepoName,
@@ -33,7 +41,6 @@ from vera_convert.hub.reponame import (
     looks_like_path,
     parse_repo_name,
 )
-from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 
 __all__ = (
     "AmbiguousBaseError",
@@ -49,44 +56,6 @@ __all__ = (
     "locate",
     "open_remote",
 )
-
-_DEEPEST = 100
-SIDE_FILE_LIMIT = 10_000_000
-"""The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a checkpoint lies: in a folder here, or in a repo on the Hub at one commit.
-
-    Attributes:
-        label: what messages call it; printable.
-        folder: the folder with its files; None while they are on the Hub alone.
-        repo_id: the repo on the Hub, if it is one.
-        commit: the commit that is meant, forty hexadecimal digits.
-        subfolder: the folder inside the repo, with `/`; empty for its root.
-        revision: the branch, tag or commit that was asked for; None for the default branch.
-        left_out: files of the repo that were not fetched with the others.
-        listed: every file of the repo at the commit, if the Hub was asked for the commit.
-    """
-
-    label: str
-    folder: Path | None
-    repo_id: str | None = None
-    commit: str | None = None
-    subfolder: str = ""
-    revision: str | None = None
-    left_out: tuple[str, ...] = ()
-    listed: Mapping[str, RepoFile] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def fetched(self) -> Path:
-        """The folder, of a location that is known to have been fetched."""
-        assert self.folder is not None  # noqa: S101 -- the caller fetched it
-        return self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +174,7 @@ def _holds_model(folder: Path) -> bool:
         return False
     weights = (".safetensors", ".bin", ".safetensors.index.json")
     return not names.isdisjoint(("config.json", "model_index.json")) or (
-        _CONFIG not in names and any(name.endswith(weights) for name in names)
+        ADAPTER_CONFIG not in names and any(name.endswith(weights) for name in names)
     )
 
 
@@ -266,7 +235,7 @@ def _resolve(name: RepoName, access: HubAccess) -> Location:
     if cached is not None and (access.is_offline or name.revision == cached):
         return _at(name, cached)
     if access.is_offline:
-        raise _not_cached(f"{name.repo_id}@{name.revision or 'main'}")
+        raise not_cached(f"{name.repo_id}@{name.revision or 'main'}")
     try:
         found = repo_info(name.repo_id, name.revision, access)
     except OutOfReachError:
@@ -274,237 +243,3 @@ def _resolve(name: RepoName, access: HubAccess) -> Location:
             raise
         return _at(name, cached)
     return _at(name, found.commit, found.files)
-
-
-def _not_cached(what: str) -> SurroundingsError:
-    return SurroundingsError(
-        f"{what} is not in the local cache, and nothing is fetched offline. "
-        "Run again without --offline and HF_HUB_OFFLINE, or download it first with `hf download`."
-    )
-
-
-def _on_hub(location: Location) -> tuple[str, str]:
-    if location.repo_id is None or location.commit is None:
-        raise ValueError("not a repo on the Hub")
-    return location.repo_id, location.commit
-
-
-def _inside(location: Location, filename: str) -> PurePosixPath:
-    return PurePosixPath(location.subfolder) / clean_name(filename, place=location.label)
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def list_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the files of a location with their sizes, hidden ones left out, in sorted order.
-
-    Names are relative to the location, with `/`; a size that the Hub does not tell is -1. Where the
-    Hub cannot be asked, what the cache holds of the commit is listed.
-
-    Raises:
-        SurroundingsError: the folder is not there or cannot be read; gated, no network.
-    """
-    if location.folder is not None:
-        return dict(_walk(location.folder))
-    repo_id, commit = _on_hub(location)
-    cached = snapshot_of(repo_id, commit, access) / location.subfolder
-    if access.is_offline and not cached.is_dir():
-        raise _not_cached(location.label)
-    if access.is_offline:
-        return dict(_walk(cached))
-    try:
-        files = _files_of(location, access)
-    except OutOfReachError:
-        if not cached.is_dir():
-            raise
-        return dict(_walk(cached))
-    listed = _below(location.subfolder, {name: file.size for name, file in files.items()})
-    if location.subfolder and not listed:
-        raise SurroundingsError(f"{location.label}: the repo has no such folder.")
-    return listed
-
-
-def _files_of(location: Location, access: HubAccess) -> Mapping[str, RepoFile]:
-    """Return the files of a whole repo as the Hub lists them, asking it once at most."""
-    if location.listed is not None:
-        return location.listed
-    repo_id, commit = _on_hub(location)
-    return _listed_at(repo_id, commit, access, endpoint())
-
-
-@lru_cache(maxsize=64)
-def _listed_at(
-    repo_id: str, commit: str, access: HubAccess, _endpoint: str
-) -> Mapping[str, RepoFile]:
-    """Ask the Hub for the files of a commit, which never change."""
-    return repo_info(repo_id, commit, access).files
-
-
-def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
-    prefix = f"{subfolder}/" if subfolder else ""
-    relative = {
-        name.removeprefix(prefix): size for name, size in names.items() if name.startswith(prefix)
-    }
-    shown = (name for name in relative if not re.search(r"(^|/)\.", name))
-    return {name: relative[name] for name in sorted(shown)}
-
-
-def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the regular files below a folder, links to files included but no linked folder."""
-    if prefix.count("/") > _DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
-    try:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif _is_file(entry):
-                yield prefix + entry.name, entry.stat().st_size
-    except OSError as error:
-        raise unreadable(printable(str(folder)), error) from error
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a link in a circle leads nowhere, as one to nothing does
-            return False
-        raise
-
-
-def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
-    """Open a file of a repo to be read by position: from the cache, else by range requests.
-
-    Args:
-        location: a repo at its commit.
-        filename: relative to the location, with `/`.
-        access: how the Hub is reached.
-
-    Raises:
-        CheckpointError: the name leads out of the repo.
-        SurroundingsError: it cannot be had.
-    """
-    repo_id, commit = _on_hub(location)
-    name = _inside(location, filename)
-    snapshot = snapshot_of(repo_id, commit, access)
-    if (snapshot / name).exists():
-        return open_local(snapshot / name, within=snapshot)
-    place = f"{location.label}/{printable(filename)}"
-    if access.is_offline:
-        raise _not_cached(place)
-    return RemoteFile(
-        place,
-        asking_for(repo_id, str(name), commit=commit, place=place, access=access),
-        listed=location.listed.get(str(name)) if location.listed is not None else None,
-        keeper=kept_beginning(repo_id, commit, str(name), access),
-    )
-
-
-def fetch_adapter(
-    location: Location, access: HubAccess, *, is_training_state: Callable[[str], bool]
-) -> Location:
-    """Fetch an adapter: its config, its weights of any size, and small files beside them.
-
-    Left out, and named in the result: pickled weights, training states, files of more than 10 MB,
-    and names that not every system allows. Hidden files and subfolders that are adapters themselves
-    are passed over in silence.
-
-    Args:
-        location: a folder, returned as it is, or a repo.
-        access: how the Hub is reached.
-        is_training_state: whether a file is never copied, by its relative path.
-
-    Raises:
-        CheckpointError: config or weights are not there.
-        SurroundingsError: a file cannot be had.
-    """
-    if location.folder is not None:
-        return location
-    names = adapter_files(location, access)
-    beside = {name: size for name, size in names.items() if name not in (_CONFIG, _WEIGHTS)}
-    small = [
-        name
-        for name, size in beside.items()
-        if 0 <= size <= SIDE_FILE_LIMIT and _is_clean(name) and not is_training_state(name)
-    ]
-    folder = _download(location, [_CONFIG, _WEIGHTS, *small], access)
-    left_out = tuple(name for name in beside if name not in small)
-    return replace(location, folder=folder, left_out=left_out)
-
-
-def fetch_weights(location: Location, access: HubAccess) -> Location:
-    """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
-    if location.folder is not None:
-        return location
-    adapter_files(location, access)
-    return replace(location, folder=_download(location, [_CONFIG, _WEIGHTS], access))
-
-
-def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out.
-
-    Raises:
-        CheckpointError: config or weights are not there.
-        SurroundingsError: the Hub cannot be asked.
-    """
-    listed = list_files(location, access)
-    others = tuple(name.removesuffix(_CONFIG) for name in listed if name.endswith(f"/{_CONFIG}"))
-    names = {name: size for name, size in listed.items() if not name.startswith(others)}
-    _demand_adapter(location, names, others)
-    return names
-
-
-def _is_clean(name: str) -> bool:
-    try:
-        clean_name(name, place=name)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _demand_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
-    place = location.label
-    if _CONFIG not in names:
-        if others and _WEIGHTS not in names:
-            reason = f"its folder {printable(others[0])} is an adapter, it has none of its own."
-            raise CheckpointError(ADAPTER_BELOW.at(place, reason))
-        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {_CONFIG}."))
-    if _WEIGHTS not in names and _PICKLED in names:
-        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {_PICKLED} alone."))
-    if _WEIGHTS not in names:
-        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {_WEIGHTS}."))
-
-
-def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:
-    """Fetch files of a base through the cache.
-
-    Args:
-        location: a folder, returned as it is, or a repo.
-        access: how the Hub is reached.
-        names: the files that are needed, as `list_files` names them; at least one.
-
-    Raises:
-        SurroundingsError: a file cannot be had.
-    """
-    if location.folder is not None:
-        return location
-    return replace(location, folder=_download(location, sorted(names), access))
-
-
-def _download(location: Location, names: Sequence[str], access: HubAccess) -> Path:
-    """Bring files of one commit into the cache and return the folder that holds them all."""
-    repo_id, commit = _on_hub(location)
-    snapshot = snapshot_of(repo_id, commit, access)
-    files = [_inside(location, name) for name in names]
-    absent = [name for name in files if not (snapshot / name).exists()]
-    if absent and access.is_offline:
-        raise _not_cached(f"{repo_id}@{commit}/{printable(str(absent[0]))}")
-    if absent:
-        listed = _files_of(location, access)
-        download(repo_id, commit, absent, listed=listed, access=access)
-    if not access.is_offline:
-        remember_commit(repo_id, location.revision or "main", commit, access)
-    return snapshot / location.subfolder

@@ -1,0 +1,245 @@
+"""The files of a location: listed, opened to be read by range, or fetched into the Hub's cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import LocalFile, clean_name, open_local, printable, unreadable
+from vera_convert.hub.beginnings import kept_beginning
+from vera_convert.hub.cache import remember_commit, snapshot_of
+from vera_convert.hub.calls import HubAccess, asking_for, endpoint, repo_info
+from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.downloading import download
+from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cached, on_hub
+from vera_convert.hub.refusals import OutOfReachError
+from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
+
+_DEEPEST = 100
+SIDE_FILE_LIMIT = 10_000_000
+"""The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
+_WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+
+
+def list_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the files of a location with their sizes, hidden ones left out, in sorted order.
+
+    Names are relative to the location, with `/`; a size that the Hub does not tell is -1. Where the
+    Hub cannot be asked, what the cache holds of the commit is listed.
+
+    Raises:
+        SurroundingsError: the folder is not there or cannot be read; gated, no network.
+    """
+    if location.folder is not None:
+        return dict(_walk(location.folder))
+    repo_id, commit = on_hub(location)
+    cached = snapshot_of(repo_id, commit, access) / location.subfolder
+    if access.is_offline and not cached.is_dir():
+        raise not_cached(location.label)
+    if access.is_offline:
+        return dict(_walk(cached))
+    try:
+        files = _files_of(location, access)
+    except OutOfReachError:
+        if not cached.is_dir():
+            raise
+        return dict(_walk(cached))
+    listed = _below(location.subfolder, {name: file.size for name, file in files.items()})
+    if location.subfolder and not listed:
+        raise SurroundingsError(f"{location.label}: the repo has no such folder.")
+    return listed
+
+
+def _files_of(location: Location, access: HubAccess) -> Mapping[str, RepoFile]:
+    """Return the files of a whole repo as the Hub lists them, asking it once at most."""
+    if location.listed is not None:
+        return location.listed
+    repo_id, commit = on_hub(location)
+    return _listed_at(repo_id, commit, access, endpoint())
+
+
+@lru_cache(maxsize=64)
+def _listed_at(
+    repo_id: str, commit: str, access: HubAccess, _endpoint: str
+) -> Mapping[str, RepoFile]:
+    """Ask the Hub for the files of a commit, which never change."""
+    return repo_info(repo_id, commit, access).files
+
+
+def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
+    prefix = f"{subfolder}/" if subfolder else ""
+    relative = {
+        name.removeprefix(prefix): size for name, size in names.items() if name.startswith(prefix)
+    }
+    shown = (name for name in relative if not re.search(r"(^|/)\.", name))
+    return {name: relative[name] for name in sorted(shown)}
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the regular files below a folder, links to files included but no linked folder."""
+    if prefix.count("/") > _DEEPEST:
+        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+    try:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            elif _is_file(entry):
+                yield prefix + entry.name, entry.stat().st_size
+    except OSError as error:
+        raise unreadable(printable(str(folder)), error) from error
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link in a circle leads nowhere, as one to nothing does
+            return False
+        raise
+
+
+def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
+    """Open a file of a repo to be read by position: from the cache, else by range requests.
+
+    Args:
+        location: a repo at its commit.
+        filename: relative to the location, with `/`.
+        access: how the Hub is reached.
+
+    Raises:
+        CheckpointError: the name leads out of the repo.
+        SurroundingsError: it cannot be had.
+    """
+    repo_id, commit = on_hub(location)
+    name = inside(location, filename)
+    snapshot = snapshot_of(repo_id, commit, access)
+    if (snapshot / name).exists():
+        return open_local(snapshot / name, within=snapshot)
+    place = f"{location.label}/{printable(filename)}"
+    if access.is_offline:
+        raise not_cached(place)
+    return RemoteFile(
+        place,
+        asking_for(repo_id, str(name), commit=commit, place=place, access=access),
+        listed=location.listed.get(str(name)) if location.listed is not None else None,
+        keeper=kept_beginning(repo_id, commit, str(name), access),
+    )
+
+
+def fetch_adapter(
+    location: Location, access: HubAccess, *, is_training_state: Callable[[str], bool]
+) -> Location:
+    """Fetch an adapter: its config, its weights of any size, and small files beside them.
+
+    Left out, and named in the result: pickled weights, training states, files of more than 10 MB,
+    and names that not every system allows. Hidden files and subfolders that are adapters themselves
+    are passed over in silence.
+
+    Args:
+        location: a folder, returned as it is, or a repo.
+        access: how the Hub is reached.
+        is_training_state: whether a file is never copied, by its relative path.
+
+    Raises:
+        CheckpointError: config or weights are not there.
+        SurroundingsError: a file cannot be had.
+    """
+    if location.folder is not None:
+        return location
+    names = adapter_files(location, access)
+    beside = {name: size for name, size in names.items() if name not in (ADAPTER_CONFIG, _WEIGHTS)}
+    small = [
+        name
+        for name, size in beside.items()
+        if 0 <= size <= SIDE_FILE_LIMIT and _is_clean(name) and not is_training_state(name)
+    ]
+    folder = _download(location, [ADAPTER_CONFIG, _WEIGHTS, *small], access)
+    left_out = tuple(name for name in beside if name not in small)
+    return replace(location, folder=folder, left_out=left_out)
+
+
+def fetch_weights(location: Location, access: HubAccess) -> Location:
+    """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
+    if location.folder is not None:
+        return location
+    adapter_files(location, access)
+    return replace(location, folder=_download(location, [ADAPTER_CONFIG, _WEIGHTS], access))
+
+
+def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
+    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out.
+
+    Raises:
+        CheckpointError: config or weights are not there.
+        SurroundingsError: the Hub cannot be asked.
+    """
+    listed = list_files(location, access)
+    others = tuple(
+        name.removesuffix(ADAPTER_CONFIG) for name in listed if name.endswith(f"/{ADAPTER_CONFIG}")
+    )
+    names = {name: size for name, size in listed.items() if not name.startswith(others)}
+    _demand_adapter(location, names, others)
+    return names
+
+
+def _is_clean(name: str) -> bool:
+    try:
+        clean_name(name, place=name)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _demand_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
+    place = location.label
+    if ADAPTER_CONFIG not in names:
+        if others and _WEIGHTS not in names:
+            reason = f"its folder {printable(others[0])} is an adapter, it has none of its own."
+            raise CheckpointError(ADAPTER_BELOW.at(place, reason))
+        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {ADAPTER_CONFIG}."))
+    if _WEIGHTS not in names and _PICKLED in names:
+        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {_PICKLED} alone."))
+    if _WEIGHTS not in names:
+        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {_WEIGHTS}."))
+
+
+def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:
+    """Fetch files of a base through the cache.
+
+    Args:
+        location: a folder, returned as it is, or a repo.
+        access: how the Hub is reached.
+        names: the files that are needed, as `list_files` names them; at least one.
+
+    Raises:
+        SurroundingsError: a file cannot be had.
+    """
+    if location.folder is not None:
+        return location
+    return replace(location, folder=_download(location, sorted(names), access))
+
+
+def _download(location: Location, names: Sequence[str], access: HubAccess) -> Path:
+    """Bring files of one commit into the cache and return the folder that holds them all."""
+    repo_id, commit = on_hub(location)
+    snapshot = snapshot_of(repo_id, commit, access)
+    files = [inside(location, name) for name in names]
+    absent = [name for name in files if not (snapshot / name).exists()]
+    if absent and access.is_offline:
+        raise not_cached(f"{repo_id}@{commit}/{printable(str(absent[0]))}")
+    if absent:
+        listed = _files_of(location, access)
+        download(repo_id, commit, absent, listed=listed, access=access)
+    if not access.is_offline:
+        remember_commit(repo_id, location.revision or "main", commit, access)
+    return snapshot / location.subfolder
