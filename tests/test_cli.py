@@ -368,7 +368,7 @@ FAILURES: list[tuple[int, Sequence[object]]] = [
     (3, ["info", "bare-name"]),
     (3, ["info", "org/name", "--offline"]),
     (3, ["info", "GOOD", "--base", "GONE"]),
-    (3, ["strip", "GOOD", "GONE/deep/out"]),
+    (3, ["strip", "GOOD", "GOOD/adapter_config.json/out"]),
     (3, ["embed", "STRIPPED", "OUT"]),
     (3, ["migrate", "GONE", "OUT", "--to", "asis", "--recursive"]),
 ]

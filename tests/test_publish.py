@@ -21,7 +21,13 @@ from vera_convert.publish import container, filesystem
 from vera_convert.publish import publishing as publish
 from vera_convert.publish.container import sweep_containers
 from vera_convert.publish.interrupts import Interrupted
-from vera_convert.publish.publishing import check_out, sha256_of, staged_file, staged_folder
+from vera_convert.publish.publishing import (
+    check_out,
+    free_space,
+    sha256_of,
+    staged_file,
+    staged_folder,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 TESTS = Path(__file__).parent
@@ -367,7 +373,8 @@ def test_an_out_beside_its_input_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "error", "why"),
     [
-        ("missing/out", SurroundingsError, r"missing, .* does not exist\. Create it"),
+        ("missing/../out", UsageError, "missing, which does not exist"),
+        ("file/sub/out", SurroundingsError, "is not a folder"),
         ("file/out", SurroundingsError, "is not a folder"),
         ("..", UsageError, "a name of its own"),
         ("nul\0", UsageError, "a name of its own"),
@@ -384,6 +391,51 @@ def test_a_place_that_cannot_be_is_refused_before_work(
     ):
         pytest.fail("the block was entered")
     assert names(tmp_path) == ["file"]
+
+
+def break_off(folder: Path) -> None:
+    """Write something and fail, as a run does."""
+    fill(folder, NEW)
+    raise OSError("broken")
+
+
+def test_folders_above_an_out_are_made(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "a" / "b" / "out", is_own=own) as new:
+        fill(new, NEW)
+    assert content_of(tmp_path / "a" / "b" / "out") == NEW
+    assert names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with (
+        pytest.raises(OSError, match="broken"),
+        staged_folder(tmp_path / "a" / "b" / "c" / "out", is_own=own) as new,
+    ):
+        break_off(new)
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == []
+
+
+def test_a_folder_that_was_made_stays_if_another_run_uses_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="broken"),
+        staged_folder(tmp_path / "a" / "b" / "out", is_own=own),
+    ):
+        break_off(tmp_path / "a")
+    assert names(tmp_path / "a") == ["a", "b"]
+
+
+def test_checking_an_out_makes_no_folder(tmp_path: Path) -> None:
+    check_out(tmp_path / "a" / "out", inputs=[], force=False, is_own=own)
+    assert names(tmp_path) == []
+
+
+@posix
+def test_a_folder_above_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(SurroundingsError, match="a link that leads nowhere"):
+        check_out(tmp_path / "link" / "out", inputs=[], force=False, is_own=own)
 
 
 @posix
@@ -791,3 +843,8 @@ with staged_folder(out, force=True, is_own=own) as new:
         tell(child)
         assert finished(child) == (0, "")
     assert content_of(out) == {"a": "theirs", "b/c": "theirs"}
+
+
+def test_the_space_for_an_out_in_folders_to_come_is_that_of_the_nearest(tmp_path: Path) -> None:
+    assert free_space(tmp_path / "a" / "b" / "out") > 0
+    assert names(tmp_path) == []

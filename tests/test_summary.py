@@ -277,8 +277,9 @@ def test_a_base_of_the_config_that_is_at_hand_is_read(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example").mkdir()
     (tmp_path / "example" / "tiny-llama").mkdir()
-    with pytest.raises(UsageError, match=r"--base \./example/tiny-llama"):
-        info(folder)
+    assert "V022" in info(folder).on_base.source  # a folder that is no model is not meant
+    (tmp_path / "example" / "tiny-llama" / "config.json").write_text("{}")
+    assert "--base ./example/tiny-llama or" in info(folder).on_base.source
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(

@@ -230,7 +230,7 @@ def test_a_report_may_lie_in_a_tree_that_is_searched(run: Run, bad: Path) -> Non
         ("bad/adapter_config.json", 2, "lies inside the input bad"),
         ("good", 2, "no regular file"),
         ("link", 2, "no regular file"),
-        ("gone/report", 3, "no folder to put the report into"),
+        ("good/adapter_config.json/report", 3, "is not a folder"),
     ],
 )
 def test_a_report_goes_nowhere_else(

@@ -453,8 +453,6 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
     shown = printable(str(out))
     if shown == "-":
         raise UsageError("leave --output out: without it the report goes to stdout.")
-    if not out.absolute().parent.is_dir():
-        raise SurroundingsError(f"{shown}: there is no folder to put the report into.")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
         raise UsageError(f"{shown} is no regular file, so no report is put in its place.")
     inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]

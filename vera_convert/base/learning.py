@@ -41,8 +41,10 @@ from vera_convert.rules import (
     BASE_IN_FOLDER,
     BASE_WITHOUT_WEIGHTS,
     NAMES_DIFFER,
+    QUANTISED_TARGET,
     ROUNDING_UNCLEAR,
     SHAPES_DIFFER,
+    TARGET_IS_QUANTISED,
     Finding,
 )
 from vera_convert.targets.architectures import layers_from_config
@@ -124,9 +126,9 @@ def learn(adapter: Adapter, wish: BaseWish, *, bases: Bases, need: Need) -> OnBa
         known = _from_options(wish)
     elif wish.model is not None:
         location = bases.located(wish.model, wish.revision)
-        known = _from_base(adapter, location, wish, bases)
+        known = _from_base(adapter, location, wish, bases, need)
     elif need is not Need.NONE and (place := dict(wish.places).get(named or "")) is not None:
-        known = _from_base(adapter, bases.located(place, wish.revision), wish, bases)
+        known = _from_base(adapter, bases.located(place, wish.revision), wish, bases, need)
     elif need is not Need.NONE:
         known = _from_name(adapter, wish, bases, need)
     return known if wish.dtype is None else loaded_in(known, wish.dtype)
@@ -148,7 +150,7 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, need: Need) -> On
         named = bases.named(config.base_model_name_or_path, revision)
         if named.location is None:
             return OnBase(source=named.reason)
-        known = _from_base(adapter, named.location, wish, bases)
+        known = _from_base(adapter, named.location, wish, bases, need)
         if not named.reason:
             return known
         said = BASE_IN_FOLDER.at(adapter.place, named.reason)
@@ -177,8 +179,11 @@ def _from_name(adapter: Adapter, wish: BaseWish, bases: Bases, need: Need) -> On
 # --- from a base's headers -----------------------------------------------------------------------
 
 
-def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Bases) -> OnBase:
+def _from_base(
+    adapter: Adapter, location: Location, wish: BaseWish, bases: Bases, need: Need
+) -> OnBase:
     find = partial(_find_layers, adapter, wish)
+    base: BaseModel | None = None
     try:
         if component_folders(list_files(location, bases.access)):
             pipeline = Pipeline(location, bases.access, bases.read)
@@ -189,7 +194,10 @@ def _from_base(adapter: Adapter, location: Location, wish: BaseWish, bases: Base
     except CheckpointError as error:
         if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
             return _from_config(adapter, location, bases.access, error)
-        raise
+        are_packed = all(each.rule is QUANTISED_TARGET for each in error.findings)
+        if base is None or need is Need.WHOLE or not are_packed:
+            raise
+        return _packed(base, error.findings)
     own = {
         module: Linear(out, width, conv1d=module in match.conv1d)
         for module, (out, width) in match.shapes.items()
@@ -230,6 +238,18 @@ def _find_layers(adapter: Adapter, wish: BaseWish, base: BaseModel) -> Match:
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         key_map=wish.key_map,
         allow_tied=True,
+    )
+
+
+def _packed(base: BaseModel, findings: Sequence[Finding]) -> OnBase:
+    """Return what is known of a base whose adapted layers are packed: not even their sizes."""
+    warnings = [TARGET_IS_QUANTISED.at(each.place, each.reason) for each in findings]
+    label = base.location.label
+    return OnBase(
+        source=f"{label} packs the adapted layers, so their sizes are not known",
+        location=base.location,
+        base=base,
+        findings=(*base.findings, *warnings),
     )
 
 

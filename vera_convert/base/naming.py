@@ -323,7 +323,8 @@ class _Matcher:
         missing = tuple(module for module in layers if module not in tensors)
         packed = [name for name in tensors.values() if is_packed(self.base, name)]
         problems = [*self._clashes(tensors)]
-        problems += quantised_targets(self.base, packed) if packed else self._no_matrices(tensors)
+        quantised = quantised_targets(self.base, packed) if packed else []
+        problems += quantised or self._no_matrices(tensors)
         if missing or problems:
             return _Trial(strategy, tensors, missing, tuple(problems), {}, frozenset())
         conv1d = self._conv1d(tensors, layers)

@@ -30,6 +30,7 @@ CONFIG_FIELDS = ("quantization_config", "compression_config")
 _METHODS = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
+    "auto_round": "AutoRound",
     "autoround": "AutoRound",
     "awq": "AWQ",
     "bitnet": "BitNet",
@@ -38,14 +39,20 @@ _METHODS = {
     "eetq": "EETQ",
     "fbgemm_fp8": "fp8 (FBGEMM)",
     "fp8": "fp8",
+    "fouroversix": "Four Over Six",
     "fp_quant": "FP-Quant",
+    "gguf": "GGUF",
     "gptq": "GPTQ",
     "higgs": "HIGGS",
     "hqq": "HQQ",
+    "metal": "Metal",
     "modelopt": "ModelOpt",
     "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+    "nvfp4": "NVFP4",
     "quanto": "quanto",
     "quark": "Quark",
+    "sinq": "SINQ",
     "spqr": "SpQR",
     "torchao": "torchao",
     "vptq": "VPTQ",
@@ -72,12 +79,24 @@ _OF_SIBLINGS = (
     (r"W_q", "HQQ"),
     (r".*blocks", "mxfp4"),
     (r"weight_scales", "EETQ"),
+    (r"_weight_(qdata|scale|zero_point|.*_data)", "torchao"),
     (r"weight[.:](?!original\d).*", "torchao or quanto"),
     (r"codes|codebooks", "AQLM"),
+    (r"dense_weights|row_offsets|col_vals|in_perm", "SpQR"),
+    (r"(res_)?(centroids|indices)(\.weight)?|outlier_(centroids|indices)(\.weight)?", "VPTQ"),
+    (r"dqweight|act_global_scale|(forward|backward)_hadamard_matrix", "FP-Quant"),
+    (r"qbiases|biases", "MLX or Metal"),
 )
 """Names of tensors beside a layer's weight that only quantisers write, and who they are."""
-_PACKED = ("qweight", "weight_packed", "W_q", "codes", "packed_weight")
-"""What some call the weight itself; its shape is not the layer's."""
+_PACKED = (
+    *("qweight", "weight_packed", "W_q", "codes", "packed_weight", "_weight_qdata"),
+    *("weight._data", "weight._data._data", "dense_weights", "centroids.weight", "indices"),
+)
+"""Names that quantisers give to a weight itself, in this order; its shape is not the layer's."""
+_CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
+"""Parts of a quantised layer that have a ``weight`` of their own."""
+_TRANSPOSED = ("EETQ",)
+"""Methods that store one value in each element, but as (in, out)."""
 _SHAPED = FLOATS | FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
 """Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
 
@@ -141,7 +160,14 @@ def packed_weight(base: BaseModel, path: str) -> str | None:
 
 def is_packed(base: BaseModel, name: str) -> bool:
     """Say whether the shape of a weight is not that of its layer."""
-    return layer_of(name)[1] != "weight" or base.tensors[name].info.dtype not in _SHAPED
+    path, rest = layer_of(name)
+    dtype = base.tensors[name].info.dtype
+    if rest != "weight" or dtype not in _SHAPED:
+        return True
+    if dtype != "I8":
+        return False
+    methods = {claim.method for claim in _claims(base.config)}
+    return f"{path}.weight_scales" in base.tensors or not methods.isdisjoint(_TRANSPOSED)
 
 
 @lru_cache(maxsize=1024)
@@ -162,10 +188,13 @@ def layer_of(name: str) -> tuple[str, str]:
 
     What belongs to a weight stays with it: ``a.b`` and ``weight.absmax``.
     """
-    start, inside, rest = name.rpartition(".weight.")
+    start, inside, rest = name.partition(".weight.")
     if inside:
         return start, f"weight.{rest}"
     path, _, last = name.rpartition(".")
+    before, _, part = path.rpartition(".")
+    if last == "weight" and part in _CODEBOOKS:
+        return before, f"{part}.weight"
     return path, last
 
 
@@ -203,12 +232,18 @@ class _Quantisation:
             plain = "fp8" if dtype in FP8 else "packed or integer values"
             yield sign[1] if sign else plain, f"its dtype is {dtype}"
         if sign and rest != "bias":
-            yield sign[1], f"{printable(sign[0])} lies beside it"
+            where = "is its name" if sign[0] == rest else "lies beside it"
+            yield kind_of_siblings(rest) or sign[1], f"{printable(sign[0])} {where}"
 
     def _by_config(self, names: Sequence[str]) -> dict[str, str]:
         """Return the method by name for those that the config says are quantised."""
         claims = [*islice(dict.fromkeys(_claims(self._base.config)), _MOST_CLAIMS + 1)]
-        names = [name for name in names if len(self._base.tensors[name].info.shape) > 1]
+        # Norms and biases have one dimension. A packed weight can have one too.
+        names = [
+            name
+            for name in names
+            if len(self._base.tensors[name].info.shape) > 1 or layer_of(name)[1] in _PACKED
+        ]
         if not claims or not names:
             return {}
         if len(claims) > _MOST_CLAIMS:

@@ -80,7 +80,8 @@ def location_text(on_base: OnBase) -> str:
     """The base in words: its name, and how the adapter's fit its own; or why it was not read."""
     if on_base.match is not None and on_base.match.strategy != AS_THEY_ARE.name:
         return f"{on_base.source}, {on_base.match.strategy}"
-    return on_base.source if on_base.in_features else f"not read: {on_base.source}"
+    was_read = on_base.in_features is not None or on_base.base is not None
+    return on_base.source if was_read else f"not read: {on_base.source}"
 
 
 def conversion_document(command: str, result: Conversion) -> Document:

@@ -181,7 +181,7 @@ def check_out(
         UsageError: `out` overlaps an input (links resolved, whatever `force` says); it exists
             without `force`; it is a link, of another kind, or not the command's own; it holds
             files that the command would not write.
-        SurroundingsError: its parent is missing, or cannot be looked into.
+        SurroundingsError: its parent is no folder, or cannot be looked into.
     """
     with explained(out):
         place = _real_place(out)
@@ -193,11 +193,12 @@ def free_space(out: Path) -> int:
     """Return how many bytes are free for `out`, counting what killed runs for it left there.
 
     Raises:
-        SurroundingsError: its parent cannot be looked at.
+        SurroundingsError: the folder where it goes cannot be looked at.
     """
     with explained(out):
         place = _real_place(out)
-        return shutil.disk_usage(place.parent).free + bytes_of_the_dead(place)
+        there, _ = nearest_folder(place.parent)
+        return shutil.disk_usage(there).free + bytes_of_the_dead(place)
 
 
 def sha256_of(path: Path) -> str:
@@ -210,24 +211,41 @@ def sha256_of(path: Path) -> str:
 
 
 def _real_place(out: Path) -> Path:
-    """Return `out` with the links of its parent resolved and its own name as it is."""
+    """Return `out` with the links of its parent resolved and its own name as it is.
+
+    Folders above `out` may be missing: `_staged` makes them.
+    """
     if out.name in ("", "..") or "\0" in out.name:
         raise UsageError(f"OUT must end in a name of its own; {printable(str(out))} does not.")
-    shown = printable(str(out.parent))
+    if "\0" in str(out):
+        raise UsageError("OUT cannot be a path: a null character stands in it.")
+    there, missing = nearest_folder(out.parent)
+    shown = printable(str(there))
+    if ".." in missing:
+        raise UsageError(
+            f"OUT leads through the folder {shown}/{printable(missing[0])}, which does not exist, "
+            "and out of it again. Write OUT without the two dots."
+        )
     try:
-        parent = Path(os.path.realpath(out.parent, strict=True))
+        parent = Path(os.path.realpath(there, strict=True))
         if not parent.is_dir():
             raise SurroundingsError(
                 f"{shown}, in which OUT is to appear, is not a folder. Choose another OUT."
             )
-    except ValueError as error:
-        raise UsageError(f"OUT cannot be a path: {error}.") from error
     except FileNotFoundError as error:
         raise SurroundingsError(
-            f"the folder {shown}, in which OUT is to appear, does not exist. "
-            "Create it, or choose another OUT."
+            f"{shown}, in which OUT is to appear, is a link that leads nowhere. Choose another OUT."
         ) from error
-    return parent / out.name
+    return parent.joinpath(*missing, out.name)
+
+
+def nearest_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the nearest path above that exists, and the names below it that do not."""
+    missing: list[str] = []
+    while not os.path.lexists(folder) and folder != folder.parent:
+        missing.insert(0, folder.name)
+        folder = folder.parent
+    return folder, tuple(missing)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -371,8 +389,10 @@ def _staged(
             with signals_held():
                 sweep_containers(place)
         replacing.check(place)
+        made: list[Path] = []
         try:
             with signals_held():
+                _make_folders(place.parent, made)
                 make = Container.continuing if continues else Container.beside
                 container = make(place)
             staged = Staged(container.new, container.journal)
@@ -389,6 +409,19 @@ def _staged(
                 with signals_held():
                     keep = staged is not None and staged.worth_keeping
                     container.keep() if keep else container.remove()
+            for folder in reversed(made):  # those that hold OUT, or what was kept, stay
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make the folders that OUT is to lie in, and add each to `made` from the top."""
+    there, missing = nearest_folder(folder)
+    for name in missing:
+        there /= name
+        with suppress(FileExistsError):  # another run was faster
+            there.mkdir()
+            made.append(there)
 
 
 def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
