@@ -30,7 +30,7 @@ base: model folder layers renamerules renames layouts quantised naming taskclass
 base: replacements components onbase dims learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
-merging: ineffect dequantising parts plan report adapterfiles modelconfig inputs options
+merging: ineffect dequantising parts plan report replaced adapterfiles modelconfig inputs options
 merging: card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate

@@ -64,7 +64,9 @@ def test_a_merge_for_a_person(fixtures: Path, tmp_path: Path) -> None:
         "delta",
         "rounding",
         "carried",
+        "left out",
     ]
+    assert "left out   expected.json" in text
     assert "from the file" in text
     assert "8 layers of rank 4" in text
 

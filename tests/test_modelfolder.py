@@ -6,12 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from adapters import good_adapter
-from folders import everything
-from merges import filled_base, merged_with
+from folders import everything, refusal
+from merges import INDEX, filled_base, merged_with, tensors_of
 
 from vera_convert.errors import CheckpointError
+from vera_convert.verification.options import VerifyOptions
+from vera_convert.verifying import verify
 
 
 @pytest.fixture
@@ -241,3 +244,55 @@ def test_nothing_of_a_training_run_or_a_download_is_published(
     assert sorted(done.sides.unneeded) == sorted(strange)
     assert sorted(done.beside.left_out) == sorted(strange)
     assert not done.findings
+
+
+# --- a config that names the file of the weights --------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_weights_that_the_config_names_are_merged(
+    tmp_path: Path, adapter: Path, shards: int
+) -> None:
+    """transformers 5 follows the field, whatever lies beside the file."""
+    base = filled_base(tmp_path / "base", shards=shards)
+    named = "weights.safetensors" if shards == 1 else "weights.safetensors.index.json"
+    (base / ("model.safetensors" if shards == 1 else INDEX)).rename(base / named)
+    config = {"model_type": "llama", "transformers_weights": named, "hidden_size": 16}
+    (base / "config.json").write_text(json.dumps(config))
+    expected = tensors_of(base)
+    shutil.copy(
+        filled_base(tmp_path / "other", dtype="float16") / "model.safetensors",
+        base / "model.safetensors",
+    )
+    done = merged_with(adapter, base, tmp_path / "out")
+    out = tmp_path / "out"
+    found = tensors_of(out)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    changed = {name for name in found if not np.array_equal(found[name], expected[name])}
+    assert changed == {each.name for each in done.tensors}
+    assert json.loads((out / "config.json").read_bytes()) == {
+        "model_type": "llama",
+        "hidden_size": 16,
+    }
+    names = {path.name for path in out.iterdir()} - {"config.json", "README.md"}
+    if shards == 1:
+        assert names == {"model.safetensors", "merge-provenance.json"}
+    else:
+        listed = {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+        assert names == {INDEX, *listed, "merge-provenance.json"}
+    options = VerifyOptions(layers_only=True)
+    result = verify(adapter, base=str(base), merged=out, options=options)
+    assert result.passed, [str(each) for each in result.findings]
+
+
+@pytest.mark.parametrize(
+    ("named", "code"),
+    [("../other.safetensors", "V005"), ("missing.safetensors", "V507"), ("/x.safetensors", "V005")],
+)
+def test_weights_that_the_config_names_in_vain_are_refused(
+    tmp_path: Path, adapter: Path, base: Path, named: str, code: str
+) -> None:
+    (base / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == code

@@ -1356,6 +1356,14 @@ TRAINED_NOT_MERGED = Rule(
     "Add the file's tensors with the program that wrote the file, or copy the file yourself.",
     since="0.2.0",
 )
+REPLACED_BY_CONSTANT = Rule(
+    "V574",
+    WARNING,
+    "the adapter replaces a tensor of the base by a single value",
+    "A head, an embedding or a bias whose values are all the same was zeroed, not trained.",
+    "Look where the adapter comes from; remove the tensor from the adapter to keep the base's own.",
+    since="0.2.0",
+)
 
 MERGED_WEIGHT_WRONG = Rule(
     "V601",

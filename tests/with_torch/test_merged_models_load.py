@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -407,3 +407,92 @@ def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None
     save_file(tensors, weights)
     with pytest.raises(CheckpointError, match=r"V531 .*44 by 16.*40 by 16, and lm_head\.weight"):
         merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+
+
+# --- sentence-transformers -----------------------------------------------------------------------
+
+
+class Encoder:
+    """A folder of sentence-transformers, loaded as that library loads it: modules in their order.
+
+    Transformer, mean pooling, and a trained Dense with tanh; the prompt comes before each text.
+    """
+
+    def __init__(self, folder: Path, model: Any = None) -> None:
+        listed = json.loads((folder / "modules.json").read_bytes())
+        assert [each["path"] for each in listed] == ["", "1_Pooling", "2_Dense"]
+        settings = json.loads((folder / "config_sentence_transformers.json").read_bytes())
+        self.prompt = settings["prompts"][settings["default_prompt_name"]]
+        self.limit = json.loads((folder / "sentence_bert_config.json").read_bytes())[
+            "max_seq_length"
+        ]
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = model or transformers.AutoModel.from_pretrained(folder)
+        assert json.loads((folder / "1_Pooling/config.json").read_bytes())[
+            "pooling_mode_mean_tokens"
+        ]
+        self.dense = load_file(folder / "2_Dense" / "model.safetensors")
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        given = self.tokenizer(
+            [self.prompt + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            states = self.model.eval()(**given)[0]
+        mask = given["attention_mask"].unsqueeze(-1).float()
+        pooled = (states * mask).sum(1) / mask.sum(1)
+        return torch.tanh(pooled @ self.dense["linear.weight"].T + self.dense["linear.bias"])
+
+
+def test_a_sentence_transformers_adapter_encodes_as_it_was_trained(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    letters = [chr(97 + n) for n in range(26)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    vocabulary = {word: number for number, word in enumerate(words + [f"##{x}" for x in letters])}
+    config = transformers.BertConfig(**{**ENCODER, "vocab_size": len(vocabulary)})
+    transformers.BertModel(config).save_pretrained(base)
+    tokenizer = transformers.BertTokenizer(vocab=vocabulary)
+    tokenizer.save_pretrained(base)
+    wanted = peft.VeraConfig(r=6, task_type="FEATURE_EXTRACTION", target_modules=["query", "value"])
+    adapted = peft.get_peft_model(transformers.AutoModel.from_pretrained(base), wanted)
+    for key, parameter in adapted.named_parameters():
+        if "lambda" in key:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    kinds = ("Transformer", "Pooling", "Dense")
+    paths = ("", "1_Pooling", "2_Dense")
+    listed = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    files: Mapping[str, object] = {
+        "modules.json": listed,
+        "config_sentence_transformers.json": {
+            "prompts": {"query": "ab "},
+            "default_prompt_name": "query",
+        },
+        "sentence_bert_config.json": {"max_seq_length": 8, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True},
+        "2_Dense/config.json": {"in_features": 16, "out_features": 4, "bias": True},
+    }
+    for name, value in files.items():
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text(json.dumps(value))
+    dense = {"linear.weight": torch.randn(4, 16), "linear.bias": torch.randn(4)}
+    save_file(dense, adapter / "2_Dense" / "model.safetensors")
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert not done.findings
+    texts = ["ab cd", "hello my world of letters", "x"]
+    trained_model = peft.PeftModel.from_pretrained(
+        transformers.AutoModel.from_pretrained(base), adapter
+    )
+    expected = Encoder(adapter, trained_model)(texts)
+    assert (Encoder(tmp_path / "out")(texts) - expected).abs().max() <= 1e-5
+    plain = Encoder(adapter, transformers.AutoModel.from_pretrained(base))(texts)
+    assert (plain - expected).abs().max() > 1e-2

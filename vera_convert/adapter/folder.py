@@ -63,16 +63,21 @@ def is_strange(name: str) -> bool:
     return in_folder or _STRANGE.fullmatch(path.name) is not None
 
 
-def is_of_other_model(name: str, names: Collection[str]) -> bool:
+def module_folders(names: Collection[str]) -> frozenset[str]:
+    """Return the folders beside an adapter that have a config of their own."""
+    paths = (PurePosixPath(name) for name in names if name.endswith("config.json") and "/" in name)
+    return frozenset(str(path.parent) for path in paths)
+
+
+def is_of_other_model(name: str, modules: Collection[str]) -> bool:
     """Say whether a file holds weights of a complete model, and of no module of the adapter's.
 
     Args:
         name: the relative path of the file.
-        names: those of all files beside the adapter; a module has a ``config.json`` in its folder.
+        modules: the folders of modules; see `module_folders`.
     """
     path = PurePosixPath(name)
-    in_module = len(path.parts) > 1 and f"{path.parent}/config.json" in names
-    return not in_module and _OTHER_MODEL.fullmatch(path.name) is not None
+    return str(path.parent) not in modules and _OTHER_MODEL.fullmatch(path.name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +110,11 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     outside: list[str] = []
     adapters: list[str] = []
     names = [*_regular_files(folder, adapters, outside)]
-    present = frozenset(names)
+    modules = module_folders(names)
     for name in names:
         if name in not_fetched:
             continue
-        if is_training_state(name) or is_strange(name) or is_of_other_model(name, present):
+        if is_training_state(name) or is_strange(name) or is_of_other_model(name, modules):
             left_out.append(name)
         elif name not in (CONFIG_NAME, WEIGHTS_NAME):
             try:

@@ -27,6 +27,7 @@ from vera_convert.files.weightfiles import (
     demand_shards,
     find_weights,
     held_against_index,
+    named_weights,
     read_weight_map,
     stray_weights,
 )
@@ -138,9 +139,13 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     """
     names = list_files(location, access)
     source = _Source(location, access)
-    weights = find_weights(names, place=location.label, component=component)
+    is_model = not component and PIPELINE not in names and "config.json" in names
+    config = source.read_config("config.json") if is_model else {}
+    named = named_weights(config)
+    weights = find_weights(names, place=location.label, component=component, named=named)
     config_name = weights.prefix + "config.json"
-    config = source.read_config(config_name) if config_name in names else {}
+    if not is_model and config_name in names:
+        config = source.read_config(config_name)
     weight_map = None
     if weights.index is not None:
         weight_map = source.read_index(weights.index)

@@ -27,6 +27,9 @@ _MAIN_COMPONENT = re.compile(r"(transformer|unet)(_\d+)?/")
 STEMS = ("model", "diffusion_pytorch_model")
 """What transformers and diffusers call a model's weights, in this order."""
 
+REDIRECTION = "transformers_weights"
+"""The field of a config that names the file or the index of the weights."""
+
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
@@ -67,7 +70,9 @@ def kind_of_component(folder: str) -> str:
     return re.sub(r"_\d+$", "", folder.rstrip("/"))
 
 
-def find_weights(names: Collection[str], *, place: str, component: str = "") -> WeightFiles:
+def find_weights(
+    names: Collection[str], *, place: str, component: str = "", named: str | None = None
+) -> WeightFiles:
     """Find the index or the one file of a model; an index rules over what lies beside it.
 
     Args:
@@ -75,10 +80,13 @@ def find_weights(names: Collection[str], *, place: str, component: str = "") -> 
         place: how messages call the folder.
         component: the folder of the component of a pipeline that is wanted; empty if that is not
             known.
+        named: the file that the model's config names, which transformers takes before all others.
 
     Raises:
         CheckpointError: no safetensors weights, or it is not clear which.
     """
+    if named is not None:
+        return _named(named, names, place=place)
     prefix = component or _main_component(names, place)
     top = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     top = {name for name in top if "/" not in name}
@@ -101,6 +109,25 @@ def find_weights(names: Collection[str], *, place: str, component: str = "") -> 
         found += ", …" if len(indexes or singles) > 3 else ""
         raise CheckpointError(BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all."))
     return WeightFiles(prefix, None, prefix + singles[0])
+
+
+def named_weights(config: Mapping[str, object]) -> str | None:
+    """Return the file or index that a model's config names; None if it names none.
+
+    transformers follows the field to safetensors files alone; diffusers does not read the field.
+    """
+    found = config.get(REDIRECTION)
+    is_followed = isinstance(found, str) and found.endswith((_SUFFIX, _INDEX_SUFFIX))
+    return str(found) if is_followed and "_class_name" not in config else None
+
+
+def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
+    """Return the file or index that a config names."""
+    file = str(clean_name(named, place=f"{place}/config.json"))
+    if file not in names:
+        raise CheckpointError(SHARD_MISSING.at(place, f"{printable(file)} is not there."))
+    is_index = file.endswith(_INDEX_SUFFIX)
+    return WeightFiles("", file if is_index else None, None if is_index else file)
 
 
 def _main_component(names: Collection[str], place: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from vera_convert.files.reading import printable
 from vera_convert.formats.pieces import Document, draw_document, finding_document, table
 from vera_convert.merging.merge import Merge, MergedAdapter
+from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import (
     changed_share,
     numbers_record,
@@ -26,6 +29,7 @@ def merge_text(result: Merge) -> str:
     for adapter in result.adapters:
         rows += _adapter_rows(adapter)
     rows += _number_rows(result) if result.written else _plan_rows(result)
+    rows += _replaced_rows(result)
     rows += _side_rows(result)
     return table(rows)
 
@@ -75,16 +79,37 @@ def _plan_rows(result: Merge) -> list[list[str]]:
     return rows
 
 
+def _replaced_rows(result: Merge) -> list[list[str]]:
+    """Return what the adapters replace, the tensors that change most first."""
+
+    def change(tensor: ReplacedTensor) -> float:
+        return relative_change(tensor.numbers) if tensor.numbers is not None else math.inf
+
+    tensors = sorted(result.replaced, key=change, reverse=True)
+    rows = [
+        ["" if number else "replaced", f"{printable(each.name)}: {each.change}"]
+        for number, each in enumerate(tensors[:_MOST_LISTED])
+    ]
+    more = len(tensors) - _MOST_LISTED
+    if more > 0:
+        rows.append(["", f"and {more:,} more, listed in README.md and merge-provenance.json"])
+    return rows
+
+
 def _side_rows(result: Merge) -> list[list[str]]:
     rows = []
-    if result.sides.carried:
-        rows.append(["carried", ", ".join(map(printable, result.sides.carried))])
+    own = {*result.beside.tokenizer, *result.beside.copied}
+    written = {file.name for file in result.files} - own
+    carried = [name for name in result.sides.carried if name in written]
+    if carried:
+        rows.append(["carried", ", ".join(map(printable, carried))])
     for label, names in (
         ("tokenizer", result.beside.tokenizer),
-        ("adapter's", result.beside.copied),
+        ("adapter's own", result.beside.copied),
     ):
         if names:
-            rows.append([label, f"the adapter's own: {', '.join(map(printable, names))}"])
+            of = "the adapter's own: " if label == "tokenizer" else ""
+            rows.append([label, of + ", ".join(map(printable, names))])
     left_out = [*result.sides.unneeded, *result.beside.left_out]
     if left_out:
         rows.append(["left out", ", ".join(map(printable, left_out))])
@@ -123,6 +148,7 @@ def merge_document(result: Merge) -> Document:
             for file in result.files
         ],
         "tensors": [report.record() for report in result.tensors],
+        "replaced": [tensor.record() for tensor in result.replaced],
         "numbers": numbers_record(total(result.tensors)) if result.written else None,
         "bytes_needed": result.needed,
         "bytes_free": result.free,

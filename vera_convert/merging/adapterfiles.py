@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from vera_convert.adapter.folder import SideFiles, side_files
+from vera_convert.adapter.folder import SideFiles, module_folders, side_files
 from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import is_other_weights, tokenizer_files
+from vera_convert.base.folder import CARD_NAME, is_other_weights, tokenizer_files
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable, read_json
@@ -106,7 +106,8 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         if name not in tokenizer
         and (_SINGLE.fullmatch(name) or ("/" in name and name.partition("/")[0] in modules))
     ]
-    rest = [name for name in names if name not in tokenizer and name not in copied]
+    taken = {*tokenizer, *copied, CARD_NAME}  # the merged model gets a card of its own
+    rest = [name for name in names if name not in taken]
     unmerged = [name for name in rest if is_other_weights(name)]
 
     def files(chosen: Collection[str]) -> dict[str, InputFile]:
@@ -127,8 +128,12 @@ def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
     listed = _json(location, MODULES_NAME, names, limit=CONFIG_LIMIT)
     entries = listed if isinstance(listed, list) else []
     named = {entry.get("path") for entry in entries if isinstance(entry, dict)}
-    is_module = (each for each in folders if each in named or _MODULE_FOLDER.fullmatch(each))
-    return frozenset(each for each in is_module if f"{each}/config.json" in names)
+    configured = module_folders(names)
+    return frozenset(
+        each
+        for each in folders
+        if each in named or (each in configured and _MODULE_FOLDER.fullmatch(each))
+    )
 
 
 def _dropped(sides: SideFiles, modules: Collection[str]) -> list[str]:

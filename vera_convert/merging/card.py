@@ -28,7 +28,12 @@ class Origin:
 
 
 def model_card(
-    base: Origin, adapters: Sequence[Origin], *, library: str, trained_on: str | None = None
+    base: Origin,
+    adapters: Sequence[Origin],
+    *,
+    library: str,
+    trained_on: str | None = None,
+    replaced: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the text of the card.
 
@@ -38,6 +43,7 @@ def model_card(
         library: which library loads the result, as the Hub calls it.
         trained_on: the repo that the first adapter's config names as its base; used where the base
             that was read is a folder.
+        replaced: each tensor that an adapter replaces whole, and how much it changes.
     """
     base_model = base.name if base.is_repo else trained_on
     fields = [
@@ -66,8 +72,21 @@ def model_card(
             "| --- | --- | --- | --- |",
             *rows,
             "",
+            *(_replaced(replaced, several) if replaced else ()),
         ]
     )
+
+
+def _replaced(tensors: Sequence[tuple[str, str]], several: str) -> list[str]:
+    """Return the lines that name the tensors which are an adapter's own."""
+    return [
+        f"These tensors are not sums; they are the {several}'s own:",
+        "",
+        "| tensor | change |",
+        "| --- | --- |",
+        *(f"| {_code(name)} | {change} |" for name, change in tensors),
+        "",
+    ]
 
 
 def _row(kind: str, origin: Origin) -> str:

@@ -40,6 +40,7 @@ from vera_convert.merging.provenance import (
     recorded_files,
     versions,
 )
+from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Staged, files_but, staged_run
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
@@ -64,6 +65,7 @@ class MergeJob:
         changes: what is done to the base.
         weights: the plan of the weight files.
         edits: what the adapters change in the base's config.
+        replaced: the tensors that are the adapters' own.
         files: all files but the provenance.
         out: the folder that is to appear.
         base: what the caller says of the base.
@@ -75,6 +77,7 @@ class MergeJob:
     changes: Changes
     weights: WeightsPlan
     edits: ConfigEdits
+    replaced: tuple[ReplacedTensor, ...]
     files: tuple[NewFile, ...]
     out: Path
     base: BaseWish
@@ -225,6 +228,7 @@ class MergeJob:
         for each in results.values():
             numbers |= each.numbers
         parts, changes = self.inputs.parts, self.changes
+        numbers |= {each.name: each.numbers for each in self.replaced if each.numbers is not None}
         reports = []
         for tensor in self.weights.tensors:
             terms = changes.terms.get(tensor.name, ())

@@ -29,9 +29,16 @@ from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters,
 from vera_convert.merging.job import MergeJob, is_merged
 from vera_convert.merging.modelconfig import config_edits
 from vera_convert.merging.options import DTYPES, MergeOptions
-from vera_convert.merging.output import FilePlan, check_tokenizer, file_plan, plan_files
+from vera_convert.merging.output import (
+    ConfigChanges,
+    FilePlan,
+    check_tokenizer,
+    file_plan,
+    plan_files,
+)
 from vera_convert.merging.parts import Part, collect
 from vera_convert.merging.plan import plan_weights
+from vera_convert.merging.replaced import ReplacedTensor, constant_findings, replaced_tensors
 from vera_convert.merging.report import TensorReport, number_findings
 from vera_convert.publish.interrupts import signals_raise
 from vera_convert.publish.publishing import check_out, free_space
@@ -77,6 +84,7 @@ class Merge:
         out: the folder.
         files: its files but for the provenance, the weights first.
         tensors: what became of each tensor that an adapter touches; empty for a dry run.
+        replaced: the tensors that are the adapters' own, with the size of the change.
         sides: what was carried of the base and what was left out.
         beside: what lay beside the adapter, which takes the place of the base's files.
         sha256: of each file, where hashes were asked for.
@@ -93,6 +101,7 @@ class Merge:
     out: Path
     files: tuple[FilePlan, ...]
     tensors: tuple[TensorReport, ...]
+    replaced: tuple[ReplacedTensor, ...]
     sides: ModelFiles
     beside: AdapterFiles
     sha256: Mapping[str, str]
@@ -193,8 +202,10 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions)
         dequantisation=inputs.dequantisation,
         index_text=inputs.texts.get(inputs.base.index or ""),
     )
-    files = plan_files(inputs, changes, weights, edits, dtype=dtype)
-    return MergeJob(inputs, changes, weights, edits, files, out, base, options, free_space(out))
+    replaced = replaced_tensors(changes, inputs.base, inputs.files)
+    files = plan_files(inputs, weights, ConfigChanges(changes.unties, dtype, edits), replaced)
+    free = free_space(out)
+    return MergeJob(inputs, changes, weights, edits, replaced, files, out, base, options, free)
 
 
 def _result(
@@ -203,6 +214,7 @@ def _result(
     inputs = job.inputs
     label = inputs.base.location.label
     findings = [*inputs.findings, *job.changes.findings, *job.edits.findings]
+    findings += constant_findings(job.replaced)
     findings += [*number_findings(reports, place=label)]
     return Merge(
         base=label,
@@ -210,6 +222,7 @@ def _result(
         out=job.out,
         files=tuple(map(file_plan, job.files)),
         tensors=tuple(reports),
+        replaced=job.replaced,
         sides=inputs.sides,
         beside=inputs.beside,
         sha256=hashes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from vera_convert.base.folder import CARD_NAME, check_tokens, of_dtype, untied
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.naming import embedding_rows
 from vera_convert.errors import SurroundingsError
+from vera_convert.files.jsonediting import removed_member
 from vera_convert.files.reading import LocalFile, open_local, printable
+from vera_convert.files.weightfiles import REDIRECTION
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.hub.reponame import is_repo_id
 from vera_convert.merging.adapterfiles import MODULES_NAME
@@ -23,9 +25,25 @@ from vera_convert.merging.modelconfig import ConfigEdits
 from vera_convert.merging.parts import Changes
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import folder_name
+from vera_convert.merging.replaced import ReplacedTensor
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Torch's names, as configs have them, by those of safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanges:
+    """What a merge changes in the base's config.
+
+    Attributes:
+        unties: say that head and embedding are two tensors.
+        dtype: what float tensors become, in safetensors' names; None if each stays.
+        edits: what the adapters decide.
+    """
+
+    unties: bool
+    dtype: str | None
+    edits: ConfigEdits
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +86,23 @@ def file_plan(file: NewFile) -> FilePlan:
 
 def plan_files(
     inputs: MergeInputs,
-    changes: Changes,
     weights: WeightsPlan,
-    edits: ConfigEdits,
-    *,
-    dtype: str | None,
+    config: ConfigChanges,
+    replaced: Sequence[ReplacedTensor],
 ) -> tuple[NewFile, ...]:
     """Return all files of the output but its provenance, the weights first.
 
     Args:
         inputs: what is read.
-        changes: what is done to the base.
         weights: the plan of its weight files.
-        edits: what the adapters change in its config.
-        dtype: what float tensors become, in safetensors' names; None if each stays.
+        config: what changes in its config.
+        replaced: the tensors that are the adapters' own.
     """
     files = [*weights.files]
     if weights.index is not None:
         files.append(NewFile(*weights.index))
     if inputs.sides.config is not None:
-        text = inputs.texts[inputs.sides.config]
-        if inputs.dequantisation is not None:
-            text = dequantised_config(text, inputs.base.config)
-        if changes.unties:
-            text = untied(text, inputs.base.config)
-        if dtype is not None:
-            text = of_dtype(text, inputs.base.config, TORCH_DTYPES[dtype])
-        files.append(NewFile(inputs.sides.config, edits.of_text(text)))
+        files.append(NewFile(inputs.sides.config, _config_text(inputs, config)))
     card = model_card(
         _origin(inputs.base.location),
         [
@@ -103,10 +111,26 @@ def plan_files(
         ],
         library=_library(inputs),
         trained_on=_trained_on(inputs),
+        replaced=[(each.name, each.change) for each in replaced],
     )
     files.append(NewFile(CARD_NAME, card.encode()))
     files += [NewFile(name, pieces=(*_whole(file),)) for name, file in files_beside(inputs).items()]
     return tuple(files)
+
+
+def _config_text(inputs: MergeInputs, config: ConfigChanges) -> bytes:
+    """Return the bytes of the merged model's config."""
+    base = inputs.base.config
+    text = inputs.texts[inputs.sides.config or ""]
+    if inputs.dequantisation is not None:
+        text = dequantised_config(text, base)
+    if config.unties:
+        text = untied(text, base)
+    if config.dtype is not None:
+        text = of_dtype(text, base, TORCH_DTYPES[config.dtype])
+    if REDIRECTION in base:
+        text = removed_member(text, (REDIRECTION,))  # the weights get the usual name
+    return config.edits.of_text(text)
 
 
 def _whole(file: InputFile) -> Iterator[Carried]:

@@ -21,6 +21,7 @@ from vera_convert.delta import working_dtype
 from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order
 from vera_convert.files.jsonediting import edited_member
 from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.files.weightfiles import named_weights
 from vera_convert.merging.dequantising import Decoder, Dequantisation, decoder
 from vera_convert.merging.parts import Changes, Replacement
 
@@ -114,8 +115,15 @@ def plan_weights(
     else:
         shards = _resharded(base, planner, max_shard_size)
         index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if len(shards) > 1 else None
-    made = {name: _file(name, tensors, base, files) for name, tensors in shards.items()}
-    placed = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    names = {name: name for name in shards}
+    if named_weights(base.config) is not None and max_shard_size is None:
+        names = _usual_names([*shards], base)
+        index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if base.index else None
+    made = {
+        names[name]: _file(name, names[name], tensors, base, files)
+        for name, tensors in shards.items()
+    }
+    placed = {tensor: names[name] for name, tensors in shards.items() for tensor in tensors}
     index = None
     if index_name is not None:
         index = index_name, _index_text(index_name, placed, index_text)
@@ -227,19 +235,23 @@ class _Planner:
 
 
 def _file(
-    name: str, tensors: Sequence[PlannedTensor], base: BaseModel, files: Mapping[str, InputFile]
+    old_name: str,
+    name: str,
+    tensors: Sequence[PlannedTensor],
+    base: BaseModel,
+    files: Mapping[str, InputFile],
 ) -> tuple[NewFile, bytes]:
-    """Return a file with its header, and the header by itself."""
-    old = base.files.get(name)
+    """Return a file with its header, and the header by itself; it can get another name."""
+    old = base.files.get(old_name)
     if old is not None and _fits(tensors, old):
         head = old.raw
     else:
         tensors = in_order(tensors)
         head = header_bytes(tensors, (old or next(iter(base.files.values()))).metadata)
     pieces = _joined(_placed(tensors, len(head)))
-    if old is not None and head == old.raw and _are_all_of(files[name], pieces):
+    if old is not None and head == old.raw and _are_all_of(files[old_name], pieces):
         # A file system that shares blocks can do so for a whole file.
-        return NewFile(name, pieces=(Carried(files[name], 0, files[name].size, 0),)), head
+        return NewFile(name, pieces=(Carried(files[old_name], 0, files[old_name].size, 0),)), head
     return NewFile(name, head, tuple(pieces)), head
 
 
@@ -311,9 +323,19 @@ def _resharded(base: BaseModel, planner: _Planner, limit: int) -> dict[str, list
     }
 
 
+def _usual_names(shards: Sequence[str], base: BaseModel) -> dict[str, str]:
+    """Return the names under which a loader looks for weights that no config names."""
+    stem, count = base.prefix + _stem(base), len(shards)
+    if base.index is None:
+        return dict.fromkeys(shards, f"{stem}{_SUFFIX}")
+    return {
+        name: f"{stem}-{number:05}-of-{count:05}{_SUFFIX}" for number, name in enumerate(shards, 1)
+    }
+
+
 def _stem(base: BaseModel) -> str:
     """Return what loaders expect the names of such a model's weight files to begin with."""
-    if base.index is not None:
+    if base.index is not None and named_weights(base.config) is None:
         return PurePosixPath(base.index).name.removesuffix(_INDEX_SUFFIX)
     is_diffusers = "_class_name" in base.config
     return "diffusion_pytorch_model" if is_diffusers else "model"

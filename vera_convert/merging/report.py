@@ -26,7 +26,7 @@ class TensorReport:
         shape: its shape.
         adapters: numbers of the adapters that add to it or replace it, from 0.
         kind: ``added``, ``replaced``, ``new`` or ``converted``.
-        numbers: of the values that were looked at; None where nothing was added.
+        numbers: of the values that were looked at; None where nothing was added or compared.
     """
 
     name: str
@@ -84,13 +84,19 @@ def relative_loss(numbers: Numbers) -> float:
 
 def total(reports: Sequence[TensorReport]) -> Numbers:
     """Return the numbers of all tensors together."""
-    return reduce(add, (each.numbers for each in reports if each.numbers is not None), Numbers())
+    return reduce(add, (each.numbers for each in _added(reports) if each.numbers), Numbers())
+
+
+def _added(reports: Sequence[TensorReport]) -> list[TensorReport]:
+    """Return the tensors to which deltas were added."""
+    return [each for each in reports if each.kind == "added" and each.numbers is not None]
 
 
 def worst(reports: Sequence[TensorReport]) -> TensorReport | None:
     """Return the tensor of whose delta rounding loses the largest share."""
-    added = [each for each in reports if each.numbers is not None]
-    return max(added, key=lambda each: relative_loss(each.numbers or Numbers()), default=None)
+    return max(
+        _added(reports), key=lambda each: relative_loss(each.numbers or Numbers()), default=None
+    )
 
 
 def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[Finding]:
@@ -102,7 +108,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
         yield UNTRAINED.at(place, f"all {everything.values:,} values looked at stay.")
     elif relative_loss(last.numbers) > LOSS_LIMIT:
         count = sum(
-            relative_loss(each.numbers) > LOSS_LIMIT for each in reports if each.numbers is not None
+            relative_loss(each.numbers or Numbers()) > LOSS_LIMIT for each in _added(reports)
         )
         reason = (
             f"in {count:,} of {len(reports):,} tensors; of all values "

@@ -6,7 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vera_convert.adapter.config import CONFIG_NAME
-from vera_convert.adapter.folder import is_of_other_model, is_strange, is_training_state, side_files
+from vera_convert.adapter.folder import (
+    is_of_other_model,
+    is_strange,
+    is_training_state,
+    module_folders,
+    side_files,
+)
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.files.reading import is_pickle, printable
 from vera_convert.rules import (
@@ -45,13 +51,14 @@ def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
     if pickled:
         yield BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
     beside = frozenset(names) - {CONFIG_NAME, WEIGHTS_NAME}
-    is_dropped = {name: _is_dropped(name, beside) for name in sorted(beside)}
+    modules = module_folders(beside)
+    is_dropped = {name: _is_dropped(name, modules) for name in sorted(beside)}
     yield from _left_out([name for name, is_one in is_dropped.items() if is_one], place)
     yield from _unread_weights([name for name, is_one in is_dropped.items() if not is_one], place)
 
 
-def _is_dropped(name: str, names: Collection[str]) -> bool:
-    return is_training_state(name) or is_strange(name) or is_of_other_model(name, names)
+def _is_dropped(name: str, modules: Collection[str]) -> bool:
+    return is_training_state(name) or is_strange(name) or is_of_other_model(name, modules)
 
 
 def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
@@ -67,7 +74,7 @@ def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
 
 def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
     """Yield a note on weights that no PEFT reads, but for modules with a config of their own."""
-    folders = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")}
+    folders = module_folders(names)
     unread = [
         name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
     ]

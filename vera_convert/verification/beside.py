@@ -18,6 +18,7 @@ from vera_convert.base.naming import shared_embedding
 from vera_convert.base.quantised import CONFIG_FIELDS
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.reading import printable
+from vera_convert.files.weightfiles import named_weights
 from vera_convert.merging.modelconfig import ConfigEdits, label_count
 from vera_convert.merging.parts import Changes
 from vera_convert.rules import (
@@ -47,8 +48,6 @@ _TAKEN_BY_DIFFUSERS = (
     "diffusion_pytorch_model.bin",
 )
 """Weights by the order in which transformers, and diffusers, look for them."""
-_REDIRECTION = "transformers_weights"
-"""The field of a config that names the file of the weights."""
 
 
 def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -> Iterator[Finding]:
@@ -64,10 +63,6 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     for name in taken:
         reason = f"a loader takes {printable(name)} before {printable(_own(model))}."
         yield LOADED_INSTEAD.at(place, reason)
-    named = model.config.get(_REDIRECTION)
-    if named and [model.prefix + str(named)] not in ([_own(model)], [*model.files]):
-        reason = f'{_REDIRECTION} names "{printable(str(named))}", and a loader follows it.'
-        yield LOADED_INSTEAD.at(f"{place}/config.json", reason)
     config = model.prefix + "adapter_config.json"
     if config in names:
         yield ADAPTER_IN_MERGED.at(place, f"there is {printable(config)}.")
@@ -82,6 +77,8 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
 
 def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:
     """Return the files that a loader takes before those that were read."""
+    if named_weights(model.config) is not None:
+        return []  # the config names what was read
     is_diffusers = bool(model.prefix) or "_class_name" in model.config
     order = [model.prefix + name for name in (_TAKEN_BY_DIFFUSERS if is_diffusers else _TAKEN)]
     own = _own(model)
