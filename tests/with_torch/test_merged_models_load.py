@@ -248,8 +248,9 @@ def test_a_merged_model_loads_as_it_was_trained(name: str, tmp_path: Path) -> No
     assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
 
 
-def test_verify_runs_a_classifier_beside_the_base(tmp_path: Path) -> None:
-    kind = KINDS["three labels on a decoder"]
+@pytest.mark.parametrize("name", ["three labels on a decoder", "other labels than the base's"])
+def test_verify_runs_a_classifier_beside_the_base(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
     base, adapter = trained(tmp_path, kind)
     merged_with(adapter, base, tmp_path / "out")
     result = verify(adapter, base=str(base), merged=tmp_path / "out")
@@ -386,11 +387,8 @@ def test_a_resized_vocabulary_loads_as_it_was_trained(tmp_path: Path, tied: bool
     with torch.no_grad():
         apart = (model.eval()(text).logits - adapted.eval()(text).logits).abs().max()
     assert apart <= 1e-5
-    options = VerifyOptions(layers_only=True)
-    result = verify(
-        tmp_path / "adapter", base=str(tmp_path / "base"), merged=tmp_path / "out", options=options
-    )
-    assert result.passed
+    result = verify(tmp_path / "adapter", base=str(tmp_path / "base"), merged=tmp_path / "out")
+    assert result.passed, [str(each) for each in result.findings]
 
 
 def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None:
@@ -496,3 +494,26 @@ def test_a_sentence_transformers_adapter_encodes_as_it_was_trained(tmp_path: Pat
     assert (Encoder(tmp_path / "out")(texts) - expected).abs().max() <= 1e-5
     plain = Encoder(adapter, transformers.AutoModel.from_pretrained(base))(texts)
     assert (plain - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name", ["three labels on a decoder", "tokens on BERT", "questions on BERT", "a reward model"]
+)
+def test_verify_accepts_a_classifier_that_peft_merged(name: str, tmp_path: Path) -> None:
+    """It is saved without the head that the base had, and without a provenance."""
+    kind = KINDS[name]
+    base, adapter = trained(tmp_path, kind)
+    labels = {} if kind.labels is None else {"num_labels": kind.labels}
+    model = kind.loader.from_pretrained(base, **labels)
+    adapted = peft.PeftModel.from_pretrained(model, adapter)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    options = VerifyOptions(layers_only=True)
+    result = verify(adapter, base=str(base), merged=tmp_path / "merged", options=options)
+    assert result.passed, [str(each) for each in result.findings]
+    weights = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(key for key in tensors if "embed" in key)
+    del tensors[lost]
+    save_file(tensors, weights, {"format": "pt"})
+    result = verify(adapter, base=str(base), merged=tmp_path / "merged", options=options)
+    assert "V603" in {finding.code for finding in result.findings}

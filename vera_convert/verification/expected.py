@@ -24,6 +24,16 @@ from vera_convert.merging.parts import Changes, Replacement
 Array = NDArray[Any]
 
 
+_HEADS = frozenset(
+    """
+    cls lm_head pooler predictions generator_predictions generator_lm_head lm_loss embed_out
+    discriminator_predictions vocab_transform vocab_layer_norm vocab_projector classifier score
+    qa_outputs
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""What transformers' classes call the heads and poolers that another class does not have."""
+
+
 class Kind(StrEnum):
     """What a merge does to a tensor."""
 
@@ -187,3 +197,17 @@ class _Maker:
 
     def _written(self, dtype: str) -> str:
         return self.dtype if self.dtype is not None and dtype in FLOATS else dtype
+
+
+def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:
+    """Return what must be there if the merged model is of another class than the base.
+
+    transformers saves no head that the class does not have, so the base's own may be missing.
+    """
+    return {
+        name: each
+        for name, each in expected.items()
+        if name in merged.tensors
+        or each.kind not in (Kind.SAME, Kind.CONVERTED)
+        or _HEADS.isdisjoint(name.split(".")[:2])
+    }

@@ -23,6 +23,8 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.tensors import replaced_name
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.naming import embedding_rows
+from vera_convert.embeddings import is_embedding
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.files.tensorfile import TensorFile
@@ -71,11 +73,15 @@ class Blueprint:
         base: its tensors.
         model: the class of transformers.
         config: transformers' config.
+        rows: of the vocabulary, if an adapter resizes the base's; else None.
+        relabeled: whether an adapter brings a classifier of another number of labels.
     """
 
     base: BaseModel
     model: Any
     config: Any
+    rows: int | None = None
+    relabeled: bool = False
 
     @property
     def place(self) -> str:
@@ -160,11 +166,12 @@ def blueprint(
             f"has no such class: the model {own} of those that come with it. {INSTEAD}"
         )
     labels = _labels(adapters)
-    if labels is not None and labels != config.num_labels:
+    relabeled = labels is not None and labels != config.num_labels
+    if relabeled:
         config.num_labels = labels
     if type(config) is not found[name].config_class:
         config = config.get_text_config()  # of a model that sees, only what reads is built
-    return Blueprint(base, found[name], config)
+    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled)
 
 
 def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
@@ -274,6 +281,16 @@ def _labels(adapters: Iterable[Adapter]) -> int | None:
     return None
 
 
+def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
+    """Return the rows of a vocabulary that an adapter resizes; None if none does."""
+    for adapter in adapters:
+        for tensor in adapter.replacements:
+            module = replaced_name(tensor.name).rpartition(".")[0]
+            if is_embedding(module) and tensor.shape[:1] != (embedding_rows(base),):
+                return tensor.shape[0]
+    return None
+
+
 # --- building ------------------------------------------------------------------------------------
 
 
@@ -298,7 +315,10 @@ def built(plan: Blueprint) -> nn.Module:
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=plan.relabeled,
         )
+        if plan.rows is not None:  # the adapter brings the values of every row
+            model.resize_token_embeddings(plan.rows, mean_resizing=False)
         return model.eval()
 
 
