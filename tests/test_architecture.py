@@ -27,7 +27,7 @@ hub: location files lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
 base: model folder layers renamerules renames layouts quantised naming taskclasses
-base: replacements components onbase dims learning
+base: replacements components onbase dims identity learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal
 merging: ineffect dequantising parts plan report replaced adapterfiles modelconfig inputs options

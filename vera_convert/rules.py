@@ -1307,6 +1307,23 @@ BASE_IN_FOLDER = Rule(
     "If another model is meant, name it with --base.",
     since="0.2.0",
 )
+OTHER_BASE = Rule(
+    "V558",
+    WARNING,
+    "the base is not the model that the adapter's config names",
+    "An adapter adds to the weights that it was trained on; on others it does anything.",
+    "Name the model that it was trained on with --base. Nothing need be done if this is a copy.",
+    since="0.2.0",
+)
+BASE_MISDESCRIBED = Rule(
+    "V559",
+    WARNING,
+    "the base's config.json describes another model than the base's weights",
+    "The adapter fits the weights, but a loader builds the model of the config and would not load "
+    "all of the weights.",
+    "Put the config.json into the base that belongs to its weights.",
+    since="0.2.0",
+)
 MODEL_TYPE_UNKNOWN = Rule(
     "V560",
     ERROR,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
+from vera_convert.base.identity import disagreements
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.naming import Match, match_modules
 from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase, loaded_in
@@ -209,7 +210,8 @@ def _from_base(
     model = replace(
         model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
     )
-    dims = shared_dims(adapter, model, own, BuiltLayers(base.config, own))
+    built = BuiltLayers(base.config, own)
+    dims = shared_dims(adapter, model, own, built)
     used = [match.tensors[module] for module in dims.adapted]
     rounding, possible, unclear = _rounding(base, used)
     return OnBase(
@@ -223,6 +225,7 @@ def _from_base(
         match=match,
         findings=(
             *base.findings,
+            *disagreements(adapter, base, built),
             *dims.findings,
             *unclear,
             *lost_biases(adapter, match, base),

@@ -73,6 +73,15 @@ class BuiltLayers:
                 return False
         return True if module in self._known else None
 
+    def beyond(self) -> tuple[str, int, int] | None:
+        """Return an adapted layer that the config does not build: stack, number, number built."""
+        counts = [count for stem, count in self._counts if stem != "experts"]
+        for stack, last in self._last.items():
+            is_first = not any(element.isdecimal() for element in stack.split("."))
+            if counts and is_first and last >= max(counts):
+                return stack, last, max(counts)
+        return None
+
     def is_missing(self, module: str) -> bool:
         """Say whether a layer that the file does not adapt leaves a hole in the file.
 
@@ -136,16 +145,29 @@ def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
 
 
 def _counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    for scope, part in _parts(config):
+        for name, value in part.items():
+            hit = _COUNT.fullmatch(name)
+            if hit is not None and type(value) is int and value > 0:
+                yield hit["stem"] or hit["experts"] or scope, value
+
+
+def parts_of_config(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """Return a config and the configs in it of a model's parts, as far as four levels deep."""
+    return [part for _, part in _parts(config)]
+
+
+def _parts(config: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield a config and those in it, each with what the paths of the part's layers contain."""
     parts = [("", config)]
     for _ in range(_MOST_DEPTH):
-        below: list[tuple[str, Mapping[str, object]]] = []
-        for scope, part in parts:
-            for name, value in part.items():
-                if isinstance(value, Mapping) and name.endswith("_config"):
-                    below.append((_scope(name), value))
-                hit = _COUNT.fullmatch(name)
-                if hit is not None and type(value) is int and value > 0:
-                    yield hit["stem"] or hit["experts"] or scope, value
+        yield from parts
+        below = [
+            (_scope(name), value)
+            for _, part in parts
+            for name, value in part.items()
+            if isinstance(value, Mapping) and name.endswith("_config")
+        ]
         parts = below[:_MOST_PARTS]
 
 

@@ -1,0 +1,114 @@
+"""A base that is not the one of the adapter's config, or whose own config is another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import good_adapter
+from bases import tiny_base
+
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.merging.merge import merge
+from vera_convert.rules import Severity
+from vera_convert.summary import info
+from vera_convert.validation.validate import validate
+
+SIZES = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+OF_LLAMA = {
+    "base_model_class": "LlamaModel",
+    "parent_library": "transformers.models.llama.modeling_llama",
+}
+
+
+def told(adapter: Path, base: Path) -> list[str]:
+    """The codes of what is said of the base, each as often as it is said."""
+    (checked,) = validate([adapter], base=base, select=["V558", "V559"]).adapters
+    assert all(finding.severity is Severity.WARNING for finding in checked.findings)
+    return [finding.code for finding in checked.findings]
+
+
+NAMES: Mapping[str, tuple[str, str, dict[str, object], bool]] = {
+    "a copy under another name": ("org/tiny-llama", "base", {}, False),
+    "a path": ("/models/llama", "base", {"_name_or_path": "org/other"}, False),
+    "no name": ("", "base", {"_name_or_path": "org/other"}, False),
+    "the same name": ("org/tiny", "base", {"_name_or_path": "org/tiny"}, False),
+    "a mirror": ("org/Tiny", "base", {"_name_or_path": "mirror/tiny"}, False),
+    "a tuned copy that names its parent": ("org/tuned", "tuned", {"_name_or_path": "o/p"}, False),
+    "a name on this machine": ("org/tiny", "base", {"_name_or_path": "checkpoint-500"}, False),
+    "another name": ("org/tiny", "base", {"_name_or_path": "org/other"}, True),
+    "a field that is no text": ("org/tiny", "base", {"_name_or_path": ["org/other"]}, False),
+    "the cache's copy": ("org/tiny", "models--org--tiny/snapshots/abc", {}, False),
+    "the cache's copy of another": ("org/tiny", "models--org--other/snapshots/abc", {}, True),
+}
+
+
+@pytest.mark.parametrize(("named", "folder", "config", "differs"), NAMES.values(), ids=NAMES)
+def test_another_models_name_is_told_once(
+    named: str, folder: str, config: dict[str, object], differs: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", base_model_name_or_path=named or None)
+    base = tiny_base(tmp_path / folder, config={**SIZES, **config})
+    assert told(adapter, base) == ["V558"] * differs
+
+
+@pytest.mark.parametrize(
+    ("mapping", "config", "differs"),
+    [
+        (OF_LLAMA, {}, False),
+        (OF_LLAMA, {"model_type": "mistral"}, True),
+        (OF_LLAMA, {"model_type": "mistral", "architectures": ["LlamaModel"]}, False),
+        (OF_LLAMA, {"model_type": "llama4_text"}, False),
+        (OF_LLAMA, {"model_type": "x", "text_config": {"model_type": "llama"}}, False),
+        ({**OF_LLAMA, "parent_library": "__main__"}, {"model_type": "mistral"}, False),
+        ({**OF_LLAMA, "parent_library": "transformers_modules.a.b"}, {"model_type": "x"}, False),
+        (None, {"model_type": "mistral"}, False),
+    ],
+    ids=str,
+)
+def test_another_class_is_told_once(
+    mapping: dict[str, str] | None, config: dict[str, object], differs: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None, auto_mapping=mapping)
+    base = tiny_base(tmp_path / "base", config={**SIZES, **config})
+    assert told(adapter, base) == ["V558"] * differs
+
+
+@pytest.mark.parametrize(
+    ("config", "differs"),
+    [
+        ({}, False),
+        ({"num_hidden_layers": 3}, False),
+        ({"num_hidden_layers": 1}, True),
+        ({"hidden_size": 64}, True),
+        ({"hidden_size": 64, "embedding_size": 16}, False),
+        ({"vocab_size": 64}, True),
+        ({"hidden_size": 64, "vocab_size": 64, "num_hidden_layers": 1}, True),
+        ({"hidden_size": "16"}, False),
+    ],
+    ids=str,
+)
+def test_other_sizes_that_still_fit_are_told_once(
+    config: dict[str, object], differs: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    assert told(adapter, tiny_base(tmp_path / "base", config={**SIZES, **config})) == (
+        ["V559"] * differs
+    )
+    nested = {"model_type": "x", "text_config": {**SIZES, **config}}
+    assert told(adapter, tiny_base(tmp_path / "nested", config=nested)) == ["V559"] * differs
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_every_command_that_reads_a_base_says_it(stripped: bool, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", stripped=stripped)
+    config: dict[str, Any] = {**SIZES, "_name_or_path": "org/other", "num_hidden_layers": 1}
+    base = tiny_base(tmp_path / "base", config=config)
+    results: list[Any] = [info(adapter, base=base), merge(adapter, tmp_path / "merged", base=base)]
+    act = embed if stripped else strip
+    results.append(act(adapter, tmp_path / "out", base=base))
+    for result in results:
+        codes = [finding.code for finding in result.findings]
+        assert codes.count("V558") == codes.count("V559") == 1

@@ -1,0 +1,130 @@
+"""Whether a base is the model that an adapter's config names, and what its own config describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.base.model import BaseModel
+from vera_convert.base.onbase import ROUNDING_OF_DTYPE
+from vera_convert.base.renames import model_types
+from vera_convert.embeddings import is_embedding
+from vera_convert.files.reading import printable
+from vera_convert.hub.lookup import Location
+from vera_convert.hub.reponame import is_repo_id
+from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
+from vera_convert.targets.built import BuiltLayers, parts_of_config
+
+_IN_CACHE = re.compile(r"models--([^/\\]+)")
+_CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
+
+
+def disagreements(adapter: Adapter, base: BaseModel, built: BuiltLayers) -> Iterator[Finding]:
+    """Warn once if a base is not the one of the config, and once if its own config is another's.
+
+    Args:
+        adapter: the adapter.
+        base: the base, whose layers fit the adapter's.
+        built: which layers the base's config says are built.
+    """
+    other = [*_another_name(adapter.config, base), *_another_class(adapter.config, base)]
+    if other:
+        yield OTHER_BASE.at(base.location.label, f"{'; '.join(other)}.")
+    sizes = [*_other_sizes(base), *_too_few_layers(built)]
+    if sizes:
+        yield BASE_MISDESCRIBED.at(base.location.label, f"{'; '.join(sizes)}.")
+
+
+def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
+    named = config.base_model_name_or_path
+    if not named or not is_repo_id(named):
+        return  # a path tells nothing: the same model lies elsewhere on each machine
+    names = [*_names(base)]
+    folder = base.location.folder
+    agreeing = {_last(name) for name in names} | ({_last(folder.name)} if folder else set())
+    if names and _last(named) not in agreeing:
+        yield f"the adapter's config names {printable(named)}, and this is {printable(names[0])}"
+
+
+def _names(base: BaseModel) -> Iterator[str]:
+    """Yield the repos that a base is known to come from."""
+    repo = base.location.repo_id or _cached_repo(base.location)
+    if repo is not None:
+        yield repo
+    recorded = base.config.get("_name_or_path")
+    if isinstance(recorded, str) and "/" in recorded and is_repo_id(recorded):
+        yield recorded
+
+
+def _cached_repo(location: Location) -> str | None:
+    """Return the repo of a folder in the Hub's cache."""
+    for part in reversed(location.folder.absolute().parts if location.folder else ()):
+        found = _IN_CACHE.fullmatch(part)
+        if found is not None:
+            return found[1].replace("--", "/", 1)
+    return None
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2].casefold()
+
+
+def _another_class(config: VeraConfig, base: BaseModel) -> Iterator[str]:
+    mapping = config.auto_mapping or {}
+    library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    found = _CLASS_MODULE.fullmatch(library) if isinstance(library, str) else None
+    types = [*model_types(base.config)]
+    named = base.config.get("architectures")
+    if found is None or not types or (isinstance(named, list) and name in named):
+        return
+    module = _plain(found[1])
+    if not any(
+        _plain(kind).startswith(module) or module.startswith(_plain(kind)) for kind in types
+    ):
+        trained = printable(str(name))
+        yield f"the adapter was trained in the class {trained}, and this is a {printable(types[0])}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _other_sizes(base: BaseModel) -> Iterator[str]:
+    """Yield the sizes of the embedding that no field of the base's config has."""
+    fields: dict[str, object] = {}
+    for part in parts_of_config(base.config):
+        fields = {**part, **fields}  # those of the model itself before those of its parts
+    numbers = {
+        value
+        for part in parts_of_config(base.config)
+        for value in part.values()
+        if type(value) is int
+    }
+    width = next((name for name in _WIDTHS if type(fields.get(name)) is int), None)
+    for name, rows, columns in _embeddings(base):
+        if width is not None and columns not in numbers:
+            yield f"{width} is {fields[width]}, and {printable(name)} has {columns:,} columns"
+        if type(fields.get("vocab_size")) is int and rows not in numbers:
+            said = f"vocab_size is {fields['vocab_size']}"
+            yield f"{said}, and {printable(name)} has {rows:,} rows"
+
+
+def _embeddings(base: BaseModel) -> Iterator[tuple[str, int, int]]:
+    for name, tensor in base.tensors.items():
+        path, weight, _ = name.rpartition(".weight")
+        shape, is_float = tensor.info.shape, tensor.info.dtype in ROUNDING_OF_DTYPE
+        is_of_words = is_embedding(path) and "codec" not in path
+        if weight and is_of_words and len(shape) == 2 and is_float:
+            yield name, *shape
+
+
+def _too_few_layers(built: BuiltLayers) -> Iterator[str]:
+    beyond = built.beyond()
+    if beyond is not None:
+        stack, last, count = beyond
+        yield (
+            f"its class builds {count:,} layers, and the adapter adapts {printable(stack)}.{last}"
+        )
