@@ -6,6 +6,8 @@ PYTHON_OLDEST ?= python3.11
 # Any options that this machine needs to take the PyTorch build that it wants.
 TORCH_PIP_ARGS ?=
 TORCH := 2.13.0
+# The oldest that the extra `torch` promises; `make test-floor` runs on it.
+TORCH_FLOOR := 2.4.0
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,6 +17,7 @@ SHELL := bash
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := .venv/$(SCRIPTS)
 BIN_OLDEST := .venv-oldest/$(SCRIPTS)
+BIN_FLOOR := .venv-floor/$(SCRIPTS)
 BIN_CI := .venv-ci/$(SCRIPTS)
 BIN_LOCK := .venv-lock/$(SCRIPTS)
 
@@ -22,7 +25,7 @@ PIP := -m pip --disable-pip-version-check -qq
 PINNED := $(PIP) install --no-deps --require-hashes --requirement
 THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 
-.PHONY: help demo test lint format test-oldest test-ci bench docs lock clean
+.PHONY: help demo test lint format test-oldest test-floor test-ci bench docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -45,6 +48,9 @@ format: .venv/test.stamp ## Format, and mend what the linter can mend
 test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core dependencies promised, without torch
 	$(BIN_OLDEST)/python -m pytest
 
+test-floor: .venv-floor/test.stamp ## The tests with torch on the oldest torch and transformers promised; downloads that torch
+	$(BIN_FLOOR)/python -m pytest tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
+
 # Its folder is left out by pyproject.toml, so that no other run of pytest meets it.
 test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages
 	$(BIN_CI)/python -m pytest --override-ini 'norecursedirs=.*' tests/ci
@@ -56,10 +62,10 @@ docs: .venv/demo.stamp ## Write the page of the rules anew from the catalogue
 	$(BIN)/python -m vera_convert.formats.catalogue > docs/rules.md
 
 lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
-	$(BIN_LOCK)/python requirements/lock.py $(TORCH)
+	$(BIN_LOCK)/python requirements/lock.py $(TORCH) $(TORCH_FLOOR)
 
 clean: ## Remove everything that make made
-	rm -rf .venv .venv-oldest .venv-ci .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-floor .venv-ci .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find vera_convert tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +
 
 # The pins come first and by hash; torch, by version alone, then finds what it needs installed.
@@ -78,6 +84,13 @@ clean: ## Remove everything that make made
 	$(call create-venv,PYTHON_OLDEST,.venv-oldest,==)
 	$(BIN_OLDEST)/python $(PINNED) requirements/oldest.txt
 	$(BIN_OLDEST)/python $(THIS)
+	@touch $@
+
+.venv-floor/test.stamp: requirements/floor.txt pyproject.toml
+	$(call create-venv,PYTHON_OLDEST,.venv-floor,==)
+	$(BIN_FLOOR)/python $(PINNED) requirements/floor.txt
+	$(BIN_FLOOR)/python $(THIS)
+	$(BIN_FLOOR)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH_FLOOR)
 	@touch $@
 
 .venv-ci/test.stamp: requirements/ci.txt pyproject.toml

@@ -4,6 +4,8 @@
 - `demo.txt` is the part of it that `make demo` needs;
 - `ci.txt` is what `make test-ci` needs, in the same versions;
 - `oldest.txt` holds the lowest versions that pyproject.toml promises, with the newest test tools;
+- `floor.txt` holds these with the lowest ones of the extra `torch`, whose torch is the second
+  argument, and the newest PEFT: it is what the tests compare with, and nothing needs it;
 - `lock.txt` holds the resolver itself.
 
 Each pin holds for every system and Python that the package promises.
@@ -30,19 +32,25 @@ def resolve(output: str, *arguments: str, stdin: str = "") -> None:
     print(f"requirements/{output}: {(HERE / output).read_text().count('==')} pins")
 
 
-def main(torch: str) -> None:
+def main(torch: str, lowest_torch: str) -> None:
     """Write every file, each held to the versions of the ones before where they must agree."""
     project = "pyproject.toml"
     same_as_test = ("--constraint", str(HERE / "test.txt"))
     lowest = ("--constraint", str(HERE / "oldest.txt"))
+    floor = ("--extra", "torch", "--constraint", str(HERE / "floor.txt"))
 
     resolve("test.txt", project, "-", "--extra", "dev", "--group", "test", stdin=f"torch=={torch}")
     resolve("demo.txt", project, "--group", "demo", *same_as_test)
     resolve("ci.txt", project, "--group", "ci", *same_as_test)
     resolve("oldest.txt", project, "--resolution", "lowest-direct")
     resolve("oldest.txt", project, "--group", "test", *lowest)
+    with_torch = f"torch=={lowest_torch}"
+    resolve(
+        "floor.txt", project, "-", *floor[:2], "--resolution", "lowest-direct", stdin=with_torch
+    )
+    resolve("floor.txt", project, "-", *floor, "--group", "test", stdin=f"{with_torch}\npeft")
     resolve("lock.txt", "-", stdin="uv")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

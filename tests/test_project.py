@@ -92,6 +92,15 @@ def test_the_lowest_versions_promised_are_those_that_are_run() -> None:
         assert oldest[canonicalize_name(requirement.name)] == Version(bound.version)
 
 
+def test_the_lowest_versions_of_the_extra_torch_are_those_that_are_run() -> None:
+    floor = pins("floor.txt") | {"torch": Version(made("TORCH_FLOOR"))}
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["torch"]]:
+        requirement = Requirement(line)
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert floor[canonicalize_name(requirement.name)] == Version(bound.version)
+
+
 def test_the_pins_agree_with_each_other_and_with_what_is_promised() -> None:
     everything = pins("test.txt")
     for name, version in pins("demo.txt").items():
@@ -103,14 +112,30 @@ def test_the_pins_agree_with_each_other_and_with_what_is_promised() -> None:
             assert pinned in requirement.specifier
 
 
-def test_the_version_of_torch_is_said_the_same_twice() -> None:
-    make = re.search(r"^TORCH := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+def made(variable: str) -> str:
+    """The value of a variable of the Makefile."""
+    found = re.search(
+        rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
+    )
+    assert found
+    return found[1]
+
+
+def test_the_versions_of_torch_are_said_the_same_twice() -> None:
     resolver = tomllib.loads((ROOT / "requirements" / "uv.toml").read_text("utf-8"))
     said = [
         entry["version"] for entry in resolver["dependency-metadata"] if entry["name"] == "torch"
     ]
-    assert make
-    assert said == [make[1]]
+    assert said == [made("TORCH"), made("TORCH_FLOOR")]
+
+
+def test_the_readme_names_the_lowest_versions_of_the_extra_torch() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in PROJECT["optional-dependencies"]["torch"]:
+        requirement = Requirement(line)
+        (bound,) = requirement.specifier
+        name = {"torch": "PyTorch"}.get(requirement.name, requirement.name)
+        assert f"{name} {bound.version}" in readme
 
 
 def test_every_address_leads_to_a_public_page() -> None:

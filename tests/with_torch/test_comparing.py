@@ -483,6 +483,14 @@ def test_what_a_config_names_elsewhere_is_not_fetched(
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantised"),
         ({"_class_name": "Transformer2DModel"}, "no model of transformers"),
         ({"model_type": None}, "no model of transformers"),
+        (
+            {"model_type": "brand_new"},
+            r"type brand_new, which transformers .* does not have\. verify",
+        ),
+        (
+            {"model_type": "brand_new", "transformers_version": "91.0.1"},
+            r"does not have\. transformers 91\.0\.1 wrote its config: install that or a later one",
+        ),
         ({"vocab_size": 10**10}, "far larger than its weights"),
         ({"num_hidden_layers": 10**9}, "far larger than its weights"),
         ({"num_hidden_layers": 100}, "far larger than its weights"),

@@ -22,3 +22,17 @@ except SurroundingsError as error:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "PyTorch" in run.stdout
     assert "pip install 'vera-convert[torch]'" in run.stdout
+
+
+def test_whoever_has_an_older_torch_is_told_which_one_to_install() -> None:
+    code = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.3.1+cpu")
+from vera_convert import SurroundingsError
+try:
+    import vera_convert.with_torch
+except SurroundingsError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "needs PyTorch 2.4 or later, and PyTorch 2.3.1+cpu is installed" in run.stdout

@@ -14,15 +14,24 @@ from __future__ import annotations
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import SurroundingsError
 
+LOWEST_TORCH = (2, 4)
+"""The oldest PyTorch that the tests run on."""
+
 try:
-    import torch  # noqa: F401 -- to say in our words that it is missing
+    import torch
 except ImportError as error:
     raise SurroundingsError(
         "vera_convert.with_torch needs PyTorch, which cannot be imported here "
         f"({error}). Install it with: pip install 'vera-convert[torch]'"
     ) from error
 
-from vera_convert.with_torch.layer import SharedMatrix, VeraLinear
-from vera_convert.with_torch.model import VeraModel
+if tuple(int(number) for number in torch.__version__.split(".")[:2]) < LOWEST_TORCH:
+    raise SurroundingsError(
+        f"vera_convert.with_torch needs PyTorch 2.4 or later, and PyTorch {torch.__version__} is "
+        "installed. Install a later one with: pip install 'vera-convert[torch]'"
+    )
+
+from vera_convert.with_torch.layer import SharedMatrix, VeraLinear  # noqa: E402
+from vera_convert.with_torch.model import VeraModel  # noqa: E402
 
 __all__ = ["SharedMatrix", "VeraConfig", "VeraLinear", "VeraModel"]

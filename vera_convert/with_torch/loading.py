@@ -184,12 +184,33 @@ def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
         code = " It brings code of its own, which is never run." if _brings_code(base) else ""
         raise UnfitError(
             f"{place} is of type {printable(str(kind))}, which transformers "
-            f"{transformers.__version__} does not have.{code} {INSTEAD}"
+            f"{transformers.__version__} does not have.{code}{_written_by(base)} {INSTEAD}"
         )
     if _counts_too_many(base.config, len(base.tensors)):
         raise _too_large(place)
     with guarded(f"read the config of {place}"):
         return mapping[kind].from_dict(known_fields(mapping[kind], base.config))
+
+
+def _written_by(base: BaseModel) -> str:
+    """Name the release that wrote a config, if it is later than the installed transformers."""
+    release = base.config.get("transformers_version")
+    if not isinstance(release, str) or not re.fullmatch(r"\d{1,4}(\.\w{1,8}){1,3}", release):
+        return ""
+    if _numbers(release) <= _installed():
+        return ""
+    return f" transformers {printable(release)} wrote its config: install that or a later one."
+
+
+def _installed() -> tuple[int, ...]:
+    import transformers
+
+    return _numbers(transformers.__version__)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """Return the first two numbers of a release."""
+    return tuple(int(part) for part in release.split(".")[:2] if part.isdecimal())
 
 
 def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
@@ -327,10 +348,7 @@ def _as_stored() -> dict[str, str]:
 
     transformers 4.56 renamed ``torch_dtype``.
     """
-    import transformers
-
-    release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-    return {"dtype" if release >= (4, 56) else "torch_dtype": "auto"}
+    return {"dtype" if _installed() >= (4, 56) else "torch_dtype": "auto"}
 
 
 def _refuse_too_large(plan: Blueprint) -> None:
