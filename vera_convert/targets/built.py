@@ -50,6 +50,7 @@ class BuiltLayers:
         self._last_of_target: dict[tuple[str, str], int] = {}
         self._numbers: set[tuple[str, int]] = set()
         self._elements: set[str] = set()
+        self._built: dict[str, int | None] = {}
         for module in adapted:
             self._elements.update(module.split("."))
             for stack, number, target in _numbered(module):
@@ -62,8 +63,8 @@ class BuiltLayers:
         """Say whether the class builds a layer; None if nothing tells."""
         if self._all_built:
             return True
-        extra = set(module.split(".")) - self._elements
-        if any(_NOT_LOADED.fullmatch(element) for element in extra):
+        elements = module.split(".")
+        if any(each.startswith("mtp") and self._is_not_loaded(each) for each in elements):
             return False
         for stack, number, target in _numbered(module):
             count = self._count(stack)
@@ -72,6 +73,9 @@ class BuiltLayers:
             if count is not None and number >= count:
                 return False
         return True if module in self._known else None
+
+    def _is_not_loaded(self, element: str) -> bool:
+        return element not in self._elements and _NOT_LOADED.fullmatch(element) is not None
 
     def beyond(self) -> tuple[str, int, int] | None:
         """Return an adapted layer that the config does not build: stack, number, number built."""
@@ -105,6 +109,11 @@ class BuiltLayers:
 
     def _count(self, stack: str) -> int | None:
         """Return how many layers of a stack the class builds; None if the config does not tell."""
+        if stack not in self._built:
+            self._built[stack] = self._told(stack)
+        return self._built[stack]
+
+    def _told(self, stack: str) -> int | None:
         last = self._last.get(stack)
         if last is None:
             return None
