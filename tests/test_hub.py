@@ -336,6 +336,19 @@ def test_a_repo_that_is_no_adapter_is_refused_before_anything_is_fetched(
 
 
 @pytest.mark.usefixtures("inside")
+def test_the_tokenizer_of_a_large_vocabulary_is_fetched(
+    server: HubServer, access: HubAccess
+) -> None:
+    large = {"tokenizer.json": ADAPTER["big.bin"], "other.json": ADAPTER["big.bin"]}
+    server.add("org/name", {**ADAPTER, **large})
+    location = locate("org/name", kind="adapter", access=access)
+    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    assert fetched.folder is not None
+    assert (fetched.folder / "tokenizer.json").stat().st_size == SIDE_FILE_LIMIT + 1
+    assert "other.json" in fetched.left_out
+
+
+@pytest.mark.usefixtures("inside")
 def test_a_file_of_unknown_size_is_not_taken_for_small(
     server: HubServer, access: HubAccess
 ) -> None:

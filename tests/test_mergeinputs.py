@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 from adapters import good_adapter
+from bases import tiny_base
 from folders import everything
 from hub_server import HubServer
 from merges import assert_same, filled_base, tensors_of, wanted
 
 from vera_convert.base.folder import sort_files
+from vera_convert.base.model import read_base
 from vera_convert.base.onbase import BaseWish
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub.lookup import HubAccess
+from vera_convert.hub.calls import HubAccess
+from vera_convert.hub.location import Location
+from vera_convert.merging.adapterfiles import adapter_files
 from vera_convert.merging.inputs import AdapterWish
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
@@ -119,3 +123,15 @@ def test_an_input_that_changes_between_two_looks_is_refused(
     monkeypatch.setattr("vera_convert.merging.inputs.sort_files", meddle)
     with pytest.raises(SurroundingsError, match="changed while it was read"):
         merged(tmp_path, adapter, str(base))
+
+
+def test_a_file_that_stayed_on_the_hub_is_warned_of(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    (adapter / "2_Dense").mkdir()
+    (adapter / "2_Dense" / "config.json").write_text("{}")
+    base = read_base(Location("base", tiny_base(tmp_path / "base")), HubAccess(offline=True))
+    left = ("2_Dense/model.safetensors", "notes.bin")
+    found = adapter_files(Location("org/name", adapter, left_out=left), base)
+    assert [finding.code for finding in found.findings("org/name")] == ["V575"]
+    assert found.not_fetched == ("2_Dense/model.safetensors",)
+    assert found.left_out == ("notes.bin",)

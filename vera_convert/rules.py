@@ -1381,6 +1381,15 @@ REPLACED_BY_CONSTANT = Rule(
     "Look where the adapter comes from; remove the tensor from the adapter to keep the base's own.",
     since="0.2.0",
 )
+FILE_NOT_FETCHED = Rule(
+    "V575",
+    WARNING,
+    "a file of the merged model stayed on the Hub",
+    "Beside an adapter's weights only files of up to 10 MB are fetched, and a tokenizer of up to "
+    "100 MB. Without the file the merged model is not the one that was trained.",
+    "Download the adapter with `hf download`, and merge from that folder.",
+    since="0.2.0",
+)
 
 MERGED_WEIGHT_WRONG = Rule(
     "V601",

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from merges import merged_with
-from releases import needs
+from releases import needs, of_transformers
 from safetensors.torch import load_file, save_file
 
 from vera_convert.errors import CheckpointError, UsageError
@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def loader(self) -> Any:
-        return getattr(transformers, self.auto or TASKS[self.task or ""])
+        return of_transformers(self.auto or TASKS[self.task or ""])
 
 
 LLAMA, QWEN3 = ("LlamaConfig", DECODER), ("Qwen3Config", DECODER)
@@ -147,7 +147,7 @@ KINDS = {
         "ViTModel",
         ("ViTConfig", SIGHT),
         None,
-        QV,
+        (*QV, *ATTENTION),
         4,
         auto="AutoModelForImageClassification",
         saved=("classifier",),
@@ -159,9 +159,9 @@ def trained(folder: Path, kind: Trained) -> tuple[Path, Path]:
     """Save a base and an adapter with random values; return their folders."""
     torch.manual_seed(0)
     name, fields = kind.config
-    config = getattr(transformers, name)(**fields, **kind.base_fields)
+    config = of_transformers(name)(**fields, **kind.base_fields)
     base = folder / "base"
-    getattr(transformers, kind.base)(config).save_pretrained(base)
+    of_transformers(kind.base)(config).save_pretrained(base)
     labels = {} if kind.labels is None else {"num_labels": kind.labels}
     model = kind.loader.from_pretrained(base, **labels, ignore_mismatched_sizes=True)
     wanted = peft.VeraConfig(
@@ -446,6 +446,7 @@ class Encoder:
         return torch.tanh(pooled @ self.dense["linear.weight"].T + self.dense["linear.bias"])
 
 
+@needs("transformers", "5.0", "its tokenizers are made of a vocabulary")
 def test_a_sentence_transformers_adapter_encodes_as_it_was_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base, adapter = tmp_path / "base", tmp_path / "adapter"

@@ -161,7 +161,11 @@ def merge_document(result: Merge) -> Document:
             *result.sides.adapter,
             *result.sides.unneeded,
         ],
-        "adapter_left_out": [*result.beside.unmerged, *result.beside.left_out],
+        "adapter_left_out": [
+            *result.beside.unmerged,
+            *result.beside.not_fetched,
+            *result.beside.left_out,
+        ],
         "tokenizer": list(result.beside.tokenizer),
         "findings": [finding_document(finding) for finding in result.findings],
     }

@@ -25,6 +25,8 @@ from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGH
 _DEEPEST = 100
 SIDE_FILE_LIMIT = 10_000_000
 """The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
+TOKENIZER_LIMIT = 100_000_000
+"""The most bytes of a ``tokenizer.json``; those of large vocabularies have 11 to 35 million."""
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 
@@ -141,9 +143,9 @@ def fetch_adapter(
 ) -> Location:
     """Fetch an adapter: its config, its weights of any size, and small files beside them.
 
-    Left out, and named in the result: pickled weights, training states, files of more than 10 MB,
-    and names that not every system allows. Hidden files and subfolders that are adapters themselves
-    are passed over in silence.
+    Left out, and named in the result: pickled weights, training states, files of more than 10 MB
+    (a tokenizer of more than 100 MB), and names that not every system allows. Hidden files and
+    subfolders that are adapters themselves are passed over in silence.
 
     Args:
         location: a folder, returned as it is, or a repo.
@@ -161,11 +163,16 @@ def fetch_adapter(
     small = [
         name
         for name, size in beside.items()
-        if 0 <= size <= SIDE_FILE_LIMIT and _is_clean(name) and not is_training_state(name)
+        if 0 <= size <= _limit(name) and _is_clean(name) and not is_training_state(name)
     ]
     folder = _download(location, [ADAPTER_CONFIG, _WEIGHTS, *small], access)
     left_out = tuple(name for name in beside if name not in small)
     return replace(location, folder=folder, left_out=left_out)
+
+
+def _limit(name: str) -> int:
+    """Return the most bytes of a file of this name that is fetched beside an adapter's weights."""
+    return TOKENIZER_LIMIT if name == "tokenizer.json" else SIDE_FILE_LIMIT
 
 
 def fetch_weights(location: Location, access: HubAccess) -> Location:

@@ -20,7 +20,7 @@ from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable, read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.rules import TRAINED_NOT_MERGED, Finding
+from vera_convert.rules import FILE_NOT_FETCHED, TRAINED_NOT_MERGED, Finding
 
 MODULES_NAME = "modules.json"
 """Lists the modules of a sentence-transformers model; its file is also the mark of one."""
@@ -61,6 +61,7 @@ class AdapterFiles:
         tokenizer: those of a complete tokenizer.
         copied: the others that are copied to the merged model.
         unmerged: weights that a merge does not understand.
+        not_fetched: what the merged model needs and was too large to be fetched from the Hub.
         left_out: files that say nothing of the model.
         facts: what the files say of the model.
     """
@@ -68,6 +69,7 @@ class AdapterFiles:
     tokenizer: Mapping[str, InputFile]
     copied: Mapping[str, InputFile]
     unmerged: tuple[str, ...]
+    not_fetched: tuple[str, ...]
     left_out: tuple[str, ...]
     facts: AdapterFacts
 
@@ -75,6 +77,9 @@ class AdapterFiles:
         """Yield a warning for each file of weights that is not merged."""
         for name in self.unmerged:
             yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not merged.")
+        for name in self.not_fetched:
+            reason = f"{printable(name)} is too large to be fetched beside an adapter."
+            yield FILE_NOT_FETCHED.at(place, reason)
 
     def over(self, base: Mapping[str, InputFile]) -> dict[str, InputFile]:
         """Return the files beside the merged model: the base's, with the adapter's in their place.
@@ -116,7 +121,8 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     return AdapterFiles(
         files(tokenizer),
         files(copied),
-        (*unmerged, *_not_fetched(sides, modules)),
+        tuple(unmerged),
+        tuple(_not_fetched(sides, modules)),
         (*(name for name in rest if name not in unmerged), *_dropped(sides, modules)),
         AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
     )
