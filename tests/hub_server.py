@@ -78,6 +78,7 @@ class HubServer:
         requests: method, path and range of each request for something of a repo.
         authorizations: what each of them was authorized with.
         addresses: the address of each as it was sent, its query included.
+        everything: the address of every request, whatever for.
         bytes_served: bytes of all bodies sent.
     """
 
@@ -93,6 +94,7 @@ class HubServer:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
+    everything: list[str] = field(default_factory=list)
     bytes_served: int = 0
     repos: dict[str, Repo] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -171,6 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._route()
 
     def _route(self) -> None:
+        self.hub.everything.append(self.path)
         url = urlsplit(self.path)
         path = unquote(url.path)
         if info := re.fullmatch(r"/api/models/([^/]+(?:/[^/]+)?)", path):

@@ -432,9 +432,14 @@ def test_the_log_lines_of_huggingface_hub_show_no_signature(
             logging.getLogger("huggingface_hub.x").warning(
                 "Error while downloading from %s", f"https://host.example/a?Signature={SIGNATURE}"
             )
+            try:
+                raise OSError(f"https://host.example/b?Signature={SIGNATURE}")
+            except OSError:
+                logging.getLogger("huggingface_hub.x").debug("failed", exc_info=True)
         finally:
             logger.setLevel(before)
     shown = written.getvalue()
+    assert "OSError: https://host.example/b?***" in shown
     assert "Error while downloading from https://host.example/a?***" in shown
     assert SIGNATURE not in shown
 
@@ -453,6 +458,21 @@ def test_secrets_are_taken_out_of_texts() -> None:
 
 
 # --- how often the Hub is asked ------------------------------------------------------------------
+
+
+def test_nothing_is_asked_for_but_what_is_needed(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    commit = server.add("org/name", FILES)
+    assert fetched(access) == FILES
+    assert set(server.everything) == {
+        "/api/models/org/name?blobs=true",
+        *(f"/org/name/resolve/{commit}/{name}" for name in FILES),
+    }
 
 
 def test_a_repos_description_is_asked_for_once(server: HubServer, access: HubAccess) -> None:

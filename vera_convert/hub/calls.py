@@ -154,19 +154,21 @@ def _headers(access: HubAccess) -> dict[str, str]:
     Raises:
         RefusedError: the token in the environment or the stored one is malformed.
     """
-    from huggingface_hub import utils
+    from huggingface_hub import constants, get_token
 
-    headers: dict[str, str] = utils.build_hf_headers(  # type: ignore[attr-defined] # loaded lazily
-        token=access.token, library_name=_LIBRARY, library_version=__version__
-    )
-    token = headers.get("authorization", "Bearer x").removeprefix("Bearer ")
+    # Not by build_hf_headers, which in later versions sends a request of its own.
+    headers = {"user-agent": f"{_LIBRARY}/{__version__}", "accept-encoding": "identity"}
+    implicit = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    token = access.token or implicit
+    if token is None:
+        return headers
     if not _TOKEN.fullmatch(token):
         raise RefusedError(
             "the token in HF_TOKEN, or the one that `hf auth login` stored, has a character in it "
             "that no token has. Set HF_TOKEN anew, or log in again with `hf auth login`.",
             Refusal.BAD_TOKEN,
         )
-    return {**headers, "accept-encoding": "identity"}
+    return {**headers, "authorization": f"Bearer {token}"}
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -350,6 +352,9 @@ class _Redacting(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
         return True
 
 
