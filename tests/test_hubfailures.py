@@ -216,7 +216,7 @@ SAID = {
     Refusal.GATED: ("is gated", "Accept its terms on its page"),
     Refusal.DISABLED: ("has disabled the repo", "Use another copy"),
     Refusal.BAD_TOKEN: ("does not accept the token", "Make a new token"),
-    Refusal.RATE_LIMITED: ("429", "wait some minutes, or log in"),
+    Refusal.RATE_LIMITED: ("rate limit is reached", "wait some minutes, or log in"),
 }
 
 
@@ -489,14 +489,25 @@ def test_a_repos_description_is_asked_for_once(server: HubServer, access: HubAcc
     assert asked == ["/api/models/org/name", f"/api/models/org/name/revision/{commit}"]
 
 
+def test_a_small_file_that_is_fetched_takes_one_request(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    assert fetched(access) == FILES
+    assert len(server.requests) == 1 + len(FILES)
+
+
 def test_the_first_request_for_weights_takes_at_most_32_kibibytes(
     server: HubServer, access: HubAccess
 ) -> None:
     server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
-    server.bytes_served = 0
     open_remote(location, "adapter_model.safetensors", access)
-    assert 16 << 10 <= server.bytes_served <= 32 << 10
+    span = server.requests[-1][2]
+    assert span is not None
+    first, last = span.removeprefix("bytes=").split("-")
+    assert first == "0"
+    assert 16 << 10 <= int(last) + 1 <= 32 << 10
 
 
 def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(

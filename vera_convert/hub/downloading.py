@@ -17,10 +17,10 @@ from vera_convert.files.reading import printable
 from vera_convert.hub.cache import link_blob, snapshot_of, store
 from vera_convert.hub.calls import HubAccess, asking_for
 from vera_convert.hub.checksum import RepoFile
-from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.hub.remotefile import HEAD_BYTES, RemoteFile
 
 _SMALL = 4 << 20
-"""No bar is drawn for a file of fewer bytes."""
+"""A file of no more bytes takes one request, and no bar is drawn for it."""
 
 
 def download(
@@ -60,7 +60,8 @@ def _download(
 ) -> None:
     place = f"{repo_id}@{commit}/{printable(str(name))}"
     ask = asking_for(repo_id, str(name), commit=commit, place=place, access=access)
-    remote = RemoteFile(place, ask, listed=listed)
+    first = listed.size if 0 < listed.size <= _SMALL else HEAD_BYTES
+    remote = RemoteFile(place, ask, listed=listed, first=first)
 
     def fill(file: BinaryIO) -> str:
         with _bar(name.name, remote.size, access) as drawn:

@@ -69,7 +69,7 @@ def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
     reason = f"{what} could not be read from the Hub in {tries} tries: {error}."
     if error.limited:
         return LimitedError(
-            f"{reason} The Hub limits how often you may ask: wait some minutes, or log in with "
+            f"{reason} The Hub's rate limit is reached: wait some minutes, or log in with "
             "`hf auth login`, which raises the limit.",
             Refusal.RATE_LIMITED,
         )

@@ -61,7 +61,13 @@ class RemoteFile:
     """
 
     def __init__(
-        self, place: str, ask: Ask, *, listed: RepoFile | None = None, keeper: Keeper | None = None
+        self,
+        place: str,
+        ask: Ask,
+        *,
+        listed: RepoFile | None = None,
+        keeper: Keeper | None = None,
+        first: int = HEAD_BYTES,
     ) -> None:
         """Ask for the beginning of the file, and so for its size, if it was not kept.
 
@@ -70,6 +76,7 @@ class RemoteFile:
             ask: how to ask for bytes.
             listed: what the Hub's list of files says of it.
             keeper: where its beginning is kept between runs.
+            first: how many bytes the first request takes.
 
         Raises:
             SurroundingsError: the file cannot be read, or is not the one that is listed.
@@ -87,7 +94,7 @@ class RemoteFile:
         if kept is not None and self._is_listed(kept):
             self._identity, self.size, self._head = kept.identity, kept.size, kept.data
         else:
-            self._set_head(self._read(0, HEAD_BYTES))
+            self._set_head(self._read(0, first))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`.
