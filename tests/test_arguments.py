@@ -234,7 +234,7 @@ CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
 
 
 def ways_of(owner: str, argument: str) -> Ways:
-    if argument == "progress" and owner in FUNCTIONS:
+    if argument in ("progress", "runs") and owner in FUNCTIONS:
         return CALLBACK
     return OF_RECORDS.get(f"{owner}.{argument}") or ARGUMENTS[argument]
 

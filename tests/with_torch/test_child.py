@@ -24,6 +24,9 @@ from vera_convert.with_torch.loading import blueprint
 
 WEIGHTS = 1 << 20
 
+UNSET = (None, "eager")
+"""An attention kernel that no config named; transformers before 5.0 says "eager" of it."""
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,7 +83,7 @@ def test_a_config_cannot_rename_its_fields(name: str) -> None:
     kept = fields("llama", document)
     assert kept == {"vocab_size": 7} | ({} if name == "foo" else {name: "example/kernel"})
     config = transformers.LlamaConfig.from_dict(kept)
-    assert config._attn_implementation is None
+    assert config._attn_implementation in UNSET
     assert not hasattr(config, "quantization_config")
 
 
@@ -124,6 +127,8 @@ def test_what_a_model_s_code_reads_is_kept_though_its_config_does_not_declare_it
     ],
 )
 def test_nothing_that_a_model_is_built_from_is_lost(kind: str) -> None:
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"needs a later transformers than {transformers.__version__}: one with {kind}")
     whole = json.loads(json.dumps(transformers.CONFIG_MAPPING[kind]().to_dict()))
     kept = transformers.CONFIG_MAPPING[kind].from_dict(fields(kind, whole)).to_dict()
     again = transformers.CONFIG_MAPPING[kind].from_dict(whole).to_dict()
@@ -139,7 +144,7 @@ def test_a_kernel_that_a_renamed_field_names_is_not_used(llama: Path, tmp_path: 
         attribute_map={"foo": "_attn_implementation"},
         foo="example/kernel",
     )
-    assert blueprint(base, label="base").config._attn_implementation is None
+    assert blueprint(base, label="base").config._attn_implementation in UNSET
 
 
 # --- limits --------------------------------------------------------------------------------------
