@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bases import tiny_base
 from hub_server import HubServer
 from safetensors.numpy import save, save_file
 
@@ -272,3 +274,21 @@ def test_every_model_of_transformers_with_conv1d_is_known() -> None:
     assert found
     for folder, names in found.items():
         assert names <= CONV1D_LAYERS[types.get(folder, folder)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+def test_a_config_that_is_no_file_is_not_passed_over(what: str, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    config = base / "config.json"
+    config.unlink()
+    if what == "pipe":
+        os.mkfifo(config)
+    elif what == "folder":
+        config.mkdir()
+    else:
+        config.symlink_to("nothing")
+    with pytest.raises((CheckpointError, SurroundingsError)) as caught:
+        read_base(Location("base", base), HubAccess())
+    assert "config.json" in str(caught.value)
+    assert what != "link" or "leads nowhere" in str(caught.value)

@@ -6,8 +6,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -204,7 +206,7 @@ def test_what_is_no_path_at_all_is_refused(tmp_path: Path, path: str) -> None:
 def test_an_error_of_the_system_is_the_surroundings_fault(
     letters: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(*_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number))
 
     message = f"letters cannot be read: {os.strerror(number)}"
@@ -329,6 +331,45 @@ def test_a_cache_whose_blobs_are_a_link_is_none(tmp_path: Path, link: str) -> No
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
     assert codes(lambda: open_local(snapshot / "sub" / "file", within=snapshot)) == ["V002"]
+
+
+@posix
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_that_is_swapped_in_after_the_path_was_resolved_does_not_lead_out(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for each in (outside, folder / "sub"):
+        each.mkdir(parents=True)
+        (each / "a").write_text(each.name)
+    resolve = files._resolved_inside
+
+    def swapped(*given: Any) -> tuple[Path, Path]:
+        found = resolve(*given)
+        if what == "file":
+            (folder / "sub/a").unlink()
+            (folder / "sub/a").symlink_to(outside / "a")
+        else:
+            (folder / "sub").rename(folder / "moved")
+            (folder / "sub").symlink_to(outside)
+        return found
+
+    with open_local(folder / "sub/a", within=folder) as file:
+        assert file.read_at(0, 3) == b"sub"
+    monkeypatch.setattr(files, "_resolved_inside", swapped)
+    with pytest.raises(SurroundingsError, match="changed while it was opened"):
+        open_local(folder / "sub/a", within=folder)
+
+
+@posix
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    (tmp_path / "a/b/file").write_text("x")
+    before = len([*Path("/dev/fd").iterdir()])
+    for name in ("a/b/file", "a/b/c", "a/b/nothing", "a"):
+        with suppress(CheckpointError, SurroundingsError):
+            open_local(tmp_path / name, within=tmp_path).close()
+    assert len([*Path("/dev/fd").iterdir()]) == before
 
 
 # --- names and text ------------------------------------------------------------------------------

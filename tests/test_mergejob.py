@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
+from commandline import Run
 from folders import everything
 from merges import filled_base, merged_with
 from safetensors.numpy import load_file, save_file
@@ -244,6 +245,20 @@ def test_what_is_kept_already_needs_no_space_again(
     merged_with(adapter, sharded, tmp_path / "out", resume=True, dry_run=True)
     merged_with(adapter, sharded, tmp_path / "out", resume=True)
     assert not hidden(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others allow no such names")
+def test_a_file_name_that_is_no_utf_8_is_copied_and_the_provenance_can_be_read(
+    tmp_path: Path, adapter: Path, base: Path, run: Run
+) -> None:
+    odd = os.fsdecode(b"note\xff.txt")
+    (base / odd).write_text("note")
+    merged_with(adapter, base, tmp_path / "out")
+    assert (tmp_path / "out" / odd).read_text() == "note"
+    call = ("verify", adapter, "--base", base, "--merged", tmp_path / "out", "--layers-only")
+    assert run(*call).status == 0
+    merged_with(adapter, base, tmp_path / "out", force=True, max_shard_size=3_000)
+    merged_with(adapter, base, tmp_path / "out", force=True)
 
 
 def test_of_a_single_file_nothing_is_kept(

@@ -6,6 +6,7 @@ folder or on the Hub; there, each file costs a range request of kilobytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,12 +140,12 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     """
     names = list_files(location, access)
     source = _Source(location, access)
-    is_model = not component and PIPELINE not in names and "config.json" in names
+    is_model = not component and PIPELINE not in names and source.has("config.json", names)
     config = source.read_config("config.json") if is_model else {}
     named = named_weights(config)
     weights = find_weights(names, place=location.label, component=component, named=named)
     config_name = weights.prefix + "config.json"
-    if not is_model and config_name in names:
+    if not is_model and source.has(config_name, names):
         config = source.read_config(config_name)
     weight_map = None
     if weights.index is not None:
@@ -188,9 +189,10 @@ def read_model_config(location: Location, access: HubAccess) -> Mapping[str, obj
         CheckpointError: it is malformed.
         SurroundingsError: it cannot be read.
     """
-    if "config.json" not in list_files(location, access):
+    source = _Source(location, access)
+    if not source.has("config.json", list_files(location, access)):
         return None
-    return _Source(location, access).read_config("config.json")
+    return source.read_config("config.json")
 
 
 def read_config_file(source: ByteSource) -> Mapping[str, object]:
@@ -245,6 +247,16 @@ class _Source:
         if folder is None:
             return open_remote(self.location, name, self.access)
         return open_local(folder / name, within=folder)
+
+    def has(self, name: str, names: Collection[str]) -> bool:
+        """Say whether there is anything of a name; `open` refuses what is no regular file.
+
+        Args:
+            name: of a file.
+            names: of all regular files.
+        """
+        folder = self.location.folder
+        return name in names or (folder is not None and os.path.lexists(folder / name))
 
     def read_config(self, name: str) -> Mapping[str, object]:
         with self.open(name) as file:

@@ -196,10 +196,7 @@ def open_local(
     """
     place = printable(str(path))
     try:
-        target = path if within is None else _resolved_inside(path, within, place)
-        _demand_regular(target.stat(), place)  # opening some devices has effects of its own
-        file = LocalFile(os.open(target, _OPEN_FLAGS), place)
-        _demand_regular(os.fstat(file.fileno()), place)  # what was looked at may be gone
+        file = _opened(path, place) if within is None else _opened_inside(path, within, place)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _NOWHERE:
             _refuse_missing(path, place, missing, error)
@@ -207,6 +204,58 @@ def open_local(
     if limit is not None and file.size > limit:
         raise CheckpointError(too_large(file, limit))
     return file
+
+
+def _opened(
+    path: Path | str, place: str, *, folder: int | None = None, flags: int = 0
+) -> LocalFile:
+    """Open a regular file; the file that was opened is checked, since another may lie there now."""
+    found = os.stat(path, dir_fd=folder, follow_symlinks=not flags)
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    _demand_regular(found, place)  # opening some devices has effects of its own
+    file = LocalFile(os.open(path, _OPEN_FLAGS | flags, dir_fd=folder), place)
+    _demand_regular(os.fstat(file.fileno()), place)
+    return file
+
+
+_NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
+_SEARCHED = _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", os.O_RDONLY)
+
+
+def _opened_inside(path: Path, within: Path, place: str) -> LocalFile:
+    """Open a file whose path, with every link resolved, lies inside of a folder.
+
+    The way down from the folder is opened name by name and follows no link, so a link that is put
+    there after the path was resolved does not lead out. Windows cannot do that; there the path is
+    resolved once more.
+    """
+    target, folder = _resolved_inside(path, within, place)
+    if not _NO_FOLLOW or os.open not in os.supports_dir_fd:
+        file = _opened(target, place)
+        if _resolved_inside(path, within, place)[0] != target:
+            file.close()
+            raise _swapped(place)
+        return file
+    *parents, name = target.relative_to(folder).parts
+    opened = [os.open(folder, _SEARCHED & ~_NO_FOLLOW)]
+    try:
+        for parent in parents:
+            opened.append(os.open(parent, _SEARCHED, dir_fd=opened[-1]))
+        return _opened(name, place, folder=opened[-1], flags=_NO_FOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _swapped(place) from error
+        raise
+    finally:
+        for each in opened:
+            os.close(each)
+
+
+def _swapped(place: str) -> SurroundingsError:
+    return SurroundingsError(
+        f"{place} changed while it was opened. Try again when nothing writes to it."
+    )
 
 
 def too_large(source: ByteSource, limit: int) -> Finding:
@@ -241,29 +290,42 @@ def _demand_regular(found: os.stat_result, place: str) -> None:
     raise CheckpointError(NOT_REGULAR.at(place, f"is {kind}."))
 
 
-def _resolved_inside(path: Path, within: Path, place: str) -> Path:
-    """Return `path` with every link resolved, or refuse it for leading out of `within`."""
+def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
+    """Return `path` with every link resolved, and the folder that holds it and may be trusted.
+
+    Raises:
+        CheckpointError: the path leads out of `within`.
+    """
     folder = Path(os.path.realpath(within, strict=True))
     target = Path(os.path.realpath(path, strict=True))
-    if target.is_relative_to(folder) or _is_cached_blob(target, folder):
-        return target
+    if target == folder:  # a folder of that name is no file
+        return target, target.parent
+    if target.is_relative_to(folder):
+        return target, folder
+    blobs = _cached_blobs(target, folder)
+    if blobs is not None:
+        return target, blobs
     raise CheckpointError(LINK_OUTSIDE.at(place, f"leads to {printable(str(target))}."))
 
 
-def _is_cached_blob(target: Path, folder: Path) -> bool:
-    """Whether `target` is a blob of the Hub cache that `folder` is a snapshot, or inside of one.
+def _cached_blobs(target: Path, folder: Path) -> Path | None:
+    """Return the folder of blobs of the Hub cache that `folder` is a snapshot, or inside of one.
 
     A cache holds ``models--org--name/snapshots/COMMIT/…``, which are links to
     ``models--org--name/blobs/…``; those can be links to ``blobs/xx/xx…``, shared by all its repos.
+
+    Returns:
+        None if `target` is no blob of that cache.
     """
     for snapshot in (folder, *folder.parents):
         repo = snapshot.parent.parent
         if snapshot.parent.name == "snapshots" and repo.name.startswith("models--"):
-            shared = re.fullmatch("[0-9a-f]{64}", target.name)
-            return target.parent == repo / "blobs" or bool(
-                shared and target.parent == repo.parent / "blobs" / target.name[:2]
-            )
-    return False
+            if target.parent == repo / "blobs":
+                return target.parent
+            shared = repo.parent / "blobs"
+            is_shared = re.fullmatch("[0-9a-f]{64}", target.name)
+            return shared if is_shared and target.parent == shared / target.name[:2] else None
+    return None
 
 
 # --- names and text ------------------------------------------------------------------------------

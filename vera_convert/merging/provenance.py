@@ -134,4 +134,13 @@ def provenance_text(
         "carried": list(carried),
         "from_adapter": list(from_adapter),
     }
-    return (json.dumps(document, indent=2) + "\n").encode()
+    return (json.dumps(_as_utf8(document), indent=2) + "\n").encode()
+
+
+def _as_utf8(value: Any) -> Any:  # noqa: ANN401 -- any JSON value
+    """Return a JSON value in which a byte of a file's name that is no UTF-8 is an escape."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_as_utf8(name): _as_utf8(each) for name, each in value.items()}
+    return [*map(_as_utf8, value)] if isinstance(value, list | tuple) else value
