@@ -15,6 +15,7 @@ import pytest
 from adapterdefects import LAYER, A, B, all_of, drawn, fields, renamed, stripped, tensors, without
 from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
+from commandline import Run
 from defects import DEFECTS, Spoiler, edit_config
 from folders import CONFIG_NAME, DATA, WEIGHTS, everything, metadata, refusal, weights
 from numpy.typing import NDArray
@@ -562,7 +563,18 @@ def test_folders_that_lie_absurdly_deep_are_refused(tmp_path: Path) -> None:
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert [*result.done] == ["one"]
     (error,) = result.failed.values()
-    assert "too deep" in str(error)
+    assert "more than 100 folders deep" in str(error)
+
+
+def test_an_adapter_that_lies_absurdly_deep_is_reported_with_the_limit(
+    tmp_path: Path, run: Run
+) -> None:
+    good_adapter(tmp_path / "tree" / "one")
+    good_adapter(Path(tmp_path, "tree", *["d"] * 200, "two"))
+    ended = run("migrate", "--recursive", tmp_path / "tree", tmp_path / "out", "--to", "asis")
+    assert ended.status == 3
+    assert "more than 100 folders deep" in ended.out
+    assert "no defect of it" not in ended.out
 
 
 def test_a_folder_that_cannot_be_listed_stops_no_other(

@@ -15,6 +15,7 @@ import pytest
 from adapterdefects import A, B, drawn, fields, tensors
 from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
+from commandline import Run
 from draws import ROUNDINGS, STORED, as_peft_stored
 from folders import (
     CONFIG_NAME,
@@ -378,3 +379,23 @@ def test_a_config_without_the_flag_gets_it(tmp_path: Path) -> None:
     assert (tmp_path / "stripped" / CONFIG_NAME).read_bytes() == added
     embed(tmp_path / "stripped", tmp_path / "embedded")
     assert (tmp_path / "embedded" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["stripped", "embedded"])
+@pytest.mark.parametrize("command", ["same", "asis"])
+def test_an_adapter_that_has_the_form_already_keeps_every_byte_of_its_file(
+    form: str, command: str, tmp_path: Path, run: Run
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", stripped=form == "stripped")
+    path = adapter / WEIGHTS
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8 : 8 + length]), indent=1).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    name = {"stripped": "strip", "embedded": "embed"}[form]
+    call = [name] if command == "same" else ["migrate", "--to", "asis"]
+    ended = run(*call, adapter, tmp_path / "out")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == path.read_bytes()
+    assert f"{path.stat().st_size:,} bytes" in ended.out
+    assert "->" not in ended.out

@@ -15,7 +15,7 @@ from vera_convert.adapter.config import CONFIG_NAME, read_config
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import ByteSource, open_local, printable
+from vera_convert.files.reading import ByteSource, open_local, printable, too_deep
 from vera_convert.files.tensorfile import TensorData, write_tensors
 
 DEEPEST = 100
@@ -136,7 +136,7 @@ def _regular_files(
     (which could lead out of the adapter or round in circles) or to nowhere to `links`.
     """
     if prefix.count("/") > DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+        raise SurroundingsError(too_deep(folder, DEEPEST))
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
@@ -194,7 +194,7 @@ def adapters_below(
 
 def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
     if depth > DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+        raise SurroundingsError(too_deep(folder, DEEPEST))
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
@@ -215,6 +215,7 @@ class AdapterContent:
         folder: the adapter that it was made from; its side files are carried.
         not_fetched: those that were left on the Hub.
         check_unchanged: raises if the input changed while it was read.
+        weights: the adapter's own file, if nothing in it changes; it is copied byte for byte.
     """
 
     tensors: Sequence[TensorData]
@@ -223,6 +224,7 @@ class AdapterContent:
     folder: Path
     not_fetched: tuple[str, ...]
     check_unchanged: Callable[[], None]
+    weights: ByteSource | None = None
 
 
 def is_vera(folder: Path) -> bool:
@@ -268,9 +270,12 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
     sides = side_files(content.folder, not_fetched=content.not_fetched)
     _demand_space(content, sides, folder)
     (folder / CONFIG_NAME).write_bytes(content.config_text)
+    path = folder / WEIGHTS_NAME
     written = {
         CONFIG_NAME: sha256(content.config_text).hexdigest(),
-        WEIGHTS_NAME: write_tensors(folder / WEIGHTS_NAME, content.tensors, content.metadata),
+        WEIGHTS_NAME: write_tensors(path, content.tensors, content.metadata)
+        if content.weights is None
+        else _copy(content.weights, path),
     }
     for name in sides.carried:  # one after the other: there may be more than can be open at once
         with open_local(content.folder / name, within=content.folder) as source:

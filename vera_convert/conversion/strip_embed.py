@@ -188,7 +188,8 @@ def opened(
 def content_of(
     adapter: Adapter, converted: Converted, *, not_fetched: tuple[str, ...] = ()
 ) -> AdapterContent:
-    """Return what the new folder is to hold."""
+    """Return what the new folder is to hold: the very file of an adapter that nothing changes."""
+    is_same = not converted.changes and converted.tensors is adapter.tensors
     return AdapterContent(
         converted.tensors,
         converted.metadata,
@@ -196,6 +197,7 @@ def content_of(
         adapter.folder,
         not_fetched,
         adapter.check_unchanged,
+        adapter.file.source if is_same else None,
     )
 
 

@@ -269,6 +269,12 @@ def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
     return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
 
 
+def too_deep(folder: Path, limit: int) -> str:
+    """Return the message that a folder lies deeper in others than folders are searched."""
+    shown = printable(f"…/{'/'.join(folder.parts[-3:])}")
+    return f"{shown} lies more than {limit} folders deep; deeper folders are not searched."
+
+
 def _refuse_missing(path: Path, place: str, missing: Rule | None, error: OSError) -> NoReturn:
     reason = "there is no such file."
     if path.is_symlink():

@@ -112,8 +112,8 @@ def tree_text(result: TreeMigration) -> str:
         left_out = (*done.side_files.left_out, *done.side_files.outside)
         rows += [["", f"left out: {_listed(left_out)}"]] if left_out else []
     for name, error in result.failed.items():
-        code = error.findings[0].code if isinstance(error, CheckpointError) else "no defect of it"
-        rows.append([printable(name), f"NOT MIGRATED ({code})"])
+        reason = error.findings[0].code if isinstance(error, CheckpointError) else str(error)
+        rows.append([printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"])
     for method in sorted({*result.passed_over.values()}):
         names = [name for name, its in result.passed_over.items() if its == method]
         rows.append(["passed over", f"{len(names)} of {method}: {_listed(names)}"])

@@ -11,7 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import LocalFile, clean_name, open_local, printable, unreadable
+from vera_convert.files.reading import (
+    LocalFile,
+    clean_name,
+    open_local,
+    printable,
+    too_deep,
+    unreadable,
+)
 from vera_convert.hub.beginnings import kept_beginning
 from vera_convert.hub.cache import remember_commit, snapshot_of
 from vera_convert.hub.calls import HubAccess, asking_for, endpoint, repo_info
@@ -88,7 +95,7 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
 def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Yield the regular files below a folder, links to files included but no linked folder."""
     if prefix.count("/") > _DEEPEST:
-        raise SurroundingsError(f"{printable(str(folder))}: folders lie too deep in each other.")
+        raise SurroundingsError(too_deep(folder, _DEEPEST))
     try:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
