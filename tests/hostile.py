@@ -1380,13 +1380,21 @@ for _what, _make in _MADE.items():
 hostile(
     HARMLESS,
     {
-        "base_config_is_a_pipe": in_place_of("config.json", os.mkfifo),
         "a_pipe_lies_in_the_base": lambda folder: os.mkfifo(folder / "README.txt"),
         "a_link_in_the_base_leads_to_itself": linked("notes.txt", "notes.txt"),
         "a_link_in_the_base_leads_to_its_parent": linked("up", ".."),
         "a_link_in_the_base_leads_to_an_endless_device": linked("notes.txt", "/dev/zero"),
     },
-    "what is no file is not listed, and a base may have no config",
+    "what is no file is not listed, and nothing depends on it",
+    on="base",
+    posix=True,
+)
+hostile(
+    REFUSED["V001"],
+    {
+        "base_config_is_a_pipe": in_place_of("config.json", os.mkfifo),
+        "base_config_is_a_folder": in_place_of("config.json", os.mkdir),
+    },
     on="base",
     posix=True,
 )

@@ -24,7 +24,7 @@ from vera_convert.conversion.projections import Meant
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.header import Header, read_header
+from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile, open_local, printable, read_json
 from vera_convert.files.weightfiles import read_weight_map
 from vera_convert.hub.lookup import (
@@ -290,7 +290,7 @@ def _part(
         match=on_base.match,
         pair=pair,
         weights=InputFile(folder / WEIGHTS_NAME, folder, source.identity),
-        header=read_header(source),
+        header=adapter.file.header,
         weight=wish.weight,
     )
 

@@ -353,9 +353,8 @@ def _index_text(name: str, placed: Mapping[PlannedTensor, str], text: bytes | No
     found = document.get("metadata")
     metadata = dict(found) if isinstance(found, dict) else {}
     folder = PurePosixPath(name).parent
-    weight_map = {
-        tensor.name: str(PurePosixPath(file).relative_to(folder)) for tensor, file in placed.items()
-    }
+    relative = {file: str(PurePosixPath(file).relative_to(folder)) for file in {*placed.values()}}
+    weight_map = {tensor.name: relative[file] for tensor, file in placed.items()}
     total = sum(tensor.nbytes for tensor in placed)
     if text is not None and document.get("weight_map") == weight_map:
         if metadata.get("total_size", total) == total:

@@ -134,7 +134,26 @@ def provenance_text(
         "carried": list(carried),
         "from_adapter": list(from_adapter),
     }
-    return (json.dumps(_as_utf8(document), indent=2) + "\n").encode()
+    return (_laid_out(document, "\n") + "\n").encode()
+
+
+def _laid_out(value: object, indent: str) -> str:
+    """Return a JSON value with one line for each member of an object, and each item of a list.
+
+    A model can have a million tensors. Only without indents is json fast and sparing of memory.
+    """
+    deeper = indent + "  "
+    if isinstance(value, list) and value:
+        return f"[{deeper}" + f",{deeper}".join(map(_line, value)) + f"{indent}]"
+    if isinstance(value, dict) and value:
+        members = (f"{_line(name)}: {_laid_out(each, deeper)}" for name, each in value.items())
+        return f"{{{deeper}" + f",{deeper}".join(members) + f"{indent}}}"
+    return _line(value)
+
+
+def _line(value: object) -> str:
+    text = json.dumps(value)
+    return json.dumps(_as_utf8(value)) if "\\ud" in text else text
 
 
 def _as_utf8(value: Any) -> Any:  # noqa: ANN401 -- any JSON value
