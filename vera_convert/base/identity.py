@@ -42,21 +42,10 @@ def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
     named = config.base_model_name_or_path
     if not named or not is_repo_id(named):
         return  # a path tells nothing: the same model lies elsewhere on each machine
-    names = [*_names(base)]
-    folder = base.location.folder
-    agreeing = {_last(name) for name in names} | ({_last(folder.name)} if folder else set())
-    if names and _last(named) not in agreeing:
-        yield f"the adapter's config names {printable(named)}, and this is {printable(names[0])}"
-
-
-def _names(base: BaseModel) -> Iterator[str]:
-    """Yield the repos that a base is known to come from."""
+    # The config's _name_or_path tells nothing either: in a tuned model it often names the parent.
     repo = base.location.repo_id or _cached_repo(base.location)
-    if repo is not None:
-        yield repo
-    recorded = base.config.get("_name_or_path")
-    if isinstance(recorded, str) and "/" in recorded and is_repo_id(recorded):
-        yield recorded
+    if repo is not None and _last(named) != _last(repo):
+        yield f"the adapter's config names {printable(named)}, and this is {printable(repo)}"
 
 
 def _cached_repo(location: Location) -> str | None:
