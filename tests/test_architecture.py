@@ -26,7 +26,7 @@ hub: reponame secrets checksum refusals asking remotefile calls cache beginnings
 hub: location files lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
-base: model folder layers renamerules renames layouts quantised naming taskclasses
+base: model folder layers renamerules conversiontable renames layouts quantised naming taskclasses
 base: replacements components onbase dims identity learning
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: halves sums blocks inputs outputs finishing jobs assembling journal

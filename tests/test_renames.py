@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import pytest
 from releases import needs, of_transformers
 from safetensors.numpy import load_file
 
-from vera_convert.base.layouts import LAYOUTS
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.naming import Match, match_modules, match_replacements
-from vera_convert.base.renamerules import FAMILIES
-from vera_convert.base.renames import model_types, views
+from vera_convert.base.renamerules import FAMILIES, Family
+from vera_convert.base.renames import generated_types, model_types, tables, views
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -428,38 +428,76 @@ def test_a_swiglu_of_dinov2_is_refused_by_name(tmp_path: Path) -> None:
     assert match_modules(rest, base).strategy == "names of DINOv2 since transformers 5"
 
 
-# --- the installed registry ----------------------------------------------------------------------
-
-NOT_INVERTED = """
-    altclip cosmos3_edge cosmos3_omni cohere_asr d_fine deepseek_ocr2 deepseek_v4 dory
-    dots3_note_audio_encoder dots3_note_vision_encoder ernie4_5_vl_moe esm gemma4_unified inkling2
-    inkling2_loop inkling2_loop_text inkling2_text jev lfm3 minimax_m3_vl mistral_large4_text
-    olmo_hybrid pi0 sam3_tracker sam3_tracker_video t5gemma2_encoder timm_wrapper ultrabert yolos
-""".split()  # noqa: SIM905 - words read best as a text
-"""Types whose linear layers keep their names, or are renamed in a way that is not inverted here."""
+# --- there and back ------------------------------------------------------------------------------
 
 
-def test_every_type_that_transformers_renames_is_accounted_for() -> None:
-    transformers = pytest.importorskip("transformers")
-    if not transformers.__version__.startswith("5.24."):
-        pytest.skip("the list is that of transformers 5.24")
-    registry = pytest.importorskip("transformers.conversion_mapping")
-    registry.get_checkpoint_conversion_mapping("llama")
-    kinds = {
-        name
-        for name, steps in registry._checkpoint_conversion_mapping_cache.items()
-        if any(_renames_layers(step) for step in steps) and name.islower() and name != "legacy"
-    }
-    ours = set(NOT_INVERTED).union(
-        *(family.types for family in FAMILIES), *(layout.types for layout in LAYOUTS)
+def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> bool:
+    """Say whether any view calls the layers of these names in the files by the wanted names."""
+    pairs = [*zip(names, wanted, strict=True)]
+    return any(
+        all(view.in_memory[old] == new and view.path_on_disk(new) == old for old, new in pairs)
+        for view in views(base)
     )
-    assert kinds - ours == set()
 
 
-def _renames_layers(step: Any) -> bool:
-    """Leave out what concerns norms, biases, embeddings, experts in stacks and buffers alone."""
-    parts = ("norm", "bias", "experts.", "router", "conv1d", "A_log", "sinks", "lambda")
-    return not any(part in pattern for pattern in step.target_patterns for part in parts)
+def _first_names(family: Family) -> Iterator[str]:
+    """Yield what the steps of a family rename, but for what another step made of a name."""
+    for files, own in family.steps:
+        path = files.removeprefix("^")
+        others = (memory.removeprefix("^") for _, memory in family.steps if memory != own)
+        if not any(f".{part}." in f".{path}." for part in others):
+            yield path
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Family) -> None:
+    for kind in family.types:
+        old = [f"{path}.x".replace("#", "1") for path in _first_names(family)]
+        base = base_of(old, model_type=kind)
+        newest = [view for view in views(base) if "before" not in view.name]
+        assert newest, kind
+        new = [newest[0].in_memory[path] for path in old]
+        changed = [
+            (before, after) for before, after in zip(old, new, strict=True) if before != after
+        ]
+        assert changed, kind
+        assert renamed(base, old, new), kind
+        if family.is_optional:  # names without the part say nothing of where it was
+            continue
+        assert renamed(base_of(new, model_type=kind), new, old), kind
+
+
+TABLES = [(kind, table) for kind in generated_types() for table in tables(kind)]
+
+
+@pytest.mark.parametrize(("kind", "table"), TABLES, ids=[kind for kind, _ in TABLES])
+def test_old_names_of_a_whole_model_become_new_names_and_old_names_again(
+    kind: str, table: Mapping[str, str]
+) -> None:
+    old = [files.replace("#", "1") for files in table]
+    new = [memory.replace("#", "1") for memory in table.values()]
+    assert len({*old}) == len({*new}) == len(table)
+    assert renamed(base_of(old, model_type=kind), old, new)
+    # A number that is a name in memory looks like the number of a layer in such files.
+    kept = [not any(map(str.isdecimal, memory.split("."))) for memory in table.values()]
+    assert any(kept)
+    new, old = [*compress(new, kept)], [*compress(old, kept)]
+    assert renamed(base_of(new, model_type=kind), new, old)
+
+
+def test_deepseek_v4_is_found_in_its_own_files() -> None:
+    files = ["layers.0.attn.wq_a", "layers.0.attn.wo_b", "layers.3.ffn.shared_experts.w2", "head"]
+    base = base_of(files, model_type="deepseek_v4")
+    layers = (
+        *("model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.o_b_proj"),
+        *("model.layers.3.mlp.shared_experts.down_proj", "lm_head"),
+    )
+    match = matched(layers, base)
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in files]
+    assert match.strategy == 'names of deepseek_v4 since transformers 5, prefix "model." added'
+
+
+# --- the installed registry ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

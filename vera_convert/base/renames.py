@@ -5,6 +5,9 @@ it loads. An adapter's keys are the names in memory of the release that it was t
 holds the base's layers under the names of one release, so that an adapter's are looked up in it.
 
     files (of any release) ──► today's names ──► each release's names ──► the adapter's
+
+The renames of parts are in `renamerules`, by hand; those of whole models in `conversiontable`,
+generated from the classes of transformers.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import combinations
 from operator import add
 
+from vera_convert.base.conversiontable import TABLE
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renamerules import FAMILIES, WITH_CLIP_TOWER, Family
+from vera_convert.files.reading import printable
 
 _MOST_FAMILIES = 4
+_BODY = "model."
+"""What a class with a head calls the model below it; files can lack the prefix."""
 _MOST_TYPES = 16
 _MOST_TEMPLATES = 20_000
 """The most layers that differ in more than numbers; each is renamed for each release."""
@@ -140,6 +148,52 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
             seen.append(names)
             like_files = _on_paths(_translation(taken, former_in_files))
             yield _Naming(_title(taken, former), names, like_files)
+    for title, table in _whole_models(base.model_type or ""):
+        names = {template: table.get(template, template) for template in templates}
+        if names not in seen:
+            seen.append(names)
+            back = {memory: files for files, memory in table.items()}
+            yield _Naming(title, names, _on_paths(partial(_looked_up, back)))
+
+
+def _whole_models(kind: str) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield each generated table of a model type, also for files without ``model.``, and back."""
+    name = f"names of {printable(kind)}"
+    for table in tables(kind):
+        short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
+        for each, prefix in ((table, ""), (short, f', prefix "{_BODY}" added')):
+            if len(each) == len(table):
+                back = {memory: files for files, memory in each.items()}
+                yield f"{name} since transformers 5{prefix}", each
+                yield f"{name} before transformers 5{prefix}", back
+
+
+@lru_cache(maxsize=1)
+def _all_tables() -> Mapping[str, Sequence[Mapping[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    kind = ""
+    for line in TABLE.splitlines():
+        if line.startswith(" "):
+            files, memory = line.split()
+            found[kind][-1][files] = memory
+        elif line:
+            kind = line
+            found.setdefault(kind, []).append({})
+    return found
+
+
+def tables(kind: str) -> Sequence[Mapping[str, str]]:
+    """Return template in memory by template in the files, for each class of a model type."""
+    return _all_tables().get(kind, ())
+
+
+def generated_types() -> tuple[str, ...]:
+    """Return the model types that have generated tables."""
+    return tuple(_all_tables())
+
+
+def _looked_up(table: Mapping[str, str], template: str) -> str:
+    return table.get(template, template)
 
 
 def _concerned(

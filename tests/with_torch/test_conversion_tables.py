@@ -1,0 +1,63 @@
+"""Our renames and the conversion tables of the installed transformers, class by class.
+
+A release with another model type fails here, with the list of what is not known.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from conversiontables import Walk, registry, source_text, walk
+
+from vera_convert.base import conversiontable
+from vera_convert.base.layouts import LAYOUTS
+from vera_convert.base.renamerules import FAMILIES
+
+NOT_BUILT = {
+    **dict.fromkeys(
+        (
+            *("BeitForSemanticSegmentation", "ConditionalDetrForSegmentation"),
+            *("DetrForSegmentation", "PPChart2TableModel", "xCLIPTextModel", "xCLIPVisionModel"),
+            *("Sapiens2ForImageMatting", "Sapiens2ForNormalEstimation", "MtpModel"),
+            *("Sapiens2ForPointmapEstimation", "Sapiens2ForPoseEstimation"),
+            "Sapiens2ForSemanticSegmentation",
+        ),
+        "a class whose type is built under another class",
+    ),
+    **dict.fromkeys(("dots1", "sarvam_mla"), "it renames experts in stacks alone"),
+    "legacy": "it renames parameters of norms alone",
+    "timm_wrapper": "it needs a library, and puts a prefix before all names",
+}
+"""Tables of which nothing is built here, and why."""
+NOT_FOUND = {
+    "RfDetrForInstanceSegmentation": "two paths in memory lead to one layer",
+    "RfDetrForObjectDetection": "two paths in memory lead to one layer",
+    "ViTMSNForImageClassification": "its classifier lies beside the model, not in it",
+}
+"""Classes of which some layers are not found, and why."""
+
+
+@pytest.fixture(scope="module")
+def walked() -> Walk:
+    return walk()
+
+
+def test_every_conversion_table_is_known(walked: Walk) -> None:
+    ours = set().union(
+        *(family.types for family in FAMILIES), *(layout.types for layout in LAYOUTS)
+    )
+    unknown = set(registry()) - walked.met - ours - NOT_BUILT.keys()
+    assert sorted(unknown) == []
+
+
+def test_the_layers_of_every_class_are_found_in_its_files(walked: Walk) -> None:
+    wrong = {name: why for name, why in walked.wrong.items() if name not in NOT_FOUND}
+    assert wrong == {}, "generate the table again, or add a family"
+
+
+def test_the_generated_table_is_that_of_the_installed_release(walked: Walk) -> None:
+    text = source_text(walked)
+    _, _, generated = text.partition("TABLE = ")
+    assert generated.strip('"\n') == conversiontable.TABLE.strip("\n")
