@@ -17,12 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from threadpoolctl import threadpool_limits
-
 from vera_convert.assembly.blocks import CPU, Bench, Device, room_for
 from vera_convert.assembly.finishing import Finisher, Written, digest_of
 from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.jobs import Crew
+from vera_convert.assembly.jobs import Crew, one_blas_thread
 from vera_convert.assembly.outputs import OPEN_FLAGS, copy_range, write_at
 from vera_convert.assembly.sums import NotFiniteError, Numbers, Sum
 from vera_convert.files.reading import LocalFile
@@ -228,7 +226,7 @@ class Assembler:
         self._room = room_for(
             [piece.tensor for file in files for piece in file.pieces if isinstance(piece, Computed)]
         )
-        self._limit = threadpool_limits(1, user_api="blas")
+        self._limit = one_blas_thread()
         try:
             self._crew: Crew[_Job] = Crew(jobs, self._prepare)
         except BaseException:

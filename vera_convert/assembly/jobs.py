@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from vera_convert.publish.interrupts import signals_held
 
 Job = TypeVar("Job")
@@ -24,6 +26,16 @@ def default_jobs() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     return min(os.cpu_count() or 1, _MOST_JOBS)
+
+
+def one_blas_thread() -> threadpool_limits:
+    """Limit NumPy's BLAS to one thread, until the context that is returned ends.
+
+    A signal waits meanwhile: the search for the loaded libraries calls back from C, where Python
+    would print what the signal raises, and drop it.
+    """
+    with signals_held():
+        return threadpool_limits(1, user_api="blas")
 
 
 class Crew(Generic[Job]):

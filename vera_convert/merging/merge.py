@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from vera_convert.arguments import function, instance, optional, path
+from vera_convert.assembly.jobs import one_blas_thread
 from vera_convert.base.folder import ModelFiles
 from vera_convert.base.onbase import BaseWish, wish_of
 from vera_convert.base.quantised import refuse_quantised
@@ -258,7 +258,7 @@ def _product_speed() -> float:
     """Return how many operations a second one thread does in a product like those of a merge."""
     left, right = np.ones((512, 256), np.float32), np.ones((256, 1024), np.float32)
     out = np.empty((512, 1024), np.float32)
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():
         np.matmul(left, right, out=out)
         start = time.perf_counter()
         np.matmul(left, right, out=out)

@@ -11,10 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from threadpoolctl import threadpool_limits
-
 from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.jobs import Crew, default_jobs
+from vera_convert.assembly.jobs import Crew, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -318,7 +316,7 @@ class _Comparison:
 
     def run(self) -> dict[str, Judgement]:
         blocks = ((pair, *block) for pair in self._pairs for block in pair.blocks())
-        with threadpool_limits(1, user_api="blas"), Crew[Job](self._jobs, self._worker) as crew:
+        with one_blas_thread(), Crew[Job](self._jobs, self._worker) as crew:
             crew.run(blocks, tell=lambda: self._progress(self._done, self._of))
         return self._judgements
 
