@@ -731,6 +731,7 @@ register(
     lambda name: fields({"base_model_name_or_path": name}),
     by=validating(),
 )
+register("V123", {"revision_leads_out": {"revision": "../../x"}}, fields, by=validating("V122"))
 register("V122", {"base_has_no_revision": {}}, fields, by=validating("V121"))
 register(
     "V134",

@@ -331,7 +331,7 @@ FAILURES: list[tuple[int, Sequence[object]]] = [
     (2, ["info"]),
     (2, ["info", "GOOD", "--unheard-of"]),
     (2, ["nosuch"]),
-    (2, ["info", "GOOD/adapter_config.json"]),
+    (2, ["info", "GPT2"]),
     (2, ["info", ""]),
     (2, ["info", "GOOD", "--base-dtype", "int8"]),
     (2, ["info", "GOOD", "--key-map", "model"]),

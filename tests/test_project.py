@@ -21,6 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PUBLIC_HOSTS = {
     "arxiv.org",
     "git-lfs.github.com",
+    "hf.co",
+    "huggingface.co",
     "json-schema.org",
     "json.schemastore.org",
     "keepachangelog.com",

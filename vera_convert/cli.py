@@ -377,7 +377,7 @@ def validate(adapters: tuple[str, ...], **options: Any) -> None:
     for checked in result.adapters:
         if checked.failure is not None:
             _say(f"error: {checked.label}: {_reason(checked.failure)}", err=True)
-    _report(result, options)
+    _report(result, options)  # its text says no failure again
     if result.status:
         raise click.exceptions.Exit(result.status)
 
@@ -424,7 +424,10 @@ def _report(result: Validation, options: Mapping[str, Any]) -> None:
                 if finding.severity != "note":
                     _say(f"{finding.severity}: {checked.label}: {finding}", err=True)
     else:
-        _say(validation_text(result, colour=_in_colour(), width=_columns()))
+        text = validation_text(
+            result, colour=_in_colour(), width=_columns(), failures_said=options["output"] is None
+        )
+        _say(text)
 
 
 def _rendered(result: Validation, form: str) -> str:
@@ -734,6 +737,10 @@ def count(**options: Any) -> None:
     from vera_convert.counting import count as run
     from vera_convert.formats.results import count_document, count_text
 
+    if options["revision"] is not None:
+        raise UsageError(
+            "count reads no adapter, so --revision says nothing: give --base-revision."
+        )
     if (options["config_file"] is None) == (options["base"] is None):
         raise UsageError("give one of --base and --config.")
     if options["base"] is not None:
@@ -882,15 +889,20 @@ def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
 @contextmanager
 def _telling_how_to_continue() -> Iterator[None]:
     """Name the command that continues a merge which failed or was stopped, if one can."""
-    from vera_convert.merging.job import KEPT
-
     try:
         yield
     except BaseException as error:
-        if KEPT in getattr(error, "__notes__", ()):
+        if _is_kept(error):
             command = _command_without_token(click.get_current_context().obj)
             _say(f"note: what is finished is kept; this continues: {command}", err=True)
         raise
+
+
+def _is_kept(error: BaseException) -> bool:
+    """Return whether a merge that failed has left its work for a later one."""
+    from vera_convert.merging.job import KEPT
+
+    return KEPT in getattr(error, "__notes__", ())
 
 
 def _command_without_token(arguments: Sequence[str]) -> str:
@@ -991,10 +1003,19 @@ def _warn(findings: Sequence[Finding], before: str = "") -> None:
 def _print(
     options: Mapping[str, Any], text: str, document: Callable[[], Mapping[str, object]]
 ) -> None:
-    if options["as_json"]:
-        _print_document(document())
-    elif not options["quiet"]:
-        _say(text)
+    try:
+        if options["as_json"]:
+            _print_document(document())
+        elif not options["quiet"]:
+            _say(text)
+    except _NotPrintedError as error:
+        if click.get_current_context().info_name in _WRITES_NOTHING:
+            raise
+        raise _NotPrintedError(f"{error} OUT is written and complete.") from error
+
+
+class _NotPrintedError(SurroundingsError):
+    """Standard output does not take the result, as on a full disk."""
 
 
 def _print_document(document: Mapping[str, object]) -> None:
@@ -1008,7 +1029,14 @@ def _say(text: str, *, err: bool = False) -> None:
     if (sys.stderr if err else sys.stdout) is None:  # closed before the program began
         return
     with suppress(OSError if err else BrokenPipeError):
-        click.echo(text, err=err)
+        try:
+            click.echo(text, err=err)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _NotPrintedError(
+                f"the result could not be printed: {error.strerror or error}."
+            ) from error
 
 
 def _reason(error: VeraConvertError, whose: Mapping[str, str | None] | None = None) -> str:
@@ -1044,9 +1072,9 @@ def main(arguments: list[str] | None = None) -> None:
         with signals_raise():
             _leave(_run(arguments))
     except Interrupted as stopped:
-        _interrupted(stopped.status, arguments)
-    except KeyboardInterrupt:
-        _interrupted(130, arguments)
+        _interrupted(stopped, stopped.status, arguments)
+    except KeyboardInterrupt as stopped:
+        _interrupted(stopped, 130, arguments)
 
 
 class _WarningLines(logging.Handler):
@@ -1063,8 +1091,10 @@ _WRITES_NOTHING = frozenset(("info", "validate", "verify", "count"))
 """Commands without an OUT, of which no interruption can leave anything."""
 
 
-def _interrupted(status: int, arguments: Sequence[str]) -> None:
-    writes = not _WRITES_NOTHING.intersection(arguments[:1])
+def _interrupted(stopped: BaseException, status: int, arguments: Sequence[str]) -> None:
+    """Say that a command was stopped; a merge whose work is kept has said so."""
+    is_kept = "vera_convert.merging.job" in sys.modules and _is_kept(stopped)
+    writes = not is_kept and not _WRITES_NOTHING.intersection(arguments[:1])
     _say(f"error: interrupted{'; no output is left' if writes else ''}.", err=True)
     _leave(status)
 
@@ -1104,7 +1134,7 @@ def _explained(error: Exception) -> VeraConvertError:
         hint = f" See {context.command_path} --help." if context else ""
         # Letter by letter: nothing of it is to be cut.
         message = " ".join(error.format_message().split())
-        end = "" if message.endswith(".") else "."
+        end = "" if message.endswith((".", "?", "!")) else "."
         return UsageError("".join(map(printable, message)) + end + hint)
     if isinstance(error, MemoryError):
         return SurroundingsError("there is not enough memory for this.")
@@ -1121,7 +1151,8 @@ def _refuse(error: VeraConvertError, arguments: list[str], whose: Mapping[str, s
     if "--json" in arguments:
         from vera_convert.formats.pieces import error_document
 
-        _print_document(error_document(error))
+        with suppress(_NotPrintedError):
+            _print_document(error_document(error))
     _say(f"error: {_reason(error, whose)}", err=True)
     return error.status
 

@@ -514,6 +514,15 @@ REVISION_MISSING = Rule(
     "Write the commit that it was trained on into revision.",
 )
 
+REVISION_INVALID = Rule(
+    "V123",
+    WARNING,
+    "the config's revision of the base can be none",
+    "No loader finds the base by it, and a path such as ../../x can lead out of a cache.",
+    "Write the commit that the adapter was trained on into revision, or null.",
+    since="0.2.0",
+)
+
 TARGET_REGEX_INVALID = Rule(
     "V130",
     ERROR,

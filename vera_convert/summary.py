@@ -172,7 +172,11 @@ def _described(adapter: Adapter, location: Location, on_base: OnBase, meant: Mea
         difference=difference,
         fingerprint=adapter.fingerprint,
         effects=effects,
-        replacements=tuple(tensor.name for tensor in adapter.replacements),
+        replacements=tuple(
+            tensor.name
+            for tensor in adapter.replacements
+            if not tensor.name.endswith(".base_layer.weight")  # a copy of the base's
+        ),
         parameters=sum(layer.out_features + adapter.config.r for layer in adapter.layers.values()),
         lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
         sizes=Sizes(

@@ -243,7 +243,7 @@ def _fingerprint(
 
 def _missing_files(folder: Path) -> Iterator[Finding]:
     """Yield what a folder lacks, or has in the wrong form; no weights without a config matter."""
-    place = printable(folder.name or str(folder))
+    place = printable(str(folder))
     if not (folder / CONFIG_NAME).exists():
         yield _no_config(folder, place)
     elif (folder / WEIGHTS_NAME).exists():
@@ -264,6 +264,8 @@ def _no_config(folder: Path, place: str) -> Finding:
         return ADAPTER_BELOW.at(place, f"it holds adapters in subfolders only ({shown}).")
     if WEIGHTS_NAME not in names and "config.json" in names:
         return MODEL_FOLDER.at(place, f"there is a model's config.json and no {CONFIG_NAME}.")
+    if CONFIG_NAME in names:
+        return CONFIG_MISSING.at(place, f"{CONFIG_NAME} is a link that leads nowhere.")
     hint = ", but a vera_config.json, which is PaddleNLP's" if "vera_config.json" in names else ""
     return CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}{hint}.")
 
@@ -271,6 +273,11 @@ def _no_config(folder: Path, place: str) -> Finding:
 def _no_weights(folder: Path, place: str) -> Finding:
     """Tell weights that lie under a model's name from weights that are not there at all."""
     reason = f"there is no {WEIGHTS_NAME}"
+    if os.path.lexists(folder / WEIGHTS_NAME):
+        return WEIGHTS_MISSING.at(place, f"{WEIGHTS_NAME} is a link that leads nowhere.")
+    if any(folder.glob("adapter_model*-of-*.safetensors")):
+        reason += ", but its tensors lie in several files. PEFT loads one alone: join them into it."
+        return WEIGHTS_MISSING.at(place, reason)
     try:
         with open_local(folder / _MODEL_WEIGHTS, within=folder) as source:
             names = [*TensorFile(source).header.tensors]

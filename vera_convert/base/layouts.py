@@ -140,7 +140,8 @@ def _numbers(path: str) -> tuple[str, ...]:
 def _experts(module: str, base: BaseModel) -> Finding | None:
     """Look for one expert's layer in a tensor that holds all experts of a layer."""
     start, experts, rest = module.rpartition(".experts.")
-    if not experts or not rest.partition(".")[0].isdecimal():
+    # experts.0.up_proj, or experts.up_projs.0 where each name has a list of its own
+    if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
         return None
     numbers = _numbers(start)
     for name, tensor in base.tensors.items():

@@ -305,12 +305,27 @@ def _hold_against_index(
         "repeated": TENSOR_IN_TWO_SHARDS,
     }
     findings = [
-        rules[kind].at(location.label, f"{_some(tensors)}.")
+        rules[kind].at(
+            location.label, f"{_some(tensors)}{_files_of(tensors[0], weight_map, shards)}."
+        )
         for kind, tensors in differences.items()
         if tensors
     ]
     if findings:
         raise CheckpointError.of(findings)
+
+
+def _files_of(
+    tensor: str, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
+) -> str:
+    """Say where the index puts a tensor, and which files hold it."""
+    there = " and ".join(printable(file) for file, names in shards.items() if tensor in names)
+    said = ""
+    if tensor in weight_map:
+        said = f", which the index puts into {printable(weight_map[tensor])}"
+    if there:
+        said += f", {'and ' if said else ''}which lies in {there}"
+    return said
 
 
 def _some(names: Collection[str]) -> str:

@@ -60,12 +60,21 @@ def _counts(findings: Iterable[Finding]) -> str:
 # --- text ----------------------------------------------------------------------------------------
 
 
-def validation_text(result: Validation, *, colour: bool = False, width: int = WIDTH) -> str:
-    """What was found, for people: adapter by adapter, then all of them in a table."""
+def validation_text(
+    result: Validation, *, colour: bool = False, width: int = WIDTH, failures_said: bool = False
+) -> str:
+    """Return what was found, for people: adapter by adapter, then all of them in a table.
+
+    Args:
+        result: what was found.
+        colour: whether to mark severities with colors of a terminal.
+        width: of a line.
+        failures_said: whether the reasons for what could not be read have been shown already.
+    """
     paint = _coloured if colour else _plain
     many = len(result.adapters) > 1
     parts = [
-        _block(checked, paint, width, alone=not many)
+        _block(checked, paint, width, alone=not many, failures_said=failures_said)
         for checked in result.adapters
         if not many or (_style(checked) != "good" and not checked.is_passed_over)
     ]
@@ -105,10 +114,10 @@ def _style(checked: Checked) -> str:
     return worst
 
 
-def _block(checked: Checked, paint: Paint, width: int, *, alone: bool) -> str:
+def _block(checked: Checked, paint: Paint, width: int, *, alone: bool, failures_said: bool) -> str:
     head = f"{paint(checked.label, 'name')}: {paint(verdict(checked), _style(checked))}"
     lines = [head]
-    if checked.failure is not None:
+    if checked.failure is not None and not failures_said:
         lines += wrapped(str(checked.failure), width, first="  ", indent="  ")
     for findings in _by_rule(checked.findings):
         lines += _rule_lines(checked, findings, paint, width)

@@ -12,6 +12,8 @@ from vera_convert.hub.checksum import RepoFile
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file whose folder is an adapter."""
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
+"""Files that stand for the folder of their adapter."""
 
 
 @dataclass(frozen=True, slots=True)

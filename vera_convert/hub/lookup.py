@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from vera_convert.hub.files import (
     list_files,
     open_remote,
 )
-from vera_convert.hub.location import ADAPTER_CONFIG, Location, not_cached
+from vera_convert.hub.location import ADAPTER_CONFIG, ADAPTER_FILES, Location, not_cached
 from vera_convert.hub.refusals import OutOfReachError
 from vera_convert.hub.reponame import (
     SCHEME,
@@ -100,7 +100,7 @@ def locate(
         UsageError: malformed, a file, or a revision of something that has none.
         SurroundingsError: no such folder, repo or revision; gated, offline or no network.
     """
-    folder = _existing_folder(text)
+    folder = _existing_folder(text, files=ADAPTER_FILES if kind == "adapter" else ())
     if folder is not None:
         if revision is not None:
             raise UsageError(f"{printable(text)} is a folder here, so it has no revision.")
@@ -108,6 +108,9 @@ def locate(
     bare = re.search("[/@]", text) is None
     if looks_like_path(text) or (bare and kind == "adapter"):
         hint = " A repo on the Hub is written org/name." if bare else ""
+        slashed = text.replace("\\", "/")
+        if "\\" in text and is_repo_id(slashed):
+            hint = f" A repo on the Hub is written with a slash: {slashed}."
         raise SurroundingsError(f"there is no folder {printable(text)}.{hint}")
     try:
         name = parse_repo_name(text, bare=kind == "base")
@@ -178,8 +181,13 @@ def _holds_model(folder: Path) -> bool:
     )
 
 
-def _existing_folder(text: str) -> Path | None:
-    """Return the folder that `text` is the path of, None if nothing is there."""
+def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
+    """Return the folder that `text` is the path of, None if nothing is there.
+
+    Args:
+        text: a path, perhaps.
+        files: names of files that stand for the folder that they lie in.
+    """
     if not text or "\0" in text:
         raise UsageError("a folder or a repo has to be named: this is empty or has a NUL in it.")
     if text.startswith(SCHEME):
@@ -194,6 +202,8 @@ def _existing_folder(text: str) -> Path | None:
             if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
                 continue
             raise unreadable(printable(text), error) from error
+        if stat.S_ISREG(found.st_mode) and Path(path).name in files:
+            return Path(path).parent
         if not stat.S_ISDIR(found.st_mode):
             raise UsageError(f"{printable(text)} is no folder; pass the folder that it lies in.")
         return Path(path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import clean_name
 
 SCHEME = "hf://"
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_PAGES = ("tree", "blob", "resolve")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _PART = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
@@ -64,7 +67,8 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
     """Take a repo's name apart.
 
     Args:
-        text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``.
+        text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``;
+            or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``.
         bare: whether a ``name`` without an organisation is one too.
 
     Raises:
@@ -75,6 +79,8 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
         repo_id, revision, subfolder = _split(body)
         # As in huggingface_hub, where %2F is how a branch with a slash is written.
         revision = unquote(revision) if revision else revision
+    elif re.match(r"https?://", text):
+        repo_id, revision, subfolder = _of_address(text)
     elif "://" in text:
         raise ValueError("an address of the Hub is written hf://org/name")
     else:
@@ -96,6 +102,26 @@ def _without_type(body: str) -> str:
     if kind in _REPO_TYPES:
         raise ValueError("only models are read: hf://org/name or hf://models/org/name")
     return rest if slash and kind == "models" else body
+
+
+def _of_address(text: str) -> tuple[str, str | None, str | None]:
+    """Take the address of a repo's page apart: ``https://huggingface.co/org/name/tree/REV/sub``."""
+    address = urlsplit(text)
+    if address.hostname not in {*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname}:
+        raise ValueError("the address is not one of the Hub")
+    parts = _without_type(address.path.strip("/")).split("/")
+    marks = [at for at in (1, 2) if len(parts) > at and parts[at] in _PAGES]
+    if not marks:
+        if len(parts) > 2:
+            raise ValueError("the address is not that of a repo or of a folder in it")
+        return "/".join(parts), None, None
+    repo, page, rest = parts[: marks[0]], parts[marks[0]], parts[marks[0] + 1 :]
+    found = _SLASHED_REVISION.match("/".join(rest))
+    length = found.group().count("/") + 1 if found else 1
+    revision, inside = "/".join(rest[:length]), rest[length:]
+    if page != "tree":  # the page of a file, which stands for its folder
+        inside = inside[:-1]
+    return "/".join(repo), unquote(revision) or None, unquote("/".join(inside)) or None
 
 
 def _split(body: str) -> tuple[str, str | None, str | None]:

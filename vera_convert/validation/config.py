@@ -9,12 +9,13 @@ from vera_convert.adapter.tensors import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.hub.reponame import is_repo_id
+from vera_convert.hub.reponame import is_repo_id, is_revision
 from vera_convert.rules import (
     BASE_IS_PATH,
     BASE_UNNAMED,
     EMBEDDING_UNDECLARED,
     FIELD_BY_VERSION,
+    REVISION_INVALID,
     REVISION_MISSING,
     Finding,
 )
@@ -37,6 +38,9 @@ def config_findings(
     elif not is_repo_id(name):
         reason = f"base_model_name_or_path is {printable(name)}, which is no repo on the Hub."
         yield BASE_IS_PATH.at(CONFIG_NAME, reason)
+    elif config.revision is not None and not is_revision(config.revision):
+        reason = f"revision is {printable(config.revision)}, which git allows for no revision."
+        yield REVISION_INVALID.at(CONFIG_NAME, reason)
     elif config.revision is None:
         yield REVISION_MISSING.at(CONFIG_NAME, f"revision is null; the base is {name}.")
     for reason in _by_version(config):
