@@ -117,3 +117,12 @@ def test_layers_are_counted_from_a_config_with_such_a_number(tmp_path: Path, run
     ended = run("count", "--config", config, "--rank", 4, "--target", "q_proj")
     assert ended.status == 1
     assert "hidden_size" in ended.err
+
+
+def test_a_tokenizer_that_is_taken_from_the_adapter_may_hold_such_a_number(tmp_path: Path) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (adapter / name).write_text('{"model_max_length": Infinity, "pad_token_id": NaN}')
+    merged_with(adapter, base, tmp_path / "out")
+    text = (adapter / "tokenizer_config.json").read_bytes()
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == text

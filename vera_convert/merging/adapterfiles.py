@@ -165,7 +165,7 @@ def _json(location: Location, name: str, names: Collection[str], *, limit: int) 
     folder = location.fetched
     if name in names:
         with suppress(CheckpointError), open_local(folder / name, within=folder) as source:
-            return read_json(source, limit=limit)[0]
+            return read_json(source, limit=limit, pythons_numbers=True)[0]
     return None
 
 
