@@ -15,6 +15,7 @@ from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.reponame import is_repo_id
 from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
+from vera_convert.targets.architectures import MAX_WIDTH
 from vera_convert.targets.built import BuiltLayers, parts_of_config
 
 _IN_CACHE = re.compile(r"models--([^/\\]+)")
@@ -92,12 +93,17 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
         for value in part.values()
         if type(value) is int
     }
-    width = next((name for name in _WIDTHS if type(fields.get(name)) is int), None)
+    sizes = {
+        name: value
+        for name, value in fields.items()
+        if type(value) is int and 0 < value < MAX_WIDTH  # else the field is no size at all
+    }
+    width = next((name for name in _WIDTHS if name in sizes), None)
     for name, rows, columns in _embeddings(base):
         if width is not None and columns not in numbers:
-            yield f"{width} is {fields[width]}, and {printable(name)} has {columns:,} columns"
-        if type(fields.get("vocab_size")) is int and rows not in numbers:
-            said = f"vocab_size is {fields['vocab_size']}"
+            yield f"{width} is {sizes[width]}, and {printable(name)} has {columns:,} columns"
+        if "vocab_size" in sizes and rows not in numbers:
+            said = f"vocab_size is {sizes['vocab_size']}"
             yield f"{said}, and {printable(name)} has {rows:,} rows"
 
 
