@@ -34,8 +34,8 @@ merging: ineffect dequantising parts plan report replaced adapterfiles modelconf
 merging: card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
-verification: comparison running provenance options expected judging pairs hints tensors
-verification: beside merged forms result
+verification: comparison running provenance options expected judging pairs
+verification: roundings otheradapters hints tensors beside merged forms result
 formats: pieces results merge locations validation sarif junit github catalogue verification
 with_torch
 verifying

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -425,3 +426,14 @@ def test_absurd_values_are_no_draw_and_cost_no_time(value: float) -> None:
     assert found.draw is None
     assert found.difference is not None
     assert found.difference.count == A.size + B.size
+
+
+def test_a_search_takes_little_memory() -> None:
+    values = np.random.default_rng(0)
+    A, B = (values.normal(size=shape).astype(np.float32) for shape in ((4, 64), (32, 4)))
+    recognise(A, B, key=0)  # what is loaded once is no part of it
+    tracemalloc.start()
+    assert recognise(A, B, key=0).draw is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 << 20

@@ -33,7 +33,7 @@ from vera_convert.formats.verification import verification_document, verificatio
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.inputs import AdapterWish
 from vera_convert.merging.parts import Tied
-from vera_convert.verification import pairs
+from vera_convert.verification import hints, merged, pairs
 from vera_convert.verification.comparison import ModelComparison, ModelJob
 from vera_convert.verification.judging import LIMIT, last_bits
 from vera_convert.verification.options import GivenAdapter, VerifyOptions
@@ -322,6 +322,37 @@ def test_what_no_adapter_touches_is_the_base_s(
     assert f"{name}: 1 of {other.size} values are wrong; its value at {index}" in str(
         result.findings[0]
     )
+
+
+def test_small_tensors_are_compared_in_runs_and_each_is_judged(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"model.experts.{n:02}.weight": (n % 5 + 1, 3) for n in range(40)}
+    base = filled_base(tmp_path / "base", tensors=many, dtypes={"experts.07": "bfloat16"})
+    merged_with(adapter, base, tmp_path / "out")
+    reads: list[int] = []
+    raw = pairs.Pair.raw
+
+    def counted(pair: pairs.Pair, first: int, last: int, buffers: pairs.Buffers) -> Any:
+        reads.append(last - first)
+        return raw(pair, first, last, buffers)
+
+    monkeypatch.setattr(pairs.Pair, "raw", counted)
+    result = layers(adapter, base, tmp_path / "out")
+    assert codes(result) == []
+    assert len(reads) < 20
+    assert result.merged is not None
+    for check in result.merged.tensors.checks:
+        assert check.judgement.values == np.prod(check.shape), check.name
+    for limit in (8 << 20, 64):
+        monkeypatch.setattr(pairs, "_BLOCK_BYTES", limit)
+        changed = tensors_of(base)["model.experts.07.weight"].copy()
+        changed[1, 2] += 1
+        edit(tmp_path / "out", {"model.experts.07.weight": changed})
+        (finding,) = layers(adapter, base, tmp_path / "out").findings
+        assert finding.code == "V602"
+        assert finding.place == "model.experts.07.weight"
+        assert "1 of 9 values are wrong; its value at [1, 2]" in finding.reason
 
 
 def test_what_is_converted_is_rounded_once(tmp_path: Path, adapter: Path, base: Path) -> None:
@@ -881,6 +912,9 @@ def test_memory_does_not_grow_with_a_tensor(
 ) -> None:
     monkeypatch.setattr(pairs, "BLOCK_VALUES", 1 << 13)
     monkeypatch.setattr(pairs, "_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(hints, "_MOST_VALUES", 1 << 13)
+    # Drawing A and B again, to try these, takes memory as A and B are large.
+    monkeypatch.setattr(merged._OtherProjections, "explain", lambda _self, _names: {})
     peaks = []
     for rows in (256, 4096):
         folder = tmp_path / str(rows)

@@ -128,7 +128,7 @@ WRONG: Mapping[str, tuple[Callable[[Path, str, Array], Array], str]] = {
     "transposed": (transposed, "added transposed"),
     "wrong slice": (wrong_slice, "another matrix"),
     "wrong key": (wrong_key, "another matrix"),
-    "other layer": (other_layer, "another matrix"),
+    "other layer": (other_layer, "other vectors: those of another layer"),
     "rounded twice": (rounded_twice, ""),
     "one value": (one_value, ""),
 }

@@ -218,7 +218,7 @@ def test_a_tokenizer_that_panics_or_never_ends_is_a_clear_error_or_harmless(
 
 
 def test_memory_is_limited(llama: Path, scratch: Path) -> None:
-    limits = Limits(memory=60 << 20, memory_factor=0)
+    limits = Limits(memory=60 << 20, memory_per_core=0, memory_factor=0)
     with pytest.raises(SurroundingsError, match=r"--layers-only"):
         run_models(
             job(llama / "base", llama / "merged", llama / "adapter"),

@@ -38,6 +38,9 @@ SEARCHED_KEYS = range(1 << 16)
 _TOLERANCE = 2.0**-6
 """How far two values of one draw may disagree on the bound: 16-bit rounding stays far below."""
 
+_KEYS_AT_ONCE = 1 << 12
+"""Searched keys that are tried together: a generator's state takes kilobytes for each."""
+
 _CLUE = 8
 """First values that a searched key must explain; by chance not one key in 2^40 explains them."""
 
@@ -169,7 +172,7 @@ def recognise(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True
     are equal in every bit the first counts, in the order of `Variant` and then of `Rounding`: it
     is float32-fused, and not rounded, wherever that fits. `key` is the config's. With `search`,
     larger widths and the keys of `SEARCHED_KEYS` are tried where it does not fit. Beside the
-    arrays this takes a few megabytes, a search a few dozen.
+    arrays this takes a few megabytes, with a search too.
 
     Raises:
         ValueError: the shapes are not those of a pair, or torch refuses the key.
@@ -391,7 +394,16 @@ def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
     if clue.size < _CLUE or not np.isfinite(clue).all():
         return []
     clue *= np.sqrt(np.where(np.arange(_CLUE) < A.size, A.shape[1], A.shape[0]))
-    keys = np.arange(SEARCHED_KEYS.start, SEARCHED_KEYS.stop, dtype=np.uint32)
+    found: list[int] = []
+    for start in range(SEARCHED_KEYS.start, SEARCHED_KEYS.stop, _KEYS_AT_ONCE):
+        end = min(start + _KEYS_AT_ONCE, SEARCHED_KEYS.stop)
+        keys = np.arange(start, end, dtype=np.uint32)
+        found += map(int, keys[_conceivable(keys, clue)])
+    return found
+
+
+def _conceivable(keys: NDArray[np.uint32], clue: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Say which keys could have given the first values of a pair, scaled by the root of a width."""
     words = first_words(keys, 2 * _CLUE)
     conceivable = np.zeros(keys.size, np.bool_)
     for variant, *_ in _BY_BITS.values():
@@ -402,4 +414,4 @@ def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
         factors = clue[:, np.newaxis] / centred
         low, high = np.fmin.reduce(factors), np.fmax.reduce(factors)
         conceivable |= (low > 0) & (high <= low * (1 + _TOLERANCE)) & np.isfinite(high)
-    return [int(key) for key in keys[conceivable]]
+    return conceivable

@@ -254,6 +254,13 @@ class Judge:
         for factor in self._factors:
             yield self._lines(factor, first, last) @ factor.of_columns
 
+    def deltas_in(self, first: int, last: int, narrow: np.dtype[Any]) -> Iterator[Array]:
+        """Yield what each adapter adds to some rows if operands are rounded to a narrow dtype."""
+        for factor in self._factors:
+            lines, shared = self._lines(factor, first, last), factor.of_columns
+            left, right = (rounded(each, narrow).astype(each.dtype) for each in (lines, shared))
+            yield left @ right
+
     def transposed_deltas(self, first: int, last: int) -> Iterator[Array]:
         """Yield some rows of the transpose of what each adapter adds to a square tensor."""
         for factor in self._factors:

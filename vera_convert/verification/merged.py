@@ -14,7 +14,8 @@ from vera_convert.base.folder import PROVENANCE_NAME, sort_files
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.onbase import BaseWish
 from vera_convert.base.quantised import refuse_quantised
-from vera_convert.errors import OF_MERGED, CheckpointError, UsageError
+from vera_convert.conversion.projections import Meant
+from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConvertError
 from vera_convert.files.reading import open_local, printable
 from vera_convert.files.weightfiles import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
@@ -32,7 +33,7 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.verification.beside import config_findings, file_findings, tie_findings
-from vera_convert.verification.expected import expected_tensors, without_old_head
+from vera_convert.verification.expected import Expected, expected_tensors, without_old_head
 from vera_convert.verification.options import (
     GivenAdapter,
     VerifyOptions,
@@ -150,13 +151,7 @@ def check_merged(
         changes = _collected(parts, inputs, settings)
         if inputs.dequantisation is None:
             refuse_quantised(inputs.base, changes.replaced)
-        expected = expected_tensors(
-            inputs.base,
-            inputs.files,
-            changes,
-            dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
-            dequantisation=inputs.dequantisation,
-        )
+        expected = _expected(inputs, changes, settings)
         edits = config_edits(
             inputs.base,
             changes,
@@ -174,6 +169,7 @@ def check_merged(
             jobs=options.jobs,
             wider_too=settings.dtype is None and not settings.recorded,
             progress=progress,
+            explain=_OtherProjections(given, base, provenance, settings, access, model).explain,
         )
         folder, base_folder = model.location.fetched, inputs.base.location.fetched
         inputs.check_unchanged()
@@ -209,6 +205,18 @@ def check_merged(
             seconds=time.monotonic() - started,
             findings=tuple(dict.fromkeys(found)),
         )
+
+
+def _expected(
+    inputs: MergeInputs, changes: Changes, settings: MergeSettings
+) -> dict[str, Expected]:
+    return expected_tensors(
+        inputs.base,
+        inputs.files,
+        changes,
+        dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
+        dequantisation=inputs.dequantisation,
+    )
 
 
 @contextmanager
@@ -303,6 +311,72 @@ def _opened(
         dequantize=settings.dequantize,
     ) as inputs:
         yield inputs
+
+
+# --- other A and B -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OtherProjections:
+    """Tries the A and B that other versions of PEFT have in effect on tensors that are wrong."""
+
+    given: Sequence[GivenAdapter]
+    base: BaseWish
+    provenance: Provenance | None
+    settings: MergeSettings
+    access: HubAccess
+    model: BaseModel
+
+    def explain(self, names: Sequence[str]) -> dict[str, str]:
+        """Return for each wrong tensor that is right with other A and B how to say so."""
+        for meant, dtype in self._others():
+            settings = replace(self.settings, projections=meant, base_dtype=dtype)
+            # Most trials end with the two worst tensors.
+            if self._right(settings, names[:2]):
+                said = _IN_WORDS[meant]
+                if dtype != self.settings.base_dtype:
+                    said += f" --base-dtype {dtype}"
+                return dict.fromkeys(self._right(settings, names), f"{said}.")
+        return {}
+
+    def _others(self) -> Iterator[tuple[Meant, str | None]]:
+        own = self.settings.base_dtype
+        for meant in (Meant.KEY, Meant.FILE):
+            if meant is not self.settings.projections:
+                yield meant, own
+        for dtype in ("float32", "bfloat16", "float16"):
+            if dtype != own:
+                yield Meant.KEY, dtype
+
+    def _right(self, settings: MergeSettings, names: Sequence[str]) -> list[str]:
+        """Return the names of those tensors that are right with these options, if the first is."""
+        try:
+            with _opened(self.given, self.base, settings, access=self.access) as inputs:
+                parts, _ = _weighted(inputs.parts, self.given, self.provenance)
+                expected = _expected(inputs, _collected(parts, inputs, settings), settings)
+                found = check_tensors(
+                    {name: expected[name] for name in names if name in expected},
+                    self.model,
+                    _files(self.model),
+                    wider_too=settings.dtype is None and not settings.recorded,
+                    explain=lambda wrong: dict.fromkeys(wrong, "not with these"),
+                )
+        except VeraConvertError:  # the adapter has no such A and B
+            return []
+        right = {check.name for check in found.checks if check.passed}
+        return [name for name in names if name in right] if right.issuperset(names[:2]) else []
+
+
+_IN_WORDS = {
+    Meant.KEY: (
+        "It is right with A and B drawn from the key, as PEFT 0.11 to 0.20 merges: verify with "
+        "--projections key"
+    ),
+    Meant.FILE: (
+        "It is right with the stored A and B, as PEFT 0.21 merges if save_projection is true: "
+        "verify with --projections file"
+    ),
+}
 
 
 # --- what was merged, and what is given ----------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,18 @@ class Pair:
         """How many bytes one of its rows takes in the merged model."""
         return self.expected.matrix[1] * BITS[self.found] // 8
 
+    def continues(self, other: Pair) -> bool:
+        """Say whether bytes that are copied follow those of another pair, in both files."""
+        mine, before = self.expected, other.expected
+        return (
+            mine.is_carried
+            and before.is_carried
+            and self.file is other.file
+            and mine.source is before.source
+            and self.start == other.start + other.nbytes
+            and mine.start == before.start + other.nbytes
+        )
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield where blocks begin and end: bytes if they are carried, else rows."""
         if self.expected.is_carried:
@@ -109,6 +121,28 @@ def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
     narrow = values.astype(dtype)
     narrow[narrow.astype(values.dtype) != values] = np.nan
     return narrow
+
+
+Run = tuple[Pair, ...]
+
+
+def runs_of(pairs: Iterable[Pair]) -> Iterator[Run]:
+    """Yield runs of small tensors whose copied bytes lie one after the other, and others alone.
+
+    A run is compared in one step. It is no longer than a block.
+    """
+    run: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        if run and size + pair.nbytes <= _BLOCK_BYTES and pair.continues(run[-1]):
+            run.append(pair)
+            size += pair.nbytes
+            continue
+        if run:
+            yield tuple(run)
+        run, size = [pair], pair.nbytes
+    if run:
+        yield tuple(run)
 
 
 def is_wider(found: str, due: str) -> bool:

@@ -50,12 +50,14 @@ class Limits:
 
     Attributes:
         memory: bytes, whatever the size of the model: torch and transformers take half a GiB of it.
+        memory_per_core: bytes more for each core: libraries reserve stacks and buffers for threads.
         memory_factor: bytes more for each byte of the weights. A model in 16 bits is computed in
             32, and is there twice for a moment while it is built: six times its bytes.
         times: the time for each stage.
     """
 
     memory: int = 4 * _GIB
+    memory_per_core: int = _GIB // 16
     memory_factor: float = 8.0
     times: Mapping[Stage, Limit] | None = None
 
@@ -109,7 +111,8 @@ def run_models(
     """
     limits = limits or Limits()
     with TemporaryDirectory(prefix="vera-convert-") as scratch, _started(scratch) as child:
-        memory = int(limits.memory + limits.memory_factor * weights)
+        cores = limits.memory_per_core * (os.cpu_count() or 1)
+        memory = int(limits.memory + cores + limits.memory_factor * weights)
         _send(child, {**asdict(job), "memory": memory})
         progress(0, 5 * job.samples)
         return _Watch(child, weights, limits, progress).result()

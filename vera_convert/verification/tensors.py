@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from vera_convert.assembly.inputs import InputFile
 from vera_convert.assembly.jobs import Crew, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
@@ -28,14 +30,16 @@ from vera_convert.rules import (
 from vera_convert.verification.expected import Expected, Kind
 from vera_convert.verification.hints import hint
 from vera_convert.verification.judging import Judge, Judgement, judge_bytes, judge_conversion
-from vera_convert.verification.pairs import Buffers, Pair, pairs_of
+from vera_convert.verification.pairs import Buffers, Pair, Run, pairs_of, runs_of
 
 _MOST_FINDINGS = 50
 _MOST_HINTS = 64
 """Tensors whose values are looked at again to say what went wrong, the worst first."""
 
 Progress = Callable[[int, int], None]
-Job = tuple[Pair, int, int]
+Explain = Callable[[Sequence[str]], Mapping[str, str]]
+"""Takes the names of wrong tensors, the worst first, and gives what happened to some of these."""
+Job = tuple[Run, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ def check_tensors(
     jobs: int | None = None,
     wider_too: bool = False,
     progress: Progress = lambda _done, _of: None,
+    explain: Explain = lambda _names: {},
 ) -> MergedTensors:
     """Hold every tensor of a merged model against what it must be.
 
@@ -144,6 +149,7 @@ def check_tensors(
         jobs: threads; None for one for each core, four at most.
         wider_too: whether a wider dtype than the expected one is no error.
         progress: told now and then how many bytes have been compared, and of how many.
+        explain: asked what happened to wrong tensors that deltas are added to, before values tell.
 
     Raises:
         SurroundingsError: a file cannot be read, or changed meanwhile.
@@ -152,7 +158,7 @@ def check_tensors(
     count = jobs or default_jobs()
     judgements = _Comparison(pairs, count, progress).run()
     pairs = _rounded_before(pairs, judgements, expected, count)
-    found = {pair.expected.name: check for pair, check in _checks(pairs, judgements)}
+    found = {pair.expected.name: check for pair, check in _checks(pairs, judgements, explain)}
     checks = tuple(found[name] for name in expected if name in found)
     compared = MergedTensors(
         checks,
@@ -197,16 +203,16 @@ def _rounded_before(
 
 
 def _checks(
-    pairs: Sequence[Pair], judgements: Mapping[str, Judgement]
+    pairs: Sequence[Pair], judgements: Mapping[str, Judgement], explain: Explain
 ) -> Iterator[tuple[Pair, TensorCheck]]:
     """Yield the check of each tensor, with a hint for the worst."""
     added = [pair for pair in pairs if pair.expected.kind is Kind.ADDED]
     wrong = [pair for pair in added if judgements[pair.expected.name].wrong]
     wrong.sort(key=lambda pair: -judgements[pair.expected.name].excess)
-    hints = {
-        pair.expected.name: hint(pair, judgements[pair.expected.name])
-        for pair in wrong[:_MOST_HINTS]
-    }
+    hints = {**explain([pair.expected.name for pair in wrong])} if wrong else {}
+    for pair in wrong[:_MOST_HINTS]:
+        if pair.expected.name not in hints:
+            hints[pair.expected.name] = hint(pair, judgements[pair.expected.name])
     for pair in pairs:
         tensor = pair.expected
         judgement = judgements[tensor.name]
@@ -315,7 +321,7 @@ class _Comparison:
         self._of = sum(pair.nbytes for pair in pairs)
 
     def run(self) -> dict[str, Judgement]:
-        blocks = ((pair, *block) for pair in self._pairs for block in pair.blocks())
+        blocks = (block for run in runs_of(self._pairs) for block in _blocks(run))
         with one_blas_thread(), Crew[Job](self._jobs, self._worker) as crew:
             crew.run(blocks, tell=lambda: self._progress(self._done, self._of))
         return self._judgements
@@ -326,7 +332,14 @@ class _Comparison:
         judges: dict[str, Judge] = {}
 
         def work(job: Job) -> None:
-            pair, first, last = job
+            run, first, last = job
+            if len(run) > 1:
+                judgements = _compared_run(run, last, buffers)
+                with self._lock:
+                    self._judgements.update(judgements)
+                    self._done += last
+                return
+            (pair,) = run
             tensor = pair.expected
             if tensor.terms and tensor.name not in judges:
                 judges.clear()
@@ -337,6 +350,30 @@ class _Comparison:
                 self._done += last - first if tensor.is_carried else _bytes(pair, first, last)
 
         return work
+
+
+def _blocks(run: Run) -> Iterator[Job]:
+    """Yield the blocks of a tensor alone; a run of several is one block of bytes."""
+    if len(run) > 1:
+        yield run, 0, sum(pair.nbytes for pair in run)
+        return
+    for first, last in run[0].blocks():
+        yield run, first, last
+
+
+def _compared_run(run: Run, size: int, buffers: Buffers) -> dict[str, Judgement]:
+    """Compare tensors whose bytes lie one after the other."""
+    found, wanted = run[0].raw(0, size, buffers)
+    if np.array_equal(found, wanted):
+        return {pair.expected.name: Judgement(pair.expected.count) for pair in run}
+    judgements, at = {}, 0
+    for pair in run:
+        bytes_of = slice(at, at + pair.nbytes)
+        judgements[pair.expected.name] = judge_bytes(
+            found[bytes_of], wanted[bytes_of], pair.expected.dtype, 0
+        )
+        at += pair.nbytes
+    return judgements
 
 
 def _bytes(pair: Pair, first: int, last: int) -> int:
