@@ -58,8 +58,8 @@ test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the containe
 bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: .venv/demo.stamp ## Write the page of the rules anew from the catalogue
-	$(BIN)/python -m vera_convert.formats.catalogue > docs/rules.md
+docs: .venv/demo.stamp ## Write the page of the rules anew from the catalog
+	$(BIN)/python -m vera_convert.formats.catalog > docs/rules.md
 
 lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
 	$(BIN_LOCK)/python requirements/lock.py $(TORCH) $(TORCH_FLOOR)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vera_convert.draws.generator import Rounding, Variant, draw, draw_blocks, rounded
-from vera_convert.draws.recognition import recognise, searched_keys
+from vera_convert.draws.recognition import recognize, searched_keys
 
 KEY = 40_000
 DTYPES = tuple(dict.fromkeys(variant.split("-")[0] for variant in Variant))
@@ -89,8 +89,8 @@ def in_blocks(variant: Variant, dims: dict[str, int]) -> None:
         pass
 
 
-def recognising(dims: dict[str, int], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds that recognising a pair takes, by what there is to find."""
+def recognizing(dims: dict[str, int], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that recognizing a pair takes, by what there is to find."""
     A, B = draw(Variant.FLOAT32_FUSED, key=KEY, **dims)
     half_A, half_B = rounded(A, Rounding.BF16), rounded(B, Rounding.BF16)
     part = A[:, : A.shape[1] // 2].copy()
@@ -99,12 +99,12 @@ def recognising(dims: dict[str, int], rounds: int) -> dict[str, float]:
     foreign = [np.roll(matrix, 1, axis=1) for matrix in (A, B)]
     times = timed(
         {
-            "this key": lambda: recognise(A, B, key=KEY),
-            "this key, rounded to bf16": lambda: recognise(half_A, half_B, key=KEY),
-            "this key, a larger draw": lambda: recognise(part, B, key=KEY),
-            "another key": lambda: recognise(A, B, key=1),
-            "no draw: one sign flipped": lambda: recognise(A, damaged, key=KEY),
-            "no draw at all": lambda: recognise(*foreign, key=KEY),
+            "this key": lambda: recognize(A, B, key=KEY),
+            "this key, rounded to bf16": lambda: recognize(half_A, half_B, key=KEY),
+            "this key, a larger draw": lambda: recognize(part, B, key=KEY),
+            "another key": lambda: recognize(A, B, key=1),
+            "no draw: one sign flipped": lambda: recognize(A, damaged, key=KEY),
+            "no draw at all": lambda: recognize(*foreign, key=KEY),
             "the search through 65,536 keys alone": lambda: searched_keys(A, B),
         },
         rounds,
@@ -125,9 +125,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rows = drawing(dims, options.rounds)
-    found = recognising(dims, options.rounds)
+    found = recognizing(dims, options.rounds)
     if options.json:
-        document = {"torch": torch.__version__, **dims, "drawing": rows, "recognising_ms": found}
+        document = {"torch": torch.__version__, **dims, "drawing": rows, "recognizing_ms": found}
         print(json.dumps(document, indent=2))
         return
     print(f"{'drawn':28} {'ms':>6} {'torch':>6} {'ratio':>6} {'beside it':>10} {'in blocks':>10}")
@@ -136,7 +136,7 @@ def main() -> None:
             f"{row['variant']:28} {row['ms']:6.1f} {row['torch_ms']:6.1f} {row['ratio']:6.2f} "
             f"{row['bytes_beside_result']:10,} {row['bytes_in_blocks']:10,}"
         )
-    print(f"\n{'recognised':38} {'ms':>6}")
+    print(f"\n{'recognized':38} {'ms':>6}")
     for name, milliseconds in found.items():
         print(f"{name:38} {milliseconds:6.1f}")
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
 from vera_convert.cli import main
-from vera_convert.hub import asking
-from vera_convert.hub.calls import close_sessions
+from vera_convert.hub import requests
+from vera_convert.hub.client import close_sessions
 from vera_convert.schemas import load_schema
 
 # On a fresh machine the first texts wait for a table to be built, longer than Hypothesis allows.
@@ -122,7 +122,7 @@ def server(
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(asking, "PAUSES", (0.0, 0.0))
+        monkeypatch.setattr(requests, "PAUSES", (0.0, 0.0))
         close_sessions()
         yield hub
         close_sessions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,25 +19,25 @@ PACKAGE = ROOT / "vera_convert"
 LAYERS = """
 _version
 rules errors schemas delta embeddings
-files: reading jsonediting header tensorfile extents weightfiles
+files: reading json_edit header tensorfile value_range shards
 arguments
 draws: generator recognition
-publish: interrupts filesystem container publishing
-hub: reponame secrets checksum refusals asking remotefile calls cache beginnings downloading
+publish: signals filesystem staging publishing
+hub: repo_name secrets checksum refusals requests range_file client cache beginnings downloading
 hub: location files lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
-base: model folder layers renamerules conversiontable renames layouts quantised naming taskclasses
-base: replacements components onbase dims identity learning
+base: model side_files layers rename_table conversion_table renames unsupported_layouts quantized
+base: match task_classes replacements components facts dims identity resolve
 conversion: projections proof transforms strip_embed regeneration migration
-assembly: halves sums blocks inputs outputs finishing jobs assembling journal
-merging: ineffect dequantising parts plan report replaced adapterfiles modelconfig inputs options
+assembly: float16 addends blocks input_files copying finisher pool writer journal
+merging: in_effect dequantize changes plan report replaced adapter_files model_config inputs options
 merging: card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
-verification: comparison running provenance options expected judging pairs
-verification: roundings otheradapters hints tensors beside merged forms result
-formats: pieces results merge locations validation sarif junit github catalogue verification
+verification: model_comparison running provenance options expected comparator pairs
+verification: roundings other_adapters diagnosis tensors model_files merged forms result
+formats: shared results merge locations validation sarif junit github catalog verification
 with_torch
 verifying
 __init__ cli __main__
@@ -56,9 +57,14 @@ def in_order(layers: str) -> list[str]:
 
 ORDER = in_order(LAYERS)
 
+GROUND = {"_version", "rules", "errors", "schemas", "delta", "embeddings", "arguments"}
+"""Single modules that every folder may import."""
+ABOVE_FOLDERS = {"counting", "summary"}
+"""Single modules that stand above the folders they use; `formats` shows their results."""
+
 ONLY_IN = {
     "click": {"cli"},
-    "huggingface_hub": {"hub.calls"},
+    "huggingface_hub": {"hub.client"},
     "torch": {"with_torch"},
     "transformers": {"with_torch"},
 }
@@ -144,6 +150,25 @@ def test_a_module_imports_only_from_layers_above_its_own(module: str) -> None:
             assert layer < own or other == layer_of(module) == "with_torch", (
                 f"{module} imports {other}"
             )
+
+
+FOLDERS = sorted({name.partition(".")[0] for name in MODULES if "." in name})
+
+
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "with_torch"])
+def test_a_folder_imports_exactly_the_folders_that_its_docstring_names(folder: str) -> None:
+    used = {
+        name.removeprefix("vera_convert.").partition(".")[0]
+        for module, tree in MODULES.items()
+        if module == folder or module.startswith(f"{folder}.")
+        for name in imports(tree)
+        if name.startswith("vera_convert.")
+    }
+    docstring = ast.get_docstring(MODULES[folder])
+    assert docstring is not None
+    named = set(re.findall(r"`(\w+)`", docstring.partition("May import")[2]))
+    allowed = GROUND | ABOVE_FOLDERS if folder == "formats" else GROUND
+    assert used - allowed - {folder, "__version__"} == named
 
 
 @pytest.mark.parametrize("module", MODULES)

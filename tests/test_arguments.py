@@ -17,17 +17,17 @@ from merges import filled_base
 
 import vera_convert
 from vera_convert import (
-    AdapterWish,
-    BaseWish,
-    GivenAdapter,
-    Meant,
+    AdapterSpec,
+    BaseOptions,
     MergeOptions,
     Mode,
+    ProjectionSource,
     Rounding,
     Tied,
     UsageError,
     Variant,
     VeraConvertError,
+    VerifiedSpec,
     VerifyOptions,
 )
 from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
@@ -96,9 +96,9 @@ FUNCTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 """The public functions, each with arguments that it takes."""
 
 RECORDS: dict[str, dict[str, Any]] = {
-    "AdapterWish": {"adapter": "a"},
-    "BaseWish": {},
-    "GivenAdapter": {"adapter": "a"},
+    "AdapterSpec": {"adapter": "a"},
+    "BaseOptions": {},
+    "VerifiedSpec": {"adapter": "a"},
     "HubAccess": {},
     "MergeOptions": {},
     "VerifyOptions": {},
@@ -138,7 +138,7 @@ DTYPE = Ways(
     "float64, float32, bfloat16, float16",
 )
 GENERATOR = choices(Variant)
-MEANT = choices(Meant)
+MEANT = choices(ProjectionSource)
 SIZE = Ways(
     ((5_000_000_000, "5GB", "5 gb", "5G"), (1 << 29, "0.5GiB", "512MiB")),
     ("big", "5", "GB", "-5GB", 0, -1, 1.5, object(), True),
@@ -228,7 +228,11 @@ ARGUMENTS: dict[str, Ways] = {
 }
 """What may be written for an argument, by its name."""
 
-OF_RECORDS = {"BaseWish.model": PLACE, "AdapterWish.adapter": PLACE, "GivenAdapter.adapter": PLACE}
+OF_RECORDS = {
+    "BaseOptions.model": PLACE,
+    "AdapterSpec.adapter": PLACE,
+    "VerifiedSpec.adapter": PLACE,
+}
 OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD}
 CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
 
@@ -326,12 +330,12 @@ def test_the_string_of_a_merge_option_does_what_the_option_does(
     own = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
     adapter = good_adapter(tmp_path / "own", tensors={"base_model.vera_A": own})
     weights, changed = {}, "model.layers.0.self_attn.q_proj.weight"
-    for projections in (Meant.KEY, "key", "file"):
+    for projections in (ProjectionSource.KEY, "key", "file"):
         out = tmp_path / f"{type(projections).__name__}-{projections}"
         options = MergeOptions(projections=projections)  # type: ignore[arg-type]
         vera_convert.merge(adapter, out, base=inputs.base, options=options)
         weights[out.name] = load_file(out / "model.safetensors")[changed]
-    assert (weights["str-key"] == weights["Meant-key"]).all()
+    assert (weights["str-key"] == weights["ProjectionSource-key"]).all()
     assert (weights["str-key"] != weights["str-file"]).any()
 
 
@@ -356,17 +360,17 @@ def test_a_record_takes_every_choice_both_ways(name: str, field: str) -> None:
 
 
 def test_further_adapters_are_records_or_texts() -> None:
-    options = MergeOptions(add=["a", "b=0.5", AdapterWish("c", 2)])  # type: ignore[list-item]
-    assert options.add == (AdapterWish("a", 1.0), AdapterWish("b", 0.5), AdapterWish("c", 2.0))
+    options = MergeOptions(add=["a", "b=0.5", AdapterSpec("c", 2)])  # type: ignore[list-item]
+    assert options.add == (AdapterSpec("a", 1.0), AdapterSpec("b", 0.5), AdapterSpec("c", 2.0))
     given = VerifyOptions(add=["a", "b=0.5"])  # type: ignore[list-item]
-    assert given.add == (GivenAdapter("a", None), GivenAdapter("b", 0.5))
+    assert given.add == (VerifiedSpec("a", None), VerifiedSpec("b", 0.5))
     assert adapter_and_weight("add", "a=b") == ("a=b", None)
 
 
 def test_a_dtype_of_torch_counts_by_its_name() -> None:
     torch = pytest.importorskip("torch")
     assert dtype_name("dtype", torch.bfloat16) == "bfloat16"
-    assert BaseWish(dtype=torch.float16).dtype == "float16"
+    assert BaseOptions(dtype=torch.float16).dtype == "float16"
     with pytest.raises(UsageError, match="float64"):
         dtype_name("dtype", torch.int8)
 

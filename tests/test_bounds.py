@@ -13,13 +13,13 @@ from adapters import good_adapter
 from bases import TENSORS, tiny_base
 from commandline import Run
 
+from vera_convert.base.match import Match, match_modules, match_replacements
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.naming import Match, match_modules, match_replacements
-from vera_convert.base.quantised import quantised_targets
+from vera_convert.base.quantized import quantized_targets
 from vera_convert.base.renames import model_types, views
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
-from vera_convert.files.weightfiles import find_weights
+from vera_convert.files.shards import find_weights
 from vera_convert.hub.lookup import Location
 from vera_convert.validation.selection import Settings, read_settings
 
@@ -46,9 +46,9 @@ def layers(count: int, target: str = "q_proj") -> Iterator[str]:
     return (f"model.layers.{number}.self_attn.{target}.weight" for number in range(count))
 
 
-def quantised(base: BaseModel) -> int:
-    """How many layers the config calls quantised."""
-    findings = quantised_targets(base, base.tensors)
+def quantized(base: BaseModel) -> int:
+    """How many layers the config calls quantized."""
+    findings = quantized_targets(base, base.tensors)
     return int(findings[0].reason.partition(" of ")[0].replace(",", "")) if findings else 0
 
 
@@ -60,23 +60,23 @@ def test_many_patterns_and_many_layers_are_compared_soon(field: str) -> None:
     kept = [f"model.layers.{number}.self_attn.q_proj" for number in range(0, 40_000, 2)]
     config = {"quantization_config": {"quant_method": "gptq", field: kept}}
     with soon():
-        found = quantised(base_of(layers(20_000), config))
+        found = quantized(base_of(layers(20_000), config))
     assert found == 10_000
 
 
 @pytest.mark.parametrize("pattern", ["re:.*\\.{}\\..*", "*.{}.*"])
-def test_patterns_that_cannot_be_compared_soon_leave_every_layer_quantised(pattern: str) -> None:
+def test_patterns_that_cannot_be_compared_soon_leave_every_layer_quantized(pattern: str) -> None:
     ignored = [pattern.format(number) for number in range(20_000)]
     config = {"quantization_config": {"quant_method": "fp8", "ignore": ignored}}
     with soon():
-        assert quantised(base_of(layers(500), config)) == 500
+        assert quantized(base_of(layers(500), config)) == 500
 
 
-def test_what_takes_too_long_to_tell_is_quantised_also_where_the_quantised_ones_are_listed() -> (
+def test_what_takes_too_long_to_tell_is_quantized_also_where_the_quantized_ones_are_listed() -> (
     None
 ):
     config = {"quantization_config": {"modules_in_block_to_quantize": ["(a+)+x"]}}
-    assert quantised(base_of(iter(["a" * 40 + ".weight"]), config)) == 1
+    assert quantized(base_of(iter(["a" * 40 + ".weight"]), config)) == 1
 
 
 def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
@@ -84,7 +84,7 @@ def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
     config = {"quantization_config": {"quant_method": "fp8", "ignore": ignored}}
     names = (f"{'a.' * 98}n{number}.weight" for number in range(10_000))
     with soon():
-        assert quantised(base_of(names, config)) == 10_000
+        assert quantized(base_of(names, config)) == 10_000
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
 )
 def test_a_pattern_fits_as_before(kept: str, name: str, fits: bool) -> None:
     config = {"quantization_config": {"quant_method": "fp8", "ignore": [kept]}}
-    assert quantised(base_of(iter([f"{name}.weight"]), config)) == (0 if fits else 1)
+    assert quantized(base_of(iter([f"{name}.weight"]), config)) == (0 if fits else 1)
 
 
 def test_a_config_of_very_many_quantization_configs_is_read_as_one() -> None:
@@ -114,7 +114,7 @@ def test_a_config_of_very_many_quantization_configs_is_read_as_one() -> None:
         for number in range(20_000)
     }
     with soon():
-        assert quantised(base_of(layers(500), parts)) == 500
+        assert quantized(base_of(layers(500), parts)) == 500
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseOptions
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.delta import delta, exact_delta, merged
-from vera_convert.merging.ineffect import in_effect
+from vera_convert.merging.in_effect import in_effect
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))
 RANK, INPUTS, OUTPUTS = 3, 5, 4
@@ -79,7 +79,7 @@ def test_one_float64_operand_makes_all_of_it_float64() -> None:
 
 
 def test_a_sum_is_rounded_once() -> None:
-    # Half of the last bit of 1 in bfloat16 is 2^-8, and its even neighbour is 1.
+    # Half of the last bit of 1 in bfloat16 is 2^-8, and its even neighbor is 1.
     weight = np.array([1, 1, 1], ml_dtypes.bfloat16)
     change = np.array([2.0**-8, 2.0**-8 + 2.0**-20, 3 * 2.0**-8], np.float32)
     assert merged(weight, change).astype(np.float64).tolist() == [1, 1 + 2.0**-7, 1 + 2.0**-6]
@@ -95,11 +95,11 @@ def test_float64_comes_to_16_bits_by_way_of_float32() -> None:
 def test_in_float64_it_gives_every_reference_of_the_fixtures(path: Path) -> None:
     expected = json.loads(path.read_bytes())
     ignored = "ignored the stored" in expected.get("default_semantics_note", "")
-    meant = Meant.KEY if ignored else Meant.AUTO
+    meant = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
     base = FIXTURES / expected["base"]
     weights = load_file(base / "model.safetensors")
     with open_adapter(path.parent) as adapter:
-        on_base = learn(adapter, BaseWish(str(base)), bases=Bases(), need=Need.VITAL)
+        on_base = resolve_base(adapter, BaseOptions(str(base)), bases=Bases(), need=Need.VITAL)
         assert on_base.match is not None
         pair = in_effect(adapter, on_base, meant=meant)
         for module, layer in adapter.layers.items():

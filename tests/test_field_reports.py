@@ -21,7 +21,7 @@ class Report(NamedTuple):
     Attributes:
         kind: what happened.
         reported: where, in public.
-        seen: the hostile cases and the tests that hold us to the right behaviour.
+        seen: the hostile cases and the tests that hold us to the right behavior.
     """
 
     kind: str
@@ -124,7 +124,7 @@ REPORTS = (
         (
             "test_a_trained_value_that_is_not_finite_is_named",
             "V301-a_lambda_is_no_number",
-            "lambda_b_ends_in_a_signalling_nan",
+            "lambda_b_ends_in_a_signaling_nan",
             "a_saved_head_holds_nan",
         ),
     ),
@@ -296,14 +296,14 @@ REPORTS = (
             "a_side_file_claims_more_than_any_disk",
         ),
     ),
-    # --- quantised bases ---
+    # --- quantized bases ---
     Report(
-        "the scales of a quantised base are left out of account",
+        "the scales of a quantized base are left out of account",
         "unslothai/unsloth #4919, unslothai/unsloth-zoo #803",
         (
             "test_without_the_option_it_is_refused_and_nothing_is_written",
             "test_a_merge_is_that_of_the_16_bit_model",
-            "base_config_is_quantised_in_an_odd_way",
+            "base_config_is_quantized_in_an_odd_way",
         ),
     ),
     # --- A and B ---
@@ -315,7 +315,7 @@ REPORTS = (
     Report(
         "the same seed gives other bits on another processor",
         "pytorch #155423, #155552, #148247",
-        ("test_recognises_every_variant_and_rounding", "test_one_flipped_bit_is_enough"),
+        ("test_recognizes_every_variant_and_rounding", "test_one_flipped_bit_is_enough"),
     ),
     Report(
         "A and B were drawn on a GPU, whose generator depends on the card",

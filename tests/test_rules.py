@@ -1,4 +1,4 @@
-"""The catalogue: complete, in order, and every rule of it seen at work."""
+"""The catalog: complete, in order, and every rule of it seen at work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapters import good_adapter
 from defects import DEFECTS, Defect
 
 from vera_convert import rules
-from vera_convert.rules import CATALOGUE, Rule
+from vera_convert.rules import CATALOG, Rule
 
 HERE = Path(__file__).parent
 PROVOKED = {case.code for case in DEFECTS}
@@ -30,10 +30,10 @@ def test_codes_stand_in_order_and_only_once() -> None:
         and node.value.func.id == "Rule"
     ]
     assert written == sorted(set(written))
-    assert written == [*CATALOGUE]
+    assert written == [*CATALOG]
 
 
-@pytest.mark.parametrize("rule", CATALOGUE.values(), ids=lambda rule: rule.code)
+@pytest.mark.parametrize("rule", CATALOG.values(), ids=lambda rule: rule.code)
 def test_a_rule_says_what_why_and_what_to_do(rule: Rule) -> None:
     assert re.fullmatch(r"V[0-6]\d\d", rule.code)
     assert rule.title[0].islower() or rule.title.startswith(("JSON", "PEFT", "__"))
@@ -43,7 +43,7 @@ def test_a_rule_says_what_why_and_what_to_do(rule: Rule) -> None:
     assert all(text.isprintable() for text in (rule.title, rule.why, rule.remedy))
 
 
-@pytest.mark.parametrize("code", CATALOGUE)
+@pytest.mark.parametrize("code", CATALOG)
 def test_every_rule_is_provoked(code: str) -> None:
     """By a defect, or by a test that names its code."""
     named = (code in path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
@@ -51,7 +51,7 @@ def test_every_rule_is_provoked(code: str) -> None:
 
 
 def test_every_defect_is_of_a_rule() -> None:
-    assert CATALOGUE.keys() >= PROVOKED
+    assert CATALOG.keys() >= PROVOKED
 
 
 OF_ADAPTERS = [case for case in DEFECTS if case.on == "adapter" and case.possible]

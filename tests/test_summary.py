@@ -17,8 +17,8 @@ from defects import Spoiler
 from folders import DATA, WEIGHTS, base_of
 from safetensors.numpy import load_file, save
 
-from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
@@ -89,14 +89,14 @@ def test_says_what_each_peft_uses(
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
     stored = json.loads((folder / "adapter_config.json").read_bytes())["save_projection"]
-    for wish in (None, BaseWish(str(tiny_base(tmp_path / "base")))):
+    for wish in (None, BaseOptions(str(tiny_base(tmp_path / "base")))):
         found = effects(info(folder, base=wish))
         assert found == {OLD: ("key", old), NEW: ("file" if stored else "key", new)}
 
 
 def test_a_base_of_other_dims_makes_peft_draw_others(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
-    found = info(folder, base=BaseWish(str(tiny_base(tmp_path / "base"))))
+    found = info(folder, base=BaseOptions(str(tiny_base(tmp_path / "base"))))
     assert effects(found)[OLD] == ("key", ())
     assert {finding.code for finding in found.findings} == {"V411", "V414", "V416"}
 
@@ -188,7 +188,7 @@ def test_the_size_embedded_is_told_if_it_can_be(
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tensors(lambda all_: {name: array.astype(lambdas) for name, array in all_.items()})(folder)
     assert info(folder).sizes.embedded is None
-    wish = BaseWish(str(tiny_base(tmp_path / "base", dtype=dtype or "float32")), dtype=dtype)
+    wish = BaseOptions(str(tiny_base(tmp_path / "base", dtype=dtype or "float32")), dtype=dtype)
     done = embed(folder, tmp_path / "out", base=wish)
     assert info(folder, base=wish).sizes.embedded == done.bytes_after
 
@@ -196,7 +196,7 @@ def test_the_size_embedded_is_told_if_it_can_be(
 def test_a_size_that_only_drawing_would_tell_is_not_told(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tensors(lambda all_: {name: a.astype(np.float16) for name, a in all_.items()})(folder)
-    wish = BaseWish(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
+    wish = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
     assert info(folder, base=wish).sizes.embedded is None
 
 
@@ -210,7 +210,7 @@ def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
     assert alone.parameters == 2 * (16 + RANK) + 2 * (8 + RANK)
     assert alone.lora_parameters is None
     assert (alone.sizes.lora, alone.sizes.merged) == (None, None)
-    based = info(folder, base=BaseWish(str(tiny_base(tmp_path / "base"))))
+    based = info(folder, base=BaseOptions(str(tiny_base(tmp_path / "base"))))
     assert [group.in_features for group in based.groups] == [16, 16]
     assert based.lora_parameters == 2 * RANK * (16 + 16) + 2 * RANK * (8 + 16)
     assert based.sizes.lora is not None
@@ -242,11 +242,13 @@ def test_does_without_a_base_that_cannot_be_had_and_says_so(
     assert found.findings == ()
 
 
-@pytest.mark.parametrize("meant", Meant)
-def test_tells_of_the_stored_projections_whatever_is_meant(meant: Meant, tmp_path: Path) -> None:
+@pytest.mark.parametrize("meant", ProjectionSource)
+def test_tells_of_the_stored_projections_whatever_is_meant(
+    meant: ProjectionSource, tmp_path: Path
+) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=KEY + 1)(folder)
-    found = info(folder, base=BaseWish(dtype="float32"), projections=meant)
+    found = info(folder, base=BaseOptions(dtype="float32"), projections=meant)
     assert found.draw is not None
     assert found.draw.key == KEY + 1
 
@@ -255,7 +257,7 @@ def test_the_keys_projections_need_a_dtype(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=KEY + 1)(folder)
     with pytest.raises(UsageError, match="--base-dtype"):
-        info(folder, projections=Meant.KEY)
+        info(folder, projections=ProjectionSource.KEY)
 
 
 def test_a_base_of_the_config_that_is_at_hand_is_read(

@@ -16,9 +16,9 @@ from vera_convert._version import __version__
 
 TYPE_CHECKING = False  # as in `typing`, which the program cannot wait for: a signal may come
 if TYPE_CHECKING:
-    from vera_convert.base.onbase import BaseWish
+    from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import Mode, TreeMigration, migrate, migrate_tree
-    from vera_convert.conversion.projections import Meant
+    from vera_convert.conversion.projections import ProjectionSource
     from vera_convert.conversion.regeneration import Regenerated, regenerate, regenerate_for
     from vera_convert.conversion.strip_embed import Conversion, embed, strip
     from vera_convert.counting import Count, count
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
         VeraConvertError,
     )
     from vera_convert.hub.lookup import HubAccess
-    from vera_convert.merging.inputs import AdapterWish
+    from vera_convert.merging.changes import Tied
+    from vera_convert.merging.inputs import AdapterSpec
     from vera_convert.merging.merge import Merge, merge
     from vera_convert.merging.options import MergeOptions
-    from vera_convert.merging.parts import Tied
     from vera_convert.schemas import load_schema, schema_names
     from vera_convert.summary import AdapterInfo, info
     from vera_convert.validation.validate import validate
     from vera_convert.validation.validation import Checked, Validation
-    from vera_convert.verification.options import GivenAdapter, VerifyOptions
+    from vera_convert.verification.options import VerifiedSpec, VerifyOptions
     from vera_convert.verification.result import Verification
     from vera_convert.verifying import verify
 
 _MODULES = {
     "AdapterInfo": "summary",
-    "AdapterWish": "merging.inputs",
-    "BaseWish": "base.onbase",
+    "AdapterSpec": "merging.inputs",
+    "BaseOptions": "base.facts",
     "Checked": "validation.validation",
     "CheckpointError": "errors",
     "Conversion": "conversion.strip_embed",
     "Count": "counting",
-    "GivenAdapter": "verification.options",
+    "VerifiedSpec": "verification.options",
     "HubAccess": "hub.lookup",
-    "Meant": "conversion.projections",
+    "ProjectionSource": "conversion.projections",
     "Merge": "merging.merge",
     "MergeOptions": "merging.options",
     "Mode": "conversion.migration",
     "Regenerated": "conversion.regeneration",
     "Rounding": "draws.generator",
-    "Tied": "merging.parts",
+    "Tied": "merging.changes",
     "SurroundingsError": "errors",
     "TreeMigration": "conversion.migration",
     "UsageError": "errors",
@@ -84,18 +84,17 @@ _MODULES = {
 
 __all__ = [
     "AdapterInfo",
-    "AdapterWish",
-    "BaseWish",
+    "AdapterSpec",
+    "BaseOptions",
     "Checked",
     "CheckpointError",
     "Conversion",
     "Count",
-    "GivenAdapter",
     "HubAccess",
-    "Meant",
     "Merge",
     "MergeOptions",
     "Mode",
+    "ProjectionSource",
     "Regenerated",
     "Rounding",
     "SurroundingsError",
@@ -106,6 +105,7 @@ __all__ = [
     "Variant",
     "VeraConvertError",
     "Verification",
+    "VerifiedSpec",
     "VerifyOptions",
     "__version__",
     "count",

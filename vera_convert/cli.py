@@ -36,10 +36,10 @@ from vera_convert.errors import (
 )
 from vera_convert.files.reading import printable
 from vera_convert.hub.secrets import redacted
-from vera_convert.publish.interrupts import Interrupted, interruption, signals_raise
+from vera_convert.publish.signals import Interrupted, interruption, signals_raise
 
 if TYPE_CHECKING:
-    from vera_convert.base.onbase import BaseWish
+    from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import TreeMigration
     from vera_convert.conversion.regeneration import Regenerated
     from vera_convert.conversion.strip_embed import Conversion
@@ -78,7 +78,7 @@ class KeyMap(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         """Split at the equals sign; one side may be empty."""
-        from vera_convert.base.onbase import parse_key_map
+        from vera_convert.base.facts import parse_key_map
 
         return parse_key_map(value)
 
@@ -273,10 +273,10 @@ def _access(options: Mapping[str, Any]) -> HubAccess:
     )
 
 
-def _base_wish(options: Mapping[str, Any]) -> BaseWish:
-    from vera_convert.base.onbase import BaseWish
+def _base_options(options: Mapping[str, Any]) -> BaseOptions:
+    from vera_convert.base.facts import BaseOptions
 
-    return BaseWish(
+    return BaseOptions(
         model=options.get("base"),
         revision=options.get("base_revision"),
         dtype=options.get("base_dtype"),
@@ -308,11 +308,11 @@ def info(adapter: str, **options: Any) -> None:
     ADAPTER is a folder or a repo on the Hub, org/name[@revision][/subfolder].
     """
     from vera_convert.formats.results import info_document, info_text
-    from vera_convert.summary import info as summarise
+    from vera_convert.summary import info as summarize
 
-    result = summarise(
+    result = summarize(
         adapter,
-        base=_base_wish(options),
+        base=_base_options(options),
         projections=options["projections"],
         revision=options["revision"],
         access=_access(options),
@@ -393,7 +393,7 @@ def _validated(adapters: tuple[str, ...], options: Mapping[str, Any]) -> Validat
     fail_on = options["fail_on"] or settings.fail_on
     return run(
         adapters,
-        base=_base_wish(options),
+        base=_base_options(options),
         recursive=options["recursive"],
         deep=options["deep"],
         select=select or settings.select,
@@ -425,7 +425,7 @@ def _report(result: Validation, options: Mapping[str, Any]) -> None:
                     _say(f"{finding.severity}: {checked.label}: {finding}", err=True)
     else:
         text = validation_text(
-            result, colour=_in_colour(), width=_columns(), failures_said=options["output"] is None
+            result, color=_in_color(), width=_columns(), failures_said=options["output"] is None
         )
         _say(text)
 
@@ -477,7 +477,7 @@ def _append_summary(result: Validation) -> None:
         _say(f"warning: no summary was written: {printable(str(error))}", err=True)
 
 
-def _in_colour() -> bool:
+def _in_color() -> bool:
     """Whether a terminal shows the text that wants no other."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return sys.stdout is not None and sys.stdout.isatty() and not plain
@@ -493,8 +493,8 @@ def _columns() -> int:
 
 
 def _show_rules(adapters: tuple[str, ...], options: Mapping[str, Any]) -> None:
-    from vera_convert.formats.catalogue import explanation, rules_document, rules_text
-    from vera_convert.rules import CATALOGUE
+    from vera_convert.formats.catalog import explanation, rules_document, rules_text
+    from vera_convert.rules import CATALOG
     from vera_convert.validation.selection import check_codes
 
     if adapters or (options["rules"] and options["explain"]):
@@ -505,7 +505,7 @@ def _show_rules(adapters: tuple[str, ...], options: Mapping[str, Any]) -> None:
     codes = options["explain"] or selected or ("",)
     if codes != ("",):
         check_codes(codes)
-    rules = [rule for rule in CATALOGUE.values() if rule.code.startswith(codes)]
+    rules = [rule for rule in CATALOG.values() if rule.code.startswith(codes)]
     if options["as_json"] or options["form"] == "json":
         _print_document(rules_document(rules))
     else:
@@ -528,7 +528,7 @@ def strip(adapter: str, out: Path, **options: Any) -> None:
     result = run(
         adapter,
         out,
-        base=_base_wish(options),
+        base=_base_options(options),
         projections=options["projections"],
         accept_change=options["accept_change"],
         force=options["force"],
@@ -555,7 +555,7 @@ def embed(adapter: str, out: Path, **options: Any) -> None:
     result = run(
         adapter,
         out,
-        base=_base_wish(options),
+        base=_base_options(options),
         generator=options["generator"],
         projections=options["projections"],
         force=options["force"],
@@ -615,7 +615,7 @@ def _regenerated(out: Path, options: Mapping[str, Any]) -> Regenerated:
         return regenerate_for(
             options["adapter"],
             out,
-            base=_base_wish(options),
+            base=_base_options(options),
             generator=generator,
             force=options["force"],
             revision=options["revision"],
@@ -682,7 +682,7 @@ def migrate(adapter: str, out: Path, **options: Any) -> None:
 
     wishes: dict[str, Any] = {
         "to": options["to"],
-        "base": _base_wish(options),
+        "base": _base_options(options),
         "projections": options["projections"],
         "accept_change": options["accept_change"],
         "peft_version": options["peft_version"],
@@ -794,7 +794,7 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
         result = run(
             adapter,
             out,
-            base=_base_wish(options),
+            base=_base_options(options),
             options=_merge_options(options),
             revision=options["revision"],
             access=_access(options),
@@ -852,7 +852,7 @@ def verify(adapter: str, **options: Any) -> None:
     ):
         result = run(
             adapter,
-            base=_base_wish(options),
+            base=_base_options(options),
             other=options["other"],
             merged=options["merged"],
             options=_verify_options(options),
@@ -874,11 +874,11 @@ def verify(adapter: str, **options: Any) -> None:
 
 
 def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
-    from vera_convert.verification.options import GivenAdapter, VerifyOptions
+    from vera_convert.verification.options import VerifiedSpec, VerifyOptions
 
     same = ("weight", "dtype", "dequantize", "layers_only", "samples", "text", "jobs")
     return VerifyOptions(
-        add=tuple(GivenAdapter(adapter, weight) for adapter, weight in options["add"]),
+        add=tuple(VerifiedSpec(adapter, weight) for adapter, weight in options["add"]),
         projections=options["projections"],
         generator=options["generator"],
         tied=options["tied"],
@@ -919,7 +919,7 @@ def _command_without_token(arguments: Sequence[str]) -> str:
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
-    from vera_convert.merging.inputs import AdapterWish
+    from vera_convert.merging.inputs import AdapterSpec
     from vera_convert.merging.options import MergeOptions
 
     same = (
@@ -927,7 +927,7 @@ def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
         *("check", "checksums", "resume", "dry_run"),
     )
     return MergeOptions(
-        add=tuple(AdapterWish(adapter, weight) for adapter, weight in options["add"]),
+        add=tuple(AdapterSpec(adapter, weight) for adapter, weight in options["add"]),
         projections=options["projections"],
         generator=options["generator"],
         tied=options["tied"],
@@ -1149,7 +1149,7 @@ def _explained(error: Exception) -> VeraConvertError:
 def _refuse(error: VeraConvertError, arguments: list[str], whose: Mapping[str, str | None]) -> int:
     """Say why a command failed and return the status that stands for it."""
     if "--json" in arguments:
-        from vera_convert.formats.pieces import error_document
+        from vera_convert.formats.shared import error_document
 
         with suppress(_NotPrintedError):
             _print_document(error_document(error))

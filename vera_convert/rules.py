@@ -1,4 +1,4 @@
-"""The catalogue: every way a checkpoint can be wrong, each with a stable code.
+"""The catalog: every way a checkpoint can be wrong, each with a stable code.
 
 Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base,
 V6 verification.
@@ -385,7 +385,7 @@ OFFSETS_SPAN = Rule(
     "V049",
     ERROR,
     "a tensor's bytes are not as many as its shape and dtype need",
-    "Readers that do not check read the neighbour's values, or memory that is not theirs.",
+    "Readers that do not check read the neighbor's values, or memory that is not theirs.",
     "Write the file again with the safetensors library.",
 )
 DATA_OVERLAP = Rule(
@@ -714,7 +714,7 @@ MODULE_TO_SAVE_MISSING = Rule(
     "V222",
     ERROR,
     "a module of modules_to_save has no tensor in the file",
-    "PEFT up to 0.14 would keep a freshly initialised module; later ones fail with a KeyError.",
+    "PEFT up to 0.14 would keep a freshly initialized module; later ones fail with a KeyError.",
     "Save the adapter again from the training run, or remove the name from modules_to_save.",
 )
 BIAS_NOT_STORED = Rule(
@@ -932,7 +932,7 @@ ROUNDING_UNCLEAR = Rule(
     "V415",
     WARNING,
     "the base's tensors do not tell how PEFT rounds projections on it",
-    "PEFT casts A and B to the dtype of each adapted layer in turn, and that of a quantised layer "
+    "PEFT casts A and B to the dtype of each adapted layer in turn, and that of a quantized layer "
     "or the order of mixed ones does not stand in the headers.",
     "Give the dtype that the base is loaded in with --base-dtype.",
 )
@@ -1256,53 +1256,53 @@ NAMES_RENAMED = Rule(
     "Load it in the class and the release of transformers that it was trained in.",
 )
 
-QUANTISED_TARGET = Rule(
+QUANTIZED_TARGET = Rule(
     "V550",
     ERROR,
-    "layers of the adapter are quantised in the base",
-    "Quantised values are too coarse to add to: most of the delta would be lost, or all of it.",
+    "layers of the adapter are quantized in the base",
+    "Quantized values are too coarse to add to: most of the delta would be lost, or all of it.",
     "Merge into the original model in 16 or 32 bits that this base was made from. If the base is "
     "fp8 with its scales beside the weights, --dequantize makes a 16-bit model of it.",
 )
-QUANTISED_ELSEWHERE = Rule(
+QUANTIZED_ELSEWHERE = Rule(
     "V551",
     NOTE,
-    "other layers of the base are quantised",
+    "other layers of the base are quantized",
     "They are copied as they are, and the config goes on saying how they are to be read.",
     "Nothing need be done: every layer that the adapter changes holds 16 or 32 bits.",
 )
 SCALE_MISSING = Rule(
     "V552",
     ERROR,
-    "a quantised tensor of the base has no scale",
+    "a quantized tensor of the base has no scale",
     "Its values mean nothing without one.",
     "Download the base again, or merge into the original model in 16 or 32 bits.",
 )
 SCALE_UNKNOWN = Rule(
     "V553",
     ERROR,
-    "the scales of a quantised tensor are laid out in an unknown way",
+    "the scales of a quantized tensor are laid out in an unknown way",
     "Known are one scale for the tensor, for each row, or for each block of rows and columns.",
     "Merge into the original model in 16 or 32 bits that this base was made from.",
 )
-NOT_DEQUANTISABLE = Rule(
+NOT_DEQUANTIZABLE = Rule(
     "V554",
     ERROR,
-    "the base is quantised in a way that cannot be undone here",
+    "the base is quantized in a way that cannot be undone here",
     "--dequantize undoes fp8 (E4M3 and E5M2) alone, and all of it or nothing.",
     "Merge into the original model in 16 or 32 bits that this base was made from.",
 )
-DEQUANTISED = Rule(
+DEQUANTIZED = Rule(
     "V555",
     NOTE,
     "the fp8 weights of the base become 16-bit ones",
     "Their scales and what the config says of them are left out with them.",
     "Nothing need be done; the result is about twice as large as the base.",
 )
-TARGET_IS_QUANTISED = Rule(
+TARGET_IS_QUANTIZED = Rule(
     "V556",
     WARNING,
-    "layers of the adapter are quantised in this base",
+    "layers of the adapter are quantized in this base",
     "PEFT can run the adapter there; it cannot be merged into it.",
     "To merge, take the original model in 16 or 32 bits that this base was made from.",
 )
@@ -1502,7 +1502,7 @@ MERGED_CONFIG_DIFFERS = Rule(
     "V615",
     ERROR,
     "the merged model's config.json makes another model of its weights than the base's",
-    "A merge changes dtype, tie and quantiser in it alone. The same weights now compute otherwise.",
+    "A merge changes dtype, tie and quantizer in it alone. The same weights now compute otherwise.",
     "Put the base's config.json there, with the merged model's dtype, or merge again.",
 )
 MERGED_CONFIG_RESAVED = Rule(
@@ -1584,7 +1584,7 @@ MERGED_OTHER_WEIGHTS = Rule(
 )
 
 # -------------------------------------------------------------------------------------------------
-CATALOGUE: dict[str, Rule] = {
+CATALOG: dict[str, Rule] = {
     rule.code: rule
     for rule in sorted(
         (value for value in list(globals().values()) if isinstance(value, Rule)),

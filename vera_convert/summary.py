@@ -14,14 +14,14 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import instance, one_of, optional, place, text
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import BaseWish, OnBase, wish_of
-from vera_convert.conversion.projections import LOAD_DTYPES, Meant, usual_draw
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.projections import LOAD_DTYPES, ProjectionSource, default_variant
 from vera_convert.conversion.proof import other_dims, unproven_draw
 from vera_convert.conversion.transforms import embedded, stripped
 from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.draws.generator import Rounding
-from vera_convert.draws.recognition import Difference, Draw, recognise
+from vera_convert.draws.recognition import Difference, Draw, recognize
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
@@ -110,7 +110,7 @@ class AdapterInfo:
     parameters: int
     lora_parameters: int | None
     sizes: Sizes
-    on_base: OnBase
+    on_base: BaseFacts
     findings: tuple[Finding, ...]
 
     @property
@@ -122,8 +122,8 @@ class AdapterInfo:
 def info(
     adapter: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
-    projections: Meant | str = Meant.AUTO,
+    base: BaseOptions | str | Path | None = None,
+    projections: ProjectionSource | str = ProjectionSource.AUTO,
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> AdapterInfo:
@@ -140,19 +140,21 @@ def info(
         CheckpointError: the adapter is malformed.
         SurroundingsError: it cannot be had or read.
     """
-    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
     location = fetch_weights(location, access)
     with open_adapter(location.fetched) as opened:
-        on_base = learn(opened, wish, bases=Bases(access), need=Need.HELPFUL)
+        on_base = resolve_base(opened, wish, bases=Bases(access), need=Need.HELPFUL)
         described = _described(opened, location, on_base, meant)
         opened.check_unchanged()
     return described
 
 
-def _described(adapter: Adapter, location: Location, on_base: OnBase, meant: Meant) -> AdapterInfo:
+def _described(
+    adapter: Adapter, location: Location, on_base: BaseFacts, meant: ProjectionSource
+) -> AdapterInfo:
     draw, difference = _origin(adapter)
     inputs = _inputs(on_base)
     linears = {
@@ -203,14 +205,14 @@ def _origin(adapter: Adapter) -> tuple[Draw | None, Difference | None]:
     """Return which draw the adapter's projections are, or how they differ from the nearest."""
     stored, recorded = adapter.projections, adapter.fingerprint
     if stored is not None:
-        found = recognise(
+        found = recognize(
             stored.A.array(), stored.B.array(), key=adapter.config.projection_prng_key
         )
         return found.draw, found.difference
     return (recorded.draw if recorded else None), None
 
 
-def _inputs(on_base: OnBase) -> dict[str, int]:
+def _inputs(on_base: BaseFacts) -> dict[str, int]:
     """Return in_features by module, as far as the base's headers were read."""
     if on_base.match is None:
         return {}
@@ -237,14 +239,14 @@ def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
     )
 
 
-def _effects(adapter: Adapter, draw: Draw | None, on_base: OnBase) -> tuple[Effect, ...]:
+def _effects(adapter: Adapter, draw: Draw | None, on_base: BaseFacts) -> tuple[Effect, ...]:
     """Tell what each PEFT uses, compared with the stored or recorded projections."""
     origin = adapter.projections or adapter.fingerprint
     redrawn: tuple[str, ...] | None = None
     if origin is not None:
         redrawn = ()
         dims = origin.in_features, origin.out_features
-        usual = usual_draw(adapter.config, on_base, *dims)
+        usual = default_variant(adapter.config, on_base, *dims)
         if draw and replace(draw, rounding=Rounding.NONE) == usual:
             redrawn = tuple(
                 dtype for dtype, rounding in LOAD_DTYPES.items() if draw.rounding is rounding
@@ -273,7 +275,7 @@ def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
         yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 
-def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:
+def _stripped_bytes(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> int | None:
     try:
         converted = stripped(adapter, on_base, meant=meant, accept_change=True)
     except CheckpointError:
@@ -281,7 +283,7 @@ def _stripped_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | No
     return file_size(converted.tensors, converted.metadata)
 
 
-def _embedded_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | None:
+def _embedded_bytes(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> int | None:
     """Return what `embed` would write; nothing is drawn for it, whatever a fingerprint claims."""
     if adapter.projections is not None:
         try:
@@ -306,7 +308,7 @@ def _embedded_bytes(adapter: Adapter, on_base: OnBase, meant: Meant) -> int | No
     return file_size([*adapter.tensors, *pair], metadata)
 
 
-def _is_unfit(adapter: Adapter, on_base: OnBase) -> bool:
+def _is_unfit(adapter: Adapter, on_base: BaseFacts) -> bool:
     """Say whether `embed` would refuse the dims that are known."""
     recorded = adapter.fingerprint
     if recorded is not None:
@@ -314,7 +316,7 @@ def _is_unfit(adapter: Adapter, on_base: OnBase) -> bool:
     return (on_base.out_features or 0) < adapter.longest_b
 
 
-def _embedded_dtype(adapter: Adapter, on_base: OnBase) -> str | None:
+def _embedded_dtype(adapter: Adapter, on_base: BaseFacts) -> str | None:
     """Return how A and B would be stored; None where only drawing them would tell."""
     if adapter.fingerprint is not None:
         return adapter.fingerprint.dtype

@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vera_convert.arguments import function, instance, optional, place
-from vera_convert.base.onbase import BaseWish, wish_of
+from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.publish.interrupts import signals_raise
+from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
     MODEL_DIFFERS,
     MODEL_SHOWS_LITTLE,
@@ -26,10 +26,10 @@ from vera_convert.rules import (
     Rule,
     Severity,
 )
-from vera_convert.verification.comparison import ModelComparison, ModelJob
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
-from vera_convert.verification.options import SAMPLES, GivenAdapter, VerifyOptions
+from vera_convert.verification.model_comparison import ModelComparison, ModelJob
+from vera_convert.verification.options import SAMPLES, VerifiedSpec, VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
 from vera_convert.verification.tensors import Progress
@@ -38,7 +38,7 @@ from vera_convert.verification.tensors import Progress
 def verify(
     adapter: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
+    base: BaseOptions | str | Path | None = None,
     other: str | Path | None = None,
     merged: str | Path | None = None,
     options: VerifyOptions | None = None,
@@ -71,7 +71,7 @@ def verify(
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
-    base, progress = wish_of(base), function("progress", progress)
+    base, progress = base_options_of(base), function("progress", progress)
     runs = function("runs", runs)
     if other is None and merged is None:
         raise UsageError("say what is to be verified: --adapter OTHER or --merged MODEL.")
@@ -80,7 +80,7 @@ def verify(
     elif not options.layers_only:
         _demand_torch()
         _demand_text(options.text)
-    given = GivenAdapter(adapter, options.weight, revision)
+    given = VerifiedSpec(adapter, options.weight, revision)
     form, check, model, not_run = None, None, None, None
     with signals_raise():
         if other is not None:

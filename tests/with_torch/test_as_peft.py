@@ -25,7 +25,7 @@ from torch import nn
 
 from vera_convert import CheckpointError, Rounding, SurroundingsError, UsageError, Variant
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
-from vera_convert.with_torch.peftnames import DECLINED
+from vera_convert.with_torch.peft_names import DECLINED
 
 pytestmark = [theirwarnings.OF_PEFT, theirwarnings.OF_TORCH]
 

@@ -17,10 +17,10 @@ from torchmodels import configured, job, saved, trained
 
 from vera_convert import VerifyOptions, merge, verify
 from vera_convert.errors import SurroundingsError
-from vera_convert.verification.comparison import Stage
+from vera_convert.verification.model_comparison import Stage
 from vera_convert.verification.running import Limit, Limits, run_models
-from vera_convert.with_torch.configfields import known_fields
-from vera_convert.with_torch.loading import blueprint
+from vera_convert.with_torch.build import blueprint
+from vera_convert.with_torch.config_fields import known_fields
 
 WEIGHTS = 1 << 20
 

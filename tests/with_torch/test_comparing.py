@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 from torchmodels import configured, job, saved, trained
 
 from vera_convert import (
-    AdapterWish,
-    BaseWish,
+    AdapterSpec,
+    BaseOptions,
     CheckpointError,
     MergeOptions,
     SurroundingsError,
@@ -35,9 +35,9 @@ from vera_convert import (
     strip,
 )
 from vera_convert.delta import delta, merged
-from vera_convert.verification.comparison import ModelComparison
-from vera_convert.with_torch import VeraConfig, VeraModel, comparing, loading, sampling
-from vera_convert.with_torch.comparing import compare_models
+from vera_convert.verification.model_comparison import ModelComparison
+from vera_convert.with_torch import VeraConfig, VeraModel, build, compare, samples
+from vera_convert.with_torch.compare import compare_models
 
 Tensors = dict[str, Any]
 WEIGHTS = "model.safetensors"
@@ -119,7 +119,7 @@ def test_several_adapters_with_weights(shelf: Callable[..., Path], tmp_path: Pat
     folder = shelf("llama", "bfloat16")
     base, one = folder / "base", folder / "adapter"
     two = trained(base, tmp_path / "two", "llama", target_modules=["k_proj", "q_proj"], r=8)
-    options = MergeOptions(weight=0.5, add=[AdapterWish(two, -0.75)])
+    options = MergeOptions(weight=0.5, add=[AdapterSpec(two, -0.75)])
     merge(one, tmp_path / "merged", base=base, options=options)
     assert compared(base, tmp_path / "merged", (one, 0.5), (two, -0.75)).passed
     for wrong in ([(one, 0.5)], [(one, 0.45), (two, -0.75)]):
@@ -153,7 +153,7 @@ def test_drawn_projections_are_rounded_as_the_merge_rounded_them(
 ) -> None:
     base = shelf("llama") / "base"
     adapter = trained(base, tmp_path / "adapter", "llama", save_projection=False, r=64)
-    wish = BaseWish(str(base), dtype="bfloat16")
+    wish = BaseOptions(str(base), dtype="bfloat16")
     merge(adapter, tmp_path / "merged", base=wish)
     assert compared(base, tmp_path / "merged", adapter, base_dtype="bfloat16").passed
     assert not compared(base, tmp_path / "merged", adapter).passed
@@ -167,7 +167,7 @@ def test_renamed_layers(shelf: Callable[..., Path], tmp_path: Path) -> None:
     renamed = {name.replace(".model.layers.", ".my.layers."): t for name, t in tensors.items()}
     save_file(renamed, adapter / ADAPTER)
     pairs = (("nobody", "model"), ("my", "model"))
-    wish = BaseWish(str(folder / "base"), key_map=pairs)
+    wish = BaseOptions(str(folder / "base"), key_map=pairs)
     merge(adapter, tmp_path / "merged", base=wish)
     assert compared(folder / "base", tmp_path / "merged", adapter, key_map=pairs).passed
     with pytest.raises(CheckpointError, match="no linear layers"):
@@ -480,7 +480,7 @@ def test_what_a_config_names_elsewhere_is_not_fetched(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
         ({"_class_name": "Transformer2DModel"}, "no model of transformers"),
         ({"model_type": None}, "no model of transformers"),
         (
@@ -539,9 +539,9 @@ def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
     text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before one
     with text.open("ab") as file:
         file.write(b"\n\xff")
-    assert list(sampling._lines(text)) == ["é" * 4096]
+    assert list(samples._lines(text)) == ["é" * 4096]
     text.write_bytes(b"x" + "é".encode() * (1 << 20))
-    assert [len(line) for line in sampling._lines(text)] == [4096]
+    assert [len(line) for line in samples._lines(text)] == [4096]
 
 
 def test_a_tokenizer_that_lies_elsewhere_is_refused(
@@ -563,7 +563,7 @@ def test_what_a_tokenizer_s_config_names_elsewhere_is_not_opened(tmp_path: Path)
     named = {"tokenizer_file": "/etc/passwd", "auto_map": {}, "init_inputs": ["/etc/passwd"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**named, "model_max_length": 5}))
     (tmp_path / "evil.py").touch()
-    with sampling._tokenizer_of(tmp_path) as copy:
+    with samples._tokenizer_of(tmp_path) as copy:
         assert sorted(path.name for path in copy.iterdir()) == [
             "tokenizer.json",
             "tokenizer_config.json",
@@ -589,11 +589,11 @@ def test_one_model_is_in_memory_at_a_time(
 
     def watched(plan: Any) -> Any:
         assert all(model() is None for model in models)
-        model = loading.built(plan)
+        model = build.built(plan)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(comparing, "built", watched)
+    monkeypatch.setattr(compare, "built", watched)
     folder = shelf("t5")
     gc.disable()
     try:
@@ -606,7 +606,7 @@ def test_one_model_is_in_memory_at_a_time(
 def test_answers_are_kept_as_far_as_there_is_room(
     shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "_KEPT_VALUES", 4 * 96 * 3)
+    monkeypatch.setattr(samples, "_KEPT_VALUES", 4 * 96 * 3)
     folder = shelf("llama")
     found = compared(folder / "base", folder / "merged", folder / "adapter")
     assert found.tokens == 4 * 3

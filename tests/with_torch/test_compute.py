@@ -13,9 +13,9 @@ from adapters import good_adapter
 from merges import assert_same, filled_base, merged_with, tensors_of
 from test_blocks import change_of, term
 
-from vera_convert.assembly import sums
-from vera_convert.assembly.blocks import room_for
-from vera_convert.assembly.sums import NotFiniteError, Numbers, Sum
+from vera_convert.assembly import addends
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
+from vera_convert.assembly.blocks import buffer_sizes_for
 from vera_convert.delta import merged, working_dtype
 from vera_convert.errors import SurroundingsError, UsageError
 
@@ -27,7 +27,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def worked(tensor: Sum, stored: Any, *, all_rows: bool = False) -> tuple[Any, Numbers]:
-    bench = compute.on_device(HERE).bench(room_for([tensor]), all_rows)
+    bench = compute.on_device(HERE).bench(buffer_sizes_for([tensor]), all_rows)
     numbers, written = Numbers(), []
     for first in range(0, tensor.shape[0], tensor.block_rows):
         last = min(first + tensor.block_rows, tensor.shape[0])
@@ -39,7 +39,7 @@ def worked(tensor: Sum, stored: Any, *, all_rows: bool = False) -> tuple[Any, Nu
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "BLOCK_VALUES", 64)
+    monkeypatch.setattr(addends, "BLOCK_VALUES", 64)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 
 from conversiontables import Walk, registry, source_text, walk
 
-from vera_convert.base import conversiontable
-from vera_convert.base.layouts import LAYOUTS
-from vera_convert.base.renamerules import FAMILIES
+from vera_convert.base import conversion_table
+from vera_convert.base.rename_table import FAMILIES
+from vera_convert.base.unsupported_layouts import LAYOUTS
 
 NOT_BUILT = {
     **dict.fromkeys(
@@ -60,4 +60,4 @@ def test_the_layers_of_every_class_are_found_in_its_files(walked: Walk) -> None:
 def test_the_generated_table_is_that_of_the_installed_release(walked: Walk) -> None:
     text = source_text(walked)
     _, _, generated = text.partition("TABLE = ")
-    assert generated.strip('"\n') == conversiontable.TABLE.strip("\n")
+    assert generated.strip('"\n') == conversion_table.TABLE.strip("\n")

@@ -16,7 +16,7 @@ import transformers
 from releases import AS_STORED
 from safetensors.torch import load_file
 
-from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.with_torch import VeraModel
 
 FIXTURES = Path(__file__).parent.parent / "data" / "fixtures"
@@ -44,7 +44,7 @@ def test_none_is_forgotten() -> None:
 )
 def test_an_adapter_gives_what_its_peft_gave(path: Path) -> None:
     expected = json.loads(path.read_text())
-    meant = Meant.AUTO if expected["default_semantics"] else Meant.KEY
+    meant = ProjectionSource.AUTO if expected["default_semantics"] else ProjectionSource.KEY
     model = VeraModel.from_pretrained(
         deepcopy(base(FIXTURES / expected["base"])),
         FIXTURES / expected["adapter_dir"],

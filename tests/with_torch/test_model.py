@@ -28,8 +28,8 @@ from vera_convert import (
     Variant,
     strip,
 )
-from vera_convert.conversion.projections import Meant
-from vera_convert.merging.parts import Tied
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.merging.changes import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 
 LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)
@@ -449,7 +449,7 @@ def test_a_stripped_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_the_key_can_be_meant_instead_of_what_is_stored(tmp_path: Path) -> None:
     llama(dtype="bfloat16").save_pretrained(tmp_path / "out")
     by_key = VeraModel.from_pretrained(
-        torchmodels.built("llama"), tmp_path / "out", projections=Meant.KEY
+        torchmodels.built("llama"), tmp_path / "out", projections=ProjectionSource.KEY
     )
     assert torch.equal(by_key.vera_A.default, llama().vera_A.default)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vera_convert.base.taskclasses import class_of_task, has_head_of
+from vera_convert.base.task_classes import class_of_task, has_head_of
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -1,1 +1,4 @@
-"""A VeRA adapter: its config, its tensors, its folder, its known damages."""
+"""Read a VeRA adapter from its folder: config, tensors, fingerprint, and the known old forms.
+
+May import the ground and `draws`, `files` and `publish`.
+"""

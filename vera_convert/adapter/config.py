@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.jsonediting import edited_object
+from vera_convert.files.json_edit import edited_object
 from vera_convert.files.reading import ByteSource, parse_json, printable, read_json
 from vera_convert.rules import (
     CONFIG_NOT_OBJECT,

@@ -9,20 +9,20 @@ import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.errors import CheckpointError
-from vera_convert.files.extents import Extent, extents
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
+from vera_convert.files.value_range import ValueRange, value_ranges
 from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
 
 _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
 
-def value_errors(file: TensorFile, found: Mapping[str, Extent]) -> Iterator[Finding]:
+def value_errors(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Finding]:
     """Yield a finding for each tensor with a value that is not finite, and for a constant A or B.
 
     Args:
         file: the adapter's weights.
-        found: the extents of its tensors.
+        found: the value_ranges of its tensors.
     """
     for name, extent in found.items():
         if extent.not_finite is not None:
@@ -46,6 +46,6 @@ def _where(file: TensorFile, name: str, place: int) -> str:
 
 def refuse_values(adapter: Adapter) -> None:
     """Raise `CheckpointError` with every value error of an adapter."""
-    findings = [*value_errors(adapter.file, extents(adapter.file))]
+    findings = [*value_errors(adapter.file, value_ranges(adapter.file))]
     if findings:
         raise CheckpointError.of(findings)

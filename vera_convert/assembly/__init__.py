@@ -1,1 +1,4 @@
-"""Large files put together from ranges that are copied and blocks of rows that are computed."""
+"""Write large files in threads, from byte ranges that are copied and tensors that are computed.
+
+May import the ground and `files` and `publish`.
+"""

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.halves import rounded_to_halves, widened_halves
-from vera_convert.assembly.sums import Array, NotFiniteError, Numbers, Sum
+from vera_convert.assembly.addends import Array, NotFiniteError, Numbers, Sum
+from vera_convert.assembly.float16 import rounded_to_halves, widened_halves
 from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B
 
 FLOAT16 = np.dtype(np.float16)
@@ -31,8 +31,8 @@ _SAMPLED_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How many bytes the buffers of one thread need; made by `room_for`."""
+class BufferSizes:
+    """How many bytes the buffers of one thread need; made by `buffer_sizes_for`."""
 
     stored: int = 0
     written: int = 0
@@ -41,10 +41,10 @@ class Room:
     right: tuple[int, ...] = ()
     several: bool = False
 
-    def __add__(self, other: Room) -> Room:
+    def __add__(self, other: BufferSizes) -> BufferSizes:
         longer, shorter = sorted((self.right, other.right), key=len, reverse=True)
         padded = shorter + (0,) * (len(longer) - len(shorter))
-        return Room(
+        return BufferSizes(
             max(self.stored, other.stored),
             max(self.written, other.written),
             max(self.product, other.product),
@@ -54,13 +54,13 @@ class Room:
         )
 
 
-def room_for(sums: Sequence[Sum]) -> Room:
+def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
     """Return the room that holds any block of these tensors."""
-    room = Room()
+    room = BufferSizes()
     for each in sums:
         values = each.block_rows * each.shape[1]
         size = each.working.itemsize
-        room += Room(
+        room += BufferSizes(
             stored=values * each.stored.itemsize,
             written=0 if each.stored == each.written else values * each.written.itemsize,
             product=values * size,
@@ -71,13 +71,13 @@ def room_for(sums: Sequence[Sum]) -> Room:
     return room
 
 
-class Bench:
+class Workspace:
     """The buffers of one thread, and the work on one block at a time.
 
     Fill `stored_bytes`, call `add`, and write `written_bytes`.
     """
 
-    def __init__(self, room: Room, *, all_rows: bool = False) -> None:
+    def __init__(self, room: BufferSizes, *, all_rows: bool = False) -> None:
         self._stored = np.empty(room.stored, np.uint8)
         self._written = np.empty(room.written, np.uint8)
         self._product = np.empty(room.product, np.uint8)
@@ -312,8 +312,8 @@ class Device:
     """
 
     name: str
-    bench: Callable[[Room, bool], Bench]
+    bench: Callable[[BufferSizes, bool], Workspace]
     product: Callable[[], str]
 
 
-CPU = Device("cpu", lambda room, all_rows: Bench(room, all_rows=all_rows), product_sha256)
+CPU = Device("cpu", lambda room, all_rows: Workspace(room, all_rows=all_rows), product_sha256)

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from vera_convert.assembly.assembling import Finished
-from vera_convert.assembly.sums import Numbers
+from vera_convert.assembly.addends import Numbers
+from vera_convert.assembly.writer import Finished
 from vera_convert.publish.publishing import sha256_of
 
 

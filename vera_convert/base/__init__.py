@@ -1,1 +1,4 @@
-"""A base model as its headers describe it, and how its tensors answer to an adapter's layers."""
+"""Read a base model from its headers, and match its tensors with an adapter's layers.
+
+May import the ground and `adapter`, `draws`, `files`, `hub` and `targets`.
+"""

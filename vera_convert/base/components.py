@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel, listed_components
-from vera_convert.base.naming import Match
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
-from vera_convert.files.weightfiles import component_folders, kind_of_component
+from vera_convert.files.shards import component_folders, kind_of_component
 from vera_convert.hub.lookup import HubAccess, Location, list_files
 from vera_convert.rules import BASE_AMBIGUOUS, Finding
 

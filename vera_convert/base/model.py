@@ -22,7 +22,7 @@ from vera_convert.files.reading import (
     printable,
     read_json,
 )
-from vera_convert.files.weightfiles import (
+from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
     demand_shards,
@@ -33,7 +33,7 @@ from vera_convert.files.weightfiles import (
     stray_weights,
 )
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
-from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import (
     MODEL_CONFIG_FORM,
     STRAY_WEIGHTS,

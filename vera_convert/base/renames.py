@@ -21,9 +21,9 @@ from functools import lru_cache, partial
 from itertools import combinations
 from operator import add
 
-from vera_convert.base.conversiontable import TABLE
+from vera_convert.base.conversion_table import TABLE
 from vera_convert.base.model import BaseModel
-from vera_convert.base.renamerules import FAMILIES, WITH_CLIP_TOWER, Family
+from vera_convert.base.rename_table import FAMILIES, WITH_CLIP_TOWER, Family
 from vera_convert.files.reading import printable
 
 _MOST_FAMILIES = 4

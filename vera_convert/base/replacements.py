@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
 from vera_convert.adapter.tensors import WEIGHTS_NAME, SavedModules, replaced_name
+from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import Match
-from vera_convert.base.taskclasses import class_of_task, has_head_of
+from vera_convert.base.task_classes import class_of_task, has_head_of
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -197,7 +197,7 @@ def incomplete_modules(
 ) -> Iterator[Finding]:
     """Yield each weight and bias of a module that is saved whole which the adapter lacks.
 
-    The base has it, so the module has; what else lies beside it can be a quantiser's.
+    The base has it, so the module has; what else lies beside it can be a quantizer's.
 
     Args:
         adapter: the adapter.

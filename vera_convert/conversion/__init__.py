@@ -1,1 +1,4 @@
-"""regenerate, strip, embed and migrate: an adapter becomes another form of itself."""
+"""Regenerate, strip, embed and migrate: write an adapter in another form of itself.
+
+May import the ground and `adapter`, `base`, `draws`, `files`, `hub` and `publish`.
+"""

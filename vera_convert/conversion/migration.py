@@ -24,9 +24,9 @@ from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import instance, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import BaseWish, OnBase, wish_of
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import other_dims, undamaged
 from vera_convert.conversion.strip_embed import (
     Conversion,
@@ -63,8 +63,8 @@ def migrate(
     out: str | Path,
     *,
     to: Mode | str,
-    base: BaseWish | str | Path | None = None,
-    projections: Meant | str = Meant.AUTO,
+    base: BaseOptions | str | Path | None = None,
+    projections: ProjectionSource | str = ProjectionSource.AUTO,
     accept_change: bool = False,
     peft_version: tuple[int, ...] | str | None = None,
     force: bool = False,
@@ -134,8 +134,8 @@ def migrate_tree(
     out: str | Path,
     *,
     to: Mode | str,
-    base: BaseWish | str | Path | None = None,
-    projections: Meant | str = Meant.AUTO,
+    base: BaseOptions | str | Path | None = None,
+    projections: ProjectionSource | str = ProjectionSource.AUTO,
     accept_change: bool = False,
     peft_version: tuple[int, ...] | str | None = None,
     force: bool = False,
@@ -208,8 +208,8 @@ class _Wishes:
     """What a caller wants of every adapter."""
 
     to: Mode
-    base: BaseWish
-    projections: Meant
+    base: BaseOptions
+    projections: ProjectionSource
     accept_change: bool
     peft_version: tuple[int, ...] | None
     bases: Bases
@@ -217,8 +217,8 @@ class _Wishes:
 
 def _wishes(
     to: Mode | str,
-    base: BaseWish | str | Path | None,
-    projections: Meant | str,
+    base: BaseOptions | str | Path | None,
+    projections: ProjectionSource | str,
     *,
     accept_change: bool,
     peft_version: tuple[int, ...] | str | None,
@@ -228,8 +228,8 @@ def _wishes(
     require_flags(accept_change=accept_change)
     return _Wishes(
         one_of("to", Mode, to),
-        wish_of(base),
-        one_of("projections", Meant, projections),
+        base_options_of(base),
+        one_of("projections", ProjectionSource, projections),
         accept_change,
         optional(version_of, "peft_version", peft_version),
         Bases(access),
@@ -304,9 +304,9 @@ def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
     return replace(converted, changes=(*repairs.changes, *converted.changes))
 
 
-def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
+def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, BaseFacts]:
     """Bring a repaired adapter to the wanted mode."""
-    on_base = learn(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
+    on_base = resolve_base(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
     adapter, change = _cut(adapter, on_base)
     if wishes.to is Mode.ASIS:
         converted = _as_it_is(adapter, on_base, wishes.projections)
@@ -319,11 +319,11 @@ def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, OnBase]:
     return replace(converted, changes=(*change, *converted.changes)), on_base
 
 
-def _as_it_is(adapter: Adapter, on_base: OnBase, meant: Meant) -> Converted:
+def _as_it_is(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> Converted:
     """Keep what is stored, unless it is damaged or contradicts the config."""
     if adapter.projections is None:
         converted = already_stripped(adapter)
-    elif adapter.config.save_projection or meant is not Meant.AUTO:
+    elif adapter.config.save_projection or meant is not ProjectionSource.AUTO:
         undamaged(adapter, adapter.projections)
         converted = as_it_is(adapter)
     else:
@@ -343,7 +343,7 @@ def _need(adapter: Adapter, wishes: _Wishes) -> Need:
     return Need.VITAL if need is Need.VITAL else Need.HELPFUL
 
 
-def _cut(adapter: Adapter, on_base: OnBase) -> tuple[Adapter, tuple[str, ...]]:
+def _cut(adapter: Adapter, on_base: BaseFacts) -> tuple[Adapter, tuple[str, ...]]:
     """Cut A and B that a wider adapter left behind to what this one's own layers need.
 
     PEFT 0.21 refuses larger ones; a layer uses the leading slices alone, so nothing is lost.

@@ -13,9 +13,9 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
-from vera_convert.base.onbase import OnBase
+from vera_convert.base.facts import BaseFacts
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded
-from vera_convert.draws.recognition import Draw, difference, recognise
+from vera_convert.draws.recognition import Draw, difference, recognize
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
 from vera_convert.rules import PROJECTIONS_TOO_LARGE
@@ -28,7 +28,7 @@ LOAD_DTYPES = {
 """The dtypes that bases are loaded in, and what each does to projections drawn from the key."""
 
 
-class Meant(StrEnum):
+class ProjectionSource(StrEnum):
     """Which A and B are meant where the file and the key could give different ones."""
 
     AUTO = "auto"
@@ -63,7 +63,9 @@ def as_cast(variant: Variant, rounding: Rounding) -> Rounding:
     return Rounding.NONE if rounding in exact[variant.dtype.name] else rounding
 
 
-def usual_draw(config: VeraConfig, on_base: OnBase, in_features: int, out_features: int) -> Draw:
+def default_variant(
+    config: VeraConfig, on_base: BaseFacts, in_features: int, out_features: int
+) -> Draw:
     """Return what PEFT draws on nearly every machine, not rounded yet.
 
     Args:
@@ -81,24 +83,24 @@ def usual_draw(config: VeraConfig, on_base: OnBase, in_features: int, out_featur
     )
 
 
-def as_meant(adapter: Adapter, on_base: OnBase, meant: Meant) -> Adapter:
+def pair_in_effect(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> Adapter:
     """Return the adapter with the projections that are meant in place of the stored ones.
 
-    Only `Meant.KEY` changes anything: what PEFT up to 0.20 draws from the key on this base takes
-    the place of stored projections that are not just that.
+    Only `ProjectionSource.KEY` changes anything: the A and B that PEFT up to 0.20 draws from the
+    key on this base replace stored ones that differ.
 
     Raises:
         UsageError: neither the base nor what is stored tells the rounding.
     """
     stored = adapter.projections
-    if stored is None or meant is not Meant.KEY:
+    if stored is None or meant is not ProjectionSource.KEY:
         return adapter
     A, B = stored.A.array(), stored.B.array()
-    drawn = usual_draw(adapter.config, on_base, stored.in_features, stored.out_features)
+    drawn = default_variant(adapter.config, on_base, stored.in_features, stored.out_features)
     if on_base.rounding is not None:
         drawn = replace(drawn, rounding=as_cast(drawn.variant, on_base.rounding))
     else:
-        found = recognise(A, B, key=drawn.key, search=False).draw
+        found = recognize(A, B, key=drawn.key, search=False).draw
         if found is None or replace(found, rounding=Rounding.NONE) != drawn:
             raise UsageError(
                 "drawing A and B from the key needs the dtype that the base is loaded in: "
@@ -124,7 +126,7 @@ def as_meant(adapter: Adapter, on_base: OnBase, meant: Meant) -> Adapter:
     )
 
 
-def materialised(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
+def materialized(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return A and B of a draw, rounded as it says."""
     A, B = draw(
         drawn.variant,
@@ -148,7 +150,7 @@ def as_tensors(
         stored: (in_features, out_features) of the leading slices to keep; None keeps all.
     """
     check_size(drawn.rank, drawn.in_features, drawn.out_features, place=place)
-    A, B = materialised(drawn)
+    A, B = materialized(drawn)
     if stored is not None:
         A, B = A[:, : stored[0]], B[: stored[1]]
     if not (_is_exact_in(A, NUMPY_DTYPE[dtype]) and _is_exact_in(B, NUMPY_DTYPE[dtype])):

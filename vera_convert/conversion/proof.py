@@ -12,9 +12,15 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.tensors import StoredProjections
-from vera_convert.base.onbase import OnBase
-from vera_convert.conversion.projections import LOAD_DTYPES, Meant, as_cast, check_size, usual_draw
-from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
+from vera_convert.base.facts import BaseFacts
+from vera_convert.conversion.projections import (
+    LOAD_DTYPES,
+    ProjectionSource,
+    as_cast,
+    check_size,
+    default_variant,
+)
+from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     NOT_A_DRAW,
@@ -30,7 +36,7 @@ from vera_convert.rules import (
 )
 
 
-def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Draw:
+def redrawable(adapter: Adapter, stored: StoredProjections, meant: ProjectionSource) -> Draw:
     """Return the draw of the config's key that the stored projections are, or refuse.
 
     Raises:
@@ -38,7 +44,7 @@ def redrawable(adapter: Adapter, stored: StoredProjections, meant: Meant) -> Dra
             says that they are not stored at all; `PROJECTION_TYPES_DIFFER`.
     """
     key = adapter.config.projection_prng_key
-    recognition = recognise(stored.A.array(), stored.B.array(), key=key)
+    recognition = recognize(stored.A.array(), stored.B.array(), key=key)
     drawn = recognition.draw
     if drawn is None or not drawn.has_key(key):
         if is_undecided(adapter, meant):
@@ -89,19 +95,19 @@ def undamaged(adapter: Adapter, stored: StoredProjections) -> tuple[NDArray[Any]
         CheckpointError: `PROJECTIONS_DAMAGED`.
     """
     A, B = stored.A.array(), stored.B.array()
-    recognition = recognise(A, B, key=adapter.config.projection_prng_key)
+    recognition = recognize(A, B, key=adapter.config.projection_prng_key)
     finding = damage(recognition, A.size + B.size, place=adapter.place)
     if finding is not None:
         raise CheckpointError(finding)
     return A, B
 
 
-def is_undecided(adapter: Adapter, meant: Meant) -> bool:
+def is_undecided(adapter: Adapter, meant: ProjectionSource) -> bool:
     """Say whether the config denies what is stored and nobody said which is meant."""
-    return not adapter.config.save_projection and meant is Meant.AUTO
+    return not adapter.config.save_projection and meant is ProjectionSource.AUTO
 
 
-def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: OnBase) -> None:
+def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: BaseFacts) -> None:
     """Refuse a B that is taller than the adapter's own layers explain, where no base is known."""
     if on_base.in_features is None and stored.out_features > adapter.longest_b:
         raise CheckpointError(
@@ -113,7 +119,7 @@ def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: O
 
 
 def unproven(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: OnBase
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: BaseFacts
 ) -> Iterator[Finding]:
     """Warn where no base proves the width of A and the rounding of what PEFT will draw."""
     unproven = []
@@ -130,10 +136,10 @@ def unproven(
 
 
 def change_by_redrawing(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: OnBase
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: BaseFacts
 ) -> str | None:
     """Say how what PEFT will draw differs from what is stored, or None if it need not."""
-    usual = usual_draw(adapter.config, on_base, stored.in_features, stored.out_features)
+    usual = default_variant(adapter.config, on_base, stored.in_features, stored.out_features)
     possible = on_base.roundings or (drawn.rounding,)
     if on_base.rounding is not None:
         possible = (on_base.rounding,)
@@ -161,7 +167,7 @@ def _difference(stored: StoredProjections, drawn: Draw, expected: Draw) -> str |
     return f"{reason}; the largest difference is {largest:.3g}."
 
 
-def other_dims(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
+def other_dims(adapter: Adapter, on_base: BaseFacts) -> Iterator[Finding]:
     """Warn that stored projections have not the dims that PEFT demands on the base."""
     stored = adapter.projections
     if stored is not None and not on_base.fits(stored.in_features, stored.out_features):

@@ -13,13 +13,13 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import BaseWish, OnBase, wish_of
-from vera_convert.conversion.projections import check_size, materialised
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.projections import check_size, materialized
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Rounding, Variant, check_key
-from vera_convert.draws.recognition import Draw, recognise
+from vera_convert.draws.recognition import Draw, recognize
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import open_local
@@ -92,7 +92,7 @@ def regenerate(
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
     drawn = Draw(variant, key, rank, in_features, out_features, cast)
-    A, B = materialised(drawn)
+    A, B = materialized(drawn)
     return _write(path("out", out), drawn, A, B, force=force)
 
 
@@ -109,7 +109,7 @@ def regenerate_for(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
+    base: BaseOptions | str | Path | None = None,
     generator: Variant | str | None = None,
     force: bool = False,
     revision: str | None = None,
@@ -124,14 +124,14 @@ def regenerate_for(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    wish, out = wish_of(base), path("out", out)
+    wish, out = base_options_of(base), path("out", out)
     given = optional(one_of, "generator", Variant, generator)
     with opened(
         adapter, out, force=force, revision=revision, access=access, is_own=is_pair
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        on_base = learn(source, wish, bases=Bases(work.access), need=_need(source, found))
+        on_base = resolve_base(source, wish, bases=Bases(work.access), need=_need(source, found))
         bare, on_base = _without_stored(source, on_base, found)
         variant = found.variant if found is not None and given is None else given
         converted = embedded(bare, on_base, variant=variant)
@@ -141,7 +141,7 @@ def regenerate_for(
         if drawn.rounding is Rounding.FP32 and on_base.rounding is Rounding.NONE:
             drawn = replace(drawn, rounding=Rounding.NONE)
         shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
-        A, B = materialised(drawn)
+        A, B = materialized(drawn)
         kind = drawn.variant.dtype
         A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
         B = B[: shapes[B_NAME][0]].astype(kind, copy=False)
@@ -157,7 +157,7 @@ def _stored_draw(adapter: Adapter) -> Draw | None:
     if stored is None:
         return None
     key = adapter.config.projection_prng_key
-    return recognise(stored.A.array(), stored.B.array(), key=key, search=False).draw
+    return recognize(stored.A.array(), stored.B.array(), key=key, search=False).draw
 
 
 def _need(adapter: Adapter, found: Draw | None) -> Need:
@@ -167,8 +167,8 @@ def _need(adapter: Adapter, found: Draw | None) -> Need:
 
 
 def _without_stored(
-    adapter: Adapter, on_base: OnBase, found: Draw | None
-) -> tuple[Adapter, OnBase]:
+    adapter: Adapter, on_base: BaseFacts, found: Draw | None
+) -> tuple[Adapter, BaseFacts]:
     """Forget stored projections but for their dims, and their rounding where they are a draw."""
     stored = adapter.projections
     if stored is None:

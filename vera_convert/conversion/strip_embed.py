@@ -24,9 +24,9 @@ from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import instance, one_of, optional, path, place, require_flags, text
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import BaseWish, OnBase, wish_of
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Variant
 from vera_convert.draws.recognition import Draw
@@ -57,7 +57,7 @@ class Conversion:
     embedded: bool
     changes: tuple[str, ...]
     draw: Draw | None
-    on_base: OnBase
+    on_base: BaseFacts
     findings: tuple[Finding, ...]
     side_files: SideFiles
     bytes_before: int
@@ -68,8 +68,8 @@ def strip(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
-    projections: Meant | str = Meant.AUTO,
+    base: BaseOptions | str | Path | None = None,
+    projections: ProjectionSource | str = ProjectionSource.AUTO,
     accept_change: bool = False,
     force: bool = False,
     revision: str | None = None,
@@ -93,11 +93,11 @@ def strip(
         UsageError: `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
     require_flags(accept_change=accept_change)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
-        on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
+        on_base = resolve_base(work.adapter, wish, bases=Bases(work.access), need=need)
         converted = stripped(work.adapter, on_base, meant=meant, accept_change=accept_change)
         return publish(work, converted, on_base)
 
@@ -106,9 +106,9 @@ def embed(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
+    base: BaseOptions | str | Path | None = None,
     generator: Variant | str | None = None,
-    projections: Meant | str = Meant.AUTO,
+    projections: ProjectionSource | str = ProjectionSource.AUTO,
     force: bool = False,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -130,18 +130,18 @@ def embed(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    meant, wish = one_of("projections", Meant, projections), wish_of(base)
+    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
     variant = optional(one_of, "generator", Variant, generator)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = need_to_embed(work.adapter, wish, meant)
-        on_base = learn(work.adapter, wish, bases=Bases(work.access), need=need)
+        on_base = resolve_base(work.adapter, wish, bases=Bases(work.access), need=need)
         converted = embedded(work.adapter, on_base, meant=meant, variant=variant)
         return publish(work, converted, on_base)
 
 
-def need_to_embed(adapter: Adapter, wish: BaseWish, meant: Meant) -> Need:
+def need_to_embed(adapter: Adapter, wish: BaseOptions, meant: ProjectionSource) -> Need:
     """Say how much embedding needs the base: all depends on it where nothing else records dims."""
-    if meant is Meant.KEY and (adapter.projections or adapter.fingerprint) is not None:
+    if meant is ProjectionSource.KEY and (adapter.projections or adapter.fingerprint) is not None:
         return Need.VITAL if wish.dtype is None else Need.HELPFUL
     if adapter.projections is None:
         return Need.VITAL if adapter.fingerprint is None else Need.NONE
@@ -201,7 +201,7 @@ def content_of(
     )
 
 
-def publish(work: Work, converted: Converted, on_base: OnBase) -> Conversion:
+def publish(work: Work, converted: Converted, on_base: BaseFacts) -> Conversion:
     """Write a conversion and report it."""
     source = work.adapter
     inputs = [source.folder, *on_base.folders]
@@ -219,7 +219,7 @@ def publish(work: Work, converted: Converted, on_base: OnBase) -> Conversion:
 def reported(
     adapter: Adapter,
     converted: Converted,
-    on_base: OnBase,
+    on_base: BaseFacts,
     sides: SideFiles,
     *,
     label: str,

@@ -12,8 +12,13 @@ from hashlib import sha256
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
 from vera_convert.adapter.tensors import StoredProjections
-from vera_convert.base.onbase import OnBase
-from vera_convert.conversion.projections import Meant, as_cast, as_meant, as_tensors
+from vera_convert.base.facts import BaseFacts
+from vera_convert.conversion.projections import (
+    ProjectionSource,
+    as_cast,
+    as_tensors,
+    pair_in_effect,
+)
 from vera_convert.conversion.proof import (
     change_by_redrawing,
     demand_proof_of_rows,
@@ -92,9 +97,9 @@ def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
 
 def stripped(
     adapter: Adapter,
-    on_base: OnBase,
+    on_base: BaseFacts,
     *,
-    meant: Meant = Meant.AUTO,
+    meant: ProjectionSource = ProjectionSource.AUTO,
     accept_change: bool = False,
 ) -> Converted:
     """Return an adapter without A and B, if they are proven to be redrawable.
@@ -110,7 +115,7 @@ def stripped(
             not the draw that PEFT makes.
     """
     original = adapter
-    adapter = as_meant(adapter, on_base, meant)
+    adapter = pair_in_effect(adapter, on_base, meant)
     stored = adapter.projections
     if stored is None:
         return already_stripped(adapter)
@@ -154,9 +159,9 @@ def stripped(
 
 def embedded(
     adapter: Adapter,
-    on_base: OnBase,
+    on_base: BaseFacts,
     *,
-    meant: Meant = Meant.AUTO,
+    meant: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
 ) -> Converted:
     """Return an adapter with A and B stored, drawn as the fingerprint says or as PEFT would.
@@ -172,11 +177,11 @@ def embedded(
         UsageError: dims or rounding are not known from anywhere.
     """
     original = adapter
-    adapter = as_meant(adapter, on_base, meant)
+    adapter = pair_in_effect(adapter, on_base, meant)
     if adapter.projections is not None:
         return _announced(adapter, on_base, meant, redrawn=adapter is not original)
     recorded = adapter.fingerprint
-    if recorded is not None and meant is not Meant.KEY:
+    if recorded is not None and meant is not ProjectionSource.KEY:
         return _restored(adapter, recorded, on_base, variant)
     if recorded is not None:  # it tells the dims even where its draw is not the one that is meant
         on_base = replace(
@@ -187,7 +192,9 @@ def embedded(
     return _redrawn(adapter, on_base, variant or Variant.FLOAT32_FUSED)
 
 
-def _announced(adapter: Adapter, on_base: OnBase, meant: Meant, *, redrawn: bool) -> Converted:
+def _announced(
+    adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource, *, redrawn: bool
+) -> Converted:
     """Keep stored projections and make the config say that they are there."""
     changes = [REPLACED_BY_KEYS] if redrawn else []
     if adapter.projections is not None and not redrawn:
@@ -212,7 +219,7 @@ def _announced(adapter: Adapter, on_base: OnBase, meant: Meant, *, redrawn: bool
 
 
 def _restored(
-    adapter: Adapter, fingerprint: Fingerprint, on_base: OnBase, variant: Variant | None
+    adapter: Adapter, fingerprint: Fingerprint, on_base: BaseFacts, variant: Variant | None
 ) -> Converted:
     """Draw what the fingerprint records and prove that it came back."""
     place = adapter.place
@@ -255,7 +262,7 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
     return pair
 
 
-def _redrawn(adapter: Adapter, on_base: OnBase, variant: Variant) -> Converted:
+def _redrawn(adapter: Adapter, on_base: BaseFacts, variant: Variant) -> Converted:
     """Draw A and B for the base that is known, with nothing to prove them by."""
     if on_base.in_features is None or on_base.out_features is None:
         why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""

@@ -1,1 +1,4 @@
-"""What torch's generator drew for A and B, from NumPy alone; and which draw a stored pair is."""
+"""Draw A and B as PyTorch draws them, and recognize a stored pair, with NumPy alone.
+
+May import the ground alone.
+"""

@@ -1,6 +1,6 @@
 """What torch's CPU generator drew for A and B, bit for bit, from NumPy alone.
 
-    key -> MT19937 words -> k, the low bits of a word, centred on zero -> k times a step: A, then B
+    key -> MT19937 words -> k, the low bits of a word, centered on zero -> k times a step: A, then B
 
 PEFT fills both matrices with Kaiming-uniform values in [-t, t), where t depends on the number of
 columns alone. One generator serves A and then B, row by row, and skips nothing, so the width of A
@@ -153,10 +153,10 @@ class Source:
         flat = out.reshape(-1)
         for start in range(0, flat.size, BLOCK):
             part = flat[start : start + BLOCK]
-            valued(self.variant, self.centred(part.size), fan_in=fan_in, out=part)
+            valued(self.variant, self.centered(part.size), fan_in=fan_in, out=part)
 
-    def centred(self, count: int) -> NDArray[Any]:
-        """Return the next `count` centred integers k, -2^(bits-1) <= k < 2^(bits-1)."""
+    def centered(self, count: int) -> NDArray[Any]:
+        """Return the next `count` centered integers k, -2^(bits-1) <= k < 2^(bits-1)."""
         half = 1 << (self.variant.bits - 1)
         # Narrower integer types would cut several values out of one word; torch never does.
         dtype = np.int64 if self.variant.bits > 32 else np.int32
@@ -165,14 +165,14 @@ class Source:
 
 def valued(
     variant: Variant,
-    centred: NDArray[Any],
+    centered: NDArray[Any],
     *,
     fan_in: int | NDArray[Any],
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return what torch makes of centred integers, in the variant's dtype.
+    """Return what torch makes of centered integers, in the variant's dtype.
 
-    `fan_in` broadcasts against `centred`. Every step is one IEEE operation of its own, and k times
+    `fan_in` broadcasts against `centered`. Every step is one IEEE operation of its own, and k times
     the step is the fused result: k is exact, so there is a single rounding.
     """
     recipe = _RECIPES[variant]
@@ -184,9 +184,9 @@ def valued(
     work = out if recipe.dtype == recipe.work else None
     values: NDArray[Any]
     if recipe.fused:
-        values = np.multiply(centred, step, out=work, dtype=recipe.work, casting="unsafe")
+        values = np.multiply(centered, step, out=work, dtype=recipe.work, casting="unsafe")
     else:
-        values = np.add(centred, half, out=work, dtype=recipe.work, casting="unsafe")
+        values = np.add(centered, half, out=work, dtype=recipe.work, casting="unsafe")
         values = np.multiply(values, step, out=work)
         values = np.subtract(values, bound, out=work)
     if recipe.dtype == recipe.work:
@@ -287,8 +287,8 @@ def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
     return words
 
 
-def centred_words(variant: Variant, words: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Return the centred integers that the variant takes from words, one or two rows to a value."""
+def centered_words(variant: Variant, words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return the centered integers that the variant takes from words, one or two rows each."""
     wide = words.astype(np.int64)
     if variant.bits > 32:
         wide = ((wide[0::2] & 0x1FFFFF) << 32) | wide[1::2]

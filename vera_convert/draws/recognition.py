@@ -25,7 +25,7 @@ from vera_convert.draws.generator import (
     Rounding,
     Source,
     Variant,
-    centred_words,
+    centered_words,
     check_key,
     first_words,
     rounded,
@@ -164,8 +164,8 @@ class Recognition:
     width_is_own: bool
 
 
-@np.errstate(invalid="ignore")  # a signalling NaN is a difference like any other
-def recognise(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True) -> Recognition:
+@np.errstate(invalid="ignore")  # a signaling NaN is a difference like any other
+def recognize(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True) -> Recognition:
     """Say which draw the stored A (r, in) and B (out, r) are, or how they differ from the nearest.
 
     Values are compared as they are, whatever float dtype they are stored in. Where several draws
@@ -337,28 +337,28 @@ def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[floa
     limits = A.shape[1], min(_WIDEST, _MOST_VALUES // A.shape[0])
     scored: list[tuple[float, Draw]] = []
     for variants in _BY_BITS.values():
-        centred = Source(variants[0], key=key).centred(row.size)
-        widths = _conceivable_widths(row, centred, variants[0], limits=limits)
+        centered = Source(variants[0], key=key).centered(row.size)
+        widths = _conceivable_widths(row, centered, variants[0], limits=limits)
         if not widths.size:
             continue
         for variant in variants:
-            drawn = valued(variant, centred, fan_in=widths[:, np.newaxis])
+            drawn = valued(variant, centered, fan_in=widths[:, np.newaxis])
             for width in _fitting(row, drawn, widths):
                 scored += _scored(A, B, _draw_for(A, B, variant, key=key, width=width))
     return scored
 
 
 def _conceivable_widths(
-    row: NDArray[np.float64], centred: NDArray[Any], variant: Variant, *, limits: tuple[int, int]
+    row: NDArray[np.float64], centered: NDArray[Any], variant: Variant, *, limits: tuple[int, int]
 ) -> NDArray[np.int64]:
     """Return the widths of A whose bound could have given this row; none if it is unrelated.
 
     The bound is sqrt(6 / width), and each value tells it up to its own rounding. The median of
     what the larger values say withstands damaged ones.
     """
-    sizes = np.abs(centred)
+    sizes = np.abs(centered)
     large = sizes >= max(1, int(sizes.max()) // 4)
-    bounds = row[large] / centred[large] * 2.0 ** (variant.bits - 1)
+    bounds = row[large] / centered[large] * 2.0 ** (variant.bits - 1)
     bounds = bounds[np.isfinite(bounds)]
     bound = float(np.median(bounds)) if bounds.size else 0.0
     agreeing = np.abs(bounds - bound) < _TOLERANCE * bound
@@ -387,7 +387,7 @@ def _fitting(row: NDArray[np.float64], drawn: NDArray[Any], widths: NDArray[np.i
 def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
     """Return those keys of `SEARCHED_KEYS` that could have given the first values of the pair.
 
-    A draw's values, divided by its centred integers, all give the same factor, whatever the
+    A draw's values, divided by its centered integers, all give the same factor, whatever the
     variant's arithmetic or the rounding made of the last bits, and whatever the width.
     """
     clue = np.array([*A.flat[:_CLUE], *B.flat[:_CLUE]][:_CLUE], np.float64)
@@ -408,10 +408,10 @@ def _conceivable(keys: NDArray[np.uint32], clue: NDArray[np.float64]) -> NDArray
     conceivable = np.zeros(keys.size, np.bool_)
     for variant, *_ in _BY_BITS.values():
         per_value = 2 if variant.bits > 32 else 1
-        centred = centred_words(variant, words[: per_value * _CLUE]).astype(np.float64)
+        centered = centered_words(variant, words[: per_value * _CLUE]).astype(np.float64)
         # The smallest say nothing: roundings of a fixed size drown them.
-        centred[np.abs(centred) < 2.0 ** (variant.bits - 11)] = np.nan
-        factors = clue[:, np.newaxis] / centred
+        centered[np.abs(centered) < 2.0 ** (variant.bits - 11)] = np.nan
+        factors = clue[:, np.newaxis] / centered
         low, high = np.fmin.reduce(factors), np.fmax.reduce(factors)
         conceivable |= (low > 0) & (high <= low * (1 + _TOLERANCE)) & np.isfinite(high)
     return conceivable

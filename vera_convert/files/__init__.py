@@ -1,1 +1,4 @@
-"""What comes from outside, read with care: bytes, JSON, safetensors headers and tensors."""
+"""Read bytes, JSON, safetensors headers and tensors that a stranger wrote, within bounds.
+
+May import the ground alone.
+"""

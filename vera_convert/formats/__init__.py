@@ -1,1 +1,5 @@
-"""Results as text for people and as documents for programs: pure functions."""
+"""Turn results into text for people and into documents for programs: pure functions.
+
+May import the ground and `adapter`, `base`, `conversion`, `draws`, `files`, `merging`,
+`validation` and `verification`.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from vera_convert.files.reading import printable
-from vera_convert.formats.pieces import Document, draw_document, finding_document, table
+from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.merging.merge import Merge, MergedAdapter
 from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import (

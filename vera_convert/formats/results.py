@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from vera_convert.base.naming import AS_THEY_ARE
-from vera_convert.base.onbase import OnBase
+from vera_convert.base.facts import BaseFacts
+from vera_convert.base.match import AS_THEY_ARE
 from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion
@@ -19,7 +19,7 @@ from vera_convert.counting import Count, MethodSize
 from vera_convert.draws.recognition import Difference
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import printable
-from vera_convert.formats.pieces import (
+from vera_convert.formats.shared import (
     Document,
     draw_document,
     error_document,
@@ -29,7 +29,7 @@ from vera_convert.formats.pieces import (
 from vera_convert.summary import AdapterInfo, Effect
 
 
-def _base_document(on_base: OnBase) -> Document | None:
+def _base_document(on_base: BaseFacts) -> Document | None:
     location = on_base.location
     if location is None:
         return None
@@ -76,7 +76,7 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def location_text(on_base: OnBase) -> str:
+def location_text(on_base: BaseFacts) -> str:
     """The base in words: its name, and how the adapter's fit its own; or why it was not read."""
     if on_base.match is not None and on_base.match.strategy != AS_THEY_ARE.name:
         return f"{on_base.source}, {on_base.match.strategy}"

@@ -8,12 +8,12 @@ from collections import Counter
 
 from vera_convert._version import __version__
 from vera_convert.formats.locations import file_name, file_uri, place_in
-from vera_convert.formats.pieces import Document
-from vera_convert.rules import CATALOGUE, Finding, Rule
+from vera_convert.formats.shared import Document
+from vera_convert.rules import CATALOG, Finding, Rule
 from vera_convert.validation.validation import Checked, Validation
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
-_INDEX = {code: index for index, code in enumerate(CATALOGUE)}
+_INDEX = {code: index for index, code in enumerate(CATALOG)}
 
 
 def sarif_text(result: Validation) -> str:
@@ -22,7 +22,7 @@ def sarif_text(result: Validation) -> str:
 
 
 def sarif_document(result: Validation) -> Document:
-    """The log as data: one run, with every rule of the catalogue and every finding."""
+    """The log as data: one run, with every rule of the catalog and every finding."""
     seen: Counter[str] = Counter()
     results = [
         _result(checked, finding, seen)
@@ -32,7 +32,7 @@ def sarif_document(result: Validation) -> Document:
     driver: Document = {
         "name": "vera-convert",
         "version": __version__,
-        "rules": [_descriptor(rule) for rule in CATALOGUE.values()],
+        "rules": [_descriptor(rule) for rule in CATALOG.values()],
     }
     run: Document = {
         "tool": {"driver": driver},

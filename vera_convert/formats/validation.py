@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 
 from vera_convert.formats.locations import place_in
-from vera_convert.formats.pieces import Document, draw_document, finding_document, table
+from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.rules import Finding, Severity
 from vera_convert.validation.validation import Checked, Validation
 
@@ -25,11 +25,11 @@ _COMMAND_OF_A_LOG = re.compile(r"(?m)^(\s*):(?=:)")
 Paint = Callable[[str, str], str]
 
 
-def _coloured(text: str, style: str) -> str:
+def _colored(text: str, style: str) -> str:
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
-def _plain(text: str, style: str) -> str:  # noqa: ARG001 -- as `_coloured`
+def _plain(text: str, style: str) -> str:  # noqa: ARG001 -- as `_colored`
     return text
 
 
@@ -61,17 +61,17 @@ def _counts(findings: Iterable[Finding]) -> str:
 
 
 def validation_text(
-    result: Validation, *, colour: bool = False, width: int = WIDTH, failures_said: bool = False
+    result: Validation, *, color: bool = False, width: int = WIDTH, failures_said: bool = False
 ) -> str:
     """Return what was found, for people: adapter by adapter, then all of them in a table.
 
     Args:
         result: what was found.
-        colour: whether to mark severities with colors of a terminal.
+        color: whether to mark severities with colors of a terminal.
         width: of a line.
         failures_said: whether the reasons for what could not be read have been shown already.
     """
-    paint = _coloured if colour else _plain
+    paint = _colored if color else _plain
     many = len(result.adapters) > 1
     parts = [
         _block(checked, paint, width, alone=not many, failures_said=failures_said)

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from vera_convert.files.reading import printable
-from vera_convert.formats.pieces import Document, finding_document, table
-from vera_convert.verification.comparison import ModelComparison
+from vera_convert.formats.shared import Document, finding_document, table
+from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
 from vera_convert.verification.forms import FormCheck
-from vera_convert.verification.judging import LIMIT
 from vera_convert.verification.merged import MergedCheck
+from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import MergedTensors, TensorCheck, last_bits_text
 
@@ -139,10 +139,10 @@ def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
     added = [check for check in checks if check.kind is Kind.ADDED]
     rows = []
     if added:
-        values = sum(check.judgement.values for check in added)
-        off = sum(check.judgement.off for check in added)
-        ulps = max(check.judgement.ulps for check in added)
-        excess = max(check.judgement.excess for check in added)
+        values = sum(check.judgment.values for check in added)
+        off = sum(check.judgment.off for check in added)
+        ulps = max(check.judgment.ulps for check in added)
+        excess = max(check.judgment.excess for check in added)
         rows += [
             ["with a delta", f"{_held(added)}, {values:,} values"],
             ["  rounding", _rounding_text(off, values, ulps)],
@@ -199,7 +199,7 @@ def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
             said = f"{check.hint} The worst is {printable(check.name)}."
             yield f"WRONG {count:,} of {_counted(added, 'layer')}: {said}"
             continue
-        found = check.judgement
+        found = check.judgment
         said = f"{found.wrong:,} of {_counted(found.values, 'value')} are wrong. {check.hint}"
         yield f"WRONG {printable(check.name)}: {said.rstrip()}"
 
@@ -326,7 +326,7 @@ def _merged_document(check: MergedCheck) -> Document:
 
 
 def _tensor_document(check: TensorCheck) -> Document:
-    found = check.judgement
+    found = check.judgment
     return {
         "name": check.name,
         "kind": str(check.kind),

@@ -16,8 +16,8 @@ from pathlib import Path
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.cache import cache_of_repo, replacing
-from vera_convert.hub.calls import HubAccess, endpoint
-from vera_convert.hub.remotefile import MOST_KEPT, Beginning
+from vera_convert.hub.client import HubAccess, endpoint
+from vera_convert.hub.range_file import MOST_KEPT, Beginning
 
 MOST_OF_A_REPO = 64 << 20
 """The most bytes of beginnings that are kept of one repo; the oldest go first."""

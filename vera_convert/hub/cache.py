@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.reading import printable
-from vera_convert.hub.calls import HubAccess, cache_root
-from vera_convert.hub.reponame import COMMIT, RepoName
+from vera_convert.hub.client import HubAccess, cache_root
+from vera_convert.hub.repo_name import COMMIT, RepoName
 
 _SUFFIX = ".vera-convert.incomplete"
 _ABANDONED = 24 * 3600.0

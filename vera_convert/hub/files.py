@@ -21,12 +21,12 @@ from vera_convert.files.reading import (
 )
 from vera_convert.hub.beginnings import kept_beginning
 from vera_convert.hub.cache import remember_commit, snapshot_of
-from vera_convert.hub.calls import HubAccess, asking_for, endpoint, repo_info
 from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.client import HubAccess, asking_for, endpoint, repo_info
 from vera_convert.hub.downloading import download
 from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cached, on_hub
+from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
-from vera_convert.hub.remotefile import RemoteFile
 from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 
 _DEEPEST = 100

@@ -21,8 +21,8 @@ from typing import Literal
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable, unreadable
 from vera_convert.hub.cache import cached_commit, snapshot_of
-from vera_convert.hub.calls import HubAccess, repo_info
 from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.client import HubAccess, repo_info
 from vera_convert.hub.files import (
     adapter_files,
     fetch_adapter,
@@ -33,7 +33,7 @@ from vera_convert.hub.files import (
 )
 from vera_convert.hub.location import ADAPTER_CONFIG, ADAPTER_FILES, Location, not_cached
 from vera_convert.hub.refusals import OutOfReachError
-from vera_convert.hub.reponame import (
+from vera_convert.hub.repo_name import (
     SCHEME,
     RepoName,
     is_repo_id,
@@ -89,7 +89,7 @@ def locate(
 
     Args:
         text: a folder, or ``org/name[@revision][/subfolder]``, or that after ``hf://``.
-        kind: only a base may be a repo without an organisation, such as ``gpt2``.
+        kind: only a base may be a repo without an organization, such as ``gpt2``.
         access: how the Hub is reached.
         revision: branch, tag or commit, from an option of its own.
 

@@ -1,1 +1,5 @@
-"""merge: base weights plus the deltas of adapters, a complete model, without PyTorch."""
+"""Merge adapters into a base, shard by shard in bounded memory, without PyTorch.
+
+May import the ground and `adapter`, `assembly`, `base`, `conversion`, `draws`, `files`, `hub` and
+`publish`.
+"""

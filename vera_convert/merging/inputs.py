@@ -14,19 +14,19 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import number, optional, place, set_checked, text
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import ModelFiles, sort_files
-from vera_convert.base.learning import Bases, Need, learn
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
-from vera_convert.base.onbase import BaseWish, OnBase, loaded_in
-from vera_convert.base.quantised import quantised_elsewhere, refuse_quantised
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.quantized import quantized_elsewhere, refuse_quantized
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.side_files import ModelFiles, sort_files
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile, open_local, printable, read_json
-from vera_convert.files.weightfiles import read_weight_map
+from vera_convert.files.shards import read_weight_map
 from vera_convert.hub.lookup import (
     HubAccess,
     Location,
@@ -36,17 +36,17 @@ from vera_convert.hub.lookup import (
     locate,
     open_remote,
 )
-from vera_convert.hub.remotefile import RemoteFile
-from vera_convert.hub.reponame import SCHEME
-from vera_convert.merging.adapterfiles import AdapterFiles, adapter_files
-from vera_convert.merging.dequantising import Dequantisation, plan_dequantisation
-from vera_convert.merging.ineffect import InEffect, in_effect
-from vera_convert.merging.parts import Part
+from vera_convert.hub.range_file import RemoteFile
+from vera_convert.hub.repo_name import SCHEME
+from vera_convert.merging.adapter_files import AdapterFiles, adapter_files
+from vera_convert.merging.changes import MatchedAdapter
+from vera_convert.merging.dequantize import Dequantization, plan_dequantization
+from vera_convert.merging.in_effect import InEffect, in_effect
 from vera_convert.rules import Finding
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterWish:
+class AdapterSpec:
     """One adapter as a caller names it.
 
     Attributes:
@@ -82,11 +82,11 @@ class MergeInputs:
         texts: the bytes of its config and index, by name, as far as there are such files.
         beside: the files beside the first adapter.
         read_whole: the files of `texts`.
-        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
         findings: warnings and notes.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MatchedAdapter, ...]
     locations: tuple[Location, ...]
     base: BaseModel
     files: Mapping[str, InputFile]
@@ -95,7 +95,7 @@ class MergeInputs:
     texts: Mapping[str, bytes]
     beside: AdapterFiles
     read_whole: Mapping[str, InputFile]
-    dequantisation: Dequantisation | None
+    dequantization: Dequantization | None
     findings: tuple[Finding, ...]
 
     @property
@@ -118,7 +118,7 @@ class MergeInputs:
                 file.check_unchanged()
 
 
-def find_adapters(wishes: Sequence[AdapterWish], access: HubAccess) -> tuple[Location, ...]:
+def find_adapters(wishes: Sequence[AdapterSpec], access: HubAccess) -> tuple[Location, ...]:
     """Find where the adapters lie; nothing is fetched.
 
     Raises:
@@ -133,12 +133,12 @@ def find_adapters(wishes: Sequence[AdapterWish], access: HubAccess) -> tuple[Loc
 
 @contextmanager
 def open_inputs(
-    wishes: Sequence[AdapterWish],
+    wishes: Sequence[AdapterSpec],
     locations: Sequence[Location],
-    base: BaseWish,
+    base: BaseOptions,
     *,
     access: HubAccess,
-    meant: Meant = Meant.AUTO,
+    meant: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
     dequantize: bool = False,
     fetch: bool = True,
@@ -170,12 +170,12 @@ def open_inputs(
         known = _learn_all(adapters, base, access)
         model = known[0].base
         assert model is not None  # noqa: S101 -- `_learn_all` demands it
-        dequantisation = plan_dequantisation(model) if dequantize else None
-        if dequantisation is None:
+        dequantization = plan_dequantization(model) if dequantize else None
+        if dequantization is None:
             matches = [each.match for each in known if each.match is not None]
-            refuse_quantised(model, [name for each in matches for name in each.tensors.values()])
+            refuse_quantized(model, [name for each in matches for name in each.tensors.values()])
         elif base.dtype is None:
-            known = [loaded_in(each, dequantisation.dtype) for each in known]
+            known = [loaded_in(each, dequantization.dtype) for each in known]
         names = list_files(model.location, access)
         sides = sort_files(names, model)
         whole = [name for name in (sides.config, model.index) if name is not None]
@@ -193,10 +193,10 @@ def open_inputs(
             pair = in_effect(adapter, on_base, meant=meant, variant=variant)
             parts.append(_part(wish, location, adapter, on_base, pair))
         findings = [*sides.findings(model.location.label)]
-        if dequantisation is None:
-            findings += filter(None, [quantised_elsewhere(model)])
+        if dequantization is None:
+            findings += filter(None, [quantized_elsewhere(model)])
         else:
-            findings.append(dequantisation.finding(model.location.label))
+            findings.append(dequantization.finding(model.location.label))
         beside = [adapter_files(location, model) for location in fetched]
         for part, on_base, files_beside in zip(parts, known, beside, strict=True):
             findings += files_beside.findings(part.label)
@@ -212,21 +212,23 @@ def open_inputs(
             texts=texts,
             beside=beside[0],
             read_whole=read_whole,
-            dequantisation=dequantisation,
+            dequantization=dequantization,
             findings=tuple(dict.fromkeys(findings)),
         )
         yield inputs
 
 
-def _learn_all(adapters: Sequence[Adapter], wish: BaseWish, access: HubAccess) -> list[OnBase]:
+def _learn_all(
+    adapters: Sequence[Adapter], wish: BaseOptions, access: HubAccess
+) -> list[BaseFacts]:
     """Match every adapter with the one base, that of the first if none is given."""
     bases = Bases(access)
-    known = [learn(adapters[0], wish, bases=bases, need=Need.WHOLE)]
+    known = [resolve_base(adapters[0], wish, bases=bases, need=Need.WHOLE)]
     base = known[0].base
     if base is None:
         raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
     same = replace(wish, model=_name(base.location), revision=None)
-    known += [learn(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
+    known += [resolve_base(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
     components = dict.fromkeys(each.base.prefix for each in known if each.base is not None)
     if len(components) > 1:
         shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)
@@ -275,16 +277,16 @@ def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
 
 
 def _part(
-    wish: AdapterWish,
+    wish: AdapterSpec,
     location: Location,
     adapter: Adapter,
-    on_base: OnBase,
+    on_base: BaseFacts,
     pair: InEffect,
-) -> Part:
+) -> MatchedAdapter:
     source, folder = adapter.file.source, location.fetched
     assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
     assert on_base.match is not None  # noqa: S101 -- it is known from a base
-    return Part(
+    return MatchedAdapter(
         label=location.label,
         adapter=adapter,
         match=on_base.match,

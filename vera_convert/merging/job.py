@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from vera_convert.assembly.assembling import (
+from vera_convert.assembly.addends import Numbers
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.journal import Journal, finished_files
+from vera_convert.assembly.pool import default_jobs
+from vera_convert.assembly.writer import (
     Assembler,
     Computed,
     Finished,
     NewFile,
     ResultNotFiniteError,
 )
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.jobs import default_jobs
-from vera_convert.assembly.journal import Journal, finished_files
-from vera_convert.assembly.sums import Numbers
-from vera_convert.base.folder import PROVENANCE_NAME
-from vera_convert.base.onbase import BaseWish
+from vera_convert.base.facts import BaseOptions
+from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import printable
+from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.merging.modelconfig import ConfigEdits
+from vera_convert.merging.model_config import ConfigEdits
 from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import check_staged, files_beside
-from vera_convert.merging.parts import Changes
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import (
     adapter_record,
@@ -80,7 +80,7 @@ class MergeJob:
     replaced: tuple[ReplacedTensor, ...]
     files: tuple[NewFile, ...]
     out: Path
-    base: BaseWish
+    base: BaseOptions
     options: MergeOptions
     free: int
 

@@ -18,16 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from vera_convert.arguments import function, instance, optional, path
-from vera_convert.assembly.jobs import one_blas_thread
-from vera_convert.base.folder import ModelFiles
-from vera_convert.base.onbase import BaseWish, wish_of
-from vera_convert.base.quantised import refuse_quantised
+from vera_convert.assembly.pool import one_blas_thread
+from vera_convert.base.facts import BaseOptions, base_options_of
+from vera_convert.base.quantized import refuse_quantized
+from vera_convert.base.side_files import ModelFiles
 from vera_convert.draws.recognition import Draw
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.merging.adapterfiles import AdapterFiles
-from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.adapter_files import AdapterFiles
+from vera_convert.merging.changes import MatchedAdapter, collect
+from vera_convert.merging.inputs import AdapterSpec, MergeInputs, find_adapters, open_inputs
 from vera_convert.merging.job import MergeJob, is_merged
-from vera_convert.merging.modelconfig import config_edits
+from vera_convert.merging.model_config import config_edits
 from vera_convert.merging.options import DTYPES, MergeOptions
 from vera_convert.merging.output import (
     ConfigChanges,
@@ -36,12 +37,11 @@ from vera_convert.merging.output import (
     file_plan,
     plan_files,
 )
-from vera_convert.merging.parts import Part, collect
 from vera_convert.merging.plan import plan_weights
 from vera_convert.merging.replaced import ReplacedTensor, constant_findings, replaced_tensors
 from vera_convert.merging.report import TensorReport, number_findings
-from vera_convert.publish.interrupts import signals_raise
 from vera_convert.publish.publishing import check_out, free_space
+from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import Finding
 
 _COPY_SPEED = 1e9
@@ -122,7 +122,7 @@ def merge(
     adapter: str | Path,
     out: str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
+    base: BaseOptions | str | Path | None = None,
     options: MergeOptions | None = None,
     revision: str | None = None,
     access: HubAccess | None = None,
@@ -149,8 +149,8 @@ def merge(
     options = optional(instance, "options", MergeOptions, options) or MergeOptions()
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     progress = function("progress", progress)
-    base, place, started = wish_of(base), path("out", out), time.monotonic()
-    wishes = (AdapterWish(adapter, options.weight, revision), *options.add)
+    base, place, started = base_options_of(base), path("out", out), time.monotonic()
+    wishes = (AdapterSpec(adapter, options.weight, revision), *options.add)
     with signals_raise():
         locations = find_adapters(wishes, access)
         folders = [each.folder for each in locations if each.folder is not None]
@@ -180,7 +180,7 @@ def merge(
             return _result(job, reports, hashes, time.monotonic() - started)
 
 
-def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions) -> MergeJob:
+def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptions) -> MergeJob:
     dtype = DTYPES[options.dtype] if options.dtype is not None else None
     changes = collect(inputs.parts, inputs.base, inputs.files, tied=options.tied)
     check_tokenizer(inputs, changes)
@@ -191,15 +191,15 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseWish, options: MergeOptions)
         architecture=options.architecture,
         labels=options.labels,
     )
-    if inputs.dequantisation is None:
-        refuse_quantised(inputs.base, changes.replaced)
+    if inputs.dequantization is None:
+        refuse_quantized(inputs.base, changes.replaced)
     weights = plan_weights(
         inputs.base,
         inputs.files,
         changes,
         dtype=dtype,
         max_shard_size=options.max_shard_size,
-        dequantisation=inputs.dequantisation,
+        dequantization=inputs.dequantization,
         index_text=inputs.texts.get(inputs.base.index or ""),
     )
     replaced = replaced_tensors(changes, inputs.base, inputs.files)
@@ -235,7 +235,7 @@ def _result(
     )
 
 
-def _adapter(part: Part) -> MergedAdapter:
+def _adapter(part: MatchedAdapter) -> MergedAdapter:
     return MergedAdapter(
         label=part.label,
         weight=part.weight,

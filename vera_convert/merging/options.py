@@ -22,13 +22,13 @@ from vera_convert.arguments import (
     whole_number,
 )
 from vera_convert.assembly.blocks import CPU, Device
-from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
-from vera_convert.merging.inputs import AdapterWish
-from vera_convert.merging.parts import Tied
+from vera_convert.merging.changes import Tied
+from vera_convert.merging.inputs import AdapterSpec
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What `dtype` can be, with safetensors' names."""
@@ -64,8 +64,8 @@ class MergeOptions:
     """
 
     weight: float = 1.0
-    add: Sequence[AdapterWish] = ()
-    projections: Meant = Meant.AUTO
+    add: Sequence[AdapterSpec] = ()
+    projections: ProjectionSource = ProjectionSource.AUTO
     generator: Variant | None = None
     dtype: str | None = None
     max_shard_size: int | None = None
@@ -88,7 +88,7 @@ class MergeOptions:
             self,
             weight=number("--weight", self.weight),
             add=_further(self.add),
-            projections=one_of("--projections", Meant, self.projections),
+            projections=one_of("--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),
             max_shard_size=optional(size_in_bytes, "--max-shard-size", self.max_shard_size),
@@ -99,7 +99,7 @@ class MergeOptions:
             jobs=optional(whole_number, "--jobs", self.jobs),
         )
 
-    def record(self, base: BaseWish) -> Mapping[str, object]:
+    def record(self, base: BaseOptions) -> Mapping[str, object]:
         """Return what decides the bytes of the output, as a JSON object.
 
         The adapters and their weights are recorded with the inputs. How many threads there are,
@@ -122,16 +122,16 @@ class MergeOptions:
         }
 
 
-def _further(add: object) -> tuple[AdapterWish, ...]:
+def _further(add: object) -> tuple[AdapterSpec, ...]:
     """Return the further adapters of a merge as records."""
     if isinstance(add, str) or not isinstance(add, Sequence):
-        raise UsageError("add: give a list of adapters, each a text or an AdapterWish.")
-    return tuple(each if isinstance(each, AdapterWish) else _wish(each) for each in add)
+        raise UsageError("add: give a list of adapters, each a text or an AdapterSpec.")
+    return tuple(each if isinstance(each, AdapterSpec) else _wish(each) for each in add)
 
 
-def _wish(written: object) -> AdapterWish:
+def _wish(written: object) -> AdapterSpec:
     adapter, weight = adapter_and_weight("add", written)
-    return AdapterWish(adapter, 1.0 if weight is None else weight)
+    return AdapterSpec(adapter, 1.0 if weight is None else weight)
 
 
 def _class_name(name: str, value: object) -> str:

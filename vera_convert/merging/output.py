@@ -6,23 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_convert.assembly.assembling import Carried, Computed, NewFile
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import CARD_NAME, check_tokens, of_dtype, untied
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
+from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.naming import embedding_rows
+from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.jsonediting import removed_member
+from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import LocalFile, open_local, printable
-from vera_convert.files.weightfiles import REDIRECTION
+from vera_convert.files.shards import REDIRECTION
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.hub.reponame import is_repo_id
-from vera_convert.merging.adapterfiles import MODULES_NAME
+from vera_convert.hub.repo_name import is_repo_id
+from vera_convert.merging.adapter_files import MODULES_NAME
 from vera_convert.merging.card import Origin, model_card
-from vera_convert.merging.dequantising import SIDE_FILES, dequantised_config
+from vera_convert.merging.changes import Changes
+from vera_convert.merging.dequantize import SIDE_FILES, dequantized_config
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.merging.modelconfig import ConfigEdits
-from vera_convert.merging.parts import Changes
+from vera_convert.merging.model_config import ConfigEdits
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import folder_name
 from vera_convert.merging.replaced import ReplacedTensor
@@ -73,7 +73,7 @@ def file_plan(file: NewFile) -> FilePlan:
     return FilePlan(
         file.name,
         file.size,
-        sum(piece.size for piece in file.pieces if isinstance(piece, Carried)),
+        sum(piece.size for piece in file.pieces if isinstance(piece, CopiedRange)),
         sum(piece.size for piece in computed),
         len(computed),
         sum(
@@ -122,8 +122,8 @@ def _config_text(inputs: MergeInputs, config: ConfigChanges) -> bytes:
     """Return the bytes of the merged model's config."""
     base = inputs.base.config
     text = inputs.texts[inputs.sides.config or ""]
-    if inputs.dequantisation is not None:
-        text = dequantised_config(text, base)
+    if inputs.dequantization is not None:
+        text = dequantized_config(text, base)
     if config.unties:
         text = untied(text, base)
     if config.dtype is not None:
@@ -133,15 +133,15 @@ def _config_text(inputs: MergeInputs, config: ConfigChanges) -> bytes:
     return config.edits.of_text(text)
 
 
-def _whole(file: InputFile) -> Iterator[Carried]:
+def _whole(file: InputFile) -> Iterator[CopiedRange]:
     if file.size:
-        yield Carried(file, 0, file.size, 0)
+        yield CopiedRange(file, 0, file.size, 0)
 
 
 def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
     """Return the files beside the merged weights: the base's, with the adapter's in their place."""
     carried = dict(inputs.carried)
-    if inputs.dequantisation is not None:
+    if inputs.dequantization is not None:
         carried = {name: file for name, file in carried.items() if name not in SIDE_FILES}
     return inputs.beside.over(carried)
 

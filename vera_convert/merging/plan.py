@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from vera_convert.assembly.assembling import Carried, Computed, NewFile, Piece
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.sums import Sum
+from vera_convert.assembly.addends import Sum
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.writer import Computed, CopiedRange, NewFile, Piece
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantised import FLOATS, quantised_tensors
+from vera_convert.base.quantized import FLOATS, quantized_tensors
 from vera_convert.delta import working_dtype
 from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order
-from vera_convert.files.jsonediting import edited_member
+from vera_convert.files.json_edit import edited_member
+from vera_convert.files.shards import named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.files.weightfiles import named_weights
-from vera_convert.merging.dequantising import Decoder, Dequantisation, decoder
-from vera_convert.merging.parts import Changes, Replacement
+from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.merging.dequantize import Decoder, Dequantization, decoder
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -57,7 +57,7 @@ class PlannedTensor:
     def piece(self, at: int) -> Piece:
         """Return it as a piece of a file, beginning at a position."""
         if self.total is None:
-            return Carried(self.source, self.start, self.nbytes, at)
+            return CopiedRange(self.source, self.start, self.nbytes, at)
         return Computed(self.source, self.start, self.total, at)
 
 
@@ -89,7 +89,7 @@ def plan_weights(
     *,
     dtype: str | None = None,
     max_shard_size: int | None = None,
-    dequantisation: Dequantisation | None = None,
+    dequantization: Dequantization | None = None,
     index_text: bytes | None = None,
 ) -> WeightsPlan:
     """Plan the weight files.
@@ -100,10 +100,10 @@ def plan_weights(
         changes: what adapters do to it.
         dtype: what its float tensors are to become, as safetensors names it; None keeps each.
         max_shard_size: the most bytes of a shard, but for a larger tensor; None keeps the shards.
-        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
         index_text: the bytes of the base's index, where there is one.
     """
-    planner = _Planner(base, files, changes, dtype, dequantisation)
+    planner = _Planner(base, files, changes, dtype, dequantization)
     if max_shard_size is None:
         shards = {name: planner.of_file(name) for name in base.files}
         for name, planned in planner.additions().items():
@@ -146,21 +146,21 @@ class _Planner:
         files: Mapping[str, InputFile],
         changes: Changes,
         dtype: str | None,
-        dequantisation: Dequantisation | None,
+        dequantization: Dequantization | None,
     ) -> None:
         self.base = base
         self.files = files
         self.changes = changes
         self.dtype = dtype
-        self.dequantisation = dequantisation or Dequantisation({}, frozenset(), "")
-        # What means nothing without its quantiser stays as it is.
-        stay = dtype is not None and dequantisation is None
-        self.kept = quantised_tensors(base) if stay else frozenset[str]()
+        self.dequantization = dequantization or Dequantization({}, frozenset(), "")
+        # What means nothing without its quantizer stays as it is.
+        stay = dtype is not None and dequantization is None
+        self.kept = quantized_tensors(base) if stay else frozenset[str]()
 
     def of_file(self, name: str) -> list[PlannedTensor]:
         """Return the tensors of one of the base's files, in the order of their bytes."""
         infos = sorted(self.base.files[name].tensors.values(), key=lambda info: info.start)
-        dropped = self.dequantisation.dropped
+        dropped = self.dequantization.dropped
         return [self._of_base(info.name) for info in infos if info.name not in dropped]
 
     def additions(self) -> dict[str, list[PlannedTensor]]:
@@ -181,8 +181,8 @@ class _Planner:
         name = name or stored_name
         replacement = self.changes.replaced.get(name)
         tensor = self.base.tensors[stored_name]
-        scale = self.dequantisation.scales.get(stored_name)
-        dtype = tensor.info.dtype if scale is None else self.dequantisation.dtype
+        scale = self.dequantization.scales.get(stored_name)
+        dtype = tensor.info.dtype if scale is None else self.dequantization.dtype
         if replacement is not None:
             return self._of_adapter(name, replacement, dtype)
         written = dtype if stored_name in self.kept else self._written(dtype)
@@ -251,7 +251,9 @@ def _file(
     pieces = _joined(_placed(tensors, len(head)))
     if old is not None and head == old.raw and _are_all_of(files[old_name], pieces):
         # A file system that shares blocks can do so for a whole file.
-        return NewFile(name, pieces=(Carried(files[old_name], 0, files[old_name].size, 0),)), head
+        return NewFile(
+            name, pieces=(CopiedRange(files[old_name], 0, files[old_name].size, 0),)
+        ), head
     return NewFile(name, head, tuple(pieces)), head
 
 
@@ -259,7 +261,7 @@ def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
     """Say whether pieces are all that a file holds, where it holds it."""
     return not pieces or (
         len(pieces) == 1
-        and isinstance(pieces[0], Carried)
+        and isinstance(pieces[0], CopiedRange)
         and pieces[0].source is source
         and pieces[0].start == pieces[0].at
     )
@@ -287,12 +289,12 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     for piece in pieces:
         last = joined[-1] if joined else None
         if (
-            isinstance(piece, Carried)
-            and isinstance(last, Carried)
+            isinstance(piece, CopiedRange)
+            and isinstance(last, CopiedRange)
             and last.source is piece.source
             and last.start + last.size == piece.start
         ):
-            joined[-1] = Carried(last.source, last.start, last.size + piece.size, last.at)
+            joined[-1] = CopiedRange(last.source, last.start, last.size + piece.size, last.at)
         else:
             joined.append(piece)
     return joined

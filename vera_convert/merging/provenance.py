@@ -18,13 +18,13 @@ import ml_dtypes
 import numpy as np
 
 from vera_convert._version import __version__
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import PROVENANCE_NAME
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
+from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local, read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.merging.parts import Part
+from vera_convert.merging.changes import MatchedAdapter
 from vera_convert.merging.report import TensorReport
 
 FORMAT = 1
@@ -54,7 +54,7 @@ def folder_name(location: Location) -> str:
     return (location.folder or Path()).resolve().name
 
 
-def adapter_record(part: Part, location: Location) -> dict[str, object]:
+def adapter_record(part: MatchedAdapter, location: Location) -> dict[str, object]:
     """Return what is recorded of one adapter."""
     config, pair = part.adapter.config, part.pair
     drawn = asdict(pair.draw) if pair.draw is not None else None

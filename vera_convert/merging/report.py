@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from vera_convert.assembly.sums import Numbers
+from vera_convert.assembly.addends import Numbers
 from vera_convert.files.reading import printable
 from vera_convert.rules import DELTA_LOST, UNTRAINED, Finding
 

@@ -1,1 +1,4 @@
-"""Output that appears whole or not at all. Nothing else in the package renames or deletes."""
+"""Write output that appears whole or not at all; no other folder renames or deletes.
+
+May import the ground and `files`.
+"""

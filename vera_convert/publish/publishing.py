@@ -24,9 +24,9 @@ from typing import NoReturn
 
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
-from vera_convert.publish.container import TAG, Container, bytes_of_the_dead, sweep_containers
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
-from vera_convert.publish.interrupts import signals_done, signals_held, signals_raise
+from vera_convert.publish.signals import signals_done, signals_held, signals_raise
+from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
 
 Strangers = Callable[[Path], Collection[str]]
 """Gives the files of a folder at OUT that a run would not write, relative to the folder."""

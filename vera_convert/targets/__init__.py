@@ -1,1 +1,4 @@
-"""Which layers of a model PEFT adapts, told without the model."""
+"""Tell which layers of a model PEFT adapts, without the model itself.
+
+May import the ground and `adapter` and `files`.
+"""

@@ -1,1 +1,4 @@
-"""validate: every way in which an adapter is wrong, at once, for people and for CI."""
+"""Validate adapters: find every fault at once, each with its code.
+
+May import the ground and `adapter`, `base`, `conversion`, `draws`, `files`, `hub` and `targets`.
+"""

@@ -1,4 +1,4 @@
-"""What a base makes of an adapter: names, heads, quantised layers, sizes. From headers alone."""
+"""What a base makes of an adapter: names, heads, quantized layers, sizes. From headers alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.tensors import WEIGHTS_NAME, replaced_name
-from vera_convert.base.folder import check_tokens, tokenizer_files
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.model import BaseModel
-from vera_convert.base.naming import (
+from vera_convert.base.facts import BaseFacts, BaseOptions
+from vera_convert.base.match import (
     AS_THEY_ARE,
     Match,
     embedding_of_head,
     embedding_rows,
     match_replacements,
 )
-from vera_convert.base.onbase import BaseWish, OnBase
-from vera_convert.base.quantised import quantised_elsewhere, quantised_targets
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized import quantized_elsewhere, quantized_targets
 from vera_convert.base.replacements import brought, incomplete_modules, is_of_classifier, resizes
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.side_files import check_tokens, tokenizer_files
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local, printable
@@ -30,12 +30,14 @@ from vera_convert.rules import (
     HEAD_SHARED,
     NAMES_RENAMED,
     ORIENTATION_WRONG,
-    TARGET_IS_QUANTISED,
+    TARGET_IS_QUANTIZED,
     Finding,
 )
 
 
-def learner(wish: BaseWish, access: HubAccess) -> Callable[[Adapter], tuple[OnBase, list[Finding]]]:
+def resolver(
+    wish: BaseOptions, access: HubAccess
+) -> Callable[[Adapter], tuple[BaseFacts, list[Finding]]]:
     """Find a base and return what says of an adapter what is known of it there, and what is wrong.
 
     Args:
@@ -49,19 +51,19 @@ def learner(wish: BaseWish, access: HubAccess) -> Callable[[Adapter], tuple[OnBa
     assert wish.model is not None  # noqa: S101 -- as promised
     bases.located(wish.model, wish.revision)
 
-    def learned(adapter: Adapter) -> tuple[OnBase, list[Finding]]:
-        on_base = learn(adapter, wish, bases=bases, need=Need.NONE)
+    def learned(adapter: Adapter) -> tuple[BaseFacts, list[Finding]]:
+        on_base = resolve_base(adapter, wish, bases=bases, need=Need.NONE)
         return on_base, [*on_base.findings, *base_findings(adapter, on_base)]
 
     return learned
 
 
-def base_findings(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
+def base_findings(adapter: Adapter, on_base: BaseFacts) -> Iterator[Finding]:
     """Yield what is to be known of an adapter on a base that it fits.
 
     Args:
         adapter: the adapter.
-        on_base: what `learn` found; its own findings are not repeated.
+        on_base: what `resolve_base` found; its own findings are not repeated.
     """
     base, match = on_base.base, on_base.match
     if base is None or match is None:
@@ -70,10 +72,10 @@ def base_findings(adapter: Adapter, on_base: OnBase) -> Iterator[Finding]:
         yield NAMES_RENAMED.at(base.location.label, f"they fit by this: {match.strategy}.")
     yield from _orientation(adapter, match)
     yield from _heads(match, base)
-    quantised = quantised_targets(base, match.tensors.values())
-    for finding in quantised:
-        yield TARGET_IS_QUANTISED.at(finding.place, finding.reason)
-    elsewhere = None if quantised else quantised_elsewhere(base)
+    quantized = quantized_targets(base, match.tensors.values())
+    for finding in quantized:
+        yield TARGET_IS_QUANTIZED.at(finding.place, finding.reason)
+    elsewhere = None if quantized else quantized_elsewhere(base)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, base)
     yield from _tokens(adapter, _rows(adapter, base))

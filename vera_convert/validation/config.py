@@ -9,7 +9,7 @@ from vera_convert.adapter.tensors import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.hub.reponame import is_repo_id, is_revision
+from vera_convert.hub.repo_name import is_repo_id, is_revision
 from vera_convert.rules import (
     BASE_IS_PATH,
     BASE_UNNAMED,

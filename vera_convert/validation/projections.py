@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.base.onbase import OnBase
-from vera_convert.conversion.projections import as_cast, usual_draw
+from vera_convert.base.facts import BaseFacts
+from vera_convert.conversion.projections import as_cast, default_variant
 from vera_convert.conversion.proof import damage, unproven_draw
 from vera_convert.draws.generator import Rounding
-from vera_convert.draws.recognition import Draw, Recognition, difference, recognise
+from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
 from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
     OTHER_DIMS,
@@ -36,13 +36,13 @@ class Pair:
     recognition: Recognition
 
 
-def recognised(config: VeraConfig, A: NDArray[Any], B: NDArray[Any]) -> Pair:
+def recognized(config: VeraConfig, A: NDArray[Any], B: NDArray[Any]) -> Pair:
     """Return a stored pair with the draw that it is."""
-    return Pair(A, B, recognise(A, B, key=config.projection_prng_key))
+    return Pair(A, B, recognize(A, B, key=config.projection_prng_key))
 
 
 def stored_findings(
-    config: VeraConfig, pair: Pair, on_base: OnBase, *, tallest: int
+    config: VeraConfig, pair: Pair, on_base: BaseFacts, *, tallest: int
 ) -> Iterator[Finding]:
     """Yield where a PEFT uses other A and B than the stored ones.
 
@@ -66,7 +66,7 @@ def stored_findings(
         yield from _held_against_the_key(config, pair, on_base)
 
 
-def _held_against_the_key(config: VeraConfig, pair: Pair, on_base: OnBase) -> Iterator[Finding]:
+def _held_against_the_key(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> Iterator[Finding]:
     reason = _why_other(config, pair, on_base)
     if reason and config.save_projection:
         yield PROJECTIONS_IGNORED.at(WEIGHTS_NAME, reason)
@@ -77,7 +77,7 @@ def _held_against_the_key(config: VeraConfig, pair: Pair, on_base: OnBase) -> It
         yield PROJECTIONS_ROUNDED.at(WEIGHTS_NAME, f"they are {draw.description}.")
 
 
-def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
+def _why_other(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> str:
     """Say why what PEFT draws from the key is not what is stored; empty if it is.
 
     Where the base's dtype is not known, whatever rounding is stored is taken for the base's.
@@ -104,10 +104,10 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: OnBase) -> str:
 
 
 def _as_drawn(
-    config: VeraConfig, found: Draw | Fingerprint, on_base: OnBase, dims: tuple[int, int]
+    config: VeraConfig, found: Draw | Fingerprint, on_base: BaseFacts, dims: tuple[int, int]
 ) -> Draw:
     """Return what PEFT draws, rounded as the base rounds it, or as `found` is without a base."""
-    usual = usual_draw(config, on_base, *dims)
+    usual = default_variant(config, on_base, *dims)
     rounding = found.rounding
     if on_base.rounding is not None:
         rounding = as_cast(usual.variant, on_base.rounding)
@@ -115,7 +115,7 @@ def _as_drawn(
 
 
 def stripped_findings(
-    config: VeraConfig, fingerprint: Fingerprint | None, on_base: OnBase
+    config: VeraConfig, fingerprint: Fingerprint | None, on_base: BaseFacts
 ) -> Iterator[Finding]:
     """Yield what is not certain of projections that have to be drawn again.
 

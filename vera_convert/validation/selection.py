@@ -10,7 +10,7 @@ from typing import Any
 
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable, unreadable
-from vera_convert.rules import CATALOGUE, Finding, Severity
+from vera_convert.rules import CATALOG, Finding, Severity
 
 FILE_NAME = "pyproject.toml"
 _TABLE = ("tool", "vera-convert", "validate")
@@ -104,10 +104,10 @@ def check_codes(codes: Iterable[str], *, place: str = "") -> None:
     """Raise `UsageError` for what is neither a code nor the beginning of one."""
     before = f"{place}: " if place else ""
     for code in codes:
-        if not code or not any(known.startswith(code) for known in CATALOGUE):
+        if not code or not any(known.startswith(code) for known in CATALOG):
             from difflib import get_close_matches
 
-            near = get_close_matches(code, CATALOGUE, 1) if len(code) > 3 else []
+            near = get_close_matches(code, CATALOG, 1) if len(code) > 3 else []
             hint = f" Was {near[0]} meant?" if near else ""
             raise UsageError(
                 f'{before}"{printable(code)}" is no code; --rules lists them, and V2 means all '

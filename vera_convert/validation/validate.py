@@ -34,12 +34,12 @@ from vera_convert.arguments import (
     text,
     texts,
 )
-from vera_convert.base.onbase import BaseWish, OnBase, loaded_in, wish_of
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of, loaded_in
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
-from vera_convert.files.extents import extents
 from vera_convert.files.reading import ByteSource, printable
+from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (
     HubAccess,
     Location,
@@ -48,17 +48,17 @@ from vera_convert.hub.lookup import (
     locate,
     open_remote,
 )
-from vera_convert.hub.remotefile import RemoteFile
+from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
-from vera_convert.validation.projections import recognised, stored_findings, stripped_findings
+from vera_convert.validation.projections import recognized, stored_findings, stripped_findings
 from vera_convert.validation.selection import check_codes, selected
 from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
 from vera_convert.validation.validation import Checked, Validation
 from vera_convert.validation.values import value_findings
 
-Learn = Callable[[Adapter], tuple[OnBase, list[Finding]]]
+Resolve = Callable[[Adapter], tuple[BaseFacts, list[Finding]]]
 """Says what is known of the base of an adapter, and what is wrong with the adapter on it."""
 
 _REMOTE = Path(os.devnull, "on-the-hub")
@@ -68,7 +68,7 @@ _REMOTE = Path(os.devnull, "on-the-hub")
 def validate(
     adapters: Sequence[str | Path] | str | Path,
     *,
-    base: BaseWish | str | Path | None = None,
+    base: BaseOptions | str | Path | None = None,
     recursive: bool = False,
     deep: bool = False,
     select: Sequence[str] = (),
@@ -102,17 +102,17 @@ def validate(
     fail_on = one_of("fail_on", Severity, fail_on)
     require_flags(recursive=recursive, deep=deep)
     check_codes((*select, *ignore))
-    wish, revision = wish_of(base), optional(text, "revision", revision)
+    wish, revision = base_options_of(base), optional(text, "revision", revision)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
-    learn: Learn | None = None
+    resolve_base: Resolve | None = None
     if wish.model is not None:
-        from vera_convert.validation.base import learner  # takes as long to load as all the rest
+        from vera_convert.validation.base import resolver  # takes as long to load as all the rest
 
-        learn = learner(wish, access)
+        resolve_base = resolver(wish, access)
     checked = [
         named
         if isinstance(named, Checked)
-        else _checked(named, wish, learn, access, deep=deep, revision=revision)
+        else _checked(named, wish, resolve_base, access, deep=deep, revision=revision)
         for named in _named(named_adapters, recursive=recursive)
     ]
     return Validation(tuple(_chosen(one, select, ignore) for one in checked), fail_on)
@@ -194,8 +194,8 @@ class _Told:
 
 def _checked(
     named: str,
-    wish: BaseWish,
-    learn: Learn | None,
+    wish: BaseOptions,
+    resolve_base: Resolve | None,
     access: HubAccess,
     *,
     deep: bool,
@@ -216,7 +216,7 @@ def _checked(
             told.findings += examined.findings
             if examined.other_method is None:
                 told.embedded = _is_embedded(examined)
-                _check(examined, location, wish, learn, told, deep=deep)
+                _check(examined, location, wish, resolve_base, told, deep=deep)
             told.read = _bytes_read(sources) if remote else None
     except CheckpointError as error:
         told.findings += error.findings
@@ -279,8 +279,8 @@ def _is_embedded(examined: Examined) -> bool | None:
 def _check(
     examined: Examined,
     location: Location,
-    wish: BaseWish,
-    learn: Learn | None,
+    wish: BaseOptions,
+    resolve_base: Resolve | None,
     told: _Told,
     *,
     deep: bool,
@@ -288,7 +288,7 @@ def _check(
     """Run every check for which enough could be read."""
     config, file, folder = examined.config, examined.file, location.folder
     layers = examined.sorted.layers if examined.sorted is not None else {}
-    on_base = _on_base(examined, wish, learn, told)
+    on_base = _on_base(examined, wish, resolve_base, told)
     if folder is not None:
         told.step("the files beside the weights", lambda: folder_findings(folder))
     if config is not None:
@@ -305,7 +305,7 @@ def _check(
     if folder is None:
         told.not_checked.append("values, and whether A and B are a draw: --deep fetches them.")
     elif file is not None and layers:
-        found = extents(file)
+        found = value_ranges(file)
         is_float16 = on_base.rounding is Rounding.FP16
         told.findings += value_findings(
             file, config, [*layers.values()], found, on_float16=is_float16
@@ -322,11 +322,13 @@ def _check(
     )
 
 
-def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Told) -> OnBase:
+def _on_base(
+    examined: Examined, wish: BaseOptions, resolve_base: Resolve | None, told: _Told
+) -> BaseFacts:
     """Return what is known of the base, and tell what is wrong with an adapter on it."""
-    known = OnBase() if wish.dtype is None else loaded_in(OnBase(), wish.dtype)
+    known = BaseFacts() if wish.dtype is None else loaded_in(BaseFacts(), wish.dtype)
     adapter = examined.adapter
-    if learn is None:
+    if resolve_base is None:
         told.not_checked.append("whether it fits a base: --base MODEL tells.")
         return known
     if adapter is None:
@@ -335,7 +337,7 @@ def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Tol
 
     def find() -> list[Finding]:
         nonlocal known
-        known, findings = learn(adapter)
+        known, findings = resolve_base(adapter)
         told.base = known.source
         return findings
 
@@ -344,7 +346,13 @@ def _on_base(examined: Examined, wish: BaseWish, learn: Learn | None, told: _Tol
 
 
 def _projection_findings(
-    config: VeraConfig, examined: Examined, on_base: OnBase, told: _Told, *, here: bool, deep: bool
+    config: VeraConfig,
+    examined: Examined,
+    on_base: BaseFacts,
+    told: _Told,
+    *,
+    here: bool,
+    deep: bool,
 ) -> Iterator[Finding]:
     """Hold A and B against draws: stored ones, if their values may be read, or what was dropped."""
     assert examined.sorted is not None  # noqa: S101 -- the caller looked
@@ -361,7 +369,7 @@ def _projection_findings(
     elif stored is not None and here and _are_unfit(stored, config):
         told.not_checked.append("whether A and B are a draw: mend their errors first.")
     elif stored is not None and here:
-        pair = recognised(config, stored.A.array(), stored.B.array())
+        pair = recognized(config, stored.A.array(), stored.B.array())
         told.draw = pair.recognition.draw
         # Without a lambda under its proper name, nothing is known of the layers' heights.
         tallest = examined.sorted.longest_b or stored.B.shape[0]

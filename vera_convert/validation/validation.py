@@ -18,7 +18,7 @@ class Checked:
     Attributes:
         label: how its user named it, with the commit on the Hub; printable.
         path: its folder as it was given, with ``/``; None for a repo on the Hub.
-        findings: in the order of the catalogue, those that were not selected left out.
+        findings: in the order of the catalog, those that were not selected left out.
         draw: which draw its A and B are, stored or by the fingerprint; None where that is not
             known, or there is none.
         embedded: whether A and B are stored; None where the file cannot be read.

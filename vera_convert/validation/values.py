@@ -8,9 +8,9 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer
 from vera_convert.adapter.values import value_errors
-from vera_convert.files.extents import Extent
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorFile
+from vera_convert.files.value_range import ValueRange
 from vera_convert.rules import (
     LAYERS_UNTRAINED,
     PRODUCT_OVERFLOWS,
@@ -30,7 +30,7 @@ def value_findings(
     file: TensorFile,
     config: VeraConfig | None,
     layers: Sequence[AdaptedLayer],
-    found: Mapping[str, Extent],
+    found: Mapping[str, ValueRange],
     *,
     on_float16: bool,
 ) -> Iterator[Finding]:
@@ -40,7 +40,7 @@ def value_findings(
         file: the adapter's weights.
         config: its config, if it can be read.
         layers: its layers, as far as they are sound.
-        found: the extents of the file's tensors.
+        found: the value_ranges of the file's tensors.
         on_float16: whether the base is loaded in float16.
     """
     errors = [*value_errors(file, found)]
@@ -56,7 +56,7 @@ def value_findings(
         yield from _overflow(sound, found, on_float16=on_float16)
 
 
-def _absurd(file: TensorFile, found: Mapping[str, Extent]) -> Iterator[Finding]:
+def _absurd(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Finding]:
     for name, extent in found.items():
         magnitude = extent.magnitude
         least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
@@ -70,7 +70,7 @@ def _least(dtype: str) -> float:
 
 
 def _untrained(
-    layers: Sequence[AdaptedLayer], found: Mapping[str, Extent], *, starts_at_one: bool
+    layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, starts_at_one: bool
 ) -> Iterator[Finding]:
     """Yield a finding where vectors are as they began: in all layers a warning, in some a note."""
     b = [found[layer.lambda_b.name] for layer in layers]
@@ -89,7 +89,7 @@ def _untrained(
 
 
 def _overflow(
-    layers: Sequence[AdaptedLayer], found: Mapping[str, Extent], *, on_float16: bool
+    layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, on_float16: bool
 ) -> Iterator[Finding]:
     """Warn where the vectors take a product in float16 beyond its range.
 

@@ -1,1 +1,5 @@
-"""verify: what a conversion made, held against the formula, the inputs and the layer itself."""
+"""Verify a conversion: compare each tensor with the formula, the inputs and our own layer.
+
+May import the ground and `adapter`, `assembly`, `base`, `conversion`, `draws`, `files`, `hub` and
+`merging`.
+"""

@@ -13,13 +13,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.sums import Term
+from vera_convert.assembly.addends import Term
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantised import FLOATS, quantised_tensors
+from vera_convert.base.quantized import FLOATS, quantized_tensors
 from vera_convert.files.header import BITS
-from vera_convert.merging.dequantising import Dequantisation, decoder
-from vera_convert.merging.parts import Changes, Replacement
+from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.merging.dequantize import Dequantization, decoder
 
 Array = NDArray[Any]
 
@@ -63,7 +63,7 @@ class Expected:
         stored: the dtype that it has there.
         terms: what is added, in this order.
         conv1d: whether it is stored as (in, out).
-        decode: makes values of what a quantiser stored; None for plain values.
+        decode: makes values of what a quantizer stored; None for plain values.
     """
 
     name: str
@@ -106,7 +106,7 @@ def expected_tensors(
     changes: Changes,
     *,
     dtype: str | None = None,
-    dequantisation: Dequantisation | None = None,
+    dequantization: Dequantization | None = None,
 ) -> dict[str, Expected]:
     """Return every tensor that the merged model must have, by name.
 
@@ -115,9 +115,9 @@ def expected_tensors(
         files: its weight files, by name.
         changes: what adapters do to it.
         dtype: what its float tensors become, in safetensors' names; None keeps each.
-        dequantisation: how the base becomes a 16-bit model; None if it stays as it is.
+        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
     """
-    maker = _Maker(base, files, changes, dtype, dequantisation)
+    maker = _Maker(base, files, changes, dtype, dequantization)
     return {tensor.name: tensor for tensor in maker.all()}
 
 
@@ -130,21 +130,21 @@ class _Maker:
         files: Mapping[str, InputFile],
         changes: Changes,
         dtype: str | None,
-        dequantisation: Dequantisation | None,
+        dequantization: Dequantization | None,
     ) -> None:
         self.base = base
         self.files = files
         self.changes = changes
         self.dtype = dtype
-        self.dequantisation = dequantisation or Dequantisation({}, frozenset(), "")
-        # What means nothing without its quantiser keeps its dtype.
-        stays = dtype is not None and dequantisation is None
-        self.kept = quantised_tensors(base) if stays else frozenset[str]()
+        self.dequantization = dequantization or Dequantization({}, frozenset(), "")
+        # What means nothing without its quantizer keeps its dtype.
+        stays = dtype is not None and dequantization is None
+        self.kept = quantized_tensors(base) if stays else frozenset[str]()
 
     def all(self) -> Iterator[Expected]:
         for name in self.base.tensors:
             replacement = self.changes.replaced.get(name)
-            if name in self.dequantisation.dropped:
+            if name in self.dequantization.dropped:
                 continue
             if replacement is None:
                 yield self._of_base(name, name)
@@ -161,7 +161,7 @@ class _Maker:
         terms = self.changes.terms.get(name, ())
         dtype = self._dtype_of(stored_name)
         written = dtype if stored_name in self.kept else self._written(dtype)
-        scale = self.dequantisation.scales.get(stored_name)
+        scale = self.dequantization.scales.get(stored_name)
         kind = Kind.SAME if written == tensor.info.dtype else Kind.CONVERTED
         return Expected(
             name,
@@ -190,9 +190,9 @@ class _Maker:
         )
 
     def _dtype_of(self, name: str) -> str:
-        """Return the dtype of a tensor of the base, once it is no longer quantised."""
-        if name in self.dequantisation.scales:
-            return self.dequantisation.dtype
+        """Return the dtype of a tensor of the base, once it is no longer quantized."""
+        if name in self.dequantization.scales:
+            return self.dequantization.dtype
         return self.base.tensors[name].info.dtype
 
     def _written(self, dtype: str) -> str:

@@ -25,15 +25,15 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import same_tensor
-from vera_convert.base.learning import Bases, Need, learn
-from vera_convert.base.onbase import ROUNDING_OF_DTYPE, BaseWish, OnBase
+from vera_convert.base.facts import ROUNDING_OF_DTYPE, BaseFacts, BaseOptions
+from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import (
     LOAD_DTYPES,
-    Meant,
+    ProjectionSource,
     as_cast,
     check_size,
-    materialised,
-    usual_draw,
+    default_variant,
+    materialized,
 )
 from vera_convert.draws.generator import Variant, rounded
 from vera_convert.draws.recognition import Draw
@@ -41,7 +41,7 @@ from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
-from vera_convert.merging.ineffect import in_effect
+from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
     FORM_CONFIG_DIFFERS,
     FORM_PROJECTIONS_DEPEND,
@@ -50,7 +50,7 @@ from vera_convert.rules import (
     FORM_TENSOR_MISSING,
     Finding,
 )
-from vera_convert.verification.options import GivenAdapter, VerifyOptions
+from vera_convert.verification.options import VerifiedSpec, VerifyOptions
 
 Array = NDArray[Any]
 Pair = tuple[Array, Array]
@@ -99,9 +99,9 @@ class FormCheck:
 
 
 def check_form(
-    adapter: GivenAdapter,
+    adapter: VerifiedSpec,
     other: str | Path,
-    base: BaseWish,
+    base: BaseOptions,
     options: VerifyOptions,
     *,
     access: HubAccess,
@@ -126,7 +126,9 @@ def check_form(
         ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
         theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
-        known = [learn(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)]
+        known = [
+            resolve_base(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)
+        ]
         known = [_with_dims_of(known[0], theirs), _with_dims_of(known[1], ours)]
         sides = (_Side(ours, known[0], options), _Side(theirs, known[1], options))
         effects = tuple(_effects(sides))
@@ -207,7 +209,7 @@ def _comparable(name: str, value: object) -> object:
 # --- A and B -------------------------------------------------------------------------------------
 
 
-def _with_dims_of(known: OnBase, other: Adapter) -> OnBase:
+def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
     """Return what is known of the base, with dims of the other form where there are no better."""
     recorded = other.projections or other.fingerprint
     if recorded is None or known.in_features is not None:
@@ -218,10 +220,10 @@ def _with_dims_of(known: OnBase, other: Adapter) -> OnBase:
 class _Side:
     """One form, and the A and B that it has in effect."""
 
-    def __init__(self, adapter: Adapter, known: OnBase, options: VerifyOptions) -> None:
+    def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
         self.known = known
-        self.meant = options.projections or Meant.AUTO
+        self.meant = options.projections or ProjectionSource.AUTO
         self.variant = options.generator
         self.origin = ""
         self._here: Pair | None = None
@@ -231,7 +233,7 @@ class _Side:
     def needs_dtype(self) -> bool:
         """Whether the dtype of the base decides what is in effect here."""
         recorded = self.adapter.projections or self.adapter.fingerprint
-        return self.meant is Meant.KEY or recorded is None
+        return self.meant is ProjectionSource.KEY or recorded is None
 
     def here(self, dtype: str) -> Pair:
         """Return A and B as this package has them in effect."""
@@ -257,7 +259,7 @@ class _Side:
         drawn = self._draw()
         check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
         if drawn not in self._drawn:
-            self._drawn[drawn] = materialised(drawn)
+            self._drawn[drawn] = materialized(drawn)
         rounding = as_cast(drawn.variant, ROUNDING_OF_DTYPE[dtype])
         A, B = (rounded(matrix, rounding) for matrix in self._drawn[drawn])
         return A, B
@@ -267,7 +269,7 @@ class _Side:
         recorded = self.adapter.projections or self.adapter.fingerprint
         if recorded is not None:
             dims = recorded.in_features, recorded.out_features
-            return usual_draw(self.adapter.config, known, *dims)
+            return default_variant(self.adapter.config, known, *dims)
         self._demand_dims()
         assert known.in_features is not None  # noqa: S101 -- demanded
         assert known.out_features is not None  # noqa: S101 -- demanded

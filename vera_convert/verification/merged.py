@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.base.folder import PROVENANCE_NAME, sort_files
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.onbase import BaseWish
-from vera_convert.base.quantised import refuse_quantised
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.quantized import refuse_quantized
+from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConvertError
 from vera_convert.files.reading import open_local, printable
-from vera_convert.files.weightfiles import component_folders
+from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
-from vera_convert.merging.inputs import AdapterWish, MergeInputs, find_adapters, open_inputs
-from vera_convert.merging.modelconfig import config_edits
+from vera_convert.merging.changes import Changes, MatchedAdapter, collect
+from vera_convert.merging.inputs import AdapterSpec, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.model_config import config_edits
 from vera_convert.merging.options import DTYPES
-from vera_convert.merging.parts import Changes, Part, collect
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     HEAD_TIED,
@@ -32,10 +32,10 @@ from vera_convert.rules import (
     PROVENANCE_MISSING,
     Finding,
 )
-from vera_convert.verification.beside import config_findings, file_findings, tie_findings
 from vera_convert.verification.expected import Expected, expected_tensors, without_old_head
+from vera_convert.verification.model_files import config_findings, file_findings, tie_findings
 from vera_convert.verification.options import (
-    GivenAdapter,
+    VerifiedSpec,
     VerifyOptions,
     demand_all_adapters,
     settle,
@@ -104,9 +104,9 @@ class MergedCheck:
 
 
 def check_merged(
-    adapter: GivenAdapter,
+    adapter: VerifiedSpec,
     merged: str | Path,
-    base: BaseWish,
+    base: BaseOptions,
     options: VerifyOptions,
     *,
     access: HubAccess,
@@ -149,8 +149,8 @@ def check_merged(
             reason = f"it has no {PROVENANCE_NAME}."
             findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
         changes = _collected(parts, inputs, settings)
-        if inputs.dequantisation is None:
-            refuse_quantised(inputs.base, changes.replaced)
+        if inputs.dequantization is None:
+            refuse_quantized(inputs.base, changes.replaced)
         expected = _expected(inputs, changes, settings)
         edits = config_edits(
             inputs.base,
@@ -185,7 +185,7 @@ def check_merged(
                 edits,
                 [part.adapter.config.task_type for part in parts],
                 is_copied=provenance is not None and not others,
-                dequantised=inputs.dequantisation is not None,
+                dequantized=inputs.dequantization is not None,
             ),
             *findings,
             *inputs.findings,
@@ -215,7 +215,7 @@ def _expected(
         inputs.files,
         changes,
         dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
-        dequantisation=inputs.dequantisation,
+        dequantization=inputs.dequantization,
     )
 
 
@@ -269,7 +269,9 @@ def _recorded_component(provenance: Provenance | None, names: Collection[str]) -
     return next((folder for folder in component_folders(names) if {folder} == folders), "")
 
 
-def _collected(parts: Sequence[Part], inputs: MergeInputs, settings: MergeSettings) -> Changes:
+def _collected(
+    parts: Sequence[MatchedAdapter], inputs: MergeInputs, settings: MergeSettings
+) -> Changes:
     """Collect the changes of all adapters; a missing `--tied` is a fault of the call.
 
     Raises:
@@ -297,10 +299,10 @@ def _files(model: BaseModel) -> dict[str, InputFile]:
 
 @contextmanager
 def _opened(
-    given: Sequence[GivenAdapter], base: BaseWish, settings: MergeSettings, *, access: HubAccess
+    given: Sequence[VerifiedSpec], base: BaseOptions, settings: MergeSettings, *, access: HubAccess
 ) -> Iterator[MergeInputs]:
     """Open what was merged, as the merge did."""
-    wishes = [AdapterWish(each.adapter, revision=each.revision) for each in given]
+    wishes = [AdapterSpec(each.adapter, revision=each.revision) for each in given]
     with open_inputs(
         wishes,
         find_adapters(wishes, access),
@@ -320,8 +322,8 @@ def _opened(
 class _OtherProjections:
     """Tries the A and B that other versions of PEFT have in effect on tensors that are wrong."""
 
-    given: Sequence[GivenAdapter]
-    base: BaseWish
+    given: Sequence[VerifiedSpec]
+    base: BaseOptions
     provenance: Provenance | None
     settings: MergeSettings
     access: HubAccess
@@ -339,14 +341,14 @@ class _OtherProjections:
                 return dict.fromkeys(self._right(settings, names), f"{said}.")
         return {}
 
-    def _others(self) -> Iterator[tuple[Meant, str | None]]:
+    def _others(self) -> Iterator[tuple[ProjectionSource, str | None]]:
         own = self.settings.base_dtype
-        for meant in (Meant.KEY, Meant.FILE):
+        for meant in (ProjectionSource.KEY, ProjectionSource.FILE):
             if meant is not self.settings.projections:
                 yield meant, own
         for dtype in ("float32", "bfloat16", "float16"):
             if dtype != own:
-                yield Meant.KEY, dtype
+                yield ProjectionSource.KEY, dtype
 
     def _right(self, settings: MergeSettings, names: Sequence[str]) -> list[str]:
         """Return the names of those tensors that are right with these options, if the first is."""
@@ -368,11 +370,11 @@ class _OtherProjections:
 
 
 _IN_WORDS = {
-    Meant.KEY: (
+    ProjectionSource.KEY: (
         "It is right with A and B drawn from the key, as PEFT 0.11 to 0.20 merges: verify with "
         "--projections key"
     ),
-    Meant.FILE: (
+    ProjectionSource.FILE: (
         "It is right with the stored A and B, as PEFT 0.21 merges if save_projection is true: "
         "verify with --projections file"
     ),
@@ -383,8 +385,8 @@ _IN_WORDS = {
 
 
 def _weighted(
-    parts: Sequence[Part], given: Sequence[GivenAdapter], provenance: Provenance | None
-) -> tuple[tuple[Part, ...], list[Finding]]:
+    parts: Sequence[MatchedAdapter], given: Sequence[VerifiedSpec], provenance: Provenance | None
+) -> tuple[tuple[MatchedAdapter, ...], list[Finding]]:
     """Return the adapters with the weights that they were merged with, and what is doubtful.
 
     An adapter is known by its hashes, in whatever order they are given; what has none of the
@@ -404,7 +406,9 @@ def _weighted(
     return tuple(weighted), findings
 
 
-def _records(parts: Sequence[Part], provenance: Provenance | None) -> list[RecordedAdapter | None]:
+def _records(
+    parts: Sequence[MatchedAdapter], provenance: Provenance | None
+) -> list[RecordedAdapter | None]:
     """Return for each adapter what was recorded of it, or of the one in its place."""
     if provenance is None:
         return [None] * len(parts)
@@ -418,7 +422,7 @@ def _records(parts: Sequence[Part], provenance: Provenance | None) -> list[Recor
     return [record or left.pop(0) for record in found]
 
 
-def _hashes(part: Part) -> tuple[str, str]:
+def _hashes(part: MatchedAdapter) -> tuple[str, str]:
     config, header = part.adapter.config_file.text, part.header.raw
     return sha256(config).hexdigest(), sha256(header).hexdigest()
 
@@ -431,7 +435,7 @@ def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
         yield OTHER_BASE_MERGED.at(base.location.label, reason)
 
 
-def _verified(part: Part) -> VerifiedAdapter:
+def _verified(part: MatchedAdapter) -> VerifiedAdapter:
     return VerifiedAdapter(
         label=part.label,
         weight=part.weight,

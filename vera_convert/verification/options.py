@@ -20,12 +20,12 @@ from vera_convert.arguments import (
     text,
     whole_number,
 )
-from vera_convert.base.onbase import BaseWish
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
-from vera_convert.merging.parts import Tied
+from vera_convert.merging.changes import Tied
 from vera_convert.verification.provenance import MergeSettings, Provenance
 
 SAMPLES = 8
@@ -33,7 +33,7 @@ SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class GivenAdapter:
+class VerifiedSpec:
     """A further adapter of a merge, as a caller names it.
 
     Attributes:
@@ -74,8 +74,8 @@ class VerifyOptions:
     """
 
     weight: float | None = None
-    add: Sequence[GivenAdapter] = ()
-    projections: Meant | None = None
+    add: Sequence[VerifiedSpec] = ()
+    projections: ProjectionSource | None = None
     generator: Variant | None = None
     dtype: str | None = None
     tied: Tied | None = None
@@ -93,7 +93,7 @@ class VerifyOptions:
             self,
             weight=optional(number, "--weight", self.weight),
             add=_further(self.add),
-            projections=optional(one_of, "--projections", Meant, self.projections),
+            projections=optional(one_of, "--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),
             tied=optional(one_of, "--tied", Tied, self.tied),
@@ -124,17 +124,19 @@ class VerifyOptions:
             raise UsageError(f"{', '.join(names)}: there is no --merged that this could be of.")
 
 
-def _further(add: object) -> tuple[GivenAdapter, ...]:
+def _further(add: object) -> tuple[VerifiedSpec, ...]:
     """Return the further adapters of a merge as records."""
     if isinstance(add, str) or not isinstance(add, Sequence):
-        raise UsageError("add: give a list of adapters, each a text or a GivenAdapter.")
+        raise UsageError("add: give a list of adapters, each a text or a VerifiedSpec.")
     return tuple(
-        each if isinstance(each, GivenAdapter) else GivenAdapter(*adapter_and_weight("add", each))
+        each if isinstance(each, VerifiedSpec) else VerifiedSpec(*adapter_and_weight("add", each))
         for each in add
     )
 
 
-def settle(options: VerifyOptions, base: BaseWish, provenance: Provenance | None) -> MergeSettings:
+def settle(
+    options: VerifyOptions, base: BaseOptions, provenance: Provenance | None
+) -> MergeSettings:
     """Return the options of a merge: those that are given, else those that it recorded."""
     said: dict[str, Any] = {
         "projections": options.projections,
@@ -152,7 +154,7 @@ def settle(options: VerifyOptions, base: BaseWish, provenance: Provenance | None
     return replace(recorded, **given, given=frozenset(names))
 
 
-def demand_all_adapters(given: Sequence[GivenAdapter], provenance: Provenance) -> None:
+def demand_all_adapters(given: Sequence[VerifiedSpec], provenance: Provenance) -> None:
     """Raise `UsageError` unless there are as many adapters as were merged.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.inputs import InputFile
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.files.header import BITS
 from vera_convert.files.tensorfile import NUMPY_DTYPE

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from vera_convert.base.onbase import ROUNDING_OF_DTYPE, parse_key_map
-from vera_convert.conversion.projections import Meant
+from vera_convert.base.facts import ROUNDING_OF_DTYPE, parse_key_map
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource, printable, read_json
+from vera_convert.merging.changes import Tied
 from vera_convert.merging.options import DTYPES
-from vera_convert.merging.parts import Tied
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED
 
@@ -62,7 +62,7 @@ class MergeSettings:
         given: names of those that the caller gave, ``weight`` among them.
     """
 
-    projections: Meant = Meant.AUTO
+    projections: ProjectionSource = ProjectionSource.AUTO
     generator: Variant | None = None
     base_dtype: str | None = None
     key_map: tuple[tuple[str, str], ...] = ()
@@ -121,7 +121,9 @@ def _settings(
     reader: _Reader, options: Mapping[str, object], renames: Sequence[object]
 ) -> MergeSettings:
     return MergeSettings(
-        projections=reader.one_of(Meant, options.get("projections"), "options.projections"),
+        projections=reader.one_of(
+            ProjectionSource, options.get("projections"), "options.projections"
+        ),
         generator=reader.optional(Variant, options.get("generator"), "options.generator"),
         base_dtype=reader.optional(_base_dtype, options.get("base_dtype"), "options.base_dtype"),
         key_map=tuple(

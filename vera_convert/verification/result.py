@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
-from vera_convert.verification.comparison import ModelComparison
 from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.merged import MergedCheck
+from vera_convert.verification.model_comparison import ModelComparison
 
 
 @dataclass(frozen=True, slots=True)

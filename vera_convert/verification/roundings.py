@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.sums import Term
+from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32
-from vera_convert.verification.judging import Judge, rounded
+from vera_convert.verification.comparator import Comparator, rounded
 
 Array = NDArray[Any]
 
@@ -29,7 +29,7 @@ _NARROW = {
 }
 
 
-def rounded_on_the_way(judge: Judge, weights: Array, found: Array, first: int) -> str:
+def rounded_on_the_way(judge: Comparator, weights: Array, found: Array, first: int) -> str:
     """Return in a sentence what was rounded before it was added; empty if nothing known fits.
 
     Args:
@@ -53,7 +53,7 @@ def rounded_on_the_way(judge: Judge, weights: Array, found: Array, first: int) -
 
 
 def _ways(
-    judge: Judge, weights: Array, written: np.dtype[Any], first: int
+    judge: Comparator, weights: Array, written: np.dtype[Any], first: int
 ) -> Iterator[tuple[str, Array]]:
     """Yield each known way to round on the way, and what comes of it."""
     last = first + len(weights)
@@ -63,7 +63,7 @@ def _ways(
     for name, narrow in _NARROW.items():
         if written.itemsize == 2 and written != narrow:
             continue
-        coarse = Judge(replace(judge.tensor, terms=_narrowed(judge.tensor.terms, narrow)))
+        coarse = Comparator(replace(judge.tensor, terms=_narrowed(judge.tensor.terms, narrow)))
         products = [*coarse.deltas(first, last)]
         native = [*coarse.deltas_in(first, last, narrow)]
         for said, added in ((_DELTA, deltas), (_DELTA_AND_VECTORS, products), (_NATIVE, native)):

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.reading import printable
-from vera_convert.verification.comparison import INSTEAD, ModelComparison, ModelJob, Stage
+from vera_convert.verification.model_comparison import INSTEAD, ModelComparison, ModelJob, Stage
 
 Progress = Callable[[int, int], None]
 

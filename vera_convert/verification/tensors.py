@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vera_convert.assembly.inputs import InputFile
-from vera_convert.assembly.jobs import Crew, default_jobs, one_blas_thread
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
 from vera_convert.files.reading import printable
 from vera_convert.rules import (
@@ -27,9 +27,14 @@ from vera_convert.rules import (
     MERGED_WEIGHT_WRONG,
     Finding,
 )
+from vera_convert.verification.comparator import (
+    Comparator,
+    Comparison,
+    compare_bytes,
+    compare_conversion,
+)
+from vera_convert.verification.diagnosis import hint
 from vera_convert.verification.expected import Expected, Kind
-from vera_convert.verification.hints import hint
-from vera_convert.verification.judging import Judge, Judgement, judge_bytes, judge_conversion
 from vera_convert.verification.pairs import Buffers, Pair, Run, pairs_of, runs_of
 
 _MOST_FINDINGS = 50
@@ -51,7 +56,7 @@ class TensorCheck:
         kind: what the merge does to it.
         dtype: its dtype in the merged model, in safetensors' names.
         shape: its shape.
-        judgement: what its values came to.
+        judgment: what its values came to.
         hint: what went wrong with it, as far as its values tell; empty if they do not.
         rounded: the dtype that its values were rounded to, which can be narrower than its own.
     """
@@ -60,20 +65,20 @@ class TensorCheck:
     kind: Kind
     dtype: str
     shape: tuple[int, ...]
-    judgement: Judgement
+    judgment: Comparison
     hint: str = ""
     rounded: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether it is what it must be."""
-        return not self.judgement.wrong
+        return not self.judgment.wrong
 
     @property
     def where(self) -> str:
         """The place of the value that is off the most, as an index."""
-        assert self.judgement.worst is not None  # noqa: S101 -- asked of a tensor that is wrong
-        index, places = self.judgement.worst.index, list[int]()
+        assert self.judgment.worst is not None  # noqa: S101 -- asked of a tensor that is wrong
+        index, places = self.judgment.worst.index, list[int]()
         for size in reversed(self.shape):
             index, place = divmod(index, size)
             places.insert(0, place)
@@ -81,7 +86,7 @@ class TensorCheck:
 
     def finding(self) -> Finding:
         """Return what is wrong with it."""
-        found, worst = self.judgement, self.judgement.worst
+        found, worst = self.judgment, self.judgment.worst
         assert worst is not None  # noqa: S101 -- asked of a tensor that is wrong
         values = f"its value at {self.where} is {worst.found!r} where {worst.expected!r} is due"
         count = f"{found.wrong:,} of {found.values:,} values are wrong"
@@ -116,13 +121,13 @@ class MergedTensors:
     @property
     def moved(self) -> bool:
         """Whether any weight that a delta is added to is another than the base's."""
-        return any(check.judgement.moved for check in self.checks)
+        return any(check.judgment.moved for check in self.checks)
 
     @property
     def worst_first(self) -> list[TensorCheck]:
         """Return the tensors that are wrong, the one that is off the most first."""
         wrong = [check for check in self.checks if not check.passed]
-        return sorted(wrong, key=lambda check: (-check.judgement.excess, -check.judgement.wrong))
+        return sorted(wrong, key=lambda check: (-check.judgment.excess, -check.judgment.wrong))
 
 
 def last_bits_text(count: float) -> str:
@@ -156,9 +161,9 @@ def check_tensors(
     """
     pairs = pairs_of(expected, merged, files, wider_too=wider_too)
     count = jobs or default_jobs()
-    judgements = _Comparison(pairs, count, progress).run()
-    pairs = _rounded_before(pairs, judgements, expected, count)
-    found = {pair.expected.name: check for pair, check in _checks(pairs, judgements, explain)}
+    judgments = _Comparison(pairs, count, progress).run()
+    pairs = _rounded_before(pairs, judgments, expected, count)
+    found = {pair.expected.name: check for pair, check in _checks(pairs, judgments, explain)}
     checks = tuple(found[name] for name in expected if name in found)
     compared = MergedTensors(
         checks,
@@ -179,43 +184,43 @@ def check_tensors(
 
 def _rounded_before(
     pairs: Sequence[Pair],
-    judgements: dict[str, Judgement],
+    judgments: dict[str, Comparison],
     expected: Mapping[str, Expected],
     jobs: int,
 ) -> list[Pair]:
     """Return the pairs, of those that are wrong in a wider dtype the ones that hold narrow values.
 
-    A model that was merged in 16 bits can be saved in 32. Judgements of such are replaced.
+    A model that was merged in 16 bits can be saved in 32. Judgments of such are replaced.
     """
     again = [
         replace(pair, expected=expected[pair.expected.name])
         for pair in pairs
         if pair.expected.kind is Kind.ADDED
         and pair.expected.dtype != expected[pair.expected.name].dtype
-        and judgements[pair.expected.name].wrong
+        and judgments[pair.expected.name].wrong
     ]
     if not again:
         return [*pairs]
     found = _Comparison(again, jobs, lambda _done, _of: None).run()
     narrow = {pair.expected.name: pair for pair in again if not found[pair.expected.name].wrong}
-    judgements.update({name: found[name] for name in narrow})
+    judgments.update({name: found[name] for name in narrow})
     return [narrow.get(pair.expected.name, pair) for pair in pairs]
 
 
 def _checks(
-    pairs: Sequence[Pair], judgements: Mapping[str, Judgement], explain: Explain
+    pairs: Sequence[Pair], judgments: Mapping[str, Comparison], explain: Explain
 ) -> Iterator[tuple[Pair, TensorCheck]]:
     """Yield the check of each tensor, with a hint for the worst."""
     added = [pair for pair in pairs if pair.expected.kind is Kind.ADDED]
-    wrong = [pair for pair in added if judgements[pair.expected.name].wrong]
-    wrong.sort(key=lambda pair: -judgements[pair.expected.name].excess)
+    wrong = [pair for pair in added if judgments[pair.expected.name].wrong]
+    wrong.sort(key=lambda pair: -judgments[pair.expected.name].excess)
     hints = {**explain([pair.expected.name for pair in wrong])} if wrong else {}
     for pair in wrong[:_MOST_HINTS]:
         if pair.expected.name not in hints:
-            hints[pair.expected.name] = hint(pair, judgements[pair.expected.name])
+            hints[pair.expected.name] = hint(pair, judgments[pair.expected.name])
     for pair in pairs:
         tensor = pair.expected
-        judgement = judgements[tensor.name]
+        judgment = judgments[tensor.name]
         yield (
             pair,
             TensorCheck(
@@ -223,7 +228,7 @@ def _checks(
                 tensor.kind,
                 pair.found,
                 tensor.shape,
-                judgement,
+                judgment,
                 hints.get(tensor.name, ""),
                 tensor.dtype,
             ),
@@ -316,37 +321,37 @@ class _Comparison:
         self._jobs = jobs
         self._progress = progress
         self._lock = threading.Lock()
-        self._judgements = {pair.expected.name: Judgement() for pair in pairs}
+        self._judgments = {pair.expected.name: Comparison() for pair in pairs}
         self._done = 0
         self._of = sum(pair.nbytes for pair in pairs)
 
-    def run(self) -> dict[str, Judgement]:
+    def run(self) -> dict[str, Comparison]:
         blocks = (block for run in runs_of(self._pairs) for block in _blocks(run))
-        with one_blas_thread(), Crew[Job](self._jobs, self._worker) as crew:
+        with one_blas_thread(), WorkerPool[Job](self._jobs, self._worker) as crew:
             crew.run(blocks, tell=lambda: self._progress(self._done, self._of))
-        return self._judgements
+        return self._judgments
 
     def _worker(self) -> Callable[[Job], None]:
         """Return what compares one block, with the buffers of one thread."""
         buffers = Buffers()
-        judges: dict[str, Judge] = {}
+        judges: dict[str, Comparator] = {}
 
         def work(job: Job) -> None:
             run, first, last = job
             if len(run) > 1:
-                judgements = _compared_run(run, last, buffers)
+                judgments = _compared_run(run, last, buffers)
                 with self._lock:
-                    self._judgements.update(judgements)
+                    self._judgments.update(judgments)
                     self._done += last
                 return
             (pair,) = run
             tensor = pair.expected
             if tensor.terms and tensor.name not in judges:
                 judges.clear()
-                judges[tensor.name] = Judge(tensor)
-            judgement = _compared(pair, first, last, buffers, judges.get(tensor.name))
+                judges[tensor.name] = Comparator(tensor)
+            judgment = _compared(pair, first, last, buffers, judges.get(tensor.name))
             with self._lock:
-                self._judgements[tensor.name] += judgement
+                self._judgments[tensor.name] += judgment
                 self._done += last - first if tensor.is_carried else _bytes(pair, first, last)
 
         return work
@@ -361,19 +366,19 @@ def _blocks(run: Run) -> Iterator[Job]:
         yield run, first, last
 
 
-def _compared_run(run: Run, size: int, buffers: Buffers) -> dict[str, Judgement]:
+def _compared_run(run: Run, size: int, buffers: Buffers) -> dict[str, Comparison]:
     """Compare tensors whose bytes lie one after the other."""
     found, wanted = run[0].raw(0, size, buffers)
     if np.array_equal(found, wanted):
-        return {pair.expected.name: Judgement(pair.expected.count) for pair in run}
-    judgements, at = {}, 0
+        return {pair.expected.name: Comparison(pair.expected.count) for pair in run}
+    judgments, at = {}, 0
     for pair in run:
         bytes_of = slice(at, at + pair.nbytes)
-        judgements[pair.expected.name] = judge_bytes(
+        judgments[pair.expected.name] = compare_bytes(
             found[bytes_of], wanted[bytes_of], pair.expected.dtype, 0
         )
         at += pair.nbytes
-    return judgements
+    return judgments
 
 
 def _bytes(pair: Pair, first: int, last: int) -> int:
@@ -381,13 +386,13 @@ def _bytes(pair: Pair, first: int, last: int) -> int:
 
 
 def _compared(
-    pair: Pair, first: int, last: int, buffers: Buffers, judge: Judge | None
-) -> Judgement:
+    pair: Pair, first: int, last: int, buffers: Buffers, judge: Comparator | None
+) -> Comparison:
     tensor = pair.expected
     if tensor.is_carried:
         found, wanted = pair.raw(first, last, buffers)
-        return judge_bytes(found, wanted, tensor.dtype, first)
+        return compare_bytes(found, wanted, tensor.dtype, first)
     found, stored = pair.rows(first, last, buffers)
     if judge is None:
-        return judge_conversion(tensor, stored, found, first)
+        return compare_conversion(tensor, stored, found, first)
     return judge.judge(stored, found, first)

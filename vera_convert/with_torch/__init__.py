@@ -7,6 +7,8 @@
     model = VeraModel.from_pretrained(base, "adapter")
 
 This folder is the only part of the package that imports torch.
+
+May import the ground and every folder but `formats` and `validation`.
 """
 
 from __future__ import annotations

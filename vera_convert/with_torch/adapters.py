@@ -16,15 +16,15 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.tensors import replaced_name
 from vera_convert.arguments import one_of
-from vera_convert.conversion.projections import Meant
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
 from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess, fetch_adapter, locate
 from vera_convert.rules import Finding
-from vera_convert.with_torch.contents import Contents, new_contents, stored_contents
 from vera_convert.with_torch.layer import SharedMatrix, VeraLinear, check_has_values
-from vera_convert.with_torch.parts import (
+from vera_convert.with_torch.loading import Contents, new_contents, stored_contents
+from vera_convert.with_torch.modules import (
     TrainedWhole,
     activate,
     modules_of,
@@ -33,8 +33,8 @@ from vera_convert.with_torch.parts import (
     put_module,
     trained_tensors,
 )
-from vera_convert.with_torch.peftnames import PeftMethods, own_config, takes_pefts_names
-from vera_convert.with_torch.writing import DEFAULT
+from vera_convert.with_torch.peft_names import PeftMethods, own_config, takes_pefts_names
+from vera_convert.with_torch.saving import DEFAULT
 
 
 class Adapters(PeftMethods):
@@ -90,7 +90,7 @@ class Adapters(PeftMethods):
         trainable: bool = False,  # noqa: FBT001, FBT002 -- in PEFT's order
         *,
         config: VeraConfig | None = None,
-        projections: Meant = Meant.AUTO,
+        projections: ProjectionSource = ProjectionSource.AUTO,
         variant: Variant | None = None,
         rounding: Rounding | None = None,
         key_map: Sequence[tuple[str, str]] = (),
@@ -125,7 +125,7 @@ class Adapters(PeftMethods):
                 projections are meant and not there.
             SurroundingsError: a file or a repo fails, or the model is on the meta device.
         """
-        projections = one_of("projections", Meant, projections)
+        projections = one_of("projections", ProjectionSource, projections)
         variant = None if variant is None else one_of("variant", Variant, variant)
         rounding = None if rounding is None else one_of("rounding", Rounding, rounding)
         access = access or HubAccess()

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vera_convert.errors import VeraConvertError
-from vera_convert.verification.comparison import INSTEAD, Stage
+from vera_convert.verification.model_comparison import INSTEAD, Stage
 from vera_convert.verification.running import job_of, printable_reason
 
 
@@ -35,7 +35,7 @@ def main() -> None:
         say({"stage": stage, "done": done, "of": of})
 
     try:
-        from vera_convert.with_torch.comparing import compare_models
+        from vera_convert.with_torch.compare import compare_models
 
         say({"result": asdict(compare_models(job_of(document), tell))})
     except VeraConvertError as error:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vera_convert.assembly.blocks import Bench, Device, Room, product_sha256, weighted
-from vera_convert.assembly.sums import Sum
+from vera_convert.assembly.addends import Sum
+from vera_convert.assembly.blocks import BufferSizes, Device, Workspace, product_sha256, weighted
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
@@ -53,16 +53,16 @@ def on_device(device: torch.device) -> Device:
 
     return Device(
         str(device),
-        lambda room, all_rows: _DeviceBench(room, device, all_rows=all_rows),
+        lambda room, all_rows: _DeviceWorkspace(room, device, all_rows=all_rows),
         lambda: product_sha256(multiply),
     )
 
 
-class _DeviceBench(Bench):
+class _DeviceWorkspace(Workspace):
     """A bench whose sums are taken elsewhere; here it holds blocks as they are stored."""
 
-    def __init__(self, room: Room, device: torch.device, *, all_rows: bool) -> None:
-        super().__init__(Room(stored=room.stored, written=room.written), all_rows=all_rows)
+    def __init__(self, room: BufferSizes, device: torch.device, *, all_rows: bool) -> None:
+        super().__init__(BufferSizes(stored=room.stored, written=room.written), all_rows=all_rows)
         self._device = device
         self._matrices: dict[tuple[int, torch.dtype], Tensor] = {}
         self._operands: list[tuple[Tensor, Tensor, Tensor]] = []

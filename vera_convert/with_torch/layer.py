@@ -214,7 +214,7 @@ class VeraLinear(nn.Module):
             del self.vera_lambda_d[adapter], self.vera_lambda_b[adapter], self.dropout[adapter]
         self.active = tuple(name for name in self.active if name != adapter)
 
-    # Models ask their layers for these, to learn a dtype or a device.
+    # Models ask their layers for these, to resolve_base a dtype or a device.
 
     @property
     def weight(self) -> Any:  # noqa: ANN401 -- a quantized layer may have none

@@ -1,372 +1,345 @@
-"""Models of transformers from a stranger's folder: no code from it runs, and nothing is fetched.
+"""What an adapter puts into a model: made for a new one, or read from PEFT's format.
 
-    folder ── our reader ──► config, tensors ──► a class that Auto classes give ──► the model
+    config ── complete ──► targets ── draw A and B, round ──► first d and b ─┐
+                                                                             ├──► Contents
+    folder ── read ──► hold against the model ──► A and B in effect ─────────┘
 
-transformers sees no path. A config names attention kernels, code and weights elsewhere, which it
-would go and get; and beside the weights there can be adapters and pickles, which it would take.
+Values pass through the dtypes of the layers that they are for, as in PEFT, so that both hold the
+same to the last bit.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import SAVED_BY_TASK
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
+from vera_convert.adapter.names import A_NAME, PREFIX
+from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import replaced_name
-from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.naming import embedding_rows
-from vera_convert.embeddings import is_embedding
-from vera_convert.errors import SurroundingsError, VeraConvertError
-from vera_convert.files.reading import open_local, printable
-from vera_convert.files.tensorfile import TensorFile
-from vera_convert.hub.calls import no_network
-from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.verification.comparison import INSTEAD
-from vera_convert.verification.running import printable_reason
-from vera_convert.with_torch.arrays import to_tensor
-from vera_convert.with_torch.configfields import known_fields
-
-_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""What PEFT's task types are trained on."""
-_COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
-_MOST = 100_000
-"""Parts of the names of fields that say how many of something there are, and how many that can be.
-
-Configs make lists of that length when they are read, and models make modules.
-"""
-_COUNTS_LAYERS = re.compile(
-    r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
+from vera_convert.base.dims import shared_dims
+from vera_convert.base.facts import BaseFacts
+from vera_convert.base.match import moved
+from vera_convert.conversion.projections import ProjectionSource, check_size
+from vera_convert.conversion.proof import other_dims
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.reading import printable
+from vera_convert.merging.in_effect import in_effect
+from vera_convert.rules import (
+    BASE_COPY_DIFFERS,
+    NAMES_DIFFER,
+    PROJECTIONS_TOO_NARROW,
+    REPLACEMENT_SHAPE,
+    REPLACEMENT_UNKNOWN,
+    SHAPES_DIFFER,
+    Finding,
 )
-_COUNTS_EXPERTS = re.compile(r"(num|n)_.*experts?|.*_experts")
-_MORE_LAYERS = 64
-_MORE_EXPERTS = 1024
-"""How many more layers, and experts, than tensors there can be: those of all experts may be one."""
-_ROOM = 1 << 28
-"""Bytes that a model can need beside those of its file: a head that is new, tables of positions."""
+from vera_convert.targets.built import BuiltLayers
+from vera_convert.targets.matching import (
+    Linear,
+    ModelLayers,
+    adapted,
+    condensed,
+    matching,
+    resolve,
+)
+from vera_convert.with_torch.arrays import to_array, to_tensor
+from vera_convert.with_torch.layer import weight_dtype
+from vera_convert.with_torch.modules import layers_of, modules_of, own_tensors
+from vera_convert.with_torch.saving import config_text
 
-
-class UnfitError(SurroundingsError):
-    """transformers cannot make a model of a folder, or not run it; memory is not the reason."""
+_CASTS = {torch.bfloat16: Rounding.BF16, torch.float16: Rounding.FP16}
+_BASE_COPY = ".base_layer.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blueprint:
-    """How the model of a folder is built.
+class Contents:
+    """An adapter that fits a model.
 
     Attributes:
-        base: its tensors.
-        model: the class of transformers.
-        config: transformers' config.
-        rows: of the vocabulary, if an adapter resizes the base's; else None.
-        relabeled: whether an adapter brings a classifier of another number of labels.
+        config: as it is to be saved.
+        vectors: d (r,) and b (out,) by the path of the layer, in the model's order.
+        A: (r, max_in or more).
+        B: (max_out or more, r).
+        replacements: values by the model's own name of the parameter that they replace.
+        findings: what its user should know.
     """
 
-    base: BaseModel
-    model: Any
-    config: Any
-    rows: int | None = None
-    relabeled: bool = False
-
-    @property
-    def place(self) -> str:
-        """How messages call it."""
-        return printable(self.base.location.label)
-
-    @property
-    def name(self) -> str:
-        """The name of the class."""
-        return str(self.model.__name__)
+    config: VeraConfig
+    vectors: Mapping[str, tuple[Tensor, Tensor]]
+    A: Tensor
+    B: Tensor
+    replacements: Mapping[str, Tensor] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
-@contextmanager
-def guarded(what: str) -> Iterator[None]:
-    """Let transformers work in silence and off the network, and say in our words that it failed.
+def _rounding(layers: Iterable[nn.Module]) -> Rounding:
+    """Return what the dtypes of adapted layers, in their order, do to drawn values."""
+    dtypes = dict.fromkeys(weight_dtype(layer) for layer in layers)
+    casts = [_CASTS[dtype] for dtype in dtypes if dtype in _CASTS]
+    if casts:
+        return Rounding("+".join(casts))
+    return Rounding.NONE if set(dtypes) == {torch.float64} else Rounding.FP32
+
+
+# --- a new adapter -------------------------------------------------------------------------------
+
+
+def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> Contents:
+    """Return what training of a new adapter begins with.
 
     Raises:
-        UnfitError: it did.
-        SurroundingsError: memory is short.
+        CheckpointError: a field of the config has no valid value, or it matches no layer.
+        UsageError: it names what cannot be adapted, or a module to save that is not there.
     """
-    import transformers
-
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), no_network():
-            warnings.simplefilter("ignore")
-            yield
-    except VeraConvertError:
-        raise
-    except BaseException as error:
-        # A library in Rust panics with a class of its own, which is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise SurroundingsError(f"memory is too short to {what}. {INSTEAD}") from error
-        reason = printable_reason(error)
-        raise UnfitError(f"transformers cannot {what}: {reason}. {INSTEAD}") from error
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-# --- understanding -------------------------------------------------------------------------------
+    layers = layers_of(model)
+    config = _completed(config, model, layers)
+    _check_named(config, model, layers.linear)
+    chosen = adapted(layers, config)
+    config = replace(
+        config,
+        target_modules=_condensed(config, model),
+        fan_in_fan_out=[*chosen.layers.values()][-1].conv1d,
+    )
+    check_size(config.r, chosen.max_in, chosen.max_out, place=layers.source)
+    drawn = draw(
+        variant,
+        key=config.projection_prng_key,
+        rank=config.r,
+        in_features=chosen.max_in,
+        out_features=chosen.max_out,
+    )
+    modules = {path: model.get_submodule(path) for path in chosen.layers}
+    rounding = _rounding(modules.values())
+    A, B = (to_tensor(rounded(matrix, rounding)) for matrix in drawn)
+    vectors = {
+        path: _first_vectors(config, dims.out_features, weight_dtype(modules[path]))
+        for path, dims in chosen.layers.items()
+    }
+    return Contents(config, vectors, A, B)
 
 
-def blueprint(
-    folder: Path, *, label: str, adapters: Iterable[Adapter] = (), like: str | None = None
-) -> Blueprint:
-    """Find out which class of transformers the model of a folder is of.
-
-    Args:
-        folder: the model's.
-        label: how messages call it.
-        adapters: what the model is to be wrapped with. What they were trained on, if they say it,
-            counts more than what the config says: heads differ, and with them the names of layers.
-        like: the class that it has to be.
+def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> VeraConfig:
+    """Return a config with what PEFT fills in when it wraps a model.
 
     Raises:
-        CheckpointError: the folder is malformed.
-        UnfitError: transformers has no such class.
-        SurroundingsError: a file cannot be read.
+        CheckpointError: a field has a value that PEFT cannot work with, or no targets are known.
     """
-    base = read_base(Location(label, folder), HubAccess(offline=True))
-    place = printable(label)
-    if base.prefix or "_class_name" in base.config or base.model_type is None:
-        raise UnfitError(f"{place} is no model of transformers. {INSTEAD}")
-    if "quantization_config" in base.config:
-        raise UnfitError(f"{place} is quantised, and is not run here. {INSTEAD}")
-    config = _config(base)
-    found = _classes(config)
-    wanted = [like] if like else [*_trained_on(adapters, base, config), *_architectures(base)]
-    name = next((name for name in wanted if name in found), None)
-    if name is None:
-        own = "brings code of its own, which is never run" if _brings_code(base) else "is none"
-        listed = ", ".join(printable(str(each)) for each in wanted) or "no class"
-        raise UnfitError(
-            f"{place} names {listed}, and for {printable(str(base.model_type))} this transformers "
-            f"has no such class: the model {own} of those that come with it. {INSTEAD}"
-        )
-    labels = _labels(adapters)
-    relabeled = labels is not None and labels != config.num_labels
-    if relabeled:
-        config.num_labels = labels
-    if type(config) is not found[name].config_class:
-        config = config.get_text_config()  # of a model that sees, only what reads is built
-    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled)
-
-
-def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
-    """Return the config as transformers understands it, but for what would lead elsewhere."""
-    import transformers
-
-    kind, place = base.model_type, printable(base.location.label)
-    mapping = transformers.CONFIG_MAPPING
-    if kind not in mapping:
-        code = " It brings code of its own, which is never run." if _brings_code(base) else ""
-        raise UnfitError(
-            f"{place} is of type {printable(str(kind))}, which transformers "
-            f"{transformers.__version__} does not have.{code}{_written_by(base)} {INSTEAD}"
-        )
-    if _counts_too_many(base.config, len(base.tensors)):
-        raise _too_large(place)
-    with guarded(f"read the config of {place}"):
-        return mapping[kind].from_dict(known_fields(mapping[kind], base.config))
-
-
-def _written_by(base: BaseModel) -> str:
-    """Name the release that wrote a config, if it is later than the installed transformers."""
-    release = base.config.get("transformers_version")
-    if not isinstance(release, str) or not re.fullmatch(r"\d{1,4}(\.\w{1,8}){1,3}", release):
-        return ""
-    if _numbers(release) <= _installed():
-        return ""
-    return f" transformers {printable(release)} wrote its config: install that or a later one."
-
-
-def _installed() -> tuple[int, ...]:
-    import transformers
-
-    return _numbers(transformers.__version__)
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    """Return the first two numbers of a release."""
-    return tuple(int(part) for part in release.split(".")[:2] if part.isdecimal())
-
-
-def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
-    """Whether a field of a config, or one inside of it, says that there are too many of a thing.
-
-    Args:
-        value: of the field.
-        tensors: how many the files have: each layer has some.
-        name: of the field.
-    """
-    if isinstance(value, Mapping):
-        return any(_counts_too_many(each, tensors, str(key)) for key, each in value.items())
-    if isinstance(value, list):
-        return any(_counts_too_many(each, tensors, name) for each in value)
-    if not isinstance(value, int):
-        return False
-    if _COUNTS_EXPERTS.fullmatch(name):
-        return abs(value) > tensors + _MORE_EXPERTS
-    if _COUNTS_LAYERS.fullmatch(name):
-        return abs(value) > tensors + _MORE_LAYERS
-    return abs(value) > _MOST and any(word in name for word in _COUNTED)
-
-
-def _too_large(place: str) -> UnfitError:
-    return UnfitError(
-        f"{place}: its config describes a model that is far larger than its weights. Is it the "
-        f"config of another model? {INSTEAD}"
+    config = parse_config(config_text(config), place=type(config).__name__).config
+    described = {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+    }
+    return replace(
+        config,
+        target_modules=resolve(layers, config),
+        modules_to_save=_saved_whole(config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else described),
+        base_model_name_or_path=config.base_model_name_or_path
+        or getattr(model, "name_or_path", None)
+        or None,
     )
 
 
-def _brings_code(base: BaseModel) -> bool:
-    return bool(base.config.get("auto_map"))
+def _condensed(config: VeraConfig, model: nn.Module) -> tuple[str, ...] | str | None:
+    """Return target_modules as PEFT saves it: a list of 20 names or more as suffixes."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return targets
+    return condensed([path for path, _ in modules_of(model) if path], targets)
 
 
-def _classes(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the classes that the Auto classes give for a config's type, by name."""
-    from transformers.models.auto import modeling_auto
-
-    found: dict[str, Any] = {}
-    for name in dir(modeling_auto):
-        auto = getattr(modeling_auto, name)
-        if name.startswith("AutoModel") and isinstance(auto, type):
-            found |= {model.__name__: model for model in _given_by(auto, config)}
-    return found
+def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
+    """Return modules_to_save with the heads that PEFT appends for the task."""
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *implied))) or None
 
 
-def _given_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    mapping = getattr(auto, "_model_mapping", None)
-    if mapping is None or type(config) not in mapping:
-        return ()
-    given = mapping[type(config)]
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) -> None:
+    """Refuse targets that cannot be adapted and modules to save that are not there."""
+    modules = {path: module for path, module in modules_of(model) if path}
+    unfit = matching([path for path in modules if path not in linear], config)
+    if unfit:
+        kind = type(modules[unfit[0]]).__name__
+        raise UsageError(
+            f"target_modules matches {printable(unfit[0])}, a {kind}. VeRA adapts torch.nn.Linear, "
+            "transformers' Conv1D and their subclasses only: name the layers more closely."
+        )
+    implied = SAVED_BY_TASK.get(config.task_type or "", ())
+    for name in config.modules_to_save or ():
+        if name not in implied and not any(path.endswith(name) for path in modules):
+            raise UsageError(
+                f"modules_to_save names {printable(name)}, which no module's path ends with."
+            )
 
 
-def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the classes that adapters say they were trained on, the config's own among them first.
+def _first_vectors(
+    config: VeraConfig, outputs: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return the d (r,) and b (out,) that training begins with, as a layer of this dtype has them.
 
-    A task's Auto class can give several.
+    The layer keeps them in float32, but values that came through 16 bits.
     """
-    import transformers
-
-    for adapter in adapters:
-        described = adapter.config.auto_mapping or {}
-        if described.get("base_model_class"):
-            yield str(described["base_model_class"])
-        auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
-        if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
-            yield from _architectures(base)  # any class can be trained for its features
-        if auto is not None:
-            names = [model.__name__ for model in _given_by(getattr(transformers, auto), config)]
-            yield from (name for name in _architectures(base) if name in names)
-            yield from names
+    d = torch.randn(config.r, dtype=torch.float32)  # in any case, as in PEFT: what is drawn next
+    b = torch.ones(outputs, dtype=torch.float32)  # shall be the same
+    if config.init_weights:
+        d.fill_(config.d_initial)
+        b.zero_()
+    return d.to(dtype or torch.float32), b.to(dtype or torch.float32)
 
 
-def _architectures(base: BaseModel) -> list[str]:
-    names = base.config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+# --- a stored adapter ----------------------------------------------------------------------------
 
 
-def _labels(adapters: Iterable[Adapter]) -> int | None:
-    """Return how many labels the head has that an adapter brings; None if it brings none."""
-    for adapter in adapters:
-        heads = SAVED_BY_TASK.get(adapter.config.task_type or "", ())
-        for tensor in adapter.replacements:
-            module, _, parameter = replaced_name(tensor.name).rpartition(".")
-            last = module.removesuffix(".out_proj").rpartition(".")[2]
-            if last in heads and parameter == "weight" and len(tensor.shape) == 2:
-                return tensor.shape[0]
-    return None
+def stored_contents(
+    folder: Path,
+    model: nn.Module,
+    *,
+    config: VeraConfig | None = None,
+    projections: ProjectionSource,
+    variant: Variant | None,
+    rounding: Rounding | None = None,
+    key_map: Sequence[tuple[str, str]] = (),
+) -> Contents:
+    """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
 
+    Unlike PEFT it refuses an adapter of which a part would find no place in the model.
 
-def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
-    """Return the rows of a vocabulary that an adapter resizes; None if none does."""
-    for adapter in adapters:
-        for tensor in adapter.replacements:
-            module = replaced_name(tensor.name).rpartition(".")[0]
-            if is_embedding(module) and tensor.shape[:1] != (embedding_rows(base),):
-                return tensor.shape[0]
-    return None
-
-
-# --- building ------------------------------------------------------------------------------------
-
-
-def built(plan: Blueprint) -> nn.Module:
-    """Return the model with its weights, as they are stored, ready to be asked.
-
-    What the files lack is drawn, the same each time.
+    Args:
+        folder: the adapter's.
+        model: the model that it is to adapt; layers can be wrapped already.
+        config: used instead of the folder's.
+        projections: which A and B are meant where file, flag and key disagree.
+        variant: the generator's variant, where A and B are drawn and no fingerprint names it.
+        rounding: what drawn values are rounded to; None for what the layers' dtypes do to them.
+        key_map: pairs (OLD, NEW); one that brings all layers to the model's is used where their
+            own names do not.
 
     Raises:
-        CheckpointError: a file is malformed.
-        UnfitError: transformers cannot make a model of it.
-        SurroundingsError: a file cannot be read, or memory is short.
+        CheckpointError: the adapter is malformed, or does not fit the model.
+        UsageError: stored projections are meant and there are none; `config` has another rank.
+        SurroundingsError: a file cannot be read.
     """
-    with guarded(f"build {plan.place}"), torch.random.fork_rng(devices=[]):
-        _refuse_too_large(plan)
-        torch.manual_seed(0)
-        model: nn.Module = plan.model.from_pretrained(
-            None,
-            config=plan.config,
-            state_dict=_tensors(plan.base),
-            **_as_stored(),
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=plan.relabeled,
+    layers = layers_of(model)
+    with open_adapter(folder) as opened:
+        adapter = _renamed(_with_config(opened, config), layers, key_map)
+        own = _matched(adapter, layers, model)
+        dims = shared_dims(adapter, layers, own, BuiltLayers({}, own, all_built=True))
+        on_base = BaseFacts(
+            dims.in_features,
+            dims.out_features,
+            rounding or _rounding(model.get_submodule(path) for path in dims.adapted),
+            source=layers.source,
         )
-        if plan.rows is not None:  # the adapter brings the values of every row
-            model.resize_token_embeddings(plan.rows, mean_resizing=False)
-        return model.eval()
+        pair = in_effect(adapter, on_base, meant=projections, variant=variant)
+        widest = max(layers.linear[path].in_features for path in adapter.layers)
+        if pair.A.shape[1] < widest:
+            reason = (
+                f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
+            )
+            raise CheckpointError(PROJECTIONS_TOO_NARROW.at(A_NAME, reason))
+        for _ in adapter.layers:
+            torch.randn(adapter.config.r)  # PEFT draws d before it reads it: see `_first_vectors`
+        return Contents(
+            config=replace(adapter.config, modules_to_save=_saved_whole(adapter.config)),
+            vectors={
+                path: (to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array()))
+                for path in layers.linear
+                if (layer := adapter.layers.get(path)) is not None
+            },
+            A=to_tensor(pair.A),
+            B=to_tensor(pair.B),
+            replacements=_replacements(adapter, own_tensors(model)),
+            findings=(
+                *adapter.findings,
+                *dims.findings,
+                *other_dims(adapter, on_base),
+                *pair.findings,
+            ),
+        )
 
 
-def _as_stored() -> dict[str, str]:
-    """Return the argument that lets transformers keep the dtypes of the files.
+def _with_config(adapter: Adapter, config: VeraConfig | None) -> Adapter:
+    """Return the adapter with another config, if one is given."""
+    if config is None:
+        return adapter
+    given = parse_config(config_text(config), place=type(config).__name__)
+    if given.config.r != adapter.config.r:
+        raise UsageError(
+            f"the given config has r={given.config.r}, and the adapter's vectors are of rank "
+            f"{adapter.config.r}."
+        )
+    if given.config.save_projection and adapter.projections is None:
+        raise UsageError(
+            "the given config has save_projection=True, and the adapter's file has no A and B: set "
+            "it to False, and A and B are drawn from the key."
+        )
+    return replace(adapter, config_file=given)
 
-    transformers 4.56 renamed ``torch_dtype``.
-    """
-    return {"dtype" if _installed() >= (4, 56) else "torch_dtype": "auto"}
+
+def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str, str]]) -> Adapter:
+    """Return the adapter with its paths brought to the model's by the first pair that can do it."""
+    if all(path in layers.linear for path in adapter.layers):
+        return adapter
+    for old, new in key_map:
+        found = {moved(old, new, path): layer for path, layer in adapter.layers.items()}
+        if all(path in layers.linear for path in found) and len(found) == len(adapter.layers):
+            replacements = (
+                tensor._replace(name=PREFIX + moved(old, new, tensor.name.removeprefix(PREFIX)))
+                for tensor in adapter.replacements
+            )
+            return replace(adapter, layers=found, replacements=tuple(replacements))
+    return adapter
 
 
-def _refuse_too_large(plan: Blueprint) -> None:
-    """Raise `UnfitError` for a config that would take much more memory than its file."""
-    with torch.device("meta"):
-        model = plan.model(plan.config)
-    tensors = (*model.parameters(), *model.buffers())
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if needed > 4 * plan.base.weights_size + _ROOM:
-        raise _too_large(plan.place)
+def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[str, Linear]:
+    """Return the model's layers that the adapter has vectors for; each of them must be there."""
+    absent = [path for path in adapter.layers if path not in layers.linear]
+    if absent:
+        found = dict(modules_of(model)).get(absent[0])
+        kind = "" if found is None else f" (a {type(found).__name__})"
+        reason = (
+            f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}"'
+            f"{kind}, are no linear layers of it."
+        )
+        raise CheckpointError(NAMES_DIFFER.at(layers.source, reason))
+    matched = {path: layers.linear[path] for path in adapter.layers}
+    wrong = [
+        SHAPES_DIFFER.at(
+            printable(path),
+            f"lambda_b has {adapter.layers[path].out_features} values, the layer "
+            f"{dims.out_features} outputs.",
+        )
+        for path, dims in matched.items()
+        if adapter.layers[path].out_features != dims.out_features
+    ]
+    if wrong:
+        raise CheckpointError.of(wrong)
+    return matched
 
 
-def _tensors(base: BaseModel) -> dict[str, Tensor]:
-    folder = base.location.folder
-    assert folder is not None  # noqa: S101 -- as `blueprint` made it
+def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the adapter puts in the place of the model's tensors, by the model's names."""
     found: dict[str, Tensor] = {}
-    for name in base.files:
-        with open_local(folder / name, within=folder) as source:
-            file = TensorFile(source)
-            found |= {tensor: to_tensor(file.read(tensor)) for tensor in file.header.tensors}
+    wrong: list[Finding] = []
+    for tensor in adapter.replacements:
+        name, place = replaced_name(tensor.name), printable(tensor.name)
+        target = own.get(name)
+        if target is None:
+            wrong.append(REPLACEMENT_UNKNOWN.at(place, f"the model has no {printable(name)}."))
+        elif tuple(target.shape) != tensor.shape:
+            reason = f"its shape is {list(tensor.shape)}, the model's {list(target.shape)}."
+            wrong.append(REPLACEMENT_SHAPE.at(place, reason))
+        elif not tensor.name.endswith(_BASE_COPY):
+            found[name] = to_tensor(tensor.array())
+        elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
+            wrong.append(BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
+    if wrong:
+        raise CheckpointError.of(wrong)
     return found

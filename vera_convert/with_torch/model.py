@@ -25,11 +25,11 @@ from vera_convert.arguments import one_of
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import printable
-from vera_convert.merging.parts import Tied
+from vera_convert.merging.changes import Tied
 from vera_convert.rules import VALUE_NOT_FINITE
 from vera_convert.with_torch.adapters import Adapters
 from vera_convert.with_torch.layer import VeraLinear, check_has_values
-from vera_convert.with_torch.parts import (
+from vera_convert.with_torch.modules import (
     TrainedWhole,
     activate,
     modules_of,
@@ -38,11 +38,11 @@ from vera_convert.with_torch.parts import (
     put_module,
     untie,
 )
-from vera_convert.with_torch.peftnames import (
+from vera_convert.with_torch.peft_names import (
     DECLINED,
     takes_pefts_names,
 )
-from vera_convert.with_torch.writing import DEFAULT, check_trainers_arguments, write_adapters
+from vera_convert.with_torch.saving import DEFAULT, check_trainers_arguments, write_adapters
 
 
 class VeraModel(Adapters):

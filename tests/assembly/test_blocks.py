@@ -1,0 +1,252 @@
+"""Blocks of a sum: rounded once, for any number of terms, and never silently not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vera_convert.assembly import addends, blocks
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
+from vera_convert.assembly.blocks import Workspace, buffer_sizes_for
+from vera_convert.delta import exact_delta, merged, working_dtype
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    d: Array
+    b: Array
+
+    @property
+    def dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return self.d.dtype, self.b.dtype
+
+    def vectors(self) -> tuple[Array, Array]:
+        return self.d, self.b
+
+
+def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: Any = "f4") -> Term:
+    values = np.random.default_rng(seed)
+    rank = 3 + seed
+    return Term(
+        values.normal(size=(rank, inputs + 2)).astype(dtype),
+        values.normal(size=(outputs + 1, rank)).astype(dtype),
+        Vectors(values.normal(size=rank).astype(dtype), values.normal(size=outputs).astype(dtype)),
+        weight,
+    )
+
+
+def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
+    total: Array = np.zeros(())
+    for each in terms:
+        d, b = each.layer.vectors()
+        total = total + each.weight * exact_delta(each.A, each.B, d, b, inputs)
+    return total
+
+
+def worked(tensor: Sum, stored: Array, *, all_rows: bool = False) -> tuple[Array, Numbers]:
+    """Put a tensor through a bench, block by block."""
+    bench = Workspace(buffer_sizes_for([tensor]), all_rows=all_rows)
+    numbers, written = Numbers(), []
+    for first in range(0, tensor.shape[0], tensor.block_rows):
+        last = min(first + tensor.block_rows, tensor.shape[0])
+        bench.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
+        numbers += bench.add(tensor, first, last)
+        written.append(bytes(bench.written_bytes(tensor, first, last)))
+    return np.frombuffer(b"".join(written), tensor.written).reshape(tensor.shape), numbers
+
+
+def off_by(found: Array, wanted: Array) -> int:
+    """By how many representable values two arrays of 16 bits differ at most."""
+    ordered = [
+        np.where(bits < 0, -(bits & 0x7FFF), bits)
+        for bits in (array.view(np.int16).astype(np.int64) for array in (found, wanted))
+    ]
+    return int(np.abs(ordered[0] - ordered[1]).max())
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addends, "BLOCK_VALUES", 64)
+    monkeypatch.setattr(blocks, "_CHUNK_VALUES", 10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("dtype", ["f4", "f2", BFLOAT16, "f8"], ids=str)
+def test_a_tensor_is_the_rounded_sum_of_itself_and_its_terms(
+    dtype: Any, conv1d: bool, count: int
+) -> None:
+    outputs, inputs = 17, 11
+    terms = tuple(term(outputs, inputs, seed=n, weight=1.0 - 0.75 * n) for n in range(count))
+    shape = (inputs, outputs) if conv1d else (outputs, inputs)
+    stored = np.random.default_rng(9).normal(size=shape).astype(dtype)
+    working = working_dtype(stored.dtype)
+    tensor = Sum("w", shape, stored.dtype, stored.dtype, working, conv1d, terms)
+    found, _ = worked(tensor, stored)
+    change = change_of(terms, inputs)
+    wanted = merged(stored, change.T if conv1d else change)
+    assert found.dtype == stored.dtype
+    if stored.dtype.itemsize == 2:
+        # The product is float32 and the reference float64, so a tie may fall to the other side.
+        assert np.count_nonzero(found != wanted) <= 1
+        assert off_by(found, wanted) <= 1
+    else:
+        rest = np.abs(found.astype("f8") - wanted.astype("f8")).max()
+        assert rest < (1e-14 if dtype == "f8" else 3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f2", BFLOAT16, "f4", "f8"], ids=str)
+def test_operands_of_any_dtype_are_widened(dtype: Any) -> None:
+    terms = (term(6, 7, seed=1, dtype=dtype),)
+    stored = np.zeros((6, 7), np.float32)
+    working = working_dtype(stored.dtype, *terms[0].dtypes)
+    found, _ = worked(Sum("w", (6, 7), stored.dtype, stored.dtype, working, terms=terms), stored)
+    assert np.allclose(found, change_of(terms, 7), rtol=0, atol=2e-6)
+
+
+def test_a_sum_is_written_in_another_dtype_after_one_rounding() -> None:
+    terms = (term(6, 7, seed=1),)
+    stored = np.random.default_rng(0).normal(size=(6, 7)).astype(BFLOAT16)
+    wide = Sum("w", (6, 7), BFLOAT16, np.dtype("f4"), terms=terms)
+    found, _ = worked(wide, stored)
+    assert np.allclose(found, stored.astype("f8") + change_of(terms, 7), rtol=0, atol=2e-6)
+    narrow = Sum("w", (6, 7), np.dtype("f4"), BFLOAT16, terms=terms)
+    rounded, _ = worked(narrow, stored.astype("f4"))
+    assert off_by(rounded, found.astype(BFLOAT16)) == 0
+
+
+def test_without_terms_only_the_dtype_changes() -> None:
+    stored = np.array([[1 + 2.0**-8, -0.0, np.inf, np.nan]], np.float32)
+    found, numbers = worked(Sum("w", (1, 4), stored.dtype, BFLOAT16), stored)
+    assert found.tobytes() == stored.astype(BFLOAT16).tobytes()
+    assert numbers == Numbers()
+
+
+def test_a_decoder_makes_values_of_what_is_stored() -> None:
+    stored = np.arange(30, dtype=np.uint8).reshape(6, 5)
+    scales = np.arange(1, 7, dtype=np.float32)
+
+    def decode(rows: Array, first: int) -> Array:
+        scaled: Array = rows.astype(np.float32) * scales[first : first + len(rows), None]
+        return scaled
+
+    terms = (term(6, 5, seed=1),)
+    tensor = Sum("w", (6, 5), stored.dtype, np.dtype("f4"), terms=terms, decode=decode)
+    found, numbers = worked(tensor, stored, all_rows=True)
+    base = stored * scales[:, None]
+    assert np.allclose(found, base + change_of(terms, 5), rtol=0, atol=1e-4)
+    assert numbers.base == pytest.approx(float((base.astype("f8") ** 2).sum()))
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def test_numbers_of_all_rows_are_those_of_the_whole_tensor() -> None:
+    terms = (term(40, 30, seed=1, weight=1e-4), term(40, 30, seed=2, weight=1e-4))
+    stored = np.random.default_rng(0).normal(size=(40, 30)).astype(BFLOAT16)
+    found, numbers = worked(
+        Sum("w", stored.shape, BFLOAT16, BFLOAT16, terms=terms), stored, all_rows=True
+    )
+    before, after, change = stored.astype("f8"), found.astype("f8"), change_of(terms, 30)
+    assert numbers.values == stored.size
+    assert numbers.changed == np.count_nonzero(before != after)
+    assert 0 < numbers.changed < stored.size
+    assert numbers.base == pytest.approx((before**2).sum())
+    assert numbers.change == pytest.approx((change**2).sum(), rel=1e-5)
+    assert numbers.loss == pytest.approx(((after - before - change) ** 2).sum(), rel=1e-3)
+
+
+def test_sampled_numbers_come_from_some_rows_of_every_block() -> None:
+    terms = (term(640, 4, seed=1),)
+    stored = np.zeros((640, 4), np.float32)
+    tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, terms=terms)
+    _, numbers = worked(tensor, stored)
+    assert numbers.values == 32 * 4
+    assert numbers.changed == numbers.values
+
+
+def test_a_small_tensor_is_looked_at_whole() -> None:
+    terms = (term(7, 4, seed=1),)
+    stored = np.ones((7, 4), np.float32)
+    _, numbers = worked(Sum("w", (7, 4), stored.dtype, stored.dtype, terms=terms), stored)
+    assert numbers.values == 28
+
+
+# --- what is not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["f4", "f2", BFLOAT16, "f8"], ids=str)
+def test_the_first_value_that_is_not_finite_is_named(dtype: Any, value: float) -> None:
+    stored = np.ones((40, 4), dtype)
+    stored[27, 3], stored[28, 0] = value, value
+    working = working_dtype(stored.dtype)
+    tensor = Sum("w", (40, 4), stored.dtype, stored.dtype, working, terms=(term(40, 4, seed=1),))
+    with pytest.raises(NotFiniteError) as caught:
+        worked(tensor, stored)
+    assert caught.value.index == (27, 3)
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFFC0, 0x7F81, 0x7FFF, 0xFFFF, 0x7F80, 0xFF80])
+def test_every_nan_and_infinity_of_bfloat16_is_found(bits: int) -> None:
+    stored = np.zeros((1, 4), np.uint16)
+    stored[0, 2] = bits
+    tensor = Sum("w", (1, 4), BFLOAT16, BFLOAT16, terms=(term(1, 4, seed=1),))
+    with pytest.raises(NotFiniteError):
+        worked(tensor, stored.view(BFLOAT16))
+
+
+def test_a_sum_beyond_the_dtype_is_found() -> None:
+    stored = np.full((2, 3), 65504, np.float16)
+    tensor = Sum("w", (2, 3), stored.dtype, stored.dtype, terms=(term(2, 3, seed=1, weight=1e3),))
+    with pytest.raises(NotFiniteError):
+        worked(tensor, stored)
+
+
+def test_a_finite_value_that_is_lost_in_a_narrower_dtype_is_found() -> None:
+    stored = np.array([[1.0, np.inf], [1e6, 1.0]], np.float32)
+    with pytest.raises(NotFiniteError) as caught:
+        worked(Sum("w", (2, 2), stored.dtype, np.dtype("f2")), stored)
+    assert caught.value.index == (1, 0)
+
+
+# --- blocks and their room -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((10, 6), 10), ((11, 6), 6), ((1, 1000), 1), ((3, 1000), 1), ((0, 5), 0)]
+)
+def test_blocks_depend_on_shapes_alone(shape: tuple[int, int], rows: int) -> None:
+    assert Sum("w", shape, BFLOAT16, BFLOAT16).block_rows == rows
+
+
+def test_a_large_rank_makes_smaller_blocks() -> None:
+    values = np.zeros((32, 4), np.float32)
+    large = Term(values, values.T, Vectors(values[:, 0], values[0]))
+    assert Sum("w", (100, 4), BFLOAT16, BFLOAT16, terms=(large,)).block_rows == 2
+
+
+def test_a_bench_has_room_for_the_largest_of_several_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(addends, "BLOCK_VALUES", 1 << 20)
+    wide = Sum("w", (4, 50), BFLOAT16, BFLOAT16, terms=(term(4, 50, seed=0),))
+    tall = Sum(
+        "t", (60, 3), BFLOAT16, np.dtype("f4"), terms=(term(60, 3, seed=1), term(60, 3, seed=2))
+    )
+    bench = Workspace(buffer_sizes_for([wide, tall]))
+    for tensor in (wide, tall, wide):
+        rows = tensor.shape[0]
+        stored = np.random.default_rng(0).normal(size=tensor.shape).astype(BFLOAT16)
+        bench.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
+        bench.add(tensor, 0, rows)
+        alone, _ = worked(tensor, stored)
+        assert bytes(bench.written_bytes(tensor, 0, rows)) == alone.tobytes()

@@ -1,0 +1,131 @@
+"""Threads that take jobs in order, fail alike however many they are, and never stay behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vera_convert.assembly.pool import WorkerPool, default_jobs
+from vera_convert.publish.signals import Interrupted, signals_raise
+
+SIZES = [1, 2, 5]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_job_is_done_once(size: int) -> None:
+    done: list[int] = []
+    with WorkerPool(size, lambda: done.append) as crew:
+        crew.run(range(100))
+    assert sorted(done) == [*range(100)]
+
+
+def test_one_thread_does_them_in_order() -> None:
+    done: list[int] = []
+    with WorkerPool(1, lambda: done.append) as crew:
+        crew.run(range(10))
+        crew.run(range(10, 20))
+    assert done == [*range(20)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_job_that_fails_is_the_one_that_is_told(size: int) -> None:
+    begun: list[int] = []
+
+    def work(job: int) -> None:
+        begun.append(job)
+        time.sleep(0.001 * (40 - job))  # earlier ones take longer, so that later ones fail first
+        if job % 10 == 7:
+            raise ValueError(job)
+
+    with pytest.raises(ValueError, match=r"^7$"), WorkerPool(size, lambda: work) as crew:
+        crew.run(range(40))
+    assert sorted(begun) == [*range(len(begun))], "nothing before a failure is left out"
+    assert len(begun) < 40, "a failure ends the rest"
+
+
+def test_all_threads_prepare_at_the_same_time() -> None:
+    together = threading.Barrier(4)
+
+    def prepare() -> Callable[[int], None]:
+        together.wait(timeout=10)
+        return lambda _job: None
+
+    with WorkerPool(4, prepare) as crew:
+        crew.run(range(4))
+
+
+def test_a_thread_that_cannot_prepare_ends_them_all() -> None:
+    turns = iter(range(3))
+
+    def prepare() -> Callable[[int], None]:
+        if next(turns) == 1:
+            raise MemoryError
+        return lambda _job: None
+
+    with pytest.raises(MemoryError):
+        WorkerPool(3, prepare)
+
+
+def test_a_thread_that_cannot_start_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = iter(range(3))
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        if next(starts) == 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        WorkerPool[int](3, lambda: lambda _job: None)
+
+
+def test_whoever_waits_is_told_now_and_then_and_may_stop() -> None:
+    told: list[int] = []
+
+    def tell() -> None:
+        told.append(1)
+        if len(told) == 3:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"), WorkerPool(2, lambda: time.sleep) as crew:
+        crew.run((0.02 for _ in range(100000)), tell=tell)
+    assert len(told) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+def test_a_signal_stops_it_after_the_jobs_that_are_begun() -> None:
+    done: list[int] = []
+
+    def work(job: int) -> None:
+        if job == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done.append(job)
+
+    with pytest.raises(Interrupted), signals_raise(), WorkerPool(2, lambda: work) as crew:
+        crew.run(range(100000))
+    assert 3 in done
+    assert len(done) < 1000
+
+
+def test_by_default_there_are_a_few_threads() -> None:
+    assert 1 <= default_jobs() <= 4
+
+
+def test_a_system_without_affinity_is_asked_for_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert default_jobs() == 3

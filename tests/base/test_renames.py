@@ -1,0 +1,529 @@
+"""The renamings, held against the installed transformers and against what older ones did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from releases import needs, of_transformers
+from safetensors.numpy import load_file
+
+from vera_convert.base.match import Match, match_modules, match_replacements
+from vera_convert.base.model import BaseModel, BaseTensor, read_base
+from vera_convert.base.rename_table import FAMILIES, Family
+from vera_convert.base.renames import generated_types, model_types, tables, views
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import HubAccess, Location
+
+CLIP, SIGLIP = ({"model_type": f"{name}_vision_model"} for name in ("clip", "siglip"))
+
+
+def base_of(paths: Iterable[str], **config: object) -> BaseModel:
+    """A base with a square matrix for each path."""
+    tensors = {
+        f"{path}.weight": BaseTensor("m", TensorInfo(f"{path}.weight", "F32", (8, 8), 0, 0))
+        for path in paths
+    }
+    return BaseModel(Location("base", None), config, {}, tensors)
+
+
+def matched(modules: Iterable[str], base: BaseModel) -> Match:
+    return match_modules(dict.fromkeys(modules, 8), base)
+
+
+# --- what each release did -----------------------------------------------------------------------
+
+TEXT, TOWER = "layers.1.self_attn.q_proj", "encoder.layers.0.self_attn.v_proj"
+OLD_LLAVA = (
+    f"language_model.model.{TEXT}",
+    f"vision_tower.vision_model.{TOWER}",
+    "multi_modal_projector.linear_1",
+    "language_model.lm_head",
+)
+LLAVA_4_57 = (
+    f"model.language_model.{TEXT}",
+    f"model.vision_tower.vision_model.{TOWER}",
+    "model.multi_modal_projector.linear_1",
+    "lm_head",
+)
+LLAVA_5 = (LLAVA_4_57[0], f"model.vision_tower.{TOWER}", *LLAVA_4_57[2:])
+SAVED_BY_5 = (OLD_LLAVA[0], f"vision_tower.{TOWER}", *OLD_LLAVA[2:])
+WITHOUT_HEAD = (f"language_model.{TEXT}", f"vision_tower.{TOWER}", "multi_modal_projector.linear_1")
+LLAVA_FORMS = {
+    "4.44": OLD_LLAVA,
+    "4.57": LLAVA_4_57,
+    "5.24": LLAVA_5,
+    "saved by 5.24": SAVED_BY_5,
+}
+OLD_QWEN = (f"model.{TEXT}", "visual.blocks.0.attn.qkv", "lm_head")
+QWEN = (f"model.language_model.{TEXT}", "model.visual.blocks.0.attn.qkv", "lm_head")
+OLD_VIT = (
+    "vit.encoder.layer.0.attention.attention.query",
+    "vit.encoder.layer.0.attention.output.dense",
+    "vit.encoder.layer.11.intermediate.dense",
+    "vit.encoder.layer.11.output.dense",
+    "classifier",
+)
+VIT = (
+    "vit.layers.0.attention.q_proj",
+    "vit.layers.0.attention.o_proj",
+    "vit.layers.11.mlp.fc1",
+    "vit.layers.11.mlp.fc2",
+    "classifier",
+)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "paligemma"])
+@pytest.mark.parametrize("vision", [CLIP, SIGLIP, {}], ids=["clip", "siglip", "unsaid"])
+@pytest.mark.parametrize("trained", LLAVA_FORMS)
+@pytest.mark.parametrize("stored", LLAVA_FORMS)
+def test_each_form_of_llava_is_found_in_each(
+    kind: str, vision: Mapping[str, str], trained: str, stored: str
+) -> None:
+    # R05: either layout on disk, the adapter with another one.
+    adapter, files = LLAVA_FORMS[trained], LLAVA_FORMS[stored]
+    base = base_of(files, model_type=kind, vision_config=vision)
+    match = matched(adapter, base)
+    assert match.tensors == {
+        name: f"{path}.weight" for name, path in zip(adapter, files, strict=True)
+    }
+    assert (match.strategy == "names as they are") == (trained == stored)
+    for name, path in zip(adapter, files, strict=True):
+        assert match.rename(name) == path
+        assert match.undo(path) == name
+
+
+@pytest.mark.parametrize("stored", LLAVA_FORMS)
+def test_an_adapter_of_the_model_without_its_head_is_found_too(stored: str) -> None:
+    files = LLAVA_FORMS[stored]
+    match = matched(WITHOUT_HEAD, base_of(files, model_type="llava", vision_config=CLIP))
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in files[:3]]
+    assert match.undo(files[0]) == WITHOUT_HEAD[0]
+    assert match.undo(files[3]) is None  # the head is no part of the adapter's model
+
+
+@pytest.mark.parametrize(("trained", "stored"), [(OLD_LLAVA, LLAVA_5), (LLAVA_5, OLD_LLAVA)])
+def test_names_of_two_releases_are_never_mixed(
+    trained: tuple[str, ...], stored: tuple[str, ...]
+) -> None:
+    # R06: only half of the keys are renamed.
+    base = base_of(
+        [*stored, stored[0].replace("q_proj", "k_proj")], model_type="llava", vision_config=CLIP
+    )
+    mixed = [trained[0], stored[0].replace("q_proj", "k_proj")]
+    with pytest.raises(CheckpointError) as error:
+        matched(mixed, base)
+    assert error.value.findings[0].code == "V520"
+    assert "1/2 layers" in str(error.value)
+
+
+def test_a_base_that_holds_both_names_of_a_layer_is_not_guessed_at() -> None:
+    base = base_of([*OLD_LLAVA, LLAVA_5[1], LLAVA_5[0]], model_type="llava", vision_config=CLIP)
+    with pytest.raises(CheckpointError, match="V520"):
+        matched(LLAVA_4_57, base)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(("trained", "stored"), [(QWEN, OLD_QWEN), (OLD_QWEN, QWEN)])
+def test_qwen_vl(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
+    match = matched(trained, base_of(stored, model_type=kind))
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
+    assert "Qwen2-VL" in match.strategy
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "vit_msn", "ijepa", "vivit"])
+@pytest.mark.parametrize(("trained", "stored"), [(VIT, OLD_VIT), (OLD_VIT, VIT)])
+def test_vit(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
+    match = matched(trained, base_of(stored, model_type=kind))
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
+    assert "ViT" in match.strategy
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "memory"),
+    [
+        ("gpt_neox", "embed_out", "lm_head"),
+        ("nemotron_h", "backbone.layers.0.mixer.in_proj", "model.layers.0.mixer.in_proj"),
+        (
+            "qwen2_audio",  # 5.10 to 5.23 wrote such files
+            "model.language_model.model.layers.0.mlp.up_proj",
+            "model.language_model.layers.0.mlp.up_proj",
+        ),
+        (
+            "qwen2_audio",
+            "language_model.model.layers.0.mlp.up_proj",
+            "model.language_model.layers.0.mlp.up_proj",
+        ),
+        ("gemma3", "language_model.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("dinov2", "encoder.layer.3.mlp.weights_out", "encoder.layer.3.mlp.down_proj"),
+        (
+            "dinov2",
+            "dinov2.encoder.layer.3.attention.attention.key",
+            "encoder.layer.3.attention.k_proj",
+        ),
+        ("exaone", "transformer.h.0.attn.attention.out_proj", "model.layers.0.self_attn.o_proj"),
+        ("segformer", "encoder.block.1.0.mlp.dense1", "stages.1.blocks.0.mlp.fc1"),
+        ("colqwen2", "vlm.model.visual.blocks.0.mlp.fc1", "vlm.visual.blocks.0.mlp.fc1"),
+        (
+            "video_llava",
+            "video_tower.vision_model.encoder.layers.0.mlp.fc1",
+            "model.video_tower.encoder.layers.0.mlp.fc1",
+        ),
+        ("vit_mae", "decoder.decoder_layers.0.output.dense", "decoder.decoder_layers.0.mlp.fc2"),
+    ],
+)
+def test_some_of_the_others(kind: str, files: str, memory: str) -> None:
+    match = matched([memory], base_of([files], model_type=kind))
+    assert match.tensors == {memory: f"{files}.weight"}
+
+
+def test_renamings_hold_for_their_types_alone() -> None:
+    assert [*views(base_of(OLD_VIT, model_type="bert"))] == []
+    assert [*views(base_of(OLD_LLAVA))] == []
+    with pytest.raises(CheckpointError, match="V520"):
+        matched(VIT, base_of(OLD_VIT, model_type="bert"))
+    composite = base_of(
+        [f"encoder.{path.removeprefix('vit.')}" for path in OLD_VIT],
+        model_type="vision-encoder-decoder",
+        encoder={"model_type": "vit"},
+    )
+    module = "encoder.layers.0.attention.q_proj"
+    assert matched([module], composite).rename(module) == (
+        "encoder.encoder.layer.0.attention.attention.query"
+    )
+
+
+def test_a_head_that_the_base_lacks_is_named_like_its_files() -> None:
+    paths = (f"language_model.model.{TEXT}", "language_model.model.embed_tokens")
+    match = match_modules(
+        {f"model.language_model.{TEXT}": 8, "lm_head": 8},
+        base_of(paths, model_type="llava", tie_word_embeddings=True),
+        allow_tied=True,
+    )
+    assert match.tied == {"lm_head"}
+    assert match.rename("lm_head") == "language_model.lm_head"
+
+
+def test_replaced_modules_follow_their_renaming_where_the_layers_need_none() -> None:
+    layer = "model.layers.0.self_attn.q_proj"
+    base = base_of([layer, "model.layers.0.block_sparse_moe.gate"], model_type="mixtral")
+    name = "base_model.model.model.layers.0.mlp.gate.weight"
+    assert match_replacements([name], matched([layer], base), base) == {
+        name: "model.layers.0.block_sparse_moe.gate.weight"
+    }
+
+
+def test_a_config_of_every_type_costs_no_more_than_one() -> None:
+    every = sorted(set().union(*(family.types for family in FAMILIES)))
+    paths = {
+        step[0].removeprefix("^").replace("#", "0") for family in FAMILIES for step in family.steps
+    }
+    base = base_of(paths, parts={kind: {"model_type": kind} for kind in every})
+    assert len(model_types(base.config)) < len(every)
+    assert len([*views(base)]) <= 4
+
+
+# --- layouts that are refused by name ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "files", "memory"),
+    [
+        ("V542", "dinov2", "encoder.layer.0.mlp.weights_in", "encoder.layer.0.mlp.gate_proj"),
+        ("V542", "nomic_bert", "encoder.layers.0.attn.Wqkv", "layers.0.self_attn.k_proj"),
+        (
+            "V542",
+            "molmo2",
+            "model.transformer.blocks.3.self_attn.att_proj",
+            "model.language_model.layers.3.self_attn.v_proj",
+        ),
+        (
+            "V543",
+            "kimi_k25",
+            "vision_tower.encoder.blocks.0.wqkv",
+            "model.vision_tower.layers.0.attn.q_proj",
+        ),
+        (
+            "V543",
+            "mistral_large4",
+            "vision_encoder.transformer.layers.0.attention.wq",
+            "model.vision_tower.transformer.layers.0.attention.q_proj",
+        ),
+        (
+            "V545",
+            "minimax_m3_vl",
+            "language_model.model.layers.0.block_sparse_moe.shared_experts.gate_proj",
+            "model.language_model.layers.0.mlp.shared_experts.gate_up_proj",
+        ),
+    ],
+)
+def test_a_layer_without_a_tensor_of_its_own_is_refused_by_name(
+    code: str, kind: str, files: str, memory: str
+) -> None:
+    base = base_of([files, files.replace("gate_proj", "up_proj")], model_type=kind)
+    with pytest.raises(CheckpointError) as error:
+        matched([memory], base)
+    finding = error.value.findings[0]
+    assert finding.code == code
+    assert files in str(finding)
+    assert memory in str(finding)
+    # The same numbers elsewhere, or another type, say nothing of this layer.
+    other = base_of([files.replace("0", "1").replace("3", "1")], model_type=kind)
+    with pytest.raises(CheckpointError, match="V520"):
+        matched([memory], other)
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+    ],
+)
+def test_an_expert_of_a_stack_is_refused_by_name(stack: str) -> None:
+    base = base_of(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.3.w1"])
+    tensor = BaseTensor("m", TensorInfo(stack, "F32", (4, 8, 8), 0, 0))
+    base = BaseModel(base.location, {"model_type": "x"}, {}, {**base.tensors, stack: tensor})
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.3.gate_proj"]
+    with pytest.raises(CheckpointError, match=f'V544.*experts.3.gate_proj" is .*"{stack}"'):
+        matched(layers, base)
+
+
+def test_experts_that_are_stored_one_by_one_fit_as_they_are() -> None:
+    experts = [f"model.layers.0.block_sparse_moe.experts.{n}.w{m}" for n in (0, 1) for m in (1, 2)]
+    match = matched(experts, base_of(experts, model_type="mixtral"))
+    assert match.strategy == "names as they are"
+
+
+# --- real models ---------------------------------------------------------------------------------
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
+LLM = {**TINY, "num_key_value_heads": 1, "vocab_size": 40, "head_dim": 8}
+EYE = {**TINY, "image_size": 16, "patch_size": 8}
+QWEN_EYE = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16}
+
+MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "LlavaForConditionalGeneration": (
+        "LlavaConfig",
+        {
+            "text_config": {**LLM, "model_type": "llama"},
+            "vision_config": {**EYE, "model_type": "clip_vision_model"},
+        },
+    ),
+    "Gemma3ForConditionalGeneration": (
+        "Gemma3Config",
+        {"text_config": LLM, "vision_config": {**EYE, "vision_use_head": False}},
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "Qwen2_5_VLConfig",
+        {"text_config": LLM, "vision_config": {**QWEN_EYE, "intermediate_size": 24}},
+    ),
+    "Qwen2AudioForConditionalGeneration": (
+        "Qwen2AudioConfig",
+        {
+            "text_config": {**LLM, "model_type": "qwen2"},
+            "audio_config": {
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_ffn_dim": 24,
+                "encoder_attention_heads": 2,
+            },
+        },
+    ),
+    "ViTForImageClassification": ("ViTConfig", EYE),
+    "DeiTForImageClassification": ("DeiTConfig", EYE),
+    "Dinov2ForImageClassification": ("Dinov2Config", EYE),
+    "ViTMAEForPreTraining": (
+        "ViTMAEConfig",
+        {
+            **EYE,
+            "decoder_hidden_size": 16,
+            "decoder_intermediate_size": 24,
+            "decoder_num_attention_heads": 2,
+            "decoder_num_hidden_layers": 1,
+        },
+    ),
+    "CLIPVisionModel": ("CLIPVisionConfig", EYE),
+    "SwinForImageClassification": (
+        "SwinConfig",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
+    ),
+    "MixtralForCausalLM": ("MixtralConfig", {**LLM, "num_local_experts": 2}),
+    "Qwen2MoeForCausalLM": (
+        "Qwen2MoeConfig",
+        {
+            **LLM,
+            "num_experts": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
+    ),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**TINY, "vocab_size": 40}),
+}
+
+
+def real_model(name: str) -> Any:
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config, values = MODELS[name]
+    torch.manual_seed(0)
+    return of_transformers(name)(of_transformers(config)(**values))
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    torch = pytest.importorskip("torch")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_layer_of_a_real_model_is_found_in_its_files(
+    name: str, tmp_path: Path
+) -> None:
+    model = real_model(name)
+    model.save_pretrained(tmp_path)
+    base = read_base(Location("base", tmp_path), HubAccess())
+    stored = load_file(tmp_path / "model.safetensors")
+    layers = {
+        module: layer
+        for module, layer in linear_layers(model).items()
+        if not (module == "lm_head" and base.tie_word_embeddings)
+    }
+    match = match_modules({module: layer.out_features for module, layer in layers.items()}, base)
+    for module, layer in layers.items():
+        values = layer.weight.detach().numpy()
+        np.testing.assert_array_equal(stored[match.tensors[module]], values, err_msg=module)
+        assert match.undo(match.tensors[module].removesuffix(".weight")) == module
+
+
+@needs("transformers", "5.0", "earlier releases keep the two layers in one, as the file does")
+def test_a_swiglu_of_dinov2_is_refused_by_name(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(**EYE, use_swiglu_ffn=True)
+    model = transformers.Dinov2Model(config)
+    model.save_pretrained(tmp_path)
+    layers = {module: layer.out_features for module, layer in linear_layers(model).items()}
+    base = read_base(Location("base", tmp_path), HubAccess())
+    with pytest.raises(CheckpointError, match=r"V542.*weights_in"):
+        match_modules(layers, base)
+    rest = {
+        module: width
+        for module, width in layers.items()
+        if not module.endswith(("gate_proj", "up_proj"))
+    }
+    assert any(module.endswith("mlp.down_proj") for module in rest)
+    assert match_modules(rest, base).strategy == "names of DINOv2 since transformers 5"
+
+
+# --- there and back ------------------------------------------------------------------------------
+
+
+def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> bool:
+    """Say whether any view calls the layers of these names in the files by the wanted names."""
+    pairs = [*zip(names, wanted, strict=True)]
+    return any(
+        all(view.in_memory[old] == new and view.path_on_disk(new) == old for old, new in pairs)
+        for view in views(base)
+    )
+
+
+def _first_names(family: Family) -> Iterator[str]:
+    """Yield what the steps of a family rename, but for what another step made of a name."""
+    for files, own in family.steps:
+        path = files.removeprefix("^")
+        others = (memory.removeprefix("^") for _, memory in family.steps if memory != own)
+        if not any(f".{part}." in f".{path}." for part in others):
+            yield path
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Family) -> None:
+    for kind in family.types:
+        old = [f"{path}.x".replace("#", "1") for path in _first_names(family)]
+        base = base_of(old, model_type=kind)
+        newest = [view for view in views(base) if "before" not in view.name]
+        assert newest, kind
+        new = [newest[0].in_memory[path] for path in old]
+        changed = [
+            (before, after) for before, after in zip(old, new, strict=True) if before != after
+        ]
+        assert changed, kind
+        assert renamed(base, old, new), kind
+        if family.is_optional:  # names without the part say nothing of where it was
+            continue
+        assert renamed(base_of(new, model_type=kind), new, old), kind
+
+
+TABLES = [(kind, table) for kind in generated_types() for table in tables(kind)]
+
+
+@pytest.mark.parametrize(("kind", "table"), TABLES, ids=[kind for kind, _ in TABLES])
+def test_old_names_of_a_whole_model_become_new_names_and_old_names_again(
+    kind: str, table: Mapping[str, str]
+) -> None:
+    old = [files.replace("#", "1") for files in table]
+    new = [memory.replace("#", "1") for memory in table.values()]
+    assert len({*old}) == len({*new}) == len(table)
+    assert renamed(base_of(old, model_type=kind), old, new)
+    # A number that is a name in memory looks like the number of a layer in such files.
+    kept = [not any(map(str.isdecimal, memory.split("."))) for memory in table.values()]
+    assert any(kept)
+    new, old = [*compress(new, kept)], [*compress(old, kept)]
+    assert renamed(base_of(new, model_type=kind), new, old)
+
+
+def test_deepseek_v4_is_found_in_its_own_files() -> None:
+    files = ["layers.0.attn.wq_a", "layers.0.attn.wo_b", "layers.3.ffn.shared_experts.w2", "head"]
+    base = base_of(files, model_type="deepseek_v4")
+    layers = (
+        *("model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.o_b_proj"),
+        *("model.layers.3.mlp.shared_experts.down_proj", "lm_head"),
+    )
+    match = matched(layers, base)
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in files]
+    assert match.strategy == 'names of deepseek_v4 since transformers 5, prefix "model." added'
+
+
+# --- the installed registry ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def renamed_by_registry() -> Callable[[Any, str], str]:
+    """What the installed transformers calls a layer of its files in memory."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    registry = pytest.importorskip("transformers.conversion_mapping")
+
+    def rename(model: Any, path: str) -> str:
+        steps = registry.get_model_conversion_mapping(model)
+        plain = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+        named, _ = loading.rename_source_key(f"{path}.weight", plain, [])
+        return str(named).removesuffix(".weight")
+
+    return rename
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_registry_takes_former_names_to_the_same_layers(
+    name: str, renamed_by_registry: Callable[[Any, str], str]
+) -> None:
+    model = real_model(name)
+    layers = linear_layers(model)
+    base = base_of(layers, **model.config.to_dict())
+    for view in views(base):
+        if "since" in view.name:  # names of several releases in one file: nobody wrote such
+            continue
+        for module in layers:
+            assert renamed_by_registry(model, view.in_memory[module]) == module

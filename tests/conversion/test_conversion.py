@@ -1,0 +1,169 @@
+"""strip, embed and migrate with adapter and base on the Hub, or not to be had at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from adapterdefects import bare, fields, stripped
+from adapters import RANK, good_adapter
+from bases import tiny_base
+from folders import WEIGHTS, codes, everything
+from hub_server import HubServer
+
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.migration import Mode, migrate, migrate_tree
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.errors import SurroundingsError
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.summary import info
+
+LARGE = 8_000_000
+
+
+@pytest.fixture
+def hub(server: HubServer, tmp_path: Path) -> HubServer:
+    """A Hub with the base of the good adapter, which is large."""
+    base = tiny_base(tmp_path / "base", tensors={"model.embed_tokens.weight": (LARGE // 64, 16)})
+    server.add("example/tiny-llama", everything(base))
+    return server
+
+
+@pytest.fixture
+def access(tmp_path: Path) -> HubAccess:
+    return HubAccess(cache_dir=tmp_path / "cache", progress=False)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter")
+
+
+def asked_for(server: HubServer, repo: str) -> bool:
+    return any(repo in path for path in [*server.paths("GET"), *server.paths("HEAD")])
+
+
+def test_a_base_on_the_hub_costs_kilobytes(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    done = strip(adapter, tmp_path / "stripped", access=access)
+    assert done.findings == ()
+    assert done.on_base.source.startswith("example/tiny-llama@")
+    bare(adapter)
+    embedded = embed(adapter, tmp_path / "embedded", access=access)
+    assert codes(embedded) == {"V410"}
+    assert hub.bytes_served < LARGE // 50
+
+
+def test_an_adapter_on_the_hub_is_converted_like_any_other(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    (adapter / "README.md").write_text("card")
+    (adapter / "optimizer.pt").write_bytes(b"state")
+    commit = hub.add("org/name", {f"vera/{k}": v for k, v in everything(adapter).items()})
+    done = strip("org/name@main/vera", tmp_path / "stripped", access=access)
+    assert done.adapter == f"org/name@{commit}/vera"
+    assert done.side_files.carried == ("README.md",)
+    assert done.side_files.left_out == ("optimizer.pt",)
+    embed(tmp_path / "stripped", tmp_path / "embedded", access=access)
+    assert (tmp_path / "embedded" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+    assert info("org/name/vera", access=access).location.commit == commit
+
+
+def test_no_base_is_asked_for_that_is_not_needed(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    embed(adapter, tmp_path / "a", access=access)  # it has them
+    migrate(adapter, tmp_path / "b", to=Mode.ASIS, access=access)
+    assert not asked_for(hub, "example")
+    stripped(adapter)
+    hub.requests.clear()
+    strip(adapter, tmp_path / "c", access=access)  # it lacks them
+    embed(adapter, tmp_path / "d", access=access)  # its fingerprint knows
+    migrate(adapter, tmp_path / "e", to=Mode.EMBEDDED, access=access)
+    migrate(adapter, tmp_path / "f", to=Mode.STRIPPED, access=access)
+    assert not asked_for(hub, "example")
+
+
+@pytest.mark.parametrize("failures", [[503] * 9, [404] * 9, [401] * 9])
+def test_a_base_that_cannot_be_had_is_done_without_where_that_can_be(
+    failures: list[int], hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    del hub.repos["example/tiny-llama"]
+    hub.failures += failures
+    done = strip(adapter, tmp_path / "stripped", access=access)
+    assert codes(done) == {"V404"}
+    assert "example/tiny-llama" in done.findings[0].reason
+    assert "example/tiny-llama" in info(adapter, access=access).on_base.source
+    bare(adapter)
+    with pytest.raises(SurroundingsError, match="example/tiny-llama"):
+        embed(adapter, tmp_path / "embedded", access=access)
+
+
+def test_a_base_of_the_config_that_does_not_fit_is_done_without_too(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    hub.add("example/tiny-llama", everything(tiny_base(tmp_path / "other", dtype="int8")))
+    quantized = strip(adapter, tmp_path / "a", access=access)
+    assert codes(quantized) == {"V404", "V415"}
+    hub.add("example/tiny-llama", {"config.json": b"{}", "model.gguf": b"GGUF"})
+    without = strip(adapter, tmp_path / "b", access=access)
+    assert codes(without) == {"V404"}
+    assert "V503" in without.findings[0].reason
+    fields({"target_modules": "("})(adapter)  # this is the adapter's own fault
+    hub.add("example/tiny-llama", everything(tmp_path / "base"))
+    with pytest.raises(Exception, match="V130"):
+        strip(adapter, tmp_path / "c", access=access)
+
+
+def test_the_revisions_of_adapter_and_base_are_kept_apart(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    base = everything(tmp_path / "base")
+    fields({"revision": "recorded"})(adapter)
+    bases = {
+        ref: hub.add("example/tiny-llama", {**base, "README.md": ref.encode()}, ref=ref)
+        for ref in ("main", "recorded", "given")
+    }
+    commits = {
+        ref: hub.add("org/name", {**everything(adapter), "README.md": ref.encode()}, ref=ref)
+        for ref in ("main", "mine")
+    }
+    by_config = strip("org/name", tmp_path / "a", revision="mine", access=access)
+    assert by_config.adapter == f"org/name@{commits['mine']}"
+    assert by_config.on_base.source == f"example/tiny-llama@{bases['recorded']}"
+    by_option = strip("org/name", tmp_path / "b", base=BaseOptions(revision="given"), access=access)
+    assert by_option.adapter == f"org/name@{commits['main']}"
+    assert by_option.on_base.source == f"example/tiny-llama@{bases['given']}"
+    by_name = BaseOptions("example/tiny-llama", revision="given")
+    by_both = strip("org/name", tmp_path / "c", base=by_name, access=access)
+    assert by_both.on_base.source == f"example/tiny-llama@{bases['given']}"
+
+
+def test_info_fetches_config_and_weights_alone(
+    hub: HubServer, access: HubAccess, adapter: Path
+) -> None:
+    (adapter / "tokenizer.json").write_bytes(bytes(1000))
+    hub.add("example/adapter", everything(adapter))
+    found = info("example/adapter", access=access)
+    assert found.config.r == RANK
+    asked = [path for path in hub.paths("GET") if "example/adapter/resolve" in path]
+    assert {path.rpartition("/")[2] for path in asked} == {"adapter_config.json", WEIGHTS}
+
+
+def test_a_tree_of_adapters_asks_once_for_each_base_and_fetches_no_header_twice(
+    hub: HubServer, access: HubAccess, adapter: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c/d"):
+        shutil.copytree(adapter, tmp_path / "tree" / name)
+    for run in range(2):
+        hub.requests.clear()
+        done = migrate_tree(
+            tmp_path / "tree", tmp_path / f"out{run}", to=Mode.EMBEDDED, access=access
+        )
+        assert len(done.done) == 3
+        described = [path for path in hub.paths() if path.startswith("/api/")]
+        assert described == ["/api/models/example/tiny-llama"]
+        assert len(hub.requests) == (3, 1)[run]
+    assert not hub.paths("HEAD")

@@ -1,0 +1,291 @@
+"""A and B drawn or dropped where something is not known, or file, flag and key disagree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapterdefects import A, B, all_of, drawn, fields, tensors
+from adapters import CONFIG, KEY, good_adapter
+from bases import tiny_base
+from draws import STORED, as_peft_stored
+from folders import CONFIG_NAME, WEIGHTS, codes, everything, refusal, weights
+from safetensors.numpy import load_file
+
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.projections import ProjectionSource, materialized
+from vera_convert.conversion.regeneration import regenerate_for
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.recognition import recognize
+from vera_convert.errors import SurroundingsError, UsageError
+
+# --- what is not known ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (BaseOptions(), "cannot be drawn from the adapter alone"),
+        (BaseOptions(dtype="float32"), "cannot be drawn from the adapter alone"),
+        (BaseOptions(in_features=16), "give both"),
+        (BaseOptions(out_features=16, dtype="float32"), "give both"),
+        (BaseOptions(in_features=16, out_features=16), "dtype"),
+        (BaseOptions(model="base", in_features=16, out_features=16), "not both"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [None, "/data/llama", "C:\\models\\llama"])
+def test_embed_asks_for_what_it_must_know(
+    wish: BaseOptions, said: str, name: str | None, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True, base_model_name_or_path=name)
+    with pytest.raises(UsageError, match=said):
+        embed(folder, tmp_path / "out", base=wish)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embed_must_have_the_base_that_only_the_config_names(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    with pytest.raises(SurroundingsError, match="example/tiny-llama"):
+        embed(folder, tmp_path / "out")
+
+
+def test_embed_says_what_it_drew_where_nothing_is_proven(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    wish = BaseOptions(in_features=16, out_features=16, dtype="float32")
+    done = embed(folder, tmp_path / "out", base=wish)
+    assert codes(done) == {"V410"}
+    assert "float32-fused draw of key 7 for r = 4, 16 inputs, 16 outputs" in done.changes[0]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (
+        good_adapter(tmp_path / "good") / WEIGHTS
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "dtype", "stored"),
+    [
+        (np.float32, "float32", "F32"),
+        (np.float32, "bfloat16", "F32"),
+        (np.float64, "float64", "F64"),
+        (np.float64, "float32", "F64"),
+        (ml_dtypes.bfloat16, "bfloat16", "BF16"),
+        (np.float16, "float16", "F16"),
+        # Where the lambdas' type cannot hold every value, float32 does.
+        (ml_dtypes.bfloat16, "float32", "F32"),
+        (ml_dtypes.bfloat16, "float16", "F32"),
+        # bfloat16 has fewer digits than float16, which holds all but the smallest of its values.
+        (np.float16, "bfloat16", "F16"),
+    ],
+)
+def test_projections_are_stored_as_the_lambdas_are_if_that_is_exact(
+    lambdas: Any, dtype: str, stored: str, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    tensors(lambda all_: {name: array.astype(lambdas) for name, array in all_.items()})(folder)
+    embed(folder, tmp_path / "out", base=BaseOptions(in_features=16, out_features=16, dtype=dtype))
+    pair = weights(tmp_path / "out")
+    assert pair[A].dtype == pair[B].dtype == STORED[stored]
+    found = recognize(pair[A], pair[B], key=KEY).draw
+    assert found is not None
+    assert found.variant is Variant.FLOAT32_FUSED
+
+
+@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_generator_can_be_asked_for(variant: Variant, dtype: str, tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    if dtype == "float64":
+        tensors(lambda all_: {name: array.astype("f8") for name, array in all_.items()})(folder)
+    wish = BaseOptions(in_features=16, out_features=16, dtype=dtype)
+    done = embed(folder, tmp_path / "out", base=wish, generator=variant)
+    expected = as_peft_stored(variant, dtype, "F64")
+    stored = weights(tmp_path / "out")
+    assert expected is not None
+    assert np.array_equal(stored[A].astype(np.float64), expected[A])
+    assert np.array_equal(stored[B].astype(np.float64), expected[B])
+    assert done.draw is not None
+    assert done.draw.variant is variant
+    again = materialized(done.draw)
+    assert np.array_equal(again[0].astype(np.float64), expected[A])
+
+
+def test_strip_without_a_base_says_on_which_dtype_they_come_back(tmp_path: Path) -> None:
+    for rounding, dtype in ((Rounding.NONE, "float32"), (Rounding.BF16, "bfloat16")):
+        folder = good_adapter(tmp_path / f"adapter-{dtype}")
+        drawn(rounding=rounding)(folder)
+        done = strip(folder, tmp_path / f"out-{dtype}")
+        (finding,) = done.findings
+        assert finding.code == "V404"
+        assert f"on a base loaded in {dtype}" in finding.reason
+        assert "the width of A (16) and the rounding" in finding.reason
+        assert "example/tiny-llama" in finding.reason
+
+
+def test_an_option_for_the_dtype_proves_the_rounding_but_not_the_width(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    done = strip(folder, tmp_path / "out", base=BaseOptions(dtype="float32"))
+    assert [finding.reason.count("rounding") for finding in done.findings] == [0]
+    assert "the width of A" in done.findings[0].reason
+
+
+def test_what_was_accepted_comes_back_even_though_the_base_would_have_it_otherwise(
+    tmp_path: Path,
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    wish = BaseOptions(str(tiny_base(tmp_path / "base", dtype="bfloat16")))
+    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+    for number, each in enumerate((None, wish, BaseOptions(dtype="bfloat16"))):
+        embed(tmp_path / "stripped", tmp_path / f"back{number}", base=each)
+        assert everything(tmp_path / f"back{number}") == everything(folder)
+
+
+def test_a_generator_that_contradicts_the_fingerprint_is_refused(tmp_path: Path) -> None:
+    strip(good_adapter(tmp_path / "adapter"), tmp_path / "stripped")
+    embed(tmp_path / "stripped", tmp_path / "a", generator=Variant.FLOAT32_FUSED)
+    with pytest.raises(UsageError, match=r"drawn as float32-fused.* float64-fused out"):
+        embed(tmp_path / "stripped", tmp_path / "b", generator=Variant.FLOAT64_FUSED)
+
+
+# --- where flag, file and key disagree -----------------------------------------------------------
+
+OTHERS = drawn(key=KEY + 1)
+BF16 = drawn(rounding=Rounding.BF16)
+DENIED = fields({"save_projection": False})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "meant", "outcome"),
+    [
+        # the flag is true: the file's count, unless the key's are asked for
+        (all_of(), "auto", "same"),
+        (all_of(), "file", "same"),
+        (all_of(), "key", "same"),
+        (OTHERS, "auto", "V402"),
+        (OTHERS, "file", "V402"),
+        (OTHERS, "key", "replaced"),
+        (BF16, "auto", "V403"),
+        (BF16, "key", "replaced"),
+        # the flag is false: equal ones are told, unequal ones have to be decided
+        (DENIED, "auto", "same"),
+        (DENIED, "file", "same"),
+        (DENIED, "key", "same"),
+        (all_of(OTHERS, DENIED), "auto", "V406"),
+        (all_of(OTHERS, DENIED), "file", "V402"),
+        (all_of(OTHERS, DENIED), "key", "replaced"),
+        (all_of(BF16, DENIED), "auto", "V406"),
+        (all_of(BF16, DENIED), "file", "V403"),
+        (all_of(BF16, DENIED), "key", "replaced"),
+    ],
+)
+def test_strip_takes_what_is_meant(
+    spoil: Callable[[Path], None], meant: str, outcome: str, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    good = weights(folder)
+    spoil(folder)
+    denied = not json.loads((folder / CONFIG_NAME).read_bytes())["save_projection"]
+    wish = BaseOptions(str(tiny_base(tmp_path / "base")))
+    act = partial(strip, folder, tmp_path / "out", base=wish, projections=ProjectionSource(meant))
+    if outcome.startswith("V"):
+        assert refusal(act) == outcome
+        assert not (tmp_path / "out").exists()
+        return
+    done = act()
+    assert codes(done) == ({"V212"} if denied else set())
+    assert ("replaced A and B" in done.changes[0]) is (outcome == "replaced")
+    assert json.loads((tmp_path / "out" / CONFIG_NAME).read_bytes()) == {
+        **CONFIG,
+        "save_projection": False,
+    }
+    embed(tmp_path / "out", tmp_path / "back")
+    assert np.array_equal(weights(tmp_path / "back")[A], good[A])
+    assert np.array_equal(weights(tmp_path / "back")[B], good[B])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "meant", "outcome"),
+    [
+        (all_of(), "auto", "copied"),
+        (all_of(), "file", "copied"),
+        (all_of(), "key", "copied"),
+        (OTHERS, "auto", "copied"),
+        (OTHERS, "key", "key"),
+        (BF16, "key", "key"),
+        (DENIED, "auto", "file"),
+        (DENIED, "key", "file"),
+        (all_of(OTHERS, DENIED), "auto", "V406"),
+        (all_of(OTHERS, DENIED), "file", "file"),
+        (all_of(OTHERS, DENIED), "key", "key"),
+        (all_of(BF16, DENIED), "auto", "V406"),
+        (all_of(BF16, DENIED), "file", "file"),
+    ],
+)
+def test_embed_takes_what_is_meant(
+    spoil: Callable[[Path], None], meant: str, outcome: str, tmp_path: Path
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    good = weights(folder)
+    spoil(folder)
+    stored = weights(folder)
+    wish = BaseOptions(str(tiny_base(tmp_path / "base")))
+    act = partial(embed, folder, tmp_path / "out", base=wish, projections=ProjectionSource(meant))
+    if outcome.startswith("V"):
+        assert refusal(act) == outcome
+        assert not (tmp_path / "out").exists()
+        return
+    done = act()
+    assert (done.changes == ()) is (outcome == "copied")
+    assert done.embedded
+    assert json.loads((tmp_path / "out" / CONFIG_NAME).read_bytes())["save_projection"] is True
+    expected = good if outcome == "key" else stored
+    assert np.array_equal(weights(tmp_path / "out")[A], expected[A])
+    assert np.array_equal(weights(tmp_path / "out")[B], expected[B])
+
+
+def test_the_keys_projections_cannot_be_had_without_a_dtype(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter", base_model_name_or_path=None)
+    OTHERS(folder)
+    for act in (strip, embed):
+        with pytest.raises(UsageError, match="--base-dtype"):
+            act(folder, tmp_path / "out", projections=ProjectionSource.KEY)
+        wish = BaseOptions(dtype="bfloat16")
+        done = act(folder, tmp_path / act.__name__, projections=ProjectionSource.KEY, base=wish)
+        assert "replaced A and B by the draw of the config's key" in done.changes[0]
+
+
+def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    drawn(variant=Variant.FLOAT32_SEPARATE)(folder)
+    wish = BaseOptions(dtype="float32")
+    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+    found = embed(
+        tmp_path / "stripped", tmp_path / "out", base=wish, projections=ProjectionSource.KEY
+    ).draw
+    assert found is not None
+    assert found.variant is Variant.FLOAT32_FUSED
+    restored = embed(tmp_path / "stripped", tmp_path / "restored").draw
+    assert restored is not None
+    assert restored.variant is Variant.FLOAT32_SEPARATE
+
+
+def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Whatever its lambdas are stored as; in the adapter it is named as what was stored."""
+    folder = good_adapter(tmp_path / "adapter", stripped=True)
+    wish = BaseOptions(dtype="float64", in_features=16, out_features=16)
+    done = embed(folder, tmp_path / "out", base=wish, generator=Variant.FLOAT64_FUSED)
+    assert done.draw is not None
+    assert done.draw.rounding is Rounding.FP32
+    base = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="float64")
+    found = regenerate_for(
+        folder, tmp_path / "pair.safetensors", base=base, generator=Variant.FLOAT64_FUSED
+    )
+    assert found.draw.rounding is Rounding.NONE
+    A, _ = materialized(found.draw)
+    assert np.array_equal(load_file(tmp_path / "pair.safetensors")["vera_A"], A)

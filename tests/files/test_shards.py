@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.shards import (
+    WeightFiles,
+    demand_shards,
+    find_weights,
+    held_against_index,
+    read_weight_map,
+    stray_weights,
+)
+
+INDEX = "model.safetensors.index.json"
+DIFFUSION = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json", "model.safetensors"], ("", None, "model.safetensors")),
+        ([INDEX, "model-1.safetensors"], ("", INDEX, None)),
+        # R39: the index rules over what was left beside it.
+        ([INDEX, "model.safetensors", "consolidated.safetensors"], ("", INDEX, None)),
+        (["model.safetensors", "model.fp16.safetensors"], ("", None, "model.safetensors")),
+        ([f"{DIFFUSION}.safetensors"], ("", None, f"{DIFFUSION}.safetensors")),
+        (["model.fp16.safetensors.index.json"], ("", "model.fp16.safetensors.index.json", None)),
+        (["weights.safetensors"], ("", None, "weights.safetensors")),
+        (["m-00001-of-00001.safetensors"], ("", None, "m-00001-of-00001.safetensors")),
+        (["weights.safetensors", "adapter_model.safetensors"], ("", None, "weights.safetensors")),
+        (["model.safetensors", "pytorch_model.bin"], ("", None, "model.safetensors")),
+        (
+            [
+                "model_index.json",
+                f"transformer/{DIFFUSION}.safetensors.index.json",
+                f"transformer/{DIFFUSION}-1.safetensors",
+                "vae/x.safetensors",
+                "flux.safetensors",
+            ],
+            ("transformer/", f"transformer/{DIFFUSION}.safetensors.index.json", None),
+        ),
+        (
+            ["model_index.json", f"unet/{DIFFUSION}.safetensors"],
+            ("unet/", None, f"unet/{DIFFUSION}.safetensors"),
+        ),
+    ],
+)
+def test_the_weights_are_found(names: list[str], expected: tuple[str, str, str]) -> None:
+    assert find_weights(names, place="base") == WeightFiles(*expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], "V501"),
+        (["config.json", "training_args.bin", "sub/model.safetensors"], "V501"),
+        (["config.json", "pytorch_model.bin"], "V502.*pytorch_model.bin"),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "V502"),
+        (["model.gguf", "config.json"], "V503.*model.gguf"),
+        (["tf_model.h5"], "V503"),
+        (["adapter_config.json", "adapter_model.safetensors"], "V504"),
+        (["a.safetensors", "b.safetensors"], "V505.*a.safetensors, b.safetensors"),
+        (["model-00001-of-00002.safetensors"], "V505"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "V505"),
+        (["a.safetensors.index.json", "b.safetensors.index.json"], "V505"),
+        (["model_index.json", "unet/a.safetensors", "transformer/a.safetensors"], "V505"),
+        (["model_index.json", "vae/a.safetensors"], "V501"),
+        (["model_index.json", "unet/a.bin"], "V501"),
+    ],
+)
+def test_what_holds_no_weights_is_told_apart(names: list[str], reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        find_weights(names, place="base")
+
+
+def test_an_index_names_shards_relative_to_its_folder() -> None:
+    document = {"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "deep/y.safetensors"}}
+    assert read_weight_map(document, INDEX, place="i") == {
+        "a": "x.safetensors",
+        "b": "deep/y.safetensors",
+    }
+    below = read_weight_map(document, f"transformer/{INDEX}", place="i")
+    assert below["b"] == "transformer/deep/y.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("document", "code"),
+    [
+        ([], "V506"),
+        ({}, "V506"),
+        ({"weight_map": []}, "V506"),
+        ({"weight_map": {}}, "V506"),
+        ({"weight_map": {"a": None}}, "V506"),
+        ({"weight_map": {"a": ["x.safetensors"]}}, "V506"),
+        ({"weight_map": {"a": "x.bin"}}, "V506"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "V005"),
+        ({"weight_map": {"a": "/x.safetensors"}}, "V005"),
+        ({"weight_map": {"a": "C:\\x.safetensors"}}, "V005"),
+        ({"weight_map": {"a": "x\0.safetensors"}}, "V005"),
+    ],
+)
+def test_a_malformed_index_is_refused(document: object, code: str) -> None:
+    with pytest.raises(CheckpointError, match=code):
+        read_weight_map(document, INDEX, place="i")
+
+
+def test_every_missing_shard_is_named() -> None:
+    with pytest.raises(CheckpointError) as error:
+        demand_shards(["a", "b", "c"], ["b"], place="base")
+    assert [found.reason for found in error.value.findings] == [
+        "a is not there.",
+        "c is not there.",
+    ]
+
+
+def test_strays_are_what_a_loader_could_take() -> None:
+    names = [
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "original/consolidated.safetensors",
+        "adapter_model.safetensors",
+        "vae/config.json",
+        "vae/model.safetensors",
+        "vae/deep/model.safetensors",
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+    ]
+    weights = WeightFiles("", None, "model.safetensors")
+    assert stray_weights(names, weights, ["model.safetensors"]) == (
+        "model.fp16.safetensors",
+        "original/consolidated.safetensors",
+    )
+
+
+def test_strays_of_a_component_lie_in_its_folder_or_the_root() -> None:
+    names = ["flux.safetensors", "vae/a.safetensors", "unet/a.safetensors", "unet/b.safetensors"]
+    names += ["unet/config.json", "model_index.json"]
+    weights = WeightFiles("unet/", None, "unet/a.safetensors")
+    assert stray_weights(names, weights, ["unet/a.safetensors"]) == (
+        "flux.safetensors",
+        "unet/b.safetensors",
+    )
+
+
+def test_index_and_shards_are_compared_both_ways() -> None:
+    weight_map = {"ok": "1", "absent": "1", "moved": "1", "twice": "2"}
+    shards = {"1": ["ok", "twice"], "2": ["moved", "twice", "extra"]}
+    assert held_against_index(weight_map, shards) == {
+        "absent": ["absent"],
+        "misplaced": ["moved"],
+        "unindexed": ["extra"],
+        "repeated": ["twice"],
+    }

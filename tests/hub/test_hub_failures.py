@@ -1,0 +1,579 @@
+"""A Hub that fails: what passes is survived, the rest is named, and nothing secret is shown."""
+
+from __future__ import annotations
+
+import email.utils
+import io
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from commandline import Run
+from hub_server import Fault, HubServer, stated
+
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.hub import client, requests
+from vera_convert.hub.cache import cache_of_repo
+from vera_convert.hub.lookup import (
+    HubAccess,
+    fetch_adapter,
+    fetch_base,
+    list_files,
+    locate,
+    open_remote,
+)
+from vera_convert.hub.refusals import LimitedError, OutOfReachError, Refusal, RefusedError
+from vera_convert.hub.secrets import redacted
+
+SECRET = "hf_SecretToken"  # noqa: S105 - of the stand-in
+SIGNATURE = "c0ffee5167"
+WEIGHTS = bytes(range(256)) * 2000
+FILES = {
+    "adapter_config.json": b'{"peft_type": "VERA"}',
+    "adapter_model.safetensors": WEIGHTS,
+    "README.md": b"# card",
+}
+
+TRANSIENT = [
+    pytest.param(Fault(429), id="429"),
+    pytest.param(Fault(500), id="500"),
+    pytest.param(Fault(502), id="502"),
+    pytest.param(Fault(503), id="503"),
+    pytest.param(Fault(504), id="504"),
+    pytest.param(Fault("reset"), id="reset"),
+    pytest.param(Fault("silence"), id="silence"),
+    pytest.param(Fault("cut"), id="cut"),
+]
+
+
+@pytest.fixture
+def access(tmp_path: Path) -> HubAccess:
+    return HubAccess(cache_dir=tmp_path / "cache", progress=False)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("hub_server.SILENCE", 0.6)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr(requests, "PAUSES", (0.5, 1.0, 2.0, 4.0))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
+def is_training_state(_name: str) -> bool:
+    return False
+
+
+def fetched(access: HubAccess) -> dict[str, bytes]:
+    """Locate and fetch the adapter; returns its files."""
+    location = locate("org/name", kind="adapter", access=access)
+    folder = fetch_adapter(location, access, is_training_state=is_training_state).fetched
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what passes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_passes_is_survived_at_the_repos_description(
+    fault: Fault, server: HubServer, access: HubAccess
+) -> None:
+    commit = server.add("org/name", FILES)
+    server.info_failures = [fault]
+    location = locate("org/name", kind="adapter", access=access)
+    assert location.commit == commit
+    assert server.info_failures == []
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_passes_is_survived_at_every_whole_file(
+    fault: Fault, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    for count in range(4):  # the config, twice in the weights, and the card
+        server.failures = [fault]
+        location = locate("org/name", kind="adapter", access=access)
+        name = sorted(FILES)[min(count, 2)]
+        folder = fetch_base(location, access, names=[name]).fetched
+        assert (folder / name).read_bytes() == FILES[name]
+        (folder / name).unlink()
+        for blob in (cache_of_repo("org/name", access) / "blobs").iterdir():
+            blob.unlink()
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_passes_is_survived_at_every_range(
+    fault: Fault, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    server.failures = [fault]
+    with open_remote(location, "adapter_model.safetensors", access) as file:
+        server.failures = [fault]
+        assert file.read_at(400_000, 1000) == WEIGHTS[400_000:401_000]
+        server.failures = [fault, fault]
+        assert file.read_at(100, 200_000) == WEIGHTS[100:200_100]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_passes_is_survived_at_the_server_that_stores_the_content(
+    fault: Fault, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    with HubServer(repos=server.repos) as storage:
+        server.elsewhere = storage
+        storage.failures = [fault]
+        assert fetched(access) == FILES
+
+
+def test_a_fault_that_does_not_pass_ends_after_a_bounded_number_of_tries(
+    server: HubServer, access: HubAccess, pauses: list[float]
+) -> None:
+    server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    for fault in (Fault(500), Fault(502), Fault(503), Fault(504), Fault("reset"), Fault("cut")):
+        pauses.clear()
+        server.info_failures, server.failures = [fault] * 99, [fault] * 99
+        with pytest.raises(OutOfReachError, match=r"org/name could not be read .* in 5 tries"):
+            locate("org/name", kind="adapter", access=access)
+        with pytest.raises(OutOfReachError, match=r"README.md could not be read .* in 5 tries"):
+            open_remote(location, "README.md", access)
+        assert pauses == [0.5, 1.0, 2.0, 4.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "waited"),
+    [
+        ({"Retry-After": "3"}, 3.0),
+        ({"Retry-After": "86400"}, requests.LONGEST_PAUSE),
+        ({"Retry-After": "0"}, 0.5),
+        ({"Retry-After": "soon"}, 0.5),
+        ({"Retry-After": "9" * 30}, 0.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.5),
+        ({"RateLimit": '"api";r=0;t=7'}, 7.0),
+        ({"RateLimit": '"api";r=0;t=300'}, requests.LONGEST_PAUSE),
+        ({"RateLimit": '"api";r=12;t=300'}, 0.5),
+    ],
+)
+def test_a_server_that_asks_to_wait_is_waited_for_within_bounds(
+    headers: dict[str, str],
+    waited: float,
+    server: HubServer,
+    access: HubAccess,
+    pauses: list[float],
+) -> None:
+    server.add("org/name", FILES)
+    server.info_failures = [Fault(429, headers)]
+    server.failures = [Fault(503, headers)]
+    assert fetched(access) == FILES
+    assert pauses == [waited, waited]
+
+
+def test_a_server_that_names_the_time_to_come_back_is_waited_for(
+    server: HubServer, access: HubAccess, pauses: list[float]
+) -> None:
+    server.add("org/name", FILES)
+    soon = email.utils.formatdate(time.time() + 20, usegmt=True)
+    server.info_failures = [Fault(503, {"Retry-After": soon})]
+    locate("org/name", kind="adapter", access=access)
+    assert 15 < pauses[0] <= 20
+
+
+def test_all_waiting_of_one_request_is_bounded(
+    server: HubServer, access: HubAccess, pauses: list[float]
+) -> None:
+    server.add("org/name", FILES)
+    server.info_failures = [Fault(429, {"Retry-After": "3600"})] * 99
+    with pytest.raises(LimitedError):
+        locate("org/name", kind="adapter", access=access)
+    assert sum(pauses) <= requests.LONGEST_WAIT
+
+
+# --- what does not pass --------------------------------------------------------------------------
+
+
+def refusal(access: HubAccess) -> RefusedError:
+    """Fetch an adapter that is refused; returns why."""
+    with pytest.raises(SurroundingsError) as caught:
+        fetched(access)
+    error = caught.value
+    assert isinstance(error, RefusedError)
+    return error
+
+
+SAID = {
+    Refusal.MISSING: ("no such repo", "Check the spelling"),
+    Refusal.PRIVATE: ("it is private", "log in with `hf auth login` or pass --token"),
+    Refusal.GATED: ("is gated", "Accept its terms on its page"),
+    Refusal.DISABLED: ("has disabled the repo", "Use another copy"),
+    Refusal.BAD_TOKEN: ("does not accept the token", "Make a new token"),
+    Refusal.RATE_LIMITED: ("rate limit is reached", "wait some minutes, or log in"),
+}
+
+
+@pytest.mark.parametrize("kind", Refusal)
+def test_each_lasting_reason_is_named_with_its_remedy_and_status_3(
+    kind: Refusal, server: HubServer, tmp_path: Path, run: Run
+) -> None:
+    reason, remedy = SAID[kind]
+    access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache", progress=False)
+    if kind is Refusal.PRIVATE:
+        access = HubAccess(cache_dir=tmp_path / "cache", progress=False)
+        server.add("org/name", FILES, token="other")  # noqa: S106 - of the stand-in
+    elif kind is not Refusal.MISSING:
+        gated, disabled = kind is Refusal.GATED, kind is Refusal.DISABLED
+        server.add("org/name", FILES, gated=gated, disabled=disabled)
+    server.refused_token = SECRET if kind is Refusal.BAD_TOKEN else None
+    server.info_failures = [429] * 99 if kind is Refusal.RATE_LIMITED else []
+    error = refusal(access)
+    assert error.refusal is kind
+    assert reason in str(error)
+    assert remedy in str(error)
+    options = () if access.token is None else ("--token", access.token)
+    for command in (("info", "org/name"), ("strip", "org/name", tmp_path / "out")):
+        ended = run(*command, *options, "--cache-dir", tmp_path / "cache", "--debug")
+        assert ended.status == 3
+        assert reason in ended.err
+        assert remedy in ended.err
+        assert SECRET not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("fault", "token", "kind"),
+    [
+        (Fault(401), None, Refusal.PRIVATE),
+        (Fault(403), None, Refusal.PRIVATE),
+        (Fault(404), None, Refusal.MISSING),
+        (Fault(410), None, Refusal.MISSING),
+        (Fault(451), None, Refusal.DISABLED),
+        (Fault(401, body=b'{"error": "User Token is expired"}'), SECRET, Refusal.BAD_TOKEN),
+        (Fault(401, {"X-Error-Code": "GatedRepo"}), None, Refusal.GATED),
+        (Fault(403, {"X-Error-Code": "GatedRepo"}), SECRET, Refusal.GATED),
+        (
+            Fault(403, body=b'{"error": "Access to this resource is disabled."}'),
+            None,
+            Refusal.DISABLED,
+        ),
+        (Fault(403, body=b"[" * 100_000), None, Refusal.PRIVATE),
+    ],
+)
+def test_every_form_of_a_refusal_is_understood(
+    fault: Fault, token: str | None, kind: Refusal, server: HubServer, tmp_path: Path
+) -> None:
+    server.add("org/name", FILES)
+    access = HubAccess(token=token, cache_dir=tmp_path / "cache", progress=False)
+    server.info_failures = [fault]
+    assert refusal(access).refusal is kind
+    assert len(server.requests) == 1
+    server.failures = [fault]
+    assert refusal(access).refusal is kind
+
+
+def test_a_malformed_token_of_the_environment_is_refused_without_being_shown(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("org/name", FILES)
+    monkeypatch.setenv("HF_TOKEN", f"{SECRET} ö")
+    with pytest.raises(SurroundingsError, match="the token in HF_TOKEN") as caught:
+        locate("org/name", kind="adapter", access=access)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("address", ["nothing", "http://[bad", "http://a b", "http://user@host"])
+def test_an_address_of_the_hub_that_is_none_is_a_usage_error(
+    address: str, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UsageError, match="HF_ENDPOINT is no web address"):
+        locate("org/name", kind="adapter", access=access)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'{"sha": 1}',
+        b'{"sha": "main", "siblings": []}',
+        b'{"sha": "%s", "siblings": [{}]}' % (b"a" * 40),
+        b"[" * 100_000,
+        b'{"sha": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_description_that_is_none_is_refused(
+    body: bytes, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    server.info_failures = [Fault(200, {}, body)]
+    with pytest.raises(SurroundingsError, match=r"the Hub(.s description| does not say)"):
+        locate("org/name", kind="adapter", access=access)
+
+
+def test_a_description_without_end_is_not_read_to_its_end(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_MOST_LISTED", 100)
+    server.add("org/name", FILES)
+    server.info_failures = [Fault(200, {}, b"{" + b" " * 10_000_000)]
+    with pytest.raises(SurroundingsError, match="has more than 100 bytes"):
+        locate("org/name", kind="adapter", access=access)
+    assert server.bytes_served < 10_000_000
+
+
+# --- bytes that are not those that the Hub states ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_flipped_bit_is_refused_and_never_reaches_the_cache(
+    name: str, ranges: bool, server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    server.damaged, server.ranges = {name}, ranges
+    for _ in range(2):
+        with pytest.raises(SurroundingsError, match=f"{name}: the downloaded bytes do not have"):
+            fetched(access)
+        blobs = cache_of_repo("org/name", access) / "blobs"
+        held = {path.name for path in blobs.iterdir()} if blobs.exists() else set()
+        assert held <= {stated(other, content) for other, content in FILES.items()} - {
+            stated(name, FILES[name])
+        }
+    server.damaged = set()
+    assert fetched(access) == FILES
+
+
+def test_a_flipped_bit_in_a_file_that_is_read_by_range_is_refused_once_it_is_read_whole(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    server.damaged = {"adapter_config.json"}
+    location = locate("org/name", kind="adapter", access=access)
+    with pytest.raises(SurroundingsError, match="do not have the hash"):
+        open_remote(location, "adapter_config.json", access)
+
+
+def test_a_mirror_that_states_no_hash_is_believed(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", FILES)
+    server.hashes = False
+    assert fetched(access) == FILES
+
+
+def test_a_file_is_as_long_as_it_is_listed(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    commit = location.commit or ""
+    server.repos["org/name"].commits[commit]["README.md"] = b"#"
+    with pytest.raises(SurroundingsError, match="has 1 bytes, but the Hub lists 6"):
+        fetch_base(location, access, names=["README.md"])
+
+
+def test_a_full_disk_is_named(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("org/name", FILES)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 10}))
+    with pytest.raises(SurroundingsError, match=r"has 10 bytes free, and .* takes 21\. Free some"):
+        fetched(access)
+
+
+def test_a_download_that_is_broken_off_leaves_nothing(server: HubServer, access: HubAccess) -> None:
+    server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    server.failures = [200, *[Fault("cut")] * 99]
+    with pytest.raises(SurroundingsError):
+        fetch_base(location, access, names=["adapter_model.safetensors"])
+    assert list((cache_of_repo("org/name", access)).rglob("*.incomplete")) == []
+
+
+# --- nothing secret ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [Fault(503), Fault("reset"), Fault("silence"), Fault("cut"), 403])
+def test_no_signed_address_and_no_token_reaches_stderr(
+    fault: Fault | int, server: HubServer, tmp_path: Path, run: Run
+) -> None:
+    server.add("org/name", FILES, token=SECRET)
+    with HubServer(repos=server.repos) as storage:
+        server.elsewhere, server.signature = storage, SIGNATURE
+        storage.failures = [fault] * 99
+        for command in ("info", "validate"):
+            where = ("--cache-dir", tmp_path / "cache", "--token", SECRET)
+            ended = run(command, "org/name", *where, "--debug")
+            assert ended.status == 3
+            assert "Traceback" in ended.err or command == "validate"
+            assert SIGNATURE not in ended.out + ended.err
+            assert SECRET not in ended.out + ended.err
+        assert any(SIGNATURE in path for path in storage.addresses)
+
+
+def test_the_log_lines_of_huggingface_hub_show_no_signature(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("huggingface_hub")
+    before, written = logger.level, io.StringIO()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(written)])
+    server.add("org/name", FILES)
+    with HubServer(repos=server.repos) as storage:
+        server.elsewhere, server.signature = storage, SIGNATURE
+        try:
+            logger.setLevel(logging.DEBUG)
+            assert fetched(access) == FILES
+            logging.getLogger("huggingface_hub.x").warning(
+                "Error while downloading from %s", f"https://host.example/a?Signature={SIGNATURE}"
+            )
+            try:
+                raise OSError(f"https://host.example/b?Signature={SIGNATURE}")
+            except OSError:
+                logging.getLogger("huggingface_hub.x").debug("failed", exc_info=True)
+        finally:
+            logger.setLevel(before)
+    shown = written.getvalue()
+    assert "OSError: https://host.example/b?***" in shown
+    assert "Error while downloading from https://host.example/a?***" in shown
+    assert SIGNATURE not in shown
+
+
+def test_secrets_are_taken_out_of_texts() -> None:
+    assert (
+        redacted("get https://u:p@h.example/x?a=b&c=d#e now")
+        == "get https://***@h.example/x?*** now"
+    )
+    assert redacted("url: /x/y?X-Amz-Signature=abc (Caused by z)") == "url: /x/y?*** (Caused by z)"
+    assert (
+        redacted("Illegal header value b'Bearer hf_abc\\n'") == "Illegal header value b'Bearer ***'"
+    )
+    assert redacted("hf_abcDEF123, and mine", "mine") == "hf_***, and ***"
+    assert redacted("what? nothing") == "what? nothing"
+
+
+# --- how often the Hub is asked ------------------------------------------------------------------
+
+
+def test_nothing_is_asked_for_but_what_is_needed(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    commit = server.add("org/name", FILES)
+    assert fetched(access) == FILES
+    assert set(server.everything) == {
+        "/api/models/org/name?blobs=true",
+        *(f"/org/name/resolve/{commit}/{name}" for name in FILES),
+    }
+
+
+def test_a_repos_description_is_asked_for_once(server: HubServer, access: HubAccess) -> None:
+    commit = server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    assert list_files(location, access)["README.md"] == 6
+    fetch_adapter(location, access, is_training_state=is_training_state)
+    asked = [path for path in server.paths() if path.startswith("/api/")]
+    assert asked == ["/api/models/org/name"]
+    pinned = locate(f"org/name@{commit}", kind="adapter", access=access)
+    list_files(pinned, access)
+    list_files(locate(f"org/name@{commit}", kind="base", access=access), access)
+    asked = [path for path in server.paths() if path.startswith("/api/")]
+    assert asked == ["/api/models/org/name", f"/api/models/org/name/revision/{commit}"]
+
+
+def test_a_small_file_that_is_fetched_takes_one_request(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    assert fetched(access) == FILES
+    assert len(server.requests) == 1 + len(FILES)
+
+
+def test_the_first_request_for_weights_takes_at_most_32_kibibytes(
+    server: HubServer, access: HubAccess
+) -> None:
+    server.add("org/name", FILES)
+    location = locate("org/name", kind="adapter", access=access)
+    open_remote(location, "adapter_model.safetensors", access)
+    span = server.requests[-1][2]
+    assert span is not None
+    first, last = span.removeprefix("bytes=").split("-")
+    assert first == "0"
+    assert 16 << 10 <= int(last) + 1 <= 32 << 10
+
+
+def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
+    server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vera_convert.hub.beginnings.MOST_OF_A_REPO", 100_000)
+    server.add("org/name", {f"{n}.safetensors": WEIGHTS for n in range(9)})
+    location = locate("org/name", kind="base", access=access)
+    kept = cache_of_repo("org/name", access) / "vera-convert"
+    for n in range(9):
+        open_remote(location, f"{n}.safetensors", access)
+        assert sum(path.stat().st_size for path in kept.iterdir()) <= 100_000
+    for path in kept.iterdir():
+        data = path.read_bytes()
+        for damaged in (
+            data[:-1],
+            data[:-1] + b"!",
+            b"",
+            b"{}\n",
+            b"null\n",
+            b"[" * 2000,
+            data * 9,
+        ):
+            path.write_bytes(damaged)
+            server.requests.clear()
+            with open_remote(location, "8.safetensors", access) as file:
+                assert file.read_at(0, 100) == WEIGHTS[:100]
+            assert len(server.requests) <= 1
+        path.unlink()
+
+
+def test_the_cache_is_one_that_huggingface_hub_understands(
+    server: HubServer, access: HubAccess
+) -> None:
+    from huggingface_hub import scan_cache_dir, try_to_load_from_cache
+
+    commit = server.add("org/name", FILES)
+    server.add("org/headers", FILES)
+    open_remote(locate("org/headers", kind="base", access=access), "README.md", access)
+    assert fetched(access) == FILES
+    assert access.cache_dir is not None
+    for revision in ("main", commit):
+        found = try_to_load_from_cache(
+            "org/name", "README.md", cache_dir=access.cache_dir, revision=revision
+        )
+        assert isinstance(found, str)
+        assert Path(found).read_bytes() == b"# card"
+    report = scan_cache_dir(access.cache_dir)
+    assert report.warnings == []
+    (repo,) = (repo for repo in report.repos if repo.repo_id == "org/name")
+    assert {file.file_name for each in repo.revisions for file in each.files} == set(FILES)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    server: HubServer, access: HubAccess, tmp_path: Path
+) -> None:
+    server.add("org/name", FILES)
+    (tmp_path / "cache").write_bytes(b"a file")
+    with pytest.raises(SurroundingsError, match="the Hub's cache cannot be written"):
+        fetched(access)
+
+
+def test_a_json_error_document_holds_no_secret(server: HubServer, tmp_path: Path, run: Run) -> None:
+    server.add("org/name", FILES, gated=True)
+    where = ("--cache-dir", tmp_path / "cache", "--token", SECRET)
+    ended = run("info", "org/name", "--json", *where)
+    assert ended.status == 3
+    assert "gated" in json.dumps(json.loads(ended.out))
+    assert SECRET not in ended.out + ended.err

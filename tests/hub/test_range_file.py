@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+
+import pytest
+
+from vera_convert.errors import SurroundingsError
+from vera_convert.hub import range_file, requests
+from vera_convert.hub.checksum import RepoFile
+from vera_convert.hub.range_file import HEAD_BYTES, Beginning, RemoteFile
+from vera_convert.hub.refusals import OutOfReachError, TryAgainError
+from vera_convert.hub.requests import Answer
+
+CONTENT = bytes(i * 7 % 251 for i in range(6 * HEAD_BYTES))
+
+
+@dataclass
+class Server:
+    """Answers as it is told to; `answers` overrides what a faultless one would say, in order."""
+
+    content: bytes = CONTENT
+    tag: str = "tag"
+    ranges: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+    failures: list[Exception] = field(default_factory=list)
+    cut: int = 0
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    sent: int = 0
+
+    @contextmanager
+    def ask(self, first: int, last: int) -> Iterator[Answer]:
+        self.asked.append((first, last))
+        if self.failures:
+            raise self.failures.pop(0)
+        size = len(self.content)
+        last = min(last, size - 1)
+        if not self.ranges:
+            found = {"content-length": str(size)}
+            yield Answer(200, found | self.headers, ("c", self.tag), self._send(self.content))
+        elif first >= size:
+            found = {"content-range": f"bytes */{size}"}
+            yield Answer(416, found | self.headers, ("c", self.tag), iter(()))
+        else:
+            body = self.content[first : last + 1]
+            if self.cut:
+                self.cut -= 1
+                body = body[: len(body) // 2]
+            found = {"content-range": f"bytes {first}-{last}/{size}"}
+            yield Answer(206, found | self.headers, ("c", self.tag), self._send(body))
+
+    def _send(self, body: bytes) -> Iterator[bytes]:
+        for start in range(0, len(body), 1000):
+            self.sent += len(body[start : start + 1000])
+            yield body[start : start + 1000]
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
+def test_one_request_tells_the_size_and_serves_the_head() -> None:
+    server = Server()
+    file = RemoteFile("x", server.ask)
+    assert file.size == len(CONTENT)
+    assert file.read_at(8, 100) == CONTENT[8:108]
+    assert file.read_at(0, HEAD_BYTES) == CONTENT[:HEAD_BYTES]
+    assert server.asked == [(0, HEAD_BYTES - 1)]
+
+
+def test_what_lies_behind_the_head_is_asked_for() -> None:
+    server = Server()
+    with RemoteFile("x", server.ask) as file:
+        buffer = memoryview(bytearray(50))
+        file.read_into(len(CONTENT) - 50, buffer)
+        file.check_unchanged()
+    assert buffer.tobytes() == CONTENT[-50:]
+    assert server.asked[1:] == [(len(CONTENT) - 50, len(CONTENT) - 1)]
+
+
+def test_a_range_outside_of_the_file_is_the_callers_fault() -> None:
+    file = RemoteFile("x", Server().ask)
+    with pytest.raises(ValueError, match="of 196608"):
+        file.read_at(len(CONTENT) - 1, 2)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_empty_file_has_size_zero(ranges: bool) -> None:
+    file = RemoteFile("x", Server(content=b"", ranges=ranges).ask)
+    assert file.size == 0
+    assert file.read_at(0, 0) == b""
+
+
+def test_a_server_without_ranges_sends_no_more_than_is_needed() -> None:
+    server = Server(ranges=False)
+    file = RemoteFile("x", server.ask)
+    assert file.size == len(CONTENT)
+    assert server.sent < HEAD_BYTES + 1000
+    assert file.read_at(HEAD_BYTES + 5, 10) == CONTENT[HEAD_BYTES + 5 : HEAD_BYTES + 15]
+    assert server.sent < 2 * HEAD_BYTES + 2000
+
+
+def test_a_server_without_ranges_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(range_file, "MOST_WITHOUT_RANGES", HEAD_BYTES)
+    server = Server(ranges=False)
+    file = RemoteFile("x", server.ask)
+    sent = server.sent
+    with pytest.raises(SurroundingsError, match="does not answer range requests"):
+        file.read_at(HEAD_BYTES, 1)
+    assert server.sent == sent
+
+
+def test_what_passes_is_tried_again(pauses: list[float]) -> None:
+    server = Server(failures=[TryAgainError("503"), TryAgainError("429", after=9.0)], cut=1)
+    file = RemoteFile("x", server.ask)
+    assert file.read_at(0, 10) == CONTENT[:10]
+    assert len(server.asked) == 4
+    assert pauses == [0.5, 9.0, 2.0]
+
+
+def test_tries_are_bounded(pauses: list[float]) -> None:
+    server = Server(failures=[TryAgainError("the Hub answers 503")] * 99)
+    with pytest.raises(
+        OutOfReachError, match=r"x could not be read .* in 5 tries: the Hub answers"
+    ):
+        RemoteFile("x", server.ask)
+    assert len(server.asked) == 5
+    assert pauses == list(requests.PAUSES)
+
+
+def test_a_server_that_asks_to_wait_for_days_is_not_waited_for_longer_than_a_minute(
+    pauses: list[float],
+) -> None:
+    server = Server(failures=[TryAgainError("the Hub answers 503", after=1e6)] * 99)
+    with pytest.raises(OutOfReachError, match="the Hub answers 503"):
+        RemoteFile("x", server.ask)
+    assert max(pauses) == requests.LONGEST_PAUSE
+    assert sum(pauses) == requests.LONGEST_WAIT
+
+
+def test_what_came_before_a_break_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(range_file, "PROGRESS", 1)
+    server = Server(cut=10)  # more often than a request that brings nothing is repeated
+    file = RemoteFile("x", server.ask)
+    taken = bytearray()
+    file.copy_to(taken.extend)
+    assert bytes(taken) == CONTENT
+    assert server.sent == len(CONTENT)
+
+
+def test_a_header_longer_than_the_beginning_is_asked_for_once() -> None:
+    server = Server()
+    file = RemoteFile("x", server.ask)
+    assert file.read_at(8, 2 * HEAD_BYTES) == CONTENT[8 : 8 + 2 * HEAD_BYTES]
+    assert file.read_at(HEAD_BYTES, HEAD_BYTES) == CONTENT[HEAD_BYTES : 2 * HEAD_BYTES]
+    assert server.asked == [(0, HEAD_BYTES - 1), (HEAD_BYTES, 2 * HEAD_BYTES + 7)]
+
+
+def test_a_server_without_ranges_still_gives_a_whole_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(range_file, "MOST_WITHOUT_RANGES", HEAD_BYTES)
+    taken = bytearray()
+    RemoteFile("x", Server(ranges=False, cut=1).ask).copy_to(taken.extend)
+    assert bytes(taken) == CONTENT
+
+
+# --- what is stated ------------------------------------------------------------------------------
+
+SMALL = b"{}"
+GIT_BLOB = sha1(b"blob 2\0{}", usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "digest", [sha256(SMALL).hexdigest(), GIT_BLOB, sha1(SMALL, usedforsecurity=False).hexdigest()]
+)
+def test_a_file_that_is_read_whole_has_the_hash_that_is_stated(digest: str) -> None:
+    for server, listed in (
+        (Server(content=SMALL), RepoFile(2, digest)),
+        (Server(content=SMALL, tag=f'"{digest}"'), None),
+        (Server(content=SMALL, tag=f'W/"{digest}"'), RepoFile(2)),
+    ):
+        assert RemoteFile("x", server.ask, listed=listed).read_at(0, 2) == SMALL
+        server.content = b"[]"
+        with pytest.raises(SurroundingsError, match="x: the downloaded bytes do not have the hash"):
+            RemoteFile("x", server.ask, listed=listed)
+
+
+def test_a_longer_file_is_compared_once_it_is_read_whole() -> None:
+    server = Server(tag=f'"{sha256(CONTENT).hexdigest()}"')
+    assert RemoteFile("x", server.ask).read_at(0, len(CONTENT)) == CONTENT
+    server.content = CONTENT[:-1] + b"!"
+    with pytest.raises(SurroundingsError, match="do not have the hash"):
+        RemoteFile("x", server.ask).read_at(0, len(CONTENT))
+    with pytest.raises(SurroundingsError, match="do not have the hash"):
+        RemoteFile("x", server.ask).copy_to(bytes)
+
+
+def test_two_different_hashes_fit_no_file() -> None:
+    server = Server(content=SMALL, tag=sha256(SMALL).hexdigest())
+    with pytest.raises(SurroundingsError, match="do not have the hash"):
+        RemoteFile("x", server.ask, listed=RepoFile(2, sha256(b"other").hexdigest()))
+
+
+def test_of_a_large_file_the_hash_of_gits_pointer_is_not_compared() -> None:
+    server = Server(content=SMALL, tag=sha256(SMALL).hexdigest())
+    listed = RepoFile(2, sha1(b"pointer", usedforsecurity=False).hexdigest())
+    assert RemoteFile("x", server.ask, listed=listed).size == 2
+
+
+def test_a_file_of_another_size_than_listed_is_refused() -> None:
+    with pytest.raises(SurroundingsError, match="has 2 bytes, but the Hub lists 3"):
+        RemoteFile("x", Server(content=SMALL).ask, listed=RepoFile(3))
+
+
+@dataclass
+class Shelf:
+    """Keeps a beginning in memory."""
+
+    held: Beginning | None = None
+
+    def load(self) -> Beginning | None:
+        return self.held
+
+    def save(self, beginning: Beginning) -> None:
+        self.held = beginning
+
+
+def test_a_kept_beginning_is_not_asked_for() -> None:
+    server, shelf = Server(), Shelf()
+    RemoteFile("x", server.ask, keeper=shelf).read_at(0, HEAD_BYTES + 1)
+    server.asked.clear()
+    file = RemoteFile("x", server.ask, keeper=shelf)
+    assert file.read_at(5, HEAD_BYTES - 4) == CONTENT[5 : HEAD_BYTES + 1]
+    assert (file.size, file.bytes_read, server.asked) == (len(CONTENT), 0, [])
+    server.tag = "other"
+    with pytest.raises(SurroundingsError, match="changed while it was read"):
+        file.read_at(HEAD_BYTES + 1, 1)
+
+
+def test_a_kept_beginning_of_another_file_than_is_listed_does_not_count() -> None:
+    shelf = Shelf(Beginning(2, ("c", sha256(b"[]").hexdigest()), b"[]"))
+    server = Server(content=SMALL)
+    for listed in (RepoFile(2, sha256(SMALL).hexdigest()), RepoFile(3)):
+        with suppress(SurroundingsError):
+            assert RemoteFile("x", server.ask, listed=listed, keeper=shelf).read_at(0, 2) == SMALL
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("change", ["tag", "content"])
+def test_a_file_that_changed_is_refused(change: str) -> None:
+    server = Server()
+    file = RemoteFile("x", server.ask)
+    setattr(server, change, {"tag": "other", "content": CONTENT + b"!"}[change])
+    with pytest.raises(SurroundingsError, match="x changed while it was read"):
+        file.read_at(HEAD_BYTES, 10)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-range": "bytes 1-32768/196608"},
+        {"content-range": "bytes */196608"},
+        {"content-range": "items 0-32767/196608"},
+        {"content-range": "bytes 0-32767/*"},
+        {"content-encoding": "gzip"},
+    ],
+)
+def test_an_improper_answer_is_refused(headers: dict[str, str]) -> None:
+    with pytest.raises(SurroundingsError, match="x: the server"):
+        RemoteFile("x", Server(headers=headers).ask)
+
+
+def test_a_whole_file_of_unknown_size_is_refused() -> None:
+    server = Server(ranges=False, headers={"content-length": "many"})
+    with pytest.raises(SurroundingsError, match="does not say how large"):
+        RemoteFile("x", server.ask)

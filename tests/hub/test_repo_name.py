@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+
+from vera_convert.hub.repo_name import (
+    RepoName,
+    is_repo_id,
+    is_revision,
+    looks_like_path,
+    parse_repo_name,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", RepoName("org/name")),
+        ("org/name@v1.0", RepoName("org/name", "v1.0")),
+        ("org/name/sub", RepoName("org/name", None, "sub")),
+        ("org/name/a/b@c", RepoName("org/name", None, "a/b@c")),
+        ("org/name@main/a/b", RepoName("org/name", "main", "a/b")),
+        ("org/name@refs/pr/12", RepoName("org/name", "refs/pr/12")),
+        ("org/name@refs/pr/12/sub", RepoName("org/name", "refs/pr/12", "sub")),
+        ("org/name@a%2Fb", RepoName("org/name", "a%2Fb")),
+        ("hf://org/name", RepoName("org/name")),
+        ("hf://org/name@main/sub", RepoName("org/name", "main", "sub")),
+        ("hf://models/org/name@refs/pr/1", RepoName("org/name", "refs/pr/1")),
+        ("hf://org/name@a%2Fb/sub", RepoName("org/name", "a/b", "sub")),
+        ("hf://org/name/", RepoName("org/name")),
+    ],
+)
+def test_a_repo_is_taken_apart(text: str, expected: RepoName) -> None:
+    assert parse_repo_name(text, bare=False) == expected
+
+
+def test_an_hf_address_means_what_huggingface_hub_says() -> None:
+    from huggingface_hub import utils
+
+    if not hasattr(utils, "parse_hf_uri"):
+        pytest.skip("this huggingface_hub parses no addresses")
+    for text in (
+        "hf://org/name",
+        "hf://models/org/name",
+        "hf://org/name@main/sub/folder",
+        "hf://org/name@refs/pr/3/sub",
+        "hf://org/name@a%2Fb/sub",
+        "hf://org/name/deep/file@1",
+    ):
+        theirs = utils.parse_hf_uri(text)
+        ours = parse_repo_name(text, bare=False)
+        assert ours == RepoName(theirs.id, theirs.revision, theirs.path_in_repo)
+
+
+@pytest.mark.parametrize("text", ["gpt2", "gpt2@main", "gpt2@refs/pr/2", "hf://gpt2"])
+def test_a_bare_name_is_a_repo_only_where_that_is_allowed(text: str) -> None:
+    assert parse_repo_name(text, bare=True).repo_id == "gpt2"
+    with pytest.raises(ValueError, match="org/name"):
+        parse_repo_name(text, bare=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "org/name@",
+        "org/name@main/",
+        "org/name/",
+        "org//name",
+        "org/name/../up",
+        "org/name@a..b",
+        "org/name@-x",
+        "org/na me",
+        "org/naïve",
+        "org/name.git",
+        "org/a--b",
+        f"org/{'n' * 97}",
+        "https://example.com/org/name",
+        "hf://",
+        "hf://datasets/org/name",
+        "hf://model/org/name",
+        "hf://models/name",
+        "org/name\n",
+        "org/name/sub\x07",
+    ],
+)
+def test_what_is_malformed_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_repo_name(text, bare=False)
+
+
+@pytest.mark.parametrize(
+    "text", [".", "./x", "../x", "/x", "~/x", "~", "C:x", "c:/x", "a\\b", "\\\\host\\share"]
+)
+def test_what_looks_like_a_path_is_known(text: str) -> None:
+    assert looks_like_path(text)
+    assert not is_repo_id(text)
+
+
+def test_a_repo_does_not_look_like_a_path() -> None:
+    assert not any(map(looks_like_path, ("org/name", "gpt2", "hf://org/name", "org/name@v1/sub")))
+
+
+@pytest.mark.parametrize("text", ["main", "v1.0", "refs/pr/1", "feature/x", "a" * 40, "ünïcode"])
+def test_a_revision_that_git_allows(text: str) -> None:
+    assert is_revision(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-f", "a..b", "../x", "/x", "x/", "a b", "x.lock", "a@b", "."]
+)
+def test_a_revision_that_git_does_not_allow(text: str) -> None:
+    assert not is_revision(text)

@@ -1,0 +1,262 @@
+"""What replaces a base's tensors, what may not, and heads that are embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapters import good_adapter, good_tensors
+from folders import refusal
+from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
+
+from vera_convert.errors import CheckpointError
+from vera_convert.merging.changes import Tied
+from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.validation.validate import validate
+
+PREFIX = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "base")
+
+
+# --- what replaces ------------------------------------------------------------------------------
+
+
+HEAD = {"score.weight": (3, 16)}
+
+
+def head(value: float, *, rows: int = 3) -> dict[str, Any]:
+    return {f"{PREFIX}score.weight": np.full((rows, 16), value, np.float32)}
+
+
+def test_a_head_replaces_the_base_s(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
+    base = filled_base(tmp_path / "base", tensors=HEAD, dtypes={"score": "bfloat16"})
+    done = merged_with(adapter, base, tmp_path / "out", weight=5.0)
+    found = tensors_of(tmp_path / "out")["score.weight"]
+    assert found.dtype == ml_dtypes.bfloat16, "the base's dtype is kept"
+    assert np.array_equal(found, np.full((3, 16), 0.3).astype(ml_dtypes.bfloat16))
+    assert {each.kind for each in done.tensors} == {"added", "replaced"}
+
+
+def test_a_new_head_is_added(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
+    base = filled_base(tmp_path / "base", shards=3)
+    done = merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert np.array_equal(found.pop("score.weight"), np.full((3, 16), 0.3, np.float32))
+    assert_same(found, wanted({adapter: 1.0}, base))
+    codes = [finding.code for finding in done.findings]
+    assert codes == ["V533", "V574"], "of no known class, and every value is 0.3"
+    index = json.loads((tmp_path / "out" / INDEX).read_bytes())
+    assert index["weight_map"]["score.weight"] == "model-00003-of-00003.safetensors"
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in found.values()) + 3 * 16 * 4
+
+
+def test_a_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
+    base = filled_base(tmp_path / "base", tensors={**HEAD, "score.bias": (3,)})
+    with pytest.raises(CheckpointError, match=r"V222 score\.bias: the base has it"):
+        merged_with(adapter, base, tmp_path / "out")
+    found = validate(adapter, base=base).findings
+    assert "V222" in {finding.code for finding in found}
+
+
+def test_a_bias_that_peft_would_drop_is_refused(tmp_path: Path) -> None:
+    """It reads the biases of adapted layers under ``base_layer`` alone."""
+    bias = {f"{PREFIX}{Q}.bias": np.ones(16, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=bias, bias="vera_only")
+    base = filled_base(tmp_path / "base", tensors={f"{Q}.bias": (16,)})
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V220"
+
+
+def test_a_head_of_another_size_is_refused_with_both(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=head(0.3, rows=4), modules_to_save=["score"])
+    base = filled_base(tmp_path / "base", tensors=HEAD)
+    with pytest.raises(CheckpointError, match=r"V531 score\.weight: .*4 by 16.*3 by 16"):
+        merged_with(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_of_another_height_is_refused_with_both(tmp_path: Path, base: Path) -> None:
+    taller = {f"{PREFIX}model.embed_tokens.weight": np.zeros((38, 16), np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=taller)
+    with pytest.raises(CheckpointError, match=r"V531 .*38 by 16.*32 by 16"):
+        merged_with(adapter, base, tmp_path / "out")
+
+
+def test_trained_biases_replace_and_do_not_add(tmp_path: Path) -> None:
+    biases = {
+        f"{PREFIX}{Q}.base_layer.bias": np.full(16, 2, np.float32),
+        f"{PREFIX}model.norm.bias": np.full(16, 3, np.float32),
+    }
+    adapter = good_adapter(tmp_path / "a", tensors=biases, bias="all")
+    shapes = {f"{Q}.bias": (16,), "model.norm.bias": (16,)}
+    base = filled_base(tmp_path / "base", tensors=shapes)
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert np.array_equal(found[f"{Q}.bias"], np.full(16, 2, np.float32))
+    assert np.array_equal(found["model.norm.bias"], np.full(16, 3, np.float32))
+
+
+def test_a_bias_that_the_base_does_not_have_is_refused(tmp_path: Path, base: Path) -> None:
+    biases = {f"{PREFIX}{Q}.base_layer.bias": np.full(16, 2, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=biases, bias="all")
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V532"
+
+
+@pytest.mark.parametrize(("other", "code"), [(0.3, None), (0.4, "V534")])
+def test_two_adapters_may_bring_the_same_head_only(
+    tmp_path: Path, other: float, code: str | None
+) -> None:
+    first, second = (
+        good_adapter(tmp_path / name, tensors=head(value), modules_to_save=["score"])
+        for name, value in (("a", 0.3), ("b", other))
+    )
+    base = filled_base(tmp_path / "base", tensors=HEAD)
+
+    def act() -> None:
+        merged_with(first, base, tmp_path / "out", add=(AdapterSpec(second),))
+
+    if code is None:
+        act()
+        assert (tensors_of(tmp_path / "out")["score.weight"] == np.float32(0.3)).all()
+    else:
+        assert refusal(act) == code
+
+
+def test_a_layer_that_another_adapter_replaces_is_refused(tmp_path: Path, base: Path) -> None:
+    first = good_adapter(tmp_path / "a")
+    whole = {f"{PREFIX}{Q}.weight": np.zeros((16, 16), np.float32)}
+    second = good_adapter(
+        tmp_path / "b",
+        tensors={**{name: None for name in good_tensors() if Q in name}, **whole},
+        modules_to_save=["layers.0.self_attn.q_proj"],
+    )
+    add = (AdapterSpec(second),)
+    assert refusal(lambda: merged_with(first, base, tmp_path / "out", add=add)) == "V534"
+
+
+# --- tied heads ----------------------------------------------------------------------------------
+
+
+def on_the_head(folder: Path, **more: Any) -> Path:
+    values = np.random.default_rng(2)
+    tensors = {
+        f"{PREFIX}lm_head.vera_lambda_b": values.normal(size=32).astype(np.float32),
+        f"{PREFIX}lm_head.vera_lambda_d": values.normal(size=4).astype(np.float32),
+        "base_model.vera_B": values.normal(size=(32, 4)).astype(np.float32),
+    }
+    return good_adapter(
+        folder, tensors=tensors | more, target_modules=["q_proj", "v_proj", "lm_head"]
+    )
+
+
+TIED = {"model_type": "llama", "tie_word_embeddings": True, "text_config": {"x": 1}}
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    return filled_base(tmp_path / "tied", tensors={"lm_head.weight": None}, config=TIED, shards=2)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path, tied: Path) -> None:
+    adapter = on_the_head(tmp_path / "a")
+    assert refusal(lambda: merged_with(adapter, tied, tmp_path / "out")) == "V524"
+    assert not (tmp_path / "out").exists()
+
+
+def head_of(adapter: Path, tied: Path) -> Any:
+    stored = tensors_of(tied)["model.embed_tokens.weight"]
+    return stored + change(adapter, "lm_head", 16)
+
+
+def test_a_tied_head_is_added_to_the_embedding(tmp_path: Path, tied: Path) -> None:
+    adapter = on_the_head(tmp_path / "a")
+    merged_with(adapter, tied, tmp_path / "out", tied=Tied.ADD)
+    found = tensors_of(tmp_path / "out")
+    assert "lm_head.weight" not in found
+    assert np.allclose(found["model.embed_tokens.weight"], head_of(adapter, tied), atol=1e-6)
+    assert (tmp_path / "out" / INDEX).read_bytes() == (tied / INDEX).read_bytes()
+    assert (tmp_path / "out/config.json").read_bytes() == (tied / "config.json").read_bytes()
+
+
+def test_a_tied_head_is_untied(tmp_path: Path, tied: Path) -> None:
+    adapter = on_the_head(tmp_path / "a")
+    merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
+    found = tensors_of(tmp_path / "out")
+    assert np.allclose(found.pop("lm_head.weight"), head_of(adapter, tied), atol=1e-6)
+    assert_same(found, wanted({adapter: 1.0}, tied))
+    text = (tied / "config.json").read_text()
+    assert (tmp_path / "out/config.json").read_text() == text.replace(
+        '"tie_word_embeddings": true', '"tie_word_embeddings": false'
+    )
+    weight_map = json.loads((tmp_path / "out" / INDEX).read_bytes())["weight_map"]
+    assert weight_map["lm_head.weight"] == weight_map["model.embed_tokens.weight"]
+
+
+def test_a_head_that_is_stored_beside_its_embedding_is_tied_too(tmp_path: Path) -> None:
+    adapter = on_the_head(tmp_path / "a")
+    base = filled_base(tmp_path / "base", config=TIED)
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V524"
+    merged_with(adapter, base, tmp_path / "untied", tied=Tied.UNTIE)
+    assert_same(tensors_of(tmp_path / "untied"), wanted({adapter: 1.0}, base), within=1e-6)
+    merged_with(adapter, base, tmp_path / "added", tied=Tied.ADD)
+    found = tensors_of(tmp_path / "added")
+    assert np.allclose(found["model.embed_tokens.weight"], head_of(adapter, base), atol=1e-6)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_head_s_own_base_weight_is_compared_and_not_merged(
+    tmp_path: Path, tied: Path, same: bool
+) -> None:
+    own = tensors_of(tied)["model.embed_tokens.weight"] + np.float32(0 if same else 0.1)
+    adapter = on_the_head(tmp_path / "a", **{f"{PREFIX}lm_head.base_layer.weight": own})
+
+    def act() -> None:
+        merged_with(adapter, tied, tmp_path / "out", tied=Tied.ADD)
+
+    if same:
+        act()
+        found = tensors_of(tmp_path / "out")["model.embed_tokens.weight"]
+        assert np.allclose(found, head_of(adapter, tied), atol=1e-6)
+    else:
+        assert refusal(act) == "V535"
+
+
+def embeddings(value: float, head_value: float) -> dict[str, Any]:
+    return {
+        f"{PREFIX}model.embed_tokens.weight": np.full((32, 16), value, np.float32),
+        f"{PREFIX}lm_head.weight": np.full((32, 16), head_value, np.float32),
+    }
+
+
+def test_both_names_of_one_saved_embedding_are_one(tmp_path: Path, tied: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 1.0))
+    done = merged_with(adapter, tied, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert (found["model.embed_tokens.weight"] == 1).all()
+    assert "lm_head.weight" not in found
+    assert "V536" not in [finding.code for finding in done.findings], "the two were one in training"
+
+
+def test_a_saved_head_of_its_own_has_to_be_untied(tmp_path: Path, tied: Path) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 2.0))
+    assert refusal(lambda: merged_with(adapter, tied, tmp_path / "out")) == "V524"
+    merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
+    found = tensors_of(tmp_path / "out")
+    assert (found["lm_head.weight"] == 2).all()
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False

@@ -1,0 +1,137 @@
+"""What a merge reads from the Hub, and what it leaves there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import good_adapter
+from bases import tiny_base
+from folders import everything
+from hub_server import HubServer
+from merges import assert_same, filled_base, tensors_of, wanted
+
+from vera_convert.base.facts import BaseOptions
+from vera_convert.base.model import read_base
+from vera_convert.base.side_files import sort_files
+from vera_convert.errors import SurroundingsError
+from vera_convert.hub.client import HubAccess
+from vera_convert.hub.location import Location
+from vera_convert.merging.adapter_files import adapter_files
+from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter", base_model_name_or_path="org/base")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = filled_base(tmp_path / "base", shards=2)
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(bytes(100_000))
+    return folder
+
+
+def merged(tmp_path: Path, adapter: str | Path, base: str | None = None, **options: Any) -> Merge:
+    access = HubAccess(cache_dir=tmp_path / "cache")
+    return merge(
+        adapter,
+        tmp_path / "out",
+        base=BaseOptions(base),
+        options=MergeOptions(**options),
+        access=access,
+    )
+
+
+def test_adapters_and_the_base_they_name_come_from_the_hub(
+    server: HubServer, tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    files = everything(adapter)
+    commits = {
+        "adapter": server.add("org/adapters", {f"sub/{n}": text for n, text in files.items()}),
+        "base": server.add("org/base", everything(base)),
+    }
+    add = (AdapterSpec(adapter, -1.5),)
+    done = merged(tmp_path, "org/adapters/sub", add=add)
+    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: -0.5}, base), within=1e-6)
+    document = json.loads((tmp_path / "out/merge-provenance.json").read_bytes())
+    assert document["base"]["source"] == {"repo_id": "org/base", "commit": commits["base"]}
+    assert [each["source"] for each in document["adapters"]] == [
+        {"repo_id": "org/adapters", "commit": commits["adapter"], "subfolder": "sub"},
+        {"folder": "adapter"},
+    ]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| Base | `org/base` | `{commits['base']}` |" in card
+    assert done.base == f"org/base@{commits['base']}"
+    assert "pytorch_model.bin" not in {path.rpartition("/")[2] for path in server.paths()}
+
+
+def test_a_dry_run_reads_headers_alone(
+    server: HubServer, tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    content = everything(base)
+    server.add("org/base", content)
+    done = merged(tmp_path, adapter, dry_run=True)
+    here = merge(
+        adapter,
+        tmp_path / "out",
+        base=BaseOptions(str(base)),
+        options=MergeOptions(dry_run=True),
+    )
+    weights = [name for name in content if name.endswith(".safetensors")]
+    assert done.files[: len(weights)] == here.files[: len(weights)]
+    fetched = [path for path in server.paths() if path.rpartition("/")[2] in weights]
+    ranges = [span for _, path, span in server.requests if path in fetched]
+    assert len(ranges) == len(weights)
+    assert None not in ranges
+
+
+def test_what_was_merged_once_is_merged_offline(
+    server: HubServer, tmp_path: Path, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("org/base", everything(base))
+    merged(tmp_path, adapter)
+    before = everything(tmp_path / "out")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    server.requests.clear()
+    merged(tmp_path, adapter, force=True)
+    assert not server.requests
+    assert everything(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("appended", [True, False])
+def test_an_input_that_changes_between_two_looks_is_refused(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, appended: bool
+) -> None:
+    base = filled_base(tmp_path / "base")
+    other = filled_base(tmp_path / "other", dtype="float64")
+
+    def meddle(*given: Any) -> Any:
+        if appended:
+            with (base / "model.safetensors").open("ab") as file:
+                file.write(bytes(10))
+        else:
+            (other / "model.safetensors").replace(base / "model.safetensors")
+        return sort_files(*given)
+
+    monkeypatch.setattr("vera_convert.merging.inputs.sort_files", meddle)
+    with pytest.raises(SurroundingsError, match="changed while it was read"):
+        merged(tmp_path, adapter, str(base))
+
+
+def test_a_file_that_stayed_on_the_hub_is_warned_of(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    (adapter / "2_Dense").mkdir()
+    (adapter / "2_Dense" / "config.json").write_text("{}")
+    base = read_base(Location("base", tiny_base(tmp_path / "base")), HubAccess(offline=True))
+    left = ("2_Dense/model.safetensors", "notes.bin")
+    found = adapter_files(Location("org/name", adapter, left_out=left), base)
+    assert [finding.code for finding in found.findings("org/name")] == ["V575"]
+    assert found.not_fetched == ("2_Dense/model.safetensors",)
+    assert found.left_out == ("notes.bin",)

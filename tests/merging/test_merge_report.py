@@ -1,0 +1,75 @@
+"""The numbers that a person needs, from sums of squares."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vera_convert.assembly.addends import Numbers
+from vera_convert.merging.report import (
+    TensorReport,
+    changed_share,
+    number_findings,
+    relative_change,
+    relative_loss,
+    total,
+    worst,
+)
+
+SOME = Numbers(values=8, changed=2, base=100.0, change=4.0, loss=1.0)
+LOST = Numbers(values=8, changed=0, base=100.0, change=4.0, loss=4.0)
+NONE = Numbers(values=8, changed=0, base=100.0, change=0.0, loss=0.0)
+
+
+def report(name: str, numbers: Numbers | None) -> TensorReport:
+    return TensorReport(name, "BF16", (2, 4), (0,), "added", numbers)
+
+
+def codes(*numbers: Numbers | None) -> list[str]:
+    reports = [report(f"w{n}", each) for n, each in enumerate(numbers)]
+    return [finding.code for finding in number_findings(reports, place="base")]
+
+
+def test_shares_are_those_of_norms() -> None:
+    assert changed_share(SOME) == 0.25
+    assert relative_change(SOME) == 0.2
+    assert relative_loss(SOME) == 0.5
+
+
+def test_nothing_is_no_division_by_zero() -> None:
+    nothing = Numbers()
+    assert (changed_share(nothing), relative_change(nothing), relative_loss(nothing)) == (0, 0, 0)
+    assert relative_change(Numbers(1, 1, 0.0, 4.0, 0.0)) == 1
+
+
+def test_a_record_has_four_digits() -> None:
+    found = report("w", Numbers(3, 1, 1.0, 1 / 9, 1e-9)).record()
+    assert found["changed"] == 0.3333
+    assert found["relative_change"] == 0.3333
+    assert found["relative_loss"] == pytest.approx(math.sqrt(9e-9), abs=1e-8)
+    assert "looked_at" not in report("w", None).record()
+
+
+def test_the_worst_is_the_one_that_loses_most() -> None:
+    last = worst([report("a", SOME), report("b", LOST), report("c", None)])
+    assert last is not None
+    assert last.name == "b"
+    assert worst([report("c", None)]) is None
+    assert total([report("a", SOME), report("b", LOST), report("c", None)]) == SOME + LOST
+
+
+def test_what_drowns_is_warned_of() -> None:
+    assert codes(SOME) == []
+    assert codes(SOME, LOST) == ["V537"]
+    (finding,) = number_findings([report("a", SOME), report("b", LOST)], place="base")
+    assert "in 1 of 2 tensors" in finding.reason
+    assert "87.5% stay as they were" in finding.reason
+    assert "b, which loses 100% of its delta" in finding.reason
+
+
+def test_an_adapter_that_does_nothing_is_warned_of() -> None:
+    assert codes(NONE, NONE) == ["V303"]
+    assert codes(NONE, SOME) == []
+    assert codes() == []
+    assert codes(None) == []

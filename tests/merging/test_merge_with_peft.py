@@ -1,0 +1,248 @@
+"""Real models, merged by the installed PEFT and by us, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import theirwarnings
+from merges import Tensors, assert_same, merged_with, tensors_of
+from releases import AS_STORED, has, needs, of_transformers
+from test_renames import EYE, LLM, MODELS, TINY
+
+from vera_convert.merging.changes import Tied
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = theirwarnings.OF_PEFT
+
+KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    **MODELS,
+    "LlamaForCausalLM": ("LlamaConfig", LLM),
+    "LlamaModel": ("LlamaConfig", LLM),
+    "GPT2LMHeadModel": (
+        "GPT2Config",
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16},
+    ),
+    "BertForSequenceClassification": ("BertConfig", {**TINY, "vocab_size": 40}),
+    "RobertaForSequenceClassification": ("RobertaConfig", {**TINY, "vocab_size": 40}),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40},
+    ),
+    "ViTForImageClassification": ("ViTConfig", EYE),
+}
+MAMBA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "state_size": 8,
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 1,
+    "chunk_size": 8,
+    "tie_word_embeddings": False,
+}
+"""The range that its time steps are limited to ends at infinity."""
+HEADS = {
+    "BertForSequenceClassification": ["classifier"],
+    "RobertaForSequenceClassification": ["classifier"],
+    "ViTForImageClassification": ["classifier"],
+}
+TARGETS = {
+    "MixtralForCausalLM": ["q_proj", "v_proj", "o_proj"],  # the router is of no type PEFT knows
+    "Qwen2MoeForCausalLM": ["q_proj", "shared_expert.down_proj", "shared_expert.up_proj"],
+    "GPT2LMHeadModel": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+def saved(folder: Path, name: str, dtype: str) -> Path:
+    config, values = KINDS[name]
+    torch.manual_seed(0)
+    model = of_transformers(name)(of_transformers(config)(**values))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def loaded(name: str, base: Path) -> Any:
+    return getattr(transformers, name).from_pretrained(base, **AS_STORED)
+
+
+def trained(
+    folder: Path, base: Path, name: str, *, targets: Any, stored: bool, bias: str = "none"
+) -> Path:
+    """An adapter with random vectors, a random head, and random biases if they are trained."""
+    config = peft.VeraConfig(
+        r=6,
+        target_modules=targets,
+        modules_to_save=HEADS.get(name),
+        save_projection=stored,
+        projection_prng_key=11,
+        bias=bias,
+    )
+    model = peft.get_peft_model(loaded(name, base), config)
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            size = 0.3 if "lambda" in key else 0.1
+            parameter.data = (torch.randn(parameter.shape) * size).to(parameter.dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def by_peft(name: str, base: Path, adapter: Path, folder: Path) -> Tensors:
+    model = peft.PeftModel.from_pretrained(loaded(name, base), adapter)
+    if name == "RobertaForSequenceClassification":
+        return with_its_head(model)  # PEFT cannot unload a head that is more than one layer
+    model.merge_and_unload().save_pretrained(folder)
+    return tensors_of(folder)
+
+
+def with_its_head(model: Any) -> Tensors:
+    model.merge_adapter()
+    merged = model.base_model.model.state_dict()
+    return {
+        key.replace(".base_layer", "").replace(".modules_to_save.default", ""): value.numpy()
+        for key, value in merged.items()
+        if "vera_" not in key and "original_module" not in key
+    }
+
+
+CASES = [
+    *((name, "float32", True) for name in KINDS),
+    ("LlamaForCausalLM", "bfloat16", True),
+    ("LlamaForCausalLM", "bfloat16", False),
+    ("GPT2LMHeadModel", "float16", False),
+    ("LlavaForConditionalGeneration", "bfloat16", False),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "stored"), CASES)
+def test_a_merge_equals_that_of_peft(name: str, dtype: str, stored: bool, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", name, dtype)
+    targets = TARGETS.get(name, "all-linear")
+    adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=stored)
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    done = merged_with(adapter, base, tmp_path / "ours")
+    found = tensors_of(tmp_path / "ours")
+    assert_same(found, expected, within=3e-7 if dtype == "float32" else 0)
+    changed = {n for n, tensor in tensors_of(base).items() if not np.array_equal(tensor, found[n])}
+    assert changed == {each.name for each in done.tensors}
+    assert len(changed) >= 3
+
+
+@pytest.mark.parametrize("number", ['{"__float__": "Infinity"}', "Infinity", "1e400"])
+def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "Mamba2ForCausalLM"
+    monkeypatch.setitem(KINDS, name, ("Mamba2Config", MAMBA))
+    base = saved(tmp_path / "base", name, "float32")
+    config = base / "config.json"
+    tagged = json.dumps({"__float__": "Infinity"}, indent=2).replace("\n", "\n    ")
+    written = tagged if has("transformers", "5.0") else "Infinity"
+    assert written in config.read_text()
+    config.write_text(config.read_text().replace(written, number))
+    adapter = trained(tmp_path / "adapter", base, name, targets=["in_proj"], stored=True)
+    document = json.loads((adapter / "adapter_config.json").read_bytes())
+    document |= {"d_initial": float("-inf"), "vera_dropout": float("nan")}
+    (adapter / "adapter_config.json").write_text(json.dumps(document))
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours")
+    assert_same(tensors_of(tmp_path / "ours"), expected)
+    assert (tmp_path / "ours/config.json").read_bytes() == config.read_bytes()
+    if "__float__" in number and not has("transformers", "5.0"):
+        return  # the spelling of transformers 5
+    limit = loaded(name, tmp_path / "ours").config.time_step_limit
+    assert tuple(limit) == (0.0, float("inf"))
+
+
+@pytest.mark.parametrize("bias", ["all", "vera_only"])
+def test_trained_biases_are_merged_as_by_peft(bias: str, tmp_path: Path) -> None:
+    """With bias "all" PEFT stores a saved head's bias three times, and reads one of them."""
+    name = "BertForSequenceClassification"
+    base = saved(tmp_path / "base", name, "float32")
+    adapter = trained(tmp_path / "adapter", base, name, targets=["query"], stored=True, bias=bias)
+    stored = tensors_of(adapter)
+    assert ("base_model.model.classifier.original_module.bias" in stored) == (bias == "all")
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours")
+    assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)
+
+
+def test_a_tied_head_is_added_as_peft_adds_it(tmp_path: Path) -> None:
+    name = "GPT2LMHeadModel"
+    base = saved(tmp_path / "base", name, "float32")
+    targets = ["c_attn", "lm_head"]
+    adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=True)
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours", tied=Tied.ADD)
+    assert_same(tensors_of(tmp_path / "ours"), expected)
+
+
+def test_an_untied_head_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
+    name = "GPT2LMHeadModel"
+    base = saved(tmp_path / "base", name, "float32")
+    targets = ["c_attn", "lm_head"]
+    adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=True)
+    merged_with(adapter, base, tmp_path / "ours", tied=Tied.UNTIE)
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
+        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
+        plain = loaded(name, base).eval()(**tokens)
+    assert (ours.logits - adapted.logits).abs().max() < 1e-5
+    assert (plain.logits - adapted.logits).abs().max() > 1e-2
+
+
+@needs("transformers", "5.0", "earlier releases do not fuse experts")
+def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
+    tmp_path: Path,
+) -> None:
+    """Files still hold each expert by itself, under the names that such an adapter has."""
+    from adapters import good_adapter, good_tensors
+
+    base = saved(tmp_path / "base", "MixtralForCausalLM", "float32")
+    module = "model.layers.1.block_sparse_moe.experts.1.w2"
+    stored = tensors_of(base)[f"{module}.weight"]
+    values = np.random.default_rng(0)
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    for key, shape in {
+        f"base_model.model.{module}.vera_lambda_b": stored.shape[:1],
+        f"base_model.model.{module}.vera_lambda_d": (4,),
+        "base_model.vera_A": (4, stored.shape[1]),
+        "base_model.vera_B": (stored.shape[0], 4),
+    }.items():
+        tensors[key] = values.normal(size=shape).astype(np.float32)
+    adapter = good_adapter(tmp_path / "adapter", tensors=tensors, target_modules=["w2"])
+    done = merged_with(adapter, base, tmp_path / "ours")
+    assert [each.name for each in done.tensors] == [f"{module}.weight"]
+    ours = loaded("MixtralForCausalLM", tmp_path / "ours")
+    fused = ours.model.layers[1].mlp.experts.down_proj[1].detach().numpy()
+    assert np.array_equal(fused, tensors_of(tmp_path / "ours")[f"{module}.weight"])
+    assert not np.array_equal(fused, stored)
+
+
+def test_the_trained_adapter_merged_into_its_model_gives_its_logits(
+    minilm: Path, minilm_model: Path, tmp_path: Path
+) -> None:
+    adapter = minilm / "save_projection_false"
+    merged_with(adapter, minilm_model, tmp_path / "out")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    note = json.loads((minilm / "note.json").read_bytes())
+    head = np.load(minilm / "head.npz")
+    batch = tokenizer(
+        note["probe_texts"], padding=True, truncation=True, max_length=48, return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    pooled = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    logits = pooled @ head["weight"].T + head["bias"]
+    assert np.abs(logits - np.array(note["probe_logits"])).max() < 1e-4

@@ -1,0 +1,850 @@
+"""Output appears whole or not at all: whatever fails, whoever else writes, whenever it dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from children import finished, running, tell, told
+from systemcalls import intercept
+
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.publish import filesystem, staging
+from vera_convert.publish import publishing as publish
+from vera_convert.publish.publishing import (
+    check_out,
+    free_space,
+    sha256_of,
+    staged_file,
+    staged_folder,
+)
+from vera_convert.publish.signals import Interrupted
+from vera_convert.publish.staging import sweep_containers
+
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+TESTS = Path(__file__).parents[1]
+
+Content = str | Mapping[str, str] | None
+OLD: Content = {"a": "old", "extra": "old"}
+NEW: Content = {"a": "new", "b/c": "new"}
+
+
+def own(path: Path) -> bool:
+    """Whether a command that writes the contents of this file's tests could have written it."""
+    return path.is_file() or (path / "a").exists()
+
+
+def fill(path: Path, content: Content) -> None:
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        for name, text in content.items():
+            if not (path / name).parent.is_dir():
+                (path / name).parent.mkdir(parents=True)
+            (path / name).write_text(text)
+
+
+def content_of(path: Path) -> Content:
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink():
+        return path.readlink().as_posix()
+    if not path.is_dir():
+        return path.read_text()
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): file.read_text() for file in files}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(out: Path, content: Content = NEW, *, force: bool = False) -> None:
+    staged = staged_file if isinstance(content, str) else staged_folder
+    with staged(out, force=force, is_own=own) as new:
+        fill(new, content)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """A place for the output; whatever a test does, nothing but output may be beside it."""
+    folder = tmp_path / "parent"
+    folder.mkdir()
+    yield folder / "out"
+    assert set(names(folder)) <= {"out"}
+
+
+@pytest.fixture
+def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that neither exchanges names nor renames without replacing."""
+
+    def cannot(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(filesystem, "_rename_at_once", cannot)
+
+
+@pytest.fixture(params=["at once", "in two steps"])
+def way(request: pytest.FixtureRequest) -> None:
+    """Both ways to publish."""
+    if request.param == "in two steps":
+        request.getfixturevalue("in_two_steps")
+
+
+# The good days ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("old", "new"), [(None, NEW), (OLD, NEW), (None, "new"), ("old", "new")])
+def test_output_appears_only_at_the_end_and_alone(old: Content, new: Content, out: Path) -> None:
+    fill(out, old)
+    staged = staged_file if isinstance(new, str) else staged_folder
+    with staged(out, force=old is not None, is_own=own) as staging:
+        assert staging.exists() == (new == NEW)
+        fill(staging, new)
+        assert content_of(out) == old
+        assert {name for name in names(out.parent) if not name.startswith(".")} <= {"out"}
+    assert content_of(out) == new
+
+
+@posix
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_modes_follow_the_umask(umask: int, out: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write(out)
+        write(out.with_name("file"), "new")
+    finally:
+        os.umask(before)
+    file = out.with_name("file").rename(out / "file")
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in (file, out / "a")} == {0o666 & ~umask}
+
+
+@posix
+@pytest.mark.parametrize("force", [False, True])
+def test_everything_is_on_the_disk_before_it_appears_and_its_name_before_the_end(
+    force: bool, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+    real = filesystem._rename_at_once
+
+    def rename(source: Path, target: Path, *, exchange: bool) -> None:
+        real(source, target, exchange=exchange)
+        events.append("appeared")
+
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd).st_ino))
+    monkeypatch.setattr(filesystem, "_rename_at_once", rename)
+    fill(out, OLD if force else None)
+    write(out, force=force)
+    wanted = {path.stat().st_ino for path in (out, *out.rglob("*"))}
+    moment = events.index("appeared")
+    assert set(events[:moment]) == wanted
+    assert events[moment:] == ["appeared", out.parent.stat().st_ino]
+
+
+def test_a_relative_out_stays_where_it_was(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    with staged_folder(Path("out"), is_own=own) as new:
+        fill(new, NEW)
+        monkeypatch.chdir(out.parent.parent)
+    assert content_of(out) == NEW
+
+
+@posix
+@pytest.mark.parametrize("name", ["-rf", "a b\n\\x1b[0m", "*", "[a", "n" * 255, "ü" * 127])
+def test_any_name_will_do(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    write(tmp_path / name, force=True)
+    assert names(tmp_path) == [name]
+
+
+def test_sha256_of(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "file") == digest
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def a_file(path: Path) -> None:
+    path.write_text("theirs")
+
+
+def an_empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_full_folder(path: Path) -> None:
+    fill(path, {"theirs": "theirs"})
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.parent.parent)
+
+
+def a_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+Make = Callable[[Path], None]
+in_the_way = pytest.mark.parametrize(
+    "make", [a_file, an_empty_folder, a_full_folder, a_link, a_dangling_link]
+)
+
+
+def refused(out: Path, content: Content = NEW, *, force: bool = False) -> str:
+    """Expect that publishing is refused, with nothing changed, and return why."""
+    before = os.lstat(out)
+    with pytest.raises(UsageError) as caught:
+        write(out, content, force=force)
+    assert os.path.samestat(os.lstat(out), before)
+    return str(caught.value)
+
+
+@in_the_way
+@pytest.mark.parametrize("new", [NEW, "new"])
+def test_an_existing_out_is_refused(make: Make, new: Content, out: Path) -> None:
+    make(out)
+    assert "exists. Choose another OUT, or replace it with --force." in refused(out, new)
+    with pytest.raises(UsageError, match="exists"):
+        check_out(out, inputs=[], force=False, is_own=own)
+
+
+@in_the_way
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("new", [NEW, "new"])
+def test_an_out_that_appears_while_the_run_works_is_refused(
+    make: Make, new: Content, out: Path
+) -> None:
+    staged = staged_file if isinstance(new, str) else staged_folder
+    with ExitStack() as stack:
+        fill(stack.enter_context(staged(out, is_own=own)), new)
+        make(out)
+        before = os.lstat(out)
+        with pytest.raises(UsageError, match="exists"):
+            stack.close()
+    assert os.path.samestat(os.lstat(out), before)
+
+
+@posix
+@in_the_way
+@pytest.mark.parametrize("new", [NEW, "new"])
+def test_an_out_that_appears_in_the_last_moment_is_refused(
+    make: Make, new: Content, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """POSIX's own rename would replace a file, a link and an empty folder without a word."""
+    real = filesystem._rename_at_once
+
+    def rename(source: Path, target: Path, *, exchange: bool) -> None:
+        make(out)
+        real(source, target, exchange=exchange)
+
+    monkeypatch.setattr(filesystem, "_rename_at_once", rename)
+    with pytest.raises(UsageError, match="exists"):
+        write(out, new)
+    assert content_of(out) != new
+
+
+@pytest.mark.parametrize(
+    ("make", "new", "why"),
+    [
+        (a_file, NEW, "is not what this command writes"),
+        (a_full_folder, NEW, "is not what this command writes"),
+        (a_full_folder, "new", "is not what this command writes"),
+        (an_empty_folder, NEW, "is not what this command writes"),
+        (a_link, NEW, "is a link"),
+        (a_link, "new", "is a link"),
+        (a_dangling_link, NEW, "is a link"),
+    ],
+)
+def test_force_replaces_only_what_the_command_writes(
+    make: Make, new: Content, why: str, out: Path
+) -> None:
+    make(out)
+    assert why in refused(out, new, force=True)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("make", [a_file, a_full_folder, a_dangling_link])
+def test_force_replaces_nothing_strange_that_appears_while_the_run_works(
+    make: Make, out: Path
+) -> None:
+    with ExitStack() as stack:
+        fill(stack.enter_context(staged_folder(out, force=True, is_own=own)), NEW)
+        make(out)
+        with pytest.raises(UsageError, match="force"):
+            stack.close()
+    assert content_of(out) != NEW
+
+
+@pytest.mark.usefixtures("way")
+def test_force_copes_with_an_out_that_comes_and_goes(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_move, real_exchange = publish.move, publish.exchange  # type: ignore[attr-defined]
+    disturbances = iter([True, True, True])
+
+    def move(source: Path, target: Path) -> None:
+        if target == out and next(disturbances, False):
+            fill(out, OLD)
+        real_move(source, target)
+
+    def exchange(one: Path, other: Path) -> bool:
+        if next(disturbances, False):
+            filesystem.remove_tree(out)
+        return bool(real_exchange(one, other))
+
+    monkeypatch.setattr(publish, "move", move)
+    monkeypatch.setattr(publish, "exchange", exchange)
+    write(out, force=True)
+    assert content_of(out) == NEW
+    assert next(disturbances, None) is None
+
+
+def test_an_out_that_never_stays_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(_source: Path, _target: Path) -> None:
+        raise FileExistsError
+
+    monkeypatch.setattr(publish, "move", move)
+    with pytest.raises(SurroundingsError, match="kept changing"):
+        write(out, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("given", "target", "relation"),
+    [
+        ("in", "in", "is"),
+        ("in", "link", "is"),
+        ("link", "in", "is"),
+        ("in", "in/new", "lies inside"),
+        ("in", "in/sub/new", "lies inside"),
+        ("in", "link/new", "lies inside"),
+        ("link", "in/new", "lies inside"),
+        ("in", "sublink/new", "lies inside"),
+        ("sublink", "in", "contains"),
+        ("in/sub", "in", "contains"),
+        ("in/sub/file", "in", "contains"),
+        ("in/sub/file", "in/sub/file", "is"),
+        ("filelink", "in/sub/file", "is"),
+        ("filelink", "in", "contains"),
+        ("in", "elsewhere/../in/new", "lies inside"),
+    ],
+)
+def test_an_out_that_overlaps_an_input_is_refused(
+    given: str, target: str, relation: str, force: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "sub" / "file").write_text("in")
+    (tmp_path / "link").symlink_to("in", target_is_directory=True)
+    (tmp_path / "sublink").symlink_to(Path("in", "sub"), target_is_directory=True)
+    (tmp_path / "filelink").symlink_to(Path("in", "sub", "file"))
+    inputs = [tmp_path / "missing", tmp_path / given]
+    before = names(tmp_path), content_of(tmp_path / "in")
+    for staged in (staged_folder, staged_file):
+        with (
+            pytest.raises(UsageError, match=f"{relation} the input"),
+            staged(tmp_path / target, inputs=inputs, force=force, is_own=lambda _: True),
+        ):
+            pytest.fail("the block was entered")
+    with pytest.raises(UsageError, match=f"{relation} the input"):
+        check_out(tmp_path / target, inputs=inputs, force=force, is_own=own)
+    assert (names(tmp_path), content_of(tmp_path / "in")) == before
+
+
+def test_an_out_beside_its_input_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with staged_folder(tmp_path / "in2", inputs=[tmp_path / "in"], is_own=own) as new:
+        fill(new, NEW)
+    assert names(tmp_path) == ["in", "in2"]
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "why"),
+    [
+        ("missing/../out", UsageError, "missing, which does not exist"),
+        ("file/sub/out", SurroundingsError, "is not a folder"),
+        ("file/out", SurroundingsError, "is not a folder"),
+        ("..", UsageError, "a name of its own"),
+        ("nul\0", UsageError, "a name of its own"),
+        ("nul\0/out", UsageError, "null"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_work(
+    target: str, error: type[Exception], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(error, match=why),
+        staged_folder(tmp_path / target, force=True, is_own=own),
+    ):
+        pytest.fail("the block was entered")
+    assert names(tmp_path) == ["file"]
+
+
+def break_off(folder: Path) -> None:
+    """Write something and fail, as a run does."""
+    fill(folder, NEW)
+    raise OSError("broken")
+
+
+def test_folders_above_an_out_are_made(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "a" / "b" / "out", is_own=own) as new:
+        fill(new, NEW)
+    assert content_of(tmp_path / "a" / "b" / "out") == NEW
+    assert names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with (
+        pytest.raises(OSError, match="broken"),
+        staged_folder(tmp_path / "a" / "b" / "c" / "out", is_own=own) as new,
+    ):
+        break_off(new)
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == []
+
+
+def test_a_folder_that_was_made_stays_if_another_run_uses_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="broken"),
+        staged_folder(tmp_path / "a" / "b" / "out", is_own=own),
+    ):
+        break_off(tmp_path / "a")
+    assert names(tmp_path / "a") == ["a", "b"]
+
+
+def test_checking_an_out_makes_no_folder(tmp_path: Path) -> None:
+    check_out(tmp_path / "a" / "out", inputs=[], force=False, is_own=own)
+    assert names(tmp_path) == []
+
+
+@posix
+def test_a_folder_above_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(SurroundingsError, match="a link that leads nowhere"):
+        check_out(tmp_path / "link" / "out", inputs=[], force=False, is_own=own)
+
+
+@posix
+def test_a_name_that_is_too_long_is_refused_before_work(out: Path) -> None:
+    with (
+        pytest.raises(SurroundingsError, match="too long"),
+        staged_folder(out.with_name("n" * 256), is_own=own),
+    ):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() == 0,
+    reason="root writes everywhere, Windows has no such mode",
+)
+def test_a_read_only_parent_is_refused_before_work(out: Path) -> None:
+    out.parent.chmod(0o555)
+    with (
+        pytest.raises(SurroundingsError, match=r"denied.* that you may write to"),
+        staged_folder(out, is_own=own),
+    ):
+        pytest.fail("the block was entered")
+    out.parent.chmod(0o755)
+
+
+# Whatever fails -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [None, OLD])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(5)])
+def test_an_exception_of_the_block_passes_and_leaves_nothing(
+    error: BaseException, old: Content, out: Path
+) -> None:
+    def work() -> None:
+        with staged_folder(out, force=True, is_own=own) as new:
+            fill(new, NEW)
+            raise error
+
+    fill(out, old)
+    with pytest.raises(type(error)) as caught:
+        work()
+    assert caught.value is error
+    assert content_of(out) == old
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EROFS, "can be written to"),
+        (errno.EIO, "faulty"),
+        (errno.ENAMETOOLONG, ""),
+    ],
+)
+def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: Path) -> None:
+    with pytest.raises(SurroundingsError) as caught, staged_folder(out, is_own=own) as new:
+        raise OSError(code, os.strerror(code), str(new / "a"))
+    message = str(caught.value)
+    assert message.startswith(f"{out} could not be written: {os.strerror(code)}.")
+    assert remedy in message
+    assert "vera-convert-" not in message
+
+
+def test_a_system_error_elsewhere_is_told_with_its_place(out: Path) -> None:
+    with (
+        pytest.raises(SurroundingsError, match=r"denied \(/else.where\)\."),
+        staged_folder(out, is_own=own),
+    ):
+        raise PermissionError(errno.EACCES, "Permission denied", "/else/where")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("odd")])
+def test_an_error_that_is_not_of_writing_passes(error: OSError, out: Path) -> None:
+    with pytest.raises(type(error)) as caught, staged_folder(out, is_own=own):
+        raise error
+    assert caught.value is error
+
+
+def test_a_block_that_writes_no_file_publishes_nothing(out: Path) -> None:
+    with pytest.raises(SurroundingsError, match="No such file"), staged_file(out, is_own=own):
+        pass
+    assert content_of(out) is None
+
+
+scenarios = pytest.mark.parametrize(
+    ("old", "new"), [(None, NEW), (OLD, NEW), (None, "new"), ("old", "new")]
+)
+MAY_FAIL = ("removing: ", "unlink", "rmdir", "close", "try_lock", "link")
+"""Calls whose failure does not fail the run, or need not."""
+
+
+@scenarios
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_any_system_call_may_fail(
+    code: int, old: Content, new: Content, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _fd: None)
+    failed_at: list[str] = []
+    for number in range(1, 100):
+        fill(out, old)
+        hit = ""
+
+        def act(now: int, name: str, done: bool, number: int = number) -> None:
+            nonlocal hit
+            if now == number and done == name.endswith("close"):  # else the file stays open
+                hit = name
+                raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            intercept(patch.setattr, act)
+            try:
+                write(out, new, force=old is not None)
+            except SurroundingsError as error:
+                complaint = str(error)
+            else:
+                complaint = ""
+        if complaint:
+            failed_at.append(hit)
+            assert os.strerror(code) in complaint
+            assert content_of(out) == old
+        else:
+            assert content_of(out) == new
+            assert not hit or hit.startswith(MAY_FAIL)
+        if not hit.startswith(("removing: ", "unlink", "rmdir")):
+            assert set(names(out.parent)) <= {"out"}, hit
+        write(out, new, force=True)
+        assert names(out.parent) == ["out"]
+        filesystem.remove_tree(out)
+        if not hit:
+            break
+    assert not hit
+    assert {"mkdir", "open", "_rename_at_once"} <= set(failed_at)
+    assert os.name == "nt" or failed_at.count("fsync") == (2 if new == "new" else 5)
+
+
+@scenarios
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("signals", "done"), [((signal.SIGTERM,), True), ((signal.SIGINT, signal.SIGTERM), False)]
+)
+def test_a_signal_may_come_at_any_system_call(  # noqa: PLR0917
+    signals: tuple[int, ...],
+    done: bool,
+    old: Content,
+    new: Content,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _fd: None)
+    outcomes = []
+    for number in range(1, 100):
+        fill(out, old)
+        hit = False
+
+        def act(now: int, _name: str, now_done: bool, number: int = number) -> None:
+            nonlocal hit
+            if (now, now_done) == (number, done):
+                hit = True
+                for one in signals:
+                    signal.raise_signal(one)
+
+        with monkeypatch.context() as patch:
+            intercept(patch.setattr, act)
+            try:
+                write(out, new, force=old is not None)
+            except Interrupted as interruption:
+                outcomes.append(interruption.number)
+            else:
+                outcomes.append(0)
+        assert content_of(out) == (old if outcomes[-1] else new)
+        assert set(names(out.parent)) <= {"out"}
+        filesystem.remove_tree(out)
+        if not hit:
+            break
+    assert not hit
+    # Up to some moment it interrupts; from then on the output is there and the run succeeds.
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert set(outcomes) == {0, signals[0]}
+    assert min(map(outcomes.count, outcomes)) > 2
+
+
+def test_an_old_output_that_cannot_be_removed_is_no_failure(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    fill(out, OLD)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "remove_tree", fail)
+        write(out, force=True)
+    assert content_of(out) == NEW
+    assert len(names(out.parent)) == 2
+    assert "could not be removed" in caplog.text
+    with suppress(UsageError):
+        write(out)  # also a run that is refused sweeps
+    assert names(out.parent) == ["out"]
+
+
+# Whoever is killed --------------------------------------------------------------------------------
+
+KILLED_ANYWHERE = f"""
+sys.path.insert(0, {str(TESTS)!r})
+from systemcalls import intercept
+old, step = sys.argv[2] == "old", sys.argv[3] == "in two steps"
+os.fsync = lambda fd: None
+
+def cannot(*_, **__):
+    raise OSError(38, "cannot")
+
+if step:
+    filesystem._rename_at_once = cannot
+
+def texts(path):
+    return {{file.read_text() for file in path.rglob("*") if file.is_file()}}
+
+def write(force):
+    with staged_folder(out, force=force, is_own=own) as new:
+        fill(new, "new")
+
+for number in range(1, 100):
+    filesystem.remove_tree(out)
+    if old:
+        out.mkdir()
+        fill(out, "old")
+    child = os.fork()
+    if not child:
+        def act(now, name, done):
+            if done and now == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        intercept(setattr, act)
+        write(old)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if old and step and not out.exists():
+        staging.sweep_containers(out)
+        assert texts(out) == {{"old"}}, number
+    assert texts(out) in ([{{"old"}}, {{"new"}}] if old else [set(), {{"new"}}]), number
+    try:
+        write(old)
+    except errors.UsageError:
+        assert not old, number
+    assert texts(out) == {{"new"}}, number
+    assert os.listdir(out.parent) == ["out"], number
+    if not status:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+print(number)
+"""
+
+
+@posix
+@pytest.mark.parametrize("old", ["old", "no old"])
+@pytest.mark.parametrize("step", ["at once", "in two steps"])
+def test_a_run_killed_at_any_system_call_leaves_what_the_next_sweeps(
+    old: str, step: str, out: Path
+) -> None:
+    with running(KILLED_ANYWHERE, out, old, step) as child:
+        calls = told(child)
+        assert finished(child) == (0, "")
+    assert 20 < int(calls) < 99
+
+
+WRITES_FOR_EVER = """
+number = 0
+while True:
+    number += 1
+    with staged_folder(out, force=True, is_own=own) as new:
+        fill(new, str(number))
+    print(flush=True)
+"""
+
+
+def test_a_run_killed_at_a_random_moment_leaves_what_the_next_sweeps(out: Path) -> None:
+    chance = random.Random(0)
+    for _ in range(4):
+        with running(WRITES_FOR_EVER, out) as child:
+            told(child)
+            time.sleep(chance.uniform(0, 0.03))
+        if exchanges(out.parent):
+            content = content_of(out)
+            assert isinstance(content, dict)
+            assert set(content) == {"a", "b/c"}
+            assert len(set(content.values())) == 1
+        write(out, force=True)
+        assert content_of(out) == NEW
+        assert names(out.parent) == ["out"]
+
+
+def exchanges(folder: Path) -> bool:
+    """Whether the system can exchange two names there."""
+    for name in "12":
+        (folder / name).write_text("")
+    try:
+        return filesystem.exchange(folder / "1", folder / "2")
+    finally:
+        for name in "12":
+            (folder / name).unlink()
+
+
+@posix
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_leaves_nothing(number: int, status: int, out: Path) -> None:
+    code = """
+try:
+    with staged_folder(out, is_own=own) as new:
+        fill(new, "new")
+        print(flush=True)
+        time.sleep(60)
+except interrupts.Interrupted as interruption:
+    sys.exit(interruption.status)
+"""
+    with running(code, out) as child:
+        told(child)
+        assert len(names(out.parent)) == 1
+        child.send_signal(number)
+        assert finished(child) == (status, "")
+    assert names(out.parent) == []
+
+
+def test_a_run_that_leaves_its_block_by_no_door_leaves_nothing(out: Path) -> None:
+    """An interrupt may come when Python is about to enter or leave the block's clean-up."""
+    code = """
+staging = staged_folder(out, is_own=own)
+fill(staging.__enter__(), "new")
+sys.exit(7)
+"""
+    with running(code, out) as child:
+        assert finished(child) == (7, "")
+    assert names(out.parent) == []
+
+
+# Whoever else writes ------------------------------------------------------------------------------
+
+ONE_OF_MANY = """
+print(flush=True)
+input()
+try:
+    for _ in range(int(sys.argv[3])):
+        with staged_folder(out, force=sys.argv[2] == "force", is_own=own) as new:
+            fill(new, str(os.getpid()))
+except errors.UsageError:
+    sys.exit(2)
+"""
+
+
+def run_together(out: Path, *arguments: object) -> list[int]:
+    with ExitStack() as stack:
+        children = [stack.enter_context(running(ONE_OF_MANY, out, *arguments)) for _ in range(4)]
+        for child in children:
+            told(child)
+        for child in children:
+            tell(child)
+        while any(child.poll() is None for child in children):
+            assert seen(out) in (None, ["a", "b"])
+        return [finished(child)[0] for child in children]
+
+
+def seen(out: Path) -> list[str] | None:
+    """The names in an output that may be exchanged for another, and then emptied, at any time."""
+    while True:
+        try:
+            before = out.stat()
+            found = names(out)
+            if os.path.samestat(out.stat(), before):
+                return found
+        except FileNotFoundError:
+            return None
+
+
+@posix
+def test_of_many_runs_without_force_one_succeeds(out: Path) -> None:
+    assert sorted(run_together(out, "no force", 1)) == [0, 2, 2, 2]
+    content = content_of(out)
+    assert isinstance(content, dict)
+    assert len(set(content.values())) == 1
+
+
+@posix
+def test_of_many_runs_with_force_all_succeed_and_one_is_seen(out: Path) -> None:
+    assert run_together(out, "force", 10) == [0, 0, 0, 0]
+    content = content_of(out)
+    assert isinstance(content, dict)
+    assert set(content) == {"a", "b/c"}
+    assert len(set(content.values())) == 1
+
+
+def test_a_run_spares_another_that_lives(out: Path) -> None:
+    code = """
+with staged_folder(out, force=True, is_own=own) as new:
+    fill(new, "theirs")
+    print(flush=True)
+    input()
+"""
+    with running(code, out) as child:
+        told(child)
+        write(out)
+        sweep_containers(out)
+        assert len(names(out.parent)) == 2
+        assert content_of(out) == NEW
+        tell(child)
+        assert finished(child) == (0, "")
+    assert content_of(out) == {"a": "theirs", "b/c": "theirs"}
+
+
+def test_the_space_for_an_out_in_folders_to_come_is_that_of_the_nearest(tmp_path: Path) -> None:
+    assert free_space(tmp_path / "a" / "b" / "out") > 0
+    assert names(tmp_path) == []

@@ -1,0 +1,77 @@
+"""Other processes for tests: they may be killed, and may run at the same time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "vera_convert"
+
+# Without what `vera_convert/__init__.py` loads, a child is ready in a tenth of a second.
+PRELUDE = f"""
+import os, signal, sys, time, types
+package = types.ModuleType("vera_convert")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["vera_convert"] = package
+from pathlib import Path
+from vera_convert import errors
+from vera_convert.publish import staging
+from vera_convert.publish import filesystem
+from vera_convert.publish import signals
+from vera_convert.publish import publishing as publish
+from vera_convert.publish.publishing import staged_file, staged_folder
+
+out = Path(sys.argv[1])
+
+def own(path):
+    return True
+
+def fill(folder, text):
+    # Every file says the same, so a mixture of two outputs would show.
+    for name in ("a", "b/c"):
+        if not (folder / name).parent.is_dir():
+            (folder / name).parent.mkdir()
+        (folder / name).write_text(text)
+"""
+
+
+@contextmanager
+def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run `code` after `PRELUDE` in a fresh Python; kill it if it still runs at the end.
+
+    It may talk through its standard streams.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def told(child: subprocess.Popen[str]) -> str:
+    """Wait for the child's next line."""
+    assert child.stdout is not None
+    return child.stdout.readline().rstrip("\n")
+
+
+def finished(child: subprocess.Popen[str]) -> tuple[int, str]:
+    """Let the child end and return its status and what it complained of."""
+    _, complaint = child.communicate(timeout=60)
+    return child.returncode, complaint
+
+
+def tell(child: subprocess.Popen[str]) -> None:
+    """Let a child go on that waits for a line."""
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()

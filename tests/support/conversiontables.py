@@ -1,0 +1,250 @@
+"""The renames of transformers' conversion tables, read from the classes of the installed release.
+
+Run as a script, it prints `vera_convert/base/conversion_table.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import conversion_mapping
+from transformers import core_model_loading as loading
+from transformers.models.auto import modeling_auto
+
+from vera_convert.base import renames
+from vera_convert.base.match import match_modules
+from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import Location
+
+_WITH_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {"model_type": "resnet", "out_features": ["stage4"]},
+}
+_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "conditional_detr": _WITH_RESNET,
+    "deformable_detr": _WITH_RESNET,
+    "detr": _WITH_RESNET,
+    "aya_vision": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+        }
+    },
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2}
+    },
+    "dots1": {"n_routed_experts": 2},
+    "emu3": {"vocabulary_map": {"<image>": 1}},
+    "esm": {"vocab_size": 33},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl": {"text_config": {"head_dim": 8}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+}
+"""Arguments without which a config of a type describes no model that can be built."""
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def registry() -> Mapping[str, list[Any]]:
+    """Return all conversion tables, by model type or class name."""
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    tables: Mapping[str, list[Any]] = conversion_mapping._checkpoint_conversion_mapping_cache
+    return tables
+
+
+def candidates() -> Iterator[Any]:
+    """Yield the classes that a conversion table concerns, and the classes around them."""
+    tables = registry()
+    names = {name for name in tables if hasattr(transformers, name)}
+    for mapping in vars(modeling_auto):
+        if mapping.startswith("MODEL") and mapping.endswith("_MAPPING_NAMES"):
+            for each in getattr(modeling_auto, mapping).values():
+                names |= {each} if isinstance(each, str) else set(each)
+    for name in sorted(filter(None, names)):
+        found = getattr(transformers, name, None)
+        try:
+            config = getattr(found, "config_class", None)
+        except ImportError:  # the class needs a library that is not installed
+            continue
+        if config is not None and (name in tables or set(_types(config)) & tables.keys()):
+            yield found
+
+
+def _types(config: Any, seen: tuple[Any, ...] = ()) -> Iterator[str]:
+    yield getattr(config, "model_type", "")
+    for part in getattr(config, "sub_configs", {}).values():
+        if part not in seen and part is not config:
+            yield from _types(part, (*seen, config))
+
+
+def build(model_class: Any) -> Any:
+    """Build a model without memory for its weights; None if its config describes none."""
+    config = model_class.config_class
+    given = _ARGUMENTS.get(getattr(config, "model_type", ""), {})
+    for arguments in ({"num_hidden_layers": 2, **given}, given):
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return model_class(config(**arguments))
+        except Exception:  # noqa: BLE001, S112 -- whatever a class has against its own defaults
+            continue
+    return None
+
+
+@dataclass
+class Walk:
+    """What came of building every class that a conversion table concerns.
+
+    Attributes:
+        met: the classes and model types that were built, alone or as a part.
+        renames: template in memory by template in the files, of classes whose layers are found in
+            no other way; by model type, and by whether the class has no head.
+        wrong: why the layers of a class are not found in its files, by the class's name.
+    """
+
+    met: set[str] = field(default_factory=set)
+    renames: dict[tuple[str, bool], list[dict[str, str]]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def in_files(model: Any) -> dict[str, str]:
+    """Return the path in the files of each linear layer that is only renamed, by its path."""
+    steps = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+    steps = [step for step in steps if not isinstance(step, loading.PrefixChange)]
+    back = [step.reverse_transform() for step in reversed(steps)]
+    plain = [step for step in back if isinstance(step, loading.WeightRenaming)]
+    others = [step for step in back if isinstance(step, loading.WeightConverter)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = {}
+    for name in sorted(linear, key=loading.dot_natural_key):
+        _, converted = loading.apply_converters(f"{name}.weight", others)
+        if converted is None:
+            path = loading.apply_renamings(f"{name}.weight", plain)
+            if path.endswith(".weight"):
+                found[name] = path.removesuffix(".weight")
+    return found
+
+
+def walk() -> Walk:
+    """Build every class that a table concerns, and compare our renames with transformers'."""
+    result = Walk()
+    for model_class in candidates():
+        model = build(model_class)
+        if model is not None:
+            for part in model.modules():
+                if isinstance(part, transformers.PreTrainedModel):
+                    result.met |= {type(part).__name__, part.config.model_type}
+            _compare(model, result)
+    return result
+
+
+def _compare(model: Any, result: Walk) -> None:
+    name, config = type(model).__name__, model.config.to_dict()
+    clear = _clear(in_files(model))
+    layers = {module: path for module, (path, _, _) in clear.items()}
+    tables = renames.tables
+    try:
+        renames.tables = _no_tables
+        found = not mismatch(layers, config)
+    finally:
+        renames.tables = tables
+    if found:
+        return
+    table = {files: memory for _, files, memory in clear.values() if files != memory}
+    _add(table, result.renames.setdefault((model.config.model_type, name.endswith("Model")), []))
+    reason = mismatch(layers, config)
+    if reason:
+        result.wrong[name] = reason
+
+
+def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
+    """Join a table with the first that says the same of what both have, in either direction."""
+    for other in tables:
+        both = {*table.items(), *other.items()}
+        if len(both) == len(table | other) == len({memory for _, memory in both}):
+            other.update(table)
+            return
+    tables.append(table)
+
+
+def _no_tables(kind: str) -> tuple[Mapping[str, str], ...]:
+    del kind
+    return ()
+
+
+def _clear(layers: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
+    """Return path in the files and both templates of each layer, as far as templates tell layers.
+
+    A number of a path that the other path has not is a name, and no number of a layer. A table of
+    templates can have such a name in memory, and none in the files.
+    """
+    found = {}
+    for memory, files in layers.items():
+        numbers, others = NUMBER.findall(files), NUMBER.findall(memory)
+        if others[: len(numbers)] == numbers:
+            parts = NUMBER.split(memory)
+            named = ["#"] * len(numbers) + others[len(numbers) :] + [""]
+            joined = "".join(part + name for part, name in zip(parts, named, strict=True))
+            found[memory] = files, NUMBER.sub("#", files), joined
+    several: dict[str, set[str]] = {}
+    for memory, files in layers.items():
+        _, _, template = found.get(memory, ("", "", memory))
+        several.setdefault(NUMBER.sub("#", files), set()).add(template)
+    return {memory: each for memory, each in found.items() if len(several[each[1]]) == 1}
+
+
+def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
+    """Say how the layers of a model are not found in its files; empty if all are."""
+    tensors = {
+        f"{path}.weight": BaseTensor("m", TensorInfo(f"{path}.weight", "F32", (8, 8), 0, 0))
+        for path in layers.values()
+    }
+    base = BaseModel(Location("base", None), config, {}, tensors)
+    try:
+        match = match_modules(dict.fromkeys(layers, 8), base)
+    except CheckpointError as error:
+        return str(error)
+    for module, path in layers.items():
+        if match.tensors[module] != f"{path}.weight":
+            return f"{module} is {path}, not {match.tensors[module]}"
+        if match.undo(path) != module:
+            return f"{path} becomes {match.undo(path)}, not {module}"
+    return ""
+
+
+def source_text(walked: Walk) -> str:
+    """Return the source of the module with the generated table."""
+    blocks = []
+    for (kind, _), tables in sorted(walked.renames.items()):
+        for table in tables:
+            lines = [f"    {files} {memory}" for files, memory in sorted(table.items())]
+            blocks += [kind, *lines] if lines else []
+    text = "\n".join(blocks)
+    release = transformers.__version__
+    return f'''# ruff: noqa: E501
+"""Renames of whole models that `renamerules` does not state, in one table for each class.
+
+Generated by tests/conversiontables.py from the classes of transformers {release}; do not
+edit. A line without an indent is a model type; the lines below it are the path of a linear layer in
+the files and its path in memory, with # for the number of a layer.
+"""
+
+TABLE = """
+{text}
+"""
+'''
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    sys.stdout.write(source_text(walk()))

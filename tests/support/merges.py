@@ -1,0 +1,96 @@
+"""Tiny bases with values in them, merged, and what has to come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bases import tiny_base
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from vera_convert.base.facts import BaseOptions
+from vera_convert.delta import exact_delta, merged
+from vera_convert.merging.merge import Merge, merge
+from vera_convert.merging.options import MergeOptions
+
+Tensors = dict[str, NDArray[Any]]
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
+INDEX = "model.safetensors.index.json"
+
+
+def filled_base(folder: Path, *, shards: int = 1, **changes: Any) -> Path:
+    """Write `bases.tiny_base` with random values, in one file or in shards with an index."""
+    single = tiny_base(folder, **changes) / "model.safetensors"
+    values = np.random.default_rng(1)
+    tensors = {
+        name: zeros + values.normal(0, 0.1, zeros.shape).astype(zeros.dtype)
+        for name, zeros in load_file(single).items()
+    }
+    single.unlink()
+    if shards == 1:
+        save_file(tensors, single, {"format": "pt"})
+        return folder
+    names = sorted(tensors)
+    weight_map = {
+        name: f"model-{1 + position * shards // len(names):05}-of-{shards:05}.safetensors"
+        for position, name in enumerate(names)
+    }
+    for file in sorted(set(weight_map.values())):
+        part = {name: tensors[name] for name in names if weight_map[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def merged_with(adapter: Path, base: Path, out: Path, **options: Any) -> Merge:
+    """Merge, with options by their names."""
+    key_map = options.pop("key_map", ())
+    wish = BaseOptions(str(base), key_map=key_map, dtype=options.pop("base_dtype", None))
+    return merge(adapter, out, base=wish, options=MergeOptions(**options))
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """Every tensor of a model, read by the safetensors library."""
+    found: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def change(adapter: Path, module: str, inputs: int) -> NDArray[Any]:
+    """What an adapter with stored projections adds to one layer, in float64."""
+    stored = load_file(adapter / "adapter_model.safetensors")
+    d, b = (stored[f"base_model.model.{module}.vera_lambda_{kind}"] for kind in "db")
+    return exact_delta(stored["base_model.vera_A"], stored["base_model.vera_B"], d, b, inputs)
+
+
+def wanted(adapters: Mapping[Path, float], base: Path) -> Tensors:
+    """What has to come out, for adapters whose layers have the base's names."""
+    found = tensors_of(base)
+    for name, weight in found.items():
+        module = name.removesuffix(".weight")
+        changes = [
+            factor * change(adapter, module, weight.shape[1])
+            for adapter, factor in adapters.items()
+            if f"base_model.model.{module}.vera_lambda_b"
+            in load_file(adapter / "adapter_model.safetensors")
+        ]
+        if changes:
+            found[name] = merged(weight, sum(changes[1:], changes[0]))
+    return found
+
+
+def assert_same(found: Tensors, expected: Tensors, *, within: float = 3e-7) -> None:
+    """Compare all tensors: names, dtypes, shapes, and values beside the largest of each."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        apart = np.abs(found[name].astype(np.float64) - tensor.astype(np.float64))
+        largest = np.abs(tensor.astype(np.float64)).max(initial=1)
+        assert apart.max(initial=0) <= within * largest, name

@@ -1,0 +1,376 @@
+"""Files put together from ranges that are copied and tensors that are computed, by several threads.
+
+    plan: files ── pieces ── blocks ──> crew: read, multiply, add, write ──> finisher: sync, hash
+
+What is written does not depend on the number of threads; neither does the error that is raised.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
+from vera_convert.assembly.blocks import CPU, Device, Workspace, buffer_sizes_for
+from vera_convert.assembly.copying import OPEN_FLAGS, copy_range, write_at
+from vera_convert.assembly.finisher import Finisher, Written, digest_of
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.pool import WorkerPool, one_blas_thread
+from vera_convert.files.reading import LocalFile
+
+COPY_BLOCK = 1 << 24
+"""Bytes that are copied at a time."""
+JOB_BYTES = 1 << 22
+"""Bytes that one job writes, if its first block is not larger: opening files takes time too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopiedRange:
+    """A range of bytes that is copied from an input.
+
+    Attributes:
+        source: the input.
+        start: where the range begins in it.
+        size: its length.
+        at: where it begins in the output.
+    """
+
+    source: InputFile
+    start: int
+    size: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """A tensor that is computed.
+
+    Attributes:
+        source: the input that holds its stored values.
+        start: where they begin in it.
+        tensor: what is added to them.
+        at: where the result begins in the output.
+    """
+
+    source: InputFile
+    start: int
+    tensor: Sum
+    at: int
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        rows, columns = self.tensor.shape
+        return rows * columns * self.tensor.written.itemsize
+
+
+Piece = CopiedRange | Computed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewFile:
+    """A file that is to be written: `head`, then pieces without a gap.
+
+    Attributes:
+        name: relative to the output folder, with `/`.
+        head: the bytes that it begins with; all of them where there are no pieces.
+        pieces: in the order of the file.
+    """
+
+    name: str
+    head: bytes = b""
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return len(self.head) + sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Rows of a computed piece, or bytes of a carried one."""
+
+    piece: Piece
+    first: int
+    last: int
+
+    @property
+    def row(self) -> int:
+        """Bytes that are written for each row, or byte."""
+        if isinstance(self.piece, CopiedRange):
+            return 1
+        return self.piece.tensor.shape[1] * self.piece.tensor.written.itemsize
+
+    @property
+    def at(self) -> int:
+        """Where it begins in the output."""
+        return self.piece.at + self.first * self.row
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        return (self.last - self.first) * self.row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Blocks that follow one another in a file."""
+
+    file: NewFile
+    blocks: tuple[_Block, ...]
+
+
+def _jobs(file: NewFile) -> Iterator[_Job]:
+    """Yield the jobs of a file: large blocks one by one, small ones together."""
+    gathered: list[_Block] = []
+    size = 0
+    for block in _blocks(file):
+        if gathered and size + block.size > JOB_BYTES:
+            yield _Job(file, tuple(gathered))
+            gathered, size = [], 0
+        gathered.append(block)
+        size += block.size
+    if gathered:
+        yield _Job(file, tuple(gathered))
+
+
+def _blocks(file: NewFile) -> Iterator[_Block]:
+    for piece in file.pieces:
+        whole, step = piece.size, COPY_BLOCK
+        if isinstance(piece, Computed):
+            whole, step = piece.tensor.shape[0], piece.tensor.block_rows
+        for first in range(0, whole, step):
+            yield _Block(piece, first, min(first + step, whole))
+
+
+class ResultNotFiniteError(ArithmeticError):
+    """A value of a merged tensor is infinite or no number.
+
+    Attributes:
+        name: the tensor.
+        index: row and column, as stored, of the first such value.
+    """
+
+    def __init__(self, name: str, index: tuple[int, int]) -> None:
+        super().__init__(name, index)
+        self.name = name
+        self.index = index
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Numbers of the blocks of one tensor, added in their order whenever they come."""
+
+    total: Numbers = field(default_factory=Numbers)
+    rows: int = 0
+    early: dict[int, tuple[int, Numbers]] = field(default_factory=dict)
+
+    def add(self, first: int, last: int, numbers: Numbers) -> None:
+        self.early[first] = (last, numbers)
+        while self.rows in self.early:
+            self.rows, numbers = self.early.pop(self.rows)
+            self.total += numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What came of one file.
+
+    Attributes:
+        numbers: of each of its tensors to which something was added, by name.
+        sha256: of its bytes; None if hashes were not asked for.
+    """
+
+    numbers: Mapping[str, Numbers]
+    sha256: str | None = None
+
+
+class Assembler:
+    """Threads that are ready to assemble files; a context manager that ends them.
+
+    They are made before there is any folder to write to, and each has run a product by then: a
+    BLAS that dies of too little memory does so while there is nothing to leave behind.
+    """
+
+    def __init__(
+        self, files: Sequence[NewFile], *, jobs: int, check: bool = False, device: Device = CPU
+    ) -> None:
+        """Start `jobs` threads that can compute every tensor of `files`.
+
+        Args:
+            files: what is to be written.
+            jobs: how many threads.
+            check: look at all rows, and read back and compare what was written.
+            device: what does the products.
+
+        Raises:
+            MemoryError: there is not enough for the buffers.
+        """
+        self._files = files
+        self._check = check
+        self._device = device
+        self._lock = threading.Lock()
+        self._done = 0
+        self._left: dict[str, int] = {}
+        self._tallies: dict[str, dict[str, _Tally]] = {}
+        self._folder = Path()
+        self._finisher: Finisher | None = None
+        self._room = buffer_sizes_for(
+            [piece.tensor for file in files for piece in file.pieces if isinstance(piece, Computed)]
+        )
+        self._limit = one_blas_thread()
+        try:
+            self._crew: WorkerPool[_Job] = WorkerPool(jobs, self._prepare)
+        except BaseException:
+            self._limit.restore_original_limits()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._crew.close()
+        self._limit.restore_original_limits()
+
+    def assemble(
+        self,
+        folder: Path,
+        *,
+        finished: Collection[str] = (),
+        hashes: bool = False,
+        progress: Callable[[int], None] = lambda _done: None,
+        on_finished: Callable[[str, Finished], None] = lambda _name, _finished: None,
+    ) -> dict[str, Finished]:
+        """Write the files into a folder and bring them to the disk.
+
+        Args:
+            folder: exists, and has nothing of those names but the files that are finished.
+            finished: files that are there already.
+            hashes: take the SHA-256 of each file.
+            progress: told now and then how many bytes have been written.
+            on_finished: called, by another thread, for each file that is on the disk.
+
+        Returns:
+            What came of each file, but for those that were finished.
+
+        Raises:
+            ResultNotFiniteError: a result is not finite.
+            SurroundingsError: an input changed or cannot be read, or came back otherwise.
+            OSError: the system cannot write.
+        """
+        results: dict[str, Finished] = {}
+
+        def finish(name: str, digest: str | None) -> None:
+            numbers = {tensor: tally.total for tensor, tally in self._tallies[name].items()}
+            results[name] = Finished(numbers, digest)
+            on_finished(name, results[name])
+
+        self._folder = folder
+        todo = [file for file in self._files if file.name not in finished]
+        self._done = sum(file.size for file in self._files if file.name in finished)
+        with Finisher(hashes=hashes, compares=self._check, on_finished=finish) as finisher:
+            self._finisher = finisher
+            try:
+                for file in todo:
+                    self._begin(file, finisher)
+                jobs = (job for file in todo for job in _jobs(file))
+                self._crew.run(jobs, tell=lambda: self._tell(finisher, progress))
+            except BaseException:
+                self._crew.close()  # nobody may write any more to what is going to be removed
+                raise
+        progress(self._done)
+        return results
+
+    def _tell(self, finisher: Finisher, progress: Callable[[int], None]) -> None:
+        finisher.raise_failure()
+        progress(self._done)
+
+    def _prepare(self) -> Callable[[_Job], None]:
+        self._device.product()
+        return partial(self._work, self._device.bench(self._room, self._check))
+
+    def _begin(self, file: NewFile, finisher: Finisher) -> None:
+        """Create a file in its full size, so that its blocks can come in any order."""
+        path = self._folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as target:
+            target.write(file.head)
+            target.truncate(file.size)
+        self._left[file.name] = sum(piece.size for piece in file.pieces)
+        self._tallies[file.name] = {
+            piece.tensor.name: _Tally()
+            for piece in file.pieces
+            if isinstance(piece, Computed) and piece.tensor.terms
+        }
+        finisher.begin(file.name, path)
+        finisher.written(file.name, Written(0, len(file.head), digest_of(file.head)))
+        self._done += len(file.head)
+        if not self._left[file.name]:
+            finisher.complete(file.name)
+
+    def _work(self, bench: Workspace, job: _Job) -> None:
+        with ExitStack() as stack:
+            target = os.open(self._folder / job.file.name, OPEN_FLAGS)
+            stack.callback(os.close, target)
+            sources: dict[InputFile, LocalFile] = {}
+            written = []
+            for block in job.blocks:
+                piece = block.piece
+                if piece.source not in sources:
+                    sources[piece.source] = stack.enter_context(piece.source.open())
+                source = sources[piece.source]
+                if isinstance(piece, CopiedRange):
+                    written.append(_carry(piece, block, source, target))
+                    continue
+                numbers = _compute(piece, block, bench, source)
+                if piece.tensor.terms:
+                    with self._lock:
+                        tally = self._tallies[job.file.name][piece.tensor.name]
+                        tally.add(block.first, block.last, numbers)
+                data = bench.written_bytes(piece.tensor, block.first, block.last)
+                write_at(target, block.at, data)
+                digest = digest_of(data) if self._check else None
+                written.append(Written(block.at, block.size, digest))
+        self._account(job.file, written)
+
+    def _account(self, file: NewFile, written: Sequence[Written]) -> None:
+        """Tell the finisher what has been written; of blocks that are not compared only where."""
+        assert self._finisher is not None  # noqa: S101 -- there is work only while there is one
+        size = sum(part.size for part in written)
+        with self._lock:
+            for part in written if self._check else [Written(written[0].at, size)]:
+                self._finisher.written(file.name, part)
+            self._done += size
+            self._left[file.name] -= size
+            if not self._left[file.name]:
+                self._finisher.complete(file.name)
+
+
+def _compute(piece: Computed, block: _Block, bench: Workspace, source: LocalFile) -> Numbers:
+    """Read the stored rows of a block and turn them into those that are written."""
+    tensor, first, last = piece.tensor, block.first, block.last
+    row = tensor.shape[1] * tensor.stored.itemsize
+    source.read_into(piece.start + first * row, bench.stored_bytes(tensor, first, last))
+    try:
+        return bench.add(tensor, first, last)
+    except NotFiniteError as error:
+        raise ResultNotFiniteError(tensor.name, error.index) from error
+
+
+def _carry(piece: CopiedRange, block: _Block, source: LocalFile, target: int) -> Written:
+    start = piece.start + block.first
+    copy_range(source, target, start=start, at=block.at, size=block.size)
+    return Written(block.at, block.size, source=(piece.source, start))

@@ -1,0 +1,407 @@
+"""Which layers of a base are quantized, by what lies in its files and by what its config says.
+
+Either is enough to refuse: files can be quantized without a word in the config, and a loader can
+quantize after the config what the files hold in 16 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import lru_cache
+from itertools import islice
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.renames import other_names
+from vera_convert.embeddings import is_output_head, is_table
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import printable
+from vera_convert.rules import QUANTIZED_ELSEWHERE, QUANTIZED_TARGET, Finding
+from vera_convert.targets.patterns import Pattern, search
+
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+"""Dtypes of values that are not quantized."""
+FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
+CONFIG_FIELDS = ("quantization_config", "compression_config")
+"""Members of a config, or of a part of it, that say how it is quantized."""
+
+_METHODS = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "auto_round": "AutoRound",
+    "autoround": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "compressed-tensors": "compressed-tensors",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "fbgemm_fp8": "fp8 (FBGEMM)",
+    "fp8": "fp8",
+    "fouroversix": "Four Over Six",
+    "fp_quant": "FP-Quant",
+    "gguf": "GGUF",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "metal": "Metal",
+    "modelopt": "ModelOpt",
+    "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+    "nvfp4": "NVFP4",
+    "quanto": "quanto",
+    "quark": "Quark",
+    "sinq": "SINQ",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+_KEPT_FIELDS = (
+    "modules_to_not_convert",
+    "llm_int8_skip_modules",
+    "ignore",
+    "ignored_layers",
+    "exclude",
+    "exclude_modules",
+    "skip_modules",
+    "linear_weights_not_to_quantize",
+)
+"""What methods call their list of modules that are left alone."""
+_OF_SIBLINGS = (
+    (r"weight\.(absmax|quant_map|nested_.*|quant_state\..*)", "bitsandbytes 4-bit"),
+    (r"SCB|weight_format", "bitsandbytes 8-bit"),
+    (r"weight_scale_inv", "fp8"),
+    (r"weight_(scale_2|global_scale)", "NVFP4"),
+    (r"weight_(packed|shape|g_idx|zero_point)", "compressed-tensors"),
+    (r"weight_scale|input_scale(_ub)?", "fp8 or compressed-tensors"),
+    (r"qweight|qzeros|g_idx|scales", "GPTQ or AWQ"),
+    (r"W_q", "HQQ"),
+    (r".*blocks", "mxfp4"),
+    (r"weight_scales", "EETQ"),
+    (r"_weight_(qdata|scale|zero_point|.*_data)", "torchao"),
+    (r"weight[.:](?!original\d).*", "torchao or quanto"),
+    (r"codes|codebooks", "AQLM"),
+    (r"dense_weights|row_offsets|col_vals|in_perm", "SpQR"),
+    (r"(res_)?(centroids|indices)(\.weight)?|outlier_(centroids|indices)(\.weight)?", "VPTQ"),
+    (r"dqweight|act_global_scale|(forward|backward)_hadamard_matrix", "FP-Quant"),
+    (r"qbiases|biases", "MLX or Metal"),
+)
+"""Names of tensors beside a layer's weight that only quantizers write, and who they are."""
+_PACKED = (
+    *("qweight", "weight_packed", "W_q", "codes", "packed_weight", "_weight_qdata"),
+    *("weight._data", "weight._data._data", "dense_weights", "centroids.weight", "indices"),
+)
+"""Names that quantizers give to a weight itself, in this order; its shape is not the layer's."""
+_CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
+"""Parts of a quantized layer that have a ``weight`` of their own."""
+_TRANSPOSED = ("EETQ",)
+"""Methods that store one value in each element, but as (in, out)."""
+_SHAPED = FLOATS | FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
+"""Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
+
+
+def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
+    """Return an error for each way in which any of these tensors of a base is quantized.
+
+    Args:
+        base: the base.
+        tensors: names of weights that something is to be added to.
+    """
+    names = [*dict.fromkeys(tensors)]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (kind, reason) in _Quantization(base).of_all(names).items():
+        found.setdefault(kind, []).append((name, reason))
+    return [
+        QUANTIZED_TARGET.at(
+            base.location.label,
+            f"{len(those)} of {len(names)} layers are quantized ({kind}), such as "
+            f'"{printable(those[0][0])}": {those[0][1]}.',
+        )
+        for kind, those in found.items()
+    ]
+
+
+def refuse_quantized(base: BaseModel, tensors: Iterable[str]) -> None:
+    """Raise `CheckpointError` if any of these tensors of a base is quantized."""
+    findings = quantized_targets(base, tensors)
+    if findings:
+        raise CheckpointError.of(findings)
+
+
+def quantized_elsewhere(base: BaseModel) -> Finding | None:
+    """Return a note if any tensor of a base is quantized."""
+    quantization = _Quantization(base)
+    kinds = {kind: name for name in base.tensors for kind, _ in quantization.by_tensors(name)}
+    if not kinds:
+        return None
+    shown = " and ".join(f'{kind}, such as "{printable(name)}"' for kind, name in kinds.items())
+    return QUANTIZED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
+
+
+def quantized_tensors(base: BaseModel) -> frozenset[str]:
+    """Return the names of all tensors of quantized layers: weights, scales and whatever else.
+
+    None of them may be converted to another dtype.
+    """
+    quantization = _Quantization(base)
+    return frozenset(name for name in base.tensors if [*quantization.by_tensors(name)])
+
+
+def packed_weight(base: BaseModel, path: str) -> str | None:
+    """Return what a layer has in the place of a ``weight``, if a quantizer calls it otherwise.
+
+    Args:
+        base: the base.
+        path: the layer's, in the base's files.
+    """
+    return next((name for end in _PACKED if (name := f"{path}.{end}") in base.tensors), None)
+
+
+def is_packed(base: BaseModel, name: str) -> bool:
+    """Say whether the shape of a weight is not that of its layer."""
+    path, rest = layer_of(name)
+    dtype = base.tensors[name].info.dtype
+    if rest != "weight" or dtype not in _SHAPED:
+        return True
+    if dtype != "I8":
+        return False
+    methods = {claim.method for claim in _claims(base.config)}
+    return f"{path}.weight_scales" in base.tensors or not methods.isdisjoint(_TRANSPOSED)
+
+
+@lru_cache(maxsize=1024)
+def kind_of_siblings(name: str) -> str | None:
+    """Return which quantizer writes a tensor of this name beside a weight; None if it is of none.
+
+    Args:
+        name: without the path of the layer, such as ``weight_scale``.
+    """
+    return next((kind for pattern, kind in _OF_SIBLINGS if re.fullmatch(pattern, name)), None)
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def layer_of(name: str) -> tuple[str, str]:
+    """Split a tensor's name into the path of its layer and the rest.
+
+    What belongs to a weight stays with it: ``a.b`` and ``weight.absmax``.
+    """
+    start, inside, rest = name.partition(".weight.")
+    if inside:
+        return start, f"weight.{rest}"
+    path, _, last = name.rpartition(".")
+    before, _, part = path.rpartition(".")
+    if last == "weight" and part in _CODEBOOKS:
+        return before, f"{part}.weight"
+    return path, last
+
+
+class _Quantization:
+    """What a base's files and config say of each of its tensors."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._signs: dict[str, tuple[str, str]] = {}
+        for name in base.tensors:
+            path, rest = layer_of(name)
+            kind = kind_of_siblings(rest)
+            if kind is not None:
+                self._signs.setdefault(path, (rest, kind))
+
+    def of_all(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """Return kind and reason by name, for those that are quantized."""
+        by_config = self._by_config(names)
+        found = {}
+        for name in names:
+            reasons = [*self.by_tensors(name)]
+            claim = by_config.get(name)
+            if claim is not None:
+                reasons.insert(0, (claim, "the config says so"))
+            if reasons:
+                found[name] = (reasons[0][0], " and ".join(reason for _, reason in reasons))
+        return found
+
+    def by_tensors(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield kind and reason for each sign of it in the files."""
+        path, rest = layer_of(name)
+        sign = self._signs.get(path)
+        dtype = self._base.tensors[name].info.dtype
+        if rest == "weight" and dtype not in FLOATS:
+            plain = "fp8" if dtype in FP8 else "packed or integer values"
+            yield sign[1] if sign else plain, f"its dtype is {dtype}"
+        if sign and rest != "bias":
+            where = "is its name" if sign[0] == rest else "lies beside it"
+            yield kind_of_siblings(rest) or sign[1], f"{printable(sign[0])} {where}"
+
+    def _by_config(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the method by name for those that the config says are quantized."""
+        claims = [*islice(dict.fromkeys(_claims(self._base.config)), _MOST_CLAIMS + 1)]
+        # Norms and biases have one dimension. A packed weight can have one too.
+        names = [
+            name
+            for name in names
+            if len(self._base.tensors[name].info.shape) > 1 or layer_of(name)[1] in _PACKED
+        ]
+        if not claims or not names:
+            return {}
+        if len(claims) > _MOST_CLAIMS:
+            return dict.fromkeys(names, claims[0].method)
+        known = other_names(self._base, (layer_of(name)[0] for name in names))
+        patterns = dict.fromkeys(pattern for claim in claims for pattern in claim.patterns)
+        every = [*dict.fromkeys(other for others in known.values() for other in others)]
+        fitting = _fitting(patterns, every)
+        if fitting is None:  # it takes too long to tell: taken as quantized
+            return dict.fromkeys(names, claims[0].method)
+        found: dict[str, str] = {}
+        for name in names:
+            others = known[layer_of(name)[0]]
+            fits = frozenset[str]().union(*(fitting[other] for other in others))
+            found.update((name, claim.method) for claim in claims if claim.covers(others, fits))
+        return found
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A config's statement that modules are quantized.
+
+    Attributes:
+        method: what the method is called.
+        kept: names of modules that are left alone: paths or parts of them, with ``*``, or regular
+            expressions.
+        named: names of those that are quantized, likewise; None if they are all.
+        takes_heads: whether output heads are quantized too.
+    """
+
+    method: str
+    kept: frozenset[str]
+    named: frozenset[str] | None
+    takes_heads: bool
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """All patterns."""
+        return self.kept | (self.named or frozenset())
+
+    def covers(self, names: Iterable[str], fits: frozenset[str]) -> bool:
+        """Say whether a module is quantized that different releases know by these names.
+
+        Args:
+            names: those of the module.
+            fits: the patterns that fit any of the names.
+        """
+        if not self.takes_heads and any(map(_is_kept_by_default, names)):
+            return False
+        return fits.isdisjoint(self.kept) and (
+            self.named is None or not fits.isdisjoint(self.named)
+        )
+
+
+def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
+    """Yield the claims of a config and its parts."""
+    for name, part in config.items():
+        if not isinstance(part, Mapping):
+            continue
+        if name in CONFIG_FIELDS:
+            yield _claim(part)
+        else:
+            yield from _claims(part)
+
+
+def _claim(config: Mapping[str, object]) -> _Claim:
+    method = config.get("quant_method")
+    kept = [text for field in _KEPT_FIELDS for text in _texts(config.get(field))]
+    if method == "bitsandbytes" or "load_in_4bit" in config or "load_in_8bit" in config:
+        label = f"bitsandbytes {'4' if config.get('load_in_4bit') else '8'}-bit"
+    else:
+        label = _METHODS.get(str(method).lower(), printable(str(method or "of an unnamed method")))
+    return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
+
+
+def _named(config: Mapping[str, object]) -> frozenset[str] | None:
+    """Return the modules that are quantized, where a config lists them."""
+    if config.get("quant_method") == "mxfp4":
+        return frozenset(("experts",))
+    found = [*_texts(config.get("modules_in_block_to_quantize"))]
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        found += _texts(group.get("targets") if isinstance(group, Mapping) else None)
+    # "Linear" and the like are classes, which cover more than a name can tell.
+    is_class = any(re.fullmatch(r"[A-Z]\w*", text) for text in found)
+    return frozenset(found) if found and not is_class else None
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, which may be one, or a list of texts or of lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+_MOST_CLAIMS = 32
+"""The most different statements of a config that are read: each is compared with each layer."""
+_MOST_LOOKUPS = 20_000_000
+"""The most parts of names that are looked up among plain patterns: some seconds of work."""
+
+
+def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]] | None:
+    """Return the patterns that fit each name, of a module or of what the module is a part of.
+
+    Plain patterns cost one look-up for each part of a name, however many patterns there are; all
+    others are under the limits of `patterns.search`.
+
+    Returns:
+        None if that takes too long, or if a pattern is no regular expression.
+    """
+    plain: dict[str, list[str]] = {}
+    expressions = {}
+    for pattern in patterns:
+        text = pattern.removeprefix("re:")
+        if text != pattern or re.search(r"[\\^$+(\[|]", text):
+            expressions[pattern] = Pattern("quantization_config", text)
+            continue
+        text = text.removesuffix(".weight").strip(".")
+        if "*" in text:
+            expressions[pattern] = Pattern("quantization_config", _of_wildcards(text))
+        else:
+            plain.setdefault(text, []).append(pattern)
+    sizes = {text.count(".") + 1 for text in plain}
+    if len(sizes) * sum(name.count(".") + 1 for name in names) > _MOST_LOOKUPS:
+        return None
+    try:
+        results = search([*expressions.values()], names)
+    except (CheckpointError, SurroundingsError):
+        return None
+    found = {
+        name: {each for part in _parts(name, sizes) for each in plain.get(part, ())}
+        for name in names
+    }
+    for pattern, hits in zip(expressions, results, strict=True):
+        for name, hit in zip(names, hits, strict=True):
+            if hit is not None:
+                found[name].add(pattern)
+    return {name: frozenset(fits) for name, fits in found.items()}
+
+
+def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:
+    """Yield each part of a name that has as many elements as one of `sizes`."""
+    elements = name.split(".")
+    for size in sizes:
+        for start in range(len(elements) - size + 1):
+            yield ".".join(elements[start : start + size])
+
+
+def _of_wildcards(text: str) -> str:
+    """Return the regular expression for a name with ``*``, at either end of a path."""
+    return "|".join(map(translate, (text, f"{text}.*", f"*.{text}")))
+
+
+def _is_kept_by_default(module: str) -> bool:
+    """Say whether quantizers leave a module alone unless they are told otherwise."""
+    return is_output_head(module) or is_table(module)

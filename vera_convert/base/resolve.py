@@ -1,0 +1,337 @@
+"""What a base makes of an adapter's projections: their dims, and the rounding to its dtype.
+
+PEFT casts A and B to the dtype of each adapted layer in turn; `dims` says how large A and B are.
+Neither can be told from the adapter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum, auto
+from functools import partial
+from typing import Any, TypeVar
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.base.components import Pipeline
+from vera_convert.base.dims import shared_dims
+from vera_convert.base.facts import ROUNDING_OF_DTYPE, BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.identity import disagreements
+from vera_convert.base.match import Match, match_modules
+from vera_convert.base.model import BaseModel, read_base, read_model_config
+from vera_convert.base.replacements import lost_biases
+from vera_convert.draws.generator import Rounding
+from vera_convert.errors import (
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
+from vera_convert.files.reading import printable
+from vera_convert.files.shards import component_folders
+from vera_convert.hub.lookup import (
+    AmbiguousBaseError,
+    HubAccess,
+    Location,
+    NamedBase,
+    base_from_config,
+    list_files,
+    locate,
+)
+from vera_convert.rules import (
+    BASE_IN_FOLDER,
+    BASE_WITHOUT_WEIGHTS,
+    NAMES_DIFFER,
+    QUANTIZED_TARGET,
+    ROUNDING_UNCLEAR,
+    SHAPES_DIFFER,
+    TARGET_IS_QUANTIZED,
+    Finding,
+)
+from vera_convert.targets.architectures import layers_from_config
+from vera_convert.targets.built import BuiltLayers
+from vera_convert.targets.matching import Linear, ModelLayers, layers_from_shapes
+
+Found = TypeVar("Found")
+
+
+class Need(Enum):
+    """How much a command needs a base that nothing but the adapter's config names."""
+
+    NONE = auto()
+    """It is not looked up."""
+    HELPFUL = auto()
+    """It is done without where it cannot be had or read."""
+    VITAL = auto()
+    """Itself, or what a caller says of its dims."""
+    WHOLE = auto()
+    """Itself: its dims would not do."""
+
+
+class Bases:
+    """The bases of one run: each is looked up and read once, whoever asks how often."""
+
+    def __init__(self, access: HubAccess | None = None) -> None:
+        self.access = access or HubAccess()
+        self._found: dict[tuple[object, ...], Any] = {}
+
+    def located(self, model: str, revision: str | None) -> Location:
+        """Find a base that a caller names; see `hub.locate`."""
+        return self._once(
+            ("located", model, revision),
+            lambda: locate(model, kind="base", access=self.access, revision=revision),
+        )
+
+    def named(self, name: str | None, revision: str | None) -> NamedBase:
+        """Find a base that a config names; see `hub.base_from_config`."""
+        return self._once(
+            ("named", name, revision), lambda: base_from_config(name, revision, self.access)
+        )
+
+    def read(self, location: Location, component: str = "") -> BaseModel:
+        """Read a base's headers; see `base.model.read_base`."""
+        return self._once(
+            ("read", location.label, location.folder, component),
+            lambda: read_base(location, self.access, component=component),
+        )
+
+    def _once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
+        """Return what was found for a key, or raise again what was raised."""
+        if key not in self._found:
+            try:
+                self._found[key] = find()
+            except VeraConvertError as error:
+                self._found[key] = error
+        found: Found | VeraConvertError = self._found[key]
+        if isinstance(found, VeraConvertError):
+            raise found
+        return found
+
+
+def resolve_base(adapter: Adapter, wish: BaseOptions, *, bases: Bases, need: Need) -> BaseFacts:
+    """Find out what can be known of the base that an adapter is for.
+
+    Args:
+        adapter: the adapter.
+        wish: what the caller says; a base that it names must be had.
+        bases: where they are looked up.
+        need: what becomes of a base that only the config names.
+
+    Raises:
+        CheckpointError: the base is malformed, or is not the adapter's.
+        UsageError: options clash, or the base is ambiguous.
+        SurroundingsError: a base that was named by the caller, or is vital, cannot be had.
+    """
+    known, named = BaseFacts(), adapter.config.base_model_name_or_path
+    if wish.in_features is not None or wish.out_features is not None:
+        known = _from_options(wish)
+    elif wish.model is not None:
+        location = bases.located(wish.model, wish.revision)
+        known = _from_base(adapter, location, wish, bases, need)
+    elif need is not Need.NONE and (place := dict(wish.places).get(named or "")) is not None:
+        known = _from_base(adapter, bases.located(place, wish.revision), wish, bases, need)
+    elif need is not Need.NONE:
+        known = _from_name(adapter, wish, bases, need)
+    return known if wish.dtype is None else loaded_in(known, wish.dtype)
+
+
+def _from_options(wish: BaseOptions) -> BaseFacts:
+    if wish.model is not None:
+        raise UsageError("give either --base or --in-features and --out-features, not both.")
+    if wish.in_features is None or wish.out_features is None:
+        raise UsageError("--in-features and --out-features belong together: give both.")
+    return BaseFacts(wish.in_features, wish.out_features, source="what was given")
+
+
+def _from_name(adapter: Adapter, wish: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
+    """Read the base that the config names, or say why that cannot be done."""
+    config = adapter.config
+    revision = wish.revision or config.revision
+    try:
+        named = bases.named(config.base_model_name_or_path, revision)
+        if named.location is None:
+            return BaseFacts(source=named.reason)
+        known = _from_base(adapter, named.location, wish, bases, need)
+        if not named.reason:
+            return known
+        said = BASE_IN_FOLDER.at(adapter.place, named.reason)
+        return replace(known, findings=(said, *known.findings))
+    except AmbiguousBaseError as error:
+        if need in (Need.VITAL, Need.WHOLE):
+            raise
+        return BaseFacts(source=str(error))
+    except SurroundingsError as error:
+        if need is Need.WHOLE:
+            reason = f"{error} Name the base with --base where it lies here."
+            raise SurroundingsError(reason) from error
+        if need is Need.VITAL:
+            raise SurroundingsError(
+                f"{error} Name the base with --base where it lies here, or give --in-features, "
+                "--out-features and --base-dtype."
+            ) from error
+        return BaseFacts(source=str(error))
+    except CheckpointError as error:
+        of_base = all(finding.code.startswith(("V0", "V5")) for finding in error.findings)
+        if need in (Need.VITAL, Need.WHOLE) or not of_base:
+            raise
+        return BaseFacts(source=str(error))
+
+
+# --- from a base's headers -----------------------------------------------------------------------
+
+
+def _from_base(
+    adapter: Adapter, location: Location, wish: BaseOptions, bases: Bases, need: Need
+) -> BaseFacts:
+    find = partial(_find_layers, adapter, wish)
+    base: BaseModel | None = None
+    try:
+        if component_folders(list_files(location, bases.access)):
+            pipeline = Pipeline(location, bases.access, bases.read)
+            base, match = pipeline.component_of(find, adapter.config.base_model_name_or_path)
+        else:
+            base = bases.read(location)
+            match = find(base)
+    except CheckpointError as error:
+        if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
+            return _from_config(adapter, location, bases.access, error)
+        are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
+        if base is None or need is Need.WHOLE or not are_packed:
+            raise
+        return _packed(base, error.findings)
+    own = {
+        module: Linear(out, width, conv1d=module in match.conv1d)
+        for module, (out, width) in match.shapes.items()
+    }
+    tensors = _as_adapter_names_them(base, match)
+    shapes = {module + ".weight": base.tensors[name].info.shape for module, name in tensors.items()}
+    model = layers_from_shapes(shapes, model_type=base.model_type)
+    # The match knows each layer's orientation, and the heads that are the embedding on disk.
+    model = replace(
+        model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
+    )
+    built = BuiltLayers(base.config, own)
+    dims = shared_dims(adapter, model, own, built)
+    used = [match.tensors[module] for module in dims.adapted]
+    rounding, possible, unclear = _rounding(base, used)
+    return BaseFacts(
+        dims.in_features,
+        dims.out_features,
+        rounding,
+        possible,
+        source=location.label,
+        location=location,
+        base=base,
+        match=match,
+        findings=(
+            *base.findings,
+            *disagreements(adapter, base, built),
+            *dims.findings,
+            *unclear,
+            *lost_biases(adapter, match, base),
+        ),
+    )
+
+
+def _find_layers(adapter: Adapter, wish: BaseOptions, base: BaseModel) -> Match:
+    return match_modules(
+        {module: layer.out_features for module, layer in adapter.layers.items()},
+        base,
+        widest=adapter.projections.in_features if adapter.projections else None,
+        fan_in_fan_out=adapter.config.fan_in_fan_out,
+        key_map=wish.key_map,
+        allow_tied=True,
+    )
+
+
+def _packed(base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
+    """Return what is known of a base whose adapted layers are packed: not even their sizes."""
+    warnings = [TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
+    label = base.location.label
+    return BaseFacts(
+        source=f"{label} packs the adapted layers, so their sizes are not known",
+        location=base.location,
+        base=base,
+        findings=(*base.findings, *warnings),
+    )
+
+
+def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
+    """Return the base's weights by module path, in the names of the adapter's model.
+
+    The config's targets are matched against these. What that model does not have is left out.
+    """
+    named = {}
+    for name in base.tensors:
+        path = name.removesuffix(".weight")
+        module = match.undo(path) if path != name else None
+        if module is not None:
+            named[module] = name
+    return named
+
+
+def _rounding(
+    base: BaseModel, names: Sequence[str]
+) -> tuple[Rounding | None, tuple[Rounding, ...], tuple[Finding, ...]]:
+    """Return what the dtypes of the adapted layers do to projections, as far as they tell.
+
+    That is the rounding; or None, with those that are possible if not all are, and a warning.
+    """
+    dtypes = base.dtypes_of(names)
+    unknown = dtypes - ROUNDING_OF_DTYPE.keys()
+    roundings = {ROUNDING_OF_DTYPE[dtype] for dtype in dtypes - unknown}
+    sixteen = roundings & {Rounding.BF16, Rounding.FP16}
+    if unknown or len(sixteen) > 1:
+        reason = f"the adapted layers are {', '.join(sorted(dtypes))}."
+        possible = () if unknown else (Rounding.FP16_BF16, Rounding.BF16_FP16)
+        return None, possible, (ROUNDING_UNCLEAR.at(base.location.label, reason),)
+    for rounding in (*sixteen, Rounding.FP32):
+        if rounding in roundings:
+            return rounding, (), ()
+    return Rounding.NONE, (), ()
+
+
+# --- from a config alone -------------------------------------------------------------------------
+
+
+def _from_config(
+    adapter: Adapter, location: Location, access: HubAccess, error: CheckpointError
+) -> BaseFacts:
+    """Take the dims from a known type's config, where a base has no weights at all."""
+    config = read_model_config(location, access)
+    if config is None:
+        raise error
+    model = layers_from_config(config)
+    names = {module: _name_of(module, model) for module in adapter.layers}
+    absent = [module for module, name in names.items() if name is None]
+    if absent:
+        reason = f'{len(absent)} of {len(names)} layers, such as "{printable(absent[0])}", are not.'
+        raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
+    ours = {name: module for module, name in names.items() if name is not None}
+    model = replace(
+        model, linear={ours.get(name, name): linear for name, linear in model.linear.items()}
+    )
+    own = {module: model.linear[module] for module in adapter.layers}
+    for module, linear in own.items():
+        found = adapter.layers[module].out_features
+        if found != linear.out_features:
+            reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
+            raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
+    dims = shared_dims(adapter, model, own, BuiltLayers(config, own))
+    return BaseFacts(
+        dims.in_features,
+        dims.out_features,
+        source=f"{location.label} (its config alone)",
+        location=location,
+        findings=dims.findings,
+    )
+
+
+def _name_of(module: str, model: ModelLayers) -> str | None:
+    """Return the model's name of a layer, whatever prefix it or the adapter's lacks."""
+    if module in model.linear:
+        return module
+    found = [
+        name for name in model.linear if name.endswith(f".{module}") or module.endswith(f".{name}")
+    ]
+    return found[0] if len(found) == 1 else None

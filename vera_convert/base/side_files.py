@@ -1,0 +1,206 @@
+"""What lies in a model's folder beside its weights: carried along, left out, or replaced.
+
+Nothing is parsed into a class of transformers or diffusers; files are bytes with names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vera_convert.adapter.folder import is_strange, is_training_state
+from vera_convert.base.model import BaseModel
+from vera_convert.errors import CheckpointError
+from vera_convert.files.json_edit import edited_member, edited_object
+from vera_convert.files.reading import ByteSource, printable, read_json
+from vera_convert.files.shards import PIPELINE
+from vera_convert.rules import ADAPTER_IN_BASE, TOKENIZER_TOO_LARGE, WEIGHTS_LEFT_OUT, Finding
+
+PROVENANCE_NAME = "merge-provenance.json"
+CARD_NAME = "README.md"
+
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(bin|ckpt|pt|pth|pkl|h5|msgpack|onnx|onnx_data|ot|gguf|npz|tflite|pte|mlmodel"
+    r"|safetensors)(\.index\.json)?",
+    re.IGNORECASE,
+)
+"""Weights that a loader could take for the model's, and the indexes of such."""
+_OTHER_FOLDERS = frozenset(("onnx", "openvino", "original", "coreml", "onnxruntime", "flax"))
+"""Folders by which repos offer the same weights in another form."""
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model\..*")
+
+_TOKENIZER = re.compile(
+    r"tokenizer(_config)?\.json|tokenizer\..*model.*|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\..*|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|source\.spm"
+    r"|target\.spm|tekken\.json|chat_template\.(jinja|json)|additional_chat_templates/.*"
+)
+_TOKENIZER_ITSELF = re.compile(
+    r"tokenizer\.json|tokenizer\..*model.*|vocab\..*|.*\.(spm|tiktoken)|spiece\.model"
+    r"|sentencepiece.*\.model|tekken\.json"
+)
+"""Of a tokenizer's files those without which it is none."""
+_TOKENS_LIMIT = 100_000_000
+_LONGEST_ID = 20  # digits; Python takes no more than thousands, and no embedding has as many rows
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of a base's folder by what becomes of them; names are relative, with `/`.
+
+    Attributes:
+        carried: copied byte for byte, the config and the index not among them.
+        config: the model's ``config.json``, if there is one.
+        other_weights: the same weights in other forms, left out.
+        adapter: files of an adapter that lies there, left out.
+        unneeded: what comes from a training run or a download, left out.
+    """
+
+    carried: tuple[str, ...]
+    config: str | None
+    other_weights: tuple[str, ...]
+    adapter: tuple[str, ...]
+    unneeded: tuple[str, ...] = ()
+
+    def findings(self, place: str) -> Iterator[Finding]:
+        """Yield one warning for each kind of files that is left out."""
+        for rule, names in (
+            (WEIGHTS_LEFT_OUT, self.other_weights),
+            (ADAPTER_IN_BASE, self.adapter),
+        ):
+            if names:
+                yield rule.at(place, f"{', '.join(map(printable, names))}.")
+
+
+def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
+    """Sort the files of a base by their names.
+
+    Args:
+        names: all but hidden ones.
+        base: the base; its weight files and index are taken care of elsewhere.
+    """
+    own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
+    own |= {CARD_NAME, PROVENANCE_NAME}
+    components = _components(names, base)
+    groups: dict[str, list[str]] = {"carried": [], "weights": [], "adapter": [], "unneeded": []}
+    for name in sorted(set(names) - own):
+        groups[_kind(name, base.prefix, components)].append(name)
+    config = base.prefix + "config.json"
+    return ModelFiles(
+        tuple(groups["carried"]),
+        config if config in names else None,
+        tuple(groups["weights"]),
+        tuple(groups["adapter"]),
+        tuple(groups["unneeded"]),
+    )
+
+
+def _components(names: Collection[str], base: BaseModel) -> frozenset[str]:
+    """Return the folders that hold parts with weights of their own, to be carried whole.
+
+    Those are the other components of a pipeline, and any folder with a config of its own.
+    """
+    folders = {
+        str(PurePosixPath(name).parent) for name in names if name.endswith(("/config.json",))
+    }
+    if PIPELINE in names:
+        folders |= {name.partition("/")[0] for name in names if "/" in name}
+    return frozenset(folders - {base.prefix.rstrip("/")})
+
+
+def _kind(name: str, prefix: str, components: Collection[str]) -> str:
+    path = PurePosixPath(name)
+    folders = [str(folder) for folder in path.parents if str(folder) != "."]
+    inside = PurePosixPath(name.removeprefix(prefix))
+    if _OTHER_FOLDERS & {part.lower() for part in inside.parts[:-1]}:
+        return "weights"
+    is_unneeded = is_strange(name) or is_training_state(name)
+    if is_unneeded and not is_other_weights(name):
+        return "unneeded"
+    if any(folder in components for folder in folders):
+        return "carried"
+    if _ADAPTER.fullmatch(path.name):
+        return "adapter"
+    return "weights" if is_other_weights(name) else "carried"
+
+
+def is_other_weights(name: str) -> bool:
+    """Say whether a file's name is that of weights in any form, or of an index of such."""
+    return _OTHER_WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
+
+
+def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
+    """Return the files of a tokenizer; empty unless there is a whole one."""
+    found = [name for name in sorted(names) if _TOKENIZER.fullmatch(name)]
+    is_whole = any(_TOKENIZER_ITSELF.fullmatch(name) for name in found)
+    return tuple(found) if is_whole else ()
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+def untied(text: bytes, config: Mapping[str, object]) -> bytes:
+    """Return a config's text that says of head and embedding that they are two tensors."""
+    for name, part in config.items():
+        if isinstance(part, Mapping) and part.get("tie_word_embeddings") is not None:
+            text = edited_member(text, (name, "tie_word_embeddings"), value=False)
+    return edited_object(text, {"tie_word_embeddings": False})
+
+
+def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
+    """Return a config's text in which each dtype of the model is another.
+
+    Args:
+        text: the config's bytes.
+        config: its value.
+        dtype: as torch names it, such as ``bfloat16``.
+    """
+    for field in ("torch_dtype", "dtype"):
+        if isinstance(config.get(field), str):
+            text = edited_member(text, (field,), dtype)
+        for name, part in config.items():
+            if isinstance(part, Mapping) and isinstance(part.get(field), str):
+                text = edited_member(text, (name, field), dtype)
+    return text
+
+
+# --- the adapter's tokenizer ---------------------------------------------------------------------
+
+
+def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: str) -> None:
+    """Refuse a tokenizer with a token for which an embedding of `rows` has no row.
+
+    Args:
+        sources: its files by name, of which those that list added tokens are read.
+        rows: of the model's embedding as it will be; None if it is not known which that is.
+        place: how messages call the adapter.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    largest = max((token for name in sources for token in _tokens(name, sources[name])), default=-1)
+    if rows is not None and largest >= rows:
+        reason = f"its largest token is {largest:,}, the embedding has {rows:,} rows."
+        raise CheckpointError(TOKENIZER_TOO_LARGE.at(place, reason))
+
+
+def _tokens(name: str, source: ByteSource) -> Iterator[int]:
+    """Yield the ids that a file of a tokenizer gives to added tokens."""
+    if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
+        return
+    document, _ = read_json(source, limit=_TOKENS_LIMIT, pythons_numbers=True)
+    if not isinstance(document, dict):
+        return
+    found: list[object] = []
+    if name == "added_tokens.json":
+        found += document.values()
+    elif name == "tokenizer_config.json":
+        decoder = document.get("added_tokens_decoder")
+        keys = decoder if isinstance(decoder, dict) else {}
+        found += [int(key[:_LONGEST_ID]) for key in keys if key.isdecimal()]
+    else:
+        added = document.get("added_tokens")
+        entries = added if isinstance(added, list) else []
+        found += [entry.get("id") for entry in entries if isinstance(entry, dict)]
+    yield from (token for token in found if isinstance(token, int))

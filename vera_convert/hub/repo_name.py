@@ -1,0 +1,140 @@
+"""How a repo on the Hub is written on a command line: ``org/name[@revision][/subfolder]``."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import clean_name
+
+SCHEME = "hf://"
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_PAGES = ("tree", "blob", "resolve")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_PART = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+_REVISION = re.compile(r"(?!-)[^\s\x00-\x20\x7f~^:?*\[\\@/]+(?:/[^\s\x00-\x20\x7f~^:?*\[\\@/]+)*")
+_SLASHED_REVISION = re.compile(r"refs/(?:pr/\d+|convert/[\w.-]+)(?=/|$)", re.ASCII)
+_REPO_TYPES = frozenset(
+    ("model", "dataset", "space", "kernel", "bucket", "datasets", "spaces", "kernels", "buckets")
+)
+"""First elements of an ``hf://`` address that are no models (or misspelt ``models``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepoName:
+    """A repo on the Hub as it was written, taken apart and well formed.
+
+    Attributes:
+        repo_id: ``org/name``, or a bare ``name``.
+        revision: branch, tag, commit or ``refs/pr/N``; None for the default branch.
+        subfolder: relative folder inside the repo, with `/`; empty for its root.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str = ""
+
+
+def looks_like_path(text: str) -> bool:
+    """Say whether `text` is written as a path, so that it is never sent to the Hub."""
+    return re.match(r"[./~]|[A-Za-z]:", text) is not None or "\\" in text
+
+
+def is_repo_id(text: str) -> bool:
+    """Say whether `text` is ``name`` or ``org/name`` as the Hub allows them."""
+    parts = text.split("/")
+    return (
+        len(parts) <= 2
+        and all(_PART.fullmatch(part) for part in parts)
+        and "--" not in text
+        and ".." not in text
+        and not text.endswith(".git")
+    )
+
+
+def is_revision(text: str) -> bool:
+    """Say whether `text` could name a branch, tag or commit in git."""
+    return _REVISION.fullmatch(text) is not None and all(
+        re.search(r"^\.|\.\.|\.$|\.lock$", part) is None for part in text.split("/")
+    )
+
+
+def parse_repo_name(text: str, *, bare: bool) -> RepoName:
+    """Take a repo's name apart.
+
+    Args:
+        text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``;
+            or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``.
+        bare: whether a ``name`` without an organization is one too.
+
+    Raises:
+        ValueError: saying what is malformed.
+    """
+    if text.startswith(SCHEME):
+        body = _without_type(text.removeprefix(SCHEME)).strip("/")
+        repo_id, revision, subfolder = _split(body)
+        # As in huggingface_hub, where %2F is how a branch with a slash is written.
+        revision = unquote(revision) if revision else revision
+    elif re.match(r"https?://", text):
+        repo_id, revision, subfolder = _of_address(text)
+    elif "://" in text:
+        raise ValueError("an address of the Hub is written hf://org/name")
+    else:
+        repo_id, revision, subfolder = _split(text)
+    if not is_repo_id(repo_id) or ("/" not in repo_id and not bare):
+        raise ValueError("the repo is not of the form org/name")
+    if revision is not None and not is_revision(revision):
+        raise ValueError("the revision after @ is not one that git allows")
+    if subfolder is not None:
+        try:
+            subfolder = str(clean_name(subfolder, place=subfolder))
+        except CheckpointError:
+            raise ValueError("the subfolder is not a clean relative name") from None
+    return RepoName(repo_id, revision, subfolder or "")
+
+
+def _without_type(body: str) -> str:
+    kind, slash, rest = body.partition("/")
+    if kind in _REPO_TYPES:
+        raise ValueError("only models are read: hf://org/name or hf://models/org/name")
+    return rest if slash and kind == "models" else body
+
+
+def _of_address(text: str) -> tuple[str, str | None, str | None]:
+    """Take the address of a repo's page apart: ``https://huggingface.co/org/name/tree/REV/sub``."""
+    address = urlsplit(text)
+    if address.hostname not in {*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname}:
+        raise ValueError("the address is not one of the Hub")
+    parts = _without_type(address.path.strip("/")).split("/")
+    marks = [at for at in (1, 2) if len(parts) > at and parts[at] in _PAGES]
+    if not marks:
+        if len(parts) > 2:
+            raise ValueError("the address is not that of a repo or of a folder in it")
+        return "/".join(parts), None, None
+    repo, page, rest = parts[: marks[0]], parts[marks[0]], parts[marks[0] + 1 :]
+    found = _SLASHED_REVISION.match("/".join(rest))
+    length = found.group().count("/") + 1 if found else 1
+    revision, inside = "/".join(rest[:length]), rest[length:]
+    if page != "tree":  # the page of a file, which stands for its folder
+        inside = inside[:-1]
+    return "/".join(repo), unquote(revision) or None, unquote("/".join(inside)) or None
+
+
+def _split(body: str) -> tuple[str, str | None, str | None]:
+    """Split into repo id, revision and subfolder; None where a part is not there at all."""
+    before, at, after = body.partition("@")
+    if not at or before.count("/") > 1:
+        # An @ further back belongs to the subfolder's name.
+        organization, *rest = body.split("/", 2)
+        return "/".join((organization, *rest[:1])), None, rest[1] if len(rest) > 1 else None
+    slashed = _SLASHED_REVISION.match(after)
+    if slashed is None:
+        revision, slash, subfolder = after.partition("/")
+    else:
+        revision = slashed.group()
+        slash, subfolder = after[slashed.end() :][:1], after[slashed.end() + 1 :]
+    return before, revision, subfolder if slash else None

@@ -1,0 +1,221 @@
+"""The files beside an adapter that belong to the merged model, and what they say of that model.
+
+copied      tokenizer, chat template, generation config, and the modules of sentence-transformers
+not merged  weights that some other program trained beside the adapter
+left out    everything else, such as the adapter's card
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vera_convert.adapter.folder import SideFiles, module_folders, side_files
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.model import CONFIG_LIMIT, BaseModel
+from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import open_local, printable, read_json
+from vera_convert.hub.lookup import Location
+from vera_convert.rules import FILE_NOT_FETCHED, TRAINED_NOT_MERGED, Finding
+
+MODULES_NAME = "modules.json"
+"""Lists the modules of a sentence-transformers model; its file is also the mark of one."""
+
+_SINGLE = re.compile(
+    r"generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/[^/]+"
+    r"|(video_|image_)?(pre)?processor_config\.json|feature_extractor_config\.json"
+    r"|config_sentence_transformers\.json|sentence_\w+_config\.json|modules\.json"
+)
+"""Files that decide how the model is used, each of which takes the place of the base's."""
+_MODULE_FOLDER = re.compile(r"\d+_\w+")
+"""How sentence-transformers names the folder of a module, such as ``1_Pooling``."""
+_TOKENIZER_LIMIT = 100_000_000
+_MOST_LABELS = 100_000
+
+Reader = Callable[[str], Mapping[str, object]]
+"""Gives the value of a file by its name; empty if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What the files beside an adapter say of the model that was trained.
+
+    Attributes:
+        pad_token_id: the token that fills up short texts; None if no file names it.
+        labels: the names of a classifier's labels; empty if no file names them.
+    """
+
+    pad_token_id: int | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The files beside an adapter, by what a merge does with them.
+
+    Attributes:
+        tokenizer: those of a complete tokenizer.
+        copied: the others that are copied to the merged model.
+        unmerged: weights that a merge does not understand.
+        not_fetched: what the merged model needs and was too large to be fetched from the Hub.
+        left_out: files that say nothing of the model.
+        facts: what the files say of the model.
+    """
+
+    tokenizer: Mapping[str, InputFile]
+    copied: Mapping[str, InputFile]
+    unmerged: tuple[str, ...]
+    not_fetched: tuple[str, ...]
+    left_out: tuple[str, ...]
+    facts: AdapterFacts
+
+    def findings(self, place: str) -> Iterator[Finding]:
+        """Yield a warning for each file of weights that is not merged."""
+        for name in self.unmerged:
+            yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not merged.")
+        for name in self.not_fetched:
+            reason = f"{printable(name)} is too large to be fetched beside an adapter."
+            yield FILE_NOT_FETCHED.at(place, reason)
+
+    def over(self, base: Mapping[str, InputFile]) -> dict[str, InputFile]:
+        """Return the files beside the merged model: the base's, with the adapter's in their place.
+
+        A tokenizer and the folder of a module are replaced as a whole.
+        """
+        folders = {name.partition("/")[0] for name in self.copied if "/" in name}
+        replaced = {*(tokenizer_files(base) if self.tokenizer else ())}
+        replaced |= {name for name in base if "/" in name and name.partition("/")[0] in folders}
+        kept = {name: file for name, file in base.items() if name not in replaced}
+        return dict(sorted({**kept, **self.tokenizer, **self.copied}.items()))
+
+
+def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
+    """Sort the files beside an adapter.
+
+    Args:
+        location: the adapter's, fetched.
+        base: what the adapter is merged into.
+    """
+    folder = location.fetched
+    sides = side_files(folder, not_fetched=location.left_out)
+    names = sides.carried
+    modules = _module_folders(location, names)
+    tokenizer = tokenizer_files(names)
+    copied = [
+        name
+        for name in names
+        if name not in tokenizer
+        and (_SINGLE.fullmatch(name) or ("/" in name and name.partition("/")[0] in modules))
+    ]
+    taken = {*tokenizer, *copied, CARD_NAME}  # the merged model gets a card of its own
+    rest = [name for name in names if name not in taken]
+    unmerged = [name for name in rest if is_other_weights(name)]
+
+    def files(chosen: Collection[str]) -> dict[str, InputFile]:
+        return {name: InputFile.look(folder / name, within=folder) for name in chosen}
+
+    return AdapterFiles(
+        files(tokenizer),
+        files(copied),
+        tuple(unmerged),
+        tuple(_not_fetched(sides, modules)),
+        (*(name for name in rest if name not in unmerged), *_dropped(sides, modules)),
+        AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
+    )
+
+
+def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
+    """Return the folders of the modules of sentence-transformers beside an adapter."""
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    listed = _json(location, MODULES_NAME, names, limit=CONFIG_LIMIT)
+    entries = listed if isinstance(listed, list) else []
+    named = {entry.get("path") for entry in entries if isinstance(entry, dict)}
+    configured = module_folders(names)
+    return frozenset(
+        each
+        for each in folders
+        if each in named or (each in configured and _MODULE_FOLDER.fullmatch(each))
+    )
+
+
+def _dropped(sides: SideFiles, modules: Collection[str]) -> list[str]:
+    """Return the files that no conversion copies and that hold nothing of the model."""
+    needed = {*_not_fetched(sides, modules)}
+    return [name for name in sides.left_out if name not in needed]
+
+
+def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:
+    """Return the files too large to be fetched from the Hub that the merged model would need."""
+    return [
+        name
+        for name in sides.left_out
+        if name.partition("/")[0] in modules or PurePosixPath(name).name == "tokenizer.json"
+    ]
+
+
+# --- what the files say --------------------------------------------------------------------------
+
+
+def _json(location: Location, name: str, names: Collection[str], *, limit: int) -> object:
+    """Return the value of a file; None if there is none, or if it is malformed."""
+    folder = location.fetched
+    if name in names:
+        with suppress(CheckpointError), open_local(folder / name, within=folder) as source:
+            return read_json(source, limit=limit, pythons_numbers=True)[0]
+    return None
+
+
+def _pad_token_id(location: Location, names: Collection[str]) -> int | None:
+    """Return the number of the token that a tokenizer pads with; None if its files do not say."""
+
+    def read(name: str) -> dict[str, object]:
+        found = _json(location, name, names, limit=_TOKENIZER_LIMIT)
+        return found if isinstance(found, dict) else {}
+
+    settings = read("tokenizer_config.json")
+    token = settings.get("pad_token") or read("special_tokens_map.json").get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+        numbers = _numbers_of(token, settings, read)
+        return next((each for each in numbers if type(each) is int and each >= 0), None)
+    own = read("config.json").get("pad_token_id")
+    return own if type(own) is int and own >= 0 else None
+
+
+def _numbers_of(token: str, settings: Mapping[str, object], read: Reader) -> Iterator[object]:
+    """Yield the numbers that the files of a tokenizer give to a token, the surest first."""
+    decoder = settings.get("added_tokens_decoder")
+    for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
+            yield int(number[:20])
+    yield read("added_tokens.json").get(token)
+    tokenizer = read("tokenizer.json")
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and entry.get("content") == token:
+            yield entry.get("id")
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield vocabulary.get(token)
+    for number, entry in enumerate(vocabulary if isinstance(vocabulary, list) else []):
+        if isinstance(entry, list) and entry[:1] == [token]:
+            yield number
+    yield read("vocab.json").get(token)
+
+
+def _labels(location: Location, names: Collection[str], base: BaseModel) -> tuple[str, ...]:
+    """Return the labels of the config of the trained model, if that lies beside the adapter."""
+    config = _json(location, "config.json", names, limit=CONFIG_LIMIT)
+    if not isinstance(config, dict) or config.get("model_type") != base.model_type:
+        return ()
+    named = config.get("id2label")
+    if not isinstance(named, dict) or len(named) > _MOST_LABELS:
+        return ()
+    found = [named.get(str(number)) for number in range(len(named))]
+    labels = tuple(each for each in found if isinstance(each, str))
+    return labels if len(labels) == len(found) == len({*labels}) else ()

@@ -1,0 +1,342 @@
+"""What adapters do to a base: terms that are added to its tensors, and tensors that replace them.
+
+Nothing is read here but headers, the adapters' small vectors, and what has to be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.tensors import AdaptedLayer, replaced_name, same_tensor
+from vera_convert.assembly.addends import Term
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.match import (
+    Match,
+    embedding_of_head,
+    match_replacements,
+    shared_embedding,
+)
+from vera_convert.base.model import BaseModel
+from vera_convert.base.replacements import (
+    NO_RESIZES,
+    Resizes,
+    incomplete_modules,
+    is_of_classifier,
+    resizes,
+    saved_modules,
+)
+from vera_convert.embeddings import is_embedding, is_output_head
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import Header, TensorInfo
+from vera_convert.files.reading import printable
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
+from vera_convert.merging.in_effect import InEffect
+from vera_convert.rules import (
+    BASE_COPY_DIFFERS,
+    EMBEDDING_SHARED,
+    HEAD_TIED,
+    REPLACEMENT_UNKNOWN,
+    REPLACEMENTS_DIFFER,
+    Finding,
+)
+
+_COMPARED_VALUES = 1 << 20
+_BASE_COPY = ".base_layer.weight"
+_TIED = "the config ties the two."
+
+
+class Tied(StrEnum):
+    """What becomes of an output head that shares its tensor with the embedding."""
+
+    ADD = "add"
+    """The shared tensor is changed, and with it the embedding, as PEFT does it."""
+    UNTIE = "untie"
+    """The head gets a tensor of its own, and the config says so."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatchedAdapter:
+    """One adapter of a merge, matched with the base.
+
+    Attributes:
+        label: how its user named it, with the commit on the Hub.
+        adapter: the open adapter.
+        match: the base's tensor of each of its layers.
+        pair: the A and B that are in effect.
+        weights: its file of weights.
+        header: that file's header.
+        weight: the factor of its deltas.
+    """
+
+    label: str
+    adapter: Adapter
+    match: Match
+    pair: InEffect
+    weights: InputFile
+    header: Header
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement:
+    """A tensor of an adapter that takes the place of one of the base's, or comes as a new one."""
+
+    part: MatchedAdapter
+    tensor: TensorData
+    info: TensorInfo
+
+    @property
+    def start(self) -> int:
+        """Where its bytes begin in the adapter's file."""
+        return self.part.header.data_start + self.info.start
+
+    @property
+    def is_of_classifier(self) -> bool:
+        """Whether it belongs to a head of its own, not to an embedding or an output head."""
+        return is_of_classifier(self.part.adapter.config, self.tensor.name)
+
+
+@dataclass(slots=True, eq=False)
+class Changes:
+    """All that is to be done to a base, by the names of its tensors.
+
+    Attributes:
+        terms: what is added, in the order of the adapters.
+        conv1d: tensors that are stored as (in, out).
+        replaced: tensors of the base that an adapter replaces.
+        new: tensors that an adapter brings and the base does not have.
+        heads: names of heads that are untied, each with the embedding that it starts from.
+        unties: whether the config has to say that the head is no embedding.
+        resizes: which of them have another height than in the base.
+        findings: warnings.
+    """
+
+    terms: dict[str, tuple[Term, ...]] = field(default_factory=dict)
+    conv1d: set[str] = field(default_factory=set)
+    replaced: dict[str, Replacement] = field(default_factory=dict)
+    new: dict[str, Replacement] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    unties: bool = False
+    resizes: Resizes = NO_RESIZES
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """Reads the two vectors of a layer when they are needed: together they can be large."""
+
+    layer: AdaptedLayer
+
+    @property
+    def dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return NUMPY_DTYPE[self.layer.lambda_d.dtype], NUMPY_DTYPE[self.layer.lambda_b.dtype]
+
+    def vectors(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self.layer.lambda_d.array(), self.layer.lambda_b.array()
+
+
+def collect(
+    parts: Sequence[MatchedAdapter],
+    base: BaseModel,
+    files: Mapping[str, InputFile],
+    *,
+    tied: Tied | None = None,
+) -> Changes:
+    """Collect what all adapters do, and refuse what cannot be done together.
+
+    Args:
+        parts: the adapters, in the order in which their deltas are added.
+        base: the base.
+        files: its weight files, by name.
+        tied: what becomes of an output head that shares its tensor with the embedding.
+
+    Raises:
+        CheckpointError: with every defect found.
+    """
+    changes = Changes()
+    defects: list[Finding] = []
+    for part in parts:
+        defects += _add_terms(changes, part, base, tied)
+    for part in parts:
+        defects += _add_replacements(changes, part, base, files, tied)
+    replacing = {**changes.replaced, **changes.new}
+    changes.resizes = resizes(
+        {name: each.info.shape for name, each in replacing.items()},
+        base,
+        heads=[name for name, each in replacing.items() if each.is_of_classifier],
+    )
+    defects += changes.resizes.findings
+    if defects:
+        raise CheckpointError.of(defects)
+    return changes
+
+
+# --- what is added -------------------------------------------------------------------------------
+
+
+def _add_terms(
+    changes: Changes, part: MatchedAdapter, base: BaseModel, tied: Tied | None
+) -> Iterator[Finding]:
+    for module, layer in part.adapter.layers.items():
+        names = [*_targets(changes, part.match, module, base, tied)]
+        if not names:
+            shared = printable(part.match.tensors[module])
+            reason = f'the layer "{printable(module)}" shares {shared} with the embedding.'
+            yield HEAD_TIED.at(base.location.label, reason)
+        term = Term(part.pair.A, part.pair.B, _Vectors(layer), part.weight)
+        for name in names:
+            changes.terms[name] = (*changes.terms.get(name, ()), term)
+            if module in part.match.conv1d:
+                changes.conv1d.add(name)
+
+
+def _targets(
+    changes: Changes, match: Match, module: str, base: BaseModel, tied: Tied | None
+) -> Iterator[str]:
+    """Yield the tensors that a layer's delta is added to; none where it has to be said first."""
+    name = match.tensors[module]
+    embedding = embedding_of_head(module, match, base)
+    if embedding is None:
+        yield name
+    elif tied is Tied.ADD:
+        yield from dict.fromkeys((embedding, name))
+    elif tied is Tied.UNTIE:
+        changes.unties = True
+        head = name
+        if module in match.tied:
+            head = f"{match.rename(module) or module}.weight"
+            changes.heads[head] = embedding
+        yield head
+
+
+# --- what is replaced ----------------------------------------------------------------------------
+
+
+def _add_replacements(
+    changes: Changes,
+    part: MatchedAdapter,
+    base: BaseModel,
+    files: Mapping[str, InputFile],
+    tied: Tied | None,
+) -> Iterator[Finding]:
+    tensors = {tensor.name: tensor for tensor in part.adapter.replacements}
+    copies = [name for name in tensors if _is_base_copy(name, part.adapter)]
+    for name in copies:
+        yield from _held_against_base(name, part, base, files)
+    names = [name for name in tensors if name not in copies]
+    targets = match_replacements(names, part.match, base)
+    # An untied head is judged by what becomes of the embedding, so that comes first.
+    for name, target in sorted(targets.items(), key=lambda item: item[1] not in base.tensors):
+        replacement = Replacement(part, tensors[name], part.header.tensors[name])
+        if target in base.tensors:
+            yield from _replace(changes, target, replacement, base)
+        else:
+            yield from _bring(changes, target, replacement, base, tied)
+    yield from incomplete_modules(part.adapter, part.match, base, targets)
+
+
+def _is_base_copy(name: str, adapter: Adapter) -> bool:
+    """Say whether a tensor is the weight that PEFT stores of an adapted embedding or head."""
+    module = replaced_name(name).rpartition(".")[0]
+    return name.endswith(_BASE_COPY) and module in adapter.layers
+
+
+def _held_against_base(
+    name: str, part: MatchedAdapter, base: BaseModel, files: Mapping[str, InputFile]
+) -> Iterator[Finding]:
+    """Yield a finding unless a stored base weight is the base's own, in the base's dtype."""
+    info = part.header.tensors[name]
+    module = replaced_name(name).rpartition(".")[0]
+    tensor = base.tensors[part.match.tensors[module]]
+    if info.shape != tensor.info.shape:
+        reason = f"it has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
+        yield BASE_COPY_DIFFERS.at(printable(name), reason)
+        return
+    stored, own = NUMPY_DTYPE[info.dtype], NUMPY_DTYPE[tensor.info.dtype]
+    count = info.nbytes // stored.itemsize
+    start = base.files[tensor.file].data_start + tensor.info.start
+    with part.weights.open() as ours, files[tensor.file].open() as theirs:
+        for first in range(0, count, _COMPARED_VALUES):
+            size = min(_COMPARED_VALUES, count - first)
+            at = part.header.data_start + info.start + first * stored.itemsize
+            values = np.frombuffer(ours.read_at(at, size * stored.itemsize), stored)
+            raw = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
+            if values.astype(own).tobytes() != raw:
+                reason = f"its values differ from {printable(tensor.info.name)} of the base."
+                yield BASE_COPY_DIFFERS.at(printable(name), reason)
+                return
+
+
+def _replace(
+    changes: Changes, target: str, replacement: Replacement, base: BaseModel
+) -> Iterator[Finding]:
+    """Put a tensor in the place of one of the base's."""
+    own = base.tensors[target].info
+    if target in changes.terms:
+        yield REPLACEMENTS_DIFFER.at(printable(target), "one adds to it and one replaces it.")
+    else:
+        yield from _once(changes.replaced, target, replacement)
+        if base.tie_word_embeddings and shared_embedding(base, _matrix(own.shape)) == target:
+            finding = EMBEDDING_SHARED.at(printable(target), _TIED)
+            changes.findings.append(finding)
+
+
+def _shape_in_base(changes: Changes, replacement: Replacement, base: BaseModel) -> tuple[int, ...]:
+    """Return the shape of a head before its vocabulary was resized, if an embedding tells it."""
+    shape = replacement.info.shape
+    for name, each in changes.replaced.items():
+        if is_embedding(name.rpartition(".")[0]) and each.info.shape == shape:
+            return base.tensors[name].info.shape
+    return shape
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+
+
+def _bring(
+    changes: Changes,
+    target: str,
+    replacement: Replacement,
+    base: BaseModel,
+    tied: Tied | None,
+) -> Iterator[Finding]:
+    """Add a tensor that the base does not have, if a loader will know what it is."""
+    adapter, name = replacement.part.adapter, replacement.tensor.name
+    module, _, parameter = replaced_name(name).rpartition(".")
+    place = printable(target)
+    if is_output_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
+        embedding = shared_embedding(base, _matrix(_shape_in_base(changes, replacement, base)))
+        same = changes.replaced.get(embedding or "")
+        if same is not None and same_tensor(same.tensor, replacement.tensor):
+            # Both names of the one tensor were saved, so the two were one in training as well.
+            shared = EMBEDDING_SHARED.at(printable(embedding or ""), _TIED)
+            changes.findings = [each for each in changes.findings if each != shared]
+            return
+        if tied is Tied.UNTIE:
+            changes.unties = True
+            yield from _once(changes.new, target, replacement)
+        else:
+            yield HEAD_TIED.at(place, "the adapter stores a head of its own (to be untied).")
+        return
+    if not saved_modules(adapter.config).of(module):
+        yield REPLACEMENT_UNKNOWN.at(place, f"{printable(name)} would replace it.")
+        return
+    yield from _once(changes.new, target, replacement)
+
+
+def _once(
+    taken: dict[str, Replacement], target: str, replacement: Replacement
+) -> Iterator[Finding]:
+    """Note who replaces a tensor; a second one is refused unless it is the same."""
+    first = taken.setdefault(target, replacement)
+    if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
+        reason = f"{first.part.label} and {replacement.part.label} replace it by other values."
+        yield REPLACEMENTS_DIFFER.at(printable(target), reason)

@@ -1,0 +1,101 @@
+"""The A and B that a merge uses: stored or drawn, and rounded as the base makes PEFT round them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from numpy.typing import NDArray
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.names import A_NAME, B_NAME
+from vera_convert.base.facts import BaseFacts
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.conversion.proof import undamaged
+from vera_convert.conversion.transforms import embedded
+from vera_convert.draws.generator import Variant
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import UsageError
+from vera_convert.rules import Finding
+
+_CHUNK_VALUES = 1 << 16
+
+
+class Origin(StrEnum):
+    """Where the projections in effect come from."""
+
+    FILE = "file"
+    """They are stored with the adapter."""
+    FINGERPRINT = "fingerprint"
+    """They were stored once, and the fingerprint proves that the same were drawn again."""
+    KEY = "key"
+    """They were drawn from the config's key, as PEFT draws them on this base."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InEffect:
+    """The projections that a merge uses.
+
+    Attributes:
+        A: (r, in or more), in the dtype that they are stored in.
+        B: (out or more, r).
+        origin: where they come from.
+        draw: which draw they are, where they were drawn.
+        findings: warnings about them.
+    """
+
+    A: NDArray[Any]
+    B: NDArray[Any]
+    origin: Origin
+    draw: Draw | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+def in_effect(
+    adapter: Adapter,
+    on_base: BaseFacts,
+    *,
+    meant: ProjectionSource = ProjectionSource.AUTO,
+    variant: Variant | None = None,
+) -> InEffect:
+    """Return the A and B that are in effect when the adapter is loaded on the base.
+
+    Args:
+        adapter: the adapter.
+        on_base: dims and rounding, as the base has them.
+        meant: which projections count where file, flag and key disagree.
+        variant: the generator's variant, where they are drawn and no fingerprint names it.
+
+    Raises:
+        CheckpointError: stored ones contradict the config, or the fingerprint is not met.
+        UsageError: the stored ones are meant and there are none, or what they were rounded to is
+            not known.
+    """
+    if meant is ProjectionSource.KEY:
+        adapter = _without_stored(adapter)
+    elif (
+        meant is ProjectionSource.FILE
+        and adapter.projections is None
+        and adapter.fingerprint is None
+    ):
+        raise UsageError(
+            "the adapter stores no A and B, so --projections file cannot be meant; "
+            "leave it out, or say --projections key."
+        )
+    if adapter.projections is not None:
+        if not adapter.config.save_projection:
+            embedded(adapter, on_base, meant=meant)  # refuses what contradicts the config
+        return InEffect(*undamaged(adapter, adapter.projections), Origin.FILE)
+    origin = Origin.KEY if adapter.fingerprint is None else Origin.FINGERPRINT
+    drawn = embedded(adapter, on_base, meant=meant, variant=variant)
+    by_name = {tensor.name: tensor for tensor in drawn.tensors}
+    own = {*adapter.findings, *on_base.findings}
+    findings = tuple(finding for finding in drawn.findings if finding not in own)
+    A, B = by_name[A_NAME].array(), by_name[B_NAME].array()
+    return InEffect(A, B, origin, drawn.draw, findings)
+
+
+def _without_stored(adapter: Adapter) -> Adapter:
+    tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
+    return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))

@@ -1,0 +1,275 @@
+"""The fields of a merged model's ``config.json`` that an adapter decides: class, labels, sizes.
+
+head        the class that has the head, and how many labels there are
+padding     the token that a classifier of texts looks for, to find the end of a text
+vocabulary  how many rows the embedding has
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vera_convert.adapter.tensors import replaced_name
+from vera_convert.base.match import embedding_rows
+from vera_convert.base.model import BaseModel
+from vera_convert.base.replacements import class_of_head, shape_differs, vocabulary_fields
+from vera_convert.base.task_classes import needed_modules
+from vera_convert.embeddings import is_output_head
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.json_edit import edited_member
+from vera_convert.files.reading import printable
+from vera_convert.merging.adapter_files import AdapterFacts
+from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.rules import (
+    HEAD_CLASS_WRITTEN,
+    HEAD_MODULE_MISSING,
+    HEAD_WITHOUT_PADDING,
+    REPLACEMENT_NEW,
+    Finding,
+)
+
+CONFIG_NAME = "config.json"
+_OUTPUTS = frozenset(
+    ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits")
+)
+"""Last path elements of the layer of a head that gives one value for each label."""
+_CLASSIFIERS = ("Classification", "SemanticSegmentation")
+_QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
+_OF_TEXTS = "ForSequenceClassification"
+_DEFAULT_LABELS = 2
+"""How many labels transformers assumes if a config names none."""
+
+
+@dataclass(slots=True)
+class ConfigEdits:
+    """Members of a config that are set, each by its path, and what is said of them.
+
+    Attributes:
+        members: the values by path.
+        labels_given: whether the caller gave the names of the labels.
+        open: members that depend on files beside the adapter, where there are none.
+        findings: notes and warnings.
+    """
+
+    members: dict[tuple[str, ...], object] = field(default_factory=dict)
+    labels_given: bool = False
+    open: set[tuple[str, ...]] = field(default_factory=set)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def sets_labels(self) -> bool:
+        """Whether the names and the number of the labels are set."""
+        return ("id2label",) in self.members
+
+    def of_text(self, text: bytes) -> bytes:
+        """Return the bytes of a config with the members set."""
+        for path, value in self.members.items():
+            text = edited_member(text, path, value)
+        return text
+
+    def of_value(self, config: Mapping[str, object]) -> dict[str, object]:
+        """Return the value of a config with the members set."""
+        edited: dict[str, Any] = {
+            name: dict(part) if isinstance(part, Mapping) else part for name, part in config.items()
+        }
+        for (*through, name), value in self.members.items():
+            part = edited
+            for outer in through:
+                part = part[outer]
+            part[name] = value
+        return edited
+
+
+def config_edits(
+    base: BaseModel,
+    changes: Changes,
+    facts: AdapterFacts,
+    *,
+    architecture: str | None = None,
+    labels: Sequence[str] = (),
+) -> ConfigEdits:
+    """Return what the adapters of a merge change in the base's config.
+
+    Args:
+        base: the base.
+        changes: what the adapters do to its tensors.
+        facts: what lies beside the first adapter.
+        architecture: the class of the result, if the caller names it.
+        labels: the names of a classifier's labels, if the caller gives them.
+
+    Raises:
+        CheckpointError: a classifier has another height than the base's, and no field tells so.
+        UsageError: labels are given and there is no classifier, or it has another number.
+    """
+    edits = ConfigEdits(labels_given=bool(labels))
+    rows = _vocabulary(edits, base, changes)
+    heads = {name: each for name, each in _all(changes).items() if each.is_of_classifier}
+    name = architecture
+    if name is None and heads:
+        config = next(iter(heads.values())).part.adapter.config
+        name = class_of_head(config, base)
+    count = _label_count(heads)
+    if labels and (count is None or len(labels) != count):
+        has = "brings no classifier" if count is None else f"has a classifier of {count} labels"
+        raise UsageError(f"--labels names {len(labels)} labels, and the adapter {has}.")
+    if name is None:
+        edits.findings += _unknown_class(changes)
+    shown = name or next(iter(_architectures(base)), "")
+    if base.config and (name is not None or labels):
+        said = [*_class(edits, base, name)] if name is not None else []
+        said += _labels(edits, base, shown, count, labels or facts.labels)
+        said += _padding(edits, base, shown, facts, rows=rows, heads=heads)
+        if said:
+            edits.findings.append(HEAD_CLASS_WRITTEN.at(CONFIG_NAME, f"{'; '.join(said)}."))
+    if heads:
+        edits.findings += _missing_modules(base, changes, shown)
+    _refuse_other_labels(edits, base, changes)
+    return edits
+
+
+def _refuse_other_labels(edits: ConfigEdits, base: BaseModel, changes: Changes) -> None:
+    """Refuse a classifier of another height of which the config would not tell a loader."""
+    resized = changes.resizes.labels
+    if resized is None or label_count(edits.of_value(base.config)) == resized[1]:
+        return
+    more = ", and no class is known whose labels config.json could count"
+    raise CheckpointError.of(
+        shape_differs(name, each.info.shape, base, more)
+        for name, each in changes.replaced.items()
+        if each.is_of_classifier and each.info.shape != base.tensors[name].info.shape
+    )
+
+
+def _all(changes: Changes) -> dict[str, Replacement]:
+    return {**changes.replaced, **changes.new}
+
+
+# --- the class -----------------------------------------------------------------------------------
+
+
+def _unknown_class(changes: Changes) -> Iterator[Finding]:
+    """Yield a warning for each new tensor of which nothing says which class has it."""
+    for name, replacement in changes.new.items():
+        module = replaced_name(replacement.tensor.name).rpartition(".")[0]
+        if not (is_output_head(module) and changes.unties):
+            reason = "the base has no such tensor, and nothing names the class that has it."
+            yield REPLACEMENT_NEW.at(printable(name), reason)
+
+
+def _class(edits: ConfigEdits, base: BaseModel, name: str) -> Iterator[str]:
+    if _architectures(base) == [name]:
+        return
+    edits.members["architectures",] = [name]
+    yield f"architectures is {printable(name)}"
+
+
+def _architectures(base: BaseModel) -> list[str]:
+    found = base.config.get("architectures")
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[Finding]:
+    """Yield a warning for each module that the class has and no file holds."""
+    stored = {tensor.rpartition(".")[0] for tensor in (*base.tensors, *changes.new)}
+    for module in needed_modules(base.model_type, name):
+        if not any(path == module or path.endswith(f".{module}") for path in stored):
+            reason = f"{printable(name)} has it; neither the base nor the adapter stores it."
+            yield HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def label_count(config: Mapping[str, object]) -> int:
+    """Return how many labels a config gives a classifier, as transformers reads the config."""
+    named, number = config.get("id2label"), config.get("num_labels")
+    if isinstance(named, dict):
+        return len(named)
+    return number if isinstance(number, int) else _DEFAULT_LABELS
+
+
+def _label_count(heads: Mapping[str, Replacement]) -> int | None:
+    """Return how many values the last layer of a head gives; None if it is not clear which."""
+    outputs = {
+        name.rpartition(".")[0]: each.info.shape[0]
+        for name, each in heads.items()
+        if name.endswith(".weight") and len(each.info.shape) >= 2
+    }
+    if len(outputs) > 1:
+        named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
+        outputs = {path: outputs[path] for path in named}
+    return outputs.popitem()[1] if len(outputs) == 1 else None
+
+
+def _labels(
+    edits: ConfigEdits,
+    base: BaseModel,
+    name: str,
+    count: int | None,
+    labels: Sequence[str],
+) -> Iterator[str]:
+    """Set the names of the labels, unless the base's own names and count are right."""
+    if count is None or not name.endswith((*_CLASSIFIERS, *_QUESTIONS)):
+        return
+    named = base.config.get("id2label")
+    is_new = ("architectures",) in edits.members and named is None and name.endswith(_CLASSIFIERS)
+    is_named = len(labels) == count
+    if not is_named and label_count(base.config) == count and not is_new:
+        return
+    names = [*labels] if is_named else [f"LABEL_{n}" for n in range(count)]
+    wanted = {str(n): label for n, label in enumerate(names)}
+    if wanted == named:
+        return
+    edits.members["id2label",] = wanted
+    edits.members["label2id",] = {label: n for n, label in enumerate(names)}
+    if "num_labels" in base.config:
+        edits.members["num_labels",] = count
+    how = "" if is_named else ", named LABEL_0 and so on (--labels names them)"
+    yield f"there {'is 1 label' if count == 1 else f'are {count:,} labels'}{how}"
+
+
+# --- padding -------------------------------------------------------------------------------------
+
+
+def _padding(
+    edits: ConfigEdits,
+    base: BaseModel,
+    name: str,
+    facts: AdapterFacts,
+    *,
+    rows: int | None,
+    heads: Mapping[str, Replacement],
+) -> Iterator[str]:
+    """Set the padding token of a class that classifies by the last token of a text."""
+    is_last = any(each.rpartition(".")[0].rpartition(".")[2] == "score" for each in heads)
+    if not name.endswith(_OF_TEXTS) or not is_last:
+        return
+    part = base.config.get("text_config")
+    inside = ("text_config",) if isinstance(part, dict) else ()
+    own = part.get("pad_token_id") if isinstance(part, dict) else base.config.get("pad_token_id")
+    token = facts.pad_token_id
+    if token is not None and token != own and (rows is None or 0 <= token < rows):
+        edits.members[*inside, "pad_token_id"] = token
+        yield f"pad_token_id is {token}, as beside the adapter"
+    if token is None:
+        edits.open.add((*inside, "pad_token_id"))
+    if token is None and own is None:
+        reason = "neither the base's config nor a file beside the adapter names one."
+        edits.findings.append(HEAD_WITHOUT_PADDING.at(CONFIG_NAME, reason))
+
+
+# --- vocabulary ----------------------------------------------------------------------------------
+
+
+def _vocabulary(edits: ConfigEdits, base: BaseModel, changes: Changes) -> int | None:
+    """Set the size of a vocabulary that an adapter resized; return the rows of the embedding."""
+    if changes.resizes.vocabulary is None:
+        return embedding_rows(base)
+    old, new = changes.resizes.vocabulary
+    for path in vocabulary_fields(base, old):
+        edits.members[path] = new
+    reason = f"vocab_size is {new:,} where the base has {old:,}."
+    edits.findings.append(HEAD_CLASS_WRITTEN.at(CONFIG_NAME, reason))
+    return new

@@ -1,0 +1,299 @@
+"""What decides what a loader makes of a merged model beside its tensors: other files, the config.
+
+files     one that is taken before the weights, an adapter, the same weights in another form
+config    field by field the base's, but for what a merge or transformers writes anew
+tie       whether head and embedding are one tensor
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.match import shared_embedding
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized import CONFIG_FIELDS
+from vera_convert.base.side_files import ModelFiles
+from vera_convert.embeddings import is_output_head
+from vera_convert.files.reading import printable
+from vera_convert.files.shards import named_weights
+from vera_convert.merging.changes import Changes
+from vera_convert.merging.model_config import ConfigEdits, label_count
+from vera_convert.rules import (
+    ADAPTER_IN_MERGED,
+    LOADED_INSTEAD,
+    MERGED_CONFIG_DIFFERS,
+    MERGED_CONFIG_RESAVED,
+    MERGED_OTHER_WEIGHTS,
+    MERGED_TIE,
+    Finding,
+)
+
+_MOST_NAMED = 8
+_BLOCK_BYTES = 1 << 23
+
+# --- files ---------------------------------------------------------------------------------------
+
+_TAKEN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TAKEN_BY_DIFFUSERS = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+"""Weights by the order in which transformers, and diffusers, look for them."""
+
+
+def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -> Iterator[Finding]:
+    """Yield what lies in a merged model's folder and does not belong there.
+
+    Args:
+        names: all files of the folder.
+        model: the merged model.
+        sides: its files that are no weights, by what they are.
+    """
+    place = model.location.label
+    taken = _taken_before(names, model)
+    for name in taken:
+        reason = f"a loader takes {printable(name)} before {printable(_own(model))}."
+        yield LOADED_INSTEAD.at(place, reason)
+    config = model.prefix + "adapter_config.json"
+    if config in names:
+        yield ADAPTER_IN_MERGED.at(place, f"there is {printable(config)}.")
+    others = [name for name in sides.other_weights if name not in taken]
+    others += [name for name in sides.adapter if config not in names]
+    if others:
+        yield MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
+    # A stray file that is named above is an error; only the others are mere warnings.
+    strays = tuple(name for name in model.strays if name not in taken)
+    yield from replace(model, strays=strays).findings
+
+
+def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:
+    """Return the files that a loader takes before those that were read."""
+    if named_weights(model.config) is not None:
+        return []  # the config names what was read
+    is_diffusers = bool(model.prefix) or "_class_name" in model.config
+    order = [model.prefix + name for name in (_TAKEN_BY_DIFFUSERS if is_diffusers else _TAKEN)]
+    own = _own(model)
+    earlier = order[: order.index(own)] if own in order else order
+    return [name for name in earlier if name in names and [*model.files] != [name]]
+
+
+def _own(model: BaseModel) -> str:
+    return model.index if model.index is not None else next(iter(model.files), "")
+
+
+def _some(names: Collection[str]) -> str:
+    listed = [printable(name) for name in names][:_MOST_NAMED]
+    more = len(names) - len(listed)
+    return ", ".join(listed) + (f" and {more:,} more" if more else "")
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+_FREE = frozenset(
+    [
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "transformers_weights",
+    ]
+)
+"""Fields that are judged elsewhere, or that say nothing of what is computed."""
+_DECIDES = re.compile(
+    r"model_type|is_(encoder_)?decoder|(hidden_act|activation|act_fn|feed_forward_proj).*"
+    r"|.*_(activation|act|act_fn|hidden_act)|(rope|rotary|partial_rotary|alibi|position).*"
+    r"|.*eps(ilon)?|num_(?!labels|beams|return_sequences).*|n_\w+|.*(layers|heads|experts)"
+    r"|.*(hidden|embedding|intermediate|vocab|patch|image|state)_size|.*_dim|dim|d_\w+"
+    r"|max_position_embeddings|.*window.*|layer_types|.*(scaling|scale|multiplier|softcap).*"
+    r"|scale_.*|.*attention_bias|attn_bias|parallel_attn|.*norm.*|qk_.*|pooling.*|.*experts.*"
+)
+"""Fields that decide what the same weights compute, by their names."""
+_LABELS = ("id2label", "label2id", "num_labels")
+_RENAMED = frozenset(("type", "rope_type"))
+"""Of those the ones whose values transformers renames when it saves a model."""
+_HEAD_OF_TASK = {
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+    "FEATURE_EXTRACTION": ("Model",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """A field that is not the same in both configs; what one lacks is None there."""
+
+    path: tuple[str, ...]
+    wanted: object
+    found: object
+
+    def __str__(self) -> str:
+        found, wanted = (
+            "not there" if each is None else printable(str(each)[:60])
+            for each in (self.found, self.wanted)
+        )
+        return f"{printable('.'.join(self.path))} is {found} where the base has {wanted}"
+
+    @property
+    def is_default(self) -> bool:
+        """Whether a field is only written out that says nothing: null, false, 0 or empty."""
+        return self.wanted is None and not self.found
+
+    @property
+    def decides(self) -> bool:
+        """Whether the base says it, the merged model says otherwise, and the results are others."""
+        if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
+            return False
+        return any(_DECIDES.fullmatch(name) for name in self.path)
+
+
+def config_findings(
+    model: BaseModel,
+    base: BaseModel,
+    edits: ConfigEdits,
+    tasks: Iterable[str | None],
+    *,
+    is_copied: bool,
+    dequantized: bool,
+) -> Iterator[Finding]:
+    """Yield how the config of a merged model differs from the base's.
+
+    A merge of this package copies the text but for what the adapters change, so any other
+    difference is an error. What transformers
+    saved has fields more and fewer; there it is one if the base says something that decides what
+    is computed, and the merged model says something else.
+
+    Args:
+        model: the merged model.
+        base: the base.
+        edits: what the adapters change in the base's config.
+        tasks: what the adapters were trained for, as PEFT names it.
+        is_copied: whether this package wrote it.
+        dequantized: whether the merge took out what the base says of its quantizer.
+    """
+    place = f"{model.location.label}/config.json"
+    if not base.config:
+        return
+    if not model.config:
+        reason = "it is missing or empty, so no loader can tell what model the weights make."
+        yield MERGED_CONFIG_DIFFERS.at(place, reason)
+        return
+    free = _FREE | frozenset(CONFIG_FIELDS if dequantized else ())
+    expected = edits.of_value(base.config)
+    found = [
+        each for each in _differences(expected, model.config, free) if each.path not in edits.open
+    ]
+    other_labels = label_count(model.config) != label_count(expected)
+    if edits.sets_labels and not other_labels and not edits.labels_given:
+        found = [each for each in found if each.path[0] not in _LABELS]
+    wrong = [
+        each
+        for each in found
+        if is_copied
+        or (edits.sets_labels and other_labels and each.path[0] in _LABELS)
+        or each.decides
+        or _is_of_another_task(each, tuple(tasks))
+    ]
+    if wrong:
+        yield MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")
+    rest = [each for each in found if each not in wrong and not each.is_default]
+    if rest:
+        yield MERGED_CONFIG_RESAVED.at(place, f"{_some(['.'.join(e.path) for e in rest])} differ.")
+
+
+def _differences(
+    wanted: Mapping[str, object],
+    found: Mapping[str, object],
+    free: Collection[str],
+    path: tuple[str, ...] = (),
+) -> Iterator[_Difference]:
+    for name in dict.fromkeys((*wanted, *found)):
+        one, other = wanted.get(name), found.get(name)
+        if name in free or one is other or one == other:  # NaN is only identical, never equal
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, free, (*path, name))
+        else:
+            yield _Difference((*path, name), one, other)
+
+
+def _is_of_another_task(difference: _Difference, tasks: Collection[str | None]) -> bool:
+    """Whether the class that is named fits none of what the adapters were trained for."""
+    if difference.path != ("architectures",) or difference.wanted is None or None in tasks:
+        return False
+    found = difference.found if isinstance(difference.found, list) else []
+    ends = tuple(end for task in tasks for end in _HEAD_OF_TASK.get(task or "", ("",)))
+    return bool(found) and not any(str(name).endswith(ends) for name in found)
+
+
+def _listed(differences: Collection[_Difference]) -> str:
+    listed = [str(each) for each in differences][:3]
+    more = len(differences) - len(listed)
+    return "; ".join(listed) + (f"; and {more:,} more" if more else "")
+
+
+# --- head and embedding --------------------------------------------------------------------------
+
+
+def tie_findings(
+    model: BaseModel, files: Mapping[str, InputFile], base: BaseModel, changes: Changes
+) -> Iterator[Finding]:
+    """Yield a finding if a loader makes of head and embedding what it should not.
+
+    Args:
+        model: the merged model.
+        files: its weight files, by name.
+        base: the base.
+        changes: what the adapters do to it.
+    """
+    wanted = False if changes.unties else base.tie_word_embeddings
+    found = model.tie_word_embeddings
+    place = f"{model.location.label}/config.json"
+    is_known = changes.unties or None not in (wanted, found)
+    if is_known and found != wanted:
+        said = "is not there" if found is None else f"is {str(found).lower()}"
+        reason = f"tie_word_embeddings {said} where {str(wanted).lower()} is due."
+        yield MERGED_TIE.at(place, reason)
+    elif wanted is None and found:
+        for head in _own_heads(model, files):
+            reason = (
+                f"tie_word_embeddings is true, of which the base says nothing, and "
+                f"{printable(head)} is not the embedding."
+            )
+            yield MERGED_TIE.at(place, reason)
+
+
+def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str]:
+    """Yield the heads that are stored and hold other values than the embedding."""
+    for name, tensor in model.tensors.items():
+        shape = tensor.info.shape
+        if len(shape) != 2 or not is_output_head(name.removesuffix(".weight")):
+            continue
+        embedding = shared_embedding(model, (shape[0], shape[1]))
+        if embedding is not None and _differ(model, files, name, embedding):
+            yield name
+
+
+def _differ(model: BaseModel, files: Mapping[str, InputFile], one: str, other: str) -> bool:
+    first, second = model.tensors[one], model.tensors[other]
+    if (first.info.dtype, first.info.nbytes) != (second.info.dtype, second.info.nbytes):
+        return True
+    starts = [model.files[each.file].data_start + each.info.start for each in (first, second)]
+    with files[first.file].open() as ours, files[second.file].open() as theirs:
+        for at in range(0, first.info.nbytes, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, first.info.nbytes - at)
+            if ours.read_at(starts[0] + at, size) != theirs.read_at(starts[1] + at, size):
+                return True
+    return False

@@ -1,0 +1,372 @@
+"""Models of transformers from a stranger's folder: no code from it runs, and nothing is fetched.
+
+    folder ── our reader ──► config, tensors ──► a class that Auto classes give ──► the model
+
+transformers sees no path. A config names attention kernels, code and weights elsewhere, which it
+would go and get; and beside the weights there can be adapters and pickles, which it would take.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import SAVED_BY_TASK
+from vera_convert.adapter.tensors import replaced_name
+from vera_convert.base.match import embedding_rows
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.embeddings import is_embedding
+from vera_convert.errors import SurroundingsError, VeraConvertError
+from vera_convert.files.reading import open_local, printable
+from vera_convert.files.tensorfile import TensorFile
+from vera_convert.hub.client import no_network
+from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.verification.model_comparison import INSTEAD
+from vera_convert.verification.running import printable_reason
+from vera_convert.with_torch.arrays import to_tensor
+from vera_convert.with_torch.config_fields import known_fields
+
+_CLASS_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""What PEFT's task types are trained on."""
+_COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
+_MOST = 100_000
+"""Parts of the names of fields that say how many of something there are, and how many that can be.
+
+Configs make lists of that length when they are read, and models make modules.
+"""
+_COUNTS_LAYERS = re.compile(
+    r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
+)
+_COUNTS_EXPERTS = re.compile(r"(num|n)_.*experts?|.*_experts")
+_MORE_LAYERS = 64
+_MORE_EXPERTS = 1024
+"""How many more layers, and experts, than tensors there can be: those of all experts may be one."""
+_ROOM = 1 << 28
+"""Bytes that a model can need beside those of its file: a head that is new, tables of positions."""
+
+
+class UnfitError(SurroundingsError):
+    """transformers cannot make a model of a folder, or not run it; memory is not the reason."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blueprint:
+    """How the model of a folder is built.
+
+    Attributes:
+        base: its tensors.
+        model: the class of transformers.
+        config: transformers' config.
+        rows: of the vocabulary, if an adapter resizes the base's; else None.
+        relabeled: whether an adapter brings a classifier of another number of labels.
+    """
+
+    base: BaseModel
+    model: Any
+    config: Any
+    rows: int | None = None
+    relabeled: bool = False
+
+    @property
+    def place(self) -> str:
+        """How messages call it."""
+        return printable(self.base.location.label)
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        return str(self.model.__name__)
+
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Let transformers work in silence and off the network, and say in our words that it failed.
+
+    Raises:
+        UnfitError: it did.
+        SurroundingsError: memory is short.
+    """
+    import transformers
+
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), no_network():
+            warnings.simplefilter("ignore")
+            yield
+    except VeraConvertError:
+        raise
+    except BaseException as error:
+        # A library in Rust panics with a class of its own, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise SurroundingsError(f"memory is too short to {what}. {INSTEAD}") from error
+        reason = printable_reason(error)
+        raise UnfitError(f"transformers cannot {what}: {reason}. {INSTEAD}") from error
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+# --- understanding -------------------------------------------------------------------------------
+
+
+def blueprint(
+    folder: Path, *, label: str, adapters: Iterable[Adapter] = (), like: str | None = None
+) -> Blueprint:
+    """Find out which class of transformers the model of a folder is of.
+
+    Args:
+        folder: the model's.
+        label: how messages call it.
+        adapters: what the model is to be wrapped with. What they were trained on, if they say it,
+            counts more than what the config says: heads differ, and with them the names of layers.
+        like: the class that it has to be.
+
+    Raises:
+        CheckpointError: the folder is malformed.
+        UnfitError: transformers has no such class.
+        SurroundingsError: a file cannot be read.
+    """
+    base = read_base(Location(label, folder), HubAccess(offline=True))
+    place = printable(label)
+    if base.prefix or "_class_name" in base.config or base.model_type is None:
+        raise UnfitError(f"{place} is no model of transformers. {INSTEAD}")
+    if "quantization_config" in base.config:
+        raise UnfitError(f"{place} is quantized, and is not run here. {INSTEAD}")
+    config = _config(base)
+    found = _classes(config)
+    wanted = [like] if like else [*_trained_on(adapters, base, config), *_architectures(base)]
+    name = next((name for name in wanted if name in found), None)
+    if name is None:
+        own = "brings code of its own, which is never run" if _brings_code(base) else "is none"
+        listed = ", ".join(printable(str(each)) for each in wanted) or "no class"
+        raise UnfitError(
+            f"{place} names {listed}, and for {printable(str(base.model_type))} this transformers "
+            f"has no such class: the model {own} of those that come with it. {INSTEAD}"
+        )
+    labels = _labels(adapters)
+    relabeled = labels is not None and labels != config.num_labels
+    if relabeled:
+        config.num_labels = labels
+    if type(config) is not found[name].config_class:
+        config = config.get_text_config()  # of a model that sees, only what reads is built
+    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled)
+
+
+def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
+    """Return the config as transformers understands it, but for what would lead elsewhere."""
+    import transformers
+
+    kind, place = base.model_type, printable(base.location.label)
+    mapping = transformers.CONFIG_MAPPING
+    if kind not in mapping:
+        code = " It brings code of its own, which is never run." if _brings_code(base) else ""
+        raise UnfitError(
+            f"{place} is of type {printable(str(kind))}, which transformers "
+            f"{transformers.__version__} does not have.{code}{_written_by(base)} {INSTEAD}"
+        )
+    if _counts_too_many(base.config, len(base.tensors)):
+        raise _too_large(place)
+    with guarded(f"read the config of {place}"):
+        return mapping[kind].from_dict(known_fields(mapping[kind], base.config))
+
+
+def _written_by(base: BaseModel) -> str:
+    """Name the release that wrote a config, if it is later than the installed transformers."""
+    release = base.config.get("transformers_version")
+    if not isinstance(release, str) or not re.fullmatch(r"\d{1,4}(\.\w{1,8}){1,3}", release):
+        return ""
+    if _numbers(release) <= _installed():
+        return ""
+    return f" transformers {printable(release)} wrote its config: install that or a later one."
+
+
+def _installed() -> tuple[int, ...]:
+    import transformers
+
+    return _numbers(transformers.__version__)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """Return the first two numbers of a release."""
+    return tuple(int(part) for part in release.split(".")[:2] if part.isdecimal())
+
+
+def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
+    """Whether a field of a config, or one inside of it, says that there are too many of a thing.
+
+    Args:
+        value: of the field.
+        tensors: how many the files have: each layer has some.
+        name: of the field.
+    """
+    if isinstance(value, Mapping):
+        return any(_counts_too_many(each, tensors, str(key)) for key, each in value.items())
+    if isinstance(value, list):
+        return any(_counts_too_many(each, tensors, name) for each in value)
+    if not isinstance(value, int):
+        return False
+    if _COUNTS_EXPERTS.fullmatch(name):
+        return abs(value) > tensors + _MORE_EXPERTS
+    if _COUNTS_LAYERS.fullmatch(name):
+        return abs(value) > tensors + _MORE_LAYERS
+    return abs(value) > _MOST and any(word in name for word in _COUNTED)
+
+
+def _too_large(place: str) -> UnfitError:
+    return UnfitError(
+        f"{place}: its config describes a model that is far larger than its weights. Is it the "
+        f"config of another model? {INSTEAD}"
+    )
+
+
+def _brings_code(base: BaseModel) -> bool:
+    return bool(base.config.get("auto_map"))
+
+
+def _classes(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the classes that the Auto classes give for a config's type, by name."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, Any] = {}
+    for name in dir(modeling_auto):
+        auto = getattr(modeling_auto, name)
+        if name.startswith("AutoModel") and isinstance(auto, type):
+            found |= {model.__name__: model for model in _given_by(auto, config)}
+    return found
+
+
+def _given_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None or type(config) not in mapping:
+        return ()
+    given = mapping[type(config)]
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
+def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
+    """Yield the classes that adapters say they were trained on, the config's own among them first.
+
+    A task's Auto class can give several.
+    """
+    import transformers
+
+    for adapter in adapters:
+        described = adapter.config.auto_mapping or {}
+        if described.get("base_model_class"):
+            yield str(described["base_model_class"])
+        auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
+        if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
+            yield from _architectures(base)  # any class can be trained for its features
+        if auto is not None:
+            names = [model.__name__ for model in _given_by(getattr(transformers, auto), config)]
+            yield from (name for name in _architectures(base) if name in names)
+            yield from names
+
+
+def _architectures(base: BaseModel) -> list[str]:
+    names = base.config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _labels(adapters: Iterable[Adapter]) -> int | None:
+    """Return how many labels the head has that an adapter brings; None if it brings none."""
+    for adapter in adapters:
+        heads = SAVED_BY_TASK.get(adapter.config.task_type or "", ())
+        for tensor in adapter.replacements:
+            module, _, parameter = replaced_name(tensor.name).rpartition(".")
+            last = module.removesuffix(".out_proj").rpartition(".")[2]
+            if last in heads and parameter == "weight" and len(tensor.shape) == 2:
+                return tensor.shape[0]
+    return None
+
+
+def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
+    """Return the rows of a vocabulary that an adapter resizes; None if none does."""
+    for adapter in adapters:
+        for tensor in adapter.replacements:
+            module = replaced_name(tensor.name).rpartition(".")[0]
+            if is_embedding(module) and tensor.shape[:1] != (embedding_rows(base),):
+                return tensor.shape[0]
+    return None
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def built(plan: Blueprint) -> nn.Module:
+    """Return the model with its weights, as they are stored, ready to be asked.
+
+    What the files lack is drawn, the same each time.
+
+    Raises:
+        CheckpointError: a file is malformed.
+        UnfitError: transformers cannot make a model of it.
+        SurroundingsError: a file cannot be read, or memory is short.
+    """
+    with guarded(f"build {plan.place}"), torch.random.fork_rng(devices=[]):
+        _refuse_too_large(plan)
+        torch.manual_seed(0)
+        model: nn.Module = plan.model.from_pretrained(
+            None,
+            config=plan.config,
+            state_dict=_tensors(plan.base),
+            **_as_stored(),
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=plan.relabeled,
+        )
+        if plan.rows is not None:  # the adapter brings the values of every row
+            model.resize_token_embeddings(plan.rows, mean_resizing=False)
+        return model.eval()
+
+
+def _as_stored() -> dict[str, str]:
+    """Return the argument that lets transformers keep the dtypes of the files.
+
+    transformers 4.56 renamed ``torch_dtype``.
+    """
+    return {"dtype" if _installed() >= (4, 56) else "torch_dtype": "auto"}
+
+
+def _refuse_too_large(plan: Blueprint) -> None:
+    """Raise `UnfitError` for a config that would take much more memory than its file."""
+    with torch.device("meta"):
+        model = plan.model(plan.config)
+    tensors = (*model.parameters(), *model.buffers())
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if needed > 4 * plan.base.weights_size + _ROOM:
+        raise _too_large(plan.place)
+
+
+def _tensors(base: BaseModel) -> dict[str, Tensor]:
+    folder = base.location.folder
+    assert folder is not None  # noqa: S101 -- as `blueprint` made it
+    found: dict[str, Tensor] = {}
+    for name in base.files:
+        with open_local(folder / name, within=folder) as source:
+            file = TensorFile(source)
+            found |= {tensor: to_tensor(file.read(tensor)) for tensor in file.header.tensors}
+    return found

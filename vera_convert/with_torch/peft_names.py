@@ -1,0 +1,295 @@
+"""The methods of ``peft.PeftModel`` by their own names, for scripts that were written for PEFT.
+
+`VeraModel` has them beside its own; each says where it differs from PEFT. Not offered, with the
+reasons in `DECLINED`: prompts, model cards, conversion to LoRA, tables of each layer's status, and
+publishing on the Hub.
+"""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from functools import lru_cache, wraps
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar, cast
+
+from torch import nn
+
+from vera_convert.adapter.config import FIELDS, VeraConfig
+from vera_convert.errors import UsageError
+from vera_convert.merging.changes import Tied
+from vera_convert.with_torch.modules import activate
+
+_NO_PROMPTS = "a VeRA adapter has no prompts"
+_BY_LAYER = "print the model: each layer shows its active and merged adapters"
+DECLINED: Mapping[str, str] = MappingProxyType(
+    {
+        "get_prompt": _NO_PROMPTS,
+        "get_prompt_embedding_to_save": _NO_PROMPTS,
+        "get_layer_status": _BY_LAYER,
+        "get_model_status": _BY_LAYER,
+        "create_or_update_model_card": (
+            "a model card is its author's text: save_pretrained writes none, and keeps one that is "
+            "there"
+        ),
+        "supports_lora_conversion": (
+            "PEFT converts to LoRA approximately, by a decomposition of each delta; save the "
+            "adapter, and convert the folder exactly"
+        ),
+        "inject_adapter": "call add_adapter, which wraps the layers too",
+        "add_weighted_adapter": "make several adapters active: their deltas are summed",
+    }
+)
+"""Names of PEFT's that a `VeraModel` does not have, with the reason and the way to go."""
+
+_OURS = {
+    "adapter_name": "adapter",
+    "is_trainable": "trainable",
+    "peft_config": "config",
+    "model_id": "folder",
+    "save_directory": "folder",
+}
+"""PEFT's names of arguments, and ours."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_pefts_names(method: Method) -> Method:
+    """Let a method's arguments be given by PEFT's names as well."""
+
+    @wraps(method)
+    def called(*args: object, **kwargs: object) -> object:
+        return method(*args, **{_OURS.get(name, name): value for name, value in kwargs.items()})
+
+    return cast("Method", called)
+
+
+def own_config(config: object) -> VeraConfig:
+    """Return a config as this package's class: it is one, or PEFT's ``VeraConfig``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(config, VeraConfig):
+        return config
+    fields = config.to_dict() if hasattr(config, "to_dict") else None
+    if not isinstance(fields, dict) or fields.get("peft_type") != "VERA":
+        raise UsageError(
+            f"a VeraConfig is expected, of vera_convert.with_torch or of PEFT, not an object of "
+            f"the class {type(config).__name__}."
+        )
+    plain = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in fields.items()
+        if name in FIELDS
+    }
+    return VeraConfig(**plain)
+
+
+class PeftMethods(nn.Module):
+    """PEFT's names for what a `VeraModel` can do."""
+
+    configs: dict[str, VeraConfig]
+    active: tuple[str, ...]
+
+    # --- a model that passes for a PeftModel ------------------------------------------------------
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class that `isinstance` goes by: where PEFT is loaded, a ``PeftModel`` too.
+
+        transformers' Trainer, Accelerate and TRL know an adapter by that class alone. They then
+        look for columns in the wrapped model's signature, and save and load the adapter instead of
+        the whole model. `type` still tells the truth, and no method of PEFT's is inherited.
+        """
+        known = getattr(sys.modules.get("peft"), "PeftModel", None)
+        own: type = type(self)
+        wrapped = self.__dict__.get("_modules", {}).get("model")
+        if wrapped is None or not isinstance(known, type):
+            return own
+        return _passing_for(own, known, type(wrapped).forward)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
+        """Let copies and pickles be of the true class."""
+        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
+        return (_unmade, (type(self),), *state)
+
+    @property
+    def base_model(self) -> Any:  # noqa: ANN401
+        """This object: in PEFT, ``base_model.model`` is the wrapped model."""
+        return self
+
+    def get_base_model(self) -> Any:  # noqa: ANN401
+        """Return the wrapped model, with its adapted layers in it."""
+        return self.model
+
+    # --- configs and adapters ---------------------------------------------------------------------
+
+    peft_type = "VERA"
+
+    @property
+    def peft_config(self) -> dict[str, VeraConfig]:
+        """The config of each adapter."""
+        return self.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that take part in the forward pass."""
+        return [*self.active]
+
+    @property
+    def active_adapter(self) -> str:
+        """The first of the active adapters.
+
+        Raises:
+            UsageError: none is active.
+        """
+        if not self.active:
+            raise UsageError("no adapter is active: call set_adapter().")
+        return self.active[0]
+
+    @property
+    def active_peft_config(self) -> VeraConfig:
+        """The config of the first active adapter."""
+        return self.configs[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter is active."""
+        return bool(self.active)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the configs name as modules to be trained whole; None if nothing."""
+        found = (each.modules_to_save or () for each in self.configs.values())
+        return set(chain.from_iterable(found)) or None
+
+    def set_requires_grad(
+        self,
+        adapter_names: str | Iterable[str],
+        requires_grad: bool = True,  # noqa: FBT001, FBT002 -- as in PEFT
+    ) -> None:
+        """Let gradients flow to what these adapters train, or stop them; active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        self.require_known(names)
+        for name in names:
+            self.let_train(name, requires_grad)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Switch all adapters off inside a ``with`` block; see `disabled`.
+
+        PEFT unmerges first if something is merged; this refuses, since that changes weights.
+        """
+        return self.disabled()  # type: ignore[no-any-return]
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers` is called."""
+        self.refuse_merged("adapters are switched off")
+        activate(self.model, ())
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        activate(self.model, self.active)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many parameters are trained, and how many there are, adapters included.
+
+        As in PEFT, a parameter in 4 bits counts twice, since each of its bytes holds two.
+        """
+        trained = every = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed's, elsewhere
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            every += count
+            trained += count if parameter.requires_grad else 0
+        return trained, every
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in PEFT's words."""
+        trained, every = self.get_nb_trainable_parameters()
+        share = 100 * trained / every if every else 0.0
+        print(  # noqa: T201
+            f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
+        )
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:  # noqa: ANN401
+        """Let gradients reach the first layers, which checkpoints that are re-entrant need."""
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        return model
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = True,  # noqa: FBT001, FBT002
+        *,
+        tied: Tied | None = None,
+    ) -> None:
+        """Merge these adapters, or the active ones; see `merge`.
+
+        PEFT looks for values that are not finite only with `safe_merge`, and changes both of two
+        tied weights with a warning; this looks unless told otherwise, and asks for `tied`.
+        """
+        self.merge(check=safe_merge, tied=tied, adapters=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Subtract what was merged; see `unmerge`."""
+        self.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,  # noqa: ARG002, FBT001, FBT002 -- it takes no time worth one
+        safe_merge: bool = True,  # noqa: FBT001, FBT002
+        adapter_names: Sequence[str] | None = None,
+        *,
+        tied: Tied | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Merge these adapters, or the active ones, and return the model without wrappers.
+
+        What was merged before stays merged. See `merge_adapter` and `unload`.
+        """
+        if not any(layer.merged for _, layer in self._layers()):
+            self.merge_adapter(adapter_names, safe_merge, tied=tied)
+        return self.unload()
+
+    # --- publishing -------------------------------------------------------------------------------
+
+    def push_to_hub(self, *_: object, **__: object) -> NoReturn:
+        """Refuse: this package never writes to the Hub.
+
+        Uploading needs a token that can write, which nothing else here asks for. Save the adapter
+        to a folder, look at what would be published, and upload the folder with the Hub's client.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "vera_convert does not write to the Hub. Save the adapter with save_pretrained(FOLDER) "
+            'and upload the folder: "hf upload REPO FOLDER" in a terminal, or '
+            "huggingface_hub.upload_folder(repo_id=REPO, folder_path=FOLDER)."
+        )
+
+
+@lru_cache(maxsize=64)
+def _passing_for(kind: type, known: type, forward: Callable[..., Any]) -> type:
+    """Return a class of both; it is asked about and never made.
+
+    Its ``forward`` is the wrapped model's: older releases of the Trainer look there for the labels.
+    """
+    fields = {"__module__": kind.__module__, "forward": forward}
+    return type(kind.__name__, (kind, known), fields)
+
+
+def _unmade(kind: Any) -> Any:  # noqa: ANN401
+    """Return an object of a class whose state is still to come."""
+    return kind.__new__(kind)
