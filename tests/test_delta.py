@@ -95,18 +95,18 @@ def test_float64_comes_to_16_bits_by_way_of_float32() -> None:
 def test_in_float64_it_gives_every_reference_of_the_fixtures(path: Path) -> None:
     expected = json.loads(path.read_bytes())
     ignored = "ignored the stored" in expected.get("default_semantics_note", "")
-    meant = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
+    projections = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
     base = FIXTURES / expected["base"]
     weights = load_file(base / "model.safetensors")
     with open_adapter(path.parent) as adapter:
-        on_base = resolve_base(adapter, BaseOptions(str(base)), bases=Bases(), need=Need.VITAL)
-        assert on_base.match is not None
-        pair = in_effect(adapter, on_base, meant=meant)
+        base_facts = resolve_base(adapter, BaseOptions(str(base)), bases=Bases(), need=Need.VITAL)
+        assert base_facts.match is not None
+        pair = in_effect(adapter, base_facts, projections=projections)
         for module, layer in adapter.layers.items():
-            name = on_base.match.tensors[module]
+            name = base_facts.match.tensors[module]
             d, b = layer.lambda_d.array(), layer.lambda_b.array()
-            change = exact_delta(pair.A, pair.B, d, b, on_base.match.shapes[module][1])
-            if module in on_base.match.conv1d:
+            change = exact_delta(pair.A, pair.B, d, b, base_facts.match.shapes[module][1])
+            if module in base_facts.match.conv1d:
                 change = change.T
             found = sha256(merged(weights[name], change).tobytes()).hexdigest()
             assert found == expected["merged"][name]["sha256_float64_reference"], name

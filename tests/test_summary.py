@@ -89,8 +89,8 @@ def test_says_what_each_peft_uses(
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
     stored = json.loads((folder / "adapter_config.json").read_bytes())["save_projection"]
-    for wish in (None, BaseOptions(str(tiny_base(tmp_path / "base")))):
-        found = effects(info(folder, base=wish))
+    for options in (None, BaseOptions(str(tiny_base(tmp_path / "base")))):
+        found = effects(info(folder, base=options))
         assert found == {OLD: ("key", old), NEW: ("file" if stored else "key", new)}
 
 
@@ -163,10 +163,10 @@ def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> No
 
 def as_lora(found: AdapterInfo, folder: Path) -> dict[str, Any]:
     """The tensors of a LoRA in the place of an adapter: zeros, and the heads that it has."""
-    assert found.on_base.match is not None
+    assert found.base_facts.match is not None
     rank, stored = found.config.r, load_file(folder / WEIGHTS)
     factors = {}
-    for module, (outputs, inputs) in found.on_base.match.shapes.items():
+    for module, (outputs, inputs) in found.base_facts.match.shapes.items():
         factors[f"base_model.model.{module}.lora_A.weight"] = np.zeros((rank, inputs), "f4")
         factors[f"base_model.model.{module}.lora_B.weight"] = np.zeros((outputs, rank), "f4")
     return factors | {name: stored[name] for name in found.replacements}
@@ -188,16 +188,16 @@ def test_the_size_embedded_is_told_if_it_can_be(
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tensors(lambda all_: {name: array.astype(lambdas) for name, array in all_.items()})(folder)
     assert info(folder).sizes.embedded is None
-    wish = BaseOptions(str(tiny_base(tmp_path / "base", dtype=dtype or "float32")), dtype=dtype)
-    done = embed(folder, tmp_path / "out", base=wish)
-    assert info(folder, base=wish).sizes.embedded == done.bytes_after
+    options = BaseOptions(str(tiny_base(tmp_path / "base", dtype=dtype or "float32")), dtype=dtype)
+    done = embed(folder, tmp_path / "out", base=options)
+    assert info(folder, base=options).sizes.embedded == done.bytes_after
 
 
 def test_a_size_that_only_drawing_would_tell_is_not_told(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     tensors(lambda all_: {name: a.astype(np.float16) for name, a in all_.items()})(folder)
-    wish = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
-    assert info(folder, base=wish).sizes.embedded is None
+    options = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="bfloat16")
+    assert info(folder, base=options).sizes.embedded is None
 
 
 def test_counts_layers_by_kind_and_shape(tmp_path: Path) -> None:
@@ -237,18 +237,18 @@ def test_does_without_a_base_that_cannot_be_had_and_says_so(
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", base_model_name_or_path=name)
     found = info(folder)
-    assert found.on_base.base is None
-    assert said in found.on_base.source
+    assert found.base_facts.base is None
+    assert said in found.base_facts.source
     assert found.findings == ()
 
 
-@pytest.mark.parametrize("meant", ProjectionSource)
+@pytest.mark.parametrize("projections", ProjectionSource)
 def test_tells_of_the_stored_projections_whatever_is_meant(
-    meant: ProjectionSource, tmp_path: Path
+    projections: ProjectionSource, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=KEY + 1)(folder)
-    found = info(folder, base=BaseOptions(dtype="float32"), projections=meant)
+    found = info(folder, base=BaseOptions(dtype="float32"), projections=projections)
     assert found.draw is not None
     assert found.draw.key == KEY + 1
 
@@ -271,17 +271,17 @@ def test_a_base_of_the_config_that_is_at_hand_is_read(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = good_adapter(tmp_path / "adapter")
     found = info(folder)
-    assert found.on_base.source == f"example/tiny-llama@{commit}"
-    assert found.on_base.rounding is Rounding.BF16
+    assert found.base_facts.source == f"example/tiny-llama@{commit}"
+    assert found.base_facts.rounding is Rounding.BF16
     # One that cannot be read is no reason to say nothing of the adapter.
     (snapshot / "config.json").write_text("{")
-    assert "V022" in info(folder).on_base.source
+    assert "V022" in info(folder).base_facts.source
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example").mkdir()
     (tmp_path / "example" / "tiny-llama").mkdir()
-    assert "V022" in info(folder).on_base.source  # a folder that is no model is not meant
+    assert "V022" in info(folder).base_facts.source  # a folder that is no model is not meant
     (tmp_path / "example" / "tiny-llama" / "config.json").write_text("{}")
-    assert "--base ./example/tiny-llama or" in info(folder).on_base.source
+    assert "--base ./example/tiny-llama or" in info(folder).base_facts.source
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(

@@ -93,7 +93,7 @@ class AdapterInfo:
         parameters: trained values in the lambdas.
         lora_parameters: those of a LoRA of the same rank; None without a base.
         sizes: bytes in each form.
-        on_base: what is known of the base.
+        base_facts: what is known of the base.
         findings: warnings and notes.
     """
 
@@ -110,7 +110,7 @@ class AdapterInfo:
     parameters: int
     lora_parameters: int | None
     sizes: Sizes
-    on_base: BaseFacts
+    base_facts: BaseFacts
     findings: tuple[Finding, ...]
 
     @property
@@ -140,30 +140,33 @@ def info(
         CheckpointError: the adapter is malformed.
         SurroundingsError: it cannot be had or read.
     """
-    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
+    projections, base_options = (
+        one_of("projections", ProjectionSource, projections),
+        base_options_of(base),
+    )
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
     location = fetch_weights(location, access)
     with open_adapter(location.fetched) as opened:
-        on_base = resolve_base(opened, wish, bases=Bases(access), need=Need.HELPFUL)
-        described = _described(opened, location, on_base, meant)
+        base_facts = resolve_base(opened, base_options, bases=Bases(access), need=Need.HELPFUL)
+        described = _described(opened, location, base_facts, projections)
         opened.check_unchanged()
     return described
 
 
 def _described(
-    adapter: Adapter, location: Location, on_base: BaseFacts, meant: ProjectionSource
+    adapter: Adapter, location: Location, base_facts: BaseFacts, projections: ProjectionSource
 ) -> AdapterInfo:
     draw, difference = _origin(adapter)
-    inputs = _inputs(on_base)
+    inputs = _inputs(base_facts)
     linears = {
         module: Linear(layer.out_features, inputs[module])
         for module, layer in adapter.layers.items()
         if module in inputs
     }
     complete = len(linears) == len(adapter.layers)
-    effects = _effects(adapter, draw, on_base)
+    effects = _effects(adapter, draw, base_facts)
     return AdapterInfo(
         location=location,
         config=adapter.config,
@@ -183,18 +186,18 @@ def _described(
         lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
         sizes=Sizes(
             as_is=adapter.weights_size,
-            stripped=_stripped_bytes(adapter, on_base, meant),
-            embedded=_embedded_bytes(adapter, on_base, meant),
+            stripped=_stripped_bytes(adapter, base_facts, projections),
+            embedded=_embedded_bytes(adapter, base_facts, projections),
             lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
             if complete
             else None,
-            merged=on_base.base.weights_size if on_base.base else None,
+            merged=base_facts.base.weights_size if base_facts.base else None,
         ),
-        on_base=on_base,
+        base_facts=base_facts,
         findings=(
             *adapter.findings,
-            *on_base.findings,
-            *other_dims(adapter, on_base),
+            *base_facts.findings,
+            *other_dims(adapter, base_facts),
             *_ignored(adapter, effects),
             *_unknown_origin(adapter),
         ),
@@ -212,11 +215,11 @@ def _origin(adapter: Adapter) -> tuple[Draw | None, Difference | None]:
     return (recorded.draw if recorded else None), None
 
 
-def _inputs(on_base: BaseFacts) -> dict[str, int]:
+def _inputs(base_facts: BaseFacts) -> dict[str, int]:
     """Return in_features by module, as far as the base's headers were read."""
-    if on_base.match is None:
+    if base_facts.match is None:
         return {}
-    return {module: inputs for module, (_, inputs) in on_base.match.shapes.items()}
+    return {module: inputs for module, (_, inputs) in base_facts.match.shapes.items()}
 
 
 def _groups(adapter: Adapter, inputs: Mapping[str, int]) -> tuple[TargetGroup, ...]:
@@ -239,14 +242,14 @@ def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
     )
 
 
-def _effects(adapter: Adapter, draw: Draw | None, on_base: BaseFacts) -> tuple[Effect, ...]:
+def _effects(adapter: Adapter, draw: Draw | None, base_facts: BaseFacts) -> tuple[Effect, ...]:
     """Tell what each PEFT uses, compared with the stored or recorded projections."""
     origin = adapter.projections or adapter.fingerprint
     redrawn: tuple[str, ...] | None = None
     if origin is not None:
         redrawn = ()
         dims = origin.in_features, origin.out_features
-        usual = default_variant(adapter.config, on_base, *dims)
+        usual = default_variant(adapter.config, base_facts, *dims)
         if draw and replace(draw, rounding=Rounding.NONE) == usual:
             redrawn = tuple(
                 dtype for dtype, rounding in LOAD_DTYPES.items() if draw.rounding is rounding
@@ -275,26 +278,30 @@ def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
         yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 
-def _stripped_bytes(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> int | None:
+def _stripped_bytes(
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+) -> int | None:
     try:
-        converted = stripped(adapter, on_base, meant=meant, accept_change=True)
+        converted = stripped(adapter, base_facts, projections=projections, accept_change=True)
     except CheckpointError:
         return None
     return file_size(converted.tensors, converted.metadata)
 
 
-def _embedded_bytes(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> int | None:
+def _embedded_bytes(
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+) -> int | None:
     """Return what `embed` would write; nothing is drawn for it, whatever a fingerprint claims."""
     if adapter.projections is not None:
         try:
-            converted = embedded(adapter, on_base, meant=meant)
+            converted = embedded(adapter, base_facts, projections=projections)
         except (CheckpointError, UsageError):
             return None
         return file_size(converted.tensors, converted.metadata)
-    known = adapter.fingerprint or on_base
-    if known.in_features is None or known.out_features is None or _is_unfit(adapter, on_base):
+    known = adapter.fingerprint or base_facts
+    if known.in_features is None or known.out_features is None or _is_unfit(adapter, base_facts):
         return None
-    rank, dtype = adapter.config.r, _embedded_dtype(adapter, on_base)
+    rank, dtype = adapter.config.r, _embedded_dtype(adapter, base_facts)
     if dtype is None:
         return None
     pair = [
@@ -308,24 +315,24 @@ def _embedded_bytes(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSourc
     return file_size([*adapter.tensors, *pair], metadata)
 
 
-def _is_unfit(adapter: Adapter, on_base: BaseFacts) -> bool:
+def _is_unfit(adapter: Adapter, base_facts: BaseFacts) -> bool:
     """Say whether `embed` would refuse the dims that are known."""
     recorded = adapter.fingerprint
     if recorded is not None:
-        return not on_base.fits(recorded.in_features, recorded.out_features)
-    return (on_base.out_features or 0) < adapter.longest_b
+        return not base_facts.fits(recorded.in_features, recorded.out_features)
+    return (base_facts.out_features or 0) < adapter.longest_b
 
 
-def _embedded_dtype(adapter: Adapter, on_base: BaseFacts) -> str | None:
+def _embedded_dtype(adapter: Adapter, base_facts: BaseFacts) -> str | None:
     """Return how A and B would be stored; None where only drawing them would tell."""
     if adapter.fingerprint is not None:
         return adapter.fingerprint.dtype
-    if on_base.rounding is None:
+    if base_facts.rounding is None:
         return None
     dtypes = _lambda_dtypes(adapter)
     if len(dtypes) != 1 or dtypes[0] in ("F64", "F32"):
         return dtypes[0] if len(dtypes) == 1 else "F32"
-    rounded = {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(on_base.rounding)
+    rounded = {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(base_facts.rounding)
     if dtypes[0] == "F16" and rounded == "BF16":
         return None  # float16 holds them if none is too small: only the values tell
     return dtypes[0] if dtypes[0] == rounded else "F32"

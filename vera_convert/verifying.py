@@ -76,10 +76,10 @@ def verify(
     if other is None and merged is None:
         raise UsageError("say what is to be verified: --adapter OTHER or --merged MODEL.")
     if merged is None:
-        options.demand_no_merge()
+        options.require_no_merge()
     elif not options.layers_only:
-        _demand_torch()
-        _demand_text(options.text)
+        _require_torch()
+        _require_text(options.text)
     given = VerifiedSpec(adapter, options.weight, revision)
     form, check, model, not_run = None, None, None, None
     with signals_raise():
@@ -125,7 +125,7 @@ def _passed(findings: tuple[Finding, ...]) -> bool:
     return all(finding.severity is not Severity.ERROR for finding in findings)
 
 
-def _demand_torch() -> None:
+def _require_torch() -> None:
     """Raise `SurroundingsError` where models cannot be run, before anything else takes time."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
@@ -135,7 +135,7 @@ def _demand_torch() -> None:
         )
 
 
-def _demand_text(path: Path | None) -> None:
+def _require_text(path: Path | None) -> None:
     """Raise `SurroundingsError` where the text to be run is not there, as early."""
     if path is not None and not path.is_file():
         raise SurroundingsError(f"{printable(str(path))}: there is no such file to take text from.")

@@ -86,7 +86,7 @@ def test_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
     (folder / "checkpoint-1" / "more.txt").write_text("of another adapter")
     (folder / "empty").mkdir()
     found = side_files(folder)
-    assert found.carried == ("README.md", "deep/er/notes.txt", "z.txt")
+    assert found.copied == ("README.md", "deep/er/notes.txt", "z.txt")
     assert found.left_out == (
         "adapter_model.bin",
         "global_step5/mp_rank_00_model_states.pt",
@@ -110,7 +110,7 @@ def test_links_are_carried_as_their_contents_if_they_stay_inside(tmp_path: Path)
     os.mkfifo(folder / "pipe")
     strip(folder, tmp_path / "out")
     found = side_files(folder)
-    assert found.carried == ("linked.txt", "real.txt")
+    assert found.copied == ("linked.txt", "real.txt")
     assert found.outside == ("absolute", "circle", "device", "folder", "nowhere", "relative")
     assert everything(tmp_path / "out").keys() == {
         "adapter_config.json",
@@ -257,6 +257,6 @@ def test_what_came_from_elsewhere_is_left_out(name: str, is_copied: bool, tmp_pa
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
     done = strip(folder, tmp_path / "out")
-    assert (name in done.side_files.carried) is is_copied
+    assert (name in done.side_files.copied) is is_copied
     assert (name in done.side_files.left_out) is not is_copied
     assert (tmp_path / "out" / name).exists() is is_copied

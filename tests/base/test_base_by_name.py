@@ -124,8 +124,8 @@ def test_each_adapter_of_a_tree_gets_its_own_base(here: Path, run: Run) -> None:
     assert ended.status == 0
     widths = {name: tensors_of(here / "out" / name)["base_model.vera_A"].shape for name in "ab"}
     assert widths == {"a": (4, 24), "b": (4, 16)}
-    wish = BaseOptions(places={"/data/wide": "wide"})  # type: ignore[arg-type] # a mapping will do
-    migrate_tree(here / "tree", here / "again", to="embedded", base=wish)
+    options = BaseOptions(places={"/data/wide": "wide"})  # type: ignore[arg-type] # a mapping will do
+    migrate_tree(here / "tree", here / "again", to="embedded", base=options)
     assert everything(here / "again") == everything(here / "out")
 
 

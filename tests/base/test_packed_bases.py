@@ -175,7 +175,7 @@ def test_what_a_packed_base_hides_is_not_guessed(tmp_path: Path, run: Run) -> No
     base = packed_base(tmp_path / "base", "gptq")
     found = info(good_adapter(tmp_path / "adapter"), base=base)
     assert found.lora_parameters is None
-    assert found.on_base.in_features is None
+    assert found.base_facts.in_features is None
     bare = good_adapter(tmp_path / "bare", stripped=True)
     ended = run("embed", bare, tmp_path / "out", "--base", base)
     assert ended.status == 2

@@ -77,8 +77,10 @@ def test_layers_stored_the_other_way_round_are_told_by_their_biases(tmp_path: Pa
     (bare / "model.safetensors").write_bytes(
         (Path(str(base.model)) / "model.safetensors").read_bytes()
     )
-    for number, wish in enumerate((base, BaseOptions(str(bare)))):  # once without its config.json
-        assert strip(folder, tmp_path / f"out{number}", base=wish).findings == ()
+    for number, options in enumerate(
+        (base, BaseOptions(str(bare)))
+    ):  # once without its config.json
+        assert strip(folder, tmp_path / f"out{number}", base=options).findings == ()
 
 
 def test_the_head_of_a_classifier_passes_through(tmp_path: Path) -> None:
@@ -91,8 +93,8 @@ def test_the_head_of_a_classifier_passes_through(tmp_path: Path) -> None:
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = FIXTURES / "0.21.2" / "llama_fp32_proj"
     for base, code in (("gpt2-fp32", "V520"), ("bert-cls-fp32", "V520")):
-        wish = BaseOptions(str(FIXTURES / "bases" / base))
-        assert refusal(partial(strip, folder, tmp_path / "out", base=wish)) == code
+        options = BaseOptions(str(FIXTURES / "bases" / base))
+        assert refusal(partial(strip, folder, tmp_path / "out", base=options)) == code
     other = tiny_base(
         tmp_path / "base", tensors={"model.layers.0.self_attn.v_proj.weight": (12, 16)}
     )
@@ -118,9 +120,9 @@ def test_a_base_of_a_known_type_needs_no_weights(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    wish = BaseOptions(str(base))
+    options = BaseOptions(str(base))
     with pytest.raises(UsageError, match="dtype"):
-        embed(folder, tmp_path / "out", base=wish)
+        embed(folder, tmp_path / "out", base=options)
     done = embed(folder, tmp_path / "out", base=BaseOptions(str(base), dtype="float32"))
     assert codes(done) == {"V410"}
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (
@@ -142,6 +144,6 @@ def test_no_output_goes_into_the_base(tmp_path: Path) -> None:
     for model in (base, base / "deep"):
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-        wish = BaseOptions(str(model), dtype="float32")
+        options = BaseOptions(str(model), dtype="float32")
         with pytest.raises(UsageError, match="input"):
-            strip(folder, model / "out", base=wish, force=True)
+            strip(folder, model / "out", base=options, force=True)

@@ -74,7 +74,7 @@ def test_side_files_are_carried_byte_for_byte(tmp_path: Path, adapter: Path, bas
     assert found["config.json"] == (base / "config.json").read_bytes()
     own = {"config.json", "model.safetensors", "README.md", "merge-provenance.json"}
     assert found.keys() - BESIDE.keys() == own
-    assert done.sides.carried == tuple(sorted(BESIDE))
+    assert done.sides.copied == tuple(sorted(BESIDE))
     assert not done.findings
 
 

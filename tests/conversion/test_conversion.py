@@ -49,7 +49,7 @@ def test_a_base_on_the_hub_costs_kilobytes(
 ) -> None:
     done = strip(adapter, tmp_path / "stripped", access=access)
     assert done.findings == ()
-    assert done.on_base.source.startswith("example/tiny-llama@")
+    assert done.base_facts.source.startswith("example/tiny-llama@")
     bare(adapter)
     embedded = embed(adapter, tmp_path / "embedded", access=access)
     assert codes(embedded) == {"V410"}
@@ -64,7 +64,7 @@ def test_an_adapter_on_the_hub_is_converted_like_any_other(
     commit = hub.add("org/name", {f"vera/{k}": v for k, v in everything(adapter).items()})
     done = strip("org/name@main/vera", tmp_path / "stripped", access=access)
     assert done.adapter == f"org/name@{commit}/vera"
-    assert done.side_files.carried == ("README.md",)
+    assert done.side_files.copied == ("README.md",)
     assert done.side_files.left_out == ("optimizer.pt",)
     embed(tmp_path / "stripped", tmp_path / "embedded", access=access)
     assert (tmp_path / "embedded" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
@@ -95,7 +95,7 @@ def test_a_base_that_cannot_be_had_is_done_without_where_that_can_be(
     done = strip(adapter, tmp_path / "stripped", access=access)
     assert codes(done) == {"V404"}
     assert "example/tiny-llama" in done.findings[0].reason
-    assert "example/tiny-llama" in info(adapter, access=access).on_base.source
+    assert "example/tiny-llama" in info(adapter, access=access).base_facts.source
     bare(adapter)
     with pytest.raises(SurroundingsError, match="example/tiny-llama"):
         embed(adapter, tmp_path / "embedded", access=access)
@@ -132,13 +132,13 @@ def test_the_revisions_of_adapter_and_base_are_kept_apart(
     }
     by_config = strip("org/name", tmp_path / "a", revision="mine", access=access)
     assert by_config.adapter == f"org/name@{commits['mine']}"
-    assert by_config.on_base.source == f"example/tiny-llama@{bases['recorded']}"
+    assert by_config.base_facts.source == f"example/tiny-llama@{bases['recorded']}"
     by_option = strip("org/name", tmp_path / "b", base=BaseOptions(revision="given"), access=access)
     assert by_option.adapter == f"org/name@{commits['main']}"
-    assert by_option.on_base.source == f"example/tiny-llama@{bases['given']}"
+    assert by_option.base_facts.source == f"example/tiny-llama@{bases['given']}"
     by_name = BaseOptions("example/tiny-llama", revision="given")
     by_both = strip("org/name", tmp_path / "c", base=by_name, access=access)
-    assert by_both.on_base.source == f"example/tiny-llama@{bases['given']}"
+    assert by_both.base_facts.source == f"example/tiny-llama@{bases['given']}"
 
 
 def test_info_fetches_config_and_weights_alone(

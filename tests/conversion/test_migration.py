@@ -261,9 +261,12 @@ def whole_names(files: dict[str, bytes]) -> set[str]:
     [("0.11.0/llama_bf16_proj", "llama-bf16"), ("0.12.0/gpt2_fp32_proj", "gpt2-fp32")],
 )
 def test_an_old_adapter_of_peft_goes_both_ways(case: str, base: str, tmp_path: Path) -> None:
-    folder, wish = DATA / "fixtures" / case, BaseOptions(str(DATA / "fixtures" / "bases" / base))
-    migrate(folder, tmp_path / "a", to=Mode.STRIPPED, base=wish)
-    migrate(tmp_path / "a", tmp_path / "b", to=Mode.EMBEDDED, base=wish)
+    folder, options = (
+        DATA / "fixtures" / case,
+        BaseOptions(str(DATA / "fixtures" / "bases" / base)),
+    )
+    migrate(folder, tmp_path / "a", to=Mode.STRIPPED, base=options)
+    migrate(tmp_path / "a", tmp_path / "b", to=Mode.EMBEDDED, base=options)
     assert everything(tmp_path / "b") == everything(folder)
 
 
@@ -322,15 +325,17 @@ def test_foreign_projections_are_cut_too(tmp_path: Path) -> None:
     assert weights(tmp_path / "out")[A].shape == (RANK, 16)
 
 
-@pytest.mark.parametrize("meant", [ProjectionSource.FILE, ProjectionSource.KEY])
-def test_which_projections_are_meant_can_be_said(meant: ProjectionSource, tmp_path: Path) -> None:
+@pytest.mark.parametrize("projections", [ProjectionSource.FILE, ProjectionSource.KEY])
+def test_which_projections_are_meant_can_be_said(
+    projections: ProjectionSource, tmp_path: Path
+) -> None:
     folder = good_adapter(tmp_path / "adapter", save_projection=False)
     good = weights(folder)
     drawn(key=KEY + 1)(folder)
     base = BaseOptions(str(tiny_base(tmp_path / "base")))
     assert refusal(lambda: migrate(folder, tmp_path / "no", to=Mode.EMBEDDED, base=base)) == "V406"
-    migrate(folder, tmp_path / "out", to=Mode.EMBEDDED, base=base, projections=meant)
-    expected = good if meant is ProjectionSource.KEY else weights(folder)
+    migrate(folder, tmp_path / "out", to=Mode.EMBEDDED, base=base, projections=projections)
+    expected = good if projections is ProjectionSource.KEY else weights(folder)
     assert np.array_equal(weights(tmp_path / "out")[A], expected[A])
 
 

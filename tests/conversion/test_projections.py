@@ -30,7 +30,7 @@ from vera_convert.errors import SurroundingsError, UsageError
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("options", "said"),
     [
         (BaseOptions(), "cannot be drawn from the adapter alone"),
         (BaseOptions(dtype="float32"), "cannot be drawn from the adapter alone"),
@@ -43,11 +43,11 @@ from vera_convert.errors import SurroundingsError, UsageError
 )
 @pytest.mark.parametrize("name", [None, "/data/llama", "C:\\models\\llama"])
 def test_embed_asks_for_what_it_must_know(
-    wish: BaseOptions, said: str, name: str | None, tmp_path: Path
+    options: BaseOptions, said: str, name: str | None, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True, base_model_name_or_path=name)
     with pytest.raises(UsageError, match=said):
-        embed(folder, tmp_path / "out", base=wish)
+        embed(folder, tmp_path / "out", base=options)
     assert not (tmp_path / "out").exists()
 
 
@@ -59,8 +59,8 @@ def test_embed_must_have_the_base_that_only_the_config_names(tmp_path: Path) -> 
 
 def test_embed_says_what_it_drew_where_nothing_is_proven(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
-    wish = BaseOptions(in_features=16, out_features=16, dtype="float32")
-    done = embed(folder, tmp_path / "out", base=wish)
+    options = BaseOptions(in_features=16, out_features=16, dtype="float32")
+    done = embed(folder, tmp_path / "out", base=options)
     assert codes(done) == {"V410"}
     assert "float32-fused draw of key 7 for r = 4, 16 inputs, 16 outputs" in done.changes[0]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (
@@ -103,8 +103,8 @@ def test_a_generator_can_be_asked_for(variant: Variant, dtype: str, tmp_path: Pa
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     if dtype == "float64":
         tensors(lambda all_: {name: array.astype("f8") for name, array in all_.items()})(folder)
-    wish = BaseOptions(in_features=16, out_features=16, dtype=dtype)
-    done = embed(folder, tmp_path / "out", base=wish, generator=variant)
+    options = BaseOptions(in_features=16, out_features=16, dtype=dtype)
+    done = embed(folder, tmp_path / "out", base=options, generator=variant)
     expected = as_peft_stored(variant, dtype, "F64")
     stored = weights(tmp_path / "out")
     assert expected is not None
@@ -139,9 +139,9 @@ def test_what_was_accepted_comes_back_even_though_the_base_would_have_it_otherwi
     tmp_path: Path,
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    wish = BaseOptions(str(tiny_base(tmp_path / "base", dtype="bfloat16")))
-    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
-    for number, each in enumerate((None, wish, BaseOptions(dtype="bfloat16"))):
+    options = BaseOptions(str(tiny_base(tmp_path / "base", dtype="bfloat16")))
+    strip(folder, tmp_path / "stripped", base=options, accept_change=True)
+    for number, each in enumerate((None, options, BaseOptions(dtype="bfloat16"))):
         embed(tmp_path / "stripped", tmp_path / f"back{number}", base=each)
         assert everything(tmp_path / f"back{number}") == everything(folder)
 
@@ -161,7 +161,7 @@ DENIED = fields({"save_projection": False})
 
 
 @pytest.mark.parametrize(
-    ("spoil", "meant", "outcome"),
+    ("spoil", "projections", "outcome"),
     [
         # the flag is true: the file's count, unless the key's are asked for
         (all_of(), "auto", "same"),
@@ -185,14 +185,20 @@ DENIED = fields({"save_projection": False})
     ],
 )
 def test_strip_takes_what_is_meant(
-    spoil: Callable[[Path], None], meant: str, outcome: str, tmp_path: Path
+    spoil: Callable[[Path], None], projections: str, outcome: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
     good = weights(folder)
     spoil(folder)
     denied = not json.loads((folder / CONFIG_NAME).read_bytes())["save_projection"]
-    wish = BaseOptions(str(tiny_base(tmp_path / "base")))
-    act = partial(strip, folder, tmp_path / "out", base=wish, projections=ProjectionSource(meant))
+    options = BaseOptions(str(tiny_base(tmp_path / "base")))
+    act = partial(
+        strip,
+        folder,
+        tmp_path / "out",
+        base=options,
+        projections=ProjectionSource(projections),
+    )
     if outcome.startswith("V"):
         assert refusal(act) == outcome
         assert not (tmp_path / "out").exists()
@@ -210,7 +216,7 @@ def test_strip_takes_what_is_meant(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "meant", "outcome"),
+    ("spoil", "projections", "outcome"),
     [
         (all_of(), "auto", "copied"),
         (all_of(), "file", "copied"),
@@ -228,14 +234,20 @@ def test_strip_takes_what_is_meant(
     ],
 )
 def test_embed_takes_what_is_meant(
-    spoil: Callable[[Path], None], meant: str, outcome: str, tmp_path: Path
+    spoil: Callable[[Path], None], projections: str, outcome: str, tmp_path: Path
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
     good = weights(folder)
     spoil(folder)
     stored = weights(folder)
-    wish = BaseOptions(str(tiny_base(tmp_path / "base")))
-    act = partial(embed, folder, tmp_path / "out", base=wish, projections=ProjectionSource(meant))
+    options = BaseOptions(str(tiny_base(tmp_path / "base")))
+    act = partial(
+        embed,
+        folder,
+        tmp_path / "out",
+        base=options,
+        projections=ProjectionSource(projections),
+    )
     if outcome.startswith("V"):
         assert refusal(act) == outcome
         assert not (tmp_path / "out").exists()
@@ -255,18 +267,18 @@ def test_the_keys_projections_cannot_be_had_without_a_dtype(tmp_path: Path) -> N
     for act in (strip, embed):
         with pytest.raises(UsageError, match="--base-dtype"):
             act(folder, tmp_path / "out", projections=ProjectionSource.KEY)
-        wish = BaseOptions(dtype="bfloat16")
-        done = act(folder, tmp_path / act.__name__, projections=ProjectionSource.KEY, base=wish)
+        options = BaseOptions(dtype="bfloat16")
+        done = act(folder, tmp_path / act.__name__, projections=ProjectionSource.KEY, base=options)
         assert "replaced A and B by the draw of the config's key" in done.changes[0]
 
 
 def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(variant=Variant.FLOAT32_SEPARATE)(folder)
-    wish = BaseOptions(dtype="float32")
-    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+    options = BaseOptions(dtype="float32")
+    strip(folder, tmp_path / "stripped", base=options, accept_change=True)
     found = embed(
-        tmp_path / "stripped", tmp_path / "out", base=wish, projections=ProjectionSource.KEY
+        tmp_path / "stripped", tmp_path / "out", base=options, projections=ProjectionSource.KEY
     ).draw
     assert found is not None
     assert found.variant is Variant.FLOAT32_FUSED
@@ -278,8 +290,8 @@ def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
 def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
     """Whatever its lambdas are stored as; in the adapter it is named as what was stored."""
     folder = good_adapter(tmp_path / "adapter", stripped=True)
-    wish = BaseOptions(dtype="float64", in_features=16, out_features=16)
-    done = embed(folder, tmp_path / "out", base=wish, generator=Variant.FLOAT64_FUSED)
+    options = BaseOptions(dtype="float64", in_features=16, out_features=16)
+    done = embed(folder, tmp_path / "out", base=options, generator=Variant.FLOAT64_FUSED)
     assert done.draw is not None
     assert done.draw.rounding is Rounding.FP32
     base = BaseOptions(str(tiny_base(tmp_path / "base")), dtype="float64")

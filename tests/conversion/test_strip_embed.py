@@ -73,9 +73,12 @@ def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
         means.append(ProjectionSource.AUTO)
     with open_adapter(path.parent) as adapter:
         base = BaseOptions(str(FIXTURES / expected["base"]))
-        on_base = resolve_base(adapter, base, bases=Bases(), need=Need.NONE)
-        for meant in means:
-            result = {t.name: t.array() for t in embedded(adapter, on_base, meant=meant).tensors}
+        base_facts = resolve_base(adapter, base, bases=Bases(), need=Need.NONE)
+        for projections in means:
+            result = {
+                t.name: t.array()
+                for t in embedded(adapter, base_facts, projections=projections).tensors
+            }
             for name, effect in expected["projections_in_effect"].items():
                 values = result[f"base_model.{name}"].astype(effect["dtype"])
                 assert list(values.shape) == effect["shape"]
@@ -148,7 +151,7 @@ def test_the_trained_adapter_comes_back_from_its_own_model(
 # --- every way in which A and B can have been drawn ----------------------------------------------
 
 
-def on_base(base: str, folder: Path) -> BaseOptions:
+def tiny_options(base: str, folder: Path) -> BaseOptions:
     """A base whose first layer is of the first dtype and the second of the second."""
     first, _, second = base.partition("+")
     dtypes = {"layers.0": first, "layers.1": second or first}
@@ -177,13 +180,13 @@ def test_every_draw_on_every_base_comes_back(
     pair = as_peft_stored(variant, base, dtype)
     assert pair is not None
     folder = good_adapter(tmp_path / "adapter", tensors=pair)
-    wish = on_base(base, tmp_path / "base")
+    options = tiny_options(base, tmp_path / "base")
     orders = {base, "+".join(reversed(base.split("+")))}  # the order does not stand in headers
     usual = [as_peft_stored(Variant.FLOAT32_FUSED, order, "F64") for order in orders]
     same = any(equal(pair, each) for each in usual)
     if not same:
-        assert refusal(lambda: strip(folder, tmp_path / "no", base=wish)) == "V403"
-    done = strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+        assert refusal(lambda: strip(folder, tmp_path / "no", base=options)) == "V403"
+    done = strip(folder, tmp_path / "stripped", base=options, accept_change=True)
     assert any(change.startswith("accepted") for change in done.changes) is not same
     assert codes(done) <= {"V207", "V404", "V415"}
     embed(tmp_path / "stripped", tmp_path / "embedded")
@@ -197,20 +200,20 @@ def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
 ) -> None:
     pair = as_peft_stored(Variant.FLOAT32_FUSED, origin, "F32")
     folder = good_adapter(tmp_path / "adapter", tensors=pair)
-    wish = on_base(base, tmp_path / "base")
+    options = tiny_options(base, tmp_path / "base")
     # What bfloat16 keeps float16 keeps too; and the order of two does not stand in the headers.
     same = {origin, base} <= {"bfloat16", "bfloat16+float16", "float16+bfloat16"} and (
         "+" in base or "float16+bfloat16" not in (origin, base)
     )
     if origin == base or same:
-        done = strip(folder, tmp_path / "stripped", base=wish)
+        done = strip(folder, tmp_path / "stripped", base=options)
         assert codes(done) == ({"V404", "V415"} if "+" in base else set())
         return
     with pytest.raises(CheckpointError, match=r"V403 .*the largest difference is \d"):
-        strip(folder, tmp_path / "stripped", base=wish)
+        strip(folder, tmp_path / "stripped", base=options)
     assert not (tmp_path / "stripped").exists()
-    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
-    embed(tmp_path / "stripped", tmp_path / "embedded", base=wish)
+    strip(folder, tmp_path / "stripped", base=options, accept_change=True)
+    embed(tmp_path / "stripped", tmp_path / "embedded", base=options)
     assert everything(tmp_path / "embedded") == everything(folder)
 
 
@@ -228,10 +231,10 @@ def test_the_dtype_given_counts_more_than_that_of_the_files(
 def test_a_wider_draw_that_was_cut_comes_back_cut(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(width=24, kept=16)(folder)
-    wish = BaseOptions(str(tiny_base(tmp_path / "base")))
+    options = BaseOptions(str(tiny_base(tmp_path / "base")))
     with pytest.raises(CheckpointError, match=r"24 inputs.*the largest difference"):
-        strip(folder, tmp_path / "no", base=wish)
-    strip(folder, tmp_path / "stripped", base=wish, accept_change=True)
+        strip(folder, tmp_path / "no", base=options)
+    strip(folder, tmp_path / "stripped", base=options, accept_change=True)
     recorded = from_text(metadata(tmp_path / "stripped")[METADATA_KEY], place="weights")
     assert (recorded.in_features, recorded.drawn_in_features) == (16, 24)
     embed(tmp_path / "stripped", tmp_path / "embedded")

@@ -5,10 +5,10 @@ import pytest
 from vera_convert.errors import CheckpointError
 from vera_convert.files.shards import (
     WeightFiles,
-    demand_shards,
     find_weights,
     held_against_index,
     read_weight_map,
+    require_shards,
     stray_weights,
 )
 
@@ -107,7 +107,7 @@ def test_a_malformed_index_is_refused(document: object, code: str) -> None:
 
 def test_every_missing_shard_is_named() -> None:
     with pytest.raises(CheckpointError) as error:
-        demand_shards(["a", "b", "c"], ["b"], place="base")
+        require_shards(["a", "b", "c"], ["b"], place="base")
     assert [found.reason for found in error.value.findings] == [
         "a is not there.",
         "c is not there.",

@@ -79,8 +79,8 @@ def test_what_an_adapter_is(
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
-    wish = BaseOptions(str(tiny_base(tmp_path / "base"))) if with_base else None
-    found = info(folder, base=wish)
+    options = BaseOptions(str(tiny_base(tmp_path / "base"))) if with_base else None
+    found = info(folder, base=options)
     document = as_printed(info_document(found))
     assert schema_errors("info", document) == []
     text = info_text(found)
@@ -92,8 +92,8 @@ def test_what_an_adapter_is(
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/*/adapter_config.json"))[::5], ids=str)
 def test_what_the_adapters_of_peft_are(path: Path, schema_errors: SchemaErrors) -> None:
     expected = json.loads((path.parent / "expected.json").read_bytes())
-    for wish in (None, BaseOptions(str(FIXTURES / expected["base"]))):
-        found = info(path.parent, base=wish)
+    for options in (None, BaseOptions(str(FIXTURES / expected["base"]))):
+        found = info(path.parent, base=options)
         assert schema_errors("info", as_printed(info_document(found))) == []
 
 
@@ -104,7 +104,7 @@ def test_info_for_a_person() -> None:
     found = replace(
         found,
         location=replace(found.location, label="org/adapter"),
-        on_base=replace(found.on_base, source="org/base"),
+        base_facts=replace(found.base_facts, source="org/base"),
     )
     assert info_text(found) == (
         """\

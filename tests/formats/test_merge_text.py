@@ -21,8 +21,10 @@ CASES = ["llama_fp32_proj", "llama_bf16_noproj", "gpt2_fp32_proj", "bert_cls_fp3
 
 def merged(fixtures: Path, case: str, out: Path, **options: Any) -> Merge:
     base = fixtures / "bases" / case.rsplit("_", 1)[0].replace("_", "-")
-    wish = BaseOptions(model=str(base))
-    return merge(fixtures / "0.21.2" / case, out, base=wish, options=MergeOptions(**options))
+    base_options = BaseOptions(model=str(base))
+    return merge(
+        fixtures / "0.21.2" / case, out, base=base_options, options=MergeOptions(**options)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -52,9 +52,9 @@ def tolerance_of(expected: Any, tensor: Any) -> float:
 def test_a_merge_is_what_peft_merged(path: Path, tmp_path: Path) -> None:
     expected = json.loads(path.read_bytes())
     ignored = "ignored the stored" in expected.get("default_semantics_note", "")
-    meant = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
+    projections = ProjectionSource.KEY if ignored else ProjectionSource.AUTO
     base = FIXTURES / expected["base"]
-    done = merged_with(path.parent, base, tmp_path / "out", projections=meant, jobs=2)
+    done = merged_with(path.parent, base, tmp_path / "out", projections=projections, jobs=2)
     found = tensors_of(tmp_path / "out")
     changed = load_file(FIXTURES / expected["merged_changed_tensors_file"])
     assert found.keys() == expected["merged"].keys()

@@ -93,11 +93,13 @@ def stripping(**base: Any) -> Finder:
     return lambda folder: strip(folder, _out(folder), base=_wish(folder, base)).findings
 
 
-def embedding(**wish: Any) -> Finder:
+def embedding(**options: Any) -> Finder:
     """What `embed` finds; the good base is given unless dims are."""
     return lambda folder: (
         embed(
-            folder, _out(folder), base=BaseOptions(**wish) if wish else _wish(folder, {})
+            folder,
+            _out(folder),
+            base=BaseOptions(**options) if options else _wish(folder, {}),
         ).findings
     )
 
@@ -116,8 +118,10 @@ def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
     """What `validate` finds, on a base if one is described; that no revision is named is passed."""
 
     def find(folder: Path) -> Iterable[Finding]:
-        wish = _wish(folder, base) if base else None
-        (checked,) = validate([folder], base=wish, ignore=ignore or ("V122",), deep=deep).adapters
+        options = _wish(folder, base) if base else None
+        (checked,) = validate(
+            [folder], base=options, ignore=ignore or ("V122",), deep=deep
+        ).adapters
         return checked.findings
 
     return find

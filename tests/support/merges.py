@@ -51,8 +51,8 @@ def filled_base(folder: Path, *, shards: int = 1, **changes: Any) -> Path:
 def merged_with(adapter: Path, base: Path, out: Path, **options: Any) -> Merge:
     """Merge, with options by their names."""
     key_map = options.pop("key_map", ())
-    wish = BaseOptions(str(base), key_map=key_map, dtype=options.pop("base_dtype", None))
-    return merge(adapter, out, base=wish, options=MergeOptions(**options))
+    base_options = BaseOptions(str(base), key_map=key_map, dtype=options.pop("base_dtype", None))
+    return merge(adapter, out, base=base_options, options=MergeOptions(**options))
 
 
 def tensors_of(folder: Path) -> Tensors:

@@ -29,9 +29,9 @@ PROVENANCE = "merge-provenance.json"
 
 def layers(adapter: Path, base: Path, model: Path, **options: Any) -> Verification:
     """Verify the weights of a merged model."""
-    wish = BaseOptions(str(base), key_map=options.pop("key_map", ()))
+    base_options = BaseOptions(str(base), key_map=options.pop("key_map", ()))
     chosen = VerifyOptions(layers_only=True, **options)
-    return verify(adapter, base=wish, merged=model, options=chosen)
+    return verify(adapter, base=base_options, merged=model, options=chosen)
 
 
 def codes(result: Verification) -> list[str]:

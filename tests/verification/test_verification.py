@@ -130,13 +130,13 @@ def test_one_adapter_can_be_merged_with_two_weights(
 @pytest.mark.parametrize(
     "name", ["gpt2_fp32_proj", "bert_cls_fp32_proj", "llama_bf16_proj", "llama_bf16_noproj"]
 )
-@pytest.mark.parametrize("meant", [ProjectionSource.AUTO, ProjectionSource.KEY])
+@pytest.mark.parametrize("projections", [ProjectionSource.AUTO, ProjectionSource.KEY])
 def test_merges_of_what_peft_wrote_hold(
-    tmp_path: Path, version: str, name: str, meant: ProjectionSource
+    tmp_path: Path, version: str, name: str, projections: ProjectionSource
 ) -> None:
     adapter = FIXTURES / version / name
     base = FIXTURES / json.loads((adapter / "expected.json").read_bytes())["base"]
-    merged_with(adapter, base, tmp_path / "out", projections=meant)
+    merged_with(adapter, base, tmp_path / "out", projections=projections)
     assert layers(adapter, base, tmp_path / "out").errors == ()
 
 
@@ -747,17 +747,17 @@ def same_form(adapter: Path, other: Path, **options: Any) -> Verification:
 def test_what_strip_embed_and_migrate_made_holds(
     tmp_path: Path, adapter: Path, base: Path, schema_errors: SchemaErrors
 ) -> None:
-    wish = BaseOptions(str(base))
-    strip(adapter, tmp_path / "stripped", base=wish)
+    base_options = BaseOptions(str(base))
+    strip(adapter, tmp_path / "stripped", base=base_options)
     embed(tmp_path / "stripped", tmp_path / "embedded")
-    migrate(adapter, tmp_path / "old", to=Mode.STRIPPED, base=wish, peft_version=(0, 13))
+    migrate(adapter, tmp_path / "old", to=Mode.STRIPPED, base=base_options, peft_version=(0, 13))
     for one, other in (
         (adapter, "stripped"),
         (tmp_path / "stripped", "embedded"),
         (adapter, "embedded"),
         (adapter, "old"),
     ):
-        for given in (None, wish):
+        for given in (None, base_options):
             result = same_form(one, tmp_path / other, base=given)
             assert result.passed, (one, other)
             assert result.form is not None

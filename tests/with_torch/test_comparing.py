@@ -153,8 +153,8 @@ def test_drawn_projections_are_rounded_as_the_merge_rounded_them(
 ) -> None:
     base = shelf("llama") / "base"
     adapter = trained(base, tmp_path / "adapter", "llama", save_projection=False, r=64)
-    wish = BaseOptions(str(base), dtype="bfloat16")
-    merge(adapter, tmp_path / "merged", base=wish)
+    base_options = BaseOptions(str(base), dtype="bfloat16")
+    merge(adapter, tmp_path / "merged", base=base_options)
     assert compared(base, tmp_path / "merged", adapter, base_dtype="bfloat16").passed
     assert not compared(base, tmp_path / "merged", adapter).passed
 
@@ -167,8 +167,8 @@ def test_renamed_layers(shelf: Callable[..., Path], tmp_path: Path) -> None:
     renamed = {name.replace(".model.layers.", ".my.layers."): t for name, t in tensors.items()}
     save_file(renamed, adapter / ADAPTER)
     pairs = (("nobody", "model"), ("my", "model"))
-    wish = BaseOptions(str(folder / "base"), key_map=pairs)
-    merge(adapter, tmp_path / "merged", base=wish)
+    base_options = BaseOptions(str(folder / "base"), key_map=pairs)
+    merge(adapter, tmp_path / "merged", base=base_options)
     assert compared(folder / "base", tmp_path / "merged", adapter, key_map=pairs).passed
     with pytest.raises(CheckpointError, match="no linear layers"):
         compared(folder / "base", tmp_path / "merged", adapter)

@@ -219,7 +219,7 @@ def test_a_and_b_are_as_large_as_pefts(one: Kind, stored: bool, tmp_path: Path) 
     assert torch.equal(found["base_model.vera_B"], B)
     strip(done.out, tmp_path / "stripped", base=base)
     peft.PeftModel.from_pretrained(one.load(base), done.out)
-    described = info(adapter, base=base).on_base
+    described = info(adapter, base=base).base_facts
     assert (described.in_features, described.out_features) == (A.shape[1], B.shape[0])
     merge(adapter, tmp_path / "merged", base=base)
     before, after = tensors_of(base), tensors_of(tmp_path / "merged")

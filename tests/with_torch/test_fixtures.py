@@ -44,11 +44,11 @@ def test_none_is_forgotten() -> None:
 )
 def test_an_adapter_gives_what_its_peft_gave(path: Path) -> None:
     expected = json.loads(path.read_text())
-    meant = ProjectionSource.AUTO if expected["default_semantics"] else ProjectionSource.KEY
+    projections = ProjectionSource.AUTO if expected["default_semantics"] else ProjectionSource.KEY
     model = VeraModel.from_pretrained(
         deepcopy(base(FIXTURES / expected["base"])),
         FIXTURES / expected["adapter_dir"],
-        projections=meant,
+        projections=projections,
     )
     native = model.dtype == torch.bfloat16 and path.parts[-3] in NATIVE_BFLOAT16
     if not native:

@@ -85,13 +85,13 @@ class SideFiles:
     """The files beside an adapter, sorted by what becomes of them; paths are relative, with `/`.
 
     Attributes:
-        carried: copied byte for byte, in sorted order.
+        copied: copied byte for byte, in sorted order.
         left_out: what comes from a training run, a download or another model; never copied.
         outside: links that lead out of the folder, to nowhere or to a folder; never followed.
         adapters: subfolders that are adapters of their own.
     """
 
-    carried: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
         folder: the adapter's.
         not_fetched: files that were left on the Hub; the cache may hold some of them by chance.
     """
-    carried, left_out = [], []
+    copied, left_out = [], []
     outside: list[str] = []
     adapters: list[str] = []
     names = [*_regular_files(folder, adapters, outside)]
@@ -122,9 +122,9 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
             except CheckpointError:
                 outside.append(name)
             else:
-                carried.append(name)
+                copied.append(name)
     unfollowed = tuple(sorted(outside))
-    return SideFiles(tuple(carried), (*left_out, *not_fetched), unfollowed, tuple(adapters))
+    return SideFiles(tuple(copied), (*left_out, *not_fetched), unfollowed, tuple(adapters))
 
 
 def _regular_files(
@@ -262,13 +262,13 @@ def publish_adapter(
 
 def written_files(folder: Path, *, not_fetched: Collection[str] = ()) -> tuple[str, ...]:
     """Return the files that a conversion of an adapter's folder writes."""
-    return (CONFIG_NAME, WEIGHTS_NAME, *side_files(folder, not_fetched=not_fetched).carried)
+    return (CONFIG_NAME, WEIGHTS_NAME, *side_files(folder, not_fetched=not_fetched).copied)
 
 
 def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
     """Write an adapter into an empty folder and compare what came to lie there."""
     sides = side_files(content.folder, not_fetched=content.not_fetched)
-    _demand_space(content, sides, folder)
+    _require_space(content, sides, folder)
     (folder / CONFIG_NAME).write_bytes(content.config_text)
     path = folder / WEIGHTS_NAME
     written = {
@@ -277,7 +277,7 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
         if content.weights is None
         else _copy(content.weights, path),
     }
-    for name in sides.carried:  # one after the other: there may be more than can be open at once
+    for name in sides.copied:  # one after the other: there may be more than can be open at once
         with open_local(content.folder / name, within=content.folder) as source:
             written[name] = _copy(source, folder / name)
             source.check_unchanged()
@@ -286,9 +286,9 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
     return sides
 
 
-def _demand_space(content: AdapterContent, sides: SideFiles, folder: Path) -> None:
+def _require_space(content: AdapterContent, sides: SideFiles, folder: Path) -> None:
     """Refuse what would fill the disk before a byte is copied; a sparse file claims any size."""
-    needed = sum((content.folder / name).stat().st_size for name in sides.carried)
+    needed = sum((content.folder / name).stat().st_size for name in sides.copied)
     needed += sum(tensor.nbytes for tensor in content.tensors)
     free = shutil.disk_usage(folder).free
     if needed > free:

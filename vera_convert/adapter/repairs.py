@@ -168,7 +168,7 @@ def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorDat
             continue
         shared = next((t for t in kept if t.name == shared_name), None)
         first = shared or copies[0]._replace(name=shared_name)
-        _demand_equal(first, copies)
+        _require_equal(first, copies)
         dropped = {copy.name for copy in copies}
         kept = [tensor for tensor in kept if tensor.name not in dropped]
         kept += [] if shared else [first]
@@ -176,7 +176,7 @@ def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorDat
     return (kept, f"stored A and B once instead of {removed} times") if removed else (tensors, "")
 
 
-def _demand_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
+def _require_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
     for copy in copies:
         if not same_tensor(first, copy):
             reason = f"it differs from {printable(first.name)}."

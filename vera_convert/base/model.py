@@ -25,11 +25,11 @@ from vera_convert.files.reading import (
 from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
-    demand_shards,
     find_weights,
     held_against_index,
     named_weights,
     read_weight_map,
+    require_shards,
     stray_weights,
 )
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
@@ -150,7 +150,7 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     weight_map = None
     if weights.index is not None:
         weight_map = source.read_index(weights.index)
-        demand_shards(set(weight_map.values()), names, place=location.label)
+        require_shards(set(weight_map.values()), names, place=location.label)
     files = source.read_headers(_files(weights, weight_map))
     if weight_map is not None:
         _hold_against_index(location, weight_map, files)

@@ -108,12 +108,14 @@ class Bases:
         return found
 
 
-def resolve_base(adapter: Adapter, wish: BaseOptions, *, bases: Bases, need: Need) -> BaseFacts:
+def resolve_base(
+    adapter: Adapter, base_options: BaseOptions, *, bases: Bases, need: Need
+) -> BaseFacts:
     """Find out what can be known of the base that an adapter is for.
 
     Args:
         adapter: the adapter.
-        wish: what the caller says; a base that it names must be had.
+        base_options: what the caller says; a base that it names must be had.
         bases: where they are looked up.
         need: what becomes of a base that only the config names.
 
@@ -123,35 +125,39 @@ def resolve_base(adapter: Adapter, wish: BaseOptions, *, bases: Bases, need: Nee
         SurroundingsError: a base that was named by the caller, or is vital, cannot be had.
     """
     known, named = BaseFacts(), adapter.config.base_model_name_or_path
-    if wish.in_features is not None or wish.out_features is not None:
-        known = _from_options(wish)
-    elif wish.model is not None:
-        location = bases.located(wish.model, wish.revision)
-        known = _from_base(adapter, location, wish, bases, need)
-    elif need is not Need.NONE and (place := dict(wish.places).get(named or "")) is not None:
-        known = _from_base(adapter, bases.located(place, wish.revision), wish, bases, need)
+    if base_options.in_features is not None or base_options.out_features is not None:
+        known = _from_options(base_options)
+    elif base_options.model is not None:
+        location = bases.located(base_options.model, base_options.revision)
+        known = _from_base(adapter, location, base_options, bases, need)
+    elif (
+        need is not Need.NONE and (place := dict(base_options.places).get(named or "")) is not None
+    ):
+        known = _from_base(
+            adapter, bases.located(place, base_options.revision), base_options, bases, need
+        )
     elif need is not Need.NONE:
-        known = _from_name(adapter, wish, bases, need)
-    return known if wish.dtype is None else loaded_in(known, wish.dtype)
+        known = _from_name(adapter, base_options, bases, need)
+    return known if base_options.dtype is None else loaded_in(known, base_options.dtype)
 
 
-def _from_options(wish: BaseOptions) -> BaseFacts:
-    if wish.model is not None:
+def _from_options(base_options: BaseOptions) -> BaseFacts:
+    if base_options.model is not None:
         raise UsageError("give either --base or --in-features and --out-features, not both.")
-    if wish.in_features is None or wish.out_features is None:
+    if base_options.in_features is None or base_options.out_features is None:
         raise UsageError("--in-features and --out-features belong together: give both.")
-    return BaseFacts(wish.in_features, wish.out_features, source="what was given")
+    return BaseFacts(base_options.in_features, base_options.out_features, source="what was given")
 
 
-def _from_name(adapter: Adapter, wish: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
+def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
     """Read the base that the config names, or say why that cannot be done."""
     config = adapter.config
-    revision = wish.revision or config.revision
+    revision = base_options.revision or config.revision
     try:
         named = bases.named(config.base_model_name_or_path, revision)
         if named.location is None:
             return BaseFacts(source=named.reason)
-        known = _from_base(adapter, named.location, wish, bases, need)
+        known = _from_base(adapter, named.location, base_options, bases, need)
         if not named.reason:
             return known
         said = BASE_IN_FOLDER.at(adapter.place, named.reason)
@@ -181,9 +187,9 @@ def _from_name(adapter: Adapter, wish: BaseOptions, bases: Bases, need: Need) ->
 
 
 def _from_base(
-    adapter: Adapter, location: Location, wish: BaseOptions, bases: Bases, need: Need
+    adapter: Adapter, location: Location, base_options: BaseOptions, bases: Bases, need: Need
 ) -> BaseFacts:
-    find = partial(_find_layers, adapter, wish)
+    find = partial(_find_layers, adapter, base_options)
     base: BaseModel | None = None
     try:
         if component_folders(list_files(location, bases.access)):
@@ -233,13 +239,13 @@ def _from_base(
     )
 
 
-def _find_layers(adapter: Adapter, wish: BaseOptions, base: BaseModel) -> Match:
+def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -> Match:
     return match_modules(
         {module: layer.out_features for module, layer in adapter.layers.items()},
         base,
         widest=adapter.projections.in_features if adapter.projections else None,
         fan_in_fan_out=adapter.config.fan_in_fan_out,
-        key_map=wish.key_map,
+        key_map=base_options.key_map,
         allow_tied=True,
     )
 

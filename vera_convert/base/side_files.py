@@ -50,14 +50,14 @@ class ModelFiles:
     """The files of a base's folder by what becomes of them; names are relative, with `/`.
 
     Attributes:
-        carried: copied byte for byte, the config and the index not among them.
+        copied: copied byte for byte, the config and the index not among them.
         config: the model's ``config.json``, if there is one.
         other_weights: the same weights in other forms, left out.
         adapter: files of an adapter that lies there, left out.
         unneeded: what comes from a training run or a download, left out.
     """
 
-    carried: tuple[str, ...]
+    copied: tuple[str, ...]
     config: str | None
     other_weights: tuple[str, ...]
     adapter: tuple[str, ...]

@@ -94,7 +94,7 @@ def migrate(
         SurroundingsError: a file, a repo or the disk fails.
     """
     access = optional(instance, "access", HubAccess, access) or HubAccess()
-    wishes = _wishes(
+    options = _migration_options(
         to,
         base,
         projections,
@@ -102,12 +102,12 @@ def migrate(
         peft_version=peft_version,
         access=access,
     )
-    repairs = Repairs(wishes.peft_version)
+    repairs = Repairs(options.peft_version)
     with opened(
         adapter, out, force=force, revision=revision, access=access, repair=repairs
     ) as work:
-        converted, on_base = _migrated(work.adapter, wishes)
-        return publish(work, _with_changes(converted, repairs), on_base)
+        converted, base_facts = _migrated(work.adapter, options)
+        return publish(work, _with_changes(converted, repairs), base_facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def migrate_tree(
     tree, out = path("tree", tree), path("out", out)
     require_flags(force=force)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
-    wishes = _wishes(
+    options = _migration_options(
         to,
         base,
         projections,
@@ -161,12 +161,12 @@ def migrate_tree(
         peft_version=peft_version,
         access=access,
     )
-    wish, bases = wishes.base, wishes.bases
+    base_options, bases = options.base, options.bases
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
     inputs = [tree]
-    if wish.model is not None:  # a wrong one is to be told once, not for each adapter
-        location = bases.located(wish.model, wish.revision)
+    if base_options.model is not None:  # a wrong one is to be told once, not for each adapter
+        location = bases.located(base_options.model, base_options.revision)
         inputs += [location.folder] if location.folder else []
     unreadable: dict[str, VeraConvertError] = {}
     names = tuple(adapters_below(tree, unreadable=unreadable))
@@ -180,7 +180,7 @@ def migrate_tree(
             strangers=lambda old: files_but(old, _written(tree, names)),
         ) as staging:
             for name in names:
-                _migrate_one(tree, staging, name, wishes, result)
+                _migrate_one(tree, staging, name, options, result)
             if not result.done:
                 raise _NothingGood
     except _NothingGood:
@@ -204,7 +204,7 @@ class _NothingGood(Exception):  # noqa: N818 -- it only leaves the staging witho
 
 
 @dataclass(frozen=True, slots=True)
-class _Wishes:
+class _MigrationOptions:
     """What a caller wants of every adapter."""
 
     to: Mode
@@ -215,7 +215,7 @@ class _Wishes:
     bases: Bases
 
 
-def _wishes(
+def _migration_options(
     to: Mode | str,
     base: BaseOptions | str | Path | None,
     projections: ProjectionSource | str,
@@ -223,10 +223,10 @@ def _wishes(
     accept_change: bool,
     peft_version: tuple[int, ...] | str | None,
     access: HubAccess,
-) -> _Wishes:
+) -> _MigrationOptions:
     """Check the wishes of a caller, once for all adapters."""
     require_flags(accept_change=accept_change)
-    return _Wishes(
+    return _MigrationOptions(
         one_of("to", Mode, to),
         base_options_of(base),
         one_of("projections", ProjectionSource, projections),
@@ -237,16 +237,16 @@ def _wishes(
 
 
 def _migrate_one(
-    tree: Path, staging: Path, name: str, wishes: _Wishes, result: TreeMigration
+    tree: Path, staging: Path, name: str, options: _MigrationOptions, result: TreeMigration
 ) -> None:
     """Migrate the adapter called `name` below `tree` to its place below `staging`."""
-    repairs = Repairs(wishes.peft_version)
+    repairs = Repairs(options.peft_version)
     label = printable(name)
     writing = False
     try:
         with open_adapter(tree / name, repair=repairs) as adapter:
             refuse_values(adapter)
-            converted, on_base = _migrated(adapter, wishes)
+            converted, base_facts = _migrated(adapter, options)
             converted = _with_changes(converted, repairs)
             content = content_of(adapter, converted)
             side_files(tree / name)  # one that cannot be read is found before anything is written
@@ -256,7 +256,7 @@ def _migrate_one(
             result.done[name] = reported(
                 adapter,
                 converted,
-                on_base,
+                base_facts,
                 sides,
                 label=label,
                 out=result.out / name,
@@ -304,57 +304,62 @@ def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
     return replace(converted, changes=(*repairs.changes, *converted.changes))
 
 
-def _migrated(adapter: Adapter, wishes: _Wishes) -> tuple[Converted, BaseFacts]:
+def _migrated(adapter: Adapter, options: _MigrationOptions) -> tuple[Converted, BaseFacts]:
     """Bring a repaired adapter to the wanted mode."""
-    on_base = resolve_base(adapter, wishes.base, bases=wishes.bases, need=_need(adapter, wishes))
-    adapter, change = _cut(adapter, on_base)
-    if wishes.to is Mode.ASIS:
-        converted = _as_it_is(adapter, on_base, wishes.projections)
-    elif wishes.to is Mode.EMBEDDED:
-        converted = embedded(adapter, on_base, meant=wishes.projections)
+    base_facts = resolve_base(
+        adapter, options.base, bases=options.bases, need=_need(adapter, options)
+    )
+    adapter, change = _cut(adapter, base_facts)
+    if options.to is Mode.ASIS:
+        converted = _as_it_is(adapter, base_facts, options.projections)
+    elif options.to is Mode.EMBEDDED:
+        converted = embedded(adapter, base_facts, projections=options.projections)
     else:
         converted = stripped(
-            adapter, on_base, meant=wishes.projections, accept_change=wishes.accept_change
+            adapter,
+            base_facts,
+            projections=options.projections,
+            accept_change=options.accept_change,
         )
-    return replace(converted, changes=(*change, *converted.changes)), on_base
+    return replace(converted, changes=(*change, *converted.changes)), base_facts
 
 
-def _as_it_is(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> Converted:
+def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> Converted:
     """Keep what is stored, unless it is damaged or contradicts the config."""
     if adapter.projections is None:
         converted = already_stripped(adapter)
-    elif adapter.config.save_projection or meant is not ProjectionSource.AUTO:
+    elif adapter.config.save_projection or projections is not ProjectionSource.AUTO:
         undamaged(adapter, adapter.projections)
         converted = as_it_is(adapter)
     else:
-        embedded(adapter, on_base, meant=meant)  # refuses a contradiction
+        embedded(adapter, base_facts, projections=projections)  # refuses a contradiction
         converted = as_it_is(adapter)
-    findings = (*adapter.findings, *on_base.findings, *other_dims(adapter, on_base))
+    findings = (*adapter.findings, *base_facts.findings, *other_dims(adapter, base_facts))
     return replace(converted, findings=findings)
 
 
-def _need(adapter: Adapter, wishes: _Wishes) -> Need:
+def _need(adapter: Adapter, options: _MigrationOptions) -> Need:
     """Say how much a migration needs the base: stored projections may have to be cut to it."""
-    if wishes.to is Mode.ASIS:
+    if options.to is Mode.ASIS:
         return Need.NONE
-    need = need_to_embed(adapter, wishes.base, wishes.projections)
+    need = need_to_embed(adapter, options.base, options.projections)
     if adapter.projections is None:
-        return need if wishes.to is Mode.EMBEDDED else Need.NONE
+        return need if options.to is Mode.EMBEDDED else Need.NONE
     return Need.VITAL if need is Need.VITAL else Need.HELPFUL
 
 
-def _cut(adapter: Adapter, on_base: BaseFacts) -> tuple[Adapter, tuple[str, ...]]:
+def _cut(adapter: Adapter, base_facts: BaseFacts) -> tuple[Adapter, tuple[str, ...]]:
     """Cut A and B that a wider adapter left behind to what this one's own layers need.
 
     PEFT 0.21 refuses larger ones; a layer uses the leading slices alone, so nothing is lost.
     """
     stored = adapter.projections
-    width, height = on_base.in_features, on_base.out_features
+    width, height = base_facts.in_features, base_facts.out_features
     if stored is None or width is None or height is None:
         return adapter, ()
     if width > stored.in_features or height > stored.out_features:
         return adapter, ()
-    if on_base.fits(stored.in_features, stored.out_features):
+    if base_facts.fits(stored.in_features, stored.out_features):
         return adapter, ()
     pair = StoredProjections(
         from_array(stored.A.name, stored.A.array()[:, :width], stored.A.dtype),

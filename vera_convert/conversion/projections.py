@@ -64,13 +64,13 @@ def as_cast(variant: Variant, rounding: Rounding) -> Rounding:
 
 
 def default_variant(
-    config: VeraConfig, on_base: BaseFacts, in_features: int, out_features: int
+    config: VeraConfig, base_facts: BaseFacts, in_features: int, out_features: int
 ) -> Draw:
     """Return what PEFT draws on nearly every machine, not rounded yet.
 
     Args:
         config: the adapter's.
-        on_base: what is known of the base, whose dims count.
+        base_facts: what is known of the base, whose dims count.
         in_features: columns of the stored or recorded A, which count where no base is known.
         out_features: rows of B, likewise.
     """
@@ -78,12 +78,14 @@ def default_variant(
         Variant.FLOAT32_FUSED,
         config.projection_prng_key,
         config.r,
-        on_base.in_features or in_features,
-        on_base.out_features or out_features,
+        base_facts.in_features or in_features,
+        base_facts.out_features or out_features,
     )
 
 
-def pair_in_effect(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource) -> Adapter:
+def pair_in_effect(
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+) -> Adapter:
     """Return the adapter with the projections that are meant in place of the stored ones.
 
     Only `ProjectionSource.KEY` changes anything: the A and B that PEFT up to 0.20 draws from the
@@ -93,12 +95,12 @@ def pair_in_effect(adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource
         UsageError: neither the base nor what is stored tells the rounding.
     """
     stored = adapter.projections
-    if stored is None or meant is not ProjectionSource.KEY:
+    if stored is None or projections is not ProjectionSource.KEY:
         return adapter
     A, B = stored.A.array(), stored.B.array()
-    drawn = default_variant(adapter.config, on_base, stored.in_features, stored.out_features)
-    if on_base.rounding is not None:
-        drawn = replace(drawn, rounding=as_cast(drawn.variant, on_base.rounding))
+    drawn = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
+    if base_facts.rounding is not None:
+        drawn = replace(drawn, rounding=as_cast(drawn.variant, base_facts.rounding))
     else:
         found = recognize(A, B, key=drawn.key, search=False).draw
         if found is None or replace(found, rounding=Rounding.NONE) != drawn:

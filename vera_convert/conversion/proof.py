@@ -36,7 +36,7 @@ from vera_convert.rules import (
 )
 
 
-def redrawable(adapter: Adapter, stored: StoredProjections, meant: ProjectionSource) -> Draw:
+def redrawable(adapter: Adapter, stored: StoredProjections, projections: ProjectionSource) -> Draw:
     """Return the draw of the config's key that the stored projections are, or refuse.
 
     Raises:
@@ -47,7 +47,7 @@ def redrawable(adapter: Adapter, stored: StoredProjections, meant: ProjectionSou
     recognition = recognize(stored.A.array(), stored.B.array(), key=key)
     drawn = recognition.draw
     if drawn is None or not drawn.has_key(key):
-        if is_undecided(adapter, meant):
+        if is_undecided(adapter, projections):
             reason = "A and B are not the draw of the config's key."
             raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, reason))
         if drawn is not None:
@@ -102,14 +102,16 @@ def undamaged(adapter: Adapter, stored: StoredProjections) -> tuple[NDArray[Any]
     return A, B
 
 
-def is_undecided(adapter: Adapter, meant: ProjectionSource) -> bool:
+def is_undecided(adapter: Adapter, projections: ProjectionSource) -> bool:
     """Say whether the config denies what is stored and nobody said which is meant."""
-    return not adapter.config.save_projection and meant is ProjectionSource.AUTO
+    return not adapter.config.save_projection and projections is ProjectionSource.AUTO
 
 
-def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: BaseFacts) -> None:
+def require_proof_of_rows(
+    adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts
+) -> None:
     """Refuse a B that is taller than the adapter's own layers explain, where no base is known."""
-    if on_base.in_features is None and stored.out_features > adapter.longest_b:
+    if base_facts.in_features is None and stored.out_features > adapter.longest_b:
         raise CheckpointError(
             UNPROVEN_ROWS.at(
                 adapter.place,
@@ -119,30 +121,30 @@ def demand_proof_of_rows(adapter: Adapter, stored: StoredProjections, on_base: B
 
 
 def unproven(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: BaseFacts
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, base_facts: BaseFacts
 ) -> Iterator[Finding]:
     """Warn where no base proves the width of A and the rounding of what PEFT will draw."""
     unproven = []
-    if on_base.in_features is None:
+    if base_facts.in_features is None:
         unproven.append(f"the width of A ({stored.in_features})")
-    if on_base.rounding is None:
+    if base_facts.rounding is None:
         unproven.append("the rounding")
     if unproven:
         dtypes = [name for name, rounding in LOAD_DTYPES.items() if rounding is drawn.rounding]
         comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
-        why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""
+        why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
         yield ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 
 def change_by_redrawing(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, on_base: BaseFacts
+    adapter: Adapter, stored: StoredProjections, drawn: Draw, base_facts: BaseFacts
 ) -> str | None:
     """Say how what PEFT will draw differs from what is stored, or None if it need not."""
-    usual = default_variant(adapter.config, on_base, stored.in_features, stored.out_features)
-    possible = on_base.roundings or (drawn.rounding,)
-    if on_base.rounding is not None:
-        possible = (on_base.rounding,)
+    usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
+    possible = base_facts.roundings or (drawn.rounding,)
+    if base_facts.rounding is not None:
+        possible = (base_facts.rounding,)
     said = [
         _difference(stored, drawn, replace(usual, rounding=as_cast(usual.variant, rounding)))
         for rounding in possible
@@ -167,12 +169,12 @@ def _difference(stored: StoredProjections, drawn: Draw, expected: Draw) -> str |
     return f"{reason}; the largest difference is {largest:.3g}."
 
 
-def other_dims(adapter: Adapter, on_base: BaseFacts) -> Iterator[Finding]:
+def other_dims(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     """Warn that stored projections have not the dims that PEFT demands on the base."""
     stored = adapter.projections
-    if stored is not None and not on_base.fits(stored.in_features, stored.out_features):
+    if stored is not None and not base_facts.fits(stored.in_features, stored.out_features):
         reason = (
             f"they are for {stored.in_features} inputs and {stored.out_features} outputs; "
-            f"{on_base.dims_text}."
+            f"{base_facts.dims_text}."
         )
         yield OTHER_DIMS.at(adapter.place, reason)

@@ -124,28 +124,30 @@ def regenerate_for(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    wish, out = base_options_of(base), path("out", out)
+    base_options, out = base_options_of(base), path("out", out)
     given = optional(one_of, "generator", Variant, generator)
     with opened(
         adapter, out, force=force, revision=revision, access=access, is_own=is_pair
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        on_base = resolve_base(source, wish, bases=Bases(work.access), need=_need(source, found))
-        bare, on_base = _without_stored(source, on_base, found)
+        base_facts = resolve_base(
+            source, base_options, bases=Bases(work.access), need=_need(source, found)
+        )
+        bare, base_facts = _without_stored(source, base_facts, found)
         variant = found.variant if found is not None and given is None else given
-        converted = embedded(bare, on_base, variant=variant)
+        converted = embedded(bare, base_facts, variant=variant)
         drawn = converted.draw
         assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
         # What an adapter stores can be narrower than what was drawn: not so here.
-        if drawn.rounding is Rounding.FP32 and on_base.rounding is Rounding.NONE:
+        if drawn.rounding is Rounding.FP32 and base_facts.rounding is Rounding.NONE:
             drawn = replace(drawn, rounding=Rounding.NONE)
         shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
         A, B = materialized(drawn)
         kind = drawn.variant.dtype
         A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
         B = B[: shapes[B_NAME][0]].astype(kind, copy=False)
-        inputs = (source.folder, *on_base.folders)
+        inputs = (source.folder, *base_facts.folders)
         source.check_unchanged()
         findings = source.findings if drawn == found else converted.findings
         return _write(out, drawn, A, B, force=force, inputs=inputs, findings=findings)
@@ -167,17 +169,17 @@ def _need(adapter: Adapter, found: Draw | None) -> Need:
 
 
 def _without_stored(
-    adapter: Adapter, on_base: BaseFacts, found: Draw | None
+    adapter: Adapter, base_facts: BaseFacts, found: Draw | None
 ) -> tuple[Adapter, BaseFacts]:
     """Forget stored projections but for their dims, and their rounding where they are a draw."""
     stored = adapter.projections
     if stored is None:
-        return adapter, on_base
+        return adapter, base_facts
     known = replace(
-        on_base,
-        in_features=on_base.in_features or stored.in_features,
-        out_features=on_base.out_features or stored.out_features,
-        rounding=found.rounding if found and on_base.rounding is None else on_base.rounding,
+        base_facts,
+        in_features=base_facts.in_features or stored.in_features,
+        out_features=base_facts.out_features or stored.out_features,
+        rounding=found.rounding if found and base_facts.rounding is None else base_facts.rounding,
     )
     dropped = {stored.A.name, stored.B.name}
     tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped)

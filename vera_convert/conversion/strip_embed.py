@@ -45,7 +45,7 @@ class Conversion:
         embedded: whether A and B are stored in it.
         changes: what was changed, one phrase each; empty if the adapter was only copied.
         draw: which draw its projections are, where that is known.
-        on_base: what was known of the base.
+        base_facts: what was known of the base.
         findings: warnings and notes.
         side_files: what was carried beside the weights and what was left out.
         bytes_before: size of ``adapter_model.safetensors`` as read.
@@ -57,7 +57,7 @@ class Conversion:
     embedded: bool
     changes: tuple[str, ...]
     draw: Draw | None
-    on_base: BaseFacts
+    base_facts: BaseFacts
     findings: tuple[Finding, ...]
     side_files: SideFiles
     bytes_before: int
@@ -93,13 +93,21 @@ def strip(
         UsageError: `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
+    projections, base_options = (
+        one_of("projections", ProjectionSource, projections),
+        base_options_of(base),
+    )
     require_flags(accept_change=accept_change)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
-        on_base = resolve_base(work.adapter, wish, bases=Bases(work.access), need=need)
-        converted = stripped(work.adapter, on_base, meant=meant, accept_change=accept_change)
-        return publish(work, converted, on_base)
+        base_facts = resolve_base(work.adapter, base_options, bases=Bases(work.access), need=need)
+        converted = stripped(
+            work.adapter,
+            base_facts,
+            projections=projections,
+            accept_change=accept_change,
+        )
+        return publish(work, converted, base_facts)
 
 
 def embed(
@@ -130,19 +138,27 @@ def embed(
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
     """
-    meant, wish = one_of("projections", ProjectionSource, projections), base_options_of(base)
+    projections, base_options = (
+        one_of("projections", ProjectionSource, projections),
+        base_options_of(base),
+    )
     variant = optional(one_of, "generator", Variant, generator)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
-        need = need_to_embed(work.adapter, wish, meant)
-        on_base = resolve_base(work.adapter, wish, bases=Bases(work.access), need=need)
-        converted = embedded(work.adapter, on_base, meant=meant, variant=variant)
-        return publish(work, converted, on_base)
+        need = need_to_embed(work.adapter, base_options, projections)
+        base_facts = resolve_base(work.adapter, base_options, bases=Bases(work.access), need=need)
+        converted = embedded(work.adapter, base_facts, projections=projections, variant=variant)
+        return publish(work, converted, base_facts)
 
 
-def need_to_embed(adapter: Adapter, wish: BaseOptions, meant: ProjectionSource) -> Need:
+def need_to_embed(
+    adapter: Adapter, base_options: BaseOptions, projections: ProjectionSource
+) -> Need:
     """Say how much embedding needs the base: all depends on it where nothing else records dims."""
-    if meant is ProjectionSource.KEY and (adapter.projections or adapter.fingerprint) is not None:
-        return Need.VITAL if wish.dtype is None else Need.HELPFUL
+    if (
+        projections is ProjectionSource.KEY
+        and (adapter.projections or adapter.fingerprint) is not None
+    ):
+        return Need.VITAL if base_options.dtype is None else Need.HELPFUL
     if adapter.projections is None:
         return Need.VITAL if adapter.fingerprint is None else Need.NONE
     return Need.NONE if adapter.config.save_projection else Need.HELPFUL
@@ -201,10 +217,10 @@ def content_of(
     )
 
 
-def publish(work: Work, converted: Converted, on_base: BaseFacts) -> Conversion:
+def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversion:
     """Write a conversion and report it."""
     source = work.adapter
-    inputs = [source.folder, *on_base.folders]
+    inputs = [source.folder, *base_facts.folders]
     sides = publish_adapter(
         content_of(source, converted, not_fetched=work.location.left_out),
         work.out,
@@ -212,14 +228,20 @@ def publish(work: Work, converted: Converted, on_base: BaseFacts) -> Conversion:
         inputs=inputs,
     )
     return reported(
-        source, converted, on_base, sides, label=work.location.label, out=work.out, written=work.out
+        source,
+        converted,
+        base_facts,
+        sides,
+        label=work.location.label,
+        out=work.out,
+        written=work.out,
     )
 
 
 def reported(
     adapter: Adapter,
     converted: Converted,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     sides: SideFiles,
     *,
     label: str,
@@ -234,7 +256,7 @@ def reported(
         embedded=A_NAME in stored,
         changes=converted.changes,
         draw=converted.draw,
-        on_base=on_base,
+        base_facts=base_facts,
         findings=converted.findings,
         side_files=sides,
         bytes_before=adapter.weights_size,

@@ -21,10 +21,10 @@ from vera_convert.conversion.projections import (
 )
 from vera_convert.conversion.proof import (
     change_by_redrawing,
-    demand_proof_of_rows,
     is_undecided,
     other_dims,
     redrawable,
+    require_proof_of_rows,
     undamaged,
     unproven,
     unproven_draw,
@@ -97,17 +97,17 @@ def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
 
 def stripped(
     adapter: Adapter,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     *,
-    meant: ProjectionSource = ProjectionSource.AUTO,
+    projections: ProjectionSource = ProjectionSource.AUTO,
     accept_change: bool = False,
 ) -> Converted:
     """Return an adapter without A and B, if they are proven to be redrawable.
 
     Args:
         adapter: the adapter; one without projections comes back as it is.
-        on_base: what is known of the base that it will be loaded on.
-        meant: which projections count where file, flag and key disagree.
+        base_facts: what is known of the base that it will be loaded on.
+        projections: which projections count where file, flag and key disagree.
         accept_change: drop also what PEFT would draw differently but `embedded` can restore.
 
     Raises:
@@ -115,18 +115,18 @@ def stripped(
             not the draw that PEFT makes.
     """
     original = adapter
-    adapter = pair_in_effect(adapter, on_base, meant)
+    adapter = pair_in_effect(adapter, base_facts, projections)
     stored = adapter.projections
     if stored is None:
         return already_stripped(adapter)
-    drawn = redrawable(adapter, stored, meant)
-    demand_proof_of_rows(adapter, stored, on_base)
-    change = change_by_redrawing(adapter, stored, drawn, on_base)
-    if change is not None and is_undecided(adapter, meant):
+    drawn = redrawable(adapter, stored, projections)
+    require_proof_of_rows(adapter, stored, base_facts)
+    change = change_by_redrawing(adapter, stored, drawn, base_facts)
+    if change is not None and is_undecided(adapter, projections):
         raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
     if change is not None and not accept_change:
         raise CheckpointError(OTHER_DRAW.at(adapter.place, change))
-    warned = () if change is not None else unproven(adapter, stored, drawn, on_base)
+    warned = () if change is not None else unproven(adapter, stored, drawn, base_facts)
     fingerprint = Fingerprint(
         variant=drawn.variant,
         key=drawn.key,
@@ -153,23 +153,23 @@ def stripped(
         config_text=_with_flag(adapter, save_projection=False),
         changes=tuple(changes),
         draw=drawn,
-        findings=(*adapter.findings, *on_base.findings, *warned),
+        findings=(*adapter.findings, *base_facts.findings, *warned),
     )
 
 
 def embedded(
     adapter: Adapter,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     *,
-    meant: ProjectionSource = ProjectionSource.AUTO,
+    projections: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
 ) -> Converted:
     """Return an adapter with A and B stored, drawn as the fingerprint says or as PEFT would.
 
     Args:
         adapter: the adapter; one with announced projections comes back as it is.
-        on_base: dims and rounding, from a base's headers or given; a fingerprint needs neither.
-        meant: which projections count where file, flag and key disagree.
+        base_facts: dims and rounding, from a base's headers or given; a fingerprint needs neither.
+        projections: which projections count where file, flag and key disagree.
         variant: the generator's variant where no fingerprint names it.
 
     Raises:
@@ -177,38 +177,38 @@ def embedded(
         UsageError: dims or rounding are not known from anywhere.
     """
     original = adapter
-    adapter = pair_in_effect(adapter, on_base, meant)
+    adapter = pair_in_effect(adapter, base_facts, projections)
     if adapter.projections is not None:
-        return _announced(adapter, on_base, meant, redrawn=adapter is not original)
+        return _announced(adapter, base_facts, projections, redrawn=adapter is not original)
     recorded = adapter.fingerprint
-    if recorded is not None and meant is not ProjectionSource.KEY:
-        return _restored(adapter, recorded, on_base, variant)
+    if recorded is not None and projections is not ProjectionSource.KEY:
+        return _restored(adapter, recorded, base_facts, variant)
     if recorded is not None:  # it tells the dims even where its draw is not the one that is meant
-        on_base = replace(
-            on_base,
-            in_features=on_base.in_features or recorded.in_features,
-            out_features=on_base.out_features or recorded.out_features,
+        base_facts = replace(
+            base_facts,
+            in_features=base_facts.in_features or recorded.in_features,
+            out_features=base_facts.out_features or recorded.out_features,
         )
-    return _redrawn(adapter, on_base, variant or Variant.FLOAT32_FUSED)
+    return _redrawn(adapter, base_facts, variant or Variant.FLOAT32_FUSED)
 
 
 def _announced(
-    adapter: Adapter, on_base: BaseFacts, meant: ProjectionSource, *, redrawn: bool
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource, *, redrawn: bool
 ) -> Converted:
     """Keep stored projections and make the config say that they are there."""
     changes = [REPLACED_BY_KEYS] if redrawn else []
     if adapter.projections is not None and not redrawn:
         undamaged(adapter, adapter.projections)
-    findings = [*adapter.findings, *other_dims(adapter, on_base)]
+    findings = [*adapter.findings, *other_dims(adapter, base_facts)]
     drawn = None
     if not adapter.config.save_projection:
-        if adapter.projections is not None and is_undecided(adapter, meant):
-            drawn = redrawable(adapter, adapter.projections, meant)
-            demand_proof_of_rows(adapter, adapter.projections, on_base)
-            change = change_by_redrawing(adapter, adapter.projections, drawn, on_base)
+        if adapter.projections is not None and is_undecided(adapter, projections):
+            drawn = redrawable(adapter, adapter.projections, projections)
+            require_proof_of_rows(adapter, adapter.projections, base_facts)
+            change = change_by_redrawing(adapter, adapter.projections, drawn, base_facts)
             if change is not None:
                 raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
-            findings += unproven(adapter, adapter.projections, drawn, on_base)
+            findings += unproven(adapter, adapter.projections, drawn, base_facts)
         changes.append("set save_projection to true")
     return replace(
         as_it_is(adapter, drawn),
@@ -219,7 +219,7 @@ def _announced(
 
 
 def _restored(
-    adapter: Adapter, fingerprint: Fingerprint, on_base: BaseFacts, variant: Variant | None
+    adapter: Adapter, fingerprint: Fingerprint, base_facts: BaseFacts, variant: Variant | None
 ) -> Converted:
     """Draw what the fingerprint records and prove that it came back."""
     place = adapter.place
@@ -228,10 +228,10 @@ def _restored(
             f"the adapter's fingerprint says that A and B were drawn as {fingerprint.variant}; "
             f"leave --generator {variant} out."
         )
-    if not on_base.fits(fingerprint.in_features, fingerprint.out_features):
+    if not base_facts.fits(fingerprint.in_features, fingerprint.out_features):
         reason = (
             f"the fingerprint gives A and B for {fingerprint.in_features} inputs and "
-            f"{fingerprint.out_features} outputs; {on_base.dims_text}."
+            f"{fingerprint.out_features} outputs; {base_facts.dims_text}."
         )
         raise CheckpointError(FINGERPRINT_DISAGREES.at(place, reason))
     pair = prove(fingerprint, place=place)
@@ -262,31 +262,31 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
     return pair
 
 
-def _redrawn(adapter: Adapter, on_base: BaseFacts, variant: Variant) -> Converted:
+def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Converted:
     """Draw A and B for the base that is known, with nothing to prove them by."""
-    if on_base.in_features is None or on_base.out_features is None:
-        why = f" ({on_base.source.rstrip('.')})" if on_base.source else ""
+    if base_facts.in_features is None or base_facts.out_features is None:
+        why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         raise UsageError(
             "A and B cannot be drawn from the adapter alone: their width is that of the widest "
             f"layer of the base{why}. Give --base, or --in-features and --out-features."
         )
-    if on_base.rounding is None:
+    if base_facts.rounding is None:
         raise UsageError(
             "A and B are rounded to the dtype that the base is loaded in, and it is not known: "
             "give --base or --base-dtype."
         )
-    if on_base.out_features < adapter.longest_b:
+    if base_facts.out_features < adapter.longest_b:
         reason = (
-            f"B would have {on_base.out_features} rows; a layer has {adapter.longest_b} outputs."
+            f"B would have {base_facts.out_features} rows; a layer has {adapter.longest_b} outputs."
         )
         raise CheckpointError(PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
     drawn = Draw(
         variant,
         adapter.config.projection_prng_key,
         adapter.config.r,
-        on_base.in_features,
-        on_base.out_features,
-        as_cast(variant, on_base.rounding),
+        base_facts.in_features,
+        base_facts.out_features,
+        as_cast(variant, base_facts.rounding),
     )
     pair = as_tensors(drawn, dtype=_stored_dtype(adapter), place=adapter.place)
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
@@ -294,7 +294,7 @@ def _redrawn(adapter: Adapter, on_base: BaseFacts, variant: Variant) -> Converte
         drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
     reason = f"A and B were drawn: {drawn.description}."
     finding = unproven_draw(adapter.config, reason, place=adapter.place)
-    return _with_pair(adapter, pair, drawn, "not proven", (*on_base.findings, finding))
+    return _with_pair(adapter, pair, drawn, "not proven", (*base_facts.findings, finding))
 
 
 def _stored_dtype(adapter: Adapter) -> str:

@@ -213,9 +213,9 @@ def _opened(
     found = os.stat(path, dir_fd=folder, follow_symlinks=not flags)
     if stat.S_ISLNK(found.st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    _demand_regular(found, place)  # opening some devices has effects of its own
+    _require_regular(found, place)  # opening some devices has effects of its own
     file = LocalFile(os.open(path, _OPEN_FLAGS | flags, dir_fd=folder), place)
-    _demand_regular(os.fstat(file.fileno()), place)
+    _require_regular(os.fstat(file.fileno()), place)
     return file
 
 
@@ -284,7 +284,7 @@ def _refuse_missing(path: Path, place: str, missing: Rule | None, error: OSError
     raise SurroundingsError(f"{place}: {reason}") from error
 
 
-def _demand_regular(found: os.stat_result, place: str) -> None:
+def _require_regular(found: os.stat_result, place: str) -> None:
     if stat.S_ISREG(found.st_mode):
         return
     kinds: dict[Callable[[int], bool], str] = {

@@ -176,7 +176,7 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
     return {tensor: files[file] for tensor, file in weight_map.items()}
 
 
-def demand_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
+def require_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
     """Raise `CheckpointError` with each file of an index that is not among `names`."""
     missing = sorted(set(files).difference(names))
     if missing:

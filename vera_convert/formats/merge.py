@@ -67,7 +67,7 @@ def _plan_rows(result: Merge) -> list[list[str]]:
     ]
     weights = [file for file in result.files if file.name.endswith(".safetensors")]
     for file in weights[:_MOST_LISTED]:
-        copied = f"{file.carried:,} bytes copied"
+        copied = f"{file.copied:,} bytes copied"
         rows.append(
             [
                 f"  {printable(file.name)}",
@@ -100,9 +100,9 @@ def _side_rows(result: Merge) -> list[list[str]]:
     rows = []
     own = {*result.beside.tokenizer, *result.beside.copied}
     written = {file.name for file in result.files} - own
-    carried = [name for name in result.sides.carried if name in written]
-    if carried:
-        rows.append(["carried", ", ".join(map(printable, carried))])
+    copied = [name for name in result.sides.copied if name in written]
+    if copied:
+        rows.append(["carried", ", ".join(map(printable, copied))])
     for label, names in (
         ("tokenizer", result.beside.tokenizer),
         ("adapter's own", result.beside.copied),
@@ -140,7 +140,7 @@ def merge_document(result: Merge) -> Document:
             {
                 "name": file.name,
                 "bytes": file.size,
-                "carried_bytes": file.carried,
+                "carried_bytes": file.copied,
                 "computed_bytes": file.computed,
                 "computed_tensors": file.tensors,
                 "sha256": result.sha256.get(file.name),
@@ -154,7 +154,7 @@ def merge_document(result: Merge) -> Document:
         "bytes_free": result.free,
         "seconds": round(result.seconds, 3),
         "jobs": result.jobs,
-        "carried": list(result.sides.carried),
+        "carried": list(result.sides.copied),
         "from_adapter": list(result.beside.copied),
         "left_out": [
             *result.sides.other_weights,

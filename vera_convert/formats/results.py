@@ -29,16 +29,16 @@ from vera_convert.formats.shared import (
 from vera_convert.summary import AdapterInfo, Effect
 
 
-def _base_document(on_base: BaseFacts) -> Document | None:
-    location = on_base.location
+def _base_document(base_facts: BaseFacts) -> Document | None:
+    location = base_facts.location
     if location is None:
         return None
     return {
         "name": location.label,
         "repo_id": location.repo_id,
         "commit": location.commit,
-        "model_type": on_base.base.model_type if on_base.base else None,
-        "names": on_base.match.strategy if on_base.match else None,
+        "model_type": base_facts.base.model_type if base_facts.base else None,
+        "names": base_facts.match.strategy if base_facts.match else None,
     }
 
 
@@ -57,11 +57,11 @@ def conversion_text(result: Conversion) -> str:
         rows.append(["changed", f"nothing: it was {form} already, and was copied"])
     before, after = f"{result.bytes_before:,}", f"{result.bytes_after:,}"
     rows.append(["weights", f"{before} bytes" if before == after else f"{before} -> {after} bytes"])
-    if result.on_base.in_features is not None:
-        rows.append(["base", location_text(result.on_base)])
+    if result.base_facts.in_features is not None:
+        rows.append(["base", location_text(result.base_facts)])
     sides = result.side_files
-    if sides.carried:
-        rows.append(["carried", _listed(sides.carried)])
+    if sides.copied:
+        rows.append(["carried", _listed(sides.copied)])
     if sides.left_out:
         rows.append(["left out", _listed(sides.left_out)])
     if sides.adapters:
@@ -76,12 +76,12 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def location_text(on_base: BaseFacts) -> str:
+def location_text(base_facts: BaseFacts) -> str:
     """The base in words: its name, and how the adapter's fit its own; or why it was not read."""
-    if on_base.match is not None and on_base.match.strategy != AS_THEY_ARE.name:
-        return f"{on_base.source}, {on_base.match.strategy}"
-    was_read = on_base.in_features is not None or on_base.base is not None
-    return on_base.source if was_read else f"not read: {on_base.source}"
+    if base_facts.match is not None and base_facts.match.strategy != AS_THEY_ARE.name:
+        return f"{base_facts.source}, {base_facts.match.strategy}"
+    was_read = base_facts.in_features is not None or base_facts.base is not None
+    return base_facts.source if was_read else f"not read: {base_facts.source}"
 
 
 def conversion_document(command: str, result: Conversion) -> Document:
@@ -94,10 +94,10 @@ def conversion_document(command: str, result: Conversion) -> Document:
         "projections": "embedded" if result.embedded else "stripped",
         "changes": list(result.changes),
         "draw": draw_document(result.draw),
-        "base": _base_document(result.on_base),
+        "base": _base_document(result.base_facts),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
-        "carried": list(result.side_files.carried),
+        "carried": list(result.side_files.copied),
         "left_out": list(result.side_files.left_out),
         "not_followed": list(result.side_files.outside),
         "findings": [finding_document(finding) for finding in result.findings],
@@ -196,10 +196,10 @@ def info_text(result: AdapterInfo) -> str:
 
 
 def _base_line(result: AdapterInfo) -> str:
-    if result.on_base.base is not None:
-        kind = result.on_base.base.model_type
-        return location_text(result.on_base) + (f" ({printable(kind)})" if kind else "")
-    return location_text(result.on_base)
+    if result.base_facts.base is not None:
+        kind = result.base_facts.base.model_type
+        return location_text(result.base_facts) + (f" ({printable(kind)})" if kind else "")
+    return location_text(result.base_facts)
 
 
 def _projection_rows(result: AdapterInfo) -> list[list[str]]:
@@ -229,7 +229,7 @@ def _effect_text(effect: Effect) -> str:
 
 def _size_rows(result: AdapterInfo) -> list[list[str]]:
     sizes = result.sizes
-    unknown = "needs the base" if result.on_base.base is None else "not told without drawing"
+    unknown = "needs the base" if result.base_facts.base is None else "not told without drawing"
     lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
     return [
         ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],
@@ -267,7 +267,7 @@ def info_document(result: AdapterInfo) -> Document:
         "commit": result.location.commit,
         "peft_version": config.peft_version,
         "base_model_name_or_path": config.base_model_name_or_path,
-        "base": _base_document(result.on_base),
+        "base": _base_document(result.base_facts),
         "rank": config.r,
         "key": config.projection_prng_key,
         "save_projection": config.save_projection,

@@ -202,7 +202,7 @@ def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
         name.removesuffix(ADAPTER_CONFIG) for name in listed if name.endswith(f"/{ADAPTER_CONFIG}")
     )
     names = {name: size for name, size in listed.items() if not name.startswith(others)}
-    _demand_adapter(location, names, others)
+    _require_adapter(location, names, others)
     return names
 
 
@@ -214,7 +214,7 @@ def _is_clean(name: str) -> bool:
     return True
 
 
-def _demand_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
+def _require_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
     place = location.label
     if ADAPTER_CONFIG not in names:
         if others and _WEIGHTS not in names:

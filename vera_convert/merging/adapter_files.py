@@ -102,7 +102,7 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     """
     folder = location.fetched
     sides = side_files(folder, not_fetched=location.left_out)
-    names = sides.carried
+    names = sides.copied
     modules = _module_folders(location, names)
     tokenizer = tokenizer_files(names)
     copied = [

@@ -54,17 +54,17 @@ class InEffect:
 
 def in_effect(
     adapter: Adapter,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     *,
-    meant: ProjectionSource = ProjectionSource.AUTO,
+    projections: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
 ) -> InEffect:
     """Return the A and B that are in effect when the adapter is loaded on the base.
 
     Args:
         adapter: the adapter.
-        on_base: dims and rounding, as the base has them.
-        meant: which projections count where file, flag and key disagree.
+        base_facts: dims and rounding, as the base has them.
+        projections: which projections count where file, flag and key disagree.
         variant: the generator's variant, where they are drawn and no fingerprint names it.
 
     Raises:
@@ -72,10 +72,10 @@ def in_effect(
         UsageError: the stored ones are meant and there are none, or what they were rounded to is
             not known.
     """
-    if meant is ProjectionSource.KEY:
+    if projections is ProjectionSource.KEY:
         adapter = _without_stored(adapter)
     elif (
-        meant is ProjectionSource.FILE
+        projections is ProjectionSource.FILE
         and adapter.projections is None
         and adapter.fingerprint is None
     ):
@@ -85,12 +85,14 @@ def in_effect(
         )
     if adapter.projections is not None:
         if not adapter.config.save_projection:
-            embedded(adapter, on_base, meant=meant)  # refuses what contradicts the config
+            embedded(
+                adapter, base_facts, projections=projections
+            )  # refuses what contradicts the config
         return InEffect(*undamaged(adapter, adapter.projections), Origin.FILE)
     origin = Origin.KEY if adapter.fingerprint is None else Origin.FINGERPRINT
-    drawn = embedded(adapter, on_base, meant=meant, variant=variant)
+    drawn = embedded(adapter, base_facts, projections=projections, variant=variant)
     by_name = {tensor.name: tensor for tensor in drawn.tensors}
-    own = {*adapter.findings, *on_base.findings}
+    own = {*adapter.findings, *base_facts.findings}
     findings = tuple(finding for finding in drawn.findings if finding not in own)
     A, B = by_name[A_NAME].array(), by_name[B_NAME].array()
     return InEffect(A, B, origin, drawn.draw, findings)

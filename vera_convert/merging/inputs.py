@@ -78,7 +78,7 @@ class MergeInputs:
         base: the base.
         files: its weight files, by name.
         sides: its other files by what becomes of them.
-        carried: those that are carried, by name.
+        copied: those that are carried, by name.
         texts: the bytes of its config and index, by name, as far as there are such files.
         beside: the files beside the first adapter.
         read_whole: the files of `texts`.
@@ -91,7 +91,7 @@ class MergeInputs:
     base: BaseModel
     files: Mapping[str, InputFile]
     sides: ModelFiles
-    carried: Mapping[str, InputFile]
+    copied: Mapping[str, InputFile]
     texts: Mapping[str, bytes]
     beside: AdapterFiles
     read_whole: Mapping[str, InputFile]
@@ -111,14 +111,14 @@ class MergeInputs:
             part.weights.check_unchanged()
         beside = self.beside
         for files in (
-            *(self.files, self.carried, self.read_whole),
+            *(self.files, self.copied, self.read_whole),
             *(beside.tokenizer, beside.copied),
         ):
             for file in files.values():
                 file.check_unchanged()
 
 
-def find_adapters(wishes: Sequence[AdapterSpec], access: HubAccess) -> tuple[Location, ...]:
+def find_adapters(specs: Sequence[AdapterSpec], access: HubAccess) -> tuple[Location, ...]:
     """Find where the adapters lie; nothing is fetched.
 
     Raises:
@@ -126,19 +126,19 @@ def find_adapters(wishes: Sequence[AdapterSpec], access: HubAccess) -> tuple[Loc
         SurroundingsError: there is no such folder or repo.
     """
     return tuple(
-        locate(str(wish.adapter), kind="adapter", access=access, revision=wish.revision)
-        for wish in wishes
+        locate(str(spec.adapter), kind="adapter", access=access, revision=spec.revision)
+        for spec in specs
     )
 
 
 @contextmanager
 def open_inputs(
-    wishes: Sequence[AdapterSpec],
+    specs: Sequence[AdapterSpec],
     locations: Sequence[Location],
     base: BaseOptions,
     *,
     access: HubAccess,
-    meant: ProjectionSource = ProjectionSource.AUTO,
+    projections: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
     dequantize: bool = False,
     fetch: bool = True,
@@ -146,11 +146,11 @@ def open_inputs(
     """Fetch, open and understand what is merged.
 
     Args:
-        wishes: the adapters.
+        specs: the adapters.
         locations: where they lie.
         base: what the caller says of the base.
         access: how the Hub is reached.
-        meant: which A and B count where file, flag and key disagree.
+        projections: which A and B count where file, flag and key disagree.
         variant: how they are drawn, where they are and no fingerprint says it.
         dequantize: make a base whose weights are fp8 a 16-bit model.
         fetch: bring a base on the Hub here; without that its headers alone are read, and what is
@@ -180,7 +180,7 @@ def open_inputs(
         sides = sort_files(names, model)
         whole = [name for name in (sides.config, model.index) if name is not None]
         if fetch:
-            needed = [*model.files, *whole, *sides.carried]
+            needed = [*model.files, *whole, *sides.copied]
             model = replace(model, location=fetch_base(model.location, access, names=needed))
         find = _Finder(model.location, names)
         files = {name: find.file(name, header) for name, header in model.files.items()}
@@ -188,27 +188,29 @@ def open_inputs(
         texts = {name: _text(model.location, name, access) for name in whole}
         _hold_against_base(texts, sides, model)
         parts = []
-        for wish, location, adapter, on_base in zip(wishes, fetched, adapters, known, strict=True):
+        for spec, location, adapter, base_facts in zip(
+            specs, fetched, adapters, known, strict=True
+        ):
             refuse_values(adapter)
-            pair = in_effect(adapter, on_base, meant=meant, variant=variant)
-            parts.append(_part(wish, location, adapter, on_base, pair))
+            pair = in_effect(adapter, base_facts, projections=projections, variant=variant)
+            parts.append(_part(spec, location, adapter, base_facts, pair))
         findings = [*sides.findings(model.location.label)]
         if dequantization is None:
             findings += filter(None, [quantized_elsewhere(model)])
         else:
             findings.append(dequantization.finding(model.location.label))
         beside = [adapter_files(location, model) for location in fetched]
-        for part, on_base, files_beside in zip(parts, known, beside, strict=True):
+        for part, base_facts, files_beside in zip(parts, known, beside, strict=True):
             findings += files_beside.findings(part.label)
-            findings += [*part.adapter.findings, *on_base.findings, *part.pair.findings]
-            findings += other_dims(part.adapter, on_base)
+            findings += [*part.adapter.findings, *base_facts.findings, *part.pair.findings]
+            findings += other_dims(part.adapter, base_facts)
         inputs = MergeInputs(
             parts=tuple(parts),
             locations=tuple(fetched),
             base=model,
             files=files,
             sides=sides,
-            carried={name: find.file(name) for name in sides.carried},
+            copied={name: find.file(name) for name in sides.copied},
             texts=texts,
             beside=beside[0],
             read_whole=read_whole,
@@ -219,15 +221,15 @@ def open_inputs(
 
 
 def _learn_all(
-    adapters: Sequence[Adapter], wish: BaseOptions, access: HubAccess
+    adapters: Sequence[Adapter], base_options: BaseOptions, access: HubAccess
 ) -> list[BaseFacts]:
     """Match every adapter with the one base, that of the first if none is given."""
     bases = Bases(access)
-    known = [resolve_base(adapters[0], wish, bases=bases, need=Need.WHOLE)]
+    known = [resolve_base(adapters[0], base_options, bases=bases, need=Need.WHOLE)]
     base = known[0].base
     if base is None:
         raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
-    same = replace(wish, model=_name(base.location), revision=None)
+    same = replace(base_options, model=_name(base.location), revision=None)
     known += [resolve_base(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
     components = dict.fromkeys(each.base.prefix for each in known if each.base is not None)
     if len(components) > 1:
@@ -277,23 +279,23 @@ def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
 
 
 def _part(
-    wish: AdapterSpec,
+    spec: AdapterSpec,
     location: Location,
     adapter: Adapter,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     pair: InEffect,
 ) -> MatchedAdapter:
     source, folder = adapter.file.source, location.fetched
     assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
-    assert on_base.match is not None  # noqa: S101 -- it is known from a base
+    assert base_facts.match is not None  # noqa: S101 -- it is known from a base
     return MatchedAdapter(
         label=location.label,
         adapter=adapter,
-        match=on_base.match,
+        match=base_facts.match,
         pair=pair,
         weights=InputFile(folder / WEIGHTS_NAME, folder, source.identity),
         header=adapter.file.header,
-        weight=wish.weight,
+        weight=spec.weight,
     )
 
 

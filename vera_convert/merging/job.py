@@ -137,7 +137,7 @@ class MergeJob:
                 self.inputs.check_unchanged()
         return reports, hashes
 
-    def demand_space(self, free: int, *, there: int = 0) -> None:
+    def require_space(self, free: int, *, there: int = 0) -> None:
         """Raise `SurroundingsError` if the output needs more space than there is.
 
         Args:
@@ -180,7 +180,7 @@ class MergeJob:
 
             try:
                 there = sum((staged.folder / name).stat().st_size for name in finished)
-                self.demand_space(shutil.disk_usage(staged.folder).free, there=there)
+                self.require_space(shutil.disk_usage(staged.folder).free, there=there)
                 yield staged.folder, finished, on_finished
             except BaseException as error:
                 if staged.worth_keeping:
@@ -269,7 +269,7 @@ class MergeJob:
                 | ({"sha256": hashes[file.name]} if file.name in hashes else {})
                 for file in self.files
             ],
-            carried=[name for name, file in inputs.carried.items() if beside.get(name) is file],
+            copied=[name for name, file in inputs.copied.items() if beside.get(name) is file],
             from_adapter=sorted({*inputs.beside.tokenizer, *inputs.beside.copied}),
         )
 

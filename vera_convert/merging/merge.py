@@ -160,7 +160,7 @@ def merge(
             locations,
             base,
             access=access,
-            meant=options.projections,
+            projections=options.projections,
             variant=options.generator,
             dequantize=options.dequantize,
             fetch=not options.dry_run,
@@ -174,7 +174,7 @@ def merge(
                     is_own=is_merged,
                     strangers=job.strangers,
                 )
-                job.demand_space(job.free)
+                job.require_space(job.free)
                 return _result(job, (), {}, _estimate(job))
             reports, hashes = job.run(progress)
             return _result(job, reports, hashes, time.monotonic() - started)

@@ -53,7 +53,7 @@ class FilePlan:
     Attributes:
         name: relative to the output folder, with `/`.
         size: its bytes.
-        carried: how many of them are copied from an input.
+        copied: how many of them are copied from an input.
         computed: how many are those of tensors that are computed.
         tensors: how many tensors are computed.
         products: floating-point operations of their products.
@@ -61,7 +61,7 @@ class FilePlan:
 
     name: str
     size: int
-    carried: int
+    copied: int
     computed: int
     tensors: int
     products: int
@@ -140,10 +140,10 @@ def _whole(file: InputFile) -> Iterator[CopiedRange]:
 
 def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
     """Return the files beside the merged weights: the base's, with the adapter's in their place."""
-    carried = dict(inputs.carried)
+    copied = dict(inputs.copied)
     if inputs.dequantization is not None:
-        carried = {name: file for name, file in carried.items() if name not in SIDE_FILES}
-    return inputs.beside.over(carried)
+        copied = {name: file for name, file in copied.items() if name not in SIDE_FILES}
+    return inputs.beside.over(copied)
 
 
 def _origin(location: Location, weight: float | None = None) -> Origin:

@@ -118,7 +118,7 @@ def provenance_text(
     product: str,
     tensors: Sequence[TensorReport],
     outputs: Sequence[Mapping[str, object]],
-    carried: Sequence[str],
+    copied: Sequence[str],
     from_adapter: Sequence[str],
 ) -> bytes:
     """Return the bytes of the provenance file."""
@@ -131,7 +131,7 @@ def provenance_text(
         "options": options,
         "tensors": [each.record() for each in tensors],
         "outputs": list(outputs),
-        "carried": list(carried),
+        "carried": list(copied),
         "from_adapter": list(from_adapter),
     }
     return (_laid_out(document, "\n") + "\n").encode()

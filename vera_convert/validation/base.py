@@ -36,36 +36,36 @@ from vera_convert.rules import (
 
 
 def resolver(
-    wish: BaseOptions, access: HubAccess
+    base_options: BaseOptions, access: HubAccess
 ) -> Callable[[Adapter], tuple[BaseFacts, list[Finding]]]:
     """Find a base and return what says of an adapter what is known of it there, and what is wrong.
 
     Args:
-        wish: what the caller says of the base; it names one.
+        base_options: what the caller says of the base; it names one.
         access: how the Hub is reached.
 
     Raises:
         SurroundingsError: it cannot be had; told once, and not for each adapter.
     """
     bases = Bases(access)
-    assert wish.model is not None  # noqa: S101 -- as promised
-    bases.located(wish.model, wish.revision)
+    assert base_options.model is not None  # noqa: S101 -- as promised
+    bases.located(base_options.model, base_options.revision)
 
     def learned(adapter: Adapter) -> tuple[BaseFacts, list[Finding]]:
-        on_base = resolve_base(adapter, wish, bases=bases, need=Need.NONE)
-        return on_base, [*on_base.findings, *base_findings(adapter, on_base)]
+        base_facts = resolve_base(adapter, base_options, bases=bases, need=Need.NONE)
+        return base_facts, [*base_facts.findings, *base_findings(adapter, base_facts)]
 
     return learned
 
 
-def base_findings(adapter: Adapter, on_base: BaseFacts) -> Iterator[Finding]:
+def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     """Yield what is to be known of an adapter on a base that it fits.
 
     Args:
         adapter: the adapter.
-        on_base: what `resolve_base` found; its own findings are not repeated.
+        base_facts: what `resolve_base` found; its own findings are not repeated.
     """
-    base, match = on_base.base, on_base.match
+    base, match = base_facts.base, base_facts.match
     if base is None or match is None:
         return
     if match.strategy != AS_THEY_ARE.name:
@@ -128,7 +128,7 @@ def _rows(adapter: Adapter, base: BaseModel) -> int | None:
 def _tokens(adapter: Adapter, rows: int | None) -> Iterator[Finding]:
     """Yield a finding if the adapter's own tokenizer has more tokens than the embedding rows."""
     folder = adapter.folder
-    names = side_files(folder).carried if folder.is_dir() else ()  # what a merge would take
+    names = side_files(folder).copied if folder.is_dir() else ()  # what a merge would take
     with ExitStack() as opened:
         try:
             sources = {

@@ -40,7 +40,7 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
             continue  # told for itself
         yield LINK_NOT_CARRIED.at(printable(name), "it leads out of the folder, or nowhere.")
     yield from _left_out(sides.left_out, place)
-    yield from _unread_weights(sides.carried, place)
+    yield from _unread_weights(sides.copied, place)
 
 
 def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:

@@ -42,42 +42,44 @@ def recognized(config: VeraConfig, A: NDArray[Any], B: NDArray[Any]) -> Pair:
 
 
 def stored_findings(
-    config: VeraConfig, pair: Pair, on_base: BaseFacts, *, tallest: int
+    config: VeraConfig, pair: Pair, base_facts: BaseFacts, *, tallest: int
 ) -> Iterator[Finding]:
     """Yield where a PEFT uses other A and B than the stored ones.
 
     Args:
         config: the adapter's config.
         pair: what is stored.
-        on_base: what is known of the base; nothing, if there is none.
+        base_facts: what is known of the base; nothing, if there is none.
         tallest: the length of the longest lambda_b.
     """
     width, height = pair.A.shape[1], pair.B.shape[0]
     damaged = damage(pair.recognition, pair.A.size + pair.B.size, place=WEIGHTS_NAME)
     if damaged is not None:
         yield damaged
-    elif on_base.out_features is None and height > tallest:
+    elif base_facts.out_features is None and height > tallest:
         reason = f"vera_B has {height} rows, the longest lambda_b {tallest} values."
         yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
-    elif not on_base.fits(width, height):
-        reason = f"they are for {width} inputs and {height} outputs; {on_base.dims_text}."
+    elif not base_facts.fits(width, height):
+        reason = f"they are for {width} inputs and {height} outputs; {base_facts.dims_text}."
         yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
     else:
-        yield from _held_against_the_key(config, pair, on_base)
+        yield from _held_against_the_key(config, pair, base_facts)
 
 
-def _held_against_the_key(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> Iterator[Finding]:
-    reason = _why_other(config, pair, on_base)
+def _held_against_the_key(
+    config: VeraConfig, pair: Pair, base_facts: BaseFacts
+) -> Iterator[Finding]:
+    reason = _why_other(config, pair, base_facts)
     if reason and config.save_projection:
         yield PROJECTIONS_IGNORED.at(WEIGHTS_NAME, reason)
     elif reason:
         yield PROJECTIONS_CONTRADICT.at(WEIGHTS_NAME, reason)
     draw = pair.recognition.draw
-    if draw is not None and draw.rounding is not Rounding.NONE and on_base.rounding is None:
+    if draw is not None and draw.rounding is not Rounding.NONE and base_facts.rounding is None:
         yield PROJECTIONS_ROUNDED.at(WEIGHTS_NAME, f"they are {draw.description}.")
 
 
-def _why_other(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> str:
+def _why_other(config: VeraConfig, pair: Pair, base_facts: BaseFacts) -> str:
     """Say why what PEFT draws from the key is not what is stored; empty if it is.
 
     Where the base's dtype is not known, whatever rounding is stored is taken for the base's.
@@ -91,7 +93,7 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> str:
             f"they are the draw of key {draw.key}; the config says {key}. With "
             f"projection_prng_key {draw.key} every PEFT would use them."
         )
-    expected = _as_drawn(config, draw, on_base, (pair.A.shape[1], pair.B.shape[0]))
+    expected = _as_drawn(config, draw, base_facts, (pair.A.shape[1], pair.B.shape[0]))
     if expected == draw:
         return ""
     same_dims = (expected.in_features, expected.out_features) == (
@@ -104,25 +106,25 @@ def _why_other(config: VeraConfig, pair: Pair, on_base: BaseFacts) -> str:
 
 
 def _as_drawn(
-    config: VeraConfig, found: Draw | Fingerprint, on_base: BaseFacts, dims: tuple[int, int]
+    config: VeraConfig, found: Draw | Fingerprint, base_facts: BaseFacts, dims: tuple[int, int]
 ) -> Draw:
     """Return what PEFT draws, rounded as the base rounds it, or as `found` is without a base."""
-    usual = default_variant(config, on_base, *dims)
+    usual = default_variant(config, base_facts, *dims)
     rounding = found.rounding
-    if on_base.rounding is not None:
-        rounding = as_cast(usual.variant, on_base.rounding)
+    if base_facts.rounding is not None:
+        rounding = as_cast(usual.variant, base_facts.rounding)
     return replace(usual, rounding=rounding)
 
 
 def stripped_findings(
-    config: VeraConfig, fingerprint: Fingerprint | None, on_base: BaseFacts
+    config: VeraConfig, fingerprint: Fingerprint | None, base_facts: BaseFacts
 ) -> Iterator[Finding]:
     """Yield what is not certain of projections that have to be drawn again.
 
     Args:
         config: the adapter's config.
         fingerprint: what a strip recorded of them.
-        on_base: what is known of the base; nothing, if there is none.
+        base_facts: what is known of the base; nothing, if there is none.
     """
     if fingerprint is None:
         by = f"PEFT {config.peft_version} wrote it" if config.peft_version else "no PEFT is named"
@@ -132,11 +134,11 @@ def stripped_findings(
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):
         return  # told when it was read
     dims = fingerprint.in_features, fingerprint.out_features
-    if not on_base.fits(*dims):
-        reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {on_base.dims_text}."
+    if not base_facts.fits(*dims):
+        reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {base_facts.dims_text}."
         yield FINGERPRINT_DISAGREES.at(WEIGHTS_NAME, reason)
         return
-    dropped, expected = fingerprint.draw, _as_drawn(config, fingerprint, on_base, dims)
+    dropped, expected = fingerprint.draw, _as_drawn(config, fingerprint, base_facts, dims)
     if replace(dropped, key=expected.key) != expected:
         reason = f"dropped was {dropped.description}; PEFT draws {expected.description}."
         yield REDRAWN_OTHERWISE.at(WEIGHTS_NAME, reason)

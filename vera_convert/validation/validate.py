@@ -102,17 +102,17 @@ def validate(
     fail_on = one_of("fail_on", Severity, fail_on)
     require_flags(recursive=recursive, deep=deep)
     check_codes((*select, *ignore))
-    wish, revision = base_options_of(base), optional(text, "revision", revision)
+    base_options, revision = base_options_of(base), optional(text, "revision", revision)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     resolve_base: Resolve | None = None
-    if wish.model is not None:
+    if base_options.model is not None:
         from vera_convert.validation.base import resolver  # takes as long to load as all the rest
 
-        resolve_base = resolver(wish, access)
+        resolve_base = resolver(base_options, access)
     checked = [
         named
         if isinstance(named, Checked)
-        else _checked(named, wish, resolve_base, access, deep=deep, revision=revision)
+        else _checked(named, base_options, resolve_base, access, deep=deep, revision=revision)
         for named in _named(named_adapters, recursive=recursive)
     ]
     return Validation(tuple(_chosen(one, select, ignore) for one in checked), fail_on)
@@ -194,7 +194,7 @@ class _Told:
 
 def _checked(
     named: str,
-    wish: BaseOptions,
+    base_options: BaseOptions,
     resolve_base: Resolve | None,
     access: HubAccess,
     *,
@@ -216,7 +216,7 @@ def _checked(
             told.findings += examined.findings
             if examined.other_method is None:
                 told.embedded = _is_embedded(examined)
-                _check(examined, location, wish, resolve_base, told, deep=deep)
+                _check(examined, location, base_options, resolve_base, told, deep=deep)
             told.read = _bytes_read(sources) if remote else None
     except CheckpointError as error:
         told.findings += error.findings
@@ -279,7 +279,7 @@ def _is_embedded(examined: Examined) -> bool | None:
 def _check(
     examined: Examined,
     location: Location,
-    wish: BaseOptions,
+    base_options: BaseOptions,
     resolve_base: Resolve | None,
     told: _Told,
     *,
@@ -288,7 +288,7 @@ def _check(
     """Run every check for which enough could be read."""
     config, file, folder = examined.config, examined.file, location.folder
     layers = examined.sorted.layers if examined.sorted is not None else {}
-    on_base = _on_base(examined, wish, resolve_base, told)
+    base_facts = _on_base(examined, base_options, resolve_base, told)
     if folder is not None:
         told.step("the files beside the weights", lambda: folder_findings(folder))
     if config is not None:
@@ -296,17 +296,17 @@ def _check(
         if examined.sorted is not None:
             told.findings += undeclared_embeddings(config, examined.sorted.replacements)
         if examined.unsound.isdisjoint(TARGET_FIELDS):
-            if examined.adapter is not None and on_base.base is None:
+            if examined.adapter is not None and base_facts.base is None:
                 told.findings += uneven_findings(config, layers)
             told.step(
                 "the targets",
-                lambda: target_findings(config, [*layers], alone=on_base.base is None),
+                lambda: target_findings(config, [*layers], alone=base_facts.base is None),
             )
     if folder is None:
         told.not_checked.append("values, and whether A and B are a draw: --deep fetches them.")
     elif file is not None and layers:
         found = value_ranges(file)
-        is_float16 = on_base.rounding is Rounding.FP16
+        is_float16 = base_facts.rounding is Rounding.FP16
         told.findings += value_findings(
             file, config, [*layers.values()], found, on_float16=is_float16
         )
@@ -318,15 +318,17 @@ def _check(
     here = folder is not None
     told.step(
         "A and B",
-        lambda: _projection_findings(config, examined, on_base, told, here=here, deep=deep),
+        lambda: _projection_findings(config, examined, base_facts, told, here=here, deep=deep),
     )
 
 
 def _on_base(
-    examined: Examined, wish: BaseOptions, resolve_base: Resolve | None, told: _Told
+    examined: Examined, base_options: BaseOptions, resolve_base: Resolve | None, told: _Told
 ) -> BaseFacts:
     """Return what is known of the base, and tell what is wrong with an adapter on it."""
-    known = BaseFacts() if wish.dtype is None else loaded_in(BaseFacts(), wish.dtype)
+    known = (
+        BaseFacts() if base_options.dtype is None else loaded_in(BaseFacts(), base_options.dtype)
+    )
     adapter = examined.adapter
     if resolve_base is None:
         told.not_checked.append("whether it fits a base: --base MODEL tells.")
@@ -348,7 +350,7 @@ def _on_base(
 def _projection_findings(
     config: VeraConfig,
     examined: Examined,
-    on_base: BaseFacts,
+    base_facts: BaseFacts,
     told: _Told,
     *,
     here: bool,
@@ -359,7 +361,7 @@ def _projection_findings(
     stored, fingerprint = examined.sorted.projections, examined.fingerprint
     if stored is None and not config.save_projection:
         told.draw = fingerprint.draw if fingerprint else None
-        yield from stripped_findings(config, fingerprint, on_base)
+        yield from stripped_findings(config, fingerprint, base_facts)
         if fingerprint is not None and (deep or fingerprint.is_small):
             from vera_convert.conversion.transforms import prove
 
@@ -373,7 +375,7 @@ def _projection_findings(
         told.draw = pair.recognition.draw
         # Without a lambda under its proper name, nothing is known of the layers' heights.
         tallest = examined.sorted.longest_b or stored.B.shape[0]
-        yield from stored_findings(config, pair, on_base, tallest=tallest)
+        yield from stored_findings(config, pair, base_facts, tallest=tallest)
 
 
 def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:

@@ -223,7 +223,7 @@ class _Side:
     def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
         self.known = known
-        self.meant = options.projections or ProjectionSource.AUTO
+        self.projections = options.projections or ProjectionSource.AUTO
         self.variant = options.generator
         self.origin = ""
         self._here: Pair | None = None
@@ -233,18 +233,20 @@ class _Side:
     def needs_dtype(self) -> bool:
         """Whether the dtype of the base decides what is in effect here."""
         recorded = self.adapter.projections or self.adapter.fingerprint
-        return self.meant is ProjectionSource.KEY or recorded is None
+        return self.projections is ProjectionSource.KEY or recorded is None
 
     def here(self, dtype: str) -> Pair:
         """Return A and B as this package has them in effect."""
         if self._here is None or self.needs_dtype:
-            self._demand_dims()
+            self._require_dims()
             known = replace(self.known, rounding=ROUNDING_OF_DTYPE[dtype])
-            found = in_effect(self.adapter, known, meant=self.meant, variant=self.variant)
+            found = in_effect(
+                self.adapter, known, projections=self.projections, variant=self.variant
+            )
             self.origin, self._here = found.origin, (found.A, found.B)
         return self._here
 
-    def _demand_dims(self) -> None:
+    def _require_dims(self) -> None:
         recorded = self.adapter.projections or self.adapter.fingerprint
         if recorded is None and None in (self.known.in_features, self.known.out_features):
             raise UsageError(
@@ -270,7 +272,7 @@ class _Side:
         if recorded is not None:
             dims = recorded.in_features, recorded.out_features
             return default_variant(self.adapter.config, known, *dims)
-        self._demand_dims()
+        self._require_dims()
         assert known.in_features is not None  # noqa: S101 -- demanded
         assert known.out_features is not None  # noqa: S101 -- demanded
         return Draw(

@@ -37,7 +37,7 @@ from vera_convert.verification.model_files import config_findings, file_findings
 from vera_convert.verification.options import (
     VerifiedSpec,
     VerifyOptions,
-    demand_all_adapters,
+    require_all_adapters,
     settle,
 )
 from vera_convert.verification.provenance import (
@@ -137,7 +137,7 @@ def check_merged(
         )
     given = (adapter, *options.add)
     if provenance is not None:
-        demand_all_adapters(options.add, provenance)
+        require_all_adapters(options.add, provenance)
     with _opened(given, base, settings, access=access) as inputs:
         if model.prefix and model.prefix != inputs.base.prefix:  # the adapter's layers decide
             whole, component = not options.layers_only, inputs.base.prefix
@@ -249,7 +249,7 @@ def _read_merged(
     sides = sort_files(names, model)
     beside = [*file_findings(names, model, sides)]
     needed = [name for name in (sides.config, model.index) if name is not None]
-    needed += [*model.files, *(sides.carried if whole else ())]
+    needed += [*model.files, *(sides.copied if whole else ())]
     model = replace(model, location=fetch_base(location, access, names=needed))
     return model, provenance, beside
 
@@ -308,7 +308,7 @@ def _opened(
         find_adapters(wishes, access),
         replace(base, dtype=settings.base_dtype, key_map=settings.key_map),
         access=access,
-        meant=settings.projections,
+        projections=settings.projections,
         variant=settings.generator,
         dequantize=settings.dequantize,
     ) as inputs:
@@ -331,11 +331,11 @@ class _OtherProjections:
 
     def explain(self, names: Sequence[str]) -> dict[str, str]:
         """Return for each wrong tensor that is right with other A and B how to say so."""
-        for meant, dtype in self._others():
-            settings = replace(self.settings, projections=meant, base_dtype=dtype)
+        for projections, dtype in self._others():
+            settings = replace(self.settings, projections=projections, base_dtype=dtype)
             # Most trials end with the two worst tensors.
             if self._right(settings, names[:2]):
-                said = _IN_WORDS[meant]
+                said = _IN_WORDS[projections]
                 if dtype != self.settings.base_dtype:
                     said += f" --base-dtype {dtype}"
                 return dict.fromkeys(self._right(settings, names), f"{said}.")
@@ -343,9 +343,9 @@ class _OtherProjections:
 
     def _others(self) -> Iterator[tuple[ProjectionSource, str | None]]:
         own = self.settings.base_dtype
-        for meant in (ProjectionSource.KEY, ProjectionSource.FILE):
-            if meant is not self.settings.projections:
-                yield meant, own
+        for projections in (ProjectionSource.KEY, ProjectionSource.FILE):
+            if projections is not self.settings.projections:
+                yield projections, own
         for dtype in ("float32", "bfloat16", "float16"):
             if dtype != own:
                 yield ProjectionSource.KEY, dtype
@@ -395,8 +395,8 @@ def _weighted(
     findings: list[Finding] = []
     records = _records(parts, provenance)
     weighted = []
-    for part, wish, record in zip(parts, given, records, strict=True):
-        weight = wish.weight
+    for part, spec, record in zip(parts, given, records, strict=True):
+        weight = spec.weight
         if weight is None:
             weight = record.weight if record is not None else 1.0
         weighted.append(replace(part, weight=weight))

@@ -106,7 +106,7 @@ class VerifyOptions:
         if self.layers_only and names:
             raise UsageError(f"{', '.join(names)}: with --layers-only no model is run.")
 
-    def demand_no_merge(self) -> None:
+    def require_no_merge(self) -> None:
         """Raise `UsageError` for an option that says something of a merged model."""
         given = {
             "--weight": self.weight,
@@ -154,7 +154,7 @@ def settle(
     return replace(recorded, **given, given=frozenset(names))
 
 
-def demand_all_adapters(given: Sequence[VerifiedSpec], provenance: Provenance) -> None:
+def require_all_adapters(given: Sequence[VerifiedSpec], provenance: Provenance) -> None:
     """Raise `UsageError` unless there are as many adapters as were merged.
 
     Args:

@@ -231,13 +231,13 @@ def stored_contents(
         adapter = _renamed(_with_config(opened, config), layers, key_map)
         own = _matched(adapter, layers, model)
         dims = shared_dims(adapter, layers, own, BuiltLayers({}, own, all_built=True))
-        on_base = BaseFacts(
+        base_facts = BaseFacts(
             dims.in_features,
             dims.out_features,
             rounding or _rounding(model.get_submodule(path) for path in dims.adapted),
             source=layers.source,
         )
-        pair = in_effect(adapter, on_base, meant=projections, variant=variant)
+        pair = in_effect(adapter, base_facts, projections=projections, variant=variant)
         widest = max(layers.linear[path].in_features for path in adapter.layers)
         if pair.A.shape[1] < widest:
             reason = (
@@ -259,7 +259,7 @@ def stored_contents(
             findings=(
                 *adapter.findings,
                 *dims.findings,
-                *other_dims(adapter, on_base),
+                *other_dims(adapter, base_facts),
                 *pair.findings,
             ),
         )
