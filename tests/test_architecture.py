@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-rules errors schemas delta embeddings
+text rules errors schemas delta embeddings
 files: reading json_edit header tensorfile value_range shards
 arguments
 draws: generator recognition
@@ -57,7 +57,7 @@ def in_order(layers: str) -> list[str]:
 
 ORDER = in_order(LAYERS)
 
-GROUND = {"_version", "rules", "errors", "schemas", "delta", "embeddings", "arguments"}
+GROUND = {"_version", "text", "rules", "errors", "schemas", "delta", "embeddings", "arguments"}
 """Single modules that every folder may import."""
 ABOVE_FOLDERS = {"counting", "summary"}
 """Single modules that stand above the folders they use; `formats` shows their results."""
@@ -71,6 +71,7 @@ ONLY_IN = {
 """Libraries that one place alone knows."""
 
 ALLOWED = {
+    "text": set[str](),
     "rules": set[str](),
     "errors": set[str](),
     "schemas": set[str](),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
+from vera_convert.text import printable
 
 Choice = TypeVar("Choice", bound=StrEnum)
 Kind = TypeVar("Kind")

@@ -34,9 +34,9 @@ from vera_convert.errors import (
     UsageError,
     VeraConvertError,
 )
-from vera_convert.files.reading import printable
 from vera_convert.hub.secrets import redacted
 from vera_convert.publish.signals import Interrupted, interruption, signals_raise
+from vera_convert.text import and_more, printable, printable_whole
 
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
@@ -865,7 +865,7 @@ def verify(adapter: str, **options: Any) -> None:
         options, result.findings, verification_text(result), lambda: verification_document(result)
     )
     if result.errors:
-        more = f" (and {result.wrong - 1:,} more)" if result.wrong > 1 else ""
+        more = f" ({and_more(result.wrong - 1).lstrip()})" if result.wrong > 1 else ""
         _say(f"error: {result.errors[0]}{more}", err=True)
         raise click.exceptions.Exit(CheckpointError.status)
     if result.not_run is not None:
@@ -915,7 +915,7 @@ def _command_without_token(arguments: Sequence[str]) -> str:
             kept += [] if skips else [argument]
         else:
             skips = False
-    return "".join(map(printable, shlex.join(["vera-convert", *kept])))
+    return printable_whole(shlex.join(["vera-convert", *kept]))
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
@@ -1047,7 +1047,7 @@ def _reason(error: VeraConvertError, whose: Mapping[str, str | None] | None = No
     """
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)
-    more = f"and {len(error.findings) - 1} more"
+    more = and_more(len(error.findings) - 1).lstrip()
     if whose and whose.get("adapter") and OF_MERGED not in getattr(error, "__notes__", ()):
         more += f": {_validate_command(whose)}"
     return f"{error} ({more})"
@@ -1058,7 +1058,7 @@ def _validate_command(whose: Mapping[str, str | None]) -> str:
     for name, option in _WHOSE.items():
         value = whose.get(name)
         words += [*filter(None, [option]), value] if value else []
-    return "".join(map(printable, shlex.join(words)))  # letter by letter: nothing of it is cut
+    return printable_whole(shlex.join(words))
 
 
 def main(arguments: list[str] | None = None) -> None:

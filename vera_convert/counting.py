@@ -17,7 +17,6 @@ from vera_convert.arguments import instance, optional, place, text, texts, whole
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
-from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.targets.matching import (
     Adapted,
@@ -27,6 +26,7 @@ from vera_convert.targets.matching import (
     is_all_linear,
     kind_of,
 )
+from vera_convert.text import listed, printable
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."
@@ -192,15 +192,10 @@ def _near(model: ModelLayers, target: str) -> str:
     )
     near = difflib.get_close_matches(target, [*last_names, *model.linear], n=4, cutoff=0.5)
     if inside:
-        return f"it holds {_listed(list(inside))}"
+        return f"it holds {listed(inside, 12)}"
     if near:
-        return f"near it are {_listed(near)}"
-    return f"there are {_listed(last_names)}"
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(printable(name) for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+        return f"near it are {listed(near, 12)}"
+    return f"there are {listed(last_names, 12)}"
 
 
 def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from vera_convert.arguments import function, instance, optional, place
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
-from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
@@ -26,6 +25,7 @@ from vera_convert.rules import (
     Rule,
     Severity,
 )
+from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob

@@ -23,7 +23,6 @@ from vera_convert.files.reading import (
     is_pickle,
     open_local,
     parse_json,
-    printable,
     read_json,
 )
 from vera_convert.rules import WEIGHTS_MISSING
@@ -422,41 +421,6 @@ def test_a_clean_name_is_below_its_folder_on_every_system(name: str) -> None:
 )
 def test_pickles_are_known_by_their_ending(name: str, *, pickled: bool) -> None:
     assert is_pickle(name) is pickled
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("model.layers.0", "model.layers.0"),
-        ("größe 模型 😀", "größe 模型 😀"),
-        ("C:\\models", "C:\\models"),
-        ("a\nb\r\tc", "a\\nb\\r\\tc"),
-        ("\x1b[31mred", "\\x1b[31mred"),
-        ("\x00\x7f\x9b", "\\x00\\x7f\\x9b"),
-        ("a\u202ecod.exe", "a\\u202ecod.exe"),
-        ("\u2066x\u2069", "\\u2066x\\u2069"),
-        ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
-        ("line\u2028paragraph\u2029", "line\\u2028paragraph\\u2029"),
-        ("no\xa0break soft\xad", "no\\xa0break soft\\xad"),
-        ("half \ud83d", "half \\ud83d"),
-        ("filler\u3164\u2800\ufe0f", "filler\\u3164\\u2800\\ufe0f"),
-        ("tag\U000e0041\U000e0100", "tag\\U000e0041\\U000e0100"),
-        ("private\ue000", "private\\ue000"),
-        ("x" * 300, "x" * 300),
-        ("x" * 301, "x" * 300 + "… (301 characters)"),
-        ("\n" * 10_000, "\\n" * 300 + "… (10,000 characters)"),
-    ],
-)
-def test_text_is_shown_without_what_acts_or_hides(text: str, shown: str) -> None:
-    assert printable(text) == shown
-
-
-@given(st.text(st.characters(exclude_categories=())))
-def test_whatever_is_shown_is_printable_and_can_be_written(text: str) -> None:
-    shown = printable(text)
-    assert shown.isprintable()
-    assert len(shown) <= 10 * 300 + 30
-    shown.encode()
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from sarif import SARIF
 from vera_convert.draws.generator import Variant
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.reading import printable
 from vera_convert.formats.catalog import (
     explanation,
     rules_document,
@@ -43,6 +42,7 @@ from vera_convert.rules import (
     UNKNOWN_FIELD,
     Severity,
 )
+from vera_convert.text import printable
 from vera_convert.validation.validation import Checked, Validation
 
 SchemaErrors = Callable[..., list[str]]
@@ -395,7 +395,7 @@ def test_a_summary_is_not_endless() -> None:
     findings = tuple(LAMBDA_COLUMN.at(f"x{number}", "odd.") for number in range(600))
     text = job_summary(Validation((Checked("a", "a", findings),)))
     assert text.count("V218") == 500
-    assert "and 100 findings more" in text
+    assert "and 100 more findings" in text
     assert github_text(Validation((Checked("a", "a", findings),))).count("title=V218") == 600
 
 

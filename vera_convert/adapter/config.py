@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.json_edit import edited_object
-from vera_convert.files.reading import ByteSource, parse_json, printable, read_json
+from vera_convert.files.reading import ByteSource, parse_json, read_json
 from vera_convert.rules import (
     CONFIG_NOT_OBJECT,
     FIELD_RANGE,
@@ -26,6 +26,7 @@ from vera_convert.rules import (
     UNKNOWN_FIELD,
     Finding,
 )
+from vera_convert.text import printable
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000

@@ -15,8 +15,9 @@ from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import parse_json, printable
+from vera_convert.files.reading import parse_json
 from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Finding
+from vera_convert.text import printable
 
 METADATA_KEY = "vera_convert.projection"
 FORMAT = 1

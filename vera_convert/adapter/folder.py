@@ -15,8 +15,9 @@ from vera_convert.adapter.config import CONFIG_NAME, read_config
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import ByteSource, open_local, printable, too_deep
+from vera_convert.files.reading import ByteSource, open_local, too_deep
 from vera_convert.files.tensorfile import TensorData, write_tensors
+from vera_convert.text import printable, read_back_differs
 
 DEEPEST = 100
 """How deep folders are followed; a checkpoint has two or three levels."""
@@ -324,7 +325,4 @@ def _read_back(folder: Path, written: Mapping[str, str]) -> None:
             if name == WEIGHTS_NAME:
                 read_header(source)
         if digest.hexdigest() != expected:
-            raise SurroundingsError(
-                f"{printable(name)} came back from the disk with other bytes than were written; "
-                "nothing was published. The disk or its driver is faulty."
-            )
+            raise SurroundingsError(read_back_differs(name))

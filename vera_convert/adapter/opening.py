@@ -25,7 +25,7 @@ from vera_convert.adapter.config import (
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
 from vera_convert.adapter.tensors import WEIGHTS_NAME, SortedTensors, sort_tensors
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import ByteSource, open_local, printable, too_large
+from vera_convert.files.reading import ByteSource, open_local, too_large
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights
 from vera_convert.rules import (
     ADAPTER_AS_MODEL,
@@ -36,6 +36,7 @@ from vera_convert.rules import (
     Finding,
     Severity,
 )
+from vera_convert.text import listed, printable
 
 Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData], ConfigFile]]
 
@@ -260,8 +261,7 @@ def _no_config(folder: Path, place: str) -> Finding:
         raise SurroundingsError(f"cannot list {place}: {error.strerror or error}.") from error
     below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     if WEIGHTS_NAME not in names and below:
-        shown = ", ".join(map(printable, below[:3])) + (" and more" if below[3:] else "")
-        return ADAPTER_BELOW.at(place, f"it holds adapters in subfolders only ({shown}).")
+        return ADAPTER_BELOW.at(place, f"it holds adapters in subfolders only ({listed(below)}).")
     if WEIGHTS_NAME not in names and "config.json" in names:
         return MODEL_FOLDER.at(place, f"there is a model's config.json and no {CONFIG_NAME}.")
     if CONFIG_NAME in names:

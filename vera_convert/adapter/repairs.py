@@ -15,9 +15,9 @@ from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX, Names
 from vera_convert.adapter.tensors import same_tensor
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import NAME_TAKEN_TWICE, PROJECTIONS_DIFFER
+from vera_convert.text import printable
 
 _OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
 """Names of layers in PEFT's VeraModel. No model has layers of such a name itself."""

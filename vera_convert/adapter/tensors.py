@@ -15,7 +15,6 @@ from typing import NamedTuple
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
 from vera_convert.embeddings import may_be_resized
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     ADAPTER_NAME_LEFT,
@@ -50,6 +49,7 @@ from vera_convert.rules import (
     Rule,
     Severity,
 )
+from vera_convert.text import listed, printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -206,7 +206,7 @@ def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
 def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> Iterator[Finding]:
     """Yield one finding for each rule that names break; `repairs` mends the first three rules."""
     for rule, broken in by_rule.items():
-        place = printable(broken[0]) + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+        place = listed(broken, 1)
         if rule is WRAPPER_IN_NAMES and names.begin_alike:
             yield rule.at(place, _foreign_reason(broken, names))
         elif rule is ADAPTER_NAME_LEFT:
@@ -243,12 +243,12 @@ def _foreign_reason(broken: Sequence[str], names: Names) -> str:
 
 
 def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
-    for field, listed in (
+    for field, layers in (
         ("target_modules", config.target_modules),
         ("modules_to_save", config.modules_to_save),
     ):
-        broken = [each for each in listed or () if names.parts(each).wrappers]
-        if broken and isinstance(listed, tuple):
+        broken = [each for each in layers or () if names.parts(each).wrappers]
+        if broken and isinstance(layers, tuple):
             place = f"adapter_config.json, {field}: {printable(broken[0])}"
             yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names))
 

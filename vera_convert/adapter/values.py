@@ -9,10 +9,10 @@ import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.files.value_range import ValueRange, value_ranges
 from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
+from vera_convert.text import printable
 
 _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 

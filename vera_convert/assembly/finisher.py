@@ -19,8 +19,9 @@ from typing import Any, Self
 from vera_convert.assembly.copying import OPEN_FLAGS, forget, start_writing_back
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import LocalFile, open_local, printable
+from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.publish.signals import signals_held
+from vera_convert.text import read_back_differs
 
 _READ_BLOCK = 1 << 20
 _HASH_EVERY = 1 << 24
@@ -231,11 +232,8 @@ def _compare(name: str, file: _Progress) -> None:
             else:
                 same = digest_of(target.read_at(part.at, part.size)) == part.digest
             if not same:
-                raise SurroundingsError(
-                    f"{printable(name)} came back from the disk with other bytes than were "
-                    f"written, between {part.at:,} and {part.at + part.size:,}; nothing was "
-                    "published. The disk or its driver is faulty."
-                )
+                where = f" (bytes {part.at:,} to {part.at + part.size:,})"
+                raise SurroundingsError(read_back_differs(name, where))
 
 
 def _same(one: LocalFile, at: int, other: LocalFile, start: int, size: int) -> bool:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel, listed_components
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.files.shards import component_folders, kind_of_component
 from vera_convert.hub.lookup import HubAccess, Location, list_files
 from vera_convert.rules import BASE_AMBIGUOUS, Finding
+from vera_convert.text import printable
 
 _MAIN = ("transformer", "unet")
 """Kinds of components that most adapters are trained on; their errors are told first."""

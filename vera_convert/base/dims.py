@@ -36,7 +36,6 @@ from typing import NamedTuple
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     DIMS_AMBIGUOUS,
     PROJECTIONS_TOO_NARROW,
@@ -46,6 +45,7 @@ from vera_convert.rules import (
 )
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.matching import Adapted, Linear, ModelLayers, adapted
+from vera_convert.text import listed, printable
 
 
 class Dims(NamedTuple):
@@ -274,10 +274,7 @@ def _further(
 
 def _some(names: Iterable[str]) -> str:
     """Name one layer and count the others."""
-    first, *more = names
-    if not more:
-        return printable(first)
-    return f"{printable(first)} and {len(more):,} more {'layer' if len(more) == 1 else 'layers'}"
+    return listed(names, 1, noun="layer")
 
 
 def _them(names: tuple[str, ...]) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from vera_convert.arguments import dtype_name, optional, place, set_checked, text, whole_number
 from vera_convert.draws.generator import Rounding
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
 from vera_convert.rules import ROUNDING_UNCLEAR, Finding
+from vera_convert.text import printable
 
 if TYPE_CHECKING:
     from vera_convert.base.match import Match

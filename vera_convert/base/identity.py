@@ -11,12 +11,12 @@ from vera_convert.base.facts import ROUNDING_OF_DTYPE
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
 from vera_convert.embeddings import is_embedding
-from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
 from vera_convert.targets.architectures import MAX_WIDTH
 from vera_convert.targets.built import BuiltLayers, parts_of_config
+from vera_convert.text import printable
 
 _IN_CACHE = re.compile(r"models--([^/\\]+)")
 _CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")

@@ -22,7 +22,6 @@ from vera_convert.base.renames import model_types, views
 from vera_convert.base.unsupported_layouts import other_layout
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     HEAD_TIED,
     NAMES_AMBIGUOUS,
@@ -32,6 +31,7 @@ from vera_convert.rules import (
     SHAPES_DIFFER,
     Finding,
 )
+from vera_convert.text import printable
 
 ADAPTER_PREFIX = "base_model.model."
 BASE_PREFIXES = frozenset(

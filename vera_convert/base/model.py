@@ -19,7 +19,6 @@ from vera_convert.files.reading import (
     LocalFile,
     open_local,
     parse_json,
-    printable,
     read_json,
 )
 from vera_convert.files.shards import (
@@ -44,6 +43,7 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets.matching import CONV1D_LAYERS
+from vera_convert.text import and_more, printable
 
 CONFIG_LIMIT = 16 << 20
 """The most bytes of a model's config.json; class names of image models fill a megabyte."""
@@ -329,8 +329,7 @@ def _files_of(
 
 
 def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    return f'"{printable(next(iter(names)))}"{more}'
+    return f'"{printable(next(iter(names)))}"{and_more(len(names) - 1)}'
 
 
 # --- orientation ---------------------------------------------------------------------------------

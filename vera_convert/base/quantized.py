@@ -17,9 +17,9 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import other_names
 from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.rules import QUANTIZED_ELSEWHERE, QUANTIZED_TARGET, Finding
 from vera_convert.targets.patterns import Pattern, search
+from vera_convert.text import printable
 
 FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 """Dtypes of values that are not quantized."""

@@ -24,7 +24,7 @@ from operator import add
 from vera_convert.base.conversion_table import TABLE
 from vera_convert.base.model import BaseModel
 from vera_convert.base.rename_table import FAMILIES, WITH_CLIP_TOWER, Family
-from vera_convert.files.reading import printable
+from vera_convert.text import printable
 
 _MOST_FAMILIES = 4
 _BODY = "model."

@@ -13,7 +13,6 @@ from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.task_classes import class_of_task, has_head_of
 from vera_convert.embeddings import is_embedding, is_output_head
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     BIAS_NOT_STORED,
     MODULE_TO_SAVE_MISSING,
@@ -23,6 +22,7 @@ from vera_convert.rules import (
     Finding,
     Severity,
 )
+from vera_convert.text import listed, printable
 
 
 def saved_modules(config: VeraConfig) -> SavedModules:
@@ -234,6 +234,5 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
         and (meant is None or name in meant)
     ]
     if found:
-        more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
-        reason = f"the base has {printable(found[0])}{more}, and the file holds no bias."
+        reason = f"the base has {listed(found, 1)}, and the file holds no bias."
         yield BIAS_NOT_STORED.at(WEIGHTS_NAME, reason)

@@ -27,7 +27,6 @@ from vera_convert.errors import (
     UsageError,
     VeraConvertError,
 )
-from vera_convert.files.reading import printable
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
@@ -51,6 +50,7 @@ from vera_convert.rules import (
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.matching import Linear, ModelLayers, layers_from_shapes
+from vera_convert.text import printable
 
 Found = TypeVar("Found")
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     EXPERTS_STACKED,
     LAYER_CUT_OUT,
@@ -20,6 +19,7 @@ from vera_convert.rules import (
     LAYER_REORDERED,
     Finding,
 )
+from vera_convert.text import printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,10 @@ from vera_convert.conversion.transforms import (
     stripped,
 )
 from vera_convert.errors import SurroundingsError, VeraConvertError
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import from_array
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import files_but, staged_folder
+from vera_convert.text import printable
 
 
 class Mode(StrEnum):

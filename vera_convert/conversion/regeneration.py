@@ -27,6 +27,7 @@ from vera_convert.files.tensorfile import from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import sha256_of, staged_file
 from vera_convert.rules import Finding
+from vera_convert.text import read_back_differs
 
 _ROUNDING_OF_DTYPE = {
     "bfloat16": Rounding.BF16,
@@ -209,10 +210,7 @@ def _write(
     with staged_file(out, force=force, inputs=inputs, is_own=is_pair) as staging:
         digest = write_tensors(staging, tensors, {"format": "pt"})
         if sha256_of(staging) != digest:
-            raise SurroundingsError(
-                "the file came back from the disk with other bytes than were written; "
-                "nothing was published. The disk or its driver is faulty."
-            )
+            raise SurroundingsError(read_back_differs(out.name))
     hashes = [sha256(b"".join(tensor.blocks())).hexdigest() for tensor in tensors]
     return Regenerated(
         out, drawn, tensors[0].dtype, hashes[0], hashes[1], out.stat().st_size, findings

@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import ByteSource, parse_json, printable
+from vera_convert.files.reading import ByteSource, parse_json
 from vera_convert.rules import (
     DATA_CUT_OFF,
     DATA_HOLE,
@@ -47,6 +47,7 @@ from vera_convert.rules import (
     Finding,
     Rule,
 )
+from vera_convert.text import printable
 
 # In the library's order: a file's tensors stand by falling place in this list, then by name.
 BITS: Mapping[str, int] = {

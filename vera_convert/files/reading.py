@@ -1,4 +1,4 @@
-"""The one careful reader of what comes from outside: bytes, JSON, file names, text to be shown.
+"""The one careful reader of what comes from outside: bytes, JSON and file names.
 
 Nothing here trusts a file: it is regular or refused, opened without blocking, read by position
 and never through a mapping, held against its size before memory is taken, and looked at again
@@ -40,6 +40,7 @@ from vera_convert.rules import (
     Finding,
     Rule,
 )
+from vera_convert.text import printable
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 """Endings of weight files that are pickles; nothing in this package opens one."""
@@ -362,34 +363,6 @@ def clean_name(name: str, *, place: str) -> PurePosixPath:
     if reason:
         raise CheckpointError(NAME_UNSAFE.at(place, f'the name "{printable(name)}" {reason}.'))
     return PurePosixPath(name)
-
-
-_LONGEST_SHOWN = 300
-# Letters and marks that Python counts as printable and a reader cannot see.
-_INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
-
-
-def printable(text: str) -> str:
-    """Return text from a stranger as it may be shown: one line, nothing unseen, not endless.
-
-    Control characters, line separators, bidirectional and zero-width marks, private and unpaired
-    code points become escapes as Python writes them; what is longer than 300 characters is cut, and
-    says how long it was.
-    """
-    shown = text[:_LONGEST_SHOWN]
-    if not shown.isprintable() or _INVISIBLE.search(shown):
-        shown = "".join(map(_shown, shown))
-    if len(text) > _LONGEST_SHOWN:
-        shown += f"… ({len(text):,} characters)"
-    return shown
-
-
-def _shown(letter: str) -> str:
-    if letter.isprintable() and not _INVISIBLE.match(letter):
-        return letter
-    return letter.encode("unicode_escape").decode("ascii")
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import clean_name, is_pickle, printable
+from vera_convert.files.reading import clean_name, is_pickle
 from vera_convert.rules import (
     BASE_AMBIGUOUS,
     BASE_IS_ADAPTER,
@@ -19,6 +19,7 @@ from vera_convert.rules import (
     SHARD_MISSING,
     Finding,
 )
+from vera_convert.text import printable
 
 PIPELINE = "model_index.json"
 """Stands in the root of a diffusers pipeline, whose components are folders."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from vera_convert.files.reading import printable
 from vera_convert.formats.locations import file_path, place_in
 from vera_convert.formats.validation import closing_line, verdict
 from vera_convert.rules import Finding, Severity
+from vera_convert.text import and_more, printable_whole
 from vera_convert.validation.validation import Checked, Validation
 
 _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
@@ -31,7 +31,7 @@ def _annotation(checked: Checked, finding: Finding) -> str:
     where = f"{place_in(checked, finding)}: {finding.reason}"
     path = file_path(checked, finding)
     message = f"{where} {rule.remedy}" if path else f"{checked.label}: {where} {rule.remedy}"
-    file = "".join(map(printable, path)) if path else None  # letter by letter: nothing is cut
+    file = printable_whole(path) if path else None
     title = f"{rule.code} {rule.title}"
     return _command(_COMMANDS[rule.severity], message, file=file, title=title)
 
@@ -64,7 +64,10 @@ def job_summary(result: Validation) -> str:
         head = ("severity", "code", "adapter", "place", "reason", "remedy")
         lines += ["", *_table(head, (_cells(*pair) for pair in pairs[:_MOST_ROWS]))]
     if len(pairs) > _MOST_ROWS:
-        lines += ["", f"and {len(pairs) - _MOST_ROWS:,} findings more, which the log lists."]
+        lines += [
+            "",
+            f"{and_more(len(pairs) - _MOST_ROWS, 'finding').lstrip()}, which the log lists.",
+        ]
     unread = [checked for checked in result.adapters if checked.failure is not None]
     if unread:
         rows = ([_code(checked.label), _escaped(str(checked.failure))] for checked in unread)

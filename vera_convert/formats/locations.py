@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.files.reading import printable
 from vera_convert.rules import Finding
+from vera_convert.text import printable
 from vera_convert.validation.validation import Checked
 
 _INSIDE_A_FILE = re.compile(r" (?:header|tensor \".*)$")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from vera_convert.files.reading import printable
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.merging.merge import Merge, MergedAdapter
 from vera_convert.merging.replaced import ReplacedTensor
@@ -16,6 +15,7 @@ from vera_convert.merging.report import (
     total,
     worst,
 )
+from vera_convert.text import and_more, printable
 
 _MOST_LISTED = 12
 
@@ -75,7 +75,7 @@ def _plan_rows(result: Merge) -> list[list[str]]:
             ]
         )
     if len(weights) > _MOST_LISTED:
-        rows.append(["", f"and {len(weights) - _MOST_LISTED} more shards"])
+        rows.append(["", and_more(len(weights) - _MOST_LISTED, "shard").lstrip()])
     return rows
 
 
@@ -92,7 +92,7 @@ def _replaced_rows(result: Merge) -> list[list[str]]:
     ]
     more = len(tensors) - _MOST_LISTED
     if more > 0:
-        rows.append(["", f"and {more:,} more, listed in README.md and merge-provenance.json"])
+        rows.append(["", f"{and_more(more).lstrip()}: see README.md or merge-provenance.json"])
     return rows
 
 

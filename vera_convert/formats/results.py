@@ -7,7 +7,6 @@ shape changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from vera_convert.base.facts import BaseFacts
@@ -18,7 +17,6 @@ from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.counting import Count, MethodSize
 from vera_convert.draws.recognition import Difference
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.formats.shared import (
     Document,
     draw_document,
@@ -27,6 +25,7 @@ from vera_convert.formats.shared import (
     table,
 )
 from vera_convert.summary import AdapterInfo, Effect
+from vera_convert.text import listed, printable
 
 
 def _base_document(base_facts: BaseFacts) -> Document | None:
@@ -61,19 +60,14 @@ def conversion_text(result: Conversion) -> str:
         rows.append(["base", location_text(result.base_facts)])
     sides = result.side_files
     if sides.copied:
-        rows.append(["carried", _listed(sides.copied)])
+        rows.append(["carried", listed(sides.copied, 6)])
     if sides.left_out:
-        rows.append(["left out", _listed(sides.left_out)])
+        rows.append(["left out", listed(sides.left_out, 6)])
     if sides.adapters:
-        rows.append(["passed over", f"adapters of their own: {_listed(sides.adapters)}"])
+        rows.append(["passed over", f"adapters of their own: {listed(sides.adapters, 6)}"])
     if sides.outside:
-        rows.append(["not followed", f"links that lead elsewhere: {_listed(sides.outside)}"])
+        rows.append(["not followed", f"links that lead elsewhere: {listed(sides.outside, 6)}"])
     return table(rows)
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(map(printable, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def location_text(base_facts: BaseFacts) -> str:
@@ -110,15 +104,15 @@ def tree_text(result: TreeMigration) -> str:
     for name, done in result.done.items():
         rows.append([printable(name), "; ".join(done.changes) or "copied: nothing to change"])
         left_out = (*done.side_files.left_out, *done.side_files.outside)
-        rows += [["", f"left out: {_listed(left_out)}"]] if left_out else []
+        rows += [["", f"left out: {listed(left_out, 6)}"]] if left_out else []
     for name, error in result.failed.items():
         reason = error.findings[0].code if isinstance(error, CheckpointError) else str(error)
         rows.append([printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"])
     for method in sorted({*result.passed_over.values()}):
         names = [name for name, its in result.passed_over.items() if its == method]
-        rows.append(["passed over", f"{len(names)} of {method}: {_listed(names)}"])
+        rows.append(["passed over", f"{len(names)} of {method}: {listed(names, 6)}"])
     if result.outside:
-        rows.append(["in no adapter", f"left out: {_listed(result.outside)}"])
+        rows.append(["in no adapter", f"left out: {listed(result.outside, 6)}"])
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
     where = f" to {printable(str(result.out))}" if result.done else ", so nothing"
     return f"{table(rows)}\n{wrote}{where}"
@@ -188,7 +182,7 @@ def info_text(result: AdapterInfo) -> str:
     ]
     rows.append(["lambdas", ", ".join(result.lambda_dtypes)])
     if result.replacements:
-        rows.append(["also trained", _listed(result.replacements)])
+        rows.append(["also trained", listed(result.replacements, 6)])
     rows += _projection_rows(result)
     rows += [[f"  PEFT {effect.peft}", _effect_text(effect)] for effect in result.effects]
     rows += _size_rows(result)

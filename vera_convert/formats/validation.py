@@ -11,6 +11,7 @@ from itertools import zip_longest
 from vera_convert.formats.locations import place_in
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.rules import Finding, Severity
+from vera_convert.text import and_more, counted
 from vera_convert.validation.validation import Checked, Validation
 
 WIDTH = 100
@@ -45,11 +46,6 @@ def wrapped(text: str, width: int, *, first: str = "", indent: str = "") -> list
         break_on_hyphens=False,
     )
     return [line.replace("\0", " ") for line in lines]
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number and its noun: ``1 error``, ``1,000 errors``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _counts(findings: Iterable[Finding]) -> str:
@@ -149,7 +145,7 @@ def _rule_lines(
     for place, said in _places(checked, findings[:_MOST_PLACES]):
         yield from wrapped(f"{place}{said}", width, first=_INDENT, indent=f"{_INDENT}  ")
     if findings[_MOST_PLACES:]:
-        yield f"{_INDENT}and {len(findings) - _MOST_PLACES:,} more (--json lists all)"
+        yield f"{_INDENT}{and_more(len(findings) - _MOST_PLACES).lstrip()} (--json lists all)"
     yield from wrapped(f"Remedy: {rule.remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from vera_convert.files.reading import printable
 from vera_convert.formats.shared import Document, finding_document, table
+from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
 from vera_convert.verification.forms import FormCheck
@@ -59,7 +59,7 @@ def _form_rows(form: FormCheck) -> Rows:
     origins = [_origin(origin) for origin in form.origins]
     rows = [
         ["other form", form.label],
-        ["trained", f"{_counted(form.tensors, 'tensor')} compared, byte for byte"],
+        ["trained", f"{counted(form.tensors, 'tensor')} compared, byte for byte"],
         ["A and B", f"{origins[0]}, then {origins[1]}"],
     ]
     for effect in form.effects:
@@ -85,7 +85,7 @@ def _merged_rows(check: MergedCheck) -> Rows:
     rows = [["merged", check.label], ["base", check.base + same]]
     for adapter in check.adapters:
         weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
-        layers = f"{_counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
+        layers = f"{counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
         is_plain = adapter.strategy == "names as they are"
         rows += [
             ["with", f"{adapter.label}, {layers}"],
@@ -95,12 +95,8 @@ def _merged_rows(check: MergedCheck) -> Rows:
     rows.append(["options", _settings_text(check)])
     rows += _tensor_rows(check.tensors.checks)
     size, jobs = check.tensors.nbytes, check.tensors.jobs
-    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes in {_counted(jobs, 'thread')}"])
+    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes in {counted(jobs, 'thread')}"])
     return rows
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _settings_text(check: MergedCheck) -> str:
@@ -174,7 +170,7 @@ def _error_lines(result: Verification) -> Iterator[str]:
         yield f"WRONG {finding.code} {finding.place}: {finding.reason}"
     more = result.wrong - len(wrong) - len(others)
     if more:
-        yield f"and {_counted(more, 'more thing')}"
+        yield and_more(more, "thing").lstrip()
     if tensors is not None:
         yield from _wrong_lines(tensors)
 
@@ -191,16 +187,16 @@ def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
             continue
         if shown == _MOST_LISTED:
             rest = [each for each in wrong[wrong.index(check) :] if each.hint not in done]
-            yield f"and {_counted(len(rest), 'more tensor')}"
+            yield and_more(len(rest), "tensor").lstrip()
             return
         shown += 1
         if count > 1:
             done.add(check.hint)
             said = f"{check.hint} The worst is {printable(check.name)}."
-            yield f"WRONG {count:,} of {_counted(added, 'layer')}: {said}"
+            yield f"WRONG {count:,} of {counted(added, 'layer')}: {said}"
             continue
         found = check.judgment
-        said = f"{found.wrong:,} of {_counted(found.values, 'value')} are wrong. {check.hint}"
+        said = f"{found.wrong:,} of {counted(found.values, 'value')} are wrong. {check.hint}"
         yield f"WRONG {printable(check.name)}: {said.rstrip()}"
 
 
@@ -220,7 +216,7 @@ def _held(checks: Sequence[TensorCheck]) -> str:
 
 
 def _model_rows(model: ModelComparison) -> Rows:
-    ran = f"{_counted(model.samples, 'sample')}, {_counted(model.tokens, 'position')}"
+    ran = f"{counted(model.samples, 'sample')}, {counted(model.tokens, 'position')}"
     rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
     if math.isinf(model.largest_difference):
         return [*rows, ["  its results", "none that could be compared"]]

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.hub.client import HubAccess, cache_root
 from vera_convert.hub.repo_name import COMMIT, RepoName
+from vera_convert.text import printable
 
 _SUFFIX = ".vera-convert.incomplete"
 _ABANDONED = 24 * 3600.0

@@ -24,7 +24,6 @@ from urllib.parse import quote
 from vera_convert._version import __version__
 from vera_convert.arguments import optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.reading import printable
 from vera_convert.hub.checksum import RepoFile, digest_of
 from vera_convert.hub.refusals import (
     Refusal,
@@ -38,6 +37,7 @@ from vera_convert.hub.refusals import (
 from vera_convert.hub.repo_name import COMMIT
 from vera_convert.hub.requests import Answer, Ask, until_answered
 from vera_convert.hub.secrets import redacted
+from vera_convert.text import printable
 
 _LIBRARY = "vera-convert"
 _TRUE = ("1", "ON", "YES", "TRUE")

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from vera_convert.files.reading import printable
 from vera_convert.hub.cache import link_blob, snapshot_of, store
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import HubAccess, asking_for
 from vera_convert.hub.range_file import HEAD_BYTES, RemoteFile
+from vera_convert.text import printable
 
 _SMALL = 4 << 20
 """A file of no more bytes takes one request, and no bar is drawn for it."""

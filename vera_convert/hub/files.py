@@ -15,7 +15,6 @@ from vera_convert.files.reading import (
     LocalFile,
     clean_name,
     open_local,
-    printable,
     too_deep,
     unreadable,
 )
@@ -28,6 +27,7 @@ from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cach
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
 from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
+from vera_convert.text import printable
 
 _DEEPEST = 100
 SIDE_FILE_LIMIT = 10_000_000

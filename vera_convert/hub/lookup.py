@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.reading import printable, unreadable
+from vera_convert.files.reading import unreadable
 from vera_convert.hub.cache import cached_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import HubAccess, repo_info
@@ -41,6 +41,7 @@ from vera_convert.hub.repo_name import (
     looks_like_path,
     parse_repo_name,
 )
+from vera_convert.text import printable
 
 __all__ = (
     "AmbiguousBaseError",

@@ -12,8 +12,8 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.hub.secrets import redacted
+from vera_convert.text import printable
 
 
 class TryAgainError(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vera_convert._version import __version__
-from vera_convert.files.reading import printable
+from vera_convert.text import printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ from vera_convert.base.replacements import (
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.in_effect import InEffect
 from vera_convert.rules import (
@@ -46,6 +45,7 @@ from vera_convert.rules import (
     REPLACEMENTS_DIFFER,
     Finding,
 )
+from vera_convert.text import printable
 
 _COMPARED_VALUES = 1 << 20
 _BASE_COPY = ".base_layer.weight"

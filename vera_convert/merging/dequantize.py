@@ -21,7 +21,6 @@ from vera_convert.base.quantized import CONFIG_FIELDS, FLOATS, FP8, kind_of_sibl
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.json_edit import removed_member
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.rules import (
     DEQUANTIZED,
@@ -30,6 +29,7 @@ from vera_convert.rules import (
     SCALE_UNKNOWN,
     Finding,
 )
+from vera_convert.text import printable
 
 SIDE_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
 """Files beside the weights that say how they are quantized."""

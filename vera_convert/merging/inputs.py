@@ -25,7 +25,7 @@ from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.header import Header
-from vera_convert.files.reading import LocalFile, open_local, printable, read_json
+from vera_convert.files.reading import LocalFile, open_local, read_json
 from vera_convert.files.shards import read_weight_map
 from vera_convert.hub.lookup import (
     HubAccess,
@@ -43,6 +43,7 @@ from vera_convert.merging.changes import MatchedAdapter
 from vera_convert.merging.dequantize import Dequantization, plan_dequantization
 from vera_convert.merging.in_effect import InEffect, in_effect
 from vera_convert.rules import Finding
+from vera_convert.text import printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from vera_convert.assembly.writer import (
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits
@@ -44,6 +43,7 @@ from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Staged, files_but, staged_run
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
+from vera_convert.text import printable
 
 KEPT = "What is finished is kept: the same command with --resume continues from there."
 """The note of an error after which a merge can be continued."""

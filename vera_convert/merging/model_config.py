@@ -19,7 +19,6 @@ from vera_convert.base.task_classes import needed_modules
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.json_edit import edited_member
-from vera_convert.files.reading import printable
 from vera_convert.merging.adapter_files import AdapterFacts
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.rules import (
@@ -29,6 +28,7 @@ from vera_convert.rules import (
     REPLACEMENT_NEW,
     Finding,
 )
+from vera_convert.text import printable
 
 CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(

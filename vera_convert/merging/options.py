@@ -26,9 +26,9 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
 from vera_convert.merging.changes import Tied
 from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.text import printable
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What `dtype` can be, with safetensors' names."""

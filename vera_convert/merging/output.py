@@ -13,7 +13,7 @@ from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.json_edit import removed_member
-from vera_convert.files.reading import LocalFile, open_local, printable
+from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.shards import REDIRECTION
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.hub.repo_name import is_repo_id
@@ -26,6 +26,7 @@ from vera_convert.merging.model_config import ConfigEdits
 from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import folder_name
 from vera_convert.merging.replaced import ReplacedTensor
+from vera_convert.text import read_back_differs
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Torch's names, as configs have them, by those of safetensors."""
@@ -203,7 +204,4 @@ def check_staged(folder: Path, files: Mapping[str, NewFile], weights: WeightsPla
 
 
 def _came_back(name: str) -> SurroundingsError:
-    return SurroundingsError(
-        f"{printable(name)} came back from the disk otherwise than it was written; nothing was "
-        "published. The disk or its driver is faulty."
-    )
+    return SurroundingsError(read_back_differs(name))

@@ -15,11 +15,11 @@ from vera_convert.assembly.addends import Array, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import FLOATS
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.merging.report import relative_change
 from vera_convert.rules import REPLACED_BY_CONSTANT, Finding
+from vera_convert.text import printable
 
 _BLOCK_VALUES = 1 << 18
 

@@ -9,8 +9,8 @@ from functools import reduce
 from operator import add
 
 from vera_convert.assembly.addends import Numbers
-from vera_convert.files.reading import printable
 from vera_convert.rules import DELTA_LOST, UNTRAINED, Finding
+from vera_convert.text import printable
 
 LOSS_LIMIT = 0.5
 """The share of a delta's size from which on its loss by rounding is warned of."""

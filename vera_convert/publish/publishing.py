@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.reading import printable
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
 from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
+from vera_convert.text import listed, printable
 
 Strangers = Callable[[Path], Collection[str]]
 """Gives the files of a folder at OUT that a run would not write, relative to the folder."""
@@ -313,11 +313,9 @@ class _Replacing:
 def _refuse_strangers(shown: str, names: Collection[str]) -> None:
     """Refuse to replace a folder with files that the run would not write."""
     if names:
-        listed = [printable(name) for name in sorted(names)[:_MOST_NAMED]]
-        more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
         raise UsageError(
             f"{shown} holds files that this command does not write, which --force would delete: "
-            f"{', '.join(listed)}{more}. Move them away, or choose another OUT."
+            f"{listed(sorted(names), _MOST_NAMED)}. Move them away, or choose another OUT."
         )
 
 

@@ -28,8 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.publish.filesystem import NO_FOLLOW, move, remove_tree, sync_folder, try_lock
+from vera_convert.text import printable
 
 logger = logging.getLogger(__name__)
 

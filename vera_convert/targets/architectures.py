@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
 from vera_convert.targets.matching import Linear, ModelLayers
+from vera_convert.text import printable
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 1 << 24

@@ -18,13 +18,13 @@ from typing import Any
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
 from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     TARGET_REGEX_INVALID,
     TARGETS_MATCH_NOTHING,
     TARGETS_UNKNOWN,
 )
 from vera_convert.targets.patterns import Pattern, search
+from vera_convert.text import printable
 
 Version = tuple[int, int]
 NEWEST: Version = (0, 21)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import printable
 from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
+from vera_convert.text import printable
 
 LIMIT_SECONDS = 2
 """CPU time of all expressions together; on Windows, time."""

@@ -24,7 +24,7 @@ from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import check_tokens, tokenizer_files
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import open_local, printable
+from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import (
     HEAD_SHARED,
@@ -33,6 +33,7 @@ from vera_convert.rules import (
     TARGET_IS_QUANTIZED,
     Finding,
 )
+from vera_convert.text import printable
 
 
 def resolver(

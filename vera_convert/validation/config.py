@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator
 from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
 from vera_convert.adapter.tensors import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.repo_name import is_repo_id, is_revision
 from vera_convert.rules import (
@@ -19,6 +18,7 @@ from vera_convert.rules import (
     REVISION_MISSING,
     Finding,
 )
+from vera_convert.text import printable
 
 
 def config_findings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from vera_convert.adapter.config import CONFIG_NAME
@@ -14,7 +14,7 @@ from vera_convert.adapter.folder import (
     side_files,
 )
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.files.reading import is_pickle, printable
+from vera_convert.files.reading import is_pickle
 from vera_convert.rules import (
     BOTH_KINDS,
     LINK_NOT_CARRIED,
@@ -23,6 +23,7 @@ from vera_convert.rules import (
     UNREAD_WEIGHTS,
     Finding,
 )
+from vera_convert.text import printable, there_are
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
@@ -69,7 +70,7 @@ def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
         (STRANGE_FILES, [name for name in names if not is_training_state(name)]),
     ):
         if chosen:
-            yield rule.at(place, f"there {'are' if chosen[1:] else 'is'} {_some(chosen)}.")
+            yield rule.at(place, f"{there_are(chosen)}.")
 
 
 def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
@@ -79,9 +80,4 @@ def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
         name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
     ]
     if unread:
-        yield UNREAD_WEIGHTS.at(place, f"there {'are' if unread[1:] else 'is'} {_some(unread)}.")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return ", ".join(map(printable, names[:3])) + more
+        yield UNREAD_WEIGHTS.at(place, f"{there_are(unread)}.")

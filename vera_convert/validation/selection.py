@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable, unreadable
+from vera_convert.files.reading import unreadable
 from vera_convert.rules import CATALOG, Finding, Severity
+from vera_convert.text import printable
 
 FILE_NAME = "pyproject.toml"
 _TABLE = ("tool", "vera-convert", "validate")

@@ -13,7 +13,6 @@ from dataclasses import replace
 from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     LAYERS_UNEVEN,
     TARGET_NOT_STORED,
@@ -23,6 +22,7 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets.matching import NEWEST, Endings, is_all_linear, matching
+from vera_convert.text import printable
 
 RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}
 """The releases whose rules differ from the newest, by how they are called."""

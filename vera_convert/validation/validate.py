@@ -38,7 +38,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of, loa
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
-from vera_convert.files.reading import ByteSource, printable
+from vera_convert.files.reading import ByteSource
 from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (
     HubAccess,
@@ -50,6 +50,7 @@ from vera_convert.hub.lookup import (
 )
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
+from vera_convert.text import printable
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.projections import recognized, stored_findings, stripped_findings

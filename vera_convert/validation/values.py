@@ -8,7 +8,6 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer
 from vera_convert.adapter.values import value_errors
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange
 from vera_convert.rules import (
@@ -18,6 +17,7 @@ from vera_convert.rules import (
     VALUE_ABSURD,
     Finding,
 )
+from vera_convert.text import printable
 
 LARGEST = 1e6
 """Trained vectors come to tens at most, drawn matrices to one."""

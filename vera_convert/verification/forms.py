@@ -38,7 +38,6 @@ from vera_convert.conversion.projections import (
 from vera_convert.draws.generator import Variant, rounded
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.merging.in_effect import in_effect
@@ -50,6 +49,7 @@ from vera_convert.rules import (
     FORM_TENSOR_MISSING,
     Finding,
 )
+from vera_convert.text import printable
 from vera_convert.verification.options import VerifiedSpec, VerifyOptions
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ from vera_convert.base.quantized import refuse_quantized
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConvertError
-from vera_convert.files.reading import open_local, printable
+from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.changes import Changes, MatchedAdapter, collect
@@ -32,6 +32,7 @@ from vera_convert.rules import (
     PROVENANCE_MISSING,
     Finding,
 )
+from vera_convert.text import printable
 from vera_convert.verification.expected import Expected, expected_tensors, without_old_head
 from vera_convert.verification.model_files import config_findings, file_findings, tie_findings
 from vera_convert.verification.options import (

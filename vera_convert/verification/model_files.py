@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import shared_embedding
@@ -17,7 +18,6 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.embeddings import is_output_head
-from vera_convert.files.reading import printable
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.model_config import ConfigEdits, label_count
@@ -30,6 +30,7 @@ from vera_convert.rules import (
     MERGED_TIE,
     Finding,
 )
+from vera_convert.text import and_more, listed, printable
 
 _MOST_NAMED = 8
 _BLOCK_BYTES = 1 << 23
@@ -91,9 +92,7 @@ def _own(model: BaseModel) -> str:
 
 
 def _some(names: Collection[str]) -> str:
-    listed = [printable(name) for name in names][:_MOST_NAMED]
-    more = len(names) - len(listed)
-    return ", ".join(listed) + (f" and {more:,} more" if more else "")
+    return listed(names, _MOST_NAMED)
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -239,9 +238,7 @@ def _is_of_another_task(difference: _Difference, tasks: Collection[str | None]) 
 
 
 def _listed(differences: Collection[_Difference]) -> str:
-    listed = [str(each) for each in differences][:3]
-    more = len(differences) - len(listed)
-    return "; ".join(listed) + (f"; and {more:,} more" if more else "")
+    return "; ".join(map(str, islice(differences, 3))) + and_more(len(differences) - 3)
 
 
 # --- head and embedding --------------------------------------------------------------------------

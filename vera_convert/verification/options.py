@@ -24,8 +24,8 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
 from vera_convert.merging.changes import Tied
+from vera_convert.text import printable
 from vera_convert.verification.provenance import MergeSettings, Provenance
 
 SAMPLES = 8

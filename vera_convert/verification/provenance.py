@@ -14,11 +14,12 @@ from vera_convert.base.facts import ROUNDING_OF_DTYPE, parse_key_map
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.reading import ByteSource, printable, read_json
+from vera_convert.files.reading import ByteSource, read_json
 from vera_convert.merging.changes import Tied
 from vera_convert.merging.options import DTYPES
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED
+from vera_convert.text import printable
 
 _MOST_ADAPTERS = 1_000
 _MOST_RENAMES = 1_000

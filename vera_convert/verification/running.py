@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import printable
+from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD, ModelComparison, ModelJob, Stage
 
 Progress = Callable[[int, int], None]

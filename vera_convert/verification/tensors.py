@@ -16,7 +16,6 @@ import numpy as np
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
-from vera_convert.files.reading import printable
 from vera_convert.rules import (
     MERGED_BUFFER,
     MERGED_TENSOR_CHANGED,
@@ -27,6 +26,7 @@ from vera_convert.rules import (
     MERGED_WEIGHT_WRONG,
     Finding,
 )
+from vera_convert.text import and_more, listed, printable
 from vera_convert.verification.comparator import (
     Comparator,
     Comparison,
@@ -245,7 +245,7 @@ def _other_dtypes(
         if there is not None and there.info.dtype != tensor.dtype:
             others.setdefault((there.info.dtype, tensor.dtype), []).append(name)
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
+        more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
         rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
         yield rule.at(printable(names[0]), f"it{more} {found} where {due} is due.")
 
@@ -265,10 +265,13 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
     lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
     won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
     notes = []
-    for buffers, said in ((lost, "is not stored here"), (won, "is not stored in the base")):
+    for buffers, said in (
+        (lost, "not stored in the merged model"),
+        (won, "not stored in the base"),
+    ):
         if buffers:
-            others = f" (as {len(buffers) - 1:,} more)" if len(buffers) > 1 else ""
-            notes.append(MERGED_BUFFER.at(printable(buffers[0]), f"it {said}{others}."))
+            place = listed(buffers, 1, noun="buffer")
+            notes.append(MERGED_BUFFER.at(place, f"{said}."))
     buffers_of_one = {*lost, *won}
     missing = [
         MERGED_TENSOR_MISSING.at(

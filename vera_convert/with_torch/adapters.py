@@ -19,9 +19,9 @@ from vera_convert.arguments import one_of
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import printable
 from vera_convert.hub.lookup import HubAccess, fetch_adapter, locate
 from vera_convert.rules import Finding
+from vera_convert.text import printable
 from vera_convert.with_torch.layer import SharedMatrix, VeraLinear, check_has_values
 from vera_convert.with_torch.loading import Contents, new_contents, stored_contents
 from vera_convert.with_torch.modules import (

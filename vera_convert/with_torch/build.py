@@ -26,10 +26,11 @@ from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import SurroundingsError, VeraConvertError
-from vera_convert.files.reading import open_local, printable
+from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
 from vera_convert.with_torch.arrays import to_tensor

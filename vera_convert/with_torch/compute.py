@@ -12,7 +12,7 @@ from torch import Tensor
 from vera_convert.assembly.addends import Sum
 from vera_convert.assembly.blocks import BufferSizes, Device, Workspace, product_sha256, weighted
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.files.reading import printable
+from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
 
 Array = NDArray[Any]

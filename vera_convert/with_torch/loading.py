@@ -29,7 +29,6 @@ from vera_convert.conversion.projections import ProjectionSource, check_size
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.reading import printable
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
@@ -49,6 +48,7 @@ from vera_convert.targets.matching import (
     matching,
     resolve,
 )
+from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
 from vera_convert.with_torch.layer import weight_dtype
 from vera_convert.with_torch.modules import layers_of, modules_of, own_tensors

@@ -1,0 +1,80 @@
+"""The phrases that messages and reports share: names shown safely, lists, counts, plurals.
+
+Every text from a file passes through `printable` before anybody sees the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_LONGEST_SHOWN = 300
+# Letters and marks that Python counts as printable and a reader cannot see.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
+def printable(text: str) -> str:
+    """Escape a text from a file, so that the text is one visible line of bounded length.
+
+    Control characters, line separators, bidirectional and zero-width marks, private and unpaired
+    code points become escapes as Python writes them. A text of more than 300 characters is cut, and
+    its length is added.
+    """
+    shown = text[:_LONGEST_SHOWN]
+    if not shown.isprintable() or _INVISIBLE.search(shown):
+        shown = "".join(map(_escaped, shown))
+    if len(text) > _LONGEST_SHOWN:
+        shown += f"… ({len(text):,} characters)"
+    return shown
+
+
+def printable_whole(text: str) -> str:
+    """Escape a text as `printable` does, but never cut it: a command or a path to be copied."""
+    return (
+        text if text.isprintable() and not _INVISIBLE.search(text) else "".join(map(_escaped, text))
+    )
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable() and not _INVISIBLE.match(letter):
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 error``, ``1,000 errors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def there_are(names: list[str]) -> str:
+    """Return ``there is a`` for one name, ``there are a, b, c and 2 more`` for several."""
+    return f"there {'is' if len(names) == 1 else 'are'} {listed(names)}"
+
+
+def and_more(number: int, noun: str = "") -> str:
+    """Return `` and 5 more`` or `` and 1 more layer`` to end a list; empty if none are left."""
+    if number < 1:
+        return ""
+    more = f" and {number:,} more"
+    return f"{more} {noun if number == 1 else f'{noun}s'}" if noun else more
+
+
+def listed(names: Iterable[str], most: int = 3, *, separator: str = ", ", noun: str = "") -> str:
+    """Return up to `most` names, escaped, and the number of the others.
+
+    >>> listed(["q_proj", "k_proj", "v_proj"], 2)
+    'q_proj, k_proj and 1 more'
+    """
+    names = list(names)
+    shown = separator.join(map(printable, names[:most]))
+    return shown + and_more(len(names) - most, noun)
+
+
+def read_back_differs(name: str, where: str = "") -> str:
+    """Return the message for a written file that reads back with different bytes."""
+    return (
+        f"{printable(name)} does not read back as it was written{where}, so nothing was published. "
+        "The disk or its driver may be faulty: check the disk, or write to another one."
+    )
