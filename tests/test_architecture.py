@@ -31,8 +31,8 @@ base: model side_files layers rename_table conversion_table renames unsupported_
 base: match task_classes replacements components facts dims identity resolve
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
-merging: in_effect dequantize changes plan report replaced adapter_files model_config inputs options
-merging: card provenance output job merge
+merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
+merging: inputs options card provenance output job merge
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: model_comparison running provenance options expected comparator pairs

@@ -27,7 +27,6 @@ from vera_convert import (
     UsageError,
     Variant,
     VeraConvertError,
-    VerifiedSpec,
     VerifyOptions,
 )
 from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
@@ -98,7 +97,6 @@ FUNCTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 RECORDS: dict[str, dict[str, Any]] = {
     "AdapterSpec": {"adapter": "a"},
     "BaseOptions": {},
-    "VerifiedSpec": {"adapter": "a"},
     "HubAccess": {},
     "MergeOptions": {},
     "VerifyOptions": {},
@@ -231,7 +229,6 @@ ARGUMENTS: dict[str, Ways] = {
 OF_RECORDS = {
     "BaseOptions.model": PLACE,
     "AdapterSpec.adapter": PLACE,
-    "VerifiedSpec.adapter": PLACE,
 }
 OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD}
 CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
@@ -361,9 +358,9 @@ def test_a_record_takes_every_choice_both_ways(name: str, field: str) -> None:
 
 def test_further_adapters_are_records_or_texts() -> None:
     options = MergeOptions(add=["a", "b=0.5", AdapterSpec("c", 2)])  # type: ignore[list-item]
-    assert options.add == (AdapterSpec("a", 1.0), AdapterSpec("b", 0.5), AdapterSpec("c", 2.0))
+    assert options.add == (AdapterSpec("a", None), AdapterSpec("b", 0.5), AdapterSpec("c", 2.0))
     given = VerifyOptions(add=["a", "b=0.5"])  # type: ignore[list-item]
-    assert given.add == (VerifiedSpec("a", None), VerifiedSpec("b", 0.5))
+    assert given.add == (AdapterSpec("a", None), AdapterSpec("b", 0.5))
     assert adapter_and_weight("add", "a=b") == ("a=b", None)
 
 

@@ -30,27 +30,26 @@ if TYPE_CHECKING:
         VeraConvertError,
     )
     from vera_convert.hub.lookup import HubAccess
+    from vera_convert.merging.adapters import AdapterSpec
     from vera_convert.merging.changes import Tied
-    from vera_convert.merging.inputs import AdapterSpec
     from vera_convert.merging.merge import Merge, merge
     from vera_convert.merging.options import MergeOptions
     from vera_convert.schemas import load_schema, schema_names
     from vera_convert.summary import AdapterInfo, info
     from vera_convert.validation.validate import validate
     from vera_convert.validation.validation import Checked, Validation
-    from vera_convert.verification.options import VerifiedSpec, VerifyOptions
+    from vera_convert.verification.options import VerifyOptions
     from vera_convert.verification.result import Verification
     from vera_convert.verifying import verify
 
 _MODULES = {
     "AdapterInfo": "summary",
-    "AdapterSpec": "merging.inputs",
+    "AdapterSpec": "merging.adapters",
     "BaseOptions": "base.facts",
     "Checked": "validation.validation",
     "CheckpointError": "errors",
     "Conversion": "conversion.strip_embed",
     "Count": "counting",
-    "VerifiedSpec": "verification.options",
     "HubAccess": "hub.lookup",
     "ProjectionSource": "conversion.projections",
     "Merge": "merging.merge",
@@ -105,7 +104,6 @@ __all__ = [
     "Variant",
     "VeraConvertError",
     "Verification",
-    "VerifiedSpec",
     "VerifyOptions",
     "__version__",
     "count",

@@ -874,11 +874,12 @@ def verify(adapter: str, **options: Any) -> None:
 
 
 def _verify_options(options: Mapping[str, Any]) -> VerifyOptions:
-    from vera_convert.verification.options import VerifiedSpec, VerifyOptions
+    from vera_convert.merging.adapters import AdapterSpec
+    from vera_convert.verification.options import VerifyOptions
 
     same = ("weight", "dtype", "dequantize", "layers_only", "samples", "text", "jobs")
     return VerifyOptions(
-        add=tuple(VerifiedSpec(adapter, weight) for adapter, weight in options["add"]),
+        add=tuple(AdapterSpec(adapter, weight) for adapter, weight in options["add"]),
         projections=options["projections"],
         generator=options["generator"],
         tied=options["tied"],
@@ -919,7 +920,7 @@ def _command_without_token(arguments: Sequence[str]) -> str:
 
 
 def _merge_options(options: Mapping[str, Any]) -> MergeOptions:
-    from vera_convert.merging.inputs import AdapterSpec
+    from vera_convert.merging.adapters import AdapterSpec
     from vera_convert.merging.options import MergeOptions
 
     same = (

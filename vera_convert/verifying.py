@@ -16,6 +16,7 @@ from vera_convert.arguments import function, instance, optional, place
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
     MODEL_DIFFERS,
@@ -29,7 +30,7 @@ from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
-from vera_convert.verification.options import SAMPLES, VerifiedSpec, VerifyOptions
+from vera_convert.verification.options import SAMPLES, VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
 from vera_convert.verification.tensors import Progress
@@ -80,7 +81,7 @@ def verify(
     elif not options.layers_only:
         _require_torch()
         _require_text(options.text)
-    given = VerifiedSpec(adapter, options.weight, revision)
+    given = AdapterSpec(adapter, options.weight, revision)
     form, check, model, not_run = None, None, None, None
     with signals_raise():
         if other is not None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 from vera_convert.validation.validate import validate

@@ -19,8 +19,8 @@ from vera_convert import cli, verifying
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.inputs import AdapterSpec
 
 
 class Ended(NamedTuple):

@@ -14,8 +14,8 @@ from folders import refusal
 from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
 
 from vera_convert.errors import CheckpointError
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.inputs import AdapterSpec
 from vera_convert.validation.validate import validate
 
 PREFIX = "base_model.model."

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import merge
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))

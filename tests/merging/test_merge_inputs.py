@@ -20,7 +20,7 @@ from vera_convert.errors import SurroundingsError
 from vera_convert.hub.client import HubAccess
 from vera_convert.hub.location import Location
 from vera_convert.merging.adapter_files import adapter_files
-from vera_convert.merging.inputs import AdapterSpec
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
 

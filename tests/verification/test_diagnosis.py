@@ -17,8 +17,7 @@ from wrongmerges import PROVENANCE, Q, edit, layers
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant, draw
 from vera_convert.formats.verification import verification_text
-from vera_convert.merging.inputs import AdapterSpec
-from vera_convert.verification.options import VerifiedSpec
+from vera_convert.merging.adapters import AdapterSpec
 
 Array = NDArray[Any]
 RANK, INPUTS, OUTPUTS = 8, 160, 128
@@ -170,7 +169,7 @@ def test_adapters_whose_sum_was_rounded_after_each_are_named(tmp_path: Path) -> 
     narrow = NARROW["bfloat16"]
     total = (through(weight + one.delta(), narrow) + two.delta()).astype(narrow)
     edit(tmp_path / "out", {f"{Q}.weight": total})
-    (finding,) = layers(first, base, tmp_path / "out", add=(VerifiedSpec(second),)).findings
+    (finding,) = layers(first, base, tmp_path / "out", add=(AdapterSpec(second),)).findings
     assert "rounded after each adapter, as PEFT does it" in finding.reason
 
 

@@ -31,12 +31,12 @@ from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.formats.verification import verification_document, verification_text
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.inputs import AdapterSpec
 from vera_convert.verification import diagnosis, merged, pairs
 from vera_convert.verification.comparator import LIMIT, last_bits
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
-from vera_convert.verification.options import VerifiedSpec, VerifyOptions
+from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verifying import verify
 
@@ -106,11 +106,11 @@ def test_several_adapters_with_weights_hold_in_any_order(
     second = good_adapter(tmp_path / "second", r=6, tensors=larger)
     add = (AdapterSpec(second, -2.0),)
     merged_with(adapter, base, tmp_path / "out", weight=0.5, add=add)
-    result = layers(adapter, base, tmp_path / "out", add=(VerifiedSpec(second),))
+    result = layers(adapter, base, tmp_path / "out", add=(AdapterSpec(second),))
     assert codes(result) == []
     assert result.merged is not None
     assert [each.weight for each in result.merged.adapters] == [0.5, -2.0]
-    turned = layers(second, base, tmp_path / "out", add=(VerifiedSpec(adapter),))
+    turned = layers(second, base, tmp_path / "out", add=(AdapterSpec(adapter),))
     assert codes(turned) == []
     assert turned.merged is not None
     assert [each.weight for each in turned.merged.adapters] == [-2.0, 0.5]
@@ -120,7 +120,7 @@ def test_one_adapter_can_be_merged_with_two_weights(
     tmp_path: Path, adapter: Path, base: Path
 ) -> None:
     merged_with(adapter, base, tmp_path / "out", weight=0.5, add=(AdapterSpec(adapter, 0.25),))
-    result = layers(adapter, base, tmp_path / "out", add=(VerifiedSpec(adapter),))
+    result = layers(adapter, base, tmp_path / "out", add=(AdapterSpec(adapter),))
     assert codes(result) == []
     assert result.merged is not None
     assert [each.weight for each in result.merged.adapters] == [0.5, 0.25]
@@ -479,7 +479,7 @@ def test_every_adapter_that_was_merged_has_to_be_given(
     with pytest.raises(UsageError, match=r"2 adapters were merged, and 1 given\..*--add second"):
         layers(adapter, base, tmp_path / "out")
     with pytest.raises(UsageError, match="2 adapters are given, and 1 merged"):
-        layers(adapter, base, model, add=(VerifiedSpec(second),))
+        layers(adapter, base, model, add=(AdapterSpec(second),))
 
 
 def test_another_form_of_the_adapter_serves_and_another_adapter_does_not(
@@ -997,7 +997,7 @@ def test_the_merge_s_own_sums_are_not_asked() -> None:
         ({"weight": float("nan")}, "finite"),
         ({"add": ("x=inf",)}, "finite"),
         ({"weight": 2.0, "tied": Tied.ADD}, "--weight, --tied: there is no --merged"),
-        ({"add": (VerifiedSpec("x"),)}, "--add: there is no --merged"),
+        ({"add": (AdapterSpec("x"),)}, "--add: there is no --merged"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

@@ -1,4 +1,4 @@
-"""What lies in a model's folder beside its weights: carried along, left out, or replaced.
+"""What lies in a model's folder beside its weights: copied along, left out, or replaced.
 
 Nothing is parsed into a class of transformers or diffusers; files are bytes with names.
 """
@@ -84,12 +84,12 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
     own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
     own |= {CARD_NAME, PROVENANCE_NAME}
     components = _components(names, base)
-    groups: dict[str, list[str]] = {"carried": [], "weights": [], "adapter": [], "unneeded": []}
+    groups: dict[str, list[str]] = {"copied": [], "weights": [], "adapter": [], "unneeded": []}
     for name in sorted(set(names) - own):
         groups[_kind(name, base.prefix, components)].append(name)
     config = base.prefix + "config.json"
     return ModelFiles(
-        tuple(groups["carried"]),
+        tuple(groups["copied"]),
         config if config in names else None,
         tuple(groups["weights"]),
         tuple(groups["adapter"]),
@@ -98,7 +98,7 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
 
 
 def _components(names: Collection[str], base: BaseModel) -> frozenset[str]:
-    """Return the folders that hold parts with weights of their own, to be carried whole.
+    """Return the folders that hold parts with weights of their own, to be copied whole.
 
     Those are the other components of a pipeline, and any folder with a config of its own.
     """
@@ -120,10 +120,10 @@ def _kind(name: str, prefix: str, components: Collection[str]) -> str:
     if is_unneeded and not is_other_weights(name):
         return "unneeded"
     if any(folder in components for folder in folders):
-        return "carried"
+        return "copied"
     if _ADAPTER.fullmatch(path.name):
         return "adapter"
-    return "weights" if is_other_weights(name) else "carried"
+    return "weights" if is_other_weights(name) else "copied"
 
 
 def is_other_weights(name: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
-from vera_convert.merging.merge import Merge, MergedAdapter
+from vera_convert.merging.adapters import MergedAdapter
+from vera_convert.merging.merge import Merge
 from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import (
     changed_share,

@@ -34,9 +34,9 @@ from vera_convert.base.replacements import (
 )
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
-from vera_convert.files.header import Header, TensorInfo
+from vera_convert.files.header import TensorInfo
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
-from vera_convert.merging.in_effect import InEffect
+from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
@@ -62,45 +62,22 @@ class Tied(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchedAdapter:
-    """One adapter of a merge, matched with the base.
-
-    Attributes:
-        label: how its user named it, with the commit on the Hub.
-        adapter: the open adapter.
-        match: the base's tensor of each of its layers.
-        pair: the A and B that are in effect.
-        weights: its file of weights.
-        header: that file's header.
-        weight: the factor of its deltas.
-    """
-
-    label: str
-    adapter: Adapter
-    match: Match
-    pair: InEffect
-    weights: InputFile
-    header: Header
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
     """A tensor of an adapter that takes the place of one of the base's, or comes as a new one."""
 
-    part: MatchedAdapter
+    owner: MatchedAdapter
     tensor: TensorData
     info: TensorInfo
 
     @property
     def start(self) -> int:
         """Where its bytes begin in the adapter's file."""
-        return self.part.header.data_start + self.info.start
+        return self.owner.header.data_start + self.info.start
 
     @property
     def is_of_classifier(self) -> bool:
         """Whether it belongs to a head of its own, not to an embedding or an output head."""
-        return is_of_classifier(self.part.adapter.config, self.tensor.name)
+        return is_of_classifier(self.owner.adapter.config, self.tensor.name)
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +120,7 @@ class _Vectors:
 
 
 def collect(
-    parts: Sequence[MatchedAdapter],
+    adapters: Sequence[MatchedAdapter],
     base: BaseModel,
     files: Mapping[str, InputFile],
     *,
@@ -152,7 +129,7 @@ def collect(
     """Collect what all adapters do, and refuse what cannot be done together.
 
     Args:
-        parts: the adapters, in the order in which their deltas are added.
+        adapters: the adapters, in the order in which their deltas are added.
         base: the base.
         files: its weight files, by name.
         tied: what becomes of an output head that shares its tensor with the embedding.
@@ -162,10 +139,10 @@ def collect(
     """
     changes = Changes()
     defects: list[Finding] = []
-    for part in parts:
-        defects += _add_terms(changes, part, base, tied)
-    for part in parts:
-        defects += _add_replacements(changes, part, base, files, tied)
+    for matched in adapters:
+        defects += _add_terms(changes, matched, base, tied)
+    for matched in adapters:
+        defects += _add_replacements(changes, matched, base, files, tied)
     replacing = {**changes.replaced, **changes.new}
     changes.resizes = resizes(
         {name: each.info.shape for name, each in replacing.items()},
@@ -182,18 +159,18 @@ def collect(
 
 
 def _add_terms(
-    changes: Changes, part: MatchedAdapter, base: BaseModel, tied: Tied | None
+    changes: Changes, matched: MatchedAdapter, base: BaseModel, tied: Tied | None
 ) -> Iterator[Finding]:
-    for module, layer in part.adapter.layers.items():
-        names = [*_targets(changes, part.match, module, base, tied)]
+    for module, layer in matched.adapter.layers.items():
+        names = [*_targets(changes, matched.match, module, base, tied)]
         if not names:
-            shared = printable(part.match.tensors[module])
+            shared = printable(matched.match.tensors[module])
             reason = f'the layer "{printable(module)}" shares {shared} with the embedding.'
             yield HEAD_TIED.at(base.location.label, reason)
-        term = Term(part.pair.A, part.pair.B, _Vectors(layer), part.weight)
+        term = Term(matched.pair.A, matched.pair.B, _Vectors(layer), matched.weight)
         for name in names:
             changes.terms[name] = (*changes.terms.get(name, ()), term)
-            if module in part.match.conv1d:
+            if module in matched.match.conv1d:
                 changes.conv1d.add(name)
 
 
@@ -221,25 +198,25 @@ def _targets(
 
 def _add_replacements(
     changes: Changes,
-    part: MatchedAdapter,
+    matched: MatchedAdapter,
     base: BaseModel,
     files: Mapping[str, InputFile],
     tied: Tied | None,
 ) -> Iterator[Finding]:
-    tensors = {tensor.name: tensor for tensor in part.adapter.replacements}
-    copies = [name for name in tensors if _is_base_copy(name, part.adapter)]
+    tensors = {tensor.name: tensor for tensor in matched.adapter.replacements}
+    copies = [name for name in tensors if _is_base_copy(name, matched.adapter)]
     for name in copies:
-        yield from _held_against_base(name, part, base, files)
+        yield from _held_against_base(name, matched, base, files)
     names = [name for name in tensors if name not in copies]
-    targets = match_replacements(names, part.match, base)
+    targets = match_replacements(names, matched.match, base)
     # An untied head is judged by what becomes of the embedding, so that comes first.
     for name, target in sorted(targets.items(), key=lambda item: item[1] not in base.tensors):
-        replacement = Replacement(part, tensors[name], part.header.tensors[name])
+        replacement = Replacement(matched, tensors[name], matched.header.tensors[name])
         if target in base.tensors:
             yield from _replace(changes, target, replacement, base)
         else:
             yield from _bring(changes, target, replacement, base, tied)
-    yield from incomplete_modules(part.adapter, part.match, base, targets)
+    yield from incomplete_modules(matched.adapter, matched.match, base, targets)
 
 
 def _is_base_copy(name: str, adapter: Adapter) -> bool:
@@ -249,12 +226,12 @@ def _is_base_copy(name: str, adapter: Adapter) -> bool:
 
 
 def _held_against_base(
-    name: str, part: MatchedAdapter, base: BaseModel, files: Mapping[str, InputFile]
+    name: str, matched: MatchedAdapter, base: BaseModel, files: Mapping[str, InputFile]
 ) -> Iterator[Finding]:
     """Yield a finding unless a stored base weight is the base's own, in the base's dtype."""
-    info = part.header.tensors[name]
+    info = matched.header.tensors[name]
     module = replaced_name(name).rpartition(".")[0]
-    tensor = base.tensors[part.match.tensors[module]]
+    tensor = base.tensors[matched.match.tensors[module]]
     if info.shape != tensor.info.shape:
         reason = f"it has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
         yield BASE_COPY_DIFFERS.at(printable(name), reason)
@@ -262,10 +239,10 @@ def _held_against_base(
     stored, own = NUMPY_DTYPE[info.dtype], NUMPY_DTYPE[tensor.info.dtype]
     count = info.nbytes // stored.itemsize
     start = base.files[tensor.file].data_start + tensor.info.start
-    with part.weights.open() as ours, files[tensor.file].open() as theirs:
+    with matched.weights.open() as ours, files[tensor.file].open() as theirs:
         for first in range(0, count, _COMPARED_VALUES):
             size = min(_COMPARED_VALUES, count - first)
-            at = part.header.data_start + info.start + first * stored.itemsize
+            at = matched.header.data_start + info.start + first * stored.itemsize
             values = np.frombuffer(ours.read_at(at, size * stored.itemsize), stored)
             raw = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
             if values.astype(own).tobytes() != raw:
@@ -309,7 +286,7 @@ def _bring(
     tied: Tied | None,
 ) -> Iterator[Finding]:
     """Add a tensor that the base does not have, if a loader will know what it is."""
-    adapter, name = replacement.part.adapter, replacement.tensor.name
+    adapter, name = replacement.owner.adapter, replacement.tensor.name
     module, _, parameter = replaced_name(name).rpartition(".")
     place = printable(target)
     if is_output_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
@@ -338,5 +315,5 @@ def _once(
     """Note who replaces a tensor; a second one is refused unless it is the same."""
     first = taken.setdefault(target, replacement)
     if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
-        reason = f"{first.part.label} and {replacement.part.label} replace it by other values."
+        reason = f"{first.owner.label} and {replacement.owner.label} replace it by other values."
         yield REPLACEMENTS_DIFFER.at(printable(target), reason)

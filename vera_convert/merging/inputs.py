@@ -1,4 +1,4 @@
-"""What a merge reads, understood before anything is planned: adapters, base, and their files."""
+"""Open the inputs of a merge: the adapters, the base, and the files of both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
-from vera_convert.arguments import number, optional, place, set_checked, text
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
@@ -33,40 +31,16 @@ from vera_convert.hub.lookup import (
     fetch_adapter,
     fetch_base,
     list_files,
-    locate,
     open_remote,
 )
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.repo_name import SCHEME
 from vera_convert.merging.adapter_files import AdapterFiles, adapter_files
-from vera_convert.merging.changes import MatchedAdapter
+from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter
 from vera_convert.merging.dequantize import Dequantization, plan_dequantization
-from vera_convert.merging.in_effect import InEffect, in_effect
+from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """One adapter as a caller names it.
-
-    Attributes:
-        adapter: a folder or a repo on the Hub.
-        weight: the factor of its deltas.
-        revision: its branch, tag or commit on the Hub.
-    """
-
-    adapter: str | Path
-    weight: float = 1.0
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        set_checked(
-            self,
-            adapter=place("adapter", self.adapter),
-            weight=number("weight", self.weight),
-            revision=optional(text, "revision", self.revision),
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,21 +48,19 @@ class MergeInputs:
     """All that a merge reads.
 
     Attributes:
-        parts: the adapters, matched with the base, in the order of the merge.
-        locations: where each adapter lies.
+        adapters: the adapters, matched with the base, in the order of the merge.
         base: the base.
-        files: its weight files, by name.
-        sides: its other files by what becomes of them.
-        copied: those that are carried, by name.
-        texts: the bytes of its config and index, by name, as far as there are such files.
+        files: the base's weight files by name.
+        sides: the base's other files, sorted into copied and left out.
+        copied: the base's files that are copied, by name.
+        texts: the bytes of the base's config and index, by name; a base may lack both.
         beside: the files beside the first adapter.
         read_whole: the files of `texts`.
-        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
+        dequantization: how the base becomes a 16-bit model; None if no tensor is dequantized.
         findings: warnings and notes.
     """
 
-    parts: tuple[MatchedAdapter, ...]
-    locations: tuple[Location, ...]
+    adapters: tuple[MatchedAdapter, ...]
     base: BaseModel
     files: Mapping[str, InputFile]
     sides: ModelFiles
@@ -102,14 +74,14 @@ class MergeInputs:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders that are read, which no output may touch."""
-        folders = [location.folder for location in (*self.locations, self.base.location)]
-        return tuple(folder for folder in folders if folder is not None)
+        locations = (*(each.location for each in self.adapters), self.base.location)
+        return tuple(each.folder for each in locations if each.folder is not None)
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if anything changed since it was looked at first."""
-        for part in self.parts:
-            part.adapter.check_unchanged()
-            part.weights.check_unchanged()
+        """Raise `SurroundingsError` if an input changed after it was first read."""
+        for matched in self.adapters:
+            matched.adapter.check_unchanged()
+            matched.weights.check_unchanged()
         beside = self.beside
         for files in (
             *(self.files, self.copied, self.read_whole),
@@ -117,19 +89,6 @@ class MergeInputs:
         ):
             for file in files.values():
                 file.check_unchanged()
-
-
-def find_adapters(specs: Sequence[AdapterSpec], access: HubAccess) -> tuple[Location, ...]:
-    """Find where the adapters lie; nothing is fetched.
-
-    Raises:
-        UsageError: malformed, or a revision of something that has none.
-        SurroundingsError: there is no such folder or repo.
-    """
-    return tuple(
-        locate(str(spec.adapter), kind="adapter", access=access, revision=spec.revision)
-        for spec in specs
-    )
 
 
 @contextmanager
@@ -144,21 +103,21 @@ def open_inputs(
     dequantize: bool = False,
     fetch: bool = True,
 ) -> Iterator[MergeInputs]:
-    """Fetch, open and understand what is merged.
+    """Fetch and open the adapters and the base of a merge.
 
     Args:
         specs: the adapters.
-        locations: where they lie.
-        base: what the caller says of the base.
+        locations: where the adapters lie.
+        base: the caller's options for the base.
         access: how the Hub is reached.
-        projections: which A and B count where file, flag and key disagree.
-        variant: how they are drawn, where they are and no fingerprint says it.
-        dequantize: make a base whose weights are fp8 a 16-bit model.
-        fetch: bring a base on the Hub here; without that its headers alone are read, and what is
-            returned serves for a plan.
+        projections: which A and B to use if file, flag and key disagree.
+        variant: the generator's variant; None for the variant of the fingerprint, or PEFT's.
+        dequantize: make a 16-bit model of a base whose weights are fp8.
+        fetch: download a base on the Hub. If False, only its headers are read, which is enough
+            for a plan.
 
     Raises:
-        CheckpointError: an adapter or the base is malformed, or they do not belong together.
+        CheckpointError: an adapter or the base is malformed, or an adapter does not fit the base.
         UsageError: no base is named, or options clash.
         SurroundingsError: a file, a repo or the disk fails.
     """
@@ -167,79 +126,83 @@ def open_inputs(
             fetch_adapter(location, access, is_training_state=is_training_state)
             for location in locations
         ]
-        adapters = [stack.enter_context(open_adapter(each.fetched)) for each in fetched]
-        known = _learn_all(adapters, base, access)
-        model = known[0].base
-        assert model is not None  # noqa: S101 -- `_learn_all` demands it
+        opened = [stack.enter_context(open_adapter(each.fetched)) for each in fetched]
+        for adapter in opened:
+            refuse_values(adapter)
+        facts = _resolve_all(opened, base, access)
+        model = _base_of(facts[0])
         dequantization = plan_dequantization(model) if dequantize else None
         if dequantization is None:
-            matches = [each.match for each in known if each.match is not None]
+            matches = [each.match for each in facts if each.match is not None]
             refuse_quantized(model, [name for each in matches for name in each.tensors.values()])
         elif base.dtype is None:
-            known = [loaded_in(each, dequantization.dtype) for each in known]
-        names = list_files(model.location, access)
-        sides = sort_files(names, model)
-        whole = [name for name in (sides.config, model.index) if name is not None]
-        if fetch:
-            needed = [*model.files, *whole, *sides.copied]
-            model = replace(model, location=fetch_base(model.location, access, names=needed))
-        find = _Finder(model.location, names)
-        files = {name: find.file(name, header) for name, header in model.files.items()}
-        read_whole = {name: find.file(name) for name in whole} if fetch else {}
-        texts = {name: _text(model.location, name, access) for name in whole}
-        _hold_against_base(texts, sides, model)
-        parts = []
-        for spec, location, adapter, base_facts in zip(
-            specs, fetched, adapters, known, strict=True
-        ):
-            refuse_values(adapter)
-            pair = in_effect(adapter, base_facts, projections=projections, variant=variant)
-            parts.append(_part(spec, location, adapter, base_facts, pair))
-        findings = [*sides.findings(model.location.label)]
+            facts = [loaded_in(each, dequantization.dtype) for each in facts]
+        read = _read_base(model, access, fetch=fetch)
+        adapters = tuple(
+            _matched(spec, location, adapter, each, projections=projections, variant=variant)
+            for spec, location, adapter, each in zip(specs, fetched, opened, facts, strict=True)
+        )
+        beside = [adapter_files(location, model) for location in fetched]
+        findings = [*read.sides.findings(model.location.label)]
         if dequantization is None:
             findings += filter(None, [quantized_elsewhere(model)])
         else:
             findings.append(dequantization.finding(model.location.label))
-        beside = [adapter_files(location, model) for location in fetched]
-        for part, base_facts, files_beside in zip(parts, known, beside, strict=True):
-            findings += files_beside.findings(part.label)
-            findings += [*part.adapter.findings, *base_facts.findings, *part.pair.findings]
-            findings += other_dims(part.adapter, base_facts)
-        inputs = MergeInputs(
-            parts=tuple(parts),
-            locations=tuple(fetched),
-            base=model,
-            files=files,
-            sides=sides,
-            copied={name: find.file(name) for name in sides.copied},
-            texts=texts,
+        for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
+            findings += files.findings(matched.label)
+            findings += [*matched.adapter.findings, *base_facts.findings, *matched.pair.findings]
+            findings += other_dims(matched.adapter, base_facts)
+        yield MergeInputs(
+            adapters=adapters,
+            base=read.base,
+            files=read.files,
+            sides=read.sides,
+            copied=read.copied,
+            texts=read.texts,
+            read_whole=read.read_whole,
             beside=beside[0],
-            read_whole=read_whole,
             dequantization=dequantization,
             findings=tuple(dict.fromkeys(findings)),
         )
-        yield inputs
 
 
-def _learn_all(
-    adapters: Sequence[Adapter], base_options: BaseOptions, access: HubAccess
+def _resolve_all(
+    adapters: Sequence[Adapter], base: BaseOptions, access: HubAccess
 ) -> list[BaseFacts]:
-    """Match every adapter with the one base, that of the first if none is given."""
+    """Match every adapter with the same base: the given one, or the base of the first adapter."""
     bases = Bases(access)
-    known = [resolve_base(adapters[0], base_options, bases=bases, need=Need.WHOLE)]
-    base = known[0].base
-    if base is None:
-        raise UsageError(f"a merge needs the base, and {known[0].source}: name it with --base.")
-    same = replace(base_options, model=_name(base.location), revision=None)
-    known += [resolve_base(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
-    components = dict.fromkeys(each.base.prefix for each in known if each.base is not None)
+    facts = [resolve_base(adapters[0], base, bases=bases, need=Need.WHOLE)]
+    same = replace(base, model=_name(_base_of(facts[0]).location), revision=None)
+    facts += [resolve_base(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
+    components = dict.fromkeys(_base_of(each).prefix for each in facts)
     if len(components) > 1:
         shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)
         raise UsageError(
             f"the adapters are of different components of the base ({shown}): merge one adapter, "
             "and merge the next into the result."
         )
-    return known
+    return facts
+
+
+def _base_of(facts: BaseFacts) -> BaseModel:
+    if facts.base is None:
+        raise UsageError(f"a merge needs the base, and {facts.source}: name it with --base.")
+    return facts.base
+
+
+def _matched(
+    spec: AdapterSpec,
+    location: Location,
+    adapter: Adapter,
+    facts: BaseFacts,
+    *,
+    projections: ProjectionSource,
+    variant: Variant | None,
+) -> MatchedAdapter:
+    assert facts.match is not None  # noqa: S101 -- `resolve_base` read the base
+    pair = in_effect(adapter, facts, projections=projections, variant=variant)
+    weight = 1.0 if spec.weight is None else spec.weight
+    return MatchedAdapter(location, adapter, facts.match, pair, weight)
 
 
 def _name(location: Location) -> str:
@@ -251,21 +214,42 @@ def _name(location: Location) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Finder:
-    """Makes input files of names in the base's folder; of sizes alone where it is not here."""
+class _BaseFiles:
+    """The base's part of `MergeInputs`."""
 
-    location: Location
-    sizes: Mapping[str, int]
+    base: BaseModel
+    files: Mapping[str, InputFile]
+    sides: ModelFiles
+    copied: Mapping[str, InputFile]
+    texts: Mapping[str, bytes]
+    read_whole: Mapping[str, InputFile]
 
-    def file(self, name: str, header: Header | None = None) -> InputFile:
-        folder = self.location.folder
-        if folder is None:
-            return InputFile(Path(name), Path(), (0, 0, self.sizes[name], 0, 0))
+
+def _read_base(base: BaseModel, access: HubAccess, *, fetch: bool) -> _BaseFiles:
+    """Find all files of the base, and read the config and the index whole."""
+    sizes = list_files(base.location, access)
+    sides = sort_files(sizes, base)
+    whole = [name for name in (sides.config, base.index) if name is not None]
+    if fetch:
+        needed = [*base.files, *whole, *sides.copied]
+        base = replace(base, location=fetch_base(base.location, access, names=needed))
+    folder = base.location.folder
+
+    def file(name: str, header: Header | None = None) -> InputFile:
+        if folder is None:  # for a plan, the size is enough
+            return InputFile(Path(name), Path(), (0, 0, sizes[name], 0, 0))
         return InputFile.look(folder / name, within=folder, header=header)
 
+    files = {name: file(name, header) for name, header in base.files.items()}
+    read_whole = {name: file(name) for name in whole} if fetch else {}
+    texts = {name: _text(base.location, name, access) for name in whole}
+    _require_same_base(texts, sides, base)
+    copied = {name: file(name) for name in sides.copied}
+    return _BaseFiles(base, files, sides, copied, texts, read_whole)
 
-def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
-    """Demand that the config and the index that are carried are those that were understood."""
+
+def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
+    """Raise `SurroundingsError` unless config and index still describe the base."""
     changed, place = False, base.location.label
     if sides.config is not None:
         changed = parse_config_file(texts[sides.config], place=place) != base.config
@@ -277,27 +261,6 @@ def _hold_against_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
         raise SurroundingsError(
             f"{base.location.label} changed while it was read. Try again when nothing writes to it."
         )
-
-
-def _part(
-    spec: AdapterSpec,
-    location: Location,
-    adapter: Adapter,
-    base_facts: BaseFacts,
-    pair: InEffect,
-) -> MatchedAdapter:
-    source, folder = adapter.file.source, location.fetched
-    assert isinstance(source, LocalFile)  # noqa: S101 -- an adapter is opened in a folder
-    assert base_facts.match is not None  # noqa: S101 -- it is known from a base
-    return MatchedAdapter(
-        label=location.label,
-        adapter=adapter,
-        match=base_facts.match,
-        pair=pair,
-        weights=InputFile(folder / WEIGHTS_NAME, folder, source.identity),
-        header=adapter.file.header,
-        weight=spec.weight,
-    )
 
 
 def _text(location: Location, name: str, access: HubAccess) -> bytes:

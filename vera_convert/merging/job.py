@@ -209,8 +209,8 @@ class MergeJob:
             "product": product,
             "options": self.options.record(self.base),
             "adapters": [
-                adapter_record(part, location) | {"file": _trace(part.weights)}
-                for part, location in zip(inputs.parts, inputs.locations, strict=True)
+                adapter_record(matched) | {"file": _trace(matched.weights)}
+                for matched in inputs.adapters
             ],
             "base": base_record(inputs.base, inputs.files, inputs.texts),
             "files": {name: _trace(file) for name, file in sorted(files.items())},
@@ -227,27 +227,22 @@ class MergeJob:
         numbers: dict[str, Numbers] = {}
         for each in results.values():
             numbers |= each.numbers
-        parts, changes = self.inputs.parts, self.changes
+        adapters, changes = self.inputs.adapters, self.changes
         numbers |= {each.name: each.numbers for each in self.replaced if each.numbers is not None}
         reports = []
         for tensor in self.weights.tensors:
             terms = changes.terms.get(tensor.name, ())
-            touching = [part for part in parts if any(term.A is part.pair.A for term in terms)]
+            owners = [each for each in adapters if any(term.A is each.pair.A for term in terms)]
             kind = "added"
             replacement = changes.replaced.get(tensor.name) or changes.new.get(tensor.name)
             if replacement is not None:
-                touching = [replacement.part]
+                owners = [replacement.owner]
                 kind = "replaced" if tensor.name in changes.replaced else "new"
-            if touching:
+            if owners:
+                indexes = tuple(n for n, each in enumerate(adapters) if each in owners)
+                found = numbers.get(tensor.name)
                 reports.append(
-                    TensorReport(
-                        tensor.name,
-                        tensor.dtype,
-                        tensor.shape,
-                        tuple(index for index, part in enumerate(parts) if part in touching),
-                        kind,
-                        numbers.get(tensor.name),
-                    )
+                    TensorReport(tensor.name, tensor.dtype, tensor.shape, indexes, kind, found)
                 )
         return tuple(reports)
 
@@ -256,10 +251,7 @@ class MergeJob:
     ) -> bytes:
         inputs, beside = self.inputs, files_beside(self.inputs)
         return provenance_text(
-            adapters=[
-                adapter_record(part, location)
-                for part, location in zip(inputs.parts, inputs.locations, strict=True)
-            ],
+            adapters=[*map(adapter_record, inputs.adapters)],
             base=base_record(inputs.base, inputs.files, inputs.texts),
             options=self.options.record(self.base),
             product=product,

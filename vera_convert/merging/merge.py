@@ -3,9 +3,10 @@
     understand: adapters, base, names, A and B ──> plan: files, pieces ──> run: threads, sync
         ──> read back ──> publish in one rename ──> report
 
-A part is never merged. Peak memory does not depend on the number of shards and layers, nor on the
-size of a tensor. It is 45 MiB, and 4 r (in + out) bytes for A and B of each adapter, and for each
-thread 17 MiB and 4 r w bytes, w being the widest adapted weight, of 16 bits, as it is stored.
+The output appears only after the whole merge is read back. Peak memory depends neither on the
+number of shards and layers nor on the size of a tensor: 45 MiB, plus 4 r (in + out) bytes for A
+and B of each adapter, plus 17 MiB and 4 r w bytes for each thread, if w is the width of the widest
+adapted weight and the weights are stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.base.quantized import refuse_quantized
 from vera_convert.base.side_files import ModelFiles
-from vera_convert.draws.recognition import Draw
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapter_files import AdapterFiles
-from vera_convert.merging.changes import MatchedAdapter, collect
-from vera_convert.merging.inputs import AdapterSpec, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
+from vera_convert.merging.changes import collect
+from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.merging.job import MergeJob, is_merged
 from vera_convert.merging.model_config import config_edits
 from vera_convert.merging.options import DTYPES, MergeOptions
@@ -49,29 +50,6 @@ _COPY_SPEED = 1e9
 
 Progress = Callable[[int, int], None]
 """Told now and then how many bytes have been written, and of how many."""
-
-
-@dataclass(frozen=True, slots=True)
-class MergedAdapter:
-    """One adapter of a merge.
-
-    Attributes:
-        label: how the caller named it, with its commit on the Hub.
-        weight: the factor of its deltas.
-        rank: its rank.
-        layers: how many layers it adapts.
-        strategy: how its names were brought to those of the base.
-        origin: where A and B came from: ``file``, ``fingerprint`` or ``key``.
-        draw: which draw they are, where they were drawn.
-    """
-
-    label: str
-    weight: float
-    rank: int
-    layers: int
-    strategy: str
-    origin: str
-    draw: Draw | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +128,13 @@ def merge(
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     progress = function("progress", progress)
     base, place, started = base_options_of(base), path("out", out), time.monotonic()
-    wishes = (AdapterSpec(adapter, options.weight, revision), *options.add)
+    specs = (AdapterSpec(adapter, options.weight, revision), *options.add)
     with signals_raise():
-        locations = find_adapters(wishes, access)
+        locations = find_adapters(specs, access)
         folders = [each.folder for each in locations if each.folder is not None]
         check_out(place, inputs=folders, force=options.force, is_own=is_merged)
         with open_inputs(
-            wishes,
+            specs,
             locations,
             base,
             access=access,
@@ -182,7 +160,7 @@ def merge(
 
 def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptions) -> MergeJob:
     dtype = DTYPES[options.dtype] if options.dtype is not None else None
-    changes = collect(inputs.parts, inputs.base, inputs.files, tied=options.tied)
+    changes = collect(inputs.adapters, inputs.base, inputs.files, tied=options.tied)
     check_tokenizer(inputs, changes)
     edits = config_edits(
         inputs.base,
@@ -218,7 +196,7 @@ def _result(
     findings += [*number_findings(reports, place=label)]
     return Merge(
         base=label,
-        adapters=tuple(map(_adapter, inputs.parts)),
+        adapters=tuple(map(MergedAdapter.of, inputs.adapters)),
         out=job.out,
         files=tuple(map(file_plan, job.files)),
         tensors=tuple(reports),
@@ -232,18 +210,6 @@ def _result(
         jobs=job.jobs,
         written=not job.options.dry_run,
         findings=tuple(dict.fromkeys(findings)),
-    )
-
-
-def _adapter(part: MatchedAdapter) -> MergedAdapter:
-    return MergedAdapter(
-        label=part.label,
-        weight=part.weight,
-        rank=part.adapter.config.r,
-        layers=len(part.adapter.layers),
-        strategy=part.match.strategy,
-        origin=part.pair.origin,
-        draw=part.pair.draw,
     )
 
 

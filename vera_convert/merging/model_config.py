@@ -108,7 +108,7 @@ def config_edits(
     heads = {name: each for name, each in _all(changes).items() if each.is_of_classifier}
     name = architecture
     if name is None and heads:
-        config = next(iter(heads.values())).part.adapter.config
+        config = next(iter(heads.values())).owner.adapter.config
         name = class_of_head(config, base)
     count = _label_count(heads)
     if labels and (count is None or len(labels) != count):

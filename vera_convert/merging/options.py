@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from vera_convert.arguments import (
-    adapter_and_weight,
     dtype_name,
     instance,
     number,
@@ -26,8 +25,8 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
+from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.inputs import AdapterSpec
 from vera_convert.text import printable
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -87,7 +86,7 @@ class MergeOptions:
         set_checked(
             self,
             weight=number("--weight", self.weight),
-            add=_further(self.add),
+            add=adapter_specs("add", self.add),
             projections=one_of("--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),
@@ -120,18 +119,6 @@ class MergeOptions:
             "check": self.check,
             "checksums": self.checksums,
         }
-
-
-def _further(add: object) -> tuple[AdapterSpec, ...]:
-    """Return the further adapters of a merge as records."""
-    if isinstance(add, str) or not isinstance(add, Sequence):
-        raise UsageError("add: give a list of adapters, each a text or an AdapterSpec.")
-    return tuple(each if isinstance(each, AdapterSpec) else _wish(each) for each in add)
-
-
-def _wish(written: object) -> AdapterSpec:
-    adapter, weight = adapter_and_weight("add", written)
-    return AdapterSpec(adapter, 1.0 if weight is None else weight)
 
 
 def _class_name(name: str, value: object) -> str:

@@ -1,4 +1,4 @@
-"""All files of a merged model as data: weights, index, config, card, and what is carried along."""
+"""All files of a merged model as data: weights, index, config, card, and what is copied along."""
 
 from __future__ import annotations
 
@@ -106,10 +106,7 @@ def plan_files(
         files.append(NewFile(inputs.sides.config, _config_text(inputs, config)))
     card = model_card(
         _origin(inputs.base.location),
-        [
-            _origin(location, part.weight)
-            for location, part in zip(inputs.locations, inputs.parts, strict=True)
-        ],
+        [_origin(matched.location, matched.weight) for matched in inputs.adapters],
         library=_library(inputs),
         trained_on=_trained_on(inputs),
         replaced=[(each.name, each.change) for each in replaced],
@@ -154,7 +151,7 @@ def _origin(location: Location, weight: float | None = None) -> Origin:
 
 
 def _trained_on(inputs: MergeInputs) -> str | None:
-    name = inputs.parts[0].adapter.config.base_model_name_or_path
+    name = inputs.adapters[0].adapter.config.base_model_name_or_path
     return name if name is not None and is_repo_id(name) else None
 
 
@@ -172,7 +169,7 @@ def check_tokenizer(inputs: MergeInputs, changes: Changes) -> None:
     try:
         for name, file in inputs.beside.tokenizer.items():
             opened[name] = file.open()
-        check_tokens(opened, rows, place=inputs.parts[0].label)
+        check_tokens(opened, rows, place=inputs.adapters[0].label)
     finally:
         for source in opened.values():
             source.close()

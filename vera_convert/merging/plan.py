@@ -1,4 +1,4 @@
-"""The weight files of a merge as data: which bytes are carried, which tensors are computed, where.
+"""The weight files of a merge as data: which bytes are copied, which tensors are computed, where.
 
 Nothing is read or written here. A file that keeps its names, dtypes, shapes and order keeps its
 header byte for byte; any other gets the canonical one.
@@ -39,7 +39,7 @@ class PlannedTensor:
         shape: its shape.
         source: the file that holds what is stored.
         start: where that begins there.
-        total: what is added to it, or None where the bytes are carried.
+        total: what is added to it, or None where the bytes are copied.
     """
 
     name: str
@@ -195,7 +195,7 @@ class _Planner:
     def _of_adapter(self, name: str, replacement: Replacement, dtype: str | None) -> PlannedTensor:
         """Return what an adapter brings, in the dtype of what it replaces."""
         written = self._written(dtype or replacement.info.dtype)
-        source = replacement.part.weights
+        source = replacement.owner.weights
         return self._planned(name, replacement.info, written, source, replacement.start)
 
     def _written(self, dtype: str) -> str:
@@ -284,7 +284,7 @@ def _placed(tensors: Iterable[PlannedTensor], at: int) -> Iterator[Piece]:
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join carried ranges that follow one another in the source as well."""
+    """Join copied ranges that follow one another in the source as well."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None

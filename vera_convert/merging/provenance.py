@@ -24,7 +24,7 @@ from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local, read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.merging.changes import MatchedAdapter
+from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.report import TensorReport
 
 FORMAT = 1
@@ -54,20 +54,20 @@ def folder_name(location: Location) -> str:
     return (location.folder or Path()).resolve().name
 
 
-def adapter_record(part: MatchedAdapter, location: Location) -> dict[str, object]:
+def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
     """Return what is recorded of one adapter."""
-    config, pair = part.adapter.config, part.pair
+    config, pair = matched.adapter.config, matched.pair
     drawn = asdict(pair.draw) if pair.draw is not None else None
     return {
-        "source": source_of(location),
-        "weight": part.weight,
+        "source": source_of(matched.location),
+        "weight": matched.weight,
         "rank": config.r,
-        "layers": len(part.adapter.layers),
-        "strategy": part.match.strategy,
+        "layers": len(matched.adapter.layers),
+        "strategy": matched.match.strategy,
         "projections": {"origin": pair.origin, "draw": drawn},
-        "config_sha256": sha256(part.adapter.config_file.text).hexdigest(),
-        "weights_size": part.weights.size,
-        "header_sha256": sha256(part.header.raw).hexdigest(),
+        "config_sha256": sha256(matched.adapter.config_file.text).hexdigest(),
+        "weights_size": matched.weights.size,
+        "header_sha256": sha256(matched.header.raw).hexdigest(),
     }
 
 

@@ -86,7 +86,7 @@ def replaced_tensors(
         _compared(name, replacement, base, files) for name, replacement in changes.replaced.items()
     ]
     new = [
-        ReplacedTensor(name, each.part.label, each.info.shape, None, None, _constant(each))
+        ReplacedTensor(name, each.owner.label, each.info.shape, None, None, _constant(each))
         for name, each in changes.new.items()
     ]
     return tuple(sorted((*replaced, *new), key=lambda tensor: tensor.name))
@@ -114,7 +114,7 @@ def _compared(
     if is_here and is_comparable and {tensor.info.dtype, replacement.info.dtype} <= {*FLOATS}:
         numbers = _numbers(replacement, base, files[tensor.file], name)
     constant = _constant(replacement)
-    return ReplacedTensor(name, replacement.part.label, shape, own, numbers, constant)
+    return ReplacedTensor(name, replacement.owner.label, shape, own, numbers, constant)
 
 
 def _numbers(replacement: Replacement, base: BaseModel, file: InputFile, name: str) -> Numbers:
@@ -138,7 +138,7 @@ def _numbers(replacement: Replacement, base: BaseModel, file: InputFile, name: s
 def _blocks(replacement: Replacement, count: int) -> Iterator[tuple[int, Array]]:
     """Yield the first `count` values of a tensor in blocks, each with the number of its first."""
     dtype = NUMPY_DTYPE[replacement.info.dtype]
-    with replacement.part.weights.open() as source:
+    with replacement.owner.weights.open() as source:
         for first in range(0, count, _BLOCK_VALUES):
             size = min(_BLOCK_VALUES, count - first)
             at = replacement.start + first * dtype.itemsize

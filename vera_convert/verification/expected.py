@@ -184,7 +184,7 @@ class _Maker:
             kind,
             self._written(dtype),
             info.shape,
-            replacement.part.weights,
+            replacement.owner.weights,
             replacement.start,
             info.dtype,
         )

@@ -40,6 +40,7 @@ from vera_convert.draws.recognition import Draw
 from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
+from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
     FORM_CONFIG_DIFFERS,
@@ -50,7 +51,7 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.text import printable
-from vera_convert.verification.options import VerifiedSpec, VerifyOptions
+from vera_convert.verification.options import VerifyOptions
 
 Array = NDArray[Any]
 Pair = tuple[Array, Array]
@@ -99,7 +100,7 @@ class FormCheck:
 
 
 def check_form(
-    adapter: VerifiedSpec,
+    adapter: AdapterSpec,
     other: str | Path,
     base: BaseOptions,
     options: VerifyOptions,

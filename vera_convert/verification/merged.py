@@ -19,8 +19,14 @@ from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConv
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
-from vera_convert.merging.changes import Changes, MatchedAdapter, collect
-from vera_convert.merging.inputs import AdapterSpec, MergeInputs, find_adapters, open_inputs
+from vera_convert.merging.adapters import (
+    AdapterSpec,
+    MatchedAdapter,
+    MergedAdapter,
+    find_adapters,
+)
+from vera_convert.merging.changes import Changes, collect
+from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.merging.model_config import config_edits
 from vera_convert.merging.options import DTYPES
 from vera_convert.rules import (
@@ -36,7 +42,6 @@ from vera_convert.text import printable
 from vera_convert.verification.expected import Expected, expected_tensors, without_old_head
 from vera_convert.verification.model_files import config_findings, file_findings, tie_findings
 from vera_convert.verification.options import (
-    VerifiedSpec,
     VerifyOptions,
     require_all_adapters,
     settle,
@@ -48,29 +53,6 @@ from vera_convert.verification.provenance import (
     read_provenance,
 )
 from vera_convert.verification.tensors import MergedTensors, Progress, check_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class VerifiedAdapter:
-    """One adapter that a merged model is held against.
-
-    Attributes:
-        label: how the caller named it, with its commit on the Hub.
-        weight: the factor of its deltas.
-        rank: its rank.
-        layers: how many layers it adapts.
-        strategy: how its names were brought to those of the base.
-        origin: where A and B come from: ``file``, ``fingerprint`` or ``key``.
-        folder: where it lies here.
-    """
-
-    label: str
-    weight: float
-    rank: int
-    layers: int
-    strategy: str
-    origin: str
-    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +78,7 @@ class MergedCheck:
     base: str
     base_folder: Path
     is_base: bool
-    adapters: tuple[VerifiedAdapter, ...]
+    adapters: tuple[MergedAdapter, ...]
     settings: MergeSettings
     tensors: MergedTensors
     layers_only: bool
@@ -105,7 +87,7 @@ class MergedCheck:
 
 
 def check_merged(
-    adapter: VerifiedSpec,
+    adapter: AdapterSpec,
     merged: str | Path,
     base: BaseOptions,
     options: VerifyOptions,
@@ -143,13 +125,13 @@ def check_merged(
         if model.prefix and model.prefix != inputs.base.prefix:  # the adapter's layers decide
             whole, component = not options.layers_only, inputs.base.prefix
             model, _, beside = _read_merged(merged, access, whole=whole, component=component)
-        parts, findings = _weighted(inputs.parts, given, provenance)
+        adapters, findings = _weighted(inputs.adapters, given, provenance)
         others = [*_other_base(inputs.base, provenance)] if provenance is not None else []
         findings += others
         if provenance is None:
             reason = f"it has no {PROVENANCE_NAME}."
             findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
-        changes = _collected(parts, inputs, settings)
+        changes = _collected(adapters, inputs, settings)
         if inputs.dequantization is None:
             refuse_quantized(inputs.base, changes.replaced)
         expected = _expected(inputs, changes, settings)
@@ -184,7 +166,7 @@ def check_merged(
                 model,
                 inputs.base,
                 edits,
-                [part.adapter.config.task_type for part in parts],
+                [matched.adapter.config.task_type for matched in adapters],
                 is_copied=provenance is not None and not others,
                 dequantized=inputs.dequantization is not None,
             ),
@@ -199,7 +181,7 @@ def check_merged(
             base=inputs.base.location.label,
             base_folder=base_folder,
             is_base=base_folder.resolve() == folder.resolve(),
-            adapters=tuple(map(_verified, parts)),
+            adapters=tuple(map(MergedAdapter.of, adapters)),
             settings=settings,
             tensors=tensors,
             layers_only=options.layers_only,
@@ -271,7 +253,7 @@ def _recorded_component(provenance: Provenance | None, names: Collection[str]) -
 
 
 def _collected(
-    parts: Sequence[MatchedAdapter], inputs: MergeInputs, settings: MergeSettings
+    adapters: Sequence[MatchedAdapter], inputs: MergeInputs, settings: MergeSettings
 ) -> Changes:
     """Collect the changes of all adapters; a missing `--tied` is a fault of the call.
 
@@ -280,7 +262,7 @@ def _collected(
         UsageError: an adapter changes a tied head and nothing says how it was merged.
     """
     try:
-        return collect(parts, inputs.base, inputs.files, tied=settings.tied)
+        return collect(adapters, inputs.base, inputs.files, tied=settings.tied)
     except CheckpointError as error:
         if any(finding.rule is not HEAD_TIED for finding in error.findings):
             raise
@@ -300,13 +282,12 @@ def _files(model: BaseModel) -> dict[str, InputFile]:
 
 @contextmanager
 def _opened(
-    given: Sequence[VerifiedSpec], base: BaseOptions, settings: MergeSettings, *, access: HubAccess
+    given: Sequence[AdapterSpec], base: BaseOptions, settings: MergeSettings, *, access: HubAccess
 ) -> Iterator[MergeInputs]:
     """Open what was merged, as the merge did."""
-    wishes = [AdapterSpec(each.adapter, revision=each.revision) for each in given]
     with open_inputs(
-        wishes,
-        find_adapters(wishes, access),
+        given,
+        find_adapters(given, access),
         replace(base, dtype=settings.base_dtype, key_map=settings.key_map),
         access=access,
         projections=settings.projections,
@@ -323,7 +304,7 @@ def _opened(
 class _OtherProjections:
     """Tries the A and B that other versions of PEFT have in effect on tensors that are wrong."""
 
-    given: Sequence[VerifiedSpec]
+    given: Sequence[AdapterSpec]
     base: BaseOptions
     provenance: Provenance | None
     settings: MergeSettings
@@ -355,8 +336,8 @@ class _OtherProjections:
         """Return the names of those tensors that are right with these options, if the first is."""
         try:
             with _opened(self.given, self.base, settings, access=self.access) as inputs:
-                parts, _ = _weighted(inputs.parts, self.given, self.provenance)
-                expected = _expected(inputs, _collected(parts, inputs, settings), settings)
+                adapters, _ = _weighted(inputs.adapters, self.given, self.provenance)
+                expected = _expected(inputs, _collected(adapters, inputs, settings), settings)
                 found = check_tensors(
                     {name: expected[name] for name in names if name in expected},
                     self.model,
@@ -386,7 +367,7 @@ _IN_WORDS = {
 
 
 def _weighted(
-    parts: Sequence[MatchedAdapter], given: Sequence[VerifiedSpec], provenance: Provenance | None
+    adapters: Sequence[MatchedAdapter], given: Sequence[AdapterSpec], provenance: Provenance | None
 ) -> tuple[tuple[MatchedAdapter, ...], list[Finding]]:
     """Return the adapters with the weights that they were merged with, and what is doubtful.
 
@@ -394,37 +375,37 @@ def _weighted(
     recorded ones is another form of the one in its place.
     """
     findings: list[Finding] = []
-    records = _records(parts, provenance)
+    records = _records(adapters, provenance)
     weighted = []
-    for part, spec, record in zip(parts, given, records, strict=True):
+    for matched, spec, record in zip(adapters, given, records, strict=True):
         weight = spec.weight
         if weight is None:
             weight = record.weight if record is not None else 1.0
-        weighted.append(replace(part, weight=weight))
-        if record is not None and _hashes(part) != (record.config_sha256, record.header_sha256):
+        weighted.append(replace(matched, weight=weight))
+        if record is not None and _hashes(matched) != (record.config_sha256, record.header_sha256):
             reason = f'"{printable(record.name)}" was merged in its place.'
-            findings.append(OTHER_ADAPTER_MERGED.at(part.label, reason))
+            findings.append(OTHER_ADAPTER_MERGED.at(matched.label, reason))
     return tuple(weighted), findings
 
 
 def _records(
-    parts: Sequence[MatchedAdapter], provenance: Provenance | None
+    adapters: Sequence[MatchedAdapter], provenance: Provenance | None
 ) -> list[RecordedAdapter | None]:
     """Return for each adapter what was recorded of it, or of the one in its place."""
     if provenance is None:
-        return [None] * len(parts)
+        return [None] * len(adapters)
     left = [*provenance.adapters]
     found: list[RecordedAdapter | None] = []
-    for part in parts:
-        same = [r for r in left if (r.config_sha256, r.header_sha256) == _hashes(part)]
+    for matched in adapters:
+        same = [r for r in left if (r.config_sha256, r.header_sha256) == _hashes(matched)]
         found.append(same[0] if same else None)
         if same:
             left.remove(same[0])
     return [record or left.pop(0) for record in found]
 
 
-def _hashes(part: MatchedAdapter) -> tuple[str, str]:
-    config, header = part.adapter.config_file.text, part.header.raw
+def _hashes(matched: MatchedAdapter) -> tuple[str, str]:
+    config, header = matched.adapter.config_file.text, matched.header.raw
     return sha256(config).hexdigest(), sha256(header).hexdigest()
 
 
@@ -434,15 +415,3 @@ def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
         names = {*headers.items()} ^ {*provenance.base_headers.items()}
         reason = f"{printable(min(names)[0])} is another one."
         yield OTHER_BASE_MERGED.at(base.location.label, reason)
-
-
-def _verified(part: MatchedAdapter) -> VerifiedAdapter:
-    return VerifiedAdapter(
-        label=part.label,
-        weight=part.weight,
-        rank=part.adapter.config.r,
-        layers=len(part.adapter.layers),
-        strategy=part.match.strategy,
-        origin=part.pair.origin,
-        folder=part.adapter.folder,
-    )

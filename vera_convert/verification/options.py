@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from vera_convert.arguments import (
-    adapter_and_weight,
     dtype_name,
     number,
     one_of,
     optional,
     path,
-    place,
     require_flags,
     set_checked,
-    text,
     whole_number,
 )
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
+from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
 from vera_convert.verification.provenance import MergeSettings, Provenance
@@ -33,36 +31,13 @@ SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class VerifiedSpec:
-    """A further adapter of a merge, as a caller names it.
-
-    Attributes:
-        adapter: a folder or a repo on the Hub.
-        weight: the factor of its deltas; None for the one of the provenance, or 1.
-        revision: its branch, tag or commit on the Hub.
-    """
-
-    adapter: str | Path
-    weight: float | None = None
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        set_checked(
-            self,
-            adapter=place("adapter", self.adapter),
-            weight=optional(number, "--weight", self.weight),
-            revision=optional(text, "revision", self.revision),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class VerifyOptions:
     """How to verify; what is None is taken from the provenance of the merged model.
 
     Attributes:
         weight: the factor of the first adapter's deltas.
         add: the further adapters that were merged.
-        projections: which A and B are meant.
+        projections: which A and B are projections.
         generator: how they were drawn, where no fingerprint says it.
         dtype: what float tensors became, such as ``bfloat16``.
         tied: what became of an output head that shares its tensor with the embedding.
@@ -74,7 +49,7 @@ class VerifyOptions:
     """
 
     weight: float | None = None
-    add: Sequence[VerifiedSpec] = ()
+    add: Sequence[AdapterSpec] = ()
     projections: ProjectionSource | None = None
     generator: Variant | None = None
     dtype: str | None = None
@@ -92,7 +67,7 @@ class VerifyOptions:
         set_checked(
             self,
             weight=optional(number, "--weight", self.weight),
-            add=_further(self.add),
+            add=adapter_specs("add", self.add),
             projections=optional(one_of, "--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),
@@ -124,16 +99,6 @@ class VerifyOptions:
             raise UsageError(f"{', '.join(names)}: there is no --merged that this could be of.")
 
 
-def _further(add: object) -> tuple[VerifiedSpec, ...]:
-    """Return the further adapters of a merge as records."""
-    if isinstance(add, str) or not isinstance(add, Sequence):
-        raise UsageError("add: give a list of adapters, each a text or a VerifiedSpec.")
-    return tuple(
-        each if isinstance(each, VerifiedSpec) else VerifiedSpec(*adapter_and_weight("add", each))
-        for each in add
-    )
-
-
 def settle(
     options: VerifyOptions, base: BaseOptions, provenance: Provenance | None
 ) -> MergeSettings:
@@ -154,7 +119,7 @@ def settle(
     return replace(recorded, **given, given=frozenset(names))
 
 
-def require_all_adapters(given: Sequence[VerifiedSpec], provenance: Provenance) -> None:
+def require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) -> None:
     """Raise `UsageError` unless there are as many adapters as were merged.
 
     Args:
