@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-text rules errors schemas delta embeddings
+text rules errors schemas dtypes delta embeddings
 files: reading json_edit header tensorfile value_range shards
 arguments
 draws: generator recognition
@@ -57,7 +57,17 @@ def in_order(layers: str) -> list[str]:
 
 ORDER = in_order(LAYERS)
 
-GROUND = {"_version", "text", "rules", "errors", "schemas", "delta", "embeddings", "arguments"}
+GROUND = {
+    "_version",
+    "text",
+    "rules",
+    "errors",
+    "schemas",
+    "dtypes",
+    "delta",
+    "embeddings",
+    "arguments",
+}
 """Single modules that every folder may import."""
 ABOVE_FOLDERS = {"counting", "summary"}
 """Single modules that stand above the folders they use; `formats` shows their results."""
@@ -75,6 +85,7 @@ ALLOWED = {
     "rules": set[str](),
     "errors": set[str](),
     "schemas": set[str](),
+    "dtypes": set[str](),
     "arguments": set[str](),
     "architectures": set[str](),
     "draws.generator": {"numpy", "ml_dtypes"},

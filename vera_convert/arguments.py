@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+from vera_convert.dtypes import FLOAT_NAMES, float_name
 from vera_convert.errors import UsageError
 from vera_convert.text import printable
 
@@ -22,16 +23,6 @@ Choice = TypeVar("Choice", bound=StrEnum)
 Kind = TypeVar("Kind")
 Checked = TypeVar("Checked")
 Called = TypeVar("Called", bound=Callable[..., object])
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-"""The names of the floating-point dtypes, as torch has them."""
-
-_DTYPE_SPELLINGS = {
-    **dict.fromkeys(("float64", "fp64", "f64", "double"), "float64"),
-    **dict.fromkeys(("float32", "fp32", "f32", "float"), "float32"),
-    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
-}
 
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt])?(i)?(b)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -62,10 +53,10 @@ def dtype_name(name: str, value: object) -> str:
     """
     is_torch = type(value).__module__ == "torch"
     if isinstance(value, str) or is_torch:
-        text = str(value).removeprefix("torch.").lower()
-        if text in _DTYPE_SPELLINGS:
-            return _DTYPE_SPELLINGS[text]
-    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(DTYPES)}.")
+        found = float_name(str(value))
+        if found is not None:
+            return found
+    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(FLOAT_NAMES)}.")
 
 
 def size_in_bytes(name: str, value: object) -> int:

@@ -21,12 +21,12 @@ import click
 
 from vera_convert._version import __version__
 from vera_convert.arguments import (
-    DTYPES,
     adapter_and_weight,
     dtype_name,
     peft_version,
     size_in_bytes,
 )
+from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import (
     OF_MERGED,
     CheckpointError,
@@ -224,7 +224,7 @@ base_options = _options(
     click.option("--base-revision", metavar="REV", help="The base's branch, tag or commit."),
     click.option(
         "--base-dtype",
-        type=Dtype(DTYPES),
+        type=Dtype(FLOAT_NAMES),
         help="The dtype that the base is loaded in; it decides the rounding of A and B.",
     ),
     click.option(
@@ -767,7 +767,7 @@ def count(**options: Any) -> None:
 @click.option("--dequantize", is_flag=True, help="Make an fp8 base a 16-bit model.")
 @click.option("--labels", metavar="A,B,...", help="Name the labels of the adapter's classifier.")
 @click.option("--architecture", metavar="CLASS", help="Name the class that has the head.")
-@click.option("--dtype", type=Dtype(DTYPES), help="Write float tensors in this type.")
+@click.option("--dtype", type=Dtype(FLOAT_NAMES), help="Write float tensors in this type.")
 @click.option("--max-shard-size", type=Size(), help="Write shards of at most this size, as 5GB.")
 @click.option("--device", default="cpu", help="cpu (default), or cuda with the extra torch.")
 @click.option("--jobs", type=int, help="Threads (default: one for each core, four at most).")
@@ -825,7 +825,7 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
 @click.option(
     "--dequantize", is_flag=True, default=None, help="An fp8 base was made a 16-bit model."
 )
-@click.option("--dtype", type=Dtype(DTYPES), help="What float tensors became.")
+@click.option("--dtype", type=Dtype(FLOAT_NAMES), help="What float tensors became.")
 @click.option("--samples", type=int, help="How many sequences to run both models on (default: 8).")
 @click.option(
     "--text",

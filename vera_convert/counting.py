@@ -15,6 +15,7 @@ from pathlib import Path
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
 from vera_convert.arguments import instance, optional, place, text, texts, whole_number
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
+from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.hub.lookup import HubAccess
@@ -30,7 +31,6 @@ from vera_convert.text import listed, printable
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."
-_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _file_bytes(tensors: Iterable[Entry]) -> int:
 
 
 def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo:
-    return TensorInfo(name, dtype, shape, 0, _WIDTH[dtype] * math.prod(shape))
+    return TensorInfo(name, dtype, shape, 0, BITS[dtype] // 8 * math.prod(shape))
 
 
 def _vera_tensors(chosen: Adapted, rank: int, *, projections: bool) -> Iterator[TensorInfo]:

@@ -16,12 +16,13 @@ from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
-from vera_convert.conversion.projections import LOAD_DTYPES, ProjectionSource, default_variant
+from vera_convert.conversion.projections import ProjectionSource, base_dtypes_of, default_variant
 from vera_convert.conversion.proof import other_dims, unproven_draw
 from vera_convert.conversion.transforms import embedded, stripped
 from vera_convert.counting import lora_file_bytes, lora_parameters
-from vera_convert.draws.generator import Rounding
+from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.draws.recognition import Difference, Draw, recognize
+from vera_convert.dtypes import SIXTEEN_BIT, USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
@@ -251,12 +252,10 @@ def _effects(adapter: Adapter, draw: Draw | None, base_facts: BaseFacts) -> tupl
         dims = origin.in_features, origin.out_features
         usual = default_variant(adapter.config, base_facts, *dims)
         if draw and replace(draw, rounding=Rounding.NONE) == usual:
-            redrawn = tuple(
-                dtype for dtype, rounding in LOAD_DTYPES.items() if draw.rounding is rounding
-            )
+            redrawn = tuple(dtype for dtype in base_dtypes_of(draw) if dtype in USUAL_OF_BASES)
     from_key = Effect("0.11 to 0.20", "key", redrawn)
     if adapter.projections is not None and adapter.config.save_projection:
-        return from_key, Effect("0.21 and later", "file", tuple(LOAD_DTYPES))
+        return from_key, Effect("0.21 and later", "file", USUAL_OF_BASES)
     return from_key, Effect("0.21 and later", "key", redrawn)
 
 
@@ -332,7 +331,7 @@ def _embedded_dtype(adapter: Adapter, base_facts: BaseFacts) -> str | None:
     dtypes = _lambda_dtypes(adapter)
     if len(dtypes) != 1 or dtypes[0] in ("F64", "F32"):
         return dtypes[0] if len(dtypes) == 1 else "F32"
-    rounded = {Rounding.BF16: "BF16", Rounding.FP16: "F16"}.get(base_facts.rounding)
+    rounded = next((d for d in SIXTEEN_BIT if rounding_on_base(d) is base_facts.rounding), None)
     if dtypes[0] == "F16" and rounded == "BF16":
         return None  # float16 holds them if none is too small: only the values tell
     return dtypes[0] if dtypes[0] == rounded else "F32"

@@ -14,13 +14,13 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import (
     MAX_FEATURES,
     METADATA_KEY,
-    STORED_DTYPES,
     Fingerprint,
     disagreement,
     from_text,
     to_text,
 )
 from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
 
 HASH = "0123456789abcdef" * 4
@@ -52,7 +52,7 @@ def fingerprints(draw: Callable[[st.SearchStrategy[int]], int]) -> Fingerprint:
         drawn_in_features=draw(st.integers(width, MAX_FEATURES)),
         drawn_out_features=draw(st.integers(height, MAX_FEATURES)),
         rounding=[*Rounding][draw(st.integers(0, len(Rounding) - 1))],
-        dtype=STORED_DTYPES[draw(st.integers(0, 3))],
+        dtype=[*PRECISION][draw(st.integers(0, 3))],
         sha256_A=f"{draw(st.integers(0, 16**64 - 1)):064x}",
         sha256_B=HASH,
     )

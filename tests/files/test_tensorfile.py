@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
+from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files import header
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.reading import open_local, read_json
 from vera_convert.files.tensorfile import (
-    BITS,
     NUMPY_DTYPE,
     TensorData,
     TensorFile,

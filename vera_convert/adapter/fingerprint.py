@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.draws.recognition import Draw
+from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import parse_json
 from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Finding
@@ -23,7 +24,6 @@ METADATA_KEY = "vera_convert.projection"
 FORMAT = 1
 MAX_FEATURES = (1 << 32) - 1
 _SMALL = 1 << 18
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "drawn_in_features": _between(1, MAX_FEATURES),
     "drawn_out_features": _between(1, MAX_FEATURES),
     "rounding": _one_of(*Rounding),
-    "dtype": _one_of(*STORED_DTYPES),
+    "dtype": _one_of(*PRECISION),
     "sha256_A": _SHA256,
     "sha256_B": _SHA256,
 }

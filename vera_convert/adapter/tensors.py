@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
+from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
@@ -52,7 +53,6 @@ from vera_convert.rules import (
 from vera_convert.text import listed, printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_PROJECTION_BYTES = 2 << 30
 """A and B together; the largest models at rank 1,024 need a thirtieth of it."""
 MAX_WIDTH = 1 << 20
@@ -279,11 +279,11 @@ def _shapes(
 ) -> Iterator[Finding]:
     trained = [t for layer in layers.values() for t in (layer.lambda_b, layer.lambda_d)]
     for tensor in (*trained, *pair.values()):
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in FLOATS:
             yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
     for tensor in others:
         # Other buffers, such as counters, can be whole numbers.
-        if tensor.name.endswith((".weight", ".bias")) and tensor.dtype not in FLOAT_DTYPES:
+        if tensor.name.endswith((".weight", ".bias")) and tensor.dtype not in FLOATS:
             yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
     for tensor in (*trained, *pair.values(), *others):
         if 0 in tensor.shape:

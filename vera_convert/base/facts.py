@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vera_convert.arguments import dtype_name, optional, place, set_checked, text, whole_number
-from vera_convert.draws.generator import Rounding
+from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.errors import UsageError
 from vera_convert.rules import ROUNDING_UNCLEAR, Finding
 from vera_convert.text import printable
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from vera_convert.base.match import Match
     from vera_convert.base.model import BaseModel
     from vera_convert.hub.lookup import Location
-
-ROUNDING_OF_DTYPE = {
-    "float64": Rounding.NONE,
-    "float32": Rounding.FP32,
-    "bfloat16": Rounding.BF16,
-    "float16": Rounding.FP16,
-    "F64": Rounding.NONE,
-    "F32": Rounding.FP32,
-    "BF16": Rounding.BF16,
-    "F16": Rounding.FP16,
-}
-"""By option (torch's names) and by header (safetensors' names)."""
 
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 """A path of a module, or nothing."""
@@ -186,5 +174,4 @@ def loaded_in(known: BaseFacts, dtype: str) -> BaseFacts:
         dtype: as torch or as safetensors names it.
     """
     settled = tuple(f for f in known.findings if f.rule is not ROUNDING_UNCLEAR)
-    rounding = ROUNDING_OF_DTYPE[dtype]
-    return replace(known, rounding=rounding, roundings=(), findings=settled)
+    return replace(known, rounding=rounding_on_base(dtype), roundings=(), findings=settled)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.base.facts import ROUNDING_OF_DTYPE
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
+from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_embedding
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
@@ -110,7 +110,7 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
 def _embeddings(base: BaseModel) -> Iterator[tuple[str, int, int]]:
     for name, tensor in base.tensors.items():
         path, weight, _ = name.rpartition(".weight")
-        shape, is_float = tensor.info.shape, tensor.info.dtype in ROUNDING_OF_DTYPE
+        shape, is_float = tensor.info.shape, tensor.info.dtype in FLOATS
         is_of_words = is_embedding(path) and "codec" not in path
         if weight and is_of_words and len(shape) == 2 and is_float:
             yield name, *shape

@@ -15,14 +15,13 @@ from itertools import islice
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import other_names
+from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.rules import QUANTIZED_ELSEWHERE, QUANTIZED_TARGET, Finding
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
-FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-"""Dtypes of values that are not quantized."""
 FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 """Members of a config, or of a part of it, that say how it is quantized."""

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
-from vera_convert.base.facts import ROUNDING_OF_DTYPE, BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.replacements import lost_biases
-from vera_convert.draws.generator import Rounding
+from vera_convert.draws.generator import Rounding, rounding_on_base
+from vera_convert.dtypes import FLOATS
 from vera_convert.errors import (
     CheckpointError,
     SurroundingsError,
@@ -284,8 +285,8 @@ def _rounding(
     That is the rounding; or None, with those that are possible if not all are, and a warning.
     """
     dtypes = base.dtypes_of(names)
-    unknown = dtypes - ROUNDING_OF_DTYPE.keys()
-    roundings = {ROUNDING_OF_DTYPE[dtype] for dtype in dtypes - unknown}
+    unknown = dtypes - FLOATS
+    roundings = {rounding_on_base(dtype) for dtype in dtypes - unknown}
     sixteen = roundings & {Rounding.BF16, Rounding.FP16}
     if unknown or len(sixteen) > 1:
         reason = f"the adapted layers are {', '.join(sorted(dtypes))}."

@@ -14,18 +14,19 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.facts import BaseFacts
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import (
+    Rounding,
+    Variant,
+    draw,
+    effective_rounding,
+    rounded,
+    rounding_on_base,
+)
 from vera_convert.draws.recognition import Draw, difference, recognize
+from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
 from vera_convert.rules import PROJECTIONS_TOO_LARGE
-
-LOAD_DTYPES = {
-    "float32": Rounding.NONE,
-    "bfloat16": Rounding.BF16,
-    "float16": Rounding.FP16,
-}
-"""The dtypes that bases are loaded in, and what each does to projections drawn from the key."""
 
 
 class ProjectionSource(StrEnum):
@@ -52,15 +53,13 @@ def check_size(rank: int, in_features: int, out_features: int, *, place: str) ->
         )
 
 
-def as_cast(variant: Variant, rounding: Rounding) -> Rounding:
-    """Return a rounding as recognition calls it: `NONE` where it changes no drawn value."""
-    exact = {
-        "float64": (),
-        "float32": (Rounding.FP32,),
-        "bfloat16": (Rounding.FP32, Rounding.BF16),
-        "float16": (Rounding.FP32, Rounding.FP16),
-    }
-    return Rounding.NONE if rounding in exact[variant.dtype.name] else rounding
+def base_dtypes_of(drawn: Draw) -> tuple[str, ...]:
+    """Return each dtype of a base on which PEFT rounds this draw as the draw is rounded."""
+    return tuple(
+        dtype
+        for dtype in (*USUAL_OF_BASES, "float64")
+        if effective_rounding(drawn.variant, rounding_on_base(dtype)) is drawn.rounding
+    )
 
 
 def default_variant(
@@ -100,7 +99,7 @@ def pair_in_effect(
     A, B = stored.A.array(), stored.B.array()
     drawn = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
     if base_facts.rounding is not None:
-        drawn = replace(drawn, rounding=as_cast(drawn.variant, base_facts.rounding))
+        drawn = replace(drawn, rounding=effective_rounding(drawn.variant, base_facts.rounding))
     else:
         found = recognize(A, B, key=drawn.key, search=False).draw
         if found is None or replace(found, rounding=Rounding.NONE) != drawn:

@@ -14,12 +14,12 @@ from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import (
-    LOAD_DTYPES,
     ProjectionSource,
-    as_cast,
+    base_dtypes_of,
     check_size,
     default_variant,
 )
+from vera_convert.draws.generator import effective_rounding
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
@@ -130,7 +130,7 @@ def unproven(
     if base_facts.rounding is None:
         unproven.append("the rounding")
     if unproven:
-        dtypes = [name for name, rounding in LOAD_DTYPES.items() if rounding is drawn.rounding]
+        dtypes = base_dtypes_of(drawn)
         comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
@@ -146,7 +146,9 @@ def change_by_redrawing(
     if base_facts.rounding is not None:
         possible = (base_facts.rounding,)
     said = [
-        _difference(stored, drawn, replace(usual, rounding=as_cast(usual.variant, rounding)))
+        _difference(
+            stored, drawn, replace(usual, rounding=effective_rounding(usual.variant, rounding))
+        )
         for rounding in possible
     ]
     return None if None in said else said[0]

@@ -18,8 +18,9 @@ from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import check_size, materialized
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
-from vera_convert.draws.generator import Rounding, Variant, check_key
+from vera_convert.draws.generator import Rounding, Variant, check_key, rounding_on_base
 from vera_convert.draws.recognition import Draw, recognize
+from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import open_local
@@ -28,12 +29,6 @@ from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import sha256_of, staged_file
 from vera_convert.rules import Finding
 from vera_convert.text import read_back_differs
-
-_ROUNDING_OF_DTYPE = {
-    "bfloat16": Rounding.BF16,
-    "float16": Rounding.FP16,
-    "float32": Rounding.FP32,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +98,8 @@ def rounding_of(value: Rounding | str) -> Rounding:
     Raises:
         UsageError: it is none of these.
     """
-    return one_of("rounding", Rounding, _ROUNDING_OF_DTYPE.get(value, value))
+    is_dtype = value in FLOAT_NAMES
+    return one_of("rounding", Rounding, rounding_on_base(value) if is_dtype else value)
 
 
 def regenerate_for(

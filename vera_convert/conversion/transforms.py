@@ -15,7 +15,6 @@ from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import (
     ProjectionSource,
-    as_cast,
     as_tensors,
     pair_in_effect,
 )
@@ -29,7 +28,7 @@ from vera_convert.conversion.proof import (
     unproven,
     unproven_draw,
 )
-from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.generator import Rounding, Variant, effective_rounding
 from vera_convert.draws.recognition import Draw
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import TensorData
@@ -286,7 +285,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
         adapter.config.r,
         base_facts.in_features,
         base_facts.out_features,
-        as_cast(variant, base_facts.rounding),
+        effective_rounding(variant, base_facts.rounding),
     )
     pair = as_tensors(drawn, dtype=_stored_dtype(adapter), place=adapter.place)
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"

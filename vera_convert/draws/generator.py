@@ -24,6 +24,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.dtypes import HEADER_NAMES, holds_every_value
+
 BLOCK = 1 << 17
 """Values per step: half a megabyte of words, enough to hide the cost of the calls."""
 
@@ -105,6 +107,32 @@ _CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
     Rounding.BF16_FP16: (_BFLOAT16, _FLOAT16),
     Rounding.FP32: (_FLOAT32,),
 }
+
+
+_ON_BASE = {
+    "F64": Rounding.NONE,
+    "F32": Rounding.FP32,
+    "BF16": Rounding.BF16,
+    "F16": Rounding.FP16,
+}
+
+
+def rounding_on_base(dtype: str) -> Rounding:
+    """Return the cast that PEFT applies to drawn A and B if the base has this dtype.
+
+    The cast of a float32 base changes float64 draws alone; see `effective_rounding`.
+
+    Args:
+        dtype: torch's or safetensors' name of a floating-point dtype.
+    """
+    return _ON_BASE[HEADER_NAMES.get(dtype, dtype)]
+
+
+def effective_rounding(variant: Variant, rounding: Rounding) -> Rounding:
+    """Return the rounding, or `Rounding.NONE` if the casts change no value of this variant."""
+    drawn = HEADER_NAMES[variant.dtype.name]
+    casts = (HEADER_NAMES[cast.name] for cast in _CASTS[rounding])
+    return Rounding.NONE if all(holds_every_value(cast, drawn) for cast in casts) else rounding
 
 
 @np.errstate(over="ignore")  # beyond the range means infinity, in torch too

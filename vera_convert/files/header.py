@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
+from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, parse_json
 from vera_convert.rules import (
@@ -49,32 +50,6 @@ from vera_convert.rules import (
 )
 from vera_convert.text import printable
 
-# In the library's order: a file's tensors stand by falling place in this list, then by name.
-BITS: Mapping[str, int] = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-"""Bits of one value by safetensors dtype."""
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 MAX_HEADER_BYTES = 100_000_000

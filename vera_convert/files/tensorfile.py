@@ -14,14 +14,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
-from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order, read_header
+from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource, is_pickle
 from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
 from vera_convert.text import printable
 
 __all__ = [
-    "BITS",
     "NUMPY_DTYPE",
     "Array",
     "Header",
@@ -42,26 +42,11 @@ Array = NDArray[Any]
 _BLOCK = 1 << 22
 
 
-def _numpy_dtypes() -> Iterator[tuple[str, np.dtype[Any]]]:
-    plain = {"F": "f", "I": "i", "U": "u", "C": "c"}
-    special = {
-        "BF16": "bfloat16",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E8M0": "float8_e8m0fnu",  # since ml_dtypes 0.5
-        "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    }
-    for name, bits in BITS.items():
-        if name == "BOOL":
-            yield name, np.dtype(np.bool_)
-        elif name[1:].isdecimal() and bits >= 8:
-            yield name, np.dtype(f"<{plain[name[0]]}{bits // 8}")
-        elif hasattr(ml_dtypes, special.get(name, "")):
-            yield name, np.dtype(getattr(ml_dtypes, special[name]))
-
-
-NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = dict(_numpy_dtypes())
+NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = {
+    header: np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
+    for header, name in NAMES.items()
+    if hasattr(ml_dtypes, name) or hasattr(np, name)  # F8_E8M0 is there since ml_dtypes 0.5
+}
 """NumPy's dtype by safetensors dtype; F4 and F6 have none and pass through as bytes."""
 _SAFETENSORS_DTYPE = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
 

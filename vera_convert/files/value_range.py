@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.dtypes import FLOATS
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 
 _SPAN = 1 << 22
 """Bytes that are read at once; a multiple of the size of every value."""
-_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 
 
 class ValueRange(NamedTuple):
@@ -50,7 +50,7 @@ def value_ranges(
         SurroundingsError: the file cannot be read, or changed since it was opened.
     """
     wanted = file.header.tensors.values() if tensors is None else tensors
-    floats = [info for info in wanted if info.dtype in _FLOATS and info.nbytes]
+    floats = [info for info in wanted if info.dtype in FLOATS and info.nbytes]
     found: dict[str, ValueRange] = {}
     for group in _side_by_side(sorted(floats, key=attrgetter("start"))):
         if len(group) == 1:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import CONFIG_FIELDS, FLOATS, FP8, kind_of_siblings, layer_of
+from vera_convert.base.quantized import CONFIG_FIELDS, FP8, kind_of_siblings, layer_of
+from vera_convert.dtypes import FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.json_edit import removed_member
@@ -41,7 +42,6 @@ _OF_ACTIVATIONS = frozenset(
 )
 """Scales of what flows between layers: of no use where nothing is quantized."""
 _BLOCK = (128, 128)
-_SIXTEEN = {"bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,9 @@ def _dtype(config: Mapping[str, object]) -> str:
     for part in parts:
         for field in ("dtype", "torch_dtype"):
             named = part.get(field)
-            if isinstance(named, str) and named.removeprefix("torch.") in _SIXTEEN:
-                return _SIXTEEN[named.removeprefix("torch.")]
+            name = float_name(named) if isinstance(named, str) else None
+            if name is not None and HEADER_NAMES[name] in SIXTEEN_BIT:
+                return HEADER_NAMES[name]
     return "BF16"
 
 
@@ -158,7 +159,7 @@ def _scale(base: BaseModel, path: str, weight: TensorInfo) -> Scale | Finding:
     block = _block(weight.shape, info.shape, _block_size(base.config))
     others = [other for other in names[1:] if other in base.tensors]
     others += [other for other in (f"{path}.weight_zero_point",) if other in base.tensors]
-    if block is None or others or info.dtype not in ("F32", "BF16", "F16"):
+    if block is None or others or info.dtype not in FLOATS - {"F64"}:
         also = "".join(f" and {printable(other)}" for other in others)
         reason = (
             f"it has the shape {list(weight.shape)}, {printable(name)} {list(info.shape)} of "

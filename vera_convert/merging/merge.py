@@ -23,6 +23,7 @@ from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.base.quantized import refuse_quantized
 from vera_convert.base.side_files import ModelFiles
+from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapter_files import AdapterFiles
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
@@ -30,7 +31,7 @@ from vera_convert.merging.changes import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.merging.job import MergeJob, is_merged
 from vera_convert.merging.model_config import config_edits
-from vera_convert.merging.options import DTYPES, MergeOptions
+from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import (
     ConfigChanges,
     FilePlan,
@@ -159,7 +160,7 @@ def merge(
 
 
 def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptions) -> MergeJob:
-    dtype = DTYPES[options.dtype] if options.dtype is not None else None
+    dtype = HEADER_NAMES[options.dtype] if options.dtype is not None else None
     changes = collect(inputs.adapters, inputs.base, inputs.files, tied=options.tied)
     check_tokenizer(inputs, changes)
     edits = config_edits(

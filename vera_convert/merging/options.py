@@ -29,9 +29,6 @@ from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
 
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What `dtype` can be, with safetensors' names."""
-
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:

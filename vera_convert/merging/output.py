@@ -11,6 +11,7 @@ from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
 from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
+from vera_convert.dtypes import NAMES
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import LocalFile, open_local
@@ -27,9 +28,6 @@ from vera_convert.merging.plan import WeightsPlan
 from vera_convert.merging.provenance import folder_name
 from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.text import read_back_differs
-
-TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Torch's names, as configs have them, by those of safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def _config_text(inputs: MergeInputs, config: ConfigChanges) -> bytes:
     if config.unties:
         text = untied(text, base)
     if config.dtype is not None:
-        text = of_dtype(text, base, TORCH_DTYPES[config.dtype])
+        text = of_dtype(text, base, NAMES[config.dtype])
     if REDIRECTION in base:
         text = removed_member(text, (REDIRECTION,))  # the weights get the usual name
     return config.edits.of_text(text)

@@ -16,9 +16,10 @@ from vera_convert.assembly.addends import Sum
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile, Piece
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import FLOATS, quantized_tensors
+from vera_convert.base.quantized import quantized_tensors
 from vera_convert.delta import working_dtype
-from vera_convert.files.header import BITS, Header, TensorInfo, header_bytes, in_order
+from vera_convert.dtypes import BITS, FLOATS
+from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order
 from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE

@@ -14,7 +14,7 @@ import numpy as np
 from vera_convert.assembly.addends import Array, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import FLOATS
+from vera_convert.dtypes import FLOATS
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.merging.report import relative_change

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
 from vera_convert.targets.matching import Linear, ModelLayers
@@ -82,8 +83,6 @@ def _class_name(fields: _Fields) -> str:
 
 # --- the fields of a config ----------------------------------------------------------------------
 
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
@@ -132,7 +131,7 @@ class _Fields:
     def dtype(self) -> str:
         """Return what the weights are kept in; float32 where the config does not say."""
         value = self.document.get("dtype", self.document.get("torch_dtype"))
-        return _DTYPES.get(str(value).removeprefix("torch."), "F32")
+        return HEADER_NAMES[float_name(str(value)) or "float32"]
 
     def invalid(self, reason: str) -> CheckpointError:
         """Return the error for a field that cannot be used."""

@@ -12,9 +12,9 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import as_cast, default_variant
+from vera_convert.conversion.projections import default_variant
 from vera_convert.conversion.proof import damage, unproven_draw
-from vera_convert.draws.generator import Rounding
+from vera_convert.draws.generator import Rounding, effective_rounding
 from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
 from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
@@ -112,7 +112,7 @@ def _as_drawn(
     usual = default_variant(config, base_facts, *dims)
     rounding = found.rounding
     if base_facts.rounding is not None:
-        rounding = as_cast(usual.variant, base_facts.rounding)
+        rounding = effective_rounding(usual.variant, base_facts.rounding)
     return replace(usual, rounding=rounding)
 
 

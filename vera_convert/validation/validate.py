@@ -19,7 +19,6 @@ from vera_convert.adapter.folder import adapters_below
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.adapter.tensors import (
-    FLOAT_DTYPES,
     MAX_PROJECTION_BYTES,
     MAX_WIDTH,
     WEIGHTS_NAME,
@@ -37,6 +36,7 @@ from vera_convert.arguments import (
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of, loaded_in
 from vera_convert.draws.generator import Rounding
 from vera_convert.draws.recognition import Draw
+from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.value_range import value_ranges
@@ -384,7 +384,7 @@ def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
     pair = (stored.A, stored.B)
     return (
         any(len(tensor.shape) != 2 or 0 in tensor.shape for tensor in pair)
-        or any(tensor.dtype not in FLOAT_DTYPES for tensor in pair)
+        or any(tensor.dtype not in FLOATS for tensor in pair)
         or (stored.A.shape[0], stored.B.shape[1]) != (config.r, config.r)
         or stored.A.nbytes + stored.B.nbytes > MAX_PROJECTION_BYTES
         or stored.A.shape[1] > MAX_WIDTH

@@ -8,6 +8,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer
 from vera_convert.adapter.values import value_errors
+from vera_convert.dtypes import PRECISION
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange
 from vera_convert.rules import (
@@ -23,7 +24,6 @@ LARGEST = 1e6
 """Trained vectors come to tens at most, drawn matrices to one."""
 LEAST = 1e-12
 LARGEST_FLOAT16 = 65504.0
-_SMALLEST_NORMAL = {"F64": 2.0**-1022, "F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14}
 
 
 def value_findings(
@@ -66,7 +66,7 @@ def _absurd(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Findi
 
 def _least(dtype: str) -> float:
     """Return the magnitude that the values of trained and of drawn tensors do not stay below."""
-    return max(LEAST, _SMALLEST_NORMAL[dtype])
+    return max(LEAST, 2.0 ** PRECISION[dtype].lowest)
 
 
 def _untrained(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B, working_dtype
+from vera_convert.dtypes import PRECISION
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.verification.expected import Expected
 
@@ -36,13 +37,6 @@ the weights, one adapter and three: exact sums, another BLAS and one product aft
 at least, however small the delta is.
 """
 
-_MANTISSA_AND_LOWEST = {
-    "BF16": (7, -126),
-    "F16": (10, -14),
-    "F32": (23, -126),
-    "F64": (52, -1022),
-}
-"""Bits after the point, and the exponent of the smallest normal number, by dtype."""
 _CHUNK = 1 << 17
 """Values that are added, rounded and compared at a time: they stay in the cache of a core."""
 
@@ -335,7 +329,7 @@ class Comparator:
         # The same value in other bits is a zero of the other sign, or what the base has infinite.
         excess = np.where(merged == ours, 0.0, excess)
         # The deltas' own rounding is one of the working dtype, however coarse the stored one is.
-        finer = 2 * self.last_bit * 2.0 ** _MANTISSA_AND_LOWEST[dtype][0]
+        finer = 2 * self.last_bit * 2.0 ** PRECISION[dtype].mantissa
         ulps = np.abs(merged - ours) / last_bits(np.maximum(size, products * finer), dtype)
         ulps = np.where(merged == ours, 0.0, np.where(np.isfinite(ulps), ulps, np.inf))
         at = int(np.argmax(excess))
@@ -359,7 +353,7 @@ def last_bits(values: Array, dtype: str) -> Array:
         values: sizes.
         dtype: in safetensors' names.
     """
-    mantissa, lowest = _MANTISSA_AND_LOWEST[dtype]
+    mantissa, lowest, _ = PRECISION[dtype]
     _, exponents = np.frexp(np.where(np.isfinite(values), values, 0.0))
     exponents = np.where(values == 0, lowest, np.maximum(exponents - 1, lowest))
     bits: Array = np.ldexp(1.0, exponents - mantissa)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.delta import FLOAT64
+from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
 from vera_convert.verification.other_adapters import of_other_adapters
 from vera_convert.verification.pairs import Buffers, Pair, is_wider
@@ -178,7 +179,7 @@ def _of_wider_base(pair: Pair, rows: _Rows, judgment: Comparison) -> str:
     Such a base differs by half a last bit at most, and by as much in every direction.
     """
     tensor = pair.expected
-    if tensor.stored not in ("BF16", "F16") or tensor.decode is not None:
+    if tensor.stored not in SIXTEEN_BIT or tensor.decode is not None:
         return ""
     base = last_bits(np.abs(rows.weights.astype(FLOAT64)), tensor.stored) / 2
     off = np.abs(rows.change - rows.delta)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import FLOATS, quantized_tensors
-from vera_convert.files.header import BITS
+from vera_convert.base.quantized import quantized_tensors
+from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.merging.dequantize import Dequantization, decoder
 

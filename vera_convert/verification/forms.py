@@ -25,18 +25,17 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import same_tensor
-from vera_convert.base.facts import ROUNDING_OF_DTYPE, BaseFacts, BaseOptions
+from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import (
-    LOAD_DTYPES,
     ProjectionSource,
-    as_cast,
     check_size,
     default_variant,
     materialized,
 )
-from vera_convert.draws.generator import Variant, rounded
+from vera_convert.draws.generator import Variant, effective_rounding, rounded, rounding_on_base
 from vera_convert.draws.recognition import Draw
+from vera_convert.dtypes import FLOAT_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
@@ -240,7 +239,7 @@ class _Side:
         """Return A and B as this package has them in effect."""
         if self._here is None or self.needs_dtype:
             self._require_dims()
-            known = replace(self.known, rounding=ROUNDING_OF_DTYPE[dtype])
+            known = replace(self.known, rounding=rounding_on_base(dtype))
             found = in_effect(
                 self.adapter, known, projections=self.projections, variant=self.variant
             )
@@ -263,7 +262,7 @@ class _Side:
         check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
         if drawn not in self._drawn:
             self._drawn[drawn] = materialized(drawn)
-        rounding = as_cast(drawn.variant, ROUNDING_OF_DTYPE[dtype])
+        rounding = effective_rounding(drawn.variant, rounding_on_base(dtype))
         A, B = (rounded(matrix, rounding) for matrix in self._drawn[drawn])
         return A, B
 
@@ -288,15 +287,12 @@ class _Side:
 def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
     """Yield whether both forms have the same A and B, for each dtype that is possible."""
     first, second = sides
-    dtypes = [dtype for dtype, rounding in _DTYPES.items() if rounding is first.known.rounding]
+    dtypes = [dtype for dtype in FLOAT_NAMES if rounding_on_base(dtype) is first.known.rounding]
     needed = _needed(first)
-    for dtype in dtypes or LOAD_DTYPES:
+    for dtype in dtypes or USUAL_OF_BASES:
         difference = _pairs_differ(first.here(dtype), second.here(dtype), needed)
         in_peft = _pairs_differ(first.in_peft(dtype), second.in_peft(dtype), needed)
         yield FormEffect(dtype, not difference, not in_peft, difference)
-
-
-_DTYPES = {name: ROUNDING_OF_DTYPE[name] for name in (*LOAD_DTYPES, "float64")}
 
 
 def _needed(side: _Side) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized import refuse_quantized
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
 from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.dtypes import HEADER_NAMES, USUAL_OF_BASES
 from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConvertError
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
@@ -28,7 +29,6 @@ from vera_convert.merging.adapters import (
 from vera_convert.merging.changes import Changes, collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.merging.model_config import config_edits
-from vera_convert.merging.options import DTYPES
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     HEAD_TIED,
@@ -197,7 +197,7 @@ def _expected(
         inputs.base,
         inputs.files,
         changes,
-        dtype=DTYPES[settings.dtype] if settings.dtype is not None else None,
+        dtype=HEADER_NAMES[settings.dtype] if settings.dtype is not None else None,
         dequantization=inputs.dequantization,
     )
 
@@ -328,7 +328,7 @@ class _OtherProjections:
         for projections in (ProjectionSource.KEY, ProjectionSource.FILE):
             if projections is not self.settings.projections:
                 yield projections, own
-        for dtype in ("float32", "bfloat16", "float16"):
+        for dtype in USUAL_OF_BASES:
             if dtype != own:
                 yield ProjectionSource.KEY, dtype
 

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.files.header import BITS
+from vera_convert.dtypes import BITS, FLOATS, holds_every_value
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.verification.expected import Expected, Kind
 
 Array = NDArray[Any]
 
-_HOLD_ALL = {"F16": ("F32", "F64"), "BF16": ("F32", "F64"), "F32": ("F64",)}
 """Dtypes that hold every value of another one."""
 BLOCK_VALUES = 1 << 20
 """Values in a block. With its sums that is some 20 MiB for each thread; larger ones win nothing."""
@@ -147,7 +146,7 @@ def runs_of(pairs: Iterable[Pair]) -> Iterator[Run]:
 
 def is_wider(found: str, due: str) -> bool:
     """Say whether a dtype holds every value of another, and more."""
-    return found in _HOLD_ALL.get(due, ())
+    return found != due and {found, due} <= FLOATS and holds_every_value(found, due)
 
 
 def pairs_of(

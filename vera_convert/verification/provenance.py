@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from vera_convert.base.facts import ROUNDING_OF_DTYPE, parse_key_map
+from vera_convert.base.facts import parse_key_map
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
+from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource, read_json
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.options import DTYPES
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED
 from vera_convert.text import printable
@@ -126,7 +126,7 @@ def _settings(
             ProjectionSource, options.get("projections"), "options.projections"
         ),
         generator=reader.optional(Variant, options.get("generator"), "options.generator"),
-        base_dtype=reader.optional(_base_dtype, options.get("base_dtype"), "options.base_dtype"),
+        base_dtype=reader.optional(_dtype, options.get("base_dtype"), "options.base_dtype"),
         key_map=tuple(
             reader.one_of(_rename, each, f"options.key_map[{n}]") for n, each in enumerate(renames)
         ),
@@ -142,16 +142,8 @@ def _settings(
     )
 
 
-def _base_dtype(text: str) -> str:
-    return _known(text, [name for name in ROUNDING_OF_DTYPE if name.islower()])
-
-
 def _dtype(text: str) -> str:
-    return _known(text, DTYPES)
-
-
-def _known(text: str, names: Mapping[str, str] | list[str]) -> str:
-    if text not in names:
+    if text not in FLOAT_NAMES:
         raise ValueError(text)
     return text
 

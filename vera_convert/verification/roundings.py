@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32
+from vera_convert.dtypes import NAMES
+from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.verification.comparator import Comparator, rounded
 
 Array = NDArray[Any]
@@ -23,10 +24,7 @@ Array = NDArray[Any]
 _AGREES = 0.95
 """The share of differing values that a way must give exactly: sums in another order flip some."""
 _FEWEST = 8
-_NARROW = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+_NARROW = {NAMES[header]: NUMPY_DTYPE[header] for header in ("BF16", "F16")}
 
 
 def rounded_on_the_way(judge: Comparator, weights: Array, found: Array, first: int) -> str:

@@ -9,24 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vera_convert.dtypes import NAMES
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 
-_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    getattr(torch, NAMES[header]): dtype
+    for header, dtype in NUMPY_DTYPE.items()
+    if hasattr(torch, NAMES[header])
 }
-"""The dtypes that both have: torch's name, safetensors' name."""
-_NUMPY = {getattr(torch, name): NUMPY_DTYPE[short] for name, short in _NAMES.items()}
 _TORCH = {dtype: kind for kind, dtype in _NUMPY.items()}
 
 

@@ -29,13 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.base.facts import ROUNDING_OF_DTYPE
-from vera_convert.base.quantized import FLOATS
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.draws.generator import Rounding, Variant
+from vera_convert.draws.generator import Rounding, Variant, rounding_on_base
+from vera_convert.dtypes import FLOATS, NAMES
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.changes import Tied
-from vera_convert.merging.output import TORCH_DTYPES
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
 from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, built, guarded
 from vera_convert.with_torch.layer import VeraLinear
@@ -156,7 +154,7 @@ def _how(job: ModelJob) -> _How:
         ProjectionSource(job.projections),
         Variant(job.generator) if job.generator is not None else None,
         job.key_map,
-        ROUNDING_OF_DTYPE[job.base_dtype] if job.base_dtype is not None else None,
+        rounding_on_base(job.base_dtype) if job.base_dtype is not None else None,
         job.wider,
     )
 
@@ -305,9 +303,7 @@ def _stored(plan: Blueprint) -> torch.dtype | None:
     """
     infos = [tensor.info for tensor in plan.base.tensors.values()]
     found = {info.dtype for info in infos if len(info.shape) == 2 and info.dtype in FLOATS}
-    dtype: torch.dtype | None = (
-        getattr(torch, TORCH_DTYPES[found.pop()]) if len(found) == 1 else None
-    )
+    dtype: torch.dtype | None = getattr(torch, NAMES[found.pop()]) if len(found) == 1 else None
     return dtype
 
 
@@ -316,7 +312,7 @@ def _of_tensor(module: str, dtypes: Mapping[str, str]) -> torch.dtype | None:
     weight = f".{module}.weight"
     for name, dtype in dtypes.items():
         if f".{name}".endswith(weight) or weight.endswith(f".{name}"):
-            found: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
+            found: torch.dtype = getattr(torch, NAMES[dtype])
             return found
     return None
 

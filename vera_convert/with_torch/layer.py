@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.targets.matching import Linear
 
@@ -72,7 +73,7 @@ def _is_a(module: nn.Module, name: tuple[str, str]) -> bool:
     return isinstance(defined, type) and isinstance(module, defined)
 
 
-DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DENSE = tuple(getattr(torch, name) for name in FLOAT_NAMES)
 """The dtypes of weights that are not quantized."""
 
 

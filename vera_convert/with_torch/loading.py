@@ -27,7 +27,8 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.base.match import moved
 from vera_convert.conversion.projections import ProjectionSource, check_size
 from vera_convert.conversion.proof import other_dims
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base
+from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
@@ -54,7 +55,7 @@ from vera_convert.with_torch.layer import weight_dtype
 from vera_convert.with_torch.modules import layers_of, modules_of, own_tensors
 from vera_convert.with_torch.saving import config_text
 
-_CASTS = {torch.bfloat16: Rounding.BF16, torch.float16: Rounding.FP16}
+_CASTS = {getattr(torch, NAMES[header]): rounding_on_base(header) for header in SIXTEEN_BIT}
 _BASE_COPY = ".base_layer.weight"
 
 
