@@ -33,11 +33,12 @@ conversion: projections proof transforms strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
 merging: inputs options card provenance output job merge
+lora: engines options factors plan stored peft_form checks card record writing conversion
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: model_comparison running provenance options expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merged forms result
-formats: shared results merge locations validation sarif junit github catalog verification
+formats: shared results merge lora locations validation sarif junit github catalog verification
 with_torch
 verifying
 __init__ cli __main__

@@ -30,6 +30,7 @@ from vera_convert import (
     VerifyOptions,
 )
 from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
+from vera_convert.lora.engines import EngineName
 from vera_convert.rules import Severity
 
 
@@ -84,6 +85,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "regenerate_for": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
     "schema_names": lambda _: {},
     "strip": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
+    "to_lora": lambda i: {"adapter": i.adapter, "out": i.out(), "base": i.base},
     "validate": lambda i: {"adapters": i.adapter, "base": i.base},
     "verify": lambda i: {
         "adapter": i.adapter,
@@ -98,6 +100,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "AdapterSpec": {"adapter": "a"},
     "BaseOptions": {},
     "HubAccess": {},
+    "LoraOptions": {},
     "MergeOptions": {},
     "VerifyOptions": {},
 }
@@ -164,6 +167,7 @@ ADD = Ways(wrong=("a", 5, [5], [object()]), names="add")
 
 ARGUMENTS: dict[str, Ways] = {
     "accept_change": FLAG,
+    "accept_error": FLAG,
     "access": ACCESS,
     "adapter": Ways(wrong=(5, None, b"a", object(), ["a"]), names="pathlib"),
     "adapters": Ways(wrong=(5, None, b"a", object(), [5]), names="pathlib"),
@@ -176,9 +180,12 @@ ARGUMENTS: dict[str, Ways] = {
     "deep": FLAG,
     "dequantize": FLAG,
     "device": Ways(wrong=("tpu", "cuda:x", "", 5, object()), names="cpu, cuda|Device"),
+    "drop_head": FLAG,
     "dry_run": FLAG,
     "dtype": DTYPE,
+    "engine": choices(EngineName),
     "fail_on": choices(Severity),
+    "fill_layers": FLAG,
     "force": FLAG,
     "generator": GENERATOR,
     "ignore": CODES,
@@ -190,6 +197,7 @@ ARGUMENTS: dict[str, Ways] = {
         ((["a", "b"], ("a", "b"), "a,b"),), (5, [5], ["a", "a"], [""], object()), "text|label"
     ),
     "layers_only": FLAG,
+    "max_error": Ways(((0, 0.0),), ("half", -0.1, 1, float("nan"), object()), "number|share"),
     "max_shard_size": SIZE,
     "model": Ways(wrong=(5, b"a", object(), ["a"]), names="pathlib"),
     "name": Ways(wrong=("banana", 5), names="adapter_config"),
@@ -230,7 +238,10 @@ OF_RECORDS = {
     "BaseOptions.model": PLACE,
     "AdapterSpec.adapter": PLACE,
 }
-OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD}
+OF_RECORDS |= {"MergeOptions.add": ADD, "VerifyOptions.add": ADD, "LoraOptions.rank": WHOLE}
+OF_RECORDS["LoraOptions.dtype"] = Ways(
+    DTYPE.alike[:3], (*DTYPE.wrong, "float64"), "float32, bfloat16, float16"
+)
 CALLBACK = Ways(wrong=(5, True, "yes", object()), names="function")
 
 
@@ -283,8 +294,8 @@ def test_every_public_function_and_record_is_tried() -> None:
     functions = {name for name, value in public.items() if inspect.isfunction(value)}
     assert functions == set(FUNCTIONS)
     made_by_callers = {n for n, v in public.items() if dataclasses.is_dataclass(v)} - {
-        *("AdapterInfo", "Checked", "Conversion", "Count", "Merge", "Regenerated"),
-        *("TreeMigration", "Validation", "Verification"),
+        *("AdapterInfo", "Checked", "Conversion", "Count", "LoraConversion", "Merge"),
+        *("Regenerated", "TreeMigration", "Validation", "Verification"),
     }
     assert made_by_callers == set(RECORDS)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         VeraConvertError,
     )
     from vera_convert.hub.lookup import HubAccess
+    from vera_convert.lora.conversion import LoraConversion, to_lora
+    from vera_convert.lora.options import LoraOptions
     from vera_convert.merging.adapters import AdapterSpec
     from vera_convert.merging.changes import Tied
     from vera_convert.merging.merge import Merge, merge
@@ -51,6 +53,8 @@ _MODULES = {
     "Conversion": "conversion.strip_embed",
     "Count": "counting",
     "HubAccess": "hub.lookup",
+    "LoraConversion": "lora.conversion",
+    "LoraOptions": "lora.options",
     "ProjectionSource": "conversion.projections",
     "Merge": "merging.merge",
     "MergeOptions": "merging.options",
@@ -77,6 +81,7 @@ _MODULES = {
     "regenerate_for": "conversion.regeneration",
     "schema_names": "schemas",
     "strip": "conversion.strip_embed",
+    "to_lora": "lora.conversion",
     "validate": "validation.validate",
     "verify": "verifying",
 }
@@ -90,6 +95,8 @@ __all__ = [
     "Conversion",
     "Count",
     "HubAccess",
+    "LoraConversion",
+    "LoraOptions",
     "Merge",
     "MergeOptions",
     "Mode",
@@ -117,6 +124,7 @@ __all__ = [
     "regenerate_for",
     "schema_names",
     "strip",
+    "to_lora",
     "validate",
     "verify",
 ]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vera_convert.conversion.regeneration import Regenerated
     from vera_convert.conversion.strip_embed import Conversion
     from vera_convert.hub.lookup import HubAccess
+    from vera_convert.lora.options import LoraOptions
     from vera_convert.merging.options import MergeOptions
     from vera_convert.rules import Finding
     from vera_convert.validation.validation import Validation
@@ -64,6 +65,9 @@ GENERATORS = (
     "float16-torch2.12-separate",
 )
 """As `generator.Variant`, repeated here so that `--help` need not load NumPy; a test compares."""
+
+ENGINES = ("peft", "vllm", "sglang", "tgi")
+"""As `lora.engines.EngineName`, repeated here for the same reason; a test compares."""
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 """How `--round` calls the two dtypes that it takes."""
@@ -801,6 +805,71 @@ def merge(adapter: str, out: Path, **options: Any) -> None:
             progress=progress,
         )
     _show(options, result.findings, merge_text(result), lambda: merge_document(result))
+
+
+@program.command(name="to-lora")
+@adapter_argument
+@out_argument
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(ENGINES),
+    default="peft",
+    show_default=True,
+    help="Write the LoRA for this engine.",
+)
+@base_options
+@projections_option
+@generator_option
+@click.option(
+    "--dtype",
+    type=Dtype(("float32", "bfloat16", "float16")),
+    default="float32",
+    show_default=True,
+    help="Store the LoRA in this dtype.",
+)
+@click.option("--rank", type=int, help="Write the best LoRA of this rank (default: exact).")
+@click.option(
+    "--max-error",
+    type=float,
+    help="Write the smallest rank whose relative error is at most this in every layer.",
+)
+@click.option("--accept-error", is_flag=True, help="Write even if an error is above 0.5.")
+@click.option(
+    "--fill-layers", is_flag=True, help="Write zeros for layers that the engine needs too."
+)
+@click.option("--drop-head", is_flag=True, help="Leave out modules and biases trained whole.")
+@click.option("--check", is_flag=True, help="Read every written byte back and compare.")
+@click.option("--dry-run", is_flag=True, help="Measure and print the result, and write nothing.")
+@force_option
+@hub_options
+@output_options
+def to_lora(adapter: str, out: Path, **options: Any) -> None:
+    """Write ADAPTER as a LoRA adapter with the same delta, for engines without VeRA."""
+    from vera_convert.formats.lora import lora_document, lora_text
+    from vera_convert.lora.conversion import to_lora as run
+
+    with _progress(options, "written") as progress:
+        result = run(
+            adapter,
+            out,
+            base=_base_options(options),
+            options=_lora_options(options),
+            revision=options["revision"],
+            access=_access(options),
+            progress=progress,
+        )
+    _show(options, result.findings, lora_text(result), lambda: lora_document(result))
+
+
+def _lora_options(options: Mapping[str, Any]) -> LoraOptions:
+    from vera_convert.lora.options import LoraOptions
+
+    same = (
+        *("engine", "dtype", "rank", "max_error", "accept_error", "fill_layers", "drop_head"),
+        *("projections", "generator", "check", "dry_run", "force"),
+    )
+    return LoraOptions(**{name: options[name] for name in same})
 
 
 @program.command()

@@ -1,7 +1,7 @@
 """The catalog: every way a checkpoint can be wrong, each with a stable code.
 
 Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base,
-V6 verification.
+V6 verification, V7 LoRA.
 A code is never used for another meaning. A reader that meets a defect raises `CheckpointError` with
 the `Finding`; commands show it as their one-line refusal, in the same words everywhere.
 """
@@ -1581,6 +1581,97 @@ MERGED_OTHER_WEIGHTS = Rule(
     "weights in another form lie beside those of the merged model",
     "They are not compared. Whoever asks a loader for that form gets what they hold.",
     "Remove them, unless they were made from the merged model.",
+)
+
+# --- V7: LoRA ------------------------------------------------------------------------------------
+
+LORA_RANK_TOO_HIGH = Rule(
+    "V701",
+    ERROR,
+    "the rank of the LoRA is higher than the engine serves",
+    "The engine would refuse the adapter when its server starts.",
+    "Give --rank or --max-error for the best LoRA of a lower rank, or merge the adapter.",
+    since="0.2.0",
+)
+LORA_HEAD_REFUSED = Rule(
+    "V702",
+    ERROR,
+    "the engine does not load a module that was trained whole",
+    "The engine would refuse the adapter, or answer with the base's own module.",
+    "Merge the adapter, or leave the module out with --drop-head.",
+    since="0.2.0",
+)
+LORA_BIAS_REFUSED = Rule(
+    "V703",
+    ERROR,
+    "the engine does not load trained biases",
+    "The engine would refuse the adapter, or answer with the base's own biases.",
+    "Merge the adapter, or leave the biases out with --drop-head.",
+    since="0.2.0",
+)
+LORA_LAYERS_MISSING = Rule(
+    "V704",
+    ERROR,
+    "the engine needs a LoRA of a layer that the adapter does not have",
+    "The engine would fail, or silently leave out the adapted layers of this kind.",
+    "Write a LoRA of zeros for such layers with --fill-layers.",
+    since="0.2.0",
+)
+LORA_NAME_UNKNOWN = Rule(
+    "V705",
+    ERROR,
+    "the engine does not know a layer of the adapter",
+    "The engine would serve the base as if the layer had not been trained.",
+    "Merge the adapter and serve the merged model.",
+    since="0.2.0",
+)
+LORA_OVERFLOW = Rule(
+    "V706",
+    ERROR,
+    "a value is too large for the dtype of the LoRA",
+    "The value would be stored as infinity, and the layer's output would be NaN.",
+    "Give --dtype bfloat16, which has larger exponents, or --dtype float32.",
+    since="0.2.0",
+)
+LORA_ERROR_LARGE = Rule(
+    "V707",
+    ERROR,
+    "a LoRA of this rank loses more than half of a layer's delta",
+    "The adapter would no longer do what it was trained for.",
+    "Give a higher --rank, or leave the option out for the exact LoRA; --accept-error writes it.",
+    since="0.2.0",
+)
+LORA_HEAD_LEFT_OUT = Rule(
+    "V708",
+    WARNING,
+    "trained modules or biases are left out of the LoRA",
+    "The base's own tensors take their place, so the outputs differ from the trained model's.",
+    "Leave --drop-head out to keep the tensors, or merge the adapter.",
+    since="0.2.0",
+)
+LORA_HEAD_ELSEWHERE = Rule(
+    "V709",
+    WARNING,
+    "other engines than PEFT refuse this LoRA",
+    "Modules and biases that were trained whole are no part of a LoRA for these engines.",
+    "Nothing need be done for PEFT; name another engine with --for to see if the engine takes it.",
+    since="0.2.0",
+)
+LORA_RANK_SLOW = Rule(
+    "V710",
+    WARNING,
+    "the rank of the LoRA is higher than the engine's fast kernels take",
+    "The engine serves the adapter, but slowly.",
+    "Give --rank or --max-error for a LoRA of a lower rank, or merge the adapter.",
+    since="0.2.0",
+)
+LORA_VANISHED = Rule(
+    "V711",
+    WARNING,
+    "values of the LoRA are too small for float16 and become 0",
+    "float16 has few exponents; the stated error includes these values.",
+    "Give --dtype bfloat16, which has smaller exponents, or --dtype float32.",
+    since="0.2.0",
 )
 
 # -------------------------------------------------------------------------------------------------

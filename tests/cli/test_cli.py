@@ -44,6 +44,7 @@ SCHEMA_OF = {
     "migrate": "conversion",
     "regenerate": "regeneration",
     "count": "count",
+    "to-lora": "lora",
 }
 COMMANDS = [*SCHEMA_OF]
 
@@ -90,6 +91,15 @@ OPTIONS = {
     "migrate": ["--to", "--base", "--accept-change", "--peft-version", "--recursive", "--force"],
     "regenerate": ["--rank", "--in-features", "--out-features", "--key", "--round", "--for"],
     "count": ["--base", "--config", "--rank", "--target"],
+    "to-lora": [
+        "--base",
+        "--for",
+        "--rank",
+        "--max-error",
+        "--dtype",
+        "--fill-layers",
+        "--dry-run",
+    ],
 }
 
 
@@ -287,6 +297,8 @@ def arguments_of(command: str, adapter: Path, tmp_path: Path) -> list[object]:
         return [command, tmp_path / "out.safetensors", *sizes]
     if command == "count":
         return [command, "--config", DATA / "configs" / "gpt2-medium.json", "--rank=4"]
+    if command == "to-lora":
+        return [command, adapter, tmp_path / "out", "--base", tiny_base(tmp_path / "its-base")]
     out = [] if command in ("info", "validate") else [tmp_path / "out"]
     return [command, adapter, *out, *(["--to=stripped"] if command == "migrate" else [])]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vera_convert.base.match import Match
     from vera_convert.base.model import BaseModel
     from vera_convert.hub.lookup import Location
+    from vera_convert.targets.matching import Linear
 
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 """A path of a module, or nothing."""
@@ -134,6 +135,9 @@ class BaseFacts:
         location: where the base lies.
         base: the base's tensors, where its headers were read.
         match: the tensor of each adapted layer there.
+        layers: the size of each adapted layer, by the adapter's module path; empty if the base's
+            layers were not read.
+        modules: every module with a weight, as the adapter's model names it; empty likewise.
         findings: warnings about the base.
     """
 
@@ -145,6 +149,8 @@ class BaseFacts:
     location: Location | None = None
     base: BaseModel | None = None
     match: Match | None = None
+    layers: Mapping[str, Linear] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
     findings: tuple[Finding, ...] = ()
 
     def fits(self, in_features: int, out_features: int) -> bool:

@@ -230,6 +230,8 @@ def _from_base(
         location=location,
         base=base,
         match=match,
+        layers=own,
+        modules=frozenset(tensors),
         findings=(
             *base.findings,
             *disagreements(adapter, base, built),
@@ -330,6 +332,8 @@ def _from_config(
         dims.out_features,
         source=f"{location.label} (its config alone)",
         location=location,
+        layers=own,
+        modules=frozenset(model.linear),
         findings=dims.findings,
     )
 

@@ -124,7 +124,7 @@ def regenerate_for(
     base_options, out = base_options_of(base), path("out", out)
     given = optional(one_of, "generator", Variant, generator)
     with opened(
-        adapter, out, force=force, revision=revision, access=access, is_own=is_pair
+        adapter, out, force=force, revision=revision, access=access, is_own=is_pair, folder=False
     ) as work:
         source = work.adapter
         found = _stored_draw(source)

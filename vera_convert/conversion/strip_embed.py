@@ -185,6 +185,7 @@ def opened(
     access: HubAccess | None,
     repair: Repair | None = None,
     is_own: Callable[[Path], bool] = is_vera,
+    folder: bool = True,
 ) -> Iterator[Work]:
     """Find and open an adapter, once it is certain that what is made of it may be written."""
     require_flags(force=force)
@@ -193,7 +194,6 @@ def opened(
     out = path("out", out)
     location = locate(named, kind="adapter", access=access, revision=revision)
     inputs = [location.folder] if location.folder else []
-    folder = is_own is is_vera
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     with open_adapter(location.fetched, repair=repair) as opened:

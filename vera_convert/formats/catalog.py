@@ -22,6 +22,7 @@ FAMILIES = {
     "V4": "projections",
     "V5": "base",
     "V6": "verification",
+    "V7": "LoRA",
 }
 """What the hundreds of a code stand for."""
 

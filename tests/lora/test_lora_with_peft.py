@@ -1,0 +1,106 @@
+"""LoRAs in real models: PEFT gives the same outputs as for the VeRA adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import theirwarnings
+from test_merge_with_peft import KINDS, TARGETS, loaded, saved, trained
+
+from vera_convert.lora.conversion import to_lora
+from vera_convert.lora.options import LoraOptions
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytestmark = theirwarnings.OF_PEFT
+
+CASES = [
+    ("LlamaForCausalLM", "float32", True),
+    ("LlamaForCausalLM", "float32", False),
+    ("LlamaForCausalLM", "bfloat16", False),
+    ("LlamaForCausalLM", "float16", True),
+    ("GPT2LMHeadModel", "float32", True),
+    ("GPT2LMHeadModel", "bfloat16", False),
+    ("BertForSequenceClassification", "float32", True),
+    ("RobertaForSequenceClassification", "float32", True),
+    ("T5ForConditionalGeneration", "float32", True),
+    ("ViTForImageClassification", "float32", True),
+    ("LlavaForConditionalGeneration", "float32", True),
+    ("MixtralForCausalLM", "float32", False),
+]
+
+
+def logits(name: str, base: Path, adapter: Path | None = None) -> Any:
+    model = loaded(name, base)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    torch.manual_seed(4)
+    if "pixel_values" in str(model.main_input_name):
+        side = model.config.image_size
+        inputs = {"pixel_values": torch.randn(2, 3, side, side).to(model.dtype)}
+    else:
+        inputs = {"input_ids": torch.randint(3, 30, (2, 8))}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad():
+        return model(**inputs).logits.float()
+
+
+@pytest.mark.parametrize(("name", "dtype", "stored"), CASES)
+def test_peft_gives_the_outputs_of_the_vera_adapter(
+    name: str, dtype: str, stored: bool, tmp_path: Path
+) -> None:
+    base = saved(tmp_path / "base", name, dtype)
+    targets = TARGETS.get(name, "all-linear")
+    adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=stored)
+    to_lora(adapter, tmp_path / "lora", base=base)
+    plain, vera, lora = (logits(name, base, each) for each in (None, adapter, tmp_path / "lora"))
+    assert (vera - plain).abs().max() > 0.05
+    limit = {"float32": 1e-5, "bfloat16": 0.0, "float16": 2e-3}[dtype]
+    assert (vera - lora).abs().max() <= limit
+
+
+@pytest.mark.parametrize("bias", ["vera_only", "all"])
+def test_trained_biases_go_along(bias: str, tmp_path: Path) -> None:
+    name = "BertForSequenceClassification"
+    base = saved(tmp_path / "base", name, "float32")
+    adapter = trained(
+        tmp_path / "adapter", base, name, targets=["query", "value"], stored=True, bias=bias
+    )
+    to_lora(adapter, tmp_path / "lora", base=base)
+    vera, lora = (logits(name, base, each) for each in (adapter, tmp_path / "lora"))
+    assert (vera - lora).abs().max() < 1e-5
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_bytes())
+    assert written["bias"] == {"vera_only": "lora_only", "all": "all"}[bias]
+
+
+@pytest.mark.parametrize("targets", [r".*layers\.1\..*(q|down)_proj", ["layers.0.mlp.up_proj"]])
+def test_targets_of_any_form_adapt_the_same_layers(targets: Any, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "LlamaForCausalLM", "float32")
+    adapter = trained(tmp_path / "vera", base, "LlamaForCausalLM", targets=targets, stored=True)
+    to_lora(adapter, tmp_path / "lora", base=base)
+    vera, lora = (logits("LlamaForCausalLM", base, p) for p in (adapter, tmp_path / "lora"))
+    assert (vera - lora).abs().max() < 1e-5
+    model = peft.PeftModel.from_pretrained(loaded("LlamaForCausalLM", base), tmp_path / "lora")
+    adapted = {key.split(".lora_")[0] for key, _ in model.named_parameters() if ".lora_" in key}
+    stored = peft.utils.load_peft_weights(str(tmp_path / "lora"))
+    assert len(adapted) == len(stored) / 2
+
+
+def test_zeros_in_filled_layers_change_nothing(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "LlamaForCausalLM", "float32")
+    adapter = trained(
+        tmp_path / "vera", base, "LlamaForCausalLM", targets=["layers.1.mlp.up_proj"], stored=True
+    )
+    options = LoraOptions(engine="tgi", fill_layers=True)  # type: ignore[arg-type]
+    to_lora(adapter, tmp_path / "lora", base=base, options=options)
+    vera, lora = (logits("LlamaForCausalLM", base, p) for p in (adapter, tmp_path / "lora"))
+    assert (vera - lora).abs().max() < 1e-5
+
+
+def test_every_model_here_is_one_of_those_that_are_merged() -> None:
+    assert {name for name, _, _ in CASES} <= {*KINDS}

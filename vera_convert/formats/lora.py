@@ -1,0 +1,116 @@
+"""The result of a conversion to LoRA as text for people and as a JSON document."""
+
+from __future__ import annotations
+
+from vera_convert.formats.shared import Document, draw_document, finding_document, table
+from vera_convert.lora.conversion import LoraConversion
+from vera_convert.lora.stored import SAMPLED_ROWS
+from vera_convert.text import listed, printable, printable_whole
+
+_MOST_LISTED = 12
+
+
+def lora_text(result: LoraConversion) -> str:
+    """Return the result for people."""
+    plan, engine = result.plan, result.options.target
+    verb = "wrote" if result.written else "would write"
+    out = printable(str(result.out))
+    rows = [[verb, f"{out}, a LoRA for {engine.title}, {result.size:,} bytes of weights"]]
+    rows.append(["adapter", printable(result.adapter)])
+    rows.append(["layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_names(result)}"])
+    rows.append(["rank", f"{plan.rank}{_why(result)}"])
+    drawn = f", {result.draw.description}" if result.draw is not None else ""
+    rows.append(["A and B", f"from the {result.origin}{drawn}"])
+    rows.append(["error", _error(result)])
+    if plan.reduced:
+        rows += _error_rows(result)
+    if result.extras.tensors:
+        names = listed(tensor.name for tensor in result.extras.tensors)
+        rows.append(["trained whole", names])
+    if not result.written:
+        rows.append(["space", f"{result.size:,} bytes needed, {result.free:,} free"])
+    if result.server_arguments:
+        rows.append(["serve with", printable_whole(result.server_arguments)])
+    return table(rows)
+
+
+def _filled(count: int) -> str:
+    return f", {count:,} of them zeros" if count else ""
+
+
+def _names(result: LoraConversion) -> str:
+    if result.options.target.base_names and result.base_facts.match is not None:
+        return "as in the base's files"
+    return "as in the adapter"
+
+
+def _why(result: LoraConversion) -> str:
+    plan = result.plan
+    if plan.reduced:
+        return f", the best LoRA of this rank; the adapter's rank is {result.source_rank}"
+    if plan.rank < result.source_rank:
+        return f", exact; the adapter's rank is {result.source_rank}, but d is 0 in the other rows"
+    return ", exact"
+
+
+def _error(result: LoraConversion) -> str:
+    if not result.measured.errors:
+        return "none"
+    worst = max(result.measured.errors, key=lambda module: result.measured.errors[module])
+    sampled = not result.plan.reduced and result.plan.dtype != "F16"
+    where = f", measured on up to {SAMPLED_ROWS} outputs of each layer" if sampled else ""
+    error = f"{result.measured.worst:.2g} of the delta in {result.options.dtype}"
+    return f"at most {error}{where}; most in {printable(worst)}"
+
+
+def _error_rows(result: LoraConversion) -> list[list[str]]:
+    """Return the layers with the largest errors, the largest first."""
+    errors = sorted(result.measured.errors.items(), key=lambda item: -item[1])
+    rows = [[f"  {error:.3f}", printable(module)] for module, error in errors[:_MOST_LISTED]]
+    if len(errors) > _MOST_LISTED:
+        rows.append(["", f"and {len(errors) - _MOST_LISTED:,} more layers; --json lists all"])
+    return rows
+
+
+def lora_document(result: LoraConversion) -> Document:
+    """Return the result as a document (schema ``lora``)."""
+    plan, location = result.plan, result.base_facts.location
+    measured = result.measured
+    return {
+        "format": 1,
+        "command": "to-lora",
+        "adapter": result.adapter,
+        "out": str(result.out),
+        "written": result.written,
+        "for": str(result.options.engine),
+        "dtype": result.options.dtype,
+        "rank": plan.rank,
+        "source_rank": result.source_rank,
+        "exact": not plan.reduced,
+        "base": location.label if location is not None else None,
+        "projections": str(result.origin),
+        "draw": draw_document(result.draw),
+        "relative_error": _short(measured.worst),
+        "layers": [
+            {
+                "module": layer.module,
+                "name": layer.written,
+                "in_features": layer.shape.in_features,
+                "out_features": layer.shape.out_features,
+                "relative_error": _short(measured.errors.get(layer.module, 0.0)),
+                "zeros": layer.vectors is None,
+            }
+            for layer in plan.layers
+        ],
+        "trained_whole": [tensor.name for tensor in result.extras.tensors],
+        "server_arguments": result.server_arguments or None,
+        "bytes": result.size,
+        "bytes_free": result.free,
+        "carried": [name for name in result.side_files.copied if name != "README.md"],
+        "left_out": list(result.side_files.left_out),
+        "findings": [finding_document(finding) for finding in result.findings],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

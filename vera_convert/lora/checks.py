@@ -1,0 +1,123 @@
+"""What an engine would refuse or silently leave out of a LoRA, found before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.tensors import SavedModules, replaced_name
+from vera_convert.base.replacements import saved_modules
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.lora.engines import ENGINES, Engine
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.peft_form import Extras
+from vera_convert.lora.plan import LoraPlan
+from vera_convert.rules import (
+    LORA_BIAS_REFUSED,
+    LORA_HEAD_ELSEWHERE,
+    LORA_HEAD_LEFT_OUT,
+    LORA_HEAD_REFUSED,
+    LORA_LAYERS_MISSING,
+    LORA_NAME_UNKNOWN,
+    LORA_RANK_SLOW,
+    LORA_RANK_TOO_HIGH,
+    Finding,
+)
+from vera_convert.text import counted, listed, printable
+
+
+def extras_of(adapter: Adapter) -> Extras:
+    """Sort the tensors of an adapter that are no vectors into heads and biases."""
+    saved = saved_modules(adapter.config)
+    heads = [each for each in adapter.replacements if _names_of(each, saved)]
+    biases = [each for each in adapter.replacements if not _names_of(each, saved)]
+    stored = {name for each in heads for name in _names_of(each, saved)}
+    declared = adapter.config.modules_to_save or ()
+    return Extras(tuple(heads), tuple(biases), tuple(dict.fromkeys((*declared, *sorted(stored)))))
+
+
+def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
+    return saved.of(replaced_name(tensor.name).rpartition(".")[0])
+
+
+def engine_findings(
+    plan: LoraPlan, extras: Extras, options: LoraOptions, *, place: str
+) -> Iterator[Finding]:
+    """Yield what is wrong with a LoRA for its engine, and what the user should know.
+
+    Args:
+        plan: the LoRA.
+        extras: the adapter's heads and biases.
+        options: the options of the conversion.
+        place: how messages call the adapter.
+    """
+    engine = options.target
+    yield from _rank_findings(plan, engine, place)
+    yield from _name_findings(plan, engine)
+    if options.drop_head:
+        if extras.tensors:
+            names = listed(each.name for each in extras.tensors)
+            reason = f"{counted(len(extras.tensors), 'tensor')} left out: {names}."
+            yield LORA_HEAD_LEFT_OUT.at(place, reason)
+    else:
+        yield from _extra_findings(extras, engine, place)
+
+
+def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Finding]:
+    if engine.server_rank(plan.rank) is None:
+        highest = engine.ranks[-1]
+        reason = f"the LoRA's rank is {plan.rank}, and {engine.title} serves {highest} at most."
+        if plan.exact_rank <= highest:
+            reason += f" --rank {plan.exact_rank} is exact up to rounding."
+        yield LORA_RANK_TOO_HIGH.at(place, reason)
+    elif engine.fast_rank and plan.rank > engine.fast_rank:
+        reason = f"the LoRA's rank is {plan.rank}; {engine.title} is fast up to {engine.fast_rank}."
+        yield LORA_RANK_SLOW.at(place, reason)
+
+
+def _name_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
+    if engine.known_modules is not None:
+        strange = [
+            layer.written
+            for layer in plan.layers
+            if engine.known_modules.fullmatch(layer.written) is None
+        ]
+        if strange:
+            reason = (
+                f"{engine.title} looks up no such module, so the layer would have no effect"
+                f"{_also(strange)}."
+            )
+            yield LORA_NAME_UNKNOWN.at(printable(strange[0]), reason)
+    if plan.missing:
+        reason = (
+            f"{engine.title} needs a LoRA of this layer beside the adapted ones"
+            f"{_also(plan.missing)}."
+        )
+        yield LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
+
+
+def _also(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
+
+
+def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Finding]:
+    if extras.heads and engine.heads is not None:
+        modules = {replaced_name(each.name).rpartition(".")[0] for each in extras.heads}
+        wrong = sorted(each for each in modules if each.rpartition(".")[2] not in engine.heads)
+        if not wrong and len(modules) > 1:
+            wrong = sorted(modules)[1:]  # one head is all that any engine takes
+        if wrong:
+            reason = f"{engine.title} does not load a module that was trained whole{_also(wrong)}."
+            yield LORA_HEAD_REFUSED.at(printable(wrong[0]), reason)
+    if extras.biases and not engine.biases:
+        first = printable(extras.biases[0].name)
+        reason = f"{engine.title} does not load trained biases, such as {first}."
+        yield LORA_BIAS_REFUSED.at(place, reason)
+    if extras.tensors and engine.heads is None:
+        refusing = [each for each in ENGINES.values() if each.heads is not None]
+        titles = ", ".join(each.title for each in refusing)
+        first = printable(extras.tensors[0].name)
+        reason = (
+            f"{first} was trained whole. These engines take few such tensors or none: {titles}."
+        )
+        yield LORA_HEAD_ELSEWHERE.at(place, reason)

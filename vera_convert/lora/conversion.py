@@ -1,0 +1,271 @@
+"""to-lora: write a VeRA adapter as the LoRA adapter that does the same.
+
+The steps:
+
+    read: adapter, base, A and B ──> plan: layers, names, rank ──> check for the engine
+        ──> write layer by layer, measure ──> read back ──> publish in one rename ──> report
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_convert.adapter.config import CONFIG_NAME
+from vera_convert.adapter.folder import SideFiles, side_files
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.arguments import function, instance, optional, path
+from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.strip_embed import Work, opened
+from vera_convert.draws.recognition import Draw
+from vera_convert.errors import CheckpointError
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.lora.card import lora_card
+from vera_convert.lora.checks import engine_findings, extras_of
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.peft_form import Extras, config_text
+from vera_convert.lora.plan import LoraPlan, plan_lora
+from vera_convert.lora.record import Origin, is_lora, record_of
+from vera_convert.lora.writing import (
+    Computed,
+    Measured,
+    Progress,
+    copy_side_files,
+    lora_tensors,
+    require_space,
+    write_weights,
+)
+from vera_convert.merging.in_effect import in_effect
+from vera_convert.publish.publishing import files_but, free_space, staged_folder
+from vera_convert.rules import LORA_ERROR_LARGE, LORA_VANISHED, Finding, Severity
+from vera_convert.text import printable
+
+CARD_NAME = "README.md"
+ERROR_LIMIT = 0.5
+"""The relative error of a layer's delta above which a LoRA is refused."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraConversion:
+    """The result of a conversion to LoRA.
+
+    Attributes:
+        adapter: how the caller named the adapter, with its commit on the Hub.
+        out: the folder of the LoRA.
+        written: whether the LoRA was written; False for a dry run.
+        options: the options of the conversion.
+        plan: the LoRA's layers and rank.
+        source_rank: the rank of the VeRA adapter.
+        measured: the error of each layer.
+        origin: where A and B come from.
+        draw: which draw A and B are, if they were drawn.
+        extras: the heads and biases that are stored with the LoRA.
+        base_facts: the base facts.
+        size: bytes of the weights.
+        free: bytes that were free for the output.
+        side_files: the files beside the adapter's weights, by what became of them.
+        findings: warnings and notes.
+    """
+
+    adapter: str
+    out: Path
+    written: bool
+    options: LoraOptions
+    plan: LoraPlan
+    source_rank: int
+    measured: Measured
+    origin: str
+    draw: Draw | None
+    extras: Extras
+    base_facts: BaseFacts
+    size: int
+    free: int
+    side_files: SideFiles
+    findings: tuple[Finding, ...]
+
+    @property
+    def server_arguments(self) -> str:
+        """The arguments that start the engine's server with the LoRA; empty for PEFT."""
+        engine = self.options.target
+        rank = engine.server_rank(self.plan.rank) or self.plan.rank
+        return engine.start.format(rank=rank, path=shlex.quote(str(self.out)))
+
+
+def to_lora(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: BaseOptions | str | Path | None = None,
+    options: LoraOptions | None = None,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+    progress: Progress = lambda _done, _of: None,
+) -> LoraConversion:
+    """Write a VeRA adapter as a LoRA adapter with the same delta.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the folder to write.
+        base: the options of the base; without them the base of the adapter's config is looked up.
+        options: the options of the conversion.
+        revision: the adapter's branch, tag or commit on the Hub.
+        access: how the Hub is reached.
+        progress: told how many bytes are written, and of how many.
+
+    Raises:
+        CheckpointError: the adapter is malformed, the engine would refuse the LoRA, or the LoRA
+            would lose more than half of a layer's delta.
+        UsageError: the layers' sizes are not known, options clash, or `out` exists.
+        SurroundingsError: a file, a repo or the disk fails.
+    """
+    settings = optional(instance, "options", LoraOptions, options) or LoraOptions()
+    function("progress", progress)
+    base_options, out = base_options_of(base), path("out", out)
+    with opened(
+        adapter, out, force=settings.force, revision=revision, access=access, is_own=is_lora
+    ) as work:
+        base_facts = resolve_base(
+            work.adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL
+        )
+        pair = in_effect(
+            work.adapter, base_facts, projections=settings.projections, variant=settings.generator
+        )
+        plan = plan_lora(work.adapter, base_facts, pair, settings)
+        label = work.location.label
+        extras = extras_of(work.adapter)
+        findings = [
+            *work.adapter.findings,
+            *base_facts.findings,
+            *pair.findings,
+            *other_dims(work.adapter, base_facts),
+            *engine_findings(plan, extras, settings, place=label),
+        ]
+        _refuse(findings)
+        extras = Extras() if settings.drop_head else extras
+        origin = Origin(work.location, work.adapter, pair, settings, base_options)
+        job = _Job(work, base_facts, plan, extras, origin)
+        measured, size = job.measure(progress) if settings.dry_run else job.write(progress)
+        findings += _measured_findings(measured)
+        return LoraConversion(
+            adapter=label,
+            out=out,
+            written=not settings.dry_run,
+            options=settings,
+            plan=plan,
+            source_rank=work.adapter.config.r,
+            measured=measured,
+            origin=pair.origin,
+            draw=pair.draw,
+            extras=extras,
+            base_facts=base_facts,
+            size=size,
+            free=free_space(out),
+            side_files=job.sides,
+            findings=tuple(dict.fromkeys(findings)),
+        )
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if errors:
+        raise CheckpointError.of(errors)
+
+
+def _measured_findings(measured: Measured) -> list[Finding]:
+    lost = {module: share for module, share in measured.vanished.items() if share}
+    if not lost:
+        return []
+    worst = max(lost, key=lambda module: lost[module])
+    reason = (
+        f"in {len(lost):,} of {len(measured.vanished):,} layers; most in {printable(worst)}, "
+        f"{lost[worst]:.2%} of the values."
+    )
+    return [LORA_VANISHED.at(WEIGHTS_NAME, reason)]
+
+
+class _Job:
+    """A planned conversion that is measured or carried out."""
+
+    def __init__(
+        self, work: Work, base_facts: BaseFacts, plan: LoraPlan, extras: Extras, origin: Origin
+    ) -> None:
+        self.sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
+        self._work = work
+        self._base_facts = base_facts
+        self._plan = plan
+        self._extras = extras
+        self._origin = origin
+        self._computed = Computed(plan)
+        self._tensors = [*lora_tensors(plan, self._computed), *extras.tensors]
+
+    @property
+    def _copied(self) -> list[str]:
+        return [name for name in self.sides.copied if name != CARD_NAME]
+
+    def measure(self, progress: Progress) -> tuple[Measured, int]:
+        """Compute every layer and write nothing; return the errors and the weights' size."""
+        size = sum(tensor.nbytes for tensor in self._tensors)
+        for number, layer in enumerate(self._plan.layers, 1):
+            self._computed.of(layer)
+            progress(size * number // len(self._plan.layers), size)
+        self._require_small_error()
+        return self._computed.measured, size
+
+    def write(self, progress: Progress) -> tuple[Measured, int]:
+        """Write the LoRA whole or not at all; return the errors and the weights' size."""
+        work, options = self._work, self._origin.options
+        written = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *self._copied}
+        with staged_folder(
+            work.out,
+            force=options.force,
+            inputs=[work.adapter.folder, *self._base_facts.folders],
+            is_own=is_lora,
+            strangers=lambda folder: files_but(folder, written),
+        ) as staged:
+            needed = sum(tensor.nbytes for tensor in self._tensors)
+            require_space(needed, staged, work.out)
+            record = record_of(self._origin, self._plan)
+            weights = staged / WEIGHTS_NAME
+            write_weights(
+                weights, self._tensors, record, self._computed, progress, check=options.check
+            )
+            self._require_small_error()
+            (staged / CONFIG_NAME).write_bytes(self._config())
+            (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
+            copy_side_files(work.adapter.folder, self._copied, staged)
+            work.adapter.check_unchanged()
+            size = weights.stat().st_size
+        return self._computed.measured, size
+
+    def _config(self) -> bytes:
+        modules = self._base_facts.modules
+        if self._origin.options.target.base_names and self._base_facts.base is not None:
+            names = self._base_facts.base.tensors
+            modules = frozenset(name.removesuffix(".weight") for name in names)
+        return config_text(self._work.adapter.config, self._plan, self._extras, modules=modules)
+
+    def _card(self) -> str:
+        config = self._work.adapter.config
+        return lora_card(
+            self._work.location,
+            config.base_model_name_or_path,
+            self._origin.options,
+            source_rank=config.r,
+            rank=self._plan.rank,
+        )
+
+    def _require_small_error(self) -> None:
+        """Refuse a LoRA that loses more than half of a layer's delta, unless that was accepted."""
+        errors = self._computed.measured.errors
+        large = {module: error for module, error in errors.items() if error > ERROR_LIMIT}
+        if large and not self._origin.options.accept_error:
+            worst = max(large, key=lambda module: large[module])
+            reason = (
+                f"at rank {self._plan.rank} the relative error is {large[worst]:.2f} here, "
+                f"and above {ERROR_LIMIT} in {len(large):,} of {len(errors):,} layers."
+            )
+            raise CheckpointError(LORA_ERROR_LARGE.at(printable(worst), reason))

@@ -1,0 +1,133 @@
+"""The config of a LoRA as PEFT writes it; vLLM, SGLang, TGI and LoRAX read the same file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.names import PREFIX
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.lora.plan import LoraPlan
+from vera_convert.targets.matching import matching
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """Trained tensors of an adapter that are no vectors.
+
+    Attributes:
+        heads: the tensors of modules that were trained whole.
+        biases: the trained biases.
+        saved: the names of those modules, as modules_to_save has them.
+    """
+
+    heads: tuple[TensorData, ...] = ()
+    biases: tuple[TensorData, ...] = ()
+    saved: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[TensorData, ...]:
+        """Heads and biases."""
+        return (*self.heads, *self.biases)
+
+
+def tensor_names(written: str) -> tuple[str, str]:
+    """Return the names of lora_A (rank, in) and lora_B (out, rank) of a layer."""
+    return f"{PREFIX}{written}.lora_A.weight", f"{PREFIX}{written}.lora_B.weight"
+
+
+def config_text(
+    config: VeraConfig, plan: LoraPlan, extras: Extras, *, modules: Collection[str]
+) -> bytes:
+    """Return the bytes of ``adapter_config.json``, in the order and layout that PEFT writes.
+
+    Args:
+        config: the VeRA adapter's.
+        plan: the LoRA.
+        extras: the heads and biases that are stored with the LoRA.
+        modules: every module with a weight, by the names that the LoRA uses; empty if not known.
+    """
+    written = [layer.written for layer in plan.layers]
+    targets, limits = target_names(written, modules, config)
+    document: Mapping[str, object] = {
+        "alpha_pattern": {},
+        "auto_mapping": config.auto_mapping,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": _bias(config, extras),
+        "fan_in_fan_out": any(layer.shape.conv1d for layer in plan.layers),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": config.layers_pattern if limits else None,
+        "layers_to_transform": config.layers_to_transform if limits else None,
+        "lora_alpha": plan.rank,
+        "lora_dropout": config.vera_dropout,
+        "modules_to_save": list(extras.saved) or None,
+        "peft_type": "LORA",
+        "r": plan.rank,
+        "rank_pattern": {},
+        "revision": config.revision,
+        "target_modules": targets,
+        "task_type": config.task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return json.dumps(document, indent=2, sort_keys=True).encode()
+
+
+def _bias(config: VeraConfig, extras: Extras) -> str:
+    if not extras.biases:
+        return "none"
+    return "all" if config.bias == "all" else "lora_only"
+
+
+def target_names(
+    written: Sequence[str], modules: Collection[str], config: VeraConfig
+) -> tuple[list[str], bool]:
+    """Return names that match exactly the converted modules, by PEFT's rule for a list.
+
+    A name matches a module that is called so, or whose path ends with a dot and the name. The
+    adapter's own list is kept if the list matches exactly the converted modules. Otherwise the
+    shortest path endings that match no other module are taken, and full names if no ending is short
+    enough.
+
+    Args:
+        written: the converted modules.
+        modules: every module of the model; empty if not known.
+        config: the VeRA adapter's.
+
+    Returns:
+        The names, and whether the config's ``layers_to_transform`` goes with them.
+    """
+    wanted, own = frozenset(written), config.target_modules
+    everything = sorted({*written, *modules})
+    if isinstance(own, tuple) and modules:
+        limited = config.layers_to_transform not in (None, ())
+        for limits in (True, False) if limited else (False,):
+            limit = config.layers_to_transform if limits else None
+            asked = replace(config, layers_to_transform=limit)
+            if frozenset(matching(everything, asked)) == wanted:
+                return sorted(own), limits
+    others = frozenset(end for other in {*modules} - wanted for end in _endings(other))
+    found: set[str] = set()
+    for module in written:
+        if found.isdisjoint(_endings(module)):
+            found.add(_shortest(module, others) if modules else module)
+    return sorted(found), False
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Yield what a path ends with, from an element on, the shortest first."""
+    parts = module.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+
+
+def _shortest(module: str, others: Collection[str]) -> str:
+    """Return the shortest ending that no other module has and that begins with no index."""
+    endings = (
+        end
+        for end in _endings(module)
+        if end not in others and not end.partition(".")[0].isdecimal()
+    )
+    return next(endings, module)

@@ -1,0 +1,109 @@
+"""The provenance of a LoRA, which is stored in the metadata of its weights.
+
+The same inputs and options give the same record: there is no time in it, and no path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from vera_convert._version import __version__
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import CONFIG_NAME
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.base.facts import BaseOptions
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.header import read_header
+from vera_convert.files.reading import ByteSource, open_local, read_json
+from vera_convert.hub.lookup import Location
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.plan import LoraPlan
+from vera_convert.merging.in_effect import InEffect
+from vera_convert.merging.provenance import source_of
+
+METADATA_KEY = "vera_convert.lora"
+"""The key of the record in the metadata of safetensors."""
+
+_CONFIG_LIMIT = 10_000_000
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The source of a LoRA.
+
+    Attributes:
+        location: where the VeRA adapter lies.
+        adapter: the VeRA adapter.
+        pair: the A and B in effect.
+        options: the options of the conversion.
+        base: the options of the base.
+    """
+
+    location: Location
+    adapter: Adapter
+    pair: InEffect
+    options: LoraOptions
+    base: BaseOptions
+
+
+def record_of(origin: Origin, plan: LoraPlan) -> dict[str, object]:
+    """Return the record of a LoRA, but for its error."""
+    adapter, pair = origin.adapter, origin.pair
+    return {
+        "format": 1,
+        "vera_convert": __version__,
+        "source": source_of(origin.location),
+        "source_sha256": _sha256(adapter.file.source),
+        "config_sha256": sha256(adapter.config_file.text).hexdigest(),
+        "source_rank": adapter.config.r,
+        "rank": plan.rank,
+        "layers": len(plan.layers),
+        "projections": {
+            "origin": pair.origin,
+            "draw": asdict(pair.draw) if pair.draw is not None else None,
+        },
+        "options": dict(origin.options.record(origin.base)),
+    }
+
+
+def metadata_with(record: Mapping[str, object], error: float) -> dict[str, str]:
+    """Return the metadata of the weights; the length does not depend on the error.
+
+    Args:
+        record: the record.
+        error: the largest relative error of a layer's delta, from 0 to 99.
+    """
+    shown = f"{error if error >= 1e-99 else 0.0:.2e}"
+    return {"format": "pt", METADATA_KEY: json.dumps({**record, "relative_error": shown})}
+
+
+def _sha256(source: ByteSource) -> str:
+    digest = sha256()
+    for start in range(0, source.size, _BLOCK):
+        digest.update(source.read_at(start, min(_BLOCK, source.size - start)))
+    return digest.hexdigest()
+
+
+def is_lora(folder: Path) -> bool:
+    """Say whether a folder holds a LoRA that this package wrote: what ``--force`` may replace."""
+    return lora_record(folder) is not None
+
+
+def lora_record(folder: Path) -> dict[str, object] | None:
+    """Return the record of the LoRA in a folder; None if this package wrote no LoRA there."""
+    try:
+        with open_local(folder / CONFIG_NAME, within=folder) as source:
+            config, _ = read_json(source, limit=_CONFIG_LIMIT)
+        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+            return None
+        with open_local(folder / WEIGHTS_NAME, within=folder) as source:
+            text = read_header(source).metadata.get(METADATA_KEY)
+        record = json.loads(text) if text is not None else None
+    except (CheckpointError, SurroundingsError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
