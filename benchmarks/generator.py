@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_convert.draws.generator import Rounding, Variant, draw, draw_blocks, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, draw, redrawn, rounded
 from vera_convert.draws.recognition import recognize, searched_keys
 
 KEY = 40_000
@@ -84,8 +84,9 @@ def drawing(dims: dict[str, int], rounds: int) -> list[dict[str, object]]:
 
 
 def in_blocks(variant: Variant, dims: dict[str, int]) -> None:
-    """Draw block by block and keep none."""
-    for _ in draw_blocks(variant, key=KEY, **dims):
+    """Draw the matrices a few rows at a time and keep no row."""
+    whole = Draw(variant, KEY, dims["rank"], dims["in_features"], dims["out_features"])
+    for _ in redrawn(whole, in_features=dims["in_features"], out_features=dims["out_features"]):
         pass
 
 

@@ -21,7 +21,7 @@ _version
 text rules errors schemas dtypes delta embeddings
 files: reading json_edit header tensorfile value_range shards
 arguments
-draws: generator recognition
+draws: generator comparison recognition
 publish: signals filesystem staging publishing
 hub: repo_name secrets checksum refusals requests range_file client cache beginnings downloading
 hub: location files lookup

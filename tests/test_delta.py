@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from exact import exact_delta
 from merges import FIXTURES
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -18,7 +19,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.delta import delta, exact_delta, merged
+from vera_convert.delta import delta, merged
 from vera_convert.merging.in_effect import in_effect
 
 EXPECTED = sorted(FIXTURES.glob("*/*/expected*.json"))

@@ -43,15 +43,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     }
 
 
-def calls(adapter: Path, out: Path, base: Path, *, base_facts: bool) -> dict[str, Arguments]:
+def calls(adapter: Path, out: Path, base: Path, *, with_base: bool) -> dict[str, Arguments]:
     """Every command on an adapter; on a hostile base all of them are told of it."""
     given = ["--base", base]
     return {
-        "validate": ["validate", adapter, *(given if base_facts else [])],
-        "info": ["info", adapter, *(given if base_facts else [])],
+        "validate": ["validate", adapter, *(given if with_base else [])],
+        "info": ["info", adapter, *(given if with_base else [])],
         "strip": ["strip", adapter, out, *given],
         "embed": ["embed", adapter, out, *given],
-        "migrate": ["migrate", adapter, out, "--to", "asis", *(given if base_facts else [])],
+        "migrate": ["migrate", adapter, out, "--to", "asis", *(given if with_base else [])],
         "merge": ["merge", adapter, out, *given, "--jobs", "1"],
     }
 
@@ -174,7 +174,7 @@ def test_every_command_ends_as_it_should(
     adapter, base = built(case, originals, tmp_path)
     before = looks(tmp_path)
     out = tmp_path / "out"
-    wanted: Mapping[str, Arguments] = calls(adapter, out, base, base_facts=case.on != "adapter")
+    wanted: Mapping[str, Arguments] = calls(adapter, out, base, with_base=case.on != "adapter")
     for command in COMMANDS:
         if command not in case.outcomes:
             continue
@@ -304,7 +304,7 @@ def processes(
         for name, command in SAMPLE.items():
             case, folder = by_name[name], tmp_path_factory.mktemp("process")
             adapter, base = built(case, originals, folder)
-            given = calls(adapter, folder / "out", base, base_facts=case.on != "adapter")
+            given = calls(adapter, folder / "out", base, with_base=case.on != "adapter")
             started[name] = pool.submit(ran, given[command], folder)
         yield started
 
@@ -343,7 +343,7 @@ def test_a_file_that_changes_while_it_is_read_is_the_surroundings_fault(
                 file.write(b"more")
 
     monkeypatch.setattr(LocalFile, "read_into", read_and_change)
-    ended = run(*calls(adapter, tmp_path / "out", originals["base"], base_facts=False)[command])
+    ended = run(*calls(adapter, tmp_path / "out", originals["base"], with_base=False)[command])
     assert_harmless(ended)
     assert ended.status == 3
     assert "changed while it was read" in ended.out + ended.err
@@ -360,12 +360,12 @@ def test_the_name_of_a_folder_acts_on_no_terminal(
     except OSError:
         pytest.skip("this file system has no such names")
     for out in (tmp_path / "out", tmp_path / f"out{name}"):
-        for command, arguments in calls(adapter, out, originals["base"], base_facts=False).items():
+        for command, arguments in calls(adapter, out, originals["base"], with_base=False).items():
             if command in ("validate", "info", "strip"):
                 assert_harmless(run(*arguments))
                 shutil.rmtree(out, ignore_errors=True)
     (adapter / WEIGHTS).write_bytes(b"")
-    for command, arguments in calls(adapter, tmp_path / "x", adapter, base_facts=True).items():
+    for command, arguments in calls(adapter, tmp_path / "x", adapter, with_base=True).items():
         ended = run(*arguments)
         assert_harmless(ended)
         assert ended.status == 1, command

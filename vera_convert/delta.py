@@ -52,12 +52,6 @@ def delta(A: Array, B: Array, d: Array, b: Array, in_features: int) -> Array:
     return left @ right
 
 
-def exact_delta(A: Array, B: Array, d: Array, b: Array, in_features: int) -> Array:
-    """Return the delta (out, in) computed in float64: what all others are held against."""
-    A, B, d, b = (array.astype(FLOAT64) for array in (A, B, d, b))
-    return delta(A, B, d, b, in_features)
-
-
 def merged(weight: Array, change: Array) -> Array:
     """Return ``weight + change``, added in the wider dtype and rounded once to the weight's.
 

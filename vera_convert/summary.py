@@ -20,8 +20,9 @@ from vera_convert.conversion.projections import ProjectionSource, base_dtypes_of
 from vera_convert.conversion.proof import other_dims, unproven_draw
 from vera_convert.conversion.transforms import embedded, stripped
 from vera_convert.counting import lora_file_bytes, lora_parameters
-from vera_convert.draws.generator import Rounding, rounding_on_base
-from vera_convert.draws.recognition import Difference, Draw, recognize
+from vera_convert.draws.comparison import Difference
+from vera_convert.draws.generator import Draw, Rounding, rounding_on_base
+from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import SIXTEEN_BIT, USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import header_bytes, in_order

@@ -8,12 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from exact import exact_delta
 from numpy.typing import NDArray
 
 from vera_convert.assembly import addends, blocks
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
 from vera_convert.assembly.blocks import Workspace, buffer_sizes_for
-from vera_convert.delta import exact_delta, merged, working_dtype
+from vera_convert.delta import merged, working_dtype
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[Any]

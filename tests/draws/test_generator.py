@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from vera_convert.draws import generator
 from vera_convert.draws.generator import (
+    Draw,
     Rounding,
     Source,
     Variant,
     centered_words,
     check_key,
     draw,
-    draw_blocks,
     first_words,
+    redrawn,
     rounded,
     valued,
 )
@@ -181,7 +182,7 @@ def test_agrees_with_torch_without_vector_instructions() -> None:
         ")] for d in t.DTYPES}))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parents[1])],
+        [sys.executable, "-c", script, str(Path(__file__).parent)],
         env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
         capture_output=True,
         text=True,
@@ -241,15 +242,14 @@ def test_only_the_low_32_bits_of_a_key_count(key: int) -> None:
 @pytest.mark.parametrize("dims", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 1, 1)])
 def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
     rank, in_features, out_features = dims
-    for function in (draw, draw_blocks):
-        with pytest.raises(ValueError, match="at least one"):
-            function(
-                Variant.FLOAT32_FUSED,
-                key=0,
-                rank=rank,
-                in_features=in_features,
-                out_features=out_features,
-            )
+    with pytest.raises(ValueError, match="at least one"):
+        draw(
+            Variant.FLOAT32_FUSED,
+            key=0,
+            rank=rank,
+            in_features=in_features,
+            out_features=out_features,
+        )
 
 
 # --- blocks and memory ---------------------------------------------------------------------------
@@ -260,13 +260,12 @@ def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
 def test_blocks_are_the_same_values(
     variant: Variant, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dims = {"key": 9, "rank": 5, "in_features": 17, "out_features": 13}
-    A, B = draw(variant, **dims)
+    A, B = draw(variant, key=9, rank=5, in_features=17, out_features=13)
     monkeypatch.setattr(generator, "BLOCK", 4)  # so that one call takes several steps
-    blocks = list(draw_blocks(variant, **dims, block=block))
-    assert max(values.size for values in blocks) <= block
-    assert len(blocks) == -(-A.size // block) + -(-B.size // block)
-    assert np.concatenate(blocks).tobytes() == A.tobytes() + B.tobytes()
+    whole = Draw(variant, 9, 5, 17, 13)
+    blocks = list(redrawn(whole, in_features=17, out_features=13, block=block))
+    assert all(len(rows) == 1 or rows.size <= block for _, _, rows in blocks)
+    assert b"".join(rows.tobytes() for _, _, rows in blocks) == A.tobytes() + B.tobytes()
 
 
 @pytest.mark.parametrize("variant", Variant)
@@ -278,7 +277,8 @@ def test_memory_is_the_result_and_a_bounded_block(variant: Variant) -> None:
         assert peak - A.nbytes - B.nbytes < 4e6
         del A, B
         tracemalloc.reset_peak()
-        for _ in draw_blocks(variant, key=0, rank=64, in_features=20_000, out_features=20_000):
+        whole = Draw(variant, 0, 64, 20_000, 20_000)
+        for _ in redrawn(whole, in_features=20_000, out_features=20_000):
             pass
         assert tracemalloc.get_traced_memory()[1] < 8e6
     finally:

@@ -14,8 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from sarif import SARIF
 
-from vera_convert.draws.generator import Variant
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.formats.catalog import (
     explanation,

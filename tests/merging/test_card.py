@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from vera_convert._version import __version__
-from vera_convert.merging.card import Origin, model_card
+from vera_convert.merging.card import ModelSource, model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_a_card_of_repos_names_them_with_their_commits() -> None:
-    base = Origin("org/base", COMMIT, is_repo=True)
-    adapters = [Origin("org/one", COMMIT, is_repo=True, weight=1.0), Origin("two", weight=-0.5)]
+    base = ModelSource("org/base", COMMIT, is_repo=True)
+    adapters = [
+        ModelSource("org/one", COMMIT, is_repo=True, weight=1.0),
+        ModelSource("two", weight=-0.5),
+    ]
     assert (
         model_card(base, adapters, library="transformers")
         == f"""\
@@ -39,16 +42,16 @@ beside this card names every input, option and change.
 
 
 def test_a_folder_is_no_base_that_others_could_find() -> None:
-    adapters = [Origin("adapter", weight=1.0)]
-    card = model_card(Origin("llama"), adapters, library="diffusers")
+    adapters = [ModelSource("adapter", weight=1.0)]
+    card = model_card(ModelSource("llama"), adapters, library="diffusers")
     assert "base_model" not in card
-    named = model_card(Origin("llama"), adapters, library="diffusers", trained_on="org/llama")
+    named = model_card(ModelSource("llama"), adapters, library="diffusers", trained_on="org/llama")
     assert 'base_model: "org/llama"\n' in named
     assert "| Base | `llama` |" in named
 
 
 def test_no_name_breaks_out_of_its_place() -> None:
-    odd = Origin('a`b|c\n---\nx: "\u202e', weight=1.0)
+    odd = ModelSource('a`b|c\n---\nx: "\u202e', weight=1.0)
     card = model_card(odd, [odd], library="transformers")
     (line, _) = [line for line in card.splitlines() if "a'b" in line]
     assert line == "| Base | `a'b\\|c\\n---\\nx: \"\\u202e` |  | 1.0 |"

@@ -826,11 +826,17 @@ hostile(
         "initial_value_has_63_digits": fields({"d_initial": 10**62}),
         "version_has_a_hundred_thousand_digits": fields({"peft_version": "9" * 100_000 + ".1"}),
         "version_acts_on_a_terminal": fields({"peft_version": "0.21\x1b[2J\u202e\n"}),
-        "revision_is_a_path": fields({"revision": "../../../etc/passwd"}),
-        "revision_acts_on_a_terminal": fields({"revision": "main\n\x1b[2J\u202e"}),
         "mapping_acts_on_a_terminal": fields({"auto_mapping": {"\x1b[2J": "\u202e"}}),
     },
     "what no result depends on is carried as it is",
+)
+hostile(
+    told("V123"),
+    {
+        "revision_is_a_path": fields({"revision": "../../../etc/passwd"}),
+        "revision_acts_on_a_terminal": fields({"revision": "main\n\x1b[2J\u202e"}),
+    },
+    "git allows no such revision, so it is never asked for",
 )
 hostile(
     told("V229"),

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from bases import tiny_base
+from exact import exact_delta
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.delta import exact_delta, merged
+from vera_convert.delta import merged
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
 

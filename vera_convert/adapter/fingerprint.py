@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
-from vera_convert.draws.generator import Rounding, Variant
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import parse_json

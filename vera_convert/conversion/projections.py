@@ -14,7 +14,9 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.facts import BaseFacts
+from vera_convert.draws.comparison import difference
 from vera_convert.draws.generator import (
+    Draw,
     Rounding,
     Variant,
     draw,
@@ -22,7 +24,7 @@ from vera_convert.draws.generator import (
     rounded,
     rounding_on_base,
 )
-from vera_convert.draws.recognition import Draw, difference, recognize
+from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array

@@ -19,8 +19,9 @@ from vera_convert.conversion.projections import (
     check_size,
     default_variant,
 )
-from vera_convert.draws.generator import effective_rounding
-from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
+from vera_convert.draws.comparison import difference
+from vera_convert.draws.generator import Draw, effective_rounding
+from vera_convert.draws.recognition import Recognition, recognize
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     NOT_A_DRAW,

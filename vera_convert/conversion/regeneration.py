@@ -18,8 +18,8 @@ from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import check_size, materialized
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
-from vera_convert.draws.generator import Rounding, Variant, check_key, rounding_on_base
-from vera_convert.draws.recognition import Draw, recognize
+from vera_convert.draws.generator import Draw, Rounding, Variant, check_key, rounding_on_base
+from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header

@@ -28,8 +28,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.transforms import Converted, embedded, stripped
-from vera_convert.draws.generator import Variant
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.publish.publishing import check_out
 from vera_convert.rules import Finding

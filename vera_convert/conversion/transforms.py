@@ -28,8 +28,7 @@ from vera_convert.conversion.proof import (
     unproven,
     unproven_draw,
 )
-from vera_convert.draws.generator import Rounding, Variant, effective_rounding
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (

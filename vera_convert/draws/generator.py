@@ -135,6 +135,50 @@ def effective_rounding(variant: Variant, rounding: Rounding) -> Rounding:
     return Rounding.NONE if all(holds_every_value(cast, drawn) for cast in casts) else rounding
 
 
+_CAST_NAMES = {
+    Rounding.BF16: "rounded to bfloat16",
+    Rounding.FP16: "rounded to float16",
+    Rounding.FP16_BF16: "rounded to float16, then to bfloat16",
+    Rounding.BF16_FP16: "rounded to bfloat16, then to float16",
+    Rounding.FP32: "rounded to float32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw of A and B: everything that decides their values.
+
+    Attributes:
+        variant: how torch turned random words into values.
+        key: the seed; keys that agree modulo 2^32 give the same draw.
+        rank: rows of A, columns of B.
+        in_features: columns of A as it was drawn.
+        out_features: rows of B as it was drawn.
+        rounding: the casts that followed.
+    """
+
+    variant: Variant
+    key: int
+    rank: int
+    in_features: int
+    out_features: int
+    rounding: Rounding = Rounding.NONE
+
+    def has_key(self, key: int) -> bool:
+        """Say whether this key gives the same draw."""
+        return (self.key - key) % 2**32 == 0
+
+    @property
+    def description(self) -> str:
+        """The draw in one phrase, for people."""
+        phrase = (
+            f"the {self.variant} draw of key {self.key} "
+            f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
+        )
+        cast = _CAST_NAMES.get(self.rounding)
+        return f"{phrase}, {cast}" if cast else phrase
+
+
 @np.errstate(over="ignore")  # beyond the range means infinity, in torch too
 def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
     """Return the values as they are after these casts (to nearest, ties to even).
@@ -244,7 +288,9 @@ def draw(
     Raises:
         ValueError: a key that torch refuses, or a dimension below one.
     """
-    _check_dims(rank, in_features, out_features)
+    if min(rank, in_features, out_features) < 1:
+        dims = rank, in_features, out_features
+        raise ValueError(f"the dimensions must be at least one, not {dims}")
     source = Source(variant, key=key)
     a = np.empty((rank, in_features), variant.dtype)
     b = np.empty((out_features, rank), variant.dtype)
@@ -253,38 +299,24 @@ def draw(
     return a, b
 
 
-def draw_blocks(
-    variant: Variant,
-    *,
-    key: int,
-    rank: int,
-    in_features: int,
-    out_features: int,
-    block: int = BLOCK,
-) -> Iterator[NDArray[Any]]:
-    """Yield A's and then B's values, row by row, as flat arrays of at most `block` values.
+def redrawn(
+    draw: Draw, *, in_features: int, out_features: int, block: int = BLOCK
+) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
 
-    No array spans both matrices. Memory stays bounded whatever the dimensions.
-
-    Raises:
-        ValueError: at once, for a key that torch refuses, or a dimension or block below one.
+    Each item is ``vera_A`` or ``vera_B``, the number of its first row, and the rows, rounded as the
+    draw says; about `block` values, but at least one row as wide as it was drawn.
     """
-    _check_dims(rank, in_features, out_features, block)
-    source = Source(variant, key=key)
-
-    def blocks() -> Iterator[NDArray[Any]]:
-        for count, fan_in in ((rank * in_features, in_features), (out_features * rank, rank)):
-            for start in range(0, count, block):
-                values = np.empty(min(block, count - start), variant.dtype)
-                source.fill(values, fan_in=fan_in)
-                yield values
-
-    return blocks()
-
-
-def _check_dims(*dims: int) -> None:
-    if min(dims) < 1:
-        raise ValueError(f"the dimensions must be at least one, not {dims}")
+    source = Source(draw.variant, key=draw.key)
+    for tensor, rows, width, kept in (
+        ("vera_A", draw.rank, draw.in_features, in_features),
+        ("vera_B", out_features, draw.rank, draw.rank),
+    ):
+        step = max(1, block // width)
+        for row in range(0, rows, step):
+            drawn = np.empty((min(step, rows - row), width), draw.variant.dtype)
+            source.fill(drawn, fan_in=width)
+            yield tensor, row, rounded(drawn[:, :kept], draw.rounding)
 
 
 def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:

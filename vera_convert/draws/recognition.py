@@ -20,8 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.draws.comparison import (
+    Difference,
+    check_shapes,
+    compared,
+    difference,
+    equals,
+    unequal_bits,
+)
 from vera_convert.draws.generator import (
-    BLOCK,
+    Draw,
     Rounding,
     Source,
     Variant,
@@ -68,100 +76,24 @@ _BY_BITS = {
 }
 """The variants that make the same integers of the same words."""
 
-_CAST_NAMES = {
-    Rounding.BF16: "rounded to bfloat16",
-    Rounding.FP16: "rounded to float16",
-    Rounding.FP16_BF16: "rounded to float16, then to bfloat16",
-    Rounding.BF16_FP16: "rounded to bfloat16, then to float16",
-    Rounding.FP32: "rounded to float32",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """One draw of A and B: everything that decides their values.
-
-    Attributes:
-        variant: how torch turned random words into values.
-        key: the seed; keys that agree modulo 2^32 give the same draw.
-        rank: rows of A, columns of B.
-        in_features: columns of A as it was drawn.
-        out_features: rows of B as it was drawn.
-        rounding: the casts that followed.
-    """
-
-    variant: Variant
-    key: int
-    rank: int
-    in_features: int
-    out_features: int
-    rounding: Rounding = Rounding.NONE
-
-    def has_key(self, key: int) -> bool:
-        """Say whether this key gives the same draw."""
-        return (self.key - key) % 2**32 == 0
-
-    @property
-    def description(self) -> str:
-        """The draw in one phrase, for people."""
-        phrase = (
-            f"the {self.variant} draw of key {self.key} "
-            f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
-        )
-        cast = _CAST_NAMES.get(self.rounding)
-        return f"{phrase}, {cast}" if cast else phrase
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How a stored pair differs from a draw.
-
-    Attributes:
-        tensor: ``vera_A`` or ``vera_B``, whichever differs first.
-        index: row and column of the first difference.
-        found: the stored value there.
-        expected: the drawn one.
-        largest: the largest absolute difference in both; infinite beside a NaN or an infinity,
-            zero if only signs of zeros differ.
-        count: how many values differ in both.
-    """
-
-    tensor: str
-    index: tuple[int, int]
-    found: float
-    expected: float
-    largest: float
-    count: int
-
-    @property
-    def description(self) -> str:
-        """The difference in one sentence, for people."""
-        row, column = self.index
-        values = "one value differs" if self.count == 1 else f"{self.count:,} values differ"
-        return (
-            f"{values}, first {self.tensor}[{row}, {column}]: stored {self.found!r}, "
-            f"drawn {self.expected!r}; the largest difference is {self.largest:.3g}"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """What a stored pair turned out to be.
+    """The draw that a stored pair A and B is, or that the pair is nearest to.
 
     Attributes:
-        draw: the draw that it equals in every bit, or None.
-        nearest: that draw, or the one that explains most of the first values; the usual draw of the
-            config's key if none explains half of them.
-        difference: how the pair differs from `nearest`; None if it equals it.
-        key_is_configs: whether the key of `nearest` is the config's.
-        width_is_own: whether `nearest` is as wide as the stored A.
+        nearest: the draw that the pair equals in every bit; else the draw that explains most of
+            the first values; the usual draw of the config's key if no draw explains half of them.
+        difference: how the pair differs from `nearest`; None if the pair equals `nearest`.
     """
 
-    draw: Draw | None
     nearest: Draw
-    difference: Difference | None
-    key_is_configs: bool
-    width_is_own: bool
+    difference: Difference | None = None
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that the pair equals in every bit, or None."""
+        return self.nearest if self.difference is None else None
 
 
 @np.errstate(invalid="ignore")  # a signaling NaN is a difference like any other
@@ -177,10 +109,10 @@ def recognize(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True
     Raises:
         ValueError: the shapes are not those of a pair, or torch refuses the key.
     """
-    _check_shapes(A, B)
+    check_shapes(A, B)
     usual = _draw_for(A, B, Variant.FLOAT32_FUSED, key=check_key(key), width=A.shape[1])
-    if not any(unequal.any() for *_, unequal in _compared(A, B, usual)):
-        return _recognition(usual, None, A, key)
+    if equals(A, B, usual):
+        return Recognition(usual)
     scored = _best_hypotheses(A, B, key, search=search)
     best = max((score for score, _ in scored), default=0.0)
     plausible = [draw for score, draw in scored if score == best > _PLAUSIBLE]
@@ -188,104 +120,14 @@ def recognize(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True
     for draw in plausible or [usual]:
         found = difference(A, B, draw)
         if found is None:
-            return _recognition(draw, None, A, key)
+            return Recognition(draw)
         if least is None or found.count < least.count:
             nearest, least = draw, found
-    return _recognition(nearest, least, A, key)
-
-
-@np.errstate(invalid="ignore")
-def difference(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Difference | None:
-    """Return how a stored pair differs from a draw that is at least as large, None if it is equal.
-
-    A and B are held against the leading slices of the draw, bit for bit after widening to the
-    larger of the two dtypes.
-
-    Raises:
-        ValueError: the shapes are not those of a pair of that rank, or exceed the draw's.
-    """
-    _check_shapes(A, B)
-    if draw.rank != A.shape[0] or draw.in_features < A.shape[1] or draw.out_features < B.shape[0]:
-        raise ValueError(f"A {A.shape} and B {B.shape} are no slices of {draw.description}")
-    first: Difference | None = None
-    largest, count = 0.0, 0
-    for tensor, row, stored, drawn, unequal in _compared(A, B, draw):
-        if not unequal.any():
-            continue
-        found = stored[unequal].astype(np.float64)
-        expected = drawn[unequal].astype(np.float64)
-        if first is None:
-            at, column = divmod(int(unequal.argmax()), unequal.shape[1])
-            first = Difference(
-                tensor, (row + at, column), float(found[0]), float(expected[0]), 0.0, 0
-            )
-        gaps = np.abs(found - expected)
-        largest = max(largest, float(np.where(np.isnan(gaps), np.inf, gaps).max()))
-        count += found.size
-    return None if first is None else replace(first, largest=largest, count=count)
-
-
-def redrawn(
-    draw: Draw, *, in_features: int, out_features: int, block: int = BLOCK
-) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
-
-    Each item is ``vera_A`` or ``vera_B``, the number of its first row, and the rows, rounded as the
-    draw says; about `block` values, but at least one row as wide as it was drawn.
-    """
-    source = Source(draw.variant, key=draw.key)
-    for tensor, rows, width, kept in (
-        ("vera_A", draw.rank, draw.in_features, in_features),
-        ("vera_B", out_features, draw.rank, draw.rank),
-    ):
-        step = max(1, block // width)
-        for row in range(0, rows, step):
-            drawn = np.empty((min(step, rows - row), width), draw.variant.dtype)
-            source.fill(drawn, fan_in=width)
-            yield tensor, row, rounded(drawn[:, :kept], draw.rounding)
-
-
-# --- comparison ----------------------------------------------------------------------------------
-
-
-def _check_shapes(A: NDArray[Any], B: NDArray[Any]) -> None:
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.size or not B.size:
-        raise ValueError(f"A {A.shape} and B {B.shape} are not of shapes (r, in) and (out, r)")
+    return Recognition(nearest, least)
 
 
 def _draw_for(A: NDArray[Any], B: NDArray[Any], variant: Variant, *, key: int, width: int) -> Draw:
     return Draw(variant, key, rank=A.shape[0], in_features=width, out_features=B.shape[0])
-
-
-def _recognition(nearest: Draw, apart: Difference | None, A: NDArray[Any], key: int) -> Recognition:
-    return Recognition(
-        draw=nearest if apart is None else None,
-        nearest=nearest,
-        difference=apart,
-        key_is_configs=nearest.has_key(key),
-        width_is_own=nearest.in_features == A.shape[1],
-    )
-
-
-def _compared(
-    A: NDArray[Any], B: NDArray[Any], draw: Draw, *, block: int = BLOCK
-) -> Iterator[tuple[str, int, NDArray[Any], NDArray[Any], NDArray[np.bool_]]]:
-    """Yield tensor, first row, stored rows, drawn rows, and where they are unequal in any bit."""
-    stored = {"vera_A": A, "vera_B": B}
-    blocks = redrawn(draw, in_features=A.shape[1], out_features=B.shape[0], block=block)
-    for tensor, row, drawn in blocks:
-        rows = stored[tensor][row : row + len(drawn)]
-        yield tensor, row, rows, drawn, _unequal(rows, drawn)
-
-
-def _unequal(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Say where values differ in any bit. Widening first is exact and hides no difference."""
-    wide = np.float64 in (one.dtype, other.dtype)
-    dtype, pattern = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
-    left = one.astype(dtype, copy=False).view(pattern)
-    right = other.astype(dtype, copy=False).view(pattern)
-    unequal: NDArray[np.bool_] = left != right
-    return unequal
 
 
 # --- hypotheses ----------------------------------------------------------------------------------
@@ -321,11 +163,11 @@ def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[floa
     They come from two blocks, so that they show more than one row, or more than one matrix: values
     of the first row alone say little about the width.
     """
-    blocks = list(islice(_compared(A, B, draw, block=_PROBE), 2))
+    blocks = list(islice(compared(A, B, draw, block=_PROBE), 2))
     total = sum(unequal.size for *_, unequal in blocks)
     for rounding in Rounding:
         equal = sum(
-            np.count_nonzero(~_unequal(stored, rounded(drawn, rounding)))
+            np.count_nonzero(~unequal_bits(stored, rounded(drawn, rounding)))
             for _, _, stored, drawn, _ in blocks
         )
         yield equal / total, replace(draw, rounding=rounding)

@@ -15,7 +15,7 @@ from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.counting import Count, MethodSize
-from vera_convert.draws.recognition import Difference
+from vera_convert.draws.comparison import Difference
 from vera_convert.errors import CheckpointError
 from vera_convert.formats.shared import (
     Document,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError, VeraConvertError
 from vera_convert.rules import Finding
 

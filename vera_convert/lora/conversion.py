@@ -21,7 +21,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import Work, opened
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card

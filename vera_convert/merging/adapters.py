@@ -18,7 +18,7 @@ from vera_convert.arguments import (
 )
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile

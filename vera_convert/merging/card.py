@@ -11,7 +11,7 @@ from vera_convert.text import printable
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ModelSource:
     """One input as a card names it; nothing of it tells of the machine it lay on.
 
     Attributes:
@@ -28,8 +28,8 @@ class Origin:
 
 
 def model_card(
-    base: Origin,
-    adapters: Sequence[Origin],
+    base: ModelSource,
+    adapters: Sequence[ModelSource],
     *,
     library: str,
     trained_on: str | None = None,
@@ -89,7 +89,7 @@ def _replaced(tensors: Sequence[tuple[str, str]], several: str) -> list[str]:
     ]
 
 
-def _row(kind: str, origin: Origin) -> str:
+def _row(kind: str, origin: ModelSource) -> str:
     weight = "" if origin.weight is None else repr(origin.weight)
     return f"| {kind} | {_code(origin.name)} | {_code(origin.commit)} | {weight} |"
 

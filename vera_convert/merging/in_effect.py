@@ -14,8 +14,7 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import undamaged
 from vera_convert.conversion.transforms import embedded
-from vera_convert.draws.generator import Variant
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import UsageError
 from vera_convert.rules import Finding
 

@@ -19,7 +19,7 @@ from vera_convert.files.shards import REDIRECTION
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.merging.adapter_files import MODULES_NAME
-from vera_convert.merging.card import Origin, model_card
+from vera_convert.merging.card import ModelSource, model_card
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.dequantize import SIDE_FILES, dequantized_config
 from vera_convert.merging.inputs import MergeInputs
@@ -142,10 +142,10 @@ def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
     return inputs.beside.over(copied)
 
 
-def _origin(location: Location, weight: float | None = None) -> Origin:
+def _origin(location: Location, weight: float | None = None) -> ModelSource:
     if location.repo_id is None:
-        return Origin(folder_name(location), weight=weight)
-    return Origin(location.repo_id, location.commit or "", is_repo=True, weight=weight)
+        return ModelSource(folder_name(location), weight=weight)
+    return ModelSource(location.repo_id, location.commit or "", is_repo=True, weight=weight)
 
 
 def _trained_on(inputs: MergeInputs) -> str | None:

@@ -14,8 +14,9 @@ from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import default_variant
 from vera_convert.conversion.proof import damage, unproven_draw
-from vera_convert.draws.generator import Rounding, effective_rounding
-from vera_convert.draws.recognition import Draw, Recognition, difference, recognize
+from vera_convert.draws.comparison import difference
+from vera_convert.draws.generator import Draw, Rounding, effective_rounding
+from vera_convert.draws.recognition import Recognition, recognize
 from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
     OTHER_DIMS,

@@ -34,8 +34,7 @@ from vera_convert.arguments import (
     texts,
 )
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of, loaded_in
-from vera_convert.draws.generator import Rounding
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw, Rounding
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.reading import ByteSource

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import Draw
 from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
 

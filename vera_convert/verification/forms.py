@@ -33,8 +33,13 @@ from vera_convert.conversion.projections import (
     default_variant,
     materialized,
 )
-from vera_convert.draws.generator import Variant, effective_rounding, rounded, rounding_on_base
-from vera_convert.draws.recognition import Draw
+from vera_convert.draws.generator import (
+    Draw,
+    Variant,
+    effective_rounding,
+    rounded,
+    rounding_on_base,
+)
 from vera_convert.dtypes import FLOAT_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import TensorData
