@@ -17,7 +17,7 @@ from hub_server import HubServer
 from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
-from vera_convert.cli import main
+from vera_convert.cli.app import main
 from vera_convert.hub import requests
 from vera_convert.hub.client import close_sessions
 from vera_convert.schemas import load_schema

@@ -260,7 +260,7 @@ LIMITED = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({MOST_ADDRESSES},) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, ({LIMIT_SECONDS},) * 2)
-from vera_convert.cli import main
+from vera_convert.cli.app import main
 main(sys.argv[1:])
 """
 

@@ -11,7 +11,7 @@ def main() -> None:
 
     exit_on_signals()
     try:
-        from vera_convert.cli import main as run
+        from vera_convert.cli.app import main as run
 
         run()
     finally:

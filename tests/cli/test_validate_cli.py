@@ -138,7 +138,7 @@ def test_color_is_for_terminals_that_want_it(
     assert "\x1b" not in run("validate", bad).out
 
 
-@pytest.mark.parametrize(("columns", "width"), [("10", 60), ("80", 80), ("300", 100)])
+@pytest.mark.parametrize(("columns", "width"), [("10", 40), ("80", 80), ("300", 100)])
 def test_a_text_is_as_wide_as_its_terminal_within_reason(
     columns: str, width: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +228,8 @@ def test_a_report_may_lie_in_a_tree_that_is_searched(run: Run, bad: Path) -> Non
     [
         ("bad/report", 2, "lies inside the input bad"),
         ("bad/adapter_config.json", 2, "lies inside the input bad"),
-        ("good", 2, "no regular file"),
-        ("link", 2, "no regular file"),
+        ("good", 2, "not a regular file"),
+        ("link", 2, "not a regular file"),
         ("good/adapter_config.json/report", 3, "is not a folder"),
     ],
 )

@@ -16,13 +16,13 @@ import yaml
 from containerfile import Instruction, stages
 from runner import ACTION, OUTPUT, STEPS
 
-from vera_convert import cli
+from vera_convert.cli.app import program
 from vera_convert.rules import Severity
 from vera_convert.validation.selection import read_settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "ci.md"
-VALIDATE = cli.program.commands["validate"]
+VALIDATE = program.commands["validate"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 (HOOK,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
 

@@ -16,7 +16,7 @@ from commandline import Run
 from folders import CONFIG_NAME, WEIGHTS, everything, metadata, weights
 from numpy.typing import NDArray
 
-from vera_convert import cli
+from vera_convert.cli import values
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.engines import ENGINES, EngineName
@@ -316,7 +316,7 @@ def test_rank_and_max_error_exclude_each_other() -> None:
 
 
 def test_the_command_line_offers_the_engines_of_the_table() -> None:
-    assert [*ENGINES] == [*EngineName] == [*cli.ENGINES]
+    assert [*ENGINES] == [*EngineName] == [*values.ENGINES]
 
 
 def high_rank(folder: Path, rank: int, **config: Any) -> Path:

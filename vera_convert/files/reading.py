@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -41,6 +42,8 @@ from vera_convert.rules import (
     Rule,
 )
 from vera_convert.text import printable
+
+logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 """Endings of weight files that are pickles; nothing in this package opens one."""
@@ -204,6 +207,7 @@ def open_local(
         raise unreadable(place, error) from error
     if limit is not None and file.size > limit:
         raise CheckpointError(too_large(file, limit))
+    logger.info("reading %s (%d bytes)", path, file.size)
     return file
 
 

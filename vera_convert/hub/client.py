@@ -39,6 +39,8 @@ from vera_convert.hub.requests import Answer, Ask, until_answered
 from vera_convert.hub.secrets import redacted
 from vera_convert.text import printable
 
+logger = logging.getLogger(__name__)
+
 _LIBRARY = "vera-convert"
 _TRUE = ("1", "ON", "YES", "TRUE")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -239,6 +241,7 @@ def _answered(
     from huggingface_hub import constants, get_session
 
     _keep_secrets_from_logs()
+    logger.info("requesting %s", what)
     session: Any = get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with _failures(what):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -30,6 +31,8 @@ from vera_convert.text import listed, printable
 
 Strangers = Callable[[Path], Collection[str]]
 """Gives the files of a folder at OUT that a run would not write, relative to the folder."""
+
+logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 10
 _TRIES = 16
@@ -431,6 +434,7 @@ def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
         with suppress(OSError):  # the first error is the one to tell
             undo()
         raise
+    logger.info("wrote %s", out)
 
 
 def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Callable[[], object]:

@@ -1,0 +1,245 @@
+"""Help, completion, colors and widths, as a person at a terminal meets them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from adapters import good_adapter
+from commandline import Run
+
+from vera_convert.cli.app import program
+from vera_convert.cli.options import TITLES, MergeChoices
+from vera_convert.cli.output import fitted, progress_bar
+
+COMMANDS = [*program.commands]
+WITH_OPTIONS = [name for name in COMMANDS if name != "completion"]
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_the_window_and_cuts_nothing(
+    command: str | None, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ended = run(*([command] if command else []), "--help")
+    assert ended.status == 0
+    assert "..." not in re.sub(r"\[ARGS\]\.\.\.|ADAPTER\.\.\.|A,B,\.\.\.", "", ended.out)
+    text = ended.out.partition("Examples:")[0]
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_each_command_has_one_line_in_the_help(run: Run) -> None:
+    lines = run("--help").out.splitlines()
+    for name, command in program.commands.items():
+        (line,) = (line for line in lines if line.startswith(f"  {name} "))
+        assert line.split(None, 1)[1] == command.short_help
+
+
+@pytest.mark.parametrize("command", WITH_OPTIONS)
+def test_help_groups_options_and_ends_with_examples_and_exit_statuses(
+    command: str, run: Run
+) -> None:
+    text = run(command, "--help").out
+    headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert [each for each in headings if each in TITLES] == sorted(
+        (each for each in TITLES if each in headings), key=TITLES.index
+    )
+    assert {"Input options", "Hub options", "Display options"} - {*headings} <= {"Input options"}
+    assert headings[-2:] == ["Examples", "Exit status"]
+    assert re.findall(r"^  (\d[\d, ]*?)  +\S", text.partition("Exit status:")[2], re.MULTILINE) == [
+        *("0", "1", "2", "3", "130, 143")
+    ]
+
+
+@pytest.mark.parametrize("command", WITH_OPTIONS)
+def test_the_examples_of_a_help_can_be_parsed(command: str) -> None:
+    for example in program.commands[command].examples:  # type: ignore[attr-defined]
+        words = example.split()
+        assert words[:2] == ["vera-convert", command]
+        with click.Context(program) as above:
+            program.commands[command].make_context(command, words[2:], parent=above)
+
+
+@pytest.mark.parametrize("command", WITH_OPTIONS)
+def test_every_option_explains_itself(command: str) -> None:
+    for parameter in program.commands[command].params:
+        assert getattr(parameter, "help", "").endswith((".", "?"))
+
+
+# --- short options, and words that are mistyped --------------------------------------------------
+
+
+def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    assert run("-V").out == run("--version").out
+    assert run("info", adapter, "-q").out == ""
+    told = run("info", adapter, "-v")
+    assert f"reading {adapter / 'adapter_config.json'}" in told.err
+    assert "reading" not in run("info", adapter).err
+    written = run("migrate", adapter, tmp_path / "out", "--to", "asis", "--verbose")
+    assert f"wrote {tmp_path / 'out'}\n" in written.err
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["inof", "x"], "info"),
+        (["info", "x", "--bsae", "y"], "--base"),
+        (["embed", "x", "y", "--generator", "float32-fusd"], "float32-fused"),
+        (["migrate", "x", "y", "--to", "striped"], "stripped"),
+        (["validate", "x", "--format", "serif"], "sarif"),
+        (["completion", "bsh"], "bash"),
+    ],
+)
+def test_the_nearest_name_is_offered(words: list[str], near: str, run: Run) -> None:
+    ended = run(*words)
+    assert ended.status == 2
+    assert re.search(rf"[Dd]id you mean '?{near}'?\?", ended.err), ended.err
+
+
+def test_nothing_is_offered_where_nothing_is_near(run: Run) -> None:
+    assert "mean" not in run("migrate", "x", "y", "--to", "zzz").err
+
+
+@pytest.mark.parametrize("size", ["5GB", "5G", "0.5GB", "500mb", "1GiB"])
+def test_sizes_are_taken_as_people_write_them(size: str, run: Run) -> None:
+    ended = run("merge", "./gone", "./out", "--max-shard-size", size)
+    assert ended.status == 3
+
+
+# --- completion ----------------------------------------------------------------------------------
+
+
+def completed(words: str, shell: str = "bash") -> str:
+    environment = {
+        **os.environ,
+        "_VERA_CONVERT_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "vera_convert"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_commands_options_and_values_are_completed() -> None:
+    assert "plain,merge" in completed("vera-convert m")
+    assert "plain,--base-dtype" in completed("vera-convert info x --base-d")
+    assert "plain,stripped" in completed("vera-convert migrate x y --to s")
+    assert "file," in completed("vera-convert info ./ad")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_a_script(shell: str, run: Run) -> None:
+    ended = run("completion", shell)
+    assert ended.status == 0
+    assert "_VERA_CONVERT_COMPLETE" in ended.out
+    assert shell in run("completion", "--help").out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_script_of_bash_completes(tmp_path: Path) -> None:
+    program = tmp_path / "vera-convert"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vera_convert "$@"\n')
+    program.chmod(0o755)
+    script = """
+eval "$(vera-convert completion bash)"
+COMP_WORDS=(vera-convert val); COMP_CWORD=1
+_vera_convert_completion vera-convert val vera-convert
+echo "${COMPREPLY[@]}"
+"""
+    ended = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["validate"]
+
+
+# --- color and width -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_terminal", "colored"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"FORCE_COLOR": "0"}, False, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+    ],
+)
+def test_color_is_for_terminals_and_for_those_who_ask(
+    environment: dict[str, str],
+    is_terminal: bool,
+    colored: bool,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    assert ("\x1b[" in run("--help").out) is colored
+    assert ("\x1b[" in run("info", "./gone").err) is colored
+    assert "\x1b[" not in run("validate", "./gone", "--format", "json").out
+
+
+def test_a_result_is_wrapped_to_the_window_below_its_value(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    lines = run("info", adapter).out.splitlines()
+    assert [line for line in lines if len(line) > 50 and "/" not in line] == []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    assert len(run("info", adapter).out.splitlines()) < len(lines)
+
+
+def test_a_wrapped_line_goes_on_below_its_value() -> None:
+    text = "label    one two three four five six\nshort    x\n         eight nine ten eleven twelve"
+    assert fitted(text, 30).splitlines() == [
+        "label    one two three four",
+        "         five six",
+        "short    x",
+        "         eight nine ten eleven",
+        "         twelve",
+    ]
+
+
+def test_a_bar_shows_the_rate_and_the_time_that_remains(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress_bar(MergeChoices(progress=True), "merged") as report:
+        for done in (0, 500, 900):
+            report(done, 1000)
+            time.sleep(0.15)
+    assert re.search(r"merged: +90%.*<00:00, [\d.]+kB/s\]", capsys.readouterr().err)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with progress_bar(MergeChoices(), "merged") as report:
+        report(1, 2)
+    assert capsys.readouterr().err == ""

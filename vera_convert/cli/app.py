@@ -1,0 +1,139 @@
+"""The program: its commands, how it starts, and the exit status it ends with."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import cloup
+
+from vera_convert._version import __version__
+from vera_convert.cli.command import NAMED_AGAIN
+from vera_convert.cli.completion import completed, completion
+from vera_convert.cli.converting import embed, migrate, regenerate, strip, to_lora
+from vera_convert.cli.inspecting import count, info
+from vera_convert.cli.merging import is_kept, merge, verify
+from vera_convert.cli.output import WIDTH, WRITES_NOTHING, in_color, say, tell
+from vera_convert.cli.refusals import explained, refuse, show_traceback
+from vera_convert.cli.validating import validate
+from vera_convert.errors import UsageError
+from vera_convert.publish.signals import Interrupted, interruption, signals_raise
+from vera_convert.text import printable
+
+THEME = cloup.HelpTheme(
+    heading=cloup.Style(bold=True),
+    invoked_command=cloup.Style(bold=True),
+    col1=cloup.Style(fg="cyan"),
+)
+
+
+@cloup.group(
+    sections=[
+        cloup.Section("Inspect", [info, validate, count]),
+        cloup.Section("Convert", [strip, embed, migrate, to_lora, regenerate]),
+        cloup.Section("Merge", [merge, verify]),
+        cloup.Section("Shell", [completion]),
+    ],
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": WIDTH,
+        "formatter_settings": cloup.HelpFormatter.settings(theme=THEME, col1_max_width=24),
+    },
+)
+@click.version_option(
+    __version__, "-V", "--version", prog_name="vera-convert", message="%(prog)s %(version)s"
+)
+def program() -> None:
+    """Validate, convert, merge and verify VeRA adapters of PEFT, bit for bit.
+
+    `vera-convert COMMAND --help` shows the options, examples and exit statuses of a command.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with the status of its outcome."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logger = logging.getLogger("vera_convert")
+    logger.addHandler(_LOG_LINES)
+    logger.setLevel(logging.WARNING)
+    gc.set_threshold(100_000)  # a header is many small records that live to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr has it: a name can be Chinese
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with signals_raise():
+            _leave(_run(arguments))
+    except Interrupted as stopped:
+        _interrupted(stopped, stopped.status, arguments)
+    except KeyboardInterrupt as stopped:
+        _interrupted(stopped, 130, arguments)
+
+
+class _LogLines(logging.Handler):
+    """Prints warnings of the library like any other, and the lines of --verbose as they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = printable(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            tell("warning", text)
+        else:
+            say(text, err=True)
+
+
+_LOG_LINES = _LogLines()  # one alone, however often `main` is called
+
+
+def _interrupted(stopped: BaseException, status: int, arguments: Sequence[str]) -> None:
+    """Say that a command was stopped; a merge whose work is kept has said so."""
+    kept = "vera_convert.merging.job" in sys.modules and is_kept(stopped)
+    writes = not kept and not WRITES_NOTHING.intersection(arguments[:1])
+    tell("error", f"interrupted{'; no output is left' if writes else ''}.")
+    _leave(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the program and return its exit status; only an interruption is raised.
+
+    Not by way of click's own `main`, which takes any signal for SIGINT.
+    """
+    if completed(program):
+        return 0
+    if not arguments:
+        say(program.get_help(_context()), err=True)
+        return UsageError.status
+    named: dict[str, str | None] = {}
+    try:
+        with program.make_context(
+            "vera-convert", [*arguments], obj=arguments, color=in_color(sys.stdout)
+        ) as context:
+            try:
+                program.invoke(context)
+            finally:
+                named = {name: context.meta.get(f"vera_convert.{name}") for name in NAMED_AGAIN}
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except Exception as error:  # noqa: BLE001 -- the last place to keep a traceback from users
+        stopped = interruption() or error.__cause__
+        if isinstance(stopped, Interrupted | KeyboardInterrupt):  # caught on its way by a library
+            raise stopped from None
+        show_traceback(arguments)
+        return refuse(explained(error), arguments, named)
+    return 0
+
+
+def _context() -> click.Context:
+    return program.context_class(program, info_name="vera-convert", **program.context_settings)
+
+
+def _leave(status: int) -> None:
+    """Flush and exit; a reader that went away does not undo what was written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        # Python would flush again at exit and turn its failure into a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)

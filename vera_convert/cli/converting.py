@@ -1,0 +1,262 @@
+"""The commands that write an adapter, or A and B: strip, embed, migrate, to-lora, regenerate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vera_convert.cli.command import adapter_argument, command, out_argument
+from vera_convert.cli.options import (
+    CommonOptions,
+    EmbedOptions,
+    LoraChoices,
+    MigrateOptions,
+    RegenerateOptions,
+    StripOptions,
+)
+from vera_convert.cli.output import print_result, progress_bar, show, tell, warn
+from vera_convert.cli.refusals import reason
+from vera_convert.cli.values import GENERATORS
+from vera_convert.errors import UsageError
+from vera_convert.text import printable
+
+if TYPE_CHECKING:
+    from vera_convert.conversion.migration import TreeMigration
+    from vera_convert.conversion.regeneration import Regenerated
+    from vera_convert.conversion.strip_embed import Conversion
+
+OUT_FOLDER = "The folder to write; it must not exist, unless --force is given."
+
+
+@command(
+    StripOptions,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert strip ./adapter ./stripped
+    vera-convert strip org/adapter ./stripped --base ./model
+    """,
+)
+def strip(adapter: str, out: Path, options: StripOptions) -> None:
+    """Remove A and B from an adapter if PEFT can regenerate them.
+
+    Before anything is removed, A and B are regenerated and compared bit for bit with the stored
+    matrices.
+    """
+    from vera_convert.conversion.strip_embed import strip as run
+
+    result = run(
+        adapter,
+        out,
+        base=options.base_options(),
+        projections=options.projections,
+        accept_change=options.accept_change,
+        force=options.force,
+        revision=options.revision,
+        access=options.access(),
+    )
+    _show_conversion("strip", options, result)
+
+
+@command(
+    EmbedOptions,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert embed ./stripped ./embedded
+    vera-convert embed ./stripped ./embedded --base ./model --base-dtype bfloat16
+    """,
+)
+def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
+    """Regenerate A and B and store them in an adapter."""
+    from vera_convert.conversion.strip_embed import embed as run
+
+    result = run(
+        adapter,
+        out,
+        base=replace(
+            options.base_options(),
+            in_features=options.in_features,
+            out_features=options.out_features,
+        ),
+        generator=options.generator,
+        projections=options.projections,
+        force=options.force,
+        revision=options.revision,
+        access=options.access(),
+    )
+    _show_conversion("embed", options, result)
+
+
+@command(
+    RegenerateOptions,
+    out_argument("The .safetensors file to write; it must not exist, unless --force is given."),
+    examples="""
+    vera-convert regenerate ab.safetensors --for ./adapter
+    vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
+    """,
+)
+def regenerate(out: Path, options: RegenerateOptions) -> None:
+    """Write A and B alone, regenerated from a key.
+
+    Give --rank, --in-features and --out-features, or --for ADAPTER.
+    """
+    from vera_convert.formats.results import regenerated_document, regenerated_text
+
+    result = _regenerated(out, options)
+    show(options, result.findings, regenerated_text(result), lambda: regenerated_document(result))
+
+
+def _regenerated(out: Path, options: RegenerateOptions) -> Regenerated:
+    from vera_convert.conversion.regeneration import regenerate as run
+    from vera_convert.conversion.regeneration import regenerate_for
+
+    of_draw = {
+        "--rank": options.rank,
+        "--in-features": options.in_features,
+        "--out-features": options.out_features,
+        "--key": options.key,
+        "--round": options.rounding,
+    }
+    of_adapter = {
+        "--base": options.base,
+        "--base-revision": options.base_revision,
+        "--base-dtype": options.base_dtype,
+        "--key-map": options.key_map or None,
+        "--revision": options.revision,
+    }
+    if options.adapter is not None:
+        _refuse_together("--for", of_draw)
+        return regenerate_for(
+            options.adapter,
+            out,
+            base=options.base_options(),
+            generator=options.generator,
+            force=options.force,
+            revision=options.revision,
+            access=options.access(),
+        )
+    rank, in_features, out_features = options.rank, options.in_features, options.out_features
+    if rank is None or in_features is None or out_features is None:
+        missing = [name for name, value in [*of_draw.items()][:3] if value is None]
+        raise UsageError(f"{', '.join(missing)} must be given, or --for ADAPTER.")
+    _refuse_together("--rank", of_adapter)
+    return run(
+        out,
+        rank=rank,
+        in_features=in_features,
+        out_features=out_features,
+        key=options.key or 0,
+        generator=options.generator or GENERATORS[0],
+        rounding=options.rounding or "none",
+        force=options.force,
+    )
+
+
+def _refuse_together(given: str, others: dict[str, Any]) -> None:
+    clashing = [name for name, value in others.items() if value is not None]
+    if clashing:
+        names = ", ".join(clashing)
+        raise UsageError(f"{names} cannot go with {given}: leave one of them out.")
+
+
+@command(
+    MigrateOptions,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert migrate ./adapter ./current --to asis
+    vera-convert migrate ./adapters ./stripped --to stripped --recursive
+    """,
+)
+def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
+    """Repair an adapter and bring it to PEFT's current form.
+
+    Every change is listed.
+    """
+    from vera_convert.conversion import migration
+
+    if options.recursive and options.revision is not None:
+        raise UsageError("--recursive takes a folder, which has no --revision.")
+    shared: dict[str, Any] = {
+        "to": options.to,
+        "base": replace(options.base_options(), places=options.base_for),
+        "projections": options.projections,
+        "accept_change": options.accept_change,
+        "peft_version": options.peft_version,
+        "force": options.force,
+        "access": options.access(),
+    }
+    if options.recursive:
+        _show_tree(adapter, options, migration.migrate_tree(adapter, out, **shared))
+    else:
+        result = migration.migrate(adapter, out, revision=options.revision, **shared)
+        _show_conversion("migrate", options, result)
+
+
+@command(
+    LoraChoices,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert to-lora ./adapter ./lora --for vllm
+    vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
+    """,
+)
+def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
+    """Write the LoRA with the same delta, for engines without VeRA."""
+    from vera_convert.formats.lora import lora_document, lora_text
+    from vera_convert.lora.conversion import to_lora as run
+    from vera_convert.lora.options import LoraOptions
+
+    chosen = LoraOptions(
+        engine=options.engine,  # type: ignore[arg-type] # checked by the record
+        dtype=options.dtype,
+        rank=options.rank,
+        max_error=options.max_error,
+        accept_error=options.accept_error,
+        fill_layers=options.fill_layers,
+        drop_head=options.drop_head,
+        projections=options.projections,  # type: ignore[arg-type] # checked by the record
+        generator=options.generator,  # type: ignore[arg-type] # checked by the record
+        check=options.check,
+        dry_run=options.dry_run,
+        force=options.force,
+    )
+    with progress_bar(options, "written") as progress:
+        result = run(
+            adapter,
+            out,
+            base=options.base_options(),
+            options=chosen,
+            revision=options.revision,
+            access=options.access(),
+            progress=progress,
+        )
+    show(options, result.findings, lora_text(result), lambda: lora_document(result))
+
+
+def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> None:
+    from vera_convert.formats.results import conversion_document, conversion_text
+
+    show(
+        options,
+        result.findings,
+        conversion_text(result),
+        lambda: conversion_document(name, result),
+    )
+
+
+def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:
+    from vera_convert.formats.results import tree_document, tree_text
+
+    for name, conversion in result.done.items():
+        warn(conversion.findings, f"{printable(name)}: ")
+    for name, error in result.failed.items():
+        tell("error", f"{printable(name)}: {reason(error, {'adapter': f'{tree}/{name}'})}")
+    print_result(options, tree_text(result), lambda: tree_document(result))
+    if result.failed:
+        raise click.exceptions.Exit(min(error.status for error in result.failed.values()))

@@ -1,0 +1,180 @@
+"""What a command prints: results and documents to stdout; findings and progress to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, TYPE_CHECKING, NoReturn
+
+import click
+
+from vera_convert.cli.options import CommonOptions
+from vera_convert.errors import SurroundingsError
+from vera_convert.text import printable_whole
+
+if TYPE_CHECKING:
+    from vera_convert.rules import Finding
+
+WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion"))
+"""Commands without an OUT: an interruption cannot leave anything of an output."""
+
+WIDTH = 100
+"""Columns of a text that is not for a terminal, and the most columns of a text that is."""
+
+_COLORS = {"error": "1;31", "warning": "1;33", "note": "36"}
+_LABEL = re.compile(r"\s*\S(?:\S| (?! ))*  +|\s+")
+"""The label of a line, with the spaces behind the label."""
+
+Progress = Callable[[int, int], None]
+
+
+class NotPrintedError(SurroundingsError):
+    """Standard output does not take the result, as on a full disk."""
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text; a reader that went away does not undo what was done."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is None:  # closed before the program began
+        return
+    with suppress(OSError if err else BrokenPipeError):
+        try:
+            click.echo(text, err=err, color=in_color(stream))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise NotPrintedError(
+                f"the result could not be printed: {error.strerror or error}."
+            ) from error
+
+
+def tell(severity: str, text: str) -> None:
+    """Print a line about an error, a warning or a note to stderr."""
+    if in_color(sys.stderr):
+        severity = f"\x1b[{_COLORS[severity]}m{severity}\x1b[0m"
+    say(f"{severity}: {text}", err=True)
+
+
+def print_document(document: Mapping[str, object]) -> None:
+    """Print a JSON document."""
+    import json
+
+    say(json.dumps(document, indent=2))
+
+
+def show(
+    options: CommonOptions,
+    findings: Sequence[Finding],
+    text: str,
+    document: Callable[[], Mapping[str, object]],
+) -> None:
+    """Print warnings and notes to stderr, and the result to stdout."""
+    warn(findings)
+    print_result(options, text, document)
+
+
+def warn(findings: Sequence[Finding], before: str = "") -> None:
+    """Print warnings and notes to stderr."""
+    for finding in findings:
+        if finding.severity != "error":
+            tell(finding.severity, f"{before}{finding}")
+
+
+def print_result(
+    options: CommonOptions, text: str, document: Callable[[], Mapping[str, object]]
+) -> None:
+    """Print a result as text or as a document, as the options ask."""
+    try:
+        if options.as_json:
+            print_document(document())
+        elif not options.quiet:
+            say(fitted(text, columns()) if _is_terminal(sys.stdout) else text)
+    except NotPrintedError as error:
+        if click.get_current_context().info_name in WRITES_NOTHING:
+            raise
+        raise NotPrintedError(f"{error} OUT is written and complete.") from error
+
+
+# --- the terminal --------------------------------------------------------------------------------
+
+
+def _is_terminal(stream: IO[str] | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def in_color(stream: IO[str] | None) -> bool:
+    """Return whether a stream shows colors: NO_COLOR and FORCE_COLOR decide, else a terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return _is_terminal(stream) and os.environ.get("TERM") != "dumb"
+
+
+def columns() -> int:
+    """Return how many columns a text may take: those of the terminal, from 40 to `WIDTH`."""
+    if not _is_terminal(sys.stdout):
+        return WIDTH
+    return min(max(shutil.get_terminal_size().columns, 40), WIDTH)
+
+
+def fitted(text: str, width: int) -> str:
+    """Wrap the lines of a text that are longer than `width`, each below its first value."""
+    from vera_convert.formats.validation import wrapped
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        match = _LABEL.match(line)
+        label = match[0] if match is not None and len(match[0]) < width // 2 else ""
+        rest = line[len(label) :]
+        if len(line) <= width:
+            lines.append(line)
+        else:
+            lines += wrapped(rest, width, first=label, indent=" " * len(label))
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_bar(options: CommonOptions, title: str, *, unit: str = "B") -> Iterator[Progress]:
+    """Draw a bar of bytes or of another unit, with the rate and the time that remains.
+
+    The bar appears on a terminal or on request, with the first progress that is reported.
+    """
+    wanted = options.progress
+    if wanted is None:
+        wanted = _is_terminal(sys.stderr) and not options.quiet
+        wanted = wanted and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    if not wanted:
+        yield lambda _done, _of: None
+        return
+    from tqdm import tqdm
+
+    with ExitStack() as stack:
+        bars: list[tqdm[NoReturn]] = []
+
+        def report(done: int, of: int) -> None:
+            if not bars:
+                scaled = {"unit_scale": True} if unit == "B" else {}
+                bar = tqdm(desc=title, total=of, unit=unit, file=sys.stderr, leave=False, **scaled)
+                bars.append(stack.enter_context(bar))
+            bars[0].total = of
+            bars[0].update(done - bars[0].n)
+
+        yield report
+
+
+# --- other commands, as a shell takes them -------------------------------------------------------
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """Return a command line as a shell takes it, letter by letter: nothing is cut."""
+    import shlex
+
+    return printable_whole(shlex.join(["vera-convert", *words]))

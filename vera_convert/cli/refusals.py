@@ -1,0 +1,91 @@
+"""Why a command failed: one line for people, a document for programs, and an exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import click
+
+from vera_convert.cli.command import NAMED_AGAIN
+from vera_convert.cli.output import NotPrintedError, print_document, say, shown_command, tell
+from vera_convert.errors import (
+    OF_MERGED,
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
+from vera_convert.hub.secrets import redacted
+from vera_convert.text import and_more, printable, printable_whole
+
+
+def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = None) -> str:
+    """Return the line that says why a command failed.
+
+    If there are several errors, the line names the first, and the `validate` command that shows the
+    others: unless `named` has no adapter, or the errors are those of a merged model.
+    """
+    if not isinstance(error, CheckpointError) or len(error.findings) == 1:
+        return str(error)
+    more = and_more(len(error.findings) - 1).lstrip()
+    if named and named.get("adapter") and OF_MERGED not in getattr(error, "__notes__", ()):
+        more += f": {_validate_command(named)}"
+    return f"{error} ({more})"
+
+
+def _validate_command(named: Mapping[str, str | None]) -> str:
+    words = ["validate"]
+    for name, flag in NAMED_AGAIN.items():
+        value = named.get(name)
+        words += [*filter(None, [flag]), value] if value else []
+    return shown_command(words)
+
+
+def explained(error: Exception) -> VeraConvertError:
+    """Return any failure as one of the package's own errors."""
+    if isinstance(error, VeraConvertError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f" See {context.command_path} --help." if context else ""
+        message = " ".join(error.format_message().split())
+        end = "" if message.endswith((".", "?", "!")) else "."
+        return UsageError(printable_whole(message) + end + hint)
+    if isinstance(error, MemoryError):
+        return SurroundingsError("there is not enough memory for this.")
+    if isinstance(error, OSError):
+        return SurroundingsError(printable(redacted(str(error))))
+    return SurroundingsError(
+        f"this is a bug in vera-convert; please report it with the output of --debug: "
+        f"{type(error).__name__}: {printable(redacted(str(error)))}"
+    )
+
+
+def refuse(error: VeraConvertError, arguments: list[str], named: Mapping[str, str | None]) -> int:
+    """Print why a command failed, and return the exit status."""
+    if "--json" in arguments:
+        from vera_convert.formats.shared import error_document
+
+        with suppress(NotPrintedError):
+            print_document(error_document(error))
+    tell("error", reason(error, named))
+    return error.status
+
+
+def show_traceback(arguments: list[str]) -> None:
+    """Print the traceback of the current exception, if --debug is given."""
+    if "--debug" in arguments:
+        import traceback
+
+        say(redacted(traceback.format_exc().rstrip("\n"), _token_of(arguments)), err=True)
+
+
+def _token_of(arguments: list[str]) -> str | None:
+    """Return the value of --token, in either spelling."""
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == "--token":
+            return after
+        if argument.startswith("--token="):
+            return argument.removeprefix("--token=")
+    return None

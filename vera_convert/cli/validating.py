@@ -1,0 +1,174 @@
+"""The command validate: adapters checked against the rules, and the rules themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_convert.cli.command import adapter_argument, command
+from vera_convert.cli.options import ValidateOptions
+from vera_convert.cli.output import columns, in_color, print_document, say, tell
+from vera_convert.cli.refusals import reason
+from vera_convert.errors import UsageError
+from vera_convert.text import printable
+
+if TYPE_CHECKING:
+    from vera_convert.validation.validation import Validation
+
+
+@command(
+    ValidateOptions,
+    adapter_argument("adapters", nargs=-1, metavar="ADAPTER..."),
+    examples="""
+    vera-convert validate ./adapter --base ./model
+    vera-convert validate org/adapter --deep
+    vera-convert validate ./adapters --recursive --format sarif --output report.sarif
+    vera-convert validate --explain V403
+    """,
+)
+def validate(adapters: tuple[str, ...], options: ValidateOptions) -> None:
+    """Find every error in adapters, and tell how to repair each.
+
+    For a repo on the Hub, only the config and the header of the weights are downloaded.
+
+    [tool.vera-convert.validate] in pyproject.toml can hold select, ignore and fail-on too.
+    """
+    if options.rules or options.explain:
+        _show_rules(adapters, options)
+        return
+    if not adapters:
+        raise UsageError("name an ADAPTER to validate, or give --rules or --explain CODE.")
+    if options.as_json and options.form not in (None, "json") and not options.output:
+        raise UsageError("--json and another --format cannot both go to stdout: give --output.")
+    result = _validated(adapters, options)
+    for checked in result.adapters:
+        if checked.failure is not None:
+            tell("error", f"{checked.label}: {reason(checked.failure)}")
+    _report(result, options)  # its text does not repeat a failure
+    if result.status:
+        raise click.exceptions.Exit(result.status)
+
+
+def _validated(adapters: tuple[str, ...], options: ValidateOptions) -> Validation:
+    from vera_convert.rules import Severity
+    from vera_convert.validation.selection import read_settings
+    from vera_convert.validation.validate import validate as run
+
+    settings = read_settings(Path.cwd())
+    select = [code for codes in options.select for code in codes]
+    ignore = [code for codes in options.ignore for code in codes]
+    fail_on = options.fail_on or settings.fail_on
+    return run(
+        adapters,
+        base=options.base_options(),
+        recursive=options.recursive,
+        deep=options.deep,
+        select=select or settings.select,
+        ignore=[*settings.ignore, *ignore],
+        fail_on=fail_on or Severity.ERROR,
+        revision=options.revision,
+        access=options.access(),
+    )
+
+
+def _report(result: Validation, options: ValidateOptions) -> None:
+    """Print the report, or write the report and print the text for people."""
+    import sys
+
+    from vera_convert.formats.validation import validation_document, validation_text
+
+    form = options.form or ("json" if options.as_json else "text")
+    if form == "github":
+        _append_summary(result)
+    if options.output is not None:
+        _write_report(options.output, _rendered(result, form), result)
+        form = "text"
+    if options.as_json:
+        print_document(validation_document(result))
+    elif form != "text":
+        say(_rendered(result, form))
+    elif options.quiet:
+        for checked in result.adapters:
+            for finding in checked.findings:
+                if finding.severity != "note":
+                    tell(finding.severity, f"{checked.label}: {finding}")
+    else:
+        say(
+            validation_text(
+                result,
+                color=in_color(sys.stdout),
+                width=columns(),
+                failures_said=options.output is None,
+            )
+        )
+
+
+def _rendered(result: Validation, form: str) -> str:
+    """Return a report in a format; each format has a module."""
+    import json
+
+    from vera_convert.formats.github import github_text
+    from vera_convert.formats.junit import junit_text
+    from vera_convert.formats.sarif import sarif_text
+    from vera_convert.formats.validation import validation_document, validation_text
+
+    renderers: dict[str, Callable[[Validation], str]] = {
+        "text": validation_text,
+        "json": lambda result: json.dumps(validation_document(result), indent=2),
+        "sarif": sarif_text,
+        "junit": junit_text,
+        "github": github_text,
+    }
+    return renderers[form](result)
+
+
+def _write_report(out: Path, text: str, result: Validation) -> None:
+    """Write a report completely or not at all; a file of the same name is replaced."""
+    from vera_convert.publish.publishing import staged_file
+
+    shown = printable(str(out))
+    if shown == "-":
+        raise UsageError("leave --output out: without it the report goes to stdout.")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
+        raise UsageError(f"{shown} is not a regular file, so no report is written there.")
+    inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
+    with staged_file(out, force=True, inputs=inputs, is_own=lambda _: True) as path:
+        path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _append_summary(result: Validation) -> None:
+    """Add to the summary of a job on GitHub, if there is one; a failure is a warning."""
+    from vera_convert.formats.github import job_summary
+
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    try:
+        with Path(name).open("a", encoding="ascii", newline="\n") as summary:
+            summary.write(job_summary(result))
+    except (OSError, ValueError) as error:
+        tell("warning", f"no summary was written: {printable(str(error))}")
+
+
+def _show_rules(adapters: tuple[str, ...], options: ValidateOptions) -> None:
+    from vera_convert.formats.catalog import explanation, rules_document, rules_text
+    from vera_convert.rules import CATALOG
+    from vera_convert.validation.selection import check_codes
+
+    if adapters or (options.rules and options.explain):
+        raise UsageError("--rules and --explain each stand alone, without an ADAPTER.")
+    if options.form not in (None, "text", "json") or options.output is not None:
+        raise UsageError("--rules and --explain print text, or JSON with --json, to stdout.")
+    selected = tuple(code for codes in options.select for code in codes)
+    codes = options.explain or selected or ("",)
+    if codes != ("",):
+        check_codes(codes)
+    rules = [rule for rule in CATALOG.values() if rule.code.startswith(codes)]
+    if options.as_json or options.form == "json":
+        print_document(rules_document(rules))
+    else:
+        say(explanation(rules, width=columns()) if options.explain else rules_text(rules))

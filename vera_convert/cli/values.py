@@ -1,0 +1,124 @@
+"""The kinds of values that options and arguments take, each parsed by the library's own check."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
+from vera_convert.errors import UsageError
+
+GENERATORS = (
+    "float32-fused",
+    "float32-separate",
+    "float64-fused",
+    "float64-separate",
+    "bfloat16-torch2.11",
+    "bfloat16-torch2.12-fused",
+    "bfloat16-torch2.12-separate",
+    "float16-torch2.11",
+    "float16-torch2.12-fused",
+    "float16-torch2.12-separate",
+)
+"""The values of `generator.Variant`, repeated so that `--help` need not load NumPy."""
+
+ENGINES = ("peft", "vllm", "sglang", "tgi")
+"""The values of `lora.engines.EngineName`, repeated for the same reason."""
+
+SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+"""The names of `--round` for the two dtypes that `--round` takes."""
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """A value that a function of one argument parses."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Return the parsed value; a default comes parsed already."""
+        return self.parse(value) if isinstance(value, str) else value
+
+
+class Adapter(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """A folder, a file or a repo on the Hub; a shell completes paths."""
+
+    name = "text"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Leave the completion to the shell's own completion of paths."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 8.2
+    """A choice that names the nearest value when a value is mistyped."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Return the chosen value."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = difflib.get_close_matches(str(value).lower(), self.choices, n=1, cutoff=0.5)
+            if not near:
+                raise
+            message = f"{error.message} Did you mean {near[0]!r}?"
+            raise click.BadParameter(message, ctx=ctx, param=param) from None
+
+
+class Dtype(Choice):
+    """A dtype in any usual spelling, such as bf16; the help lists one spelling for each dtype."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Return the spelling that the choices have."""
+        with suppress(UsageError):
+            name = dtype_name("dtype", value)
+            value = SHORT_DTYPES.get(name, name) if "bf16" in self.choices else name
+        return super().convert(value, param, ctx)
+
+
+def _key_map(value: str) -> tuple[str, str]:
+    from vera_convert.base.facts import parse_key_map
+
+    return parse_key_map(value)
+
+
+def _named_base(value: str) -> tuple[str, str]:
+    name, _, model = value.partition("=")
+    if not name or not model:
+        raise click.BadParameter(f"{value!r} is not NAME=MODEL, such as org/model=./model.")
+    return name, model
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _codes(value: str) -> tuple[str, ...]:
+    return tuple(code.strip().upper() for code in value.split(","))
+
+
+def _weighted(value: str) -> tuple[str, float | None]:
+    return adapter_and_weight("--add", value)
+
+
+KEY_MAP = Parsed("OLD=NEW", _key_map)
+NAMED_BASE = Parsed("NAME=MODEL", _named_base)
+NAMES = Parsed("NAME[,NAME]", _names)
+CODES = Parsed("CODE[,CODE]", _codes)
+PEFT_VERSION = Parsed("VERSION", lambda value: peft_version("--peft-version", value))
+SIZE = Parsed("SIZE", lambda value: size_in_bytes("--max-shard-size", value))
+WEIGHTED_ADAPTER = Parsed("ADAPTER[=W]", _weighted)
