@@ -53,14 +53,14 @@ def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
 
 
 def worked(tensor: Sum, stored: Array, *, all_rows: bool = False) -> tuple[Array, Numbers]:
-    """Put a tensor through a bench, block by block."""
-    bench = Workspace(buffer_sizes_for([tensor]), all_rows=all_rows)
+    """Put a tensor through a workspace, block by block."""
+    workspace = Workspace(buffer_sizes_for([tensor]), all_rows=all_rows)
     numbers, written = Numbers(), []
     for first in range(0, tensor.shape[0], tensor.block_rows):
         last = min(first + tensor.block_rows, tensor.shape[0])
-        bench.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
-        numbers += bench.add(tensor, first, last)
-        written.append(bytes(bench.written_bytes(tensor, first, last)))
+        workspace.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
+        numbers += workspace.add(tensor, first, last)
+        written.append(bytes(workspace.written_bytes(tensor, first, last)))
     return np.frombuffer(b"".join(written), tensor.written).reshape(tensor.shape), numbers
 
 
@@ -219,7 +219,7 @@ def test_a_finite_value_that_is_lost_in_a_narrower_dtype_is_found() -> None:
     assert caught.value.index == (1, 0)
 
 
-# --- blocks and their room -----------------------------------------------------------------------
+# --- blocks and their buffers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,11 +243,11 @@ def test_a_bench_has_room_for_the_largest_of_several_tensors(
     tall = Sum(
         "t", (60, 3), BFLOAT16, np.dtype("f4"), terms=(term(60, 3, seed=1), term(60, 3, seed=2))
     )
-    bench = Workspace(buffer_sizes_for([wide, tall]))
+    workspace = Workspace(buffer_sizes_for([wide, tall]))
     for tensor in (wide, tall, wide):
         rows = tensor.shape[0]
         stored = np.random.default_rng(0).normal(size=tensor.shape).astype(BFLOAT16)
-        bench.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
-        bench.add(tensor, 0, rows)
+        workspace.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
+        workspace.add(tensor, 0, rows)
         alone, _ = worked(tensor, stored)
-        assert bytes(bench.written_bytes(tensor, 0, rows)) == alone.tobytes()
+        assert bytes(workspace.written_bytes(tensor, 0, rows)) == alone.tobytes()

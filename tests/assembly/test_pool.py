@@ -26,16 +26,16 @@ def _no_thread_stays() -> Iterator[None]:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_job_is_done_once(size: int) -> None:
     done: list[int] = []
-    with WorkerPool(size, lambda: done.append) as crew:
-        crew.run(range(100))
+    with WorkerPool(size, lambda: done.append) as pool:
+        pool.run(range(100))
     assert sorted(done) == [*range(100)]
 
 
 def test_one_thread_does_them_in_order() -> None:
     done: list[int] = []
-    with WorkerPool(1, lambda: done.append) as crew:
-        crew.run(range(10))
-        crew.run(range(10, 20))
+    with WorkerPool(1, lambda: done.append) as pool:
+        pool.run(range(10))
+        pool.run(range(10, 20))
     assert done == [*range(20)]
 
 
@@ -49,10 +49,36 @@ def test_the_first_job_that_fails_is_the_one_that_is_told(size: int) -> None:
         if job % 10 == 7:
             raise ValueError(job)
 
-    with pytest.raises(ValueError, match=r"^7$"), WorkerPool(size, lambda: work) as crew:
-        crew.run(range(40))
+    with pytest.raises(ValueError, match=r"^7$"), WorkerPool(size, lambda: work) as pool:
+        pool.run(range(40))
     assert sorted(begun) == [*range(len(begun))], "nothing before a failure is left out"
     assert len(begun) < 40, "a failure ends the rest"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_iterator_of_jobs_that_fails_ends_the_run_after_the_jobs_before(size: int) -> None:
+    done: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"), WorkerPool(size, lambda: done.append) as pool:
+        pool.run(jobs())
+    assert sorted(done) == [*range(5)]
+
+
+def test_a_job_that_fails_is_told_before_the_iterator_that_yielded_it() -> None:
+    def work(job: int) -> None:
+        time.sleep(0.01)
+        raise ValueError(job)
+
+    def jobs() -> Iterator[int]:
+        yield 0
+        raise OSError("no more")
+
+    with pytest.raises(ValueError, match=r"^0$"), WorkerPool(2, lambda: work) as pool:
+        pool.run(jobs())
 
 
 def test_all_threads_prepare_at_the_same_time() -> None:
@@ -62,8 +88,8 @@ def test_all_threads_prepare_at_the_same_time() -> None:
         together.wait(timeout=10)
         return lambda _job: None
 
-    with WorkerPool(4, prepare) as crew:
-        crew.run(range(4))
+    with WorkerPool(4, prepare) as pool:
+        pool.run(range(4))
 
 
 def test_a_thread_that_cannot_prepare_ends_them_all() -> None:
@@ -100,8 +126,8 @@ def test_whoever_waits_is_told_now_and_then_and_may_stop() -> None:
         if len(told) == 3:
             raise ValueError("enough")
 
-    with pytest.raises(ValueError, match="enough"), WorkerPool(2, lambda: time.sleep) as crew:
-        crew.run((0.02 for _ in range(100000)), tell=tell)
+    with pytest.raises(ValueError, match="enough"), WorkerPool(2, lambda: time.sleep) as pool:
+        pool.run((0.02 for _ in range(100000)), tell=tell)
     assert len(told) == 3
 
 
@@ -115,8 +141,8 @@ def test_a_signal_stops_it_after_the_jobs_that_are_begun() -> None:
         time.sleep(0.01)
         done.append(job)
 
-    with pytest.raises(Interrupted), signals_raise(), WorkerPool(2, lambda: work) as crew:
-        crew.run(range(100000))
+    with pytest.raises(Interrupted), signals_raise(), WorkerPool(2, lambda: work) as pool:
+        pool.run(range(100000))
     assert 3 in done
     assert len(done) < 1000
 

@@ -27,13 +27,13 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def worked(tensor: Sum, stored: Any, *, all_rows: bool = False) -> tuple[Any, Numbers]:
-    bench = compute.on_device(HERE).bench(buffer_sizes_for([tensor]), all_rows)
+    workspace = compute.on_device(HERE).workspace(buffer_sizes_for([tensor]), all_rows)
     numbers, written = Numbers(), []
     for first in range(0, tensor.shape[0], tensor.block_rows):
         last = min(first + tensor.block_rows, tensor.shape[0])
-        bench.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
-        numbers += bench.add(tensor, first, last)
-        written.append(bytes(bench.written_bytes(tensor, first, last)))
+        workspace.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
+        numbers += workspace.add(tensor, first, last)
+        written.append(bytes(workspace.written_bytes(tensor, first, last)))
     return np.frombuffer(b"".join(written), tensor.written).reshape(tensor.shape), numbers
 
 

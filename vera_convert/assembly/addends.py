@@ -1,4 +1,4 @@
-"""A merged tensor as data: what is stored, the deltas that are added to it, and what came of it."""
+"""A merged tensor as data: the stored values, the deltas added to these, and the outcome."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ twice as many would win 1 %."""
 
 
 class Layer(Protocol):
-    """Where the two vectors of an adapted layer come from."""
+    """The source of the two vectors of an adapted layer."""
 
     @property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        """The dtypes of the two."""
+        """The dtypes of d and b."""
 
     def vectors(self) -> tuple[Array, Array]:
         """Return d (r,) and b (out,), each in its own dtype."""
@@ -31,12 +31,12 @@ class Layer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """What one adapter adds to one tensor.
+    """The delta that one adapter adds to one tensor.
 
     Attributes:
         A: (r, in or more), in any float dtype.
         B: (out or more, r).
-        layer: gives d and b when they are needed.
+        layer: reads d and b.
         weight: the factor of the whole delta.
     """
 
@@ -47,24 +47,24 @@ class Term:
 
     @property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        """The dtypes of its four operands."""
+        """The dtypes of the four operands."""
         return (self.A.dtype, self.B.dtype, *self.layer.dtypes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sum:
-    """A tensor as the sum of what is stored and of deltas.
+    """A tensor as the sum of its stored values and of deltas.
 
     Attributes:
-        name: its name, for messages.
-        shape: rows and columns as they are stored.
-        stored: the dtype that is read.
-        written: the dtype that the sum is rounded to.
-        working: the dtype in which all is added.
-        conv1d: whether it is stored as (in, out), so that the transposed delta is added.
-        terms: added in this order; none where only the dtype changes.
-        decode: where a value is more than its dtype says: makes of rows as they are stored, and the
-            number of the first, the same rows in the working dtype.
+        name: the tensor's name, for messages.
+        shape: rows and columns as stored.
+        stored: the dtype in the input.
+        written: the dtype in the output, to which the sum is rounded.
+        working: the dtype of the addition.
+        conv1d: whether the tensor is stored as (in, out), so the delta is transposed.
+        terms: added in this order; empty if only the dtype changes.
+        decode: for a quantized tensor: takes stored rows and the number of the first row, and
+            returns the rows in the working dtype.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Sum:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its terms."""
+        """The largest rank of the terms."""
         return max((len(term.A) for term in self.terms), default=1)
 
     @property
     def block_rows(self) -> int:
-        """Rows of a block: blocks are equal but for the last, and each has one row at least."""
+        """The rows of a block, at least 1. All blocks but the last have the same number of rows."""
         rows, columns = self.shape
         most = max(1, BLOCK_VALUES // max(columns, self.rank, 1))
         blocks = max(1, -(-rows // most))
@@ -92,14 +92,14 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What a merge did to the values that were looked at; sums over blocks add up.
+    """Statistics of the sampled values of a merged tensor. Those of blocks can be added.
 
     Attributes:
-        values: how many were looked at.
-        changed: how many of them differ afterwards.
-        base: sum of the squares of what was stored.
-        change: sum of the squares of what was to be added.
-        loss: sum of the squares of what rounding made of that, less what it was.
+        values: the number of sampled values.
+        changed: the number of sampled values that the merge changed.
+        base: the sum of the squares of the stored values.
+        change: the sum of the squares of the delta.
+        loss: the sum of the squares of the rounding errors of the delta.
     """
 
     values: int = 0
@@ -119,10 +119,10 @@ class Numbers:
 
 
 class NotFiniteError(ArithmeticError):
-    """A sum is infinite or no number.
+    """A sum is infinite or NaN.
 
     Attributes:
-        index: row and column, as stored, of the first such value.
+        index: row and column of the first such value, as stored.
     """
 
     def __init__(self, index: tuple[int, int]) -> None:

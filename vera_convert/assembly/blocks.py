@@ -1,9 +1,9 @@
-"""One block of rows of one tensor: read as stored, deltas added, rounded once. NumPy alone.
+"""Compute one block of rows of a merged tensor: add the deltas, then round once. NumPy alone.
 
-A block is what one thread works on at a time. Its buffers are made once, so memory is that of a few
-blocks and of one scaled matrix of rank by width, whatever the size of a tensor. Where blocks begin
-depends on shapes alone, and each product runs on one thread of the BLAS, so the bytes that come out
-do not depend on how many threads there are or what they did before.
+A thread works on one block at a time, in buffers that the thread allocates once. The memory of a
+thread is that of a few blocks and of one scaled matrix (rank, width), for a tensor of any size.
+The shapes alone decide the limits of the blocks, and each product runs on one BLAS thread. The
+merged bytes are therefore the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B
 FLOAT16 = np.dtype(np.float16)
 
 _CHUNK_VALUES = 1 << 16
-"""Values that are added and rounded at a time: they stay in the cache of a core."""
+"""Values that are added and rounded at a time: so many fit into the cache of a core."""
 _SAMPLED_ROWS = 32
-"""Rows of a tensor, about, from which its numbers are taken unless all are asked for."""
+"""About how many rows of a tensor are sampled for the statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class BufferSizes:
-    """How many bytes the buffers of one thread need; made by `buffer_sizes_for`."""
+    """The bytes of each buffer of one thread; see `buffer_sizes_for`."""
 
     stored: int = 0
     written: int = 0
@@ -55,12 +55,12 @@ class BufferSizes:
 
 
 def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
-    """Return the room that holds any block of these tensors."""
-    room = BufferSizes()
+    """Return the buffer sizes that suffice for every block of these tensors."""
+    sizes = BufferSizes()
     for each in sums:
         values = each.block_rows * each.shape[1]
         size = each.working.itemsize
-        room += BufferSizes(
+        sizes += BufferSizes(
             stored=values * each.stored.itemsize,
             written=0 if each.stored == each.written else values * each.written.itemsize,
             product=values * size,
@@ -68,24 +68,24 @@ def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
             right=tuple(len(term.A) * each.shape[1] * size for term in each.terms),
             several=len(each.terms) > 1,
         )
-    return room
+    return sizes
 
 
 class Workspace:
-    """The buffers of one thread, and the work on one block at a time.
+    """The buffers of one thread, which computes one block at a time.
 
-    Fill `stored_bytes`, call `add`, and write `written_bytes`.
+    Fill `stored_bytes`, call `add`, then write `written_bytes` to the output.
     """
 
-    def __init__(self, room: BufferSizes, *, all_rows: bool = False) -> None:
-        self._stored = np.empty(room.stored, np.uint8)
-        self._written = np.empty(room.written, np.uint8)
-        self._product = np.empty(room.product, np.uint8)
-        self._another = np.empty(room.product if room.several else 0, np.uint8)
+    def __init__(self, sizes: BufferSizes, *, all_rows: bool = False) -> None:
+        self._stored = np.empty(sizes.stored, np.uint8)
+        self._written = np.empty(sizes.written, np.uint8)
+        self._product = np.empty(sizes.product, np.uint8)
+        self._another = np.empty(sizes.product if sizes.several else 0, np.uint8)
         self._chunk = np.empty(_CHUNK_VALUES * 8, np.uint8)
         self._scratch = np.empty((2, _CHUNK_VALUES), np.uint32)
-        self._left = np.empty(room.left, np.uint8)
-        self._right = [np.empty(size, np.uint8) for size in room.right]
+        self._left = np.empty(sizes.left, np.uint8)
+        self._right = [np.empty(size, np.uint8) for size in sizes.right]
         self._all_rows = all_rows
         self._prepared: Sum | None = None
         self._vectors: list[tuple[Array, Array]] = []
@@ -101,16 +101,16 @@ class Workspace:
         return self._sink(tensor)[:count].data
 
     def _sink(self, tensor: Sum) -> NDArray[np.uint8]:
-        """Return the buffer of the result: that of what is stored, where the dtype stays."""
+        """Return the buffer of the result: the buffer of the stored rows, if the dtype stays."""
         return self._stored if tensor.stored == tensor.written else self._written
 
-    @np.errstate(over="ignore", invalid="ignore", under="ignore")  # looked for and told better here
+    @np.errstate(over="ignore", invalid="ignore", under="ignore")  # found and reported below
     def add(self, tensor: Sum, first: int, last: int) -> Numbers:
-        """Turn the stored rows into the written ones.
+        """Compute the written rows from the stored rows.
 
         Raises:
-            NotFiniteError: a sum is not finite; or, where nothing is added, a finite value got
-                lost in a narrower dtype.
+            NotFiniteError: a sum is infinite or NaN; or, if nothing is added, a finite value
+                overflows a narrower dtype.
         """
         shape = (last - first, tensor.shape[1])
         stored = _values(self._stored, tensor.stored, shape)
@@ -135,7 +135,7 @@ class Workspace:
     def _sum(
         self, tensor: Sum, rows: slice, stored: Array, written: Array, looked_at: slice
     ) -> tuple[Array, bool]:
-        """Fill `written`; return what was added to the rows looked at, and if all is finite."""
+        """Fill `written`; return the sampled rows of the delta, and whether all sums are finite."""
         total = _values(self._product, tensor.working, stored.shape)
         change, finite = np.zeros_like(total[looked_at]), True
         for index in range(len(tensor.terms)):
@@ -149,7 +149,7 @@ class Workspace:
         return change, finite
 
     def _prepare(self, tensor: Sum) -> None:
-        """Scale for each term the operand that all blocks of the tensor share."""
+        """Scale the operand of each term that all blocks of the tensor share."""
         self._prepared = None
         self._vectors = []
         width = tensor.shape[1]
@@ -180,10 +180,13 @@ class Workspace:
             np.matmul(left, right, out=out)
 
     def _add(self, base: Array, change: Array, total: Array, rounded: Array | None) -> bool:
-        """Set ``total = base + change`` and, where it is given, `rounded` to the rounded total.
+        """Set ``total = base + change``, and set `rounded`, if given, to the rounded total.
 
-        Chunk by chunk, so that each step finds its values in the cache. `rounded` can lie where
-        `base` does. Returns whether all that was rounded is finite.
+        The method works in chunks, so each step finds its values in the cache. `rounded` may share
+        the memory of `base`.
+
+        Returns:
+            Whether all rounded values are finite.
         """
         finite = True
         base, change, total = base.reshape(-1), change.reshape(-1), total.reshape(-1)
@@ -196,13 +199,13 @@ class Workspace:
         return finite
 
     def _round_all(self, stored: Array, written: Array) -> None:
-        """Set `written` to what is stored, rounded chunk by chunk."""
+        """Set `written` to the rounded stored values."""
         values, out = stored.reshape(-1), written.reshape(-1)
         for part in _chunks(values.size):
             self._round(values[part].copy(), out[part])
 
     def _wide(self, values: Array, dtype: np.dtype[Any]) -> Array:
-        """Return values in a wider dtype: NumPy would cast them in smaller steps while it adds."""
+        """Return the values in a wider dtype. NumPy's own cast during an addition is slower."""
         if values.dtype == dtype:
             return values
         wide = _values(self._chunk, dtype, values.shape)
@@ -213,9 +216,9 @@ class Workspace:
         return wide
 
     def _round(self, values: Array, out: Array) -> None:
-        """Set `out` to rounded values, which may be lost on the way.
+        """Set `out` to the rounded values. The method may overwrite `values`.
 
-        What is float64 comes to 16 bits by way of float32.
+        Float64 values are rounded to float32 first, then to 16 bits, as torch does.
         """
         if values.dtype == FLOAT64 and out.dtype.itemsize < FLOAT32.itemsize:
             values = values.astype(FLOAT32)
@@ -235,10 +238,10 @@ def _chunks(count: int) -> Iterator[slice]:
 
 
 def _all_finite(values: Array) -> bool:
-    """Say whether no value is infinite or no number.
+    """Return whether no value is infinite or NaN.
 
-    Those have the largest bit patterns of either sign, so two looks at the largest integer find
-    them: faster than asking each value, and alike in every dtype.
+    Infinities and NaNs have the largest bit patterns of each sign. Two searches for the largest
+    integer are faster than a test of each value, and work alike in every dtype.
     """
     return all(
         values.view(integer).max(initial=0) < infinity
@@ -248,14 +251,14 @@ def _all_finite(values: Array) -> bool:
 
 @cache
 def _infinities(dtype: np.dtype[Any]) -> tuple[tuple[str, Any], ...]:
-    """Return both infinities of a dtype as the integers that their bits are, with those' dtypes."""
+    """Return the bits of both infinities of a dtype as integers, with the integers' dtypes."""
     signed, unsigned = f"i{dtype.itemsize}", f"u{dtype.itemsize}"
     both = np.array([np.inf, -np.inf], dtype)
     return (signed, both.view(signed)[0]), (unsigned, both.view(unsigned)[1])
 
 
 def _raise_not_finite(written: Array, first: int, *, before: Array | None = None) -> None:
-    """Raise for the first value that is not finite and was so `before`, if that is given."""
+    """Raise an error for the first value that is not finite, but was finite in `before`."""
     wrong = ~np.isfinite(written.astype(FLOAT64))
     if before is not None:
         wrong &= np.isfinite(before.astype(FLOAT64))
@@ -265,7 +268,7 @@ def _raise_not_finite(written: Array, first: int, *, before: Array | None = None
 
 
 def _numbers(stored: Array, change: Array, written: Array) -> Numbers:
-    """Compare rows before and after."""
+    """Return the statistics of rows before and after."""
     before, after = stored.astype(FLOAT64), written.astype(FLOAT64)
     wanted = change.astype(FLOAT64)
     lost = (after - before) - wanted
@@ -283,17 +286,18 @@ def _squares(values: NDArray[np.float64]) -> float:
 
 
 def weighted(b: Array, weight: float, dtype: np.dtype[Any]) -> Array:
-    """Return b times its adapter's weight, in the working dtype; b itself for a weight of 1."""
+    """Return b times the adapter's weight in the working dtype; b itself for a weight of 1."""
     return b if weight == 1 else b.astype(dtype) * dtype.type(weight)
 
 
-# --- where it is done ----------------------------------------------------------------------------
+# --- devices -------------------------------------------------------------------------------------
 
 
 def product_sha256(multiply: Callable[[Array, Array], Array] = np.matmul) -> str:
-    """Return the SHA-256 of a small fixed product: merges are the same bytes where it is the same.
+    """Return the SHA-256 of a small fixed product.
 
-    The order in which a BLAS adds depends on the kind of CPU, and with it the last bit of a sum.
+    The order in which a BLAS adds depends on the kind of CPU. Two machines with the same hash merge
+    to the same bytes.
     """
     values = np.random.RandomState(0)  # its values never change
     left = values.random_sample((96, 256)).astype(FLOAT32)
@@ -303,17 +307,18 @@ def product_sha256(multiply: Callable[[Array, Array], Array] = np.matmul) -> str
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What does the products.
+    """A device that computes products.
 
     Attributes:
-        name: how the user calls it.
-        bench: makes the bench of one thread, for a room, and for all rows to be looked at or some.
-        product: multiplies what `product_sha256` does and returns the hash.
+        name: the user's name for the device.
+        workspace: returns a workspace for one thread, given the buffer sizes and whether the
+            statistics take all rows.
+        product: returns `product_sha256` of the device.
     """
 
     name: str
-    bench: Callable[[BufferSizes, bool], Workspace]
+    workspace: Callable[[BufferSizes, bool], Workspace]
     product: Callable[[], str]
 
 
-CPU = Device("cpu", lambda room, all_rows: Workspace(room, all_rows=all_rows), product_sha256)
+CPU = Device("cpu", lambda sizes, all_rows: Workspace(sizes, all_rows=all_rows), product_sha256)

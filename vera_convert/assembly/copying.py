@@ -1,4 +1,4 @@
-"""Ranges of bytes on their way to a new file: copied by the system where it can, sent off early."""
+"""Copy byte ranges into a new file, in the kernel if possible, and start the write-back early."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def write_at(target: int, at: int, data: memoryview) -> None:
     while done < len(data):
         if hasattr(os, "pwrite"):
             done += os.pwrite(target, data[done:], at + done)
-        else:  # Windows; each thread has opened the file for itself, so its position is its own
+        else:  # Windows; each thread has opened the file itself and has its own position
             os.lseek(target, at + done, os.SEEK_SET)
             done += os.write(target, data[done:])
 
 
 def copy_range(source: LocalFile, target: int, *, start: int, at: int, size: int) -> None:
-    """Copy `size` bytes of a file from `start` to a position of another that is open for writing.
+    """Copy `size` bytes from offset `start` of a file to offset `at` of an open file.
 
-    In the kernel where it can do so, and without any copy where the file system shares blocks.
+    The kernel copies if it can. File systems that share blocks then copy nothing.
     """
     done = _copied_by_the_kernel(source, target, start, at, size)
     buffer = memoryview(bytearray(min(_FALLBACK_BLOCK, size - done)))
@@ -47,7 +47,7 @@ def copy_range(source: LocalFile, target: int, *, start: int, at: int, size: int
 
 
 def _copied_by_the_kernel(source: LocalFile, target: int, start: int, at: int, size: int) -> int:
-    """Return how many bytes the kernel copied: all of them, or as many as it could."""
+    """Let the kernel copy, and return how many bytes it copied."""
     done = 0
     if not hasattr(os, "copy_file_range"):
         return done
@@ -60,17 +60,17 @@ def _copied_by_the_kernel(source: LocalFile, target: int, start: int, at: int, s
             if error.errno not in _UNSUPPORTED:
                 raise
             return done
-        if count == 0:  # the end of the file, or a file system that says so
+        if count == 0:  # the end of the file, or a file system that reports one
             return done
         done += count
     return done
 
 
 def start_writing_back(target: int, at: int, size: int) -> None:
-    """Let the system begin to bring a written range to the disk, so that a sync finds less to do.
+    """Let the system start to write a range to the disk, so a later sync takes less time.
 
-    Linux does so when told that a range is not needed any more; what is not on the disk yet stays
-    in memory all the same.
+    Linux starts the write-back when a program says that it no longer needs a range. Bytes that are
+    not on the disk yet stay in memory.
     """
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
@@ -78,5 +78,5 @@ def start_writing_back(target: int, at: int, size: int) -> None:
 
 
 def forget(target: int) -> None:
-    """Drop a synced file from memory, so that it is read back from the disk."""
+    """Drop a synced file from memory, so the next read comes from the disk."""
     start_writing_back(target, 0, 0)

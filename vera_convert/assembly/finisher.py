@@ -1,6 +1,6 @@
-"""What is done for an output file beside writing it: early write-back, sync, hash, reading back.
+"""Finish output files: start the write-back early, sync, hash, and read back.
 
-It happens in threads of its own, while others still compute, so that at the end little is left.
+Own threads do this while other threads still compute, so little is left at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from vera_convert.assembly.copying import OPEN_FLAGS, forget, start_writing_back
@@ -25,7 +24,7 @@ from vera_convert.text import read_back_differs
 
 _READ_BLOCK = 1 << 20
 _HASH_EVERY = 1 << 24
-"""Bytes that must have been written in a row before they are hashed."""
+"""The least number of consecutive bytes to hash at a time."""
 _THREADS = 2
 _LOOK_EVERY = 0.1
 
@@ -35,10 +34,10 @@ class Written:
     """A range of an output file that has been written.
 
     Attributes:
-        at: where it begins.
-        size: its length.
-        digest: of its bytes, where it was computed and is to be compared.
-        source: where its bytes were copied from, and from which position on; else None.
+        at: the offset.
+        size: the number of bytes.
+        digest: the digest of a computed range, if the range is read back and compared.
+        source: the input and the offset that a copied range came from; None if computed.
     """
 
     at: int
@@ -48,7 +47,7 @@ class Written:
 
 
 def digest_of(data: Any) -> bytes:  # noqa: ANN401 -- anything with a buffer
-    """Return the digest by which a block is compared when it is read back."""
+    """Return the digest of a block, for a comparison when the block is read back."""
     return blake2b(data, digest_size=16).digest()
 
 
@@ -57,7 +56,7 @@ _Tasks = queue.SimpleQueue[Callable[[], None] | None]
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a file is: ranges that are not hashed yet, and all of them if they are compared."""
+    """The progress of a file: the ranges left to hash, and all ranges if they are compared."""
 
     path: Path
     tasks: _Tasks
@@ -68,9 +67,9 @@ class _Progress:
 
 
 class Finisher:
-    """Threads that finish output files; a context manager that waits for them.
+    """Threads that finish output files. A context manager, which waits for the threads.
 
-    Each file belongs to one of the threads, so what comes first for it is done first.
+    One thread does all tasks of a file, in order.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class Finisher:
         """Start the threads.
 
         Args:
-            hashes: take the SHA-256 of each file while it is written.
-            compares: read each file back from the disk and compare it with what was meant.
+            hashes: compute the SHA-256 of each file while the file is written.
+            compares: read each file back from the disk and compare the bytes.
             on_finished: called for each file that is on the disk, with its name and SHA-256.
         """
         self._hashes = hashes
@@ -106,28 +105,29 @@ class Finisher:
             raise
 
     def begin(self, name: str, path: Path) -> None:
-        """Say that a file is going to be written; before all else that concerns it."""
+        """Announce a file, before its first range."""
         self._files[name] = _Progress(path, self._queues[len(self._files) % _THREADS])
 
     def written(self, name: str, part: Written) -> None:
-        """Say that a range of a file has been written."""
+        """Report that a range of a file has been written."""
         file = self._files[name]
         file.tasks.put(lambda: self._take(file, part))
 
     def complete(self, name: str) -> None:
-        """Say that all ranges of a file have been written."""
+        """Report that all ranges of a file have been written."""
         file = self._files[name]
         file.tasks.put(lambda: self._finish(name, file))
 
     def raise_failure(self) -> None:
-        """Raise what went wrong, if anything did."""
+        """Raise the first error of a thread, if there is one."""
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Wait until all is done that was asked for; a signal comes through.
+        """Wait until all tasks are done. A signal can interrupt the waiting.
 
-        Not by joining: a `join` that a signal leaves takes the thread for ended when it is not.
+        Events tell the end of each thread, because a `join` that a signal interrupts marks a
+        running thread as ended.
         """
         self._end()
         for each in self._ended:
@@ -138,7 +138,7 @@ class Finisher:
                 thread.join()
 
     def stop(self, error: BaseException | None) -> None:
-        """Drop what has not begun, and wait for the rest; signals are held back."""
+        """Drop the tasks that have not begun, and wait for the others. Signals are held back."""
         if self._failure is None:
             self._failure = error
         with signals_held():
@@ -154,13 +154,8 @@ class Finisher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
             self.stop(error)
             return
         try:
@@ -176,7 +171,7 @@ class Finisher:
                 continue
             try:
                 task()
-            except BaseException as error:  # noqa: BLE001 -- it is raised again by who waits
+            except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
                 self._failure = error
         ended.set()
 
@@ -193,7 +188,7 @@ class Finisher:
             self._hash(file, at_least=_HASH_EVERY)
 
     def _hash(self, file: _Progress, *, at_least: int) -> None:
-        """Hash what has been written in a row, if that is enough to be worth opening the file."""
+        """Hash the consecutive bytes written so far, if there are `at_least` so many."""
         end, parts = file.hashed, list(file.waiting)
         while parts and parts[0].at == end:
             end += heapq.heappop(parts).size
@@ -222,7 +217,7 @@ class Finisher:
 
 
 def _compare(name: str, file: _Progress) -> None:
-    """Read a file back and hold every range against its digest or its source."""
+    """Read a file back, and compare every range with its digest or its source."""
     with open_local(file.path) as target:
         for part in sorted(file.ranges):
             if part.source is not None:

@@ -1,6 +1,7 @@
-"""float16 to float32 and back by steps over whole arrays: NumPy's own casts take value by value.
+"""Cast float16 to float32 and back, in half the time of NumPy's own casts.
 
-Both give the very bits that the casts give, to nearest with ties to even, in half the time.
+NumPy casts value by value; these functions use steps over whole arrays. The results have the same
+bits: rounded to nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _DOWN = np.float32(2.0**-112)
 """The exponents of the two dtypes count from 15 and from 127."""
 _THIRTEEN_UP = np.uint32(13 << 23)
 _LEAST = np.uint32((127 - 14 + 13) << 23)
-"""As large as a power of two may be small: below 2^-14 the last bit of a float16 stays the same."""
+"""The least power of two to add: below 2^-14 the last bit of a float16 has a fixed value."""
 _BEYOND = 0x477F_F000
-"""65,520 as a float32: from there on a value rounds to infinity."""
+"""65,520 as a float32: this and larger values round to infinity."""
 
 
 def widened_halves(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
@@ -38,13 +39,13 @@ def rounded_to_halves(
 ) -> None:
     """Set `out` to float32s rounded to float16.
 
-    To add a power of two that is 2^13 times as large rounds a value to eleven bits, and to subtract
-    it leaves the rounded value.
+    Adding a power of two that is 2^13 times as large rounds a value to eleven bits. Subtracting
+    that power leaves the rounded value.
 
     Args:
-        values: of one axis; lost on the way.
-        out: of as many float16s.
-        scratch: of shape (2, at least as many).
+        values: shape (n,); overwritten.
+        out: shape (n,), of float16.
+        scratch: shape (2, n or more).
     """
     magic, sign = scratch[:, : values.size]
     bits = values.view(np.uint32)

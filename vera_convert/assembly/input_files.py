@@ -1,4 +1,4 @@
-"""Input files that are opened for one block at a time and must stay what they were at first."""
+"""Input files that are opened for one block at a time and must not change during a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vera_convert.files.reading import LocalFile, open_local
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file of which blocks are read, by any thread and at any time; it is not kept open.
+    """A file of which any thread can read blocks at any time.
 
-    A model can have more shards than a process may open files. Opening one costs microseconds, a
-    block milliseconds.
+    The file does not stay open, because a model can have more shards than a process may open files.
+    Opening a file takes microseconds, a block takes milliseconds.
 
     Attributes:
-        path: where it is.
-        within: the folder that no link of it may lead out of.
-        identity: device, inode, size and times when it was looked at first.
+        path: the path.
+        within: the folder that no link in the path may lead out of.
+        identity: device, inode, size and times at the first look.
     """
 
     path: Path
@@ -33,13 +33,13 @@ class InputFile:
         """Take a first look at a file.
 
         Args:
-            path: where it is.
-            within: the folder that no link of it may lead out of.
-            header: what it begins with, if that has been read before.
+            path: the path.
+            within: the folder that no link in the path may lead out of.
+            header: the file's header, if it has been read before.
 
         Raises:
-            CheckpointError: it is no regular file, or leads out of its folder.
-            SurroundingsError: it cannot be opened, or is not what its header says any more.
+            CheckpointError: the file is not regular, or a link leads out of the folder.
+            SurroundingsError: the file cannot be opened, or no longer has this header.
         """
         with open_local(path, within=within) as file:
             if header is not None and not _has(file, header):
@@ -50,14 +50,14 @@ class InputFile:
 
     @property
     def size(self) -> int:
-        """Its length in bytes."""
+        """The length in bytes."""
         return self.identity[2]
 
     def open(self) -> LocalFile:
-        """Open it; a context manager.
+        """Open the file; a context manager.
 
         Raises:
-            SurroundingsError: it cannot be opened, or is not what it was.
+            SurroundingsError: the file cannot be opened, or has changed since the first look.
         """
         file = open_local(self.path, within=self.within)
         file.identity = self.identity
@@ -65,11 +65,11 @@ class InputFile:
         return file
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if it is not what it was at the first look."""
+        """Raise `SurroundingsError` if the file has changed since the first look."""
         self.open().close()
 
 
 def _has(file: LocalFile, header: Header) -> bool:
-    """Say whether a file still has this header, and the size that goes with it."""
+    """Return whether a file still has this header, and the size that the header implies."""
     end = header.data_start + max((info.end for info in header.tensors.values()), default=0)
     return file.size == end and file.read_at(0, header.data_start) == header.raw

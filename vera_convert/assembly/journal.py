@@ -1,9 +1,9 @@
-"""The journal of a merge that can be continued: which files are finished, of which inputs.
+"""The journal of a merge that can be continued: the finished files and the identity of the inputs.
 
-A line of JSON with the identity of inputs and options, then one for each file that is on the disk.
-A line that was not finished itself counts as not written. A file counts as finished only if its
-bytes still have the SHA-256 that the journal says: the disk may have lost some, or somebody may
-have changed the file.
+The first line is a JSON object with the identity of inputs and options. Each further line describes
+a file that is on the disk. An incomplete last line is ignored. A file counts as finished only if
+its bytes still have the SHA-256 in the journal, because the disk may have lost bytes, or somebody
+may have changed the file.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from vera_convert.publish.publishing import sha256_of
 
 
 class Journal:
-    """A journal that is written; safe to share between threads."""
+    """A journal that is being written. Threads may share the journal."""
 
     def __init__(
         self, path: Path, folder: Path, identity: str, finished: Mapping[str, Finished]
     ) -> None:
-        """Begin it anew.
+        """Start a new journal.
 
         Args:
-            path: where it is written.
-            folder: where the files are.
-            identity: stands for all inputs and options.
-            finished: the files that are finished already.
+            path: the journal's path.
+            folder: the folder of the finished files.
+            identity: a text that is the same only for the same inputs and options.
+            finished: the files that an earlier run finished.
         """
         self._path = path
         self._folder = folder
@@ -43,7 +43,7 @@ class Journal:
         self._write("wb", {"identity": identity}, *records)
 
     def add(self, name: str, finished: Finished) -> None:
-        """Note that a file is finished."""
+        """Record a finished file."""
         with self._lock:
             self._write("ab", self._record(name, finished))
 
@@ -65,9 +65,9 @@ class Journal:
 
 
 def finished_files(path: Path, folder: Path, identity: str) -> dict[str, Finished]:
-    """Return the files that a journal calls finished and that are as it left them.
+    """Return the finished files of a journal that are still unchanged.
 
-    Empty where there is no journal, or one of other inputs or options.
+    The result is empty if there is no journal, or if the journal has another identity.
     """
     try:
         first, *lines = path.read_text(encoding="ascii").splitlines(keepends=True)
@@ -85,7 +85,7 @@ def finished_files(path: Path, folder: Path, identity: str) -> dict[str, Finishe
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """Return a line's object; None if it was cut off."""
+    """Return the object of a line; None if the line is incomplete."""
     try:
         found = json.loads(line) if line.endswith("\n") else None
     except ValueError:

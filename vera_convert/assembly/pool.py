@@ -1,11 +1,11 @@
-"""Threads that take jobs in order, stop at the first failure, and never outlive their run."""
+"""A pool of threads that take jobs in order and stop at the first failure."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -15,46 +15,49 @@ from vera_convert.publish.signals import signals_held
 Job = TypeVar("Job")
 
 _LOOK_EVERY = 0.1
-"""Seconds between two looks of the waiting thread: a signal is answered, progress is told."""
+"""Seconds after which the waiting thread wakes: it answers a signal and reports progress."""
 _MOST_JOBS = 4
-"""Threads that are started without being asked for: each needs memory of its own, and the disk
-seldom keeps up with more."""
+"""The most threads by default: each thread needs its own buffers, and few disks keep up with more
+threads."""
+_AFTER_ALL = sys.maxsize
+"""The place of a failure of the jobs' iterator: it comes after all jobs that were handed out."""
 
 
 def default_jobs() -> int:
-    """Return how many threads this process may keep busy, four at most."""
+    """Return the default number of threads: one for each CPU of this process, at most four."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     return min(os.cpu_count() or 1, _MOST_JOBS)
 
 
 def one_blas_thread() -> threadpool_limits:
-    """Limit NumPy's BLAS to one thread, until the context that is returned ends.
+    """Limit NumPy's BLAS to one thread until the returned context ends.
 
-    A signal waits meanwhile: the search for the loaded libraries calls back from C, where Python
-    would print what the signal raises, and drop it.
+    A signal waits until the limit is set. The search for the loaded libraries calls back from C,
+    and Python would print and drop an exception that a signal raises there.
     """
     with signals_held():
         return threadpool_limits(1, user_api="blas")
 
 
 class WorkerPool(Generic[Job]):
-    """Threads that each prepare once, all together, and then work on whatever jobs come.
+    """Threads that prepare once, all at the same time, and then do jobs.
 
-    A context manager; when it ends, no thread is left. Jobs are handed out in order. When one
-    fails, those before it are finished and those after it are not begun, so the error that `run`
-    raises is that of the first job that fails, however many threads there are.
+    The pool is a context manager. When the context ends, no thread is left. The pool hands jobs out
+    in order. If a job fails, the pool finishes the jobs before it and begins no job after it.
+    `run` thus raises the error of the first job that fails for any number of threads.
     """
 
     def __init__(self, size: int, prepare: Callable[[], Callable[[Job], None]]) -> None:
         """Start `size` threads.
 
         Args:
-            size: how many.
-            prepare: called once by each thread, by all at the same time; returns what does a job.
+            size: the number of threads.
+            prepare: called once by each thread, by all threads at the same time. It returns the
+                function that does a job.
 
         Raises:
-            BaseException: what `prepare` raised in one of them.
+            BaseException: an error that `prepare` raised in a thread.
         """
         self._prepare = prepare
         self._changed = threading.Condition()
@@ -74,10 +77,11 @@ class WorkerPool(Generic[Job]):
             raise
 
     def run(self, jobs: Iterable[Job], *, tell: Callable[[], None] = lambda: None) -> None:
-        """Do all jobs; `tell` is called now and then by the calling thread.
+        """Do all jobs. The calling thread calls `tell` about ten times a second.
 
         Raises:
-            BaseException: the failure of the first job that failed, or what `tell` raised.
+            BaseException: the error of the first job that failed, else the error of the iterator
+                that yields the jobs, or an error of `tell`.
         """
         with signals_held(), self._changed:
             self._jobs = iter(enumerate(jobs))
@@ -85,7 +89,7 @@ class WorkerPool(Generic[Job]):
         self._wait(lambda: self._jobs is None and not self._busy, tell)
 
     def close(self) -> None:
-        """Let the threads finish what they have begun, and wait for them."""
+        """Wait until each thread has finished its job, and end the threads."""
         with signals_held():
             with self._changed:
                 self._closed = True
@@ -99,16 +103,11 @@ class WorkerPool(Generic[Job]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _wait(self, is_over: Callable[[], bool], tell: Callable[[], None] = lambda: None) -> None:
-        """Wait in short steps; a signal is held back while the lock is, and raised in between."""
+        """Wait in short steps. A signal is held back while this thread holds the lock."""
         over = False
         while not over:
             with signals_held(), self._changed:
@@ -128,7 +127,7 @@ class WorkerPool(Generic[Job]):
             work = self._prepare()
         except threading.BrokenBarrierError:
             return
-        except BaseException as error:  # noqa: BLE001 -- it is raised again by who waits
+        except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
             with self._changed:
                 self._failures[-1] = error
                 self._changed.notify_all()
@@ -141,24 +140,28 @@ class WorkerPool(Generic[Job]):
             failure = None
             try:
                 work(job)
-            except BaseException as error:  # noqa: BLE001 -- it is raised again by who waits
+            except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
                 failure = error
             with self._changed:
                 self._busy -= 1
                 if failure is not None:
                     self._failures[index] = failure
                     self._jobs = None
-                if self._jobs is None:  # else nobody waits for this
+                if self._jobs is None:  # else nobody waits for the end of this job
                     self._changed.notify_all()
 
     def _take(self) -> tuple[int, Job] | None:
-        """Return the next job, once there is one; None when there will be none."""
+        """Return the next job as soon as there is one; None after the pool is closed."""
         with self._changed:
             while not self._closed:
                 if self._jobs is None:
                     self._changed.wait()
                     continue
-                taken = next(self._jobs, None)
+                try:
+                    taken = next(self._jobs, None)
+                except BaseException as error:  # noqa: BLE001 -- the waiting thread raises it
+                    taken = None
+                    self._failures[_AFTER_ALL] = error
                 if taken is not None:
                     self._busy += 1
                     return taken

@@ -1,8 +1,8 @@
-"""Files put together from ranges that are copied and tensors that are computed, by several threads.
+"""Write files from copied byte ranges and computed tensors, with several threads.
 
-    plan: files ── pieces ── blocks ──> crew: read, multiply, add, write ──> finisher: sync, hash
+    plan: files ── pieces ── blocks ──> pool: read, multiply, add, write ──> finisher: sync, hash
 
-What is written does not depend on the number of threads; neither does the error that is raised.
+The written bytes, and the error if one is raised, are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
@@ -28,18 +27,18 @@ from vera_convert.files.reading import LocalFile
 COPY_BLOCK = 1 << 24
 """Bytes that are copied at a time."""
 JOB_BYTES = 1 << 22
-"""Bytes that one job writes, if its first block is not larger: opening files takes time too."""
+"""Bytes that one job writes, unless its first block is larger. Opening files takes time too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CopiedRange:
-    """A range of bytes that is copied from an input.
+    """A byte range that is copied from an input.
 
     Attributes:
         source: the input.
-        start: where the range begins in it.
-        size: its length.
-        at: where it begins in the output.
+        start: the offset in the input.
+        size: the number of bytes.
+        at: the offset in the output.
     """
 
     source: InputFile
@@ -53,10 +52,10 @@ class Computed:
     """A tensor that is computed.
 
     Attributes:
-        source: the input that holds its stored values.
-        start: where they begin in it.
-        tensor: what is added to them.
-        at: where the result begins in the output.
+        source: the input that holds the stored values.
+        start: the offset of the stored values in the input.
+        tensor: the sum to compute.
+        at: the offset of the result in the output.
     """
 
     source: InputFile
@@ -66,7 +65,7 @@ class Computed:
 
     @property
     def size(self) -> int:
-        """Bytes that are written."""
+        """The number of bytes in the output."""
         rows, columns = self.tensor.shape
         return rows * columns * self.tensor.written.itemsize
 
@@ -76,11 +75,11 @@ Piece = CopiedRange | Computed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewFile:
-    """A file that is to be written: `head`, then pieces without a gap.
+    """A file to write: `head`, then pieces without a gap.
 
     Attributes:
-        name: relative to the output folder, with `/`.
-        head: the bytes that it begins with; all of them where there are no pieces.
+        name: the path relative to the output folder, with `/`.
+        head: the first bytes; the complete content if there are no pieces.
         pieces: in the order of the file.
     """
 
@@ -90,13 +89,13 @@ class NewFile:
 
     @property
     def size(self) -> int:
-        """Its length in bytes."""
+        """The length in bytes."""
         return len(self.head) + sum(piece.size for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """Rows of a computed piece, or bytes of a carried one."""
+    """Rows of a computed piece, or bytes of a copied range."""
 
     piece: Piece
     first: int
@@ -104,32 +103,32 @@ class _Block:
 
     @property
     def row(self) -> int:
-        """Bytes that are written for each row, or byte."""
+        """The number of bytes in the output for each row, or 1 for a copied range."""
         if isinstance(self.piece, CopiedRange):
             return 1
         return self.piece.tensor.shape[1] * self.piece.tensor.written.itemsize
 
     @property
     def at(self) -> int:
-        """Where it begins in the output."""
+        """The offset in the output."""
         return self.piece.at + self.first * self.row
 
     @property
     def size(self) -> int:
-        """Bytes that are written."""
+        """The number of bytes in the output."""
         return (self.last - self.first) * self.row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Blocks that follow one another in a file."""
+    """Consecutive blocks of a file, which one thread writes."""
 
     file: NewFile
     blocks: tuple[_Block, ...]
 
 
 def _jobs(file: NewFile) -> Iterator[_Job]:
-    """Yield the jobs of a file: large blocks one by one, small ones together."""
+    """Yield the jobs of a file: each large block alone, small blocks together."""
     gathered: list[_Block] = []
     size = 0
     for block in _blocks(file):
@@ -152,11 +151,11 @@ def _blocks(file: NewFile) -> Iterator[_Block]:
 
 
 class ResultNotFiniteError(ArithmeticError):
-    """A value of a merged tensor is infinite or no number.
+    """A value of a merged tensor is infinite or NaN.
 
     Attributes:
         name: the tensor.
-        index: row and column, as stored, of the first such value.
+        index: row and column of the first such value, as stored.
     """
 
     def __init__(self, name: str, index: tuple[int, int]) -> None:
@@ -167,7 +166,7 @@ class ResultNotFiniteError(ArithmeticError):
 
 @dataclass(slots=True)
 class _Tally:
-    """Numbers of the blocks of one tensor, added in their order whenever they come."""
+    """The statistics of one tensor: added in the order of its blocks, in any order of arrival."""
 
     total: Numbers = field(default_factory=Numbers)
     rows: int = 0
@@ -182,11 +181,11 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What came of one file.
+    """The outcome of one file.
 
     Attributes:
-        numbers: of each of its tensors to which something was added, by name.
-        sha256: of its bytes; None if hashes were not asked for.
+        numbers: the statistics of each merged tensor of the file, by name.
+        sha256: the file's SHA-256; None if no hashes were requested.
     """
 
     numbers: Mapping[str, Numbers]
@@ -194,10 +193,10 @@ class Finished:
 
 
 class Assembler:
-    """Threads that are ready to assemble files; a context manager that ends them.
+    """Threads that are ready to write files. A context manager, which ends the threads.
 
-    They are made before there is any folder to write to, and each has run a product by then: a
-    BLAS that dies of too little memory does so while there is nothing to leave behind.
+    The threads start before the output folder exists, and each computes a product first. If the
+    BLAS dies of too little memory, nothing is left behind.
     """
 
     def __init__(
@@ -206,13 +205,13 @@ class Assembler:
         """Start `jobs` threads that can compute every tensor of `files`.
 
         Args:
-            files: what is to be written.
-            jobs: how many threads.
-            check: look at all rows, and read back and compare what was written.
-            device: what does the products.
+            files: the files to write.
+            jobs: the number of threads.
+            check: take the statistics of all rows, and compare the written bytes with the disk's.
+            device: the device that computes the products.
 
         Raises:
-            MemoryError: there is not enough for the buffers.
+            MemoryError: the buffers do not fit into memory.
         """
         self._files = files
         self._check = check
@@ -223,12 +222,12 @@ class Assembler:
         self._tallies: dict[str, dict[str, _Tally]] = {}
         self._folder = Path()
         self._finisher: Finisher | None = None
-        self._room = buffer_sizes_for(
+        self._sizes = buffer_sizes_for(
             [piece.tensor for file in files for piece in file.pieces if isinstance(piece, Computed)]
         )
         self._limit = one_blas_thread()
         try:
-            self._crew: WorkerPool[_Job] = WorkerPool(jobs, self._prepare)
+            self._pool: WorkerPool[_Job] = WorkerPool(jobs, self._prepare)
         except BaseException:
             self._limit.restore_original_limits()
             raise
@@ -236,13 +235,8 @@ class Assembler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._crew.close()
+    def __exit__(self, *_error: object) -> None:
+        self._pool.close()
         self._limit.restore_original_limits()
 
     def assemble(
@@ -257,18 +251,19 @@ class Assembler:
         """Write the files into a folder and bring them to the disk.
 
         Args:
-            folder: exists, and has nothing of those names but the files that are finished.
-            finished: files that are there already.
-            hashes: take the SHA-256 of each file.
-            progress: told now and then how many bytes have been written.
-            on_finished: called, by another thread, for each file that is on the disk.
+            folder: an existing folder. Of the files to write, it holds only the finished ones.
+            finished: names of files that an earlier run finished.
+            hashes: compute the SHA-256 of each file.
+            progress: called about ten times a second with the number of bytes written so far.
+            on_finished: called by another thread for each file that is on the disk.
 
         Returns:
-            What came of each file, but for those that were finished.
+            The outcome of each file that this call wrote, by name.
 
         Raises:
-            ResultNotFiniteError: a result is not finite.
-            SurroundingsError: an input changed or cannot be read, or came back otherwise.
+            ResultNotFiniteError: a result is infinite or NaN.
+            SurroundingsError: an input changed or cannot be read, or the disk returned other bytes
+                than were written.
             OSError: the system cannot write.
         """
         results: dict[str, Finished] = {}
@@ -287,9 +282,9 @@ class Assembler:
                 for file in todo:
                     self._begin(file, finisher)
                 jobs = (job for file in todo for job in _jobs(file))
-                self._crew.run(jobs, tell=lambda: self._tell(finisher, progress))
+                self._pool.run(jobs, tell=lambda: self._tell(finisher, progress))
             except BaseException:
-                self._crew.close()  # nobody may write any more to what is going to be removed
+                self._pool.close()  # no thread may write to a folder that is removed next
                 raise
         progress(self._done)
         return results
@@ -300,10 +295,10 @@ class Assembler:
 
     def _prepare(self) -> Callable[[_Job], None]:
         self._device.product()
-        return partial(self._work, self._device.bench(self._room, self._check))
+        return partial(self._work, self._device.workspace(self._sizes, self._check))
 
     def _begin(self, file: NewFile, finisher: Finisher) -> None:
-        """Create a file in its full size, so that its blocks can come in any order."""
+        """Create a file in its full size, so its blocks can be written in any order."""
         path = self._folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as target:
@@ -321,7 +316,7 @@ class Assembler:
         if not self._left[file.name]:
             finisher.complete(file.name)
 
-    def _work(self, bench: Workspace, job: _Job) -> None:
+    def _work(self, workspace: Workspace, job: _Job) -> None:
         with ExitStack() as stack:
             target = os.open(self._folder / job.file.name, OPEN_FLAGS)
             stack.callback(os.close, target)
@@ -333,22 +328,22 @@ class Assembler:
                     sources[piece.source] = stack.enter_context(piece.source.open())
                 source = sources[piece.source]
                 if isinstance(piece, CopiedRange):
-                    written.append(_carry(piece, block, source, target))
+                    written.append(_copy(piece, block, source, target))
                     continue
-                numbers = _compute(piece, block, bench, source)
+                numbers = _compute(piece, block, workspace, source)
                 if piece.tensor.terms:
                     with self._lock:
                         tally = self._tallies[job.file.name][piece.tensor.name]
                         tally.add(block.first, block.last, numbers)
-                data = bench.written_bytes(piece.tensor, block.first, block.last)
+                data = workspace.written_bytes(piece.tensor, block.first, block.last)
                 write_at(target, block.at, data)
                 digest = digest_of(data) if self._check else None
                 written.append(Written(block.at, block.size, digest))
         self._account(job.file, written)
 
     def _account(self, file: NewFile, written: Sequence[Written]) -> None:
-        """Tell the finisher what has been written; of blocks that are not compared only where."""
-        assert self._finisher is not None  # noqa: S101 -- there is work only while there is one
+        """Tell the finisher which ranges have been written."""
+        assert self._finisher is not None  # noqa: S101 -- jobs run only while there is one
         size = sum(part.size for part in written)
         with self._lock:
             for part in written if self._check else [Written(written[0].at, size)]:
@@ -359,18 +354,18 @@ class Assembler:
                 self._finisher.complete(file.name)
 
 
-def _compute(piece: Computed, block: _Block, bench: Workspace, source: LocalFile) -> Numbers:
-    """Read the stored rows of a block and turn them into those that are written."""
+def _compute(piece: Computed, block: _Block, workspace: Workspace, source: LocalFile) -> Numbers:
+    """Read the stored rows of a block and compute the written rows."""
     tensor, first, last = piece.tensor, block.first, block.last
     row = tensor.shape[1] * tensor.stored.itemsize
-    source.read_into(piece.start + first * row, bench.stored_bytes(tensor, first, last))
+    source.read_into(piece.start + first * row, workspace.stored_bytes(tensor, first, last))
     try:
-        return bench.add(tensor, first, last)
+        return workspace.add(tensor, first, last)
     except NotFiniteError as error:
         raise ResultNotFiniteError(tensor.name, error.index) from error
 
 
-def _carry(piece: CopiedRange, block: _Block, source: LocalFile, target: int) -> Written:
+def _copy(piece: CopiedRange, block: _Block, source: LocalFile, target: int) -> Written:
     start = piece.start + block.first
     copy_range(source, target, start=start, at=block.at, size=block.size)
     return Written(block.at, block.size, source=(piece.source, start))

@@ -19,7 +19,6 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
 from vera_convert.errors import CheckpointError, SurroundingsError
@@ -165,12 +164,7 @@ class LocalFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self
 
 from vera_convert.errors import SurroundingsError
@@ -145,12 +144,7 @@ class RemoteFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Do nothing: no connection is held between requests."""
 
     # --- the beginning, and what is stated ---

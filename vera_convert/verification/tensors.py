@@ -330,8 +330,8 @@ class _Comparison:
 
     def run(self) -> dict[str, Comparison]:
         blocks = (block for run in runs_of(self._pairs) for block in _blocks(run))
-        with one_blas_thread(), WorkerPool[Job](self._jobs, self._worker) as crew:
-            crew.run(blocks, tell=lambda: self._progress(self._done, self._of))
+        with one_blas_thread(), WorkerPool[Job](self._jobs, self._worker) as pool:
+            pool.run(blocks, tell=lambda: self._progress(self._done, self._of))
         return self._judgments
 
     def _worker(self) -> Callable[[Job], None]:

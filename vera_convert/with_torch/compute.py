@@ -53,16 +53,16 @@ def on_device(device: torch.device) -> Device:
 
     return Device(
         str(device),
-        lambda room, all_rows: _DeviceWorkspace(room, device, all_rows=all_rows),
+        lambda sizes, all_rows: _DeviceWorkspace(sizes, device, all_rows=all_rows),
         lambda: product_sha256(multiply),
     )
 
 
 class _DeviceWorkspace(Workspace):
-    """A bench whose sums are taken elsewhere; here it holds blocks as they are stored."""
+    """A workspace that adds on the device; on the CPU it holds the stored blocks."""
 
-    def __init__(self, room: BufferSizes, device: torch.device, *, all_rows: bool) -> None:
-        super().__init__(BufferSizes(stored=room.stored, written=room.written), all_rows=all_rows)
+    def __init__(self, sizes: BufferSizes, device: torch.device, *, all_rows: bool) -> None:
+        super().__init__(BufferSizes(stored=sizes.stored, written=sizes.written), all_rows=all_rows)
         self._device = device
         self._matrices: dict[tuple[int, torch.dtype], Tensor] = {}
         self._operands: list[tuple[Tensor, Tensor, Tensor]] = []
