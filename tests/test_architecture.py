@@ -36,11 +36,10 @@ merging: inputs options card provenance output job merge
 lora: engines options factors plan stored peft_form checks card record writing conversion
 counting summary
 validation: validation selection values files config targets projections base validate
-verification: model_comparison running provenance options expected comparator pairs
-verification: roundings other_adapters diagnosis tensors model_files merged forms result
+verification: provenance options sample_text model_comparison running expected comparator pairs
+verification: roundings other_adapters diagnosis tensors model_files merged forms result verify
 formats: shared results merge lora locations validation sarif junit github catalog verification
 with_torch
-verifying
 cli: values options command output refusals completion inspecting converting validating merging app
 __init__ __main__
 """

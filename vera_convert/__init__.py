@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vera_convert.validation.validation import Checked, Validation
     from vera_convert.verification.options import VerifyOptions
     from vera_convert.verification.result import Verification
-    from vera_convert.verifying import verify
+    from vera_convert.verification.verify import verify
 
 _MODULES = {
     "AdapterInfo": "summary",
@@ -83,7 +83,7 @@ _MODULES = {
     "strip": "conversion.strip_embed",
     "to_lora": "lora.conversion",
     "validate": "validation.validate",
-    "verify": "verifying",
+    "verify": "verification.verify",
 }
 
 __all__ = [

@@ -20,7 +20,7 @@ from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 from vera_convert.validation.validate import validate
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verifying import verify
+from vera_convert.verification.verify import verify
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NARROW = {name: (shape[0] // 2, *shape[1:]) for name, shape in TENSORS.items()}

@@ -14,7 +14,7 @@ from merges import INDEX, filled_base, merged_with, tensors_of
 
 from vera_convert.errors import CheckpointError
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verifying import verify
+from vera_convert.verification.verify import verify
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from merges import filled_base, merged_with, tensors_of
 from test_changes import TIED, on_the_head
 from wrongmerges import PROVENANCE, Q, edit
 
-from vera_convert import verifying
 from vera_convert.base.facts import BaseOptions
 from vera_convert.cli.app import main
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
+from vera_convert.verification import verify as verifying
 
 
 class Ended(NamedTuple):
@@ -83,9 +83,9 @@ def test_a_merge_that_holds(run: Run, adapter: Path, base: Path, model: Path) ->
     before = everything(model.parent)
     ended = run(adapter, "--merged", model, "--base", base, "--layers-only")
     assert (ended.status, ended.err) == (0, "")
-    assert re.search(r"^with a delta +4 of 4 tensors are right", ended.out, re.MULTILINE)
-    assert re.search(r"^the base's own +13 of 13 tensors are right$", ended.out, re.MULTILINE)
-    assert ended.out.endswith("it holds\n")
+    assert re.search(r"^with a delta +4 of 4 tensors verified", ended.out, re.MULTILINE)
+    assert re.search(r"^same as base +13 of 13 tensors verified$", ended.out, re.MULTILINE)
+    assert ended.out.endswith("verified\n")
     assert everything(model.parent) == before
     quiet = run(adapter, "--merged", model, "--base", base, "--layers-only", "--quiet")
     assert quiet == (0, "", "")
@@ -116,7 +116,7 @@ def test_a_merge_that_does_not_hold(
         assert document["merged"]["untouched"] == 13
     else:
         assert "with a delta" in ended.out
-        assert "IT DOES NOT HOLD: 1 thing is wrong" in ended.out
+        assert "FAILED: 1 tensor differs" in ended.out
         assert f"WRONG {Q}.weight: " in ended.out
 
 
@@ -205,14 +205,14 @@ def test_without_torch_weights_alone_are_compared(
 def test_the_layers_are_shown_where_the_model_cannot_be_run(
     run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unfit(*_: object) -> None:
+    def unfit(*_: object, **__: object) -> None:
         raise SurroundingsError("it cannot be built.")
 
     monkeypatch.setattr(verifying, "find_spec", lambda _name: object())
-    monkeypatch.setattr(verifying, "_run", unfit)
+    monkeypatch.setattr(verifying, "run_models", unfit)
     ended = run(adapter, "--merged", model, "--base", base)
     assert (ended.status, ended.err) == (3, "error: it cannot be built.\n")
-    assert re.search(r"^with a delta +4 of 4 tensors are right", ended.out, re.MULTILINE)
+    assert re.search(r"^with a delta +4 of 4 tensors verified", ended.out, re.MULTILINE)
     assert re.search(r"^model +NOT RUN: it cannot be built\.$", ended.out, re.MULTILINE)
     document: Any = json.loads(run(adapter, "--merged", model, "--base", base, "--json").out)
     assert (document["passed"], document["not_run"]) == (False, "it cannot be built.")

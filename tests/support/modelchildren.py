@@ -46,11 +46,13 @@ def main() -> None:
     Path(job["merged"], "path").write_text(json.dumps(sys.path))
     Path(tempfile.mkdtemp(), "left").write_text("a copy of a tokenizer")
     say(stage="run", done=1, of=5)
-    match job["generator"]:
+    match job["lines"][0]:
         case "answer":
             say(result={**RESULT, "tokens": job["memory"]})
         case "fail":
             say(error="it cannot be built.")
+        case "usage":
+            say(error="Leave --text out.", is_usage=True)
         case "abort":
             os.kill(os.getpid(), signal.SIGABRT)
         case "leave":

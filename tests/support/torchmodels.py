@@ -14,6 +14,8 @@ import transformers
 from releases import AS_STORED, has
 
 from vera_convert.verification.model_comparison import ModelJob
+from vera_convert.verification.provenance import MergeSettings
+from vera_convert.verification.sample_text import text_lines
 from vera_convert.with_torch import VeraConfig, VeraModel
 
 
@@ -167,9 +169,19 @@ def trained(base: Path, folder: Path, kind: str, *, size: float = 0.3, **fields:
     return folder
 
 
-def job(base: Path, found: Path, *adapters: Path | tuple[Path, float], **options: Any) -> ModelJob:
+def job(
+    base: Path,
+    found: Path,
+    *adapters: Path | tuple[Path, float],
+    samples: int = 4,
+    text: Path | None = None,
+    wider: Mapping[str, str] | None = None,
+    **options: Any,
+) -> ModelJob:
     weighted = tuple(each if isinstance(each, tuple) else (each, 1.0) for each in adapters)
-    return ModelJob(weighted, base, found, **{"samples": 4, **options})
+    lines = None if text is None else text_lines(text, samples)
+    settings = MergeSettings(**options)
+    return ModelJob(weighted, base, found, samples, lines, settings, wider or {})
 
 
 def configured(folder: Path, copy: Path, **fields: Any) -> Path:

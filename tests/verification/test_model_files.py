@@ -22,7 +22,7 @@ from vera_convert.formats.verification import verification_text
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import is_buffer
-from vera_convert.verifying import verify
+from vera_convert.verification.verify import verify
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -320,15 +320,15 @@ def test_where_options_come_from_is_told(tmp_path: Path, adapter: Path, base: Pa
     out = tmp_path / "out"
     merged_with(adapter, base, out, dtype="float16", weight=0.5)
     text = verification_text(layers(adapter, base, out))
-    assert "dtype float16, weight 0.5 (of its provenance)" in text
+    assert "dtype float16, weight 0.5 (recorded by the merge)" in text
     text = verification_text(layers(adapter, base, out, weight=0.5))
-    assert "weight 0.5 (given); dtype float16 (of its provenance)" in text
+    assert "weight 0.5 (given); dtype float16 (recorded by the merge)" in text
 
 
 def test_options_that_would_be_passed_over_are_refused(adapter: Path, model: Path) -> None:
-    with pytest.raises(UsageError, match="--samples: with --layers-only no model is run"):
+    with pytest.raises(UsageError, match="--samples: --layers-only runs no model"):
         verify(adapter, merged=model, options=VerifyOptions(layers_only=True, samples=3))
-    with pytest.raises(UsageError, match="--layers-only, --jobs: there is no --merged"):
+    with pytest.raises(UsageError, match="--layers-only, --jobs: only for a merged model"):
         verify(adapter, other=adapter, options=VerifyOptions(layers_only=True, jobs=1))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from modelchildren import RESULT
 
-from vera_convert.errors import SurroundingsError
+from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.verification import running
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage
 from vera_convert.verification.running import Limit, Limits, run_models
@@ -35,7 +35,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def job(tmp_path: Path, told: str) -> ModelJob:
-    return ModelJob((), tmp_path, tmp_path, samples=1, generator=told)
+    return ModelJob((), tmp_path, tmp_path, samples=1, lines=(told,))
 
 
 def is_alive(tmp_path: Path) -> bool:
@@ -66,7 +66,7 @@ def test_the_child_s_answer_is_the_result(tmp_path: Path, scratch: Path) -> None
         ("leave", "ended with status 7 while it was running"),
         ("noise", "ended by signal SIGKILL while it was running"),
         ("mute", "ended by signal SIGKILL while it was running"),
-        ("sleep", r"running a model on a sample took longer than 0 s.*--layers-only"),
+        ("sleep", r"running a model on a sample was stopped: .*longer than 0 s.*--layers-only"),
     ],
 )
 def test_a_child_that_fails_dies_or_hangs_is_a_clear_error(
@@ -77,6 +77,11 @@ def test_a_child_that_fails_dies_or_hangs_is_a_clear_error(
         run_models(job(tmp_path, told), weights=0, limits=limits)
     assert [*scratch.iterdir()] == []
     assert not is_alive(tmp_path)
+
+
+def test_a_call_at_fault_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^Leave --text out\.$"):
+        run_models(job(tmp_path, "usage"), weights=0)
 
 
 def test_limits_grow_with_the_weights(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ tempfile.tempdir = {str(scratch)!r}
 running._CHILD = "modelchildren"
 folder = Path({str(tmp_path)!r})
 with signals_raise():
-    running.run_models(ModelJob((), folder, folder, samples=1, generator="sleep"), weights=0)
+    running.run_models(ModelJob((), folder, folder, samples=1, lines=("sleep",)), weights=0)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parent = subprocess.Popen(

@@ -36,6 +36,7 @@ from vera_convert import (
 )
 from vera_convert.delta import delta, merged
 from vera_convert.verification.model_comparison import ModelComparison
+from vera_convert.verification.sample_text import text_lines
 from vera_convert.with_torch import VeraConfig, VeraModel, build, compare, samples
 from vera_convert.with_torch.compare import compare_models
 
@@ -111,6 +112,7 @@ def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path
 
 def test_nothing_is_printed(shelf: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     folder = shelf("llama")
+    capfd.readouterr()
     compared(folder / "base", folder / "merged", folder / "adapter")
     assert capfd.readouterr() == ("", "")
 
@@ -131,10 +133,10 @@ def test_a_tied_head(tied: Tied, shelf: Callable[..., Path], tmp_path: Path) -> 
     base = shelf("gpt2") / "base"
     adapter = trained(base, tmp_path / "adapter", "gpt2", target_modules=["c_attn", "lm_head"])
     merge(adapter, tmp_path / "merged", base=base, options=MergeOptions(tied=tied))
-    found = compared(base, tmp_path / "merged", adapter, tied=tied.value)
+    found = compared(base, tmp_path / "merged", adapter, tied=tied)
     assert (found.passed, found.wrapped) == (True, tied is Tied.UNTIE)
     other = next(each for each in Tied if each is not tied)
-    assert not compared(base, tmp_path / "merged", adapter, tied=other.value).passed
+    assert not compared(base, tmp_path / "merged", adapter, tied=other).passed
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -297,7 +299,7 @@ def test_a_wrong_merge_fails(
         return
     assert not found.passed
     assert found.remerged_difference > 10 * found.threshold_remerged
-    assert "is not what this base and these adapters make" in found.reason
+    assert "differs from our own merge" in found.reason
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -332,7 +334,7 @@ def test_an_adapter_that_does_nothing_shows_nothing(
     found = compared(base, base, adapter)
     assert found.effect == found.largest_difference == found.remerged_difference == 0
     assert (found.passed, found.conclusive) == (False, False)
-    assert "a merge without effect would pass as well" in found.reason
+    assert "a merge without effect would pass too" in found.reason
 
 
 @needs("transformers", "5.0", "the Mamba of earlier releases calls its layers")
@@ -352,11 +354,11 @@ def test_a_model_that_does_not_call_its_layers_is_held_against_a_merge_alone(
     merge(tmp_path / "adapter", tmp_path / "merged", base=base)
     found = compared(base, tmp_path / "merged", tmp_path / "adapter")
     assert (found.passed, found.conclusive, found.wrapped) == (False, False, False)
-    assert "does not call its adapted layers" in found.reason
+    assert "reads the weights of its adapted layers" in found.reason
     wrong = changed(tmp_path / "merged", tmp_path / "wrong", partial(left_out, base))
     found = compared(base, wrong, tmp_path / "adapter")
     assert (found.passed, found.conclusive) == (False, True)
-    assert "is not what this base and these adapters make" in found.reason
+    assert "differs from our own merge" in found.reason
 
 
 def test_a_model_for_which_there_are_no_samples_is_unfit(
@@ -481,22 +483,22 @@ def test_what_a_config_names_elsewhere_is_not_fetched(
     ("fields", "message"),
     [
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
-        ({"_class_name": "Transformer2DModel"}, "no model of transformers"),
-        ({"model_type": None}, "no model of transformers"),
+        ({"_class_name": "Transformer2DModel"}, "not a model of transformers"),
+        ({"model_type": None}, "not a model of transformers"),
         (
             {"model_type": "brand_new"},
             r"type brand_new, which transformers .* does not have\. verify",
         ),
         (
             {"model_type": "brand_new", "transformers_version": "91.0.1"},
-            r"does not have\. transformers 91\.0\.1 wrote its config: install that or a later one",
+            r"does not have\. transformers 91\.0\.1 wrote the config: install",
         ),
-        ({"vocab_size": 10**10}, "far larger than its weights"),
-        ({"num_hidden_layers": 10**9}, "far larger than its weights"),
-        ({"num_hidden_layers": 100}, "far larger than its weights"),
-        ({"num_experts": 2000}, "far larger than its weights"),
-        ({"num_labels": 10**9}, "far larger than its weights"),
-        ({"text_config": {"depths": [2, 10**9]}}, "far larger than its weights"),
+        ({"vocab_size": 10**10}, "far larger than the weights"),
+        ({"num_hidden_layers": 10**9}, "far larger than the weights"),
+        ({"num_hidden_layers": 100}, "far larger than the weights"),
+        ({"num_experts": 2000}, "far larger than the weights"),
+        ({"num_labels": 10**9}, "far larger than the weights"),
+        ({"text_config": {"depths": [2, 10**9]}}, "far larger than the weights"),
         ({"hidden_act": "evil"}, "transformers cannot build"),
         ({"num_attention_heads": "many"}, "transformers cannot"),
     ],
@@ -521,8 +523,8 @@ def test_an_adapter_of_another_model_is_refused(shelf: Callable[..., Path]) -> N
     [
         (b"", "no line"),
         (b" \n\t\n", "no line"),
-        (b"\xff\xfe", "no UTF-8"),
-        (b"text \xc3", "no UTF-8"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"text \xc3", "not UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_used(
@@ -539,9 +541,9 @@ def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
     text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before one
     with text.open("ab") as file:
         file.write(b"\n\xff")
-    assert list(samples._lines(text)) == ["é" * 4096]
+    assert text_lines(text, 8) == ("é" * 4096,)
     text.write_bytes(b"x" + "é".encode() * (1 << 20))
-    assert [len(line) for line in samples._lines(text)] == [4096]
+    assert [len(line) for line in text_lines(text, 8)] == [4096]
 
 
 def test_a_tokenizer_that_lies_elsewhere_is_refused(
@@ -563,7 +565,7 @@ def test_what_a_tokenizer_s_config_names_elsewhere_is_not_opened(tmp_path: Path)
     named = {"tokenizer_file": "/etc/passwd", "auto_map": {}, "init_inputs": ["/etc/passwd"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**named, "model_max_length": 5}))
     (tmp_path / "evil.py").touch()
-    with samples._tokenizer_of(tmp_path) as copy:
+    with samples._copied_tokenizer(tmp_path) as copy:
         assert sorted(path.name for path in copy.iterdir()) == [
             "tokenizer.json",
             "tokenizer_config.json",
@@ -575,8 +577,10 @@ def test_what_a_tokenizer_s_config_names_elsewhere_is_not_opened(tmp_path: Path)
 
 def test_an_image_model_takes_no_text(shelf: Callable[..., Path], tmp_path: Path) -> None:
     folder = shelf("vit")
+    text = tmp_path / "text"
+    text.write_text("It is.\n")
     with pytest.raises(UsageError, match="takes no text"):
-        compared(folder / "base", folder / "merged", folder / "adapter", text=tmp_path / "t")
+        compared(folder / "base", folder / "merged", folder / "adapter", text=text)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -589,11 +593,11 @@ def test_one_model_is_in_memory_at_a_time(
 
     def watched(plan: Any) -> Any:
         assert all(model() is None for model in models)
-        model = build.built(plan)
+        model = build.build_model(plan)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(compare, "built", watched)
+    monkeypatch.setattr(compare, "build_model", watched)
     folder = shelf("t5")
     gc.disable()
     try:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.merge import Merge
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verifying import verify
+from vera_convert.verification.verify import verify
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:peft",  # of a base that PEFT does not find on the Hub

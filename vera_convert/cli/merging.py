@@ -128,7 +128,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
     sample sequences, and compared with the base that has the adapter.
     """
     from vera_convert.formats.verification import verification_document, verification_text
-    from vera_convert.verifying import verify as run
+    from vera_convert.verification.verify import verify as run
 
     with (
         progress_bar(options, "compared") as progress,

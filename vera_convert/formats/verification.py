@@ -1,4 +1,4 @@
-"""A verification's result as text for people and as a JSON document."""
+"""Write a verification's result as text for people and as a JSON document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.merged import MergedCheck
 from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.result import Verification
-from vera_convert.verification.tensors import MergedTensors, TensorCheck, last_bits_text
+from vera_convert.verification.tensors import MergedTensors, TensorCheck
 
 _MOST_LISTED = 12
 _MOST_OTHERS = 5
@@ -24,7 +24,7 @@ Rows = list[list[str]]
 
 
 def verification_text(result: Verification) -> str:
-    """What a verification came to, for people."""
+    """Return a verification's result as text for people."""
     rows: Rows = [["adapter", result.adapter]]
     if result.form is not None:
         rows += _form_rows(result.form)
@@ -35,7 +35,7 @@ def verification_text(result: Verification) -> str:
     elif result.merged is not None:
         rows.append(["model", _why_not_run(result)])
     if result.model is not None or result.not_run is not None:
-        rows.append(["time in all", f"{result.seconds:.1f} s"])
+        rows.append(["total time", f"{result.seconds:.1f} s"])
     rows.append(["result", _verdict(result)])
     return "\n".join([table(rows), *_error_lines(result)])
 
@@ -44,36 +44,39 @@ def _why_not_run(result: Verification) -> str:
     if result.not_run is not None:
         return f"NOT RUN: {result.not_run}"
     if result.merged is not None and result.merged.layers_only:
-        return "left out: --layers-only"
-    return "not run: something else is wrong"
+        return "not run: --layers-only"
+    return "not run: fix the errors below first"
 
 
 def _verdict(result: Verification) -> str:
-    count = result.wrong
-    if not count:
-        return "it holds" if result.passed else "the weights hold; the model was NOT RUN"
-    return f"IT DOES NOT HOLD: {count:,} {'things are' if count > 1 else 'thing is'} wrong"
+    if not result.wrong:
+        return "verified" if result.passed else "weights verified; the model was NOT RUN"
+    tensors = len(result.merged.tensors.worst_first) if result.merged is not None else 0
+    others = result.wrong - tensors
+    said = [f"{counted(tensors, 'tensor')} differ{'s' if tensors == 1 else ''}"] if tensors else []
+    said += [counted(others, "other error" if tensors else "error")] if others else []
+    return f"FAILED: {', '.join(said)}"
 
 
 def _form_rows(form: FormCheck) -> Rows:
     origins = [_origin(origin) for origin in form.origins]
     rows = [
         ["other form", form.label],
-        ["trained", f"{counted(form.tensors, 'tensor')} compared, byte for byte"],
-        ["A and B", f"{origins[0]}, then {origins[1]}"],
+        ["trained", f"{counted(form.tensors, 'tensor')} compared byte for byte"],
+        ["A and B", f"adapter: {origins[0]}; other form: {origins[1]}"],
     ]
     for effect in form.effects:
-        here = "the same" if effect.same else f"OTHERS, {effect.difference}"
-        in_peft = "the same" if effect.same_in_peft else "others"
-        rows.append([f"  {effect.dtype} base", f"{here}; in PEFT 0.21 and later {in_peft}"])
+        here = "same" if effect.same else f"DIFFERENT: {effect.difference}"
+        in_peft = "same" if effect.same_in_peft else "different"
+        rows.append([f"  {effect.dtype} base", f"{here}; in PEFT 0.21 and later: {in_peft}"])
     return rows
 
 
 def _origin(origin: str) -> str:
     return {
         "file": "stored",
-        "fingerprint": "drawn, proven by the fingerprint",
-        "key": "drawn from the key",
+        "fingerprint": "regenerated from the key, proven by the fingerprint",
+        "key": "regenerated from the key",
     }[origin]
 
 
@@ -89,18 +92,18 @@ def _merged_rows(check: MergedCheck) -> Rows:
         is_plain = adapter.strategy == "names as they are"
         rows += [
             ["with", f"{adapter.label}, {layers}"],
-            ["  layer names", "as in the base" if is_plain else adapter.strategy],
+            ["  layer names", "same as in the base" if is_plain else adapter.strategy],
             ["  A and B", _origin(adapter.origin)],
         ]
     rows.append(["options", _settings_text(check)])
     rows += _tensor_rows(check.tensors.checks)
     size, jobs = check.tensors.nbytes, check.tensors.jobs
-    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes in {counted(jobs, 'thread')}"])
+    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes, {counted(jobs, 'thread')}"])
     return rows
 
 
 def _settings_text(check: MergedCheck) -> str:
-    """Say which options a merge is held against, and where each comes from."""
+    """Return the options of the merge, and the source of each."""
     settings = check.settings
     values = {
         "projections": settings.projections if settings.projections != "auto" else None,
@@ -124,10 +127,10 @@ def _settings_text(check: MergedCheck) -> str:
         said["weight"] = f"weight {' and '.join(weights)}"
     given = [text for name, text in said.items() if name in settings.given]
     others = [text for name, text in said.items() if name not in settings.given]
-    where = "of its provenance" if settings.recorded else "it has no provenance"
+    source = "recorded by the merge" if settings.recorded else "the merge recorded none"
     groups = [f"{', '.join(given)} (given)"] if given else []
     if others or not given:
-        groups.append(f"{', '.join(others) or 'the usual ones'} ({where})")
+        groups.append(f"{', '.join(others) or 'defaults'} ({source})")
     return "; ".join(groups)
 
 
@@ -140,28 +143,25 @@ def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
         ulps = max(check.judgment.ulps for check in added)
         excess = max(check.judgment.excess for check in added)
         rows += [
-            ["with a delta", f"{_held(added)}, {values:,} values"],
+            ["with a delta", f"{_verified(added)}, {values:,} values"],
             ["  rounding", _rounding_text(off, values, ulps)],
-            [
-                "  beyond rounding",
-                f"{last_bits_text(excess)} of the sum, before it is rounded (allowed {LIMIT:g})",
-            ],
+            ["  largest error", f"{excess:.3g} ULP (limit {LIMIT:g}) before rounding"],
         ]
     for kind, words in _IN_WORDS.items():
         alike = [check for check in checks if check.kind is kind]
-        rows += [[words, _held(alike)]] if alike else []
+        rows += [[words, _verified(alike)]] if alike else []
     return rows
 
 
 def _rounding_text(off: int, values: int, ulps: float) -> str:
     if not off:
-        return "each is what is computed here, to the last bit"
+        return "bit-equal to our own merge"
     share = f"{off / values:.2%}" if off * 10_000 >= values else "less than 0.01%"
-    return f"{share} of them are not what is computed here, by up to {last_bits_text(ulps)}"
+    return f"{share} of values differ from our own merge, by up to {ulps:.3g} ULP"
 
 
 def _error_lines(result: Verification) -> Iterator[str]:
-    """Yield a line for each other thing that is wrong, then for tensors that are, worst first."""
+    """Yield a line for each error that is no tensor's, then for each wrong tensor, worst first."""
     tensors = result.merged.tensors if result.merged is not None else None
     wrong = tensors.worst_first if tensors is not None else []
     of_tensors = {check.finding() for check in wrong}
@@ -170,13 +170,13 @@ def _error_lines(result: Verification) -> Iterator[str]:
         yield f"WRONG {finding.code} {finding.place}: {finding.reason}"
     more = result.wrong - len(wrong) - len(others)
     if more:
-        yield and_more(more, "thing").lstrip()
+        yield and_more(more, "error").lstrip()
     if tensors is not None:
         yield from _wrong_lines(tensors)
 
 
 def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
-    """Yield a line for each tensor that is wrong, and one for all that went wrong alike."""
+    """Yield a line for each wrong tensor, and a single line for tensors with the same cause."""
     wrong = tensors.worst_first
     added = sum(check.kind is Kind.ADDED for check in tensors.checks)
     alike = Counter(check.hint for check in wrong if check.hint)
@@ -196,62 +196,59 @@ def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
             yield f"WRONG {count:,} of {counted(added, 'layer')}: {said}"
             continue
         found = check.judgment
-        said = f"{found.wrong:,} of {counted(found.values, 'value')} are wrong. {check.hint}"
+        said = f"{found.wrong:,} of {counted(found.values, 'value')} differ. {check.hint}"
         yield f"WRONG {printable(check.name)}: {said.rstrip()}"
 
 
 _IN_WORDS = {
-    Kind.SAME: "the base's own",
-    Kind.CONVERTED: "of another dtype",
-    Kind.REPLACED: "the adapter's",
+    Kind.SAME: "same as base",
+    Kind.CONVERTED: "other dtype",
+    Kind.REPLACED: "from adapter",
     Kind.NEW: "new",
 }
 
 
-def _held(checks: Sequence[TensorCheck]) -> str:
-    held = sum(check.passed for check in checks)
-    if len(checks) == 1:
-        return f"{held} of 1 tensor is right"
-    return f"{held:,} of {len(checks):,} tensors are right"
+def _verified(checks: Sequence[TensorCheck]) -> str:
+    passed = sum(check.passed for check in checks)
+    return f"{passed:,} of {counted(len(checks), 'tensor')} verified"
 
 
 def _model_rows(model: ModelComparison) -> Rows:
     ran = f"{counted(model.samples, 'sample')}, {counted(model.tokens, 'position')}"
     rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
     if math.isinf(model.largest_difference):
-        return [*rows, ["  its results", "none that could be compared"]]
-    largest, remerged = (f"up to {number:.3g} off" for number in _differences(model))
-    rounding = f"rounding to {model.dtype} explains {model.threshold_difference:.3g}"
-    order = f"the order of sums explains {model.threshold_remerged:.3g}"
-    rows.append(
-        ["  effect", f"the adapter changes what the base gives by up to {model.effect:.3g}"]
-    )
-    if model.wrapped:
-        rows.append(["  with the adapter", f"{largest}; {rounding}"])
-    else:
-        rows.append(["  merged here", f"{largest} from a merge that is not rounded; {rounding}"])
-        rows.append(
-            ["", "what PEFT computes before it merges is something else, and is not compared"]
-        )
-    rows.append(["  merged anew", f"{remerged} from a merge done here; {order}"])
+        return [*rows, ["  logits", "none that could be compared"], *_reason_row(model)]
+    results = "logits" if model.kl is not None else "hidden states"
+    rounding = f"limit {model.threshold_difference:.3g}: rounding to {model.dtype}"
+    order = f"limit {model.threshold_remerged:.3g}: order of summation"
+    rows.append(["  effect", f"adapter changes {results} by up to {model.effect:.3g}"])
+    compared = "with the adapter" if model.wrapped else "unrounded merge"
+    rows.append([f"  {compared}", _difference_text(model.largest_difference, rounding)])
+    if not model.wrapped:
+        rows.append(["", "the adapter's unmerged result differs from any merge: not compared"])
+    rows.append(["  re-merged", _difference_text(model.remerged_difference, order)])
     if model.kl is not None and model.threshold_kl is not None:
-        rows.append(["  KL", f"{model.kl:.3g} (allowed {model.threshold_kl:.3g})"])
+        rows.append(["  KL divergence", f"{model.kl:.3g} nats (limit {model.threshold_kl:.3g})"])
     if model.top1 is not None and model.threshold_top1 is not None:
-        rows.append(["  top-1", f"{model.top1:.2%} agree (at least {model.threshold_top1:.2%})"])
-    if not model.passed:
-        rows.append(["  so" if model.conclusive else "  BUT", model.reason])
-    return rows
+        rows.append(["  same top token", f"{model.top1:.2%} (limit {model.threshold_top1:.2%})"])
+    return [*rows, *_reason_row(model)]
 
 
-def _differences(model: ModelComparison) -> tuple[float, float]:
-    return model.largest_difference, model.remerged_difference
+def _difference_text(difference: float, limit: str) -> str:
+    return f"largest difference {difference:.3g} ({limit})"
+
+
+def _reason_row(model: ModelComparison) -> Rows:
+    if model.passed:
+        return []
+    return [["  failed" if model.conclusive else "  inconclusive", model.reason]]
 
 
 # --- the document --------------------------------------------------------------------------------
 
 
 def verification_document(result: Verification) -> Document:
-    """What a verification came to (schema ``verification``)."""
+    """Return a verification's result as a JSON object (schema ``verification``)."""
     return {
         "format": 1,
         "command": "verify",
@@ -346,5 +343,5 @@ def _model_document(model: ModelComparison) -> Document:
 
 
 def _finite(value: float) -> float | None:
-    """Return a number in the four digits that are meaningful; JSON has no infinity."""
+    """Return a number with its four meaningful digits; None for infinity, which JSON lacks."""
     return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What running two whole models beside each other needs, and what it showed. No torch in here."""
+"""Describe two models to run side by side, and the result of running them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,95 +7,87 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from vera_convert.verification.provenance import MergeSettings
+
 INSTEAD = "verify --layers-only compares without building a model."
-"""The way out if a model cannot be run."""
+"""What to do if a model cannot be run."""
 
 
 class Stage(StrEnum):
-    """The kinds of work that running the models consists of."""
+    """The stages of running the models."""
 
     START = "start"
-    """torch and transformers are loaded."""
+    """Load torch and transformers."""
     BUILD = "build"
-    """A config is read, weights are read, and a model is built."""
+    """Read a config and weights, and build a model."""
     TEXT = "text"
-    """A tokenizer is loaded, and a text is made token ids."""
+    """Load a tokenizer, and turn the text into token ids."""
     RUN = "run"
-    """A model is run on one sample."""
+    """Run a model on one sample."""
     MERGE = "merge"
-    """The base is wrapped with the adapters, or the adapters are merged into the base."""
+    """Wrap the base with the adapters, or merge the adapters into the base."""
 
 
 Tell = Callable[[Stage, int, int], None]
-"""Is told that a stage begins, how many runs of a sample are done, and of how many."""
+"""Called when a stage begins, with the samples run so far, over all models, and their total."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelJob:
-    """Two models to run beside each other, and how the merged one was made.
+    """Two models to run side by side, and how the merged model was made.
 
     Attributes:
-        adapters: the folder and the weight of each, in the order in which they were merged.
+        adapters: the folder and the weight of each adapter, in the order of the merge.
         base: the folder of the base.
         merged: the folder of the merged model.
-        samples: how many to run, at the most.
-        text: UTF-8, of which the first lines are run; None for token ids, or images, that are
-            drawn.
-        dtype: what all float tensors became in the merge, as torch calls it; None if each kept its
-            own.
-        tied: what became of an output head that is the embedding.
-        projections: which A and B are meant.
-        generator: how A and B were drawn, if no fingerprint says it.
-        key_map: pairs (OLD, NEW) that rename leading paths of the adapters' modules.
-        base_dtype: the dtype that drawn A and B are rounded to; None for that of the base.
-        wider: the dtypes, in safetensors' names, of merged weights that are not rounded to the
-            base's, by tensor.
+        samples: how many samples to run at most.
+        lines: the lines of text to run; None for token ids, or images, drawn at random.
+        settings: the options of the merge.
+        wider: for each merged weight that is rounded to a wider dtype than the base's, the dtype in
+            safetensors' names, by the name of the tensor.
     """
 
     adapters: tuple[tuple[Path, float], ...]
     base: Path
     merged: Path
     samples: int
-    text: Path | None = None
-    dtype: str | None = None
-    tied: str | None = None
-    projections: str = "auto"
-    generator: str | None = None
-    key_map: tuple[tuple[str, str], ...] = ()
-    base_dtype: str | None = None
+    lines: tuple[str, ...] | None = None
+    settings: MergeSettings = field(default_factory=MergeSettings)
     wider: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """The merged model beside its base that is wrapped with the adapters.
+    """The merged model compared with its base that is wrapped with the adapters.
 
-    All differences are of logits; a model that gives none is compared by its last hidden states,
-    and has no `kl` and no `top1`. What the merged model gives is infinitely far off where it is not
-    finite or the model cannot be loaded.
+    All differences are differences of logits. A model without logits is compared by its last hidden
+    states, and has neither `kl` nor `top1`. If the merged model's output is not finite, or the
+    model cannot be loaded, the differences are infinite.
 
     Attributes:
-        model_class: the class of transformers that both are loaded as.
-        dtype: what the merged weights are rounded to, as torch calls it; all is computed wider.
+        model_class: the class of transformers that both models are loaded as.
+        dtype: the dtype that the merged weights are rounded to, as torch calls it. The models
+            compute in a wider dtype.
         samples: how many sequences, or images, were run.
         tokens: at how many positions the two were compared.
         largest_difference: the largest difference between the two.
-        remerged_difference: the largest difference between the merged model and one that torch
-            merged and rounded anew, which sees what rounding hides from the one above.
+        remerged_difference: the largest difference between the merged model and a model that torch
+            merged and rounded again. This shows errors that rounding hides from the number above.
         kl: the largest mean Kullback-Leibler divergence of a sample, in nats.
-        top1: the share of positions at which both hold the same token the likeliest.
-        effect: the largest difference between the base alone and the base with the adapters: what a
-            merge without effect would be off by.
-        threshold_difference: what `largest_difference` may be.
-        threshold_remerged: what `remerged_difference` may be.
-        threshold_kl: what `kl` may be.
-        threshold_top1: what `top1` must be at least.
-        wrapped: whether the first comparison is with the wrapped model. It is not, but
-            with the model merged here before it was rounded, where a head's delta goes to the
-            embedding as well, which no branch does, or the model does not call its layers.
-        conclusive: whether a failure means that the model is wrong; else nothing can be said.
-        passed: whether the merged model does as the wrapped one.
-        reason: why it does not; empty if it does.
+        top1: the share of positions at which both give the same token the largest logit.
+        effect: the largest difference between the base alone and the base with the adapters, which
+            is the error of a merge without effect.
+        threshold_difference: the limit of `largest_difference`.
+        threshold_remerged: the limit of `remerged_difference`.
+        threshold_kl: the limit of `kl`.
+        threshold_top1: the lower limit of `top1`.
+        wrapped: whether `largest_difference` compares with the wrapped base. If a head's delta goes
+            to the embedding as well, or if the model does not call its adapted layers, the wrapped
+            base computes something else; then the merged model is compared with our own merge
+            before rounding.
+        conclusive: whether a failure shows that the merged model is wrong.
+        passed: whether the merged model computes the same as the wrapped base.
+        reason: why not; empty if it does.
     """
 
     model_class: str

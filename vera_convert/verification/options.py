@@ -1,4 +1,4 @@
-"""How a verification is to be done: what its caller says, and what a merge's provenance says."""
+"""Define the options of a verification, and fill missing options from a merge's provenance."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from vera_convert.text import printable
 from vera_convert.verification.provenance import MergeSettings, Provenance
 
 SAMPLES = 8
-"""Sequences that both models are run on, where nothing else is said."""
+"""How many sequences both models are run on by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """How to verify; what is None is taken from the provenance of the merged model.
+    """How to verify. An option that is None is read from the merged model's provenance.
 
     Attributes:
         weight: the factor of the first adapter's deltas.
         add: the further adapters that were merged.
-        projections: which A and B are projections.
-        generator: how they were drawn, where no fingerprint says it.
-        dtype: what float tensors became, such as ``bfloat16``.
-        tied: what became of an output head that shares its tensor with the embedding.
-        dequantize: whether a base whose weights are fp8 was made a 16-bit model.
-        layers_only: leave it at the weights; no model is loaded, and torch is not needed.
+        projections: the source of A and B.
+        generator: the variant of the generator, if no fingerprint names the variant.
+        dtype: the dtype that float tensors were converted to, such as ``bfloat16``.
+        tied: how an output head that shares its tensor with the embedding was merged.
+        dequantize: whether an fp8 base was converted to a 16-bit model.
+        layers_only: compare only the weights; no model is run, and torch is not needed.
         samples: how many sequences both models are run on; None for `SAMPLES`.
-        text: a file whose text they are made of; without it token ids are drawn.
-        jobs: threads; None for one for each core, four at most.
+        text: a UTF-8 file with the text to run; None for random token ids.
+        jobs: how many threads to use; None for one for each core, four at most.
     """
 
     weight: float | None = None
@@ -79,10 +79,15 @@ class VerifyOptions:
         runs = {"--samples": self.samples, "--text": self.text}
         names = [name for name, value in runs.items() if value is not None]
         if self.layers_only and names:
-            raise UsageError(f"{', '.join(names)}: with --layers-only no model is run.")
+            raise UsageError(f"{', '.join(names)}: --layers-only runs no model.")
 
-    def require_no_merge(self) -> None:
-        """Raise `UsageError` for an option that says something of a merged model."""
+    @property
+    def samples_to_run(self) -> int:
+        """How many sequences both models are run on."""
+        return SAMPLES if self.samples is None else self.samples
+
+    def refuse_merge_options(self) -> None:
+        """Raise `UsageError` for an option that describes a merged model."""
         given = {
             "--weight": self.weight,
             "--add": self.add or None,
@@ -96,14 +101,14 @@ class VerifyOptions:
         }
         names = [name for name, value in given.items() if value is not None]
         if names:
-            raise UsageError(f"{', '.join(names)}: there is no --merged that this could be of.")
+            raise UsageError(f"{', '.join(names)}: only for a merged model; give --merged MODEL.")
 
 
 def settle(
     options: VerifyOptions, base: BaseOptions, provenance: Provenance | None
 ) -> MergeSettings:
-    """Return the options of a merge: those that are given, else those that it recorded."""
-    said: dict[str, Any] = {
+    """Return the options of a merge: the given options, else the recorded options."""
+    options_given: dict[str, Any] = {
         "projections": options.projections,
         "generator": options.generator,
         "base_dtype": base.dtype,
@@ -112,7 +117,7 @@ def settle(
         "tied": options.tied,
         "dequantize": options.dequantize,
     }
-    given = {name: value for name, value in said.items() if value is not None}
+    given = {name: value for name, value in options_given.items() if value is not None}
     weights = [options.weight, *(each.weight for each in options.add)]
     names = {*given, *(["weight"] if any(each is not None for each in weights) else [])}
     recorded = MergeSettings() if provenance is None else provenance.settings
@@ -120,21 +125,21 @@ def settle(
 
 
 def require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) -> None:
-    """Raise `UsageError` unless there are as many adapters as were merged.
+    """Raise `UsageError` unless as many adapters are given as were merged.
 
     Args:
-        given: the further ones.
-        provenance: what was merged.
+        given: the further adapters.
+        provenance: the record of the merge.
     """
     recorded = provenance.adapters
     if len(given) + 1 < len(recorded):
         names = ", ".join(f"--add {printable(each.name)}" for each in recorded[len(given) + 1 :])
         raise UsageError(
-            f"{len(recorded)} adapters were merged, and {len(given) + 1} given. A provenance names "
-            f"inputs, not where they lie; give the others too: {names}."
+            f"{len(recorded)} adapters were merged, and {len(given) + 1} given. The provenance "
+            f"records names, not folders; give the other adapters too: {names}."
         )
     if len(given) + 1 > len(recorded):
         raise UsageError(
-            f"{len(given) + 1} adapters are given, and {len(recorded)} merged: leave out "
-            "what is not part of the model."
+            f"{len(given) + 1} adapters are given, and {len(recorded)} merged: leave out the "
+            "adapters that were not merged."
         )

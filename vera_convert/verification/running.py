@@ -1,11 +1,11 @@
-"""Run whole models in a process of their own, with limits on its memory and its time.
+"""Run whole models in a child process with limits on memory and time.
 
     job ──► child: config, tokenizer, weights, models ──► result
-                │ says at each stage how far it is
+                │ reports each stage
     parent: ends the child at a limit, and removes its temporary files
 
-Configs, tokenizers and weights are a stranger's. Libraries that read them can take all memory, run
-for hours, or end their process; here that ends the child alone.
+Configs, tokenizers and weights come from strangers. Libraries that read them can use up memory, run
+for hours, or end the process; only the child ends then.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from vera_convert.errors import SurroundingsError
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.draws.generator import Variant
+from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD, ModelComparison, ModelJob, Stage
+from vera_convert.verification.provenance import MergeSettings
 
 Progress = Callable[[int, int], None]
 
@@ -38,7 +42,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The time that a stage may take: so many seconds, and so many more for each GiB of weights."""
+    """The time that a stage may take: a number of seconds, and more for each GiB of weights."""
 
     seconds: float
     seconds_per_gib: float = 0.0
@@ -46,13 +50,13 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the child process may take. There are two builds, one merge, and five runs a sample.
+    """The memory and time of the child: for two builds, two merges, and five runs of each sample.
 
     Attributes:
-        memory: bytes, whatever the size of the model: torch and transformers take half a GiB of it.
-        memory_per_core: bytes more for each core: libraries reserve stacks and buffers for threads.
-        memory_factor: bytes more for each byte of the weights. A model in 16 bits is computed in
-            32, and is there twice for a moment while it is built: six times its bytes.
+        memory: bytes for a model of any size; torch and transformers take half a GiB of these.
+        memory_per_core: bytes added for each core: libraries reserve memory for each thread.
+        memory_factor: bytes added for each byte of the weights. A 16-bit model runs in 32 bits,
+            and is briefly in memory twice while it is built: six times the bytes of the weights.
         times: the time for each stage.
     """
 
@@ -69,11 +73,11 @@ _TIMES: Mapping[Stage, Limit] = {
     Stage.RUN: Limit(60, 60),
     Stage.MERGE: Limit(180, 120),
 }
-"""Far more than each stage takes on two slow cores; a disk of 5 MB/s still feeds the weights."""
+"""Far more than each stage takes on two slow cores with a disk that reads 5 MB/s."""
 _IN_WORDS: Mapping[Stage, str] = {
     Stage.START: "loading torch and transformers",
     Stage.BUILD: "building a model",
-    Stage.TEXT: "making token ids of the text",
+    Stage.TEXT: "turning the text into token ids",
     Stage.RUN: "running a model on a sample",
     Stage.MERGE: "merging the adapters again",
 }
@@ -85,10 +89,10 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
-"""The child reaches no network, fetches no kernels, and computes on the CPU."""
+"""The child uses no network, fetches no kernels, and computes on the CPU."""
 _LONGEST_LINE = 1 << 20
 _LOOK_EVERY = 0.1
-"""Seconds between two looks at the child: a signal to the parent is answered that fast."""
+"""Seconds between two looks at the child, and the time to answer a signal to the parent."""
 
 
 def run_models(
@@ -102,12 +106,13 @@ def run_models(
 
     Args:
         job: the models and how they were merged.
-        weights: the bytes of the larger model's weights, which the limits grow with.
-        progress: told how many runs of a model on a sample are done, and of how many.
-        limits: what the child may take.
+        weights: the bytes of the larger model's weights; the limits grow with these.
+        progress: called with the samples run so far, over all models, and their total.
+        limits: the memory and the time of the child.
 
     Raises:
-        SurroundingsError: the models cannot be built or run, or not within the limits.
+        UsageError: the models cannot use the text.
+        SurroundingsError: the models cannot be built or run within the limits.
     """
     limits = limits or Limits()
     with TemporaryDirectory(prefix="vera-convert-") as scratch, _started(scratch) as child:
@@ -120,11 +125,11 @@ def run_models(
 
 @contextmanager
 def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the child; when the block ends, however it ends, the child has ended."""
+    """Start the child, and end it when the block ends."""
     if not sys.executable:
-        raise SurroundingsError(f"there is no Python here that could run a model. {INSTEAD}")
+        raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
     kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    # Without -P a file of the working directory could take the place of a module.
+    # With -P no file of the working directory replaces a module.
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
     environment = {**kept, **_ENVIRONMENT, "PYTHONPATH": path}
     environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
@@ -134,7 +139,7 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
-        start_new_session=True,  # a Ctrl-C is for the parent, which ends the child
+        start_new_session=True,  # Ctrl-C reaches the parent, which ends the child
     )
     try:
         yield child
@@ -147,15 +152,20 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _send(child: subprocess.Popen[bytes], document: Mapping[str, object]) -> None:
-    """Write a line to the child, and leave the pipe open: the child ends when that closes."""
+    """Write a line to the child, and leave the pipe open: the child ends when the pipe closes."""
     assert child.stdin is not None  # noqa: S101 -- asked for
-    with suppress(BrokenPipeError):  # how the child ended is found out by who reads
-        child.stdin.write(json.dumps(document, default=os.fspath).encode() + b"\n")
+    with suppress(BrokenPipeError):  # the reader reports how the child ended
+        child.stdin.write(json.dumps(document, default=_plain).encode() + b"\n")
         child.stdin.flush()
 
 
+def _plain(value: Any) -> object:  # noqa: ANN401 -- a value of a job
+    """Return a set as a list and a path as a text, for JSON."""
+    return sorted(value) if isinstance(value, frozenset) else os.fspath(value)
+
+
 class _Watch:
-    """Reads what a child says, and ends a child that takes too long."""
+    """Reads the messages of a child, and ends a child that takes too long."""
 
     def __init__(
         self, child: subprocess.Popen[bytes], weights: int, limits: Limits, progress: Progress
@@ -168,9 +178,10 @@ class _Watch:
         self._lines: queue.Queue[bytes] = queue.Queue()
 
     def result(self) -> ModelComparison:
-        """Return what the child found.
+        """Return the child's result.
 
         Raises:
+            UsageError: the call is at fault.
             SurroundingsError: the child failed, died, or took too long.
         """
         assert self._child.stdout is not None  # noqa: S101 -- asked for
@@ -190,7 +201,8 @@ class _Watch:
             if "result" in said:
                 return ModelComparison(**said["result"])
             if "error" in said:
-                raise SurroundingsError(str(said["error"]))
+                kind = UsageError if said.get("is_usage") else SurroundingsError
+                raise kind(str(said["error"]))
             self._stage = Stage(said["stage"])
             if said["of"]:
                 self._progress(said["done"], said["of"])
@@ -205,8 +217,8 @@ class _Watch:
 
     def _too_slow(self) -> SurroundingsError:
         return SurroundingsError(
-            f"{_IN_WORDS[self._stage]} took longer than {self._seconds():,.0f} s, the limit for "
-            f"weights of this size, and was ended. {INSTEAD}"
+            f"{_IN_WORDS[self._stage]} was stopped: it took longer than {self._seconds():,.0f} s, "
+            f"the limit for weights of this size. {INSTEAD}"
         )
 
     def _died(self) -> SurroundingsError:
@@ -217,14 +229,14 @@ class _Watch:
             names = {number.value: number.name for number in signal.Signals}
             how = f"by signal {names.get(-status, -status)}"
         return SurroundingsError(
-            f"the process that runs the models was ended {how} while it was "
-            f"{_IN_WORDS[self._stage]}. Either memory is too short for the model, or a file of the "
-            f"model makes a library fail. {INSTEAD}"
+            f"the process that runs the models ended {how} while it was "
+            f"{_IN_WORDS[self._stage]}. Either memory ran out, or a file of the model makes a "
+            f"library fail. {INSTEAD}"
         )
 
 
 def _read(pipe: IO[bytes], lines: queue.Queue[bytes]) -> None:
-    """Hand on each line, and an empty one at the end."""
+    """Put each line into the queue, and an empty line at the end."""
     with suppress(OSError, ValueError):  # the pipe was closed
         while line := pipe.readline(_LONGEST_LINE):
             lines.put(line)
@@ -232,7 +244,7 @@ def _read(pipe: IO[bytes], lines: queue.Queue[bytes]) -> None:
 
 
 def _document(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says; None at the end, or if a library wrote something else."""
+    """Return the JSON object of a line; None at the end, or for a line of a library."""
     try:
         document = json.loads(line)
     except ValueError:
@@ -241,21 +253,28 @@ def _document(line: bytes) -> dict[str, Any] | None:
 
 
 def job_of(document: Mapping[str, Any]) -> ModelJob:
-    """Return the job that a line to the child describes."""
-    text = document["text"]
+    """Return the job that the parent wrote to the child."""
+    settings, lines = document["settings"], document["lines"]
+    tied, generator = settings["tied"], settings["generator"]
+    typed = {
+        "projections": ProjectionSource(settings["projections"]),
+        "generator": None if generator is None else Variant(generator),
+        "tied": None if tied is None else Tied(tied),
+        "key_map": tuple((old, new) for old, new in settings["key_map"]),
+        "labels": tuple(settings["labels"]),
+        "given": frozenset(settings["given"]),
+    }
     return ModelJob(
         adapters=tuple((Path(folder), weight) for folder, weight in document["adapters"]),
         base=Path(document["base"]),
         merged=Path(document["merged"]),
-        text=Path(text) if text is not None else None,
-        key_map=tuple((old, new) for old, new in document["key_map"]),
-        **{name: document[name] for name in _PLAIN},
+        samples=document["samples"],
+        lines=None if lines is None else tuple(lines),
+        settings=MergeSettings(**{**settings, **typed}),
+        wider=document["wider"],
     )
 
 
-_PLAIN = ("samples", "dtype", "tied", "projections", "generator", "base_dtype", "wider")
-
-
 def printable_reason(error: BaseException) -> str:
-    """Return the first line of what a library says of its failure."""
+    """Return the first line of a library's error message."""
     return printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(". "))

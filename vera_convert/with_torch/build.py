@@ -1,9 +1,9 @@
-"""Models of transformers from a stranger's folder: no code from it runs, and nothing is fetched.
+"""Build models of transformers from a stranger's folder, without running its code or downloading.
 
-    folder ── our reader ──► config, tensors ──► a class that Auto classes give ──► the model
+    folder ── our reader ──► config, tensors ──► a class from the Auto classes ──► the model
 
-transformers sees no path. A config names attention kernels, code and weights elsewhere, which it
-would go and get; and beside the weights there can be adapters and pickles, which it would take.
+transformers never sees the path: it would download the attention kernels, code and weights that a
+config names, and would load adapters and pickles that lie beside the weights.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _CLASS_OF_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""What PEFT's task types are trained on."""
+"""The Auto class for each of PEFT's task types."""
 _COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
 _MOST = 100_000
-"""Parts of the names of fields that say how many of something there are, and how many that can be.
+"""Parts of the names of fields that count something, and the largest count allowed.
 
-Configs make lists of that length when they are read, and models make modules.
+Configs make lists of that length when they are read, and models make as many modules.
 """
 _COUNTS_LAYERS = re.compile(
     r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
@@ -57,13 +57,13 @@ _COUNTS_LAYERS = re.compile(
 _COUNTS_EXPERTS = re.compile(r"(num|n)_.*experts?|.*_experts")
 _MORE_LAYERS = 64
 _MORE_EXPERTS = 1024
-"""How many more layers, and experts, than tensors there can be: those of all experts may be one."""
-_ROOM = 1 << 28
-"""Bytes that a model can need beside those of its file: a head that is new, tables of positions."""
+"""How many more layers, and experts, than tensors a model can have: experts can share a tensor."""
+_EXTRA_BYTES = 1 << 28
+"""How many bytes a model can need beyond its files, for a new head or tables of positions."""
 
 
 class UnfitError(SurroundingsError):
-    """transformers cannot make a model of a folder, or not run it; memory is not the reason."""
+    """transformers cannot build or run the model of a folder, for a reason other than memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +71,11 @@ class Blueprint:
     """How the model of a folder is built.
 
     Attributes:
-        base: its tensors.
+        base: the tensors.
         model: the class of transformers.
-        config: transformers' config.
-        rows: of the vocabulary, if an adapter resizes the base's; else None.
-        relabeled: whether an adapter brings a classifier of another number of labels.
+        config: the config, as an object of transformers.
+        rows: the rows of the vocabulary, if an adapter resizes the vocabulary; else None.
+        relabeled: whether an adapter brings a classifier with another number of labels.
     """
 
     base: BaseModel
@@ -86,7 +86,7 @@ class Blueprint:
 
     @property
     def place(self) -> str:
-        """How messages call it."""
+        """The name of the folder in messages."""
         return printable(self.base.location.label)
 
     @property
@@ -96,12 +96,15 @@ class Blueprint:
 
 
 @contextmanager
-def guarded(what: str) -> Iterator[None]:
-    """Let transformers work in silence and off the network, and say in our words that it failed.
+def guarded(action: str) -> Iterator[None]:
+    """Run transformers silently and without network, and raise its failures as our errors.
+
+    Args:
+        action: the action, for messages; it completes "transformers cannot ...".
 
     Raises:
-        UnfitError: it did.
-        SurroundingsError: memory is short.
+        UnfitError: transformers failed.
+        SurroundingsError: memory ran out.
     """
     import transformers
 
@@ -116,13 +119,13 @@ def guarded(what: str) -> Iterator[None]:
     except VeraConvertError:
         raise
     except BaseException as error:
-        # A library in Rust panics with a class of its own, which is no Exception.
+        # Libraries in Rust raise a PanicException, which is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise SurroundingsError(f"memory is too short to {what}. {INSTEAD}") from error
+            raise SurroundingsError(f"memory ran out: cannot {action}. {INSTEAD}") from error
         reason = printable_reason(error)
-        raise UnfitError(f"transformers cannot {what}: {reason}. {INSTEAD}") from error
+        raise UnfitError(f"transformers cannot {action}: {reason}. {INSTEAD}") from error
     finally:
         log.set_verbosity(level)
         if bars:
@@ -135,14 +138,15 @@ def guarded(what: str) -> Iterator[None]:
 def blueprint(
     folder: Path, *, label: str, adapters: Iterable[Adapter] = (), like: str | None = None
 ) -> Blueprint:
-    """Find out which class of transformers the model of a folder is of.
+    """Find the class of transformers for the model of a folder.
 
     Args:
-        folder: the model's.
-        label: how messages call it.
-        adapters: what the model is to be wrapped with. What they were trained on, if they say it,
-            counts more than what the config says: heads differ, and with them the names of layers.
-        like: the class that it has to be.
+        folder: the folder of the model.
+        label: the name of the folder in messages.
+        adapters: the adapters to wrap the model with. The class that an adapter was trained on
+            takes precedence over the class in the config: the head can differ, and with the head
+            the names of the layers.
+        like: the name of the class, if it is known.
 
     Raises:
         CheckpointError: the folder is malformed.
@@ -152,40 +156,39 @@ def blueprint(
     base = read_base(Location(label, folder), HubAccess(offline=True))
     place = printable(label)
     if base.prefix or "_class_name" in base.config or base.model_type is None:
-        raise UnfitError(f"{place} is no model of transformers. {INSTEAD}")
+        raise UnfitError(f"{place} is not a model of transformers. {INSTEAD}")
     if "quantization_config" in base.config:
-        raise UnfitError(f"{place} is quantized, and is not run here. {INSTEAD}")
+        raise UnfitError(f"{place} is quantized; verify runs no quantized model. {INSTEAD}")
     config = _config(base)
     found = _classes(config)
     wanted = [like] if like else [*_trained_on(adapters, base, config), *_architectures(base)]
     name = next((name for name in wanted if name in found), None)
     if name is None:
-        own = "brings code of its own, which is never run" if _brings_code(base) else "is none"
         listed = ", ".join(printable(str(each)) for each in wanted) or "no class"
         raise UnfitError(
-            f"{place} names {listed}, and for {printable(str(base.model_type))} this transformers "
-            f"has no such class: the model {own} of those that come with it. {INSTEAD}"
+            f"{place} names {listed}, and the installed transformers has no such class for "
+            f"{printable(str(base.model_type))}.{_code_text(base)} {INSTEAD}"
         )
     labels = _labels(adapters)
     relabeled = labels is not None and labels != config.num_labels
     if relabeled:
         config.num_labels = labels
     if type(config) is not found[name].config_class:
-        config = config.get_text_config()  # of a model that sees, only what reads is built
+        config = config.get_text_config()  # of a multimodal model, only the text part is built
     return Blueprint(base, found[name], config, _rows(adapters, base), relabeled)
 
 
 def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
-    """Return the config as transformers understands it, but for what would lead elsewhere."""
+    """Return the config as an object of transformers, with the fields of its class only."""
     import transformers
 
     kind, place = base.model_type, printable(base.location.label)
     mapping = transformers.CONFIG_MAPPING
     if kind not in mapping:
-        code = " It brings code of its own, which is never run." if _brings_code(base) else ""
         raise UnfitError(
             f"{place} is of type {printable(str(kind))}, which transformers "
-            f"{transformers.__version__} does not have.{code}{_written_by(base)} {INSTEAD}"
+            f"{transformers.__version__} does not have.{_code_text(base)}{_written_by(base)} "
+            f"{INSTEAD}"
         )
     if _counts_too_many(base.config, len(base.tensors)):
         raise _too_large(place)
@@ -194,13 +197,13 @@ def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
 
 
 def _written_by(base: BaseModel) -> str:
-    """Name the release that wrote a config, if it is later than the installed transformers."""
+    """Name the transformers release that wrote a config, if it is later than the installed one."""
     release = base.config.get("transformers_version")
     if not isinstance(release, str) or not re.fullmatch(r"\d{1,4}(\.\w{1,8}){1,3}", release):
         return ""
     if _numbers(release) <= _installed():
         return ""
-    return f" transformers {printable(release)} wrote its config: install that or a later one."
+    return f" transformers {printable(release)} wrote the config: install that or a later release."
 
 
 def _installed() -> tuple[int, ...]:
@@ -215,12 +218,12 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
-    """Whether a field of a config, or one inside of it, says that there are too many of a thing.
+    """Return whether a field of a config, or a field inside it, counts too many of something.
 
     Args:
-        value: of the field.
-        tensors: how many the files have: each layer has some.
-        name: of the field.
+        value: the value of the field.
+        tensors: how many tensors the files have; each layer has some.
+        name: the name of the field.
     """
     if isinstance(value, Mapping):
         return any(_counts_too_many(each, tensors, str(key)) for key, each in value.items())
@@ -237,28 +240,30 @@ def _counts_too_many(value: object, tensors: int, name: str = "") -> bool:
 
 def _too_large(place: str) -> UnfitError:
     return UnfitError(
-        f"{place}: its config describes a model that is far larger than its weights. Is it the "
+        f"{place}: the config describes a model that is far larger than the weights. Is it the "
         f"config of another model? {INSTEAD}"
     )
 
 
-def _brings_code(base: BaseModel) -> bool:
-    return bool(base.config.get("auto_map"))
+def _code_text(base: BaseModel) -> str:
+    if not base.config.get("auto_map"):
+        return ""
+    return " The model brings its own code, which is never run."
 
 
 def _classes(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the classes that the Auto classes give for a config's type, by name."""
+    """Return the classes that the Auto classes list for a config's type, by name."""
     from transformers.models.auto import modeling_auto
 
     found: dict[str, Any] = {}
     for name in dir(modeling_auto):
         auto = getattr(modeling_auto, name)
         if name.startswith("AutoModel") and isinstance(auto, type):
-            found |= {model.__name__: model for model in _given_by(auto, config)}
+            found |= {model.__name__: model for model in _listed_by(auto, config)}
     return found
 
 
-def _given_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _listed_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
     mapping = getattr(auto, "_model_mapping", None)
     if mapping is None or type(config) not in mapping:
         return ()
@@ -267,9 +272,9 @@ def _given_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
 
 def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the classes that adapters say they were trained on, the config's own among them first.
+    """Yield the classes that the adapters were trained on, those that the config names first.
 
-    A task's Auto class can give several.
+    The Auto class of a task can list several classes.
     """
     import transformers
 
@@ -279,9 +284,9 @@ def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> It
             yield str(described["base_model_class"])
         auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
         if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
-            yield from _architectures(base)  # any class can be trained for its features
+            yield from _architectures(base)  # any class can be trained for features
         if auto is not None:
-            names = [model.__name__ for model in _given_by(getattr(transformers, auto), config)]
+            names = [model.__name__ for model in _listed_by(getattr(transformers, auto), config)]
             yield from (name for name in _architectures(base) if name in names)
             yield from names
 
@@ -292,7 +297,7 @@ def _architectures(base: BaseModel) -> list[str]:
 
 
 def _labels(adapters: Iterable[Adapter]) -> int | None:
-    """Return how many labels the head has that an adapter brings; None if it brings none."""
+    """Return the number of labels of a head that an adapter brings; None without such a head."""
     for adapter in adapters:
         heads = SAVED_BY_TASK.get(adapter.config.task_type or "", ())
         for tensor in adapter.replacements:
@@ -304,7 +309,7 @@ def _labels(adapters: Iterable[Adapter]) -> int | None:
 
 
 def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
-    """Return the rows of a vocabulary that an adapter resizes; None if none does."""
+    """Return the rows of the vocabulary, if an adapter resizes the vocabulary; else None."""
     for adapter in adapters:
         for tensor in adapter.replacements:
             module = replaced_name(tensor.name).rpartition(".")[0]
@@ -316,15 +321,15 @@ def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
 # --- building ------------------------------------------------------------------------------------
 
 
-def built(plan: Blueprint) -> nn.Module:
-    """Return the model with its weights, as they are stored, ready to be asked.
+def build_model(plan: Blueprint) -> nn.Module:
+    """Return the model with its weights in their stored dtypes, in eval mode.
 
-    What the files lack is drawn, the same each time.
+    Weights that the files lack are random, the same in each run.
 
     Raises:
         CheckpointError: a file is malformed.
-        UnfitError: transformers cannot make a model of it.
-        SurroundingsError: a file cannot be read, or memory is short.
+        UnfitError: transformers cannot build the model.
+        SurroundingsError: a file cannot be read, or memory ran out.
     """
     with guarded(f"build {plan.place}"), torch.random.fork_rng(devices=[]):
         _refuse_too_large(plan)
@@ -339,26 +344,26 @@ def built(plan: Blueprint) -> nn.Module:
             use_safetensors=True,
             ignore_mismatched_sizes=plan.relabeled,
         )
-        if plan.rows is not None:  # the adapter brings the values of every row
+        if plan.rows is not None:  # the adapter holds the values of every row
             model.resize_token_embeddings(plan.rows, mean_resizing=False)
         return model.eval()
 
 
 def _as_stored() -> dict[str, str]:
-    """Return the argument that lets transformers keep the dtypes of the files.
+    """Return the argument with which transformers keeps the dtypes of the files.
 
-    transformers 4.56 renamed ``torch_dtype``.
+    transformers 4.56 renamed ``torch_dtype`` to ``dtype``.
     """
     return {"dtype" if _installed() >= (4, 56) else "torch_dtype": "auto"}
 
 
 def _refuse_too_large(plan: Blueprint) -> None:
-    """Raise `UnfitError` for a config that would take much more memory than its file."""
+    """Raise `UnfitError` for a config that needs much more memory than the weights."""
     with torch.device("meta"):
         model = plan.model(plan.config)
     tensors = (*model.parameters(), *model.buffers())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if needed > 4 * plan.base.weights_size + _ROOM:
+    if needed > 4 * plan.base.weights_size + _EXTRA_BYTES:
         raise _too_large(plan.place)
 
 

@@ -1,7 +1,7 @@
-"""The process that builds and runs models for `verify`: one job comes in, one result goes out.
+"""Build and run models for `verify` in a process of its own: one job in, one result out.
 
-stdin    the job, in one line; when the pipe closes, the parent is gone, and this process ends
-stdout   a line of JSON at the beginning of each stage, and one with the result or the failure
+stdin    the job, in one line; when the pipe closes, the parent has ended, and this process ends
+stdout   a line of JSON at the start of each stage, and one with the result or the error
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from vera_convert.errors import VeraConvertError
+from vera_convert.errors import UsageError, VeraConvertError
 from vera_convert.verification.model_comparison import INSTEAD, Stage
 from vera_convert.verification.running import job_of, printable_reason
 
 
 def main() -> None:
-    """Do the job that stdin holds, and end the process."""
+    """Do the job from stdin, and end the process."""
     document = json.loads(sys.stdin.buffer.readline())
     answer = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print to nowhere
     _limit(document["memory"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -39,28 +39,29 @@ def main() -> None:
 
         say({"result": asdict(compare_models(job_of(document), tell))})
     except VeraConvertError as error:
-        say({"error": str(error)})
+        say({"error": str(error), "is_usage": isinstance(error, UsageError)})
     except MemoryError:
-        say({"error": f"memory is too short to run the models. {INSTEAD}"})
-    except BaseException as error:  # noqa: BLE001 -- libraries raise panics that are no Exception
+        say({"error": f"memory ran out while running the models. {INSTEAD}"})
+    except BaseException as error:  # noqa: BLE001 -- a panic is no Exception
         say({"error": f"the models could not be run: {printable_reason(error)}. {INSTEAD}"})
-    os._exit(0)  # no library's clean-up can hang
+    os._exit(0)  # skips the clean-up of libraries, which can hang
 
 
 def _limit(memory: int) -> None:
-    """Limit the memory of this process, as far as the system can, and leave no core files."""
+    """Limit the memory of this process if the system can, and write no core files."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        # Private memory alone: libraries reserve far more addresses than they use.
+        # Only private memory counts: libraries reserve far more addresses than memory.
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this one ends
+        # If memory runs out, the system ends this process first.
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _end_with_parent() -> None:
-    """End this process when the parent has gone."""
+    """End this process when the parent has ended."""
     while sys.stdin.buffer.read(1):
         pass
     os._exit(1)

@@ -1,9 +1,9 @@
-"""Which fields of a stranger's config transformers gets: those that the class of the config has.
+"""Select the fields of a stranger's config that transformers may read.
 
-    field ── the class's own renames ──► declared, or read by the model's code? ──► kept
+    field ── renamed by the class ──► declared, or read by the model's code? ──► kept
 
-All others are left out: among them are fields that name code, attention kernels or weights
-elsewhere, that hide a quantizer, or that rename fields themselves (`attribute_map`).
+All other fields are left out. Some of these name code, attention kernels or remote weights, hide a
+quantizer, or rename fields (`attribute_map`).
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ _NEVER = frozenset(
     sub_configs sub_configs_defaults model_type extra_files extra_config_files
     """.split()  # noqa: SIM905 - words read best as a text
 )
-"""Names that are never passed on, whatever class declares them; nor is one with a leading `_`.
+"""Names that are always left out, even if a class declares them. So are names that begin with `_`.
 
-`model_type` decides which class reads a config. It is no field of that class.
+`model_type` selects the class that reads a config, and is not a field of the class.
 """
-_POPPED = re.compile(r"kwargs\.(?:pop|get)\(\s*[\"'](\w+)")
-_READ = re.compile(r"\bconfig\.([a-zA-Z]\w*)|getattr\(\s*(?:self\.)?config,\s*[\"']([a-zA-Z]\w*)")
+_POPPED = re.compile(r"(?:kwargs|config_dict)\.(?:pop|get)\(\s*[\"'](\w+)")
+_READ = re.compile(r"(?<=config\.)[a-zA-Z]\w*|(?<=config, [\"'])[a-zA-Z]\w*")
+_QUOTED = re.compile(r"(?<=[\"'])[a-zA-Z]\w*(?=[\"'])")
 _DEEPEST = 8
-"""Configs inside configs: real ones have three levels."""
+"""How many configs can be nested: real configs have three levels."""
 
 
 def known_fields(
-    kind: type[Any], document: Mapping[str, object], depth: int = 0
+    kind: type[Any], document: Mapping[str, object], outer: tuple[type[Any], ...] = ()
 ) -> dict[str, object]:
-    """Return the fields of a config that its class has, and of configs inside alike.
+    """Return the fields of a config that its class knows, and of nested configs likewise.
 
     Args:
         kind: the class of transformers that reads the config.
-        document: the config as it is stored.
-        depth: how many configs this one lies in.
+        document: the stored config.
+        outer: the classes of the configs around this config.
     """
-    allowed = _allowed(kind)  # type: ignore[arg-type] # a class can be hashed
+    allowed = _allowed(kind).union(*map(_for_nested, outer))  # type: ignore[arg-type] # hashable
     renames: Mapping[str, str] = kind.attribute_map
     found: dict[str, object] = {}
     for name, value in document.items():
@@ -53,51 +54,51 @@ def known_fields(
         if not {name, field} <= allowed or _is_forbidden(name) or _is_forbidden(field):
             continue
         if isinstance(value, Mapping):
-            found[name] = _inside(kind, name, value, depth + 1)
+            found[name] = _nested(kind, name, value, outer)
         else:
             found[name] = value
     return found
 
 
-def _inside(kind: type[Any], name: str, value: Mapping[str, object], depth: int) -> object:
-    """Return a field that holds a config of its own, or a plain record."""
-    if depth > _DEEPEST:
+def _nested(
+    kind: type[Any], name: str, value: Mapping[str, object], outer: tuple[type[Any], ...]
+) -> object:
+    """Return the known fields of a nested config, or a plain record without forbidden names."""
+    if len(outer) >= _DEEPEST:
         return {}
-    if name == "per_layer_config":  # what single layers have in the place of the model's
+    if name == "per_layer_config":  # single layers differ in some fields of the model's config
         return {
-            layer: known_fields(kind, fields, depth) if isinstance(fields, Mapping) else fields
+            layer: known_fields(kind, fields, (*outer, kind))
+            if isinstance(fields, Mapping)
+            else fields
             for layer, fields in value.items()
         }
-    inner = _class_inside(kind, name, value)
+    inner = _nested_class(kind, name, value)
     if inner is None:
-        return _plain(value, depth)
-    said = {"model_type": value["model_type"]} if "model_type" in value else {}
-    return said | known_fields(inner, value, depth)
+        return _plain(value, len(outer) + 1)
+    model_type = {"model_type": value["model_type"]} if "model_type" in value else {}
+    return model_type | known_fields(inner, value, (*outer, kind))
 
 
-def _class_inside(kind: type[Any], name: str, value: Mapping[str, object]) -> type[Any] | None:
-    """Return the class that reads a config inside another; None if the field is a plain record."""
+def _nested_class(kind: type[Any], name: str, value: Mapping[str, object]) -> type[Any] | None:
+    """Return the class that reads a nested config; None if the field is a plain record."""
     import transformers
 
     declared = dict(getattr(kind, "sub_configs", None) or {}).get(name)
-    said = value.get("model_type")
-    named = isinstance(said, str) and said in transformers.CONFIG_MAPPING
-    if declared is None and not named:
+    model_type = value.get("model_type")
+    is_known = isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING
+    if declared is None and not is_known:
         return None
-    found: Any = transformers.CONFIG_MAPPING[said] if named else declared
-    # Without a known type AutoConfig knows no fields but those that all configs have.
-    return found if hasattr(found, "attribute_map") else _plain_config()
-
-
-def _plain_config() -> type[Any]:
-    import transformers
-
-    found: type[Any] = transformers.PretrainedConfig
-    return found
+    found: Any = transformers.CONFIG_MAPPING[model_type] if is_known else declared
+    plain: type[Any] = transformers.PretrainedConfig
+    try:  # AutoConfig without a known type knows only the fields of all configs
+        return found if hasattr(found, "attribute_map") else plain
+    except ImportError:  # the class needs a library that is not installed
+        return plain
 
 
 def _plain(value: object, depth: int) -> object:
-    """Return a record, such as that of rotary positions, without names that lead elsewhere."""
+    """Return a record, such as that of rotary positions, without forbidden names."""
     if depth > _DEEPEST:
         return None
     if isinstance(value, Mapping):
@@ -113,42 +114,54 @@ def _is_forbidden(name: str) -> bool:
 
 @cache
 def _allowed(kind: type[Any]) -> frozenset[str]:
-    """Return the names of the fields that a class of configs has or its model's code reads."""
+    """Return the names of the fields that a config class declares or its model's code reads."""
     import transformers
 
     names = {name for name in vars(transformers.PretrainedConfig()) if not name.startswith("_")}
     names |= {"num_labels", "dtype", "torch_dtype", "tie_word_embeddings", *kind.attribute_map}
     for each in kind.__mro__[:-1]:
         names.update(_declared(each))
-    names.update(_read_by_model(kind))
-    return frozenset(names)
+    return frozenset(names | _read_by_model(kind))  # type: ignore[arg-type] # hashable
+
+
+@cache
+def _for_nested(kind: type[Any]) -> frozenset[str]:
+    """Return the names that a config class, or its model's code, uses for its nested configs.
+
+    The class of a nested config can lack these names: DETR's backbones pass fields on to timm.
+    """
+    return frozenset(_QUOTED.findall(_source(kind))) | _read_by_model(kind)  # type: ignore[arg-type]
 
 
 def _declared(kind: type[Any]) -> Iterator[str]:
-    """Yield the fields of one class: its own, those that its constructor takes, and old names."""
+    """Yield the fields of one class, the arguments of its constructor, and former names."""
     if dataclasses.is_dataclass(kind):
         yield from (field.name for field in dataclasses.fields(kind))
     for name in ("__init__", "__post_init__"):
         method = kind.__dict__.get(name)
         if method is not None:
             yield from inspect.signature(method).parameters
+    yield from _POPPED.findall(_source(kind))
+
+
+def _source(kind: type[Any]) -> str:
     try:
-        yield from _POPPED.findall(inspect.getsource(kind))
-    except (OSError, TypeError):  # without the source old names are not known
-        return
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class without source code
+        return ""
 
 
-def _read_by_model(kind: type[Any]) -> Iterator[str]:
-    """Yield the fields that the code of transformers' own model reads from its config."""
+@cache
+def _read_by_model(kind: type[Any]) -> frozenset[str]:
+    """Return the fields that the code of transformers' own model reads from its configs."""
     module = kind.__module__.replace(".configuration_", ".modeling_")
     if module == kind.__module__ or not module.startswith("transformers."):
-        return
+        return frozenset()
     spec = sys.modules[module].__spec__ if module in sys.modules else find_spec(module)
     if spec is None or spec.origin is None:
-        return
+        return frozenset()
     try:
         source = Path(spec.origin).read_text(encoding="utf-8")
     except OSError:
-        return
-    for names in _READ.findall(source):
-        yield from filter(None, names)
+        return frozenset()
+    return frozenset(_READ.findall(source))

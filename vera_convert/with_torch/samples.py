@@ -1,10 +1,9 @@
-"""What models are asked, and what they answer: samples drawn or read, and values to be compared."""
+"""Make samples for a model, random or from text, and run models on the samples."""
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,24 +25,21 @@ Sample = Mapping[str, Tensor]
 
 _DRAWN_TOKENS = 12
 _MOST_TOKENS = 64
-"""Tokens of a sample that is drawn, and the most of one that is a line of text."""
-_TEXT_BYTES = 1 << 20
-_LINE_LETTERS = 4096
-"""How much of a text is looked at, and of each line of it."""
+"""The tokens of a random sample, and the most tokens of a line of text."""
 _FILE_LIMIT = 100_000_000
-"""The most bytes of a tokenizer's file; all of them together can have four times as many."""
+"""The most bytes of a tokenizer's file; all files together can have four times as many."""
 _NOT_KEPT = frozenset(("auto_map", "init_inputs", "quantization_config"))
 _KEPT_VALUES = 1 << 25
-"""Values of all answers of a model together that are kept: 128 MiB, and there are four models."""
+"""How many output values of a model are kept: 128 MiB for each of four models."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answers:
-    """What a model gave for some samples.
+class Outputs:
+    """The outputs of a model for some samples.
 
     Attributes:
         values: (positions, values) of each sample.
-        are_logits: whether the values of a position are logits, between which it chooses.
+        are_logits: whether the values of a position are logits, of which the largest is chosen.
         are_finite: whether all values are finite.
     """
 
@@ -58,18 +54,18 @@ class Answers:
 
     @property
     def largest(self) -> float:
-        """The largest value, whatever its sign."""
+        """The largest absolute value."""
         return max(float(each.abs().max()) for each in self.values)
 
 
-# --- asking --------------------------------------------------------------------------------------
+# --- samples -------------------------------------------------------------------------------------
 
 
 def drawn_samples(model: nn.Module, count: int) -> list[Sample]:
-    """Draw samples, the same each time: token ids from the vocabulary, or noise for images.
+    """Draw random samples, the same in each run: token ids, or noise for image models.
 
     Raises:
-        UnfitError: the model takes something else.
+        UnfitError: the model takes neither token ids nor images.
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
@@ -79,42 +75,39 @@ def drawn_samples(model: nn.Module, count: int) -> list[Sample]:
         return [{kind: torch.randn(shape, generator=generator)} for _ in range(count)]
     if kind != "input_ids":
         raise UnfitError(
-            f"{type(model).__name__} takes {printable(str(kind))}, for which no samples are made. "
-            f"{INSTEAD}"
+            f"{type(model).__name__} takes {printable(str(kind))}. Only token ids and images can "
+            f"be run. {INSTEAD}"
         )
-    length = min(_DRAWN_TOKENS, _room(config))
+    length = min(_DRAWN_TOKENS, _most_tokens(config))
     return [_with_decoder(model, _ids(model, length, generator), generator) for _ in range(count)]
 
 
-def text_samples(model: nn.Module, folder: Path, text: Path, count: int) -> list[Sample]:
-    """Make samples of the first lines of a text that are not empty.
+def text_samples(model: nn.Module, folder: Path, lines: Iterable[str]) -> list[Sample]:
+    """Turn lines of text into token ids.
 
     Args:
-        model: the model that is to take them.
-        folder: where its tokenizer lies.
-        text: UTF-8. Of a long line, and of many lines, only the beginning is used.
-        count: the most samples.
+        model: the model.
+        folder: the folder of the model's tokenizer.
+        lines: the lines; a long line is cut.
 
     Raises:
-        UsageError: there is no line, it is no text, or the model takes none.
-        CheckpointError: a file of the tokenizer is a link out of the folder, malformed, too large.
-        SurroundingsError: the file or the tokenizer cannot be read.
+        UsageError: the model takes no text, or the tokenizer gives no usable tokens for a line.
+        CheckpointError: a file of the tokenizer is malformed, too large, or a link to another
+            folder.
+        SurroundingsError: the tokenizer cannot be read.
     """
     import transformers
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise UsageError(f"--text: {type(model).__name__} takes no text. Leave the option out.")
-    lines = list(_lines(text))[:count]
-    if not lines:
-        raise UsageError(f"--text {printable(str(text))}: there is no line with something in it.")
     with (
         guarded(f"load the tokenizer of {printable(str(folder))}"),
-        _tokenizer_of(folder) as copy,
+        _copied_tokenizer(folder) as copy,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             copy, local_files_only=True, trust_remote_code=False
         )
-        most = min(_MOST_TOKENS, _room(model.config))
+        most = min(_MOST_TOKENS, _most_tokens(model.config))
         known = _vocabulary(model)
         encoded = [
             tokenizer(line, truncation=True, max_length=most, return_tensors="pt")["input_ids"]
@@ -122,29 +115,30 @@ def text_samples(model: nn.Module, folder: Path, text: Path, count: int) -> list
         ]
     if any(not ids.numel() or int(ids.max()) >= known for ids in encoded):
         raise UsageError(
-            f"--text {printable(str(text))}: the tokenizer of {printable(str(folder))} makes "
-            f"nothing of a line, or tokens that the model's {known:,} do not have."
+            f"--text: for a line, the tokenizer of {printable(str(folder))} gives no tokens, or "
+            f"tokens beyond the model's {known:,}."
         )
     generator = torch.Generator().manual_seed(0)
     return [_with_decoder(model, ids, generator) for ids in encoded]
 
 
 @contextmanager
-def _tokenizer_of(folder: Path) -> Iterator[Path]:
-    """Copy a tokenizer's files, checked, to where transformers can do with them what it likes.
+def _copied_tokenizer(folder: Path) -> Iterator[Path]:
+    """Check a tokenizer's files, and copy them to a temporary folder for transformers.
 
-    It would follow links, and names of files in the tokenizer's config, out of the folder.
+    In the original folder, transformers would follow links, and file names in the tokenizer's
+    config, to other folders.
     """
     location = Location(printable(str(folder)), folder)
     names = [*tokenizer_files(list_files(location, HubAccess(offline=True))), "config.json"]
-    room = 4 * _FILE_LIMIT
+    bytes_left = 4 * _FILE_LIMIT
     with TemporaryDirectory(prefix="vera-convert-") as made:
         for name in names:
             if not (folder / name).exists():
                 continue
             with open_local(folder / name, within=folder, limit=_FILE_LIMIT) as source:
-                room -= source.size
-                if room < 0:
+                bytes_left -= source.size
+                if bytes_left < 0:
                     raise UnfitError(f"the tokenizer of {location.label} is too large.")
                 text = source.read_at(0, source.size)
                 source.check_unchanged()
@@ -159,7 +153,7 @@ def _tokenizer_of(folder: Path) -> Iterator[Path]:
 
 
 def _without_files(document: object) -> bytes:
-    """Return a config without what names files or code."""
+    """Return a config without the fields that name files or code."""
     fields = document if isinstance(document, Mapping) else {}
     kept = {
         name: value
@@ -169,31 +163,17 @@ def _without_files(document: object) -> bytes:
     return json.dumps(kept).encode()
 
 
-def _lines(text: Path) -> Iterator[str]:
-    with open_local(text) as file:
-        raw = file.read_at(0, min(file.size, _TEXT_BYTES))
-        is_whole = file.size <= _TEXT_BYTES
-    try:
-        decoded = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=is_whole)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--text {printable(str(text))} is no UTF-8: {error.reason} at byte {error.start}."
-        ) from error
-    lines = (line.strip()[:_LINE_LETTERS] for line in decoded.splitlines())
-    return (line for line in lines if line)
-
-
 def _vocabulary(model: nn.Module) -> int:
-    """Return how many tokens a model can be given."""
+    """Return how many different tokens a model knows."""
     embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
     return int(rows if rows is not None else embedding.weight.shape[0])
 
 
-def _room(config: Any) -> int:  # noqa: ANN401 -- a class of transformers
-    """Return how many tokens a model takes, as far as its config says."""
+def _most_tokens(config: Any) -> int:  # noqa: ANN401 -- a class of transformers
+    """Return how many tokens a model takes at most; `_MOST_TOKENS` if its config does not say."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # Some models begin to count positions at two.
+    # Some models number their positions from two.
     return max(1, found - 2) if isinstance(found, int) and found > 0 else _MOST_TOKENS
 
 
@@ -202,7 +182,7 @@ def _ids(model: nn.Module, length: int, generator: torch.Generator) -> Tensor:
     ids = torch.randint(0, known, (1, length), generator=generator)
     end = getattr(model.config.get_text_config(), "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < known:
-        ids[0, -1] = end  # some classify by what stands at the end of a text
+        ids[0, -1] = end  # some models classify by the last token
     return ids
 
 
@@ -210,8 +190,8 @@ def _with_decoder(model: nn.Module, ids: Tensor, generator: torch.Generator) -> 
     if not getattr(model.config, "is_encoder_decoder", False):
         return {"input_ids": ids}
     if type(model).__name__.endswith(("ForSequenceClassification", "ForQuestionAnswering")):
-        return {"input_ids": ids}  # these make the decoder's ids themselves
-    length = min(_DRAWN_TOKENS, _room(model.config))
+        return {"input_ids": ids}  # these classes make the decoder's ids
+    length = min(_DRAWN_TOKENS, _most_tokens(model.config))
     decoder_ids = torch.randint(0, _vocabulary(model), (1, length), generator=generator)
     return {"input_ids": ids, "decoder_input_ids": decoder_ids}
 
@@ -226,60 +206,59 @@ def _image_size(config: Any) -> tuple[int, int]:  # noqa: ANN401
     sizes = tuple(found) if isinstance(found, (list, tuple)) else (found, found)
     if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 4096 for size in sizes):
         raise UnfitError(
-            f"the config's image_size is {printable(str(found))}, for which no samples are made. "
-            f"{INSTEAD}"
+            f"the config's image_size is {printable(str(found))}, not one or two whole numbers up "
+            f"to 4096. {INSTEAD}"
         )
     return sizes
 
 
-# --- answers -------------------------------------------------------------------------------------
+# --- outputs -------------------------------------------------------------------------------------
 
 
-def answers(
+def run_model(
     model: nn.Module,
     samples: Sequence[Sample],
     begin: Callable[[int], None] = lambda _place: None,
-) -> Answers:
-    """Ask a model all samples, one by one, and keep as much as there is room for.
+) -> Outputs:
+    """Run a model on each sample, and keep up to `_KEPT_VALUES` values of its outputs.
 
     Args:
         model: the model.
-        samples: what it is asked.
-        begin: told the place of each sample before it is asked.
+        samples: the samples.
+        begin: called with the number of each sample before the model runs on the sample.
 
     Raises:
-        UnfitError: it cannot be run.
-        SurroundingsError: memory is short.
+        UnfitError: the model cannot be run.
+        SurroundingsError: memory ran out.
     """
     values = []
     are_logits = True
-    room = _KEPT_VALUES // len(samples)
+    most = _KEPT_VALUES // len(samples)
     dtype = next(model.parameters()).dtype
     with (
         guarded(f"run {type(model).__name__}"),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
     ):
-        for place, sample in enumerate(samples):
-            begin(place)
-            torch.manual_seed(0)  # some models hide parts of what they are shown at random
-            fed = {
+        for number, sample in enumerate(samples):
+            begin(number)
+            torch.manual_seed(0)  # some models mask parts of their input at random
+            inputs = {
                 name: each.to(dtype) if each.is_floating_point() else each
                 for name, each in sample.items()
             }
-            found, are_logits = _values_of(model(**fed))
-            last = max(1, room // found.shape[1])  # the last positions have seen most
+            found, are_logits = _values_of(model(**inputs))
+            last = max(1, most // found.shape[1])  # the last positions depend on most tokens
             values.append(found[-last:].to(torch.promote_types(dtype, torch.float32)).clone())
     are_finite = all(bool(each.isfinite().all()) for each in values)
-    return Answers(tuple(values), are_logits, are_finite)
+    return Outputs(tuple(values), are_logits, are_finite)
 
 
 def _values_of(output: Any) -> tuple[Tensor, bool]:  # noqa: ANN401 -- of any class
-    """Return the values of an output, (positions, values), and whether they are logits.
+    """Return the values of an output, (positions, values), and whether the values are logits.
 
-    Only what has at least two values for a position to choose from counts as logits. Where there
-    are none, all states that are as wide as the first are taken: the last hidden ones, and pooled
-    ones.
+    Logits have at least two values for each position. An output without logits is represented by
+    all of its states that are as wide as the first: the last hidden states, and pooled states.
     """
     found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     logits = found.get("logits")

@@ -1,9 +1,9 @@
-"""verify: a conversion held against the adapter that it was made of.
+"""verify: compare a conversion with the adapter that it was made from.
 
     another form ──► tensors, config, A and B in effect
     merged model ──► every tensor, by the formula ──► the whole model, against our own layer
 
-Nothing is written. What differs is a finding; the result has all of them.
+Nothing is written. Each difference is a finding of the result.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.merged import MergedCheck, check_merged
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
-from vera_convert.verification.options import SAMPLES, VerifyOptions
+from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
+from vera_convert.verification.sample_text import text_lines
 from vera_convert.verification.tensors import Progress
 
 
@@ -48,25 +49,27 @@ def verify(
     progress: Progress = lambda _done, _of: None,
     runs: Progress = lambda _done, _of: None,
 ) -> Verification:
-    """Hold what was made of an adapter against it: another form, a merged model, or both.
+    """Compare another form of an adapter, a merged model, or both, with the adapter.
 
     Args:
         adapter: a folder or a repo on the Hub.
-        base: what the caller says of the base; without it that of the adapter's config.
-        other: the adapter stripped, embedded or migrated.
-        merged: the model that it was merged into.
+        base: the base, and how to read it; None for the base that the adapter's config names.
+        other: the adapter after strip, embed or migrate.
+        merged: the model that the adapter was merged into.
         options: how to verify.
-        revision: the adapter's, on the Hub.
+        revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
-        progress: told now and then how many bytes of the merged model have been compared.
-        runs: told, if models are run, how many runs of a model on a sample are done, of how many.
+        progress: called with the bytes of the merged model compared so far, and with their total.
+        runs: called with the samples run so far, over all models, and with their total.
 
     Raises:
-        CheckpointError: something is malformed, or what is given does not belong together. What
-            differs is no error but a finding of the result.
-        UsageError: an option makes no sense, or something must be given that is not.
-        SurroundingsError: a file or a repo cannot be had or changed meanwhile, or torch is needed
-            and is not there. Why the whole model could not be run is `not_run` of the result.
+        CheckpointError: a file is malformed, or the arguments do not belong together. A difference
+            raises nothing: differences are findings of the result.
+        UsageError: an option makes no sense, an option is missing, or the models cannot use the
+            given text.
+        SurroundingsError: a file or a repo is missing, unreadable or changed meanwhile, or torch
+            is needed and not installed. If the models could not be run, `not_run` of the result
+            holds the reason.
     """
     started = time.monotonic()
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
@@ -74,13 +77,14 @@ def verify(
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
     base, progress = base_options_of(base), function("progress", progress)
     runs = function("runs", runs)
+    lines = None
     if other is None and merged is None:
-        raise UsageError("say what is to be verified: --adapter OTHER or --merged MODEL.")
+        raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL, or both.")
     if merged is None:
-        options.require_no_merge()
+        options.refuse_merge_options()
     elif not options.layers_only:
         _require_torch()
-        _require_text(options.text)
+        lines = None if options.text is None else text_lines(options.text, options.samples_to_run)
     given = AdapterSpec(adapter, options.weight, revision)
     form, check, model, not_run = None, None, None, None
     with signals_raise():
@@ -90,9 +94,11 @@ def verify(
             check = check_merged(given, merged, base, options, access=access, progress=progress)
             if not options.layers_only and _passed(check.findings):
                 try:
-                    model = _run(check, options, runs)
-                except VeraConvertError as error:  # what the layers came to is not lost with it
-                    # Nor does it say that the merge is wrong: its weights are right.
+                    job = _model_job(check, options, lines)
+                    model = run_models(job, weights=check.tensors.nbytes, progress=runs)
+                except UsageError:
+                    raise
+                except VeraConvertError as error:  # the comparison of the weights stays valid
                     not_run = SurroundingsError(str(error))
     findings = [
         *(form.findings if form is not None else ()),
@@ -113,9 +119,9 @@ def verify(
 
 
 def _rule(check: MergedCheck, model: ModelComparison) -> Rule:
-    """Return the rule that a model breaks which did not pass.
+    """Return the rule that a failed or inconclusive run breaks.
 
-    One that can show nothing is no reason to refuse weights that are right and are not the base's.
+    An inconclusive run must not fail weights that are correct and changed.
     """
     if model.conclusive:
         return MODEL_DIFFERS
@@ -127,35 +133,24 @@ def _passed(findings: tuple[Finding, ...]) -> bool:
 
 
 def _require_torch() -> None:
-    """Raise `SurroundingsError` where models cannot be run, before anything else takes time."""
+    """Raise `SurroundingsError` if models cannot be run, before any slow work."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise SurroundingsError(
-            f"running a whole model needs {' and '.join(missing)}. Install what is missing with: "
-            "pip install 'vera-convert[torch]'; or leave it at the weights with --layers-only."
+            f"running a whole model needs {' and '.join(missing)}. Install with: "
+            "pip install 'vera-convert[torch]', or compare the weights alone with --layers-only."
         )
 
 
-def _require_text(path: Path | None) -> None:
-    """Raise `SurroundingsError` where the text to be run is not there, as early."""
-    if path is not None and not path.is_file():
-        raise SurroundingsError(f"{printable(str(path))}: there is no such file to take text from.")
-
-
-def _run(check: MergedCheck, options: VerifyOptions, runs: Progress) -> ModelComparison:
-    settings = check.settings
-    job = ModelJob(
+def _model_job(
+    check: MergedCheck, options: VerifyOptions, lines: tuple[str, ...] | None
+) -> ModelJob:
+    return ModelJob(
         adapters=tuple((adapter.folder, adapter.weight) for adapter in check.adapters),
         base=check.base_folder,
         merged=check.folder,
-        samples=SAMPLES if options.samples is None else options.samples,
-        text=options.text,
-        dtype=settings.dtype,
-        tied=settings.tied,
-        projections=settings.projections,
-        generator=settings.generator,
-        key_map=settings.key_map,
-        base_dtype=settings.base_dtype,
+        samples=options.samples_to_run,
+        lines=lines,
+        settings=check.settings,
         wider=check.tensors.wider,
     )
-    return run_models(job, weights=check.tensors.nbytes, progress=runs)
