@@ -30,7 +30,7 @@ from vera_convert.publish.signals import Interrupted
 from vera_convert.publish.staging import sweep_containers
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 
 Content = str | Mapping[str, str] | None
 OLD: Content = {"a": "old", "extra": "old"}
@@ -642,7 +642,7 @@ def test_an_old_output_that_cannot_be_removed_is_no_failure(
 # Whoever is killed --------------------------------------------------------------------------------
 
 KILLED_ANYWHERE = f"""
-sys.path.insert(0, {str(TESTS)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 from systemcalls import intercept
 old, step = sys.argv[2] == "old", sys.argv[3] == "in two steps"
 os.fsync = lambda fd: None
@@ -749,7 +749,7 @@ try:
         fill(new, "new")
         print(flush=True)
         time.sleep(60)
-except interrupts.Interrupted as interruption:
+except signals.Interrupted as interruption:
     sys.exit(interruption.status)
 """
     with running(code, out) as child:
