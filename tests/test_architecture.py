@@ -27,8 +27,11 @@ hub: repo_name secrets checksum refusals requests range_file client cache beginn
 hub: location files lookup
 adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
-base: model side_files layers rename_table conversion_table renames unsupported_layouts quantized
-base: match task_classes replacements components facts dims identity resolve
+base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
+base.quantized: mxfp4 torchao formats refused
+base: model side_files layers rename_table conversion_table renames unsupported_layouts
+base.quantized: recognize unpack targets
+base: match task_classes replacements components facts casts dims identity resolve
 conversion: projections proof transforms strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config

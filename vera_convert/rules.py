@@ -1261,8 +1261,11 @@ QUANTIZED_TARGET = Rule(
     ERROR,
     "layers of the adapter are quantized in the base",
     "Quantized values are too coarse to add to: most of the delta would be lost, or all of it.",
-    "Merge into the original model in 16 or 32 bits that this base was made from. If the base is "
-    "fp8 with its scales beside the weights, --dequantize makes a 16-bit model of it.",
+    "If the finding says that it can, `vera-convert merge --dequantize` makes a 16-bit model of "
+    "the base and the adapter. Otherwise keep the adapter beside the quantized base: "
+    "`vera-convert to-lora` gives it a form that more engines load, and nothing is lost. Or merge "
+    "into the original model in 16 or 32 bits (--base), which is not quite the model that the "
+    "adapter was trained on. Or make a 16-bit model of the base with the quantizer's own tool.",
 )
 QUANTIZED_ELSEWHERE = Rule(
     "V551",
@@ -1271,39 +1274,43 @@ QUANTIZED_ELSEWHERE = Rule(
     "They are copied as they are, and the config goes on saying how they are to be read.",
     "Nothing need be done: every layer that the adapter changes holds 16 or 32 bits.",
 )
-SCALE_MISSING = Rule(
+PART_MISSING = Rule(
     "V552",
     ERROR,
-    "a quantized tensor of the base has no scale",
-    "Its values mean nothing without one.",
+    "a quantized weight of the base lacks a part, such as its scale",
+    "The packed values mean nothing without this part.",
     "Download the base again, or merge into the original model in 16 or 32 bits.",
 )
-SCALE_UNKNOWN = Rule(
+PART_MALFORMED = Rule(
     "V553",
     ERROR,
-    "the scales of a quantized tensor are laid out in an unknown way",
-    "Known are one scale for the tensor, for each row, or for each block of rows and columns.",
-    "Merge into the original model in 16 or 32 bits that this base was made from.",
+    "a part of a quantized weight has another layout than its format has",
+    "Read in any other way, the values would be wrong without a sign of it.",
+    "Download the base again, or merge into the original model in 16 or 32 bits.",
 )
 NOT_DEQUANTIZABLE = Rule(
     "V554",
     ERROR,
-    "the base is quantized in a way that cannot be undone here",
-    "--dequantize undoes fp8 (E4M3 and E5M2) alone, and all of it or nothing.",
-    "Merge into the original model in 16 or 32 bits that this base was made from.",
+    "the base is quantized in a way that --dequantize does not undo",
+    "--dequantize makes a 16-bit model of all of a base, or nothing. docs/quantized-bases.md lists "
+    "the formats.",
+    "Keep the adapter beside the quantized base: `vera-convert to-lora` gives it a form that more "
+    "engines load, and nothing is lost. Or merge into the original model in 16 or 32 bits "
+    "(--base), which is not quite the model that the adapter was trained on. Or make a 16-bit "
+    "model of the base with the quantizer's own tool.",
 )
 DEQUANTIZED = Rule(
     "V555",
     NOTE,
-    "the fp8 weights of the base become 16-bit ones",
-    "Their scales and what the config says of them are left out with them.",
-    "Nothing need be done; the result is about twice as large as the base.",
+    "the quantized weights of the base become 16-bit weights",
+    "Their scales and the config's settings of the quantization are left out.",
+    "Nothing need be done; the result is two to four times as large as the base.",
 )
 TARGET_IS_QUANTIZED = Rule(
     "V556",
     WARNING,
-    "layers of the adapter are quantized in this base",
-    "PEFT can run the adapter there; it cannot be merged into it.",
+    "layers of the adapter are quantized in this base, and cannot be dequantized here",
+    "PEFT can run the adapter there; it cannot be merged into this base.",
     "To merge, take the original model in 16 or 32 bits that this base was made from.",
 )
 
@@ -1346,6 +1353,22 @@ MODEL_FIELD_INVALID = Rule(
     "a field of the model's config is missing or makes no sense",
     "The shapes of the layers follow from it.",
     "Restore the config.json that belongs to the model.",
+)
+PART_VALUES = Rule(
+    "V562",
+    ERROR,
+    "a part of a quantized weight holds values that no quantizer writes",
+    "With these values the weights would be infinite, NaN, or those of another group.",
+    "Download the base again, or merge into the original model in 16 or 32 bits.",
+    since="0.2.0",
+)
+CAN_DEQUANTIZE = Rule(
+    "V563",
+    NOTE,
+    "layers of the adapter are quantized in this base, and a merge can dequantize them",
+    "The weights that the adapter was trained on, plus the delta, make a 16-bit model.",
+    "Merge with `vera-convert merge --dequantize`.",
+    since="0.2.0",
 )
 
 HEAD_CLASS_WRITTEN = Rule(

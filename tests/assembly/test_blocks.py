@@ -135,8 +135,8 @@ def test_a_decoder_makes_values_of_what_is_stored() -> None:
     stored = np.arange(30, dtype=np.uint8).reshape(6, 5)
     scales = np.arange(1, 7, dtype=np.float32)
 
-    def decode(rows: Array, first: int) -> Array:
-        scaled: Array = rows.astype(np.float32) * scales[first : first + len(rows), None]
+    def decode(first: int, last: int) -> Array:
+        scaled: Array = stored[first:last].astype(np.float32) * scales[first:last, None]
         return scaled
 
     terms = (term(6, 5, seed=1),)

@@ -9,13 +9,14 @@ import pytest
 
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.quantized import (
+from vera_convert.base.quantized.recognize import (
     packed_weight,
     quantized_elsewhere,
     quantized_targets,
     quantized_tensors,
-    refuse_quantized,
 )
+from vera_convert.base.quantized.targets import refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
@@ -80,7 +81,7 @@ def test_a_weight_is_recognized_by_dtype_or_by_what_lies_beside_it(
     assert f'"{weight}"' in finding.reason
     assert quantized_targets(base, [f"{K}.weight"]) == []
     with pytest.raises(CheckpointError, match="--dequantize"):
-        refuse_quantized(base, [weight])
+        refuse_quantized(unpacked(base), [weight])
 
 
 def test_what_a_plain_model_has_beside_its_weights_is_no_sign() -> None:

@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import read_base
+from vera_convert.base.quantized.fp8 import dequantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.delta import delta
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile, from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.merging.dequantize import (
-    decoder,
+    Dequantization,
     dequantized_config,
     plan_dequantization,
-    scaled,
 )
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
@@ -147,7 +148,7 @@ def test_blocks_of_rows_are_scaled_wherever_they_begin(
     for first in range(0, shape[0], 3):
         last = min(first + 3, shape[0])
         factors = scales[first // block[0] : -(-last // block[0])]
-        found = scaled(stored[first:last], factors, first=first % block[0], block=block)
+        found = dequantized(stored[first:last], factors, first=first % block[0], block=block)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected[first:last])
 
@@ -157,14 +158,13 @@ def test_scales_are_read_for_the_rows_that_are_asked_for(tmp_path: Path, form: s
     config = {**CONFIG, "quantization_config": {}} if form == "default" else CONFIG
     meant = fp8_base(tmp_path / "base", form=form, config=config)
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
-    scales = plan_dequantization(base).scales
     files = {name: InputFile.look(tmp_path / "base" / name, within=tmp_path) for name in base.files}
     name = "model.layers.1.mlp.up_proj.weight"
-    decode = decoder(base, files, scales[name])
-    stored = tensors_in(tmp_path / "base")[name]
-    for first in range(len(stored)):
-        last = min(first + 7, len(stored))
-        np.testing.assert_array_equal(decode(stored[first:last], first), meant[name][first:last])
+    decode = plan_dequantization(unpacked(base)).decoder(name, files)
+    assert decode is not None
+    for first in range(len(meant[name])):
+        last = min(first + 7, len(meant[name]))
+        np.testing.assert_array_equal(decode(first, last), meant[name][first:last])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -186,7 +186,7 @@ def test_a_merge_is_that_of_the_16_bit_model(tmp_path: Path, form: str, scale_na
         assert np.count_nonzero(merged[name] != expected) <= 1  # another order of the sum
     assert {report.name for report in result.tensors} == deltas.keys()
     (note,) = (finding for finding in result.findings if finding.code == "V555")
-    assert note.reason == "12 weights become BF16; 12 scales are left out."
+    assert note.reason == "12 weights (fp8) become BF16; 12 scales and other parts are left out."
 
 
 def test_config_index_and_scales_go_together(tmp_path: Path) -> None:
@@ -316,7 +316,10 @@ def test_without_the_option_it_is_refused_and_nothing_is_written(tmp_path: Path)
 def test_drawn_projections_are_rounded_as_on_the_16_bit_model(tmp_path: Path) -> None:
     meant = fp8_base(tmp_path / "base")
     adapter = good_adapter(tmp_path / "adapter", stripped=True)
-    run(adapter, tmp_path / "out", tmp_path / "base", dequantize=True)
+    with pytest.raises(UsageError, match="--base-dtype"):
+        run(adapter, tmp_path / "out", tmp_path / "base", dequantize=True)
+    base = BaseOptions(str(tmp_path / "base"), dtype="bfloat16")
+    merge(adapter, tmp_path / "out", base=base, options=MergeOptions(dequantize=True))
     stored = good_tensors()
     A, B = (stored[f"base_model.vera_{n}"].astype(BF16).astype(np.float32) for n in "AB")
     key = "base_model.model.model.layers.0.self_attn.v_proj.vera_lambda_"
@@ -371,16 +374,18 @@ def test_the_dtype_is_that_of_the_config(
 ) -> None:
     fp8_base(tmp_path / "base", form="tensor", config={"model_type": "llama", **dtypes})
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
-    plan = plan_dequantization(base)
-    assert plan.dtype == expected
-    assert len(plan.scales) == 2 * sum(name.endswith(SUFFIX) for name in LAYER)
-    assert plan.dropped == {scale.name for scale in plan.scales.values()}
+    plan = plan_dequantization(unpacked(base))
+    assert plan.base.dtype == expected
+    assert len(plan.weights) == 2 * sum(name.endswith(SUFFIX) for name in LAYER)
+    assert plan.base.view.tensors.keys() == TENSORS.keys()
 
 
 def test_a_base_without_fp8_has_nothing_to_undo(tmp_path: Path) -> None:
     fp8_base(tmp_path / "base", only="nothing")
-    plan = plan_dequantization(read_base(Location("base", tmp_path / "base"), HubAccess()))
-    assert (plan.scales, plan.dropped) == ({}, frozenset())
+    base = read_base(Location("base", tmp_path / "base"), HubAccess())
+    plan: Dequantization = plan_dequantization(unpacked(base))
+    assert plan.weights == {}
+    assert plan.base.view is base
 
 
 def test_only_what_speaks_of_quantization_leaves_the_config() -> None:

@@ -63,8 +63,8 @@ class Sum:
         working: the dtype of the addition.
         conv1d: whether the tensor is stored as (in, out), so the delta is transposed.
         terms: added in this order; empty if only the dtype changes.
-        decode: for a quantized tensor: takes stored rows and the number of the first row, and
-            returns the rows in the working dtype.
+        decode: for a packed weight: reads and computes the rows `first` to `last` (not included).
+            Nothing else is read then.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Sum:
     working: np.dtype[Any] = FLOAT32
     conv1d: bool = False
     terms: tuple[Term, ...] = ()
-    decode: Callable[[Array, int], Array] | None = None
+    decode: Callable[[int, int], Array] | None = None
 
     @property
     def rank(self) -> int:

@@ -116,7 +116,7 @@ class Workspace:
         stored = _values(self._stored, tensor.stored, shape)
         written = _values(self._sink(tensor), tensor.written, shape)
         if tensor.decode is not None:
-            stored = tensor.decode(stored, first)
+            stored = tensor.decode(first, last)
         if not tensor.terms:
             self._round_all(stored, written)
             if not _all_finite(written):

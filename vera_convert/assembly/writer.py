@@ -358,7 +358,8 @@ def _compute(piece: Computed, block: _Block, workspace: Workspace, source: Local
     """Read the stored rows of a block and compute the written rows."""
     tensor, first, last = piece.tensor, block.first, block.last
     row = tensor.shape[1] * tensor.stored.itemsize
-    source.read_into(piece.start + first * row, workspace.stored_bytes(tensor, first, last))
+    if tensor.decode is None:
+        source.read_into(piece.start + first * row, workspace.stored_bytes(tensor, first, last))
     try:
         return workspace.add(tensor, first, last)
     except NotFiniteError as error:

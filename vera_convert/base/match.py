@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice, takewhile
 
 from vera_convert.base.model import BaseModel, Orientation
-from vera_convert.base.quantized import is_packed, packed_weight, quantized_targets
+from vera_convert.base.quantized.recognize import is_packed, packed_weight, quantized_targets
 from vera_convert.base.renames import model_types, views
 from vera_convert.base.unsupported_layouts import other_layout
 from vera_convert.embeddings import is_embedding, is_output_head

@@ -7,10 +7,12 @@ folder or on the Hub; there, each file costs a range request of kilobytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
+from vera_convert.base.quantized.formats import MOST_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
 from vera_convert.files.reading import (
@@ -72,6 +74,7 @@ class BaseModel:
         prefix: the component's folder inside a pipeline, such as ``transformer/``; else empty.
         index: the name of the shards' index, if there is one.
         strays: safetensors files beside the weights that are not among them.
+        values: the bytes of the small tensors that tell the shapes of packed weights, by name.
     """
 
     location: Location
@@ -81,6 +84,7 @@ class BaseModel:
     prefix: str = ""
     index: str | None = None
     strays: tuple[str, ...] = ()
+    values: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str | None:
@@ -160,7 +164,10 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
         for name, info in header.tensors.items()
     }
     strays = stray_weights(names, weights, files)
-    return BaseModel(location, config, files, tensors, weights.prefix, weights.index, strays)
+    values = source.read_values(files)
+    return BaseModel(
+        location, config, files, tensors, weights.prefix, weights.index, strays, values
+    )
 
 
 def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
@@ -284,6 +291,37 @@ class _Source:
             raise CheckpointError.of(findings)
         headers = (result for result in results if isinstance(result, Header))
         return dict(zip(names, headers, strict=True))
+
+    def read_values(self, files: Mapping[str, Header]) -> dict[str, bytes]:
+        """Read the small tensors that tell the shapes of packed weights."""
+        wanted = [
+            (name, info)
+            for name, header in files.items()
+            for info in header.tensors.values()
+            if tells_shape(info.name) and info.nbytes <= MOST_BYTES
+        ]
+        step = len(wanted) if self.location.folder is not None else -(-len(wanted) // _REQUESTS)
+        shares = [wanted[first : first + step] for first in range(0, len(wanted), step or 1)]
+        if len(shares) < 2:
+            return self._values(shares[0], files) if shares else {}
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            found = pool.map(lambda share: self._values(share, files), shares)
+            return {name: value for values in found for name, value in values.items()}
+
+    def _values(
+        self, wanted: Sequence[tuple[str, TensorInfo]], files: Mapping[str, Header]
+    ) -> dict[str, bytes]:
+        values = {}
+        with ExitStack() as stack:
+            opened: dict[str, LocalFile | RemoteFile] = {}
+            for name, info in wanted:
+                if name not in opened:
+                    file: LocalFile | RemoteFile = self.open(name)
+                    opened[name] = file
+                    stack.enter_context(file)
+                start = files[name].data_start + info.start
+                values[info.name] = bytes(opened[name].read_at(start, info.nbytes))
+        return values
 
     def _header(self, name: str) -> Header | CheckpointError:
         try:

@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.base.casts import casts_on
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_base, read_model_config
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import lost_biases
-from vera_convert.draws.generator import Rounding, rounding_on_base
-from vera_convert.dtypes import FLOATS
 from vera_convert.errors import (
     CheckpointError,
     SurroundingsError,
@@ -210,8 +210,10 @@ def _from_base(
         module: Linear(out, width, conv1d=module in match.conv1d)
         for module, (out, width) in match.shapes.items()
     }
-    tensors = _as_adapter_names_them(base, match)
-    shapes = {module + ".weight": base.tensors[name].info.shape for module, name in tensors.items()}
+    whole = unpacked(base)
+    view = whole.view
+    tensors = _as_adapter_names_them(view, match)
+    shapes = {module + ".weight": view.tensors[name].info.shape for module, name in tensors.items()}
     model = layers_from_shapes(shapes, model_type=base.model_type)
     # The match knows each layer's orientation, and the heads that are the embedding on disk.
     model = replace(
@@ -219,13 +221,15 @@ def _from_base(
     )
     built = BuiltLayers(base.config, own)
     dims = shared_dims(adapter, model, own, built)
-    used = [match.tensors[module] for module in dims.adapted]
-    rounding, possible, unclear = _rounding(base, used)
+    casts = casts_on(whole, (match.tensors[module] for module in dims.adapted))
+    unclear = [ROUNDING_UNCLEAR.at(location.label, casts.reason)] if casts.reason else []
+    if whole.formats and adapter.projections is not None:
+        unclear = []  # A and B are stored: nothing is drawn on a quantized base
     return BaseFacts(
         dims.in_features,
         dims.out_features,
-        rounding,
-        possible,
+        casts.rounding,
+        casts.possible,
         source=location.label,
         location=location,
         base=base,
@@ -234,10 +238,10 @@ def _from_base(
         modules=frozenset(tensors),
         findings=(
             *base.findings,
-            *disagreements(adapter, base, built),
+            *disagreements(adapter, view, built),
             *dims.findings,
             *unclear,
-            *lost_biases(adapter, match, base),
+            *lost_biases(adapter, match, view),
         ),
     )
 
@@ -245,7 +249,7 @@ def _from_base(
 def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -> Match:
     return match_modules(
         {module: layer.out_features for module, layer in adapter.layers.items()},
-        base,
+        unpacked(base).view,
         widest=adapter.projections.in_features if adapter.projections else None,
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         key_map=base_options.key_map,
@@ -277,27 +281,6 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
         if module is not None:
             named[module] = name
     return named
-
-
-def _rounding(
-    base: BaseModel, names: Sequence[str]
-) -> tuple[Rounding | None, tuple[Rounding, ...], tuple[Finding, ...]]:
-    """Return what the dtypes of the adapted layers do to projections, as far as they tell.
-
-    That is the rounding; or None, with those that are possible if not all are, and a warning.
-    """
-    dtypes = base.dtypes_of(names)
-    unknown = dtypes - FLOATS
-    roundings = {rounding_on_base(dtype) for dtype in dtypes - unknown}
-    sixteen = roundings & {Rounding.BF16, Rounding.FP16}
-    if unknown or len(sixteen) > 1:
-        reason = f"the adapted layers are {', '.join(sorted(dtypes))}."
-        possible = () if unknown else (Rounding.FP16_BF16, Rounding.BF16_FP16)
-        return None, possible, (ROUNDING_UNCLEAR.at(base.location.label, reason),)
-    for rounding in (*sixteen, Rounding.FP32):
-        if rounding in roundings:
-            return rounding, (), ()
-    return Rounding.NONE, (), ()
 
 
 # --- from a config alone -------------------------------------------------------------------------

@@ -474,7 +474,7 @@ class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, C
         "--dequantize",
         default=False,
         is_flag=True,
-        help="Turn a base with fp8 weights into a 16-bit model.",
+        help="Turn a quantized base into a 16-bit model.",
     )
     labels: str | None = option(
         METHOD, "--labels", metavar="A,B,...", help="Names of the labels of a classifier."
@@ -649,7 +649,7 @@ class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
         help="How the merge treated an output head tied to the embedding.",
     )
     dequantize: bool | None = option(
-        METHOD, "--dequantize", is_flag=True, help="The merge turned fp8 weights into 16-bit ones."
+        METHOD, "--dequantize", is_flag=True, help="The merge made a 16-bit model."
     )
     dtype: str | None = option(
         METHOD,

@@ -13,9 +13,10 @@ from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
-from vera_convert.base.quantized import quantized_elsewhere, refuse_quantized
+from vera_convert.base.quantized.targets import quantized_elsewhere, refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import ModelFiles, sort_files
 from vera_convert.conversion.projections import ProjectionSource
@@ -37,7 +38,11 @@ from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.repo_name import SCHEME
 from vera_convert.merging.adapter_files import AdapterFiles, adapter_files
 from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter
-from vera_convert.merging.dequantize import Dequantization, plan_dequantization
+from vera_convert.merging.dequantize import (
+    Dequantization,
+    check_values,
+    plan_dequantization,
+)
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -112,7 +117,7 @@ def open_inputs(
         access: how the Hub is reached.
         projections: which A and B to use if file, flag and key disagree.
         variant: the generator's variant; None for the variant of the fingerprint, or PEFT's.
-        dequantize: make a 16-bit model of a base whose weights are fp8.
+        dequantize: make a 16-bit model of a quantized base.
         fetch: download a base on the Hub. If False, only its headers are read, which is enough
             for a plan.
 
@@ -131,13 +136,17 @@ def open_inputs(
             refuse_values(adapter)
         facts = _resolve_all(opened, base, access)
         model = _base_of(facts[0])
-        dequantization = plan_dequantization(model) if dequantize else None
+        packed = unpacked(model)
+        dequantization = plan_dequantization(packed) if dequantize else None
         if dequantization is None:
             matches = [each.match for each in facts if each.match is not None]
-            refuse_quantized(model, [name for each in matches for name in each.tensors.values()])
-        elif base.dtype is None:
-            facts = [loaded_in(each, dequantization.dtype) for each in facts]
+            refuse_quantized(packed, [name for each in matches for name in each.tensors.values()])
         read = _read_base(model, access, fetch=fetch)
+        model = read.base
+        if dequantization is not None:
+            model = replace(packed.view, location=model.location)
+            if model.location.folder is not None:
+                check_values(dequantization, read.files)
         adapters = tuple(
             _matched(spec, location, adapter, each, projections=projections, variant=variant)
             for spec, location, adapter, each in zip(specs, fetched, opened, facts, strict=True)
@@ -145,7 +154,7 @@ def open_inputs(
         beside = [adapter_files(location, model) for location in fetched]
         findings = [*read.sides.findings(model.location.label)]
         if dequantization is None:
-            findings += filter(None, [quantized_elsewhere(model)])
+            findings += filter(None, [quantized_elsewhere(packed.base)])
         else:
             findings.append(dequantization.finding(model.location.label))
         for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
@@ -154,7 +163,7 @@ def open_inputs(
             findings += other_dims(matched.adapter, base_facts)
         yield MergeInputs(
             adapters=adapters,
-            base=read.base,
+            base=model,
             files=read.files,
             sides=read.sides,
             copied=read.copied,

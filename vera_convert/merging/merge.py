@@ -21,7 +21,8 @@ import numpy as np
 from vera_convert.arguments import function, instance, optional, path
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
-from vera_convert.base.quantized import refuse_quantized
+from vera_convert.base.quantized.targets import refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.hub.lookup import HubAccess
@@ -171,7 +172,7 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptio
         labels=options.labels,
     )
     if inputs.dequantization is None:
-        refuse_quantized(inputs.base, changes.replaced)
+        refuse_quantized(unpacked(inputs.base), changes.replaced)
     weights = plan_weights(
         inputs.base,
         inputs.files,

@@ -16,7 +16,7 @@ from vera_convert.assembly.addends import Sum
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile, Piece
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import quantized_tensors
+from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.delta import working_dtype
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order
@@ -24,7 +24,7 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import Changes, Replacement
-from vera_convert.merging.dequantize import Decoder, Dequantization, decoder
+from vera_convert.merging.dequantize import Decoder, Dequantization, dequantized_metadata
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -96,7 +96,7 @@ def plan_weights(
     """Plan the weight files.
 
     Args:
-        base: the base.
+        base: the base; if it is dequantized, its view.
         files: its weight files, by name.
         changes: what adapters do to it.
         dtype: what its float tensors are to become, as safetensors names it; None keeps each.
@@ -121,8 +121,7 @@ def plan_weights(
         names = _usual_names([*shards], base)
         index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if base.index else None
     made = {
-        names[name]: _file(name, names[name], tensors, base, files)
-        for name, tensors in shards.items()
+        names[name]: _file(name, names[name], tensors, planner) for name, tensors in shards.items()
     }
     placed = {tensor: names[name] for name, tensors in shards.items() for tensor in tensors}
     index = None
@@ -153,16 +152,18 @@ class _Planner:
         self.files = files
         self.changes = changes
         self.dtype = dtype
-        self.dequantization = dequantization or Dequantization({}, frozenset(), "")
+        self.dequantization = dequantization
+        self._of_files: dict[str, list[TensorInfo]] = {}
+        for tensor in base.tensors.values():
+            self._of_files.setdefault(tensor.file, []).append(tensor.info)
         # What means nothing without its quantizer stays as it is.
         stay = dtype is not None and dequantization is None
         self.kept = quantized_tensors(base) if stay else frozenset[str]()
 
     def of_file(self, name: str) -> list[PlannedTensor]:
         """Return the tensors of one of the base's files, in the order of their bytes."""
-        infos = sorted(self.base.files[name].tensors.values(), key=lambda info: info.start)
-        dropped = self.dequantization.dropped
-        return [self._of_base(info.name) for info in infos if info.name not in dropped]
+        infos = sorted(self._of_files.get(name, ()), key=lambda info: info.start)
+        return [self._of_base(info.name) for info in infos]
 
     def additions(self) -> dict[str, list[PlannedTensor]]:
         """Return the tensors that the base does not have, by the file that they go to.
@@ -182,13 +183,13 @@ class _Planner:
         name = name or stored_name
         replacement = self.changes.replaced.get(name)
         tensor = self.base.tensors[stored_name]
-        scale = self.dequantization.scales.get(stored_name)
-        dtype = tensor.info.dtype if scale is None else self.dequantization.dtype
+        dtype = tensor.info.dtype
         if replacement is not None:
             return self._of_adapter(name, replacement, dtype)
         written = dtype if stored_name in self.kept else self._written(dtype)
         start = self.base.files[tensor.file].data_start + tensor.info.start
-        decode = None if scale is None else decoder(self.base, self.files, scale)
+        plan = self.dequantization
+        decode = None if plan is None else plan.decoder(stored_name, self.files)
         return self._planned(
             name, tensor.info, written, self.files[tensor.file], start, decode=decode
         )
@@ -213,7 +214,7 @@ class _Planner:
         decode: Decoder | None = None,
     ) -> PlannedTensor:
         total = None
-        if name in self.changes.terms or written != info.dtype:
+        if name in self.changes.terms or written != info.dtype or decode is not None:
             total = self._sum(name, info, written, decode)
         return PlannedTensor(name, written, info.shape, source, start, total)
 
@@ -221,7 +222,9 @@ class _Planner:
         stored = NUMPY_DTYPE[info.dtype]
         terms = self.changes.terms.get(name, ())
         count = math.prod(info.shape)
-        rows, columns = info.shape if terms or decode else (count, 1)
+        rows, columns = info.shape if terms else (count, 1)
+        if decode is not None:
+            rows, columns = decode.weight.matrix
         dtypes = [dtype for term in terms for dtype in term.dtypes]
         return Sum(
             name,
@@ -239,16 +242,19 @@ def _file(
     old_name: str,
     name: str,
     tensors: Sequence[PlannedTensor],
-    base: BaseModel,
-    files: Mapping[str, InputFile],
+    planner: _Planner,
 ) -> tuple[NewFile, bytes]:
     """Return a file with its header, and the header by itself; it can get another name."""
+    base, files, dequantization = planner.base, planner.files, planner.dequantization
     old = base.files.get(old_name)
-    if old is not None and _fits(tensors, old):
+    metadata = (old or next(iter(base.files.values()))).metadata
+    if dequantization is not None:
+        metadata = dequantized_metadata(metadata, dequantization.base)
+    if old is not None and _fits(tensors, old) and metadata == old.metadata:
         head = old.raw
     else:
         tensors = in_order(tensors)
-        head = header_bytes(tensors, (old or next(iter(base.files.values()))).metadata)
+        head = header_bytes(tensors, metadata)
     pieces = _joined(_placed(tensors, len(head)))
     if old is not None and head == old.raw and _are_all_of(files[old_name], pieces):
         # A file system that shares blocks can do so for a whole file.
@@ -271,9 +277,9 @@ def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
 def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
     """Say whether a header still describes the tensors: names, dtypes and shapes."""
     return len(tensors) == len(old.tensors) and all(
-        (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
+        info is not None and (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
         for tensor in tensors
-        if (info := old.tensors.get(tensor.name)) is not None
+        for info in (old.tensors.get(tensor.name),)
     )
 
 

@@ -18,7 +18,8 @@ from vera_convert.base.match import (
     match_replacements,
 )
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import quantized_elsewhere, quantized_targets
+from vera_convert.base.quantized.targets import quantized_elsewhere, target_findings
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import brought, incomplete_modules, is_of_classifier, resizes
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import check_tokens, tokenizer_files
@@ -30,7 +31,6 @@ from vera_convert.rules import (
     HEAD_SHARED,
     NAMES_RENAMED,
     ORIENTATION_WRONG,
-    TARGET_IS_QUANTIZED,
     Finding,
 )
 from vera_convert.text import printable
@@ -66,17 +66,18 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
         adapter: the adapter.
         base_facts: what `resolve_base` found; its own findings are not repeated.
     """
-    base, match = base_facts.base, base_facts.match
-    if base is None or match is None:
+    match = base_facts.match
+    if base_facts.base is None or match is None:
         return
+    whole = unpacked(base_facts.base)
+    base = whole.view
     if match.strategy != AS_THEY_ARE.name:
         yield NAMES_RENAMED.at(base.location.label, f"they fit by this: {match.strategy}.")
     yield from _orientation(adapter, match)
     yield from _heads(match, base)
-    quantized = quantized_targets(base, match.tensors.values())
-    for finding in quantized:
-        yield TARGET_IS_QUANTIZED.at(finding.place, finding.reason)
-    elsewhere = None if quantized else quantized_elsewhere(base)
+    quantized = [*target_findings(whole, match.tensors.values())]
+    yield from quantized
+    elsewhere = None if quantized else quantized_elsewhere(whole.base)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, base)
     yield from _tokens(adapter, _rows(adapter, base))

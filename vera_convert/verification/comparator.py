@@ -148,8 +148,7 @@ def compare_conversion(tensor: Expected, stored: Array, found: Array, first: int
         found: the same rows of the merged model.
         first: the number of the first row.
     """
-    values = stored if tensor.decode is None else tensor.decode(stored, first)
-    wanted = rounded(values, found.dtype).reshape(-1)
+    wanted = rounded(stored, found.dtype).reshape(-1)
     found = found.reshape(-1)
     both_no_numbers = np.isnan(found.astype(FLOAT64)) & np.isnan(wanted.astype(FLOAT64))
     wanted = np.where(both_no_numbers, found, wanted)
@@ -239,10 +238,6 @@ class Comparator:
         folded = np.empty((last - first, rank), self.working)
         return scaled_B(factor.b[first:last], factor.term.B[first:last], out=folded)
 
-    def weights(self, stored: Array, first: int) -> Array:
-        """Return rows of the base as values."""
-        return stored if self.tensor.decode is None else self.tensor.decode(stored, first)
-
     def deltas(self, first: int, last: int) -> Iterator[Array]:
         """Yield what each adapter adds to some rows, in the working dtype."""
         for factor in self._factors:
@@ -270,7 +265,7 @@ class Comparator:
             found: the same rows of the merged model.
             first: the number of the first row.
         """
-        weights = self.weights(stored, first)
+        weights = stored
         total: Array | None = None
         for delta in self.deltas(first, first + len(stored)):
             total = np.add(weights if total is None else total, delta, dtype=self.working)

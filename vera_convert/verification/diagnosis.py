@@ -9,7 +9,7 @@ A cause is named only if it gives the values that are there. Otherwise nothing i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def _rows(pair: Pair, worst: int) -> _Rows:
     last = min(first + step, count)
     found, stored = pair.rows(first, last, Buffers())
     judge = Comparator(pair.expected)
-    weights = judge.weights(stored, first)
+    weights = stored
     values, merged = weights.astype(FLOAT64), found.astype(FLOAT64)
     noise = last_bits(np.maximum(np.abs(values), np.abs(merged)), pair.expected.dtype) / 2
     delta = _sum(judge.deltas(first, last), values.shape)
@@ -197,6 +197,6 @@ def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
     tensor = pair.expected
     if not is_wider(tensor.stored, tensor.dtype) or tensor.decode is not None:
         return False
-    before = replace(tensor, decode=lambda values, _first: rounded(values, rows.found.dtype))
-    judged = Comparator(before).judge(rows.stored, rows.found, rows.first)
+    before = rounded(rows.stored, rows.found.dtype)
+    judged = rows.judge.judge(before, rows.found, rows.first)
     return not judged.wrong and judged.values >= _FEW

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import quantized_tensors
+from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.merging.changes import Changes, Replacement
-from vera_convert.merging.dequantize import Dequantization, decoder
+from vera_convert.merging.dequantize import Dequantization
 
 Array = NDArray[Any]
 
@@ -63,7 +63,7 @@ class Expected:
         stored: the dtype that it has there.
         terms: what is added, in this order.
         conv1d: whether it is stored as (in, out).
-        decode: makes values of what a quantizer stored; None for plain values.
+        decode: computes rows of a packed weight; None for plain values.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Expected:
     stored: str
     terms: tuple[Term, ...] = ()
     conv1d: bool = False
-    decode: Callable[[Array, int], Array] | None = None
+    decode: Callable[[int, int], Array] | None = None
 
     @property
     def count(self) -> int:
@@ -90,8 +90,8 @@ class Expected:
     @property
     def matrix(self) -> tuple[int, int]:
         """Its rows and columns; what is no matrix is one column."""
-        if len(self.shape) == 2:
-            return self.shape[0], self.shape[1]
+        if len(self.shape) == 2 or (self.decode is not None and self.shape):
+            return math.prod(self.shape[:-1]), self.shape[-1]
         return self.count, 1
 
     @property
@@ -136,7 +136,7 @@ class _Maker:
         self.files = files
         self.changes = changes
         self.dtype = dtype
-        self.dequantization = dequantization or Dequantization({}, frozenset(), "")
+        self.dequantization = dequantization
         # What means nothing without its quantizer keeps its dtype.
         stays = dtype is not None and dequantization is None
         self.kept = quantized_tensors(base) if stays else frozenset[str]()
@@ -144,8 +144,6 @@ class _Maker:
     def all(self) -> Iterator[Expected]:
         for name in self.base.tensors:
             replacement = self.changes.replaced.get(name)
-            if name in self.dequantization.dropped:
-                continue
             if replacement is None:
                 yield self._of_base(name, name)
             else:
@@ -161,8 +159,10 @@ class _Maker:
         terms = self.changes.terms.get(name, ())
         dtype = self._dtype_of(stored_name)
         written = dtype if stored_name in self.kept else self._written(dtype)
-        scale = self.dequantization.scales.get(stored_name)
-        kind = Kind.SAME if written == tensor.info.dtype else Kind.CONVERTED
+        plan = self.dequantization
+        decode = None if plan is None else plan.decoder(stored_name, self.files)
+        is_same = written == tensor.info.dtype and decode is None
+        kind = Kind.SAME if is_same else Kind.CONVERTED
         return Expected(
             name,
             Kind.ADDED if terms else kind,
@@ -173,7 +173,7 @@ class _Maker:
             tensor.info.dtype,
             terms,
             conv1d=name in self.changes.conv1d,
-            decode=decoder(self.base, self.files, scale) if scale is not None else None,
+            decode=decode,
         )
 
     def _of_adapter(self, name: str, replacement: Replacement, kind: Kind, dtype: str) -> Expected:
@@ -191,8 +191,6 @@ class _Maker:
 
     def _dtype_of(self, name: str) -> str:
         """Return the dtype of a tensor of the base, once it is no longer quantized."""
-        if name in self.dequantization.scales:
-            return self.dequantization.dtype
         return self.base.tensors[name].info.dtype
 
     def _written(self, dtype: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.quantized import refuse_quantized
+from vera_convert.base.quantized.targets import refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.dtypes import HEADER_NAMES, USUAL_OF_BASES
@@ -133,7 +134,7 @@ def check_merged(
             findings.append(PROVENANCE_MISSING.at(model.location.label, reason))
         changes = _collected(adapters, inputs, settings)
         if inputs.dequantization is None:
-            refuse_quantized(inputs.base, changes.replaced)
+            refuse_quantized(unpacked(inputs.base), changes.replaced)
         expected = _expected(inputs, changes, settings)
         edits = config_edits(
             inputs.base,

@@ -15,7 +15,7 @@ from itertools import islice
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import shared_embedding
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import CONFIG_FIELDS
+from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.shards import named_weights

@@ -102,16 +102,17 @@ class Pair:
         stored_row, found_row = tensor.row_bytes, self.row_bytes
         count, columns = last - first, tensor.matrix[1]
         found = buffers.take(0, count * found_row)
-        source = buffers.take(1, count * stored_row)
         with self.file.open() as file:
             file.read_into(self.start + first * found_row, found.data)
+        merged = found.view(NUMPY_DTYPE[self.found]).reshape(count, columns)
+        if self.found != tensor.dtype:
+            merged = _narrowed(merged, NUMPY_DTYPE[tensor.dtype])
+        if tensor.decode is not None:
+            return merged, tensor.decode(first, last)
+        source = buffers.take(1, count * stored_row)
         with tensor.source.open() as file:
             file.read_into(tensor.start + first * stored_row, source.data)
-        merged = found.view(NUMPY_DTYPE[self.found]).reshape(count, columns)
-        return (
-            merged if self.found == tensor.dtype else _narrowed(merged, NUMPY_DTYPE[tensor.dtype]),
-            source.view(NUMPY_DTYPE[tensor.stored]).reshape(count, columns),
-        )
+        return merged, source.view(NUMPY_DTYPE[tensor.stored]).reshape(count, columns)
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -14,6 +14,8 @@ from functools import lru_cache
 from itertools import islice
 
 from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized.formats import FORMATS
+from vera_convert.base.quantized.refused import METHODS as REFUSED
 from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
@@ -22,40 +24,11 @@ from vera_convert.rules import QUANTIZED_ELSEWHERE, QUANTIZED_TARGET, Finding
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
-FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 """Members of a config, or of a part of it, that say how it is quantized."""
 
-_METHODS = {
-    "aqlm": "AQLM",
-    "auto-round": "AutoRound",
-    "auto_round": "AutoRound",
-    "autoround": "AutoRound",
-    "awq": "AWQ",
-    "bitnet": "BitNet",
-    "compressed-tensors": "compressed-tensors",
-    "compressed_tensors": "compressed-tensors",
-    "eetq": "EETQ",
-    "fbgemm_fp8": "fp8 (FBGEMM)",
-    "fp8": "fp8",
-    "fouroversix": "Four Over Six",
-    "fp_quant": "FP-Quant",
-    "gguf": "GGUF",
-    "gptq": "GPTQ",
-    "higgs": "HIGGS",
-    "hqq": "HQQ",
-    "metal": "Metal",
-    "modelopt": "ModelOpt",
-    "mxfp4": "mxfp4",
-    "mxfp8": "mxfp8",
-    "nvfp4": "NVFP4",
-    "quanto": "quanto",
-    "quark": "Quark",
-    "sinq": "SINQ",
-    "spqr": "SpQR",
-    "torchao": "torchao",
-    "vptq": "VPTQ",
-}
+_METHODS = {each.method: each.label for each in FORMATS} | REFUSED
+"""The name of a method for people, by its ``quant_method``; bitsandbytes has two."""
 _KEPT_FIELDS = (
     "modules_to_not_convert",
     "llm_int8_skip_modules",
@@ -96,7 +69,8 @@ _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
 """Parts of a quantized layer that have a ``weight`` of their own."""
 _TRANSPOSED = ("EETQ",)
 """Methods that store one value in each element, but as (in, out)."""
-_SHAPED = FLOATS | FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
+_FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
+_SHAPED = FLOATS | _FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
 """Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
 
 
@@ -119,13 +93,6 @@ def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
         )
         for kind, those in found.items()
     ]
-
-
-def refuse_quantized(base: BaseModel, tensors: Iterable[str]) -> None:
-    """Raise `CheckpointError` if any of these tensors of a base is quantized."""
-    findings = quantized_targets(base, tensors)
-    if findings:
-        raise CheckpointError.of(findings)
 
 
 def quantized_elsewhere(base: BaseModel) -> Finding | None:
@@ -228,7 +195,7 @@ class _Quantization:
         sign = self._signs.get(path)
         dtype = self._base.tensors[name].info.dtype
         if rest == "weight" and dtype not in FLOATS:
-            plain = "fp8" if dtype in FP8 else "packed or integer values"
+            plain = "fp8" if dtype in _FP8 else "packed or integer values"
             yield sign[1] if sign else plain, f"its dtype is {dtype}"
         if sign and rest != "bias":
             where = "is its name" if sign[0] == rest else "lies beside it"
@@ -300,24 +267,41 @@ class _Claim:
         )
 
 
-def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
-    """Yield the claims of a config and its parts."""
+def sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """Yield the parts of a config that say how the model is quantized."""
     for name, part in config.items():
         if not isinstance(part, Mapping):
             continue
         if name in CONFIG_FIELDS:
-            yield _claim(part)
+            yield part
         else:
-            yield from _claims(part)
+            yield from sections(part)
+
+
+def method_of(section: Mapping[str, object]) -> str:
+    """Return the method that a section of a config names, as the formats call it."""
+    if "load_in_4bit" in section or "load_in_8bit" in section:
+        return "bitsandbytes"
+    return str(section.get("quant_method") or "").lower().replace("compressed_", "compressed-")
+
+
+def method_label(section: Mapping[str, object]) -> str:
+    """Return the name of the method that a section of a config names, for people."""
+    method = method_of(section)
+    if method == "bitsandbytes":
+        return f"bitsandbytes {'4' if section.get('load_in_4bit') else '8'}-bit"
+    said = printable(str(section.get("quant_method") or "of an unnamed method"))
+    return _METHODS.get(method, said)
+
+
+def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
+    """Yield the claims of a config and its parts."""
+    yield from map(_claim, sections(config))
 
 
 def _claim(config: Mapping[str, object]) -> _Claim:
-    method = config.get("quant_method")
     kept = [text for field in _KEPT_FIELDS for text in _texts(config.get(field))]
-    if method == "bitsandbytes" or "load_in_4bit" in config or "load_in_8bit" in config:
-        label = f"bitsandbytes {'4' if config.get('load_in_4bit') else '8'}-bit"
-    else:
-        label = _METHODS.get(str(method).lower(), printable(str(method or "of an unnamed method")))
+    label = method_label(config)
     return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
 
 

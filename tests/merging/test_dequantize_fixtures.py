@@ -1,0 +1,109 @@
+"""Every format of `--dequantize` on files that the real libraries wrote, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from folders import DATA
+from merges import tensors_of
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from vera_convert.base.facts import BaseOptions
+from vera_convert.errors import CheckpointError
+from vera_convert.merging.merge import merge
+from vera_convert.merging.options import MergeOptions
+from vera_convert.validation.validate import validate
+
+FIXTURES = DATA / "quantized"
+NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+Tensors = Mapping[str, NDArray[Any]]
+
+
+def merged(name: str, out: Path, **options: Any) -> Tensors:
+    """Merge a fixture's adapter into its base, dequantized."""
+    folder = FIXTURES / name
+    base = BaseOptions(str(folder / "base"))
+    merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True, **options))
+    return tensors_of(out)
+
+
+def values(tensor: NDArray[Any]) -> NDArray[np.float64]:
+    return tensor.astype(np.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_library_and_merged_ones_have_the_delta(
+    name: str, tmp_path: Path
+) -> None:
+    told = json.loads((FIXTURES / name / "expected.json").read_text(encoding="utf-8"))
+    wanted = load_file(FIXTURES / name / "expected.safetensors")
+    with safe_open(FIXTURES / name / "base/model.safetensors", "np") as file:
+        kept = {key: file.get_tensor(key) for key in told["kept"]}
+    found = merged(name, tmp_path / "out")
+    with_delta = {key.removeprefix("merged.") for key in wanted if key.startswith("merged.")}
+    plain = {key.removeprefix("dequantized.") for key in wanted if key.startswith("deq")}
+    assert found.keys() == with_delta | plain | {*told["kept"]}
+    for key in (plain | {*told["kept"]}) - with_delta:
+        expected = wanted.get(f"dequantized.{key}", kept.get(key))
+        assert expected is not None
+        assert found[key].dtype == expected.dtype, key
+        np.testing.assert_array_equal(values(found[key]), values(expected), key)
+    for key in with_delta:
+        kinds = [
+            wanted[f"{kind}.{key}"]
+            for kind in ("merged", "merged_alt")
+            if f"{kind}.{key}" in wanted
+        ]
+        assert found[key].dtype == kinds[0].dtype
+        off = [np.count_nonzero(values(found[key]) != values(each)) for each in kinds]
+        assert min(off) <= found[key].size // 1000, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_the_quantizer_is_left(name: str, tmp_path: Path) -> None:
+    merged(name, tmp_path / "out")
+    out = tmp_path / "out"
+    assert "quantization_config" not in (out / "config.json").read_text(encoding="utf-8")
+    assert not (out / "quantize_config.json").exists()
+    with safe_open(out / "model.safetensors", "np") as file:
+        assert set(file.metadata()) <= {"format"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
+def test_validate_says_that_a_merge_can_dequantize_the_base(name: str) -> None:
+    folder = FIXTURES / name
+    found = validate(folder / "adapter", base=folder / "base")
+    codes = {finding.code for finding in found.findings}
+    assert found.passed
+    assert "V563" in codes
+    assert not codes & {"V415", "V550", "V556"}
+    (note,) = (finding for finding in found.findings if finding.code == "V563")
+    told = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    assert told["format"] in note.reason
+    assert "--dequantize" in note.reason
+
+
+def test_a_scale_that_is_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "gptq-8bit/base", tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.scales"
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 5] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"V562 {name}"):
+        merge(
+            FIXTURES / "gptq-8bit/adapter",
+            tmp_path / "out",
+            base=tmp_path / "base",
+            options=MergeOptions(dequantize=True),
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,61 @@
+"""Which A and B are in effect on a base: what PEFT casts matrices drawn from the key to.
+
+PEFT casts A and B once for each layer that it wraps, in the order of the model, to the dtype that
+the layer's weight has, or to the dtype that a quantized layer computes in. Integers cause no cast.
+Stored A and B hold the values after all casts, so nothing of this concerns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vera_convert.base.quantized.formats import NO_CAST
+from vera_convert.base.quantized.unpack import Unpacked, model_dtype
+from vera_convert.draws.generator import Rounding, rounding_on_base
+from vera_convert.dtypes import FLOATS
+
+
+@dataclass(frozen=True, slots=True)
+class Casts:
+    """What the casts on a base come to.
+
+    Attributes:
+        rounding: what the casts do to values; None if the base does not decide.
+        possible: if the base does not decide, the roundings that are possible; empty if all are.
+        reason: why the base does not decide; empty if it does.
+    """
+
+    rounding: Rounding | None
+    possible: tuple[Rounding, ...] = ()
+    reason: str = ""
+
+
+def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
+    """Return what PEFT casts A and B to when it wraps these weights of a base.
+
+    Args:
+        base: the base with its packed weights.
+        names: the adapted weights, by their names in the view.
+    """
+    dtypes: set[str] = set()
+    for name in dict.fromkeys(names):
+        found = base.formats.get(name)
+        if found is None:
+            dtypes.add(base.view.tensors[name].info.dtype)
+            continue
+        dtype = found.cast(base.settings, model_dtype(base.base.config))
+        if dtype is None:
+            return Casts(None, reason=f"the adapted layers are quantized ({found.label}).")
+        if dtype != NO_CAST:
+            dtypes.add(dtype)
+    unknown = dtypes - FLOATS
+    roundings = {rounding_on_base(dtype) for dtype in dtypes - unknown}
+    sixteen = roundings & {Rounding.BF16, Rounding.FP16}
+    if unknown or len(sixteen) > 1:
+        possible = () if unknown else (Rounding.FP16_BF16, Rounding.BF16_FP16)
+        return Casts(None, possible, f"the adapted layers are {', '.join(sorted(dtypes))}.")
+    for rounding in (*sixteen, Rounding.FP32):
+        if rounding in roundings:
+            return Casts(rounding)
+    return Casts(Rounding.NONE)

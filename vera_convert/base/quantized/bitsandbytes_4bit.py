@@ -1,0 +1,243 @@
+"""bitsandbytes 4-bit (nf4 and fp4): a table of 16 values, times the largest value of each block.
+
+    W = cast(table[code] * absmax[block])        product in float32
+
+The codes lie in one flat sequence, two in each byte, the high half first. Blocks run over the ends
+of rows, and the last block can be short. "Double" quantization stores absmax itself in 8 bits:
+
+    absmax = float32(nested_quant_map[code] * nested_absmax[block of 256]) + nested_offset
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.base.quantized.layer import (
+    Array,
+    Check,
+    Layer,
+    LayerError,
+    PackedWeight,
+    PartReader,
+    finite,
+)
+from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import parse_json
+from vera_convert.rules import PART_MALFORMED, PART_MISSING
+
+LABEL = "bitsandbytes 4-bit"
+STATE = "weight.quant_state.bitsandbytes__"
+TABLES = {
+    "nf4": np.array(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+            *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+            *(0.7229568362236023, 1.0),
+        ],
+        np.float32,
+    ),
+    "fp4": np.array(
+        [
+            *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+            *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+            *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+            *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+        ],
+        np.float32,
+    ),
+}
+_PAIRS = {kind: pair_table(table, high_first=True) for kind, table in TABLES.items()}
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_STORAGE = ("U8", "I8", "BF16", "F16", "F32")
+_NESTED_BLOCK = 256
+_BLOCK_SIZES = frozenset(1 << n for n in range(5, 13))
+MAX_STATE_BYTES = 4096
+"""A real state has 80 to 200 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a ``quant_state`` says.
+
+    Attributes:
+        kind: ``nf4`` or ``fp4``.
+        block: values that share one absmax.
+        dtype: of the dequantized weight, as safetensors names it.
+        shape: of the weight.
+        offset: what is added to a nested absmax; None if absmax is not nested.
+    """
+
+    kind: str
+    block: int
+    dtype: str
+    shape: tuple[int, int]
+    offset: float | None = None
+
+
+def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, count: int) -> Array:
+    """Return values from the beginning of a block on, in the dtype of the state.
+
+    Args:
+        packed: (n,) bytes, two codes each.
+        absmax: of each block that the codes lie in.
+        state: the table, the length of a block, and the dtype.
+        count: how many values; the last block can be short.
+    """
+    values = looked_up(packed, _PAIRS[state.kind])[:count]
+    whole = count // state.block
+    inner = values[: whole * state.block].reshape(whole, state.block)
+    inner *= absmax[:whole, None]
+    if whole * state.block < count:
+        values[whole * state.block :] *= absmax[whole]
+    return values.astype(FLOAT_OF[state.dtype], copy=False)
+
+
+def nested_absmax(
+    codes: NDArray[np.uint8], table: Array, scales: Array, offset: float, first: int
+) -> NDArray[np.float32]:
+    """Return absmax from its own 8-bit codes, from block number `first` on.
+
+    Args:
+        codes: (n,).
+        table: the float32 value of each of the 256 codes.
+        scales: the factor of every 256 codes, from the one of code `first` on.
+        offset: what is added.
+        first: the number of the first code.
+    """
+    start = first // _NESTED_BLOCK * _NESTED_BLOCK
+    factors = scales[(first + np.arange(len(codes)) - start) // _NESTED_BLOCK]
+    product = np.asarray(table[codes] * factors, np.float32)
+    return product + np.float32(offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    weight: str
+    absmax: str
+    nested: tuple[str, str] | None
+    state: State
+
+    def __call__(self, read: PartReader, first: int, last: int) -> Array:
+        (rows, columns), block = self.state.shape, self.state.block
+        start, end = first * columns, last * columns
+        begin, stop = start // block, -(-end // block)
+        count = min(stop * block, rows * columns) - begin * block
+        packed = read.raw(self.weight, begin * block // 2, (begin * block + count + 1) // 2)
+        absmax = read.flat(self.absmax, begin, stop)
+        if self.nested is not None:
+            table, scales = self.nested
+            few = read.flat(scales, begin // _NESTED_BLOCK, -(-stop // _NESTED_BLOCK))
+            offset = self.state.offset or 0.0
+            absmax = nested_absmax(absmax, read.flat(table, 0, 256), few, offset, begin)
+        values = dequantized(packed, absmax, self.state, count)
+        inside = slice(start - begin * block, end - begin * block)
+        return values[inside].reshape(last - first, columns)
+
+
+def weights(layer: Layer) -> Iterator[PackedWeight]:
+    """Yield the weight of a layer.
+
+    Raises:
+        LayerError: a part is missing, superfluous, malformed, or says something unknown.
+    """
+    rest = next((each for each in layer.tensors if each.startswith(STATE)), None)
+    if rest is None:
+        raise layer.error(PART_MISSING, f"{STATE}nf4", "it says how the weight is packed.")
+    state = _state(layer, rest)
+    count = state.shape[0] * state.shape[1]
+    weight = layer.tensors.get("weight")
+    if weight is None or weight.dtype not in _STORAGE or weight.nbytes != (count + 1) // 2:
+        found = "missing" if weight is None else f"{weight.nbytes:,} bytes of {weight.dtype}"
+        reason = f"its values are {found}; {count:,} values of 4 bits are needed."
+        raise layer.error(PART_MISSING if weight is None else PART_MALFORMED, "weight", reason)
+    blocks = (-(-count // state.block),)
+    table = layer.part("weight.quant_map", ("F32",), (16,))
+    checks: dict[str, Check] = {table: lambda values: _table(values, state.kind)}
+    known = ["weight", rest, "weight.absmax", "weight.quant_map"]
+    nested = None
+    if state.offset is None:
+        absmax = layer.part("weight.absmax", ("F32",), blocks)
+        checks[absmax] = finite
+    else:
+        absmax = layer.part("weight.absmax", ("U8",), blocks)
+        few = (-(-blocks[0] // _NESTED_BLOCK),)
+        nested = (
+            layer.part("weight.nested_quant_map", ("F32",), (256,)),
+            layer.part("weight.nested_absmax", ("F32",), few),
+        )
+        checks |= dict.fromkeys(nested, finite)
+        known += ["weight.nested_quant_map", "weight.nested_absmax"]
+    yield PackedWeight(
+        layer.name("weight"),
+        state.shape,
+        layer.name("weight"),
+        layer.refuse_others(tuple(known), frozenset()),
+        _Decoder(layer.name("weight"), absmax, nested, state),
+        checks,
+    )
+
+
+def _table(values: Array, kind: str) -> str | None:
+    same = bool(np.array_equal(values, TABLES[kind]))
+    return None if same else f"these are not the 16 values of {kind}."
+
+
+def _state(layer: Layer, rest: str) -> State:
+    """Return what the ``quant_state`` of a layer says.
+
+    Raises:
+        LayerError: the state is cut, no JSON, or says something unknown.
+    """
+
+    def wrong(reason: str) -> LayerError:
+        return layer.error(PART_MALFORMED, rest, reason)
+
+    text = layer.values.get(rest)
+    if text is None:
+        raise wrong(f"it is no text of up to {MAX_STATE_BYTES:,} bytes.")
+    try:
+        document = parse_json(text, place=rest)
+    except CheckpointError:
+        raise wrong("it is no JSON.") from None
+    if not isinstance(document, dict):
+        raise wrong("it is no JSON object.")
+    kind, block, dtype = (document.get(key) for key in ("quant_type", "blocksize", "dtype"))
+    dtype = str(dtype).removeprefix("torch.")
+    if kind not in TABLES or rest != f"{STATE}{kind}":
+        raise wrong("its quant_type is neither nf4 nor fp4, or not that of its name.")
+    if type(block) is not int or block not in _BLOCK_SIZES or dtype not in _DTYPES:
+        reason = "a blocksize (a power of two from 32 to 4,096) and a dtype (bfloat16, float16 "
+        raise wrong(f"{reason}or float32) are needed.")
+    is_nested, offset = any(key.startswith("nested_") for key in document), None
+    if is_nested:
+        offset = _nested_offset(document)
+        if offset is None:
+            raise wrong("nested_offset, nested_blocksize 256 and nested_dtype float32 are needed.")
+    match document.get("shape"):
+        case [int(rows), int(columns)] if min(rows, columns) > 0:
+            return State(str(kind), block, _DTYPES[dtype], (rows, columns), offset)
+    raise wrong("its shape is no pair of sizes.")
+
+
+def _nested_offset(document: Mapping[str, object]) -> float | None:
+    """Return what is added to a nested absmax; None if that part of a state is not understood."""
+    offset = document.get("nested_offset")
+    sizes = document.get("nested_blocksize"), document.get("nested_dtype")
+    if isinstance(offset, bool) or sizes != (_NESTED_BLOCK, "float32"):
+        return None
+    return float(offset) if isinstance(offset, int | float) else None
+
+
+def cast(settings: Mapping[str, object], _dtype: str) -> str | None:
+    """Return the dtype that PEFT casts A and B to: the dtype that the layer computes in."""
+    found = settings.get("bnb_4bit_compute_dtype")
+    name = found.removeprefix("torch.") if isinstance(found, str) else "float32"
+    return _DTYPES.get(name)

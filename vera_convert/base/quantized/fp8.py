@@ -1,0 +1,131 @@
+"""fp8 with scales in a float dtype: one scale for all, for each row, or for each block.
+
+    W = w8 * scale        in float32
+
+Blocks are those of the config (128 by 128 if it is silent); the last blocks may be cut off by the
+edge of the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.base.quantized.layer import (
+    SCALE_DTYPES,
+    Array,
+    Layer,
+    PackedWeight,
+    PartReader,
+    finite,
+)
+from vera_convert.rules import PART_MALFORMED, PART_MISSING
+
+LABEL = "fp8"
+DTYPES = ("F8_E4M3", "F8_E5M2")
+SCALES = ("weight_scale_inv", "weight_scale")
+"""The factors of a weight. The first is the inverse of the factor that the weight was scaled by."""
+OF_ACTIVATIONS = frozenset(
+    ("input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
+)
+"""Scales of the values between layers: of no use in a model that is not quantized."""
+_BLOCK = (128, 128)
+
+
+def dequantized(
+    stored: Array, factors: Array, *, first: int, block: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Return rows of a matrix times the factors of their blocks, in float32.
+
+    Args:
+        stored: (n, columns), of any float dtype.
+        factors: one for each block that the rows lie in, (blocks, blocks across).
+        first: the number of the first row within its block.
+        block: rows and columns of a block; the last block of a row may be narrower.
+    """
+    values = stored.astype(np.float32)
+    of_rows = factors.astype(np.float32)[(first + np.arange(len(values))) // block[0]]
+    width = block[1]
+    whole = values.shape[1] // width
+    inner = values[:, : whole * width].reshape(len(values), whole, width)
+    inner *= of_rows[:, :whole, None]
+    values[:, whole * width :] *= of_rows[:, whole:]
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    weight: str
+    scale: str
+    block: tuple[int, int]
+    across: int
+
+    def __call__(self, read: PartReader, first: int, last: int) -> Array:
+        rows = self.block[0]
+        begin, end = first // rows, -(-last // rows)
+        factors = read.flat(self.scale, begin * self.across, end * self.across)
+        return dequantized(
+            read.rows(self.weight, first, last),
+            factors.reshape(end - begin, self.across),
+            first=first % rows,
+            block=self.block,
+        )
+
+
+def weights(layer: Layer) -> Iterator[PackedWeight]:
+    """Yield the weight of a layer.
+
+    Raises:
+        LayerError: a part is missing, superfluous or malformed.
+    """
+    shape = layer.main("weight", DTYPES)
+    rests = [rest for rest in SCALES if rest in layer.tensors]
+    if not rests:
+        reason = f"the weight is {layer.tensors['weight'].dtype}, and has no scale."
+        raise layer.error(PART_MISSING, "weight", reason)
+    if len(rests) > 1:
+        raise layer.error(PART_MALFORMED, rests[1], f"{rests[0]} lies there as well.")
+    scale = layer.tensors[rests[0]]
+    block = _block(shape, scale.shape, _block_size(layer.settings))
+    if block is None or scale.dtype not in SCALE_DTYPES:
+        reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
+        raise layer.error(PART_MALFORMED, rests[0], reason)
+    name = layer.name(rests[0])
+    yield PackedWeight(
+        layer.name("weight"),
+        shape,
+        layer.name("weight"),
+        layer.refuse_others(("weight", rests[0]), OF_ACTIVATIONS),
+        _Decoder(layer.name("weight"), name, block, -(-shape[1] // block[1])),
+        {name: finite},
+    )
+
+
+def _block(
+    weight: tuple[int, ...], scales: tuple[int, ...], size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Return the rows and columns that one scale is for; None if the shapes do not tell."""
+    rows, columns = weight
+    if all(count == 1 for count in scales):
+        return rows, columns
+    if size is not None and scales == _blocks(weight, size):
+        return size
+    if scales in ((rows,), (rows, 1)):
+        return 1, columns
+    if size is None and scales == _blocks(weight, _BLOCK):
+        return _BLOCK
+    return None
+
+
+def _blocks(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // size[0]), -(-shape[1] // size[1])
+
+
+def _block_size(settings: Mapping[str, object]) -> tuple[int, int] | None:
+    match settings.get("weight_block_size"):
+        case [int(rows), int(columns)] | (int(rows), int(columns)) if min(rows, columns) > 0:
+            return rows, columns
+    return None

@@ -1,0 +1,195 @@
+"""A quantized layer as data: its tensors in the base's files, and the weight they stand for.
+
+A format reads a `Layer` (names, dtypes, shapes, settings) and returns a `PackedWeight`: the name
+and shape of the weight, the checks of its parts, and a function that computes blocks of rows.
+Nothing but headers and a few small tensors is read before a merge starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vera_convert.files.header import TensorInfo
+from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING, Finding, Rule
+from vera_convert.text import printable
+
+Array = NDArray[Any]
+
+SCALE_DTYPES = ("F32", "BF16", "F16")
+
+
+class PartReader(Protocol):
+    """Reads ranges of a packed weight's tensors."""
+
+    def rows(self, name: str, first: int, last: int) -> Array:
+        """Return rows `first` to `last` (not included) of a tensor, along its first axis."""
+
+    def columns(self, name: str, first: int, last: int) -> Array:
+        """Return columns `first` to `last` (not included) of a matrix."""
+
+    def flat(self, name: str, first: int, last: int) -> Array:
+        """Return elements `first` to `last` (not included) of a tensor in row-major order."""
+
+    def raw(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
+        """Return bytes `first` to `last` (not included) of a tensor."""
+
+
+Decode = Callable[[PartReader, int, int], Array]
+"""Computes the rows `first` to `last` (not included) of a weight, in the library's own dtype."""
+Check = Callable[[Array], str | None]
+"""Says why values of a part are unsafe; None if they are safe."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """One quantized weight.
+
+    Attributes:
+        name: the weight's name in a model that is not quantized.
+        shape: the weight's shape there.
+        main: the tensor that holds the packed values.
+        parts: all tensors that are left out of a dequantized model, `main` among them.
+        decode: computes rows of the weight; a weight of more than two dimensions is taken as the
+            matrix of its last dimension.
+        checks: the check of each part whose values can be unsafe, by the part's name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    main: str
+    parts: tuple[str, ...]
+    decode: Decode
+    checks: Mapping[str, Check] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+
+class LayerError(Exception):
+    """A quantized layer cannot be dequantized.
+
+    Attributes:
+        finding: why.
+    """
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The tensors of one quantized layer.
+
+    Attributes:
+        path: the layer's path in the base's files.
+        tensors: its tensors, by the rest of their names, such as ``qweight``.
+        settings: what the config says of the quantization.
+        dtype: the dtype of the dequantized model, as safetensors names it.
+        values: the bytes of the small tensors that tell a shape, by the rest of their names.
+        metadata: what the file's header says of the layer's weight, beside the tensors.
+        label: the name of the format, for messages.
+    """
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    settings: Mapping[str, object]
+    dtype: str
+    values: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: str | None = None
+    label: str = ""
+
+    def name(self, rest: str) -> str:
+        """Return the whole name of one of the layer's tensors."""
+        return f"{self.path}.{rest}" if self.path else rest
+
+    def error(self, rule: Rule, rest: str, reason: str) -> LayerError:
+        """Return the error that says what is wrong with a tensor."""
+        return LayerError(rule.at(printable(self.name(rest)), f"{self.label}: {reason}"))
+
+    def part(self, rest: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        """Return the name of a tensor after a look at its dtype and shape.
+
+        Raises:
+            LayerError: the tensor is missing, or has another dtype or shape.
+        """
+        info = self.tensors.get(rest)
+        if info is None:
+            raise self.error(PART_MISSING, rest, f"the layer needs it in the shape {[*shape]}.")
+        if info.dtype not in dtypes or info.shape != shape:
+            wanted = f"{[*shape]} of {' or '.join(dtypes)}"
+            reason = f"its shape is {[*info.shape]} of {info.dtype}; {wanted} is needed."
+            raise self.error(PART_MALFORMED, rest, reason)
+        return self.name(rest)
+
+    def main(self, rest: str, dtypes: tuple[str, ...], dimensions: int = 2) -> tuple[int, ...]:
+        """Return the shape of the packed values after a look at their dtype.
+
+        Raises:
+            LayerError: the tensor is missing, empty, or has another dtype or number of dimensions.
+        """
+        info = self.tensors.get(rest)
+        if info is None:
+            raise self.error(PART_MISSING, rest, "the layer has no such tensor.")
+        if info.dtype not in dtypes or len(info.shape) != dimensions or 0 in info.shape:
+            reason = f"its shape is {[*info.shape]} of {info.dtype}; "
+            reason += f"{dimensions} dimensions of {' or '.join(dtypes)} are needed."
+            raise self.error(PART_MALFORMED, rest, reason)
+        return info.shape
+
+    def refuse_others(self, known: tuple[str, ...], dropped: frozenset[str]) -> tuple[str, ...]:
+        """Return the names of the layer's parts that a dequantized model leaves out.
+
+        Args:
+            known: the parts that the format read.
+            dropped: parts of no use in a dequantized model, which may be there.
+
+        Raises:
+            LayerError: the layer has another tensor, which the format does not know.
+        """
+        found = []
+        for rest in self.tensors:
+            if rest in known or rest in dropped:
+                found.append(self.name(rest))
+            elif rest != "bias":
+                raise self.error(NOT_DEQUANTIZABLE, rest, "the format has no such part.")
+        return tuple(found)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def whole(settings: Mapping[str, object], field_name: str) -> int | None:
+    """Return a whole number of the settings; None if there is none."""
+    found = settings.get(field_name)
+    return found if type(found) is int else None
+
+
+def filled(values: Mapping[str, object]) -> Iterator[str]:
+    """Yield the names of the settings that say something: neither null, nor false, nor empty."""
+    for name, value in values.items():
+        if value not in (None, False, {}, [], ""):
+            yield name
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def finite(values: Array) -> str | None:
+    """Say that a value is infinite or NaN."""
+    if bool(np.isfinite(values.astype(np.float32)).all()):
+        return None
+    return "a value is infinite or NaN."
+
+
+def finite_and_not_zero(values: Array) -> str | None:
+    """Say that a value is infinite, NaN or zero."""
+    return finite(values) or (None if bool(values.all()) else "a value is 0, and is divided by.")

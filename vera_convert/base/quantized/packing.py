@@ -1,0 +1,84 @@
+"""Small integers out of bytes and words, as the formats pack them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+FLOAT_OF = {"BF16": BFLOAT16, "F16": FLOAT16, "F32": FLOAT32}
+"""NumPy's dtype by safetensors' name, of the dtypes that libraries dequantize to."""
+
+E2M1 = np.array(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32
+)
+"""The sixteen values of a 4-bit float with two bits of exponent and one of mantissa."""
+
+
+def pair_table(values: NDArray[Any], *, high_first: bool) -> NDArray[np.uint64]:
+    """Return both values of every byte that packs two codes of 4 bits.
+
+    Args:
+        values: the float32 value of each of the 16 codes.
+        high_first: whether the high half of a byte is the first of the two.
+
+    Returns:
+        (256,): two float32 values each, as the bits of one integer.
+    """
+    codes = np.arange(256)
+    first, second = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
+    pairs = np.stack([values[first], values[second]], axis=-1).astype(np.float32)
+    return np.ascontiguousarray(pairs).view(np.uint64).reshape(256)
+
+
+def looked_up(packed: NDArray[np.uint8], table: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """Return the two values of each byte: (..., n) bytes give (..., 2 n) values."""
+    return np.take(table, packed).view(np.float32)
+
+
+def fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Return the fields of 32-bit words, the lowest first, where `bits` divides 32.
+
+    Args:
+        words: (rows, columns).
+        bits: 2, 4 or 8.
+
+    Returns:
+        (rows, columns, 32 // bits).
+    """
+    octets = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
+    octets = octets.reshape(*words.shape, 4)
+    if bits == 8:
+        return octets
+    mask = np.uint8((1 << bits) - 1)
+    parts = [(octets >> np.uint8(shift)) & mask for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(*words.shape, 32 // bits)
+
+
+def stream(words: NDArray[Any], bits: int, first: int, last: int) -> NDArray[np.uint8]:
+    """Return elements of dense streams of bits, which can cross the borders of words.
+
+    Args:
+        words: (rows, columns), each row a stream of 32-bit words, lowest bit first.
+        bits: of an element, 1 to 8.
+        first: the number of the first element that is wanted.
+        last: the number of the element after the last one.
+
+    Returns:
+        (rows, last - first).
+    """
+    if 32 % bits == 0 and bits in (2, 4, 8):
+        return fields(words, bits).reshape(len(words), -1)[:, first:last]
+    octets = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
+    octets = octets.reshape(len(words), -1)
+    octets = np.concatenate([octets, np.zeros((len(octets), 1), np.uint8)], axis=1)
+    starts = np.arange(first, last, dtype=np.int64) * bits
+    low = octets[:, starts // 8].astype(np.uint16)
+    high = octets[:, starts // 8 + 1].astype(np.uint16)
+    shifted = (low | (high << np.uint16(8))) >> (starts % 8).astype(np.uint16)
+    return (shifted & np.uint16((1 << bits) - 1)).astype(np.uint8)

@@ -1,0 +1,51 @@
+"""Quantized layers among those that an adapter changes: refused, or noted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from vera_convert.base.quantized.recognize import quantized_elsewhere, quantized_targets
+from vera_convert.base.quantized.unpack import Unpacked
+from vera_convert.errors import CheckpointError
+from vera_convert.rules import CAN_DEQUANTIZE, TARGET_IS_QUANTIZED, Finding
+
+__all__ = ["quantized_elsewhere", "refuse_quantized", "target_findings"]
+
+
+def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
+    """Refuse a merge into quantized weights that are not dequantized.
+
+    Args:
+        base: the base with its packed weights.
+        weights: the weights that something is added to, by their names in the view.
+
+    Raises:
+        CheckpointError: with a finding for each kind of quantization.
+    """
+    findings = quantized_targets(base.base, map(base.stored_name, weights))
+    if findings:
+        raise CheckpointError.of(
+            replace(each, reason=each.reason + _what(base)) for each in findings
+        )
+
+
+def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
+    """Yield a note if `merge --dequantize` can merge into these weights, or else a warning.
+
+    Args:
+        base: the base with its packed weights.
+        weights: the weights that an adapter adds to, by their names in the view.
+    """
+    rule = TARGET_IS_QUANTIZED if base.defects else CAN_DEQUANTIZE
+    for finding in quantized_targets(base.base, map(base.stored_name, weights)):
+        yield rule.at(finding.place, finding.reason + _what(base))
+
+
+def _what(base: Unpacked) -> str:
+    """Return whether the base can be dequantized, in a sentence."""
+    if not base.defects:
+        return " `vera-convert merge --dequantize` makes a 16-bit model of this base."
+    first, more = base.defects[0], len(base.defects) - 1
+    others = f" (and {more:,} more)" if more else ""
+    return f" --dequantize cannot undo that: {first.code} {first.place}: {first.reason}{others}"

@@ -1,0 +1,135 @@
+"""torchao, weights alone: int8, int4 (one in each int8) and float8, with one scale for each group.
+
+    W = cast(float32(q - zero) * float32(scale))
+
+The header of the file names the class of each weight, which decides how it is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vera_convert.base.quantized.layer import (
+    SCALE_DTYPES,
+    Array,
+    Check,
+    Layer,
+    PackedWeight,
+    PartReader,
+    finite,
+)
+from vera_convert.base.quantized.packing import FLOAT_OF
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import parse_json
+from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
+from vera_convert.text import printable
+
+LABEL = "torchao"
+QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
+_CLASSES = {
+    "Int8Tensor": ("I8",),
+    "IntxUnpackedToInt8Tensor": ("I8",),
+    "Float8Tensor": ("F8_E4M3", "F8_E5M2"),
+}
+"""The classes that are supported, with the dtypes of their values."""
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MAX_TEXT = 16_384
+"""The most characters of what a header says of one weight."""
+
+
+def dequantized(q: Array, scales: Array, zeros: Array | None, dtype: str) -> Array:
+    """Return rows in the dtype of the weight.
+
+    Args:
+        q: (n, columns), int8 or float8.
+        scales: (n, groups).
+        zeros: likewise; None if there are none.
+        dtype: as safetensors names it.
+    """
+    values = q.astype(np.float32)
+    inner = values.reshape(len(q), scales.shape[1], -1)
+    if zeros is not None:
+        inner -= zeros.astype(np.float32)[:, :, None]
+    inner *= scales.astype(np.float32)[:, :, None]
+    return values.astype(FLOAT_OF[dtype], copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    q: str
+    scale: str
+    zero: str | None
+    dtype: str
+
+    def __call__(self, read: PartReader, first: int, last: int) -> Array:
+        zeros = None if self.zero is None else read.rows(self.zero, first, last)
+        scales = read.rows(self.scale, first, last)
+        return dequantized(read.rows(self.q, first, last), scales, zeros, self.dtype)
+
+
+def weights(layer: Layer) -> Iterator[PackedWeight]:
+    """Yield the weight of a layer.
+
+    Raises:
+        LayerError: a part is missing, superfluous or malformed, or the class is not supported.
+    """
+    kind, data, parts = _said(layer)
+    rows, columns = layer.main(QDATA, _CLASSES[kind])
+    block, dtype = data.get("block_size"), _dtype(data.get("dtype"))
+    if dtype is None:
+        raise layer.error(NOT_DEQUANTIZABLE, QDATA, "the header names no dtype that is known.")
+    match block:
+        case [1, int(width)] if width > 0 and columns % width == 0:
+            shape = rows, columns // width
+        case _:
+            reason = "the header's block_size is no part of one row."
+            raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+    scale = layer.part(SCALE, SCALE_DTYPES, shape)
+    checks: dict[str, Check] = {scale: finite}
+    zero = None
+    if ZERO in layer.tensors:
+        zero = layer.part(ZERO, ("I8", "I32", *SCALE_DTYPES), shape)
+        checks[zero] = finite
+    known = tuple(rest for rest in (QDATA, SCALE, ZERO) if rest in layer.tensors)
+    if {rest.removeprefix("_weight_") for rest in known} != {*parts}:
+        reason = f"the header names {', '.join(map(printable, parts))}."
+        raise layer.error(PART_MISSING, QDATA, reason)
+    yield PackedWeight(
+        layer.name("weight"),
+        (rows, columns),
+        layer.name(QDATA),
+        layer.refuse_others(known, frozenset()),
+        _Decoder(layer.name(QDATA), scale, zero, dtype),
+        checks,
+    )
+
+
+def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
+    """Return the class, the data and the parts that the header names for a weight.
+
+    Raises:
+        LayerError: it names none, or a class that is not supported.
+    """
+    if layer.metadata is None:
+        raise layer.error(PART_MISSING, QDATA, "the header of the file says nothing of it.")
+    try:
+        document = parse_json(layer.metadata[:MAX_TEXT].encode(), place=QDATA)
+    except CheckpointError:
+        document = None
+    if not isinstance(document, dict):
+        raise layer.error(PART_MALFORMED, QDATA, "what the header says of it is no JSON object.")
+    kind, data, parts = (document.get(k) for k in ("_type", "_data", "_tensor_data_names"))
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        reason = f'the class "{printable(str(kind))}" is not supported.'
+        raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+    if not isinstance(data, dict) or not isinstance(parts, list):
+        raise layer.error(PART_MALFORMED, QDATA, "the header names neither data nor parts.")
+    return kind, data, [str(part) for part in parts]
+
+
+def _dtype(said: object) -> str | None:
+    name = said.get("_data") if isinstance(said, Mapping) else None
+    return _DTYPES.get(name) if isinstance(name, str) else None

@@ -1,0 +1,252 @@
+"""A quantized base as the model that it stands for: its weights by name and shape, still packed.
+
+    config ──► method ──► layers ──► parts, checked ──► weights ──► the base without its parts
+
+Only headers are looked at, and the few small tensors that tell a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from vera_convert.base.model import BaseModel, BaseTensor, Orientation
+from vera_convert.base.quantized.formats import FORMATS, Format
+from vera_convert.base.quantized.layer import Layer, LayerError, PackedWeight
+from vera_convert.base.quantized.recognize import (
+    kind_of_siblings,
+    layer_of,
+    method_label,
+    method_of,
+    sections,
+)
+from vera_convert.dtypes import FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
+from vera_convert.files.header import TensorInfo
+from vera_convert.rules import NOT_DEQUANTIZABLE, Finding
+from vera_convert.text import printable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unpacked:
+    """A base with the weights that its quantized layers stand for.
+
+    Attributes:
+        base: the base as it is.
+        view: the base with each quantized weight that can be dequantized in place of its parts: by
+            the name, the shape and the dtype of a model that is not quantized.
+        weights: these weights, by name.
+        formats: the format of each of these weights, by name.
+        settings: what the config says of the quantization.
+        dtype: the dtype of a dequantized weight, as safetensors names it.
+        defects: why the base cannot be dequantized; empty if it can.
+    """
+
+    base: BaseModel
+    view: BaseModel
+    weights: Mapping[str, PackedWeight] = field(default_factory=dict)
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    dtype: str = ""
+    defects: tuple[Finding, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the formats, for people."""
+        return tuple(dict.fromkeys(each.label for each in self.formats.values()))
+
+    def stored_name(self, name: str) -> str:
+        """Return the tensor of the base that holds the values of a weight of the view."""
+        found = self.weights.get(name)
+        return name if found is None else found.main
+
+
+def unpacked(base: BaseModel) -> Unpacked:
+    """Return a base with its packed weights by the names and shapes that they stand for."""
+    layers = _layers(base)
+    packed = {path: infos for path, infos in layers.items() if any(map(_is_sign, infos.items()))}
+    if not packed:
+        return Unpacked(base, base, dtype=result_dtype(base.config))
+    reader = _Reader(base)
+    for path, infos in packed.items():
+        reader.read(path, infos)
+    dropped = {part for weight in reader.weights.values() for part in weight.parts}
+    dropped |= {*_of_activations(layers, packed, reader.used)}
+    defects = [*reader.defects, *_other_dtypes(base, dropped, packed)]
+    view = _view(base, reader.weights, dropped, reader.dtype)
+    weights = dict(reader.weights)
+    for name, finding in _transposed(view, weights):
+        del weights[name]
+        defects.append(finding)
+    if len(weights) < len(reader.weights):
+        kept = {part for weight in weights.values() for part in weight.parts}
+        view = _view(base, weights, dropped & kept, reader.dtype)
+    formats = {name: reader.formats[name] for name in weights}
+    return Unpacked(
+        base, view, weights, formats, reader.settings, reader.dtype, tuple(dict.fromkeys(defects))
+    )
+
+
+def result_dtype(config: Mapping[str, object]) -> str:
+    """Return the 16-bit dtype that a config names, or bfloat16."""
+    return next((name for name in _dtypes(config) if name in SIXTEEN_BIT), "BF16")
+
+
+def model_dtype(config: Mapping[str, object]) -> str:
+    """Return the float dtype that a config names, or bfloat16."""
+    return next(_dtypes(config), "BF16")
+
+
+def _dtypes(config: Mapping[str, object]) -> Iterator[str]:
+    """Yield the dtypes that a config and its parts name, as safetensors names them."""
+    for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
+        for field_name in ("dtype", "torch_dtype"):
+            named = part.get(field_name)
+            name = float_name(named) if isinstance(named, str) else None
+            if name is not None:
+                yield HEADER_NAMES[name]
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def _layers(base: BaseModel) -> dict[str, dict[str, TensorInfo]]:
+    """Return the tensors of each layer, by the rest of their names."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in base.tensors.items():
+        path, rest = layer_of(name)
+        found.setdefault(path, {})[rest] = tensor.info
+    return found
+
+
+def _is_sign(part: tuple[str, TensorInfo]) -> bool:
+    """Say whether a tensor shows that its layer is quantized."""
+    rest, info = part
+    return kind_of_siblings(rest) is not None or (rest == "weight" and info.dtype not in FLOATS)
+
+
+class _Reader:
+    """Reads layers one by one, and keeps what is wrong with them."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self.dtype = result_dtype(base.config)
+        self.weights: dict[str, PackedWeight] = {}
+        self.formats: dict[str, Format] = {}
+        self.defects: list[Finding] = []
+        self.used: list[Format] = []
+        found = [each for each in sections(base.config) if method_of(each)]
+        self.settings = found[0] if found else next(sections(base.config), {})
+        self.methods = {*map(method_of, found)}
+        self.is_clear = all(each == self.settings for each in found)
+
+    def read(self, path: str, infos: Mapping[str, TensorInfo]) -> None:
+        """Read the weights of one layer."""
+        fitting = self._format(infos)
+        if fitting is None:
+            self.defects.append(self._refusal(path, infos))
+            return
+        layer = self._layer(path, infos, fitting)
+        try:
+            found = [*fitting.weights(layer)]
+        except LayerError as error:
+            self.defects.append(error.finding)
+            return
+        self.used = [*dict.fromkeys((*self.used, fitting))]
+        for weight in found:
+            if weight.name in self.base.tensors and weight.name not in weight.parts:
+                reason = f"{fitting.label}: the layer has a weight that is not packed as well."
+                self.defects.append(NOT_DEQUANTIZABLE.at(printable(weight.name), reason))
+            self.weights[weight.name] = weight
+            self.formats[weight.name] = fitting
+
+    def _format(self, infos: Mapping[str, TensorInfo]) -> Format | None:
+        """Return the format of a layer; None if the layer's format is not supported."""
+        own = [
+            each
+            for each in FORMATS
+            if any(each.owns(rest, info.dtype) for rest, info in infos.items())
+            and (each.method in self.methods if self.methods else not each.needs_config)
+        ]
+        if len(own) > 1:  # the names of its parts tell more than the dtype of its weight
+            own = [each for each in own if any(each.owns(rest, "") for rest in infos)]
+        return own[0] if len(own) == 1 and self.is_clear else None
+
+    def _layer(self, path: str, infos: Mapping[str, TensorInfo], fitting: Format) -> Layer:
+        def name(rest: str) -> str:
+            return f"{path}.{rest}" if path else rest
+
+        values = {
+            rest: self.base.values[name(rest)] for rest in infos if name(rest) in self.base.values
+        }
+        files = {self.base.tensors[name(rest)].file for rest in infos}
+        headers = (self.base.files[file] for file in files if file in self.base.files)
+        said = {header.metadata.get(name("weight")) for header in headers} - {None}
+        return Layer(
+            path,
+            infos,
+            self.settings,
+            self.dtype,
+            values,
+            said.pop() if len(said) == 1 else None,
+            fitting.label,
+        )
+
+    def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
+        rest, info = next(filter(_is_sign, infos.items()))
+        said = [*map(method_label, sections(self.base.config))]
+        kind = " and ".join(dict.fromkeys(said)) or kind_of_siblings(rest) or "packed values"
+        where = printable(f"{path}.{rest}" if path else rest)
+        return NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}.")
+
+
+def _of_activations(
+    layers: Mapping[str, Mapping[str, TensorInfo]],
+    packed: Mapping[str, Mapping[str, TensorInfo]],
+    used: Sequence[Format],
+) -> Iterator[str]:
+    """Yield the scales of activations in quantized layers and in the modules that hold these."""
+    dropped = frozenset[str]().union(*(each.dropped for each in used))
+    around = {*packed} | {path.rpartition(".")[0] for path in packed}
+    for path, infos in layers.items():
+        if path in around:
+            yield from (f"{path}.{rest}" for rest in infos if rest in dropped)
+
+
+def _other_dtypes(
+    base: BaseModel, dropped: set[str], packed: Mapping[str, object]
+) -> Iterator[Finding]:
+    """Yield a finding for each tensor that is neither a part nor plain values."""
+    for name, tensor in base.tensors.items():
+        path, rest = layer_of(name)
+        dtype = tensor.info.dtype
+        plain = dtype in FLOATS or (dtype in ("BOOL", "I64", "I32") and "weight" not in rest)
+        if name not in dropped and path not in packed and not plain:
+            yield NOT_DEQUANTIZABLE.at(printable(name), f"its dtype is {dtype}.")
+
+
+def _transposed(
+    view: BaseModel, weights: Mapping[str, PackedWeight]
+) -> Iterator[tuple[str, Finding]]:
+    """Yield the weights of layers whose class stores them as (in, out), which no format does."""
+    orientation = Orientation(view)
+    for name, weight in weights.items():
+        if len(weight.shape) == 2 and name.endswith(".weight") and orientation.is_conv1d(name):
+            reason = "the model's class stores this weight as (in, out), the quantizer (out, in)."
+            yield name, NOT_DEQUANTIZABLE.at(printable(name), reason)
+
+
+def _view(
+    base: BaseModel, weights: Mapping[str, PackedWeight], dropped: set[str], dtype: str
+) -> BaseModel:
+    """Return a base with weights in place of their parts, in the order of its tensors."""
+    by_main = {weight.main: weight for weight in weights.values()}
+    tensors = {}
+    for name, tensor in base.tensors.items():
+        weight = by_main.get(name)
+        if weight is not None:
+            info = tensor.info
+            shown = TensorInfo(weight.name, dtype, weight.shape, info.start, info.end)
+            tensors[weight.name] = BaseTensor(tensor.file, shown)
+        elif name not in dropped:
+            tensors[name] = tensor
+    return replace(base, tensors=tensors)
