@@ -36,11 +36,11 @@ conversion: projections proof transforms strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
 merging: inputs options card provenance output job merge
-lora: engines options factors plan stored peft_form checks card record writing conversion
+lora: engines options factors plan stored peft_form checks card record reading writing conversion
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
-verification: roundings other_adapters diagnosis tensors model_files merged forms result verify
+verification: roundings other_adapters diagnosis tensors model_files merged forms lora result verify
 formats: shared results merge lora locations validation sarif junit github catalog verification
 with_torch
 cli: values options command output refusals completion inspecting converting validating merging app

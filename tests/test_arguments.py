@@ -197,6 +197,7 @@ ARGUMENTS: dict[str, Ways] = {
         ((["a", "b"], ("a", "b"), "a,b"),), (5, [5], ["a", "a"], [""], object()), "text|label"
     ),
     "layers_only": FLAG,
+    "lora": Ways(wrong=(5, b"a", object()), names="pathlib"),
     "max_error": Ways(((0, 0.0),), ("half", -0.1, 1, float("nan"), object()), "number|share"),
     "max_shard_size": SIZE,
     "model": Ways(wrong=(5, b"a", object(), ["a"]), names="pathlib"),

@@ -1697,6 +1697,47 @@ LORA_VANISHED = Rule(
     since="0.2.0",
 )
 
+LORA_UNREADABLE = Rule(
+    "V720",
+    ERROR,
+    "a folder holds no LoRA that can be compared",
+    "The factors of each layer and their scaling must be known to compare their product.",
+    "Give a folder with adapter_config.json and adapter_model.safetensors of a plain LoRA.",
+    since="0.2.0",
+)
+LORA_DELTA_DIFFERS = Rule(
+    "V721",
+    ERROR,
+    "the delta of a LoRA's layer is not the adapter's",
+    "The layer gives other outputs than the adapter's layer.",
+    "Run `vera-convert to-lora` again, with the base and the options that the adapter needs.",
+    since="0.2.0",
+)
+LORA_LAYER_LACKING = Rule(
+    "V722",
+    ERROR,
+    "the LoRA lacks a layer of the adapter",
+    "The layer would work as in the base.",
+    "Run `vera-convert to-lora` again; name the base with --base if its names differ.",
+    since="0.2.0",
+)
+LORA_LAYER_EXTRA = Rule(
+    "V723",
+    ERROR,
+    "the LoRA changes a layer that the adapter does not have",
+    "The layer would give other outputs than the base's layer.",
+    "Run `vera-convert to-lora` again; name the base with --base if its names differ.",
+    since="0.2.0",
+)
+LORA_TENSOR_DIFFERS = Rule(
+    "V724",
+    ERROR,
+    "a module or bias that was trained whole is not the adapter's in the LoRA",
+    "A conversion copies heads and biases byte for byte.",
+    "Run `vera-convert to-lora` again.",
+    since="0.2.0",
+)
+
 # -------------------------------------------------------------------------------------------------
 CATALOG: dict[str, Rule] = {
     rule.code: rule

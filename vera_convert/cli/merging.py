@@ -119,10 +119,11 @@ def _without_token(arguments: Sequence[str]) -> list[str]:
     vera-convert verify ./adapter --merged ./merged --base ./model
     vera-convert verify ./adapter --merged ./merged --layers-only
     vera-convert verify ./adapter --adapter ./stripped
+    vera-convert verify ./adapter --lora ./lora
     """,
 )
 def verify(adapter: str, options: VerifyChoices) -> None:
-    """Check a converted adapter or a merged model against the adapter.
+    """Check a converted adapter, a merged model or a LoRA against the adapter.
 
     Every tensor of the merged model is computed again and compared. Then the merged model is run on
     sample sequences, and compared with the base that has the adapter.
@@ -139,6 +140,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
             base=options.base_options(),
             other=options.other,
             merged=options.merged,
+            lora=options.lora,
             options=_verify_options(options),
             revision=options.revision,
             access=options.access(),

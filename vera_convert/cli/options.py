@@ -619,6 +619,9 @@ class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
     merged: str | None = option(
         INPUT, "--merged", metavar="MODEL", help="The model that ADAPTER was merged into."
     )
+    lora: str | None = option(
+        INPUT, "--lora", metavar="LORA", help="The LoRA that to-lora made of ADAPTER."
+    )
     projections: str | None = option(
         PROJECTIONS,
         "--projections",

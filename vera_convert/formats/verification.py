@@ -12,6 +12,7 @@ from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
 from vera_convert.verification.forms import FormCheck
+from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
 from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.result import Verification
@@ -28,6 +29,8 @@ def verification_text(result: Verification) -> str:
     rows: Rows = [["adapter", result.adapter]]
     if result.form is not None:
         rows += _form_rows(result.form)
+    if result.lora is not None:
+        rows += _lora_rows(result.lora)
     if result.merged is not None:
         rows += _merged_rows(result.merged)
     if result.model is not None:
@@ -78,6 +81,30 @@ def _origin(origin: str) -> str:
         "fingerprint": "regenerated from the key, proven by the fingerprint",
         "key": "regenerated from the key",
     }[origin]
+
+
+def _lora_rows(check: LoraCheck) -> Rows:
+    right, count = sum(layer.passed for layer in check.layers), len(check.layers)
+    rows = [
+        ["LoRA", check.label],
+        ["  A and B", _origin(check.origin)],
+        [
+            "  layers",
+            f"{right:,} of {counted(count, 'layer')} have the adapter's delta",
+        ],
+    ]
+    if check.worst is not None:
+        worst = check.worst
+        place = f"most in {printable(worst.module)}, where {worst.limit:.2g} is allowed"
+        rows.append(["  error", f"at most {worst.error:.2g} of the delta; {place}"])
+    if check.zeros:
+        rows.append(
+            ["  zeros", f"{counted(check.zeros, 'layer')} of the LoRA alone, without effect"]
+        )
+    if check.trained_whole:
+        compared = f"{counted(check.trained_whole, 'tensor')} compared, byte for byte"
+        rows.append(["  trained whole", compared])
+    return rows
 
 
 # --- a merged model ------------------------------------------------------------------------------
@@ -256,6 +283,7 @@ def verification_document(result: Verification) -> Document:
         "passed": result.passed,
         "form": None if result.form is None else _form_document(result.form),
         "merged": None if result.merged is None else _merged_document(result.merged),
+        "lora": None if result.lora is None else _lora_document(result.lora),
         "model": None if result.model is None else _model_document(result.model),
         "not_run": None if result.not_run is None else str(result.not_run),
         "seconds": round(result.seconds, 3),
@@ -277,6 +305,27 @@ def _form_document(form: FormCheck) -> Document:
             }
             for effect in form.effects
         ],
+    }
+
+
+def _lora_document(check: LoraCheck) -> Document:
+    return {
+        "name": check.label,
+        "projections": str(check.origin),
+        "recorded_error": check.recorded,
+        "layers": [
+            {
+                "module": layer.module,
+                "name": layer.name,
+                "rank": layer.rank,
+                "relative_error": _finite(layer.error),
+                "allowed": _finite(layer.limit),
+                "passed": layer.passed,
+            }
+            for layer in check.layers
+        ],
+        "zeros": check.zeros,
+        "trained_whole": check.trained_whole,
     }
 
 

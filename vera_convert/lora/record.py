@@ -102,8 +102,15 @@ def lora_record(folder: Path) -> dict[str, object] | None:
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             return None
         with open_local(folder / WEIGHTS_NAME, within=folder) as source:
-            text = read_header(source).metadata.get(METADATA_KEY)
-        record = json.loads(text) if text is not None else None
-    except (CheckpointError, SurroundingsError, ValueError, RecursionError):
+            return parse_record(read_header(source).metadata.get(METADATA_KEY))
+    except (CheckpointError, SurroundingsError):
+        return None
+
+
+def parse_record(text: str | None) -> dict[str, object] | None:
+    """Return a record from the metadata of weights; None if the text is no record."""
+    try:
+        record = json.loads(text or "null")
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
 from vera_convert.verification.forms import FormCheck
+from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
 from vera_convert.verification.model_comparison import ModelComparison
 
@@ -19,6 +20,7 @@ class Verification:
         adapter: how the caller named the adapter.
         form: what another form of it came to; None if none was given.
         merged: what a merged model came to; None if none was given.
+        lora: the comparison with a LoRA; None if none was given.
         model: what running that model came to; None if it was left at the weights, if those were
             wrong already, or if it could not be run.
         not_run: why it could not; None if it was, or was not to be.
@@ -29,6 +31,7 @@ class Verification:
     adapter: str
     form: FormCheck | None
     merged: MergedCheck | None
+    lora: LoraCheck | None
     model: ModelComparison | None
     not_run: VeraConvertError | None
     seconds: float

@@ -28,6 +28,7 @@ from vera_convert.rules import (
 )
 from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
+from vera_convert.verification.lora import check_lora
 from vera_convert.verification.merged import MergedCheck, check_merged
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.verification.options import VerifyOptions
@@ -43,19 +44,21 @@ def verify(
     base: BaseOptions | str | Path | None = None,
     other: str | Path | None = None,
     merged: str | Path | None = None,
+    lora: str | Path | None = None,
     options: VerifyOptions | None = None,
     revision: str | None = None,
     access: HubAccess | None = None,
     progress: Progress = lambda _done, _of: None,
     runs: Progress = lambda _done, _of: None,
 ) -> Verification:
-    """Compare another form of an adapter, a merged model, or both, with the adapter.
+    """Compare another form of an adapter, a merged model or a LoRA with the adapter.
 
     Args:
         adapter: a folder or a repo on the Hub.
         base: the base, and how to read it; None for the base that the adapter's config names.
         other: the adapter after strip, embed or migrate.
         merged: the model that the adapter was merged into.
+        lora: the LoRA that was made of the adapter.
         options: how to verify.
         revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
@@ -77,33 +80,27 @@ def verify(
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
     base, progress = base_options_of(base), function("progress", progress)
     runs = function("runs", runs)
-    lines = None
-    if other is None and merged is None:
-        raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL, or both.")
+    lora, lines = optional(place, "lora", lora), None
+    if all(each is None for each in (other, merged, lora)):
+        raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL or --lora LORA.")
     if merged is None:
         options.refuse_merge_options()
     elif not options.layers_only:
         _require_torch()
         lines = None if options.text is None else text_lines(options.text, options.samples_to_run)
     given = AdapterSpec(adapter, options.weight, revision)
-    form, check, model, not_run = None, None, None, None
+    form, check, model, not_run, of_lora = None, None, None, None, None
     with signals_raise():
         if other is not None:
             form = check_form(given, other, base, options, access=access)
+        if lora is not None:
+            of_lora = check_lora(given, lora, base, options, access=access)
         if merged is not None:
             check = check_merged(given, merged, base, options, access=access, progress=progress)
             if not options.layers_only and _passed(check.findings):
-                try:
-                    job = _model_job(check, options, lines)
-                    model = run_models(job, weights=check.tensors.nbytes, progress=runs)
-                except UsageError:
-                    raise
-                except VeraConvertError as error:  # the comparison of the weights stays valid
-                    not_run = SurroundingsError(str(error))
-    findings = [
-        *(form.findings if form is not None else ()),
-        *(check.findings if check is not None else ()),
-    ]
+                model, not_run = _run(check, options, lines, runs)
+    done = [each for each in (form, of_lora, check) if each is not None]
+    findings = [finding for each in done for finding in each.findings]
     if check is not None and model is not None and not model.passed:
         findings.append(_rule(check, model).at(check.label, model.reason))
     findings.sort(key=lambda each: each.severity is not Severity.ERROR)
@@ -111,11 +108,25 @@ def verify(
         printable(str(adapter)),
         form,
         check,
+        of_lora,
         model,
         not_run,
         time.monotonic() - started,
         tuple(dict.fromkeys(findings)),
     )
+
+
+def _run(
+    check: MergedCheck, options: VerifyOptions, lines: tuple[str, ...] | None, runs: Progress
+) -> tuple[ModelComparison | None, SurroundingsError | None]:
+    """Run the models; return their comparison, or the reason why they could not be run."""
+    try:
+        job = _model_job(check, options, lines)
+        return run_models(job, weights=check.tensors.nbytes, progress=runs), None
+    except UsageError:
+        raise
+    except VeraConvertError as error:  # the comparison of the weights stays valid
+        return None, SurroundingsError(str(error))
 
 
 def _rule(check: MergedCheck, model: ModelComparison) -> Rule:

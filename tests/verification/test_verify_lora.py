@@ -1,0 +1,223 @@
+"""verify --lora: every layer's delta against the adapter's, and whatever is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import good_adapter, good_tensors
+from bases import tiny_base
+from commandline import Run
+from folders import CONFIG_NAME, WEIGHTS, metadata, weights
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.lora.conversion import to_lora
+from vera_convert.lora.options import LoraOptions
+from vera_convert.verification.result import Verification
+from vera_convert.verification.verify import verify
+
+PREFIX = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+Change = Callable[[dict[str, NDArray[Any]]], object]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def lora(adapter: Path, base: Path, tmp_path: Path) -> Path:
+    to_lora(adapter, tmp_path / "lora", base=base)
+    return tmp_path / "lora"
+
+
+def changed(lora: Path, change: Change, **config: object) -> Path:
+    """A LoRA with other tensors, and without the record of who wrote it."""
+    tensors = weights(lora)
+    change(tensors)
+    save_file(tensors, lora / WEIGHTS, {"format": "pt"})
+    document = json.loads((lora / CONFIG_NAME).read_bytes()) | config
+    (lora / CONFIG_NAME).write_text(json.dumps(document))
+    return lora
+
+
+def nothing(_tensors: dict[str, NDArray[Any]]) -> None:
+    pass
+
+
+def codes(result: Verification) -> set[str]:
+    return {finding.code for finding in result.errors}
+
+
+def test_a_conversion_holds_without_the_base(adapter: Path, lora: Path) -> None:
+    result = verify(adapter, lora=lora)
+    assert result.passed
+    assert result.lora is not None
+    assert len(result.lora.layers) == 4
+    assert all(0 < layer.error < 1e-7 for layer in result.lora.layers)
+
+
+@pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_conversion_holds(
+    engine: Any, dtype: str, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    options = LoraOptions(engine=engine, dtype=dtype)
+    done = to_lora(adapter, tmp_path / "other", base=base, options=options)
+    result = verify(adapter, lora=tmp_path / "other", base=base)
+    assert result.passed
+    assert result.lora is not None
+    for layer in result.lora.layers:
+        assert layer.error == pytest.approx(done.measured.errors[layer.module], rel=0.1)
+
+
+def test_a_lower_rank_holds_with_the_error_that_was_recorded(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    done = to_lora(adapter, tmp_path / "low", base=base, options=LoraOptions(rank=3))
+    result = verify(adapter, lora=tmp_path / "low")
+    assert result.passed
+    assert result.lora is not None
+    assert result.lora.worst is not None
+    assert result.lora.worst.error == pytest.approx(done.measured.worst, rel=1e-4)
+    assert codes(verify(adapter, lora=changed(tmp_path / "low", nothing))) == {"V721"}
+
+
+def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> None:
+    other = {n: t[::-1].copy() for n, t in good_tensors().items() if n.endswith("lambda_b")}
+    result = verify(good_adapter(tmp_path / "other", tensors=other), lora=lora)
+    assert codes(result) == {"V721"}
+    assert result.wrong == 4
+
+
+def scaled(name: str, factor: float) -> Change:
+    def change(tensors: dict[str, NDArray[Any]]) -> None:
+        tensors[PREFIX + name] = tensors[PREFIX + name] * np.float32(factor)
+
+    return change
+
+
+def without(name: str) -> Change:
+    def change(tensors: dict[str, NDArray[Any]]) -> None:
+        for part in "AB":
+            del tensors[f"{PREFIX}{name}.lora_{part}.weight"]
+
+    return change
+
+
+def added(name: str, factor: float) -> Change:
+    def change(tensors: dict[str, NDArray[Any]]) -> None:
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ones((4, 16), np.float32)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.full((16, 4), factor, np.float32)
+
+    return change
+
+
+WRONG: dict[str, tuple[Change, dict[str, object], str]] = {
+    "b is off in one layer": (scaled(f"{Q}.lora_B.weight", 1.001), {}, "V721"),
+    "a value is infinite": (scaled(f"{Q}.lora_A.weight", np.inf), {}, "V721"),
+    "alpha is not the rank": (nothing, {"lora_alpha": 8}, "V721"),
+    "the scaling is another": (nothing, {"use_rslora": True}, "V721"),
+    "one layer is scaled otherwise": (nothing, {"alpha_pattern": {Q: 2}}, "V721"),
+    "a layer is missing": (without(Q), {}, "V722"),
+    "another layer is changed": (added("model.layers.0.self_attn.o_proj", 1.0), {}, "V723"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named(case: str, adapter: Path, lora: Path) -> None:
+    change, config, code = WRONG[case]
+    with np.errstate(invalid="ignore"):
+        assert codes(verify(adapter, lora=changed(lora, change, **config))) == {code}
+
+
+def test_a_layer_of_zeros_beside_the_adapters_is_right(adapter: Path, lora: Path) -> None:
+    result = verify(adapter, lora=changed(lora, added("model.layers.0.self_attn.o_proj", 0.0)))
+    assert result.passed
+    assert result.lora is not None
+    assert result.lora.zeros == 1
+
+
+def test_a_scaling_that_amounts_to_the_same_is_right(adapter: Path, lora: Path) -> None:
+    def halved(tensors: dict[str, NDArray[Any]]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensors[name] = tensor * np.float32(0.5)
+
+    assert verify(adapter, lora=changed(lora, halved, lora_alpha=8)).passed
+
+
+def test_heads_are_compared_byte_for_byte(base: Path, tmp_path: Path) -> None:
+    head = {f"{PREFIX}score.weight": np.ones((3, 16), np.float32)}
+    adapter = good_adapter(tmp_path / "head", tensors=head, modules_to_save=["score"])
+    to_lora(adapter, tmp_path / "lora", base=base)
+    assert verify(adapter, lora=tmp_path / "lora").passed
+    wrong = changed(tmp_path / "lora", scaled("score.weight", 2))
+    assert codes(verify(adapter, lora=wrong)) == {"V724"}
+    options = LoraOptions(drop_head=True)
+    to_lora(adapter, tmp_path / "dropped", base=base, options=options)
+    assert verify(adapter, lora=tmp_path / "dropped").passed
+
+
+UNREADABLE: dict[str, tuple[Change, dict[str, object]]] = {
+    "no LoRA": (nothing, {"peft_type": "LOHA"}),
+    "DoRA": (nothing, {"use_dora": True}),
+    "alpha is a text": (nothing, {"lora_alpha": "16"}),
+    "a pattern is a list": (nothing, {"alpha_pattern": [1]}),
+    "half a layer": (lambda t: t.pop(f"{PREFIX}{Q}.lora_A.weight"), {}),
+    "ranks disagree": (
+        lambda t: t.update({f"{PREFIX}{Q}.lora_A.weight": np.ones((3, 16), np.float32)}),
+        {},
+    ),
+    "a vector": (lambda t: t.update({f"{PREFIX}{Q}.lora_A.weight": np.ones(4, np.float32)}), {}),
+    "whole numbers": (
+        lambda t: t.update({f"{PREFIX}{Q}.lora_A.weight": np.ones((4, 16), np.int32)}),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_is_no_lora_is_refused(case: str, adapter: Path, lora: Path) -> None:
+    change, config = UNREADABLE[case]
+    with pytest.raises(CheckpointError, match="V720"):
+        verify(adapter, lora=changed(lora, change, **config))
+
+
+def test_a_record_that_is_nonsense_is_no_record(adapter: Path, lora: Path) -> None:
+    for text in ("{", "[]", '{"relative_error": "nan"}', '{"relative_error": 1e9}', "[" * 5000):
+        save_file(weights(lora), lora / WEIGHTS, {"format": "pt", "vera_convert.lora": text})
+        assert verify(adapter, lora=lora).passed
+        assert metadata(lora)["vera_convert.lora"] == text
+
+
+def test_something_to_verify_must_be_given(adapter: Path) -> None:
+    with pytest.raises(UsageError, match="--lora LORA"):
+        verify(adapter)
+
+
+def test_the_command_reports_the_worst_layer(
+    run: Run, adapter: Path, lora: Path, schema_errors: Any
+) -> None:
+    ended = run("verify", adapter, "--lora", lora)
+    assert ended.status == 0, ended.err
+    assert "4 of 4 layers have the adapter's delta" in ended.out
+    changed(lora, scaled(f"{Q}.lora_B.weight", 1.1))
+    ended = run("verify", adapter, "--lora", lora, "--json")
+    assert ended.status == 1
+    assert "V721" in ended.err
+    document = json.loads(ended.out)
+    assert schema_errors("verification", document) == []
+    assert [layer["passed"] for layer in document["lora"]["layers"]].count(False) == 1
