@@ -295,8 +295,8 @@ def test_every_public_function_and_record_is_tried() -> None:
     functions = {name for name, value in public.items() if inspect.isfunction(value)}
     assert functions == set(FUNCTIONS)
     made_by_callers = {n for n, v in public.items() if dataclasses.is_dataclass(v)} - {
-        *("AdapterInfo", "Checked", "Conversion", "Count", "LoraConversion", "Merge"),
-        *("Regenerated", "TreeMigration", "Validation", "Verification"),
+        *("AdapterInfo", "Checked", "Conversion", "Count", "Finding", "LoraConversion", "Merge"),
+        *("Regenerated", "Rule", "TreeMigration", "Validation", "Verification"),
     }
     assert made_by_callers == set(RECORDS)
 

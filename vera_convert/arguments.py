@@ -22,6 +22,8 @@ from vera_convert.text import printable
 Choice = TypeVar("Choice", bound=StrEnum)
 Kind = TypeVar("Kind")
 Checked = TypeVar("Checked")
+Progress = Callable[[int, int], None]
+"""Told now and then how much is done, and of how much."""
 Called = TypeVar("Called", bound=Callable[..., object])
 
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt])?(i)?(b)?", re.IGNORECASE | re.ASCII)
@@ -234,6 +236,19 @@ def function(name: str, value: Called) -> Called:
     if not callable(value):
         raise UsageError(f"{name} is {_shown(value)}: give a function.")
     return value
+
+
+def progress_function(name: str, value: Progress | None) -> Progress:
+    """Return a function that is told the progress; for None, a function that does nothing.
+
+    Raises:
+        UsageError: the value cannot be called.
+    """
+    return _no_progress if value is None else function(name, value)
+
+
+def _no_progress(_done: int, _of: int) -> None:
+    """Do nothing."""
 
 
 def optional(check: Callable[..., Checked], name: str, *rest: object) -> Checked | None:

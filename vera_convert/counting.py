@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
 from vera_convert.arguments import instance, optional, place, text, texts, whole_number
@@ -19,6 +20,7 @@ from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.hub.lookup import HubAccess
+from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.matching import (
     Adapted,
     Linear,
@@ -27,7 +29,7 @@ from vera_convert.targets.matching import (
     is_all_linear,
     kind_of,
 )
-from vera_convert.text import listed, printable
+from vera_convert.text import listed, printable, short_repr
 
 _METADATA = {"format": "pt"}
 _KEY_PREFIX = "base_model.model."
@@ -91,6 +93,8 @@ class Count:
     stripped_bytes: int
     lora: MethodSize
 
+    __repr__ = short_repr
+
     @property
     def layers(self) -> int:
         """How many layers are adapted."""
@@ -98,7 +102,7 @@ class Count:
 
 
 def count(
-    model: ModelLayers | str | Path,
+    model: ModelLayers | Mapping[str, object] | str | Path | HasConfig,
     *,
     rank: int,
     targets: Sequence[str] | str = (),
@@ -108,7 +112,8 @@ def count(
     """Count a VeRA adapter, and a LoRA beside it, on a model of which only the layers are known.
 
     Args:
-        model: a folder, a repo on the Hub, a ``config.json``, or the model's layers.
+        model: a folder, a repo on the Hub, a ``config.json`` or its value, a config of
+            transformers, or the model's layers.
         rank: r.
         targets: names as in PEFT's list form, or all-linear alone; none means PEFT's default.
         revision: the model's, on the Hub.
@@ -117,12 +122,16 @@ def count(
     Raises:
         UsageError: the rank is out of range, or a target matches no layer.
         CheckpointError: no targets are given and PEFT has no default for the model's type.
+
+    Example:
+        >>> count("base", rank=4, targets="q_proj,v_proj").vera.parameters
+        64
     """
     rank, targets = whole_number("--rank", rank), texts("targets", targets)
     if rank > MAX_RANK:
         raise UsageError(f"--rank is {rank}: give one up to {MAX_RANK}.")
     if not isinstance(model, ModelLayers):
-        model = _layers(place("model", model), revision, access)
+        model = _layers(model, revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))
     chosen = adapted(model, config)
     heads = tuple(_copied_heads(model, chosen, targets))
@@ -144,13 +153,33 @@ def count(
     )
 
 
-def _layers(model: str, revision: str | None, access: HubAccess | None) -> ModelLayers:
-    """Read the layers of a model, or of a ``config.json``."""
+class HasConfig(Protocol):
+    """A config of transformers."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the value of the ``config.json``."""
+        ...
+
+
+def _layers(model: object, revision: str | None, access: HubAccess | None) -> ModelLayers:
+    """Read the layers of a model from the model, its ``config.json`` or its config."""
     revision = optional(text, "revision", revision)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
-    if revision is None and Path(model).is_file():
-        return layers_of_config_file(Path(model))
-    return layers_of_base(model, revision=revision, access=access)
+    config = model if isinstance(model, Mapping) else _config_of(model)
+    if config is not None:
+        if revision is not None:
+            raise UsageError("revision has no effect on a config: leave revision out.")
+        return layers_from_config(config)
+    folder = place("model", model)
+    if revision is None and Path(folder).is_file():
+        return layers_of_config_file(Path(folder))
+    return layers_of_base(folder, revision=revision, access=access)
+
+
+def _config_of(model: object) -> Mapping[str, object] | None:
+    to_dict = getattr(model, "to_dict", None)
+    found = to_dict() if callable(to_dict) else None
+    return found if isinstance(found, Mapping) else None
 
 
 def vera_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:

@@ -25,7 +25,16 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of defect: what it is called, why it matters and what to do about it."""
+    """One kind of defect: what it is called, why it matters and what to do about it.
+
+    Attributes:
+        code: the stable code, such as ``V101``.
+        severity: how bad the defect is.
+        title: the defect in a few words.
+        why: why the defect matters.
+        remedy: what to do about the defect.
+        since: the first version of vera-convert that has the rule.
+    """
 
     code: str
     severity: Severity
@@ -45,7 +54,19 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect met in one place."""
+    """One defect met in one place.
+
+    Attributes:
+        rule: the rule that the defect breaks.
+        place: the file or the tensor; printable text.
+        reason: what was found there, in a sentence.
+
+    Example:
+        >>> from vera_convert import validate
+        >>> finding = validate("broken").findings[0]
+        >>> finding.code, str(finding.severity), finding.place
+        ('V104', 'error', 'adapter_config.json')
+    """
 
     rule: Rule
     place: str

@@ -15,15 +15,27 @@ class UnknownSchemaError(UsageError, ValueError):
 
 
 def schema_names() -> tuple[str, ...]:
-    """Return the names that `load_schema` knows, in order."""
+    """Return the names that `load_schema` knows, in order.
+
+    Example:
+        >>> "adapter_config" in schema_names()
+        True
+    """
     return tuple(sorted(path.stem for path in _folder().glob("*.json")))
 
 
 def load_schema(name: str) -> dict[str, object]:
     """Return the schema (draft 2020-12) called `name`, such as ``adapter_config``.
 
+    Args:
+        name: a name that `schema_names` returns.
+
     Raises:
-        UnknownSchemaError: there is none of that name.
+        UnknownSchemaError: no schema has this name.
+
+    Example:
+        >>> load_schema("info")["type"]
+        'object'
     """
     if name not in schema_names():
         known = ", ".join(schema_names())

@@ -30,6 +30,7 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
 from vera_convert.targets.matching import Linear, kind_of
+from vera_convert.text import short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class AdapterInfo:
     base_facts: BaseFacts
     findings: tuple[Finding, ...]
 
+    __repr__ = short_repr
+
     @property
     def layers(self) -> int:
         """How many layers are adapted."""
@@ -141,6 +144,11 @@ def info(
     Raises:
         CheckpointError: the adapter is malformed.
         SurroundingsError: it cannot be had or read.
+
+    Example:
+        >>> found = info("adapter", base="base")
+        >>> found.config.r, found.layers, found.findings
+        (4, 4, ())
     """
     projections, base_options = (
         one_of("projections", ProjectionSource, projections),

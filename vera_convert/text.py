@@ -6,7 +6,9 @@ Every text from a file passes through `printable` before anybody sees the text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from dataclasses import fields
+from pathlib import PurePath
 
 _LONGEST_SHOWN = 300
 # Letters and marks that Python counts as printable and a reader cannot see.
@@ -70,6 +72,27 @@ def listed(names: Iterable[str], most: int = 3, *, separator: str = ", ", noun: 
     names = list(names)
     shown = separator.join(map(printable, names[:most]))
     return shown + and_more(len(names) - most, noun)
+
+
+def short_repr(record: object) -> str:
+    """Return the class and the plain fields of a dataclass, for `repr`: one line, never long.
+
+    A collection is shown by its length, and a record with a label by the label. Other records, and
+    None, are left out.
+    """
+    shown = []
+    for field in fields(record):  # type: ignore[arg-type] # a dataclass
+        value = getattr(record, field.name)
+        value = getattr(value, "label", value)
+        if isinstance(value, Sized) and not isinstance(value, str):
+            shown.append(f"{field.name}=<{len(value)}>")
+        elif isinstance(value, str | int | float | PurePath):
+            shown.append(
+                f"{field.name}={printable(str(value))!r}"
+                if isinstance(value, str | PurePath)
+                else f"{field.name}={value!r}"
+            )
+    return f"{type(record).__name__}({', '.join(shown)})"
 
 
 def read_back_differs(name: str, where: str = "") -> str:

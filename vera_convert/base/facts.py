@@ -41,6 +41,10 @@ class BaseOptions:
         key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules.
         places: pairs (NAME, MODEL): where the base lies that adapters' configs call NAME; a
             mapping will do.
+
+    Example:
+        >>> BaseOptions("org/model", dtype="bf16").dtype
+        'bfloat16'
     """
 
     model: str | None = None

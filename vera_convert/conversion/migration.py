@@ -47,7 +47,7 @@ from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import files_but, staged_folder
-from vera_convert.text import printable
+from vera_convert.text import printable, short_repr
 
 
 class Mode(StrEnum):
@@ -92,6 +92,10 @@ def migrate(
         CheckpointError: the adapter cannot be brought there without loss.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
+
+    Example:
+        >>> migrate("adapter", "migrated", to="asis").changes
+        ()
     """
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     options = _migration_options(
@@ -128,6 +132,8 @@ class TreeMigration:
     outside: tuple[str, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict)
 
+    __repr__ = short_repr
+
 
 def migrate_tree(
     tree: str | Path,
@@ -144,11 +150,27 @@ def migrate_tree(
     """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
 
     A bad adapter does not stop the others. An adapter of another method is passed over. Links are
-    not followed to other folders, and files that belong to no adapter are not carried.
+    not followed to other folders, and files that belong to no adapter are not copied.
+
+    Args:
+        tree: the folder, on this machine.
+        out: the folder to write.
+        to: the form of every adapter in `out`.
+        base: the options of the bases; `BaseOptions.places` names a base for each name in configs.
+        projections: which A and B to use.
+        accept_change: strip even if PEFT would regenerate different matrices.
+        peft_version: write configs that this version of PEFT can read.
+        force: replace an `out` that an earlier call wrote.
+        access: how the Hub is reached.
 
     Raises:
         UsageError: `out` exists, or overlaps the tree.
         SurroundingsError: no adapter is there, the disk fails, or an input changed meanwhile.
+
+    Example:
+        >>> result = migrate_tree("tree", "out", to="embedded")
+        >>> list(result.done), list(result.failed)
+        (['one'], [])
     """
     tree, out = path("tree", tree), path("out", out)
     require_flags(force=force)

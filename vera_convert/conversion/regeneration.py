@@ -28,7 +28,7 @@ from vera_convert.files.tensorfile import from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import sha256_of, staged_file
 from vera_convert.rules import Finding
-from vera_convert.text import read_back_differs
+from vera_convert.text import read_back_differs, short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class Regenerated:
     size: int
     findings: tuple[Finding, ...] = ()
 
+    __repr__ = short_repr
+
 
 def regenerate(
     out: str | Path,
@@ -67,9 +69,23 @@ def regenerate(
 ) -> Regenerated:
     """Draw A (rank, in_features), then B (out_features, rank), and write them to a file.
 
+    Args:
+        out: the ``.safetensors`` file to write, with tensors ``vera_A`` and ``vera_B``.
+        rank: rows of A and columns of B.
+        in_features: columns of A.
+        out_features: rows of B.
+        key: the seed, `projection_prng_key` of a config.
+        generator: how PyTorch drew A and B; the variant decides the dtype of both.
+        rounding: the cast that a base of another dtype applies.
+        force: replace an `out` that an earlier call wrote.
+
     Raises:
         UsageError: a number is out of range, or `out` exists.
         SurroundingsError: the disk fails.
+
+    Example:
+        >>> regenerate("ab.safetensors", rank=4, in_features=16, out_features=16).dtype
+        'F32'
     """
     variant, cast = one_of("generator", Variant, generator), rounding_of(rounding)
     key, rank = whole_number("--key", key, least=None), whole_number("--rank", rank)
@@ -116,10 +132,23 @@ def regenerate_for(
 
     Dims come from its fingerprint, else from its stored projections, else from the base.
 
+    Args:
+        adapter: a folder or a repo on the Hub.
+        out: the ``.safetensors`` file to write, with tensors ``vera_A`` and ``vera_B``.
+        base: the options of the base, or the base itself: a folder or a repo on the Hub.
+        generator: how PyTorch drew A and B, if nothing in the adapter tells.
+        force: replace an `out` that an earlier call wrote.
+        revision: the branch, tag or commit of the adapter's repo.
+        access: how the Hub is reached.
+
     Raises:
         CheckpointError: the adapter is malformed, or its fingerprint is not met.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
+
+    Example:
+        >>> regenerate_for("adapter", "ab.safetensors").draw.key
+        7
     """
     base_options, out = base_options_of(base), path("out", out)
     given = optional(one_of, "generator", Variant, generator)

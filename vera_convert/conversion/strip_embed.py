@@ -32,6 +32,7 @@ from vera_convert.draws.generator import Draw, Variant
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.publish.publishing import check_out
 from vera_convert.rules import Finding
+from vera_convert.text import short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class Conversion:
     bytes_before: int
     bytes_after: int
 
+    __repr__ = short_repr
+
 
 def strip(
     adapter: str | Path,
@@ -91,6 +94,10 @@ def strip(
         CheckpointError: the adapter is malformed, or its projections are not redrawable.
         UsageError: `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
+
+    Example:
+        >>> strip("adapter", "stripped", base="base").bytes_after
+        1624
     """
     projections, base_options = (
         one_of("projections", ProjectionSource, projections),
@@ -136,6 +143,12 @@ def embed(
         CheckpointError: the adapter is malformed, or its fingerprint is not met.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
+
+    Example:
+        >>> from vera_convert import strip
+        >>> _ = strip("adapter", "stripped", base="base")
+        >>> embed("stripped", "embedded").embedded
+        True
     """
     projections, base_options = (
         one_of("projections", ProjectionSource, projections),

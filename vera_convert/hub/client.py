@@ -60,6 +60,10 @@ class HubAccess:
         cache_dir: the folder of the cache.
         offline: use the cache alone, as with HF_HUB_OFFLINE.
         progress: whether downloads may draw bars on a terminal.
+
+    Example:
+        >>> HubAccess(offline=True).is_offline
+        True
     """
 
     token: str | None = field(default=None, repr=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.arguments import function, instance, optional, path
+from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.proof import other_dims
@@ -42,7 +42,7 @@ from vera_convert.lora.writing import (
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.publish.publishing import files_but, free_space, staged_folder
 from vera_convert.rules import LORA_ERROR_LARGE, LORA_VANISHED, Finding, Severity
-from vera_convert.text import printable
+from vera_convert.text import printable, short_repr
 
 CARD_NAME = "README.md"
 ERROR_LIMIT = 0.5
@@ -87,6 +87,8 @@ class LoraConversion:
     side_files: SideFiles
     findings: tuple[Finding, ...]
 
+    __repr__ = short_repr
+
     @property
     def server_arguments(self) -> str:
         """The arguments that start the engine's server with the LoRA; empty for PEFT."""
@@ -103,7 +105,7 @@ def to_lora(
     options: LoraOptions | None = None,
     revision: str | None = None,
     access: HubAccess | None = None,
-    progress: Progress = lambda _done, _of: None,
+    progress: Progress | None = None,
 ) -> LoraConversion:
     """Write a VeRA adapter as a LoRA adapter with the same delta.
 
@@ -121,9 +123,13 @@ def to_lora(
             would lose more than half of a layer's delta.
         UsageError: the layers' sizes are not known, options clash, or `out` exists.
         SurroundingsError: a file, a repo or the disk fails.
+
+    Example:
+        >>> to_lora("adapter", "lora", base="base").written
+        True
     """
     settings = optional(instance, "options", LoraOptions, options) or LoraOptions()
-    function("progress", progress)
+    progress = progress_function("progress", progress)
     base_options, out = base_options_of(base), path("out", out)
     with opened(
         adapter, out, force=settings.force, revision=revision, access=access, is_own=is_lora

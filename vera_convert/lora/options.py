@@ -43,6 +43,10 @@ class LoraOptions:
         check: read the written weights back and compare every byte.
         dry_run: plan and measure, and write nothing.
         force: replace a LoRA that this command wrote.
+
+    Example:
+        >>> LoraOptions(engine="vllm", rank=64).rank
+        64
     """
 
     engine: EngineName = EngineName.PEFT

@@ -35,6 +35,10 @@ class AdapterSpec:
         weight: the factor of the adapter's deltas; None for 1, and for `verify` for the factor
             that the merge recorded.
         revision: the branch, tag or commit on the Hub.
+
+    Example:
+        >>> AdapterSpec("org/adapter", weight=0.5).weight
+        0.5
     """
 
     adapter: str | Path

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vera_convert.arguments import function, instance, optional, path
+from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.base.quantized.targets import refuse_quantized
@@ -46,6 +46,7 @@ from vera_convert.merging.report import TensorReport, number_findings
 from vera_convert.publish.publishing import check_out, free_space
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import Finding
+from vera_convert.text import short_repr
 
 _COPY_SPEED = 1e9
 """Bytes a second that an estimate counts on for reading and writing."""
@@ -92,6 +93,8 @@ class Merge:
     written: bool
     findings: tuple[Finding, ...]
 
+    __repr__ = short_repr
+
     @property
     def tokenizer(self) -> tuple[str, ...]:
         """The files of the adapter's own tokenizer, taken in the place of the base's."""
@@ -106,7 +109,7 @@ def merge(
     options: MergeOptions | None = None,
     revision: str | None = None,
     access: HubAccess | None = None,
-    progress: Progress = lambda _done, _of: None,
+    progress: Progress | None = None,
 ) -> Merge:
     """Write a complete model: a base with the deltas of one or more adapters in its weights.
 
@@ -125,10 +128,15 @@ def merge(
         UsageError: an option makes no sense; `out` exists, or overlaps an input.
         SurroundingsError: a file, a repo or the disk fails, or memory or space is short. As any
             error after which a merge can be continued it then has the note `mergejob.KEPT`.
+
+    Example:
+        >>> from vera_convert import MergeOptions
+        >>> merge("adapter", "merged", base="base", options=MergeOptions(weight=0.5)).written
+        True
     """
     options = optional(instance, "options", MergeOptions, options) or MergeOptions()
     access = optional(instance, "access", HubAccess, access) or HubAccess()
-    progress = function("progress", progress)
+    progress = progress_function("progress", progress)
     base, place, started = base_options_of(base), path("out", out), time.monotonic()
     specs = (AdapterSpec(adapter, options.weight, revision), *options.add)
     with signals_raise():

@@ -57,6 +57,10 @@ class MergeOptions:
             to a later one if this one fails.
         dry_run: plan only.
         force: replace a merged model that lies at `out`.
+
+    Example:
+        >>> MergeOptions(max_shard_size="5GB", tied="untie").max_shard_size
+        5000000000
     """
 
     weight: float = 1.0

@@ -94,6 +94,11 @@ def validate(
     Raises:
         UsageError: an unknown code, or a name that can be no adapter's.
         SurroundingsError: the base cannot be had, or there is no adapter in a searched folder.
+
+    Example:
+        >>> found = validate("adapter", base="base")
+        >>> found.passed, [finding.code for finding in found.findings]
+        (True, ['V122'])
     """
     named_adapters = places("adapters", adapters)
     if isinstance(select, str) or isinstance(ignore, str):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
+from vera_convert.text import short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class Checked:
     has_hidden_errors: bool = False
     other_method: str | None = None
 
+    __repr__ = short_repr
+
     @property
     def is_passed_over(self) -> bool:
         """Whether it is of another method, and the finding that says so is not selected."""
@@ -61,10 +63,12 @@ class Validation:
     adapters: tuple[Checked, ...]
     fail_on: Severity = Severity.ERROR
 
+    __repr__ = short_repr
+
     @property
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> tuple[Finding, ...]:
         """Every finding of every adapter."""
-        return (finding for checked in self.adapters for finding in checked.findings)
+        return tuple(finding for checked in self.adapters for finding in checked.findings)
 
     def count(self, severity: Severity) -> int:
         """Return how many findings have this severity."""

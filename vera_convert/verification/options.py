@@ -46,6 +46,10 @@ class VerifyOptions:
         samples: how many sequences both models are run on; None for `SAMPLES`.
         text: a UTF-8 file with the text to run; None for random token ids.
         jobs: how many threads to use; None for one for each core, four at most.
+
+    Example:
+        >>> VerifyOptions(samples=2).samples
+        2
     """
 
     weight: float | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vera_convert.errors import VeraConvertError
 from vera_convert.rules import Finding, Severity
+from vera_convert.text import short_repr
 from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
@@ -36,6 +37,8 @@ class Verification:
     not_run: VeraConvertError | None
     seconds: float
     findings: tuple[Finding, ...]
+
+    __repr__ = short_repr
 
     @property
     def errors(self) -> tuple[Finding, ...]:

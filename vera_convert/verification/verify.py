@@ -12,7 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from vera_convert.arguments import function, instance, optional, place
+from vera_convert.arguments import instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.hub.lookup import HubAccess
@@ -48,8 +48,8 @@ def verify(
     options: VerifyOptions | None = None,
     revision: str | None = None,
     access: HubAccess | None = None,
-    progress: Progress = lambda _done, _of: None,
-    runs: Progress = lambda _done, _of: None,
+    progress: Progress | None = None,
+    runs: Progress | None = None,
 ) -> Verification:
     """Compare another form of an adapter, a merged model or a LoRA with the adapter.
 
@@ -73,13 +73,20 @@ def verify(
         SurroundingsError: a file or a repo is missing, unreadable or changed meanwhile, or torch
             is needed and not installed. If the models could not be run, `not_run` of the result
             holds the reason.
+
+    Example:
+        >>> from vera_convert import VerifyOptions, merge
+        >>> _ = merge("adapter", "merged", base="base")
+        >>> options = VerifyOptions(layers_only=True)
+        >>> verify("adapter", merged="merged", base="base", options=options).passed
+        True
     """
     started = time.monotonic()
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
-    base, progress = base_options_of(base), function("progress", progress)
-    runs = function("runs", runs)
+    base, progress = base_options_of(base), progress_function("progress", progress)
+    runs = progress_function("runs", runs)
     lora, lines = optional(place, "lora", lora), None
     if all(each is None for each in (other, merged, lora)):
         raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL or --lora LORA.")
