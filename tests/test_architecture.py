@@ -32,7 +32,7 @@ base.quantized: mxfp4 torchao formats refused
 base: model side_files layers rename_table conversion_table renames unsupported_layouts
 base.quantized: recognize unpack targets
 base: match task_classes replacements components facts casts dims identity resolve
-conversion: projections proof transforms strip_embed regeneration migration
+conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
 merging: inputs options card provenance output job merge

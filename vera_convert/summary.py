@@ -9,24 +9,25 @@ from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint
-from vera_convert.adapter.names import A_NAME, B_NAME
+from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
-from vera_convert.conversion.projections import ProjectionSource, base_dtypes_of, default_variant
-from vera_convert.conversion.proof import other_dims, unproven_draw
-from vera_convert.conversion.transforms import embedded, stripped
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.conversion.proof import (
+    RecognizedPair,
+    other_dims,
+    recognized,
+    same_on,
+    unproven_draw,
+)
+from vera_convert.conversion.sizes import embedded_size, stripped_size
 from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.draws.comparison import Difference
-from vera_convert.draws.generator import Draw, Rounding, rounding_on_base
-from vera_convert.draws.recognition import recognize
-from vera_convert.dtypes import SIXTEEN_BIT, USUAL_OF_BASES
-from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.header import header_bytes, in_order
-from vera_convert.files.tensorfile import TensorData
+from vera_convert.draws.generator import Draw
+from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
 from vera_convert.targets.matching import Linear, kind_of
@@ -168,7 +169,9 @@ def info(
 def _described(
     adapter: Adapter, location: Location, base_facts: BaseFacts, projections: ProjectionSource
 ) -> AdapterInfo:
-    draw, difference = _origin(adapter)
+    config, stored, recorded = adapter.config, adapter.projections, adapter.fingerprint
+    pair = recognized(config, stored) if stored is not None else None
+    draw = recorded.draw if recorded else None
     inputs = _inputs(base_facts)
     linears = {
         module: Linear(layer.out_features, inputs[module])
@@ -176,15 +179,15 @@ def _described(
         if module in inputs
     }
     complete = len(linears) == len(adapter.layers)
-    effects = _effects(adapter, draw, base_facts)
+    effects = _effects(adapter, pair or recorded, base_facts)
     return AdapterInfo(
         location=location,
         config=adapter.config,
         groups=_groups(adapter, inputs),
         lambda_dtypes=_lambda_dtypes(adapter),
         projections=adapter.projections,
-        draw=draw,
-        difference=difference,
+        draw=pair.draw if pair else draw,
+        difference=pair.recognition.difference if pair else None,
         fingerprint=adapter.fingerprint,
         effects=effects,
         replacements=tuple(
@@ -196,8 +199,8 @@ def _described(
         lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
         sizes=Sizes(
             as_is=adapter.weights_size,
-            stripped=_stripped_bytes(adapter, base_facts, projections),
-            embedded=_embedded_bytes(adapter, base_facts, projections),
+            stripped=stripped_size(adapter, pair, base_facts, projections),
+            embedded=embedded_size(adapter, pair, base_facts, projections),
             lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
             if complete
             else None,
@@ -212,17 +215,6 @@ def _described(
             *_unknown_origin(adapter),
         ),
     )
-
-
-def _origin(adapter: Adapter) -> tuple[Draw | None, Difference | None]:
-    """Return which draw the adapter's projections are, or how they differ from the nearest."""
-    stored, recorded = adapter.projections, adapter.fingerprint
-    if stored is not None:
-        found = recognize(
-            stored.A.array(), stored.B.array(), key=adapter.config.projection_prng_key
-        )
-        return found.draw, found.difference
-    return (recorded.draw if recorded else None), None
 
 
 def _inputs(base_facts: BaseFacts) -> dict[str, int]:
@@ -252,20 +244,16 @@ def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
     )
 
 
-def _effects(adapter: Adapter, draw: Draw | None, base_facts: BaseFacts) -> tuple[Effect, ...]:
+def _effects(
+    adapter: Adapter, own: RecognizedPair | Fingerprint | None, base_facts: BaseFacts
+) -> tuple[Effect, ...]:
     """Tell what each PEFT uses, compared with the stored or recorded projections."""
-    origin = adapter.projections or adapter.fingerprint
-    redrawn: tuple[str, ...] | None = None
-    if origin is not None:
-        redrawn = ()
-        dims = origin.in_features, origin.out_features
-        usual = default_variant(adapter.config, base_facts, *dims)
-        if draw and replace(draw, rounding=Rounding.NONE) == usual:
-            redrawn = tuple(dtype for dtype in base_dtypes_of(draw) if dtype in USUAL_OF_BASES)
-    from_key = Effect("0.11 to 0.20", "key", redrawn)
+    from_key = Effect(
+        "0.11 to 0.20", "key", None if own is None else same_on(adapter.config, own, base_facts)
+    )
     if adapter.projections is not None and adapter.config.save_projection:
         return from_key, Effect("0.21 and later", "file", USUAL_OF_BASES)
-    return from_key, Effect("0.21 and later", "key", redrawn)
+    return from_key, replace(from_key, peft="0.21 and later")
 
 
 def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
@@ -284,69 +272,3 @@ def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
     if adapter.projections is None and adapter.fingerprint is None and unrecorded:
         reason = "it stores no A and B, no fingerprint of them, and no version of PEFT."
         yield unproven_draw(adapter.config, reason, place=adapter.place)
-
-
-def _stripped_bytes(
-    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
-) -> int | None:
-    try:
-        converted = stripped(adapter, base_facts, projections=projections, accept_change=True)
-    except CheckpointError:
-        return None
-    return file_size(converted.tensors, converted.metadata)
-
-
-def _embedded_bytes(
-    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
-) -> int | None:
-    """Return what `embed` would write; nothing is drawn for it, whatever a fingerprint claims."""
-    if adapter.projections is not None:
-        try:
-            converted = embedded(adapter, base_facts, projections=projections)
-        except (CheckpointError, UsageError):
-            return None
-        return file_size(converted.tensors, converted.metadata)
-    known = adapter.fingerprint or base_facts
-    if known.in_features is None or known.out_features is None or _is_unfit(adapter, base_facts):
-        return None
-    rank, dtype = adapter.config.r, _embedded_dtype(adapter, base_facts)
-    if dtype is None:
-        return None
-    pair = [
-        TensorData(name, dtype, shape, lambda: iter(()))
-        for name, shape in (
-            (A_NAME, (rank, known.in_features)),
-            (B_NAME, (known.out_features, rank)),
-        )
-    ]
-    metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
-    return file_size([*adapter.tensors, *pair], metadata)
-
-
-def _is_unfit(adapter: Adapter, base_facts: BaseFacts) -> bool:
-    """Say whether `embed` would refuse the dims that are known."""
-    recorded = adapter.fingerprint
-    if recorded is not None:
-        return not base_facts.fits(recorded.in_features, recorded.out_features)
-    return (base_facts.out_features or 0) < adapter.longest_b
-
-
-def _embedded_dtype(adapter: Adapter, base_facts: BaseFacts) -> str | None:
-    """Return how A and B would be stored; None where only drawing them would tell."""
-    if adapter.fingerprint is not None:
-        return adapter.fingerprint.dtype
-    if base_facts.rounding is None:
-        return None
-    dtypes = _lambda_dtypes(adapter)
-    if len(dtypes) != 1 or dtypes[0] in ("F64", "F32"):
-        return dtypes[0] if len(dtypes) == 1 else "F32"
-    rounded = next((d for d in SIXTEEN_BIT if rounding_on_base(d) is base_facts.rounding), None)
-    if dtypes[0] == "F16" and rounded == "BF16":
-        return None  # float16 holds them if none is too small: only the values tell
-    return dtypes[0] if dtypes[0] == rounded else "F32"
-
-
-def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
-    """Return the bytes of a safetensors file with these tensors."""
-    ordered = in_order(tensors)
-    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)

@@ -42,6 +42,7 @@ from vera_convert.conversion.strip_embed import Conversion, embed, strip
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.validation.validate import validate
 
 FIXTURES = DATA / "fixtures"
 ADAPTERS = sorted(path.parent for path in FIXTURES.glob("*/*/adapter_config.json"))
@@ -184,6 +185,8 @@ def test_every_draw_on_every_base_comes_back(
     orders = {base, "+".join(reversed(base.split("+")))}  # the order does not stand in headers
     usual = [as_peft_stored(Variant.FLOAT32_FUSED, order, "F64") for order in orders]
     same = any(equal(pair, each) for each in usual)
+    told = {finding.code for finding in validate([folder], base=options).adapters[0].findings}
+    assert ("V414" in told) is not same
     if not same:
         assert refusal(lambda: strip(folder, tmp_path / "no", base=options)) == "V403"
     done = strip(folder, tmp_path / "stripped", base=options, accept_change=True)
@@ -205,6 +208,8 @@ def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
     same = {origin, base} <= {"bfloat16", "bfloat16+float16", "float16+bfloat16"} and (
         "+" in base or "float16+bfloat16" not in (origin, base)
     )
+    told = {finding.code for finding in validate([folder], base=options).adapters[0].findings}
+    assert ("V414" in told) is not (origin == base or same)
     if origin == base or same:
         done = strip(folder, tmp_path / "stripped", base=options)
         assert codes(done) == ({"V404", "V415"} if "+" in base else set())
@@ -259,7 +264,9 @@ def test_one_flipped_bit_is_enough(
 def test_the_draw_of_another_key_is_named_and_never_stripped(key: int, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     drawn(key=key)(folder)
-    with pytest.raises(CheckpointError, match=f"V402 .*draw of key {key}; the config says {KEY}"):
+    with pytest.raises(
+        CheckpointError, match=f"V402 .*draw of key {key}; the config's key is {KEY}"
+    ):
         strip(folder, tmp_path / "out", accept_change=True)
 
 

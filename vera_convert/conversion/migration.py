@@ -26,8 +26,8 @@ from vera_convert.arguments import instance, one_of, optional, path, require_fla
 from vera_convert.arguments import peft_version as version_of
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
-from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.conversion.proof import other_dims, undamaged
+from vera_convert.conversion.projections import ProjectionSource, with_pair
+from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import (
     Conversion,
     content_of,
@@ -350,11 +350,10 @@ def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSo
     """Keep what is stored, unless it is damaged or contradicts the config."""
     if adapter.projections is None:
         converted = already_stripped(adapter)
-    elif adapter.config.save_projection or projections is not ProjectionSource.AUTO:
-        undamaged(adapter, adapter.projections)
-        converted = as_it_is(adapter)
     else:
-        embedded(adapter, base_facts, projections=projections)  # refuses a contradiction
+        is_auto = projections is ProjectionSource.AUTO
+        kept = projections if is_auto else ProjectionSource.FILE
+        embedded(adapter, base_facts, projections=kept)  # refuses a contradiction or damage
         converted = as_it_is(adapter)
     findings = (*adapter.findings, *base_facts.findings, *other_dims(adapter, base_facts))
     return replace(converted, findings=findings)
@@ -387,10 +386,9 @@ def _cut(adapter: Adapter, base_facts: BaseFacts) -> tuple[Adapter, tuple[str, .
         from_array(stored.A.name, stored.A.array()[:, :width], stored.A.dtype),
         from_array(stored.B.name, stored.B.array()[:height], stored.B.dtype),
     )
-    replaced = {tensor.name: tensor for tensor in (pair.A, pair.B)}
-    tensors = tuple(replaced.get(tensor.name, tensor) for tensor in adapter.tensors)
     change = (
         f"cut A from {list(stored.A.shape)} to {list(pair.A.shape)} "
         f"and B from {list(stored.B.shape)} to {list(pair.B.shape)}"
     )
-    return replace(adapter, projections=pair, tensors=tensors), (change,)
+    tensors = with_pair(adapter, pair.A, pair.B)
+    return replace(adapter, projections=pair, repeated=(), tensors=tensors), (change,)

@@ -14,7 +14,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.facts import BaseFacts
-from vera_convert.draws.comparison import difference
+from vera_convert.draws.comparison import equals
 from vera_convert.draws.generator import (
     Draw,
     Rounding,
@@ -27,7 +27,7 @@ from vera_convert.draws.generator import (
 from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, from_array
 from vera_convert.rules import PROJECTIONS_TOO_LARGE
 
 
@@ -84,48 +84,54 @@ def default_variant(
     )
 
 
+def draw_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts) -> Draw:
+    """Return the draw that PEFT up to 0.20 makes from the config's key, whatever is stored.
+
+    Raises:
+        UsageError: neither the base nor the stored pair tells the rounding.
+    """
+    usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
+    if base_facts.rounding is not None:
+        return replace(usual, rounding=effective_rounding(usual.variant, base_facts.rounding))
+    found = recognize(stored.A.array(), stored.B.array(), key=usual.key, search=False).draw
+    if found is None or replace(found, rounding=Rounding.NONE) != usual:
+        raise UsageError(
+            "drawing A and B from the key needs the dtype that the base is loaded in: "
+            "give --base or --base-dtype."
+        )
+    return found
+
+
 def pair_in_effect(
     adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
 ) -> Adapter:
-    """Return the adapter with the projections that are meant in place of the stored ones.
+    """Return the adapter with the draw of the key in place of a stored pair that differs.
 
-    Only `ProjectionSource.KEY` changes anything: the A and B that PEFT up to 0.20 draws from the
-    key on this base replace stored ones that differ.
+    Nothing changes unless `projections` is `ProjectionSource.KEY`.
 
     Raises:
-        UsageError: neither the base nor what is stored tells the rounding.
+        UsageError: neither the base nor the stored pair tells the rounding.
     """
     stored = adapter.projections
     if stored is None or projections is not ProjectionSource.KEY:
         return adapter
-    A, B = stored.A.array(), stored.B.array()
-    drawn = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
-    if base_facts.rounding is not None:
-        drawn = replace(drawn, rounding=effective_rounding(drawn.variant, base_facts.rounding))
-    else:
-        found = recognize(A, B, key=drawn.key, search=False).draw
-        if found is None or replace(found, rounding=Rounding.NONE) != drawn:
-            raise UsageError(
-                "drawing A and B from the key needs the dtype that the base is loaded in: "
-                "give --base or --base-dtype."
-            )
-        drawn = found
+    drawn = draw_of_key(adapter, stored, base_facts)
     check_size(drawn.rank, drawn.in_features, drawn.out_features, place=adapter.place)
-    of_size = (drawn.in_features, drawn.out_features) == (stored.in_features, stored.out_features)
-    if of_size and difference(A, B, drawn) is None:
+    has_dims = (drawn.in_features, drawn.out_features) == (stored.in_features, stored.out_features)
+    if has_dims and equals(stored.A.array(), stored.B.array(), drawn):
         return adapter
     pair = as_tensors(drawn, dtype=stored.A.dtype, place=adapter.place)
-    replaced = {A_NAME: pair.A, B_NAME: pair.B}
-    copies = {copy.name for copy in adapter.repeated}
     return replace(
-        adapter,
-        projections=pair,
-        repeated=(),
-        tensors=tuple(
-            replaced.get(tensor.name, tensor)
-            for tensor in adapter.tensors
-            if tensor.name not in copies
-        ),
+        adapter, projections=pair, repeated=(), tensors=with_pair(adapter, pair.A, pair.B)
+    )
+
+
+def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorData, ...]:
+    """Return an adapter's tensors with this A and B in place of the stored pair and its copies."""
+    replaced = {A_NAME: A, B_NAME: B}
+    copies = {copy.name for copy in adapter.repeated}
+    return tuple(
+        replaced.get(tensor.name, tensor) for tensor in adapter.tensors if tensor.name not in copies
     )
 
 

@@ -1,183 +1,252 @@
-"""Whether stored A and B would come back: what PEFT draws, held against what lies in the file."""
+"""Whether PEFT regenerates an adapter's A and B from the config's key: one answer for all commands.
+
+`mismatch` compares an adapter's own A and B, stored or recorded in a fingerprint, with the A and B
+that PEFT draws for a base. strip, embed, info and validate ask this function and no other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import (
-    ProjectionSource,
-    base_dtypes_of,
-    check_size,
-    default_variant,
-)
-from vera_convert.draws.comparison import difference
-from vera_convert.draws.generator import Draw, effective_rounding
+from vera_convert.conversion.projections import ProjectionSource, check_size, default_variant
+from vera_convert.draws.comparison import difference, equals
+from vera_convert.draws.generator import Draw, effective_rounding, rounding_on_base
 from vera_convert.draws.recognition import Recognition, recognize
+from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     NOT_A_DRAW,
     OTHER_DIMS,
+    OTHER_DRAW,
     OTHER_KEY,
-    PROJECTION_TYPES_DIFFER,
     PROJECTIONS_CONTRADICT,
     PROJECTIONS_DAMAGED,
     ROUNDING_UNPROVEN,
     UNPROVEN_DRAW,
     UNPROVEN_ROWS,
     Finding,
+    Rule,
 )
 
 
-def redrawable(adapter: Adapter, stored: StoredProjections, projections: ProjectionSource) -> Draw:
-    """Return the draw of the config's key that the stored projections are, or refuse.
+@dataclass(frozen=True, slots=True, eq=False)
+class RecognizedPair:
+    """Stored A (r, in) and B (out, r), with the draw that the pair is or is nearest to."""
+
+    A: NDArray[Any]
+    B: NDArray[Any]
+    recognition: Recognition
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A."""
+        return int(self.A.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B."""
+        return int(self.B.shape[0])
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that the pair equals in every bit, or None."""
+        return self.recognition.draw
+
+
+def recognized(config: VeraConfig, stored: StoredProjections) -> RecognizedPair:
+    """Read stored A and B and find out which draw the pair is; large pairs take seconds."""
+    A, B = stored.A.array(), stored.B.array()
+    return RecognizedPair(A, B, recognize(A, B, key=config.projection_prng_key))
+
+
+# --- what PEFT regenerates -----------------------------------------------------------------------
+
+
+class Mismatch(NamedTuple):
+    """Why PEFT does not regenerate an adapter's own A and B.
+
+    Attributes:
+        rule: `NOT_A_DRAW`, `OTHER_KEY`, or `OTHER_DRAW` if A and B are a draw of the config's key
+            and PEFT makes another draw of this key on the base.
+        reason: one sentence.
+    """
+
+    rule: Rule
+    reason: str
+
+
+def mismatch(
+    config: VeraConfig, own: RecognizedPair | Fingerprint, base_facts: BaseFacts
+) -> Mismatch | None:
+    """Return why PEFT does not regenerate the adapter's own A and B; None if PEFT does.
+
+    Args:
+        config: the adapter's config.
+        own: the stored pair, or the fingerprint of the pair that a strip dropped.
+        base_facts: the dims and the rounding of the base; the pair's own count if these are not
+            known.
+    """
+    if own.draw is None or not own.draw.has_key(config.projection_prng_key):
+        return _not_of_the_key(config.projection_prng_key, own)
+    possible = _regenerated(config, own, own.draw, base_facts)
+    if any(_is_same(own, own.draw, draw) for draw in possible):
+        return None
+    return Mismatch(OTHER_DRAW, _how_different(own, own.draw, possible[0]))
+
+
+def same_on(
+    config: VeraConfig, own: RecognizedPair | Fingerprint, base_facts: BaseFacts
+) -> tuple[str, ...]:
+    """Return the usual dtypes of bases on which PEFT regenerates the adapter's own A and B."""
+    if own.draw is None or not own.draw.has_key(config.projection_prng_key):
+        return ()
+    usual = default_variant(config, base_facts, own.in_features, own.out_features)
+    return tuple(
+        dtype for dtype in USUAL_OF_BASES if _is_same(own, own.draw, _on_base_of(usual, dtype))
+    )
+
+
+def _on_base_of(draw: Draw, dtype: str) -> Draw:
+    rounding = effective_rounding(draw.variant, rounding_on_base(dtype))
+    return replace(draw, rounding=rounding)
+
+
+def _regenerated(
+    config: VeraConfig, own: RecognizedPair | Fingerprint, draw: Draw, base_facts: BaseFacts
+) -> list[Draw]:
+    """Return the draws that PEFT can make on this base: several if the rounding is not certain."""
+    usual = default_variant(config, base_facts, own.in_features, own.out_features)
+    roundings = base_facts.roundings or (draw.rounding,)
+    if base_facts.rounding is not None:
+        roundings = (base_facts.rounding,)
+    return [replace(usual, rounding=effective_rounding(usual.variant, each)) for each in roundings]
+
+
+def _is_same(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> bool:
+    if replace(draw, key=regenerated.key) == regenerated:
+        return True
+    dims = regenerated.in_features, regenerated.out_features
+    # Variants can agree in every value, as small or 16-bit matrices do.
+    return (
+        isinstance(own, RecognizedPair)
+        and dims == (own.in_features, own.out_features)
+        and equals(own.A, own.B, regenerated)
+    )
+
+
+def _not_of_the_key(key: int, own: RecognizedPair | Fingerprint) -> Mismatch:
+    if own.draw is not None:
+        reason = (
+            f"A and B are the draw of key {own.draw.key}; the config's key is {key}. With "
+            f"projection_prng_key {own.draw.key} every PEFT would use them."
+        )
+        return Mismatch(OTHER_KEY, reason)
+    assert isinstance(own, RecognizedPair)  # noqa: S101 -- a fingerprint has a draw
+    found = own.recognition.difference
+    detail = f" {found.description}." if found else ""
+    return Mismatch(NOT_A_DRAW, f"no variant of key {key} gives A and B.{detail}")
+
+
+def _how_different(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> str:
+    state = "stored" if isinstance(own, RecognizedPair) else "dropped"
+    reason = f"{state} is {draw.description}; PEFT regenerates {regenerated.description}"
+    if not isinstance(own, RecognizedPair):
+        return f"{reason}."
+    if regenerated.in_features < own.in_features or regenerated.out_features < own.out_features:
+        return f"{reason}, which is smaller."
+    dims = regenerated.in_features, regenerated.out_features
+    check_size(regenerated.rank, *dims, place=A_NAME)
+    # A layer uses the leading slices, so a larger draw is compared as far as the stored pair goes.
+    found = difference(own.A, own.B, regenerated)
+    return f"{reason}; the largest difference is {found.largest if found else 0:.3g}."
+
+
+# --- demands -------------------------------------------------------------------------------------
+
+
+def accepted_mismatch(
+    adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts, projections: ProjectionSource
+) -> str | None:
+    """Return how PEFT's A and B differ from stored ones that the key can restore; None if equal.
 
     Raises:
-        CheckpointError: `NOT_A_DRAW`, `OTHER_KEY`, or `PROJECTIONS_CONTRADICT` where the config
-            says that they are not stored at all; `PROJECTION_TYPES_DIFFER`.
+        CheckpointError: `NOT_A_DRAW`, `OTHER_KEY` or `UNPROVEN_ROWS`; `PROJECTIONS_CONTRADICT` if
+            the config says that A and B are not stored, and PEFT would use others.
     """
-    key = adapter.config.projection_prng_key
-    recognition = recognize(stored.A.array(), stored.B.array(), key=key)
-    drawn = recognition.draw
-    if drawn is None or not drawn.has_key(key):
-        if is_undecided(adapter, projections):
-            reason = "A and B are not the draw of the config's key."
-            raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, reason))
-        if drawn is not None:
-            reason = f"A and B are the draw of key {drawn.key}; the config says {key}."
-            raise CheckpointError(OTHER_KEY.at(adapter.place, reason))
-        detail = f" {recognition.difference.description}." if recognition.difference else ""
-        reason = f"no variant of key {key} gives A and B.{detail}"
-        raise CheckpointError(NOT_A_DRAW.at(adapter.place, reason))
-    if stored.A.dtype != stored.B.dtype:
-        reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
-        raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
-    return drawn
+    found = mismatch(adapter.config, own, base_facts)
+    if found is not None and is_undecided(adapter, projections):
+        raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, found.reason))
+    if found is not None and found.rule is not OTHER_DRAW:
+        raise CheckpointError(found.rule.at(adapter.place, found.reason))
+    if base_facts.in_features is None and own.out_features > adapter.longest_b:
+        reason = f"vera_B has {own.out_features} rows, the longest lambda_b {adapter.longest_b}."
+        raise CheckpointError(UNPROVEN_ROWS.at(adapter.place, reason))
+    return found.reason if found else None
+
+
+def is_undecided(adapter: Adapter, projections: ProjectionSource) -> bool:
+    """Say whether A and B are stored against the config's word, and no option decides."""
+    return not adapter.config.save_projection and projections is ProjectionSource.AUTO
+
+
+def damage(own: RecognizedPair, *, place: str) -> Finding | None:
+    """Return the finding that a few values of a stored pair differ from a draw, or None."""
+    found = own.recognition.difference
+    # More than a few can be on purpose: A stored in 16 bits, and B in 32.
+    if found is None or 16 * found.count > own.A.size + own.B.size:
+        return None
+    reason = f"they are {own.recognition.nearest.description}, but {found.description}."
+    return PROJECTIONS_DAMAGED.at(place, reason)
 
 
 def unproven_draw(config: VeraConfig, reason: str, *, place: str) -> Finding:
-    """Return the finding that nothing records which A and B an adapter was trained on.
+    """Return the finding that nothing records the A and B that an adapter was trained with.
 
-    It is a note if PEFT wrote the adapter, because A and B are drawn as PEFT draws them; other
-    trainers have other draws.
+    The finding is a note if PEFT wrote the adapter, because A and B are then drawn as PEFT draws
+    them. Other trainers have other draws.
     """
     rule = UNPROVEN_DRAW.as_note() if config.written_by_peft else UNPROVEN_DRAW
     return rule.at(place, reason)
 
 
-def damage(recognition: Recognition, values: int, *, place: str) -> Finding | None:
-    """Return the finding that stored projections are a draw but for some values.
-
-    Args:
-        recognition: what they turned out to be.
-        values: how many values A and B have.
-        place: for messages.
-    """
-    found = recognition.difference
-    # More than a few can have been meant: A stored in 16 bits, and B in 32.
-    if recognition.draw is not None or found is None or 16 * found.count > values:
-        return None
-    reason = f"they are {recognition.nearest.description}, but {found.description}."
-    return PROJECTIONS_DAMAGED.at(place, reason)
-
-
-def undamaged(adapter: Adapter, stored: StoredProjections) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return stored A and B that are to be used or kept.
-
-    Raises:
-        CheckpointError: `PROJECTIONS_DAMAGED`.
-    """
-    A, B = stored.A.array(), stored.B.array()
-    recognition = recognize(A, B, key=adapter.config.projection_prng_key)
-    finding = damage(recognition, A.size + B.size, place=adapter.place)
-    if finding is not None:
-        raise CheckpointError(finding)
-    return A, B
-
-
-def is_undecided(adapter: Adapter, projections: ProjectionSource) -> bool:
-    """Say whether the config denies what is stored and nobody said which is meant."""
-    return not adapter.config.save_projection and projections is ProjectionSource.AUTO
-
-
-def require_proof_of_rows(
-    adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts
-) -> None:
-    """Refuse a B that is taller than the adapter's own layers explain, where no base is known."""
-    if base_facts.in_features is None and stored.out_features > adapter.longest_b:
-        raise CheckpointError(
-            UNPROVEN_ROWS.at(
-                adapter.place,
-                f"it has {stored.out_features} rows, the longest lambda_b {adapter.longest_b}.",
-            )
-        )
-
-
-def unproven(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, base_facts: BaseFacts
-) -> Iterator[Finding]:
-    """Warn where no base proves the width of A and the rounding of what PEFT will draw."""
+def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> Iterator[Finding]:
+    """Warn if no base proves the width of A and the rounding of the A and B that PEFT draws."""
     unproven = []
     if base_facts.in_features is None:
-        unproven.append(f"the width of A ({stored.in_features})")
+        unproven.append(f"the width of A ({own.in_features})")
     if base_facts.rounding is None:
         unproven.append("the rounding")
     if unproven:
-        dtypes = base_dtypes_of(drawn)
+        dtypes = same_on(adapter.config, own, base_facts)
         comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
         yield ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 
-def change_by_redrawing(
-    adapter: Adapter, stored: StoredProjections, drawn: Draw, base_facts: BaseFacts
-) -> str | None:
-    """Say how what PEFT will draw differs from what is stored, or None if it need not."""
-    usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
-    possible = base_facts.roundings or (drawn.rounding,)
-    if base_facts.rounding is not None:
-        possible = (base_facts.rounding,)
-    said = [
-        _difference(
-            stored, drawn, replace(usual, rounding=effective_rounding(usual.variant, rounding))
-        )
-        for rounding in possible
-    ]
-    return None if None in said else said[0]
-
-
-def _difference(stored: StoredProjections, drawn: Draw, expected: Draw) -> str | None:
-    """Say how stored projections differ from what is expected, or None if they do not."""
-    if expected == drawn:
-        return None
-    reason = f"stored is {drawn.description}, PEFT would draw {expected.description}"
-    if expected.in_features < stored.in_features or expected.out_features < stored.out_features:
-        return f"{reason}, which is smaller."
-    check_size(expected.rank, expected.in_features, expected.out_features, place=A_NAME)
-    # A wider draw is compared where both have values: a layer uses the leading slice.
-    found = difference(stored.A.array(), stored.B.array(), expected)
-    largest = 0.0 if found is None else found.largest
-    dims = expected.in_features, expected.out_features
-    if largest == 0 and dims == (stored.in_features, stored.out_features):
-        return None  # variants can agree in every value, as small or 16-bit matrices do
-    return f"{reason}; the largest difference is {largest:.3g}."
-
-
 def other_dims(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
-    """Warn that stored projections have not the dims that PEFT demands on the base."""
-    stored = adapter.projections
-    if stored is not None and not base_facts.fits(stored.in_features, stored.out_features):
+    """Warn if the dims of an adapter's stored A and B are not those that PEFT requires."""
+    if adapter.projections is not None:
+        yield from unfit_dims(adapter.projections, base_facts, place=adapter.place)
+
+
+def unfit_dims(
+    stored: StoredProjections | RecognizedPair, base_facts: BaseFacts, *, place: str
+) -> Iterator[Finding]:
+    """Warn if the dims of stored A and B are not those that PEFT requires on the base."""
+    if not base_facts.fits(stored.in_features, stored.out_features):
         reason = (
             f"they are for {stored.in_features} inputs and {stored.out_features} outputs; "
             f"{base_facts.dims_text}."
         )
-        yield OTHER_DIMS.at(adapter.place, reason)
+        yield OTHER_DIMS.at(place, reason)

@@ -11,6 +11,7 @@ from hashlib import sha256
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
+from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import (
@@ -19,12 +20,11 @@ from vera_convert.conversion.projections import (
     pair_in_effect,
 )
 from vera_convert.conversion.proof import (
-    change_by_redrawing,
+    accepted_mismatch,
+    damage,
     is_undecided,
     other_dims,
-    redrawable,
-    require_proof_of_rows,
-    undamaged,
+    recognized,
     unproven,
     unproven_draw,
 )
@@ -35,7 +35,7 @@ from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
     FINGERPRINT_NOT_MET,
     OTHER_DRAW,
-    PROJECTIONS_CONTRADICT,
+    PROJECTION_TYPES_DIFFER,
     PROJECTIONS_TOO_NARROW,
     Finding,
 )
@@ -117,42 +117,62 @@ def stripped(
     stored = adapter.projections
     if stored is None:
         return already_stripped(adapter)
-    drawn = redrawable(adapter, stored, projections)
-    require_proof_of_rows(adapter, stored, base_facts)
-    change = change_by_redrawing(adapter, stored, drawn, base_facts)
-    if change is not None and is_undecided(adapter, projections):
-        raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
+    own = recognized(adapter.config, stored)
+    change = accepted_mismatch(adapter, own, base_facts, projections)
+    require_one_dtype(adapter, stored)
     if change is not None and not accept_change:
         raise CheckpointError(OTHER_DRAW.at(adapter.place, change))
-    warned = () if change is not None else unproven(adapter, stored, drawn, base_facts)
-    fingerprint = Fingerprint(
-        variant=drawn.variant,
-        key=drawn.key,
-        rank=drawn.rank,
-        in_features=stored.in_features,
-        out_features=stored.out_features,
-        drawn_in_features=drawn.in_features,
-        drawn_out_features=drawn.out_features,
-        rounding=drawn.rounding,
-        dtype=stored.A.dtype,
-        sha256_A=_sha256(stored.A),
-        sha256_B=_sha256(stored.B),
-    )
-    dropped = {stored.A.name, stored.B.name, *(copy.name for copy in adapter.repeated)}
+    assert own.draw is not None  # noqa: S101 -- another pair was refused
+    warned = () if change is not None else unproven(adapter, own, base_facts)
     changes = [REPLACED_BY_KEYS] if adapter is not original else []
-    changes.append(f"dropped A and B ({drawn.description}), {_size(stored):,} bytes")
+    changes.append(f"dropped A and B ({own.draw.description}), {_size(stored):,} bytes")
     if adapter.repeated:
         changes.append(f"dropped {len(adapter.repeated)} copies of A and B")
     if change is not None:
         changes.append(f"accepted: {change}")
+    hashes = _sha256(stored.A), _sha256(stored.B)
+    tensors, metadata = without_pair(adapter, fingerprint_of(stored, own.draw, hashes))
     return Converted(
-        tensors=tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped),
-        metadata={**adapter.metadata, METADATA_KEY: to_text(fingerprint)},
+        tensors=tensors,
+        metadata=metadata,
         config_text=_with_flag(adapter, save_projection=False),
         changes=tuple(changes),
-        draw=drawn,
+        draw=own.draw,
         findings=(*adapter.findings, *base_facts.findings, *warned),
     )
+
+
+def require_one_dtype(adapter: Adapter, stored: StoredProjections) -> None:
+    """Refuse A and B of two dtypes, because a fingerprint records one dtype."""
+    if stored.A.dtype != stored.B.dtype:
+        reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
+        raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
+
+
+def fingerprint_of(stored: StoredProjections, draw: Draw, hashes: tuple[str, str]) -> Fingerprint:
+    """Return the record of a stored pair that is this draw."""
+    return Fingerprint(
+        variant=draw.variant,
+        key=draw.key,
+        rank=draw.rank,
+        in_features=stored.in_features,
+        out_features=stored.out_features,
+        drawn_in_features=draw.in_features,
+        drawn_out_features=draw.out_features,
+        rounding=draw.rounding,
+        dtype=stored.A.dtype,
+        sha256_A=hashes[0],
+        sha256_B=hashes[1],
+    )
+
+
+def without_pair(
+    adapter: Adapter, fingerprint: Fingerprint
+) -> tuple[tuple[TensorData, ...], dict[str, str]]:
+    """Return the tensors and the metadata of an adapter whose A and B are only recorded."""
+    dropped = {A_NAME, B_NAME, *(copy.name for copy in adapter.repeated)}
+    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped)
+    return tensors, {**adapter.metadata, METADATA_KEY: to_text(fingerprint)}
 
 
 def embedded(
@@ -193,20 +213,21 @@ def embedded(
 def _announced(
     adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource, *, redrawn: bool
 ) -> Converted:
-    """Keep stored projections and make the config say that they are there."""
+    """Keep stored projections and make the config say that they are stored."""
+    assert adapter.projections is not None  # noqa: S101 -- the caller looked
     changes = [REPLACED_BY_KEYS] if redrawn else []
-    if adapter.projections is not None and not redrawn:
-        undamaged(adapter, adapter.projections)
     findings = [*adapter.findings, *other_dims(adapter, base_facts)]
     drawn = None
+    if not redrawn:
+        own = recognized(adapter.config, adapter.projections)
+        damaged = damage(own, place=adapter.place)
+        if damaged is not None:
+            raise CheckpointError(damaged)
+        if is_undecided(adapter, projections):
+            accepted_mismatch(adapter, own, base_facts, projections)  # refuses every mismatch
+            drawn = own.draw
+            findings += unproven(adapter, own, base_facts)
     if not adapter.config.save_projection:
-        if adapter.projections is not None and is_undecided(adapter, projections):
-            drawn = redrawable(adapter, adapter.projections, projections)
-            require_proof_of_rows(adapter, adapter.projections, base_facts)
-            change = change_by_redrawing(adapter, adapter.projections, drawn, base_facts)
-            if change is not None:
-                raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, change))
-            findings += unproven(adapter, adapter.projections, drawn, base_facts)
         changes.append("set save_projection to true")
     return replace(
         as_it_is(adapter, drawn),
@@ -286,7 +307,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
         base_facts.out_features,
         effective_rounding(variant, base_facts.rounding),
     )
-    pair = as_tensors(drawn, dtype=_stored_dtype(adapter), place=adapter.place)
+    pair = as_tensors(drawn, dtype=stored_dtype(adapter), place=adapter.place)
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
         drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
@@ -295,7 +316,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
     return _with_pair(adapter, pair, drawn, "not proven", (*base_facts.findings, finding))
 
 
-def _stored_dtype(adapter: Adapter) -> str:
+def stored_dtype(adapter: Adapter) -> str:
     """Return the lambdas' dtype, or float32 where they have several."""
     dtypes = {
         tensor.dtype

@@ -12,7 +12,6 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.conversion.proof import undamaged
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import UsageError
@@ -83,11 +82,9 @@ def in_effect(
             "leave it out, or say --projections key."
         )
     if adapter.projections is not None:
-        if not adapter.config.save_projection:
-            embedded(
-                adapter, base_facts, projections=projections
-            )  # refuses what contradicts the config
-        return InEffect(*undamaged(adapter, adapter.projections), Origin.FILE)
+        embedded(adapter, base_facts, projections=projections)  # refuses a contradiction or damage
+        stored = adapter.projections
+        return InEffect(stored.A.array(), stored.B.array(), Origin.FILE)
     origin = Origin.KEY if adapter.fingerprint is None else Origin.FINGERPRINT
     drawn = embedded(adapter, base_facts, projections=projections, variant=variant)
     by_name = {tensor.name: tensor for tensor in drawn.tensors}

@@ -34,6 +34,7 @@ from vera_convert.arguments import (
     texts,
 )
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of, loaded_in
+from vera_convert.conversion.proof import recognized
 from vera_convert.draws.generator import Draw, Rounding
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
@@ -52,7 +53,7 @@ from vera_convert.rules import FILE_UNREADABLE, Finding, Severity
 from vera_convert.text import printable
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
-from vera_convert.validation.projections import recognized, stored_findings, stripped_findings
+from vera_convert.validation.projections import stored_findings, stripped_findings
 from vera_convert.validation.selection import check_codes, selected
 from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
 from vera_convert.validation.validation import Checked, Validation
@@ -376,8 +377,8 @@ def _projection_findings(
     elif stored is not None and here and _are_unfit(stored, config):
         told.not_checked.append("whether A and B are a draw: mend their errors first.")
     elif stored is not None and here:
-        pair = recognized(config, stored.A.array(), stored.B.array())
-        told.draw = pair.recognition.draw
+        pair = recognized(config, stored)
+        told.draw = pair.draw
         # Without a lambda under its proper name, nothing is known of the layers' heights.
         tallest = examined.sorted.longest_b or stored.B.shape[0]
         yield from stored_findings(config, pair, base_facts, tallest=tallest)

@@ -1,0 +1,154 @@
+"""The sizes of an adapter's weights after strip and after embed, by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.fingerprint import METADATA_KEY
+from vera_convert.adapter.names import A_NAME, B_NAME
+from vera_convert.adapter.tensors import StoredProjections
+from vera_convert.base.facts import BaseFacts
+from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_pair
+from vera_convert.conversion.proof import RecognizedPair, accepted_mismatch, damage
+from vera_convert.conversion.transforms import (
+    fingerprint_of,
+    require_one_dtype,
+    stored_dtype,
+    without_pair,
+)
+from vera_convert.draws.generator import Draw, Rounding, Variant
+from vera_convert.errors import CheckpointError
+from vera_convert.files.header import header_bytes, in_order
+from vera_convert.files.tensorfile import TensorData
+
+_HASHES = ("0" * 64,) * 2
+"""In the place of the hashes of A and B, which decide no size."""
+
+
+def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of a safetensors file with these tensors."""
+    ordered = in_order(tensors)
+    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
+
+
+def stripped_size(
+    adapter: Adapter,
+    own: RecognizedPair | None,
+    base_facts: BaseFacts,
+    projections: ProjectionSource,
+) -> int | None:
+    """Return the bytes that `strip --accept-change` writes; None if strip refuses the adapter.
+
+    Args:
+        adapter: the adapter.
+        own: its stored pair; None if it stores none.
+        base_facts: the facts of the base.
+        projections: which A and B count if file, flag and key disagree.
+
+    Raises:
+        UsageError: the key's pair counts, and its rounding is not known.
+    """
+    stored = adapter.projections
+    if stored is None or own is None:
+        return file_size(adapter.tensors, adapter.metadata)
+    draw = own.draw
+    try:
+        if projections is ProjectionSource.KEY:
+            draw = draw_of_key(adapter, stored, base_facts)
+            stored = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
+        else:
+            accepted_mismatch(adapter, own, base_facts, projections)
+            require_one_dtype(adapter, stored)
+    except CheckpointError:
+        return None
+    if draw is None or stored is None:
+        return None
+    return file_size(*without_pair(adapter, fingerprint_of(stored, draw, _HASHES)))
+
+
+def embedded_size(
+    adapter: Adapter,
+    own: RecognizedPair | None,
+    base_facts: BaseFacts,
+    projections: ProjectionSource,
+) -> int | None:
+    """Return the bytes that `embed` writes; None if embed refuses, or only values tell the dtype.
+
+    Args:
+        adapter: the adapter.
+        own: its stored pair; None if it stores none.
+        base_facts: the facts of the base.
+        projections: which A and B count if file, flag and key disagree.
+
+    Raises:
+        UsageError: the key's pair counts, and its rounding is not known.
+    """
+    stored = adapter.projections
+    if stored is None or own is None:
+        pair = _pair_to_draw(adapter, base_facts)
+        metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
+        return file_size([*adapter.tensors, pair.A, pair.B], metadata) if pair else None
+    try:
+        if projections is ProjectionSource.KEY:
+            draw = draw_of_key(adapter, stored, base_facts)
+            pair = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
+            tensors = with_pair(adapter, pair.A, pair.B) if pair else None
+            return file_size(tensors, adapter.metadata) if tensors else None
+        if not adapter.config.save_projection:
+            accepted_mismatch(adapter, own, base_facts, projections)
+    except CheckpointError:
+        return None
+    is_damaged = damage(own, place=adapter.place) is not None
+    return None if is_damaged else file_size(adapter.tensors, adapter.metadata)
+
+
+def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections | None:
+    """Return the form of the pair that `embed` draws; None if the dims or the dtype are unknown."""
+    recorded = adapter.fingerprint
+    if recorded is not None:
+        if not base_facts.fits(recorded.in_features, recorded.out_features):
+            return None
+        dims = recorded.in_features, recorded.out_features
+        return _empty_pair(adapter.config.r, *dims, dtype=recorded.dtype)
+    inputs, outputs = base_facts.in_features, base_facts.out_features
+    if inputs is None or outputs is None or base_facts.rounding is None:
+        return None
+    if outputs < adapter.longest_b:
+        return None
+    rank, rounding = adapter.config.r, base_facts.rounding
+    draw = Draw(Variant.FLOAT32_FUSED, 0, rank, inputs, outputs, rounding)
+    return _pair_of(draw, _dtype_of(draw, stored_dtype(adapter)))
+
+
+def _pair_of(draw: Draw, dtype: str | None) -> StoredProjections | None:
+    if dtype is None:
+        return None
+    return _empty_pair(draw.rank, draw.in_features, draw.out_features, dtype=dtype)
+
+
+def _empty_pair(rank: int, inputs: int, outputs: int, *, dtype: str) -> StoredProjections:
+    """Return names, shapes and dtype of A and B, without values."""
+    return StoredProjections(
+        TensorData(A_NAME, dtype, (rank, inputs), lambda: iter(())),
+        TensorData(B_NAME, dtype, (outputs, rank), lambda: iter(())),
+    )
+
+
+def _dtype_of(draw: Draw, wanted: str) -> str | None:
+    """Return the dtype that a float32 draw is stored in; None if only the values tell.
+
+    Args:
+        draw: the draw with its rounding.
+        wanted: the dtype that is used if this dtype holds every value; else float32 is used.
+    """
+    exact_in = {
+        Rounding.BF16: "BF16",
+        Rounding.FP16_BF16: "BF16",
+        Rounding.FP16: "F16",
+        Rounding.BF16_FP16: "F16",
+    }.get(draw.rounding)
+    if wanted in ("F64", "F32", exact_in):
+        return wanted
+    # One 16-bit dtype can hold the values of the other one if no value is too small or too large.
+    return None if exact_in and draw.rounding is not Rounding.FP16 else "F32"
