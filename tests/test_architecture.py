@@ -19,7 +19,7 @@ PACKAGE = ROOT / "vera_convert"
 LAYERS = """
 _version
 text rules errors schemas dtypes delta embeddings
-files: reading json_edit header tensorfile value_range shards
+files: reading file_names strict_json walk json_edit header tensorfile value_range shards
 arguments
 draws: generator comparison recognition
 publish: signals filesystem staging publishing

@@ -24,7 +24,8 @@ from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files import header
 from vera_convert.files.header import TensorInfo
-from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.reading import open_local
+from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import (
     NUMPY_DTYPE,
     TensorData,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.json_edit import edited_object
-from vera_convert.files.reading import ByteSource, parse_json, read_json
+from vera_convert.files.reading import ByteSource
+from vera_convert.files.strict_json import parse_json, read_json
 from vera_convert.rules import (
     CONFIG_NOT_OBJECT,
     FIELD_RANGE,

@@ -15,7 +15,7 @@ from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
 from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import parse_json
+from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Finding
 from vera_convert.text import printable
 

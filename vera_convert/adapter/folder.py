@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,12 +14,10 @@ from vera_convert.adapter.config import CONFIG_NAME, read_config
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import ByteSource, open_local, too_deep
+from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.tensorfile import TensorData, write_tensors
-from vera_convert.text import printable, read_back_differs
-
-DEEPEST = 100
-"""How deep folders are followed; a checkpoint has two or three levels."""
+from vera_convert.files.walk import is_regular, walk
+from vera_convert.text import read_back_differs
 
 _OF_AN_ADAPTER = frozenset(
     (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "adapter_model.pt", "vera_config.json")
@@ -110,7 +107,7 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     copied, left_out = [], []
     outside: list[str] = []
     adapters: list[str] = []
-    names = [*_regular_files(folder, adapters, outside)]
+    names = _regular_files(folder, adapters, outside)
     modules = module_folders(names)
     for name in names:
         if name in not_fetched:
@@ -128,81 +125,43 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     return SideFiles(tuple(copied), (*left_out, *not_fetched), unfollowed, tuple(adapters))
 
 
-def _regular_files(
-    folder: Path, adapters: list[str], links: list[str], prefix: str = ""
-) -> Iterator[str]:
-    """Yield the regular files below a folder, links to files included, in sorted order.
+def _regular_files(root: Path, adapters: list[str], links: list[str]) -> list[str]:
+    """Return the regular files below a folder, links to files included, in sorted order.
 
-    Subfolders that are adapters themselves are added to `adapters` instead, and links to folders
-    (which could lead out of the adapter or round in circles) or to nowhere to `links`.
+    Subfolders that are adapters are added to `adapters` and not entered. Links to folders or to
+    nowhere are added to `links`.
     """
-    if prefix.count("/") > DEEPEST:
-        raise SurroundingsError(too_deep(folder, DEEPEST))
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = prefix + entry.name
+    found = []
+    for folder in walk(root):
+        for entry in [*folder.entries]:
+            name = folder.path_of(entry)
             if entry.is_dir(follow_symlinks=False):
                 if os.path.lexists(Path(entry.path, CONFIG_NAME)):
                     adapters.append(name)
-                else:
-                    yield from _regular_files(Path(entry.path), adapters, links, f"{name}/")
-            elif _is_regular(entry):
-                yield name
+                    folder.entries.remove(entry)
+            elif is_regular(entry):
+                found.append(name)
             elif entry.is_symlink():
                 links.append(name)
-    except OSError as error:
-        raise SurroundingsError(
-            f"cannot list {printable(str(folder))}: {error.strerror or error}"
-        ) from error
-
-
-def _is_regular(entry: os.DirEntry[str]) -> bool:
-    try:
-        return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:
-        if entry.is_symlink():
-            return False  # to nowhere, or round in a circle
-        raise
+    return sorted(found)
 
 
 def adapters_below(
-    tree: Path, prefix: str = "", *, unreadable: dict[str, VeraConvertError] | None = None
+    tree: Path, *, unreadable: dict[str, VeraConvertError] | None = None
 ) -> Iterator[str]:
-    """Yield the adapters' folders below a folder, relative to it, in sorted order; no links.
+    """Yield the folder of each adapter below a folder, relative to `tree`, in sorted order.
 
-    Subfolders that cannot be listed are added to `unreadable` with the reason, if it is given.
+    Args:
+        tree: the folder.
+        unreadable: receives the error of each subfolder that cannot be listed. If None, the first
+            such error is raised.
 
     Raises:
         SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
     """
-    try:
-        entries = _entries(tree / prefix, depth=prefix.count("/"))
-    except SurroundingsError as error:
-        if unreadable is None or not prefix:
-            raise
-        unreadable[prefix] = error
-        return
-    if any(entry.name in _OF_AN_ADAPTER for entry in entries):
-        yield prefix or "."
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            below = f"{prefix}/{entry.name}" if prefix else entry.name
-            yield from adapters_below(tree, below, unreadable=unreadable)
-
-
-def _entries(folder: Path, *, depth: int) -> list[os.DirEntry[str]]:
-    if depth > DEEPEST:
-        raise SurroundingsError(too_deep(folder, DEEPEST))
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise SurroundingsError(
-            f"cannot list {printable(str(folder))}: {error.strerror or error}."
-        ) from error
+    for folder in walk(tree, failed=unreadable):
+        if any(entry.name in _OF_AN_ADAPTER for entry in folder.entries):
+            yield folder.name or "."
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,7 @@ from dataclasses import dataclass, field
 from vera_convert.base.quantized.formats import MOST_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
-from vera_convert.files.reading import (
-    NOT_FINITE,
-    ByteSource,
-    LocalFile,
-    open_local,
-    parse_json,
-    read_json,
-)
+from vera_convert.files.reading import ByteSource, LocalFile, open_local
 from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
@@ -33,6 +26,7 @@ from vera_convert.files.shards import (
     require_shards,
     stray_weights,
 )
+from vera_convert.files.strict_json import NOT_FINITE, parse_json, read_json
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import (

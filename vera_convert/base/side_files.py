@@ -14,8 +14,9 @@ from vera_convert.adapter.folder import is_strange, is_training_state
 from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError
 from vera_convert.files.json_edit import edited_member, edited_object
-from vera_convert.files.reading import ByteSource, read_json
+from vera_convert.files.reading import ByteSource
 from vera_convert.files.shards import PIPELINE
+from vera_convert.files.strict_json import read_json
 from vera_convert.rules import ADAPTER_IN_BASE, TOKENIZER_TOO_LARGE, WEIGHTS_LEFT_OUT, Finding
 from vera_convert.text import printable
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import OtherMethodError
@@ -45,6 +44,7 @@ from vera_convert.conversion.transforms import (
 )
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.tensorfile import from_array
+from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import files_but, staged_folder
 from vera_convert.text import printable, short_repr
@@ -310,16 +310,9 @@ def _written(tree: Path, names: Sequence[str]) -> set[str]:
 
 def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
     """Yield the files and links below a folder that lie in none of its adapters, in order."""
-    for root, folders, files in os.walk(tree):
-        folders.sort()
-        folder = Path(root).relative_to(tree)
-        linked = [name for name in folders if Path(root, name).is_symlink()]
-        if not any(_lies_in(folder, name) for name in names):
-            yield from (str(folder / name) for name in sorted([*files, *linked]))
-
-
-def _lies_in(path: Path, name: str) -> bool:
-    return name == "." or path.is_relative_to(name)
+    for file in files_and_links(tree, failed={}):
+        if not any(name == "." or PurePosixPath(file).is_relative_to(name) for name in names):
+            yield file
 
 
 def _with_changes(converted: Converted, repairs: Repairs) -> Converted:

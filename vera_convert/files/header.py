@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import ByteSource, parse_json
+from vera_convert.files.reading import ByteSource
+from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import (
     DATA_CUT_OFF,
     DATA_HOLE,

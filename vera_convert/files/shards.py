@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import clean_name, is_pickle
+from vera_convert.files.file_names import clean_name, is_pickle
 from vera_convert.rules import (
     BASE_AMBIGUOUS,
     BASE_IS_ADAPTER,

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import is_pickle
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
-from vera_convert.files.reading import ByteSource, is_pickle
+from vera_convert.files.reading import ByteSource
 from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
 from vera_convert.text import printable
 

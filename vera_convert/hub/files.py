@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import (
-    LocalFile,
-    clean_name,
-    open_local,
-    too_deep,
-    unreadable,
-)
+from vera_convert.files.file_names import clean_name
+from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.walk import file_sizes
 from vera_convert.hub.beginnings import kept_beginning
 from vera_convert.hub.cache import remember_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
@@ -29,7 +23,6 @@ from vera_convert.hub.refusals import OutOfReachError
 from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 from vera_convert.text import printable
 
-_DEEPEST = 100
 SIDE_FILE_LIMIT = 10_000_000
 """The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
 TOKENIZER_LIMIT = 100_000_000
@@ -48,19 +41,19 @@ def list_files(location: Location, access: HubAccess) -> dict[str, int]:
         SurroundingsError: the folder is not there or cannot be read; gated, no network.
     """
     if location.folder is not None:
-        return dict(_walk(location.folder))
+        return file_sizes(location.folder)
     repo_id, commit = on_hub(location)
     cached = snapshot_of(repo_id, commit, access) / location.subfolder
     if access.is_offline and not cached.is_dir():
         raise not_cached(location.label)
     if access.is_offline:
-        return dict(_walk(cached))
+        return file_sizes(cached)
     try:
         files = _files_of(location, access)
     except OutOfReachError:
         if not cached.is_dir():
             raise
-        return dict(_walk(cached))
+        return file_sizes(cached)
     listed = _below(location.subfolder, {name: file.size for name, file in files.items()})
     if location.subfolder and not listed:
         raise SurroundingsError(f"{location.label}: the repo has no such folder.")
@@ -90,31 +83,6 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
     }
     shown = (name for name in relative if not re.search(r"(^|/)\.", name))
     return {name: relative[name] for name in sorted(shown)}
-
-
-def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the regular files below a folder, links to files included but no linked folder."""
-    if prefix.count("/") > _DEEPEST:
-        raise SurroundingsError(too_deep(folder, _DEEPEST))
-    try:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif _is_file(entry):
-                yield prefix + entry.name, entry.stat().st_size
-    except OSError as error:
-        raise unreadable(printable(str(folder)), error) from error
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a link in a circle leads nowhere, as one to nothing does
-            return False
-        raise
 
 
 def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import clean_name
+from vera_convert.files.file_names import clean_name
 from vera_convert.hub.checksum import RepoFile
 
 ADAPTER_CONFIG = "adapter_config.json"

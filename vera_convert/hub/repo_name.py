@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import clean_name
+from vera_convert.files.file_names import clean_name
 
 SCHEME = "hf://"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")

@@ -20,7 +20,8 @@ from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.reading import open_local
+from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file
 from vera_convert.lora.record import METADATA_KEY, parse_record
 from vera_convert.rules import LORA_UNREADABLE

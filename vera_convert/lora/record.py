@@ -18,7 +18,8 @@ from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseOptions
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import ByteSource, open_local, read_json
+from vera_convert.files.reading import ByteSource, open_local
+from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan

@@ -18,7 +18,8 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.reading import open_local
+from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.rules import FILE_NOT_FETCHED, TRAINED_NOT_MERGED, Finding
 from vera_convert.text import printable

@@ -24,8 +24,9 @@ from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.header import Header
-from vera_convert.files.reading import LocalFile, open_local, read_json
+from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.shards import read_weight_map
+from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import (
     HubAccess,
     Location,

@@ -22,7 +22,8 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import open_local, read_json
+from vera_convert.files.reading import open_local
+from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.report import TensorReport

@@ -21,9 +21,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.walk import files_and_links
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
 from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
@@ -143,10 +143,8 @@ class Staged:
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove every file of the folder but those named, relative to it and with `/`."""
-        for path in [*self.folder.rglob("*")]:
-            is_folder = path.is_dir() and not path.is_symlink()
-            if not is_folder and path.relative_to(self.folder).as_posix() not in names:
-                remove_tree(path)
+        for name in files_but(self.folder, names):
+            remove_tree(self.folder / name)
 
 
 @contextmanager
@@ -326,18 +324,9 @@ def files_but(folder: Path, names: Collection[str]) -> list[str]:
     """Return the files and links below a folder that are not among `names`, with `/`.
 
     Raises:
-        OSError: the folder cannot be listed.
+        SurroundingsError: the folder cannot be listed, or is too deep.
     """
-    found: list[str] = []
-    for root, folders, files in os.walk(folder, onerror=_raise):
-        links = [name for name in folders if Path(root, name).is_symlink()]
-        paths = (Path(root, name).relative_to(folder).as_posix() for name in (*files, *links))
-        found += [name for name in paths if name not in names]
-    return found
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+    return [name for name in files_and_links(folder) if name not in names]
 
 
 _REMEDIES = {

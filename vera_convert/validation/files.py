@@ -14,7 +14,7 @@ from vera_convert.adapter.folder import (
     side_files,
 )
 from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.files.reading import is_pickle
+from vera_convert.files.file_names import is_pickle
 from vera_convert.rules import (
     BOTH_KINDS,
     LINK_NOT_CARRIED,

@@ -15,7 +15,8 @@ from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.reading import ByteSource, read_json
+from vera_convert.files.reading import ByteSource
+from vera_convert.files.strict_json import read_json
 from vera_convert.merging.changes import Tied
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED

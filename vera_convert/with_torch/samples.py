@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vera_convert.base.side_files import tokenizer_files
 from vera_convert.errors import UsageError
-from vera_convert.files.reading import open_local, parse_json
+from vera_convert.files.reading import open_local
+from vera_convert.files.strict_json import parse_json
 from vera_convert.hub.lookup import HubAccess, Location, list_files
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD

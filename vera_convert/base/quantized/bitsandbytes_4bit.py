@@ -28,7 +28,7 @@ from vera_convert.base.quantized.layer import (
 )
 from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import parse_json
+from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
 
 LABEL = "bitsandbytes 4-bit"

@@ -23,7 +23,7 @@ from vera_convert.base.quantized.layer import (
 )
 from vera_convert.base.quantized.packing import FLOAT_OF
 from vera_convert.errors import CheckpointError
-from vera_convert.files.reading import parse_json
+from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 from vera_convert.text import printable
 

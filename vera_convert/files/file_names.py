@@ -1,0 +1,45 @@
+"""File names from strangers: names that stay inside a folder, and names of pickles."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import PurePosixPath
+
+from vera_convert.errors import CheckpointError
+from vera_convert.rules import NAME_UNSAFE
+from vera_convert.text import printable
+
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+"""Endings of weight files that are pickles; nothing in this package opens one."""
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name is a pickle by its ending."""
+    return PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES
+
+
+def clean_name(name: str, *, place: str) -> PurePosixPath:
+    """Return a name from an index, a config or a command line as a path inside its folder.
+
+    Raises:
+        CheckpointError: on some system the name could lead out of the folder, or to a device.
+    """
+    parts = name.split("/")
+    reason = ""
+    if not name:
+        reason = "is empty"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        reason = "has a control character"
+    elif "\\" in name:
+        reason = "has a backslash, which separates folders on Windows"
+    elif ":" in name:
+        reason = "has a colon, which names a drive or a stream on Windows"
+    elif name.startswith("/"):
+        reason = "is absolute"
+    elif ".." in parts:
+        reason = "has '..' in it"
+    elif "" in parts or "." in parts:
+        reason = "has an empty part or '.' in it"
+    if reason:
+        raise CheckpointError(NAME_UNSAFE.at(place, f'the name "{printable(name)}" {reason}.'))
+    return PurePosixPath(name)

@@ -1,0 +1,225 @@
+"""Strict JSON: whatever two readers could understand in two ways is refused."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from vera_convert.errors import CheckpointError
+from vera_convert.files.reading import ByteSource, too_large
+from vera_convert.rules import (
+    FILE_EMPTY,
+    JSON_BOM,
+    JSON_DUPLICATE_KEY,
+    JSON_NESTING,
+    JSON_NOT_FINITE,
+    JSON_NOT_UTF8,
+    JSON_NUMBER,
+    JSON_SURROGATE,
+    JSON_SYNTAX,
+    JSON_TOO_MANY,
+    Finding,
+)
+from vera_convert.text import printable
+
+_DEEPEST = 64
+_MOST_VALUES = 4_000_000
+_MOST_QUOTES = 1_000_000
+_LONGEST_NUMBER = 64
+_LONGEST_IN_PYTHON = 4300
+"""The most digits of an integer that Python's json reads; the time grows with their square."""
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Names of the floats that JSON does not have, as Python's json and transformers write them."""
+_MOST_FINDINGS = 50
+
+# What gives JSON its structure, with one kind of bracket; everything else is deleted.
+_ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
+_NO_STRUCTURE = bytes(sorted(set(range(256)) - set(b'"{}[],')))
+_ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
+
+
+def read_json(
+    source: ByteSource, *, limit: int, pythons_numbers: bool = False
+) -> tuple[object, bytes]:
+    """Read a whole JSON file of at most `limit` bytes; returns its value and its bytes.
+
+    Raises:
+        CheckpointError: too large, empty, or not JSON as `parse_json` demands it.
+        SurroundingsError: it cannot be read, or changed meanwhile.
+    """
+    if source.size > limit:
+        raise CheckpointError(too_large(source, limit))
+    if source.size == 0:
+        raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
+    data = source.read_at(0, source.size)
+    source.check_unchanged()
+    return parse_json(data, place=source.place, pythons_numbers=pythons_numbers), data
+
+
+def parse_json(
+    data: bytes,
+    *,
+    place: str,
+    duplicates: list[Finding] | None = None,
+    pythons_numbers: bool = False,
+) -> object:
+    """Parse strict JSON: what two readers could understand in two ways is refused.
+
+    No byte order mark, no duplicate keys, no NaN or Infinity, no number that is absurdly long or
+    overflows, no unpaired surrogate, at most 64 levels and four million values.
+
+    transformers and PEFT write and read configs with Python's json. For these files
+    `pythons_numbers` also accepts the numbers that Python's json accepts: ``NaN``, ``Infinity``,
+    ``-Infinity``, ``1e400`` (infinity), ``-0``, and up to 4,300 digits. Every NaN is the one object
+    `math.nan`, so two equal configs compare as equal.
+
+    Args:
+        data: the text as UTF-8.
+        place: how messages call it.
+        duplicates: where findings of duplicate keys go; without it they are raised.
+        pythons_numbers: accept each number that Python's json accepts.
+
+    Raises:
+        CheckpointError: with the line and column where there is one.
+    """
+    text = _decoded(data, place)
+    _check_structure(data, place)
+    hooks = (_PythonsNumbers if pythons_numbers else _Hooks)(place)
+    try:
+        value: object = json.loads(
+            text,
+            object_pairs_hook=hooks.make_object,
+            parse_int=hooks.make_integer if _has_odd_integer(data) else int,
+            parse_float=hooks.make_float,
+            parse_constant=hooks.make_constant,
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(JSON_SYNTAX.at(place, f"{where}: {error.msg}.")) from None
+    if re.search(rb"\\u[dD][89a-fA-F]", data):
+        _check_surrogates(value, place)
+    if duplicates is not None:
+        duplicates += hooks.duplicates
+    elif hooks.duplicates:
+        raise CheckpointError.of(hooks.duplicates)
+    return value
+
+
+def _decoded(data: bytes, place: str) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(JSON_BOM.at(place, "begins with the bytes EF BB BF."))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start:,} (0x{data[error.start]:02X}) is not UTF-8."
+        raise CheckpointError(JSON_NOT_UTF8.at(place, reason)) from None
+
+
+def _check_structure(data: bytes, place: str) -> None:
+    """Refuse what would exhaust the parser, before it runs and in linear time.
+
+    Strings are cut away, first escapes, then empty ones, then all, so that what is in them does not
+    count.
+    """
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
+    if bare.count(b'"') > _MOST_QUOTES:
+        raise CheckpointError(JSON_TOO_MANY.at(place, "has millions of texts full of brackets."))
+    outside = b"".join(bare.split(b'"')[::2])
+    if len(outside) > _MOST_VALUES:
+        reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
+        raise CheckpointError(JSON_TOO_MANY.at(place, reason))
+    import numpy as np  # here, since --help reads no JSON
+
+    brackets = np.frombuffer(outside.replace(b",", b""), np.int8)
+    steps = np.where(brackets == ord("["), np.int8(1), np.int8(-1))
+    depth = int(steps.cumsum(dtype=np.int32).max(initial=0))
+    if depth > _DEEPEST:
+        raise CheckpointError(
+            JSON_NESTING.at(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
+        )
+
+
+def _has_odd_integer(data: bytes) -> bool:
+    """Whether there can be an integer that `int` must not see; asking each one is twice as slow."""
+    return b"-0" in data or b"1" * _LONGEST_NUMBER in data.translate(_ALL_ONES)
+
+
+class _Hooks:
+    """What the JSON parser asks on its way; everything that JSON readers disagree on ends here."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.duplicates: list[Finding] = []
+
+    def make_object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) != len(pairs) and len(self.duplicates) < _MOST_FINDINGS:
+            last = {key: place for place, (key, _) in enumerate(pairs)}
+            twice = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
+            reason = f'the key "{printable(twice)}" stands twice in one object.'
+            self.duplicates.append(JSON_DUPLICATE_KEY.at(self.place, reason))
+        return made
+
+    def make_integer(self, digits: str) -> int:
+        # "-0" is the integer 0 to Python and the float -0.0 to serde.
+        if len(digits) > _LONGEST_NUMBER or digits == "-0":
+            self._refuse_number(digits)
+        return int(digits)
+
+    def make_float(self, digits: str) -> float:
+        value = float(digits)
+        if len(digits) > _LONGEST_NUMBER or math.isinf(value):
+            self._refuse_number(digits)
+        return value
+
+    def _refuse_number(self, digits: str) -> NoReturn:
+        shown = digits if len(digits) <= 24 else f"{digits[:20]}… ({len(digits):,} characters)"
+        raise CheckpointError(JSON_NUMBER.at(self.place, f"holds the number {shown}."))
+
+    def make_constant(self, name: str) -> float:
+        raise CheckpointError(JSON_NOT_FINITE.at(self.place, f"holds {name}."))
+
+
+class _PythonsNumbers(_Hooks):
+    """Makes of each number what Python's json makes of it, within Python's own limit of digits."""
+
+    def make_integer(self, digits: str) -> int:
+        if len(digits.lstrip("-")) > _LONGEST_IN_PYTHON:
+            self._refuse_number(digits)
+        try:
+            return int(digits)
+        except ValueError:  # the user lowered the limit with PYTHONINTMAXSTRDIGITS
+            self._refuse_number(digits)
+
+    def make_float(self, digits: str) -> float:
+        if len(digits) > _LONGEST_IN_PYTHON:
+            self._refuse_number(digits)
+        return float(digits)
+
+    def make_constant(self, name: str) -> float:
+        return NOT_FINITE[name]
+
+
+def _check_surrogates(value: object, place: str) -> None:
+    for text in _texts(value):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            reason = f'the text "{printable(text)}" has an unpaired surrogate.'
+            raise CheckpointError(JSON_SURROGATE.at(place, reason))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every key and text inside of a JSON value."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
