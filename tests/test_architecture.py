@@ -29,7 +29,7 @@ adapter: config fingerprint names tensors folder adapter values opening repairs
 targets: patterns matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused
-base: model side_files layers rename_table conversion_table renames unsupported_layouts
+base: model side_files layers rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
 base: match task_classes replacements components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration

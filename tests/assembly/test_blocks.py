@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from exact import exact_delta
 from numpy.typing import NDArray
+from terms import Vectors, change_of, term, worked
 
 from vera_convert.assembly import addends, blocks
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
@@ -18,50 +17,6 @@ from vera_convert.delta import merged, working_dtype
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Vectors:
-    d: Array
-    b: Array
-
-    @property
-    def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        return self.d.dtype, self.b.dtype
-
-    def vectors(self) -> tuple[Array, Array]:
-        return self.d, self.b
-
-
-def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: Any = "f4") -> Term:
-    values = np.random.default_rng(seed)
-    rank = 3 + seed
-    return Term(
-        values.normal(size=(rank, inputs + 2)).astype(dtype),
-        values.normal(size=(outputs + 1, rank)).astype(dtype),
-        Vectors(values.normal(size=rank).astype(dtype), values.normal(size=outputs).astype(dtype)),
-        weight,
-    )
-
-
-def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
-    total: Array = np.zeros(())
-    for each in terms:
-        d, b = each.layer.vectors()
-        total = total + each.weight * exact_delta(each.A, each.B, d, b, inputs)
-    return total
-
-
-def worked(tensor: Sum, stored: Array, *, all_rows: bool = False) -> tuple[Array, Numbers]:
-    """Put a tensor through a workspace, block by block."""
-    workspace = Workspace(buffer_sizes_for([tensor]), all_rows=all_rows)
-    numbers, written = Numbers(), []
-    for first in range(0, tensor.shape[0], tensor.block_rows):
-        last = min(first + tensor.block_rows, tensor.shape[0])
-        workspace.stored_bytes(tensor, first, last)[:] = stored[first:last].tobytes()
-        numbers += workspace.add(tensor, first, last)
-        written.append(bytes(workspace.written_bytes(tensor, first, last)))
-    return np.frombuffer(b"".join(written), tensor.written).reshape(tensor.shape), numbers
 
 
 def off_by(found: Array, wanted: Array) -> int:
@@ -219,7 +174,7 @@ def test_a_finite_value_that_is_lost_in_a_narrower_dtype_is_found() -> None:
     assert caught.value.index == (1, 0)
 
 
-# --- blocks and their buffers --------------------------------------------------------------------
+# --- blocks and their room -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,11 +198,11 @@ def test_a_bench_has_room_for_the_largest_of_several_tensors(
     tall = Sum(
         "t", (60, 3), BFLOAT16, np.dtype("f4"), terms=(term(60, 3, seed=1), term(60, 3, seed=2))
     )
-    workspace = Workspace(buffer_sizes_for([wide, tall]))
+    bench = Workspace(buffer_sizes_for([wide, tall]))
     for tensor in (wide, tall, wide):
         rows = tensor.shape[0]
         stored = np.random.default_rng(0).normal(size=tensor.shape).astype(BFLOAT16)
-        workspace.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
-        workspace.add(tensor, 0, rows)
+        bench.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
+        bench.add(tensor, 0, rows)
         alone, _ = worked(tensor, stored)
-        assert bytes(workspace.written_bytes(tensor, 0, rows)) == alone.tobytes()
+        assert bytes(bench.written_bytes(tensor, 0, rows)) == alone.tobytes()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_blocks import term, worked
+from terms import term, worked
 
 from vera_convert.assembly import addends, writer
 from vera_convert.assembly.addends import Numbers, Sum

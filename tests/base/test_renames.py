@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from releases import needs, of_transformers
+from releases import needs
 from safetensors.numpy import load_file
+from smallmodels import EYE, MODELS, linear_layers, real_model
 
 from vera_convert.base.match import Match, match_modules, match_replacements
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.rename_table import FAMILIES, Family
-from vera_convert.base.renames import generated_types, model_types, tables, views
+from vera_convert.base.rename_table import Family, conversions, families
+from vera_convert.base.renames import model_types, views
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -219,10 +220,9 @@ def test_replaced_modules_follow_their_renaming_where_the_layers_need_none() -> 
 
 
 def test_a_config_of_every_type_costs_no_more_than_one() -> None:
-    every = sorted(set().union(*(family.types for family in FAMILIES)))
-    paths = {
-        step[0].removeprefix("^").replace("#", "0") for family in FAMILIES for step in family.steps
-    }
+    every = sorted(set().union(*(family.types for family in families())))
+    renames = (rename for family in families() for rename in family.renames)
+    paths = {files.removeprefix("^").replace("#", "0") for files, _ in renames}
     base = base_of(paths, parts={kind: {"model_type": kind} for kind in every})
     assert len(model_types(base.config)) < len(every)
     assert len([*views(base)]) <= 4
@@ -302,92 +302,6 @@ def test_experts_that_are_stored_one_by_one_fit_as_they_are() -> None:
 
 # --- real models ---------------------------------------------------------------------------------
 
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-}
-LLM = {**TINY, "num_key_value_heads": 1, "vocab_size": 40, "head_dim": 8}
-EYE = {**TINY, "image_size": 16, "patch_size": 8}
-QWEN_EYE = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16}
-
-MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "LlavaForConditionalGeneration": (
-        "LlavaConfig",
-        {
-            "text_config": {**LLM, "model_type": "llama"},
-            "vision_config": {**EYE, "model_type": "clip_vision_model"},
-        },
-    ),
-    "Gemma3ForConditionalGeneration": (
-        "Gemma3Config",
-        {"text_config": LLM, "vision_config": {**EYE, "vision_use_head": False}},
-    ),
-    "Qwen2_5_VLForConditionalGeneration": (
-        "Qwen2_5_VLConfig",
-        {"text_config": LLM, "vision_config": {**QWEN_EYE, "intermediate_size": 24}},
-    ),
-    "Qwen2AudioForConditionalGeneration": (
-        "Qwen2AudioConfig",
-        {
-            "text_config": {**LLM, "model_type": "qwen2"},
-            "audio_config": {
-                "d_model": 16,
-                "encoder_layers": 1,
-                "encoder_ffn_dim": 24,
-                "encoder_attention_heads": 2,
-            },
-        },
-    ),
-    "ViTForImageClassification": ("ViTConfig", EYE),
-    "DeiTForImageClassification": ("DeiTConfig", EYE),
-    "Dinov2ForImageClassification": ("Dinov2Config", EYE),
-    "ViTMAEForPreTraining": (
-        "ViTMAEConfig",
-        {
-            **EYE,
-            "decoder_hidden_size": 16,
-            "decoder_intermediate_size": 24,
-            "decoder_num_attention_heads": 2,
-            "decoder_num_hidden_layers": 1,
-        },
-    ),
-    "CLIPVisionModel": ("CLIPVisionConfig", EYE),
-    "SwinForImageClassification": (
-        "SwinConfig",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
-    ),
-    "MixtralForCausalLM": ("MixtralConfig", {**LLM, "num_local_experts": 2}),
-    "Qwen2MoeForCausalLM": (
-        "Qwen2MoeConfig",
-        {
-            **LLM,
-            "num_experts": 2,
-            "moe_intermediate_size": 12,
-            "shared_expert_intermediate_size": 12,
-        },
-    ),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**TINY, "vocab_size": 40}),
-}
-
-
-def real_model(name: str) -> Any:
-    pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    config, values = MODELS[name]
-    torch.manual_seed(0)
-    return of_transformers(name)(of_transformers(config)(**values))
-
-
-def linear_layers(model: Any) -> dict[str, Any]:
-    torch = pytest.importorskip("torch")
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_layer_of_a_real_model_is_found_in_its_files(
@@ -442,14 +356,14 @@ def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> boo
 
 def _first_names(family: Family) -> Iterator[str]:
     """Yield what the steps of a family rename, but for what another step made of a name."""
-    for files, own in family.steps:
+    for files, own in family.renames:
         path = files.removeprefix("^")
-        others = (memory.removeprefix("^") for _, memory in family.steps if memory != own)
+        others = (memory.removeprefix("^") for _, memory in family.renames if memory != own)
         if not any(f".{part}." in f".{path}." for part in others):
             yield path
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Family) -> None:
     for kind in family.types:
         old = [f"{path}.x".replace("#", "1") for path in _first_names(family)]
@@ -462,12 +376,12 @@ def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Fami
         ]
         assert changed, kind
         assert renamed(base, old, new), kind
-        if family.is_optional:  # names without the part say nothing of where it was
+        if family.optional:  # names without the part say nothing of where it was
             continue
         assert renamed(base_of(new, model_type=kind), new, old), kind
 
 
-TABLES = [(kind, table) for kind in generated_types() for table in tables(kind)]
+TABLES = [(kind, table) for kind, tables in conversions().items() for table in tables]
 
 
 @pytest.mark.parametrize(("kind", "table"), TABLES, ids=[kind for kind, _ in TABLES])

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 from adapters import good_adapter
 from folders import everything
+from heads import TIED, on_the_head
 from merges import filled_base, merged_with, tensors_of
-from test_changes import TIED, on_the_head
 from wrongmerges import PROVENANCE, Q, edit
 
 from vera_convert.base.facts import BaseOptions

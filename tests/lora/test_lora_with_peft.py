@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import theirwarnings
-from test_merge_with_peft import KINDS, TARGETS, loaded, saved, trained
+from trainedmodels import KINDS, TARGETS, loaded, saved, trained
 
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.options import LoraOptions

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from adapters import good_adapter, good_tensors
 from folders import refusal
+from heads import HEAD, PREFIX, TIED, head, on_the_head
 from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
 
 from vera_convert.errors import CheckpointError
@@ -18,7 +19,6 @@ from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
 from vera_convert.validation.validate import validate
 
-PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -33,13 +33,6 @@ def base(tmp_path: Path) -> Path:
 
 
 # --- what replaces ------------------------------------------------------------------------------
-
-
-HEAD = {"score.weight": (3, 16)}
-
-
-def head(value: float, *, rows: int = 3) -> dict[str, Any]:
-    return {f"{PREFIX}score.weight": np.full((rows, 16), value, np.float32)}
 
 
 def test_a_head_replaces_the_base_s(tmp_path: Path) -> None:
@@ -151,21 +144,6 @@ def test_a_layer_that_another_adapter_replaces_is_refused(tmp_path: Path, base: 
 
 
 # --- tied heads ----------------------------------------------------------------------------------
-
-
-def on_the_head(folder: Path, **more: Any) -> Path:
-    values = np.random.default_rng(2)
-    tensors = {
-        f"{PREFIX}lm_head.vera_lambda_b": values.normal(size=32).astype(np.float32),
-        f"{PREFIX}lm_head.vera_lambda_d": values.normal(size=4).astype(np.float32),
-        "base_model.vera_B": values.normal(size=(32, 4)).astype(np.float32),
-    }
-    return good_adapter(
-        folder, tensors=tensors | more, target_modules=["q_proj", "v_proj", "lm_head"]
-    )
-
-
-TIED = {"model_type": "llama", "tie_word_embeddings": True, "text_config": {"x": 1}}
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import theirwarnings
 from merges import Tensors, assert_same, merged_with, tensors_of
-from releases import AS_STORED, has, needs, of_transformers
-from test_renames import EYE, LLM, MODELS, TINY
+from releases import has, needs
+from trainedmodels import KINDS, TARGETS, loaded, saved, trained
 
 from vera_convert.merging.changes import Tied
 
@@ -21,22 +20,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = theirwarnings.OF_PEFT
 
-KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    **MODELS,
-    "LlamaForCausalLM": ("LlamaConfig", LLM),
-    "LlamaModel": ("LlamaConfig", LLM),
-    "GPT2LMHeadModel": (
-        "GPT2Config",
-        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16},
-    ),
-    "BertForSequenceClassification": ("BertConfig", {**TINY, "vocab_size": 40}),
-    "RobertaForSequenceClassification": ("RobertaConfig", {**TINY, "vocab_size": 40}),
-    "T5ForConditionalGeneration": (
-        "T5Config",
-        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40},
-    ),
-    "ViTForImageClassification": ("ViTConfig", EYE),
-}
 MAMBA = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -49,50 +32,6 @@ MAMBA = {
     "tie_word_embeddings": False,
 }
 """The range that its time steps are limited to ends at infinity."""
-HEADS = {
-    "BertForSequenceClassification": ["classifier"],
-    "RobertaForSequenceClassification": ["classifier"],
-    "ViTForImageClassification": ["classifier"],
-}
-TARGETS = {
-    "MixtralForCausalLM": ["q_proj", "v_proj", "o_proj"],  # the router is of no type PEFT knows
-    "Qwen2MoeForCausalLM": ["q_proj", "shared_expert.down_proj", "shared_expert.up_proj"],
-    "GPT2LMHeadModel": ["c_attn", "c_proj", "c_fc"],
-}
-
-
-def saved(folder: Path, name: str, dtype: str) -> Path:
-    config, values = KINDS[name]
-    torch.manual_seed(0)
-    model = of_transformers(name)(of_transformers(config)(**values))
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
-
-
-def loaded(name: str, base: Path) -> Any:
-    return getattr(transformers, name).from_pretrained(base, **AS_STORED)
-
-
-def trained(
-    folder: Path, base: Path, name: str, *, targets: Any, stored: bool, bias: str = "none"
-) -> Path:
-    """An adapter with random vectors, a random head, and random biases if they are trained."""
-    config = peft.VeraConfig(
-        r=6,
-        target_modules=targets,
-        modules_to_save=HEADS.get(name),
-        save_projection=stored,
-        projection_prng_key=11,
-        bias=bias,
-    )
-    model = peft.get_peft_model(loaded(name, base), config)
-    torch.manual_seed(1)
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            size = 0.3 if "lambda" in key else 0.1
-            parameter.data = (torch.randn(parameter.shape) * size).to(parameter.dtype)
-    model.save_pretrained(folder)
-    return folder
 
 
 def by_peft(name: str, base: Path, adapter: Path, folder: Path) -> Tensors:

@@ -16,10 +16,10 @@ import pytest
 from adapterdefects import bare, drawn, fields, renamed
 from adapters import good_adapter, good_tensors
 from folders import CONFIG_NAME, everything
+from fp8 import fp8_base
+from heads import HEAD, TIED, head, on_the_head
 from hub_server import HubServer
 from merges import FIXTURES, filled_base, merged_with, tensors_of
-from test_changes import HEAD, TIED, head, on_the_head
-from test_dequantize import fp8_base
 from wrongmerges import PROVENANCE, WRONG, Array, Q, V, codes, edit, layers, rewrite
 
 from vera_convert.base.facts import BaseOptions

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from adapters import good_adapter
 from merges import assert_same, filled_base, merged_with, tensors_of
-from test_blocks import change_of, term
+from terms import change_of, term
 
 from vera_convert.assembly import addends
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum

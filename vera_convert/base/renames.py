@@ -17,13 +17,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import combinations
 from operator import add
 
-from vera_convert.base.conversion_table import TABLE
 from vera_convert.base.model import BaseModel
-from vera_convert.base.rename_table import FAMILIES, WITH_CLIP_TOWER, Family
+from vera_convert.base.rename_table import Family, conversions, families
 from vera_convert.text import printable
 
 _MOST_FAMILIES = 4
@@ -115,9 +114,11 @@ def _families(base: BaseModel) -> list[Family]:
     types = set(model_types(base.config))
     vision = base.config.get("vision_config")
     is_told = isinstance(vision, Mapping) and "model_type" in vision
-    if not is_told and types & WITH_CLIP_TOWER:
-        types.add("clip_vision_model")
-    return [family for family in FAMILIES if types & family.types]
+    return [
+        family
+        for family in families()
+        if types & family.types or (types & family.also and not is_told)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,37 +160,13 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
 def _whole_models(kind: str) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield each generated table of a model type, also for files without ``model.``, and back."""
     name = f"names of {printable(kind)}"
-    for table in tables(kind):
+    for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
         for each, prefix in ((table, ""), (short, f', prefix "{_BODY}" added')):
             if len(each) == len(table):
                 back = {memory: files for files, memory in each.items()}
                 yield f"{name} since transformers 5{prefix}", each
                 yield f"{name} before transformers 5{prefix}", back
-
-
-@lru_cache(maxsize=1)
-def _all_tables() -> Mapping[str, Sequence[Mapping[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
-    kind = ""
-    for line in TABLE.splitlines():
-        if line.startswith(" "):
-            files, memory = line.split()
-            found[kind][-1][files] = memory
-        elif line:
-            kind = line
-            found.setdefault(kind, []).append({})
-    return found
-
-
-def tables(kind: str) -> Sequence[Mapping[str, str]]:
-    """Return template in memory by template in the files, for each class of a model type."""
-    return _all_tables().get(kind, ())
-
-
-def generated_types() -> tuple[str, ...]:
-    """Return the model types that have generated tables."""
-    return tuple(_all_tables())
 
 
 def _looked_up(table: Mapping[str, str], template: str) -> str:
@@ -217,8 +194,8 @@ def _states(families: Sequence[Family]) -> Iterator[tuple[frozenset[str], Sequen
     Releases renamed one family after the other, so any set of them can be behind; a family that
     some classes of a type leave out may also be absent.
     """
-    optional = [family for family in families if family.is_optional]
-    fixed = [family for family in families if not family.is_optional]
+    optional = [family for family in families if family.optional]
+    fixed = [family for family in families if not family.optional]
     for present in _subsets(optional):
         taken = [family for family in families if family in fixed or family in present]
         for former in _subsets(fixed):
@@ -299,13 +276,13 @@ def _translation(families: Sequence[Family], former: Collection[str]) -> Callabl
 
 
 def _to_memory(template: str, family: Family) -> str:
-    for files, memory in (*family.steps, *family.tolerated):
+    for files, memory in (*family.renames, *family.tolerated):
         template = _replaced(template, files, memory)
     return template
 
 
 def _to_files(template: str, family: Family) -> str:
-    for files, memory in reversed(family.steps):
+    for files, memory in reversed(family.renames):
         template = _replaced(template, memory, files)
     return template
 
