@@ -99,6 +99,8 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "vera_convert").rglob("*.py")),
         *(f"vera_convert/schemas/{name}.json" for name in schema_names()),
         "vera_convert/__init__.pyi",
+        "vera_convert/base/conversions.txt",
+        "vera_convert/base/renames.toml",
         "vera_convert/py.typed",
     }
     assert code == expected
