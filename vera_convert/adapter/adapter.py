@@ -1,6 +1,6 @@
-"""A VeRA adapter as it lies on disk: config, lambdas by layer, A and B, and what else it replaces.
+"""A VeRA adapter as a record: config, lambdas by layer, A and B, and replaced tensors.
 
-The model is total: what opens as an `Adapter` has no error, so that nobody after it needs guards.
+An `Adapter` has no error, so the code that takes an `Adapter` needs no further checks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Adapter:
     """A VeRA adapter, every tensor accounted for.
 
     Attributes:
-        folder: where it lies.
-        config_file: the config with its text.
+        folder: the folder of the adapter.
+        config_file: the config with the text of the file.
         metadata: the safetensors metadata.
         tensors: every tensor in the file's order; the copies of a saved head's bias, which PEFT
-            writes and does not read, are in no other field.
+            writes and ignores, are in no other field.
         layers: the adapted layers by module path, in the file's order.
-        projections: A and B if they are stored.
-        repeated: copies of A and B stored with layers; they equal the shared ones.
+        projections: A and B if stored.
+        repeated: copies of A and B stored with layers, equal to the shared pair.
         replacements: tensors that replace base tensors (heads, biases, embeddings).
-        fingerprint: what dropped projections were, where a tool of ours dropped them.
+        fingerprint: the record of the projections that vera-convert dropped.
         findings: warnings and notes.
-        config_source: the open config; `check_unchanged` looks at it again.
-        file: the open weights, as they are stored.
+        config_source: the open config file, for `check_unchanged`.
+        file: the open weights file.
     """
 
     folder: Path
@@ -57,17 +57,17 @@ class Adapter:
 
     @property
     def longest_b(self) -> int:
-        """Length of the longest lambda_b: B needs that many rows at least."""
+        """Length of the longest lambda_b; B needs at least this number of rows."""
         return max(layer.out_features for layer in self.layers.values())
 
     @property
     def weights_size(self) -> int:
-        """Bytes of the file with the weights."""
+        """Bytes of the weights file."""
         return self.file.source.size
 
     @property
     def place(self) -> str:
-        """How messages call the weights."""
+        """The name of the weights file in messages."""
         return WEIGHTS_NAME
 
     def check_unchanged(self) -> None:

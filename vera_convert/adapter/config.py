@@ -1,7 +1,7 @@
 """``adapter_config.json`` as a record: read strictly, edited in place.
 
-What `VeraConfig` cannot express does not get past this module. The file's own text is kept, so that
-an edit changes the named fields and not one byte more.
+This module refuses every config that `VeraConfig` cannot express. The text of the file is kept, so
+an edit changes the bytes of the named fields alone.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from vera_convert.text import printable
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1 << 24
-"""No adapter comes near; a larger claim would only serve to exhaust memory."""
+"""Far above the rank of any adapter; a larger rank would only exhaust memory."""
 
 MAX_FIELDS = 1_000
 MAX_LISTED = 10_000
 MAX_NAME = 10_000
-"""Far above what any model needs."""
+"""Far above the needs of any model."""
 
 KEY_RANGE = range(-(2**63), 2**64)
-"""What ``torch.Generator.manual_seed`` takes; a negative key counts from 2^64 downwards."""
+"""The seeds of ``torch.Generator.manual_seed``; a negative seed counts from 2^64 downwards."""
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -56,7 +56,7 @@ SAVED_BY_TASK: Mapping[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""What PEFT itself appends to modules_to_save, by task_type; a model has one of them, not all."""
+"""The names that PEFT appends to modules_to_save, by task_type; a model has one of the names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +66,22 @@ class VeraConfig:
     Attributes:
         r: rank; rows of A, columns of B, length of every lambda_d.
         target_modules: names (matched as suffixes) or one regular expression; None means PEFT's
-            default for the base's type.
+            default for the type of the base.
         projection_prng_key: seed of A and B.
         save_projection: whether A and B are stored with the adapter.
         vera_dropout: dropout on the layer's input, in training only.
         d_initial: initial value of every lambda_d.
-        fan_in_fan_out: whether the base stores its weights as (in, out); PEFT corrects it by layer.
+        fan_in_fan_out: whether the base stores weights as (in, out); PEFT corrects this by layer.
         bias: which biases were trained: ``none``, ``all`` or ``vera_only``.
-        modules_to_save: modules that were trained whole and replace the base's.
+        modules_to_save: modules that were trained whole and replace those of the base.
         init_weights: whether lambda_b began at zero.
         layers_to_transform: the indices of the layers that are adapted; None means all.
         layers_pattern: the name before the index in a module's path.
-        task_type: what PEFT wraps the model for.
-        base_model_name_or_path: where the base came from; a stranger's text, no path to follow.
+        task_type: the task that PEFT wraps the model for.
+        base_model_name_or_path: the name of the base; a stranger's text, never followed as a path.
         revision: the base's revision on the Hub.
         inference_mode: true in every saved file.
-        auto_mapping: class and library of the base where task_type is None.
+        auto_mapping: class and library of the base, if task_type is None.
         peft_version: the PEFT that wrote the file (0.18 and later record it).
     """
 
@@ -106,7 +106,7 @@ class VeraConfig:
 
     @property
     def written_by_peft(self) -> bool:
-        """Whether PEFT saved this config: PEFT names its release, or sets ``inference_mode``."""
+        """Whether PEFT saved this config: it has PEFT's version, or ``inference_mode`` is true."""
         return bool(self.peft_version) or self.inference_mode
 
 
@@ -115,12 +115,12 @@ FIELDS = frozenset(field.name for field in fields(VeraConfig))
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config with the text that it was read from.
+    """A config with the text of the file.
 
     Attributes:
         config: the fields.
         text: the file's bytes.
-        findings: warnings met while reading; errors are raised instead.
+        findings: the warnings; errors are raised.
     """
 
     config: VeraConfig
@@ -129,22 +129,22 @@ class ConfigFile:
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
-        """Names in the file that no VeraConfig has, in the file's order."""
+        """The fields of the file that VeraConfig does not have, in the file's order."""
         return tuple(name for name in json.loads(self.text) if _is_unknown(name))
 
     def edited(self, *, remove: frozenset[str] = frozenset(), **changes: object) -> ConfigFile:
-        """Return the same file with fields set and others removed, all else byte for byte."""
+        """Return the file with some fields set and others removed; every other byte is kept."""
         return parse_config(edited_object(self.text, changes, remove), place=CONFIG_NAME)
 
 
 class ConfigError(CheckpointError):
-    """A VeRA config with fields that are wrong.
+    """A VeRA config has wrong fields.
 
     Attributes:
-        sound: the config with the defaults in the place of fields that are wrong, so that the
-            tensors can be judged as well; None where not even the rank is known.
-        unsound: names of those fields.
-        warnings: what else was met.
+        sound: the config with defaults in place of the wrong fields, so that the tensors can be
+            checked too; None if the rank is not known.
+        unsound: the names of the wrong fields.
+        warnings: the warnings of the same config.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class OtherMethodError(CheckpointError):
     """The config is that of an adapter of another method, such as LoRA.
 
     Attributes:
-        method: as ``peft_type`` has it; printable.
+        method: the value of ``peft_type``; printable.
     """
 
     def __init__(self, finding: Finding, method: str) -> None:
@@ -175,7 +175,7 @@ def read_config(source: ByteSource) -> ConfigFile:
     """Read ``adapter_config.json``.
 
     Raises:
-        CheckpointError: with every defect found; `ConfigError` if it is a VeRA adapter's at least.
+        CheckpointError: with every defect; `ConfigError` if the config is of a VeRA adapter.
     """
     document, text = read_json(source, limit=MAX_CONFIG_BYTES, pythons_numbers=True)
     return _from_document(document, text, source.place)
@@ -214,7 +214,7 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
 
 
 def _of_fields(document: Mapping[str, object], wrong: Sequence[tuple[str, Finding]]) -> VeraConfig:
-    """Return the config of those fields that are not wrong; the others have their defaults."""
+    """Return the config of the sound fields, with defaults in place of the wrong fields."""
     sound = FIELDS & document.keys() - {name for name, _ in wrong}
     return VeraConfig(**{name: _frozen(document[name]) for name in sound})  # type: ignore[arg-type]
 
@@ -249,7 +249,7 @@ _FOREIGN_FIELDS = {
     "c_initial": "VeRA-plus, which trains a third vector",
     "init_vera_weights": "VeRA-plus, whose methods are other ones",
 }
-"""Fields that tell other trainers of a VeRA by the same name, which is another method."""
+"""Fields of trainers whose method is called VeRA too and is another method."""
 
 
 def _is_foreign(document: Mapping[str, object]) -> bool:
@@ -257,7 +257,7 @@ def _is_foreign(document: Mapping[str, object]) -> bool:
 
 
 def _what_else(document: dict[str, object]) -> str:
-    """Say in one sentence what a config that is not VeRA's looks like."""
+    """Describe in one sentence a config of another method or file."""
     kind = document.get("peft_type")
     if isinstance(kind, str) and kind.upper() == "VERA":
         for field, trainer in _FOREIGN_FIELDS.items():
@@ -358,12 +358,12 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tupl
 
 
 def _shown(number: float) -> str:
-    """Return a number as messages show it: an integer may have thousands of digits."""
+    """Return a number for a message; an integer can have thousands of digits."""
     return printable(str(number))
 
 
 def _absurd_lists(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
-    """Refuse lists that would only serve to exhaust time: names are compared with each other."""
+    """Refuse lists that would only exhaust time, because names are compared with each other."""
     for field in ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
         value = getattr(config, field)
         items = value if isinstance(value, tuple) else (value,)
@@ -380,7 +380,7 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Fi
     if not 1 <= config.r <= MAX_RANK:
         reason = f"r is {_shown(config.r)}; a rank is from 1 to {MAX_RANK}."
         yield "r", FIELD_RANGE.at(place, reason)
-    # PEFT loads NaN: a dropout of NaN is none, and the stored lambda_d replaces d_initial.
+    # PEFT loads NaN: such a dropout does nothing, and the stored lambda_d replaces d_initial.
     if config.vera_dropout < 0 or config.vera_dropout > 1:
         reason = f"vera_dropout is {_shown(config.vera_dropout)}; a probability is from 0 to 1."
         yield "vera_dropout", FIELD_RANGE.at(place, reason)
@@ -400,6 +400,6 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Fi
 
 
 def peft_release(version: str | None) -> tuple[int, int] | None:
-    """Return (major, minor) of a recorded ``peft_version``; None if it tells none."""
+    """Return (major, minor) of a recorded ``peft_version``; None if the text is no version."""
     found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", version or "")
     return (int(found[1]), int(found[2])) if found else None

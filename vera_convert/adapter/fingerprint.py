@@ -1,7 +1,7 @@
-"""The fingerprint: what a stripped adapter's projections were, kept in its safetensors metadata.
+"""The fingerprint: the record of a stripped adapter's A and B, kept in the safetensors metadata.
 
-PEFT ignores metadata, so the record changes nothing for a loader; but whoever draws A and B again
-can prove that the very same matrices came back.
+PEFT ignores metadata, so the record changes nothing for a loader. After A and B are drawn from the
+key, the fingerprint proves that both matrices are the dropped ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SMALL = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Which draw a pair of projections is, how it was stored, and its hashes.
+    """The draw that a pair of projections is, its stored form, and its hashes.
 
     Attributes:
         variant: the generator's variant.
@@ -35,10 +35,10 @@ class Fingerprint:
         rank: r.
         in_features: columns of the stored A (r, in).
         out_features: rows of the stored B (out, r).
-        drawn_in_features: columns of A as it was drawn; more than in_features where it was cut.
-        drawn_out_features: rows of B as it was drawn.
-        rounding: the 16-bit rounding that the base's dtype caused.
-        dtype: how A and B were stored, in safetensors' names.
+        drawn_in_features: columns of A as drawn; more than in_features if A was cut.
+        drawn_out_features: rows of B as drawn.
+        rounding: the casts that the dtype of the base caused.
+        dtype: the stored dtype of A and B (safetensors' name).
         sha256_A: SHA-256 of the stored bytes of A (little endian, row-major), in hex.
         sha256_B: the same of B.
     """
@@ -57,7 +57,7 @@ class Fingerprint:
 
     @property
     def is_small(self) -> bool:
-        """Whether it takes no time to draw what is recorded."""
+        """Whether the recorded pair is drawn in no time."""
         return self.rank * (self.drawn_in_features + self.drawn_out_features) <= _SMALL
 
     @property
@@ -74,7 +74,7 @@ class Fingerprint:
 
 
 def to_text(fingerprint: Fingerprint) -> str:
-    """Return the compact JSON that goes into the metadata."""
+    """Return the compact JSON for the metadata."""
     return json.dumps({"format": FORMAT, **asdict(fingerprint)}, separators=(",", ":"))
 
 
@@ -82,7 +82,7 @@ def from_text(text: str, *, place: str) -> Fingerprint:
     """Read a fingerprint strictly.
 
     Raises:
-        CheckpointError: `FINGERPRINT_MALFORMED`, with what is wrong.
+        CheckpointError: `FINGERPRINT_MALFORMED`, with the reason.
     """
     place = f"{place}, metadata {METADATA_KEY}"
     try:
@@ -131,7 +131,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def _defect(document: object) -> str | None:
-    """Say in one sentence what is wrong with a fingerprint's JSON, or None."""
+    """Describe the defect of a fingerprint's JSON in one sentence; None if there is no defect."""
     if not isinstance(document, dict):
         return "it is not a JSON object."
     if not _between(FORMAT, FORMAT)[0](document.get("format")):
@@ -154,10 +154,10 @@ def disagreement(
     """Return the finding that a fingerprint contradicts its own adapter, or None.
 
     Args:
-        fingerprint: what was recorded.
-        config: the adapter's.
-        place: how messages call the file.
-        longest_b: the length of the longest lambda_b; B needs a row for each of its values.
+        fingerprint: the fingerprint.
+        config: the adapter's config.
+        place: the name of the file in messages.
+        longest_b: the length of the longest lambda_b; B needs a row for each value.
     """
     for name, recorded, actual in (
         ("key", fingerprint.key, config.projection_prng_key),

@@ -1,4 +1,4 @@
-"""An adapter's folder: what lies beside its weights, and how a new one is written."""
+"""The folder of an adapter: sort the files beside the weights, and write a new folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vera_convert.text import read_back_differs
 _OF_AN_ADAPTER = frozenset(
     (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "adapter_model.pt", "vera_config.json")
 )
-"""Names that tell the folder of an adapter, or of what is left of one."""
+"""Names that show that a folder is, or was, the folder of an adapter."""
 
 _TRAINING_STATE = re.compile(
     r"(adapter_model|training_args)\.bin"
@@ -31,44 +31,44 @@ _TRAINING_STATE = re.compile(
     r"|.*_(optim|model)_states\.pt|.*\.distcp"
     r"|trainer_state\.json|trainer_log\.jsonl|events\.out\.tfevents\..*|latest|zero_to_fp32\.py"
 )
-"""Names of pickled weights, and of what a training run leaves: states, logs, paths, host names."""
+"""Names of pickled weights, and of the states and logs of a training run."""
 _TRAINING_FOLDERS = frozenset(("wandb", "mlruns", "lightning_logs"))
 """Folders into which training runs write their logs."""
 _STRANGE = re.compile(
     r".*[:\uf03a](Zone\.Identifier|com\.dropbox\..*|mshield)|Thumbs\.db|desktop\.ini|.*\.pyc"
 )
-"""Names of what an operating system adds to a download or a folder; U+F03A is WSL's colon."""
+"""Names of files that an operating system adds to a folder; U+F03A is WSL's colon."""
 _STRANGE_FOLDERS = frozenset(("__MACOSX", "__pycache__"))
 _OTHER_MODEL = re.compile(
     r"(pytorch_|tf_|flax_|rust_|diffusion_pytorch_)?model([-_.].*)?"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
     r"|consolidated.*\.(pth|safetensors)|.*\.(gguf|ggml)"
 )
-"""Names of the weights of a complete model, which a loader could take for the adapter's base."""
+"""Names of the weights of a complete model, which a loader could take for the base."""
 
 
 def is_training_state(name: str) -> bool:
-    """Say whether a file comes from a training run and is never copied, by its relative path."""
+    """Say whether a file comes from a training run and is never copied, by the relative path."""
     path = PurePosixPath(name)
     in_logs = not _TRAINING_FOLDERS.isdisjoint(path.parts[:-1])
     return in_logs or _TRAINING_STATE.fullmatch(path.name) is not None
 
 
 def is_strange(name: str) -> bool:
-    """Say whether an operating system or Python added a file, by its relative path."""
+    """Say whether an operating system or Python added a file, by the relative path."""
     path = PurePosixPath(name)
     in_folder = not _STRANGE_FOLDERS.isdisjoint(path.parts[:-1])
     return in_folder or _STRANGE.fullmatch(path.name) is not None
 
 
 def module_folders(names: Collection[str]) -> frozenset[str]:
-    """Return the folders beside an adapter that have a config of their own."""
+    """Return the folders beside an adapter that hold a config."""
     paths = (PurePosixPath(name) for name in names if name.endswith("config.json") and "/" in name)
     return frozenset(str(path.parent) for path in paths)
 
 
 def is_of_other_model(name: str, modules: Collection[str]) -> bool:
-    """Say whether a file holds weights of a complete model, and of no module of the adapter's.
+    """Say whether a file holds weights of a complete model, and not of a module of the adapter.
 
     Args:
         name: the relative path of the file.
@@ -80,13 +80,13 @@ def is_of_other_model(name: str, modules: Collection[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """The files beside an adapter, sorted by what becomes of them; paths are relative, with `/`.
+    """The files beside an adapter, copied and left out; paths are relative, with `/`.
 
     Attributes:
         copied: copied byte for byte, in sorted order.
-        left_out: what comes from a training run, a download or another model; never copied.
+        left_out: files of a training run, a download or another model; never copied.
         outside: links that lead out of the folder, to nowhere or to a folder; never followed.
-        adapters: subfolders that are adapters of their own.
+        adapters: subfolders that are adapters.
     """
 
     copied: tuple[str, ...] = ()
@@ -96,13 +96,13 @@ class SideFiles:
 
 
 def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
-    """Sort the files of an adapter's folder; its config and weights are not among them.
+    """Sort the files of an adapter's folder, without the config and the weights.
 
-    Hidden files are passed over in silence.
+    Hidden files are ignored.
 
     Args:
-        folder: the adapter's.
-        not_fetched: files that were left on the Hub; the cache may hold some of them by chance.
+        folder: the folder of the adapter.
+        not_fetched: files that were left on the Hub; the cache can hold some of these by chance.
     """
     copied, left_out = [], []
     outside: list[str] = []
@@ -157,7 +157,7 @@ def adapters_below(
             such error is raised.
 
     Raises:
-        SurroundingsError: the folder cannot be listed, or a subfolder without `unreadable`.
+        SurroundingsError: the folder cannot be listed; without `unreadable`, also a subfolder.
     """
     for folder in walk(tree, failed=unreadable):
         if any(entry.name in _OF_AN_ADAPTER for entry in folder.entries):
@@ -166,16 +166,16 @@ def adapters_below(
 
 @dataclass(frozen=True, slots=True)
 class AdapterContent:
-    """What a new adapter's folder is to hold.
+    """The content of a new adapter's folder.
 
     Attributes:
-        tensors: in any order; the file gets the canonical one.
+        tensors: the tensors, in any order; the file gets the canonical order.
         metadata: the safetensors metadata.
         config_text: the bytes of ``adapter_config.json``.
-        folder: the adapter that it was made from; its side files are carried.
-        not_fetched: those that were left on the Hub.
-        check_unchanged: raises if the input changed while it was read.
-        weights: the adapter's own file, if nothing in it changes; it is copied byte for byte.
+        folder: the folder of the source adapter, whose side files are copied.
+        not_fetched: the side files that were left on the Hub.
+        check_unchanged: raises if the source adapter changed while it was read.
+        weights: the weights file of the source adapter, to copy byte for byte if nothing changes.
     """
 
     tensors: Sequence[TensorData]
@@ -188,7 +188,7 @@ class AdapterContent:
 
 
 def is_vera(folder: Path) -> bool:
-    """Say whether a folder's config is a VeRA adapter's: what ``--force`` may replace."""
+    """Say whether a folder holds a VeRA adapter, so that ``--force`` may replace the folder."""
     try:
         with open_local(folder / CONFIG_NAME, within=folder) as source:
             read_config(source)
@@ -200,7 +200,7 @@ def is_vera(folder: Path) -> bool:
 def publish_adapter(
     content: AdapterContent, out: Path, *, force: bool, inputs: Sequence[Path]
 ) -> SideFiles:
-    """Write an adapter's folder whole or not at all, reading back what was written.
+    """Write an adapter's folder completely or not at all, and read every file back.
 
     Raises:
         UsageError: OUT exists and may not be replaced, holds files that are not written again, or
@@ -226,7 +226,7 @@ def written_files(folder: Path, *, not_fetched: Collection[str] = ()) -> tuple[s
 
 
 def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
-    """Write an adapter into an empty folder and compare what came to lie there."""
+    """Write an adapter into an empty folder and read every file back."""
     sides = side_files(content.folder, not_fetched=content.not_fetched)
     _require_space(content, sides, folder)
     (folder / CONFIG_NAME).write_bytes(content.config_text)
@@ -237,7 +237,7 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
         if content.weights is None
         else _copy(content.weights, path),
     }
-    for name in sides.copied:  # one after the other: there may be more than can be open at once
+    for name in sides.copied:  # one after the other: the number of open files is limited
         with open_local(content.folder / name, within=content.folder) as source:
             written[name] = _copy(source, folder / name)
             source.check_unchanged()
@@ -247,7 +247,7 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
 
 
 def _require_space(content: AdapterContent, sides: SideFiles, folder: Path) -> None:
-    """Refuse what would fill the disk before a byte is copied; a sparse file claims any size."""
+    """Refuse, before a byte is copied, files that do not fit; a sparse file can claim any size."""
     needed = sum((content.folder / name).stat().st_size for name in sides.copied)
     needed += sum(tensor.nbytes for tensor in content.tensors)
     free = shutil.disk_usage(folder).free
@@ -275,7 +275,7 @@ def _blocks(source: ByteSource, length: int = 1 << 20) -> Iterator[bytes]:
 
 
 def _read_back(folder: Path, written: Mapping[str, str]) -> None:
-    """Read every file again and compare it with what was meant to be written."""
+    """Read every file again and compare the hashes."""
     for name, expected in written.items():
         with open_local(folder / name) as source:
             digest = sha256()

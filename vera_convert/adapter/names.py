@@ -1,7 +1,7 @@
-"""What the names of an adapter's tensors say, and what in them PEFT did not write.
+"""The names of an adapter's tensors, and the foreign parts that PEFT did not write.
 
-PEFT finds a tensor by its whole name. A name with a part too many, too few or too much is loaded as
-nothing, and without an error: the adapter does nothing.
+PEFT finds a tensor by the whole name. If a name has a foreign part, or lacks a part, PEFT ignores
+the tensor without an error, and the adapter has no effect.
 
     thinker.base_model.model.model._fsdp_wrapped_module.layers.0.q_proj.vera_lambda_b.default
     └ front                        └ wrapper                                          └ adapter
@@ -29,11 +29,11 @@ PREFIX = "base_model.model."
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
 BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
-"""With bias "all", PEFT writes the biases of a module that it saves whole three times, and reads
-only the ones with the plain name."""
+"""With bias "all", PEFT writes each bias of a module that is saved whole three times, and reads the
+bias with the plain name."""
 
 _WRAPPER = re.compile(r"_(?:\w*_)?mod(?:ule)?")
-"""Attributes in which wrappers keep the module that they wrap: torch.compile's _orig_mod, FSDP's
+"""Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod, FSDP's
 _fsdp_wrapped_module, activation checkpointing's _checkpoint_wrapped_module, Lightning's
 _forward_module, Opacus's _module. No model class has a module of such a name."""
 _WRAPPERS_OF_NAMED_BASES = frozenset(("module", "pretrained_model"))
@@ -55,12 +55,12 @@ _DEFAULT_ADAPTER = "default"
 
 
 class Parts(NamedTuple):
-    """A tensor's name without its foreign parts, and these.
+    """The parts of a tensor's name.
 
     Attributes:
-        name: the rest of the name.
-        front: everything before PEFT's own prefix, a first one of two included; without a dot.
-        wrappers: the attributes in which wrappers keep the module that they wrap.
+        name: the name without foreign parts.
+        front: the text before the last prefix of PEFT, without a dot.
+        wrappers: the attributes in which wrappers keep the wrapped module.
     """
 
     name: str
@@ -70,13 +70,14 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What all names of a file together say about their foreign parts.
+    """The facts about foreign parts that all names of a file show together.
 
     Attributes:
-        is_named_base: whether the base is a published model, and no class of the user's own.
-        beginnings: what stands before the path of a layer, PEFT's prefix included; for each, all
-            names of vectors that begin with it.
-        inner: the adapter's name, if the path of every adapted layer ends with it; else empty.
+        is_named_base: whether the base is a published model, and not a class of the user.
+        beginnings: the names of vectors by the text before the path of the layer, PEFT's prefix
+            included.
+        inner: the adapter's name, if the path of every adapted layer ends with this name; else
+            empty.
     """
 
     is_named_base: bool
@@ -96,11 +97,11 @@ class Names:
 
     @property
     def begin_alike(self) -> bool:
-        """Whether the same stands before the path in all layers, so that it can be corrected."""
+        """Whether all names have the same text before the path, so that a repair is possible."""
         return len(self.beginnings) <= 1
 
     def beginning(self, name: str) -> str:
-        """Return what stands before the path of a layer: PEFT's prefix, if all is well."""
+        """Return the text before the path of a layer: PEFT's prefix in a sound name."""
         if name.startswith(PREFIX) and "base_model." not in name[len(PREFIX) :]:
             return PREFIX
         parts = self.parts(name)
@@ -119,7 +120,7 @@ class Names:
                 kept.append(element)
         start = max(_starts(kept), default=0)
         if start and kept[0] == "base_model" and not self.is_named_base:
-            start = 0  # a class of the user's own can have a module called base_model
+            start = 0  # a class of the user can have a module called base_model
         return Parts(".".join(kept[start:]), ".".join(kept[:start]), tuple(wrappers))
 
     def _is_wrapper(self, element: str, before: Sequence[str]) -> bool:
@@ -128,7 +129,7 @@ class Names:
         return _WRAPPER.fullmatch(element) is not None
 
     def without_adapter(self, name: str) -> tuple[str, frozenset[str]]:
-        """Return a tensor's name without the adapter's names, which PEFT removes, and these."""
+        """Return a tensor's name without the adapter's names, and the removed names."""
         found = set()
         match = _NAME_AT_END.fullmatch(name)
         if match is not None:
@@ -188,9 +189,10 @@ def _layer_end(name: str) -> str:
 
 
 def _inner_adapter(vectors: Sequence[str], config: VeraConfig) -> str:
-    """Return the adapter's name where the path of each adapted layer ends with it.
+    """Return the adapter's name if the path of each adapted layer ends with this name.
 
-    The config's targets tell such a name from the layer's own; without them, PEFT's default does.
+    The config's targets distinguish this name from the name of a layer; without targets, only the
+    default name of PEFT counts.
     """
     vectors = [match["kept"] if (match := _NAME_AT_END.fullmatch(n)) else n for n in vectors]
     ends = {_layer_end(name) for name in vectors}

@@ -1,4 +1,4 @@
-"""An adapter's folder opened: whatever can be read, every defect, and the adapter if it is sound.
+"""Open an adapter's folder: read config and tensors, and report every defect.
 
 config ──► fields ──┐
 ├──► tensors by meaning ──► fingerprint ──► an `Adapter`, or findings
@@ -42,16 +42,16 @@ Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData]
 
 _MODEL_WEIGHTS = "model.safetensors"
 MAX_WEIGHTS_BYTES = 64 << 30
-"""Embedding and head of the largest models, saved whole in float32, take a third of it."""
+"""Three times the embedding and the head of the largest models in float32."""
 
 
 @contextmanager
 def open_adapter(folder: Path, *, repair: Repair | None = None) -> Iterator[Adapter]:
-    """Open the adapter in a folder; its tensors can be read until the context ends.
+    """Open the adapter in a folder; the tensors can be read until the context ends.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        repair: brings known old and damaged forms to the current one before they are judged.
+        repair: brings known old and damaged forms to the current form before the checks.
 
     Raises:
         CheckpointError: with every defect of config and tensors at once.
@@ -66,26 +66,25 @@ def open_adapter(folder: Path, *, repair: Repair | None = None) -> Iterator[Adap
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Return those of the findings that are errors."""
+    """Return the findings that are errors."""
     return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What could be read of an adapter, sound or not; what could not is a finding.
+    """The readable parts of an adapter, sound or not; each unreadable part is a finding.
 
     Attributes:
-        config: the fields of the config, or those of them that are sound; None where not even the
-            rank is known.
-        unsound: names of the fields that are not.
-        file: the open weights; None if their header is not sound.
-        tensors: what the header names, repaired where that was wanted.
+        config: the sound fields of the config; None if the rank is not known.
+        unsound: the names of the wrong fields.
+        file: the open weights; None if the header is wrong.
+        tensors: the tensors that the header names, repaired on request.
         sorted: the tensors by meaning, if the config says enough.
-        fingerprint: what dropped projections were, if it can be read.
-        findings: every defect that was met.
-        adapter: the adapter; None if any of the findings is an error.
-        other_method: the error that says so, if the adapter is one of another method than VeRA.
-            Nothing else of it is looked at then.
+        fingerprint: the fingerprint, if it can be read.
+        findings: every defect.
+        adapter: the adapter; None if any finding is an error.
+        other_method: the error, if the adapter is of another method than VeRA; nothing else is
+            read then.
     """
 
     config: VeraConfig | None
@@ -101,7 +100,7 @@ class Examined:
 
 @contextmanager
 def examined_folder(folder: Path, *, repair: Repair | None = None) -> Iterator[Examined]:
-    """Open what there is of an adapter in a folder; see `open_adapter`.
+    """Open the files of an adapter in a folder, sound or not; see `open_adapter`.
 
     Raises:
         CheckpointError: a repair cannot be made.
@@ -137,7 +136,7 @@ def examine(
         folder: where the adapter lies.
         config_source: ``adapter_config.json``, if it could be opened.
         weights_source: ``adapter_model.safetensors``, likewise.
-        findings: what is known to be wrong with the folder.
+        findings: the known defects of the folder.
         repair: see `open_adapter`.
         values: whether tensors may be read, and not only the header.
 
@@ -187,7 +186,7 @@ def examine(
 def _config(
     source: ByteSource | None, found: list[Finding]
 ) -> tuple[ConfigFile | None, VeraConfig | None, frozenset[str]]:
-    """Read the config as far as it is sound, and the names of the fields that are not."""
+    """Read the config: the file if all is sound, the sound fields, and the wrong fields."""
     if source is None:
         return None, None, frozenset()
     try:
@@ -212,7 +211,9 @@ def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | No
     except CheckpointError as error:
         found += error.findings
         return None
-    if source.size > MAX_WEIGHTS_BYTES:  # all of its values would be read: a sparse file has no end
+    if (
+        source.size > MAX_WEIGHTS_BYTES
+    ):  # every value would be read, and a sparse file can have any size
         found.append(too_large(source, MAX_WEIGHTS_BYTES))
         return None
     return file
@@ -224,7 +225,7 @@ def _fingerprint(
     by_meaning: SortedTensors | None,
     found: list[Finding],
 ) -> Fingerprint | None:
-    """Read the fingerprint and hold it against the adapter, as far as that is sound."""
+    """Read the fingerprint and compare it with the sound parts of the adapter."""
     text = weights.header.metadata.get(METADATA_KEY)
     if text is None:
         return None
@@ -243,7 +244,7 @@ def _fingerprint(
 
 
 def _missing_files(folder: Path) -> Iterator[Finding]:
-    """Yield what a folder lacks, or has in the wrong form; no weights without a config matter."""
+    """Yield the missing files of a folder; weights count only if there is a config."""
     place = printable(str(folder))
     if not (folder / CONFIG_NAME).exists():
         yield _no_config(folder, place)
@@ -271,7 +272,7 @@ def _no_config(folder: Path, place: str) -> Finding:
 
 
 def _no_weights(folder: Path, place: str) -> Finding:
-    """Tell weights that lie under a model's name from weights that are not there at all."""
+    """Return the finding for missing weights, or for weights under the name of a model."""
     reason = f"there is no {WEIGHTS_NAME}"
     if os.path.lexists(folder / WEIGHTS_NAME):
         return WEIGHTS_MISSING.at(place, f"{WEIGHTS_NAME} is a link that leads nowhere.")

@@ -1,7 +1,7 @@
-"""Known old and damaged forms of an adapter, brought to the current one without losing anything.
+"""Repair known old and damaged forms of an adapter without any loss.
 
-Each repair takes tensors and returns tensors with one phrase for what it changed. Applied twice a
-repair changes nothing more; what it does not know it leaves for the reader to refuse.
+Each repair takes tensors and returns tensors with one phrase that names the change. A second repair
+changes nothing more. Unknown forms are left to the reader, which refuses them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vera_convert.text import printable
 _OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
 """Names of layers in PEFT's VeraModel. No model has layers of such a name itself."""
 OLDEST_WITH_UNKNOWN_FIELDS = (0, 14)
-"""PEFT before it raises TypeError on a field it does not know, `peft_version` among them."""
+"""Older releases of PEFT raise TypeError on an unknown field, such as `peft_version`."""
 
 
 @dataclass(slots=True)
@@ -30,8 +30,8 @@ class Repairs:
     """The repairs of one adapter, as `open_adapter` applies them.
 
     Attributes:
-        peft_version: the reader that the config must suit, such as (0, 13); None changes nothing.
-        changes: after the call, what was changed, one phrase each.
+        peft_version: the oldest PEFT that must read the config, such as (0, 13); None: any.
+        changes: after the call, one phrase for each change.
     """
 
     peft_version: tuple[int, ...] | None = None
@@ -53,7 +53,7 @@ class Repairs:
     def _with_proper_names(
         self, tensors: Sequence[TensorData], config: VeraConfig
     ) -> Sequence[TensorData]:
-        """Return the tensors under the names that PEFT writes, as far as the names are clear."""
+        """Return the tensors under the names that PEFT writes, if the names are clear."""
         for repair in (_without_foreign_parts, _without_adapter_name, _with_prefix):
             names = Names.of((tensor.name for tensor in tensors), config)
             tensors, change = repair(tensors, names)
@@ -84,7 +84,7 @@ def _renamed(
 def _without_foreign_parts(
     tensors: Sequence[TensorData], names: Names
 ) -> tuple[Sequence[TensorData], str]:
-    """Remove wrappers' names, and what stands before PEFT's prefix in every layer."""
+    """Remove wrappers' names, and a text before PEFT's prefix that all layers share."""
     split = {tensor.name: names.parts(tensor.name) for tensor in tensors}
     removed = {wrapper for parts in split.values() for wrapper in parts.wrappers}
     if names.begin_alike:
@@ -103,14 +103,14 @@ def _without_adapter_name(
 ) -> tuple[Sequence[TensorData], str]:
     split = {tensor.name: names.without_adapter(tensor.name) for tensor in tensors}
     found = frozenset[str]().union(*(adapters for _, adapters in split.values()))
-    if len(found) != 1:  # several adapters in one file: which of them is wanted cannot be known
+    if len(found) != 1:  # several adapters in one file: nothing tells which adapter counts
         return tensors, ""
     said = f"removed the adapter's name {printable(*found)} from names"
     return _renamed(tensors, lambda name: split[name][0], said)
 
 
 def _with_prefix(tensors: Sequence[TensorData], names: Names) -> tuple[Sequence[TensorData], str]:
-    """Add the prefix: to A and B in any case, to all others if no layer's names have it.
+    """Add the prefix: to A and B always, to all other names if no layer has the prefix.
 
     Names of PEFT's inner model already have the second half of the prefix.
     """
@@ -159,7 +159,7 @@ def _as_vectors(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], st
 
 
 def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
-    """Keep one A and one B of many equal ones; unequal ones are refused."""
+    """Keep one A and one B of many equal copies; unequal copies are refused."""
     kept = list(tensors)
     removed = 0
     for last, shared_name in (("vera_A", A_NAME), ("vera_B", B_NAME)):

@@ -1,7 +1,7 @@
-"""What the tensors of an adapter mean, and what can be wrong with them.
+"""Sort an adapter's tensors by the meaning of their names, and report every defect.
 
-Every tensor is a lambda, one of the shared projections, a copy of one, or a replacement of a tensor
-of the base model; what is none of these is a finding.
+Every tensor is a lambda, one of the shared projections, a copy of these, or a replacement of a
+tensor of the base. Any other tensor is a finding.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from vera_convert.text import listed, printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_PROJECTION_BYTES = 2 << 30
-"""A and B together; the largest models at rank 1,024 need a thirtieth of it."""
+"""The limit of A and B together, thirty times the need of the largest models at rank 1,024."""
 MAX_WIDTH = 1 << 20
-"""Columns of A, which is drawn and compared in whole rows; the widest layers have 60,000 inputs."""
+"""The limit of the columns of A, whose rows are compared whole; layers have up to 60,000 inputs."""
 
 _OTHER_HEAD = re.compile(r"classification_head|logits")
-"""Names of a model's own head, where the head is none that PEFT knows."""
+"""Names of heads that PEFT does not know."""
 
 
 class AdaptedLayer(NamedTuple):
@@ -83,7 +83,7 @@ class AdaptedLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredProjections:
-    """The shared pair as it is stored: A of shape (r, in), B of shape (out, r)."""
+    """The stored shared pair: A of shape (r, in), B of shape (out, r)."""
 
     A: TensorData
     B: TensorData
@@ -106,7 +106,7 @@ _PLAIN_LAMBDA = re.compile(
     r"base_model\.model\.((?:(?!_|module|pretrained_|base_model|original_|p?vera_|lora_)[^.]++\.)++)"
     r"(vera_lambda_[bd])"
 )
-"""Nearly every name of nearly every file; there can be a hundred thousand."""
+"""The form of nearly all names; a file can have a hundred thousand."""
 
 
 def _is_of_adapter(name: str) -> bool:
@@ -115,7 +115,7 @@ def _is_of_adapter(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SortedTensors:
-    """Tensors by meaning, with every defect met on the way (errors included)."""
+    """Tensors by meaning, with every defect, errors included."""
 
     layers: Mapping[str, AdaptedLayer]
     projections: StoredProjections | None
@@ -123,11 +123,11 @@ class SortedTensors:
     replacements: tuple[TensorData, ...]
     findings: tuple[Finding, ...]
     unread: tuple[TensorData, ...] = ()
-    """Copies of a saved head's bias, which PEFT writes and does not read."""
+    """Copies of a saved head's bias, which PEFT writes and ignores."""
 
     @property
     def longest_b(self) -> int:
-        """Length of the longest lambda_b, malformed ones left out."""
+        """Length of the longest well-formed lambda_b."""
         shapes = (layer.lambda_b.shape for layer in self.layers.values())
         return max((shape[0] for shape in shapes if shape), default=0)
 
@@ -135,12 +135,12 @@ class SortedTensors:
 def sort_tensors(
     tensors: Sequence[TensorData], config: VeraConfig, *, values: bool = True
 ) -> SortedTensors:
-    """Sort tensors by what their names say and judge them; nothing is raised.
+    """Sort tensors by their names and check every tensor; nothing is raised.
 
     Args:
-        tensors: all of the file.
-        config: the adapter's.
-        values: whether values may be read, which copies of A and B are compared by.
+        tensors: all tensors of the file.
+        config: the adapter's config.
+        values: whether values may be read, to compare the copies of A and B.
     """
     if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
         reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
@@ -170,7 +170,7 @@ def sort_tensors(
 
 
 class _ByName(NamedTuple):
-    """Tensors by what their names say: misnamed ones by rule, lambdas by module and kind."""
+    """Tensors by their names: misnamed tensors by rule, lambdas by module and kind."""
 
     misnamed: dict[Rule, list[str]]
     lambdas: dict[str, dict[str, TensorData]]
@@ -204,7 +204,7 @@ def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
 
 
 def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> Iterator[Finding]:
-    """Yield one finding for each rule that names break; `repairs` mends the first three rules."""
+    """Yield one finding for each broken rule of names."""
     for rule, broken in by_rule.items():
         place = listed(broken, 1)
         if rule is WRAPPER_IN_NAMES and names.begin_alike:
@@ -231,7 +231,7 @@ def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> I
 
 
 def _foreign_reason(broken: Sequence[str], names: Names) -> str:
-    """Name the foreign parts, the front of a name and wrappers each once."""
+    """Name the foreign parts: the text before PEFT's prefix, and the wrappers."""
     parts = [names.parts(name) for name in broken]
     wrappers = sorted({wrapper for each in parts for wrapper in each.wrappers})
     fronts = sorted({each.front for each in parts} - {""})
@@ -352,7 +352,7 @@ def _presence(
     *,
     renamed: bool,
 ) -> Iterator[Finding]:
-    if renamed:  # the pair may be among the misnamed tensors
+    if renamed:  # the pair can be among the misnamed tensors
         return
     if len(pair) == 1:
         (present,) = pair
@@ -405,15 +405,15 @@ def _same_form(one: TensorData, other: TensorData) -> bool:
 
 
 def replaced_name(name: str) -> str:
-    """Return the base model's own name of a replacement: no prefix, no ``base_layer``."""
+    """Return the name of a replacement in the base: no prefix, no ``base_layer``."""
     module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
     return f"{module.removesuffix('.base_layer')}.{parameter}" if module else parameter
 
 
 class SavedModules:
-    """The names of modules_to_save; ten thousand of them cost as one does.
+    """The names of modules_to_save; the cost does not grow with the number of names.
 
-    PEFT holds each against the end of a module's path, not minding where its elements begin.
+    PEFT compares each name with the end of a module's path, even inside an element of the path.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -421,7 +421,7 @@ class SavedModules:
         self._lengths = sorted({len(name) for name in self._names})
 
     def of(self, module: str) -> frozenset[str]:
-        """Return the names that save a module, or one that it lies in."""
+        """Return the names that save a module, or a module around it."""
         ends = (found.start() for found in re.finditer(r"\.|\Z", module))
         endings = {
             module[end - length : end]
@@ -440,7 +440,7 @@ def _replacement_findings(
 ) -> Iterator[Finding]:
     declared = frozenset(config.modules_to_save or ())
     heads = frozenset(SAVED_BY_TASK.get(config.task_type or "", ()))
-    # Who names several heads means whichever of them the model has.
+    # If several heads are named, the model has one of the heads.
     either = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
     expected, saved = declared | heads, SavedModules(declared | either)
     stored: set[str] = set()
@@ -476,7 +476,7 @@ def _replacement_findings(
 
 
 def _saves_biases(peft_version: str | None) -> bool:
-    """Say whether the PEFT that wrote a file stores trained biases, if the model has any."""
+    """Say whether the PEFT that wrote a file stores trained biases."""
     release = peft_release(peft_version)
     return release is not None and release >= (0, 21)
 

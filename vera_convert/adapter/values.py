@@ -1,4 +1,4 @@
-"""What can be wrong with the values of an adapter's tensors so that nothing may use them."""
+"""Find errors in the values of an adapter's tensors: NaN, infinity, a constant A or B."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
 
 def value_errors(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Finding]:
-    """Yield a finding for each tensor with a value that is not finite, and for a constant A or B.
+    """Yield a finding for each tensor with NaN or infinity, and for a constant A or B.
 
     Args:
         file: the adapter's weights.
-        found: the value_ranges of its tensors.
+        found: the ranges of values of the tensors, by name.
     """
     for name, extent in found.items():
         if extent.not_finite is not None:
             yield VALUE_NOT_FINITE.at(printable(name), _where(file, name, extent.not_finite))
     for name, extent in found.items():
-        # Whatever its name still carries: a repaired one is judged here as well.
+        # Any name of A or B counts, because a repaired adapter is checked here too.
         is_shared = _SHARED.fullmatch(name) is not None
         if is_shared and extent.is_constant and file.header.tensors[name].shape != (1, 1):
             reason = f"all its values are the same, of magnitude {extent.magnitude:.3g}."

@@ -1,4 +1,4 @@
-"""migrate: any adapter, or a tree of them, brought to the current form and to the wanted mode."""
+"""migrate: bring an adapter, or a tree of adapters, to the current form and the wanted mode."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from vera_convert.text import printable, short_repr
 
 
 class Mode(StrEnum):
-    """What an adapter is to be brought to."""
+    """The form of A and B after a migration: stored, dropped, or unchanged."""
 
     EMBEDDED = "embedded"
     STRIPPED = "stripped"
@@ -71,25 +71,25 @@ def migrate(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Conversion:
-    """Write an adapter in its current form, with A and B stored, dropped or as they are.
+    """Write an adapter in the current form, with A and B stored, dropped or unchanged.
 
-    Known old and damaged forms are mended where that loses nothing; every change is named. Done
-    twice it changes nothing more.
+    Known old and damaged forms are repaired if nothing is lost, and every change is named. A second
+    migration changes nothing more.
 
     Args:
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
         to: the mode.
-        base: what the caller says of the base.
-        projections: which A and B are meant.
+        base: the base.
+        projections: which A and B count if file, flag and key disagree.
         accept_change: as for `strip`.
-        peft_version: the oldest PEFT that must read it, such as ``"0.13"``.
+        peft_version: the oldest PEFT that must read the result, such as ``"0.13"``.
         force: replace an adapter that lies at `out`.
-        revision: the adapter's, on the Hub.
+        revision: the adapter's revision on the Hub.
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: the adapter cannot be brought there without loss.
+        CheckpointError: the adapter cannot be migrated without loss.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
 
@@ -116,14 +116,14 @@ def migrate(
 
 @dataclass(frozen=True, slots=True)
 class TreeMigration:
-    """What became of a tree of adapters.
+    """The report of the migration of a tree.
 
     Attributes:
-        out: the folder under which the good ones were rebuilt; nothing is there if none was good.
+        out: the folder with the migrated adapters; not written if every adapter failed.
         done: the conversions, by path relative to the tree.
-        outside: files and links of the tree that lie in no adapter, and are not carried.
-        failed: why the others could not be migrated, by path.
-        passed_over: adapters of other methods than VeRA, by path, with the method of each.
+        failed: the errors of the adapters that could not be migrated, by path.
+        outside: files and links that lie outside all adapters and are not copied.
+        passed_over: the method of each adapter of another method than VeRA, by path.
     """
 
     out: Path
@@ -187,7 +187,7 @@ def migrate_tree(
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
     inputs = [tree]
-    if base_options.model is not None:  # a wrong one is to be told once, not for each adapter
+    if base_options.model is not None:  # a wrong base is reported once, and not for each adapter
         location = bases.located(base_options.model, base_options.revision)
         inputs += [location.folder] if location.folder else []
     unreadable: dict[str, VeraConvertError] = {}
@@ -212,7 +212,7 @@ def migrate_tree(
 
 
 def _nothing_below(tree: Path, result: TreeMigration) -> str:
-    """Say that a tree has no adapter to migrate, and which others it has."""
+    """Say that a tree has no VeRA adapter, and name the methods of the other adapters."""
     others = sorted({*result.passed_over.values()})
     if not others:
         return f"no adapter lies below {printable(str(tree))}."
@@ -271,7 +271,7 @@ def _migrate_one(
             converted, base_facts = _migrated(adapter, options)
             converted = _with_changes(converted, repairs)
             content = content_of(adapter, converted)
-            side_files(tree / name)  # one that cannot be read is found before anything is written
+            side_files(tree / name)  # an unreadable file is found before anything is written
             writing = True
             (staging / name).mkdir(parents=True, exist_ok=True)
             sides = write_adapter(content, staging / name)
@@ -287,7 +287,7 @@ def _migrate_one(
     except OtherMethodError as error:
         result.passed_over[name] = error.method
     except VeraConvertError as error:
-        if writing:  # what is half there would be published with the others
+        if writing:  # a half-written adapter must not be published
             raise
         result.failed[name] = error
 
@@ -299,7 +299,7 @@ def is_tree(folder: Path) -> bool:
 
 
 def _written(tree: Path, names: Sequence[str]) -> set[str]:
-    """Return the files that are written for the adapters of a tree, those that fail included."""
+    """Return the files that a migration of all adapters of a tree writes."""
     found: set[str] = set()
     for name in names:
         with suppress(SurroundingsError):
@@ -340,7 +340,7 @@ def _migrated(adapter: Adapter, options: _MigrationOptions) -> tuple[Converted, 
 
 
 def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> Converted:
-    """Keep what is stored, unless it is damaged or contradicts the config."""
+    """Keep A and B, unless they are damaged or contradict the config."""
     if adapter.projections is None:
         converted = already_stripped(adapter)
     else:
@@ -353,7 +353,7 @@ def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSo
 
 
 def _need(adapter: Adapter, options: _MigrationOptions) -> Need:
-    """Say how much a migration needs the base: stored projections may have to be cut to it."""
+    """Say how much a migration needs the base, whose dims can require a smaller A and B."""
     if options.to is Mode.ASIS:
         return Need.NONE
     need = need_to_embed(adapter, options.base, options.projections)
@@ -363,9 +363,10 @@ def _need(adapter: Adapter, options: _MigrationOptions) -> Need:
 
 
 def _cut(adapter: Adapter, base_facts: BaseFacts) -> tuple[Adapter, tuple[str, ...]]:
-    """Cut A and B that a wider adapter left behind to what this one's own layers need.
+    """Cut A and B to the dims of the base.
 
-    PEFT 0.21 refuses larger ones; a layer uses the leading slices alone, so nothing is lost.
+    A and B are larger if the adapter shared a model with a wider one, and PEFT 0.21 refuses larger
+    matrices. A layer uses the leading slices alone, so the cut loses nothing.
     """
     stored = adapter.projections
     width, height = base_facts.in_features, base_facts.out_features

@@ -1,4 +1,4 @@
-"""A and B as they are meant: drawn, rounded, and given the form in which they are stored."""
+"""Draw A and B for an adapter, round both matrices, and bring them to their stored dtype."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from vera_convert.rules import PROJECTIONS_TOO_LARGE
 
 
 class ProjectionSource(StrEnum):
-    """Which A and B are meant where the file and the key could give different ones."""
+    """Which A and B count if the file and the key give different matrices."""
 
     AUTO = "auto"
-    """As PEFT 0.21: the file's where save_projection is true, the key's where it is false."""
+    """As in PEFT 0.21: the file's if save_projection is true, the key's if it is false."""
     FILE = "file"
-    """The stored ones whatever the flag says."""
+    """The stored matrices, even if save_projection is false."""
     KEY = "key"
-    """The key's in any case, as PEFT 0.11 to 0.20."""
+    """The matrices of the key, as in PEFT 0.11 to 0.20."""
 
 
 def check_size(rank: int, in_features: int, out_features: int, *, place: str) -> None:
-    """Refuse dimensions whose projections would not fit any machine, before memory is taken."""
+    """Refuse dimensions whose A and B would fit no machine, before memory is allocated."""
     needed = 8 * rank * (in_features + out_features)
     if needed > MAX_PROJECTION_BYTES:
         raise CheckpointError(
@@ -67,12 +67,12 @@ def base_dtypes_of(drawn: Draw) -> tuple[str, ...]:
 def default_variant(
     config: VeraConfig, base_facts: BaseFacts, in_features: int, out_features: int
 ) -> Draw:
-    """Return what PEFT draws on nearly every machine, not rounded yet.
+    """Return the draw that PEFT makes on nearly every machine, before rounding.
 
     Args:
-        config: the adapter's.
-        base_facts: what is known of the base, whose dims count.
-        in_features: columns of the stored or recorded A, which count where no base is known.
+        config: the adapter's config.
+        base_facts: the facts of the base, whose dims count if known.
+        in_features: columns of the stored or recorded A, which count if the base's are not known.
         out_features: rows of B, likewise.
     """
     return Draw(
@@ -136,7 +136,7 @@ def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorDat
 
 
 def materialized(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return A and B of a draw, rounded as it says."""
+    """Return A and B of a draw, rounded."""
     A, B = draw(
         drawn.variant,
         key=drawn.key,
@@ -150,13 +150,13 @@ def materialized(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
 def as_tensors(
     drawn: Draw, *, dtype: str, place: str, stored: tuple[int, int] | None = None
 ) -> StoredProjections:
-    """Draw A and B and give them the form in which they are stored.
+    """Draw A and B and return the tensors to store.
 
     Args:
-        drawn: what to draw.
-        dtype: wanted dtype (safetensors' name); float32 where it could not hold the values.
-        place: for messages.
-        stored: (in_features, out_features) of the leading slices to keep; None keeps all.
+        drawn: the draw.
+        dtype: the wanted dtype (safetensors' name); float32 is used if some value does not fit.
+        place: the name of the file in messages.
+        stored: (in_features, out_features) of the leading slices to keep; None keeps everything.
     """
     check_size(drawn.rank, drawn.in_features, drawn.out_features, place=place)
     A, B = materialized(drawn)

@@ -1,4 +1,4 @@
-"""regenerate: the two shared matrices alone, in a file of their own."""
+"""regenerate: draw the two shared matrices and write both to one file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from vera_convert.text import read_back_differs, short_repr
 
 @dataclass(frozen=True, slots=True)
 class Regenerated:
-    """What was drawn.
+    """The report of `regenerate`.
 
     Attributes:
         out: the file that was written, with ``vera_A`` (r, in) and ``vera_B`` (out, r).
-        draw: which draw they are.
-        dtype: how they are stored.
+        draw: the draw that A and B are.
+        dtype: the stored dtype.
         sha256_A: SHA-256 of A's bytes, in hex.
         sha256_B: of B's.
         size: bytes of the file.
@@ -128,9 +128,9 @@ def regenerate_for(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Regenerated:
-    """Draw A and B as an adapter's key, dims and base have them, and write them to a file.
+    """Draw A and B of an adapter, by its key and its base, and write both to a file.
 
-    Dims come from its fingerprint, else from its stored projections, else from the base.
+    The dims are those of the fingerprint, else of the stored projections, else of the base.
 
     Args:
         adapter: a folder or a repo on the Hub.
@@ -142,7 +142,8 @@ def regenerate_for(
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: the adapter is malformed, or its fingerprint is not met.
+        CheckpointError: the adapter is malformed, or the drawn A and B have other hashes than the
+            fingerprint.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
 
@@ -165,7 +166,7 @@ def regenerate_for(
         converted = embedded(bare, base_facts, variant=variant)
         drawn = converted.draw
         assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
-        # What an adapter stores can be narrower than what was drawn: not so here.
+        # A stored pair can have a narrower dtype; this file keeps the dtype of the draw.
         if drawn.rounding is Rounding.FP32 and base_facts.rounding is Rounding.NONE:
             drawn = replace(drawn, rounding=Rounding.NONE)
         shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
@@ -180,7 +181,7 @@ def regenerate_for(
 
 
 def _stored_draw(adapter: Adapter) -> Draw | None:
-    """Return the draw of the config's key that stored projections are, if they are one."""
+    """Return the draw of the config's key that the stored projections are, or None."""
     stored = adapter.projections
     if stored is None:
         return None
@@ -197,7 +198,7 @@ def _need(adapter: Adapter, found: Draw | None) -> Need:
 def _without_stored(
     adapter: Adapter, base_facts: BaseFacts, found: Draw | None
 ) -> tuple[Adapter, BaseFacts]:
-    """Forget stored projections but for their dims, and their rounding where they are a draw."""
+    """Forget stored projections except for the dims and, if they are a draw, the rounding."""
     stored = adapter.projections
     if stored is None:
         return adapter, base_facts
@@ -213,7 +214,7 @@ def _without_stored(
 
 
 def is_pair(path: Path) -> bool:
-    """Say whether a file holds vera_A and vera_B alone: what ``--force`` may replace."""
+    """Say whether a file holds vera_A and vera_B alone, so that ``--force`` may replace it."""
     try:
         with open_local(path) as source:
             return set(read_header(source).tensors) == {"vera_A", "vera_B"}

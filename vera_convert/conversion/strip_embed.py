@@ -1,8 +1,4 @@
-"""regenerate, strip, embed and migrate: read, transform, publish, report.
-
-Each function takes what the command of the same name takes and returns what it did; how that is
-said is the caller's affair.
-"""
+"""strip and embed: read an adapter, drop or draw A and B, write a new folder, return a report."""
 
 from __future__ import annotations
 
@@ -37,17 +33,17 @@ from vera_convert.text import short_repr
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did.
+    """The report of a conversion.
 
     Attributes:
-        adapter: how the caller named the adapter, with its commit on the Hub.
+        adapter: the adapter as the caller named it, with the commit on the Hub.
         out: the folder that was written.
-        embedded: whether A and B are stored in it.
-        changes: what was changed, one phrase each; empty if the adapter was only copied.
-        draw: which draw its projections are, where that is known.
-        base_facts: what was known of the base.
+        embedded: whether the new folder stores A and B.
+        changes: one phrase for each change; empty if the adapter was only copied.
+        draw: the draw that the projections are, if known.
+        base_facts: the facts of the base.
         findings: warnings and notes.
-        side_files: what was carried beside the weights and what was left out.
+        side_files: the files beside the weights, copied and left out.
         bytes_before: size of ``adapter_model.safetensors`` as read.
         bytes_after: its size as written.
     """
@@ -77,21 +73,20 @@ def strip(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Conversion:
-    """Write an adapter without A and B, if they are proven to be redrawable.
+    """Write an adapter without A and B, if the key is proven to regenerate both.
 
     Args:
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
-        base: what the caller says of the base; without it the config's base is looked up, and done
-            without where it cannot be had.
-        projections: which A and B are meant.
-        accept_change: drop also what only `embed` would restore.
+        base: the base; by default the base of the config, if it can be found and read.
+        projections: which A and B count if file, flag and key disagree.
+        accept_change: drop A and B even if only `embed` regenerates them.
         force: replace an adapter that lies at `out`.
-        revision: the adapter's, on the Hub.
+        revision: the adapter's revision on the Hub.
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: the adapter is malformed, or its projections are not redrawable.
+        CheckpointError: the adapter is malformed, or the key does not regenerate A and B.
         UsageError: `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
 
@@ -127,20 +122,21 @@ def embed(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Conversion:
-    """Write an adapter with A and B stored, drawn again from its key.
+    """Write an adapter with A and B stored, drawn from the key.
 
     Args:
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
-        base: what the caller says of the base: a model, or dims and dtype.
-        generator: the variant, where no fingerprint says it; float32-fused by default.
-        projections: which A and B are meant.
+        base: the base: a model, or dims and dtype.
+        generator: the variant, if no fingerprint names it; float32-fused by default.
+        projections: which A and B count if file, flag and key disagree.
         force: replace an adapter that lies at `out`.
-        revision: the adapter's, on the Hub.
+        revision: the adapter's revision on the Hub.
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: the adapter is malformed, or its fingerprint is not met.
+        CheckpointError: the adapter is malformed, or the drawn A and B have other hashes than the
+            fingerprint.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
 
@@ -165,7 +161,7 @@ def embed(
 def need_to_embed(
     adapter: Adapter, base_options: BaseOptions, projections: ProjectionSource
 ) -> Need:
-    """Say how much embedding needs the base: all depends on it where nothing else records dims."""
+    """Say how much `embed` needs the base: it is vital if nothing else records the dims."""
     if (
         projections is ProjectionSource.KEY
         and (adapter.projections or adapter.fingerprint) is not None
@@ -199,7 +195,7 @@ def opened(
     is_own: Callable[[Path], bool] = is_vera,
     folder: bool = True,
 ) -> Iterator[Work]:
-    """Find and open an adapter, once it is certain that what is made of it may be written."""
+    """Find and open an adapter, after a check that `out` may be written."""
     require_flags(force=force)
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
@@ -216,7 +212,7 @@ def opened(
 def content_of(
     adapter: Adapter, converted: Converted, *, not_fetched: tuple[str, ...] = ()
 ) -> AdapterContent:
-    """Return what the new folder is to hold: the very file of an adapter that nothing changes."""
+    """Return the content of the new folder; an unchanged weights file is copied as it is."""
     is_same = not converted.changes and converted.tensors is adapter.tensors
     return AdapterContent(
         converted.tensors,
@@ -260,7 +256,7 @@ def reported(
     out: Path,
     written: Path,
 ) -> Conversion:
-    """Return the report of a conversion that lies in `written` and is, or will be, at `out`."""
+    """Return the report of a conversion that lies in `written` and will lie at `out`."""
     stored = {tensor.name for tensor in converted.tensors}
     return Conversion(
         adapter=label,

@@ -1,6 +1,6 @@
-"""What an adapter becomes without A and B, and with them: content, before anything is written.
+"""The content of an adapter without A and B, and with A and B, before anything is written.
 
-Nothing is dropped that cannot be proven to come back.
+A and B are dropped only if a proof shows that PEFT or `embed` regenerates the same matrices.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ REPLACED_BY_KEYS = "replaced A and B by the draw of the config's key"
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """An adapter's content after a conversion, with what is to be said about it.
+    """An adapter's content after a conversion, with the findings about this content.
 
     Attributes:
         tensors: the tensors of the new file.
         metadata: its metadata.
         config_text: the bytes of its config.
-        changes: what was changed, one phrase each; empty if the adapter was in that form already.
-        draw: which draw the projections are, where that is known.
+        changes: one phrase for each change; empty if the adapter had this form already.
+        draw: the draw that the projections are, if known.
         findings: warnings and notes.
     """
 
@@ -79,7 +79,7 @@ def already_stripped(adapter: Adapter) -> Converted:
     """Return an adapter without projections unchanged.
 
     Raises:
-        CheckpointError: `FINGERPRINT_NOT_MET`, where it takes no time to see that.
+        CheckpointError: `FINGERPRINT_NOT_MET`, if the check takes no time.
     """
     recorded = adapter.fingerprint
     if recorded is not None and recorded.is_small:
@@ -100,17 +100,17 @@ def stripped(
     projections: ProjectionSource = ProjectionSource.AUTO,
     accept_change: bool = False,
 ) -> Converted:
-    """Return an adapter without A and B, if they are proven to be redrawable.
+    """Return an adapter without A and B, if the key is proven to regenerate both.
 
     Args:
-        adapter: the adapter; one without projections comes back as it is.
-        base_facts: what is known of the base that it will be loaded on.
-        projections: which projections count where file, flag and key disagree.
-        accept_change: drop also what PEFT would draw differently but `embedded` can restore.
+        adapter: the adapter; an adapter without projections is returned unchanged.
+        base_facts: the facts of the base that the adapter will be loaded on.
+        projections: which projections count if file, flag and key disagree.
+        accept_change: drop A and B even if PEFT would draw others; `embedded` restores the pair.
 
     Raises:
-        CheckpointError: they are no draw, the draw of another key, or (without `accept_change`)
-            not the draw that PEFT makes.
+        CheckpointError: A and B are no draw, the draw of another key, or (without `accept_change`)
+            another draw than PEFT makes.
     """
     original = adapter
     adapter = pair_in_effect(adapter, base_facts, projections)
@@ -182,17 +182,18 @@ def embedded(
     projections: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
 ) -> Converted:
-    """Return an adapter with A and B stored, drawn as the fingerprint says or as PEFT would.
+    """Return an adapter with A and B stored, drawn as the fingerprint records or as PEFT draws.
 
     Args:
-        adapter: the adapter; one with announced projections comes back as it is.
-        base_facts: dims and rounding, from a base's headers or given; a fingerprint needs neither.
-        projections: which projections count where file, flag and key disagree.
-        variant: the generator's variant where no fingerprint names it.
+        adapter: the adapter; if the config says that A and B are stored, it is returned unchanged.
+        base_facts: dims and rounding of the base; with a fingerprint, neither is needed.
+        projections: which projections count if file, flag and key disagree.
+        variant: the generator's variant, if no fingerprint names it.
 
     Raises:
-        CheckpointError: the fingerprint is not met, or the dims do not fit the adapter.
-        UsageError: dims or rounding are not known from anywhere.
+        CheckpointError: the drawn A and B have other hashes than the fingerprint, or the dims do
+            not fit the adapter.
+        UsageError: neither the base nor an option gives dims or rounding.
     """
     original = adapter
     adapter = pair_in_effect(adapter, base_facts, projections)
@@ -201,7 +202,7 @@ def embedded(
     recorded = adapter.fingerprint
     if recorded is not None and projections is not ProjectionSource.KEY:
         return _restored(adapter, recorded, base_facts, variant)
-    if recorded is not None:  # it tells the dims even where its draw is not the one that is meant
+    if recorded is not None:  # its dims count, even if its draw does not
         base_facts = replace(
             base_facts,
             in_features=base_facts.in_features or recorded.in_features,
@@ -240,7 +241,7 @@ def _announced(
 def _restored(
     adapter: Adapter, fingerprint: Fingerprint, base_facts: BaseFacts, variant: Variant | None
 ) -> Converted:
-    """Draw what the fingerprint records and prove that it came back."""
+    """Draw the pair that the fingerprint records, and compare the hashes."""
     place = adapter.place
     if variant is not None and variant is not fingerprint.variant:
         raise UsageError(
@@ -259,10 +260,10 @@ def _restored(
 
 
 def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
-    """Draw what a fingerprint records and return it, if it is the same to the last bit.
+    """Draw the pair that a fingerprint records and return it, if both hashes are equal.
 
     Raises:
-        CheckpointError: `FINGERPRINT_NOT_MET`, or it is absurdly large.
+        CheckpointError: `FINGERPRINT_NOT_MET`, or the pair is absurdly large.
     """
     pair = as_tensors(
         fingerprint.draw,
@@ -282,16 +283,16 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
 
 
 def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Converted:
-    """Draw A and B for the base that is known, with nothing to prove them by."""
+    """Draw A and B for a base; nothing proves that the adapter was trained with this pair."""
     if base_facts.in_features is None or base_facts.out_features is None:
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         raise UsageError(
-            "A and B cannot be drawn from the adapter alone: their width is that of the widest "
-            f"layer of the base{why}. Give --base, or --in-features and --out-features."
+            "A and B cannot be drawn from the adapter alone, because the widest layer of the base "
+            f"decides their size{why}. Give --base, or --in-features and --out-features."
         )
     if base_facts.rounding is None:
         raise UsageError(
-            "A and B are rounded to the dtype that the base is loaded in, and it is not known: "
+            "PEFT rounds A and B to the dtype that the base is loaded in, which is not known: "
             "give --base or --base-dtype."
         )
     if base_facts.out_features < adapter.longest_b:
@@ -310,14 +311,14 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
     pair = as_tensors(drawn, dtype=stored_dtype(adapter), place=adapter.place)
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
-        drawn = replace(drawn, rounding=Rounding.FP32)  # what is stored cannot hold the rest
+        drawn = replace(drawn, rounding=Rounding.FP32)  # float32 cannot hold the further bits
     reason = f"A and B were drawn: {drawn.description}."
     finding = unproven_draw(adapter.config, reason, place=adapter.place)
     return _with_pair(adapter, pair, drawn, "not proven", (*base_facts.findings, finding))
 
 
 def stored_dtype(adapter: Adapter) -> str:
-    """Return the lambdas' dtype, or float32 where they have several."""
+    """Return the dtype of the lambdas, or float32 if the lambdas have several dtypes."""
     dtypes = {
         tensor.dtype
         for layer in adapter.layers.values()

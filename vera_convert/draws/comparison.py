@@ -1,4 +1,4 @@
-"""How a stored pair A and B differs from a draw, value by value and bit for bit."""
+"""Compare a stored pair A and B with a draw, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Difference:
     """How a stored pair differs from a draw.
 
     Attributes:
-        tensor: ``vera_A`` or ``vera_B``, whichever differs first.
+        tensor: ``vera_A``, or ``vera_B`` if only B differs.
         index: row and column of the first difference.
         found: the stored value there.
         expected: the drawn one.
-        largest: the largest absolute difference in both; infinite beside a NaN or an infinity,
+        largest: the largest absolute difference in A and B; infinite beside a NaN or an infinity,
             zero if only signs of zeros differ.
-        count: how many values differ in both.
+        count: the number of values that differ in A and B.
     """
 
     tensor: str
@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def description(self) -> str:
-        """The difference in one sentence, for people."""
+        """One sentence that describes the difference, for people."""
         row, column = self.index
         values = "one value differs" if self.count == 1 else f"{self.count:,} values differ"
         return (
@@ -46,7 +46,7 @@ class Difference:
 
 @np.errstate(invalid="ignore")
 def difference(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Difference | None:
-    """Return how a stored pair differs from a draw that is at least as large, None if it is equal.
+    """Return how a stored pair differs from a draw of at least the same size; None if equal.
 
     A and B are compared with the leading slices of the draw, bit for bit, after widening to the
     larger of the two dtypes.
@@ -98,7 +98,7 @@ def compared(
 
 
 def unequal_bits(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Say where values differ in any bit. Widening first is exact and hides no difference."""
+    """Say where values differ in any bit; both arrays are widened first, which is exact."""
     wide = np.float64 in (one.dtype, other.dtype)
     dtype, pattern = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
     left = one.astype(dtype, copy=False).view(pattern)

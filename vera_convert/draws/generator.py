@@ -1,15 +1,15 @@
-"""What torch's CPU generator drew for A and B, bit for bit, from NumPy alone.
+"""Draw A and B as torch's CPU generator draws them, bit for bit, with NumPy alone.
 
     key -> MT19937 words -> k, the low bits of a word, centered on zero -> k times a step: A, then B
 
 PEFT fills both matrices with Kaiming-uniform values in [-t, t), where t depends on the number of
-columns alone. One generator serves A and then B, row by row, and skips nothing, so the width of A
-decides every value of B. What torch makes of a word depends on its default dtype while the adapter
-was wrapped, on the CPU (multiply and add fused, or rounded separately) and, for the 16-bit dtypes,
-on its version: the ten variants.
+columns alone. One generator fills A and then B, row by row, so the width of A decides every value
+of B. The value that torch makes of a word depends on torch's default dtype while the adapter was
+wrapped, on the CPU (multiply and add fused, or rounded separately) and, for the 16-bit dtypes, on
+torch's version. These are the ten variants.
 
-NumPy's legacy `RandomState` has the very state of torch's generator, and its `randint`, asked for
-a range of a power of two, is one masked word per value; its stream is frozen by NumPy's policy.
+NumPy's legacy `RandomState` has the same state as torch's generator, and NumPy's policy freezes the
+stream. For a range of a power of two, `randint` takes one masked word for each value.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _FLOAT64 = np.dtype(np.float64)
 
 
 class Variant(StrEnum):
-    """How torch turned random words into values: default dtype, and CPU path or version."""
+    """How torch turns random words into values: default dtype, and CPU path or version."""
 
     FLOAT32_FUSED = "float32-fused"
-    """What nearly every machine draws: x86-64 with AVX2 or later, and aarch64."""
+    """The draw of nearly every machine: x86-64 with AVX2 or later, and aarch64."""
     FLOAT32_SEPARATE = "float32-separate"
     FLOAT64_FUSED = "float64-fused"
     FLOAT64_SEPARATE = "float64-separate"
@@ -69,7 +69,7 @@ class _Recipe:
 
     @property
     def work(self) -> np.dtype[Any]:
-        """The dtype that the arithmetic is done in, before it is rounded to `dtype`."""
+        """The dtype of the arithmetic, before the result is rounded to `dtype`."""
         return _FLOAT64 if self.dtype == _FLOAT64 else _FLOAT32
 
 
@@ -88,7 +88,7 @@ _RECIPES = {
 
 
 class Rounding(StrEnum):
-    """The casts that drawn values went through, in order, when PEFT met the base's layers."""
+    """The casts of drawn values, in order, when PEFT wrapped the base's layers."""
 
     NONE = "none"
     BF16 = "bf16"
@@ -96,7 +96,7 @@ class Rounding(StrEnum):
     FP16_BF16 = "fp16+bf16"
     BF16_FP16 = "bf16+fp16"
     FP32 = "fp32"
-    """A float32 base: it changes the float64 draws only."""
+    """A float32 base; this cast changes the float64 draws only."""
 
 
 _CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
@@ -146,7 +146,7 @@ _CAST_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw of A and B: everything that decides their values.
+    """One draw of A and B: everything that decides the values.
 
     Attributes:
         variant: how torch turned random words into values.
@@ -154,7 +154,7 @@ class Draw:
         rank: rows of A, columns of B.
         in_features: columns of A as it was drawn.
         out_features: rows of B as it was drawn.
-        rounding: the casts that followed.
+        rounding: the casts after the draw.
     """
 
     variant: Variant
@@ -170,7 +170,7 @@ class Draw:
 
     @property
     def description(self) -> str:
-        """The draw in one phrase, for people."""
+        """One phrase that names the draw, for people."""
         phrase = (
             f"the {self.variant} draw of key {self.key} "
             f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
@@ -183,9 +183,9 @@ class Draw:
 def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
     """Return the values as they are after these casts (to nearest, ties to even).
 
-    With `Rounding.NONE` the array itself comes back, in its own dtype; otherwise a float32 array of
-    the same shape, which is what PEFT holds after a load. A float64 value reaches 16 bits by way of
-    float32, rounded twice, as torch does it.
+    With `Rounding.NONE` the result is the array itself, in its own dtype; else a float32 array of
+    the same shape, as PEFT holds A and B after a load. A float64 value is rounded to float32 and
+    then to 16 bits, as in torch.
     """
     casts = _CASTS[rounding]
     if not casts:
@@ -200,7 +200,7 @@ def check_key(key: object) -> int:
     """Return the key if torch's generator takes it as a seed.
 
     Raises:
-        ValueError: it is no integer (true and false are none), or lies outside -2^63 .. 2^64-1.
+        ValueError: the key is a boolean or no integer, or lies outside -2^63 .. 2^64-1.
     """
     if isinstance(key, bool) or not isinstance(key, int):
         name = type(key).__name__
@@ -211,7 +211,7 @@ def check_key(key: object) -> int:
 
 
 class Source:
-    """The generator of one key: hands out values in the order in which torch takes them."""
+    """The generator of one key, which gives the values in torch's order."""
 
     def __init__(self, variant: Variant, *, key: int) -> None:
         self.variant = variant
@@ -220,7 +220,9 @@ class Source:
     def fill(self, out: NDArray[Any], *, fan_in: int) -> None:
         """Fill `out`, C-contiguous and of the variant's dtype, with the next values.
 
-        `fan_in` is the number of columns of the matrix that they belong to.
+        Args:
+            out: the array.
+            fan_in: the number of columns of the whole matrix.
         """
         flat = out.reshape(-1)
         for start in range(0, flat.size, BLOCK):
@@ -242,10 +244,10 @@ def valued(
     fan_in: int | NDArray[Any],
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return what torch makes of centered integers, in the variant's dtype.
+    """Return the values that torch makes of centered integers, in the variant's dtype.
 
-    `fan_in` broadcasts against `centered`. Every step is one IEEE operation of its own, and k times
-    the step is the fused result: k is exact, so there is a single rounding.
+    `fan_in` broadcasts against `centered`. Every line is one IEEE operation. The fused result is k
+    times the step, because k is exact and the product is rounded once.
     """
     recipe = _RECIPES[variant]
     half = 1 << (recipe.bits - 1)
@@ -271,7 +273,7 @@ def valued(
 
 
 def _reflect(values: NDArray[Any], bound: NDArray[Any]) -> None:
-    """Turn each value that rounding brought up to the excluded upper bound into minus the bound."""
+    """Replace each value that was rounded up to the excluded bound by minus the bound."""
     patterns = values.view(np.uint16)
     reached = patterns == bound.view(np.uint16)
     if reached.any():
@@ -283,7 +285,7 @@ def draw(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return A of shape (rank, in_features) and B of shape (out_features, rank), as torch drew.
 
-    Both have the variant's dtype. Beside the result it takes a few megabytes at most.
+    Both matrices have the variant's dtype. The function takes a few megabytes beside the result.
 
     Raises:
         ValueError: a key that torch refuses, or a dimension below one.
@@ -304,8 +306,8 @@ def redrawn(
 ) -> Iterator[tuple[str, int, NDArray[Any]]]:
     """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
 
-    Each item is ``vera_A`` or ``vera_B``, the number of its first row, and the rows, rounded as the
-    draw says; about `block` values, but at least one row as wide as it was drawn.
+    Each item is ``vera_A`` or ``vera_B``, the number of the first row, and the rounded rows. An
+    item has about `block` values, but at least one row of the drawn width.
     """
     source = Source(draw.variant, key=draw.key)
     for tensor, rows, width, kept in (
@@ -322,8 +324,8 @@ def redrawn(
 def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
     """Return the first `count` random words (at most 227) of many keys at once: (count, len(keys)).
 
-    The state is filled only as far as these words need it, and then twisted and tempered, in step
-    for all keys. That makes thousands of keys cheap where seeding one by one would take seconds.
+    The state is filled only as far as these words need, and then twisted and tempered, for all
+    keys in step. Thousands of keys take milliseconds; one by one, the keys would take seconds.
     """
     near = np.empty((count + 1, keys.size), np.uint32)
     far = np.empty((count, keys.size), np.uint32)
@@ -348,7 +350,7 @@ def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
 
 
 def centered_words(variant: Variant, words: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Return the centered integers that the variant takes from words, one or two rows each."""
+    """Return the centered integers that a variant makes of words, of one or two rows each."""
     wide = words.astype(np.int64)
     if variant.bits > 32:
         wide = ((wide[0::2] & 0x1FFFFF) << 32) | wide[1::2]

@@ -1,13 +1,15 @@
-"""Which draw a stored pair of A and B is, proven bit for bit, or how far it is from one.
+"""Find the draw that a stored pair A and B is, proven bit for bit, or the nearest draw.
 
-Hypotheses come first and proof after: cheap looks at the first values say which draws are
-conceivable, and only a comparison of every value, down to the sign of a zero, decides. The order
-of hypotheses: the config's key at the stored dimensions; the same key at a larger width, because a
-second adapter in one PEFT model stores the leading slices of the first one's matrices; any key
-among 0 .. 65535, at the stored width or a larger one.
+The first values of A and B say which draws are possible; then a comparison of every value, down to
+the sign of a zero, decides. The search tries, in this order:
 
-A larger width shows in A alone: its values scale with the bound, hence with one over the square
-root of the width. How many rows B had cannot show: its leading rows are the same in any case.
+1. the config's key at the stored dimensions,
+2. the config's key at a larger width, because the second adapter in a PEFT model stores the leading
+   slices of the first adapter's matrices,
+3. every key of 0 .. 65535, at the stored width or a larger one.
+
+The width shows in A alone, because the values of A scale with one over the square root of the
+width. The number of rows of B cannot show, because the leading rows do not depend on this number.
 """
 
 from __future__ import annotations
@@ -41,40 +43,40 @@ from vera_convert.draws.generator import (
 )
 
 SEARCHED_KEYS = range(1 << 16)
-"""The keys that a search tries beside the config's own."""
+"""The keys that a search tries beside the config's key."""
 
 _TOLERANCE = 2.0**-6
-"""How far two values of one draw may disagree on the bound: 16-bit rounding stays far below."""
+"""The largest relative error of a bound computed from one value; 16-bit rounding errs less."""
 
 _KEYS_AT_ONCE = 1 << 12
-"""Searched keys that are tried together: a generator's state takes kilobytes for each."""
+"""The number of keys that are tried together; the generator of each key takes kilobytes."""
 
 _CLUE = 8
-"""First values that a searched key must explain; by chance not one key in 2^40 explains them."""
+"""The number of first values that a key must explain; by chance, one key in 2^40 does."""
 
 _PLAUSIBLE = 0.5
-"""The share of equal values above which a draw is taken for the origin of a damaged pair."""
+"""A draw that explains more than this share of values is the origin of a damaged pair."""
 
 _PROBE = 64
-"""Values, or one row, that a look at a hypothesis takes from each of two places."""
+"""The number of values, or one row, that are compared at each of two places to try a draw."""
 
 _ROW = 256
-"""Values of the first row that a width is estimated from."""
+"""The number of values of the first row that the width is estimated from."""
 
 _FARTHEST = 4096
-"""How far a width may lie from its estimate."""
+"""The largest distance of a width from the estimate."""
 
 _WIDEST = 1 << 20
-"""The largest width that is tried; the largest layers known have a tenth of it."""
+"""The largest width that is tried, ten times the width of the largest known layers."""
 
 _MOST_VALUES = 1 << 30
-"""The largest A that is drawn for a trial, so that no file can ask for hours of work."""
+"""The largest A that is drawn for a trial, so that a file cannot cost hours of work."""
 
 _BY_BITS = {
     bits: [variant for variant in Variant if variant.bits == bits]
     for bits in dict.fromkeys(variant.bits for variant in Variant)
 }
-"""The variants that make the same integers of the same words."""
+"""The variants by the number of bits; the variants of one number make the same integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,18 @@ class Recognition:
 
 @np.errstate(invalid="ignore")  # a signaling NaN is a difference like any other
 def recognize(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True) -> Recognition:
-    """Say which draw the stored A (r, in) and B (out, r) are, or how they differ from the nearest.
+    """Return the draw that the stored A (r, in) and B (out, r) are, or the nearest draw.
 
-    Values are compared as they are, whatever float dtype they are stored in. Where several draws
-    are equal in every bit the first counts, in the order of `Variant` and then of `Rounding`: it
-    is float32-fused, and not rounded, wherever that fits. `key` is the config's. With `search`,
-    larger widths and the keys of `SEARCHED_KEYS` are tried where it does not fit. Beside the
-    arrays this takes a few megabytes, with a search too.
+    A and B can be stored in any float dtype. If several draws equal the pair in every bit, the
+    first one counts, in the order of `Variant` and then of `Rounding`: float32-fused without
+    rounding, if possible. The function takes a few megabytes beside the arrays.
+
+    Args:
+        A: the stored A.
+        B: the stored B.
+        key: the config's key.
+        search: if the config's key at the stored width does not fit, try larger widths and the keys
+            of `SEARCHED_KEYS`.
 
     Raises:
         ValueError: the shapes are not those of a pair, or torch refuses the key.
@@ -136,9 +143,9 @@ def _draw_for(A: NDArray[Any], B: NDArray[Any], variant: Variant, *, key: int, w
 def _best_hypotheses(
     A: NDArray[Any], B: NDArray[Any], key: int, *, search: bool
 ) -> list[tuple[float, Draw]]:
-    """Return conceivable draws with the share of first values that each explains.
+    """Return possible draws, each with the share of first values that the draw explains.
 
-    The next place to look is tried only while nothing plausible was found.
+    The search goes on only until a plausible draw is found.
     """
     scored = [
         pair
@@ -160,8 +167,8 @@ def _best_hypotheses(
 def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[float, Draw]]:
     """Yield the draw under each rounding, with the share of first values that it explains.
 
-    They come from two blocks, so that they show more than one row, or more than one matrix: values
-    of the first row alone say little about the width.
+    The values are those of two blocks, and so of several rows or of both matrices, because the
+    first row alone says little about the width.
     """
     blocks = list(islice(compared(A, B, draw, block=_PROBE), 2))
     total = sum(unequal.size for *_, unequal in blocks)
@@ -174,7 +181,7 @@ def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[floa
 
 
 def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[float, Draw]]:
-    """Return what draws of one key explain, at those widths that fit the first row of A best."""
+    """Return the scored draws of one key at the widths that fit the first row of A best."""
     row = A[0, :_ROW].astype(np.float64)
     limits = A.shape[1], min(_WIDEST, _MOST_VALUES // A.shape[0])
     scored: list[tuple[float, Draw]] = []
@@ -193,10 +200,10 @@ def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[floa
 def _conceivable_widths(
     row: NDArray[np.float64], centered: NDArray[Any], variant: Variant, *, limits: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Return the widths of A whose bound could have given this row; none if it is unrelated.
+    """Return the widths of A that are possible for this row; none if the key does not fit.
 
-    The bound is sqrt(6 / width), and each value tells it up to its own rounding. The median of
-    what the larger values say withstands damaged ones.
+    The bound is sqrt(6 / width), and each value gives the bound up to the value's rounding. The
+    median over the larger values is right even if some values are damaged.
     """
     sizes = np.abs(centered)
     large = sizes >= max(1, int(sizes.max()) // 4)
@@ -215,7 +222,7 @@ def _conceivable_widths(
 
 
 def _fitting(row: NDArray[np.float64], drawn: NDArray[Any], widths: NDArray[np.int64]) -> list[int]:
-    """Return the widths whose drawn row explains most of the stored one, under any rounding."""
+    """Return the widths whose drawn row explains most of the stored row, under any rounding."""
     fitting: set[int] = set()
     for rounding in Rounding:
         values = rounded(drawn, rounding).astype(np.float64, copy=False)
@@ -227,10 +234,10 @@ def _fitting(row: NDArray[np.float64], drawn: NDArray[Any], widths: NDArray[np.i
 
 @np.errstate(invalid="ignore")
 def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
-    """Return those keys of `SEARCHED_KEYS` that could have given the first values of the pair.
+    """Return the keys of `SEARCHED_KEYS` that are possible for the first values of the pair.
 
-    A draw's values, divided by its centered integers, all give the same factor, whatever the
-    variant's arithmetic or the rounding made of the last bits, and whatever the width.
+    All values of a draw, divided by the centered integers, give the same factor up to the last
+    bits, for every variant, rounding and width.
     """
     clue = np.array([*A.flat[:_CLUE], *B.flat[:_CLUE]][:_CLUE], np.float64)
     if clue.size < _CLUE or not np.isfinite(clue).all():
@@ -245,13 +252,13 @@ def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
 
 
 def _conceivable(keys: NDArray[np.uint32], clue: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Say which keys could have given the first values of a pair, scaled by the root of a width."""
+    """Say which keys are possible for the first values of a pair, scaled by the root of a width."""
     words = first_words(keys, 2 * _CLUE)
     conceivable = np.zeros(keys.size, np.bool_)
     for variant, *_ in _BY_BITS.values():
         per_value = 2 if variant.bits > 32 else 1
         centered = centered_words(variant, words[: per_value * _CLUE]).astype(np.float64)
-        # The smallest say nothing: roundings of a fixed size drown them.
+        # The smallest values are left out: a rounding of fixed size is too large beside them.
         centered[np.abs(centered) < 2.0 ** (variant.bits - 11)] = np.nan
         factors = clue[:, np.newaxis] / centered
         low, high = np.fmin.reduce(factors), np.fmax.reduce(factors)

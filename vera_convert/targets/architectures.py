@@ -1,8 +1,8 @@
 """The linear layers of well-known models, from their ``config.json`` alone.
 
 Nine types are known: llama, mistral, qwen2, gemma, gpt2, bert, roberta, t5 and vit. Module paths
-are those of the tensors on disk (transformers 5 calls vit's otherwise in memory). A field that is
-missing takes the default of transformers' config class; one that makes no sense is refused.
+are those of the tensors on disk (transformers 5 renames the modules of vit in memory). A missing
+field has the default of transformers' config class; an absurd value is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vera_convert.text import printable
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 1 << 24
-"""No model comes near; larger claims would only serve to exhaust memory."""
+"""Far above any model; a larger size would only exhaust memory."""
 
 Layers = Iterator[tuple[str, Linear]]
 
@@ -32,8 +32,8 @@ def layers_from_config(
     mistral, qwen2, gemma, gpt2), the one for conditional generation (t5), or the bare encoder.
 
     Raises:
-        CheckpointError: the type or class is not known here, or a field is of the wrong type or
-            absurd.
+        CheckpointError: the type or class is unknown, or a field has the wrong type or an absurd
+            value.
     """
     fields = _Fields(document, place)
     name = _class_name(fields)
@@ -46,7 +46,7 @@ def layers_from_config(
     heads = {
         path: Linear(rows[out], rows["hidden"])
         for path, out in model_class.heads.items()
-        if rows[out]  # a classifier without labels is no layer at all
+        if rows[out]  # a classifier without labels has no layer
     }
     return ModelLayers(
         source=name,
@@ -86,7 +86,7 @@ def _class_name(fields: _Fields) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """A model's config, each field checked when it is asked for."""
+    """A model's config, whose fields are checked when read."""
 
     document: Mapping[str, object]
     place: str
@@ -103,7 +103,7 @@ class _Fields:
         return value
 
     def size_or_none(self, name: str, default: int | None) -> int | None:
-        """Return a size where null has a meaning of its own, which is then None."""
+        """Return a size, or None for null."""
         if self.document.get(name, default) is None:
             return None
         return self.size(name, default or 0)
@@ -129,12 +129,12 @@ class _Fields:
         return self.size("num_labels", 2)
 
     def dtype(self) -> str:
-        """Return what the weights are kept in; float32 where the config does not say."""
+        """Return the dtype of the weights; float32 if the config has none."""
         value = self.document.get("dtype", self.document.get("torch_dtype"))
         return HEADER_NAMES[float_name(str(value)) or "float32"]
 
     def invalid(self, reason: str) -> CheckpointError:
-        """Return the error for a field that cannot be used."""
+        """Return the error for an unusable field."""
         return CheckpointError(MODEL_FIELD_INVALID.at(self.place, reason))
 
 
@@ -147,9 +147,9 @@ class _Class:
 
     Attributes:
         model_type: its family.
-        prefix: what stands before the paths of the body's modules.
-        heads: linear layers beside the body, each with what its number of rows is; columns are the
-            hidden size. The one with a row for each word of the vocabulary is the output embedding.
+        prefix: the text before the paths of the body's modules.
+        heads: linear layers beside the body, each with the name of its number of rows; the columns
+            are the hidden size. The head with "vocabulary" rows is the output embedding.
         pooler: whether the body ends in a pooler (encoders).
         decoder: whether the body has a decoder beside the encoder (t5).
     """
@@ -231,11 +231,11 @@ _CLASSES: Mapping[str, _Class] = {
 
 @dataclass(frozen=True, slots=True)
 class _Causal:
-    """Llama and its kin: the defaults of the config's class.
+    """Llama-like models: the defaults of the config's class.
 
     Attributes:
-        groups: key and value heads; None means as many as there are query heads.
-        head: width of a head; None means that the hidden size is shared out.
+        groups: key and value heads; None means the number of query heads.
+        head: width of a head; None means the hidden size divided by the query heads.
     """
 
     inner: int
@@ -283,7 +283,7 @@ def _gpt2_layers(fields: _Fields, _: _Class) -> Layers:
 
 
 def _encoder_layers(attention: str) -> Callable[[_Fields, _Class], Layers]:
-    """Return the layers of bert and its kin; `attention` is what holds query, key and value."""
+    """Return the layers of bert-like models; `attention` is the module of query, key and value."""
 
     def layers(fields: _Fields, model_class: _Class) -> Layers:
         width = fields.size("hidden_size", 768)
@@ -349,12 +349,12 @@ def _t5_is_gated(fields: _Fields) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What the classes of one model_type have in common.
+    """The common facts of the classes of one model_type.
 
     Attributes:
-        default_class: the class where the config names none.
-        hidden: the field that holds the hidden size, its default and its other name.
-        vocabulary: default size of the vocabulary; 0 where there is none.
+        default_class: the class if the config names no class.
+        hidden: the field of the hidden size, its default, and its other name.
+        vocabulary: default size of the vocabulary; 0 without a vocabulary.
         embeddings: modules that are tables.
         layers: the body's linear layers.
     """

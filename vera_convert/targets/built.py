@@ -1,6 +1,6 @@
-"""Which layers a model's class builds, as far as the model's ``config.json`` tells.
+"""Tell which layers a model's class builds, from the model's ``config.json``.
 
-The files of a model can hold layers that its class leaves out: layers for predicting several
+The files of a model can hold layers that the class leaves out: layers for predicting several
 tokens, the tower of another modality, experts that the class fuses into one parameter.
 """
 
@@ -18,7 +18,7 @@ _COUNT = re.compile(
     r"|(?:num_|n_)?(?P<stem>encoder|decoder|single)_layers"
     r"|(?:num_|num_local_|n_routed_)(?P<experts>experts)"
 )
-"""Fields of a config that say how many layers or experts a class builds."""
+"""Fields of a config that give the number of layers or experts."""
 _MOST_DEPTH = 4
 _MOST_PARTS = 200
 _NOT_LOADED = re.compile(r"mtp(_.*)?")
@@ -40,9 +40,9 @@ class BuiltLayers:
         """Take the model's config and the adapted layers.
 
         Args:
-            config: the content of ``config.json``; empty if there is none.
+            config: the content of ``config.json``; empty without a config.
             adapted: module paths of the layers that the adapter's file adapts.
-            all_built: whether every layer that is asked about is known to be in the model.
+            all_built: whether every queried layer is known to be in the model.
         """
         self._config = config
         self._all_built = all_built
@@ -60,7 +60,7 @@ class BuiltLayers:
                 self._numbers.add((stack, number))
 
     def has(self, module: str) -> bool | None:
-        """Say whether the class builds a layer; None if nothing tells."""
+        """Say whether the class builds a layer; None if the config does not tell."""
         if self._all_built:
             return True
         elements = module.split(".")
@@ -78,7 +78,7 @@ class BuiltLayers:
         return element not in self._elements and _NOT_LOADED.fullmatch(element) is not None
 
     def beyond(self) -> tuple[str, int, int] | None:
-        """Return an adapted layer that the config does not build: stack, number, number built."""
+        """Return an adapted layer beyond the number of layers: stack, number, number built."""
         counts = [count for stem, count in self._counts if stem != "experts"]
         for stack, last in self._last.items():
             is_first = not any(element.isdecimal() for element in stack.split("."))
@@ -130,12 +130,12 @@ class BuiltLayers:
 
     @cached_property
     def _counts(self) -> list[tuple[str, int]]:
-        """Every number of layers in the config, with the part of a path that it is said of."""
+        """Every number of layers in the config, with the part of a path that has these layers."""
         return [*_counts(self._config)]
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        """The layers of a class that is known, with and without the prefix of a class's body."""
+        """The layers of a known class, with and without the prefix of the class's body."""
         try:
             linear = layers_from_config(self._config).linear
         except CheckpointError:
@@ -146,7 +146,7 @@ class BuiltLayers:
 
 
 def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
-    """Yield each place in a path where a stack's number stands: stack, number, rest of the path."""
+    """Yield each number in a path: stack, number, rest of the path."""
     parts = module.split(".")
     for at in range(1, len(parts) - 1):
         if parts[at].isdecimal() and len(parts[at]) < 10:
@@ -162,12 +162,12 @@ def _counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
 
 
 def parts_of_config(config: Mapping[str, object]) -> list[Mapping[str, object]]:
-    """Return a config and the configs in it of a model's parts, as far as four levels deep."""
+    """Return a config and the nested configs of a model's parts, up to four levels deep."""
     return [part for _, part in _parts(config)]
 
 
 def _parts(config: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Yield a config and those in it, each with what the paths of the part's layers contain."""
+    """Yield a config and the nested configs, each with a text in the paths of the part's layers."""
     parts = [("", config)]
     for _ in range(_MOST_DEPTH):
         yield from parts
@@ -181,7 +181,7 @@ def _parts(config: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, obj
 
 
 def _scope(name: str) -> str:
-    """Return what the paths of a part's layers are called by; the text model's have no such name.
+    """Return the text in the paths of a part's layers; empty for the text model.
 
     >>> _scope("vision_config"), _scope("text_config")
     ('vision', '')

@@ -1,8 +1,8 @@
-"""Which layers of a model PEFT adapts with VeRA, and how large that makes the shared A and B.
+"""Tell which layers of a model PEFT adapts with VeRA, and the dims of the shared A and B.
 
-The rules are PEFT's, with the differences between its versions; they look at module names, at what
-kind of layer a module is, and at the config. One implementation serves counting, the prediction of
-A's and B's shapes, and the layer in torch.
+The rules are those of PEFT, with the differences between releases. Module names, the kinds of
+layers and the config decide. One implementation serves `count`, the shapes of A and B, and the
+layer in torch.
 
     target_modules ── resolve ──► names or a regex ── matching ──► adapted layers ──► A's, B's dims
      null, all-linear                    layers_to_transform, modules_to_save
@@ -28,7 +28,7 @@ from vera_convert.text import printable
 
 Version = tuple[int, int]
 NEWEST: Version = (0, 21)
-"""The PEFT whose rules hold where none is named."""
+"""The PEFT whose rules hold by default."""
 
 _PLACE = "adapter_config.json"
 
@@ -40,7 +40,7 @@ class Linear:
     Attributes:
         out_features: rows of the weight as ``torch.nn.Linear`` stores it.
         in_features: its columns.
-        conv1d: whether it is a transformers ``Conv1D``, which stores (in, out) instead.
+        conv1d: whether the layer is a transformers ``Conv1D``, which stores (in, out).
     """
 
     out_features: int
@@ -50,15 +50,15 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
-    """What the target rules need to know of a model.
+    """The facts of a model that the target rules need.
 
     Attributes:
-        source: where this was read from, for people: a model class, or the tensors' headers.
+        source: the source of these facts, for people: a model class, or the tensors' headers.
         model_type: ``model_type`` of the base's config; decides PEFT's default targets.
         linear: every linear layer by module path, heads included, in the model's order.
-        output_heads: those of them that are the output embedding, which all-linear leaves out.
-        embeddings: modules with a two-dimensional weight that is a table and no linear layer.
-        dtype: what the weights are kept in, as safetensors names it.
+        output_heads: the linear layers that are the output embedding, which all-linear leaves out.
+        embeddings: modules whose two-dimensional weight is a table and not a linear layer.
+        dtype: the dtype of the weights (safetensors' name).
     """
 
     source: str
@@ -71,13 +71,13 @@ class ModelLayers:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """The layers that PEFT adapts, and what A and B are sized by.
+    """The layers that PEFT adapts, and the dims of A and B.
 
     Attributes:
         layers: adapted layers by module path, in the model's order.
         max_in: columns of A, which is (r, max_in).
         max_out: rows of B, which is (max_out, r).
-        only_sized: layers that PEFT sizes A and B by and leaves unadapted.
+        only_sized: layers that count for the dims and are not adapted.
     """
 
     layers: Mapping[str, Linear]
@@ -87,7 +87,7 @@ class Adapted:
 
 
 def kind_of(module: str) -> str:
-    """Return what tells layers of one kind from others: the path after the last index."""
+    """Return the kind of a layer: the path after the last index."""
     return re.split(r"(?:^|\.)\d+\.", module)[-1]
 
 
@@ -154,13 +154,13 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
-"""What PEFT 0.21 adapts, by the base's model_type, where target_modules is null."""
+"""The default targets of PEFT 0.21, by the base's model_type."""
 
 
 def resolve(
     model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST
 ) -> tuple[str, ...] | str:
-    """Return what PEFT puts for `target_modules`: names, or a regex for full names.
+    """Return the resolved `target_modules`: names, or a regular expression for full names.
 
     Null becomes the default of the model's type, all-linear the list of its linear layers.
 
@@ -213,9 +213,9 @@ def condensed(
     """Return a list of 20 names or more as the shortest suffixes that match nothing else.
 
     Args:
-        names: of modules; those of the modules around them need not be among them.
+        names: the paths of modules, without the modules around them.
         targets: the list.
-        peft: whose rules.
+        peft: the release of PEFT.
     """
     listed = set(targets)
     if peft < (0, 13) or len(listed) < 20:
@@ -245,9 +245,10 @@ def _parents(name: str) -> list[str]:
 
 
 class Endings:
-    """Names that a module's path can be or end with, after a dot; ten thousand cost as one does.
+    """Names that a module's path can equal or, after a dot, end with.
 
-    They are kept as a tree of their elements, the last one first.
+    The names are a tree of elements, the last element first, so that the cost of a search does not
+    grow with the number of names.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -259,7 +260,7 @@ class Endings:
             node[_END] = name
 
     def of(self, path: str) -> Iterator[str]:
-        """Yield each of the names that a path is or ends with, the shortest first."""
+        """Yield each name that a path equals or ends with, the shortest first."""
         return (node[_END] for _, node in self._walk(path) if _END in node)
 
     def has(self, path: str) -> bool:
@@ -274,7 +275,7 @@ class Endings:
         return False
 
     def suffixes(self, path: str) -> Iterator[str]:
-        """Yield what a path ends with, the shortest first, as long as any name ends with it too."""
+        """Yield the endings that a path shares with any name, the shortest first."""
         parts = path.split(".")
         return (".".join(parts[-count:]) for count, _ in self._walk(path))
 
@@ -292,11 +293,11 @@ _END = "."
 
 
 def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST) -> list[str]:
-    """Return those of `names` that a config with resolved targets adapts, in their order.
+    """Return the names that a config with resolved targets adapts, in order.
 
     Raises:
         CheckpointError: a pattern is no regular expression, or takes more than two seconds.
-        SurroundingsError: the process that evaluates it did not start.
+        SurroundingsError: the process that evaluates the pattern did not start.
     """
     kept = _not_saved_whole(names, config, peft=peft)
     targets = config.target_modules
@@ -318,7 +319,7 @@ def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST
 
 
 def _not_saved_whole(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[str]:
-    """Leave out what modules_to_save names, and all below it."""
+    """Leave out the modules that modules_to_save names, and all modules below these."""
     implied = SAVED_BY_TASK.get(config.task_type or "", ())
     saved = dict.fromkeys((*(config.modules_to_save or ()), *implied))
     if peft < (0, 16) or not saved:
@@ -344,14 +345,14 @@ def _layer_numbers(config: VeraConfig) -> tuple[int, ...]:
 
 
 def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[int | None]:
-    """Return the number of the layer that each name lies in, as this PEFT reads it."""
+    """Return the layer number of each name, as this PEFT reads the number."""
     given = config.layers_pattern or ()
     lists = (given,) if isinstance(given, str) else given
     if all(_is_plain(part) for part in lists):
         ranks = {part: rank for rank, part in reversed([*enumerate(lists)])}
         return [_index(name, ranks, peft=peft) for name in names]
     found = search([_index_pattern(part, peft=peft) for part in lists], names)
-    # The first of the patterns that matches decides, even where its number is missing.
+    # The first pattern that matches decides, even if the pattern finds no number.
     first = (
         next((hit for hit in hits if hit is not None), None) for hits in zip(*found, strict=True)
     )
@@ -361,7 +362,7 @@ def _indices(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list
 def _index(name: str, ranks: Mapping[str, int], *, peft: Version) -> int | None:
     """Find the layer's number without a regular expression: `<list module>.<number>.`.
 
-    The first of the list modules that the name has decides; none at all means any.
+    The first list module in the name decides; an empty list means any module.
     """
     parts = name.split(".")
     # Only PEFT 0.21, and only for a named pattern, takes a list module at the very beginning.
@@ -396,7 +397,7 @@ def _number(text: str, *, peft: Version) -> int | None:
 
 
 def _is_plain(pattern: str) -> bool:
-    """Whether a pattern can match nothing but itself, so that no regular expression is needed."""
+    """Say whether a pattern matches its own text alone, so that a comparison is enough."""
     return re.fullmatch(r"[\w-]+", pattern) is not None
 
 
@@ -416,15 +417,15 @@ CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
 def layers_from_shapes(
     shapes: Mapping[str, Sequence[int]], *, model_type: str | None, dtype: str = "F32"
 ) -> ModelLayers:
-    """Read a model's linear layers off the names and shapes of its tensors on disk.
+    """Return the linear layers of a model from the names and shapes of the tensors on disk.
 
-    A tensor with two dimensions called ``<module>.weight`` is taken for a linear layer, unless its
-    name is an embedding's. Names are those on disk, which newer transformers may change in memory.
+    A tensor with two dimensions and the name ``<module>.weight`` is a linear layer, unless the
+    name is that of an embedding. Newer transformers can change the names on disk in memory.
 
     Args:
         shapes: shape by tensor name, in the order in which layers are to be listed.
-        model_type: the base config's; tells the Conv1D layers of GPT-2 and its kin.
-        dtype: what the weights are stored in.
+        model_type: the type of the base, which decides the Conv1D layers of GPT-2 and similar models.
+        dtype: the dtype of the weights.
     """
     modules = {
         name.removesuffix(".weight"): (int(shape[0]), int(shape[1]))

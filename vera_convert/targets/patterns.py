@@ -1,8 +1,8 @@
-"""A stranger's regular expressions, evaluated under limits that really stop them.
+"""Evaluate a stranger's regular expressions under limits of time and memory.
 
-Some expressions take longer than the universe will last, and Python cannot interrupt one. They are
-evaluated in a process of their own, which ends itself even if its parent is gone by then. The limit
-is CPU time where the system counts CPU time, so a busy machine refuses no good expression.
+Some expressions would take years, and Python cannot interrupt a match. A separate process evaluates
+the expressions and ends itself, even if the parent has ended. The limit is CPU time if the system
+counts CPU time, so that a busy machine refuses no good expression.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vera_convert.text import printable
 LIMIT_SECONDS = 2
 """CPU time of all expressions together; on Windows, time."""
 MOST_MATCHES = 4_000_000
-"""The most pairs of an expression and a name; each takes memory in the answer."""
+"""The limit of pairs of an expression and a name; each pair takes memory in the answer."""
 _MOST_MEMORY = 1 << 30
 _WALL_SECONDS = 120  # for a process that gets little of a busy machine
 
@@ -28,13 +28,13 @@ _PLACE = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A regular expression from a config and what is asked of it.
+    """A regular expression from a config.
 
     Attributes:
-        field: the config's field that it comes from, for messages.
+        field: the field of the config, for messages.
         text: the expression, for Python's `re`.
-        full: whether it is to match a name from end to end; else from the start.
-        group: the group that is asked for.
+        full: whether the expression must match the whole name; else the start of the name.
+        group: the group to return.
     """
 
     field: str
@@ -75,14 +75,14 @@ sys.stdout.write(json.dumps(found))
 
 
 def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str | None]]:
-    """Return for each pattern what its group matched in each name, None where it does not match.
+    """Return the text of each pattern's group in each name; None if the pattern does not match.
 
-    A group that took no part in the match gives the empty text.
+    A group outside the match gives the empty text.
 
     Raises:
-        CheckpointError: a text is no regular expression, or all of them together took more than
+        CheckpointError: a text is no regular expression, or all patterns together took more than
             two seconds, or there are more than `MOST_MATCHES` pairs of an expression and a name.
-        SurroundingsError: the process that evaluates them did not start.
+        SurroundingsError: the process did not start.
     """
     if not patterns or not names:
         return [[None] * len(names) for _ in patterns]
@@ -119,7 +119,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
 
 
 def _run_child(request: str) -> str:
-    """Return what the process wrote: nothing, "started ", or that and the answer."""
+    """Return the output of the process: empty, "started ", or "started " and the answer."""
     import subprocess  # most adapters list names, and need no process
 
     try:
