@@ -25,8 +25,9 @@ draws: generator comparison recognition
 publish: signals filesystem staging publishing
 hub: repo_name secrets checksum refusals requests range_file client cache beginnings downloading
 hub: location files lookup
-adapter: config fingerprint names tensors folder adapter values opening repairs
-targets: patterns matching architectures built
+adapter: config fingerprint names tensors shapes saved_modules sorting folder adapter values opening
+adapter: repairs
+targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused
 base: model side_files layers rename_table renames unsupported_layouts

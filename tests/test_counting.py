@@ -11,7 +11,7 @@ import pytest
 from vera_convert.counting import LayerGroup, count
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.matching import Linear, ModelLayers, layers_from_shapes
+from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 

@@ -21,14 +21,8 @@ from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.matching import (
-    Adapted,
-    Linear,
-    ModelLayers,
-    adapted,
-    is_all_linear,
-    kind_of,
-)
+from vera_convert.targets.linear import Linear, ModelLayers, kind_of
+from vera_convert.targets.matching import Adapted, adapted, is_all_linear
 from vera_convert.text import listed, printable, short_repr
 
 _METADATA = {"format": "pt"}

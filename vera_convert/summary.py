@@ -30,7 +30,7 @@ from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
-from vera_convert.targets.matching import Linear, kind_of
+from vera_convert.targets.linear import Linear, kind_of
 from vera_convert.text import short_repr
 
 

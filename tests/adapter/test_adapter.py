@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import SavedModules, replaced_name, sort_tensors
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.adapter.sorting import sort_tensors
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.rules import Severity

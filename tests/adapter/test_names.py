@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.opening import examined_folder, open_adapter
 from vera_convert.adapter.repairs import Repairs
-from vera_convert.adapter.tensors import sort_tensors
+from vera_convert.adapter.sorting import sort_tensors
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.errors import CheckpointError

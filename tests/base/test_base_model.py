@@ -17,7 +17,7 @@ from safetensors.numpy import save, save_file
 from vera_convert.base.model import BaseModel, Orientation, read_base
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.hub.lookup import HubAccess, Location, locate
-from vera_convert.targets.matching import CONV1D_LAYERS
+from vera_convert.targets.linear import CONV1D_LAYERS
 
 INDEX = "model.safetensors.index.json"
 Shards = Mapping[str, Mapping[str, Sequence[int]]]

@@ -13,7 +13,7 @@ from folders import weights
 from vera_convert.adapter.opening import examined_folder
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.embeddings import is_embedding, is_output_head, is_table, may_be_resized
-from vera_convert.targets.matching import layers_from_shapes
+from vera_convert.targets.linear import layers_from_shapes
 from vera_convert.validation.validate import validate
 
 

@@ -31,7 +31,8 @@ from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import Finding
 from vera_convert.summary import info
-from vera_convert.targets.matching import ModelLayers, adapted
+from vera_convert.targets.linear import ModelLayers
+from vera_convert.targets.matching import adapted
 from vera_convert.validation.validate import validate
 
 Finder = Callable[[Path], Iterable[Finding]]

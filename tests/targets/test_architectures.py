@@ -13,7 +13,7 @@ from releases import has
 
 from vera_convert.errors import CheckpointError
 from vera_convert.targets.architectures import _CLASSES, _FAMILIES, MAX_LAYERS, layers_from_config
-from vera_convert.targets.matching import Linear, layers_from_shapes
+from vera_convert.targets.linear import Linear, layers_from_shapes
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

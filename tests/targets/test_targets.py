@@ -20,14 +20,12 @@ from safetensors import safe_open
 from vera_convert.adapter.config import VeraConfig, parse_config, peft_release
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.targets import patterns
+from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.targets.matching import (
     DEFAULT_TARGETS,
     NEWEST,
-    Linear,
-    ModelLayers,
     Version,
     adapted,
-    layers_from_shapes,
     matching,
     resolve,
 )

@@ -23,7 +23,8 @@ from vera_convert.adapter.config import (
     read_config,
 )
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
-from vera_convert.adapter.tensors import WEIGHTS_NAME, SortedTensors, sort_tensors
+from vera_convert.adapter.sorting import SortedTensors, sort_tensors
+from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import ByteSource, open_local, too_large
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights

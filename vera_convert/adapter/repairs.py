@@ -13,7 +13,7 @@ from functools import partial
 
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX, Names
-from vera_convert.adapter.tensors import same_tensor
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import NAME_TAKEN_TWICE, PROJECTIONS_DIFFER

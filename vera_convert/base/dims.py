@@ -44,7 +44,8 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets.built import BuiltLayers
-from vera_convert.targets.matching import Adapted, Linear, ModelLayers, adapted
+from vera_convert.targets.linear import Linear, ModelLayers
+from vera_convert.targets.matching import Adapted, adapted
 from vera_convert.text import listed, printable
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vera_convert.base.match import Match
     from vera_convert.base.model import BaseModel
     from vera_convert.hub.lookup import Location
-    from vera_convert.targets.matching import Linear
+    from vera_convert.targets.linear import Linear
 
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 """A path of a module, or nothing."""

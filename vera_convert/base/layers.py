@@ -10,7 +10,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
 from vera_convert.rules import BASE_WITHOUT_WEIGHTS
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.matching import ModelLayers, layers_from_shapes
+from vera_convert.targets.linear import ModelLayers, layers_from_shapes
 
 
 def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:

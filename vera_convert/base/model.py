@@ -38,7 +38,7 @@ from vera_convert.rules import (
     TENSOR_NOT_IN_SHARD,
     Finding,
 )
-from vera_convert.targets.matching import CONV1D_LAYERS
+from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import and_more, printable
 
 CONFIG_LIMIT = 16 << 20

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
-from vera_convert.adapter.tensors import WEIGHTS_NAME, SavedModules, replaced_name
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.task_classes import class_of_task, has_head_of

@@ -50,7 +50,7 @@ from vera_convert.rules import (
 )
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.built import BuiltLayers
-from vera_convert.targets.matching import Linear, ModelLayers, layers_from_shapes
+from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.text import printable
 
 Found = TypeVar("Found")

@@ -149,8 +149,8 @@ def migrate_tree(
 ) -> TreeMigration:
     """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
 
-    A bad adapter does not stop the others. An adapter of another method is passed over. Links are
-    not followed to other folders, and files that belong to no adapter are not copied.
+    The other adapters are migrated even if one fails. An adapter of another method is passed over.
+    Links to folders are not followed, and files outside all adapters are not copied.
 
     Args:
         tree: the folder, on this machine.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import SavedModules, replaced_name
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.base.replacements import saved_modules
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import ENGINES, Engine

@@ -17,7 +17,7 @@ from vera_convert.lora.engines import Engine
 from vera_convert.lora.factors import Factors, decompose, nonzero_rows, smallest_rank
 from vera_convert.lora.options import LoraOptions
 from vera_convert.merging.in_effect import InEffect
-from vera_convert.targets.matching import Linear, kind_of
+from vera_convert.targets.linear import Linear, kind_of
 from vera_convert.text import printable
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import AdaptedLayer, replaced_name, same_tensor
+from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.sorting import same_tensor
+from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import (

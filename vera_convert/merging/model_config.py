@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vera_convert.adapter.tensors import replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel
 from vera_convert.base.replacements import class_of_head, shape_differs, vocabulary_fields

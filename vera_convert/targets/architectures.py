@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
-from vera_convert.targets.matching import Linear, ModelLayers
+from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
 MAX_LAYERS = 10_000

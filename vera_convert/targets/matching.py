@@ -13,16 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
-from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     TARGET_REGEX_INVALID,
     TARGETS_MATCH_NOTHING,
     TARGETS_UNKNOWN,
 )
+from vera_convert.targets.endings import Endings
+from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
@@ -31,42 +31,6 @@ NEWEST: Version = (0, 21)
 """The PEFT whose rules hold by default."""
 
 _PLACE = "adapter_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A layer that VeRA can adapt.
-
-    Attributes:
-        out_features: rows of the weight as ``torch.nn.Linear`` stores it.
-        in_features: its columns.
-        conv1d: whether the layer is a transformers ``Conv1D``, which stores (in, out).
-    """
-
-    out_features: int
-    in_features: int
-    conv1d: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLayers:
-    """The facts of a model that the target rules need.
-
-    Attributes:
-        source: the source of these facts, for people: a model class, or the tensors' headers.
-        model_type: ``model_type`` of the base's config; decides PEFT's default targets.
-        linear: every linear layer by module path, heads included, in the model's order.
-        output_heads: the linear layers that are the output embedding, which all-linear leaves out.
-        embeddings: modules whose two-dimensional weight is a table and not a linear layer.
-        dtype: the dtype of the weights (safetensors' name).
-    """
-
-    source: str
-    model_type: str | None
-    linear: Mapping[str, Linear]
-    output_heads: frozenset[str] = frozenset()
-    embeddings: tuple[str, ...] = ()
-    dtype: str = "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +48,6 @@ class Adapted:
     max_in: int
     max_out: int
     only_sized: Mapping[str, Linear] = field(default_factory=dict)
-
-
-def kind_of(module: str) -> str:
-    """Return the kind of a layer: the path after the last index."""
-    return re.split(r"(?:^|\.)\d+\.", module)[-1]
 
 
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
@@ -244,54 +203,6 @@ def _parents(name: str) -> list[str]:
 # --- which modules have such a name --------------------------------------------------------------
 
 
-class Endings:
-    """Names that a module's path can equal or, after a dot, end with.
-
-    The names are a tree of elements, the last element first, so that the cost of a search does not
-    grow with the number of names.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._tree: dict[str, Any] = {}
-        for name in names:
-            node = self._tree
-            for element in reversed(name.split(".")):
-                node = node.setdefault(element, {})
-            node[_END] = name
-
-    def of(self, path: str) -> Iterator[str]:
-        """Yield each name that a path equals or ends with, the shortest first."""
-        return (node[_END] for _, node in self._walk(path) if _END in node)
-
-    def has(self, path: str) -> bool:
-        """Say whether a path is one of the names or ends with one."""
-        node = self._tree
-        for element in reversed(path.split(".")):
-            if element not in node:
-                return False
-            node = node[element]
-            if _END in node:
-                return True
-        return False
-
-    def suffixes(self, path: str) -> Iterator[str]:
-        """Yield the endings that a path shares with any name, the shortest first."""
-        parts = path.split(".")
-        return (".".join(parts[-count:]) for count, _ in self._walk(path))
-
-    def _walk(self, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        node = self._tree
-        for count, element in enumerate(reversed(path.split(".")), 1):
-            if element not in node:
-                return
-            node = node[element]
-            yield count, node
-
-
-_END = "."
-"""Marks where a name ends; no element has a dot."""
-
-
 def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST) -> list[str]:
     """Return the names that a config with resolved targets adapts, in order.
 
@@ -399,47 +310,3 @@ def _number(text: str, *, peft: Version) -> int | None:
 def _is_plain(pattern: str) -> bool:
     """Say whether a pattern matches its own text alone, so that a comparison is enough."""
     return re.fullmatch(r"[\w-]+", pattern) is not None
-
-
-# --- a model's layers from the shapes of its tensors ---------------------------------------------
-
-CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
-    **dict.fromkeys(
-        ("gpt2", "imagegpt", "decision_transformer"),
-        frozenset(("c_attn", "q_attn", "c_proj", "c_fc")),
-    ),
-    "openai-gpt": frozenset(("c_attn", "c_proj", "c_fc")),
-    "clvp_decoder": frozenset(("c_proj", "c_fc")),
-}
-"""Layers that are ``Conv1D`` in transformers, stored as (in, out), by model type."""
-
-
-def layers_from_shapes(
-    shapes: Mapping[str, Sequence[int]], *, model_type: str | None, dtype: str = "F32"
-) -> ModelLayers:
-    """Return the linear layers of a model from the names and shapes of the tensors on disk.
-
-    A tensor with two dimensions and the name ``<module>.weight`` is a linear layer, unless the
-    name is that of an embedding. Newer transformers can change the names on disk in memory.
-
-    Args:
-        shapes: shape by tensor name, in the order in which layers are to be listed.
-        model_type: the type of the base, which decides the Conv1D layers of GPT-2 and similar models.
-        dtype: the dtype of the weights.
-    """
-    modules = {
-        name.removesuffix(".weight"): (int(shape[0]), int(shape[1]))
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2
-    }
-    embeddings = tuple(name for name in modules if is_table(name))
-    transposed = CONV1D_LAYERS.get(model_type or "", frozenset())
-    linear = {
-        name: Linear(columns, rows, conv1d=True)
-        if name.rpartition(".")[2] in transposed
-        else Linear(rows, columns)
-        for name, (rows, columns) in modules.items()
-        if not is_table(name)
-    }
-    heads = frozenset(name for name in linear if is_output_head(name, model_type or ""))
-    return ModelLayers("the tensors' headers", model_type, linear, heads, embeddings, dtype)

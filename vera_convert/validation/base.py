@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import side_files
-from vera_convert.adapter.tensors import WEIGHTS_NAME, replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import (
     AS_THEY_ARE,

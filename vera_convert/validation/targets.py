@@ -21,7 +21,8 @@ from vera_convert.rules import (
     TARGETS_MATCH_NOTHING,
     Finding,
 )
-from vera_convert.targets.matching import NEWEST, Endings, is_all_linear, matching
+from vera_convert.targets.endings import Endings
+from vera_convert.targets.matching import NEWEST, is_all_linear, matching
 from vera_convert.text import printable
 
 RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}

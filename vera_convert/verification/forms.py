@@ -24,7 +24,7 @@ from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
-from vera_convert.adapter.tensors import same_tensor
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import (

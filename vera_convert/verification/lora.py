@@ -20,7 +20,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
-from vera_convert.adapter.tensors import same_tensor
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.values import refuse_values
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
-from vera_convert.adapter.tensors import replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.arguments import one_of
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, Variant

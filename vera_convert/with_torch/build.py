@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK
-from vera_convert.adapter.tensors import replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.embeddings import is_embedding

@@ -33,7 +33,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.targets.matching import Linear
+from vera_convert.targets.linear import Linear
 
 
 def linear_of(module: nn.Module) -> Linear | None:

@@ -21,7 +21,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.match import moved
@@ -41,14 +41,8 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.targets.built import BuiltLayers
-from vera_convert.targets.matching import (
-    Linear,
-    ModelLayers,
-    adapted,
-    condensed,
-    matching,
-    resolve,
-)
+from vera_convert.targets.linear import Linear, ModelLayers
+from vera_convert.targets.matching import adapted, condensed, matching, resolve
 from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
 from vera_convert.with_torch.layer import weight_dtype

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
-from vera_convert.adapter.tensors import replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.errors import UsageError
-from vera_convert.targets.matching import ModelLayers
+from vera_convert.targets.linear import ModelLayers
 from vera_convert.text import printable
 from vera_convert.with_torch.layer import VeraLinear, linear_of
 

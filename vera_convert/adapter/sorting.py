@@ -1,0 +1,264 @@
+"""Sort an adapter's tensors by the meaning of their names, and report every defect.
+
+Every tensor is a lambda, one of the shared projections, a copy of these, or a replacement of a
+tensor of the base. Any other tensor is a finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
+from vera_convert.adapter.saved_modules import replacement_findings
+from vera_convert.adapter.shapes import shape_findings
+from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer, StoredProjections
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.rules import (
+    ADAPTER_NAME_LEFT,
+    LAMBDA_UNPAIRED,
+    MODEL_AS_ADAPTER,
+    NO_LAMBDAS,
+    ONE_PROJECTION,
+    OTHER_VERA,
+    PREFIX_MISSING,
+    PREFIX_MIXED,
+    PROJECTIONS_DIFFER,
+    PROJECTIONS_MISSING,
+    PROJECTIONS_PER_LAYER,
+    PROJECTIONS_REPEATED,
+    PROJECTIONS_UNANNOUNCED,
+    SEVERAL_ADAPTERS,
+    WRAPPER_IN_NAMES,
+    Finding,
+    Rule,
+    Severity,
+)
+from vera_convert.text import listed, printable
+
+_PLAIN_LAMBDA = re.compile(
+    r"base_model\.model\.((?:(?!_|module|pretrained_|base_model|original_|p?vera_|lora_)[^.]++\.)++)"
+    r"(vera_lambda_[bd])"
+)
+"""The form of nearly all names; a file can have a hundred thousand."""
+
+
+def _is_of_adapter(name: str) -> bool:
+    return "base_model." in name or "vera_" in name or "lora_" in name
+
+
+@dataclass(frozen=True, slots=True)
+class SortedTensors:
+    """Tensors by meaning, with every defect, errors included."""
+
+    layers: Mapping[str, AdaptedLayer]
+    projections: StoredProjections | None
+    repeated: tuple[TensorData, ...]
+    replacements: tuple[TensorData, ...]
+    findings: tuple[Finding, ...]
+    unread: tuple[TensorData, ...] = ()
+    """Copies of a saved head's bias, which PEFT writes and ignores."""
+
+    @property
+    def longest_b(self) -> int:
+        """Length of the longest well-formed lambda_b."""
+        shapes = (layer.lambda_b.shape for layer in self.layers.values())
+        return max((shape[0] for shape in shapes if shape), default=0)
+
+
+def sort_tensors(
+    tensors: Sequence[TensorData], config: VeraConfig, *, values: bool = True
+) -> SortedTensors:
+    """Sort tensors by their names and check every tensor; nothing is raised.
+
+    Args:
+        tensors: all tensors of the file.
+        config: the adapter's config.
+        values: whether values may be read, to compare the copies of A and B.
+    """
+    if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
+        reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
+        finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
+        return SortedTensors({}, None, (), (), (finding,))
+    names = Names.of((tensor.name for tensor in tensors), config)
+    by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors, names)
+    findings = [*_misnamed_findings(by_rule, names), *_misnamed_targets(names, config)]
+    layers = {
+        module: AdaptedLayer(module, both["vera_lambda_b"], both["vera_lambda_d"])
+        for module, both in lambdas.items()
+        if len(both) == 2
+    }
+    if not lambdas and not by_rule:
+        findings.append(NO_LAMBDAS.at(WEIGHTS_NAME, "it holds no lambda."))
+    findings += _unpaired(lambdas)
+    findings += shape_findings(layers, pair, others, config)
+    projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
+    judged = any(finding.severity is Severity.ERROR for finding in findings)
+    findings += _presence(pair, repeated, config, renamed=bool(by_rule))
+    if projections is not None and not judged:
+        findings += _copies(projections, repeated, values=values)
+    findings += replacement_findings(others, layers, config, renamed=bool(by_rule))
+    return SortedTensors(
+        layers, projections, tuple(repeated), tuple(others), tuple(findings), tuple(unread)
+    )
+
+
+class _ByName(NamedTuple):
+    """Tensors by their names: misnamed tensors by rule, lambdas by module and kind."""
+
+    misnamed: dict[Rule, list[str]]
+    lambdas: dict[str, dict[str, TensorData]]
+    pair: dict[str, TensorData]
+    repeated: list[TensorData]
+    others: list[TensorData]
+    unread: list[TensorData]
+
+
+def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
+    found = _ByName({}, {}, {}, [], [], [])
+    for tensor in tensors:
+        plain = None if names.inner else _PLAIN_LAMBDA.fullmatch(tensor.name)
+        if plain is not None:
+            found.lambdas.setdefault(plain[1][:-1], {})[plain[2]] = tensor
+            continue
+        module, _, last = tensor.name.rpartition(".")
+        broken = names.broken_rule(tensor.name)
+        if broken is not None:
+            found.misnamed.setdefault(broken, []).append(tensor.name)
+        elif tensor.name in (A_NAME, B_NAME):
+            found.pair[last] = tensor
+        elif last in LAMBDAS:
+            found.lambdas.setdefault(module.removeprefix(PREFIX), {})[last] = tensor
+        elif last in ("vera_A", "vera_B"):
+            found.repeated.append(tensor)
+        else:
+            kind = found.unread if BIAS_COPY.search(tensor.name) else found.others
+            kind.append(tensor)
+    return found
+
+
+def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> Iterator[Finding]:
+    """Yield one finding for each broken rule of names."""
+    for rule, broken in by_rule.items():
+        place = listed(broken, 1)
+        if rule is WRAPPER_IN_NAMES and names.begin_alike:
+            yield rule.at(place, _foreign_reason(broken, names))
+        elif rule is ADAPTER_NAME_LEFT:
+            adapters = sorted(
+                frozenset().union(*(names.without_adapter(name)[1] for name in broken))
+            )
+            which = printable(", ".join(adapters))
+            if len(adapters) > 1:
+                yield SEVERAL_ADAPTERS.at(place, f"the adapters are {which}.")
+            else:
+                yield rule.at(place, f'the name carries the adapter\'s name "{which}".')
+        elif rule in (WRAPPER_IN_NAMES, PREFIX_MISSING) and not names.begin_alike:
+            groups = (
+                f"{len(group)} names of vectors begin with "
+                + (f'"{printable(beginning)}"' if beginning else "the path of the layer")
+                + f", such as {printable(group[0])}"
+                for beginning, group in names.beginnings.items()
+            )
+            yield PREFIX_MIXED.at(place, f"{'; '.join(groups)}.")
+        else:
+            yield rule.at(place, _name_reason(rule))
+
+
+def _foreign_reason(broken: Sequence[str], names: Names) -> str:
+    """Name the foreign parts: the text before PEFT's prefix, and the wrappers."""
+    parts = [names.parts(name) for name in broken]
+    wrappers = sorted({wrapper for each in parts for wrapper in each.wrappers})
+    fronts = sorted({each.front for each in parts} - {""})
+    said = [f'"{printable(front)}." stands before the name that PEFT writes' for front in fronts]
+    if wrappers:
+        shown = " and ".join(f'"{printable(wrapper)}"' for wrapper in wrappers)
+        said.append(f"{shown} is left over from a wrapper around the model")
+    return f"{'; '.join(said)}."
+
+
+def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
+    for field, layers in (
+        ("target_modules", config.target_modules),
+        ("modules_to_save", config.modules_to_save),
+    ):
+        broken = [each for each in layers or () if names.parts(each).wrappers]
+        if broken and isinstance(layers, tuple):
+            place = f"adapter_config.json, {field}: {printable(broken[0])}"
+            yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names))
+
+
+def _name_reason(rule: Rule) -> str:
+    return {
+        PREFIX_MISSING: f"the name does not begin with {PREFIX}",
+        OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
+    }.get(rule, "the name is none that PEFT writes for VeRA.")
+
+
+def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Finding]:
+    for module, both in lambdas.items():
+        if len(both) == 1:
+            (present,) = both
+            absent = "vera_lambda_d" if present == "vera_lambda_b" else "vera_lambda_b"
+            yield LAMBDA_UNPAIRED.at(printable(module), f"it has {present} but no {absent}.")
+
+
+# --- projections ---------------------------------------------------------------------------------
+
+
+def _presence(
+    pair: Mapping[str, TensorData],
+    repeated: Sequence[TensorData],
+    config: VeraConfig,
+    *,
+    renamed: bool,
+) -> Iterator[Finding]:
+    if renamed:  # the pair can be among the misnamed tensors
+        return
+    if len(pair) == 1:
+        (present,) = pair
+        absent = "vera_B" if present == "vera_A" else "vera_A"
+        yield ONE_PROJECTION.at(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
+    elif not pair and repeated:
+        yield PROJECTIONS_PER_LAYER.at(
+            printable(repeated[0].name), f"{len(repeated)} such tensors, but no {A_NAME}."
+        )
+    elif not pair and config.save_projection:
+        yield PROJECTIONS_MISSING.at(
+            WEIGHTS_NAME, f"save_projection is true, but there is no {A_NAME}."
+        )
+    elif pair and not config.save_projection:
+        yield PROJECTIONS_UNANNOUNCED.at(
+            WEIGHTS_NAME, "save_projection is false, but A and B are stored."
+        )
+
+
+def _copies(
+    projections: StoredProjections, repeated: Sequence[TensorData], *, values: bool
+) -> Iterator[Finding]:
+    same = same_tensor if values else _same_form
+    unequal = [copy for copy in repeated if not same(copy, shared_twin(copy, projections))]
+    for copy in unequal:
+        yield PROJECTIONS_DIFFER.at(printable(copy.name), "it differs from the shared matrix.")
+    if repeated and not unequal:
+        compared = "" if values else "; their values were not compared"
+        reason = f"{len(repeated)} copies of A and B are stored{compared}."
+        yield PROJECTIONS_REPEATED.at(printable(repeated[0].name), reason)
+
+
+def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
+    """Return the shared matrix that a layer's copy repeats."""
+    return projections.A if copy.name.endswith("vera_A") else projections.B
+
+
+def same_tensor(one: TensorData, other: TensorData) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes."""
+    return _same_form(one, other) and all(
+        a == b for a, b in zip(one.blocks(), other.blocks(), strict=True)
+    )
+
+
+def _same_form(one: TensorData, other: TensorData) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape
