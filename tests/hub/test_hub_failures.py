@@ -17,7 +17,9 @@ from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub import client, requests
 from vera_convert.hub.cache import cache_of_repo
 from vera_convert.hub.lookup import (
+    AmbiguousBaseError,
     HubAccess,
+    base_from_config,
     fetch_adapter,
     fetch_base,
     list_files,
@@ -577,3 +579,62 @@ def test_a_json_error_document_holds_no_secret(server: HubServer, tmp_path: Path
     assert ended.status == 3
     assert "gated" in json.dumps(json.loads(ended.out))
     assert SECRET not in ended.out + ended.err
+
+
+# --- a base that is also a folder here -----------------------------------------------------------
+
+
+def model_here() -> None:
+    folder = Path("org/name")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(429), Fault(503), Fault("reset"), Fault(401, body=b'{"error": "expired"}')]
+)
+@pytest.mark.usefixtures("pauses")
+def test_a_hub_that_gives_no_answer_does_not_decide_for_a_folder_of_the_bases_name(
+    fault: Fault, server: HubServer, tmp_path: Path
+) -> None:
+    access = HubAccess(token=SECRET, cache_dir=tmp_path / "cache", progress=False)
+    model_here()
+    server.add("org/name", FILES)
+    server.info_failures = [fault] * 99
+    with pytest.raises(SurroundingsError, match=r"could not be read .* give --base \./org/name\.$"):
+        base_from_config("org/name", None, access)
+
+
+@pytest.mark.parametrize("refused", ["gated", "disabled"])
+def test_a_base_that_the_hub_has_and_does_not_give_is_ambiguous_beside_a_folder(
+    refused: str, server: HubServer, access: HubAccess
+) -> None:
+    model_here()
+    server.add("org/name", FILES, gated=refused == "gated", disabled=refused == "disabled")
+    with pytest.raises(AmbiguousBaseError, match=r"--base \./org/name or --base hf://org/name"):
+        base_from_config("org/name", None, access)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_base_that_the_hub_does_not_show_is_the_folder_here(
+    private: bool, server: HubServer, access: HubAccess
+) -> None:
+    model_here()
+    if private:
+        server.add("org/name", FILES, token="other")  # noqa: S106 - of the stand-in
+    found = base_from_config("org/name", None, access)
+    assert found.location is not None
+    assert found.location.folder == Path("org/name")
+    assert "the Hub shows this account no repo of that name" in found.reason
+
+
+def test_offline_the_cache_alone_decides_for_a_folder_of_the_bases_name(
+    server: HubServer, tmp_path: Path
+) -> None:
+    access = HubAccess(cache_dir=tmp_path / "cache", offline=True)
+    model_here()
+    found = base_from_config("org/name", None, access)
+    assert found.location is not None
+    assert found.location.folder == Path("org/name")
+    assert "the Hub's cache holds no repo of that name" in found.reason
+    assert not server.requests

@@ -32,7 +32,7 @@ from vera_convert.hub.files import (
     open_remote,
 )
 from vera_convert.hub.location import ADAPTER_CONFIG, ADAPTER_FILES, Location, not_cached
-from vera_convert.hub.refusals import OutOfReachError
+from vera_convert.hub.refusals import OutOfReachError, Refusal, RefusedError
 from vera_convert.hub.repo_name import (
     SCHEME,
     RepoName,
@@ -64,8 +64,8 @@ class NamedBase:
     """The base that an adapter's config names.
 
     Attributes:
-        location: where it lies; None if the name is not followed.
-        reason: why the name is not followed; or, where it is a folder here, why that is read.
+        location: the base; None if the name is not followed.
+        reason: why the name is not followed; or why the base is a folder here.
     """
 
     location: Location | None
@@ -131,8 +131,9 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
     """Find the base that an adapter's config names, in the cache first.
 
     A text that can only be a path is never followed. A name such as ``models/llama`` can be a repo
-    and a folder below the working directory. The folder counts only if it holds a model; then it is
-    read if the Hub's repo cannot be had, and the result says so.
+    and a folder below the working directory. The folder is the base only if the folder holds a
+    model and the Hub (offline: the cache) has no such repo; the result then says so. A Hub that
+    does not answer decides nothing.
 
     Raises:
         AmbiguousBaseError: a model lies here under this name and on the Hub; ``--base`` decides.
@@ -148,12 +149,21 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
         return NamedBase(_named_repo(RepoName(name, revision), access))
     try:
         _named_repo(RepoName(name, revision), access)
-    except SurroundingsError:
-        reason = (
-            f"the adapter's config calls the base {name}. A model lies in the folder {name} here, "
-            "and no repo of that name could be had from the Hub."
-        )
-        return NamedBase(Location(printable(name), Path(name)), reason)
+    except SurroundingsError as error:
+        refusal = error.refusal if isinstance(error, RefusedError) else None
+        if access.is_offline or refusal in (Refusal.MISSING, Refusal.PRIVATE):
+            lacks = "the Hub's cache holds" if access.is_offline else "the Hub shows this account"
+            reason = (
+                f"the adapter's config calls the base {name}. A model lies in the folder {name} "
+                f"here, and {lacks} no repo of that name."
+            )
+            return NamedBase(Location(printable(name), Path(name)), reason)
+        if refusal not in (Refusal.GATED, Refusal.DISABLED):
+            remedy = (
+                f"A model lies in the folder {name} here; if it is the base, give --base ./{name}."
+            )
+            error.args = (f"{error} {remedy}",)
+            raise
     raise AmbiguousBaseError(
         f"the adapter's config calls the base {name}, which is a model in a folder here and a repo "
         f"on the Hub: say which with --base ./{name} or --base {SCHEME}{name}."
