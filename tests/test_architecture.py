@@ -42,7 +42,8 @@ counting summary
 validation: validation selection values files config targets projections base validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merged forms lora result verify
-formats: shared results merge lora locations validation sarif junit github catalog verification
+formats: shared results merge lora locations validation reports sarif junit github catalog
+formats: verification
 with_torch
 cli: values options command output refusals completion inspecting converting validating merging app
 __init__ __main__

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import click
 import pytest
 from jsonschema import Draft202012Validator
 from sarif import SARIF
 
+from vera_convert.cli.app import program
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.formats.catalog import (
@@ -24,6 +26,7 @@ from vera_convert.formats.catalog import (
 )
 from vera_convert.formats.github import github_text, job_summary
 from vera_convert.formats.junit import junit_text
+from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.formats.sarif import sarif_document, sarif_text
 from vera_convert.formats.validation import validation_document, validation_text, wrapped
 from vera_convert.rules import (
@@ -94,6 +97,46 @@ def as_printed(document: object) -> Any:
 def sarif_run(result: Validation) -> Any:
     (run,) = json.loads(sarif_text(result))["runs"]
     return run
+
+
+# --- every format --------------------------------------------------------------------------------
+
+# A format is added here with a function that reads the codes of a report, or a test below fails.
+CODES_OF: dict[str, Callable[[str], set[str]]] = {
+    "text": lambda report: {*re.findall(r"(?m)^  (?:error|warning|note) +(V\d{3})  ", report)},
+    "json": lambda report: {
+        found["code"] for checked in json.loads(report)["adapters"] for found in checked["findings"]
+    },
+    "sarif": lambda report: {
+        result["ruleId"] for run in json.loads(report)["runs"] for result in run["results"]
+    },
+    "junit": lambda report: {
+        code
+        for element in ET.fromstring(report).iter()  # noqa: S314 -- our own text
+        for text in (*element.attrib.values(), element.text or "")
+        for code in re.findall(r"\bV\d{3}\b", text)
+    },
+    "github": lambda report: {
+        *re.findall(r"^::(?:error|warning|notice) .*?(V\d{3}) ", report, re.MULTILINE)
+    },
+}
+"""How the codes of the findings are read from a report in each format."""
+
+
+@every_call
+@pytest.mark.parametrize("form", RENDERERS)
+def test_a_report_in_every_format_tells_the_codes_of_all_findings(
+    form: str, result: Validation
+) -> None:
+    expected = {finding.code for finding in result.findings}
+    assert CODES_OF[form](report_text(result, form)) == expected
+
+
+def test_every_format_of_the_command_line_has_a_renderer_and_a_reader() -> None:
+    (option,) = (each for each in program.commands["validate"].params if each.name == "form")
+    assert isinstance(option.type, click.Choice)
+    assert [*option.type.choices] == [*RENDERERS]
+    assert {*CODES_OF} == {*RENDERERS}
 
 
 # --- text ----------------------------------------------------------------------------------------

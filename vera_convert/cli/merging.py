@@ -123,7 +123,7 @@ def _without_token(arguments: Sequence[str]) -> list[str]:
     """,
 )
 def verify(adapter: str, options: VerifyChoices) -> None:
-    """Check a converted adapter, a merged model or a LoRA against the adapter.
+    """Check a converted adapter, a merged model or a LoRA.
 
     Every tensor of the merged model is computed again and compared. Then the merged model is run on
     sample sequences, and compared with the base that has the adapter.

@@ -6,6 +6,7 @@ parameters from the fields; a command receives the dataclass with the values tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from vera_convert.cli.values import (
     Dtype,
 )
 from vera_convert.dtypes import FLOAT_NAMES
+from vera_convert.formats.reports import RENDERERS
 
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
@@ -52,6 +54,12 @@ ADD_OR_UNTIE = (
     "as PEFT does; untie gives the head a tensor of its own."
 )
 JOBS = "Number of threads (default: one for each core, at most four)."
+
+
+def _listed(choices: Iterable[str]) -> str:
+    """Return the choices for a help text; the first is the default."""
+    first, *others = choices
+    return ", ".join((f"{first} (default)", *others))
 
 
 def option(group: str, *flags: str, default: Any = None, **attributes: Any) -> Any:
@@ -242,7 +250,7 @@ class GeneratorChoice:
         type=Choice(GENERATORS),
         metavar="VARIANT",
         help="How PyTorch drew A and B, if nothing in the adapter tells. VARIANT is one of "
-        f"{GENERATORS[0]} (default), {', '.join(GENERATORS[1:])}.",
+        f"{_listed(GENERATORS)}.",
     )
 
 
@@ -361,9 +369,9 @@ class ValidateOptions(BaseChoice, CommonOptions):
     form: str | None = option(
         OUTPUT,
         "--format",
-        type=Choice(("text", "json", "sarif", "junit", "github")),
+        type=Choice((*RENDERERS,)),
         metavar="FORMAT",
-        help="Format of the report: text (default), json, sarif, junit or github.",
+        help=f"Format of the report: {_listed(RENDERERS)}.",
     )
     output: Path | None = option(
         OUTPUT,
@@ -547,8 +555,7 @@ class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, Co
         default="peft",
         type=Choice(ENGINES),
         metavar="ENGINE",
-        help=f"The engine that will load the LoRA: {ENGINES[0]} (default), "
-        f"{', '.join(ENGINES[1:])}.",
+        help=f"The engine that will load the LoRA: {_listed(ENGINES)}.",
     )
     rank: int | None = option(
         LORA,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from vera_convert.cli.options import ValidateOptions
 from vera_convert.cli.output import columns, in_color, print_document, say, tell
 from vera_convert.cli.refusals import reason
 from vera_convert.errors import UsageError
+from vera_convert.formats.reports import report_text
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def _report(result: Validation, options: ValidateOptions) -> None:
     if form == "github":
         _append_summary(result)
     if options.output is not None:
-        _write_report(options.output, _rendered(result, form), result)
+        _write_report(options.output, report_text(result, form), result)
         form = "text"
     if options.as_json:
         print_document(validation_document(result))
     elif form != "text":
-        say(_rendered(result, form))
+        say(report_text(result, form))
     elif options.quiet:
         for checked in result.adapters:
             for finding in checked.findings:
@@ -105,25 +105,6 @@ def _report(result: Validation, options: ValidateOptions) -> None:
                 failures_said=options.output is None,
             )
         )
-
-
-def _rendered(result: Validation, form: str) -> str:
-    """Return a report in a format; each format has a module."""
-    import json
-
-    from vera_convert.formats.github import github_text
-    from vera_convert.formats.junit import junit_text
-    from vera_convert.formats.sarif import sarif_text
-    from vera_convert.formats.validation import validation_document, validation_text
-
-    renderers: dict[str, Callable[[Validation], str]] = {
-        "text": validation_text,
-        "json": lambda result: json.dumps(validation_document(result), indent=2),
-        "sarif": sarif_text,
-        "junit": junit_text,
-        "github": github_text,
-    }
-    return renderers[form](result)
 
 
 def _write_report(out: Path, text: str, result: Validation) -> None:
