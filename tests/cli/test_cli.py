@@ -653,8 +653,14 @@ def test_a_merge_that_failed_names_the_command_that_continues(
     assert not out.exists()
     assert "hf_secret" not in failed.err
     (line,) = re.findall("^note: .* this continues: vera-convert (.*)$", failed.err, re.MULTILINE)
-    assert run(*shlex.split(line)).status == 0
-    assert run(*call, "--force").err == ""
+    continued = run(*shlex.split(line))
+    assert continued.status == 0
+    assert re.search(
+        r"^resumed +\d shards? of 4 finished by an earlier run$", continued.out, re.MULTILINE
+    )
+    again = run(*call, "--force")
+    assert again.err == ""
+    assert "resumed" not in again.out
 
 
 def test_a_merge_that_keeps_nothing_names_no_command(

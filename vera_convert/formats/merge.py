@@ -7,6 +7,7 @@ import math
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
+from vera_convert.merging.output import FilePlan
 from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import (
     changed_share,
@@ -16,7 +17,7 @@ from vera_convert.merging.report import (
     total,
     worst,
 )
-from vera_convert.text import and_more, printable
+from vera_convert.text import and_more, counted, printable
 
 _MOST_LISTED = 12
 
@@ -29,6 +30,9 @@ def merge_text(result: Merge) -> str:
     rows.append(["base", printable(result.base)])
     for adapter in result.adapters:
         rows += _adapter_rows(adapter)
+    if result.resumed:
+        done = counted(result.resumed, "shard")
+        rows.append(["resumed", f"{done} of {len(_weights(result))} finished by an earlier run"])
     rows += _number_rows(result) if result.written else _plan_rows(result)
     rows += _replaced_rows(result)
     rows += _side_rows(result)
@@ -61,12 +65,16 @@ def _number_rows(result: Merge) -> list[list[str]]:
     ]
 
 
+def _weights(result: Merge) -> list[FilePlan]:
+    return [file for file in result.files if file.name.endswith(".safetensors")]
+
+
 def _plan_rows(result: Merge) -> list[list[str]]:
     rows = [
         ["space", f"{result.needed:,} bytes needed, {result.free:,} free"],
         ["estimate", f"{result.seconds:.1f} s in {result.jobs} threads"],
     ]
-    weights = [file for file in result.files if file.name.endswith(".safetensors")]
+    weights = _weights(result)
     for file in weights[:_MOST_LISTED]:
         copied = f"{file.copied:,} bytes copied"
         rows.append(

@@ -101,8 +101,11 @@ class MergeJob:
 
     def run(
         self, progress: Callable[[int, int], None]
-    ) -> tuple[tuple[TensorReport, ...], dict[str, str]]:
-        """Do it; return what became of each tensor, and the SHA-256 of files if it is asked for.
+    ) -> tuple[tuple[TensorReport, ...], dict[str, str], int]:
+        """Run the merge; return tensor reports, hashes, and the number of resumed shards.
+
+        The hashes are the SHA-256 of the files, if the options ask for checksums. A shard is
+        resumed if an earlier run finished the shard.
 
         Raises:
             CheckpointError: a result is not finite.
@@ -135,7 +138,7 @@ class MergeJob:
                 (folder / PROVENANCE_NAME).write_bytes(provenance)
                 check_staged(folder, {file.name: file for file in self.files}, self.weights)
                 self.inputs.check_unchanged()
-        return reports, hashes
+        return reports, hashes, len(finished)
 
     def require_space(self, free: int, *, there: int = 0) -> None:
         """Raise `SurroundingsError` if the output needs more space than there is.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,7 @@ class Merge:
         jobs: threads.
         written: whether it was written; False for a dry run.
         findings: warnings and notes.
+        resumed: shards that an earlier run had finished, if the merge continued the earlier run.
     """
 
     base: str
@@ -92,6 +93,7 @@ class Merge:
     jobs: int
     written: bool
     findings: tuple[Finding, ...]
+    resumed: int = 0
 
     __repr__ = short_repr
 
@@ -164,8 +166,9 @@ def merge(
                 )
                 job.require_space(job.free)
                 return _result(job, (), {}, _estimate(job))
-            reports, hashes = job.run(progress)
-            return _result(job, reports, hashes, time.monotonic() - started)
+            reports, hashes, resumed = job.run(progress)
+            result = _result(job, reports, hashes, time.monotonic() - started)
+            return replace(result, resumed=resumed)
 
 
 def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptions) -> MergeJob:
