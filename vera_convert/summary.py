@@ -23,7 +23,7 @@ from vera_convert.conversion.proof import (
     same_on,
     unproven_draw,
 )
-from vera_convert.conversion.sizes import embedded_size, stripped_size
+from vera_convert.conversion.sizes import form_sizes
 from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.draws.comparison import Difference
 from vera_convert.draws.generator import Draw
@@ -180,6 +180,7 @@ def _described(
     }
     complete = len(linears) == len(adapter.layers)
     effects = _effects(adapter, pair or recorded, base_facts)
+    forms = form_sizes(adapter, pair, base_facts, projections)
     return AdapterInfo(
         location=location,
         config=adapter.config,
@@ -199,8 +200,8 @@ def _described(
         lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
         sizes=Sizes(
             as_is=adapter.weights_size,
-            stripped=stripped_size(adapter, pair, base_facts, projections),
-            embedded=embedded_size(adapter, pair, base_facts, projections),
+            stripped=forms.stripped,
+            embedded=forms.embedded,
             lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
             if complete
             else None,

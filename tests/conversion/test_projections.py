@@ -19,7 +19,7 @@ from folders import CONFIG_NAME, WEIGHTS, codes, everything, refusal, weights
 from safetensors.numpy import load_file
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.conversion.projections import ProjectionSource, materialized
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.regeneration import regenerate_for
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.draws.generator import Rounding, Variant
@@ -112,7 +112,7 @@ def test_a_generator_can_be_asked_for(variant: Variant, dtype: str, tmp_path: Pa
     assert np.array_equal(stored[B].astype(np.float64), expected[B])
     assert done.draw is not None
     assert done.draw.variant is variant
-    again = materialized(done.draw)
+    again = done.draw.matrices()
     assert np.array_equal(again[0].astype(np.float64), expected[A])
 
 
@@ -299,5 +299,5 @@ def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
         folder, tmp_path / "pair.safetensors", base=base, generator=Variant.FLOAT64_FUSED
     )
     assert found.draw.rounding is Rounding.NONE
-    A, _ = materialized(found.draw)
+    A, _ = found.draw.matrices()
     assert np.array_equal(load_file(tmp_path / "pair.safetensors")["vera_A"], A)

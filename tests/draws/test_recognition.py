@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vera_convert.draws.comparison import Difference, difference
-from vera_convert.draws.generator import Draw, Rounding, Variant, draw, redrawn, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, redrawn
 from vera_convert.draws.recognition import Recognition, recognize, searched_keys
 
 USUAL = Draw(Variant.FLOAT32_FUSED, key=3, rank=8, in_features=96, out_features=64)
@@ -39,15 +39,8 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 def pair_of(made: Draw, *, dtype: Any = None, inputs: int = 0, outputs: int = 0) -> Pair:
     """Return A and B of a draw as a file would hold them, cut to so many inputs and outputs."""
-    A, B = draw(
-        made.variant,
-        key=made.key,
-        rank=made.rank,
-        in_features=made.in_features,
-        out_features=made.out_features,
-    )
-    A = rounded(A, made.rounding)[:, : inputs or None]
-    B = rounded(B, made.rounding)[: outputs or None]
+    A, B = made.matrices()
+    A, B = A[:, : inputs or None], B[: outputs or None]
     if dtype is None:
         dtype = A.dtype
     return np.ascontiguousarray(A.astype(dtype)), np.ascontiguousarray(B.astype(dtype))

@@ -227,7 +227,7 @@ class _NothingGood(Exception):  # noqa: N818 -- it only leaves the staging witho
 
 @dataclass(frozen=True, slots=True)
 class _MigrationOptions:
-    """What a caller wants of every adapter."""
+    """The options of a migration, the same for every adapter."""
 
     to: Mode
     base: BaseOptions
@@ -246,7 +246,7 @@ def _migration_options(
     peft_version: tuple[int, ...] | str | None,
     access: HubAccess,
 ) -> _MigrationOptions:
-    """Check the wishes of a caller, once for all adapters."""
+    """Check the options of a caller, once for all adapters."""
     require_flags(accept_change=accept_change)
     return _MigrationOptions(
         one_of("to", Mode, to),
@@ -276,13 +276,7 @@ def _migrate_one(
             (staging / name).mkdir(parents=True, exist_ok=True)
             sides = write_adapter(content, staging / name)
             result.done[name] = reported(
-                adapter,
-                converted,
-                base_facts,
-                sides,
-                label=label,
-                out=result.out / name,
-                written=staging / name,
+                adapter, converted, base_facts, sides, label=label, out=result.out / name
             )
     except OtherMethodError as error:
         result.passed_over[name] = error.method

@@ -19,13 +19,9 @@ from vera_convert.draws.generator import (
     Draw,
     Rounding,
     Variant,
-    draw,
     effective_rounding,
-    rounded,
-    rounding_on_base,
 )
 from vera_convert.draws.recognition import recognize
-from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, from_array
 from vera_convert.rules import PROJECTIONS_TOO_LARGE
@@ -53,15 +49,6 @@ def check_size(rank: int, in_features: int, out_features: int, *, place: str) ->
                 f"{needed:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}.",
             )
         )
-
-
-def base_dtypes_of(drawn: Draw) -> tuple[str, ...]:
-    """Return each dtype of a base on which PEFT rounds this draw as the draw is rounded."""
-    return tuple(
-        dtype
-        for dtype in (*USUAL_OF_BASES, "float64")
-        if effective_rounding(drawn.variant, rounding_on_base(dtype)) is drawn.rounding
-    )
 
 
 def default_variant(
@@ -135,18 +122,6 @@ def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorDat
     )
 
 
-def materialized(drawn: Draw) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return A and B of a draw, rounded."""
-    A, B = draw(
-        drawn.variant,
-        key=drawn.key,
-        rank=drawn.rank,
-        in_features=drawn.in_features,
-        out_features=drawn.out_features,
-    )
-    return rounded(A, drawn.rounding), rounded(B, drawn.rounding)
-
-
 def as_tensors(
     drawn: Draw, *, dtype: str, place: str, stored: tuple[int, int] | None = None
 ) -> StoredProjections:
@@ -159,7 +134,7 @@ def as_tensors(
         stored: (in_features, out_features) of the leading slices to keep; None keeps everything.
     """
     check_size(drawn.rank, drawn.in_features, drawn.out_features, place=place)
-    A, B = materialized(drawn)
+    A, B = drawn.matrices()
     if stored is not None:
         A, B = A[:, : stored[0]], B[: stored[1]]
     if not (_is_exact_in(A, NUMPY_DTYPE[dtype]) and _is_exact_in(B, NUMPY_DTYPE[dtype])):

@@ -15,7 +15,7 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
-from vera_convert.conversion.projections import check_size, materialized
+from vera_convert.conversion.projections import check_size
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Draw, Rounding, Variant, check_key, rounding_on_base
@@ -104,7 +104,7 @@ def regenerate(
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
     drawn = Draw(variant, key, rank, in_features, out_features, cast)
-    A, B = materialized(drawn)
+    A, B = drawn.matrices()
     return _write(path("out", out), drawn, A, B, force=force)
 
 
@@ -170,7 +170,7 @@ def regenerate_for(
         if drawn.rounding is Rounding.FP32 and base_facts.rounding is Rounding.NONE:
             drawn = replace(drawn, rounding=Rounding.NONE)
         shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
-        A, B = materialized(drawn)
+        A, B = drawn.matrices()
         kind = drawn.variant.dtype
         A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
         B = B[: shapes[B_NAME][0]].astype(kind, copy=False)

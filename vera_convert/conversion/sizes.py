@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import METADATA_KEY
@@ -10,10 +11,14 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_pair
-from vera_convert.conversion.proof import RecognizedPair, accepted_mismatch, damage
+from vera_convert.conversion.proof import (
+    RecognizedPair,
+    accepted_mismatch,
+    damage,
+    is_undecided,
+)
 from vera_convert.conversion.transforms import (
     fingerprint_of,
-    require_one_dtype,
     stored_dtype,
     without_pair,
 )
@@ -32,52 +37,29 @@ def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int
     return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
 
-def stripped_size(
-    adapter: Adapter,
-    own: RecognizedPair | None,
-    base_facts: BaseFacts,
-    projections: ProjectionSource,
-) -> int | None:
-    """Return the bytes that `strip --accept-change` writes; None if strip refuses the adapter.
+class FormSizes(NamedTuple):
+    """The bytes of the weights file in both forms; None if the command refuses the adapter.
 
-    Args:
-        adapter: the adapter.
-        own: its stored pair; None if it stores none.
-        base_facts: the facts of the base.
-        projections: which A and B count if file, flag and key disagree.
-
-    Raises:
-        UsageError: the key's pair counts, and its rounding is not known.
+    Attributes:
+        stripped: the bytes that `strip --accept-change` writes.
+        embedded: the bytes that `embed` writes; None also if only values tell the dtype.
     """
-    stored = adapter.projections
-    if stored is None or own is None:
-        return file_size(adapter.tensors, adapter.metadata)
-    draw = own.draw
-    try:
-        if projections is ProjectionSource.KEY:
-            draw = draw_of_key(adapter, stored, base_facts)
-            stored = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
-        else:
-            accepted_mismatch(adapter, own, base_facts, projections)
-            require_one_dtype(adapter, stored)
-    except CheckpointError:
-        return None
-    if draw is None or stored is None:
-        return None
-    return file_size(*without_pair(adapter, fingerprint_of(stored, draw, _HASHES)))
+
+    stripped: int | None
+    embedded: int | None
 
 
-def embedded_size(
+def form_sizes(
     adapter: Adapter,
     own: RecognizedPair | None,
     base_facts: BaseFacts,
     projections: ProjectionSource,
-) -> int | None:
-    """Return the bytes that `embed` writes; None if embed refuses, or only values tell the dtype.
+) -> FormSizes:
+    """Return the sizes of an adapter's weights after strip and after embed.
 
     Args:
         adapter: the adapter.
-        own: its stored pair; None if it stores none.
+        own: the stored pair; None if the adapter stores none.
         base_facts: the facts of the base.
         projections: which A and B count if file, flag and key disagree.
 
@@ -88,19 +70,36 @@ def embedded_size(
     if stored is None or own is None:
         pair = _pair_to_draw(adapter, base_facts)
         metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
-        return file_size([*adapter.tensors, pair.A, pair.B], metadata) if pair else None
-    try:
-        if projections is ProjectionSource.KEY:
-            draw = draw_of_key(adapter, stored, base_facts)
-            pair = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
-            tensors = with_pair(adapter, pair.A, pair.B) if pair else None
-            return file_size(tensors, adapter.metadata) if tensors else None
-        if not adapter.config.save_projection:
-            accepted_mismatch(adapter, own, base_facts, projections)
-    except CheckpointError:
-        return None
+        return FormSizes(
+            file_size(adapter.tensors, adapter.metadata),
+            file_size([*adapter.tensors, pair.A, pair.B], metadata) if pair else None,
+        )
+    if projections is ProjectionSource.KEY:
+        return _sizes_of_key(adapter, stored, base_facts)
+    embedded = file_size(adapter.tensors, adapter.metadata)
     is_damaged = damage(own, place=adapter.place) is not None
-    return None if is_damaged else file_size(adapter.tensors, adapter.metadata)
+    try:
+        accepted_mismatch(adapter, own, base_facts, projections)
+    except CheckpointError:
+        refused = is_damaged or is_undecided(adapter, projections)
+        return FormSizes(None, None if refused else embedded)
+    if stored.A.dtype != stored.B.dtype:
+        return FormSizes(None, embedded)
+    assert own.draw is not None  # noqa: S101 -- another pair was refused
+    fingerprint = fingerprint_of(stored, own.draw, _HASHES)
+    return FormSizes(file_size(*without_pair(adapter, fingerprint)), embedded)
+
+
+def _sizes_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts) -> FormSizes:
+    """Return the sizes if the draw of the key replaces the stored pair."""
+    draw = draw_of_key(adapter, stored, base_facts)
+    pair = _pair_of(draw, _dtype_of(draw, stored.A.dtype))
+    if pair is None:
+        return FormSizes(None, None)
+    return FormSizes(
+        file_size(*without_pair(adapter, fingerprint_of(pair, draw, _HASHES))),
+        file_size(with_pair(adapter, pair.A, pair.B), adapter.metadata),
+    )
 
 
 def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections | None:

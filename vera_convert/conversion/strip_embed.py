@@ -17,12 +17,12 @@ from vera_convert.adapter.folder import (
 )
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import instance, one_of, optional, path, place, require_flags, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.conversion.sizes import file_size
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
@@ -213,7 +213,7 @@ def content_of(
     adapter: Adapter, converted: Converted, *, not_fetched: tuple[str, ...] = ()
 ) -> AdapterContent:
     """Return the content of the new folder; an unchanged weights file is copied as it is."""
-    is_same = not converted.changes and converted.tensors is adapter.tensors
+    is_same = _keeps_weights(adapter, converted)
     return AdapterContent(
         converted.tensors,
         converted.metadata,
@@ -235,15 +235,7 @@ def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversi
         force=work.force,
         inputs=inputs,
     )
-    return reported(
-        source,
-        converted,
-        base_facts,
-        sides,
-        label=work.location.label,
-        out=work.out,
-        written=work.out,
-    )
+    return reported(source, converted, base_facts, sides, label=work.location.label, out=work.out)
 
 
 def reported(
@@ -254,9 +246,8 @@ def reported(
     *,
     label: str,
     out: Path,
-    written: Path,
 ) -> Conversion:
-    """Return the report of a conversion that lies in `written` and will lie at `out`."""
+    """Return the report of a conversion that lies, or will lie, at `out`."""
     stored = {tensor.name for tensor in converted.tensors}
     return Conversion(
         adapter=label,
@@ -268,5 +259,15 @@ def reported(
         findings=converted.findings,
         side_files=sides,
         bytes_before=adapter.weights_size,
-        bytes_after=(written / WEIGHTS_NAME).stat().st_size,
+        bytes_after=_size_after(adapter, converted),
     )
+
+
+def _keeps_weights(adapter: Adapter, converted: Converted) -> bool:
+    return not converted.changes and converted.tensors is adapter.tensors
+
+
+def _size_after(adapter: Adapter, converted: Converted) -> int:
+    if _keeps_weights(adapter, converted):
+        return adapter.weights_size
+    return file_size(converted.tensors, converted.metadata)

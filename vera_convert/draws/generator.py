@@ -168,6 +168,17 @@ class Draw:
         """Say whether this key gives the same draw."""
         return (self.key - key) % 2**32 == 0
 
+    def matrices(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return A (rank, in_features) and B (out_features, rank), rounded."""
+        A, B = draw(
+            self.variant,
+            key=self.key,
+            rank=self.rank,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        return rounded(A, self.rounding), rounded(B, self.rounding)
+
     @property
     def description(self) -> str:
         """One phrase that names the draw, for people."""

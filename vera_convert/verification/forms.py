@@ -31,7 +31,6 @@ from vera_convert.conversion.projections import (
     ProjectionSource,
     check_size,
     default_variant,
-    materialized,
 )
 from vera_convert.draws.generator import (
     Draw,
@@ -266,7 +265,7 @@ class _Side:
         drawn = self._draw()
         check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
         if drawn not in self._drawn:
-            self._drawn[drawn] = materialized(drawn)
+            self._drawn[drawn] = drawn.matrices()
         rounding = effective_rounding(drawn.variant, rounding_on_base(dtype))
         A, B = (rounded(matrix, rounding) for matrix in self._drawn[drawn])
         return A, B
