@@ -43,6 +43,17 @@ def test_a_rule_says_what_why_and_what_to_do(rule: Rule) -> None:
     assert all(text.isprintable() for text in (rule.title, rule.why, rule.remedy))
 
 
+def test_a_finding_has_its_file_and_tensor_as_fields() -> None:
+    in_file = rules.FILE_EMPTY.in_file("a.json", "x.")
+    assert (in_file.place, in_file.file, in_file.tensor) == ("a.json", "a.json", None)
+    tensor = rules.EMPTY_TENSOR.in_tensor("a\n", "x.")
+    assert (tensor.place, tensor.file, tensor.tensor) == ("a\\n", None, "a\n")
+    both = rules.EMPTY_TENSOR.in_tensor("a", "x.", file="m.safetensors")
+    assert (both.place, both.file) == ('m.safetensors tensor "a"', "m.safetensors")
+    layer = rules.LAMBDA_UNPAIRED.at("model.layers.0", "x.")
+    assert (layer.file, layer.tensor) == (None, None)
+
+
 @pytest.mark.parametrize("code", CATALOG)
 def test_every_rule_is_provoked(code: str) -> None:
     """By a defect, or by a test that names its code."""

@@ -1,4 +1,4 @@
-"""The three ways a command fails, each with the exit status that it stands for."""
+"""The errors that this package raises on purpose, each with the exit status of a command."""
 
 from __future__ import annotations
 
@@ -7,43 +7,56 @@ from typing import ClassVar
 
 from vera_convert.rules import Finding
 
-OF_MERGED = "this is a defect of the merged model"
-"""A note on errors of `verify` that are no fault of the adapter."""
-
 
 class VeraConvertError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """An error that this package raises on purpose: the base class of the others.
+
+    Attributes:
+        status: the exit status of a command that fails with the error.
+    """
 
     status: ClassVar[int] = 1
 
 
 class CheckpointError(VeraConvertError):
-    """The checkpoint is at fault: it is malformed, or what was asked cannot be done without loss.
+    """A checkpoint is malformed, or the command would lose a part of the checkpoint.
 
     Attributes:
-        findings: every defect met before the reader had to stop; at least one.
+        findings: every defect that was found before reading stopped; at least one.
+        of_merged: whether the defects are in a merged model that is verified, not in the adapter.
     """
 
     status = 1
 
     def __init__(self, first: Finding, *more: Finding) -> None:
         self.findings: tuple[Finding, ...] = (first, *more)
+        self.of_merged = False
         super().__init__(str(first))
 
     @classmethod
     def of(cls, findings: Iterable[Finding]) -> CheckpointError:
-        """Build the error from findings that are known not to be empty."""
+        """Return the error for one or more findings."""
         first, *more = findings
         return cls(first, *more)
 
 
 class UsageError(VeraConvertError):
-    """The call is at fault: options clash, something must be given that is not, OUT exists."""
+    """An argument or option is wrong: options conflict, one is missing, or OUT exists."""
 
     status = 2
 
 
 class SurroundingsError(VeraConvertError):
-    """The surroundings are at fault: no such folder or repo, disk full, network, missing extra."""
+    """The environment fails: a path or repo does not exist, disk, network, permissions, packages."""
 
     status = 3
+
+
+def mark_resumable(error: BaseException) -> None:
+    """Mark an error after which `--resume` continues the merge from the finished shards."""
+    error.__dict__["resumable"] = True
+
+
+def is_resumable(error: BaseException) -> bool:
+    """Return whether a merge that failed with this error can be continued with `--resume`."""
+    return error.__dict__.get("resumable", False)

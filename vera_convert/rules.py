@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from vera_convert.text import printable
+
 
 class Severity(StrEnum):
     """How bad a finding is."""
@@ -41,11 +43,23 @@ class Rule:
     title: str
     why: str
     remedy: str
-    since: str = "0.1.0"
+    since: str
 
-    def at(self, place: str, reason: str) -> Finding:
-        """Return the finding that this defect was met at `place` (already printable text)."""
-        return Finding(self, place, reason)
+    def at(
+        self, place: str, reason: str, *, file: str | None = None, tensor: str | None = None
+    ) -> Finding:
+        """Return a finding at a place: a layer, a folder, a base (text that is printable)."""
+        return Finding(self, place, reason, file, tensor)
+
+    def in_file(self, file: str, reason: str) -> Finding:
+        """Return a finding in a file (a name or path that is printable)."""
+        return Finding(self, file, reason, file)
+
+    def in_tensor(self, name: str, reason: str, *, file: str | None = None) -> Finding:
+        """Return a finding at a tensor, named as in its file; `file` is shown if given."""
+        shown = printable(name)
+        place = shown if file is None else f'{file} tensor "{shown}"'
+        return Finding(self, place, reason, file, name)
 
     def as_note(self) -> Rule:
         """Return this rule for a case in which nothing is wrong."""
@@ -54,23 +68,27 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect met in one place.
+    """One defect in one place.
 
     Attributes:
-        rule: the rule that the defect breaks.
-        place: the file or the tensor; printable text.
-        reason: what was found there, in a sentence.
+        rule: the kind of defect.
+        place: the file, tensor, layer or field, as text for people.
+        reason: the values that were found, as a sentence.
+        file: the file with the defect, if a single file has it: a name or a path.
+        tensor: the name of the tensor with the defect, if a single tensor has it.
 
     Example:
         >>> from vera_convert import validate
         >>> finding = validate("broken").findings[0]
-        >>> finding.code, str(finding.severity), finding.place
+        >>> finding.code, str(finding.severity), finding.file
         ('V104', 'error', 'adapter_config.json')
     """
 
     rule: Rule
     place: str
     reason: str
+    file: str | None = None
+    tensor: str | None = None
 
     @property
     def code(self) -> str:
@@ -96,6 +114,7 @@ NOT_REGULAR = Rule(
     "not a regular file",
     "A pipe or a device can block for ever, never end, or change what it gives.",
     "Put the file itself in this place.",
+    since="0.1.0",
 )
 LINK_OUTSIDE = Rule(
     "V002",
@@ -103,6 +122,7 @@ LINK_OUTSIDE = Rule(
     "a link leads out of the folder",
     "A folder from a stranger could have any file of this machine read and copied.",
     "Put a copy of the file in this place; the Hub cache's links into its blobs are followed.",
+    since="0.1.0",
 )
 FILE_TOO_LARGE = Rule(
     "V003",
@@ -110,6 +130,7 @@ FILE_TOO_LARGE = Rule(
     "a file is larger than its kind ever is",
     "Reading it would take memory and time for nothing: no such file is real.",
     "Restore the file that PEFT wrote.",
+    since="0.1.0",
 )
 FILE_EMPTY = Rule(
     "V004",
@@ -117,6 +138,7 @@ FILE_EMPTY = Rule(
     "a file is empty",
     "A save or a copy that ran out of space, or was stopped, leaves such files.",
     "Copy or download it again.",
+    since="0.1.0",
 )
 NAME_UNSAFE = Rule(
     "V005",
@@ -124,6 +146,7 @@ NAME_UNSAFE = Rule(
     "a file name could lead out of its folder",
     "Absolute names, '..', backslashes and colons reach other files on one system or another.",
     "Use plain names inside the folder, with '/' between their parts.",
+    since="0.1.0",
 )
 FILE_UNREADABLE = Rule(
     "V006",
@@ -131,6 +154,7 @@ FILE_UNREADABLE = Rule(
     "a file cannot be read",
     "Its owner or its mode forbids it; whoever is given such a folder fails on it as well.",
     "Give yourself the right to read it: `chmod u+r FILE`.",
+    since="0.1.0",
 )
 LINK_NOT_CARRIED = Rule(
     "V007",
@@ -138,6 +162,7 @@ LINK_NOT_CARRIED = Rule(
     "a link leads elsewhere",
     "It is not followed, so what it leads to is lost when the adapter is converted or published.",
     "Put a copy of the file in this place, or remove the link.",
+    since="0.1.0",
 )
 UNREAD_WEIGHTS = Rule(
     "V008",
@@ -154,6 +179,7 @@ CONFIG_MISSING = Rule(
     "adapter_config.json is missing",
     "Rank, key and method stand there alone; without it nobody can load the weights.",
     "Pass the folder that holds adapter_config.json, or copy it beside the weights.",
+    since="0.1.0",
 )
 WEIGHTS_MISSING = Rule(
     "V011",
@@ -161,6 +187,7 @@ WEIGHTS_MISSING = Rule(
     "adapter_model.safetensors is missing",
     "The trained vectors are stored there.",
     "Copy or download the weights into the folder.",
+    since="0.1.0",
 )
 PICKLE_ONLY = Rule(
     "V012",
@@ -172,6 +199,7 @@ PICKLE_ONLY = Rule(
     "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
     "save_file({k: v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', "
     "metadata={'format': 'pt'})\"",
+    since="0.1.0",
 )
 BOTH_KINDS = Rule(
     "V013",
@@ -179,6 +207,7 @@ BOTH_KINDS = Rule(
     "pickled weights lie beside the safetensors file",
     "PEFT and this tool use the safetensors file; other programs may take the pickle instead.",
     "Remove the pickled file if it is not needed.",
+    since="0.1.0",
 )
 MODEL_AS_ADAPTER = Rule(
     "V014",
@@ -186,6 +215,7 @@ MODEL_AS_ADAPTER = Rule(
     "a whole model's weights lie under an adapter's name",
     "PEFT finds no vector of VeRA there and changes nothing; it may overwrite the base's tensors.",
     "Save the adapter again with PeftModel.save_pretrained, before it is merged.",
+    since="0.1.0",
 )
 ADAPTER_AS_MODEL = Rule(
     "V015",
@@ -193,6 +223,7 @@ ADAPTER_AS_MODEL = Rule(
     "the adapter's weights lie under a model's name",
     "PEFT looks for adapter_model.safetensors alone, and other loaders take them for a model.",
     "Rename model.safetensors to adapter_model.safetensors.",
+    since="0.1.0",
 )
 MODEL_FOLDER = Rule(
     "V016",
@@ -200,6 +231,7 @@ MODEL_FOLDER = Rule(
     "the folder holds a whole model and no adapter",
     "A merged model is loaded by itself and needs no adapter.",
     "Pass the folder of the adapter, or load this one as a model.",
+    since="0.1.0",
 )
 ADAPTER_BELOW = Rule(
     "V017",
@@ -208,6 +240,7 @@ ADAPTER_BELOW = Rule(
     "PEFT puts every adapter that is not called default into a subfolder of its name.",
     "Pass the subfolder, or copy its files to where they are looked for; `vera-convert validate "
     "--recursive` checks all that lie below.",
+    since="0.1.0",
 )
 TRAINING_STATE = Rule(
     "V018",
@@ -216,6 +249,7 @@ TRAINING_STATE = Rule(
     "States are large and pickled; logs tell paths and the name of the training machine. Nobody "
     "who loads the adapter needs these files.",
     "Leave the files out when you publish the adapter; strip, embed, migrate and merge do.",
+    since="0.1.0",
 )
 STRANGE_FILES = Rule(
     "V019",
@@ -232,6 +266,7 @@ JSON_NOT_UTF8 = Rule(
     "the text is not UTF-8",
     "JSON is UTF-8; readers refuse anything else, or guess.",
     "Save the file as UTF-8.",
+    since="0.1.0",
 )
 JSON_BOM = Rule(
     "V021",
@@ -239,6 +274,7 @@ JSON_BOM = Rule(
     "the text begins with a byte order mark",
     "JSON has none: Python's reader and serde's, which safetensors uses, both refuse it.",
     "Save the file as UTF-8 without a byte order mark.",
+    since="0.1.0",
 )
 JSON_SYNTAX = Rule(
     "V022",
@@ -246,6 +282,7 @@ JSON_SYNTAX = Rule(
     "the text is not JSON",
     "No loader can read it.",
     "Restore the file that was written, or copy it again if it was cut off.",
+    since="0.1.0",
 )
 JSON_DUPLICATE_KEY = Rule(
     "V023",
@@ -253,6 +290,7 @@ JSON_DUPLICATE_KEY = Rule(
     "a key stands twice in one JSON object",
     "Some readers take the first value and some the last, so they see different checkpoints.",
     "Remove the entry that is not meant.",
+    since="0.1.0",
 )
 JSON_NOT_FINITE = Rule(
     "V024",
@@ -260,6 +298,7 @@ JSON_NOT_FINITE = Rule(
     "the text holds NaN or Infinity",
     "JSON has no such numbers; most readers refuse them.",
     "Write a finite number, or null.",
+    since="0.1.0",
 )
 JSON_NESTING = Rule(
     "V025",
@@ -267,6 +306,7 @@ JSON_NESTING = Rule(
     "the JSON is nested absurdly deep",
     "Such files are made to exhaust the reader; a real one has five levels at most.",
     "Restore the file that was written.",
+    since="0.1.0",
 )
 JSON_NUMBER = Rule(
     "V026",
@@ -274,6 +314,7 @@ JSON_NUMBER = Rule(
     "the JSON holds an absurd number",
     "No field has such a value, and readers disagree on what it is.",
     "Write a number of ordinary size.",
+    since="0.1.0",
 )
 JSON_SURROGATE = Rule(
     "V027",
@@ -281,6 +322,7 @@ JSON_SURROGATE = Rule(
     "a text holds half of a character",
     "A lone surrogate cannot be written as UTF-8: the safetensors library refuses it.",
     "Write the whole character.",
+    since="0.1.0",
 )
 JSON_TOO_MANY = Rule(
     "V028",
@@ -288,6 +330,7 @@ JSON_TOO_MANY = Rule(
     "the JSON has an absurd number of values",
     "Such files are made to exhaust memory: a few bytes of text become a hundred in memory.",
     "Restore the file that was written.",
+    since="0.1.0",
 )
 LFS_POINTER = Rule(
     "V030",
@@ -295,6 +338,7 @@ LFS_POINTER = Rule(
     "the file is a Git LFS pointer, not the weights",
     "The repository was cloned without Git LFS: only a note of where the content lies was copied.",
     "Run `git lfs pull` in that repository, or download it with `hf download`.",
+    since="0.1.0",
 )
 PICKLE_RENAMED = Rule(
     "V031",
@@ -303,6 +347,7 @@ PICKLE_RENAMED = Rule(
     "Opening a pickle can run any program that its author chose, so this tool never does.",
     "Convert it where it may be opened, with torch.load(..., weights_only=True) and"
     " safetensors.torch.save_file; renaming converts nothing.",
+    since="0.1.0",
 )
 OTHER_FORMAT = Rule(
     "V032",
@@ -310,6 +355,7 @@ OTHER_FORMAT = Rule(
     "the file has another format than its name says",
     "A safetensors file begins with the length of its header.",
     "Download or convert the file again.",
+    since="0.1.0",
 )
 LENGTH_MISSING = Rule(
     "V033",
@@ -317,6 +363,7 @@ LENGTH_MISSING = Rule(
     "the file ends within its first eight bytes",
     "A safetensors file begins with the length of its header, eight bytes long.",
     "Copy or download the file again.",
+    since="0.1.0",
 )
 HEADER_TOO_LONG = Rule(
     "V034",
@@ -324,6 +371,7 @@ HEADER_TOO_LONG = Rule(
     "the header is longer than 100 MB",
     "The safetensors library refuses it too.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 HEADER_CUT_OFF = Rule(
     "V035",
@@ -331,6 +379,7 @@ HEADER_CUT_OFF = Rule(
     "the file ends within its header",
     "The file is incomplete, or the length of its header is wrong.",
     "Copy or download the file again.",
+    since="0.1.0",
 )
 HEADER_START = Rule(
     "V036",
@@ -338,6 +387,7 @@ HEADER_START = Rule(
     "the header does not begin with '{'",
     "The safetensors format demands it, so that the file cannot pass for another kind as well.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 METADATA_FORM = Rule(
     "V040",
@@ -345,6 +395,7 @@ METADATA_FORM = Rule(
     "__metadata__ is not a map of texts",
     "The safetensors library refuses a file with any other value there.",
     "Write numbers and lists as text, or leave them out.",
+    since="0.1.0",
 )
 ENTRY_FORM = Rule(
     "V041",
@@ -352,6 +403,7 @@ ENTRY_FORM = Rule(
     "a tensor's entry is not an object",
     "dtype, shape and data_offsets have to be named; other forms are read by some libraries only.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 ENTRY_FIELD_MISSING = Rule(
     "V042",
@@ -359,6 +411,7 @@ ENTRY_FIELD_MISSING = Rule(
     "a tensor's entry lacks a field",
     "Without dtype, shape and data_offsets the tensor cannot be found or read.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 ENTRY_FIELD_UNKNOWN = Rule(
     "V043",
@@ -366,6 +419,7 @@ ENTRY_FIELD_UNKNOWN = Rule(
     "a tensor's entry has an unknown field",
     "The format has none; whatever it means (a scale, a compression) would be ignored.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 DTYPE_UNKNOWN = Rule(
     "V044",
@@ -373,6 +427,7 @@ DTYPE_UNKNOWN = Rule(
     "a tensor has a dtype that safetensors does not know",
     "Its values cannot be read.",
     "Write the tensor in a dtype of the safetensors library.",
+    since="0.1.0",
 )
 SHAPE_FORM = Rule(
     "V045",
@@ -380,6 +435,7 @@ SHAPE_FORM = Rule(
     "a shape is not a list of whole numbers",
     "Sizes are whole numbers from 0 up, 32 of them at most; true, 2.0 and -1 are none.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 SHAPE_OVERFLOW = Rule(
     "V046",
@@ -387,6 +443,7 @@ SHAPE_OVERFLOW = Rule(
     "a shape is larger than any memory",
     "Its size in bytes overflows 63 bits: readers that do not check compute a small one.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 SHAPE_PARTIAL_BYTE = Rule(
     "V047",
@@ -394,6 +451,7 @@ SHAPE_PARTIAL_BYTE = Rule(
     "a tensor ends within a byte",
     "Its 4-bit or 6-bit values do not fill whole bytes; the safetensors library refuses it.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 OFFSETS_FORM = Rule(
     "V048",
@@ -401,6 +459,7 @@ OFFSETS_FORM = Rule(
     "data_offsets is not a begin and an end",
     "Two whole numbers from 0 up are expected, the end not before the begin.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 OFFSETS_SPAN = Rule(
     "V049",
@@ -408,6 +467,7 @@ OFFSETS_SPAN = Rule(
     "a tensor's bytes are not as many as its shape and dtype need",
     "Readers that do not check read the neighbor's values, or memory that is not theirs.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 DATA_OVERLAP = Rule(
     "V050",
@@ -415,6 +475,7 @@ DATA_OVERLAP = Rule(
     "two tensors share bytes",
     "A small file could stand for endless data; the safetensors library refuses it.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 DATA_HOLE = Rule(
     "V051",
@@ -422,6 +483,7 @@ DATA_HOLE = Rule(
     "bytes between two tensors belong to none",
     "Anything could hide there; the safetensors library refuses it.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 DATA_CUT_OFF = Rule(
     "V052",
@@ -429,6 +491,7 @@ DATA_CUT_OFF = Rule(
     "the file ends before its last tensor does",
     "A download or a copy was cut off, so values are missing.",
     "Copy or download the file again.",
+    since="0.1.0",
 )
 DATA_TRAILING = Rule(
     "V053",
@@ -436,6 +499,7 @@ DATA_TRAILING = Rule(
     "bytes after the last tensor belong to none",
     "Anything could hide there; the safetensors library refuses it.",
     "Write the file again with the safetensors library.",
+    since="0.1.0",
 )
 TENSOR_NAME_ABSURD = Rule(
     "V054",
@@ -444,6 +508,7 @@ TENSOR_NAME_ABSURD = Rule(
     "Names are compared element by element, so that such ones exhaust the reader; real ones have "
     "a dozen elements.",
     "Save the tensors under the names that their modules have.",
+    since="0.1.0",
 )
 
 # --- V1: config ----------------------------------------------------------------------------------
@@ -454,6 +519,7 @@ NOT_VERA = Rule(
     "the config is not a VeRA adapter's",
     "PEFT picks the method by peft_type; only the exact text VERA is this one.",
     "Pass the folder of an adapter that was trained with PEFT's VeraConfig.",
+    since="0.1.0",
 )
 CONFIG_NOT_OBJECT = Rule(
     "V102",
@@ -461,6 +527,7 @@ CONFIG_NOT_OBJECT = Rule(
     "adapter_config.json holds no JSON object",
     "Every loader expects an object with one entry per field.",
     "Restore the file that PEFT wrote.",
+    since="0.1.0",
 )
 FIELD_TYPE = Rule(
     "V103",
@@ -468,6 +535,7 @@ FIELD_TYPE = Rule(
     "a config field has the wrong type",
     "PEFT fails on it, or reads it as something else than was meant.",
     "Correct the value by hand, or restore the file that PEFT wrote.",
+    since="0.1.0",
 )
 FIELD_RANGE = Rule(
     "V104",
@@ -475,6 +543,7 @@ FIELD_RANGE = Rule(
     "a config field is out of range",
     "PEFT fails on it, or gives results that nobody trained.",
     "Correct the value by hand, or restore the file that PEFT wrote.",
+    since="0.1.0",
 )
 KEY_INVALID = Rule(
     "V105",
@@ -482,6 +551,7 @@ KEY_INVALID = Rule(
     "projection_prng_key is no seed that PyTorch takes",
     "A and B are drawn from it; PyTorch takes whole numbers from -2^63 to 2^64-1 only.",
     "Set it to the whole number that the adapter was trained with.",
+    since="0.1.0",
 )
 FIELD_VALUE = Rule(
     "V106",
@@ -489,6 +559,7 @@ FIELD_VALUE = Rule(
     "a config field has a value that PEFT does not know",
     "PEFT refuses it when it loads the adapter.",
     "Use one of the values named, or restore the file that PEFT wrote.",
+    since="0.1.0",
 )
 LAYERS_PATTERN_ALONE = Rule(
     "V107",
@@ -496,6 +567,7 @@ LAYERS_PATTERN_ALONE = Rule(
     "layers_pattern is set without layers_to_transform",
     "PEFT 0.14 and later refuse to load such a config.",
     "Remove layers_pattern, or name the layers in layers_to_transform.",
+    since="0.1.0",
 )
 UNKNOWN_FIELD = Rule(
     "V110",
@@ -504,6 +576,7 @@ UNKNOWN_FIELD = Rule(
     "PEFT 0.14 and later drop it with a warning; PEFT 0.13 and earlier refuse the adapter.",
     "It is kept as it is; `vera-convert migrate --to asis --peft-version 0.13` removes it for old "
     "readers.",
+    since="0.1.0",
 )
 FIELD_BY_VERSION = Rule(
     "V111",
@@ -511,6 +584,7 @@ FIELD_BY_VERSION = Rule(
     "a config field is not read by every PEFT",
     "Some releases refuse the adapter for it, or read it as something else.",
     "Load the adapter with a release that reads it, or write the field in the older form.",
+    since="0.1.0",
 )
 
 BASE_IS_PATH = Rule(
@@ -519,6 +593,7 @@ BASE_IS_PATH = Rule(
     "the config calls the base by a path",
     "Nobody else has it there, and the Hub refuses a model card that names it.",
     "Write the base's name on the Hub into base_model_name_or_path.",
+    since="0.1.0",
 )
 BASE_UNNAMED = Rule(
     "V121",
@@ -526,6 +601,7 @@ BASE_UNNAMED = Rule(
     "the config names no base",
     "Whoever has the adapter has to guess which model it was trained on.",
     "Write the base's name on the Hub into base_model_name_or_path.",
+    since="0.1.0",
 )
 REVISION_MISSING = Rule(
     "V122",
@@ -533,6 +609,7 @@ REVISION_MISSING = Rule(
     "the config names no revision of the base",
     "A repo can change; then the adapter meets other weights than it was trained on.",
     "Write the commit that it was trained on into revision.",
+    since="0.1.0",
 )
 
 REVISION_INVALID = Rule(
@@ -550,6 +627,7 @@ TARGET_REGEX_INVALID = Rule(
     "a pattern in the config is no regular expression",
     "PEFT compiles it with Python's `re` and fails, so nobody can tell which layers are meant.",
     "Correct the pattern, or list the names of the modules in target_modules.",
+    since="0.1.0",
 )
 TARGET_REGEX_SLOW = Rule(
     "V131",
@@ -557,6 +635,7 @@ TARGET_REGEX_SLOW = Rule(
     "a pattern in the config takes too long to evaluate",
     "PEFT evaluates it on every module's name and would hang as well.",
     "Write the pattern without nested repetition, or list the names in target_modules.",
+    since="0.1.0",
 )
 TARGETS_MATCH_NOTHING = Rule(
     "V132",
@@ -564,6 +643,7 @@ TARGETS_MATCH_NOTHING = Rule(
     "the config's targets match no layer of the base",
     "PEFT refuses to wrap the model, and the size of A and B cannot be told.",
     "Check that the base is the adapter's own and that target_modules names its modules.",
+    since="0.1.0",
 )
 TARGETS_UNKNOWN = Rule(
     "V133",
@@ -571,6 +651,7 @@ TARGETS_UNKNOWN = Rule(
     "target_modules is null and PEFT has no default for the base",
     "Nothing says which layers are adapted.",
     "List the modules in target_modules.",
+    since="0.1.0",
 )
 TARGETS_BY_VERSION = Rule(
     "V134",
@@ -579,6 +660,7 @@ TARGETS_BY_VERSION = Rule(
     "What they leave unadapted is lost without a word.",
     "Load the adapter with a release that adapts all its layers, or list their full names in "
     "target_modules.",
+    since="0.1.0",
 )
 
 # --- V2: tensors ---------------------------------------------------------------------------------
@@ -589,6 +671,7 @@ NO_LAMBDAS = Rule(
     "the file adapts no layer",
     "Without vera_lambda_b and vera_lambda_d vectors the adapter changes nothing.",
     "Save the adapter again from the training run; with FSDP or ZeRO-3, gather the state first.",
+    since="0.1.0",
 )
 LAMBDA_UNPAIRED = Rule(
     "V202",
@@ -596,6 +679,7 @@ LAMBDA_UNPAIRED = Rule(
     "a layer has only one of its two vectors",
     "PEFT loads it without a word and leaves the other vector at its initial value.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 LAMBDA_SHAPE = Rule(
     "V203",
@@ -603,6 +687,7 @@ LAMBDA_SHAPE = Rule(
     "a lambda is not a vector",
     "A layer scales by vectors: lambda_d of r values and lambda_b of one value per output.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 LAMBDA_D_LENGTH = Rule(
     "V204",
@@ -610,6 +695,7 @@ LAMBDA_D_LENGTH = Rule(
     "lambda_d does not have r values",
     "PEFT refuses the file: the rank of the config and the rank of the tensors differ.",
     "If all layers have another rank in common, set r to it; else save the adapter again.",
+    since="0.1.0",
 )
 EMPTY_TENSOR = Rule(
     "V205",
@@ -618,6 +704,7 @@ EMPTY_TENSOR = Rule(
     "A save under ZeRO-3 or FSDP without gathering writes such husks; the training is not in them.",
     "Save again with the state gathered (stage3_gather_16bit_weights_on_model_save, or "
     "FULL_STATE_DICT).",
+    since="0.1.0",
 )
 TENSOR_DTYPE = Rule(
     "V206",
@@ -625,6 +712,7 @@ TENSOR_DTYPE = Rule(
     "a trained tensor is not of a float type",
     "Lambdas and projections are float64, float32, float16 or bfloat16; PEFT would cast or fail.",
     "Convert the tensor to float32 and save the file again.",
+    since="0.1.0",
 )
 MIXED_DTYPES = Rule(
     "V207",
@@ -632,6 +720,7 @@ MIXED_DTYPES = Rule(
     "lambdas and projections have different types",
     "PEFT writes one type for all of them, so something else wrote or edited this file.",
     "Nothing need be done: every tensor is read in its own type.",
+    since="0.1.0",
 )
 ONE_PROJECTION = Rule(
     "V208",
@@ -639,6 +728,7 @@ ONE_PROJECTION = Rule(
     "only one of vera_A and vera_B is stored",
     "Without A, PEFT refuses; without B, it draws B from the key and says nothing.",
     "Remove the one that is left and set save_projection to false, or save the adapter again.",
+    since="0.1.0",
 )
 PROJECTION_SHAPE = Rule(
     "V209",
@@ -646,6 +736,7 @@ PROJECTION_SHAPE = Rule(
     "vera_A or vera_B has an impossible shape",
     "A is (r, largest input) and B is (largest output, r).",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 PROJECTION_TOO_SHORT = Rule(
     "V210",
@@ -653,6 +744,7 @@ PROJECTION_TOO_SHORT = Rule(
     "vera_B has fewer rows than a layer has outputs",
     "The layer uses the leading rows of B, one for each of its outputs.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 PROJECTIONS_MISSING = Rule(
     "V211",
@@ -660,6 +752,7 @@ PROJECTIONS_MISSING = Rule(
     "the config promises projections that the file lacks",
     "With save_projection true every PEFT refuses a file without vera_A.",
     "If they were dropped on purpose set save_projection to false, then run `vera-convert embed`.",
+    since="0.1.0",
 )
 PROJECTIONS_UNANNOUNCED = Rule(
     "V212",
@@ -667,6 +760,7 @@ PROJECTIONS_UNANNOUNCED = Rule(
     "the file holds projections that the config denies",
     "With save_projection false every PEFT ignores them and draws its own.",
     "`vera-convert migrate --to embedded` or `--to stripped` makes file and config agree.",
+    since="0.1.0",
 )
 PROJECTIONS_REPEATED = Rule(
     "V213",
@@ -674,6 +768,7 @@ PROJECTIONS_REPEATED = Rule(
     "the shared projections are stored again with a layer",
     "They equal the shared ones, so nothing is wrong but the size.",
     "`vera-convert migrate --to asis` writes them once.",
+    since="0.1.0",
 )
 PROJECTIONS_DIFFER = Rule(
     "V214",
@@ -681,6 +776,7 @@ PROJECTIONS_DIFFER = Rule(
     "a layer stores projections other than the shared ones",
     "VeRA shares one A and one B over all layers; no loader would use the layer's own.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 WRAPPER_IN_NAMES = Rule(
     "V215",
@@ -688,6 +784,7 @@ WRAPPER_IN_NAMES = Rule(
     "names carry a part that is left over from a wrapper",
     "PEFT finds none of its names in the file and loads the adapter as one that does nothing.",
     "`vera-convert migrate --to asis` writes the proper names.",
+    since="0.1.0",
 )
 ADAPTER_NAME_LEFT = Rule(
     "V216",
@@ -695,6 +792,7 @@ ADAPTER_NAME_LEFT = Rule(
     "tensor names still carry the adapter's name",
     "PEFT up to 0.20 refuses the file, or loads it as an adapter that does nothing.",
     "`vera-convert migrate --to asis` writes the proper names.",
+    since="0.1.0",
 )
 PREFIX_MISSING = Rule(
     "V217",
@@ -702,6 +800,7 @@ PREFIX_MISSING = Rule(
     "tensor names lack PEFT's prefix",
     "No PEFT loads such names: the adapter would do nothing, without an error.",
     "`vera-convert migrate --to asis` writes the proper names.",
+    since="0.1.0",
 )
 LAMBDA_COLUMN = Rule(
     "V218",
@@ -709,6 +808,7 @@ LAMBDA_COLUMN = Rule(
     "a lambda is stored as a column of shape (n, 1)",
     "PEFT up to 0.15 wrote such files after a merge on a 16-bit model, and no PEFT loads them.",
     "`vera-convert migrate --to asis` drops the extra dimension.",
+    since="0.1.0",
 )
 OTHER_VERA = Rule(
     "V219",
@@ -716,6 +816,7 @@ OTHER_VERA = Rule(
     "a tensor belongs to a variant of VeRA that is not VeRA",
     "Its vectors mean something else, so a merge as plain VeRA would be wrong.",
     "Use the tool that trained it.",
+    since="0.1.0",
 )
 UNKNOWN_TENSOR = Rule(
     "V220",
@@ -723,6 +824,7 @@ UNKNOWN_TENSOR = Rule(
     "a tensor has a name of unknown meaning",
     "PEFT drops such tensors without a word, so what was trained in them would be lost.",
     "Remove the tensor, or save the adapter again from the training run.",
+    since="0.1.0",
 )
 UNDECLARED_TENSOR = Rule(
     "V221",
@@ -730,6 +832,7 @@ UNDECLARED_TENSOR = Rule(
     "a tensor of the base model is stored that the config does not declare",
     "PEFT overwrites the base model's weight with it and says nothing.",
     "Name its module in modules_to_save (or set bias) if it was trained; else remove the tensor.",
+    since="0.1.0",
 )
 MODULE_TO_SAVE_MISSING = Rule(
     "V222",
@@ -737,6 +840,7 @@ MODULE_TO_SAVE_MISSING = Rule(
     "a module of modules_to_save has no tensor in the file",
     "PEFT up to 0.14 would keep a freshly initialized module; later ones fail with a KeyError.",
     "Save the adapter again from the training run, or remove the name from modules_to_save.",
+    since="0.1.0",
 )
 BIAS_NOT_STORED = Rule(
     "V223",
@@ -745,6 +849,7 @@ BIAS_NOT_STORED = Rule(
     "PEFT up to 0.20 never saved trained biases, so they are lost. It is a note if PEFT 0.21 or "
     "later wrote the file and no base tells whether the model has biases.",
     "Nothing need be done if the model has no biases. Else train again with PEFT 0.21 or later.",
+    since="0.1.0",
 )
 NAME_TAKEN_TWICE = Rule(
     "V224",
@@ -752,6 +857,7 @@ NAME_TAKEN_TWICE = Rule(
     "two tensors would get the same name",
     "Once the names are brought to their proper form two tensors claim one place.",
     "Remove the one that is stale, or save the adapter again from the training run.",
+    since="0.1.0",
 )
 
 PROJECTIONS_PER_LAYER = Rule(
@@ -760,6 +866,7 @@ PROJECTIONS_PER_LAYER = Rule(
     "the projections are stored with the layers only, not once for all",
     "PEFT looks for base_model.vera_A and refuses the file, or draws its own.",
     "`vera-convert migrate --to asis` writes them once, if they are all equal.",
+    since="0.1.0",
 )
 LAYERS_UNEVEN = Rule(
     "V226",
@@ -767,6 +874,7 @@ LAYERS_UNEVEN = Rule(
     "a target is adapted in fewer layers of the model than another",
     "Hybrid models are so by design. Else the file lacks layers, or the name matches in some only.",
     "Run `vera-convert validate ADAPTER --base MODEL`: the base tells whether layers are missing.",
+    since="0.1.0",
 )
 SEVERAL_ADAPTERS = Rule(
     "V227",
@@ -774,6 +882,7 @@ SEVERAL_ADAPTERS = Rule(
     "the file holds tensors of several adapters",
     "Their names end with the name of an adapter, and not all with the same.",
     "Keep the tensors of one of them, or save it again from the training run.",
+    since="0.1.0",
 )
 PREFIX_MIXED = Rule(
     "V228",
@@ -781,6 +890,7 @@ PREFIX_MIXED = Rule(
     "tensor names begin with PEFT's prefix in some layers and with something else in others",
     "PEFT loads only names with its prefix, and nothing tells whether all are of one adapter.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 TARGET_NOT_STORED = Rule(
     "V229",
@@ -788,6 +898,7 @@ TARGET_NOT_STORED = Rule(
     "a target of the config has no vectors in the file",
     "If the base has such layers, PEFT adapts them with the initial vectors, which add nothing.",
     "Remove the name from target_modules, or save the adapter again if it was trained.",
+    since="0.1.0",
 )
 EMBEDDING_UNDECLARED = Rule(
     "V231",
@@ -795,6 +906,7 @@ EMBEDDING_UNDECLARED = Rule(
     "the adapter replaces an embedding or a head that its config does not name",
     "So PEFT saves them where the vocabulary was resized; on load they overwrite the base's own.",
     "Nothing need be done if the vocabulary was resized; else remove the tensor.",
+    since="0.1.0",
 )
 
 # --- V3: values ----------------------------------------------------------------------------------
@@ -805,6 +917,7 @@ VALUE_NOT_FINITE = Rule(
     "a trained value is infinite or no number",
     "It would spread over a whole row or column of a weight.",
     "Take an earlier checkpoint of the training run: it diverged before this one was saved.",
+    since="0.1.0",
 )
 PRODUCT_OVERFLOWS = Rule(
     "V302",
@@ -812,6 +925,7 @@ PRODUCT_OVERFLOWS = Rule(
     "what the adapter adds can overflow float16",
     "In float16 a value above 65,504 becomes infinite, and the model's output no number.",
     "Load base and adapter in bfloat16 or float32.",
+    since="0.1.0",
 )
 UNTRAINED = Rule(
     "V303",
@@ -819,6 +933,7 @@ UNTRAINED = Rule(
     "the adapter changes nothing",
     "Every lambda_b or every lambda_d is zero; so lambda_b is before training.",
     "Check that this is the adapter that was trained.",
+    since="0.1.0",
 )
 PROJECTION_CONSTANT = Rule(
     "V304",
@@ -826,6 +941,7 @@ PROJECTION_CONSTANT = Rule(
     "vera_A or vera_B holds one value only",
     "Random matrices are what VeRA is trained on; this is a save that went wrong.",
     "Save the adapter again from the training run.",
+    since="0.1.0",
 )
 VALUE_ABSURD = Rule(
     "V305",
@@ -833,6 +949,7 @@ VALUE_ABSURD = Rule(
     "a tensor's values are absurdly large or small",
     "No training ends there: the tensor was damaged, or decoded in another type than its own.",
     "Compare the adapter's results with those of the training run, or save it again.",
+    since="0.1.0",
 )
 LAYERS_UNTRAINED = Rule(
     "V306",
@@ -840,6 +957,7 @@ LAYERS_UNTRAINED = Rule(
     "a vector is zero in some of the layers",
     "They add nothing; lambda_b begins so, and training did not reach it.",
     "Nothing need be done if these layers were to stay as they are.",
+    since="0.1.0",
 )
 
 # --- V4: projections -----------------------------------------------------------------------------
@@ -850,6 +968,7 @@ NOT_A_DRAW = Rule(
     "the stored projections are no draw of PyTorch's CPU generator",
     "Nothing but the file itself can bring them back, so dropping them would lose the adapter.",
     "Keep them stored.",
+    since="0.1.0",
 )
 OTHER_KEY = Rule(
     "V402",
@@ -857,6 +976,7 @@ OTHER_KEY = Rule(
     "the stored projections are the draw of another key than the config's",
     "A loader that draws from the config's key would get other matrices.",
     "Correct projection_prng_key in adapter_config.json if it was edited; else keep them stored.",
+    since="0.1.0",
 )
 OTHER_DRAW = Rule(
     "V403",
@@ -866,6 +986,7 @@ OTHER_DRAW = Rule(
     "If the base is loaded in another dtype than its files have, give that with --base-dtype. Else "
     "keep them stored, or accept the change with --accept-change: `vera-convert embed` restores "
     "them exactly from the fingerprint.",
+    since="0.1.0",
 )
 ROUNDING_UNPROVEN = Rule(
     "V404",
@@ -873,6 +994,7 @@ ROUNDING_UNPROVEN = Rule(
     "it is not proven that PEFT draws these projections on the base that it will be given",
     "PEFT rounds A and B to the base's dtype, and takes A's width from the base.",
     "Name the base with --base, or its dtype with --base-dtype.",
+    since="0.1.0",
 )
 UNPROVEN_ROWS = Rule(
     "V405",
@@ -880,6 +1002,7 @@ UNPROVEN_ROWS = Rule(
     "vera_B has more rows than the longest lambda_b, and no base says why",
     "PEFT draws B as tall as the widest layer that the config matches; A shifts with it.",
     "Name the base with --base.",
+    since="0.1.0",
 )
 PROJECTIONS_CONTRADICT = Rule(
     "V406",
@@ -887,6 +1010,7 @@ PROJECTIONS_CONTRADICT = Rule(
     "the file holds projections that are not what its config makes PEFT use",
     "save_projection is false, so every PEFT draws its own and ignores these.",
     "Say which are meant: --projections file or --projections key.",
+    since="0.1.0",
 )
 FINGERPRINT_MALFORMED = Rule(
     "V407",
@@ -894,6 +1018,7 @@ FINGERPRINT_MALFORMED = Rule(
     "the fingerprint in the metadata cannot be read",
     "It is the only proof of which matrices were dropped.",
     "Strip the adapter again from its embedded form, or remove the metadata entry.",
+    since="0.1.0",
 )
 FINGERPRINT_DISAGREES = Rule(
     "V408",
@@ -901,6 +1026,7 @@ FINGERPRINT_DISAGREES = Rule(
     "the fingerprint contradicts the adapter or the base",
     "One of the two was edited after the adapter was stripped.",
     "Restore the file that was edited, or strip the adapter again from its embedded form.",
+    since="0.1.0",
 )
 FINGERPRINT_NOT_MET = Rule(
     "V409",
@@ -908,6 +1034,7 @@ FINGERPRINT_NOT_MET = Rule(
     "the matrices that were drawn are not those of the fingerprint",
     "The fingerprint or the config was edited, so what was trained on cannot be restored.",
     "Restore the file that was edited, or strip the adapter again from its embedded form.",
+    since="0.1.0",
 )
 UNPROVEN_DRAW = Rule(
     "V410",
@@ -918,6 +1045,7 @@ UNPROVEN_DRAW = Rule(
     "Run `vera-convert embed ADAPTER OUT --base MODEL` and compare the results of OUT with those "
     "of the training run. Then publish OUT; if you run `vera-convert strip` on OUT, its output "
     "carries a fingerprint.",
+    since="0.1.0",
 )
 TARGETS_DISAGREE = Rule(
     "V411",
@@ -927,6 +1055,7 @@ TARGETS_DISAGREE = Rule(
     "This is a note if the other layers of the base's files change nothing.",
     "Nothing need be done if the model class does not build the other layers. Else check that the "
     "base and target_modules are those of the training, and that the file is whole.",
+    since="0.1.0",
 )
 PROJECTIONS_TOO_NARROW = Rule(
     "V412",
@@ -934,6 +1063,7 @@ PROJECTIONS_TOO_NARROW = Rule(
     "the projections would be smaller than a layer of the adapter",
     "A needs a column for each input and B a row for each output of every adapted layer.",
     "Check the dimensions or the base that were given, and target_modules in adapter_config.json.",
+    since="0.1.0",
 )
 PROJECTIONS_TOO_LARGE = Rule(
     "V413",
@@ -941,6 +1071,7 @@ PROJECTIONS_TOO_LARGE = Rule(
     "the projections are absurdly large",
     "Matrices of this size are refused before memory is taken.",
     "Check r, the dimensions and the file.",
+    since="0.1.0",
 )
 PROJECTIONS_IGNORED = Rule(
     "V414",
@@ -948,6 +1079,7 @@ PROJECTIONS_IGNORED = Rule(
     "PEFT 0.11 to 0.20 ignore the stored projections and would use others",
     "Only PEFT 0.21 and later take A and B from the file.",
     "Load the adapter with PEFT 0.21 or later.",
+    since="0.1.0",
 )
 ROUNDING_UNCLEAR = Rule(
     "V415",
@@ -956,6 +1088,7 @@ ROUNDING_UNCLEAR = Rule(
     "PEFT casts A and B to the dtype of each adapted layer in turn, and that of a quantized layer "
     "or the order of mixed ones does not stand in the headers.",
     "Give the dtype that the base is loaded in with --base-dtype.",
+    since="0.1.0",
 )
 OTHER_DIMS = Rule(
     "V416",
@@ -964,6 +1097,7 @@ OTHER_DIMS = Rule(
     "PEFT 0.21 refuses to load them; PEFT up to 0.20 does not notice, and draws its own.",
     "`vera-convert migrate --to asis --base MODEL` cuts what is larger; what is smaller is another "
     "base's.",
+    since="0.1.0",
 )
 PROJECTION_TYPES_DIFFER = Rule(
     "V417",
@@ -971,6 +1105,7 @@ PROJECTION_TYPES_DIFFER = Rule(
     "vera_A and vera_B are stored in different types",
     "A fingerprint records one type, so the file could not be restored to its bytes.",
     "Keep them stored, or save both in one type.",
+    since="0.1.0",
 )
 PROJECTIONS_ROUNDED = Rule(
     "V418",
@@ -978,6 +1113,7 @@ PROJECTIONS_ROUNDED = Rule(
     "the stored projections are rounded to 16 bits",
     "So PEFT has them on a 16-bit base; PEFT 0.11 to 0.20 use exact ones on a float32 base.",
     "Load the base in the type that the adapter was trained in, or use PEFT 0.21 or later.",
+    since="0.1.0",
 )
 REDRAWN_OTHERWISE = Rule(
     "V419",
@@ -985,6 +1121,7 @@ REDRAWN_OTHERWISE = Rule(
     "PEFT would draw other projections than those that were dropped",
     "The fingerprint tells which they were, but PEFT does not read it.",
     "Restore them with `vera-convert embed` and load the result with PEFT 0.21 or later.",
+    since="0.1.0",
 )
 PROJECTIONS_DAMAGED = Rule(
     "V420",
@@ -993,6 +1130,7 @@ PROJECTIONS_DAMAGED = Rule(
     "Nobody changes a few of millions of random values: a copy, a disk or a program did.",
     "Copy the adapter again. Where no other copy is left, `vera-convert migrate --to embedded "
     "--projections key --base MODEL` puts the key's own draw in their place.",
+    since="0.1.0",
 )
 
 DIMS_AMBIGUOUS = Rule(
@@ -1013,6 +1151,7 @@ BASE_WITHOUT_WEIGHTS = Rule(
     "the base holds no safetensors weights",
     "Names, shapes and values of its layers are read from there and from nowhere else.",
     "Pass the folder or repo of a model with its weights as *.safetensors.",
+    since="0.1.0",
 )
 BASE_PICKLED = Rule(
     "V502",
@@ -1021,6 +1160,7 @@ BASE_PICKLED = Rule(
     "Opening a pickle can run any program that its author chose, so this tool never does.",
     "Load the model where that may be done and save it with safe_serialization=True, or take "
     "another copy of it with safetensors weights.",
+    since="0.1.0",
 )
 BASE_OTHER_FORMAT = Rule(
     "V503",
@@ -1028,6 +1168,7 @@ BASE_OTHER_FORMAT = Rule(
     "the base's weights are in a format that is not read",
     "GGUF, ONNX, TensorFlow and Flax files have other names and often other values.",
     "Pass the model that this file was converted from, with its weights as *.safetensors.",
+    since="0.1.0",
 )
 BASE_IS_ADAPTER = Rule(
     "V504",
@@ -1035,6 +1176,7 @@ BASE_IS_ADAPTER = Rule(
     "the base is itself an adapter and no model",
     "An adapter holds changes to a model, not the model.",
     "Pass the model that the adapter was trained on; its config names it.",
+    since="0.1.0",
 )
 BASE_AMBIGUOUS = Rule(
     "V505",
@@ -1042,6 +1184,7 @@ BASE_AMBIGUOUS = Rule(
     "it is not clear which files are the base's weights",
     "Several files without an index, or several components that fit, leave open which are meant.",
     "Pass the folder of one component of a pipeline; restore the index of a model in shards.",
+    since="0.1.0",
 )
 INDEX_MALFORMED = Rule(
     "V506",
@@ -1049,6 +1192,7 @@ INDEX_MALFORMED = Rule(
     "the index of the shards makes no sense",
     "Its weight_map has to give the file of each tensor.",
     "Download the index again, or save the model anew.",
+    since="0.1.0",
 )
 SHARD_MISSING = Rule(
     "V507",
@@ -1056,6 +1200,7 @@ SHARD_MISSING = Rule(
     "a shard that the index names is missing",
     "A loader would fill its tensors with random values, or stop.",
     "Download the missing file, or the whole model again.",
+    since="0.1.0",
 )
 TENSOR_NOT_IN_SHARD = Rule(
     "V508",
@@ -1063,6 +1208,7 @@ TENSOR_NOT_IN_SHARD = Rule(
     "a tensor that the index names is in no shard",
     "A loader would fill it with random values.",
     "Download index and shards again: they are not of one save.",
+    since="0.1.0",
 )
 TENSOR_MISPLACED = Rule(
     "V509",
@@ -1070,6 +1216,7 @@ TENSOR_MISPLACED = Rule(
     "a tensor lies in another shard than the index says",
     "Loaders that follow the index do not find it.",
     "Download index and shards again: they are not of one save.",
+    since="0.1.0",
 )
 TENSOR_NOT_IN_INDEX = Rule(
     "V510",
@@ -1077,6 +1224,7 @@ TENSOR_NOT_IN_INDEX = Rule(
     "a shard holds a tensor that the index does not name",
     "Some loaders take it and some do not.",
     "Download index and shards again: they are not of one save.",
+    since="0.1.0",
 )
 TENSOR_IN_TWO_SHARDS = Rule(
     "V511",
@@ -1084,6 +1232,7 @@ TENSOR_IN_TWO_SHARDS = Rule(
     "a tensor lies in two shards",
     "Which of the two a loader takes depends on the order in which it reads them.",
     "Download index and shards again: they are not of one save.",
+    since="0.1.0",
 )
 STRAY_WEIGHTS = Rule(
     "V512",
@@ -1091,6 +1240,7 @@ STRAY_WEIGHTS = Rule(
     "a safetensors file lies beside the base's weights and is not one of them",
     "It is not read. A loader that does not follow the index could take it for the model.",
     "Remove it if it was left over.",
+    since="0.1.0",
 )
 MODEL_CONFIG_FORM = Rule(
     "V513",
@@ -1098,6 +1248,7 @@ MODEL_CONFIG_FORM = Rule(
     "the base's config.json holds no JSON object",
     "Every loader expects an object with one entry per field.",
     "Download it again.",
+    since="0.1.0",
 )
 NAMES_DIFFER = Rule(
     "V520",
@@ -1106,6 +1257,7 @@ NAMES_DIFFER = Rule(
     "A layer that finds no tensor would be left out without a word; nothing is done by halves.",
     "Check that this is the base that the adapter was trained on. If only its names differ, give "
     "the renaming with --key-map OLD=NEW.",
+    since="0.1.0",
 )
 NAMES_AMBIGUOUS = Rule(
     "V521",
@@ -1113,6 +1265,7 @@ NAMES_AMBIGUOUS = Rule(
     "the adapter's names fit the base in more than one way",
     "Each way changes other tensors, and nothing says which was trained.",
     "Give the one renaming that is meant with --key-map OLD=NEW.",
+    since="0.1.0",
 )
 SHAPES_DIFFER = Rule(
     "V522",
@@ -1120,6 +1273,7 @@ SHAPES_DIFFER = Rule(
     "a layer of the adapter has another shape than the base's tensor",
     "lambda_b has one value for each output, and A a column for each input, of the layer.",
     "Pass the base that the adapter was trained on: its size must agree too.",
+    since="0.1.0",
 )
 NOT_A_MATRIX = Rule(
     "V523",
@@ -1127,6 +1281,7 @@ NOT_A_MATRIX = Rule(
     "a layer of the adapter belongs to a tensor that is no matrix",
     "VeRA adapts linear layers, whose weights have two dimensions.",
     "Pass the base that the adapter was trained on.",
+    since="0.1.0",
 )
 HEAD_TIED = Rule(
     "V524",
@@ -1134,6 +1289,7 @@ HEAD_TIED = Rule(
     "the adapter changes an output head that the base shares with its embedding",
     "There is one tensor for both, so a change of the head would change the embedding too.",
     "Say what is meant: `--tied untie` stores a head of its own, `--tied add` changes both.",
+    since="0.1.0",
 )
 REPLACEMENT_CLASH = Rule(
     "V525",
@@ -1141,6 +1297,7 @@ REPLACEMENT_CLASH = Rule(
     "two tensors of the adapter would replace the same one of the base",
     "Only one of them can be meant.",
     "Remove the one that is stale, or save the adapter again from the training run.",
+    since="0.1.0",
 )
 HEAD_SHARED = Rule(
     "V526",
@@ -1148,6 +1305,7 @@ HEAD_SHARED = Rule(
     "the adapter changes an output head that the base shares with its embedding",
     "Unmerged it works; a merge needs to know whether the embedding is to change too.",
     "When merging, say what is meant: `--tied untie` or `--tied add`.",
+    since="0.1.0",
 )
 ORIENTATION_WRONG = Rule(
     "V527",
@@ -1155,6 +1313,7 @@ ORIENTATION_WRONG = Rule(
     "fan_in_fan_out is not how the base stores its layers",
     "PEFT corrects it for each layer, with a warning; the results are the same.",
     "Set it to true for Conv1D layers (GPT-2 and its kin) and to false for all others.",
+    since="0.1.0",
 )
 
 RESULT_NOT_FINITE = Rule(
@@ -1163,6 +1322,7 @@ RESULT_NOT_FINITE = Rule(
     "a merged value is infinite or no number",
     "The base's own value is not finite, or the sum is beyond what the tensor's type can hold.",
     "Check the base's tensor; a sum that is too large for float16 fits with --dtype bfloat16.",
+    since="0.1.0",
 )
 REPLACEMENT_SHAPE = Rule(
     "V531",
@@ -1170,6 +1330,7 @@ REPLACEMENT_SHAPE = Rule(
     "a tensor that the adapter replaces has another shape in the base",
     "A model is built to one shape; a vocabulary or a head of another size does not fit into it.",
     "Pass the base that the adapter was trained on, resized as it was then.",
+    since="0.1.0",
 )
 REPLACEMENT_UNKNOWN = Rule(
     "V532",
@@ -1177,6 +1338,7 @@ REPLACEMENT_UNKNOWN = Rule(
     "the adapter replaces a tensor that the base does not have",
     "No loader would ask for it under this name, so what was trained would be lost.",
     "Check that this is the base that the adapter was trained on.",
+    since="0.1.0",
 )
 REPLACEMENT_NEW = Rule(
     "V533",
@@ -1185,6 +1347,7 @@ REPLACEMENT_NEW = Rule(
     "A merge adds the head to the weights. If neither task_type nor auto_mapping names the class "
     "that has the head, config.json still names the base's class, which ignores the head.",
     "Merge with --architecture CLASS, naming the class that the adapter was trained in.",
+    since="0.1.0",
 )
 REPLACEMENTS_DIFFER = Rule(
     "V534",
@@ -1192,6 +1355,7 @@ REPLACEMENTS_DIFFER = Rule(
     "two adapters change the same tensor in ways that exclude each other",
     "A replaced tensor is trained whole: neither adding to it nor a weight has a meaning.",
     "Merge one of the two only.",
+    since="0.1.0",
 )
 BASE_COPY_DIFFERS = Rule(
     "V535",
@@ -1199,6 +1363,7 @@ BASE_COPY_DIFFERS = Rule(
     "the adapter stores another base weight of an adapted layer than the base has",
     "PEFT would put the stored weight in place of the base's before it adds to it.",
     "Pass the base that the adapter was trained on.",
+    since="0.1.0",
 )
 EMBEDDING_SHARED = Rule(
     "V536",
@@ -1207,6 +1372,7 @@ EMBEDDING_SHARED = Rule(
     "PEFT trained a copy of the embedding and left the head; a loader of the result gives the head "
     "the new values too.",
     "Compare results of the merged model with those of the adapter.",
+    since="0.1.0",
 )
 DELTA_LOST = Rule(
     "V537",
@@ -1214,6 +1380,7 @@ DELTA_LOST = Rule(
     "most of what the adapter adds is lost in the rounding of the base's type",
     "The change of most values is smaller than half of their last bit.",
     "Merge into a wider type with --dtype float32, or serve the adapter unmerged.",
+    since="0.1.0",
 )
 WEIGHTS_LEFT_OUT = Rule(
     "V539",
@@ -1221,6 +1388,7 @@ WEIGHTS_LEFT_OUT = Rule(
     "files of the base that a loader could take for the merged weights are left out",
     "They hold the base's weights in another form, without the adapter.",
     "Convert the merged model again where such a form is needed.",
+    since="0.1.0",
 )
 ADAPTER_IN_BASE = Rule(
     "V540",
@@ -1228,6 +1396,7 @@ ADAPTER_IN_BASE = Rule(
     "an adapter that lies in the base's folder is left out",
     "A loader would add it to the merged weights, or go to the model that it names.",
     "Merge it as well, with --add, if it is meant to be part of the model.",
+    since="0.1.0",
 )
 TOKENIZER_TOO_LARGE = Rule(
     "V541",
@@ -1235,6 +1404,7 @@ TOKENIZER_TOO_LARGE = Rule(
     "the adapter's tokenizer has tokens that the model has no row for",
     "Such a token would stop the model, or read past the end of its embedding.",
     "Pass the base with the resized embedding, or the adapter that stores it.",
+    since="0.1.0",
 )
 
 LAYER_CUT_OUT = Rule(
@@ -1244,6 +1414,7 @@ LAYER_CUT_OUT = Rule(
     "transformers cuts that tensor into several layers when it loads the base; adding to some of "
     "its rows is not implemented.",
     "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    since="0.1.0",
 )
 LAYER_REORDERED = Rule(
     "V543",
@@ -1252,6 +1423,7 @@ LAYER_REORDERED = Rule(
     "transformers reorders them for its rotary embedding when it loads the base; adding to them in "
     "the file's order would be wrong, and the other order is not implemented.",
     "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    since="0.1.0",
 )
 EXPERTS_STACKED = Rule(
     "V544",
@@ -1260,6 +1432,7 @@ EXPERTS_STACKED = Rule(
     "The base stacks its experts to a tensor of three dimensions; adding to one of them is not "
     "implemented.",
     "Pass the same base in a form that stores each expert's layers by themselves.",
+    since="0.1.0",
 )
 LAYER_OF_SEVERAL = Rule(
     "V545",
@@ -1268,6 +1441,7 @@ LAYER_OF_SEVERAL = Rule(
     "transformers joins them to one layer when it loads the base; adding to each its share is not "
     "implemented.",
     "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    since="0.1.0",
 )
 NAMES_RENAMED = Rule(
     "V546",
@@ -1275,6 +1449,7 @@ NAMES_RENAMED = Rule(
     "the adapter's layers have other names in the base's files",
     "A class or a release of transformers whose names in memory are others loads nothing of it.",
     "Load it in the class and the release of transformers that it was trained in.",
+    since="0.1.0",
 )
 
 QUANTIZED_TARGET = Rule(
@@ -1287,6 +1462,7 @@ QUANTIZED_TARGET = Rule(
     "`vera-convert to-lora` gives it a form that more engines load, and nothing is lost. Or merge "
     "into the original model in 16 or 32 bits (--base), which is not quite the model that the "
     "adapter was trained on. Or make a 16-bit model of the base with the quantizer's own tool.",
+    since="0.1.0",
 )
 QUANTIZED_ELSEWHERE = Rule(
     "V551",
@@ -1294,6 +1470,7 @@ QUANTIZED_ELSEWHERE = Rule(
     "other layers of the base are quantized",
     "They are copied as they are, and the config goes on saying how they are to be read.",
     "Nothing need be done: every layer that the adapter changes holds 16 or 32 bits.",
+    since="0.1.0",
 )
 PART_MISSING = Rule(
     "V552",
@@ -1301,6 +1478,7 @@ PART_MISSING = Rule(
     "a quantized weight of the base lacks a part, such as its scale",
     "The packed values mean nothing without this part.",
     "Download the base again, or merge into the original model in 16 or 32 bits.",
+    since="0.1.0",
 )
 PART_MALFORMED = Rule(
     "V553",
@@ -1308,6 +1486,7 @@ PART_MALFORMED = Rule(
     "a part of a quantized weight has another layout than its format has",
     "Read in any other way, the values would be wrong without a sign of it.",
     "Download the base again, or merge into the original model in 16 or 32 bits.",
+    since="0.1.0",
 )
 NOT_DEQUANTIZABLE = Rule(
     "V554",
@@ -1319,6 +1498,7 @@ NOT_DEQUANTIZABLE = Rule(
     "engines load, and nothing is lost. Or merge into the original model in 16 or 32 bits "
     "(--base), which is not quite the model that the adapter was trained on. Or make a 16-bit "
     "model of the base with the quantizer's own tool.",
+    since="0.1.0",
 )
 DEQUANTIZED = Rule(
     "V555",
@@ -1326,6 +1506,7 @@ DEQUANTIZED = Rule(
     "the quantized weights of the base become 16-bit weights",
     "Their scales and the config's settings of the quantization are left out.",
     "Nothing need be done; the result is two to four times as large as the base.",
+    since="0.1.0",
 )
 TARGET_IS_QUANTIZED = Rule(
     "V556",
@@ -1333,6 +1514,7 @@ TARGET_IS_QUANTIZED = Rule(
     "layers of the adapter are quantized in this base, and cannot be dequantized here",
     "PEFT can run the adapter there; it cannot be merged into this base.",
     "To merge, take the original model in 16 or 32 bits that this base was made from.",
+    since="0.1.0",
 )
 
 BASE_IN_FOLDER = Rule(
@@ -1367,6 +1549,7 @@ MODEL_TYPE_UNKNOWN = Rule(
     "the model's type is none whose layers are known from its config",
     "A config names sizes, not layers; they are known for a few types only.",
     "Pass the base itself: its tensors' headers are enough.",
+    since="0.1.0",
 )
 MODEL_FIELD_INVALID = Rule(
     "V561",
@@ -1374,6 +1557,7 @@ MODEL_FIELD_INVALID = Rule(
     "a field of the model's config is missing or makes no sense",
     "The shapes of the layers follow from it.",
     "Restore the config.json that belongs to the model.",
+    since="0.1.0",
 )
 PART_VALUES = Rule(
     "V562",
@@ -1450,6 +1634,7 @@ MERGED_WEIGHT_WRONG = Rule(
     "a merged weight is not the base's plus the adapter's delta",
     "The model is not the base with this adapter: its outputs differ from those of training.",
     "Merge again, with this adapter on this base.",
+    since="0.1.0",
 )
 MERGED_TENSOR_CHANGED = Rule(
     "V602",
@@ -1457,6 +1642,7 @@ MERGED_TENSOR_CHANGED = Rule(
     "a tensor of the merged model differs from the one that it is a copy of",
     "A merge copies what no adapter adds to: from the base, or from the adapter that replaces it.",
     "Merge again; if the base was changed on purpose, pass the changed one with --base.",
+    since="0.1.0",
 )
 MERGED_TENSOR_MISSING = Rule(
     "V603",
@@ -1464,6 +1650,7 @@ MERGED_TENSOR_MISSING = Rule(
     "a tensor is missing in the merged model",
     "A loader would fill it with random values.",
     "Merge again, or save the model with all of its tensors.",
+    since="0.1.0",
 )
 MERGED_TENSOR_UNKNOWN = Rule(
     "V604",
@@ -1471,6 +1658,7 @@ MERGED_TENSOR_UNKNOWN = Rule(
     "the merged model has a tensor too many",
     "A loader that knows its name uses it; nothing says what it should hold.",
     "Merge again into an empty folder.",
+    since="0.1.0",
 )
 MERGED_TENSOR_FORM = Rule(
     "V605",
@@ -1478,6 +1666,7 @@ MERGED_TENSOR_FORM = Rule(
     "a tensor of the merged model has another dtype or shape than it should have",
     "Its values were rounded otherwise than it was asked for, or are those of another tensor.",
     "Say with --dtype what the merge was to write, or merge again.",
+    since="0.1.0",
 )
 MERGED_TIE = Rule(
     "V606",
@@ -1485,6 +1674,7 @@ MERGED_TIE = Rule(
     "the merged model's config ties head and embedding otherwise than it should",
     "A loader makes one tensor of the two, or two of one.",
     "Say with --tied what the merge was to do, or merge again.",
+    since="0.1.0",
 )
 PROVENANCE_MALFORMED = Rule(
     "V607",
@@ -1492,6 +1682,7 @@ PROVENANCE_MALFORMED = Rule(
     "the provenance of the merged model cannot be understood",
     "The options of the merge are read from it, and are not guessed where it was edited.",
     "Restore the file, or remove it and give the options of the merge.",
+    since="0.1.0",
 )
 PROVENANCE_MISSING = Rule(
     "V608",
@@ -1499,6 +1690,7 @@ PROVENANCE_MISSING = Rule(
     "the merged model has no provenance",
     "Nothing says with which options it was merged, so the usual ones are taken.",
     "Give the options that it was merged with where they were others.",
+    since="0.1.0",
 )
 OTHER_ADAPTER_MERGED = Rule(
     "V609",
@@ -1506,6 +1698,7 @@ OTHER_ADAPTER_MERGED = Rule(
     "the adapter is not, byte for byte, one that was merged",
     "The provenance records another config or header; another form of the same adapter has others.",
     "Nothing need be done where it is the same adapter stripped, embedded or migrated.",
+    since="0.1.0",
 )
 OTHER_BASE_MERGED = Rule(
     "V610",
@@ -1513,6 +1706,7 @@ OTHER_BASE_MERGED = Rule(
     "the base is not the one that was merged",
     "The provenance records files of another size or with another header.",
     "Pass the base that the model was merged from, if it is not the same in another form.",
+    since="0.1.0",
 )
 MODEL_DIFFERS = Rule(
     "V611",
@@ -1520,6 +1714,7 @@ MODEL_DIFFERS = Rule(
     "the merged model computes otherwise than the base with the adapter",
     "Weights alone do not make a model: config and tied tensors decide as well.",
     "Merge again, and load the result with the class that the adapter was trained in.",
+    since="0.1.0",
 )
 LOADED_INSTEAD = Rule(
     "V612",
@@ -1527,6 +1722,7 @@ LOADED_INSTEAD = Rule(
     "a loader would take another file than the merged weights",
     "What loads is not what was verified, and may be the base without the adapter.",
     "Remove what is named, or save the merged model in an empty folder.",
+    since="0.1.0",
 )
 ADAPTER_IN_MERGED = Rule(
     "V613",
@@ -1534,6 +1730,7 @@ ADAPTER_IN_MERGED = Rule(
     "an adapter lies in the merged model's folder",
     "transformers adds it to what it loads, so a delta would be there twice, or another one.",
     "Remove adapter_config.json and the adapter's weights from the folder.",
+    since="0.1.0",
 )
 MERGED_IS_ADAPTER = Rule(
     "V614",
@@ -1541,6 +1738,7 @@ MERGED_IS_ADAPTER = Rule(
     "what is given as the merged model is an adapter",
     "An adapter holds changes to a model, not the model.",
     "Pass the model that was made with it; another form of an adapter is given with --adapter.",
+    since="0.1.0",
 )
 MERGED_CONFIG_DIFFERS = Rule(
     "V615",
@@ -1548,6 +1746,7 @@ MERGED_CONFIG_DIFFERS = Rule(
     "the merged model's config.json makes another model of its weights than the base's",
     "A merge changes dtype, tie and quantizer in it alone. The same weights now compute otherwise.",
     "Put the base's config.json there, with the merged model's dtype, or merge again.",
+    since="0.1.0",
 )
 MERGED_CONFIG_RESAVED = Rule(
     "V616",
@@ -1555,6 +1754,7 @@ MERGED_CONFIG_RESAVED = Rule(
     "the merged model's config.json has other fields than the base's",
     "transformers writes and leaves out fields when it saves a model; these need not change it.",
     "Look at the fields that are named, or put the base's config.json there.",
+    since="0.1.0",
 )
 MODEL_SHOWS_NOTHING = Rule(
     "V617",
@@ -1562,6 +1762,7 @@ MODEL_SHOWS_NOTHING = Rule(
     "running the model shows nothing, and its weights are the base's",
     "What a merge without effect would pass as well proves no merge.",
     "Take sequences for which the adapter was trained with --text, or train it further.",
+    since="0.1.0",
 )
 MODEL_SHOWS_LITTLE = Rule(
     "V618",
@@ -1569,6 +1770,7 @@ MODEL_SHOWS_LITTLE = Rule(
     "running the model cannot show the adapter; its weights are right",
     "Every weight is the base's with the delta, but the whole model could not confirm it.",
     "If its effect is small, take text like that of its training with --text, or --layers-only.",
+    since="0.1.0",
 )
 MERGED_BUFFER = Rule(
     "V619",
@@ -1576,6 +1778,7 @@ MERGED_BUFFER = Rule(
     "a buffer that a loader makes itself is stored in one of base and merged model alone",
     "Versions of transformers differ in which of these they save; none of them reads them.",
     "Nothing need be done.",
+    since="0.1.0",
 )
 FORM_TENSOR_DIFFERS = Rule(
     "V620",
@@ -1583,6 +1786,7 @@ FORM_TENSOR_DIFFERS = Rule(
     "a trained tensor is not the same in both forms of the adapter",
     "A conversion copies vectors, heads and biases byte for byte.",
     "Convert the adapter again.",
+    since="0.1.0",
 )
 FORM_TENSOR_MISSING = Rule(
     "V621",
@@ -1590,6 +1794,7 @@ FORM_TENSOR_MISSING = Rule(
     "a trained tensor is in one form of the adapter alone",
     "A conversion carries every tensor but A and B.",
     "Convert the adapter again.",
+    since="0.1.0",
 )
 FORM_CONFIG_DIFFERS = Rule(
     "V622",
@@ -1597,6 +1802,7 @@ FORM_CONFIG_DIFFERS = Rule(
     "the two forms of the adapter are configured differently",
     "Another layer would be adapted, another base loaded, or other matrices drawn.",
     "Convert the adapter again.",
+    since="0.1.0",
 )
 FORM_PROJECTIONS_DIFFER = Rule(
     "V623",
@@ -1604,6 +1810,7 @@ FORM_PROJECTIONS_DIFFER = Rule(
     "the two forms of the adapter have different A and B in effect",
     "The delta of every layer is another.",
     "Convert the adapter again; name the base with --base where A and B are drawn.",
+    since="0.1.0",
 )
 FORM_PROJECTIONS_DEPEND = Rule(
     "V624",
@@ -1611,6 +1818,7 @@ FORM_PROJECTIONS_DEPEND = Rule(
     "PEFT does not use the same A and B for both forms on every base",
     "It draws what is not stored, and rounds that to the dtype that the base is loaded in.",
     "Load both on a base of a dtype for which they agree, or embed the stripped one.",
+    since="0.1.0",
 )
 MERGED_TENSOR_WIDER = Rule(
     "V630",
@@ -1618,6 +1826,7 @@ MERGED_TENSOR_WIDER = Rule(
     "tensors of the merged model are of a wider dtype than the base's",
     "Their values are right in that dtype; some models keep layers in float32 when they are saved.",
     "Nothing need be done; say with --dtype what the merge was to write, to have it demanded.",
+    since="0.1.0",
 )
 MERGED_OTHER_WEIGHTS = Rule(
     "V631",
@@ -1625,6 +1834,7 @@ MERGED_OTHER_WEIGHTS = Rule(
     "weights in another form lie beside those of the merged model",
     "They are not compared. Whoever asks a loader for that form gets what they hold.",
     "Remove them, unless they were made from the merged model.",
+    since="0.1.0",
 )
 
 # --- V7: LoRA ------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from hub_server import HubServer
 from merges import INDEX, filled_base
 from safetensors.numpy import load_file, save_file
 
+from vera_convert.errors import mark_resumable
 from vera_convert.hub.repo_name import RepoName, parse_repo_name
-from vera_convert.merging.job import KEPT
 from vera_convert.summary import info
 from vera_convert.validation.validate import validate
 
@@ -247,7 +247,7 @@ def test_an_interrupted_merge_says_what_is_left_and_no_more(
     def stopped(*_: object, **__: object) -> None:
         error = KeyboardInterrupt()
         if kept:
-            error.add_note(KEPT)
+            mark_resumable(error)
         raise error
 
     monkeypatch.setattr("vera_convert.merging.merge.merge", stopped)

@@ -68,7 +68,7 @@ BAD = Checked(
 WARNED = Checked(
     "runs/warned",
     "runs/warned",
-    (UNKNOWN_FIELD.at("runs/warned/adapter_config.json", "there is a field x."),),
+    (UNKNOWN_FIELD.in_file("adapter_config.json", "there is a field x."),),
     base="org/base@main",
 )
 REMOTE = Checked(
@@ -291,20 +291,20 @@ def test_what_could_not_be_read_is_a_notification() -> None:
 @pytest.mark.parametrize(
     ("path", "finding", "uri"),
     [
-        ("a", NOT_VERA.at("adapter_config.json", "x."), "a/adapter_config.json"),
+        ("a", NOT_VERA.in_file("adapter_config.json", "x."), "a/adapter_config.json"),
         ("a/", NOT_VERA.at("peft_type", "x."), "a/adapter_config.json"),
         ("./a", LAMBDA_COLUMN.at("name", "x."), "a/adapter_model.safetensors"),
         ("../a", HEAD_SHARED.at("lm_head", "x."), "../a/adapter_config.json"),
         (".", LFS_POINTER.at("adapter_model.safetensors", "x."), "adapter_model.safetensors"),
-        ("a", LFS_POINTER.at("a/README.md", "x."), "a/README.md"),
-        ("a", TRAINING_STATE.at("deep/optimizer.pt", "x."), "a/deep/optimizer.pt"),
+        ("a", LFS_POINTER.in_file("README.md", "x."), "a/README.md"),
+        ("a", TRAINING_STATE.in_file("deep/optimizer.pt", "x."), "a/deep/optimizer.pt"),
         ("b/a", CONFIG_MISSING.at("a", "x."), "b/a/adapter_config.json"),
         ("b/a", PICKLE_ONLY.at("a", "x."), "b/a/adapter_model.safetensors"),
-        ("a", LFS_POINTER.at("../b", "x."), "a/adapter_model.safetensors"),
-        ("a", LFS_POINTER.at("/etc/x", "x."), "a/adapter_model.safetensors"),
-        ("a", SHAPE_FORM.at('a/x.safetensors tensor "a/b"', "x."), "a/x.safetensors"),
-        ("a", DATA_CUT_OFF.at("a/adapter_config.json header", "x."), "a/adapter_config.json"),
-        ("/t/a", NOT_VERA.at("/t/a/adapter_config.json", "x."), "file:///t/a/adapter_config.json"),
+        ("a", LFS_POINTER.in_file("../b", "x."), "a/adapter_model.safetensors"),
+        ("a", LFS_POINTER.in_file("/etc/x", "x."), "a/adapter_model.safetensors"),
+        ("a", SHAPE_FORM.in_tensor("a/b", "x.", file="x.safetensors"), "a/x.safetensors"),
+        ("a", DATA_CUT_OFF.in_file("adapter_config.json", "x."), "a/adapter_config.json"),
+        ("/t/a", NOT_VERA.in_file("adapter_config.json", "x."), "file:///t/a/adapter_config.json"),
         ("C:/a", NOT_VERA.at("x", "x."), "file:///C:/a/adapter_config.json"),
         ("x:y/a b%", NOT_VERA.at("x", "x."), "x%3Ay/a%20b%25/adapter_config.json"),
         ("\u00e9\udcff", NOT_VERA.at("x", "x."), "%C3%A9%FF/adapter_config.json"),
@@ -471,7 +471,7 @@ def hostile(text: str) -> Validation:
         shown,
         path,
         (
-            LFS_POINTER.at(f"{printable(path)}/{shown}", f"holds {shown}"),
+            LFS_POINTER.in_file(shown, f"holds {shown}"),
             UNKNOWN_FIELD.at("adapter_config.json", f"there is a field {shown}."),
             LAMBDA_COLUMN.at(shown, f"{shown} is odd."),
         ),

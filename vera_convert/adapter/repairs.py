@@ -72,7 +72,7 @@ def _renamed(
     for name, tensor in zip(names, tensors, strict=True):
         if name in seen:
             reason = f"another tensor would become {printable(name)} as well."
-            raise CheckpointError(NAME_TAKEN_TWICE.at(printable(tensor.name), reason))
+            raise CheckpointError(NAME_TAKEN_TWICE.in_tensor(tensor.name, reason))
         seen.add(name)
     renamed = [
         tensor if name == tensor.name else tensor._replace(name=name)
@@ -180,7 +180,7 @@ def _require_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
     for copy in copies:
         if not same_tensor(first, copy):
             reason = f"it differs from {printable(first.name)}."
-            raise CheckpointError(PROJECTIONS_DIFFER.at(printable(copy.name), reason))
+            raise CheckpointError(PROJECTIONS_DIFFER.in_tensor(copy.name, reason))
 
 
 def _for_reader(

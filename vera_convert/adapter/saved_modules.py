@@ -83,7 +83,7 @@ def replacement_findings(
         bias_stored |= parameter == "bias"
         if parameter == "bias" and module in layers and not tensor.name.endswith(_BASE_BIAS):
             reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS} and drops this one."
-            yield UNKNOWN_TENSOR.at(printable(tensor.name), reason)
+            yield UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
             continue
         if parameter == "bias" and (
             config.bias == "all" or (config.bias != "none" and module in layers)
@@ -91,8 +91,8 @@ def replacement_findings(
             continue
         if parameter in ("weight", "bias") and may_be_resized(module):
             continue
-        yield UNDECLARED_TENSOR.at(
-            printable(tensor.name),
+        yield UNDECLARED_TENSOR.in_tensor(
+            tensor.name,
             f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
         )
     if not renamed:
@@ -101,7 +101,7 @@ def replacement_findings(
             rule = BIAS_NOT_STORED
             rule = rule.as_note() if _saves_biases(config.peft_version) else rule
             reason = f'bias is "{printable(config.bias)}", and the file holds no bias.'
-            yield rule.at(WEIGHTS_NAME, reason)
+            yield rule.in_file(WEIGHTS_NAME, reason)
 
 
 def _saves_biases(peft_version: str | None) -> bool:

@@ -40,32 +40,32 @@ def shape_findings(
     trained = [t for layer in layers.values() for t in (layer.lambda_b, layer.lambda_d)]
     for tensor in (*trained, *pair.values()):
         if tensor.dtype not in FLOATS:
-            yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
+            yield TENSOR_DTYPE.in_tensor(tensor.name, f"it is of type {tensor.dtype}.")
     for tensor in others:
         # Other buffers, such as counters, can be whole numbers.
         if tensor.name.endswith((".weight", ".bias")) and tensor.dtype not in FLOATS:
-            yield TENSOR_DTYPE.at(printable(tensor.name), f"it is of type {tensor.dtype}.")
+            yield TENSOR_DTYPE.in_tensor(tensor.name, f"it is of type {tensor.dtype}.")
     for tensor in (*trained, *pair.values(), *others):
         if 0 in tensor.shape:
-            yield EMPTY_TENSOR.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+            yield EMPTY_TENSOR.in_tensor(tensor.name, f"its shape is {list(tensor.shape)}.")
     for layer in layers.values():
         yield from _lambda_shapes(layer, config.r)
     yield from _projection_shapes(pair, layers, config.r)
     kinds = {tensor.dtype for tensor in (*trained, *pair.values())}
     if len(kinds) > 1:
-        yield MIXED_DTYPES.at(WEIGHTS_NAME, f"they are {', '.join(sorted(kinds))}.")
+        yield MIXED_DTYPES.in_file(WEIGHTS_NAME, f"they are {', '.join(sorted(kinds))}.")
 
 
 def _lambda_shapes(layer: AdaptedLayer, rank: int) -> Iterator[Finding]:
     for tensor in (layer.lambda_b, layer.lambda_d):
         if len(tensor.shape) == 2 and tensor.shape[1] == 1:
-            yield LAMBDA_COLUMN.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+            yield LAMBDA_COLUMN.in_tensor(tensor.name, f"its shape is {list(tensor.shape)}.")
         elif len(tensor.shape) != 1:
-            yield LAMBDA_SHAPE.at(printable(tensor.name), f"its shape is {list(tensor.shape)}.")
+            yield LAMBDA_SHAPE.in_tensor(tensor.name, f"its shape is {list(tensor.shape)}.")
     found = layer.lambda_d.shape[0] if layer.lambda_d.shape else 1
     if 0 not in layer.lambda_d.shape and found != rank:
-        yield LAMBDA_D_LENGTH.at(
-            printable(layer.lambda_d.name), f"it has {found} values, but r is {rank}."
+        yield LAMBDA_D_LENGTH.in_tensor(
+            layer.lambda_d.name, f"it has {found} values, but r is {rank}."
         )
 
 

@@ -81,7 +81,7 @@ def sort_tensors(
     """
     if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
         reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
-        finding = MODEL_AS_ADAPTER.at(WEIGHTS_NAME, f"{reason} is a model's.")
+        finding = MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, f"{reason} is a model's.")
         return SortedTensors({}, None, (), (), (finding,))
     names = Names.of((tensor.name for tensor in tensors), config)
     by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors, names)
@@ -92,7 +92,7 @@ def sort_tensors(
         if len(both) == 2
     }
     if not lambdas and not by_rule:
-        findings.append(NO_LAMBDAS.at(WEIGHTS_NAME, "it holds no lambda."))
+        findings.append(NO_LAMBDAS.in_file(WEIGHTS_NAME, "it holds no lambda."))
     findings += _unpaired(lambdas)
     findings += shape_findings(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
@@ -187,7 +187,7 @@ def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
         broken = [each for each in layers or () if names.parts(each).wrappers]
         if broken and isinstance(layers, tuple):
             place = f"adapter_config.json, {field}: {printable(broken[0])}"
-            yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names))
+            yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names), file=CONFIG_NAME)
 
 
 def _name_reason(rule: Rule) -> str:
@@ -220,10 +220,10 @@ def _presence(
     if len(pair) == 1:
         (present,) = pair
         absent = "vera_B" if present == "vera_A" else "vera_A"
-        yield ONE_PROJECTION.at(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
+        yield ONE_PROJECTION.in_file(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
     elif not pair and repeated:
-        yield PROJECTIONS_PER_LAYER.at(
-            printable(repeated[0].name), f"{len(repeated)} such tensors, but no {A_NAME}."
+        yield PROJECTIONS_PER_LAYER.in_tensor(
+            repeated[0].name, f"{len(repeated)} such tensors, but no {A_NAME}."
         )
     elif not pair and config.save_projection:
         yield PROJECTIONS_MISSING.at(
@@ -241,11 +241,11 @@ def _copies(
     same = same_tensor if values else _same_form
     unequal = [copy for copy in repeated if not same(copy, shared_twin(copy, projections))]
     for copy in unequal:
-        yield PROJECTIONS_DIFFER.at(printable(copy.name), "it differs from the shared matrix.")
+        yield PROJECTIONS_DIFFER.in_tensor(copy.name, "it differs from the shared matrix.")
     if repeated and not unequal:
         compared = "" if values else "; their values were not compared"
         reason = f"{len(repeated)} copies of A and B are stored{compared}."
-        yield PROJECTIONS_REPEATED.at(printable(repeated[0].name), reason)
+        yield PROJECTIONS_REPEATED.in_tensor(repeated[0].name, reason)
 
 
 def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:

@@ -12,7 +12,6 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.files.value_range import ValueRange, value_ranges
 from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
-from vera_convert.text import printable
 
 _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
@@ -26,13 +25,13 @@ def value_errors(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[
     """
     for name, extent in found.items():
         if extent.not_finite is not None:
-            yield VALUE_NOT_FINITE.at(printable(name), _where(file, name, extent.not_finite))
+            yield VALUE_NOT_FINITE.in_tensor(name, _where(file, name, extent.not_finite))
     for name, extent in found.items():
         # Any name of A or B counts, because a repaired adapter is checked here too.
         is_shared = _SHARED.fullmatch(name) is not None
         if is_shared and extent.is_constant and file.header.tensors[name].shape != (1, 1):
             reason = f"all its values are the same, of magnitude {extent.magnitude:.3g}."
-            yield PROJECTION_CONSTANT.at(printable(name), reason)
+            yield PROJECTION_CONSTANT.in_tensor(name, reason)
 
 
 def _where(file: TensorFile, name: str, place: int) -> str:

@@ -124,7 +124,7 @@ def shape_differs(name: str, shape: tuple[int, ...], base: BaseModel, more: str 
     """
     own = base.tensors[name].info.shape
     reason = f"the adapter's is {_by(shape)}, the base's {_by(own)}{more}."
-    return REPLACEMENT_SHAPE.at(printable(name), reason)
+    return REPLACEMENT_SHAPE.in_tensor(name, reason)
 
 
 def _why_not_resized(
@@ -186,11 +186,11 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
     """
     module = replaced_name(name).rpartition(".")[0]
     if not saved_modules(config).of(module):
-        return REPLACEMENT_UNKNOWN.at(printable(target), f"{printable(name)} would replace it.")
+        return REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
     if class_of_head(config, base) is not None:
         return None
     reason = "the base has no such tensor, and nothing names the class that has it."
-    return REPLACEMENT_NEW.at(printable(target), reason)
+    return REPLACEMENT_NEW.in_tensor(target, reason)
 
 
 def incomplete_modules(
@@ -236,4 +236,4 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."
-        yield BIAS_NOT_STORED.at(WEIGHTS_NAME, reason)
+        yield BIAS_NOT_STORED.in_file(WEIGHTS_NAME, reason)

@@ -17,11 +17,11 @@ from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.completion import completed, completion
 from vera_convert.cli.converting import embed, migrate, regenerate, strip, to_lora
 from vera_convert.cli.inspecting import count, info
-from vera_convert.cli.merging import is_kept, merge, verify
+from vera_convert.cli.merging import merge, verify
 from vera_convert.cli.output import WIDTH, WRITES_NOTHING, in_color, say, tell
 from vera_convert.cli.refusals import explained, refuse, show_traceback
 from vera_convert.cli.validating import validate
-from vera_convert.errors import UsageError
+from vera_convert.errors import UsageError, is_resumable
 from vera_convert.publish.signals import Interrupted, interruption, signals_raise
 from vera_convert.text import printable
 
@@ -89,7 +89,7 @@ _LOG_LINES = _LogLines()  # one alone, however often `main` is called
 
 def _interrupted(stopped: BaseException, status: int, arguments: Sequence[str]) -> None:
     """Say that a command was stopped; a merge whose work is kept has said so."""
-    kept = "vera_convert.merging.job" in sys.modules and is_kept(stopped)
+    kept = is_resumable(stopped)
     writes = not kept and not WRITES_NOTHING.intersection(arguments[:1])
     tell("error", f"interrupted{'; no output is left' if writes else ''}.")
     _leave(status)

@@ -12,7 +12,7 @@ import click
 from vera_convert.cli.command import adapter_argument, command, out_argument
 from vera_convert.cli.options import MergeChoices, VerifyChoices
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, is_resumable
 from vera_convert.text import and_more
 
 if TYPE_CHECKING:
@@ -86,17 +86,10 @@ def _telling_how_to_continue() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if is_kept(error):
+        if is_resumable(error):
             words = _without_token(click.get_current_context().obj)
             tell("note", f"finished shards are kept; this continues: {shown_command(words)}")
         raise
-
-
-def is_kept(error: BaseException) -> bool:
-    """Return whether a merge that failed has left its work for a later merge."""
-    from vera_convert.merging.job import KEPT
-
-    return KEPT in getattr(error, "__notes__", ())
 
 
 def _without_token(arguments: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ import click
 from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.output import NotPrintedError, print_document, say, shown_command, tell
 from vera_convert.errors import (
-    OF_MERGED,
     CheckpointError,
     SurroundingsError,
     UsageError,
@@ -29,7 +28,7 @@ def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = Non
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)
     more = and_more(len(error.findings) - 1).lstrip()
-    if named and named.get("adapter") and OF_MERGED not in getattr(error, "__notes__", ()):
+    if named and named.get("adapter") and not error.of_merged:
         more += f": {_validate_command(named)}"
     return f"{error} ({more})"
 

@@ -41,5 +41,5 @@ def clean_name(name: str, *, place: str) -> PurePosixPath:
     elif "" in parts or "." in parts:
         reason = "has an empty part or '.' in it"
     if reason:
-        raise CheckpointError(NAME_UNSAFE.at(place, f'the name "{printable(name)}" {reason}.'))
+        raise CheckpointError(NAME_UNSAFE.in_file(place, f'the name "{printable(name)}" {reason}.'))
     return PurePosixPath(name)

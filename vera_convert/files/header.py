@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -130,7 +130,13 @@ def read_header(source: ByteSource) -> Header:
     raw = _read_raw(source)
     source.check_unchanged()
     defects = _Defects(source.place)
-    document, plain = _parsed(raw[8:], f"{source.place} header", defects.findings)
+    duplicates: list[Finding] = []
+    try:
+        document, plain = _parsed(raw[8:], f"{source.place} header", duplicates)
+    except CheckpointError as error:
+        found = (replace(each, file=source.place) for each in error.findings)
+        raise CheckpointError.of(found) from error
+    defects.findings = [replace(each, file=source.place) for each in duplicates]
     metadata = _metadata(document.pop(_METADATA_KEY, {}), defects)
     tensors = _tensors(document, defects) + plain
     for info in tensors:
@@ -158,8 +164,10 @@ class _Defects:
         if len(self.findings) >= _MOST_FINDINGS:
             self.more += 1
             return
-        where = "" if tensor is None else f' tensor "{printable(tensor)}"'
-        self.findings.append(rule.at(f"{self.place}{where}", reason))
+        if tensor is None:
+            self.findings.append(rule.in_file(self.place, reason))
+        else:
+            self.findings.append(rule.in_tensor(tensor, reason, file=self.place))
 
     def raise_any(self) -> None:
         if not self.findings:
@@ -167,16 +175,18 @@ class _Defects:
         if self.more:
             *kept, last = self.findings
             reason = f"{last.reason} ({self.more:,} more defects of this header are not listed.)"
-            self.findings = [*kept, last.rule.at(last.place, reason)]
+            self.findings = [*kept, replace(last, reason=reason)]
         raise CheckpointError.of(self.findings)
 
 
 def _read_raw(source: ByteSource) -> bytes:
     """Return length and header as they stand in the file, held against its size first."""
     if source.size == 0:
-        raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
+        raise CheckpointError(FILE_EMPTY.in_file(source.place, "has no bytes."))
     if source.size < 8:
-        raise CheckpointError(LENGTH_MISSING.at(source.place, f"has {source.size} bytes only."))
+        raise CheckpointError(
+            LENGTH_MISSING.in_file(source.place, f"has {source.size} bytes only.")
+        )
     raw = source.read_at(0, min(source.size, _FIRST_READ))
     length = int.from_bytes(raw[:8], "little")
     end = 8 + length
@@ -184,7 +194,7 @@ def _read_raw(source: ByteSource) -> bytes:
         _refuse_length(source, raw, length)
     if raw[8:9] != b"{" or not length:
         found = f"begins with {printable(repr(raw[8:9])[1:])}." if length else "has no bytes."
-        raise CheckpointError(HEADER_START.at(source.place, f"the header {found}"))
+        raise CheckpointError(HEADER_START.in_file(source.place, f"the header {found}"))
     if end > len(raw):
         raw += source.read_at(len(raw), end - len(raw))
     return raw[:end]
@@ -212,11 +222,11 @@ def _refuse_length(source: ByteSource, raw: bytes, length: int) -> None:
     claim = f"the length of the header is given as {length:,} bytes"
     if length <= MAX_HEADER_BYTES:
         reason = f"{claim}, but the file has {source.size:,} bytes."
-        raise CheckpointError(HEADER_CUT_OFF.at(source.place, reason))
+        raise CheckpointError(HEADER_CUT_OFF.in_file(source.place, reason))
     for magic, (rule, what) in _MAGIC.items():
         if raw.startswith(magic):
-            raise CheckpointError(rule.at(source.place, f"is {what}."))
-    raise CheckpointError(HEADER_TOO_LONG.at(source.place, f"{claim}."))
+            raise CheckpointError(rule.in_file(source.place, f"is {what}."))
+    raise CheckpointError(HEADER_TOO_LONG.in_file(source.place, f"{claim}."))
 
 
 _NUMBER = "(0|[1-9][0-9]{0,17})"

@@ -226,7 +226,9 @@ def _swapped(place: str) -> SurroundingsError:
 
 def too_large(source: ByteSource, limit: int) -> Finding:
     """Return the finding that a source has more than `limit` bytes."""
-    return FILE_TOO_LARGE.at(source.place, f"has {source.size:,} bytes; the limit is {limit:,}.")
+    return FILE_TOO_LARGE.in_file(
+        source.place, f"has {source.size:,} bytes; the limit is {limit:,}."
+    )
 
 
 def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
@@ -240,7 +242,7 @@ def _refuse_missing(path: Path, place: str, missing: Rule | None, error: OSError
     if path.is_symlink():
         reason = f"is a link to {printable(str(path.readlink()))}, which leads nowhere."
     if missing is not None:
-        raise CheckpointError(missing.at(place, reason)) from error
+        raise CheckpointError(missing.in_file(place, reason)) from error
     raise SurroundingsError(f"{place}: {reason}") from error
 
 
@@ -253,7 +255,7 @@ def _require_regular(found: os.stat_result, place: str) -> None:
         stat.S_ISSOCK: "a socket",
     }
     kind = next((name for test, name in kinds.items() if test(found.st_mode)), "a device")
-    raise CheckpointError(NOT_REGULAR.at(place, f"is {kind}."))
+    raise CheckpointError(NOT_REGULAR.in_file(place, f"is {kind}."))
 
 
 def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
@@ -271,7 +273,7 @@ def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
     blobs = _cached_blobs(target, folder)
     if blobs is not None:
         return target, blobs
-    raise CheckpointError(LINK_OUTSIDE.at(place, f"leads to {printable(str(target))}."))
+    raise CheckpointError(LINK_OUTSIDE.in_file(place, f"leads to {printable(str(target))}."))
 
 
 def _cached_blobs(target: Path, folder: Path) -> Path | None:

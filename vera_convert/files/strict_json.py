@@ -54,7 +54,7 @@ def read_json(
     if source.size > limit:
         raise CheckpointError(too_large(source, limit))
     if source.size == 0:
-        raise CheckpointError(FILE_EMPTY.at(source.place, "has no bytes."))
+        raise CheckpointError(FILE_EMPTY.in_file(source.place, "has no bytes."))
     data = source.read_at(0, source.size)
     source.check_unchanged()
     return parse_json(data, place=source.place, pythons_numbers=pythons_numbers), data
@@ -99,7 +99,7 @@ def parse_json(
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise CheckpointError(JSON_SYNTAX.at(place, f"{where}: {error.msg}.")) from None
+        raise CheckpointError(JSON_SYNTAX.in_file(place, f"{where}: {error.msg}.")) from None
     if re.search(rb"\\u[dD][89a-fA-F]", data):
         _check_surrogates(value, place)
     if duplicates is not None:
@@ -111,12 +111,12 @@ def parse_json(
 
 def _decoded(data: bytes, place: str) -> str:
     if data.startswith(codecs.BOM_UTF8):
-        raise CheckpointError(JSON_BOM.at(place, "begins with the bytes EF BB BF."))
+        raise CheckpointError(JSON_BOM.in_file(place, "begins with the bytes EF BB BF."))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         reason = f"byte {error.start:,} (0x{data[error.start]:02X}) is not UTF-8."
-        raise CheckpointError(JSON_NOT_UTF8.at(place, reason)) from None
+        raise CheckpointError(JSON_NOT_UTF8.in_file(place, reason)) from None
 
 
 def _check_structure(data: bytes, place: str) -> None:
@@ -128,11 +128,11 @@ def _check_structure(data: bytes, place: str) -> None:
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
     if bare.count(b'"') > _MOST_QUOTES:
-        raise CheckpointError(JSON_TOO_MANY.at(place, "has millions of texts full of brackets."))
+        raise CheckpointError(JSON_TOO_MANY.in_file(place, "has millions of texts full of brackets."))
     outside = b"".join(bare.split(b'"')[::2])
     if len(outside) > _MOST_VALUES:
         reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
-        raise CheckpointError(JSON_TOO_MANY.at(place, reason))
+        raise CheckpointError(JSON_TOO_MANY.in_file(place, reason))
     import numpy as np  # here, since --help reads no JSON
 
     brackets = np.frombuffer(outside.replace(b",", b""), np.int8)
@@ -140,7 +140,7 @@ def _check_structure(data: bytes, place: str) -> None:
     depth = int(steps.cumsum(dtype=np.int32).max(initial=0))
     if depth > _DEEPEST:
         raise CheckpointError(
-            JSON_NESTING.at(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
+            JSON_NESTING.in_file(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
         )
 
 
@@ -162,7 +162,7 @@ class _Hooks:
             last = {key: place for place, (key, _) in enumerate(pairs)}
             twice = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
             reason = f'the key "{printable(twice)}" stands twice in one object.'
-            self.duplicates.append(JSON_DUPLICATE_KEY.at(self.place, reason))
+            self.duplicates.append(JSON_DUPLICATE_KEY.in_file(self.place, reason))
         return made
 
     def make_integer(self, digits: str) -> int:
@@ -179,10 +179,10 @@ class _Hooks:
 
     def _refuse_number(self, digits: str) -> NoReturn:
         shown = digits if len(digits) <= 24 else f"{digits[:20]}… ({len(digits):,} characters)"
-        raise CheckpointError(JSON_NUMBER.at(self.place, f"holds the number {shown}."))
+        raise CheckpointError(JSON_NUMBER.in_file(self.place, f"holds the number {shown}."))
 
     def make_constant(self, name: str) -> float:
-        raise CheckpointError(JSON_NOT_FINITE.at(self.place, f"holds {name}."))
+        raise CheckpointError(JSON_NOT_FINITE.in_file(self.place, f"holds {name}."))
 
 
 class _PythonsNumbers(_Hooks):
@@ -209,7 +209,7 @@ def _check_surrogates(value: object, place: str) -> None:
     for text in _texts(value):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             reason = f'the text "{printable(text)}" has an unpaired surrogate.'
-            raise CheckpointError(JSON_SURROGATE.at(place, reason))
+            raise CheckpointError(JSON_SURROGATE.in_file(place, reason))
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -85,10 +85,8 @@ class TensorFile:
     def _array(self, info: TensorInfo, skip: int, shape: tuple[int, ...]) -> Array:
         dtype = NUMPY_DTYPE.get(info.dtype)
         if dtype is None:
-            where = f'{self.source.place} tensor "{printable(info.name)}"'
-            raise CheckpointError(
-                TENSOR_DTYPE.at(where, f"its dtype is {info.dtype}, which NumPy lacks.")
-            )
+            reason = f"its dtype is {info.dtype}, which NumPy lacks."
+            raise CheckpointError(TENSOR_DTYPE.in_tensor(info.name, reason, file=self.source.place))
         raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
         self.source.read_into(self.header.data_start + info.start + skip, raw.data)
         self.source.check_unchanged()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from vera_convert.formats.locations import file_path, place_in
+from vera_convert.formats.locations import file_path
 from vera_convert.formats.validation import closing_line, verdict
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, printable_whole
@@ -28,7 +28,7 @@ def github_text(result: Validation) -> str:
 
 def _annotation(checked: Checked, finding: Finding) -> str:
     rule = finding.rule
-    where = f"{place_in(checked, finding)}: {finding.reason}"
+    where = f"{finding.place}: {finding.reason}"
     path = file_path(checked, finding)
     message = f"{where} {rule.remedy}" if path else f"{checked.label}: {where} {rule.remedy}"
     file = printable_whole(path) if path else None
@@ -83,7 +83,7 @@ def _cells(checked: Checked, finding: Finding) -> list[str]:
         str(finding.severity),
         finding.code,
         _code(checked.label),
-        _code(place_in(checked, finding)),
+        _code(finding.place),
         _escaped(finding.reason),
         _escaped(finding.rule.remedy),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from vera_convert.formats.locations import file_path, place_in
+from vera_convert.formats.locations import file_path
 from vera_convert.rules import Finding, Severity
 from vera_convert.validation.validation import Checked, Validation
 
@@ -52,7 +52,7 @@ def _suite(checked: Checked, failing: set[Severity]) -> Element:
 
 
 def _finding_case(suite: Element, checked: Checked, finding: Finding, *, fails: bool) -> None:
-    place, rule = place_in(checked, finding), finding.rule
+    place, rule = finding.place, finding.rule
     case = SubElement(
         suite,
         "testcase",

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 
 from vera_convert._version import __version__
-from vera_convert.formats.locations import file_name, file_uri, place_in
+from vera_convert.formats.locations import file_name, file_uri
 from vera_convert.formats.shared import Document
 from vera_convert.rules import CATALOG, Finding, Rule
 from vera_convert.validation.validation import Checked, Validation
@@ -61,7 +61,7 @@ def _message(text: str) -> Document:
 
 
 def _result(checked: Checked, finding: Finding, seen: Counter[str]) -> Document:
-    place = place_in(checked, finding)
+    place = finding.place
     physical = {
         "artifactLocation": {"uri": file_uri(checked, finding)},
         "region": {"startLine": 1},  # GitHub demands one; nothing better is known
@@ -88,7 +88,7 @@ def _fingerprint(checked: Checked, finding: Finding, seen: Counter[str]) -> str:
     agree in all of it are told apart by a number, as GitHub's own hashes do.
     """
     adapter = checked.label.split("@")[0] if checked.path is None else checked.path
-    parts = [finding.code, adapter, file_name(checked, finding), place_in(checked, finding)]
+    parts = [finding.code, adapter, file_name(finding), finding.place]
     text = json.dumps(parts)
     digest = hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
     seen[digest] += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError, VeraConvertError
 from vera_convert.rules import Finding
+from vera_convert.text import printable
 
 Document = dict[str, object]
 
@@ -27,10 +28,12 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def finding_document(finding: Finding) -> Document:
     """One finding."""
+    named = {"file": finding.file, "tensor": finding.tensor and printable(finding.tensor)}
     return {
         "code": finding.code,
         "severity": str(finding.severity),
         "place": finding.place,
+        **{key: name for key, name in named.items() if name is not None},
         "reason": finding.reason,
         "remedy": finding.rule.remedy,
     }

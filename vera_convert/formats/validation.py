@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 
-from vera_convert.formats.locations import place_in
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, counted
@@ -116,7 +115,7 @@ def _block(checked: Checked, paint: Paint, width: int, *, alone: bool, failures_
     if checked.failure is not None and not failures_said:
         lines += wrapped(str(checked.failure), width, first="  ", indent="  ")
     for findings in _by_rule(checked.findings):
-        lines += _rule_lines(checked, findings, paint, width)
+        lines += _rule_lines(findings, paint, width)
     for name, text in _rows(checked) if alone else ():
         lines += wrapped(text, width, first=f"  {name:<11}  ", indent=" " * 15)
     return "\n".join(lines)
@@ -132,9 +131,7 @@ def _by_rule(findings: Iterable[Finding]) -> Iterable[list[Finding]]:
     return groups.values()
 
 
-def _rule_lines(
-    checked: Checked, findings: list[Finding], paint: Paint, width: int
-) -> Iterator[str]:
+def _rule_lines(findings: list[Finding], paint: Paint, width: int) -> Iterator[str]:
     """Yield the lines of all findings of one rule; its remedy is said once."""
     rule = findings[0].rule
     head = f"  {paint(f'{rule.severity:<7}', rule.severity)}  {paint(rule.code, 'name')}  "
@@ -142,18 +139,18 @@ def _rule_lines(
     title, *more = wrapped(rule.title, width, first=indent, indent=indent)
     yield head + title.lstrip()
     yield from more
-    for place, said in _places(checked, findings[:_MOST_PLACES]):
+    for place, said in _places(findings[:_MOST_PLACES]):
         yield from wrapped(f"{place}{said}", width, first=_INDENT, indent=f"{_INDENT}  ")
     if findings[_MOST_PLACES:]:
         yield f"{_INDENT}{and_more(len(findings) - _MOST_PLACES).lstrip()} (--json lists all)"
     yield from wrapped(f"Remedy: {rule.remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
 
 
-def _places(checked: Checked, findings: list[Finding]) -> Iterator[tuple[str, str]]:
+def _places(findings: list[Finding]) -> Iterator[tuple[str, str]]:
     """Yield each place and its reason; where the next has the same, it is said once, there."""
     for finding, following in zip_longest(findings, findings[1:]):
         same = following is not None and following.reason == finding.reason
-        yield place_in(checked, finding), "," if same else f": {finding.reason}"
+        yield finding.place, "," if same else f": {finding.reason}"
 
 
 def _rows(checked: Checked) -> Iterator[tuple[str, str]]:

@@ -190,7 +190,7 @@ def _measured_findings(measured: Measured) -> list[Finding]:
         f"in {len(lost):,} of {len(measured.vanished):,} layers; most in {printable(worst)}, "
         f"{lost[worst]:.2%} of the values."
     )
-    return [LORA_VANISHED.at(WEIGHTS_NAME, reason)]
+    return [LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
 
 
 class _Job:

@@ -236,7 +236,7 @@ def _held_against_base(
     tensor = base.tensors[matched.match.tensors[module]]
     if info.shape != tensor.info.shape:
         reason = f"it has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
-        yield BASE_COPY_DIFFERS.at(printable(name), reason)
+        yield BASE_COPY_DIFFERS.in_tensor(name, reason)
         return
     stored, own = NUMPY_DTYPE[info.dtype], NUMPY_DTYPE[tensor.info.dtype]
     count = info.nbytes // stored.itemsize
@@ -249,7 +249,7 @@ def _held_against_base(
             raw = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
             if values.astype(own).tobytes() != raw:
                 reason = f"its values differ from {printable(tensor.info.name)} of the base."
-                yield BASE_COPY_DIFFERS.at(printable(name), reason)
+                yield BASE_COPY_DIFFERS.in_tensor(name, reason)
                 return
 
 
@@ -259,11 +259,11 @@ def _replace(
     """Put a tensor in the place of one of the base's."""
     own = base.tensors[target].info
     if target in changes.terms:
-        yield REPLACEMENTS_DIFFER.at(printable(target), "one adds to it and one replaces it.")
+        yield REPLACEMENTS_DIFFER.in_tensor(target, "one adds to it and one replaces it.")
     else:
         yield from _once(changes.replaced, target, replacement)
         if base.tie_word_embeddings and shared_embedding(base, _matrix(own.shape)) == target:
-            finding = EMBEDDING_SHARED.at(printable(target), _TIED)
+            finding = EMBEDDING_SHARED.in_tensor(target, _TIED)
             changes.findings.append(finding)
 
 
@@ -318,4 +318,4 @@ def _once(
     first = taken.setdefault(target, replacement)
     if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
         reason = f"{first.owner.label} and {replacement.owner.label} replace it by other values."
-        yield REPLACEMENTS_DIFFER.at(printable(target), reason)
+        yield REPLACEMENTS_DIFFER.in_tensor(target, reason)

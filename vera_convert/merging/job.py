@@ -25,7 +25,7 @@ from vera_convert.assembly.writer import (
 )
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.side_files import PROVENANCE_NAME
-from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.errors import CheckpointError, SurroundingsError, mark_resumable
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits
@@ -44,9 +44,6 @@ from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Staged, files_but, staged_run
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
 from vera_convert.text import printable
-
-KEPT = "What is finished is kept: the same command with --resume continues from there."
-"""The note of an error after which a merge can be continued."""
 
 _BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
@@ -187,7 +184,7 @@ class MergeJob:
                 yield staged.folder, finished, on_finished
             except BaseException as error:
                 if staged.worth_keeping:
-                    error.add_note(KEPT)
+                    mark_resumable(error)
                 raise
 
     @property
@@ -300,4 +297,4 @@ def _not_finite(error: ResultNotFiniteError, files: Sequence[NewFile]) -> Findin
         for piece in file.pieces
     )
     where = f"value {row:,}" if is_flat else f"value at [{row}, {column}]"
-    return RESULT_NOT_FINITE.at(printable(error.name), f"its {where} would not be finite.")
+    return RESULT_NOT_FINITE.in_tensor(error.name, f"its {where} would not be finite.")

@@ -128,8 +128,8 @@ def merge(
         CheckpointError: adapter or base is malformed, they do not belong together, or a result is
             not finite.
         UsageError: an option makes no sense; `out` exists, or overlaps an input.
-        SurroundingsError: a file, a repo or the disk fails, or memory or space is short. As any
-            error after which a merge can be continued it then has the note `mergejob.KEPT`.
+        SurroundingsError: a file, a repo or the disk fails, or memory or space is short. If the
+            finished shards are kept, `vera_convert.errors.is_resumable` is true for the error.
 
     Example:
         >>> from vera_convert import MergeOptions

@@ -122,7 +122,7 @@ def config_edits(
         said += _labels(edits, base, shown, count, labels or facts.labels)
         said += _padding(edits, base, shown, facts, rows=rows, heads=heads)
         if said:
-            edits.findings.append(HEAD_CLASS_WRITTEN.at(CONFIG_NAME, f"{'; '.join(said)}."))
+            edits.findings.append(HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}."))
     if heads:
         edits.findings += _missing_modules(base, changes, shown)
     _refuse_other_labels(edits, base, changes)
@@ -155,7 +155,7 @@ def _unknown_class(changes: Changes) -> Iterator[Finding]:
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
         if not (is_output_head(module) and changes.unties):
             reason = "the base has no such tensor, and nothing names the class that has it."
-            yield REPLACEMENT_NEW.at(printable(name), reason)
+            yield REPLACEMENT_NEW.in_tensor(name, reason)
 
 
 def _class(edits: ConfigEdits, base: BaseModel, name: str) -> Iterator[str]:
@@ -257,7 +257,7 @@ def _padding(
         edits.open.add((*inside, "pad_token_id"))
     if token is None and own is None:
         reason = "neither the base's config nor a file beside the adapter names one."
-        edits.findings.append(HEAD_WITHOUT_PADDING.at(CONFIG_NAME, reason))
+        edits.findings.append(HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason))
 
 
 # --- vocabulary ----------------------------------------------------------------------------------
@@ -271,5 +271,5 @@ def _vocabulary(edits: ConfigEdits, base: BaseModel, changes: Changes) -> int | 
     for path in vocabulary_fields(base, old):
         edits.members[path] = new
     reason = f"vocab_size is {new:,} where the base has {old:,}."
-    edits.findings.append(HEAD_CLASS_WRITTEN.at(CONFIG_NAME, reason))
+    edits.findings.append(HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason))
     return new

@@ -100,7 +100,7 @@ def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
         count = math.prod(tensor.shape)
         if tensor.constant is not None and count > 1 and (is_changed or is_new_matrix):
             reason = f"all {count:,} values of {printable(tensor.adapter)} are {tensor.constant:g}."
-            yield REPLACED_BY_CONSTANT.at(printable(tensor.name), reason)
+            yield REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
 
 
 def _compared(

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.errors import SurroundingsError, UsageError, is_resumable, mark_resumable
 from vera_convert.files.walk import files_and_links
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
@@ -359,8 +359,8 @@ def explained(out: Path) -> Iterator[None]:
             f"{printable(str(out))} could not be written: {error.strerror}{where}. "
             f"{_REMEDIES.get(error.errno, '')}".rstrip()
         )
-        for note in getattr(error, "__notes__", ()):
-            explained.add_note(note)
+        if is_resumable(error):
+            mark_resumable(explained)
         raise explained from error
 
 

@@ -89,7 +89,7 @@ def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
     if all((module in match.conv1d) != said for module in adapter.layers):
         kinds = "Conv1D layers" if match.conv1d else "plain linear layers"
         reason = f"it is {str(said).lower()}, but these are {kinds}."
-        yield ORIENTATION_WRONG.at(CONFIG_NAME, reason)
+        yield ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
 
 
 def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:

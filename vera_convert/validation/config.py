@@ -34,17 +34,17 @@ def config_findings(
     if {"base_model_name_or_path", "revision"} & {*unsound}:
         pass
     elif not name:
-        yield BASE_UNNAMED.at(CONFIG_NAME, "base_model_name_or_path is empty.")
+        yield BASE_UNNAMED.in_file(CONFIG_NAME, "base_model_name_or_path is empty.")
     elif not is_repo_id(name):
         reason = f"base_model_name_or_path is {printable(name)}, which is no repo on the Hub."
-        yield BASE_IS_PATH.at(CONFIG_NAME, reason)
+        yield BASE_IS_PATH.in_file(CONFIG_NAME, reason)
     elif config.revision is not None and not is_revision(config.revision):
         reason = f"revision is {printable(config.revision)}, which git allows for no revision."
-        yield REVISION_INVALID.at(CONFIG_NAME, reason)
+        yield REVISION_INVALID.in_file(CONFIG_NAME, reason)
     elif config.revision is None:
-        yield REVISION_MISSING.at(CONFIG_NAME, f"revision is null; the base is {name}.")
+        yield REVISION_MISSING.in_file(CONFIG_NAME, f"revision is null; the base is {name}.")
     for reason in _by_version(config):
-        yield FIELD_BY_VERSION.at(CONFIG_NAME, reason)
+        yield FIELD_BY_VERSION.in_file(CONFIG_NAME, reason)
 
 
 def _by_version(config: VeraConfig) -> Iterator[str]:
@@ -74,4 +74,4 @@ def undeclared_embeddings(
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter == "weight" and may_be_resized(module) and not saved.of(module):
             reason = f"it replaces {printable(replaced_name(tensor.name))} of the base model."
-            yield EMBEDDING_UNDECLARED.at(printable(tensor.name), reason)
+            yield EMBEDDING_UNDECLARED.in_tensor(tensor.name, reason)

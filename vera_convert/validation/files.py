@@ -39,7 +39,7 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
     for name in sides.outside:
         if name in (CONFIG_NAME, WEIGHTS_NAME):
             continue  # told for itself
-        yield LINK_NOT_CARRIED.at(printable(name), "it leads out of the folder, or nowhere.")
+        yield LINK_NOT_CARRIED.in_file(printable(name), "it leads out of the folder, or nowhere.")
     yield from _left_out(sides.left_out, place)
     yield from _unread_weights(sides.copied, place)
 

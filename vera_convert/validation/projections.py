@@ -44,17 +44,17 @@ def stored_findings(
         yield damaged
     elif base_facts.out_features is None and own.out_features > tallest:
         reason = f"vera_B has {own.out_features} rows, the longest lambda_b {tallest} values."
-        yield OTHER_DIMS.at(WEIGHTS_NAME, reason)
+        yield OTHER_DIMS.in_file(WEIGHTS_NAME, reason)
     elif unfit:
         yield from unfit
     else:
         found = mismatch(config, own, base_facts)
         if found is not None:
             rule = PROJECTIONS_IGNORED if config.save_projection else PROJECTIONS_CONTRADICT
-            yield rule.at(WEIGHTS_NAME, found.reason)
+            yield rule.in_file(WEIGHTS_NAME, found.reason)
         is_rounded = own.draw is not None and own.draw.rounding is not Rounding.NONE
         if own.draw is not None and is_rounded and base_facts.rounding is None:
-            yield PROJECTIONS_ROUNDED.at(WEIGHTS_NAME, f"they are {own.draw.description}.")
+            yield PROJECTIONS_ROUNDED.in_file(WEIGHTS_NAME, f"they are {own.draw.description}.")
 
 
 def stripped_findings(
@@ -77,8 +77,8 @@ def stripped_findings(
     dims = fingerprint.in_features, fingerprint.out_features
     if not base_facts.fits(*dims):
         reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {base_facts.dims_text}."
-        yield FINGERPRINT_DISAGREES.at(WEIGHTS_NAME, reason)
+        yield FINGERPRINT_DISAGREES.in_file(WEIGHTS_NAME, reason)
         return
     found = mismatch(config, fingerprint, base_facts)
     if found is not None:
-        yield REDRAWN_OTHERWISE.at(WEIGHTS_NAME, found.reason)
+        yield REDRAWN_OTHERWISE.in_file(WEIGHTS_NAME, found.reason)

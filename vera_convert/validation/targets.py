@@ -56,13 +56,13 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
     unmatched = [layer for layer in layers if layer not in matched]
     if alone and not matched:
         reason = f"of the {len(layers)} layers that the file adapts, such as "
-        yield TARGETS_MATCH_NOTHING.at(CONFIG_NAME, f"{reason}{printable(layers[0])}, none.")
+        yield TARGETS_MATCH_NOTHING.in_file(CONFIG_NAME, f"{reason}{printable(layers[0])}, none.")
     elif alone and unmatched:
         reason = (
             f"its targets match {len(newest)} of the {len(layers)} layers that the file adapts; "
             f"PEFT leaves out {printable(unmatched[0])}."
         )
-        yield TARGETS_DISAGREE.at(CONFIG_NAME, reason)
+        yield TARGETS_DISAGREE.in_file(CONFIG_NAME, reason)
     if not isinstance(targets, str):
         yield from _by_version(config, layers, newest)
         yield from _not_stored(config, targets, layers) if alone else ()
@@ -89,7 +89,7 @@ def _by_version(
     if differing:
         said = ", ".join(f"PEFT {release} adapts {count}" for release, count in differing.items())
         reason = f"of {len(layers)} layers, {said}; PEFT 0.21 and later adapt {len(newest)}."
-        yield TARGETS_BY_VERSION.at(CONFIG_NAME, reason)
+        yield TARGETS_BY_VERSION.in_file(CONFIG_NAME, reason)
 
 
 def _not_stored(
@@ -101,7 +101,7 @@ def _not_stored(
     for target in dict.fromkeys(targets):
         if target not in stored and not saved & {*target.split(".")}:
             reason = f"target_modules names {printable(target)}, no layer of the file is called so."
-            yield TARGET_NOT_STORED.at(WEIGHTS_NAME, reason)
+            yield TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
 
 
 def uneven_findings(config: VeraConfig, layers: Iterable[str]) -> Iterator[Finding]:

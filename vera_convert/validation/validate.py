@@ -247,9 +247,10 @@ def _checked(
 
 
 def _placed(finding: Finding, named: str) -> Finding:
-    """Return a finding with its place as it is called inside of the adapter's folder."""
-    folder = printable(os.path.join(named, ""))  # noqa: PTH118 -- a path would lose the separator
-    return finding.rule.at(finding.place.removeprefix(folder), finding.reason)
+    """Return a finding with its place and file relative to the adapter's folder."""
+    folder = printable(f"{Path(named)}{os.sep}")
+    file = finding.file and finding.file.removeprefix(folder)
+    return replace(finding, place=finding.place.removeprefix(folder), file=file)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _absurd(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Findi
         magnitude = extent.magnitude
         least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
         if magnitude > LARGEST or 0 < magnitude < least:
-            yield VALUE_ABSURD.at(printable(name), f"its largest value is {magnitude:.3g}.")
+            yield VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
 
 
 def _least(dtype: str) -> float:
@@ -77,15 +77,15 @@ def _untrained(
     d = [found[layer.lambda_d.name] for layer in layers]
     if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
         reason = "every lambda_b is one, as before training where init_weights is false."
-        yield UNTRAINED.at(WEIGHTS_NAME, reason)
+        yield UNTRAINED.in_file(WEIGHTS_NAME, reason)
     for what, vectors in (("lambda_b", b), ("lambda_d", d)):
         zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]
         if len(zero) == len(layers):
-            yield UNTRAINED.at(WEIGHTS_NAME, f"every {what} is zero.")
+            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {what} is zero.")
         elif zero:
             example = printable(zero[0].module)
             reason = f"{what} is, in {len(zero)} of {len(layers)}, such as {example}."
-            yield LAYERS_UNTRAINED.at(WEIGHTS_NAME, reason)
+            yield LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
 
 
 def _overflow(

@@ -169,13 +169,13 @@ def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
     first = {tensor.name: tensor for tensor in _trained(ours)}
     second = {tensor.name: tensor for tensor in _trained(theirs)}
     for name in [*first.keys() - second.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.at(printable(name), "the other form does not have it.")
+        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form does not have it.")
     for name in [*second.keys() - first.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.at(printable(name), "the other form alone has it.")
+        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form alone has it.")
     for name, tensor in first.items():
         other = second.get(name)
         if other is not None and not same_tensor(tensor, other):
-            yield FORM_TENSOR_DIFFERS.at(printable(name), _tensor_difference(tensor, other))
+            yield FORM_TENSOR_DIFFERS.in_tensor(name, _tensor_difference(tensor, other))
 
 
 def _tensor_difference(tensor: TensorData, other: TensorData) -> str:
@@ -198,7 +198,7 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
             was, now = (
                 printable(repr(getattr(each.config, field.name))) for each in (ours, theirs)
             )
-            yield FORM_CONFIG_DIFFERS.at(CONFIG_NAME, f"{field.name} is {was}, then {now}.")
+            yield FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, f"{field.name} is {was}, then {now}.")
 
 
 def _comparable(name: str, value: object) -> object:

@@ -232,6 +232,6 @@ def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
     for tensor in adapter.replacements:
         other = lora.others.get(tensor.name)
         if other is None:
-            yield LORA_TENSOR_DIFFERS.at(printable(tensor.name), "the LoRA does not have it.")
+            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA does not have it.")
         elif not same_tensor(tensor, other):
-            yield LORA_TENSOR_DIFFERS.at(printable(tensor.name), "the LoRA's has other values.")
+            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA's has other values.")

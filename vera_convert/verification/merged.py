@@ -17,7 +17,7 @@ from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.dtypes import HEADER_NAMES, USUAL_OF_BASES
-from vera_convert.errors import OF_MERGED, CheckpointError, UsageError, VeraConvertError
+from vera_convert.errors import CheckpointError, UsageError, VeraConvertError
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
@@ -205,14 +205,14 @@ def _expected(
 
 @contextmanager
 def _of_the_merged_model() -> Iterator[None]:
-    """Note on what is refused inside that it is the merged model's fault, not the adapter's."""
+    """Mark every `CheckpointError` inside as a defect of the merged model, not of the adapter."""
     try:
         yield
     except CheckpointError as error:
         if error.findings[0].rule is BASE_IS_ADAPTER:
             finding = MERGED_IS_ADAPTER.at(error.findings[0].place, error.findings[0].reason)
             error = CheckpointError(finding)
-        error.add_note(OF_MERGED)
+        error.of_merged = True
         raise error from None
 
 

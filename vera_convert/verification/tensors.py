@@ -26,7 +26,7 @@ from vera_convert.rules import (
     MERGED_WEIGHT_WRONG,
     Finding,
 )
-from vera_convert.text import and_more, listed, printable
+from vera_convert.text import and_more, listed
 from vera_convert.verification.comparator import (
     Comparator,
     Comparison,
@@ -93,8 +93,8 @@ class TensorCheck:
         if self.kind is Kind.ADDED:
             reason = f"{count}, by up to {last_bits_text(found.ulps)}; {values}."
             reason += f" {self.hint}" if self.hint else ""
-            return MERGED_WEIGHT_WRONG.at(printable(self.name), reason)
-        return MERGED_TENSOR_CHANGED.at(printable(self.name), f"{count}; {values}.")
+            return MERGED_WEIGHT_WRONG.in_tensor(self.name, reason)
+        return MERGED_TENSOR_CHANGED.in_tensor(self.name, f"{count}; {values}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def _other_dtypes(
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
         more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
         rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
-        yield rule.at(printable(names[0]), f"it{more} {found} where {due} is due.")
+        yield rule.in_tensor(names[0], f"it{more} {found} where {due} is due.")
 
 
 def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterator[Finding]:
@@ -255,7 +255,7 @@ def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterat
         there = merged.tensors.get(name)
         if there is not None and there.info.shape != tensor.shape:
             reason = f"it is {list(there.info.shape)} where {list(tensor.shape)} is due."
-            yield MERGED_TENSOR_FORM.at(printable(name), reason)
+            yield MERGED_TENSOR_FORM.in_tensor(name, reason)
 
 
 def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[list[Finding]]:
@@ -274,15 +274,15 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
             notes.append(MERGED_BUFFER.at(place, f"{said}."))
     buffers_of_one = {*lost, *won}
     missing = [
-        MERGED_TENSOR_MISSING.at(
-            printable(name), f"{merged.location.label} has no tensor of this name."
+        MERGED_TENSOR_MISSING.in_tensor(
+            name, f"{merged.location.label} has no tensor of this name."
         )
         for name in gone
         if name not in buffers_of_one
     ]
     unknown = [
-        MERGED_TENSOR_UNKNOWN.at(
-            printable(name),
+        MERGED_TENSOR_UNKNOWN.in_tensor(
+            name,
             "neither the base nor an adapter has a tensor that belongs there.",
         )
         for name in extra

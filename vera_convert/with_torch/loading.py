@@ -238,7 +238,7 @@ def stored_contents(
             reason = (
                 f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
             )
-            raise CheckpointError(PROJECTIONS_TOO_NARROW.at(A_NAME, reason))
+            raise CheckpointError(PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
         for _ in adapter.layers:
             torch.randn(adapter.config.r)  # PEFT draws d before it reads it: see `_first_vectors`
         return Contents(

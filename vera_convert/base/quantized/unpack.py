@@ -155,7 +155,7 @@ class _Reader:
         for weight in found:
             if weight.name in self.base.tensors and weight.name not in weight.parts:
                 reason = f"{fitting.label}: the layer has a weight that is not packed as well."
-                self.defects.append(NOT_DEQUANTIZABLE.at(printable(weight.name), reason))
+                self.defects.append(NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
             self.weights[weight.name] = weight
             self.formats[weight.name] = fitting
 
