@@ -47,7 +47,7 @@ class UsageError(VeraConvertError):
 
 
 class SurroundingsError(VeraConvertError):
-    """The environment fails: a path or repo does not exist, disk, network, permissions, packages."""
+    """A path or repo is missing, or the disk, network, permissions or packages fail."""
 
     status = 3
 
@@ -59,4 +59,4 @@ def mark_resumable(error: BaseException) -> None:
 
 def is_resumable(error: BaseException) -> bool:
     """Return whether a merge that failed with this error can be continued with `--resume`."""
-    return error.__dict__.get("resumable", False)
+    return error.__dict__.get("resumable") is True
