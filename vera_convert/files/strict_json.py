@@ -128,7 +128,9 @@ def _check_structure(data: bytes, place: str) -> None:
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
     if bare.count(b'"') > _MOST_QUOTES:
-        raise CheckpointError(JSON_TOO_MANY.in_file(place, "has millions of texts full of brackets."))
+        raise CheckpointError(
+            JSON_TOO_MANY.in_file(place, "has millions of texts full of brackets.")
+        )
     outside = b"".join(bare.split(b'"')[::2])
     if len(outside) > _MOST_VALUES:
         reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
