@@ -1,9 +1,9 @@
-"""The catalog: every way a checkpoint can be wrong, each with a stable code.
+"""The catalog of rules: every defect that vera-convert can find, each with a stable code.
 
 Hundreds name the family: V0 file, V1 config, V2 tensors, V3 values, V4 projections, V5 base,
 V6 verification, V7 LoRA.
-A code is never used for another meaning. A reader that meets a defect raises `CheckpointError` with
-the `Finding`; commands show it as their one-line refusal, in the same words everywhere.
+A code keeps its meaning forever. A reader that finds a defect raises `CheckpointError` with the
+`Finding`, and every command shows the finding in the same words.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Severity(StrEnum):
     """How bad a finding is."""
 
     ERROR = "error"
-    """The checkpoint would load wrongly, not at all, or lose something."""
+    """The checkpoint cannot be loaded, loads wrongly, or would lose data."""
     WARNING = "warning"
-    """It works, but not everywhere or not as it seems."""
+    """The checkpoint works, but not in every environment, or not as expected."""
     NOTE = "note"
-    """Worth knowing; nothing is wrong."""
+    """Information; the checkpoint is correct."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +112,23 @@ NOT_REGULAR = Rule(
     "V001",
     ERROR,
     "not a regular file",
-    "A pipe or a device can block for ever, never end, or change what it gives.",
-    "Put the file itself in this place.",
+    "Reading a pipe or a device can block forever, never end, or give other bytes each time.",
+    "Replace it with a regular file.",
     since="0.1.0",
 )
 LINK_OUTSIDE = Rule(
     "V002",
     ERROR,
     "a link leads out of the folder",
-    "A folder from a stranger could have any file of this machine read and copied.",
-    "Put a copy of the file in this place; the Hub cache's links into its blobs are followed.",
+    "Following the link could expose any file on this machine.",
+    "Replace the link with a copy of the file. Links into the Hub cache's blobs are allowed.",
     since="0.1.0",
 )
 FILE_TOO_LARGE = Rule(
     "V003",
     ERROR,
-    "a file is larger than its kind ever is",
-    "Reading it would take memory and time for nothing: no such file is real.",
+    "a file is larger than its kind can be",
+    "Reading the file would waste memory and time; PEFT writes no file of this size.",
     "Restore the file that PEFT wrote.",
     since="0.1.0",
 )
@@ -136,166 +136,168 @@ FILE_EMPTY = Rule(
     "V004",
     ERROR,
     "a file is empty",
-    "A save or a copy that ran out of space, or was stopped, leaves such files.",
-    "Copy or download it again.",
+    "A save or copy that is stopped, or runs out of disk space, leaves empty files.",
+    "Copy or download the file again.",
     since="0.1.0",
 )
 NAME_UNSAFE = Rule(
     "V005",
     ERROR,
     "a file name could lead out of its folder",
-    "Absolute names, '..', backslashes and colons reach other files on one system or another.",
-    "Use plain names inside the folder, with '/' between their parts.",
+    "Absolute names, '..', backslashes and colons can reach other files on some systems.",
+    "Use plain names inside the folder, with '/' between the parts.",
     since="0.1.0",
 )
 FILE_UNREADABLE = Rule(
     "V006",
     ERROR,
     "a file cannot be read",
-    "Its owner or its mode forbids it; whoever is given such a folder fails on it as well.",
-    "Give yourself the right to read it: `chmod u+r FILE`.",
+    "The file's owner or mode forbids reading; other users of the folder would fail too.",
+    "Allow reading with `chmod u+r FILE`.",
     since="0.1.0",
 )
 LINK_NOT_CARRIED = Rule(
     "V007",
     WARNING,
-    "a link leads elsewhere",
-    "It is not followed, so what it leads to is lost when the adapter is converted or published.",
-    "Put a copy of the file in this place, or remove the link.",
+    "a link is not followed",
+    "The link leads out of the folder or nowhere, so converting the adapter loses its target.",
+    "Replace the link with a copy of the file, or remove the link.",
     since="0.1.0",
 )
 UNREAD_WEIGHTS = Rule(
     "V008",
     NOTE,
-    "weights that PEFT does not read lie beside the adapter",
-    "PEFT loads adapter_model.safetensors alone. If the file was trained too, only the program "
-    "that wrote the file gives its users the whole model.",
-    "Say beside the adapter what reads the file; a conversion copies the file, a merge does not.",
+    "the folder holds weights that PEFT does not read",
+    "PEFT loads only adapter_model.safetensors. If the file was trained too, only the program "
+    "that wrote the file can load the whole model.",
+    "Tell users which program reads the file. A conversion copies the file; a merge does not.",
     since="0.2.0",
 )
 CONFIG_MISSING = Rule(
     "V010",
     ERROR,
     "adapter_config.json is missing",
-    "Rank, key and method stand there alone; without it nobody can load the weights.",
-    "Pass the folder that holds adapter_config.json, or copy it beside the weights.",
+    "Only this file holds the rank, the key and the method; without it, the weights cannot be "
+    "loaded.",
+    "Pass the folder that holds adapter_config.json, or copy the file into this folder.",
     since="0.1.0",
 )
 WEIGHTS_MISSING = Rule(
     "V011",
     ERROR,
     "adapter_model.safetensors is missing",
-    "The trained vectors are stored there.",
-    "Copy or download the weights into the folder.",
+    "The file holds the trained vectors.",
+    "Copy or download the file into this folder.",
     since="0.1.0",
 )
 PICKLE_ONLY = Rule(
     "V012",
     ERROR,
-    "the weights are pickled only",
-    "Opening a pickle can run any program that its author chose, so this tool never does.",
-    "Where PyTorch is installed, run this in its folder, which reads tensors and nothing else: "
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
-    "save_file({k: v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', "
+    "the weights exist only as a pickle",
+    "Opening a pickle can run any code that its author chose, so vera-convert opens none.",
+    "With PyTorch installed, run this in the adapter's folder; it reads tensors only: python -c"
+    ' "import torch; from safetensors.torch import save_file; t = '
+    "torch.load('adapter_model.bin', map_location='cpu', weights_only=True); save_file({k: "
+    "v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', "
     "metadata={'format': 'pt'})\"",
     since="0.1.0",
 )
 BOTH_KINDS = Rule(
     "V013",
     WARNING,
-    "pickled weights lie beside the safetensors file",
-    "PEFT and this tool use the safetensors file; other programs may take the pickle instead.",
-    "Remove the pickled file if it is not needed.",
+    "the folder holds pickled weights too",
+    "PEFT and vera-convert read the safetensors file; other programs may read the pickle.",
+    "Remove the pickled file if no program needs it.",
     since="0.1.0",
 )
 MODEL_AS_ADAPTER = Rule(
     "V014",
     ERROR,
-    "a whole model's weights lie under an adapter's name",
-    "PEFT finds no vector of VeRA there and changes nothing; it may overwrite the base's tensors.",
-    "Save the adapter again with PeftModel.save_pretrained, before it is merged.",
+    "an adapter's file name holds a whole model's weights",
+    "PEFT finds no VeRA vectors in the file and may overwrite tensors of the base.",
+    "Save the adapter with PeftModel.save_pretrained before you merge it.",
     since="0.1.0",
 )
 ADAPTER_AS_MODEL = Rule(
     "V015",
     ERROR,
-    "the adapter's weights lie under a model's name",
-    "PEFT looks for adapter_model.safetensors alone, and other loaders take them for a model.",
+    "a model's file name holds the adapter's weights",
+    "PEFT reads only adapter_model.safetensors; other loaders would take the file for a model.",
     "Rename model.safetensors to adapter_model.safetensors.",
     since="0.1.0",
 )
 MODEL_FOLDER = Rule(
     "V016",
     ERROR,
-    "the folder holds a whole model and no adapter",
-    "A merged model is loaded by itself and needs no adapter.",
-    "Pass the folder of the adapter, or load this one as a model.",
+    "the folder holds a model, not an adapter",
+    "A merged model loads without an adapter.",
+    "Pass the adapter's folder, or load this folder as a model.",
     since="0.1.0",
 )
 ADAPTER_BELOW = Rule(
     "V017",
     ERROR,
     "the adapter lies in a subfolder",
-    "PEFT puts every adapter that is not called default into a subfolder of its name.",
-    "Pass the subfolder, or copy its files to where they are looked for; `vera-convert validate "
-    "--recursive` checks all that lie below.",
+    'PEFT saves an adapter in a subfolder of its name, unless the name is "default".',
+    "Pass the subfolder. To check all adapters below a folder, run `vera-convert validate "
+    "--recursive FOLDER`.",
     since="0.1.0",
 )
 TRAINING_STATE = Rule(
     "V018",
     NOTE,
-    "states of a training run lie beside the adapter",
-    "States are large and pickled; logs tell paths and the name of the training machine. Nobody "
-    "who loads the adapter needs these files.",
-    "Leave the files out when you publish the adapter; strip, embed, migrate and merge do.",
+    "the folder holds files of a training run",
+    "Training states are large and pickled, and logs reveal paths and machine names. Nobody "
+    "needs them to load the adapter.",
+    "Remove the files before you publish the adapter. strip, embed, migrate and merge leave "
+    "them out.",
     since="0.1.0",
 )
 STRANGE_FILES = Rule(
     "V019",
     NOTE,
-    "files of a download or of another model lie beside the adapter",
-    "NAME:Zone.Identifier tells from where NAME was downloaded. A loader can take the weights of "
-    "another model for those of the adapter's base.",
-    "Remove the files; strip, embed, migrate and merge leave such files out.",
+    "the folder holds files of a download or of another model",
+    "NAME:Zone.Identifier reveals the source of a download. A loader can take another model's "
+    "weights for the base's.",
+    "Remove the files. strip, embed, migrate and merge leave them out.",
     since="0.2.0",
 )
 JSON_NOT_UTF8 = Rule(
     "V020",
     ERROR,
-    "the text is not UTF-8",
-    "JSON is UTF-8; readers refuse anything else, or guess.",
+    "a text file is not UTF-8",
+    "JSON must be UTF-8; readers refuse other encodings or guess.",
     "Save the file as UTF-8.",
     since="0.1.0",
 )
 JSON_BOM = Rule(
     "V021",
     ERROR,
-    "the text begins with a byte order mark",
-    "JSON has none: Python's reader and serde's, which safetensors uses, both refuse it.",
+    "a text file begins with a byte order mark",
+    "JSON allows none; Python's json and the safetensors library refuse the file.",
     "Save the file as UTF-8 without a byte order mark.",
     since="0.1.0",
 )
 JSON_SYNTAX = Rule(
     "V022",
     ERROR,
-    "the text is not JSON",
-    "No loader can read it.",
-    "Restore the file that was written, or copy it again if it was cut off.",
+    "a file is not valid JSON",
+    "No loader can read the file.",
+    "Restore the original file, or copy the file again if it was cut off.",
     since="0.1.0",
 )
 JSON_DUPLICATE_KEY = Rule(
     "V023",
     ERROR,
-    "a key stands twice in one JSON object",
-    "Some readers take the first value and some the last, so they see different checkpoints.",
-    "Remove the entry that is not meant.",
+    "a JSON object repeats a key",
+    "Some readers take the first value and some the last.",
+    "Remove the wrong entry.",
     since="0.1.0",
 )
 JSON_NOT_FINITE = Rule(
     "V024",
     ERROR,
-    "the text holds NaN or Infinity",
+    "JSON contains NaN or Infinity",
     "JSON has no such numbers; most readers refuse them.",
     "Write a finite number, or null.",
     since="0.1.0",
@@ -303,56 +305,56 @@ JSON_NOT_FINITE = Rule(
 JSON_NESTING = Rule(
     "V025",
     ERROR,
-    "the JSON is nested absurdly deep",
-    "Such files are made to exhaust the reader; a real one has five levels at most.",
-    "Restore the file that was written.",
+    "JSON is nested too deeply",
+    "Deep nesting can exhaust a reader; real files have at most five levels.",
+    "Restore the original file.",
     since="0.1.0",
 )
 JSON_NUMBER = Rule(
     "V026",
     ERROR,
-    "the JSON holds an absurd number",
-    "No field has such a value, and readers disagree on what it is.",
+    "a number in JSON is too large or too long",
+    "No field needs such a number, and readers disagree about its value.",
     "Write a number of ordinary size.",
     since="0.1.0",
 )
 JSON_SURROGATE = Rule(
     "V027",
     ERROR,
-    "a text holds half of a character",
-    "A lone surrogate cannot be written as UTF-8: the safetensors library refuses it.",
-    "Write the whole character.",
+    "a text contains half of a surrogate pair",
+    "UTF-8 cannot encode a lone surrogate, so the safetensors library refuses the file.",
+    "Write the complete character.",
     since="0.1.0",
 )
 JSON_TOO_MANY = Rule(
     "V028",
     ERROR,
-    "the JSON has an absurd number of values",
-    "Such files are made to exhaust memory: a few bytes of text become a hundred in memory.",
-    "Restore the file that was written.",
+    "JSON has too many values",
+    "A few bytes of such a text take about a hundred bytes of memory.",
+    "Restore the original file.",
     since="0.1.0",
 )
 LFS_POINTER = Rule(
     "V030",
     ERROR,
-    "the file is a Git LFS pointer, not the weights",
-    "The repository was cloned without Git LFS: only a note of where the content lies was copied.",
-    "Run `git lfs pull` in that repository, or download it with `hf download`.",
+    "a file is a Git LFS pointer",
+    "The repository was cloned without Git LFS, so the file holds only a reference to its content.",
+    "Run `git lfs pull` in the repository, or download the repository with `hf download`.",
     since="0.1.0",
 )
 PICKLE_RENAMED = Rule(
     "V031",
     ERROR,
-    "a pickle under the name of a safetensors file",
-    "Opening a pickle can run any program that its author chose, so this tool never does.",
-    "Convert it where it may be opened, with torch.load(..., weights_only=True) and"
-    " safetensors.torch.save_file; renaming converts nothing.",
+    "a pickle has the name of a safetensors file",
+    "Opening a pickle can run any code that its author chose, so vera-convert opens none.",
+    "Convert the file with torch.load(..., weights_only=True) and safetensors.torch.save_file. "
+    "Renaming is not enough.",
     since="0.1.0",
 )
 OTHER_FORMAT = Rule(
     "V032",
     ERROR,
-    "the file has another format than its name says",
+    "a file is not in the format that its name says",
     "A safetensors file begins with the length of its header.",
     "Download or convert the file again.",
     since="0.1.0",
@@ -360,32 +362,32 @@ OTHER_FORMAT = Rule(
 LENGTH_MISSING = Rule(
     "V033",
     ERROR,
-    "the file ends within its first eight bytes",
-    "A safetensors file begins with the length of its header, eight bytes long.",
+    "a safetensors file ends within its first eight bytes",
+    "The first eight bytes hold the length of the header.",
     "Copy or download the file again.",
     since="0.1.0",
 )
 HEADER_TOO_LONG = Rule(
     "V034",
     ERROR,
-    "the header is longer than 100 MB",
-    "The safetensors library refuses it too.",
+    "a header is longer than 100 MB",
+    "The safetensors library refuses such a file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 HEADER_CUT_OFF = Rule(
     "V035",
     ERROR,
-    "the file ends within its header",
-    "The file is incomplete, or the length of its header is wrong.",
+    "a safetensors file ends within its header",
+    "The file is incomplete, or the length of the header is wrong.",
     "Copy or download the file again.",
     since="0.1.0",
 )
 HEADER_START = Rule(
     "V036",
     ERROR,
-    "the header does not begin with '{'",
-    "The safetensors format demands it, so that the file cannot pass for another kind as well.",
+    "a header does not begin with '{'",
+    "The safetensors format requires '{', so that no other kind of file can pass for safetensors.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
@@ -393,15 +395,15 @@ METADATA_FORM = Rule(
     "V040",
     ERROR,
     "__metadata__ is not a map of texts",
-    "The safetensors library refuses a file with any other value there.",
-    "Write numbers and lists as text, or leave them out.",
+    "The safetensors library refuses a file whose __metadata__ has other values than texts.",
+    "Write numbers and lists as text, or remove them.",
     since="0.1.0",
 )
 ENTRY_FORM = Rule(
     "V041",
     ERROR,
     "a tensor's entry is not an object",
-    "dtype, shape and data_offsets have to be named; other forms are read by some libraries only.",
+    "Each tensor needs an object with dtype, shape and data_offsets.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
@@ -409,7 +411,7 @@ ENTRY_FIELD_MISSING = Rule(
     "V042",
     ERROR,
     "a tensor's entry lacks a field",
-    "Without dtype, shape and data_offsets the tensor cannot be found or read.",
+    "A reader needs dtype, shape and data_offsets to find and decode the tensor.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
@@ -417,31 +419,31 @@ ENTRY_FIELD_UNKNOWN = Rule(
     "V043",
     ERROR,
     "a tensor's entry has an unknown field",
-    "The format has none; whatever it means (a scale, a compression) would be ignored.",
+    "The format defines no other field; readers would ignore its meaning, such as a scale.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 DTYPE_UNKNOWN = Rule(
     "V044",
     ERROR,
-    "a tensor has a dtype that safetensors does not know",
-    "Its values cannot be read.",
-    "Write the tensor in a dtype of the safetensors library.",
+    "a tensor has an unknown dtype",
+    "The safetensors library cannot read the values.",
+    "Save the tensor in a dtype of the safetensors library.",
     since="0.1.0",
 )
 SHAPE_FORM = Rule(
     "V045",
     ERROR,
-    "a shape is not a list of whole numbers",
-    "Sizes are whole numbers from 0 up, 32 of them at most; true, 2.0 and -1 are none.",
+    "a tensor's shape is not a list of whole numbers",
+    "A shape has at most 32 sizes, each a whole number of at least 0.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 SHAPE_OVERFLOW = Rule(
     "V046",
     ERROR,
-    "a shape is larger than any memory",
-    "Its size in bytes overflows 63 bits: readers that do not check compute a small one.",
+    "a tensor is too large for any memory",
+    "The size in bytes overflows 63 bits; a reader without a check computes a small size.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
@@ -449,23 +451,24 @@ SHAPE_PARTIAL_BYTE = Rule(
     "V047",
     ERROR,
     "a tensor ends within a byte",
-    "Its 4-bit or 6-bit values do not fill whole bytes; the safetensors library refuses it.",
+    "The 4-bit or 6-bit values do not fill whole bytes, so the safetensors library refuses the "
+    "file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 OFFSETS_FORM = Rule(
     "V048",
     ERROR,
-    "data_offsets is not a begin and an end",
-    "Two whole numbers from 0 up are expected, the end not before the begin.",
+    "data_offsets is not a valid pair",
+    "data_offsets must be two whole numbers of at least 0, begin first, and begin at most end.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 OFFSETS_SPAN = Rule(
     "V049",
     ERROR,
-    "a tensor's bytes are not as many as its shape and dtype need",
-    "Readers that do not check read the neighbor's values, or memory that is not theirs.",
+    "a tensor's byte count does not match its shape and dtype",
+    "A reader without a check would read bytes of the next tensor, or memory outside the file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
@@ -473,41 +476,41 @@ DATA_OVERLAP = Rule(
     "V050",
     ERROR,
     "two tensors share bytes",
-    "A small file could stand for endless data; the safetensors library refuses it.",
+    "A small file could then expand without limit; the safetensors library refuses the file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 DATA_HOLE = Rule(
     "V051",
     ERROR,
-    "bytes between two tensors belong to none",
-    "Anything could hide there; the safetensors library refuses it.",
+    "bytes between two tensors belong to no tensor",
+    "Such a gap can hide data; the safetensors library refuses the file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 DATA_CUT_OFF = Rule(
     "V052",
     ERROR,
-    "the file ends before its last tensor does",
-    "A download or a copy was cut off, so values are missing.",
+    "a file ends before its last tensor",
+    "A download or copy was cut off, so values are missing.",
     "Copy or download the file again.",
     since="0.1.0",
 )
 DATA_TRAILING = Rule(
     "V053",
     ERROR,
-    "bytes after the last tensor belong to none",
-    "Anything could hide there; the safetensors library refuses it.",
+    "bytes after the last tensor belong to no tensor",
+    "Such bytes can hide data; the safetensors library refuses the file.",
     "Write the file again with the safetensors library.",
     since="0.1.0",
 )
 TENSOR_NAME_ABSURD = Rule(
     "V054",
     ERROR,
-    "a tensor's name is absurdly long or deep",
-    "Names are compared element by element, so that such ones exhaust the reader; real ones have "
-    "a dozen elements.",
-    "Save the tensors under the names that their modules have.",
+    "a tensor's name is too long or has too many parts",
+    "Names are compared part by part, so such a name can exhaust a reader; real names have "
+    "about a dozen parts.",
+    "Save the tensors under the names of their modules.",
     since="0.1.0",
 )
 
@@ -517,15 +520,16 @@ NOT_VERA = Rule(
     "V101",
     ERROR,
     "the config is not a VeRA adapter's",
-    "PEFT picks the method by peft_type; only the exact text VERA is this one.",
-    "Pass the folder of an adapter that was trained with PEFT's VeraConfig.",
+    'PEFT selects the method by peft_type, and VeRA\'s is exactly "VERA".',
+    "Pass the folder of an adapter that was trained with PEFT's VeraConfig. To check a tree of "
+    "mixed adapters, run `vera-convert validate --recursive FOLDER`.",
     since="0.1.0",
 )
 CONFIG_NOT_OBJECT = Rule(
     "V102",
     ERROR,
-    "adapter_config.json holds no JSON object",
-    "Every loader expects an object with one entry per field.",
+    "adapter_config.json is not a JSON object",
+    "Every loader expects an object with one entry for each field.",
     "Restore the file that PEFT wrote.",
     since="0.1.0",
 )
@@ -533,32 +537,32 @@ FIELD_TYPE = Rule(
     "V103",
     ERROR,
     "a config field has the wrong type",
-    "PEFT fails on it, or reads it as something else than was meant.",
-    "Correct the value by hand, or restore the file that PEFT wrote.",
+    "PEFT fails, or reads the value with another meaning.",
+    "Correct the value, or restore the file that PEFT wrote.",
     since="0.1.0",
 )
 FIELD_RANGE = Rule(
     "V104",
     ERROR,
     "a config field is out of range",
-    "PEFT fails on it, or gives results that nobody trained.",
-    "Correct the value by hand, or restore the file that PEFT wrote.",
+    "PEFT fails, or computes results that nobody trained.",
+    "Correct the value, or restore the file that PEFT wrote.",
     since="0.1.0",
 )
 KEY_INVALID = Rule(
     "V105",
     ERROR,
-    "projection_prng_key is no seed that PyTorch takes",
-    "A and B are drawn from it; PyTorch takes whole numbers from -2^63 to 2^64-1 only.",
-    "Set it to the whole number that the adapter was trained with.",
+    "projection_prng_key is not a valid seed",
+    "PEFT generates A and B from this seed; PyTorch accepts whole numbers from -2^63 to 2^64-1.",
+    "Set projection_prng_key to the whole number that was used in training.",
     since="0.1.0",
 )
 FIELD_VALUE = Rule(
     "V106",
     ERROR,
-    "a config field has a value that PEFT does not know",
-    "PEFT refuses it when it loads the adapter.",
-    "Use one of the values named, or restore the file that PEFT wrote.",
+    "a config field has an unknown value",
+    "PEFT refuses to load the adapter.",
+    "Use one of the listed values, or restore the file that PEFT wrote.",
     since="0.1.0",
 )
 LAYERS_PATTERN_ALONE = Rule(
@@ -566,100 +570,102 @@ LAYERS_PATTERN_ALONE = Rule(
     ERROR,
     "layers_pattern is set without layers_to_transform",
     "PEFT 0.14 and later refuse to load such a config.",
-    "Remove layers_pattern, or name the layers in layers_to_transform.",
+    "Remove layers_pattern, or set layers_to_transform.",
     since="0.1.0",
 )
 UNKNOWN_FIELD = Rule(
     "V110",
     WARNING,
-    "the config has a field that no VeraConfig knows",
-    "PEFT 0.14 and later drop it with a warning; PEFT 0.13 and earlier refuse the adapter.",
-    "It is kept as it is; `vera-convert migrate --to asis --peft-version 0.13` removes it for old "
-    "readers.",
+    "the config has an unknown field",
+    "PEFT 0.14 and later ignore the field with a warning; PEFT 0.13 and earlier refuse the "
+    "adapter.",
+    "For PEFT 0.13 and earlier, remove the field with `vera-convert migrate --to asis "
+    "--peft-version 0.13`.",
     since="0.1.0",
 )
 FIELD_BY_VERSION = Rule(
     "V111",
     WARNING,
-    "a config field is not read by every PEFT",
-    "Some releases refuse the adapter for it, or read it as something else.",
-    "Load the adapter with a release that reads it, or write the field in the older form.",
+    "some releases of PEFT do not read a config field",
+    "These releases refuse the adapter, or read the field with another meaning.",
+    "Load the adapter with a release that reads the field, or write the field in the older form.",
     since="0.1.0",
 )
 
 BASE_IS_PATH = Rule(
     "V120",
     WARNING,
-    "the config calls the base by a path",
-    "Nobody else has it there, and the Hub refuses a model card that names it.",
-    "Write the base's name on the Hub into base_model_name_or_path.",
+    "the config names the base by a local path",
+    "Other users do not have this path, and the Hub refuses a model card that contains a path.",
+    "Set base_model_name_or_path to the base's name on the Hub.",
     since="0.1.0",
 )
 BASE_UNNAMED = Rule(
     "V121",
     WARNING,
-    "the config names no base",
-    "Whoever has the adapter has to guess which model it was trained on.",
-    "Write the base's name on the Hub into base_model_name_or_path.",
+    "the config does not name the base",
+    "Users must guess which model the adapter was trained on.",
+    "Set base_model_name_or_path to the base's name on the Hub.",
     since="0.1.0",
 )
 REVISION_MISSING = Rule(
     "V122",
     NOTE,
     "the config names no revision of the base",
-    "A repo can change; then the adapter meets other weights than it was trained on.",
-    "Write the commit that it was trained on into revision.",
+    "If the repository changes, the adapter is loaded on other weights than in training.",
+    "Set revision to the commit that was used in training.",
     since="0.1.0",
 )
 
 REVISION_INVALID = Rule(
     "V123",
     WARNING,
-    "the config's revision of the base can be none",
-    "No loader finds the base by it, and a path such as ../../x can lead out of a cache.",
-    "Write the commit that the adapter was trained on into revision, or null.",
+    "the config's revision of the base is not a valid git revision",
+    "No loader can find this revision, and a path such as ../../x can lead out of a cache.",
+    "Set revision to the commit that was used in training, or to null.",
     since="0.2.0",
 )
 
 TARGET_REGEX_INVALID = Rule(
     "V130",
     ERROR,
-    "a pattern in the config is no regular expression",
-    "PEFT compiles it with Python's `re` and fails, so nobody can tell which layers are meant.",
-    "Correct the pattern, or list the names of the modules in target_modules.",
+    "a pattern in the config is not a valid regular expression",
+    "PEFT compiles the pattern with Python's `re` and fails, so the adapted layers are unknown.",
+    "Correct the pattern, or list the module names in target_modules.",
     since="0.1.0",
 )
 TARGET_REGEX_SLOW = Rule(
     "V131",
     ERROR,
     "a pattern in the config takes too long to evaluate",
-    "PEFT evaluates it on every module's name and would hang as well.",
-    "Write the pattern without nested repetition, or list the names in target_modules.",
+    "PEFT matches the pattern with every module name and would hang too.",
+    "Rewrite the pattern without nested repetition, or list the module names in target_modules.",
     since="0.1.0",
 )
 TARGETS_MATCH_NOTHING = Rule(
     "V132",
     ERROR,
-    "the config's targets match no layer of the base",
-    "PEFT refuses to wrap the model, and the size of A and B cannot be told.",
-    "Check that the base is the adapter's own and that target_modules names its modules.",
+    "target_modules matches no layer of the base",
+    "PEFT refuses to load the adapter, and the size of A and B is unknown.",
+    "Check that --base is the model that was used in training, and that target_modules names "
+    "its modules.",
     since="0.1.0",
 )
 TARGETS_UNKNOWN = Rule(
     "V133",
     ERROR,
     "target_modules is null and PEFT has no default for the base",
-    "Nothing says which layers are adapted.",
-    "List the modules in target_modules.",
+    "The adapted layers are unknown.",
+    "List the module names in target_modules.",
     since="0.1.0",
 )
 TARGETS_BY_VERSION = Rule(
     "V134",
     WARNING,
-    "releases of PEFT read the config's targets differently",
-    "What they leave unadapted is lost without a word.",
-    "Load the adapter with a release that adapts all its layers, or list their full names in "
-    "target_modules.",
+    "releases of PEFT adapt different layers",
+    "A release that adapts fewer layers loses the others silently.",
+    "Load the adapter with a release that adapts all of its layers, or list the full module "
+    "names in target_modules.",
     since="0.1.0",
 )
 
@@ -669,243 +675,253 @@ NO_LAMBDAS = Rule(
     "V201",
     ERROR,
     "the file adapts no layer",
-    "Without vera_lambda_b and vera_lambda_d vectors the adapter changes nothing.",
-    "Save the adapter again from the training run; with FSDP or ZeRO-3, gather the state first.",
+    "The file has no vera_lambda_b and vera_lambda_d, so the adapter changes nothing.",
+    "Save the adapter again. With FSDP or ZeRO-3, gather the state first.",
     since="0.1.0",
 )
 LAMBDA_UNPAIRED = Rule(
     "V202",
     ERROR,
     "a layer has only one of its two vectors",
-    "PEFT loads it without a word and leaves the other vector at its initial value.",
-    "Save the adapter again from the training run.",
+    "PEFT loads the file silently and leaves the missing vector at its initial value.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 LAMBDA_SHAPE = Rule(
     "V203",
     ERROR,
     "a lambda is not a vector",
-    "A layer scales by vectors: lambda_d of r values and lambda_b of one value per output.",
-    "Save the adapter again from the training run.",
+    "lambda_d must hold r values, and lambda_b one value for each output.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 LAMBDA_D_LENGTH = Rule(
     "V204",
     ERROR,
     "lambda_d does not have r values",
-    "PEFT refuses the file: the rank of the config and the rank of the tensors differ.",
-    "If all layers have another rank in common, set r to it; else save the adapter again.",
+    "PEFT refuses the file, because the config's rank and the tensors' rank differ.",
+    "If all layers have the same other rank, set r to this rank. Otherwise save the adapter again.",
     since="0.1.0",
 )
 EMPTY_TENSOR = Rule(
     "V205",
     ERROR,
-    "a tensor holds no values",
-    "A save under ZeRO-3 or FSDP without gathering writes such husks; the training is not in them.",
-    "Save again with the state gathered (stage3_gather_16bit_weights_on_model_save, or "
-    "FULL_STATE_DICT).",
+    "a tensor is empty",
+    "ZeRO-3 and FSDP save empty tensors unless the state is gathered; the trained values are lost.",
+    "Save the adapter again with the state gathered (stage3_gather_16bit_weights_on_model_save "
+    "or FULL_STATE_DICT).",
     since="0.1.0",
 )
 TENSOR_DTYPE = Rule(
     "V206",
     ERROR,
-    "a trained tensor is not of a float type",
-    "Lambdas and projections are float64, float32, float16 or bfloat16; PEFT would cast or fail.",
+    "a trained tensor does not hold floats",
+    "VeRA tensors are float64, float32, float16 or bfloat16; PEFT would cast other types or fail.",
     "Convert the tensor to float32 and save the file again.",
     since="0.1.0",
 )
 MIXED_DTYPES = Rule(
     "V207",
     WARNING,
-    "lambdas and projections have different types",
-    "PEFT writes one type for all of them, so something else wrote or edited this file.",
-    "Nothing need be done: every tensor is read in its own type.",
+    "vectors and projections have different dtypes",
+    "PEFT saves all tensors in one dtype, so another program wrote or edited the file.",
+    "No action is needed: each tensor is read in its own dtype.",
     since="0.1.0",
 )
 ONE_PROJECTION = Rule(
     "V208",
     ERROR,
-    "only one of vera_A and vera_B is stored",
-    "Without A, PEFT refuses; without B, it draws B from the key and says nothing.",
-    "Remove the one that is left and set save_projection to false, or save the adapter again.",
+    "the file stores only one of vera_A and vera_B",
+    "Without A, PEFT refuses the file. Without B, PEFT silently regenerates B from the key.",
+    "Remove the remaining matrix and set save_projection to false, or save the adapter again.",
     since="0.1.0",
 )
 PROJECTION_SHAPE = Rule(
     "V209",
     ERROR,
-    "vera_A or vera_B has an impossible shape",
-    "A is (r, largest input) and B is (largest output, r).",
-    "Save the adapter again from the training run.",
+    "vera_A or vera_B has a wrong shape",
+    "A must be (r, largest input), and B (largest output, r).",
+    "Save the adapter again.",
     since="0.1.0",
 )
 PROJECTION_TOO_SHORT = Rule(
     "V210",
     ERROR,
     "vera_B has fewer rows than a layer has outputs",
-    "The layer uses the leading rows of B, one for each of its outputs.",
-    "Save the adapter again from the training run.",
+    "A layer uses one row of B for each of its outputs.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 PROJECTIONS_MISSING = Rule(
     "V211",
     ERROR,
-    "the config promises projections that the file lacks",
-    "With save_projection true every PEFT refuses a file without vera_A.",
-    "If they were dropped on purpose set save_projection to false, then run `vera-convert embed`.",
+    "save_projection is true, but the file holds no projections",
+    "PEFT refuses a file without vera_A if save_projection is true.",
+    "If A and B were dropped on purpose, set save_projection to false and run `vera-convert "
+    "embed`. Otherwise save the adapter again.",
     since="0.1.0",
 )
 PROJECTIONS_UNANNOUNCED = Rule(
     "V212",
     WARNING,
-    "the file holds projections that the config denies",
-    "With save_projection false every PEFT ignores them and draws its own.",
-    "`vera-convert migrate --to embedded` or `--to stripped` makes file and config agree.",
+    "save_projection is false, but the file holds projections",
+    "PEFT ignores the stored A and B and regenerates both from the key.",
+    "Run `vera-convert migrate --to embedded` to keep the stored matrices, or `vera-convert "
+    "migrate --to stripped`.",
     since="0.1.0",
 )
 PROJECTIONS_REPEATED = Rule(
     "V213",
     WARNING,
-    "the shared projections are stored again with a layer",
-    "They equal the shared ones, so nothing is wrong but the size.",
-    "`vera-convert migrate --to asis` writes them once.",
+    "a layer stores copies of the shared projections",
+    "The copies are equal to the shared matrices and only make the file larger.",
+    "Store the matrices once with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 PROJECTIONS_DIFFER = Rule(
     "V214",
     ERROR,
-    "a layer stores projections other than the shared ones",
-    "VeRA shares one A and one B over all layers; no loader would use the layer's own.",
-    "Save the adapter again from the training run.",
+    "a layer stores projections that differ from the shared ones",
+    "All layers of VeRA share A and B, so no loader would use the layer's own matrices.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 WRAPPER_IN_NAMES = Rule(
     "V215",
     ERROR,
-    "names carry a part that is left over from a wrapper",
-    "PEFT finds none of its names in the file and loads the adapter as one that does nothing.",
-    "`vera-convert migrate --to asis` writes the proper names.",
+    "tensor names contain the name of a wrapper",
+    "PEFT does not find its names in the file and loads an adapter that changes nothing.",
+    "Correct the names with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 ADAPTER_NAME_LEFT = Rule(
     "V216",
     ERROR,
-    "tensor names still carry the adapter's name",
-    "PEFT up to 0.20 refuses the file, or loads it as an adapter that does nothing.",
-    "`vera-convert migrate --to asis` writes the proper names.",
+    "tensor names contain the adapter's name",
+    "PEFT 0.20 and earlier refuse the file, or load an adapter that changes nothing.",
+    "Correct the names with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 PREFIX_MISSING = Rule(
     "V217",
     ERROR,
     "tensor names lack PEFT's prefix",
-    "No PEFT loads such names: the adapter would do nothing, without an error.",
-    "`vera-convert migrate --to asis` writes the proper names.",
+    "PEFT loads an adapter that changes nothing, without an error.",
+    "Correct the names with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 LAMBDA_COLUMN = Rule(
     "V218",
     ERROR,
     "a lambda is stored as a column of shape (n, 1)",
-    "PEFT up to 0.15 wrote such files after a merge on a 16-bit model, and no PEFT loads them.",
-    "`vera-convert migrate --to asis` drops the extra dimension.",
+    "PEFT 0.15 and earlier write this shape after a merge on a 16-bit model; PEFT cannot load "
+    "the file.",
+    "Correct the shape with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 OTHER_VERA = Rule(
     "V219",
     ERROR,
-    "a tensor belongs to a variant of VeRA that is not VeRA",
-    "Its vectors mean something else, so a merge as plain VeRA would be wrong.",
-    "Use the tool that trained it.",
+    "the tensors belong to another variant of VeRA",
+    "The vectors have another meaning, so merging them as plain VeRA would be wrong.",
+    "Use the program that trained the adapter.",
     since="0.1.0",
 )
 UNKNOWN_TENSOR = Rule(
     "V220",
     ERROR,
-    "a tensor has a name of unknown meaning",
-    "PEFT drops such tensors without a word, so what was trained in them would be lost.",
-    "Remove the tensor, or save the adapter again from the training run.",
+    "a tensor has an unknown name",
+    "PEFT silently ignores such a tensor, so its trained values would be lost.",
+    "Remove the tensor, or save the adapter again.",
     since="0.1.0",
 )
 UNDECLARED_TENSOR = Rule(
     "V221",
     ERROR,
-    "a tensor of the base model is stored that the config does not declare",
-    "PEFT overwrites the base model's weight with it and says nothing.",
-    "Name its module in modules_to_save (or set bias) if it was trained; else remove the tensor.",
+    "the file stores a base weight that the config does not declare",
+    "PEFT silently overwrites the base's weight with the stored one.",
+    "If the weight was trained, add its module to modules_to_save (for a bias, set bias). "
+    "Otherwise remove the tensor.",
     since="0.1.0",
 )
 MODULE_TO_SAVE_MISSING = Rule(
     "V222",
     ERROR,
-    "a module of modules_to_save has no tensor in the file",
-    "PEFT up to 0.14 would keep a freshly initialized module; later ones fail with a KeyError.",
-    "Save the adapter again from the training run, or remove the name from modules_to_save.",
+    "a module of modules_to_save has no tensors in the file",
+    "PEFT 0.14 and earlier keep a randomly initialized module; later releases fail with a "
+    "KeyError.",
+    "Save the adapter again, or remove the module from modules_to_save.",
     since="0.1.0",
 )
 BIAS_NOT_STORED = Rule(
     "V223",
     WARNING,
-    "the config trains biases that the file does not hold",
-    "PEFT up to 0.20 never saved trained biases, so they are lost. It is a note if PEFT 0.21 or "
-    "later wrote the file and no base tells whether the model has biases.",
-    "Nothing need be done if the model has no biases. Else train again with PEFT 0.21 or later.",
+    "the config trains biases, but the file holds none",
+    "PEFT 0.20 and earlier do not save trained biases, so the biases are lost. If PEFT 0.21 or "
+    "later wrote the file, and no base shows whether the model has biases, the finding is a "
+    "note.",
+    "If the model has no biases, no action is needed. Otherwise train again with PEFT 0.21 or "
+    "later.",
     since="0.1.0",
 )
 NAME_TAKEN_TWICE = Rule(
     "V224",
     ERROR,
-    "two tensors would get the same name",
-    "Once the names are brought to their proper form two tensors claim one place.",
-    "Remove the one that is stale, or save the adapter again from the training run.",
+    "two tensors have the same corrected name",
+    "After the names are corrected, only one of the tensors can be kept.",
+    "Remove the outdated tensor, or save the adapter again.",
     since="0.1.0",
 )
 
 PROJECTIONS_PER_LAYER = Rule(
     "V225",
     ERROR,
-    "the projections are stored with the layers only, not once for all",
-    "PEFT looks for base_model.vera_A and refuses the file, or draws its own.",
-    "`vera-convert migrate --to asis` writes them once, if they are all equal.",
+    "only the layers store projections",
+    "PEFT reads base_model.vera_A; without this tensor PEFT refuses the file or regenerates A "
+    "and B.",
+    "If all copies are equal, store the matrices once with `vera-convert migrate --to asis`.",
     since="0.1.0",
 )
 LAYERS_UNEVEN = Rule(
     "V226",
     NOTE,
-    "a target is adapted in fewer layers of the model than another",
-    "Hybrid models are so by design. Else the file lacks layers, or the name matches in some only.",
-    "Run `vera-convert validate ADAPTER --base MODEL`: the base tells whether layers are missing.",
+    "a target is adapted in fewer layers than another target",
+    "Some hybrid models are built so. Otherwise the file lacks layers, or the name matches only"
+    " some layers.",
+    "To see whether layers are missing, run `vera-convert validate ADAPTER --base MODEL`.",
     since="0.1.0",
 )
 SEVERAL_ADAPTERS = Rule(
     "V227",
     ERROR,
     "the file holds tensors of several adapters",
-    "Their names end with the name of an adapter, and not all with the same.",
-    "Keep the tensors of one of them, or save it again from the training run.",
+    "The tensor names end with the names of different adapters.",
+    "Keep the tensors of one adapter, or save this adapter again.",
     since="0.1.0",
 )
 PREFIX_MIXED = Rule(
     "V228",
     ERROR,
-    "tensor names begin with PEFT's prefix in some layers and with something else in others",
-    "PEFT loads only names with its prefix, and nothing tells whether all are of one adapter.",
-    "Save the adapter again from the training run.",
+    "tensor names have different beginnings",
+    "PEFT loads only names with its prefix, and the tensors may belong to different adapters.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 TARGET_NOT_STORED = Rule(
     "V229",
     WARNING,
-    "a target of the config has no vectors in the file",
-    "If the base has such layers, PEFT adapts them with the initial vectors, which add nothing.",
-    "Remove the name from target_modules, or save the adapter again if it was trained.",
+    "a target in the config has no vectors in the file",
+    "If the base has such layers, PEFT adapts them with initial vectors, which change nothing.",
+    "Remove the name from target_modules. If these layers were trained, save the adapter again.",
     since="0.1.0",
 )
 EMBEDDING_UNDECLARED = Rule(
     "V231",
     NOTE,
-    "the adapter replaces an embedding or a head that its config does not name",
-    "So PEFT saves them where the vocabulary was resized; on load they overwrite the base's own.",
-    "Nothing need be done if the vocabulary was resized; else remove the tensor.",
+    "the file replaces an embedding or a head that the config does not name",
+    "PEFT saves these weights after a vocabulary resize and overwrites the base's weights on "
+    "loading.",
+    "If the vocabulary was resized, no action is needed. Otherwise remove the tensor.",
     since="0.1.0",
 )
 
@@ -914,49 +930,50 @@ EMBEDDING_UNDECLARED = Rule(
 VALUE_NOT_FINITE = Rule(
     "V301",
     ERROR,
-    "a trained value is infinite or no number",
-    "It would spread over a whole row or column of a weight.",
-    "Take an earlier checkpoint of the training run: it diverged before this one was saved.",
+    "a trained value is infinite or NaN",
+    "One such value spreads over a whole row or column of a weight.",
+    "Training diverged before this save: use an earlier checkpoint of the run.",
     since="0.1.0",
 )
 PRODUCT_OVERFLOWS = Rule(
     "V302",
     WARNING,
-    "what the adapter adds can overflow float16",
-    "In float16 a value above 65,504 becomes infinite, and the model's output no number.",
-    "Load base and adapter in bfloat16 or float32.",
+    "the adapter's delta can overflow float16",
+    "In float16, values above 65,504 become infinite, and the model's output becomes NaN.",
+    "Load the base and the adapter in bfloat16 or float32.",
     since="0.1.0",
 )
 UNTRAINED = Rule(
     "V303",
     WARNING,
     "the adapter changes nothing",
-    "Every lambda_b or every lambda_d is zero; so lambda_b is before training.",
-    "Check that this is the adapter that was trained.",
+    "Every lambda_b or every lambda_d is zero. lambda_b is initialized to zero, so the adapter "
+    "looks untrained.",
+    "Check that this is the trained adapter.",
     since="0.1.0",
 )
 PROJECTION_CONSTANT = Rule(
     "V304",
     ERROR,
-    "vera_A or vera_B holds one value only",
-    "Random matrices are what VeRA is trained on; this is a save that went wrong.",
-    "Save the adapter again from the training run.",
+    "vera_A or vera_B holds a single repeated value",
+    "VeRA needs random matrices, so the save went wrong.",
+    "Save the adapter again.",
     since="0.1.0",
 )
 VALUE_ABSURD = Rule(
     "V305",
     WARNING,
-    "a tensor's values are absurdly large or small",
-    "No training ends there: the tensor was damaged, or decoded in another type than its own.",
-    "Compare the adapter's results with those of the training run, or save it again.",
+    "a tensor's values are implausibly large or small",
+    "Training does not give such values: the tensor is damaged, or was decoded with a wrong dtype.",
+    "Compare the adapter's outputs with those of the training run, or save the adapter again.",
     since="0.1.0",
 )
 LAYERS_UNTRAINED = Rule(
     "V306",
     NOTE,
-    "a vector is zero in some of the layers",
-    "They add nothing; lambda_b begins so, and training did not reach it.",
-    "Nothing need be done if these layers were to stay as they are.",
+    "a vector is zero in some layers",
+    "These layers change nothing; lambda_b starts at zero and was not trained there.",
+    "If these layers were meant to stay unchanged, no action is needed.",
     since="0.1.0",
 )
 
@@ -965,58 +982,61 @@ LAYERS_UNTRAINED = Rule(
 NOT_A_DRAW = Rule(
     "V401",
     ERROR,
-    "the stored projections are no draw of PyTorch's CPU generator",
-    "Nothing but the file itself can bring them back, so dropping them would lose the adapter.",
-    "Keep them stored.",
+    "the stored projections cannot be regenerated",
+    "No draw of PyTorch's CPU generator gives these matrices, so only the file can restore them.",
+    "Keep A and B in the file.",
     since="0.1.0",
 )
 OTHER_KEY = Rule(
     "V402",
     ERROR,
-    "the stored projections are the draw of another key than the config's",
-    "A loader that draws from the config's key would get other matrices.",
-    "Correct projection_prng_key in adapter_config.json if it was edited; else keep them stored.",
+    "the stored projections come from another key than the config's",
+    "A loader that regenerates A and B from the config's key gets different matrices.",
+    "If projection_prng_key was edited, correct it in adapter_config.json. Otherwise keep A and"
+    " B in the file.",
     since="0.1.0",
 )
 OTHER_DRAW = Rule(
     "V403",
     ERROR,
-    "PEFT would draw other projections than the stored ones",
-    "Once they are dropped, PEFT loads the adapter with the difference that is shown.",
-    "If the base is loaded in another dtype than its files have, give that with --base-dtype. Else "
-    "keep them stored, or accept the change with --accept-change: `vera-convert embed` restores "
-    "them exactly from the fingerprint.",
+    "PEFT would regenerate different projections",
+    "Without the stored matrices, PEFT would load the adapter with the difference shown.",
+    "If the base is loaded in another dtype than its files have, pass this dtype with "
+    "--base-dtype. Otherwise keep A and B, or strip with --accept-change: `vera-convert embed` "
+    "restores both exactly from the fingerprint.",
     since="0.1.0",
 )
 ROUNDING_UNPROVEN = Rule(
     "V404",
     WARNING,
-    "it is not proven that PEFT draws these projections on the base that it will be given",
-    "PEFT rounds A and B to the base's dtype, and takes A's width from the base.",
-    "Name the base with --base, or its dtype with --base-dtype.",
+    "the base is unknown, so the regenerated projections are not proven",
+    "PEFT rounds A and B to the base's dtype, and takes the width of A from the base.",
+    "Pass the base with --base, or its dtype with --base-dtype.",
     since="0.1.0",
 )
 UNPROVEN_ROWS = Rule(
     "V405",
     ERROR,
-    "vera_B has more rows than the longest lambda_b, and no base says why",
-    "PEFT draws B as tall as the widest layer that the config matches; A shifts with it.",
-    "Name the base with --base.",
+    "vera_B has more rows than the longest lambda_b",
+    "PEFT makes B as tall as the widest layer that the config matches, and the height of B "
+    "shifts the values. Without the base, the height cannot be checked.",
+    "Pass the base with --base.",
     since="0.1.0",
 )
 PROJECTIONS_CONTRADICT = Rule(
     "V406",
     ERROR,
-    "the file holds projections that are not what its config makes PEFT use",
-    "save_projection is false, so every PEFT draws its own and ignores these.",
-    "Say which are meant: --projections file or --projections key.",
+    "the stored projections and the config disagree",
+    "save_projection is false, so PEFT ignores the stored A and B and regenerates both.",
+    "Choose the matrices: --projections file for the stored ones, --projections key for the "
+    "regenerated ones.",
     since="0.1.0",
 )
 FINGERPRINT_MALFORMED = Rule(
     "V407",
     ERROR,
-    "the fingerprint in the metadata cannot be read",
-    "It is the only proof of which matrices were dropped.",
+    "the fingerprint cannot be read",
+    "Only the fingerprint proves which matrices were dropped.",
     "Strip the adapter again from its embedded form, or remove the metadata entry.",
     since="0.1.0",
 )
@@ -1024,122 +1044,124 @@ FINGERPRINT_DISAGREES = Rule(
     "V408",
     ERROR,
     "the fingerprint contradicts the adapter or the base",
-    "One of the two was edited after the adapter was stripped.",
-    "Restore the file that was edited, or strip the adapter again from its embedded form.",
+    "The adapter's config, its metadata or the base changed after the adapter was stripped.",
+    "Restore the edited file, pass the right --base, or strip the adapter again from its "
+    "embedded form.",
     since="0.1.0",
 )
 FINGERPRINT_NOT_MET = Rule(
     "V409",
     ERROR,
-    "the matrices that were drawn are not those of the fingerprint",
-    "The fingerprint or the config was edited, so what was trained on cannot be restored.",
-    "Restore the file that was edited, or strip the adapter again from its embedded form.",
+    "the regenerated matrices do not match the fingerprint",
+    "The fingerprint or the config was edited, so the matrices of the training cannot be restored.",
+    "Restore the edited file, or strip the adapter again from its embedded form.",
     since="0.1.0",
 )
 UNPROVEN_DRAW = Rule(
     "V410",
     WARNING,
-    "nothing proves that the adapter was trained on the projections that are drawn for it",
-    "The adapter records neither A and B nor a fingerprint of them. This is a note if PEFT wrote "
-    "the adapter, because PEFT draws the same A and B when it loads the adapter.",
-    "Run `vera-convert embed ADAPTER OUT --base MODEL` and compare the results of OUT with those "
-    "of the training run. Then publish OUT; if you run `vera-convert strip` on OUT, its output "
-    "carries a fingerprint.",
+    "nothing proves which projections the adapter was trained with",
+    "The adapter stores neither A and B nor a fingerprint. If PEFT wrote the adapter, the "
+    "finding is a note, because PEFT regenerates the same A and B on loading.",
+    "Run `vera-convert embed ADAPTER OUT --base MODEL` and compare the outputs of OUT with "
+    "those of the training run. Then publish OUT, or the output of `vera-convert strip` on OUT,"
+    " which has a fingerprint.",
     since="0.1.0",
 )
 TARGETS_DISAGREE = Rule(
     "V411",
     WARNING,
-    "the config matches other layers of the base than the file adapts",
-    "PEFT sizes A and B by the layers that the config matches in the model, and saves them all. "
-    "This is a note if the other layers of the base's files change nothing.",
-    "Nothing need be done if the model class does not build the other layers. Else check that the "
-    "base and target_modules are those of the training, and that the file is whole.",
+    "the config and the file adapt different layers of the base",
+    "PEFT sizes A and B by the layers that the config matches in the model. If the other layers"
+    " do not change these sizes, the finding is a note.",
+    "If the model class does not build the other layers, no action is needed. Otherwise check "
+    "the base, target_modules, and that the file is complete.",
     since="0.1.0",
 )
 PROJECTIONS_TOO_NARROW = Rule(
     "V412",
     ERROR,
-    "the projections would be smaller than a layer of the adapter",
-    "A needs a column for each input and B a row for each output of every adapted layer.",
-    "Check the dimensions or the base that were given, and target_modules in adapter_config.json.",
+    "a layer of the adapter is larger than the projections",
+    "A must have a column for each input, and B a row for each output, of every adapted layer.",
+    "Check the given dimensions or base, and target_modules in adapter_config.json.",
     since="0.1.0",
 )
 PROJECTIONS_TOO_LARGE = Rule(
     "V413",
     ERROR,
-    "the projections are absurdly large",
-    "Matrices of this size are refused before memory is taken.",
-    "Check r, the dimensions and the file.",
+    "the projections are too large",
+    "vera-convert refuses matrices of this size before it allocates memory.",
+    "Check r, the given dimensions and the file.",
     since="0.1.0",
 )
 PROJECTIONS_IGNORED = Rule(
     "V414",
     WARNING,
-    "PEFT 0.11 to 0.20 ignore the stored projections and would use others",
-    "Only PEFT 0.21 and later take A and B from the file.",
+    "PEFT 0.11 to 0.20 ignore the stored projections and use different ones",
+    "Only PEFT 0.21 and later read A and B from the file.",
     "Load the adapter with PEFT 0.21 or later.",
     since="0.1.0",
 )
 ROUNDING_UNCLEAR = Rule(
     "V415",
     WARNING,
-    "the base's tensors do not tell how PEFT rounds projections on it",
-    "PEFT casts A and B to the dtype of each adapted layer in turn, and that of a quantized layer "
-    "or the order of mixed ones does not stand in the headers.",
-    "Give the dtype that the base is loaded in with --base-dtype.",
+    "the base's dtype is unclear, so the rounding of the projections is too",
+    "PEFT casts A and B to the dtype of each adapted layer in turn. The headers do not show "
+    "this dtype for quantized layers, nor the order of layers with different dtypes.",
+    "Pass the dtype in which the base is loaded with --base-dtype.",
     since="0.1.0",
 )
 OTHER_DIMS = Rule(
     "V416",
     WARNING,
-    "the stored projections have other dimensions than PEFT demands on the base",
-    "PEFT 0.21 refuses to load them; PEFT up to 0.20 does not notice, and draws its own.",
-    "`vera-convert migrate --to asis --base MODEL` cuts what is larger; what is smaller is another "
-    "base's.",
+    "the stored projections do not have the size that PEFT requires",
+    "PEFT 0.21 refuses to load the file; PEFT 0.20 and earlier regenerate A and B silently.",
+    "If the matrices are larger, cut them with `vera-convert migrate --to asis --base MODEL`. "
+    "If they are smaller, pass the base that was used in training.",
     since="0.1.0",
 )
 PROJECTION_TYPES_DIFFER = Rule(
     "V417",
     ERROR,
-    "vera_A and vera_B are stored in different types",
-    "A fingerprint records one type, so the file could not be restored to its bytes.",
-    "Keep them stored, or save both in one type.",
+    "vera_A and vera_B have different dtypes",
+    "A fingerprint records one dtype, so the stored bytes could not be restored.",
+    "Keep A and B in the file, or save both in one dtype.",
     since="0.1.0",
 )
 PROJECTIONS_ROUNDED = Rule(
     "V418",
     NOTE,
     "the stored projections are rounded to 16 bits",
-    "So PEFT has them on a 16-bit base; PEFT 0.11 to 0.20 use exact ones on a float32 base.",
-    "Load the base in the type that the adapter was trained in, or use PEFT 0.21 or later.",
+    "PEFT rounds A and B on a 16-bit base; on a float32 base, PEFT 0.11 to 0.20 use unrounded "
+    "matrices.",
+    "Load the base in the dtype that was used in training, or use PEFT 0.21 or later.",
     since="0.1.0",
 )
 REDRAWN_OTHERWISE = Rule(
     "V419",
     WARNING,
-    "PEFT would draw other projections than those that were dropped",
-    "The fingerprint tells which they were, but PEFT does not read it.",
-    "Restore them with `vera-convert embed` and load the result with PEFT 0.21 or later.",
+    "PEFT would regenerate other projections than the dropped ones",
+    "The fingerprint records the dropped matrices, but PEFT does not read the fingerprint.",
+    "Restore A and B with `vera-convert embed`, and load the result with PEFT 0.21 or later.",
     since="0.1.0",
 )
 PROJECTIONS_DAMAGED = Rule(
     "V420",
     ERROR,
-    "the stored projections are a draw of which some values are others",
-    "Nobody changes a few of millions of random values: a copy, a disk or a program did.",
-    "Copy the adapter again. Where no other copy is left, `vera-convert migrate --to embedded "
-    "--projections key --base MODEL` puts the key's own draw in their place.",
+    "some values of the stored projections are damaged",
+    "All other values match a known draw, so a copy, a disk or a program changed these values.",
+    "Copy the adapter again. If no other copy exists, `vera-convert migrate --to embedded "
+    "--projections key --base MODEL` regenerates A and B from the key.",
     since="0.1.0",
 )
 
 DIMS_AMBIGUOUS = Rule(
     "V421",
     ERROR,
-    "layers are missing from the file, and the dimensions of A and B depend on them",
-    "Other dimensions give other values in every column of A and B, so the result would be wrong.",
-    "Copy the file again from where it was trained. If the layers were never adapted, write "
-    "target_modules or layers_to_transform so that they match the file's layers alone.",
+    "the size of A and B depends on layers that the file lacks",
+    "With other sizes, every column of A and B has other values, so the result would be wrong.",
+    "Copy the file again. If these layers were never adapted, change target_modules or "
+    "layers_to_transform to match only the layers in the file.",
     since="0.2.0",
 )
 
@@ -1149,306 +1171,310 @@ BASE_WITHOUT_WEIGHTS = Rule(
     "V501",
     ERROR,
     "the base holds no safetensors weights",
-    "Names, shapes and values of its layers are read from there and from nowhere else.",
-    "Pass the folder or repo of a model with its weights as *.safetensors.",
+    "vera-convert reads names, shapes and values only from safetensors files.",
+    "Pass the folder or repository of a model with *.safetensors weights.",
     since="0.1.0",
 )
 BASE_PICKLED = Rule(
     "V502",
     ERROR,
-    "the base's weights are pickled only",
-    "Opening a pickle can run any program that its author chose, so this tool never does.",
-    "Load the model where that may be done and save it with safe_serialization=True, or take "
-    "another copy of it with safetensors weights.",
+    "the base's weights exist only as a pickle",
+    "Opening a pickle can run any code that its author chose, so vera-convert opens none.",
+    "Load the model on a safe machine and save it with safe_serialization=True, or pass a copy "
+    "with safetensors weights.",
     since="0.1.0",
 )
 BASE_OTHER_FORMAT = Rule(
     "V503",
     ERROR,
-    "the base's weights are in a format that is not read",
-    "GGUF, ONNX, TensorFlow and Flax files have other names and often other values.",
-    "Pass the model that this file was converted from, with its weights as *.safetensors.",
+    "the base's weights are in an unsupported format",
+    "GGUF, ONNX, TensorFlow and Flax files have other tensor names and often other values.",
+    "Pass the original model with *.safetensors weights.",
     since="0.1.0",
 )
 BASE_IS_ADAPTER = Rule(
     "V504",
     ERROR,
-    "the base is itself an adapter and no model",
-    "An adapter holds changes to a model, not the model.",
-    "Pass the model that the adapter was trained on; its config names it.",
+    "the base is an adapter, not a model",
+    "An adapter holds only changes to a model.",
+    "Pass the model that the adapter was trained on; its config names this model.",
     since="0.1.0",
 )
 BASE_AMBIGUOUS = Rule(
     "V505",
     ERROR,
-    "it is not clear which files are the base's weights",
-    "Several files without an index, or several components that fit, leave open which are meant.",
-    "Pass the folder of one component of a pipeline; restore the index of a model in shards.",
+    "the base's weight files are ambiguous",
+    "The folder holds several weight files without an index, or several components that fit.",
+    "Pass the folder of one component of a pipeline, or restore the index of a sharded model.",
     since="0.1.0",
 )
 INDEX_MALFORMED = Rule(
     "V506",
     ERROR,
-    "the index of the shards makes no sense",
-    "Its weight_map has to give the file of each tensor.",
-    "Download the index again, or save the model anew.",
+    "the index of the shards is invalid",
+    "weight_map must name the file of each tensor.",
+    "Download the index again, or save the model again.",
     since="0.1.0",
 )
 SHARD_MISSING = Rule(
     "V507",
     ERROR,
     "a shard that the index names is missing",
-    "A loader would fill its tensors with random values, or stop.",
-    "Download the missing file, or the whole model again.",
+    "A loader would stop, or fill the missing tensors with random values.",
+    "Download the missing file, or the whole model.",
     since="0.1.0",
 )
 TENSOR_NOT_IN_SHARD = Rule(
     "V508",
     ERROR,
-    "a tensor that the index names is in no shard",
-    "A loader would fill it with random values.",
-    "Download index and shards again: they are not of one save.",
+    "no shard holds a tensor of the index",
+    "A loader would fill the tensor with random values.",
+    "The index and the shards come from different saves: download both again.",
     since="0.1.0",
 )
 TENSOR_MISPLACED = Rule(
     "V509",
     ERROR,
-    "a tensor lies in another shard than the index says",
-    "Loaders that follow the index do not find it.",
-    "Download index and shards again: they are not of one save.",
+    "a tensor is in another shard than the index says",
+    "A loader that follows the index does not find the tensor.",
+    "The index and the shards come from different saves: download both again.",
     since="0.1.0",
 )
 TENSOR_NOT_IN_INDEX = Rule(
     "V510",
     ERROR,
     "a shard holds a tensor that the index does not name",
-    "Some loaders take it and some do not.",
-    "Download index and shards again: they are not of one save.",
+    "Some loaders load the tensor, and others do not.",
+    "The index and the shards come from different saves: download both again.",
     since="0.1.0",
 )
 TENSOR_IN_TWO_SHARDS = Rule(
     "V511",
     ERROR,
-    "a tensor lies in two shards",
-    "Which of the two a loader takes depends on the order in which it reads them.",
-    "Download index and shards again: they are not of one save.",
+    "two shards hold the same tensor",
+    "The tensor that a loader takes depends on the order of reading.",
+    "The index and the shards come from different saves: download both again.",
     since="0.1.0",
 )
 STRAY_WEIGHTS = Rule(
     "V512",
     WARNING,
-    "a safetensors file lies beside the base's weights and is not one of them",
-    "It is not read. A loader that does not follow the index could take it for the model.",
-    "Remove it if it was left over.",
+    "the base's folder holds an extra safetensors file",
+    "The index does not name the file, so the file is not read. Other loaders could load it as "
+    "the model.",
+    "Remove the file if it is a leftover.",
     since="0.1.0",
 )
 MODEL_CONFIG_FORM = Rule(
     "V513",
     ERROR,
-    "the base's config.json holds no JSON object",
-    "Every loader expects an object with one entry per field.",
-    "Download it again.",
+    "the base's config.json is not a JSON object",
+    "Every loader expects an object with one entry for each field.",
+    "Download the file again.",
     since="0.1.0",
 )
 NAMES_DIFFER = Rule(
     "V520",
     ERROR,
-    "the adapter's layers are not those of the base",
-    "A layer that finds no tensor would be left out without a word; nothing is done by halves.",
-    "Check that this is the base that the adapter was trained on. If only its names differ, give "
-    "the renaming with --key-map OLD=NEW.",
+    "the base has no tensor for a layer of the adapter",
+    "A merge without these layers would be incomplete, so vera-convert refuses it.",
+    "Check that this is the base that was used in training. If only the names differ, pass "
+    "--key-map OLD=NEW.",
     since="0.1.0",
 )
 NAMES_AMBIGUOUS = Rule(
     "V521",
     ERROR,
-    "the adapter's names fit the base in more than one way",
-    "Each way changes other tensors, and nothing says which was trained.",
-    "Give the one renaming that is meant with --key-map OLD=NEW.",
+    "the adapter's layer names match the base in several ways",
+    "Each way changes other tensors, and only one was trained.",
+    "Choose the names with --key-map OLD=NEW.",
     since="0.1.0",
 )
 SHAPES_DIFFER = Rule(
     "V522",
     ERROR,
     "a layer of the adapter has another shape than the base's tensor",
-    "lambda_b has one value for each output, and A a column for each input, of the layer.",
-    "Pass the base that the adapter was trained on: its size must agree too.",
+    "lambda_b needs one value for each output of the layer, and A a column for each input.",
+    "Pass the base that was used in training, of the same size.",
     since="0.1.0",
 )
 NOT_A_MATRIX = Rule(
     "V523",
     ERROR,
-    "a layer of the adapter belongs to a tensor that is no matrix",
-    "VeRA adapts linear layers, whose weights have two dimensions.",
-    "Pass the base that the adapter was trained on.",
+    "a layer of the adapter is not a matrix in the base",
+    "VeRA adapts linear layers, which have two-dimensional weights.",
+    "Pass the base that was used in training.",
     since="0.1.0",
 )
 HEAD_TIED = Rule(
     "V524",
     ERROR,
-    "the adapter changes an output head that the base shares with its embedding",
-    "There is one tensor for both, so a change of the head would change the embedding too.",
-    "Say what is meant: `--tied untie` stores a head of its own, `--tied add` changes both.",
+    "the adapter changes an output head that is tied to the embedding",
+    "One tensor serves as both, so changing the head would change the embedding too.",
+    "Choose `--tied untie` to store a separate head, or `--tied add` to change both.",
     since="0.1.0",
 )
 REPLACEMENT_CLASH = Rule(
     "V525",
     ERROR,
-    "two tensors of the adapter would replace the same one of the base",
-    "Only one of them can be meant.",
-    "Remove the one that is stale, or save the adapter again from the training run.",
+    "two tensors of the adapter replace the same tensor of the base",
+    "Only one of the two can be kept.",
+    "Remove the outdated tensor, or save the adapter again.",
     since="0.1.0",
 )
 HEAD_SHARED = Rule(
     "V526",
     WARNING,
-    "the adapter changes an output head that the base shares with its embedding",
-    "Unmerged it works; a merge needs to know whether the embedding is to change too.",
-    "When merging, say what is meant: `--tied untie` or `--tied add`.",
+    "the adapter changes an output head that is tied to the embedding",
+    "The unmerged adapter works; a merge must know whether to change the embedding too.",
+    "For a merge, pass `--tied untie` or `--tied add`.",
     since="0.1.0",
 )
 ORIENTATION_WRONG = Rule(
     "V527",
     NOTE,
-    "fan_in_fan_out is not how the base stores its layers",
-    "PEFT corrects it for each layer, with a warning; the results are the same.",
-    "Set it to true for Conv1D layers (GPT-2 and its kin) and to false for all others.",
+    "fan_in_fan_out does not match the base's layers",
+    "PEFT corrects the value for each layer with a warning; the results do not change.",
+    "Set fan_in_fan_out to true for Conv1D layers (such as GPT-2's), and to false for all others.",
     since="0.1.0",
 )
 
 RESULT_NOT_FINITE = Rule(
     "V530",
     ERROR,
-    "a merged value is infinite or no number",
-    "The base's own value is not finite, or the sum is beyond what the tensor's type can hold.",
-    "Check the base's tensor; a sum that is too large for float16 fits with --dtype bfloat16.",
+    "a merged value is infinite or NaN",
+    "The base's value is not finite, or the sum does not fit the tensor's dtype.",
+    "Check the tensor in the base. If the sum is too large for float16, pass --dtype bfloat16.",
     since="0.1.0",
 )
 REPLACEMENT_SHAPE = Rule(
     "V531",
     ERROR,
-    "a tensor that the adapter replaces has another shape in the base",
-    "A model is built to one shape; a vocabulary or a head of another size does not fit into it.",
-    "Pass the base that the adapter was trained on, resized as it was then.",
+    "a replacement tensor has another shape than the base's tensor",
+    "A vocabulary or head of another size does not fit the model.",
+    "Pass the base that was used in training, resized in the same way.",
     since="0.1.0",
 )
 REPLACEMENT_UNKNOWN = Rule(
     "V532",
     ERROR,
-    "the adapter replaces a tensor that the base does not have",
-    "No loader would ask for it under this name, so what was trained would be lost.",
-    "Check that this is the base that the adapter was trained on.",
+    "the base has no tensor of the name that the adapter replaces",
+    "No loader would read this name, so the trained values would be lost.",
+    "Check that this is the base that was used in training.",
     since="0.1.0",
 )
 REPLACEMENT_NEW = Rule(
     "V533",
     WARNING,
-    "the adapter brings a head that the base does not have",
-    "A merge adds the head to the weights. If neither task_type nor auto_mapping names the class "
-    "that has the head, config.json still names the base's class, which ignores the head.",
-    "Merge with --architecture CLASS, naming the class that the adapter was trained in.",
+    "the adapter adds a head that the base does not have",
+    "If task_type and auto_mapping do not name a class with this head, config.json still names "
+    "the base's class, which ignores the head.",
+    "Merge with --architecture CLASS, the class that was used in training.",
     since="0.1.0",
 )
 REPLACEMENTS_DIFFER = Rule(
     "V534",
     ERROR,
-    "two adapters change the same tensor in ways that exclude each other",
-    "A replaced tensor is trained whole: neither adding to it nor a weight has a meaning.",
-    "Merge one of the two only.",
+    "two adapters change the same tensor in incompatible ways",
+    "One adapter replaces the tensor, so the other's delta or weight has no meaning.",
+    "Merge only one of the two adapters.",
     since="0.1.0",
 )
 BASE_COPY_DIFFERS = Rule(
     "V535",
     ERROR,
-    "the adapter stores another base weight of an adapted layer than the base has",
-    "PEFT would put the stored weight in place of the base's before it adds to it.",
-    "Pass the base that the adapter was trained on.",
+    "the adapter stores a copy of a base weight that differs from the base",
+    "PEFT would load the stored weight before it adds the delta.",
+    "Pass the base that was used in training.",
     since="0.1.0",
 )
 EMBEDDING_SHARED = Rule(
     "V536",
     WARNING,
-    "the adapter replaces an embedding that the base shares with its output head",
-    "PEFT trained a copy of the embedding and left the head; a loader of the result gives the head "
-    "the new values too.",
-    "Compare results of the merged model with those of the adapter.",
+    "the adapter replaces an embedding that is tied to the output head",
+    "PEFT trained a copy of the embedding and kept the head; a loader of the merged model uses "
+    "the new values for both.",
+    "Compare the outputs of the merged model with those of the adapter.",
     since="0.1.0",
 )
 DELTA_LOST = Rule(
     "V537",
     WARNING,
-    "most of what the adapter adds is lost in the rounding of the base's type",
-    "The change of most values is smaller than half of their last bit.",
-    "Merge into a wider type with --dtype float32, or serve the adapter unmerged.",
+    "rounding to the base's dtype loses most of the delta",
+    "Most changes are smaller than half of the last bit of the weight.",
+    "Merge with --dtype float32, or serve the adapter without merging.",
     since="0.1.0",
 )
 WEIGHTS_LEFT_OUT = Rule(
     "V539",
     WARNING,
-    "files of the base that a loader could take for the merged weights are left out",
-    "They hold the base's weights in another form, without the adapter.",
-    "Convert the merged model again where such a form is needed.",
+    "other weight files of the base are left out of the merged model",
+    "These files hold the base's weights without the adapter, and a loader could load them "
+    "instead.",
+    "If a program needs another format, convert the merged model to this format.",
     since="0.1.0",
 )
 ADAPTER_IN_BASE = Rule(
     "V540",
     WARNING,
-    "an adapter that lies in the base's folder is left out",
-    "A loader would add it to the merged weights, or go to the model that it names.",
-    "Merge it as well, with --add, if it is meant to be part of the model.",
+    "an adapter in the base's folder is left out of the merged model",
+    "A loader would add this adapter to the merged weights, or load the model that the adapter "
+    "names.",
+    "To make the adapter part of the model, merge it with --add.",
     since="0.1.0",
 )
 TOKENIZER_TOO_LARGE = Rule(
     "V541",
     ERROR,
-    "the adapter's tokenizer has tokens that the model has no row for",
-    "Such a token would stop the model, or read past the end of its embedding.",
-    "Pass the base with the resized embedding, or the adapter that stores it.",
+    "the adapter's tokenizer has more tokens than the model has rows",
+    "Such a token stops the model, or reads past the end of the embedding.",
+    "Pass the base with the resized embedding, or the adapter that stores the embedding.",
     since="0.1.0",
 )
 
 LAYER_CUT_OUT = Rule(
     "V542",
     ERROR,
-    "a layer of the adapter is a part of a larger tensor of the base",
-    "transformers cuts that tensor into several layers when it loads the base; adding to some of "
-    "its rows is not implemented.",
-    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    "a layer of the adapter is part of a larger tensor in the base",
+    "transformers splits this tensor into several layers on loading. vera-convert cannot merge "
+    "into such a part yet.",
+    "Merge with PEFT, in the release of transformers that was used in training.",
     since="0.1.0",
 )
 LAYER_REORDERED = Rule(
     "V543",
     ERROR,
-    "a layer of the adapter has its rows in another order in the base's files",
-    "transformers reorders them for its rotary embedding when it loads the base; adding to them in "
-    "the file's order would be wrong, and the other order is not implemented.",
-    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    "the base stores the rows of a layer in another order",
+    "transformers reorders the rows on loading, for rotary embeddings. vera-convert cannot "
+    "merge in this order yet.",
+    "Merge with PEFT, in the release of transformers that was used in training.",
     since="0.1.0",
 )
 EXPERTS_STACKED = Rule(
     "V544",
     ERROR,
-    "a layer of the adapter is one expert of a tensor that holds them all",
-    "The base stacks its experts to a tensor of three dimensions; adding to one of them is not "
-    "implemented.",
-    "Pass the same base in a form that stores each expert's layers by themselves.",
+    "a layer of the adapter is one expert of a stacked tensor",
+    "The base stacks its experts in a three-dimensional tensor. vera-convert cannot merge into "
+    "a single expert yet.",
+    "Pass a copy of the base that stores each expert separately.",
     since="0.1.0",
 )
 LAYER_OF_SEVERAL = Rule(
     "V545",
     ERROR,
-    "a layer of the adapter is several tensors in the base",
-    "transformers joins them to one layer when it loads the base; adding to each its share is not "
-    "implemented.",
-    "Merge with PEFT in the release of transformers that the adapter was trained with.",
+    "the base splits a layer of the adapter into several tensors",
+    "transformers joins these tensors on loading. vera-convert cannot divide the delta among "
+    "them yet.",
+    "Merge with PEFT, in the release of transformers that was used in training.",
     since="0.1.0",
 )
 NAMES_RENAMED = Rule(
     "V546",
     NOTE,
-    "the adapter's layers have other names in the base's files",
-    "A class or a release of transformers whose names in memory are others loads nothing of it.",
-    "Load it in the class and the release of transformers that it was trained in.",
+    "the base's files use other names for the adapter's layers",
+    "A class or release of transformers with other names in memory silently loads none of these"
+    " tensors.",
+    "Load the adapter with the class and the release of transformers that were used in training.",
     since="0.1.0",
 )
 
@@ -1456,122 +1482,122 @@ QUANTIZED_TARGET = Rule(
     "V550",
     ERROR,
     "layers of the adapter are quantized in the base",
-    "Quantized values are too coarse to add to: most of the delta would be lost, or all of it.",
-    "If the finding says that it can, `vera-convert merge --dequantize` makes a 16-bit model of "
-    "the base and the adapter. Otherwise keep the adapter beside the quantized base: "
-    "`vera-convert to-lora` gives it a form that more engines load, and nothing is lost. Or merge "
-    "into the original model in 16 or 32 bits (--base), which is not quite the model that the "
-    "adapter was trained on. Or make a 16-bit model of the base with the quantizer's own tool.",
+    "Quantized values are too coarse: rounding would lose most or all of the delta.",
+    "If the finding says so, merge with `vera-convert merge --dequantize`, which writes a "
+    "16-bit model. Otherwise serve the adapter on the quantized base; `vera-convert to-lora` "
+    "writes a form that more engines load, without loss. Or merge into the original 16-bit or "
+    "32-bit model with --base, which differs slightly from the model of the training.",
     since="0.1.0",
 )
 QUANTIZED_ELSEWHERE = Rule(
     "V551",
     NOTE,
     "other layers of the base are quantized",
-    "They are copied as they are, and the config goes on saying how they are to be read.",
-    "Nothing need be done: every layer that the adapter changes holds 16 or 32 bits.",
+    "The merge copies these layers unchanged, and config.json keeps their settings.",
+    "No action is needed: every layer that the adapter changes has 16 or 32 bits.",
     since="0.1.0",
 )
 PART_MISSING = Rule(
     "V552",
     ERROR,
     "a quantized weight of the base lacks a part, such as its scale",
-    "The packed values mean nothing without this part.",
-    "Download the base again, or merge into the original model in 16 or 32 bits.",
+    "The packed values have no meaning without this part.",
+    "Download the base again, or merge into the original 16-bit or 32-bit model.",
     since="0.1.0",
 )
 PART_MALFORMED = Rule(
     "V553",
     ERROR,
-    "a part of a quantized weight has another layout than its format has",
-    "Read in any other way, the values would be wrong without a sign of it.",
-    "Download the base again, or merge into the original model in 16 or 32 bits.",
+    "a part of a quantized weight has an unexpected layout",
+    "With a guessed layout, the values would be wrong without an error.",
+    "Download the base again, or merge into the original 16-bit or 32-bit model.",
     since="0.1.0",
 )
 NOT_DEQUANTIZABLE = Rule(
     "V554",
     ERROR,
-    "the base is quantized in a way that --dequantize does not undo",
-    "--dequantize makes a 16-bit model of all of a base, or nothing. docs/quantized-bases.md lists "
+    "the base has a format that --dequantize does not support",
+    "--dequantize converts a whole base to 16 bits, or nothing. docs/quantized-bases.md lists "
     "the formats.",
-    "Keep the adapter beside the quantized base: `vera-convert to-lora` gives it a form that more "
-    "engines load, and nothing is lost. Or merge into the original model in 16 or 32 bits "
-    "(--base), which is not quite the model that the adapter was trained on. Or make a 16-bit "
-    "model of the base with the quantizer's own tool.",
+    "Serve the adapter on the quantized base; `vera-convert to-lora` writes a form that more "
+    "engines load, without loss. Or merge into the original 16-bit or 32-bit model with --base,"
+    " which differs slightly from the model of the training. Or convert the base to 16 bits "
+    "with the quantizer's own tool.",
     since="0.1.0",
 )
 DEQUANTIZED = Rule(
     "V555",
     NOTE,
     "the quantized weights of the base become 16-bit weights",
-    "Their scales and the config's settings of the quantization are left out.",
-    "Nothing need be done; the result is two to four times as large as the base.",
+    "The merge leaves out their scales and the quantization settings in config.json.",
+    "No action is needed. The merged model is two to four times as large as the base.",
     since="0.1.0",
 )
 TARGET_IS_QUANTIZED = Rule(
     "V556",
     WARNING,
-    "layers of the adapter are quantized in this base, and cannot be dequantized here",
-    "PEFT can run the adapter there; it cannot be merged into this base.",
-    "To merge, take the original model in 16 or 32 bits that this base was made from.",
+    "the adapter's layers are quantized in this base and cannot be dequantized",
+    "PEFT can run the adapter on this base; a merge is impossible.",
+    "To merge, pass the original 16-bit or 32-bit model with --base.",
     since="0.1.0",
 )
 
 BASE_IN_FOLDER = Rule(
     "V557",
     NOTE,
-    "the base is a folder here that only the adapter's config names",
-    "The name does not prove which model is meant. Names and shapes of the layers were compared "
-    "with the adapter's; whether the adapter was trained on these weights cannot be seen.",
-    "If another model is meant, name it with --base.",
+    "the base is a local folder that only the adapter's config names",
+    "A folder name does not prove which model is in the folder. The names and shapes of the "
+    "layers fit; the values cannot be checked.",
+    "To use another model, pass it with --base.",
     since="0.2.0",
 )
 OTHER_BASE = Rule(
     "V558",
     WARNING,
     "the base is not the model that the adapter's config names",
-    "An adapter adds to the weights that it was trained on; on others it does anything.",
-    "Name the model that it was trained on with --base. Nothing need be done if this is a copy.",
+    "On other weights than in training, an adapter gives wrong outputs.",
+    "Pass the named model with --base. If this base is a copy of the named model, no action is "
+    "needed.",
     since="0.2.0",
 )
 BASE_MISDESCRIBED = Rule(
     "V559",
     WARNING,
-    "the base's config.json describes another model than the base's weights",
-    "The adapter fits the weights, but a loader builds the model of the config and would not load "
-    "all of the weights.",
-    "Put the config.json into the base that belongs to its weights.",
+    "the base's config.json does not match its weights",
+    "The adapter fits the weights, but a loader builds the model that config.json describes and"
+    " loads only some of the weights.",
+    "Copy the config.json that belongs to these weights into the base.",
     since="0.2.0",
 )
 MODEL_TYPE_UNKNOWN = Rule(
     "V560",
     ERROR,
-    "the model's type is none whose layers are known from its config",
-    "A config names sizes, not layers; they are known for a few types only.",
-    "Pass the base itself: its tensors' headers are enough.",
+    "the model type is unknown",
+    "A config holds sizes, not layers; vera-convert knows the layers of a few model types only.",
+    "Pass the base itself with --base: vera-convert reads only the headers of its tensors.",
     since="0.1.0",
 )
 MODEL_FIELD_INVALID = Rule(
     "V561",
     ERROR,
-    "a field of the model's config is missing or makes no sense",
-    "The shapes of the layers follow from it.",
+    "a field of the model's config is missing or invalid",
+    "The layer shapes depend on this field.",
     "Restore the config.json that belongs to the model.",
     since="0.1.0",
 )
 PART_VALUES = Rule(
     "V562",
     ERROR,
-    "a part of a quantized weight holds values that no quantizer writes",
-    "With these values the weights would be infinite, NaN, or those of another group.",
-    "Download the base again, or merge into the original model in 16 or 32 bits.",
+    "a part of a quantized weight holds impossible values",
+    "With these values, weights would become infinite, NaN, or mixed up between groups.",
+    "Download the base again, or merge into the original 16-bit or 32-bit model.",
     since="0.2.0",
 )
 CAN_DEQUANTIZE = Rule(
     "V563",
     NOTE,
-    "layers of the adapter are quantized in this base, and a merge can dequantize them",
-    "The weights that the adapter was trained on, plus the delta, make a 16-bit model.",
+    "the adapter's layers are quantized in this base and can be dequantized",
+    "A merge adds the delta to the dequantized weights and writes a 16-bit model.",
     "Merge with `vera-convert merge --dequantize`.",
     since="0.2.0",
 )
@@ -1580,210 +1606,215 @@ HEAD_CLASS_WRITTEN = Rule(
     "V570",
     NOTE,
     "the merged model's config.json follows the adapter",
-    "A loader builds the class, the labels and the vocabulary that config.json names. The base's "
-    "config.json has no place for what the adapter brings.",
-    "Nothing need be done; --labels names the labels, --architecture another class.",
+    "A loader uses the class, labels and vocabulary size of config.json, and the base's values "
+    "do not fit the adapter.",
+    "No action is needed. To choose labels or another class, pass --labels or --architecture.",
     since="0.2.0",
 )
 HEAD_MODULE_MISSING = Rule(
     "V571",
     WARNING,
-    "the class of the merged model needs a module that neither base nor adapter stores",
-    "A loader fills the module with random values, as happened when the adapter was loaded.",
-    "Train with the module in modules_to_save, or start from a base that stores the module.",
+    "the merged model's class needs a module that is not stored",
+    "A loader fills the module with random values, as on loading the adapter.",
+    "Train with the module in modules_to_save, or merge into a base that stores the module.",
     since="0.2.0",
 )
 HEAD_WITHOUT_PADDING = Rule(
     "V572",
     NOTE,
-    "a classifier by last token has no padding token in its config",
-    "transformers refuses to classify more than one text at a time without pad_token_id.",
-    "Put the tokenizer of the training beside the adapter, or set pad_token_id in config.json.",
+    "the config of a sequence classifier has no padding token",
+    "Without pad_token_id, transformers cannot classify several texts at once.",
+    "Put the tokenizer of the training into the adapter's folder, or set pad_token_id in "
+    "config.json.",
     since="0.2.0",
 )
 TRAINED_NOT_MERGED = Rule(
     "V573",
     WARNING,
-    "weights beside the adapter are not merged",
-    "No PEFT reads the file, so nothing says what its tensors change. If it was trained, the "
-    "merged model lacks what it learned there.",
-    "Add the file's tensors with the program that wrote the file, or copy the file yourself.",
+    "other weights in the adapter's folder are not merged",
+    "PEFT does not read this file. If the file was trained, the merged model lacks its changes.",
+    "Merge the file with the program that wrote it, or copy the file into the merged model.",
     since="0.2.0",
 )
 REPLACED_BY_CONSTANT = Rule(
     "V574",
     WARNING,
-    "the adapter replaces a tensor of the base by a single value",
-    "A head, an embedding or a bias whose values are all the same was zeroed, not trained.",
-    "Look where the adapter comes from; remove the tensor from the adapter to keep the base's own.",
+    "the adapter replaces a tensor with a single repeated value",
+    "A head, embedding or bias with equal values was set to zero or a constant, not trained.",
+    "Check the source of the adapter. To keep the base's tensor, remove the tensor from the "
+    "adapter.",
     since="0.2.0",
 )
 FILE_NOT_FETCHED = Rule(
     "V575",
     WARNING,
-    "a file of the merged model stayed on the Hub",
-    "Beside an adapter's weights only files of up to 10 MB are fetched, and a tokenizer of up to "
-    "100 MB. Without the file the merged model is not the one that was trained.",
-    "Download the adapter with `hf download`, and merge from that folder.",
+    "a file of the adapter was not downloaded",
+    "vera-convert downloads extra files of up to 10 MB, and a tokenizer of up to 100 MB. "
+    "Without this file, the merged model is incomplete.",
+    "Download the whole adapter with `hf download`, and merge from the local folder.",
     since="0.2.0",
 )
 
 MERGED_WEIGHT_WRONG = Rule(
     "V601",
     ERROR,
-    "a merged weight is not the base's plus the adapter's delta",
-    "The model is not the base with this adapter: its outputs differ from those of training.",
-    "Merge again, with this adapter on this base.",
+    "a merged weight is not the base's weight plus the delta",
+    "The model's outputs differ from those of the base with the adapter.",
+    "Merge again, with this adapter and this base.",
     since="0.1.0",
 )
 MERGED_TENSOR_CHANGED = Rule(
     "V602",
     ERROR,
-    "a tensor of the merged model differs from the one that it is a copy of",
-    "A merge copies what no adapter adds to: from the base, or from the adapter that replaces it.",
-    "Merge again; if the base was changed on purpose, pass the changed one with --base.",
+    "a tensor that must be copied unchanged differs",
+    "A merge copies every other tensor from the base, or from the adapter that replaces it.",
+    "Merge again. If the base was changed on purpose, pass the changed base with --base.",
     since="0.1.0",
 )
 MERGED_TENSOR_MISSING = Rule(
     "V603",
     ERROR,
-    "a tensor is missing in the merged model",
-    "A loader would fill it with random values.",
+    "the merged model lacks a tensor",
+    "A loader would fill the tensor with random values.",
     "Merge again, or save the model with all of its tensors.",
     since="0.1.0",
 )
 MERGED_TENSOR_UNKNOWN = Rule(
     "V604",
     ERROR,
-    "the merged model has a tensor too many",
-    "A loader that knows its name uses it; nothing says what it should hold.",
+    "the merged model has an extra tensor",
+    "A loader that knows this name loads the tensor, and its correct value is unknown.",
     "Merge again into an empty folder.",
     since="0.1.0",
 )
 MERGED_TENSOR_FORM = Rule(
     "V605",
     ERROR,
-    "a tensor of the merged model has another dtype or shape than it should have",
-    "Its values were rounded otherwise than it was asked for, or are those of another tensor.",
-    "Say with --dtype what the merge was to write, or merge again.",
+    "a merged tensor has an unexpected dtype or shape",
+    "The values were rounded differently than requested, or belong to another tensor.",
+    "Pass the dtype of the merge with --dtype, or merge again.",
     since="0.1.0",
 )
 MERGED_TIE = Rule(
     "V606",
     ERROR,
-    "the merged model's config ties head and embedding otherwise than it should",
-    "A loader makes one tensor of the two, or two of one.",
-    "Say with --tied what the merge was to do, or merge again.",
+    "the merged model's config ties head and embedding differently than expected",
+    "A loader would share one tensor for both, or load two separate tensors.",
+    "Pass the --tied option of the merge, or merge again.",
     since="0.1.0",
 )
 PROVENANCE_MALFORMED = Rule(
     "V607",
     ERROR,
-    "the provenance of the merged model cannot be understood",
-    "The options of the merge are read from it, and are not guessed where it was edited.",
-    "Restore the file, or remove it and give the options of the merge.",
+    "merge-provenance.json cannot be read",
+    "vera-convert reads the options of the merge from this file and does not guess them.",
+    "Restore the file, or remove the file and pass the options of the merge.",
     since="0.1.0",
 )
 PROVENANCE_MISSING = Rule(
     "V608",
     WARNING,
-    "the merged model has no provenance",
-    "Nothing says with which options it was merged, so the usual ones are taken.",
-    "Give the options that it was merged with where they were others.",
+    "the merged model has no merge-provenance.json",
+    "The options of the merge are unknown, so the default options are assumed.",
+    "If the merge used other options, pass them.",
     since="0.1.0",
 )
 OTHER_ADAPTER_MERGED = Rule(
     "V609",
     WARNING,
-    "the adapter is not, byte for byte, one that was merged",
-    "The provenance records another config or header; another form of the same adapter has others.",
-    "Nothing need be done where it is the same adapter stripped, embedded or migrated.",
+    "the adapter differs from the merged adapter",
+    "merge-provenance.json records another config or header. Another form of the same adapter "
+    "has other bytes too.",
+    "If this is the merged adapter, stripped, embedded or migrated, no action is needed.",
     since="0.1.0",
 )
 OTHER_BASE_MERGED = Rule(
     "V610",
     WARNING,
-    "the base is not the one that was merged",
-    "The provenance records files of another size or with another header.",
-    "Pass the base that the model was merged from, if it is not the same in another form.",
+    "the base differs from the merged base",
+    "merge-provenance.json records files with another size or header.",
+    "Pass the base of the merge. If this base holds the same weights in other files, no action "
+    "is needed.",
     since="0.1.0",
 )
 MODEL_DIFFERS = Rule(
     "V611",
     ERROR,
-    "the merged model computes otherwise than the base with the adapter",
-    "Weights alone do not make a model: config and tied tensors decide as well.",
-    "Merge again, and load the result with the class that the adapter was trained in.",
+    "the merged model gives other outputs than the base with the adapter",
+    "The config and tied tensors affect the outputs too, not only the weights.",
+    "Merge again, and load the merged model with the class that was used in training.",
     since="0.1.0",
 )
 LOADED_INSTEAD = Rule(
     "V612",
     ERROR,
-    "a loader would take another file than the merged weights",
-    "What loads is not what was verified, and may be the base without the adapter.",
-    "Remove what is named, or save the merged model in an empty folder.",
+    "a loader would load another file than the merged weights",
+    "The loaded weights are not the verified ones, and may be the base without the adapter.",
+    "Remove the named file, or save the merged model in an empty folder.",
     since="0.1.0",
 )
 ADAPTER_IN_MERGED = Rule(
     "V613",
     ERROR,
-    "an adapter lies in the merged model's folder",
-    "transformers adds it to what it loads, so a delta would be there twice, or another one.",
+    "the merged model's folder holds an adapter",
+    "transformers adds this adapter on loading, so the delta would count twice.",
     "Remove adapter_config.json and the adapter's weights from the folder.",
     since="0.1.0",
 )
 MERGED_IS_ADAPTER = Rule(
     "V614",
     ERROR,
-    "what is given as the merged model is an adapter",
-    "An adapter holds changes to a model, not the model.",
-    "Pass the model that was made with it; another form of an adapter is given with --adapter.",
+    "the folder passed as the merged model is an adapter",
+    "An adapter holds only changes to a model.",
+    "Pass the merged model. To compare two forms of an adapter, pass the other form with "
+    "--adapter.",
     since="0.1.0",
 )
 MERGED_CONFIG_DIFFERS = Rule(
     "V615",
     ERROR,
-    "the merged model's config.json makes another model of its weights than the base's",
-    "A merge changes dtype, tie and quantizer in it alone. The same weights now compute otherwise.",
-    "Put the base's config.json there, with the merged model's dtype, or merge again.",
+    "the merged model's config.json describes another model",
+    "A merge changes only the dtype, the tie and the quantizer of config.json. With other "
+    "fields, the same weights give other outputs.",
+    "Copy the base's config.json and set the merged model's dtype, or merge again.",
     since="0.1.0",
 )
 MERGED_CONFIG_RESAVED = Rule(
     "V616",
     WARNING,
-    "the merged model's config.json has other fields than the base's",
-    "transformers writes and leaves out fields when it saves a model; these need not change it.",
-    "Look at the fields that are named, or put the base's config.json there.",
+    "fields of the merged model's config.json differ from the base's",
+    "transformers adds and removes fields when it saves a model, mostly without an effect.",
+    "Check the named fields, or copy the base's config.json.",
     since="0.1.0",
 )
 MODEL_SHOWS_NOTHING = Rule(
     "V617",
     ERROR,
-    "running the model shows nothing, and its weights are the base's",
-    "What a merge without effect would pass as well proves no merge.",
-    "Take sequences for which the adapter was trained with --text, or train it further.",
+    "the merged model is the base: the adapter has no measurable effect",
+    "A merge that added nothing would pass the same test, so the test proves nothing.",
+    "Pass texts that the adapter was trained for with --text, or train the adapter further.",
     since="0.1.0",
 )
 MODEL_SHOWS_LITTLE = Rule(
     "V618",
     WARNING,
-    "running the model cannot show the adapter; its weights are right",
-    "Every weight is the base's with the delta, but the whole model could not confirm it.",
-    "If its effect is small, take text like that of its training with --text, or --layers-only.",
+    "the weights are correct, but running the model shows no effect of the adapter",
+    "Every weight is the base's plus the delta; the whole-model test is inconclusive.",
+    "Pass texts like those of the training with --text, or skip the test with --layers-only.",
     since="0.1.0",
 )
 MERGED_BUFFER = Rule(
     "V619",
     NOTE,
-    "a buffer that a loader makes itself is stored in one of base and merged model alone",
-    "Versions of transformers differ in which of these they save; none of them reads them.",
-    "Nothing need be done.",
+    "only one of base and merged model stores a buffer",
+    "Releases of transformers save different buffers, and none of them reads these on loading.",
+    "No action is needed.",
     since="0.1.0",
 )
 FORM_TENSOR_DIFFERS = Rule(
     "V620",
     ERROR,
-    "a trained tensor is not the same in both forms of the adapter",
+    "a trained tensor differs between the two forms of the adapter",
     "A conversion copies vectors, heads and biases byte for byte.",
     "Convert the adapter again.",
     since="0.1.0",
@@ -1791,49 +1822,50 @@ FORM_TENSOR_DIFFERS = Rule(
 FORM_TENSOR_MISSING = Rule(
     "V621",
     ERROR,
-    "a trained tensor is in one form of the adapter alone",
-    "A conversion carries every tensor but A and B.",
+    "only one form of the adapter has a trained tensor",
+    "A conversion copies every tensor but A and B.",
     "Convert the adapter again.",
     since="0.1.0",
 )
 FORM_CONFIG_DIFFERS = Rule(
     "V622",
     ERROR,
-    "the two forms of the adapter are configured differently",
-    "Another layer would be adapted, another base loaded, or other matrices drawn.",
+    "the configs of the two forms differ",
+    "The forms would adapt other layers, load another base, or regenerate other matrices.",
     "Convert the adapter again.",
     since="0.1.0",
 )
 FORM_PROJECTIONS_DIFFER = Rule(
     "V623",
     ERROR,
-    "the two forms of the adapter have different A and B in effect",
-    "The delta of every layer is another.",
-    "Convert the adapter again; name the base with --base where A and B are drawn.",
+    "the two forms use different A and B",
+    "The delta of every layer differs.",
+    "Convert the adapter again. If A and B are regenerated, pass the base with --base.",
     since="0.1.0",
 )
 FORM_PROJECTIONS_DEPEND = Rule(
     "V624",
     WARNING,
-    "PEFT does not use the same A and B for both forms on every base",
-    "It draws what is not stored, and rounds that to the dtype that the base is loaded in.",
-    "Load both on a base of a dtype for which they agree, or embed the stripped one.",
+    "the two forms use the same A and B only on some bases",
+    "PEFT rounds regenerated matrices to the dtype in which the base is loaded.",
+    "Load both forms on a base of a dtype for which they agree, or run `vera-convert embed` on "
+    "the stripped form.",
     since="0.1.0",
 )
 MERGED_TENSOR_WIDER = Rule(
     "V630",
     WARNING,
-    "tensors of the merged model are of a wider dtype than the base's",
-    "Their values are right in that dtype; some models keep layers in float32 when they are saved.",
-    "Nothing need be done; say with --dtype what the merge was to write, to have it demanded.",
+    "merged tensors have a wider dtype than the base's",
+    "The values are correct in this dtype; some models save layers in float32.",
+    "No action is needed. To require a dtype, pass --dtype.",
     since="0.1.0",
 )
 MERGED_OTHER_WEIGHTS = Rule(
     "V631",
     WARNING,
-    "weights in another form lie beside those of the merged model",
-    "They are not compared. Whoever asks a loader for that form gets what they hold.",
-    "Remove them, unless they were made from the merged model.",
+    "the merged model's folder holds weights in another format",
+    "vera-convert does not compare these weights, and a loader may load them on request.",
+    "Remove the files, unless they were made from the merged model.",
     since="0.1.0",
 )
 
@@ -1842,16 +1874,16 @@ MERGED_OTHER_WEIGHTS = Rule(
 LORA_RANK_TOO_HIGH = Rule(
     "V701",
     ERROR,
-    "the rank of the LoRA is higher than the engine serves",
-    "The engine would refuse the adapter when its server starts.",
-    "Give --rank or --max-error for the best LoRA of a lower rank, or merge the adapter.",
+    "the LoRA's rank is higher than the engine supports",
+    "The engine would refuse the adapter on startup.",
+    "Pass --rank or --max-error for a LoRA of lower rank, or merge the adapter.",
     since="0.2.0",
 )
 LORA_HEAD_REFUSED = Rule(
     "V702",
     ERROR,
-    "the engine does not load a module that was trained whole",
-    "The engine would refuse the adapter, or answer with the base's own module.",
+    "the engine does not load a fully trained module",
+    "The engine would refuse the adapter, or use the base's module.",
     "Merge the adapter, or leave the module out with --drop-head.",
     since="0.2.0",
 )
@@ -1859,72 +1891,73 @@ LORA_BIAS_REFUSED = Rule(
     "V703",
     ERROR,
     "the engine does not load trained biases",
-    "The engine would refuse the adapter, or answer with the base's own biases.",
+    "The engine would refuse the adapter, or use the base's biases.",
     "Merge the adapter, or leave the biases out with --drop-head.",
     since="0.2.0",
 )
 LORA_LAYERS_MISSING = Rule(
     "V704",
     ERROR,
-    "the engine needs a LoRA of a layer that the adapter does not have",
-    "The engine would fail, or silently leave out the adapted layers of this kind.",
-    "Write a LoRA of zeros for such layers with --fill-layers.",
+    "the engine needs a LoRA for a layer that the adapter lacks",
+    "The engine would fail, or silently skip the adapted layers of this kind.",
+    "Add zero LoRA layers with --fill-layers.",
     since="0.2.0",
 )
 LORA_NAME_UNKNOWN = Rule(
     "V705",
     ERROR,
     "the engine does not know a layer of the adapter",
-    "The engine would serve the base as if the layer had not been trained.",
+    "The engine would serve the base without the changes to this layer.",
     "Merge the adapter and serve the merged model.",
     since="0.2.0",
 )
 LORA_OVERFLOW = Rule(
     "V706",
     ERROR,
-    "a value is too large for the dtype of the LoRA",
-    "The value would be stored as infinity, and the layer's output would be NaN.",
-    "Give --dtype bfloat16, which has larger exponents, or --dtype float32.",
+    "a value is too large for the LoRA's dtype",
+    "The stored value would be infinite, and the layer's output NaN.",
+    "Pass --dtype bfloat16, which has a larger range, or --dtype float32.",
     since="0.2.0",
 )
 LORA_ERROR_LARGE = Rule(
     "V707",
     ERROR,
-    "a LoRA of this rank loses more than half of a layer's delta",
-    "The adapter would no longer do what it was trained for.",
-    "Give a higher --rank, or leave the option out for the exact LoRA; --accept-error writes it.",
+    "the LoRA's rank is too low: more than half of a layer's delta is lost",
+    "The adapter would lose most of its training.",
+    "Pass a higher --rank, or no --rank for the exact LoRA. To write it anyway, pass "
+    "--accept-error.",
     since="0.2.0",
 )
 LORA_HEAD_LEFT_OUT = Rule(
     "V708",
     WARNING,
-    "trained modules or biases are left out of the LoRA",
-    "The base's own tensors take their place, so the outputs differ from the trained model's.",
-    "Leave --drop-head out to keep the tensors, or merge the adapter.",
+    "the LoRA leaves out trained modules or biases",
+    "The base's tensors are used instead, so the outputs differ from the trained model's.",
+    "To keep the tensors, run without --drop-head, or merge the adapter.",
     since="0.2.0",
 )
 LORA_HEAD_ELSEWHERE = Rule(
     "V709",
     WARNING,
-    "other engines than PEFT refuse this LoRA",
-    "Modules and biases that were trained whole are no part of a LoRA for these engines.",
-    "Nothing need be done for PEFT; name another engine with --for to see if the engine takes it.",
+    "only PEFT loads this LoRA",
+    "Other engines do not support fully trained modules and biases.",
+    "For PEFT, no action is needed. To check another engine, pass its name with --for.",
     since="0.2.0",
 )
 LORA_RANK_SLOW = Rule(
     "V710",
     WARNING,
-    "the rank of the LoRA is higher than the engine's fast kernels take",
+    "the LoRA's rank is higher than the engine's fast kernels support",
     "The engine serves the adapter, but slowly.",
-    "Give --rank or --max-error for a LoRA of a lower rank, or merge the adapter.",
+    "Pass --rank or --max-error for a LoRA of lower rank, or merge the adapter.",
     since="0.2.0",
 )
 LORA_VANISHED = Rule(
     "V711",
     WARNING,
-    "values of the LoRA are too small for float16 and become 0",
-    "float16 has few exponents; the stated error includes these values.",
-    "Give --dtype bfloat16, which has smaller exponents, or --dtype float32.",
+    "small values of the LoRA become 0 in float16",
+    "float16 cannot hold such small values; the stated error includes the loss.",
+    "Pass --dtype bfloat16, which has a larger range, or --dtype float32.",
     since="0.2.0",
 )
 

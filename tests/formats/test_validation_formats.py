@@ -157,17 +157,16 @@ runs/bad: 3 errors, 1 note
            base_model.model.layers.0.q_proj.vera_lambda_b,
            base_model.model.layers.1.q_proj.vera_lambda_b: its shape is [16, 1].
            base_model.model.layers.2.q_proj.vera_lambda_b: its shape is [8, 1].
-           Remedy: `vera-convert migrate --to asis` drops the extra dimension.
+           Remedy: Correct the shape with `vera-convert migrate --to asis`.
   note     V122  the config names no revision of the base
            adapter_config.json: revision is null.
-           Remedy: Write the commit that it was trained on into revision.
+           Remedy: Set revision to the commit that was used in training.
 
 runs/warned: 1 warning
-  warning  V110  the config has a field that no VeraConfig knows
+  warning  V110  the config has an unknown field
            adapter_config.json: there is a field x.
-           Remedy: It is kept as it is;
-             `vera-convert migrate --to asis --peft-version 0.13` removes it for
-             old readers.
+           Remedy: For PEFT 0.13 and earlier, remove the field with
+             `vera-convert migrate --to asis --peft-version 0.13`.
 
 gone: not read
   there is no folder gone.
@@ -373,7 +372,7 @@ def test_a_failing_case_says_what_why_and_what_to_do() -> None:
     assert case is not None
     failure = case.find("failure")
     assert failure is not None
-    assert case.get("name", "").startswith("V110 the config has a field")
+    assert case.get("name", "").startswith("V110 the config has an unknown field")
     assert case.get("file") == "runs/warned/adapter_config.json"
     assert failure.get("type") == "V110"
     assert failure.text is not None
@@ -411,7 +410,7 @@ def test_an_annotation_names_file_code_reason_and_remedy() -> None:
     first, *_ = github_text(Validation((WARNED,))).split("\n")
     assert first == (
         "::warning file=runs/warned/adapter_config.json,"
-        "title=V110 the config has a field that no VeraConfig knows::"
+        "title=V110 the config has an unknown field::"
         f"adapter_config.json: there is a field x. {UNKNOWN_FIELD.remedy}"
     )
     assert "title=V218 a lambda is stored as a column of shape (n%2C 1)::" in github_text(
@@ -576,12 +575,13 @@ def test_a_rule_explained() -> None:
     assert explanation([CATALOG["V218"]], width=60) == (
         """\
 V218      a lambda is stored as a column of shape (n, 1)
-severity  error: it would load wrongly, not at all, or lose
-          something
-why       PEFT up to 0.15 wrote such files after a merge on
-          a 16-bit model, and no PEFT loads them.
-remedy    `vera-convert migrate --to asis` drops the extra
-          dimension.
+severity  error: the checkpoint cannot be loaded, loads
+          wrongly, or would lose data
+why       PEFT 0.15 and earlier write this shape after a
+          merge on a 16-bit model; PEFT cannot load the
+          file.
+remedy    Correct the shape with
+          `vera-convert migrate --to asis`.
 since     0.1.0"""
     )
 

@@ -1,4 +1,4 @@
-"""The catalog of defects: as a table, one rule explained, as a document, and as a page of docs.
+"""Write the rules as a table, as explanations, as JSON and as the page docs/rules.md.
 
 Run as a program it prints the page: ``python -m vera_convert.formats.catalog``.
 """
@@ -31,15 +31,15 @@ _INTRODUCTION = """\
 
 # Rules
 
-What `vera-convert` finds in a checkpoint, and what to do about it. A code is never used for another
-meaning. `vera-convert validate --explain CODE` prints a rule; `--select` and `--ignore` take codes
-and beginnings of codes, such as `V2`, and so does `pyproject.toml`.
+The defects that `vera-convert` can find in a checkpoint, with the reason and the remedy of each. A
+code keeps its meaning forever. `vera-convert validate --explain CODE` prints a rule. `--select` and
+`--ignore`, also in `pyproject.toml`, accept codes and beginnings of codes, such as `V2`.
 
 | severity | meaning |
 | --- | --- |
 """
 _MARKUP = re.compile(r"[\\*<>|[\]#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_HEAD = "| code | severity | what it is |\n| --- | --- | --- |\n"
+_HEAD = "| code | severity | title |\n| --- | --- | --- |\n"
 
 
 def rules_text(rules: Iterable[Rule] = CATALOG.values()) -> str:
@@ -70,9 +70,9 @@ def _explained(rule: Rule, width: int) -> list[str]:
 
 def _meaning(severity: Severity) -> str:
     return {
-        Severity.ERROR: "it would load wrongly, not at all, or lose something",
-        Severity.WARNING: "it works, but not everywhere or not as it seems",
-        Severity.NOTE: "worth knowing; nothing is wrong",
+        Severity.ERROR: "the checkpoint cannot be loaded, loads wrongly, or would lose data",
+        Severity.WARNING: "the checkpoint works, but not in every environment, or not as expected",
+        Severity.NOTE: "information; the checkpoint is correct",
     }[severity]
 
 
