@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
 from vera_convert.adapter.saved_modules import replacement_findings
 from vera_convert.adapter.shapes import shape_findings
