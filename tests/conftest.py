@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
 
 from vera_convert.cli.app import main
-from vera_convert.hub import requests
+from vera_convert.hub import retry
 from vera_convert.hub.client import close_sessions
 from vera_convert.schemas import load_schema
 
@@ -122,7 +122,7 @@ def server(
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(requests, "PAUSES", (0.0, 0.0))
+        monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
         close_sessions()
         yield hub
         close_sessions()

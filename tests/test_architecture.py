@@ -23,7 +23,7 @@ files: reading file_names strict_json walk json_edit header tensorfile value_ran
 arguments
 draws: generator comparison recognition
 publish: signals filesystem staging publishing
-hub: repo_name secrets checksum refusals requests range_file client cache beginnings downloading
+hub: repo_name redaction checksum refusals retry range_file client cache header_cache download
 hub: location files lookup
 adapter: config fingerprint names tensors shapes saved_modules sorting folder adapter values opening
 adapter: repairs

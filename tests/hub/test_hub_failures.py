@@ -14,7 +14,7 @@ from commandline import Run
 from hub_server import Fault, HubServer, stated
 
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.hub import client, requests
+from vera_convert.hub import client, retry
 from vera_convert.hub.cache import cache_of_repo
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
@@ -26,8 +26,8 @@ from vera_convert.hub.lookup import (
     locate,
     open_remote,
 )
+from vera_convert.hub.redaction import redacted
 from vera_convert.hub.refusals import LimitedError, OutOfReachError, Refusal, RefusedError
-from vera_convert.hub.secrets import redacted
 
 SECRET = "hf_SecretToken"  # noqa: S105 - of the stand-in
 SIGNATURE = "c0ffee5167"
@@ -66,7 +66,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(requests, "PAUSES", (0.5, 1.0, 2.0, 4.0))
+    monkeypatch.setattr(retry, "PAUSES", (0.5, 1.0, 2.0, 4.0))
     monkeypatch.setattr(time, "sleep", slept.append)
     return slept
 
@@ -156,13 +156,13 @@ def test_a_fault_that_does_not_pass_ends_after_a_bounded_number_of_tries(
     ("headers", "waited"),
     [
         ({"Retry-After": "3"}, 3.0),
-        ({"Retry-After": "86400"}, requests.LONGEST_PAUSE),
+        ({"Retry-After": "86400"}, retry.LONGEST_PAUSE),
         ({"Retry-After": "0"}, 0.5),
         ({"Retry-After": "soon"}, 0.5),
         ({"Retry-After": "9" * 30}, 0.5),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.5),
         ({"RateLimit": '"api";r=0;t=7'}, 7.0),
-        ({"RateLimit": '"api";r=0;t=300'}, requests.LONGEST_PAUSE),
+        ({"RateLimit": '"api";r=0;t=300'}, retry.LONGEST_PAUSE),
         ({"RateLimit": '"api";r=12;t=300'}, 0.5),
     ],
 )
@@ -197,7 +197,7 @@ def test_all_waiting_of_one_request_is_bounded(
     server.info_failures = [Fault(429, {"Retry-After": "3600"})] * 99
     with pytest.raises(LimitedError):
         locate("org/name", kind="adapter", access=access)
-    assert sum(pauses) <= requests.LONGEST_WAIT
+    assert sum(pauses) <= retry.LONGEST_WAIT
 
 
 # --- what does not pass --------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_the_first_request_for_weights_takes_at_most_32_kibibytes(
 def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
     server: HubServer, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vera_convert.hub.beginnings.MOST_OF_A_REPO", 100_000)
+    monkeypatch.setattr("vera_convert.hub.header_cache.MOST_OF_A_REPO", 100_000)
     server.add("org/name", {f"{n}.safetensors": WEIGHTS for n in range(9)})
     location = locate("org/name", kind="base", access=access)
     kept = cache_of_repo("org/name", access) / "vera-convert"

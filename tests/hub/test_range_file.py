@@ -9,11 +9,11 @@ from hashlib import sha1, sha256
 import pytest
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub import range_file, requests
+from vera_convert.hub import range_file, retry
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.range_file import HEAD_BYTES, Beginning, RemoteFile
 from vera_convert.hub.refusals import OutOfReachError, TryAgainError
-from vera_convert.hub.requests import Answer
+from vera_convert.hub.retry import Answer
 
 CONTENT = bytes(i * 7 % 251 for i in range(6 * HEAD_BYTES))
 
@@ -131,7 +131,7 @@ def test_tries_are_bounded(pauses: list[float]) -> None:
     ):
         RemoteFile("x", server.ask)
     assert len(server.asked) == 5
-    assert pauses == list(requests.PAUSES)
+    assert pauses == list(retry.PAUSES)
 
 
 def test_a_server_that_asks_to_wait_for_days_is_not_waited_for_longer_than_a_minute(
@@ -140,8 +140,8 @@ def test_a_server_that_asks_to_wait_for_days_is_not_waited_for_longer_than_a_min
     server = Server(failures=[TryAgainError("the Hub answers 503", after=1e6)] * 99)
     with pytest.raises(OutOfReachError, match="the Hub answers 503"):
         RemoteFile("x", server.ask)
-    assert max(pauses) == requests.LONGEST_PAUSE
-    assert sum(pauses) == requests.LONGEST_WAIT
+    assert max(pauses) == retry.LONGEST_PAUSE
+    assert sum(pauses) == retry.LONGEST_WAIT
 
 
 def test_what_came_before_a_break_is_not_asked_for_again(

@@ -15,7 +15,7 @@ from vera_convert.errors import (
     UsageError,
     VeraConvertError,
 )
-from vera_convert.hub.secrets import redacted
+from vera_convert.hub.redaction import redacted
 from vera_convert.text import and_more, printable, printable_whole
 
 

@@ -1,4 +1,4 @@
-"""Find an adapter or a base: a folder on this machine, or a repo on the Hub at one commit.
+"""Find and read an adapter or a base: a folder here, or a repo on the Hub at one commit.
 
 May import the ground and `files`.
 """

@@ -1,7 +1,7 @@
 """The Hub's cache on this machine, laid out as huggingface_hub lays it out.
 
 models--org--name/
-    refs/main            the commit that a branch or tag meant when it was last asked for
+    refs/main            the commit of a branch or tag at the last request
     blobs/DIGEST         the content of files
     snapshots/COMMIT/    the files of a commit by name: links to blobs
 """
@@ -25,7 +25,7 @@ from vera_convert.text import printable
 
 _SUFFIX = ".vera-convert.incomplete"
 _ABANDONED = 24 * 3600.0
-"""Seconds after which an unfinished download is taken for one that was killed."""
+"""Seconds after which an unfinished download counts as killed."""
 
 
 def cache_of_repo(repo_id: str, access: HubAccess) -> Path:
@@ -39,7 +39,7 @@ def snapshot_of(repo_id: str, commit: str, access: HubAccess) -> Path:
 
 
 def cached_commit(name: RepoName, access: HubAccess) -> str | None:
-    """Return the commit that the cache knows for a revision, if it holds any file of it."""
+    """Return the cached commit of a revision; None if the cache holds no file of the commit."""
     commit = name.revision or "main"
     if not COMMIT.fullmatch(commit):
         ref = cache_of_repo(name.repo_id, access).joinpath("refs", *commit.split("/"))
@@ -52,11 +52,11 @@ def cached_commit(name: RepoName, access: HubAccess) -> str | None:
 
 
 def remember_commit(repo_id: str, revision: str, commit: str, access: HubAccess) -> None:
-    """Let the cache know the commit of a branch or tag, so that it serves offline."""
+    """Record the commit of a branch or tag in the cache, for later offline runs."""
     if COMMIT.fullmatch(revision):
         return
     ref = cache_of_repo(repo_id, access).joinpath("refs", *revision.split("/"))
-    with contextlib.suppress(OSError, ValueError):  # a cache that nobody may write serves too
+    with contextlib.suppress(OSError, ValueError):  # a read-only cache serves too
         if not ref.exists() or ref.read_text(encoding="ascii") != commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
             with replacing(ref) as file:
@@ -64,7 +64,7 @@ def remember_commit(repo_id: str, revision: str, commit: str, access: HubAccess)
 
 
 def link_blob(snapshot: Path, name: PurePosixPath, digest: str, size: int) -> bool:
-    """Show a blob that the cache holds as a file of a snapshot; false if it is not held."""
+    """Link a cached blob as a file of a snapshot; return False if the blob is not cached."""
     blob = snapshot.parent.parent / "blobs" / digest
     try:
         held = bool(digest) and blob.is_file() and size in (-1, blob.stat().st_size)
@@ -76,13 +76,13 @@ def link_blob(snapshot: Path, name: PurePosixPath, digest: str, size: int) -> bo
 
 
 def store(snapshot: Path, name: PurePosixPath, size: int, fill: Callable[[BinaryIO], str]) -> None:
-    """Add a file to a snapshot, complete or not at all.
+    """Add a file to a snapshot, completely or not at all.
 
     Args:
-        snapshot: the folder of the repo at a commit.
-        name: of the file in the repo.
-        size: its length in bytes.
-        fill: writes the content, and returns its digest once the content is proven.
+        snapshot: the cache's folder for the commit.
+        name: the file's name in the repo.
+        size: the file's length in bytes.
+        fill: writes the content, verifies the content, and returns its digest.
 
     Raises:
         SurroundingsError: the disk is full, or the cache cannot be written.
@@ -111,7 +111,7 @@ def store(snapshot: Path, name: PurePosixPath, size: int, fill: Callable[[Binary
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a small file that appears whole, in place of the one that is there."""
+    """Replace a small file in one step."""
     written = _unfinished(path.parent)
     try:
         with written.open("xb") as file:
@@ -123,12 +123,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _unfinished(folder: Path) -> Path:
-    """Return the name of a file that is being written; no other process takes the same."""
+    """Return a new name for an unfinished file; no other process uses this name."""
     return folder / f"{uuid.uuid4().hex}{_SUFFIX}"
 
 
 def _link(pointer: Path, blob: Path) -> None:
-    """Make the name in a snapshot lead to a blob; where links are not allowed, move the blob."""
+    """Link a name in a snapshot to a blob; if links are not allowed, move the blob."""
     with _writing(pointer):
         pointer.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was faster

@@ -1,7 +1,7 @@
-"""What the Hub states about a file, and whether the bytes that came are these.
+"""The size and hash that the Hub states for a file, and a comparison of bytes with the hash.
 
-The Hub states a SHA-256 for every large file, and for small ones the hash of git's blob. A mirror
-may state a plain SHA-1, or nothing.
+The Hub states a SHA-256 for each large file, and the hash of git's blob for each small file. A
+mirror may state a plain SHA-1, or no hash.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class RepoFile:
     """One file of a repo as the Hub lists it.
 
     Attributes:
-        size: its length in bytes; -1 if the Hub does not tell.
-        digest: the SHA-256 of its content, or the hash of git's blob; empty if not told.
+        size: the length in bytes; -1 if the Hub does not state the length.
+        digest: the SHA-256 of the content, or the hash of git's blob; empty if not stated.
     """
 
     size: int = -1
@@ -28,15 +28,15 @@ class RepoFile:
 
 
 def digest_of(tag: object) -> str:
-    """Return the digest that an entity tag or a field of a listing holds; empty if it is none."""
+    """Return the digest in an entity tag or a field of a listing; empty if there is none."""
     text = tag.removeprefix("W/").strip('"').removeprefix("sha256:") if isinstance(tag, str) else ""
     return text if _DIGEST.fullmatch(text) else ""
 
 
 class Checksum:
-    """Compares the bytes of a file, as they come, with every digest that is stated for it.
+    """Compares the bytes of a file, as they arrive, with the stated digests.
 
-    A SHA-256 decides alone if there is one: for a large file, git's blob is only a pointer.
+    If a SHA-256 is stated, only the SHA-256 counts: for a large file, git's blob is a pointer.
     """
 
     def __init__(self, stated: Iterable[str], size: int) -> None:
@@ -51,12 +51,12 @@ class Checksum:
             ]
 
     def update(self, data: bytes) -> None:
-        """Take the next bytes of the file."""
+        """Add the next bytes of the file."""
         for running in self._running:
             running.update(data)
 
     def matches(self) -> bool:
-        """Say whether the bytes so far are the file that is stated; true if nothing is stated."""
+        """Return whether the bytes have the stated digests; True if no digest is stated."""
         return all(
             any(running.hexdigest() == digest for running in self._running)
             for digest in self.stated
@@ -64,5 +64,5 @@ class Checksum:
 
     @property
     def name(self) -> str:
-        """What the Hub's cache calls the content: the stated digest, else its SHA-256."""
+        """The name of the content in the Hub's cache: the stated digest, else the SHA-256."""
         return min(self.stated, default=self._running[0].hexdigest())

@@ -1,10 +1,9 @@
-"""The few calls to huggingface_hub, and what the Hub's refusals mean to a user.
+"""Send requests to the Hub through huggingface_hub's settings, token and HTTP session.
 
-This is the only module that imports huggingface_hub, and only inside functions: it is slow to load
-and seldom needed. What is used of it is the same from version 0.34 on: its settings, its headers,
-and its HTTP session, which is one of requests before 1.0 and one of httpx or httpx2 since. Requests
-and downloads are made here, not by its functions, whose retries, waiting times and log lines differ
-from version to version.
+No other module imports huggingface_hub; the functions here import the library when they run,
+because the import is slow. These parts of the library are the same from version 0.34 on, except
+that the session belongs to requests before 1.0, and to httpx or httpx2 since. The library's own
+download functions are not used: their retries, pauses and log lines differ between versions.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from vera_convert._version import __version__
 from vera_convert.arguments import optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub.checksum import RepoFile, digest_of
+from vera_convert.hub.redaction import redacted
 from vera_convert.hub.refusals import (
     Refusal,
     RefusedError,
@@ -35,8 +35,7 @@ from vera_convert.hub.refusals import (
     unexpected,
 )
 from vera_convert.hub.repo_name import COMMIT
-from vera_convert.hub.requests import Answer, Ask, until_answered
-from vera_convert.hub.secrets import redacted
+from vera_convert.hub.retry import Answer, Ask, until_answered
 from vera_convert.text import printable
 
 logger = logging.getLogger(__name__)
@@ -45,20 +44,20 @@ _LIBRARY = "vera-convert"
 _TRUE = ("1", "ON", "YES", "TRUE")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _MOST_LISTED = 64 << 20
-"""The most bytes of a repo's description: a hundred thousand files take a third."""
+"""The most bytes of a repo's description; 100,000 files take a third of this."""
 _MOST_EXPLAINED = 64 << 10
-"""The most bytes of a refusal that are read to understand it."""
+"""The most bytes that are read of the body of a refusal."""
 _BLOCK = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """How the Hub is reached; everything left out is as huggingface_hub has it.
+    """Options for the access to the Hub; the defaults are those of huggingface_hub.
 
     Attributes:
-        token: sent to the Hub; None for HF_TOKEN or the one that `hf auth login` stored.
+        token: the token to send; None for HF_TOKEN, or the token that `hf auth login` stored.
         cache_dir: the folder of the cache.
-        offline: use the cache alone, as with HF_HUB_OFFLINE.
+        offline: use only the cache, as with HF_HUB_OFFLINE.
         progress: whether downloads may draw bars on a terminal.
 
     Example:
@@ -84,7 +83,7 @@ class HubAccess:
 
     @property
     def is_offline(self) -> bool:
-        """Whether the network is not to be touched, by option or environment."""
+        """Whether the option or the environment forbids the network."""
         names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         return self.offline or any(os.environ.get(name, "").upper() in _TRUE for name in names)
 
@@ -98,33 +97,33 @@ class RepoInfo:
 
 
 class _Response(Protocol):
-    """What the answers of requests, httpx and httpx2 have in common."""
+    """The common part of the responses of requests, httpx and httpx2."""
 
     status_code: int
     headers: Mapping[str, str]
 
     @property
     def history(self) -> Sequence[_Response]:
-        """The redirects on the way to this answer."""
+        """The redirects that led to this answer."""
 
     def iter_content(self, size: int) -> Iterator[bytes]:
-        """Yield the body (requests alone; httpx has `iter_raw`)."""
+        """Yield the body (requests only; httpx has `iter_raw`)."""
 
 
 # --- settings ------------------------------------------------------------------------------------
 
 
 def close_sessions() -> None:
-    """Close every connection that huggingface_hub holds, so that new settings take effect."""
+    """Close all connections of huggingface_hub, so new settings take effect."""
     from huggingface_hub import utils
 
     name = "reset_sessions" if hasattr(utils, "reset_sessions") else "close_session"
-    getattr(utils, name)()  # the former before 1.0
+    getattr(utils, name)()  # reset_sessions before 1.0
 
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """Keep off the Hub, inside the block, whatever library reaches for it by huggingface_hub."""
+    """Forbid requests to the Hub inside the block, for every user of huggingface_hub."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -181,13 +180,13 @@ def _headers(access: HubAccess) -> dict[str, str]:
 
 
 def repo_info(repo_id: str, revision: str | None, access: HubAccess) -> RepoInfo:
-    """Ask the Hub for the commit of a revision, its files, their sizes and their hashes.
+    """Ask the Hub for the commit of a revision, and for the names, sizes and hashes of its files.
 
-    Sizes and hashes are left out where the Hub, or a mirror of it, does not tell.
+    A mirror may state no sizes or hashes.
 
     Raises:
         OutOfReachError: no answer.
-        RefusedError: no such repo or revision, or no access to it.
+        RefusedError: no such repo or revision, or no access.
     """
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     url = f"{endpoint()}/api/models/{repo_id}{at}?blobs=true"
@@ -208,7 +207,7 @@ def repo_info(repo_id: str, revision: str | None, access: HubAccess) -> RepoInfo
 
 
 def asking_for(repo_id: str, filename: str, *, commit: str, place: str, access: HubAccess) -> Ask:
-    """Return how to ask for bytes of a file at a commit; `place` is how messages call the file."""
+    """Return a function that requests bytes of a file; `place` is the file's name in messages."""
     url = f"{endpoint()}/{repo_id}/resolve/{commit}/{quote(filename)}"
     return partial(_ask, url, _headers(access), place=place, commit=commit)
 
@@ -217,7 +216,7 @@ def asking_for(repo_id: str, filename: str, *, commit: str, place: str, access: 
 def _ask(
     url: str, headers: Mapping[str, str], first: int, last: int, *, place: str, commit: str
 ) -> Iterator[Answer]:
-    """Ask the Hub for some bytes, following it to the server where they are stored."""
+    """Request some bytes from the Hub, and follow redirects to the server that stores the file."""
     asked = {**headers, "range": f"bytes={first}-{last}"}
     with _answered(url, asked, what=place) as (response, blocks):
         if response.status_code not in (200, 206, 416):
@@ -236,11 +235,11 @@ def _ask(
 def _answered(
     url: str, headers: Mapping[str, str], *, what: str
 ) -> Iterator[tuple[_Response, Iterator[bytes]]]:
-    """Send one request; the answer is a success of some kind, or an error is raised.
+    """Send one request, and return a successful answer.
 
     Raises:
-        TryAgainError: a failure that may pass.
-        SurroundingsError: one that does not.
+        TryAgainError: a temporary failure.
+        SurroundingsError: a lasting failure.
     """
     from huggingface_hub import constants, get_session
 
@@ -267,7 +266,7 @@ def _answered(
 
 
 def _body(response: _Response, what: str) -> Iterator[bytes]:
-    """Yield the body as it comes."""
+    """Yield the blocks of the body as they arrive."""
     with _failures(what):
         yield from _raw(response)
 
@@ -311,15 +310,15 @@ def _repo_file(file: Mapping[str, Any]) -> RepoFile:
     return RepoFile(size if sound else -1, digest)
 
 
-# --- what can go wrong ---------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _failures(what: str) -> Iterator[None]:
-    """Turn every failure of the HTTP library inside the block into one that may pass."""
+    """Turn every error of the HTTP library inside the block into an error of this package."""
     from huggingface_hub import errors
 
-    # HTTPError is that of the HTTP library below, which is not the same in every version.
+    # HTTPError belongs to the HTTP library below, which depends on the version.
     http: type[Exception] = getattr(errors, "HTTPError", OSError)
     try:
         yield
@@ -328,14 +327,14 @@ def _failures(what: str) -> Iterator[None]:
             f"{what} could not be read from the Hub: huggingface_hub is set to be offline."
         ) from None
     except (OSError, http) as error:
-        # Without the cause: its text and its traceback may hold signed addresses.
+        # Without the cause, because text and traceback may hold signed addresses.
         raise failure(what, error) from None
 
 
 def _failed(
     what: str, response: _Response, *, with_token: bool
 ) -> TryAgainError | SurroundingsError:
-    """Return what to raise for an answer that is no success."""
+    """Return the error for an unsuccessful answer."""
     status, headers = response.status_code, response.headers
     said = headers.get("x-error-message", "")
     passing = transient(status, headers)
@@ -345,7 +344,7 @@ def _failed(
 
 
 def _explanation(response: _Response) -> str:
-    """Return the error that the body of a refusal names, an empty text if there is none."""
+    """Return the error text in the body of a refusal; empty if there is none."""
     try:
         document = json.loads(b"".join(_up_to(_raw(response), _MOST_EXPLAINED)))
     except (ValueError, RecursionError):
@@ -355,7 +354,7 @@ def _explanation(response: _Response) -> str:
 
 
 class _Redacting(logging.Filter):
-    """Takes secrets out of log lines: huggingface_hub writes addresses with their signatures."""
+    """Removes secrets from log lines: huggingface_hub logs addresses with signatures."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage()), ()

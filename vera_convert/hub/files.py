@@ -1,4 +1,4 @@
-"""The files of a location: listed, opened to be read by range, or fetched into the Hub's cache."""
+"""List the files of a location, open a file for range requests, or fetch files into the cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import clean_name
 from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.walk import file_sizes
-from vera_convert.hub.beginnings import kept_beginning
 from vera_convert.hub.cache import remember_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import HubAccess, asking_for, endpoint, repo_info
-from vera_convert.hub.downloading import download
+from vera_convert.hub.download import download
+from vera_convert.hub.header_cache import kept_beginning
 from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
@@ -24,21 +24,21 @@ from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGH
 from vera_convert.text import printable
 
 SIDE_FILE_LIMIT = 10_000_000
-"""The most bytes of a file beside an adapter's weights that is fetched from the Hub."""
+"""The most bytes of a fetched file other than an adapter's config and weights."""
 TOKENIZER_LIMIT = 100_000_000
-"""The most bytes of a ``tokenizer.json``; those of large vocabularies have 11 to 35 million."""
+"""The most bytes of a fetched ``tokenizer.json``; large vocabularies take 11 to 35 million."""
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 
 
 def list_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the files of a location with their sizes, hidden ones left out, in sorted order.
+    """Return the sizes of a location's files by name, in sorted order, without hidden files.
 
-    Names are relative to the location, with `/`; a size that the Hub does not tell is -1. Where the
-    Hub cannot be asked, what the cache holds of the commit is listed.
+    Names are relative to the location, with `/`. A size that the Hub does not state is -1. If the
+    Hub does not answer, the result lists the cached files of the commit.
 
     Raises:
-        SurroundingsError: the folder is not there or cannot be read; gated, no network.
+        SurroundingsError: the folder is missing or cannot be read; gated, no network.
     """
     if location.folder is not None:
         return file_sizes(location.folder)
@@ -61,7 +61,7 @@ def list_files(location: Location, access: HubAccess) -> dict[str, int]:
 
 
 def _files_of(location: Location, access: HubAccess) -> Mapping[str, RepoFile]:
-    """Return the files of a whole repo as the Hub lists them, asking it once at most."""
+    """Return the Hub's list of all files of a repo, with at most one request."""
     if location.listed is not None:
         return location.listed
     repo_id, commit = on_hub(location)
@@ -72,7 +72,7 @@ def _files_of(location: Location, access: HubAccess) -> Mapping[str, RepoFile]:
 def _listed_at(
     repo_id: str, commit: str, access: HubAccess, _endpoint: str
 ) -> Mapping[str, RepoFile]:
-    """Ask the Hub for the files of a commit, which never change."""
+    """Ask the Hub for the files of a commit; the result never changes."""
     return repo_info(repo_id, commit, access).files
 
 
@@ -86,16 +86,16 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
 
 
 def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
-    """Open a file of a repo to be read by position: from the cache, else by range requests.
+    """Open a file of a repo for reading by position: the cached file, else range requests.
 
     Args:
         location: a repo at its commit.
-        filename: relative to the location, with `/`.
-        access: how the Hub is reached.
+        filename: the path relative to the location, with `/`.
+        access: the access to the Hub.
 
     Raises:
         CheckpointError: the name leads out of the repo.
-        SurroundingsError: it cannot be had.
+        SurroundingsError: the file is missing, or cannot be read.
     """
     repo_id, commit = on_hub(location)
     name = inside(location, filename)
@@ -116,20 +116,20 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
 def fetch_adapter(
     location: Location, access: HubAccess, *, is_training_state: Callable[[str], bool]
 ) -> Location:
-    """Fetch an adapter: its config, its weights of any size, and small files beside them.
+    """Fetch an adapter: the config, the weights of any size, and small other files.
 
-    Left out, and named in the result: pickled weights, training states, files of more than 10 MB
-    (a tokenizer of more than 100 MB), and names that not every system allows. Hidden files and
-    subfolders that are adapters themselves are passed over in silence.
+    The result names the files that are left out: pickled weights, training states, files of more
+    than 10 MB (a tokenizer of more than 100 MB), and names that some systems forbid. Hidden files
+    and subfolders that are adapters are ignored.
 
     Args:
-        location: a folder, returned as it is, or a repo.
-        access: how the Hub is reached.
-        is_training_state: whether a file is never copied, by its relative path.
+        location: a folder, which is returned unchanged, or a repo.
+        access: the access to the Hub.
+        is_training_state: whether a file, given by relative path, belongs to a training run.
 
     Raises:
-        CheckpointError: config or weights are not there.
-        SurroundingsError: a file cannot be had.
+        CheckpointError: config or weights are missing.
+        SurroundingsError: a file is missing, or cannot be downloaded.
     """
     if location.folder is not None:
         return location
@@ -146,12 +146,12 @@ def fetch_adapter(
 
 
 def _limit(name: str) -> int:
-    """Return the most bytes of a file of this name that is fetched beside an adapter's weights."""
+    """Return the most bytes of a fetched file of this name."""
     return TOKENIZER_LIMIT if name == "tokenizer.json" else SIDE_FILE_LIMIT
 
 
 def fetch_weights(location: Location, access: HubAccess) -> Location:
-    """Fetch an adapter's config and weights alone; otherwise as `fetch_adapter`."""
+    """Fetch only the config and weights of an adapter; otherwise like `fetch_adapter`."""
     if location.folder is not None:
         return location
     adapter_files(location, access)
@@ -159,11 +159,11 @@ def fetch_weights(location: Location, access: HubAccess) -> Location:
 
 
 def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
-    """Return the sizes of an adapter's files on the Hub, those of adapters below it left out.
+    """Return the sizes of an adapter's files on the Hub, without adapters in subfolders.
 
     Raises:
-        CheckpointError: config or weights are not there.
-        SurroundingsError: the Hub cannot be asked.
+        CheckpointError: config or weights are missing.
+        SurroundingsError: the Hub does not answer.
     """
     listed = list_files(location, access)
     others = tuple(
@@ -186,7 +186,9 @@ def _require_adapter(location: Location, names: Collection[str], others: Sequenc
     place = location.label
     if ADAPTER_CONFIG not in names:
         if others and _WEIGHTS not in names:
-            reason = f"its folder {printable(others[0])} is an adapter, it has none of its own."
+            reason = (
+                f"it has no {ADAPTER_CONFIG}, but its folder {printable(others[0])} is an adapter."
+            )
             raise CheckpointError(ADAPTER_BELOW.at(place, reason))
         raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {ADAPTER_CONFIG}."))
     if _WEIGHTS not in names and _PICKLED in names:
@@ -199,12 +201,12 @@ def fetch_base(location: Location, access: HubAccess, *, names: Collection[str])
     """Fetch files of a base through the cache.
 
     Args:
-        location: a folder, returned as it is, or a repo.
-        access: how the Hub is reached.
-        names: the files that are needed, as `list_files` names them; at least one.
+        location: a folder, which is returned unchanged, or a repo.
+        access: the access to the Hub.
+        names: the files to fetch, named as by `list_files`; at least one.
 
     Raises:
-        SurroundingsError: a file cannot be had.
+        SurroundingsError: a file is missing, or cannot be downloaded.
     """
     if location.folder is not None:
         return location
@@ -212,7 +214,7 @@ def fetch_base(location: Location, access: HubAccess, *, names: Collection[str])
 
 
 def _download(location: Location, names: Sequence[str], access: HubAccess) -> Path:
-    """Bring files of one commit into the cache and return the folder that holds them all."""
+    """Download files of one commit into the cache, and return the folder of the files."""
     repo_id, commit = on_hub(location)
     snapshot = snapshot_of(repo_id, commit, access)
     files = [inside(location, name) for name in names]

@@ -73,10 +73,10 @@ class NamedBase:
 
 
 class AmbiguousBaseError(UsageError):
-    """The base's name in a config is a model here and a repo on the Hub."""
+    """The name of a base is both a model here and a repo on the Hub."""
 
 
-# --- what was written ----------------------------------------------------------------------------
+# --- names of adapters and bases -----------------------------------------------------------------
 
 
 def locate(
@@ -86,19 +86,19 @@ def locate(
     access: HubAccess,
     revision: str | None = None,
 ) -> Location:
-    """Find what an argument of the command line means; a path that exists wins.
+    """Find the folder or repo that an argument names; an existing path wins.
 
     Args:
-        text: a folder, or ``org/name[@revision][/subfolder]``, or that after ``hf://``.
+        text: a folder, or ``org/name[@revision][/subfolder]``, also after ``hf://``.
         kind: only a base may be a repo without an organization, such as ``gpt2``.
-        access: how the Hub is reached.
-        revision: branch, tag or commit, from an option of its own.
+        access: the access to the Hub.
+        revision: branch, tag or commit, from a separate option.
 
     Returns:
-        A folder; or a repo with its commit resolved and nothing fetched yet.
+        A folder; or a repo at a resolved commit, of which no file is fetched yet.
 
     Raises:
-        UsageError: malformed, a file, or a revision of something that has none.
+        UsageError: the text is malformed or names a file, or a revision is given for a folder.
         SurroundingsError: no such folder, repo or revision; gated, offline or no network.
     """
     folder = _existing_folder(text, files=ADAPTER_FILES if kind == "adapter" else ())
@@ -181,7 +181,7 @@ def _named_repo(wanted: RepoName, access: HubAccess) -> Location:
 
 
 def _holds_model(folder: Path) -> bool:
-    """Return whether a folder here holds a model: its config, or weights that are no adapter's."""
+    """Return whether a folder holds a model: a config, or weights other than an adapter's."""
     try:
         names = {entry.name for entry in os.scandir(folder)}
     except OSError:
@@ -193,11 +193,11 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
-    """Return the folder that `text` is the path of, None if nothing is there.
+    """Return the folder at the path `text`; None if there is nothing.
 
     Args:
-        text: a path, perhaps.
-        files: names of files that stand for the folder that they lie in.
+        text: perhaps a path.
+        files: names of files that may be named instead of their folder.
     """
     if not text or "\0" in text:
         raise UsageError("a folder or a repo has to be named: this is empty or has a NUL in it.")
@@ -209,7 +209,7 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             continue
         except OSError as error:
-            # No file can have such a name, so it may still be a repo.
+            # No file can have such a name, but a repo can.
             if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
                 continue
             raise unreadable(printable(text), error) from error
@@ -251,7 +251,7 @@ def _at(name: RepoName, commit: str, listed: Mapping[str, RepoFile] | None = Non
 
 
 def _resolve(name: RepoName, access: HubAccess) -> Location:
-    """Find the commit of a revision: from the Hub, or the cache if that cannot be asked."""
+    """Return the commit of a revision: from the Hub, or from the cache if the Hub is silent."""
     cached = cached_commit(name, access)
     if cached is not None and (access.is_offline or name.revision == cached):
         return _at(name, cached)

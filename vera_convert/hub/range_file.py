@@ -1,8 +1,8 @@
-"""One file on a server, read by range requests: a header costs kilobytes, not gigabytes.
+"""Read a file on a server by range requests: a header costs kilobytes instead of gigabytes.
 
-How to ask is handed in, so nothing here knows the Hub. Every answer is compared with the first one:
-the size, the commit and the entity tag have to stay the same. A file that is read whole is compared
-with the hash that the Hub states; of a part, only size and entity tag can be compared.
+The caller passes the function that sends a request, so this module does not depend on the Hub. The
+size, the commit and the entity tag must be the same in every answer. If a file is read completely,
+the hash is compared with the Hub's; for a part of a file, the Hub states no hash.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Protocol, Self
 from vera_convert.errors import SurroundingsError
 from vera_convert.hub.checksum import Checksum, RepoFile, digest_of
 from vera_convert.hub.refusals import TryAgainError
-from vera_convert.hub.requests import Answer, Ask, Patience
+from vera_convert.hub.retry import Answer, Ask, Patience
 
 HEAD_BYTES = 32 << 10
-"""How much the first request takes: nearly always a whole header, or a whole small file."""
+"""The bytes of the first request: nearly always a complete header, or a complete small file."""
 MOST_KEPT = 16 << 20
-"""The longest beginning of a file that is held in memory, and kept for the next run."""
+"""The most first bytes of a file that are held in memory, and kept for the next run."""
 MOST_WITHOUT_RANGES = 128 << 20
-"""How far into a file to read where the server has no ranges; above the largest header allowed."""
+"""The most bytes to read from a server without ranges; more than the largest allowed header."""
 PROGRESS = 1 << 20
-"""A request that broke off after so many bytes does not count as a failed try."""
+"""The bytes of progress after which a broken request no longer counts as a failed try."""
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """The first bytes of a file at its commit, and what the server said about the file."""
+    """The first bytes of a file at a commit, with the file's size and identity."""
 
     size: int
     identity: tuple[str | None, str | None]
@@ -40,23 +40,23 @@ class Beginning:
 
 
 class Keeper(Protocol):
-    """Keeps the beginning of one file between runs."""
+    """Keeps the first bytes of one file between runs."""
 
     def load(self) -> Beginning | None:
-        """Return what was kept, None if nothing was."""
+        """Return the kept bytes; None if nothing was kept."""
 
     def save(self, beginning: Beginning) -> None:
-        """Keep this for the next run, if that is possible."""
+        """Keep these bytes for the next run, if possible."""
 
 
 class RemoteFile:
-    """A file on a server as a `ByteSource`; safe to share between threads. A context manager.
+    """A file on a server as a `ByteSource`. A context manager, which threads may share.
 
     Attributes:
-        place: how messages call it.
-        size: its length in bytes.
-        ranges: whether the server answers a request for a part with this part alone.
-        bytes_read: how many bytes were transferred so far.
+        place: the name for messages.
+        size: the length in bytes.
+        ranges: whether the server answers a request for a part with only this part.
+        bytes_read: the number of bytes transferred so far.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class RemoteFile:
         keeper: Keeper | None = None,
         first: int = HEAD_BYTES,
     ) -> None:
-        """Ask for the beginning of the file, and so for its size, if it was not kept.
+        """Request the first bytes and the size of the file, unless an earlier run kept both.
 
         Args:
-            place: how messages call it.
-            ask: how to ask for bytes.
-            listed: what the Hub's list of files says of it.
-            keeper: where its beginning is kept between runs.
-            first: how many bytes the first request takes.
+            place: the name for messages.
+            ask: requests bytes.
+            listed: size and hash in the Hub's list of files.
+            keeper: keeps the first bytes between runs.
+            first: the number of bytes of the first request.
 
         Raises:
-            SurroundingsError: the file cannot be read, or is not the one that is listed.
+            SurroundingsError: the file cannot be read, or is not the listed file.
         """
         self.place = place
         self._ask = ask
@@ -99,7 +99,7 @@ class RemoteFile:
         """Return exactly `length` bytes from `offset`.
 
         Raises:
-            ValueError: the range lies outside of the file.
+            ValueError: the range lies outside the file.
             SurroundingsError: the bytes cannot be read, or the file changed.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -114,17 +114,17 @@ class RemoteFile:
         return head[offset:end]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`; raises as `read_at` does."""
+        """Fill `buffer` from `offset`; raise the errors of `read_at`."""
         buffer.cast("B")[:] = self.read_at(offset, buffer.nbytes)
 
     def copy_to(self, write: Callable[[bytes], object]) -> Checksum:
-        """Hand over the whole file from its first byte to its last, and compare its hash.
+        """Pass the complete file to `write`, and compare the hash.
 
         Returns:
             The checksum, which matches.
 
         Raises:
-            SurroundingsError: the file cannot be read, or its hash is another than stated.
+            SurroundingsError: the file cannot be read, or has another hash than stated.
         """
         checksum = self._checksum()
 
@@ -139,18 +139,18 @@ class RemoteFile:
         return checksum
 
     def check_unchanged(self) -> None:
-        """Do nothing: every answer was compared with the first one when it came."""
+        """Do nothing, because every answer was compared with the first answer."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Do nothing: no connection is held between requests."""
+        """Do nothing, because no connection stays open between requests."""
 
-    # --- the beginning, and what is stated ---
+    # --- the first bytes, and the stated hash ---
 
     def _set_head(self, head: bytes) -> None:
-        """Take a longer beginning of the file, compare it if it is the whole file, and keep it."""
+        """Set the first bytes, compare the hash if the file is complete, and keep the bytes."""
         if len(head) == self.size:
             checksum = self._checksum()
             checksum.update(head)
@@ -172,7 +172,7 @@ class RemoteFile:
             )
 
     def _is_listed(self, kept: Beginning) -> bool:
-        """Say whether what was kept is of the file that the Hub lists now."""
+        """Return whether the kept bytes belong to the file that the Hub lists now."""
         digest = digest_of(kept.identity[1])
         listed = self._listed
         same = not digest or len(digest) != len(listed.digest) or digest == listed.digest
@@ -188,13 +188,13 @@ class RemoteFile:
     def _transfer(
         self, offset: int, length: int, take: Callable[[bytes], object], *, far: bool = False
     ) -> None:
-        """Hand over `length` bytes from `offset`, asking again for what a broken answer lacks.
+        """Pass `length` bytes from `offset` to `take`; request the rest of a broken answer again.
 
         Args:
-            offset: where they begin.
-            length: how many.
-            take: what the bytes are handed to as they come.
-            far: read even where a server without ranges sends gigabytes before these bytes.
+            offset: the first byte.
+            length: the number of bytes.
+            take: receives the bytes as they arrive.
+            far: read also from a server without ranges that sends gigabytes before these bytes.
         """
         patience = Patience(self.place)
         done = 0
@@ -214,7 +214,7 @@ class RemoteFile:
                 patience.wait(error)
 
     def _blocks(self, offset: int, length: int, *, far: bool) -> Generator[bytes, None, None]:
-        """Ask once, and yield up to `length` bytes from `offset` as they come."""
+        """Send one request, and yield up to `length` bytes from `offset` as they arrive."""
         with self._ask(offset, offset + length - 1) as answer:
             skip, size = self._start(answer, offset)
             self._check_same(answer, size)
@@ -237,7 +237,7 @@ class RemoteFile:
                     break
 
     def _start(self, answer: Answer, offset: int) -> tuple[int, int]:
-        """Return how much of the body lies before `offset`, and the size of the whole file."""
+        """Return the number of body bytes before `offset`, and the size of the complete file."""
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise SurroundingsError(f"{self.place}: the server sends it compressed, unasked.")
         if answer.status == 200:

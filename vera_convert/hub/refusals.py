@@ -1,4 +1,4 @@
-"""How the Hub fails: what passes, the lasting reasons, and what a user can do about each."""
+"""The failures of the Hub: temporary or lasting, with a remedy for each reason."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.hub.secrets import redacted
+from vera_convert.hub.redaction import redacted
 from vera_convert.text import printable
 
 
 class TryAgainError(Exception):
-    """A request failed for a reason that may pass.
+    """A request failed for a temporary reason.
 
     Attributes:
         after: the seconds that the server asks to wait.
-        limited: whether the server refused because it was asked too often.
+        limited: whether the server's rate limit is reached.
     """
 
     def __init__(self, reason: str, *, after: float = 0.0, limited: bool = False) -> None:
@@ -31,7 +31,7 @@ class TryAgainError(Exception):
 
 
 class Refusal(StrEnum):
-    """Why the Hub refuses, for good or for some minutes."""
+    """The reason of a refusal."""
 
     MISSING = "missing"
     PRIVATE = "private"
@@ -45,7 +45,7 @@ class RefusedError(SurroundingsError):
     """The Hub refuses a repo or a file.
 
     Attributes:
-        refusal: why.
+        refusal: the reason.
     """
 
     def __init__(self, message: str, refusal: Refusal) -> None:
@@ -54,18 +54,18 @@ class RefusedError(SurroundingsError):
 
 
 class OutOfReachError(SurroundingsError):
-    """The Hub did not answer, or cannot now; the files in the cache may serve instead."""
+    """The Hub does not answer. The files in the cache may serve instead."""
 
 
 class LimitedError(OutOfReachError, RefusedError):
-    """The Hub was asked too often."""
+    """The Hub's rate limit is reached."""
 
 
-# --- what an answer means ------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------
 
 
 def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
-    """Return what to raise once enough tries have failed."""
+    """Return the error for a request whose last try has failed."""
     reason = f"{what} could not be read from the Hub in {tries} tries: {error}."
     if error.limited:
         return LimitedError(
@@ -77,12 +77,12 @@ def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
 
 
 def unexpected(what: str, status: int) -> SurroundingsError:
-    """Return what to raise for a status that the Hub has no reason to send."""
+    """Return the error for an unexpected status."""
     return SurroundingsError(f"{what} could not be read from the Hub: it answers {status}.")
 
 
 def transient(status: int, headers: Mapping[str, str]) -> TryAgainError | None:
-    """Return the failure that an answer stands for if it may pass, else None."""
+    """Return the error for an answer that stands for a temporary failure; else None."""
     if status not in (408, 425, 429) and status < 500:
         return None
     limited = status == 429
@@ -93,13 +93,13 @@ def transient(status: int, headers: Mapping[str, str]) -> TryAgainError | None:
 def refused(
     what: str, status: int, headers: Mapping[str, str], said: str, *, with_token: bool
 ) -> SurroundingsError:
-    """Return what an answer means that is no success and does not pass.
+    """Return the error for an answer that stands for a lasting failure.
 
     Args:
-        what: the repo or file, as messages call it.
-        status: of the answer.
-        headers: of the answer, in whatever case.
-        said: what the answer says in words, if anything.
+        what: the repo or file, for messages.
+        status: the answer's status.
+        headers: the answer's headers, in any case.
+        said: the answer's text; may be empty.
         with_token: whether the request carried a token.
     """
     code = headers.get("x-error-code", "")
@@ -141,7 +141,7 @@ _ADVICE = {
 
 
 def _refusal(status: int, code: str, said: str, *, with_token: bool) -> Refusal | None:
-    """Say which of the lasting reasons an answer stands for; None if it is none of them."""
+    """Return the lasting reason of an answer; None if the reason is unknown."""
     if code == "GatedRepo":
         return Refusal.GATED
     if "is disabled" in said or status == 451:
@@ -154,7 +154,7 @@ def _refusal(status: int, code: str, said: str, *, with_token: bool) -> Refusal 
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float:
-    """Return the seconds that a server asks to wait: by number, by date, or by its rate limit."""
+    """Return the seconds that a server asks to wait: a number, a date, or a rate limit."""
     after = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}", after, re.ASCII):
         return float(after)
@@ -167,7 +167,7 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-# --- what a failure below means ------------------------------------------------------------------
+# --- errors of the HTTP library ------------------------------------------------------------------
 
 
 _SAID = (
@@ -178,11 +178,11 @@ _SAID = (
     (TimeoutError, True, "the server did not answer in time"),
     (ConnectionError, True, "the connection was broken off"),
 )
-"""What a user is told of failures that Python knows, the first that fits; and whether they pass."""
+"""Python's errors, whether each is temporary, and the user's reason. The first match counts."""
 
 
 def failure(what: str, error: BaseException) -> TryAgainError | OutOfReachError:
-    """Return what to raise for an error of the HTTP library, without the secrets in its text."""
+    """Return the error for an error of the HTTP library, without secrets in the text."""
     name = type(error).__name__
     reason, passes = redacted(f"{name}: {error}".rstrip(": ")), True
     if "Timeout" in name:
@@ -204,7 +204,7 @@ def failure(what: str, error: BaseException) -> TryAgainError | OutOfReachError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it came from, however its library keeps that."""
+    """Yield an error and its causes, from `args`, `reason`, `__cause__` or `__context__`."""
     seen: object = error
     for _ in range(10):
         if not isinstance(seen, BaseException):

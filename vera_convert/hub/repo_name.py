@@ -1,4 +1,4 @@
-"""How a repo on the Hub is written on a command line: ``org/name[@revision][/subfolder]``."""
+"""Parse the name of a repo on the Hub: ``org/name[@revision][/subfolder]``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _SLASHED_REVISION = re.compile(r"refs/(?:pr/\d+|convert/[\w.-]+)(?=/|$)", re.ASC
 _REPO_TYPES = frozenset(
     ("model", "dataset", "space", "kernel", "bucket", "datasets", "spaces", "kernels", "buckets")
 )
-"""First elements of an ``hf://`` address that are no models (or misspelt ``models``)."""
+"""First elements of an ``hf://`` address that name no model (or misspell ``models``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepoName:
-    """A repo on the Hub as it was written, taken apart and well formed.
+    """The parts of a well-formed repo name.
 
     Attributes:
         repo_id: ``org/name``, or a bare ``name``.
         revision: branch, tag, commit or ``refs/pr/N``; None for the default branch.
-        subfolder: relative folder inside the repo, with `/`; empty for its root.
+        subfolder: the folder inside the repo, with `/`; empty for the root.
     """
 
     repo_id: str
@@ -40,12 +40,12 @@ class RepoName:
 
 
 def looks_like_path(text: str) -> bool:
-    """Say whether `text` is written as a path, so that it is never sent to the Hub."""
+    """Return whether `text` can only be a path, and so is never sent to the Hub."""
     return re.match(r"[./~]|[A-Za-z]:", text) is not None or "\\" in text
 
 
 def is_repo_id(text: str) -> bool:
-    """Say whether `text` is ``name`` or ``org/name`` as the Hub allows them."""
+    """Return whether `text` is a ``name`` or ``org/name`` that the Hub allows."""
     parts = text.split("/")
     return (
         len(parts) <= 2
@@ -57,27 +57,27 @@ def is_repo_id(text: str) -> bool:
 
 
 def is_revision(text: str) -> bool:
-    """Say whether `text` could name a branch, tag or commit in git."""
+    """Return whether `text` can be a branch, tag or commit in git."""
     return _REVISION.fullmatch(text) is not None and all(
         re.search(r"^\.|\.\.|\.$|\.lock$", part) is None for part in text.split("/")
     )
 
 
 def parse_repo_name(text: str, *, bare: bool) -> RepoName:
-    """Take a repo's name apart.
+    """Parse a repo's name.
 
     Args:
         text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``;
             or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``.
-        bare: whether a ``name`` without an organization is one too.
+        bare: allow a ``name`` without an organization.
 
     Raises:
-        ValueError: saying what is malformed.
+        ValueError: the name is malformed; the message says where.
     """
     if text.startswith(SCHEME):
         body = _without_type(text.removeprefix(SCHEME)).strip("/")
         repo_id, revision, subfolder = _split(body)
-        # As in huggingface_hub, where %2F is how a branch with a slash is written.
+        # As in huggingface_hub, %2F stands for a slash in a branch.
         revision = unquote(revision) if revision else revision
     elif re.match(r"https?://", text):
         repo_id, revision, subfolder = _of_address(text)
@@ -105,7 +105,7 @@ def _without_type(body: str) -> str:
 
 
 def _of_address(text: str) -> tuple[str, str | None, str | None]:
-    """Take the address of a repo's page apart: ``https://huggingface.co/org/name/tree/REV/sub``."""
+    """Parse the address of a repo's page: ``https://huggingface.co/org/name/tree/REV/sub``."""
     address = urlsplit(text)
     if address.hostname not in {*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname}:
         raise ValueError("the address is not one of the Hub")
@@ -119,16 +119,16 @@ def _of_address(text: str) -> tuple[str, str | None, str | None]:
     found = _SLASHED_REVISION.match("/".join(rest))
     length = found.group().count("/") + 1 if found else 1
     revision, inside = "/".join(rest[:length]), rest[length:]
-    if page != "tree":  # the page of a file, which stands for its folder
+    if page != "tree":  # the page of a file stands for the folder
         inside = inside[:-1]
     return "/".join(repo), unquote(revision) or None, unquote("/".join(inside)) or None
 
 
 def _split(body: str) -> tuple[str, str | None, str | None]:
-    """Split into repo id, revision and subfolder; None where a part is not there at all."""
+    """Split into repo id, revision and subfolder; a missing part is None."""
     before, at, after = body.partition("@")
     if not at or before.count("/") > 1:
-        # An @ further back belongs to the subfolder's name.
+        # An @ after the second slash belongs to the subfolder's name.
         organization, *rest = body.split("/", 2)
         return "/".join((organization, *rest[:1])), None, rest[1] if len(rest) > 1 else None
     slashed = _SLASHED_REVISION.match(after)

@@ -1,7 +1,7 @@
-"""Whole files of a repo at one commit, brought into the Hub's cache if they are not there.
+"""Download complete files of a repo at one commit into the Hub's cache.
 
-One after the other and each in one stream, which an interruption ends at once. `hf download` brings
-the same files into the same cache, and is faster for hundreds of gigabytes.
+Files are downloaded one after the other, each in one stream that a signal ends at once. For
+hundreds of gigabytes, `hf download` is faster and fills the same cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vera_convert.hub.range_file import HEAD_BYTES, RemoteFile
 from vera_convert.text import printable
 
 _SMALL = 4 << 20
-"""A file of no more bytes takes one request, and no bar is drawn for it."""
+"""A file of at most so many bytes takes one request and shows no progress bar."""
 
 
 def download(
@@ -31,18 +31,18 @@ def download(
     listed: Mapping[str, RepoFile],
     access: HubAccess,
 ) -> Path:
-    """Bring files of a repo into the cache, if they are not there, and return their snapshot.
+    """Download the files of a repo that the cache lacks, and return the snapshot's folder.
 
     Args:
         repo_id: the repo.
         commit: the commit.
-        names: the files, as the repo calls them.
-        listed: what the Hub says of each, by name; may lack some.
-        access: how the Hub is reached.
+        names: the files' names in the repo.
+        listed: sizes and hashes by name; may lack some files.
+        access: the access to the Hub.
 
     Raises:
         OutOfReachError: no answer.
-        SurroundingsError: no such file, or no access to it; the bytes are not those that the Hub
+        SurroundingsError: no such file, or no access; the bytes have another hash than the Hub
             states; the disk is full.
     """
     snapshot = snapshot_of(repo_id, commit, access)
@@ -77,7 +77,7 @@ def _download(
 
 @contextmanager
 def _bar(name: str, size: int, access: HubAccess) -> Iterator[Callable[[int], object]]:
-    """Draw a bar of bytes on a terminal, unless the caller or the environment wants none."""
+    """Draw a progress bar on a terminal, unless the caller or the environment forbids bars."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if not (access.progress and terminal) or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
         yield lambda _count: None

@@ -1,7 +1,6 @@
-"""A request to a server: its answer, and how often a failing request is repeated.
+"""Repeat failing requests: up to five tries, with at most a minute of pauses in total.
 
-Every request to the Hub takes this way, so all of them survive the same faults within the same
-bounds: up to five tries, and no more than a minute of waiting in all.
+Every request to the Hub uses this module, so every request survives the same faults.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from vera_convert.hub.refusals import TryAgainError, gave_up
 Result = TypeVar("Result")
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds to wait before each further try, if the server does not ask for more."""
+"""Seconds before each further try, unless the server asks for a longer pause."""
 LONGEST_PAUSE = 30.0
-"""The most seconds to wait before a further try, however long the server asks to wait."""
+"""The most seconds before a further try, even if the server asks for a longer pause."""
 LONGEST_WAIT = 60.0
-"""The most seconds to wait in all, between the tries of one request."""
+"""The most seconds of all pauses of one request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered to the request for some bytes.
+    """A server's answer to a request for some bytes.
 
     Attributes:
-        status: 200 (the whole file), 206 (a part of it) or 416 (it has no such part).
-        headers: of the last server that was asked, names in lower case.
-        identity: what must not change between answers: the commit and the entity tag.
-        blocks: the body, piece by piece; nothing is transferred that is not asked for.
+        status: 200 (the complete file), 206 (a part) or 416 (no such part).
+        headers: the headers of the last server, with names in lower case.
+        identity: the commit and the entity tag, which must be the same in all answers.
+        blocks: the body in blocks; a block is transferred when the caller takes the block.
     """
 
     status: int
@@ -42,17 +41,18 @@ class Answer:
 
 
 Ask = Callable[[int, int], AbstractContextManager[Answer]]
-"""Ask for the bytes from the first to the last, both included.
+"""Request the bytes from the first to the last, both included.
 
-Raises `TryAgainError` for what passes and `SurroundingsError` for what does not, in the body too.
+Raises `TryAgainError` for a temporary failure and `SurroundingsError` for a lasting failure, also
+while the body is read.
 """
 
 
 class Patience:
-    """Decides whether one request is tried again, and waits before the next try."""
+    """Counts the tries of one request, and waits before the next try."""
 
     def __init__(self, what: str) -> None:
-        """Begin to count; `what` is how messages call the repo or file."""
+        """Start to count the tries; `what` is the repo or file, for messages."""
         self._what = what
         self._tries = 0
         self._waited = 0.0
@@ -61,7 +61,7 @@ class Patience:
         """Wait before the next try.
 
         Raises:
-            OutOfReachError: there were enough tries.
+            OutOfReachError: no further try is allowed.
         """
         self._tries += 1
         if self._tries > len(PAUSES) or self._waited >= LONGEST_WAIT:
@@ -72,7 +72,7 @@ class Patience:
         time.sleep(pause)
 
     def renew(self) -> None:
-        """Begin to count anew, because much was transferred since the last failure."""
+        """Restart the count, because much was transferred since the last failure."""
         self._tries, self._waited = 0, 0.0
 
 
@@ -80,8 +80,8 @@ def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
     """Return the result of `attempt`, repeated while it raises `TryAgainError`.
 
     Args:
-        attempt: what is tried.
-        what: how messages call the repo or file.
+        attempt: the function to try.
+        what: the repo or file, for messages.
 
     Raises:
         OutOfReachError: every try has failed.

@@ -1,4 +1,4 @@
-"""Texts from HTTP libraries without the secrets in them: tokens, and signed addresses."""
+"""Remove secrets from the texts of HTTP libraries: tokens, and signed addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PATTERNS = (
     (re.compile(r"\bhf_[A-Za-z0-9_.-]+"), "hf_***"),
     (re.compile(r"(?i)\b(bearer)\s+[^\s'\",]+"), r"\1 ***"),
     (re.compile(r"(://)[^\s/@'\"]{1,500}@"), r"\1***@"),
-    # A signature is in the query of an address, whole or as a path alone.
+    # The query of an address may hold a signature.
     (re.compile(r"\?[^\s'\"<>=]{1,200}=[^\s'\"<>]*"), "?***"),
 )
 
@@ -18,8 +18,8 @@ def redacted(text: str, *secrets: str | None) -> str:
     """Return `text` with tokens and the queries of addresses replaced by asterisks.
 
     Args:
-        text: what a library says, or a traceback.
-        secrets: further texts that must not be shown; HF_TOKEN is one of them always.
+        text: a library's message, or a traceback.
+        secrets: further texts to hide; HF_TOKEN is always hidden.
     """
     for secret in (*secrets, os.environ.get("HF_TOKEN")):
         if secret and len(secret.strip()) >= 4:

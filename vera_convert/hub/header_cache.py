@@ -1,8 +1,8 @@
-"""The beginnings of a repo's files, kept between runs: a base's headers are fetched once.
+"""Keep the first bytes of a repo's files between runs, so a base's headers are fetched once.
 
-A commit never changes, so what was read of its files never has to be read again. The beginnings lie
-in the repo's own folder of the Hub's cache, and go when that is removed. They hold what a stranger
-published, as the cache does, and are read with the same care; a damaged one counts as none.
+A commit never changes, so its files need no second request. The first bytes lie in the repo's
+folder of the Hub's cache and are removed with the folder. A stranger published these bytes, so they
+are read within bounds; damaged bytes are ignored.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vera_convert.hub.client import HubAccess, endpoint
 from vera_convert.hub.range_file import MOST_KEPT, Beginning
 
 MOST_OF_A_REPO = 64 << 20
-"""The most bytes of beginnings that are kept of one repo; the oldest go first."""
+"""The most bytes that are kept of one repo; the oldest are removed first."""
 _LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class KeptBeginning:
-    """Where the beginning of one file at one commit is kept."""
+    """The place of the first bytes of one file at one commit."""
 
     path: Path
 
     def load(self) -> Beginning | None:
-        """Return what was kept; None if nothing was, or if it is damaged."""
+        """Return the kept bytes; None if nothing was kept, or if the bytes are damaged."""
         try:
             limit = MOST_KEPT + _LONGEST_LINE
             with open_local(self.path, within=self.path.parent, limit=limit) as file:
@@ -55,7 +55,7 @@ class KeptBeginning:
         return Beginning(size, (commit, tag), data)
 
     def save(self, beginning: Beginning) -> None:
-        """Keep a beginning, if that can be done; a cache that cannot be written costs time only."""
+        """Keep the first bytes, if possible; without them the next run only takes longer."""
         if len(beginning.data) > MOST_KEPT:
             return
         commit, tag = beginning.identity
@@ -66,7 +66,7 @@ class KeptBeginning:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # huggingface_hub takes a repo's folder without this one for a damaged cache
+            # without this folder, huggingface_hub reports a damaged cache
             (self.path.parent.parent / "snapshots").mkdir(exist_ok=True)
             with replacing(self.path) as file:
                 file.write(line + b"\n" + beginning.data)
@@ -74,13 +74,13 @@ class KeptBeginning:
 
 
 def kept_beginning(repo_id: str, commit: str, filename: str, access: HubAccess) -> KeptBeginning:
-    """Return where the beginning of a file is kept; another Hub's file is another one."""
+    """Return the place of the first bytes of a file, separate for each Hub."""
     key = sha256(f"{endpoint()}\0{commit}\0{filename}".encode("utf-8", "surrogatepass"))
     return KeptBeginning(cache_of_repo(repo_id, access) / "vera-convert" / key.hexdigest())
 
 
 def _prune(newest: Path) -> None:
-    """Remove the oldest beginnings of a repo, so that the others keep within the bound."""
+    """Remove the oldest bytes of a repo until the others fit the bound."""
     found = [(path.stat(), path) for path in newest.parent.iterdir()]
     left = MOST_OF_A_REPO - newest.stat().st_size
     for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
