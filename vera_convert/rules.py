@@ -1517,8 +1517,7 @@ NOT_DEQUANTIZABLE = Rule(
     "V554",
     ERROR,
     "the base has a format that --dequantize does not support",
-    "--dequantize converts a whole base to 16 bits, or nothing. docs/quantized-bases.md lists "
-    "the formats.",
+    "--dequantize converts a whole base to 16 bits, or nothing.",
     "Serve the adapter on the quantized base; `vera-convert to-lora` writes a form that more "
     "engines load, without loss. Or merge into the original 16-bit or 32-bit model with --base,"
     " which differs slightly from the model of the training. Or convert the base to 16 bits "
