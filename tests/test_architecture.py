@@ -32,7 +32,8 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats refused
 base: model side_files layers rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: match task_classes replacements components facts casts dims identity resolve
+base: vocabulary strategies match resizes task_classes replacements components facts casts dims
+base: identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config

@@ -13,10 +13,11 @@ from adapters import good_adapter
 from bases import TENSORS, tiny_base
 from commandline import Run
 
-from vera_convert.base.match import Match, match_modules, match_replacements
+from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.recognize import quantized_targets
 from vera_convert.base.renames import model_types, views
+from vera_convert.base.replacements import match_replacements
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.shards import find_weights

@@ -7,8 +7,9 @@ import pytest
 from safetensors import safe_open
 
 from vera_convert.base.facts import parse_key_map
-from vera_convert.base.match import match_modules, match_replacements
+from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
+from vera_convert.base.replacements import match_replacements
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location

@@ -13,10 +13,11 @@ from releases import needs
 from safetensors.numpy import load_file
 from smallmodels import EYE, MODELS, linear_layers, real_model
 
-from vera_convert.base.match import Match, match_modules, match_replacements
+from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.rename_table import Family, conversions, families
 from vera_convert.base.renames import model_types, views
+from vera_convert.base.replacements import match_replacements
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location

@@ -18,8 +18,8 @@ If the dimensions are not proven, the file either is complete, or lacks layers t
 
 - The file has a hole (a layer is missing that the class builds and whose name other layers of the
   file have). Then the file was cut, and no reading is safe: `DIMS_AMBIGUOUS` refuses the adapter
-  and names the dimensions of both readings. An adapter that stores A and B is not refused, because
-  nothing is drawn for it; the dimensions are those that PEFT demands, with the missing layers.
+  and names the dimensions of both readings. An adapter that stores A and B passes, because no A
+  and B are drawn; the dimensions are those that PEFT requires with the missing layers.
 - The file has no hole. Then the dimensions of the file's layers are taken, and `TARGETS_DISAGREE`
   warns and names the dimensions of the other reading.
 
@@ -79,7 +79,7 @@ class SharedDims:
 def shared_dims(
     adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear], built: BuiltLayers
 ) -> SharedDims:
-    """Return the dimensions of A and B; this module's text says when they are proven.
+    """Return the dimensions of A and B; the module's docstring says when these are proven.
 
     Args:
         adapter: the adapter.
@@ -89,7 +89,7 @@ def shared_dims(
 
     Raises:
         CheckpointError: the targets match narrower layers than the file adapts, or the file has
-            holes and these could change the dimensions.
+            holes that could change the dimensions.
     """
     matched = _matched(adapter, model, own)
     findings = [*_unmatched(adapter, own, matched)]
@@ -106,9 +106,9 @@ class _Matched(NamedTuple):
     """The layers that the config's targets match.
 
     Attributes:
-        own: those that the file adapts.
-        only_sized: those that the config lists by full name and that PEFT does not adapt.
-        further: others, by the names and shapes in the base's files.
+        own: layers that the file adapts.
+        only_sized: layers that the config lists by full name and PEFT does not adapt.
+        further: other layers, by the names and shapes in the base's files.
     """
 
     own: Mapping[str, Linear]
@@ -122,7 +122,7 @@ def _matched(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) ->
     certain = everything
     targets = config.target_modules
     if isinstance(targets, tuple) and config.layers_to_transform is not None:
-        # What else the files hold must not decide how PEFT shortens the list.
+        # Other layers of the files must not decide how PEFT shortens the list.
         listed = {*targets}
         certain = _adapted(
             replace(
@@ -153,10 +153,10 @@ def _widest(layers: Iterable[Linear]) -> Dims:
 
 
 def _unmatched(adapter: Adapter, own: Mapping[str, Linear], matched: _Matched) -> Iterator[Finding]:
-    """Warn of layers of the file that the targets do not match, so that PEFT ignores them.
+    """Warn of layers in the file that the targets do not match, so that PEFT ignores the layers.
 
     Raises:
-        CheckpointError: PEFT's A and B would be too small for them.
+        CheckpointError: PEFT's A and B would be too small for these layers.
     """
     fewer = [name for name in own if name not in matched.own]
     if not fewer:
@@ -182,13 +182,13 @@ def _unmatched(adapter: Adapter, own: Mapping[str, Linear], matched: _Matched) -
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """The dimensions that were chosen, and why.
+    """The chosen dimensions, and the reasons.
 
     Attributes:
         dims: the dimensions.
         other: the dimensions if every further layer were adapted too.
-        proven: whether nothing else is possible.
-        holes: further layers that the file should have.
+        proven: whether no other dimensions are possible.
+        holes: layers that the file should have.
     """
 
     dims: Dims
@@ -206,7 +206,7 @@ def _reading(
     if other == inside:
         return _Reading(inside, other, proven=True, holes=holes)
     cut = _joined(inside, (possible[name] for name in holes))
-    # PEFT demands stored A and B that suit every layer that it adapts, with vectors or without.
+    # PEFT requires stored A and B that suit every adapted layer, with or without vectors.
     needed = inside if adapter.projections is None else cut
     recorded = _recorded(adapter)
     if recorded is not None and _explains(recorded, inside, needed, possible.values()):
@@ -250,7 +250,7 @@ def _two_readings(inside: Dims, cut: Dims, holes: tuple[str, ...]) -> str:
 def _further(
     adapter: Adapter, reading: _Reading, inside: Dims, further: Mapping[str, Linear]
 ) -> Iterator[Finding]:
-    """Tell of layers in the base's files that the targets match and the file does not adapt."""
+    """Yield findings on layers of the base that the targets match and the file does not adapt."""
     if not further:
         return
     if reading.holes:

@@ -1,6 +1,6 @@
-"""What is known of the base that an adapter is for: its dims, and the rounding to its dtype.
+"""The caller's options for a base, and the facts of a base that decide A and B.
 
-The records alone, which cost nothing to load; how they are come by lies in `learning`.
+This module has the records alone and loads fast; `resolve` fills the facts in.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 
 @dataclass(frozen=True, slots=True)
 class BaseOptions:
-    """What a caller says of the base; all of it can be left out.
+    """The caller's options for the base; each option is optional.
 
     Attributes:
         model: a folder or a repo on the Hub.
-        revision: its branch, tag or commit; None for the one of the adapter's config.
-        dtype: the dtype it is loaded in, such as ``bfloat16``.
-        in_features: columns of A, where no base is at hand.
-        out_features: rows of B, likewise.
+        revision: branch, tag or commit of the repo; None for the revision of the adapter's config.
+        dtype: the dtype in which the base is loaded, such as ``bfloat16``.
+        in_features: columns of A, if no base is given.
+        out_features: rows of B, if no base is given.
         key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules.
-        places: pairs (NAME, MODEL): where the base lies that adapters' configs call NAME; a
-            mapping will do.
+        places: pairs (NAME, MODEL), or a mapping: the base MODEL for configs that name NAME.
 
     Example:
         >>> BaseOptions("org/model", dtype="bf16").dtype
@@ -69,7 +68,7 @@ class BaseOptions:
 
 
 def _places(value: object) -> tuple[tuple[str, str], ...]:
-    """Return the names that configs have for bases, each with the place of the base."""
+    """Return pairs of a base's name in configs and the base's folder or repo."""
     if isinstance(value, Mapping):
         value = tuple(value.items())
     if isinstance(value, Sequence) and all(isinstance(each, tuple | list) for each in value):
@@ -83,7 +82,7 @@ def key_maps(value: object) -> tuple[tuple[str, str], ...]:
     """Return the renames of a key map: pairs (OLD, NEW), or texts ``OLD=NEW``.
 
     Raises:
-        UsageError: one is neither.
+        UsageError: an item is neither a pair nor a text.
     """
     if isinstance(value, str):
         value = (value,)
@@ -103,10 +102,10 @@ def _written(rename: object) -> str:
 
 
 def parse_key_map(written: str) -> tuple[str, str]:
-    """Split ``OLD=NEW``; either side may be empty, and is else a path of names and dots.
+    """Split ``OLD=NEW``; each side is a path of names and dots, and one side may be empty.
 
     Raises:
-        UsageError: anything else.
+        UsageError: the text has another form.
     """
     old, equals, new = written.partition("=")
     if not equals or not (old or new) or not (_PATH.fullmatch(old) and _PATH.fullmatch(new)):
@@ -118,7 +117,7 @@ def parse_key_map(written: str) -> tuple[str, str]:
 
 
 def base_options_of(base: BaseOptions | str | Path | None) -> BaseOptions:
-    """Return what a caller says of the base as a record; a text or a path is the model."""
+    """Return the caller's options as a record; a text or a path becomes the model."""
     return (
         base
         if isinstance(base, BaseOptions)
@@ -128,17 +127,17 @@ def base_options_of(base: BaseOptions | str | Path | None) -> BaseOptions:
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """What is known of the base that decides A and B; None is "not known".
+    """The facts of a base that decide A and B; None means "not known".
 
     Attributes:
         in_features: columns of A.
         out_features: rows of B.
         rounding: what the base's dtype does to drawn values.
-        roundings: where `rounding` is not known, those that are possible; empty if all are.
-        source: where that is known from, or why it is not, for people.
+        roundings: the possible roundings if `rounding` is None; empty if all are possible.
+        source: the source of the facts, or the reason why facts are missing, for people.
         location: where the base lies.
-        base: the base's tensors, where its headers were read.
-        match: the tensor of each adapted layer there.
+        base: the base's headers, if read.
+        match: the base's tensor for each adapted layer, if the headers were read.
         layers: the size of each adapted layer, by the adapter's module path; empty if the base's
             layers were not read.
         modules: every module with a weight, as the adapter's model names it; empty likewise.
@@ -158,7 +157,7 @@ class BaseFacts:
     findings: tuple[Finding, ...] = ()
 
     def fits(self, in_features: int, out_features: int) -> bool:
-        """Say whether dims agree with those of the base, as far as they are known."""
+        """Say whether dims agree with the known dims of the base."""
         return self.in_features in (None, in_features) and self.out_features in (
             None,
             out_features,
@@ -176,12 +175,12 @@ class BaseFacts:
         return (folder,) if folder else ()
 
 
-def loaded_in(known: BaseFacts, dtype: str) -> BaseFacts:
-    """Return what is known of a base that is loaded in this dtype, whatever its headers say.
+def loaded_in(facts: BaseFacts, dtype: str) -> BaseFacts:
+    """Return the facts of a base that is loaded in `dtype` instead of the dtypes of the headers.
 
     Args:
-        known: what its headers say.
-        dtype: as torch or as safetensors names it.
+        facts: the facts from the headers.
+        dtype: the name of torch or of safetensors.
     """
-    settled = tuple(f for f in known.findings if f.rule is not ROUNDING_UNCLEAR)
-    return replace(known, rounding=rounding_on_base(dtype), roundings=(), findings=settled)
+    settled = tuple(f for f in facts.findings if f.rule is not ROUNDING_UNCLEAR)
+    return replace(facts, rounding=rounding_on_base(dtype), roundings=(), findings=settled)

@@ -1,4 +1,4 @@
-"""Whether a base is the model that an adapter's config names, and what its own config describes."""
+"""Compare a base with the model that an adapter's config names, and with the base's own config."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_pro
 
 
 def disagreements(adapter: Adapter, base: BaseModel, built: BuiltLayers) -> Iterator[Finding]:
-    """Warn once if a base is not the one of the config, and once if its own config is another's.
+    """Warn if the adapter's config names another base, and if the base's config fits other weights.
 
     Args:
         adapter: the adapter.
-        base: the base, whose layers fit the adapter's.
+        base: the base, which has the adapter's layers.
         built: which layers the base's config says are built.
     """
     other = [*_another_name(adapter.config, base), *_another_class(adapter.config, base)]
@@ -42,8 +42,8 @@ def disagreements(adapter: Adapter, base: BaseModel, built: BuiltLayers) -> Iter
 def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
     named = config.base_model_name_or_path
     if not named or not is_repo_id(named):
-        return  # a path tells nothing: the same model lies elsewhere on each machine
-    # The config's _name_or_path tells nothing either: in a tuned model it often names the parent.
+        return  # the path of a model differs between machines
+    # The base's _name_or_path is no help: in a tuned model the field often names the parent.
     repo = base.location.repo_id or _cached_repo(base.location)
     if repo is not None and _last(named) != _last(repo):
         yield f"the adapter's config names {printable(named)}, and this is {printable(repo)}"
@@ -83,10 +83,10 @@ def _plain(name: str) -> str:
 
 
 def _other_sizes(base: BaseModel) -> Iterator[str]:
-    """Yield the sizes of the embedding that no field of the base's config has."""
+    """Yield the sizes of the embedding that no field of the base's config states."""
     fields: dict[str, object] = {}
     for part in parts_of_config(base.config):
-        fields = {**part, **fields}  # those of the model itself before those of its parts
+        fields = {**part, **fields}  # fields of the model before fields of a part
     numbers = {
         value
         for part in parts_of_config(base.config)
@@ -96,7 +96,7 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
     sizes = {
         name: value
         for name, value in fields.items()
-        if type(value) is int and 0 < value < MAX_WIDTH  # else the field is no size at all
+        if type(value) is int and 0 < value < MAX_WIDTH  # any other value is no size
     }
     width = next((name for name in _WIDTHS if name in sizes), None)
     for name, rows, columns in _embeddings(base):

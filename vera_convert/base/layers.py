@@ -1,4 +1,4 @@
-"""The linear layers of a model, from its headers or its config alone: what `count` counts on."""
+"""Read the linear layers of a model from headers or from a config, for `count`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vera_convert.targets.linear import ModelLayers, layers_from_shapes
 
 
 def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
-    """Read a model's layers from its headers; from its config alone where it has no weights.
+    """Return a model's layers from the headers, or from the config if the model has no weights.
 
     Raises:
-        CheckpointError: it is malformed, or of a type that is not known from its config.
-        SurroundingsError: it cannot be had.
+        CheckpointError: the model is malformed, or the config's model type is not known.
+        SurroundingsError: the model cannot be found or read.
     """
     location = locate(model, kind="base", access=access, revision=revision)
     try:
@@ -33,11 +33,11 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
 
 
 def layers_of_config_file(path: Path) -> ModelLayers:
-    """Read a model's layers from its ``config.json``.
+    """Return a model's layers from a ``config.json``.
 
     Raises:
-        CheckpointError: it is malformed, or of a type that is not known.
-        SurroundingsError: it cannot be read.
+        CheckpointError: the config is malformed, or the model type is not known.
+        SurroundingsError: the file cannot be read.
     """
     with open_local(path) as source:
         return layers_from_config(read_config_file(source))

@@ -1,7 +1,7 @@
-"""The base model as its headers describe it: names, shapes, dtypes and files, but no values.
+"""Read a base model from its headers: names, shapes, dtypes and files, but no values.
 
-A model here is one safetensors file, or shards under an index, of transformers or diffusers, in a
-folder or on the Hub; there, each file costs a range request of kilobytes.
+A model is one safetensors file, or shards under an index, of transformers or diffusers, in a folder
+or on the Hub. On the Hub, a range request of some kilobytes reads the header of a file.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from vera_convert.text import and_more, printable
 CONFIG_LIMIT = 16 << 20
 """The most bytes of a model's config.json; class names of image models fill a megabyte."""
 INDEX_LIMIT = 100_000_000
-"""The most bytes of an index, which is of the size of all headers together."""
+"""The most bytes of an index, which is as large as all headers together."""
 _REQUESTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
-    """One tensor of the base: the file that holds it, and its record in that file's header."""
+    """One tensor of the base: the name of the file, and the record in the file's header."""
 
     file: str
     info: TensorInfo
@@ -61,13 +61,14 @@ class BaseModel:
     """A base model, every tensor accounted for.
 
     Attributes:
-        location: where it lies.
-        config: its ``config.json``; empty if there is none.
+        location: where the base lies.
+        config: the ``config.json``; empty if there is none.
         files: header of each weight file, by name relative to the location, sorted.
         tensors: by name, in the order of the files and their headers.
-        prefix: the component's folder inside a pipeline, such as ``transformer/``; else empty.
+        prefix: the component's folder inside a pipeline, such as ``transformer/``; empty for a
+            model.
         index: the name of the shards' index, if there is one.
-        strays: safetensors files beside the weights that are not among them.
+        strays: safetensors files that are no weights of the base.
         values: the bytes of the small tensors that tell the shapes of packed weights, by name.
     """
 
@@ -82,13 +83,13 @@ class BaseModel:
 
     @property
     def model_type(self) -> str | None:
-        """What the config calls the kind of model, such as ``llama``."""
+        """The config's ``model_type``, such as ``llama``."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
 
     @property
     def tie_word_embeddings(self) -> bool | None:
-        """Whether the config says that the head is the embedding's tensor; None if it is silent."""
+        """Whether the config ties the output head to the embedding; None if no field says."""
         parts = (part for part in self.config.values() if isinstance(part, Mapping))
         for part in (self.config, *parts):
             found = part.get("tie_word_embeddings")
@@ -114,27 +115,28 @@ class BaseModel:
         return sum(ends)
 
     def dtypes_of(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the dtypes, as safetensors names them, of the tensors named."""
+        """Return the dtypes of these tensors, in safetensors' names."""
         return frozenset(self.tensors[name].info.dtype for name in names)
 
     def linear_shape(self, name: str, *, conv1d: bool) -> tuple[int, int]:
-        """Return outputs and inputs of the layer with this weight, a matrix."""
+        """Return outputs and inputs of the layer with this two-dimensional weight."""
         rows, columns = self.tensors[name].info.shape
         return (columns, rows) if conv1d else (rows, columns)
 
 
 def read_base(location: Location, access: HubAccess, *, component: str = "") -> BaseModel:
-    """Read a base from its headers, index and shards held against each other.
+    """Read a base from the headers, and compare index and shards.
 
     Args:
         location: where the base lies.
         access: how the Hub is reached.
         component: the folder of a pipeline's component, such as ``transformer_2/``; empty for a
-            model, and for the one main component that a pipeline has.
+            model, and for the main component of a pipeline.
 
     Raises:
-        CheckpointError: no safetensors weights, or malformed, or shards missing or of another save.
-        SurroundingsError: it cannot be read.
+        CheckpointError: there are no safetensors weights, a file is malformed, or shards are
+            missing or belong to another save.
+        SurroundingsError: a file cannot be read.
     """
     names = list_files(location, access)
     source = _Source(location, access)
@@ -167,7 +169,7 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
 def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
     """Return the folders of the components that a pipeline's index lists, each with a `/`.
 
-    An index that cannot be understood lists none.
+    A malformed index lists no component.
 
     Raises:
         SurroundingsError: the index cannot be read.
@@ -184,11 +186,11 @@ def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
 
 
 def read_model_config(location: Location, access: HubAccess) -> Mapping[str, object] | None:
-    """Read a model's ``config.json`` alone; None if there is none.
+    """Return a model's ``config.json``; None if there is none.
 
     Raises:
-        CheckpointError: it is malformed.
-        SurroundingsError: it cannot be read.
+        CheckpointError: the config is malformed.
+        SurroundingsError: the file cannot be read.
     """
     source = _Source(location, access)
     if not source.has("config.json", list_files(location, access)):
@@ -200,8 +202,8 @@ def read_config_file(source: ByteSource) -> Mapping[str, object]:
     """Read a model's ``config.json`` as transformers reads it.
 
     Raises:
-        CheckpointError: it is malformed.
-        SurroundingsError: it cannot be read.
+        CheckpointError: the config is malformed.
+        SurroundingsError: the file cannot be read.
     """
     document, _ = read_json(source, limit=CONFIG_LIMIT, pythons_numbers=True)
     return _config_of(document, source.place)
@@ -238,7 +240,7 @@ def _files(weights: WeightFiles, weight_map: Mapping[str, str] | None) -> list[s
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The files of a location, wherever it is."""
+    """The files of a location, in a folder or on the Hub."""
 
     location: Location
     access: HubAccess
@@ -250,11 +252,11 @@ class _Source:
         return open_local(folder / name, within=folder)
 
     def has(self, name: str, names: Collection[str]) -> bool:
-        """Say whether there is anything of a name; `open` refuses what is no regular file.
+        """Say whether a name exists; `open` refuses a name that is no regular file.
 
         Args:
-            name: of a file.
-            names: of all regular files.
+            name: the name of a file.
+            names: the names of all regular files.
         """
         folder = self.location.folder
         return name in names or (folder is not None and os.path.lexists(folder / name))
@@ -269,7 +271,7 @@ class _Source:
         return read_weight_map(document, name, place=file.place)
 
     def read_headers(self, names: Collection[str]) -> dict[str, Header]:
-        """Read the headers of files, with every defect of all of them raised at once."""
+        """Read the headers of files, and raise the defects of all files together."""
         if self.location.folder is not None:
             results = [self._header(name) for name in names]
         else:
@@ -350,7 +352,7 @@ def _hold_against_index(
 def _files_of(
     tensor: str, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
 ) -> str:
-    """Say where the index puts a tensor, and which files hold it."""
+    """Return where the index puts a tensor, and which files hold the tensor."""
     there = " and ".join(printable(file) for file, names in shards.items() if tensor in names)
     said = ""
     if tensor in weight_map:
@@ -368,10 +370,10 @@ def _some(names: Collection[str]) -> str:
 
 
 class Orientation:
-    """Which weights of a base are stored as (in, out), the way of ``Conv1D``, and which are not.
+    """Tells which weights of a base are stored as (in, out), as ``Conv1D`` stores weights.
 
-    A square shape says nothing, so the base is asked: a bias has as many values as a layer has
-    outputs; layers of one name are of one kind; and the model type tells what its layers are.
+    The shape of a square weight does not tell. A bias has as many values as a layer has outputs,
+    layers of one name are stored alike, and the model type tells the rest.
     """
 
     def __init__(self, base: BaseModel) -> None:
@@ -386,7 +388,7 @@ class Orientation:
         self._types = {kind for kind in types if isinstance(kind, str)}
 
     def is_conv1d(self, name: str) -> bool | None:
-        """Say whether the weight of this name is stored as (in, out); None if nothing tells."""
+        """Say whether the weight of this name is stored as (in, out); None if not known."""
         own = self._from_bias(name)
         if own is not None:
             return own
@@ -396,7 +398,7 @@ class Orientation:
             return next(iter(kinds))
         if any(layer in CONV1D_LAYERS.get(kind, ()) for kind in self._types):
             return True
-        # Code that comes with the model may have layers of its own; all other models are known.
+        # Code beside the weights may define other layers; the layers of all other models are known.
         config = self._base.config
         if (self._types or "_class_name" in config) and "auto_map" not in config:
             return False

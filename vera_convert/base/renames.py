@@ -1,13 +1,10 @@
-"""A base's layers under the names that other releases of transformers give them in memory.
+"""Rename a base's layers as each release of transformers names the layers in memory.
 
-transformers renames layers from time to time and keeps the names in the files: it translates when
-it loads. An adapter's keys are the names in memory of the release that it was trained with. A view
-holds the base's layers under the names of one release, so that an adapter's are looked up in it.
+transformers renames layers from time to time, keeps the names in the files, and translates on
+loading. An adapter's keys are the names in memory of the release that trained the adapter. A view
+holds the base's layers under the names of one release.
 
     files (of any release) ──► today's names ──► each release's names ──► the adapter's
-
-The renames of parts are in `renamerules`, by hand; those of whole models in `conversiontable`,
-generated from the classes of transformers.
 """
 
 from __future__ import annotations
@@ -27,22 +24,22 @@ from vera_convert.text import printable
 
 _MOST_FAMILIES = 4
 _BODY = "model."
-"""What a class with a head calls the model below it; files can lack the prefix."""
+"""The prefix that a class with a head puts before the model; files can lack the prefix."""
 _MOST_TYPES = 16
 _MOST_TEMPLATES = 20_000
-"""The most layers that differ in more than numbers; each is renamed for each release."""
+"""The most layers that differ in more than numbers; a limit on the work for a hostile base."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The layers of a base under the names that a release has for them in memory.
+    """The layers of a base under the names that a release uses in memory.
 
     Attributes:
-        name: which names these are, for people.
+        name: the name of the view, for people.
         on_disk: path in the files by path in memory.
         in_memory: path in memory by path in the files.
-        like_files: from the path in memory of a layer that the base lacks to the path that fits
-            its files.
+        like_files: from the path in memory of a layer that the base lacks to the path that the
+            base's files would use.
     """
 
     name: str
@@ -53,8 +50,8 @@ class View:
     def path_on_disk(self, module: str) -> str | None:
         """Return the path of a layer in the files.
 
-        A layer that the base lacks gets the path that fits its files; a name that another release
-        has for one of the base's layers gets None, so that names are never mixed.
+        A layer that the base lacks gets the path that the base's files would use. A name that
+        another release has for one of the base's layers gets None, so that no two releases mix.
         """
         found = self.on_disk.get(module)
         if found is not None:
@@ -64,10 +61,10 @@ class View:
 
 
 def views(base: BaseModel) -> Iterator[View]:
-    """Yield the base's layers under the names of each release that has names of its own for them.
+    """Yield a view for each set of names that releases of transformers use for the base's layers.
 
-    A base that no release renames has none; nor has one whose config does not tell its type. Names
-    by which two layers could be meant are no view.
+    There is no view if no release renames a layer, if the config names no known model type, or if
+    two layers would get the same name.
     """
     paths = _Paths(name.rpartition(".")[0] for name in base.tensors)
     for naming in _namings(base, paths.templates):
@@ -78,11 +75,11 @@ def views(base: BaseModel) -> Iterator[View]:
 
 
 def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of some of a base's layers in its files and in the memory of each release.
+    """Return the names of layers in a base's files and in the memory of each release.
 
     Args:
         base: the base.
-        paths: those in its files.
+        paths: the paths of the layers in the base's files.
     """
     templates = frozenset(_template(name.rpartition(".")[0]) for name in base.tensors)
     some = _Paths(paths)
@@ -96,8 +93,8 @@ def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
 def model_types(config: Mapping[str, object]) -> list[str]:
     """Return the ``model_type`` of a config, and those of its parts at any depth.
 
-    The outermost come first. Of more than `_MOST_TYPES` the rest is left out: each type adds names
-    that every layer is compared with, and real models have ten at most.
+    The outermost types come first. At most `_MOST_TYPES` are returned, because every layer is
+    compared with the names of each type; real models have at most ten types.
     """
     found: dict[str, None] = {}
     parts: deque[Mapping[str, object]] = deque([config])
@@ -123,12 +120,12 @@ def _families(base: BaseModel) -> list[Family]:
 
 @dataclass(frozen=True, slots=True)
 class _Naming:
-    """The names that a release has for layers, by their templates.
+    """The names that a release uses for layers, as templates without numbers.
 
     Attributes:
-        title: which names these are, for people.
+        title: the name of the view, for people.
         names: template in memory by template in the files.
-        like_files: as of `View`.
+        like_files: see `View`.
     """
 
     title: str
@@ -137,8 +134,8 @@ class _Naming:
 
 
 def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
-    """Yield the names that differ from those in the files, each once."""
-    if len(templates) > _MOST_TEMPLATES:  # a model of a type that is known has a hundred
+    """Yield each set of names that differs from the names in the files, once."""
+    if len(templates) > _MOST_TEMPLATES:  # a model of a known type has about a hundred
         return
     families, former_in_files = _concerned(_families(base), templates)
     seen = [{template: template for template in templates}]
@@ -158,7 +155,7 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
 
 
 def _whole_models(kind: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yield each generated table of a model type, also for files without ``model.``, and back."""
+    """Yield each generated table of a model type and the inverse, with and without ``model.``."""
     name = f"names of {printable(kind)}"
     for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
@@ -176,7 +173,7 @@ def _looked_up(table: Mapping[str, str], template: str) -> str:
 def _concerned(
     families: Iterable[Family], templates: Collection[str]
 ) -> tuple[list[Family], set[str]]:
-    """Return the families that rename any layer of a base, and those whose former names it has."""
+    """Return the families that rename a layer, and the families whose former names the base has."""
     concerned, former = [], set()
     for family in families:
         renamed = {_to_memory(template, family) for template in templates}
@@ -189,10 +186,10 @@ def _concerned(
 
 
 def _states(families: Sequence[Family]) -> Iterator[tuple[frozenset[str], Sequence[Family]]]:
-    """Yield which families still have their former names, and which are looked at at all.
+    """Yield the families with former names, and the families that apply, for each possible release.
 
-    Releases renamed one family after the other, so any set of them can be behind; a family that
-    some classes of a type leave out may also be absent.
+    Releases renamed one family after the other, so any set of families can have former names. An
+    optional family can be absent.
     """
     optional = [family for family in families if family.optional]
     fixed = [family for family in families if not family.optional]
@@ -204,7 +201,7 @@ def _states(families: Sequence[Family]) -> Iterator[tuple[frozenset[str], Sequen
 
 def _subsets(families: Sequence[Family]) -> Iterator[Sequence[Family]]:
     sizes = range(len(families) + 1)
-    if len(families) > _MOST_FAMILIES:  # no model has so many, but a stranger's config may
+    if len(families) > _MOST_FAMILIES:  # a limit on the work for a hostile config
         sizes = range(0, len(families) + 1, len(families))
     for size in sizes:
         yield from combinations(families, size)
@@ -227,7 +224,7 @@ _PLACE = re.compile(r"(?<![^.])#(?![^.])")
 
 
 class _Paths:
-    """Paths grouped by what is left of them without their numbers: few, however many layers."""
+    """Paths by their templates, in which # stands for each number; a model has few templates."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._parts = {
@@ -239,7 +236,7 @@ class _Paths:
         return iter(self._parts)
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Return each path with its template replaced; the numbers keep their order."""
+        """Return each path with the template replaced and the numbers in the same order."""
         pieces = {template: _PLACE.split(names[template]) for template in self.templates}
         return {
             path: _filled(pieces[template], numbers)
@@ -262,7 +259,7 @@ def _filled(pieces: Sequence[str], numbers: Iterable[str]) -> str:
 
 
 def _translation(families: Sequence[Family], former: Collection[str]) -> Callable[[str], str]:
-    """Return the function from a template to the same layer's where these families are former."""
+    """Return the function that renames a template, with these families under former names."""
 
     def translate(template: str) -> str:
         for family in families:
@@ -288,7 +285,7 @@ def _to_files(template: str, family: Family) -> str:
 
 
 def _replaced(path: str, old: str, new: str) -> str:
-    """Replace the parts `old` of a path by `new` once, unless they are already part of `new`."""
+    """Replace the parts `old` of a path by `new` once, unless the path already has `new`."""
     dotted, old_part, new_part = f".{path}.", f".{old.lstrip('^')}.", f".{new.lstrip('^')}."
     if old_part in new_part and new_part in dotted:
         return path

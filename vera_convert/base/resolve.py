@@ -1,7 +1,7 @@
-"""What a base makes of an adapter's projections: their dims, and the rounding to its dtype.
+"""Resolve the base of an adapter: find and read the base, and derive the facts that decide A and B.
 
-PEFT casts A and B to the dtype of each adapted layer in turn; `dims` says how large A and B are.
-Neither can be told from the adapter alone.
+PEFT casts A and B to the dtype of each adapted layer in turn, and the widest layers give the
+dimensions of A and B. An adapter alone records neither.
 """
 
 from __future__ import annotations
@@ -57,34 +57,34 @@ Found = TypeVar("Found")
 
 
 class Need(Enum):
-    """How much a command needs a base that nothing but the adapter's config names."""
+    """How much a command needs a base that only the adapter's config names."""
 
     NONE = auto()
-    """It is not looked up."""
+    """The base is not looked up."""
     HELPFUL = auto()
-    """It is done without where it cannot be had or read."""
+    """The command goes on without a base that cannot be found or read."""
     VITAL = auto()
-    """Itself, or what a caller says of its dims."""
+    """The command needs the base, or the base's dims from the caller."""
     WHOLE = auto()
-    """Itself: its dims would not do."""
+    """The command needs the base's tensors; dims are not enough."""
 
 
 class Bases:
-    """The bases of one run: each is looked up and read once, whoever asks how often."""
+    """The bases of one run, each looked up and read once."""
 
     def __init__(self, access: HubAccess | None = None) -> None:
         self.access = access or HubAccess()
         self._found: dict[tuple[object, ...], Any] = {}
 
     def located(self, model: str, revision: str | None) -> Location:
-        """Find a base that a caller names; see `hub.locate`."""
+        """Find a base that a caller names; see `hub.lookup.locate`."""
         return self._once(
             ("located", model, revision),
             lambda: locate(model, kind="base", access=self.access, revision=revision),
         )
 
     def named(self, name: str | None, revision: str | None) -> NamedBase:
-        """Find a base that a config names; see `hub.base_from_config`."""
+        """Find a base that a config names; see `hub.lookup.base_from_config`."""
         return self._once(
             ("named", name, revision), lambda: base_from_config(name, revision, self.access)
         )
@@ -97,7 +97,7 @@ class Bases:
         )
 
     def _once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
-        """Return what was found for a key, or raise again what was raised."""
+        """Return the result for a key, or raise the error of the first search again."""
         if key not in self._found:
             try:
                 self._found[key] = find()
@@ -112,34 +112,35 @@ class Bases:
 def resolve_base(
     adapter: Adapter, base_options: BaseOptions, *, bases: Bases, need: Need
 ) -> BaseFacts:
-    """Find out what can be known of the base that an adapter is for.
+    """Return the facts of the base that an adapter belongs to.
 
     Args:
         adapter: the adapter.
-        base_options: what the caller says; a base that it names must be had.
-        bases: where they are looked up.
-        need: what becomes of a base that only the config names.
+        base_options: the caller's options; a base that the options name must be found.
+        bases: the bases of this run.
+        need: how much the command needs a base that only the config names.
 
     Raises:
-        CheckpointError: the base is malformed, or is not the adapter's.
+        CheckpointError: the base is malformed, or the adapter does not fit the base.
         UsageError: options clash, or the base is ambiguous.
-        SurroundingsError: a base that was named by the caller, or is vital, cannot be had.
+        SurroundingsError: a base that the caller names, or that the command needs, cannot be
+            found or read.
     """
-    known, named = BaseFacts(), adapter.config.base_model_name_or_path
+    facts, named = BaseFacts(), adapter.config.base_model_name_or_path
     if base_options.in_features is not None or base_options.out_features is not None:
-        known = _from_options(base_options)
+        facts = _from_options(base_options)
     elif base_options.model is not None:
         location = bases.located(base_options.model, base_options.revision)
-        known = _from_base(adapter, location, base_options, bases, need)
+        facts = _from_base(adapter, location, base_options, bases, need)
     elif (
         need is not Need.NONE and (place := dict(base_options.places).get(named or "")) is not None
     ):
-        known = _from_base(
+        facts = _from_base(
             adapter, bases.located(place, base_options.revision), base_options, bases, need
         )
     elif need is not Need.NONE:
-        known = _from_name(adapter, base_options, bases, need)
-    return known if base_options.dtype is None else loaded_in(known, base_options.dtype)
+        facts = _from_name(adapter, base_options, bases, need)
+    return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
 
 
 def _from_options(base_options: BaseOptions) -> BaseFacts:
@@ -147,22 +148,22 @@ def _from_options(base_options: BaseOptions) -> BaseFacts:
         raise UsageError("give either --base or --in-features and --out-features, not both.")
     if base_options.in_features is None or base_options.out_features is None:
         raise UsageError("--in-features and --out-features belong together: give both.")
-    return BaseFacts(base_options.in_features, base_options.out_features, source="what was given")
+    return BaseFacts(base_options.in_features, base_options.out_features, source="the given size")
 
 
 def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
-    """Read the base that the config names, or say why that cannot be done."""
+    """Read the base that the config names, or return the reason why there is none."""
     config = adapter.config
     revision = base_options.revision or config.revision
     try:
         named = bases.named(config.base_model_name_or_path, revision)
         if named.location is None:
             return BaseFacts(source=named.reason)
-        known = _from_base(adapter, named.location, base_options, bases, need)
+        facts = _from_base(adapter, named.location, base_options, bases, need)
         if not named.reason:
-            return known
+            return facts
         said = BASE_IN_FOLDER.at(adapter.place, named.reason)
-        return replace(known, findings=(said, *known.findings))
+        return replace(facts, findings=(said, *facts.findings))
     except AmbiguousBaseError as error:
         if need in (Need.VITAL, Need.WHOLE):
             raise
@@ -215,7 +216,7 @@ def _from_base(
     tensors = _as_adapter_names_them(view, match)
     shapes = {module + ".weight": view.tensors[name].info.shape for module, name in tensors.items()}
     model = layers_from_shapes(shapes, model_type=base.model_type)
-    # The match knows each layer's orientation, and the heads that are the embedding on disk.
+    # The match has each layer's orientation, and the heads stored as the embedding.
     model = replace(
         model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
     )
@@ -258,7 +259,7 @@ def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -
 
 
 def _packed(base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
-    """Return what is known of a base whose adapted layers are packed: not even their sizes."""
+    """Return the facts of a base that packs the adapted layers, so that no sizes are known."""
     warnings = [TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
     label = base.location.label
     return BaseFacts(
@@ -272,7 +273,8 @@ def _packed(base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
 def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     """Return the base's weights by module path, in the names of the adapter's model.
 
-    The config's targets are matched against these. What that model does not have is left out.
+    The config's targets are matched with these names. Weights that the adapter's model lacks are
+    left out.
     """
     named = {}
     for name in base.tensors:
@@ -289,7 +291,7 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
 def _from_config(
     adapter: Adapter, location: Location, access: HubAccess, error: CheckpointError
 ) -> BaseFacts:
-    """Take the dims from a known type's config, where a base has no weights at all."""
+    """Return the dims from the config of a known model type, for a base without weights."""
     config = read_model_config(location, access)
     if config is None:
         raise error
@@ -322,7 +324,7 @@ def _from_config(
 
 
 def _name_of(module: str, model: ModelLayers) -> str | None:
-    """Return the model's name of a layer, whatever prefix it or the adapter's lacks."""
+    """Return the model's name of a layer, with or without a prefix."""
     if module in model.linear:
         return module
     found = [

@@ -1,7 +1,4 @@
-"""What lies in a model's folder beside its weights: copied along, left out, or replaced.
-
-Nothing is parsed into a class of transformers or diffusers; files are bytes with names.
-"""
+"""Sort the files beside a base's weights into copied and left out, and edit configs as text."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ _OTHER_WEIGHTS = re.compile(
     r"|safetensors)(\.index\.json)?",
     re.IGNORECASE,
 )
-"""Weights that a loader could take for the model's, and the indexes of such."""
+"""Weights in another form, which a loader could prefer, and the indexes of such weights."""
 _OTHER_FOLDERS = frozenset(("onnx", "openvino", "original", "coreml", "onnxruntime", "flax"))
-"""Folders by which repos offer the same weights in another form."""
+"""Folders in which repos offer the same weights in another form."""
 _ADAPTER = re.compile(r"adapter_config\.json|adapter_model\..*")
 
 _TOKENIZER = re.compile(
@@ -42,21 +39,21 @@ _TOKENIZER_ITSELF = re.compile(
     r"tokenizer\.json|tokenizer\..*model.*|vocab\..*|.*\.(spm|tiktoken)|spiece\.model"
     r"|sentencepiece.*\.model|tekken\.json"
 )
-"""Of a tokenizer's files those without which it is none."""
+"""The files of a tokenizer of which a complete tokenizer has at least one."""
 _TOKENS_LIMIT = 100_000_000
-_LONGEST_ID = 20  # digits; Python takes no more than thousands, and no embedding has as many rows
+_LONGEST_ID = 20  # digits; a longer number is no row of an embedding
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The files of a base's folder by what becomes of them; names are relative, with `/`.
+    """The files of a base's folder, copied or left out by a merge; names are relative, with `/`.
 
     Attributes:
-        copied: copied byte for byte, the config and the index not among them.
+        copied: files copied byte for byte; config and index are listed apart.
         config: the model's ``config.json``, if there is one.
         other_weights: the same weights in other forms, left out.
-        adapter: files of an adapter that lies there, left out.
-        unneeded: what comes from a training run or a download, left out.
+        adapter: files of an adapter beside the base, left out.
+        unneeded: files of a training run or a download, left out.
     """
 
     copied: tuple[str, ...]
@@ -79,8 +76,8 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
     """Sort the files of a base by their names.
 
     Args:
-        names: all but hidden ones.
-        base: the base; its weight files and index are taken care of elsewhere.
+        names: the names of all files that are not hidden.
+        base: the base, whose weight files, index and config are not sorted.
     """
     own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
     own |= {CARD_NAME, PROVENANCE_NAME}
@@ -99,9 +96,9 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
 
 
 def _components(names: Collection[str], base: BaseModel) -> frozenset[str]:
-    """Return the folders that hold parts with weights of their own, to be copied whole.
+    """Return the folders of other models, which are copied whole.
 
-    Those are the other components of a pipeline, and any folder with a config of its own.
+    These are the other components of a pipeline, and every folder with a ``config.json``.
     """
     folders = {
         str(PurePosixPath(name).parent) for name in names if name.endswith(("/config.json",))
@@ -128,12 +125,12 @@ def _kind(name: str, prefix: str, components: Collection[str]) -> str:
 
 
 def is_other_weights(name: str) -> bool:
-    """Say whether a file's name is that of weights in any form, or of an index of such."""
+    """Say whether a file's name is that of weights in any form, or of an index of weights."""
     return _OTHER_WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
 
 
 def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
-    """Return the files of a tokenizer; empty unless there is a whole one."""
+    """Return the files of a tokenizer; empty if the tokenizer is not complete."""
     found = [name for name in sorted(names) if _TOKENIZER.fullmatch(name)]
     is_whole = any(_TOKENIZER_ITSELF.fullmatch(name) for name in found)
     return tuple(found) if is_whole else ()
@@ -143,7 +140,7 @@ def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
 
 
 def untied(text: bytes, config: Mapping[str, object]) -> bytes:
-    """Return a config's text that says of head and embedding that they are two tensors."""
+    """Return a config's text with ``tie_word_embeddings`` false."""
     for name, part in config.items():
         if isinstance(part, Mapping) and part.get("tie_word_embeddings") is not None:
             text = edited_member(text, (name, "tie_word_embeddings"), value=False)
@@ -151,12 +148,12 @@ def untied(text: bytes, config: Mapping[str, object]) -> bytes:
 
 
 def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
-    """Return a config's text in which each dtype of the model is another.
+    """Return a config's text with `dtype` in each field for a dtype of the model.
 
     Args:
         text: the config's bytes.
-        config: its value.
-        dtype: as torch names it, such as ``bfloat16``.
+        config: the config's value.
+        dtype: torch's name, such as ``bfloat16``.
     """
     for field in ("torch_dtype", "dtype"):
         if isinstance(config.get(field), str):
@@ -171,15 +168,15 @@ def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
 
 
 def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: str) -> None:
-    """Refuse a tokenizer with a token for which an embedding of `rows` has no row.
+    """Refuse a tokenizer with a token beyond the rows of the embedding.
 
     Args:
-        sources: its files by name, of which those that list added tokens are read.
-        rows: of the model's embedding as it will be; None if it is not known which that is.
-        place: how messages call the adapter.
+        sources: the tokenizer's files by name; the files that list added tokens are read.
+        rows: rows of the merged model's embedding; None if not known.
+        place: the adapter's name in messages.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: a token has no row.
     """
     largest = max((token for name in sources for token in _tokens(name, sources[name])), default=-1)
     if rows is not None and largest >= rows:
@@ -188,7 +185,7 @@ def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: 
 
 
 def _tokens(name: str, source: ByteSource) -> Iterator[int]:
-    """Yield the ids that a file of a tokenizer gives to added tokens."""
+    """Yield the ids of the added tokens in a file of a tokenizer."""
     if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
         return
     document, _ = read_json(source, limit=_TOKENS_LIMIT, pythons_numbers=True)

@@ -1,11 +1,15 @@
-"""Which class of transformers has the head of a task, for each type of model.
+"""Name the class of transformers that has the head of a task, for each type of model.
 
 The table is that of transformers 5.24; a test compares the table with the installed transformers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.base.model import BaseModel
 
 _TABLE = """
     albert Albert STQ, apertus Apertus T, arcee Arcee STQ, axk1 AXK1 ST, axk2 AXK2 ST,
@@ -69,9 +73,9 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "xlm": ("sequence_summary.summary",),
     "xlnet": ("sequence_summary.summary", "logits_proj"),
 }
-"""Modules of classifiers of whole texts that PEFT does not save by itself.
+"""Modules of text classifiers that PEFT does not save by itself.
 
-A base without that head may lack them too; a class then fills them with random values.
+A base without the head may lack these modules too; the class then fills them with random values.
 """
 
 
@@ -79,8 +83,8 @@ def class_of_task(model_type: str | None, task: str | None) -> str | None:
     """Return the class of transformers for a task of PEFT; None if there is none.
 
     Args:
-        model_type: as a model's config names it.
-        task: as PEFT names it, such as ``SEQ_CLS``.
+        model_type: the field of the model's config.
+        task: PEFT's name of the task, such as ``SEQ_CLS``.
     """
     stem, letters = _CLASSES.get(model_type or "", ("", ""))
     found = next((each for each in letters if each in _LETTERS.get(task or "", "")), None)
@@ -93,13 +97,36 @@ def has_head_of(name: str, task: str | None) -> bool:
 
 
 def needed_modules(model_type: str | None, name: str) -> tuple[str, ...]:
-    """Return further modules that a class needs and that neither base nor adapter need hold.
+    """Return the modules of a class that both the base and the adapter may lack.
 
     Args:
-        model_type: as a model's config names it.
+        model_type: the field of the model's config.
         name: the class.
     """
     return _NEEDED.get(model_type or "", ()) if has_head_of(name, "SEQ_CLS") else ()
+
+
+def class_of_head(config: VeraConfig, base: BaseModel) -> str | None:
+    """Return the class of transformers that has an adapter's head; None if no class is named.
+
+    Args:
+        config: the adapter's.
+        base: the base.
+    """
+    named = base.config.get("architectures")
+    own = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    found = next((name for name in own if has_head_of(name, config.task_type)), None)
+    if found is None and config.task_type is None:
+        found = _described(config)
+    return found or class_of_task(base.model_type, config.task_type)
+
+
+def _described(config: VeraConfig) -> str | None:
+    """Return the class that PEFT recorded of the model, if transformers has that class."""
+    described = config.auto_mapping or {}
+    name, library = (described.get(key) for key in ("base_model_class", "parent_library"))
+    is_known = isinstance(library, str) and re.match(r"transformers(\.|\Z)", library)
+    return name if is_known and isinstance(name, str) and name.isidentifier() else None
 
 
 def _parsed(table: str) -> dict[str, tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""Layers that no renaming leads to: a base holds them cut up, joined with others, or reordered.
+"""Known layers that a base stores joined with others, in pieces, or in another order.
 
-transformers cuts, joins and reorders such tensors when it loads a base. That is not implemented;
-the layers are known here so that they are refused by name, and never met by luck.
+transformers cuts, joins and reorders such tensors when loading. A merge does not; this table lets a
+merge refuse such a layer by name.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vera_convert.text import printable
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A tensor in the files that holds other values, or in another order, than a layer in memory.
+    """A tensor in the files that transformers turns into several layers, or reorders.
 
     Attributes:
-        types: the model types that it holds for.
-        files: the end of the tensor's path, and of its name where that is no ``weight``.
-        memory: the ends of the paths of the layers that it becomes.
-        is_permuted: whether rows are put into another order on the way, and not only cut.
+        types: the model types.
+        files: the end of the tensor's path, or of the name if the parameter is no ``weight``.
+        memory: the ends of the paths of the layers in memory.
+        is_permuted: whether transformers reorders rows; False if transformers only cuts.
     """
 
     types: frozenset[str]
@@ -88,20 +88,20 @@ LAYOUTS = (
         is_permuted=True,
     ),
 )
-"""Layers that a plain renaming does not lead to."""
+"""The tensors that transformers cuts or reorders."""
 
 PARTS_OF_LAYERS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
-"""Layers in memory that files hold as several tensors, by the last part of their paths."""
+"""Layers in memory that files hold as several tensors, by the last part of the path."""
 
 
 def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
-    """Say by name why layers have no tensor of their own in the base, if a layout is known for it.
+    """Return the known reason why the base has no tensor for a layer; None if no layout is known.
 
     Args:
-        modules: paths, in the adapter, of layers that found none.
+        modules: paths, in the adapter, of layers without a tensor.
         base: the base.
     """
     by_numbers = _ByNumbers(base)
@@ -119,7 +119,7 @@ def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
 
 
 class _ByNumbers:
-    """Finds tensors by the end of their names among those of the same layer numbers."""
+    """Finds tensors by the end of the name, among tensors with the same layer numbers."""
 
     def __init__(self, base: BaseModel) -> None:
         self._names: dict[tuple[str, ...], list[str]] = {}
@@ -127,7 +127,7 @@ class _ByNumbers:
             self._names.setdefault(_numbers(name), []).append(name)
 
     def ending(self, end: str, *, like: str) -> str | None:
-        """Return a tensor whose name ends so, with or without ``.weight``, in the same layer."""
+        """Return the tensor of the same layer whose name has this end, if there is one."""
         ends = (f".{end}", f".{end}.weight")
         names = self._names.get(_numbers(like), ())
         return next((name for name in names if f".{name}".endswith(ends)), None)
@@ -138,7 +138,7 @@ def _numbers(path: str) -> tuple[str, ...]:
 
 
 def _experts(module: str, base: BaseModel) -> Finding | None:
-    """Look for one expert's layer in a tensor that holds all experts of a layer."""
+    """Return a finding if one tensor holds all experts of a layer."""
     start, experts, rest = module.rpartition(".experts.")
     # experts.0.up_proj, or experts.up_projs.0 where each name has a list of its own
     if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
@@ -153,7 +153,7 @@ def _experts(module: str, base: BaseModel) -> Finding | None:
 
 
 def _cut_out(module: str, layouts: Iterable[Layout], tensors: _ByNumbers) -> Finding | None:
-    """Look for a layer that is some of the rows of a tensor, or all of them reordered."""
+    """Return a finding if the layer is cut from a tensor, or reordered."""
     for layout in layouts:
         if f".{module}".endswith(tuple(f".{end}" for end in layout.memory)):
             name = tensors.ending(layout.files, like=module)
@@ -164,7 +164,7 @@ def _cut_out(module: str, layouts: Iterable[Layout], tensors: _ByNumbers) -> Fin
 
 
 def _of_several(module: str, tensors: _ByNumbers) -> Finding | None:
-    """Look for a layer that several tensors are joined to."""
+    """Return a finding if several tensors are joined to the layer."""
     start, _, last = module.rpartition(".")
     parent = start.rpartition(".")[2]
     names = [

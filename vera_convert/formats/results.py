@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 
 from vera_convert.base.facts import BaseFacts
-from vera_convert.base.match import AS_THEY_ARE
+from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion

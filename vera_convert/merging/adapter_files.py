@@ -1,7 +1,7 @@
-"""The files beside an adapter that belong to the merged model, and what they say of that model.
+"""Sort the files beside an adapter, and read the facts that the files state about the model.
 
 copied      tokenizer, chat template, generation config, and the modules of sentence-transformers
-not merged  weights that some other program trained beside the adapter
+not merged  weights that another program trained beside the adapter
 left out    everything else, such as the adapter's card
 """
 
@@ -25,30 +25,30 @@ from vera_convert.rules import FILE_NOT_FETCHED, TRAINED_NOT_MERGED, Finding
 from vera_convert.text import printable
 
 MODULES_NAME = "modules.json"
-"""Lists the modules of a sentence-transformers model; its file is also the mark of one."""
+"""The file that lists the modules of a sentence-transformers model."""
 
 _SINGLE = re.compile(
     r"generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/[^/]+"
     r"|(video_|image_)?(pre)?processor_config\.json|feature_extractor_config\.json"
     r"|config_sentence_transformers\.json|sentence_\w+_config\.json|modules\.json"
 )
-"""Files that decide how the model is used, each of which takes the place of the base's."""
+"""Files that decide how the model is used; each replaces the base's file of that name."""
 _MODULE_FOLDER = re.compile(r"\d+_\w+")
-"""How sentence-transformers names the folder of a module, such as ``1_Pooling``."""
+"""The name of a module's folder in sentence-transformers, such as ``1_Pooling``."""
 _TOKENIZER_LIMIT = 100_000_000
 _MOST_LABELS = 100_000
 
 Reader = Callable[[str], Mapping[str, object]]
-"""Gives the value of a file by its name; empty if there is none."""
+"""Returns the value of a file by name; empty if there is no such file."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What the files beside an adapter say of the model that was trained.
+    """The facts that the files beside an adapter state about the trained model.
 
     Attributes:
-        pad_token_id: the token that fills up short texts; None if no file names it.
-        labels: the names of a classifier's labels; empty if no file names them.
+        pad_token_id: the token that fills up short texts; None if no file names the token.
+        labels: the names of a classifier's labels; empty if no file names labels.
     """
 
     pad_token_id: int | None = None
@@ -57,15 +57,15 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The files beside an adapter, by what a merge does with them.
+    """The files beside an adapter: copied to the merged model, or left out.
 
     Attributes:
-        tokenizer: those of a complete tokenizer.
-        copied: the others that are copied to the merged model.
+        tokenizer: the files of a complete tokenizer.
+        copied: the other files that are copied.
         unmerged: weights that a merge does not understand.
-        not_fetched: what the merged model needs and was too large to be fetched from the Hub.
-        left_out: files that say nothing of the model.
-        facts: what the files say of the model.
+        not_fetched: files that the merged model needs, too large to be fetched beside an adapter.
+        left_out: files that do not belong to a model.
+        facts: the facts that the files state about the model.
     """
 
     tokenizer: Mapping[str, InputFile]
@@ -76,7 +76,7 @@ class AdapterFiles:
     facts: AdapterFacts
 
     def findings(self, place: str) -> Iterator[Finding]:
-        """Yield a warning for each file of weights that is not merged."""
+        """Yield a warning for each file that is not merged or not fetched."""
         for name in self.unmerged:
             yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not merged.")
         for name in self.not_fetched:
@@ -84,9 +84,9 @@ class AdapterFiles:
             yield FILE_NOT_FETCHED.at(place, reason)
 
     def over(self, base: Mapping[str, InputFile]) -> dict[str, InputFile]:
-        """Return the files beside the merged model: the base's, with the adapter's in their place.
+        """Return the files beside the merged model: the base's, with the adapter's in front.
 
-        A tokenizer and the folder of a module are replaced as a whole.
+        A tokenizer and the folder of a module are replaced whole.
         """
         folders = {name.partition("/")[0] for name in self.copied if "/" in name}
         replaced = {*(tokenizer_files(base) if self.tokenizer else ())}
@@ -99,8 +99,8 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     """Sort the files beside an adapter.
 
     Args:
-        location: the adapter's, fetched.
-        base: what the adapter is merged into.
+        location: the adapter's location, fetched.
+        base: the base of the merge.
     """
     folder = location.fetched
     sides = side_files(folder, not_fetched=location.left_out)
@@ -145,13 +145,13 @@ def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
 
 
 def _dropped(sides: SideFiles, modules: Collection[str]) -> list[str]:
-    """Return the files that no conversion copies and that hold nothing of the model."""
+    """Return the files that no conversion copies and no model needs."""
     needed = {*_not_fetched(sides, modules)}
     return [name for name in sides.left_out if name not in needed]
 
 
 def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:
-    """Return the files too large to be fetched from the Hub that the merged model would need."""
+    """Return the files that the merged model needs and that were too large to be fetched."""
     return [
         name
         for name in sides.left_out
@@ -163,7 +163,7 @@ def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:
 
 
 def _json(location: Location, name: str, names: Collection[str], *, limit: int) -> object:
-    """Return the value of a file; None if there is none, or if it is malformed."""
+    """Return the value of a file; None if the file is missing or malformed."""
     folder = location.fetched
     if name in names:
         with suppress(CheckpointError), open_local(folder / name, within=folder) as source:
@@ -172,7 +172,7 @@ def _json(location: Location, name: str, names: Collection[str], *, limit: int) 
 
 
 def _pad_token_id(location: Location, names: Collection[str]) -> int | None:
-    """Return the number of the token that a tokenizer pads with; None if its files do not say."""
+    """Return the id of a tokenizer's padding token; None if no file names the token."""
 
     def read(name: str) -> dict[str, object]:
         found = _json(location, name, names, limit=_TOKENIZER_LIMIT)
@@ -189,7 +189,7 @@ def _pad_token_id(location: Location, names: Collection[str]) -> int | None:
 
 
 def _numbers_of(token: str, settings: Mapping[str, object], read: Reader) -> Iterator[object]:
-    """Yield the numbers that the files of a tokenizer give to a token, the surest first."""
+    """Yield the ids that the files of a tokenizer give to a token, the most reliable file first."""
     decoder = settings.get("added_tokens_decoder")
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
@@ -211,7 +211,7 @@ def _numbers_of(token: str, settings: Mapping[str, object], read: Reader) -> Ite
 
 
 def _labels(location: Location, names: Collection[str], base: BaseModel) -> tuple[str, ...]:
-    """Return the labels of the config of the trained model, if that lies beside the adapter."""
+    """Return the labels of the trained model, if the model's config lies beside the adapter."""
     config = _json(location, "config.json", names, limit=CONFIG_LIMIT)
     if not isinstance(config, dict) or config.get("model_type") != base.model_type:
         return ()

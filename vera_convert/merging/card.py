@@ -1,4 +1,4 @@
-"""The model card of a merged model: what it was made of, for people and for the Hub."""
+"""Write the model card of a merged model: base, adapters and replaced tensors."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def model_card(
     Args:
         base: the base.
         adapters: the adapters in the order of the merge.
-        library: which library loads the result, as the Hub calls it.
-        trained_on: the repo that the first adapter's config names as its base; used where the base
-            that was read is a folder.
-        replaced: each tensor that an adapter replaces whole, and how much it changes.
+        library: the Hub's name of the library that loads the result.
+        trained_on: the base that the first adapter's config names; used if the given base is a
+            folder.
+        replaced: each tensor that an adapter replaces, and the size of the change.
     """
     base_model = base.name if base.is_repo else trained_on
     fields = [
@@ -78,7 +78,7 @@ def model_card(
 
 
 def _replaced(tensors: Sequence[tuple[str, str]], several: str) -> list[str]:
-    """Return the lines that name the tensors which are an adapter's own."""
+    """Return the lines that name the replaced tensors."""
     return [
         f"These tensors are not sums; they are the {several}'s own:",
         "",
@@ -95,11 +95,11 @@ def _row(kind: str, origin: ModelSource) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return text as a value of YAML, which takes the texts of JSON."""
+    """Return text as a value of YAML; a text of JSON is valid YAML."""
     return json.dumps(printable(text))
 
 
 def _code(text: str) -> str:
-    """Return text as code that Markdown neither ends nor splits into cells."""
+    """Return text as Markdown code that cannot end early or split a table cell."""
     shown = printable(text).replace("`", "'").replace("|", "\\|")
     return f"`{shown}`" if shown else ""

@@ -1,6 +1,7 @@
-"""What adapters do to a base: terms that are added to its tensors, and tensors that replace them.
+"""Collect the changes that adapters make to a base: terms to add, and tensors to replace.
 
-Nothing is read here but headers, the adapters' small vectors, and what has to be compared.
+This module reads headers and the adapters' small vectors. Of the base's values, the module reads
+only the weights that an adapter stores a copy of.
 """
 
 from __future__ import annotations
@@ -19,21 +20,16 @@ from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.match import (
-    Match,
-    embedding_of_head,
-    match_replacements,
-    shared_embedding,
-)
+from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
 from vera_convert.base.replacements import (
-    NO_RESIZES,
-    Resizes,
     incomplete_modules,
     is_of_classifier,
-    resizes,
+    match_replacements,
     saved_modules,
 )
+from vera_convert.base.resizes import NO_RESIZES, Resizes, resizes
+from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
@@ -55,17 +51,17 @@ _TIED = "the config ties the two."
 
 
 class Tied(StrEnum):
-    """What becomes of an output head that shares its tensor with the embedding."""
+    """How to merge into an output head that shares one tensor with the embedding."""
 
     ADD = "add"
-    """The shared tensor is changed, and with it the embedding, as PEFT does it."""
+    """Change the shared tensor, and so the embedding, as PEFT does."""
     UNTIE = "untie"
-    """The head gets a tensor of its own, and the config says so."""
+    """Give the head a separate tensor, and say so in the config."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
-    """A tensor of an adapter that takes the place of one of the base's, or comes as a new one."""
+    """A tensor of an adapter that replaces a tensor of the base, or is new."""
 
     owner: MatchedAdapter
     tensor: TensorData
@@ -73,27 +69,27 @@ class Replacement:
 
     @property
     def start(self) -> int:
-        """Where its bytes begin in the adapter's file."""
+        """The position of the first byte in the adapter's file."""
         return self.owner.header.data_start + self.info.start
 
     @property
     def is_of_classifier(self) -> bool:
-        """Whether it belongs to a head of its own, not to an embedding or an output head."""
+        """Whether the tensor belongs to a classifier, and not to an embedding or an output head."""
         return is_of_classifier(self.owner.adapter.config, self.tensor.name)
 
 
 @dataclass(slots=True, eq=False)
 class Changes:
-    """All that is to be done to a base, by the names of its tensors.
+    """All changes to a base, by the names of the tensors.
 
     Attributes:
-        terms: what is added, in the order of the adapters.
+        terms: the terms to add, in the order of the adapters.
         conv1d: tensors that are stored as (in, out).
         replaced: tensors of the base that an adapter replaces.
-        new: tensors that an adapter brings and the base does not have.
-        heads: names of heads that are untied, each with the embedding that it starts from.
-        unties: whether the config has to say that the head is no embedding.
-        resizes: which of them have another height than in the base.
+        new: tensors of an adapter that the base lacks.
+        heads: names of untied heads, each with the embedding whose values the head starts from.
+        unties: whether the config must say that head and embedding are two tensors.
+        resizes: the vocabulary and the classifier that the adapters resize.
         findings: warnings.
     """
 
@@ -109,7 +105,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class _Vectors:
-    """Reads the two vectors of a layer when they are needed: together they can be large."""
+    """Reads the two vectors of a layer on demand, because all vectors together can be large."""
 
     layer: AdaptedLayer
 
@@ -128,16 +124,17 @@ def collect(
     *,
     tied: Tied | None = None,
 ) -> Changes:
-    """Collect what all adapters do, and refuse what cannot be done together.
+    """Collect the changes of all adapters, and refuse changes that contradict each other.
 
     Args:
         adapters: the adapters, in the order in which their deltas are added.
         base: the base.
-        files: its weight files, by name.
-        tied: what becomes of an output head that shares its tensor with the embedding.
+        files: the base's weight files by name.
+        tied: how to merge into an output head that shares one tensor with the embedding; None
+            refuses such a head.
 
     Raises:
-        CheckpointError: with every defect found.
+        CheckpointError: an adapter contradicts the base or another adapter; with all findings.
     """
     changes = Changes()
     defects: list[Finding] = []
@@ -179,7 +176,7 @@ def _add_terms(
 def _targets(
     changes: Changes, match: Match, module: str, base: BaseModel, tied: Tied | None
 ) -> Iterator[str]:
-    """Yield the tensors that a layer's delta is added to; none where it has to be said first."""
+    """Yield the tensors that a layer's delta is added to; none if the caller must choose `tied`."""
     name = match.tensors[module]
     embedding = embedding_of_head(module, match, base)
     if embedding is None:
@@ -208,10 +205,10 @@ def _add_replacements(
     tensors = {tensor.name: tensor for tensor in matched.adapter.replacements}
     copies = [name for name in tensors if _is_base_copy(name, matched.adapter)]
     for name in copies:
-        yield from _held_against_base(name, matched, base, files)
+        yield from _compared_with_base(name, matched, base, files)
     names = [name for name in tensors if name not in copies]
     targets = match_replacements(names, matched.match, base)
-    # An untied head is judged by what becomes of the embedding, so that comes first.
+    # Embeddings come first, because the check of an untied head depends on the embedding.
     for name, target in sorted(targets.items(), key=lambda item: item[1] not in base.tensors):
         replacement = Replacement(matched, tensors[name], matched.header.tensors[name])
         if target in base.tensors:
@@ -222,15 +219,15 @@ def _add_replacements(
 
 
 def _is_base_copy(name: str, adapter: Adapter) -> bool:
-    """Say whether a tensor is the weight that PEFT stores of an adapted embedding or head."""
+    """Say whether a tensor is the base weight that PEFT stores for an adapted embedding or head."""
     module = replaced_name(name).rpartition(".")[0]
     return name.endswith(_BASE_COPY) and module in adapter.layers
 
 
-def _held_against_base(
+def _compared_with_base(
     name: str, matched: MatchedAdapter, base: BaseModel, files: Mapping[str, InputFile]
 ) -> Iterator[Finding]:
-    """Yield a finding unless a stored base weight is the base's own, in the base's dtype."""
+    """Yield a finding unless a stored base weight equals the base's weight in the base's dtype."""
     info = matched.header.tensors[name]
     module = replaced_name(name).rpartition(".")[0]
     tensor = base.tensors[matched.match.tensors[module]]
@@ -256,19 +253,19 @@ def _held_against_base(
 def _replace(
     changes: Changes, target: str, replacement: Replacement, base: BaseModel
 ) -> Iterator[Finding]:
-    """Put a tensor in the place of one of the base's."""
+    """Record that a tensor replaces a tensor of the base."""
     own = base.tensors[target].info
     if target in changes.terms:
         yield REPLACEMENTS_DIFFER.in_tensor(target, "one adds to it and one replaces it.")
     else:
         yield from _once(changes.replaced, target, replacement)
-        if base.tie_word_embeddings and shared_embedding(base, _matrix(own.shape)) == target:
+        if base.tie_word_embeddings and shared_embedding(base, *_matrix(own.shape)) == target:
             finding = EMBEDDING_SHARED.in_tensor(target, _TIED)
             changes.findings.append(finding)
 
 
 def _shape_in_base(changes: Changes, replacement: Replacement, base: BaseModel) -> tuple[int, ...]:
-    """Return the shape of a head before its vocabulary was resized, if an embedding tells it."""
+    """Return a head's shape before the vocabulary was resized, as a replaced embedding tells."""
     shape = replacement.info.shape
     for name, each in changes.replaced.items():
         if is_embedding(name.rpartition(".")[0]) and each.info.shape == shape:
@@ -287,15 +284,15 @@ def _bring(
     base: BaseModel,
     tied: Tied | None,
 ) -> Iterator[Finding]:
-    """Add a tensor that the base does not have, if a loader will know what it is."""
+    """Record a tensor that the base lacks, or yield a finding if no loader would use the tensor."""
     adapter, name = replacement.owner.adapter, replacement.tensor.name
     module, _, parameter = replaced_name(name).rpartition(".")
     place = printable(target)
     if is_output_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
-        embedding = shared_embedding(base, _matrix(_shape_in_base(changes, replacement, base)))
+        embedding = shared_embedding(base, *_matrix(_shape_in_base(changes, replacement, base)))
         same = changes.replaced.get(embedding or "")
         if same is not None and same_tensor(same.tensor, replacement.tensor):
-            # Both names of the one tensor were saved, so the two were one in training as well.
+            # The adapter saved one tensor under both names, so the two were tied in training.
             shared = EMBEDDING_SHARED.at(printable(embedding or ""), _TIED)
             changes.findings = [each for each in changes.findings if each != shared]
             return
@@ -314,7 +311,7 @@ def _bring(
 def _once(
     taken: dict[str, Replacement], target: str, replacement: Replacement
 ) -> Iterator[Finding]:
-    """Note who replaces a tensor; a second one is refused unless it is the same."""
+    """Record a replacement, or yield a finding if another adapter has other values."""
     first = taken.setdefault(target, replacement)
     if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
         reason = f"{first.owner.label} and {replacement.owner.label} replace it by other values."

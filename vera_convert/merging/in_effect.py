@@ -1,4 +1,4 @@
-"""The A and B that a merge uses: stored or drawn, and rounded as the base makes PEFT round them."""
+"""Choose the A and B of a merge: stored, or drawn from the key and rounded as PEFT rounds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Origin(StrEnum):
     """Where the projections in effect come from."""
 
     FILE = "file"
-    """They are stored with the adapter."""
+    """The adapter stores A and B."""
     FINGERPRINT = "fingerprint"
-    """They were stored once, and the fingerprint proves that the same were drawn again."""
+    """A and B were regenerated, and the fingerprint proves that these are the stored A and B."""
     KEY = "key"
-    """They were drawn from the config's key, as PEFT draws them on this base."""
+    """A and B were drawn from the config's key, as PEFT draws on this base."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +36,11 @@ class InEffect:
     """The projections that a merge uses.
 
     Attributes:
-        A: (r, in or more), in the dtype that they are stored in.
+        A: (r, in or more), in the stored dtype.
         B: (out or more, r).
-        origin: where they come from.
-        draw: which draw they are, where they were drawn.
-        findings: warnings about them.
+        origin: where A and B come from.
+        draw: the draw of A and B; None if A and B are stored.
+        findings: warnings about A and B.
     """
 
     A: NDArray[Any]
@@ -61,14 +61,15 @@ def in_effect(
 
     Args:
         adapter: the adapter.
-        base_facts: dims and rounding, as the base has them.
-        projections: which projections count where file, flag and key disagree.
-        variant: the generator's variant, where they are drawn and no fingerprint names it.
+        base_facts: dims and rounding of the base.
+        projections: which A and B to use if file, flag and key disagree.
+        variant: the generator's variant, if A and B are drawn and no fingerprint names a variant.
 
     Raises:
-        CheckpointError: stored ones contradict the config, or the fingerprint is not met.
-        UsageError: the stored ones are meant and there are none, or what they were rounded to is
-            not known.
+        CheckpointError: stored A and B contradict the config, or regenerated A and B contradict
+            the fingerprint.
+        UsageError: `projections` asks for stored A and B and none are stored, or the rounding of
+            drawn A and B is not known.
     """
     if projections is ProjectionSource.KEY:
         adapter = _without_stored(adapter)
@@ -78,8 +79,8 @@ def in_effect(
         and adapter.fingerprint is None
     ):
         raise UsageError(
-            "the adapter stores no A and B, so --projections file cannot be meant; "
-            "leave it out, or say --projections key."
+            "the adapter stores no A and B for --projections file: leave the option out, or give "
+            "--projections key."
         )
     if adapter.projections is not None:
         embedded(adapter, base_facts, projections=projections)  # refuses a contradiction or damage

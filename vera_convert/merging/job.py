@@ -1,4 +1,4 @@
-"""A planned merge that is carried out: staged, read back, published in one rename."""
+"""Run a planned merge: stage the files, read the files back, publish in one rename."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ _BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
 def is_merged(folder: Path) -> bool:
-    """Say whether a folder is a merged model: what ``--force`` may replace by another."""
+    """Say whether a folder is a merged model, which ``--force`` may replace."""
     return (folder / PROVENANCE_NAME).is_file()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergeJob:
-    """A merge that is planned.
+    """A planned merge.
 
     Attributes:
-        inputs: what is read.
-        changes: what is done to the base.
+        inputs: the adapters and the base.
+        changes: the changes to the base.
         weights: the plan of the weight files.
-        edits: what the adapters change in the base's config.
-        replaced: the tensors that are the adapters' own.
-        files: all files but the provenance.
-        out: the folder that is to appear.
-        base: what the caller says of the base.
-        options: how to merge.
-        free: bytes that are free where it goes, with what killed runs left there.
+        edits: the members of the base's config that change.
+        replaced: the tensors that come from an adapter.
+        files: all files except the provenance.
+        out: the folder to write.
+        base: the caller's options for the base.
+        options: the options of the merge.
+        free: free bytes on the disk of `out`, with the leftovers of killed runs.
     """
 
     inputs: MergeInputs
@@ -83,16 +83,16 @@ class MergeJob:
 
     @property
     def jobs(self) -> int:
-        """How many threads work on it."""
+        """The number of threads."""
         return self.options.jobs or default_jobs()
 
     @property
     def needed(self) -> int:
-        """How many bytes its output takes."""
+        """The size of the output, in bytes."""
         return sum(file.size for file in self.files)
 
     def strangers(self, folder: Path) -> list[str]:
-        """Return the files of an earlier output that neither that merge nor this one writes."""
+        """Return the files in an earlier output that neither merge wrote or writes."""
         written = {PROVENANCE_NAME, *(file.name for file in self.files)}
         return files_but(folder, written | recorded_files(folder))
 
@@ -106,7 +106,7 @@ class MergeJob:
 
         Raises:
             CheckpointError: a result is not finite.
-            UsageError: `out` exists and may not be replaced, or overlaps an input.
+            UsageError: `out` exists and may not be replaced, or `out` overlaps an input.
             SurroundingsError: the disk fails, memory or space is short, or an input changed.
         """
         needed = self.needed
@@ -138,11 +138,11 @@ class MergeJob:
         return reports, hashes, len(finished)
 
     def require_space(self, free: int, *, there: int = 0) -> None:
-        """Raise `SurroundingsError` if the output needs more space than there is.
+        """Raise `SurroundingsError` if the output needs more space than is free.
 
         Args:
-            free: bytes that are free.
-            there: bytes of the output that an earlier run wrote already.
+            free: free bytes on the disk.
+            there: bytes of the output that an earlier run already wrote.
         """
         if self.needed - there > free:
             kept = f", {there:,} of which are there already" if there else ""
@@ -158,7 +158,7 @@ class MergeJob:
     def _staged(
         self, product: str
     ) -> Iterator[tuple[Path, dict[str, Finished], Callable[[str, Finished], None]]]:
-        """Give a folder, the files that are finished in it, and what to call for each further."""
+        """Yield the staging folder, the finished files, and a function for each new file."""
         with staged_run(
             self.out,
             continues=self.options.resume,
@@ -175,7 +175,7 @@ class MergeJob:
                 staged.synced.add(staged.folder / name)
                 if journal is not None and name in self._shards:
                     journal.add(name, each)
-                    # Of a single file nothing would be left to do.
+                    # A single file that is finished leaves nothing to continue.
                     staged.worth_keeping = len(self._shards) > 1
 
             try:
@@ -192,7 +192,7 @@ class MergeJob:
         return frozenset(file.name for file in self.weights.files)
 
     def _continued(self, staged: Staged, product: str) -> tuple[Journal, dict[str, Finished]]:
-        """Take over what an earlier run left, as far as its journal ties it to this merge."""
+        """Return the finished files of an earlier run whose journal matches this merge."""
         identity = self._identity(product)
         left = finished_files(staged.journal, staged.folder, identity)
         finished = {name: each for name, each in left.items() if name in self._shards}
@@ -201,7 +201,7 @@ class MergeJob:
         return Journal(staged.journal, staged.folder, identity, finished), finished
 
     def _identity(self, product: str) -> str:
-        """Return the hash of all that decides the bytes of the output."""
+        """Return the hash of everything that decides the bytes of the output."""
         inputs = self.inputs
         files = {**inputs.files, **inputs.read_whole}
         document = {
@@ -220,10 +220,10 @@ class MergeJob:
         }
         return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
-    # --- what is said of it ----------------------------------------------------------------------
+    # --- the report ------------------------------------------------------------------------------
 
     def _reports(self, results: Mapping[str, Finished]) -> tuple[TensorReport, ...]:
-        """Return what became of each tensor that an adapter touches, in the order of the files."""
+        """Return a report for each tensor that an adapter changes, in the order of the files."""
         numbers: dict[str, Numbers] = {}
         for each in results.values():
             numbers |= each.numbers
@@ -267,7 +267,7 @@ class MergeJob:
 
 
 def _trace(file: InputFile) -> list[object]:
-    """Return what tells an input from all others: its hash where the Hub's cache has it."""
+    """Return the identity of an input file: the hash in the Hub's cache, or size and time."""
     real = Path(os.path.realpath(file.path))
     if "blobs" in (real.parent.name, real.parent.parent.name) and _BLOB.fullmatch(real.name):
         return [real.name]
@@ -277,7 +277,7 @@ def _trace(file: InputFile) -> list[object]:
 
 @contextmanager
 def _enough_memory() -> Iterator[None]:
-    """Say so where there is not enough for buffers or threads."""
+    """Raise `SurroundingsError` if there is too little memory for buffers or threads."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

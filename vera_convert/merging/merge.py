@@ -1,6 +1,6 @@
-"""merge: base weights plus the deltas of adapters, a complete model, without PyTorch.
+"""Merge adapters into a base: write a complete model, without PyTorch.
 
-    understand: adapters, base, names, A and B ──> plan: files, pieces ──> run: threads, sync
+    open and match adapters and base ──> plan files and pieces ──> run in threads
         ──> read back ──> publish in one rename ──> report
 
 The output appears only after the whole merge is read back. Peak memory depends neither on the
@@ -49,31 +49,31 @@ from vera_convert.rules import Finding
 from vera_convert.text import short_repr
 
 _COPY_SPEED = 1e9
-"""Bytes a second that an estimate counts on for reading and writing."""
+"""The assumed speed of reading and writing, in bytes a second, for an estimate."""
 
 Progress = Callable[[int, int], None]
-"""Told now and then how many bytes have been written, and of how many."""
+"""A function that gets the number of bytes written so far, and of all bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """What a merge did, or is going to do.
+    """The result of a merge, or the plan of a dry run.
 
     Attributes:
-        base: how the base is named, with its commit on the Hub.
+        base: the base's name, with the commit on the Hub.
         adapters: the adapters.
         out: the folder.
-        files: its files but for the provenance, the weights first.
-        tensors: what became of each tensor that an adapter touches; empty for a dry run.
-        replaced: the tensors that are the adapters' own, with the size of the change.
-        sides: what was carried of the base and what was left out.
-        beside: what lay beside the adapter, which takes the place of the base's files.
-        sha256: of each file, where hashes were asked for.
-        needed: bytes that the output takes.
-        free: bytes that are free where it goes.
-        seconds: how long it took, or is estimated to take.
-        jobs: threads.
-        written: whether it was written; False for a dry run.
+        files: the files except the provenance, the weights first.
+        tensors: a report for each tensor that an adapter changes; empty for a dry run.
+        replaced: the tensors that come from an adapter, with the size of the change.
+        sides: the files beside the base, copied or left out.
+        beside: the files beside the adapter, which replace the base's files.
+        sha256: the checksum of each file, if asked for.
+        needed: bytes of the output.
+        free: free bytes on the disk of `out`.
+        seconds: the duration; for a dry run an estimate.
+        jobs: the number of threads.
+        written: False for a dry run.
         findings: warnings and notes.
         resumed: shards that an earlier run had finished, if the merge continued the earlier run.
     """
@@ -99,7 +99,7 @@ class Merge:
 
     @property
     def tokenizer(self) -> tuple[str, ...]:
-        """The files of the adapter's own tokenizer, taken in the place of the base's."""
+        """The files of the adapter's tokenizer, which replace the base's."""
         return tuple(self.beside.tokenizer)
 
 
@@ -227,14 +227,14 @@ def _result(
 
 
 def _estimate(job: MergeJob) -> float:
-    """Return how many seconds the merge will take, by the speed of a product and a guess."""
+    """Return an estimate of the duration in seconds, from the measured speed of a product."""
     operations = sum(file_plan(file).products for file in job.files)
     seconds = 2 * job.needed / _COPY_SPEED
     return seconds + (operations / _product_speed() / job.jobs if operations else 0.0)
 
 
 def _product_speed() -> float:
-    """Return how many operations a second one thread does in a product like those of a merge."""
+    """Return the operations a second of one thread, in a product like the products of a merge."""
     left, right = np.ones((512, 256), np.float32), np.ones((256, 1024), np.float32)
     out = np.empty((512, 1024), np.float32)
     with one_blas_thread():

@@ -1,8 +1,8 @@
-"""The fields of a merged model's ``config.json`` that an adapter decides: class, labels, sizes.
+"""Set the fields of a merged model's ``config.json`` that an adapter decides.
 
-head        the class that has the head, and how many labels there are
-padding     the token that a classifier of texts looks for, to find the end of a text
-vocabulary  how many rows the embedding has
+head        the class that has the head, and the number of labels
+padding     the token by which a text classifier finds the end of a text
+vocabulary  the number of rows of the embedding
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vera_convert.adapter.saved_modules import replaced_name
-from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel
-from vera_convert.base.replacements import class_of_head, shape_differs, vocabulary_fields
-from vera_convert.base.task_classes import needed_modules
+from vera_convert.base.resizes import shape_differs
+from vera_convert.base.task_classes import class_of_head, needed_modules
+from vera_convert.base.vocabulary import embedding_rows, vocabulary_fields
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.json_edit import edited_member
@@ -34,22 +34,22 @@ CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(
     ("score", "classifier", "qa_outputs", "out_proj", "linear_out", "logits_proj", "logits")
 )
-"""Last path elements of the layer of a head that gives one value for each label."""
+"""Last path elements of the layer in a head that outputs one value for each label."""
 _CLASSIFIERS = ("Classification", "SemanticSegmentation")
 _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
-"""How many labels transformers assumes if a config names none."""
+"""The number of labels that transformers assumes if a config has no labels."""
 
 
 @dataclass(slots=True)
 class ConfigEdits:
-    """Members of a config that are set, each by its path, and what is said of them.
+    """Members of a config that a merge sets, and the findings about the members.
 
     Attributes:
         members: the values by path.
         labels_given: whether the caller gave the names of the labels.
-        open: members that depend on files beside the adapter, where there are none.
+        open: members that depend on a missing file beside the adapter.
         findings: notes and warnings.
     """
 
@@ -90,18 +90,19 @@ def config_edits(
     architecture: str | None = None,
     labels: Sequence[str] = (),
 ) -> ConfigEdits:
-    """Return what the adapters of a merge change in the base's config.
+    """Return the members of the base's config that the adapters of a merge change.
 
     Args:
         base: the base.
-        changes: what the adapters do to its tensors.
-        facts: what lies beside the first adapter.
-        architecture: the class of the result, if the caller names it.
-        labels: the names of a classifier's labels, if the caller gives them.
+        changes: the changes to the base's tensors.
+        facts: the facts from the files beside the first adapter.
+        architecture: the class of the result, if the caller names a class.
+        labels: the names of a classifier's labels, if the caller gives names.
 
     Raises:
-        CheckpointError: a classifier has another height than the base's, and no field tells so.
-        UsageError: labels are given and there is no classifier, or it has another number.
+        CheckpointError: a classifier has another number of rows than in the base, and no field of
+            the config can give the number.
+        UsageError: the number of given labels differs from the classifier's.
     """
     edits = ConfigEdits(labels_given=bool(labels))
     rows = _vocabulary(edits, base, changes)
@@ -130,7 +131,7 @@ def config_edits(
 
 
 def _refuse_other_labels(edits: ConfigEdits, base: BaseModel, changes: Changes) -> None:
-    """Refuse a classifier of another height of which the config would not tell a loader."""
+    """Refuse a resized classifier if the config does not give a loader the number of labels."""
     resized = changes.resizes.labels
     if resized is None or label_count(edits.of_value(base.config)) == resized[1]:
         return
@@ -150,7 +151,7 @@ def _all(changes: Changes) -> dict[str, Replacement]:
 
 
 def _unknown_class(changes: Changes) -> Iterator[Finding]:
-    """Yield a warning for each new tensor of which nothing says which class has it."""
+    """Yield a warning for each new tensor for which no class is known."""
     for name, replacement in changes.new.items():
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
         if not (is_output_head(module) and changes.unties):
@@ -171,7 +172,7 @@ def _architectures(base: BaseModel) -> list[str]:
 
 
 def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[Finding]:
-    """Yield a warning for each module that the class has and no file holds."""
+    """Yield a warning for each module of the class that neither base nor adapter stores."""
     stored = {tensor.rpartition(".")[0] for tensor in (*base.tensors, *changes.new)}
     for module in needed_modules(base.model_type, name):
         if not any(path == module or path.endswith(f".{module}") for path in stored):
@@ -183,7 +184,7 @@ def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[F
 
 
 def label_count(config: Mapping[str, object]) -> int:
-    """Return how many labels a config gives a classifier, as transformers reads the config."""
+    """Return the number of labels of a config, as transformers reads the config."""
     named, number = config.get("id2label"), config.get("num_labels")
     if isinstance(named, dict):
         return len(named)
@@ -191,7 +192,7 @@ def label_count(config: Mapping[str, object]) -> int:
 
 
 def _label_count(heads: Mapping[str, Replacement]) -> int | None:
-    """Return how many values the last layer of a head gives; None if it is not clear which."""
+    """Return the number of outputs of a head's last layer; None if that layer is not known."""
     outputs = {
         name.rpartition(".")[0]: each.info.shape[0]
         for name, each in heads.items()
@@ -210,7 +211,7 @@ def _labels(
     count: int | None,
     labels: Sequence[str],
 ) -> Iterator[str]:
-    """Set the names of the labels, unless the base's own names and count are right."""
+    """Set the names of the labels, unless the base's config is right."""
     if count is None or not name.endswith((*_CLASSIFIERS, *_QUESTIONS)):
         return
     named = base.config.get("id2label")
@@ -264,7 +265,7 @@ def _padding(
 
 
 def _vocabulary(edits: ConfigEdits, base: BaseModel, changes: Changes) -> int | None:
-    """Set the size of a vocabulary that an adapter resized; return the rows of the embedding."""
+    """Set the size of a resized vocabulary, and return the rows of the embedding."""
     if changes.resizes.vocabulary is None:
         return embedding_rows(base)
     old, new = changes.resizes.vocabulary

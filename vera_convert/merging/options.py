@@ -1,4 +1,4 @@
-"""How a merge is to be done, as its caller says it."""
+"""The options of a merge."""
 
 from __future__ import annotations
 
@@ -32,31 +32,32 @@ from vera_convert.text import printable
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """How to merge.
+    """The options of a merge.
 
-    An option with named choices takes the member or its string, and `dtype` any usual spelling.
+    An option with named choices takes the member or the string, and `dtype` any usual spelling.
 
     Attributes:
         weight: the factor of the first adapter's deltas.
         add: further adapters, in the order in which their deltas are added; a text is
             ``ADAPTER`` or ``ADAPTER=WEIGHT``.
-        projections: which A and B are meant.
-        generator: how they were drawn, where no fingerprint says it.
-        dtype: what float tensors become, such as ``bfloat16``; None keeps each.
+        projections: which A and B to use if file, flag and key disagree.
+        generator: the variant that drew A and B, if no fingerprint names the variant.
+        dtype: the dtype of all float tensors, such as ``bfloat16``; None keeps each dtype.
         max_shard_size: the most bytes of a shard, or a text such as ``5GB``; None keeps the base's
             shards.
-        tied: what becomes of an output head that shares its tensor with the embedding.
+        tied: how to merge into an output head that shares one tensor with the embedding.
         dequantize: make a base whose weights are fp8 a 16-bit model.
-        architecture: the class of the result, if nothing names the class of a head.
+        architecture: the class of the result, if neither base nor adapter names a head's class.
         labels: the names of a classifier's labels, in order.
-        device: what does the products: ``cpu``, or ``cuda`` or ``cuda:N`` with the extra torch.
-        jobs: threads; None for one for each core, four at most.
-        check: look at all values, and compare what was written with what comes back.
-        checksums: take the SHA-256 of every file.
-        resume: continue where an earlier run for the same `out` failed, and leave what is finished
-            to a later one if this one fails.
+        device: where products are computed: ``cpu``, or with the extra torch ``cuda`` or
+            ``cuda:N``.
+        jobs: threads; None for one thread for each core, at most four.
+        check: check all values, and read every written file again.
+        checksums: compute the SHA-256 of every file.
+        resume: continue a failed run for the same `out`, and keep finished files if this run
+            fails.
         dry_run: plan only.
-        force: replace a merged model that lies at `out`.
+        force: replace a merged model at `out`.
 
     Example:
         >>> MergeOptions(max_shard_size="5GB", tied="untie").max_shard_size
@@ -100,10 +101,10 @@ class MergeOptions:
         )
 
     def record(self, base: BaseOptions) -> Mapping[str, object]:
-        """Return what decides the bytes of the output, as a JSON object.
+        """Return the options that decide the bytes of the output, as a JSON object.
 
-        The adapters and their weights are recorded with the inputs. How many threads there are,
-        and whether the merge was continued, changes nothing.
+        Adapters and weights are recorded with the inputs. The number of threads and `resume` do not
+        change the output.
         """
         return {
             "projections": self.projections,

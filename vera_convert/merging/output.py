@@ -1,4 +1,4 @@
-"""All files of a merged model as data: weights, index, config, card, and what is copied along."""
+"""Plan all files of a merged model: weights, index, config, card and copied files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
-from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
+from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.dtypes import NAMES
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.json_edit import removed_member
@@ -32,12 +32,12 @@ from vera_convert.text import read_back_differs
 
 @dataclass(frozen=True, slots=True)
 class ConfigChanges:
-    """What a merge changes in the base's config.
+    """The changes to the base's config.
 
     Attributes:
-        unties: say that head and embedding are two tensors.
-        dtype: what float tensors become, in safetensors' names; None if each stays.
-        edits: what the adapters decide.
+        unties: whether head and embedding become two tensors.
+        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
+        edits: the members that the adapters decide.
     """
 
     unties: bool
@@ -51,11 +51,11 @@ class FilePlan:
 
     Attributes:
         name: relative to the output folder, with `/`.
-        size: its bytes.
-        copied: how many of them are copied from an input.
-        computed: how many are those of tensors that are computed.
-        tensors: how many tensors are computed.
-        products: floating-point operations of their products.
+        size: the file's size in bytes.
+        copied: bytes that are copied from an input.
+        computed: bytes of tensors that are computed.
+        tensors: the number of computed tensors.
+        products: floating-point operations of the products.
     """
 
     name: str
@@ -89,13 +89,13 @@ def plan_files(
     config: ConfigChanges,
     replaced: Sequence[ReplacedTensor],
 ) -> tuple[NewFile, ...]:
-    """Return all files of the output but its provenance, the weights first.
+    """Return all files of the output except the provenance, the weights first.
 
     Args:
-        inputs: what is read.
-        weights: the plan of its weight files.
-        config: what changes in its config.
-        replaced: the tensors that are the adapters' own.
+        inputs: the adapters and the base.
+        weights: the plan of the weight files.
+        config: the changes to the base's config.
+        replaced: the tensors that come from an adapter.
     """
     files = [*weights.files]
     if weights.index is not None:
@@ -135,7 +135,7 @@ def _whole(file: InputFile) -> Iterator[CopiedRange]:
 
 
 def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
-    """Return the files beside the merged weights: the base's, with the adapter's in their place."""
+    """Return the files beside the merged weights; the adapter's files replace the base's."""
     copied = dict(inputs.copied)
     if inputs.dequantization is not None:
         copied = {name: file for name, file in copied.items() if name not in SIDE_FILES}
@@ -160,7 +160,7 @@ def _library(inputs: MergeInputs) -> str:
 
 
 def check_tokenizer(inputs: MergeInputs, changes: Changes) -> None:
-    """Refuse an adapter's tokenizer that knows tokens beyond the rows of the embedding."""
+    """Refuse an adapter's tokenizer that has tokens beyond the rows of the embedding."""
     resized = changes.resizes.vocabulary
     rows = resized[1] if resized is not None else embedding_rows(inputs.base)
     opened: dict[str, LocalFile] = {}
@@ -180,7 +180,7 @@ def check_staged(folder: Path, files: Mapping[str, NewFile], weights: WeightsPla
     """Read the output again before it is published: sizes, headers, index against shards.
 
     Raises:
-        SurroundingsError: something is not what was written.
+        SurroundingsError: a file does not read back as written.
     """
     for name, file in files.items():
         if (folder / name).lstat().st_size != file.size:

@@ -1,7 +1,7 @@
-"""The weight files of a merge as data: which bytes are copied, which tensors are computed, where.
+"""Plan the weight files of a merge: the bytes to copy, the tensors to compute, and positions.
 
-Nothing is read or written here. A file that keeps its names, dtypes, shapes and order keeps its
-header byte for byte; any other gets the canonical one.
+This module neither reads nor writes files. A file with the same names, dtypes, shapes and order
+keeps the header byte for byte; any other file gets the canonical header.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedTensor:
-    """One tensor of the output, with where its bytes come from.
+    """One tensor of the output, and the source of the bytes.
 
     Attributes:
-        name: its name.
-        dtype: what it is written as.
-        shape: its shape.
-        source: the file that holds what is stored.
-        start: where that begins there.
-        total: what is added to it, or None where the bytes are copied.
+        name: the tensor's name.
+        dtype: the dtype in the output.
+        shape: the tensor's shape.
+        source: the file that stores the tensor.
+        start: the position of the first byte in `source`.
+        total: the sum to compute; None if the bytes are copied.
     """
 
     name: str
@@ -52,11 +52,11 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes in the output."""
+        """The tensor's size in the output, in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     def piece(self, at: int) -> Piece:
-        """Return it as a piece of a file, beginning at a position."""
+        """Return the tensor as a piece of a file that begins at position `at`."""
         if self.total is None:
             return CopiedRange(self.source, self.start, self.nbytes, at)
         return Computed(self.source, self.start, self.total, at)
@@ -67,10 +67,10 @@ class WeightsPlan:
     """The weight files of the output.
 
     Attributes:
-        files: in order; their heads are whole headers.
-        index: name and bytes of the index, where there are shards.
+        files: the files in order; the head of each file is the complete header.
+        index: name and bytes of the index, if there are shards.
         total_size: bytes of all tensors.
-        headers: the header that each file is to have, by name.
+        headers: the header of each file by name.
         tensors: all tensors, in the order of the files.
         component: the folder of the pipeline's component that is merged; empty outside a pipeline.
     """
@@ -97,12 +97,13 @@ def plan_weights(
 
     Args:
         base: the base; if it is dequantized, its view.
-        files: its weight files, by name.
-        changes: what adapters do to it.
-        dtype: what its float tensors are to become, as safetensors names it; None keeps each.
-        max_shard_size: the most bytes of a shard, but for a larger tensor; None keeps the shards.
-        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
-        index_text: the bytes of the base's index, where there is one.
+        files: the base's weight files by name.
+        changes: the changes to the base.
+        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
+        max_shard_size: the most bytes of a shard, except for a larger tensor; None keeps the
+            shards.
+        dequantization: how the base becomes a 16-bit model; None if no tensor is dequantized.
+        index_text: the bytes of the base's index, if there is one.
     """
     planner = _Planner(base, files, changes, dtype, dequantization)
     if max_shard_size is None:
@@ -138,7 +139,7 @@ def plan_weights(
 
 
 class _Planner:
-    """Makes planned tensors of those of the base, and of those that are new."""
+    """Plans the tensors of the base and the new tensors."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class _Planner:
         self._of_files: dict[str, list[TensorInfo]] = {}
         for tensor in base.tensors.values():
             self._of_files.setdefault(tensor.file, []).append(tensor.info)
-        # What means nothing without its quantizer stays as it is.
+        # A quantized tensor has no meaning in another dtype, so the tensor keeps the dtype.
         stay = dtype is not None and dequantization is None
         self.kept = quantized_tensors(base) if stay else frozenset[str]()
 
@@ -166,9 +167,9 @@ class _Planner:
         return [self._of_base(info.name) for info in infos]
 
     def additions(self) -> dict[str, list[PlannedTensor]]:
-        """Return the tensors that the base does not have, by the file that they go to.
+        """Return the tensors that the base lacks, by the file to write.
 
-        An untied head goes to the file of its embedding, what else is new to the last one.
+        An untied head goes to the file of the embedding, any other new tensor to the last file.
         """
         found: dict[str, list[PlannedTensor]] = {}
         for name, embedding in self.changes.heads.items():
@@ -195,7 +196,7 @@ class _Planner:
         )
 
     def _of_adapter(self, name: str, replacement: Replacement, dtype: str | None) -> PlannedTensor:
-        """Return what an adapter brings, in the dtype of what it replaces."""
+        """Return a tensor of an adapter, in the dtype of the replaced tensor."""
         written = self._written(dtype or replacement.info.dtype)
         source = replacement.owner.weights
         return self._planned(name, replacement.info, written, source, replacement.start)
@@ -244,7 +245,7 @@ def _file(
     tensors: Sequence[PlannedTensor],
     planner: _Planner,
 ) -> tuple[NewFile, bytes]:
-    """Return a file with its header, and the header by itself; it can get another name."""
+    """Return a file under `name`, and the file's header."""
     base, files, dequantization = planner.base, planner.files, planner.dequantization
     old = base.files.get(old_name)
     metadata = (old or next(iter(base.files.values()))).metadata
@@ -265,7 +266,7 @@ def _file(
 
 
 def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
-    """Say whether pieces are all that a file holds, where it holds it."""
+    """Say whether the pieces are the whole file, at the same positions."""
     return not pieces or (
         len(pieces) == 1
         and isinstance(pieces[0], CopiedRange)
@@ -291,7 +292,7 @@ def _placed(tensors: Iterable[PlannedTensor], at: int) -> Iterator[Piece]:
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join copied ranges that follow one another in the source as well."""
+    """Join copied ranges that also follow each other in the source."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -333,7 +334,7 @@ def _resharded(base: BaseModel, planner: _Planner, limit: int) -> dict[str, list
 
 
 def _usual_names(shards: Sequence[str], base: BaseModel) -> dict[str, str]:
-    """Return the names under which a loader looks for weights that no config names."""
+    """Return the names under which a loader looks for weights by default."""
     stem, count = base.prefix + _stem(base), len(shards)
     if base.index is None:
         return dict.fromkeys(shards, f"{stem}{_SUFFIX}")
@@ -343,7 +344,7 @@ def _usual_names(shards: Sequence[str], base: BaseModel) -> dict[str, str]:
 
 
 def _stem(base: BaseModel) -> str:
-    """Return what loaders expect the names of such a model's weight files to begin with."""
+    """Return the beginning of the names of weight files that loaders expect for this model."""
     if base.index is not None and named_weights(base.config) is None:
         return PurePosixPath(base.index).name.removesuffix(_INDEX_SUFFIX)
     is_diffusers = "_class_name" in base.config
@@ -351,10 +352,10 @@ def _stem(base: BaseModel) -> str:
 
 
 def _index_text(name: str, placed: Mapping[PlannedTensor, str], text: bytes | None) -> bytes:
-    """Return the bytes of an index: the base's own as far as it is still right.
+    """Return the bytes of an index, with as much of the base's index as is still right.
 
     Args:
-        name: its name; shards are named relative to its folder.
+        name: the name of the index; shards are named relative to the folder of the index.
         placed: the file of each tensor.
         text: the bytes of the base's index.
     """

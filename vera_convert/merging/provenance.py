@@ -1,7 +1,7 @@
-"""The provenance of a merged model: every input, option and change, and nothing of this machine.
+"""Write the provenance of a merged model: every input, option and change.
 
-The same inputs and options give the same bytes: there is no time in it, no path, no number of
-threads. What can differ between kinds of CPU is named by the hash of a small product.
+The same inputs and options give the same bytes: the file has no time, no path and no number of
+threads. Products can differ between kinds of CPU, so the file has the hash of a small product.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vera_convert.merging.report import TensorReport
 
 FORMAT = 1
 PROVENANCE_LIMIT = 100_000_000
-"""The most bytes of a provenance: it has some hundred for each tensor of the model."""
+"""The most bytes of a provenance file, which has some hundred bytes for each tensor."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides the bytes of a merge."""
+    """Return the versions of the packages that decide the bytes of a merge."""
     return {
         "vera_convert": __version__,
         "numpy": np.__version__,
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def source_of(location: Location) -> dict[str, object]:
-    """Return what names an input anywhere: repo and commit, or the name of its folder alone."""
+    """Return the name of an input on any machine: repo and commit, or the folder without a path."""
     if location.repo_id is not None:
         found: dict[str, object] = {"repo_id": location.repo_id, "commit": location.commit}
         return found | ({"subfolder": location.subfolder} if location.subfolder else {})
@@ -56,7 +56,7 @@ def folder_name(location: Location) -> str:
 
 
 def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
-    """Return what is recorded of one adapter."""
+    """Return the record of one adapter."""
     config, pair = matched.adapter.config, matched.pair
     drawn = asdict(pair.draw) if pair.draw is not None else None
     return {
@@ -75,12 +75,12 @@ def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
 def base_record(
     base: BaseModel, files: Mapping[str, InputFile], texts: Mapping[str, bytes]
 ) -> dict[str, object]:
-    """Return what is recorded of the base.
+    """Return the record of the base.
 
     Args:
         base: the base.
-        files: its weight files.
-        texts: the bytes of its config and index, by name, as far as there are such files.
+        files: the base's weight files by name.
+        texts: the bytes of the base's config and index, by name.
     """
     return {
         "source": source_of(base.location),
@@ -100,7 +100,7 @@ def base_record(
 
 
 def recorded_files(folder: Path) -> set[str]:
-    """Return the files that an earlier merge recorded as written; none if that cannot be read."""
+    """Return the files that an earlier merge recorded; empty if the record cannot be read."""
     with suppress(CheckpointError, SurroundingsError):
         with open_local(folder / PROVENANCE_NAME, within=folder) as source:
             document, _ = read_json(source, limit=PROVENANCE_LIMIT)
@@ -141,7 +141,7 @@ def provenance_text(
 def _laid_out(value: object, indent: str) -> str:
     """Return a JSON value with one line for each member of an object, and each item of a list.
 
-    A model can have a million tensors. Only without indents is json fast and sparing of memory.
+    A model can have a million tensors, and the json module is slow and large with indents.
     """
     deeper = indent + "  "
     if isinstance(value, list) and value:
@@ -158,7 +158,7 @@ def _line(value: object) -> str:
 
 
 def _as_utf8(value: Any) -> Any:  # noqa: ANN401 -- any JSON value
-    """Return a JSON value in which a byte of a file's name that is no UTF-8 is an escape."""
+    """Return a JSON value with an escape for each byte that is not UTF-8 in a file's name."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""What a merge takes from an adapter as a whole: which tensors, and how much they change.
+"""Measure the tensors that an adapter replaces: how much each differs from the base's tensor.
 
-Values are compared in blocks, so memory does not depend on the size of a tensor.
+Values are compared in blocks, so that memory does not depend on the size of a tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from vera_convert.assembly.addends import Array, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
+from vera_convert.base.resizes import shape_text
 from vera_convert.dtypes import FLOATS
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import Changes, Replacement
@@ -26,15 +27,15 @@ _BLOCK_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class ReplacedTensor:
-    """One tensor of the merged model that is the adapter's own.
+    """One tensor of the merged model that comes from an adapter.
 
     Attributes:
-        name: its name in the merged model.
-        adapter: how the caller named the adapter.
-        shape: its shape.
-        base_shape: its shape in the base; None if the base has no such tensor.
-        numbers: how its values differ from the base's; None if they cannot be compared.
-        constant: the one value that all its values have; None if they differ.
+        name: the name in the merged model.
+        adapter: the name that the caller gave the adapter.
+        shape: the shape in the merged model.
+        base_shape: the shape in the base; None if the base has no such tensor.
+        numbers: the differences from the base's values; None if the values cannot be compared.
+        constant: the value that all elements have; None if the elements differ.
     """
 
     name: str
@@ -46,11 +47,11 @@ class ReplacedTensor:
 
     @property
     def change(self) -> str:
-        """How much it changes, in words."""
+        """The size of the change, in words."""
         if self.base_shape is None:
             return "new: the base has no such tensor"
-        sizes = "" if self.shape == self.base_shape else f"{_by(self.base_shape)} becomes "
-        sizes += "" if self.shape == self.base_shape else _by(self.shape)
+        sizes = "" if self.shape == self.base_shape else f"{shape_text(self.base_shape)} becomes "
+        sizes += "" if self.shape == self.base_shape else shape_text(self.shape)
         if self.numbers is None:
             return sizes or "replaced"
         if not self.numbers.changed:
@@ -60,7 +61,7 @@ class ReplacedTensor:
         return (f"{sizes}; the rest {change}" if sizes else change) + constant
 
     def record(self) -> dict[str, object]:
-        """Return it as a JSON object."""
+        """Return the tensor as a JSON object."""
         change = None if self.numbers is None else float(f"{relative_change(self.numbers):.4g}")
         return {
             "name": self.name,
@@ -75,12 +76,12 @@ class ReplacedTensor:
 def replaced_tensors(
     changes: Changes, base: BaseModel, files: Mapping[str, InputFile]
 ) -> tuple[ReplacedTensor, ...]:
-    """Return every tensor that is taken from an adapter, compared with the base's.
+    """Return every tensor that comes from an adapter, compared with the base's tensor.
 
     Args:
-        changes: what the adapters do to the base.
+        changes: the changes to the base.
         base: the base.
-        files: its weight files, by name; they are read only where they are on this machine.
+        files: the base's weight files by name, read only if the base is on this machine.
     """
     replaced = [
         _compared(name, replacement, base, files) for name, replacement in changes.replaced.items()
@@ -93,7 +94,7 @@ def replaced_tensors(
 
 
 def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
-    """Yield a warning for each tensor whose values an adapter replaces by a single one."""
+    """Yield a warning for each tensor that an adapter replaces by a constant."""
     for tensor in tensors:
         is_new_matrix = tensor.base_shape is None and len(tensor.shape) > 1
         is_changed = tensor.numbers is not None and tensor.numbers.changed > 0
@@ -118,7 +119,7 @@ def _compared(
 
 
 def _numbers(replacement: Replacement, base: BaseModel, file: InputFile, name: str) -> Numbers:
-    """Compare the values that both tensors have: all, or the rows of the shorter one."""
+    """Compare the values that both tensors have: all values, or the rows of the shorter tensor."""
     tensor = base.tensors[name]
     own = NUMPY_DTYPE[tensor.info.dtype]
     start = base.files[tensor.file].data_start + tensor.info.start
@@ -136,7 +137,7 @@ def _numbers(replacement: Replacement, base: BaseModel, file: InputFile, name: s
 
 
 def _blocks(replacement: Replacement, count: int) -> Iterator[tuple[int, Array]]:
-    """Yield the first `count` values of a tensor in blocks, each with the number of its first."""
+    """Yield the first `count` values of a tensor in blocks, each with the block's position."""
     dtype = NUMPY_DTYPE[replacement.info.dtype]
     with replacement.owner.weights.open() as source:
         for first in range(0, count, _BLOCK_VALUES):
@@ -146,7 +147,7 @@ def _blocks(replacement: Replacement, count: int) -> Iterator[tuple[int, Array]]
 
 
 def _constant(replacement: Replacement) -> float | None:
-    """Return the value that all values of a tensor have; None if they differ, or if it is empty."""
+    """Return the value that all elements have; None if the elements differ or there are none."""
     if replacement.info.dtype not in FLOATS:
         return None
     found: float | None = None
@@ -155,7 +156,3 @@ def _constant(replacement: Replacement) -> float | None:
         if not (block == block.dtype.type(found)).all():
             return None
     return found
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " by ".join(f"{size:,}" for size in shape) or "a single value"

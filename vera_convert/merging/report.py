@@ -1,4 +1,4 @@
-"""What a merge did to each tensor, in the few numbers that a person needs."""
+"""Report the effect of a merge on each tensor in a few numbers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vera_convert.rules import DELTA_LOST, UNTRAINED, Finding
 from vera_convert.text import printable
 
 LOSS_LIMIT = 0.5
-"""The share of a delta's size from which on its loss by rounding is warned of."""
+"""The relative loss by rounding above which a merge warns."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """What became of one tensor.
+    """One tensor that adapters change.
 
     Attributes:
-        name: its name.
-        dtype: what it is written as, in safetensors' names.
-        shape: its shape.
-        adapters: numbers of the adapters that add to it or replace it, from 0.
+        name: the tensor's name.
+        dtype: the dtype in the merged model, in safetensors' names.
+        shape: the tensor's shape.
+        adapters: indexes of the adapters that change the tensor, from 0.
         kind: ``added``, ``replaced``, ``new`` or ``converted``.
-        numbers: of the values that were looked at; None where nothing was added or compared.
+        numbers: the changes of the checked values; None if no value was added or compared.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TensorReport:
     numbers: Numbers | None = None
 
     def record(self) -> dict[str, object]:
-        """Return it as a JSON object."""
+        """Return the tensor as a JSON object."""
         found: dict[str, object] = {
             "name": self.name,
             "dtype": self.dtype,
@@ -49,7 +49,7 @@ class TensorReport:
 
 
 def numbers_record(numbers: Numbers) -> dict[str, object]:
-    """Return numbers as members of a JSON object, in the four digits that are meaningful."""
+    """Return numbers as members of a JSON object, with four significant digits."""
     return {
         "looked_at": numbers.values,
         "changed": _short(changed_share(numbers)),
@@ -63,14 +63,14 @@ def _short(value: float) -> float:
 
 
 def changed_share(numbers: Numbers) -> float:
-    """Return which share of the values differs after the merge."""
+    """Return the share of the values that the merge changes."""
     return numbers.changed / numbers.values if numbers.values else 0.0
 
 
 def relative_change(numbers: Numbers) -> float:
-    """Return the size of what was added beside that of the base (Frobenius norms).
+    """Return the norm of the added values relative to the norm of the base (Frobenius norms).
 
-    Where the base is zero it is 1 by convention, or 0 if nothing was added either.
+    For a base of zeros, return 1 if a value was added, else 0.
     """
     if numbers.base == 0:
         return 1.0 if numbers.change else 0.0
@@ -78,7 +78,7 @@ def relative_change(numbers: Numbers) -> float:
 
 
 def relative_loss(numbers: Numbers) -> float:
-    """Return the size of what rounding did beside that of what was added; 0 if nothing was."""
+    """Return the norm of the rounding errors relative to the norm of the added values."""
     return math.sqrt(numbers.loss / numbers.change) if numbers.change else 0.0
 
 
@@ -93,14 +93,14 @@ def _added(reports: Sequence[TensorReport]) -> list[TensorReport]:
 
 
 def worst(reports: Sequence[TensorReport]) -> TensorReport | None:
-    """Return the tensor of whose delta rounding loses the largest share."""
+    """Return the tensor with the largest relative loss."""
     return max(
         _added(reports), key=lambda each: relative_loss(each.numbers or Numbers()), default=None
     )
 
 
 def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[Finding]:
-    """Yield a warning where the deltas are nothing, or are mostly lost in rounding."""
+    """Yield a warning if all deltas are zero, or if rounding loses most of a delta."""
     everything, last = total(reports), worst(reports)
     if last is None or last.numbers is None:
         return

@@ -11,19 +11,21 @@ from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.base.match import (
-    AS_THEY_ARE,
-    Match,
-    embedding_of_head,
-    embedding_rows,
-    match_replacements,
-)
+from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.targets import quantized_elsewhere, target_findings
 from vera_convert.base.quantized.unpack import unpacked
-from vera_convert.base.replacements import brought, incomplete_modules, is_of_classifier, resizes
+from vera_convert.base.replacements import (
+    brought,
+    incomplete_modules,
+    is_of_classifier,
+    match_replacements,
+)
+from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import check_tokens, tokenizer_files
+from vera_convert.base.strategies import AS_THEY_ARE
+from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local

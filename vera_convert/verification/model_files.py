@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.match import shared_embedding
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
+from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.changes import Changes
@@ -278,7 +278,7 @@ def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str
         shape = tensor.info.shape
         if len(shape) != 2 or not is_output_head(name.removesuffix(".weight")):
             continue
-        embedding = shared_embedding(model, (shape[0], shape[1]))
+        embedding = shared_embedding(model, shape[0], shape[1])
         if embedding is not None and _differ(model, files, name, embedding):
             yield name
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.saved_modules import replaced_name
-from vera_convert.base.match import embedding_rows
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import open_local

@@ -24,7 +24,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.facts import BaseFacts
-from vera_convert.base.match import moved
+from vera_convert.base.strategies import moved
 from vera_convert.conversion.projections import ProjectionSource, check_size
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base

@@ -1,0 +1,108 @@
+"""The sizes that an adapter changes: the rows of the vocabulary, and the labels of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.vocabulary import vocabulary_fields
+from vera_convert.embeddings import is_embedding, is_output_head
+from vera_convert.rules import REPLACEMENT_SHAPE, Finding
+from vera_convert.text import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Resizes:
+    """The vocabulary and the classifier that an adapter makes taller or shorter.
+
+    Attributes:
+        vocabulary: rows of the embedding in the base and in the adapter; None if equal.
+        labels: rows of the classifier in the base and in the adapter; None if equal.
+        findings: the tensors whose shapes contradict the base.
+    """
+
+    vocabulary: tuple[int, int] | None
+    labels: tuple[int, int] | None
+    findings: tuple[Finding, ...]
+
+
+NO_RESIZES = Resizes(None, None, ())
+
+
+def resizes(
+    shapes: Mapping[str, tuple[int, ...]], base: BaseModel, *, heads: Collection[str]
+) -> Resizes:
+    """Return the vocabulary and the classifier that an adapter resizes.
+
+    A vocabulary can be resized if the adapter resizes every embedding and every output head, and
+    if a field of the config gives the size. A classifier can have another number of labels.
+
+    Args:
+        shapes: shapes of the adapter's tensors by the name of the base's tensor.
+        base: the base.
+        heads: the names in `shapes` that belong to a classifier.
+    """
+    words: dict[str, tuple[int, int]] = {}
+    labels: dict[str, tuple[int, int]] = {}
+    wrong: dict[str, str] = {}
+    for name, shape in shapes.items():
+        own = base.tensors[name].info.shape if name in base.tensors else shape
+        if own == shape:
+            continue
+        module = name.rpartition(".")[0]
+        if own[1:] != shape[1:] or not own:
+            wrong[name] = ""
+        elif is_output_head(module) or is_embedding(module):
+            words[name] = (own[0], shape[0])
+        elif name in heads:
+            labels[name] = (own[0], shape[0])
+        else:
+            wrong[name] = ""
+    wrong |= dict.fromkeys(labels, "") if len({*labels.values()}) > 1 else {}
+    reason = _why_not_resized(words, shapes, base)
+    wrong |= dict.fromkeys(words, reason) if reason is not None else {}
+    findings = [shape_differs(name, shapes[name], base, more) for name, more in wrong.items()]
+    return Resizes(
+        next((each for name, each in words.items() if name not in wrong), None),
+        next((each for name, each in labels.items() if name not in wrong), None),
+        tuple(findings),
+    )
+
+
+def shape_differs(name: str, shape: tuple[int, ...], base: BaseModel, more: str = "") -> Finding:
+    """Return the finding that a tensor has another shape in the base.
+
+    Args:
+        name: the base's name of the tensor.
+        shape: the adapter's shape of it.
+        base: the base.
+        more: the reason why the shape is wrong, as the end of a sentence.
+    """
+    own = base.tensors[name].info.shape
+    reason = f"the adapter's is {shape_text(shape)}, the base's {shape_text(own)}{more}."
+    return REPLACEMENT_SHAPE.in_tensor(name, reason)
+
+
+def _why_not_resized(
+    words: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]], base: BaseModel
+) -> str | None:
+    """Return the reason why a vocabulary cannot be resized; None if the resize is right."""
+    if not words:
+        return None
+    if len({*words.values()}) > 1:
+        return ", and not all embeddings and output heads are resized alike"
+    old, new = next(iter(words.values()))
+    for name, tensor in base.tensors.items():
+        module = name.rpartition(".")[0]
+        is_table = is_embedding(module) or is_output_head(module)
+        if is_table and tensor.info.shape[:1] == (old,) and shapes.get(name, ())[:1] != (new,):
+            return f", and {printable(name)} has {old:,} rows that the adapter does not replace"
+    if not vocabulary_fields(base, old):
+        return f", and no vocab_size of the base's config is {old:,}"
+    return None
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape for people, such as ``3 by 768``."""
+    return " by ".join(f"{size:,}" for size in shape) or "a single value"

@@ -1,0 +1,140 @@
+"""Strategies: how the path of a layer in an adapter becomes the path in a base's files.
+
+The keys of an adapter follow the names in memory of the library that trained the adapter. The files
+of a base keep their own names. A strategy adds or removes a prefix, follows the renames between
+releases of transformers, or does both; a key map is a strategy that the user gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+from vera_convert.base.model import BaseModel
+from vera_convert.base.renames import model_types, views
+from vera_convert.text import printable
+
+BASE_PREFIXES = frozenset(
+    """
+    model transformer backbone text_model vision_model
+    albert bart beit bert bit blip clip convbert data2vec_audio data2vec_text data2vec_vision
+    deberta deit dinov2 distilbert electra ernie esm gpt_neox hubert layoutlm layoutlmv3 led
+    longformer mpnet nomic_bert rembert roberta roformer segformer siglip speecht5 swin swinv2
+    vilt vit vit_mae wav2vec2 wavlm
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""Prefixes that transformers' classes with a head put before the model, beside the model type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A function from the path of a layer in an adapter to the path in a base's files.
+
+    Attributes:
+        name: the name in output and messages.
+        rename: from the path in the adapter to the path in the files; None if the name belongs to
+            another strategy.
+        undo: from the path in the files to the path in the adapter; None if the adapter's model has
+            no such layer.
+        key_map: the OLD=NEW that does the same; empty if there is none.
+    """
+
+    name: str
+    rename: Callable[[str], str | None]
+    undo: Callable[[str], str | None]
+    key_map: str = ""
+
+
+AS_THEY_ARE = Strategy("names as they are", str, str)
+
+
+def known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strategy]:
+    """Yield prefixes, renames between releases of transformers, and prefixes before renames."""
+    names = {name.partition(".")[0] for name in base.tensors}
+    yield from _prefixes(layers, names, base)
+    for view in views(base):
+        renames = Strategy(view.name, view.path_on_disk, view.in_memory.get)
+        yield renames
+        names = {path.partition(".")[0] for path in view.on_disk}
+        for prefix in _prefixes(layers, names, base):
+            yield _both(prefix, renames)
+
+
+def _both(first: Strategy, second: Strategy) -> Strategy:
+    """Return the strategy that applies the second to the result of the first."""
+
+    def rename(module: str) -> str | None:
+        between = first.rename(module)
+        return None if between is None else second.rename(between)
+
+    def undo(path: str) -> str | None:
+        between = second.undo(path)
+        return None if between is None else first.undo(between)
+
+    return Strategy(f"{first.name}, {second.name}", rename, undo)
+
+
+def _prefixes(
+    layers: Iterable[str], in_base: AbstractSet[str], base: BaseModel
+) -> Iterator[Strategy]:
+    """Yield the prefixes that a class with a head adds to the names of the model below the head."""
+    own = {(kind or "").replace("-", "_") for kind in model_types(base.config)}
+    known = (BASE_PREFIXES | own) - {""}
+    in_adapter = {module.partition(".")[0] for module in layers}
+    for prefix in sorted(known & in_base):
+        yield key_map_strategy("", prefix, name=f'prefix "{printable(prefix)}." added')
+    for prefix in sorted(known & in_adapter):
+        yield key_map_strategy(prefix, "", name=f'prefix "{printable(prefix)}." removed')
+
+
+def key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:
+    """Return the strategy that replaces the leading path `old` by `new`."""
+    text = printable(f"{old}={new}")
+    rename, undo = partial(moved, old, new), partial(_moved_back, old, new)
+    return Strategy(name or f"--key-map {text}", rename, undo, text)
+
+
+def moved(old: str, new: str, module: str) -> str:
+    """Replace the leading path `old` by `new`, element by element; other modules stay."""
+    if old and module != old and not module.startswith(f"{old}."):
+        return module
+    rest = module[len(old) :].lstrip(".") if old else module
+    return ".".join(filter(None, (new, rest)))
+
+
+def _moved_back(old: str, new: str, path: str) -> str | None:
+    """Undo `moved`."""
+    module = moved(new, old, path)
+    return module if moved(old, new, module) == path else None
+
+
+# --- hints for a message -------------------------------------------------------------------------
+
+
+def hints(module: str, base: BaseModel) -> Iterator[Strategy]:
+    """Yield the key maps that bring `module` to a tensor with the longest end in common."""
+    for path in nearest(module, base):
+        shared = _common_end(path, module)
+        ours, theirs = module.split("."), path.split(".")
+        if shared:
+            yield key_map_strategy(".".join(ours[:-shared]), ".".join(theirs[:-shared]))
+
+
+def nearest(module: str, base: BaseModel) -> list[str]:
+    """Return the matrices of the base whose paths share the longest end with `module`."""
+    lengths = {
+        name.removesuffix(".weight"): _common_end(name.removesuffix(".weight"), module)
+        for name, tensor in base.tensors.items()
+        if name.endswith(".weight") and len(tensor.info.shape) == 2
+    }
+    best = max(lengths.values(), default=0)
+    return [path for path, length in lengths.items() if length == best]
+
+
+def _common_end(one: str, other: str) -> int:
+    """Count the path elements in which two paths agree, from the end."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
