@@ -24,7 +24,7 @@ OF_LLAMA = {
 
 
 def told(adapter: Path, base: Path) -> list[str]:
-    """The codes of what is said of the base, each as often as it is said."""
+    """The codes of all findings about the base, repeated codes included."""
     (checked,) = validate([adapter], base=base, select=["V558", "V559"]).adapters
     assert all(finding.severity is Severity.WARNING for finding in checked.findings)
     return [finding.code for finding in checked.findings]

@@ -23,14 +23,14 @@ I4, F4, F2, U1, I1, I8 = "i4", "f4", "f2", "u1", "i1", "i8"
 
 
 def fixed(**tensors: tuple[tuple[int, ...], str]) -> Pack:
-    """What stands in place of a weight, with two dots written as `__`."""
+    """The tensors of a packed layer, with two dots written as `__`."""
     return lambda _: {
         name.replace("__", "."): np.zeros(shape, kind) for name, (shape, kind) in tensors.items()
     }
 
 
 def shaped(kind: str, *siblings: str, transposed: bool = False) -> Pack:
-    """A weight of another type, and what lies beside it."""
+    """A weight of another type, and the tensors beside the weight."""
     return lambda weight: {
         "weight": np.zeros(weight.shape[::-1] if transposed else weight.shape, kind),
         **{name: np.ones(weight.shape[0], F4) for name in siblings},

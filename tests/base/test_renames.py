@@ -1,4 +1,4 @@
-"""The renamings, held against the installed transformers and against what older ones did."""
+"""The renames, compared with the installed transformers and with the names of older releases."""
 
 from __future__ import annotations
 
@@ -356,7 +356,7 @@ def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> boo
 
 
 def _first_names(family: Family) -> Iterator[str]:
-    """Yield what the steps of a family rename, but for what another step made of a name."""
+    """Yield the paths that a family renames, except paths that another rename produces."""
     for files, own in family.renames:
         path = files.removeprefix("^")
         others = (memory.removeprefix("^") for _, memory in family.renames if memory != own)
@@ -417,7 +417,7 @@ def test_deepseek_v4_is_found_in_its_own_files() -> None:
 
 @pytest.fixture(scope="module")
 def renamed_by_registry() -> Callable[[Any, str], str]:
-    """What the installed transformers calls a layer of its files in memory."""
+    """The name in memory that the installed transformers gives a layer of the files."""
     loading = pytest.importorskip("transformers.core_model_loading")
     registry = pytest.importorskip("transformers.conversion_mapping")
 

@@ -1,4 +1,4 @@
-"""What an adapter replaces whole is told: in the report, in the card and in the provenance."""
+"""Report, card and provenance name each tensor that an adapter replaces."""
 
 from __future__ import annotations
 

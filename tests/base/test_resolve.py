@@ -1,4 +1,4 @@
-"""What a base makes of an adapter's projections: their dims, and where they go."""
+"""The dims of A and B on a base, and the outputs that overlap a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside a base's weights: carried, left out, or replaced."""
+"""The files beside a base's weights: copied, left out, or replaced."""
 
 from __future__ import annotations
 

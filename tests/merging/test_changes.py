@@ -1,4 +1,4 @@
-"""What replaces a base's tensors, what may not, and heads that are embeddings."""
+"""Tensors that replace a base's tensors, tensors that must not, and tied heads."""
 
 from __future__ import annotations
 

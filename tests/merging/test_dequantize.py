@@ -1,4 +1,4 @@
-"""fp8 bases: what a 16-bit model of them holds, and what is refused; merged end to end."""
+"""Merges into fp8 bases: the 16-bit model, and the bases that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merged models: equal to what PEFT computes, and refused rather than merged in part."""
+"""Merged models equal PEFT's, and an adapter that does not fit whole is refused."""
 
 from __future__ import annotations
 

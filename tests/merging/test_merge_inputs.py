@@ -1,4 +1,4 @@
-"""What a merge reads from the Hub, and what it leaves there."""
+"""Merges from the Hub: the files that a merge fetches, and the files that stay there."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_provenance_alone_makes_no_folder_a_merged_model(
 
 
 class StopError(Exception):
-    """What stops a merge half way."""
+    """An interruption in the middle of a merge."""
 
 
 def stopped(adapter: Path, base: Path, out: Path, after: int, **options: Any) -> BaseException:

@@ -1,4 +1,4 @@
-"""Tiny bases with values in them, merged, and what has to come out."""
+"""Tiny bases with values, merges of these, and the expected results."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def tensors_of(folder: Path) -> Tensors:
 
 
 def change(adapter: Path, module: str, inputs: int) -> NDArray[Any]:
-    """What an adapter with stored projections adds to one layer, in float64."""
+    """The delta of one layer in float64, of an adapter with stored projections."""
     stored = load_file(adapter / "adapter_model.safetensors")
     d, b = (stored[f"base_model.model.{module}.vera_lambda_{kind}"] for kind in "db")
     return exact_delta(stored["base_model.vera_A"], stored["base_model.vera_B"], d, b, inputs)
 
 
 def wanted(adapters: Mapping[Path, float], base: Path) -> Tensors:
-    """What has to come out, for adapters whose layers have the base's names."""
+    """The expected tensors, for adapters whose layers have the base's names."""
     found = tensors_of(base)
     for name, weight in found.items():
         module = name.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Merged models made wrong on purpose, and what `verify` finds."""
+"""Merged models made wrong on purpose, and the findings of `verify`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rewrite(model: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(document if found is None else found))
 
 
-# --- wrong merges, by what was added to one layer ------------------------------------------------
+# --- wrong merges of one layer -------------------------------------------------------------------
 
 
 def _projections(adapter: Path) -> tuple[Array, Array]:
@@ -132,4 +132,4 @@ WRONG: Mapping[str, tuple[Callable[[Path, str, Array], Array], str]] = {
     "rounded twice": (rounded_twice, ""),
     "one value": (one_value, ""),
 }
-"""Ways to merge one layer wrongly, each with what is said of it."""
+"""Ways to merge one layer wrongly, each with the explanation of `verify`."""

@@ -207,6 +207,11 @@ def _from_base(
         if base is None or need is Need.WHOLE or not are_packed:
             raise
         return _packed(base, error.findings)
+    return _from_match(adapter, base, match)
+
+
+def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
+    """Return the facts of a base whose tensors match the adapter's layers."""
     own = {
         module: Linear(out, width, conv1d=module in match.conv1d)
         for module, (out, width) in match.shapes.items()
@@ -223,7 +228,7 @@ def _from_base(
     built = BuiltLayers(base.config, own)
     dims = shared_dims(adapter, model, own, built)
     casts = casts_on(whole, (match.tensors[module] for module in dims.adapted))
-    unclear = [ROUNDING_UNCLEAR.at(location.label, casts.reason)] if casts.reason else []
+    unclear = [ROUNDING_UNCLEAR.at(base.location.label, casts.reason)] if casts.reason else []
     if whole.formats and adapter.projections is not None:
         unclear = []  # A and B are stored: nothing is drawn on a quantized base
     return BaseFacts(
@@ -231,8 +236,8 @@ def _from_base(
         dims.out_features,
         casts.rounding,
         casts.possible,
-        source=location.label,
-        location=location,
+        source=base.location.label,
+        location=base.location,
         base=base,
         match=match,
         layers=own,

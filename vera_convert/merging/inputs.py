@@ -159,9 +159,7 @@ def open_inputs(
         else:
             findings.append(dequantization.finding(model.location.label))
         for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
-            findings += files.findings(matched.label)
-            findings += [*matched.adapter.findings, *base_facts.findings, *matched.pair.findings]
-            findings += other_dims(matched.adapter, base_facts)
+            findings += _findings(matched, base_facts, files)
         yield MergeInputs(
             adapters=adapters,
             base=model,
@@ -174,6 +172,17 @@ def open_inputs(
             dequantization=dequantization,
             findings=tuple(dict.fromkeys(findings)),
         )
+
+
+def _findings(
+    matched: MatchedAdapter, base_facts: BaseFacts, beside: AdapterFiles
+) -> Iterator[Finding]:
+    """Yield the findings about one adapter and its base."""
+    yield from beside.findings(matched.label)
+    yield from matched.adapter.findings
+    yield from base_facts.findings
+    yield from matched.pair.findings
+    yield from other_dims(matched.adapter, base_facts)
 
 
 def _resolve_all(
