@@ -96,8 +96,8 @@ class Pipeline:
         shown = [printable(folder.rstrip("/")) for folder in sorted(folders)]
         ways = " or ".join(f"--base {self.location.label}/{name}" for name in shown)
         reason = (
-            f"the adapter's layers fit {' and '.join(shown)}, and nothing in the adapter says "
-            f"which of them it was trained on. Choose with {ways}."
+            f"the adapter's layers fit {' and '.join(shown)}, and the adapter does not name the "
+            f"component that it was trained on. Choose with {ways}."
         )
         return BASE_AMBIGUOUS.at(self.location.label, reason)
 

@@ -174,7 +174,7 @@ class _Matcher:
         for module, name in tensors.items():
             first = owner.setdefault(name, module)
             if first != module:
-                reason = f'"{printable(first)}" and "{printable(module)}" both lead to it.'
+                reason = f'"{printable(first)}" and "{printable(module)}" both match this tensor.'
                 yield NAMES_DIFFER.at(printable(name), reason)
 
     def _no_matrices(self, tensors: Mapping[str, str]) -> Iterator[Finding]:

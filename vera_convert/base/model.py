@@ -216,7 +216,7 @@ def parse_config_file(text: bytes, *, place: str) -> Mapping[str, object]:
 
 def _config_of(document: object, place: str) -> Mapping[str, object]:
     if not isinstance(document, dict):
-        raise CheckpointError(MODEL_CONFIG_FORM.at(place, "it is no object."))
+        raise CheckpointError(MODEL_CONFIG_FORM.at(place, "the config is no JSON object."))
     return {name: _with_floats(value) for name, value in document.items()}
 
 

@@ -63,7 +63,7 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         target = next(filter(base.tensors.__contains__, there), plain)
         first = owners.setdefault(target, name)
         if first != name:
-            reason = f'"{printable(first)}" and "{printable(name)}" both replace it.'
+            reason = f'"{printable(first)}" and "{printable(name)}" both replace this tensor.'
             raise CheckpointError(REPLACEMENT_CLASH.at(printable(target), reason))
         targets[name] = target
     return targets
@@ -97,7 +97,7 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
         return REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
     if class_of_head(config, base) is not None:
         return None
-    reason = "the base has no such tensor, and nothing names the class that has it."
+    reason = "the base has no such tensor, and no class with this tensor is known."
     return REPLACEMENT_NEW.in_tensor(target, reason)
 
 
@@ -122,7 +122,7 @@ def incomplete_modules(
         paths = {path, match.undo(path) or path}
         is_due = parameter in ("weight", "bias") and any(map(saved.of, paths))
         if is_due and name not in stored:
-            reason = "the base has it and the module is saved whole; the adapter does not store it."
+            reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
             yield MODULE_TO_SAVE_MISSING.at(printable(name), reason)
 
 

@@ -170,11 +170,11 @@ def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: 
         return BaseFacts(source=str(error))
     except SurroundingsError as error:
         if need is Need.WHOLE:
-            reason = f"{error} Name the base with --base where it lies here."
+            reason = f"{error} Give a folder with the base as --base."
             raise SurroundingsError(reason) from error
         if need is Need.VITAL:
             raise SurroundingsError(
-                f"{error} Name the base with --base where it lies here, or give --in-features, "
+                f"{error} Give a folder with the base as --base, or give --in-features, "
                 "--out-features and --base-dtype."
             ) from error
         return BaseFacts(source=str(error))
@@ -304,7 +304,10 @@ def _from_config(
     names = {module: _name_of(module, model) for module in adapter.layers}
     absent = [module for module, name in names.items() if name is None]
     if absent:
-        reason = f'{len(absent)} of {len(names)} layers, such as "{printable(absent[0])}", are not.'
+        reason = (
+            f"{len(absent)} of {len(names)} layers have no counterpart, such as "
+            f'"{printable(absent[0])}".'
+        )
         raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
     ours = {name: module for module, name in names.items() if name is not None}
     model = replace(

@@ -232,7 +232,9 @@ def _compared_with_base(
     module = replaced_name(name).rpartition(".")[0]
     tensor = base.tensors[matched.match.tensors[module]]
     if info.shape != tensor.info.shape:
-        reason = f"it has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
+        reason = (
+            f"the stored weight has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
+        )
         yield BASE_COPY_DIFFERS.in_tensor(name, reason)
         return
     stored, own = NUMPY_DTYPE[info.dtype], NUMPY_DTYPE[tensor.info.dtype]
@@ -245,7 +247,7 @@ def _compared_with_base(
             values = np.frombuffer(ours.read_at(at, size * stored.itemsize), stored)
             raw = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
             if values.astype(own).tobytes() != raw:
-                reason = f"its values differ from {printable(tensor.info.name)} of the base."
+                reason = f"the stored values differ from {printable(tensor.info.name)} of the base."
                 yield BASE_COPY_DIFFERS.in_tensor(name, reason)
                 return
 
@@ -314,5 +316,8 @@ def _once(
     """Record a replacement, or yield a finding if another adapter has other values."""
     first = taken.setdefault(target, replacement)
     if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
-        reason = f"{first.owner.label} and {replacement.owner.label} replace it by other values."
+        reason = (
+            f"{first.owner.label} and {replacement.owner.label} replace this tensor by different "
+            "values."
+        )
         yield REPLACEMENTS_DIFFER.in_tensor(target, reason)

@@ -147,9 +147,9 @@ class MergeJob:
         if self.needed - there > free:
             kept = f", {there:,} of which are there already" if there else ""
             raise SurroundingsError(
-                f"the merged model takes {self.needed:,} bytes{kept}, and {free:,} are free where "
-                f"{printable(str(self.out))} is to appear. Free some space there, or choose an "
-                "OUT on another disk."
+                f"the merged model takes {self.needed:,} bytes{kept}, and {free:,} are free on the "
+                f"disk of {printable(str(self.out))}. Free some space there, or choose an OUT on "
+                "another disk."
             )
 
     # --- staging and continuing ------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _enough_memory() -> Iterator[None]:
             raise
         raise SurroundingsError(
             "there is not enough memory for the buffers or threads of a merge. Run it with fewer "
-            "--jobs, or where more memory is free."
+            "--jobs, or on a machine with more free memory."
         ) from error
 
 

@@ -155,7 +155,7 @@ def _unknown_class(changes: Changes) -> Iterator[Finding]:
     for name, replacement in changes.new.items():
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
         if not (is_output_head(module) and changes.unties):
-            reason = "the base has no such tensor, and nothing names the class that has it."
+            reason = "the base has no such tensor, and no class with this tensor is known."
             yield REPLACEMENT_NEW.in_tensor(name, reason)
 
 
@@ -176,7 +176,7 @@ def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[F
     stored = {tensor.rpartition(".")[0] for tensor in (*base.tensors, *changes.new)}
     for module in needed_modules(base.model_type, name):
         if not any(path == module or path.endswith(f".{module}") for path in stored):
-            reason = f"{printable(name)} has it; neither the base nor the adapter stores it."
+            reason = f"the class {printable(name)} has it, but neither base nor adapter stores it."
             yield HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
 
 
