@@ -175,13 +175,13 @@ class _Matcher:
             first = owner.setdefault(name, module)
             if first != module:
                 reason = f'"{printable(first)}" and "{printable(module)}" both match this tensor.'
-                yield NAMES_DIFFER.at(printable(name), reason)
+                yield NAMES_DIFFER.in_tensor(name, reason)
 
     def _no_matrices(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
         for name in tensors.values():
             shape = self.base.tensors[name].info.shape
             if len(shape) != 2:
-                yield NOT_A_MATRIX.at(printable(name), f"its shape is {shape}.")
+                yield NOT_A_MATRIX.in_tensor(name, f"its shape is {shape}.")
 
     def _other_shapes(
         self,

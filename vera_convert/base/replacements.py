@@ -64,7 +64,7 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         first = owners.setdefault(target, name)
         if first != name:
             reason = f'"{printable(first)}" and "{printable(name)}" both replace this tensor.'
-            raise CheckpointError(REPLACEMENT_CLASH.at(printable(target), reason))
+            raise CheckpointError(REPLACEMENT_CLASH.in_tensor(target, reason))
         targets[name] = target
     return targets
 
@@ -123,7 +123,7 @@ def incomplete_modules(
         is_due = parameter in ("weight", "bias") and any(map(saved.of, paths))
         if is_due and name not in stored:
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
-            yield MODULE_TO_SAVE_MISSING.at(printable(name), reason)
+            yield MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
 
 
 def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:

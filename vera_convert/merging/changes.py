@@ -295,7 +295,7 @@ def _bring(
         same = changes.replaced.get(embedding or "")
         if same is not None and same_tensor(same.tensor, replacement.tensor):
             # The adapter saved one tensor under both names, so the two were tied in training.
-            shared = EMBEDDING_SHARED.at(printable(embedding or ""), _TIED)
+            shared = EMBEDDING_SHARED.in_tensor(embedding or "", _TIED)
             changes.findings = [each for each in changes.findings if each != shared]
             return
         if tied is Tied.UNTIE:
