@@ -1,6 +1,6 @@
-"""What users of other tools ran into, and where it is seen that it cannot happen here.
+"""Failures that users of other tools reported, each with a test that excludes the failure here.
 
-Most of it was reported of LoRA or of other programs; the kind of failure is what carries over.
+Most reports are about LoRA or other programs. The tests look for the same kind of failure.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ REPORTS = (
         ("test_an_adapter_in_the_base_s_folder_is_left_out",),
     ),
     Report(
-        "what is called merged holds an adapter, or the other way round",
+        "a folder called merged holds an adapter, or an adapter's folder holds a model",
         "a repo of the Hub called merged_model",
         (
             "V016-folder_is_a_models",

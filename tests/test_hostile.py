@@ -1,4 +1,4 @@
-"""What strangers' files can do to us: nothing, whatever they hold, in no time and no memory."""
+"""Hostile files do no harm: every command ends in time, within the memory, and as expected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vera_convert.files.reading import LocalFile
 LIMIT_SECONDS = 30
 """Far more than any case takes: the limit is there for those that would never end."""
 MOST_MEMORY = 400 << 20
-"""What the most patient reader may take for a file that is not worth it."""
+"""The limit of memory for reading a hostile file."""
 
 Arguments = list[object]
 
@@ -170,7 +170,7 @@ def test_every_command_ends_as_it_should(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # what is durable is tested elsewhere
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # durable writing is tested elsewhere
     adapter, base = built(case, originals, tmp_path)
     before = looks(tmp_path)
     out = tmp_path / "out"
@@ -267,7 +267,7 @@ main(sys.argv[1:])
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """How a command ended in a process of its own, and what it left where it ran."""
+    """How a command ended in a separate process, and the files before and after."""
 
     ended: Ended
     wrote: bool

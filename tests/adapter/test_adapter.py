@@ -31,7 +31,7 @@ ATTENTION = f"{MODEL}model.layers.0.self_attn."
 
 
 def names(adapter: Adapter) -> list[str]:
-    """Every tensor by what the adapter takes it for."""
+    """Return every tensor by its meaning in the adapter."""
     lambdas = [
         tensor for layer in adapter.layers.values() for tensor in (layer.lambda_b, layer.lambda_d)
     ]

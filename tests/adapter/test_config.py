@@ -30,7 +30,7 @@ def parsed(**changes: object) -> ConfigFile:
 
 
 def refused(**changes: object) -> dict[str, str]:
-    """Reason by code of what is wrong with a config."""
+    """Return the reasons of a config's findings by code."""
     with pytest.raises(CheckpointError) as caught:
         parsed(**changes)
     return {finding.code: finding.reason for finding in caught.value.findings}

@@ -1,4 +1,4 @@
-"""What lies beside an adapter's weights, and how a new folder is written."""
+"""The files beside an adapter's weights, and the writing of a new folder."""
 
 from __future__ import annotations
 

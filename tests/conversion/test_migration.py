@@ -377,7 +377,7 @@ def test_the_other_lines_of_the_config_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def write_tree(tree: Path) -> Path:
-    """A tree of trainer checkpoints: good ones, damaged ones, bad ones, and what is none."""
+    """A tree of a trainer's checkpoints: good, damaged and bad adapters, and other files."""
     good_adapter(tree / "run/checkpoint-100")
     good_adapter(tree / "run/checkpoint-200", stripped=True)
     renamed(lambda name: f"_orig_mod.{name}")(good_adapter(tree / "run/checkpoint-300"))

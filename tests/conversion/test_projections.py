@@ -172,7 +172,7 @@ DENIED = fields({"save_projection": False})
         (OTHERS, "key", "replaced"),
         (BF16, "auto", "V403"),
         (BF16, "key", "replaced"),
-        # the flag is false: equal ones are told, unequal ones have to be decided
+        # the flag is false: equal pairs are reported, and an option decides between unequal pairs
         (DENIED, "auto", "same"),
         (DENIED, "file", "same"),
         (DENIED, "key", "same"),
@@ -288,7 +288,7 @@ def test_the_key_is_meant_whatever_a_fingerprint_says(tmp_path: Path) -> None:
 
 
 def test_a_float64_draw_is_whole_in_a_file_of_its_own(tmp_path: Path) -> None:
-    """Whatever its lambdas are stored as; in the adapter it is named as what was stored."""
+    """The dtype of the lambdas does not matter; the report names the stored dtype."""
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     options = BaseOptions(dtype="float64", in_features=16, out_features=16)
     done = embed(folder, tmp_path / "out", base=options, generator=Variant.FLOAT64_FUSED)

@@ -67,7 +67,7 @@ def test_all_of_the_fixtures_are_there() -> None:
 @pytest.mark.parametrize("path", EXPECTED, ids=case_name)
 def test_the_projections_are_those_that_peft_had_in_effect(path: Path) -> None:
     expected = json.loads(path.read_bytes())
-    # `auto` is what PEFT 0.21 does; up to 0.20 the file was ignored.
+    # PEFT 0.21 works like `auto`; PEFT up to 0.20 ignored the file.
     by_key = expected["projection_source"] == "key"
     means = [ProjectionSource.KEY] if by_key else [ProjectionSource.AUTO, ProjectionSource.FILE]
     if "ignored" not in expected.get("default_semantics_note", ""):
@@ -170,7 +170,7 @@ def draws() -> Iterator[tuple[Variant, str, str]]:
 
 
 def equal(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]] | None) -> bool:
-    """Whether two pairs hold the same values, of whatever type."""
+    """Say whether two pairs hold the same values, in any dtype."""
     return other is not None and all(np.array_equal(one[n], other[n].astype("f8")) for n in one)
 
 
@@ -204,7 +204,7 @@ def test_what_a_base_rounds_otherwise_is_refused_with_the_difference(
     pair = as_peft_stored(Variant.FLOAT32_FUSED, origin, "F32")
     folder = good_adapter(tmp_path / "adapter", tensors=pair)
     options = tiny_options(base, tmp_path / "base")
-    # What bfloat16 keeps float16 keeps too; and the order of two does not stand in the headers.
+    # float16 keeps all values that bfloat16 keeps, and headers do not tell the order of two casts.
     same = {origin, base} <= {"bfloat16", "bfloat16+float16", "float16+bfloat16"} and (
         "+" in base or "float16+bfloat16" not in (origin, base)
     )

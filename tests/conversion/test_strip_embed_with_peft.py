@@ -1,4 +1,4 @@
-"""What the installed PEFT makes of our output: the very logits that it gives for the originals."""
+"""The installed PEFT computes the same logits from converted adapters as from the originals."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ TALL = max(OUTPUTS.values())
 
 
 def opening(folder: Path) -> Iterable[Finding]:
-    """What shows when the adapter is opened."""
+    """Return the findings of opening the adapter."""
     with open_adapter(folder) as adapter:
         return adapter.findings
 
@@ -85,17 +85,17 @@ def register(
 
 
 def describing(**base: Any) -> Finder:
-    """What `info` finds on a base."""
+    """Return the findings of `info` on a base."""
     return lambda folder: info(folder, base=_wish(folder, base)).findings
 
 
 def stripping(**base: Any) -> Finder:
-    """What `strip` finds on a base."""
+    """Return the findings of `strip` on a base."""
     return lambda folder: strip(folder, _out(folder), base=_wish(folder, base)).findings
 
 
 def embedding(**options: Any) -> Finder:
-    """What `embed` finds; the good base is given unless dims are."""
+    """Return the findings of `embed`, on the good base or with given dims."""
     return lambda folder: (
         embed(
             folder,
@@ -106,17 +106,17 @@ def embedding(**options: Any) -> Finder:
 
 
 def migrating(folder: Path) -> Iterable[Finding]:
-    """What `migrate --to asis` finds."""
+    """Return the findings of `migrate --to asis`."""
     return migrate(folder, _out(folder), to=Mode.ASIS).findings
 
 
 def stripping_alone(folder: Path) -> Iterable[Finding]:
-    """What `strip` finds where nothing is known of a base."""
+    """Return the findings of `strip` without a base."""
     return strip(folder, _out(folder)).findings
 
 
 def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
-    """What `validate` finds, on a base if one is described; that no revision is named is passed."""
+    """Return the findings of `validate`, on a base if described, without the missing revision."""
 
     def find(folder: Path) -> Iterable[Finding]:
         options = _wish(folder, base) if base else None
@@ -129,7 +129,7 @@ def validating(*ignore: str, deep: bool = False, **base: Any) -> Finder:
 
 
 def sizing(folder: Path) -> Iterable[Finding]:
-    """What shows when the config is held against a model that has no layer of its targets."""
+    """Return the findings for a model that has no layer of the config's targets."""
     with open_adapter(folder) as adapter:
         adapted(ModelLayers("nothing", "llama", {}), adapter.config)
         return ()
@@ -144,7 +144,7 @@ def _wish(folder: Path, base: Mapping[str, Any]) -> BaseOptions:
 
 
 def codes(found: Finder, folder: Path) -> list[str]:
-    """Return the codes of what is found, raised or told."""
+    """Return the codes of the findings, raised or reported."""
     try:
         return [finding.code for finding in found(folder)]
     except CheckpointError as error:
@@ -200,7 +200,7 @@ def all_of(*spoilers: Spoiler) -> Spoiler:
 
 
 def as_it_is(_: object) -> Spoiler:
-    """Return a spoiler that spoils nothing: the defect is in what the adapter meets."""
+    """Return a spoiler that changes nothing: the defect lies in the base or the options."""
     return all_of()
 
 

@@ -38,7 +38,7 @@ CONFIG: Mapping[str, object] = {
     "task_type": "CAUSAL_LM",
     "vera_dropout": 0.0,
 }
-"""What PEFT 0.21 writes into adapter_config.json."""
+"""The fields that PEFT 0.21 writes into adapter_config.json."""
 
 
 def good_tensors(*, stripped: bool = False) -> dict[str, NDArray[Any]]:

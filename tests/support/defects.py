@@ -1,7 +1,7 @@
 """Every way to spoil a good adapter, made by code: no blob of a stranger lies in the repository.
 
-A defect is a function that turns the good adapter in a folder into a bad one; the code is the one
-rule that it breaks. The functions are named after what they do.
+A defect is a function that makes the good adapter in a folder bad. The code is the only rule that
+the bad adapter breaks. The name of the function names the change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A and B as PEFT would have stored them, whatever drew and rounded them."""
+"""Draw and round A and B as PEFT stores both, for every generator and every base."""
 
 from __future__ import annotations
 

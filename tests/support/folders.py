@@ -1,4 +1,4 @@
-"""Looks at adapters' folders, and at what becomes of them."""
+"""Look at adapters' folders before and after a conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vera_convert.errors import CheckpointError
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 DATA = Path(__file__).parents[1] / "data"
-"""What real PEFT and PyTorch wrote."""
+"""The folders that real PEFT and PyTorch wrote."""
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -49,7 +49,7 @@ def base_of(folder: Path) -> BaseOptions:
 
 
 def codes(result: Conversion) -> set[str]:
-    """The codes of what a conversion had to say."""
+    """Return the codes of a conversion's findings."""
     return {finding.code for finding in result.findings}
 
 

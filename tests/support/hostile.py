@@ -1,11 +1,10 @@
-"""Adapters and bases from strangers, each with what every command has to make of it.
+"""Hostile adapters and bases, each with the expected outcome of every command.
 
-All are made by code. Whatever the catalog of defects spoils is taken from there; what is added is
-what it lacks: attacks on readers, claims beyond all reason, names and texts that act on a
-terminal, and bases that are as hostile as any adapter.
+Code makes all of the cases. The catalog of defects gives many; this module adds attacks on readers,
+absurd sizes, names and texts that act on a terminal, and hostile bases.
 
-What shows when an adapter is opened is refused with the same code by every command; what differs is
-written down by hand, with the reason.
+Every command refuses a defect that shows when the adapter is opened with the same code. Other
+outcomes are written down by hand, with the reason.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class Outcome:
 ACCEPT = Outcome(0)
 """It does its work and has nothing to say."""
 SURROUNDINGS = Outcome(3)
-"""It names what the machine lacks: space, a right, a file that holds still."""
+"""The command names the fault of the machine: no space, no permission, a file that changes."""
 
 
 def reject(code: str) -> Outcome:
@@ -104,7 +103,7 @@ class Case:
         name: of the test.
         build: spoils the good adapter, or the good base, in the folder that it gets.
         outcomes: what each command makes of it; one that is left out is not run.
-        why: the reason for what was written by hand.
+        why: the reason for the outcomes that were written by hand.
         on: what is spoiled: ``adapter``; ``base``, of one file; or ``shards``, a base of three.
         posix: it needs pipes, sockets, links or modes.
     """
@@ -131,8 +130,8 @@ MENDED = "migrate brings it to the current form"
 NO_VALUES = "info reads no values"
 NO_PATTERNS = "info and migrate to asis size nothing, so they evaluate no pattern"
 STRIP_PROVES = "only who drops A and B needs them to be a draw"
-DRAWN_AGAIN = "info draws nothing, so it cannot see that the hash is not met"
-VALIDATE_ALONE = "it works as it is; validate tells what it may come to"
+DRAWN_AGAIN = "info draws nothing, so it misses a wrong hash"
+VALIDATE_ALONE = "the adapter works; validate warns of a risk"
 
 BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     **{
@@ -150,7 +149,7 @@ BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         )
     },
 }
-"""What differs, of defects that show when an adapter is opened."""
+"""The outcomes that differ, for defects that show when an adapter is opened."""
 
 
 def _derived(defect: Defect) -> Case:
@@ -245,7 +244,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
         everywhere(reject("V409"), info=ACCEPT, embed=reject("V408"), merge=reject("V408")),
     ),
     "V412-config_matches_narrower_layers": (
-        "what has to be sized on the base comes out too small",
+        "A and B would be too small for the layers of the file",
         {"validate": warn("V411")} | dict.fromkeys(("strip", "embed", "merge"), reject("V412")),
     ),
     "V414-projections_are_seen_to_be_random": (
@@ -506,7 +505,7 @@ hostile(
 )
 
 
-@hostile_case(HARMLESS, "what is no file is not carried", posix=True)
+@hostile_case(HARMLESS, "only regular files are copied", posix=True)
 def pipes_and_sockets_lie_beside_it(folder: Path) -> None:
     os.mkfifo(folder / "README.md")
     os.mkfifo(folder / "tokenizer.json")
@@ -529,7 +528,7 @@ hostile(
 hostile(
     HARMLESS | dict.fromkeys(("strip", "embed", "migrate"), SURROUNDINGS),
     {"a_side_file_claims_more_than_any_disk": lambda folder: sparse(folder / "notes.txt", 1 << 42)},
-    "what copies it needs the space; a merge leaves it out",
+    "a copy needs the space; a merge leaves the file out",
     posix=True,
 )
 hostile(
@@ -699,7 +698,7 @@ hostile(
         "metadata_is_of_another_framework": metadata({"format": "\0", "__proto__": "{}"}),
         "metadata_is_large": metadata({"format": "pt", "x": "y" * 5_000_000}),
     },
-    "two readers see the same file, and what metadata says is carried and never acted on",
+    "two readers see the same file, and metadata is copied and never acted on",
 )
 hostile(
     only(HARMLESS, "validate", "strip"),
@@ -828,7 +827,7 @@ hostile(
         "version_acts_on_a_terminal": fields({"peft_version": "0.21\x1b[2J\u202e\n"}),
         "mapping_acts_on_a_terminal": fields({"auto_mapping": {"\x1b[2J": "\u202e"}}),
     },
-    "what no result depends on is carried as it is",
+    "a field without an effect on any result is copied unchanged",
 )
 hostile(
     told("V123"),
@@ -1172,12 +1171,12 @@ for _what, (_bits, _dtype, _width) in BITS.items():
 hostile(
     everywhere(reject("V301"), info=warn("V414")),
     {"vera_a_ends_in_a_nan": _of_bits(A, *BITS["a_nan_with_a_payload"])},
-    "info reads A and B to tell what they are, and says that they are no draw",
+    "info reads A and B, and says that A and B are no draw",
 )
 hostile(
     everywhere(reject("V304"), info=warn("V414")),
     {"vera_a_holds_one_value": added({A: np.full((RANK, HIDDEN), 0.5, np.float32)})},
-    "info tells what A and B are, and that they are no draw",
+    "info says that A and B are no draw",
 )
 hostile(
     everywhere(reject("V301"), info=ACCEPT),
@@ -1217,7 +1216,7 @@ ACTING = {
     "varies_an_emoji": "a\ufe0f\U000e0100",
     "deletes": "a\x7fb",
 }
-"""What a text can do, with a sample of each."""
+"""The effects of a text on a terminal, with a sample of each."""
 
 for _what, _text in ACTING.items():
     hostile(
@@ -1298,7 +1297,7 @@ CASES += [
 
 
 def base_config(document: object) -> Spoiler:
-    """Return a spoiler that replaces a base's config, by bytes or by what JSON makes of a value."""
+    """Return a spoiler that replaces a base's config by bytes, or by a value as JSON."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return beside("config.json", text)
 
@@ -1379,7 +1378,7 @@ for _what, _make in _MADE.items():
     hostile(
         REFUSED["V522"],
         {f"base_weights_{_what}": in_place_of("model.safetensors", _make)},
-        "what is no file is not listed; the config alone then speaks for a model of another size",
+        "only regular files are listed; the config alone then describes a model of another size",
         on="base",
         posix=True,
     )
@@ -1391,7 +1390,7 @@ hostile(
         "a_link_in_the_base_leads_to_its_parent": linked("up", ".."),
         "a_link_in_the_base_leads_to_an_endless_device": linked("notes.txt", "/dev/zero"),
     },
-    "what is no file is not listed, and nothing depends on it",
+    "only regular files are listed, and nothing depends on others",
     on="base",
     posix=True,
 )
@@ -1452,7 +1451,7 @@ hostile(
             }
         )
     },
-    "quantized in whatever way: only a merge has to add to the weights",
+    "quantized in any way: only a merge adds to the weights",
     on="base",
 )
 hostile(
@@ -1474,7 +1473,7 @@ hostile(
         "stray_weights_lie_in_the_base": beside("x.safetensors", b"\xff" * 64),
         "stray_weights_have_a_name_that_acts": beside("\x1b[2J\u202e\n.safetensors", b""),
     },
-    "an embedded adapter is copied, whatever lies in the base",
+    "an embedded adapter is copied, for any base",
     on="base",
 )
 hostile(
@@ -1578,7 +1577,7 @@ hostile(
         ),
         "index_has_fields_that_act": indexed(lambda document: document.update({EVERYTHING: 1})),
     },
-    "what an index says beside its map is of no use to anyone",
+    "nobody uses the fields of an index beside the map",
     on="shards",
 )
 
@@ -1586,7 +1585,7 @@ hostile(
 
 
 def with_tokenizer(folder: Path, **files: object) -> None:
-    """Put a tokenizer beside the weights: its added tokens, and what else is given."""
+    """Put a tokenizer beside the weights, with added tokens and further fields."""
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 3}]}))
     for name, document in files.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
@@ -1615,7 +1614,7 @@ hostile(
         ),
         "a_tokenizer_is_a_list": lambda folder: with_tokenizer(folder, tokenizer_config=[1]),
     },
-    "what is no whole number is no token",
+    "only a whole number is a token",
 )
 hostile(
     everywhere(ACCEPT, merge=reject("V025")),

@@ -58,7 +58,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
     "vit": [_ENCODER, {**_ENCODER, "pooler_output_size": 20}, {**_ENCODER, "id2label": {}}],
 }
 
-# What transformers 5 calls a module of ViT in memory, and what it is called on disk.
+# The names of ViT's modules in memory (transformers 5) and on disk.
 _VIT_ON_DISK = [
     (r"(^|\.)layers\.(\d+)\.attention\.([qkv])_proj$", None),
     (r"(^|\.)layers\.(\d+)\.attention\.o_proj$", r"\1encoder.layer.\2.attention.output.dense"),

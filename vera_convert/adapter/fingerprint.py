@@ -1,7 +1,7 @@
 """The fingerprint: the record of a stripped adapter's A and B, kept in the safetensors metadata.
 
 PEFT ignores metadata, so the record changes nothing for a loader. After A and B are drawn from the
-key, the fingerprint proves that both matrices are the dropped ones.
+key, the fingerprint proves that A and B are the dropped matrices.
 """
 
 from __future__ import annotations

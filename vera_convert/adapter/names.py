@@ -35,11 +35,11 @@ bias with the plain name."""
 _WRAPPER = re.compile(r"_(?:\w*_)?mod(?:ule)?")
 """Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod, FSDP's
 _fsdp_wrapped_module, activation checkpointing's _checkpoint_wrapped_module, Lightning's
-_forward_module, Opacus's _module. No model class has a module of such a name."""
+_forward_module, Opacus's _module. No model class has a module of this name."""
 _WRAPPERS_OF_NAMED_BASES = frozenset(("module", "pretrained_model"))
-"""DistributedDataParallel's and TRL's. A custom class can have a module of this name, but such a
-class has no name on the Hub; of the models in transformers, LeViT alone has `module`, in each of
-its numbered layers."""
+"""DistributedDataParallel's and TRL's. A custom class can have a module of this name, but a
+custom class has no name on the Hub. In transformers, LeViT alone has `module`, in each numbered
+layer."""
 _WRAPPER_CLASSES = frozenset(
     ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 )

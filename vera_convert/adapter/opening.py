@@ -131,7 +131,7 @@ def examine(
     repair: Repair | None = None,
     values: bool = True,
 ) -> Examined:
-    """Read config and header each to the end, so that one run shows the defects of both.
+    """Read the whole config and the whole header, so that one run shows every defect.
 
     Args:
         folder: where the adapter lies.

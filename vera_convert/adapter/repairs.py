@@ -20,7 +20,7 @@ from vera_convert.rules import NAME_TAKEN_TWICE, PROJECTIONS_DIFFER
 from vera_convert.text import printable
 
 _OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
-"""Names of layers in PEFT's VeraModel. No model has layers of such a name itself."""
+"""Names of layers in PEFT's VeraModel. No model has layers of this name."""
 OLDEST_WITH_UNKNOWN_FIELDS = (0, 14)
 """Older releases of PEFT raise TypeError on an unknown field, such as `peft_version`."""
 

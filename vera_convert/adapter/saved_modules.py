@@ -82,7 +82,7 @@ def replacement_findings(
             continue
         bias_stored |= parameter == "bias"
         if parameter == "bias" and module in layers and not tensor.name.endswith(_BASE_BIAS):
-            reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS} and drops this one."
+            reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS}, not this name."
             yield UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
             continue
         if parameter == "bias" and (

@@ -1,4 +1,4 @@
-"""The shapes and the dtypes of an adapter's tensors, and the findings about these."""
+"""Check the shapes and the dtypes of an adapter's tensors."""
 
 from __future__ import annotations
 

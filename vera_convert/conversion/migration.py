@@ -359,8 +359,8 @@ def _need(adapter: Adapter, options: _MigrationOptions) -> Need:
 def _cut(adapter: Adapter, base_facts: BaseFacts) -> tuple[Adapter, tuple[str, ...]]:
     """Cut A and B to the dims of the base.
 
-    A and B are larger if the adapter shared a model with a wider one, and PEFT 0.21 refuses larger
-    matrices. A layer uses the leading slices alone, so the cut loses nothing.
+    A and B are larger if the adapter shared a model with a wider adapter, and PEFT 0.21 refuses
+    larger matrices. A layer uses the leading slices alone, so the cut loses nothing.
     """
     stored = adapter.projections
     width, height = base_facts.in_features, base_facts.out_features

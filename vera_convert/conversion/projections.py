@@ -1,4 +1,4 @@
-"""Draw A and B for an adapter, round both matrices, and bring them to their stored dtype."""
+"""Draw A and B for an adapter, round both matrices, and convert both to the stored dtype."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def need_to_embed(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An opened adapter and where its conversion goes."""
+    """An opened adapter and the folder that its conversion is written to."""
 
     location: Location
     adapter: Adapter
@@ -226,7 +226,7 @@ def content_of(
 
 
 def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversion:
-    """Write a conversion and report it."""
+    """Write a conversion and return the report."""
     source = work.adapter
     inputs = [source.folder, *base_facts.folders]
     sides = publish_adapter(

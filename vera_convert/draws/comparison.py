@@ -52,7 +52,7 @@ def difference(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Difference | Non
     larger of the two dtypes.
 
     Raises:
-        ValueError: the shapes are not those of a pair of that rank, or exceed the draw's.
+        ValueError: the shapes do not belong to a pair of the draw's rank, or exceed the draw.
     """
     check_shapes(A, B)
     if draw.rank != A.shape[0] or draw.in_features < A.shape[1] or draw.out_features < B.shape[0]:

@@ -51,7 +51,7 @@ class Adapted:
 
 
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
-    """Tell which layers of `model` PEFT adapts for `config`, and the dims of the A and B it draws.
+    """Tell which layers of `model` PEFT adapts for `config`, and the dims of A and B.
 
     PEFT sizes A and B before it condenses a long list of names to suffixes, and adapts layers
     afterwards. The two differ where `layers_to_transform` is set: it acts on suffixes only.
