@@ -25,6 +25,7 @@ from vera_convert.draws.recognition import Recognition, recognize
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
+    FINGERPRINT_DISAGREES,
     NOT_A_DRAW,
     OTHER_DIMS,
     OTHER_DRAW,
@@ -241,12 +242,14 @@ def other_dims(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
 
 
 def unfit_dims(
-    stored: StoredProjections | RecognizedPair, base_facts: BaseFacts, *, place: str
+    own: StoredProjections | RecognizedPair | Fingerprint, base_facts: BaseFacts, *, place: str
 ) -> Iterator[Finding]:
-    """Warn if the dims of stored A and B are not those that PEFT requires on the base."""
-    if not base_facts.fits(stored.in_features, stored.out_features):
-        reason = (
-            f"they are for {stored.in_features} inputs and {stored.out_features} outputs; "
-            f"{base_facts.dims_text}."
-        )
-        yield OTHER_DIMS.at(place, reason)
+    """Yield a finding if the dims of A and B, stored or recorded, are not those of the base."""
+    if base_facts.fits(own.in_features, own.out_features):
+        return
+    dims = f"{own.in_features} inputs and {own.out_features} outputs"
+    if isinstance(own, Fingerprint):
+        reason = f"the fingerprint gives A and B for {dims}; {base_facts.dims_text}."
+        yield FINGERPRINT_DISAGREES.at(place, reason)
+    else:
+        yield OTHER_DIMS.at(place, f"they are for {dims}; {base_facts.dims_text}.")

@@ -104,8 +104,7 @@ def regenerate(
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
     drawn = Draw(variant, key, rank, in_features, out_features, cast)
-    A, B = drawn.matrices()
-    return _write(path("out", out), drawn, A, B, force=force)
+    return _write(path("out", out), drawn, drawn.matrices(), force=force)
 
 
 def rounding_of(value: Rounding | str) -> Rounding:
@@ -177,7 +176,7 @@ def regenerate_for(
         inputs = (source.folder, *base_facts.folders)
         source.check_unchanged()
         findings = source.findings if drawn == found else converted.findings
-        return _write(out, drawn, A, B, force=force, inputs=inputs, findings=findings)
+        return _write(out, drawn, (A, B), force=force, inputs=inputs, findings=findings)
 
 
 def _stored_draw(adapter: Adapter) -> Draw | None:
@@ -225,14 +224,13 @@ def is_pair(path: Path) -> bool:
 def _write(
     out: Path,
     drawn: Draw,
-    A: NDArray[Any],
-    B: NDArray[Any],
+    pair: tuple[NDArray[Any], NDArray[Any]],
     *,
     force: bool,
     inputs: tuple[Path, ...] = (),
     findings: tuple[Finding, ...] = (),
 ) -> Regenerated:
-    tensors = (from_array("vera_A", A), from_array("vera_B", B))
+    tensors = (from_array("vera_A", pair[0]), from_array("vera_B", pair[1]))
     with staged_file(out, force=force, inputs=inputs, is_own=is_pair) as staging:
         digest = write_tensors(staging, tensors, {"format": "pt"})
         if sha256_of(staging) != digest:

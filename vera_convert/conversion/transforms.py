@@ -25,6 +25,7 @@ from vera_convert.conversion.proof import (
     is_undecided,
     other_dims,
     recognized,
+    unfit_dims,
     unproven,
     unproven_draw,
 )
@@ -32,7 +33,6 @@ from vera_convert.draws.generator import Draw, Rounding, Variant, effective_roun
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
-    FINGERPRINT_DISAGREES,
     FINGERPRINT_NOT_MET,
     OTHER_DRAW,
     PROJECTION_TYPES_DIFFER,
@@ -248,12 +248,9 @@ def _restored(
             f"the adapter's fingerprint says that A and B were drawn as {fingerprint.variant}; "
             f"leave --generator {variant} out."
         )
-    if not base_facts.fits(fingerprint.in_features, fingerprint.out_features):
-        reason = (
-            f"the fingerprint gives A and B for {fingerprint.in_features} inputs and "
-            f"{fingerprint.out_features} outputs; {base_facts.dims_text}."
-        )
-        raise CheckpointError(FINGERPRINT_DISAGREES.at(place, reason))
+    unfit = [*unfit_dims(fingerprint, base_facts, place=place)]
+    if unfit:
+        raise CheckpointError.of(unfit)
     pair = prove(fingerprint, place=place)
     proof = "proven by the fingerprint to be the same matrices"
     return _with_pair(adapter, pair, fingerprint.draw, proof, ())

@@ -17,7 +17,6 @@ from vera_convert.conversion.proof import (
 )
 from vera_convert.draws.generator import Rounding
 from vera_convert.rules import (
-    FINGERPRINT_DISAGREES,
     OTHER_DIMS,
     PROJECTIONS_CONTRADICT,
     PROJECTIONS_IGNORED,
@@ -74,11 +73,8 @@ def stripped_findings(
         return
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):
         return  # told when it was read
-    dims = fingerprint.in_features, fingerprint.out_features
-    if not base_facts.fits(*dims):
-        reason = f"it is for {dims[0]} inputs and {dims[1]} outputs; {base_facts.dims_text}."
-        yield FINGERPRINT_DISAGREES.in_file(WEIGHTS_NAME, reason)
-        return
-    found = mismatch(config, fingerprint, base_facts)
+    unfit = [*unfit_dims(fingerprint, base_facts, place=WEIGHTS_NAME)]
+    yield from unfit
+    found = None if unfit else mismatch(config, fingerprint, base_facts)
     if found is not None:
         yield REDRAWN_OTHERWISE.in_file(WEIGHTS_NAME, found.reason)
