@@ -42,7 +42,8 @@ lora: engines options factors plan stored peft_form checks card record reading w
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
-verification: roundings other_adapters diagnosis tensors model_files merged forms lora result verify
+verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
+verification: merged forms lora result verify
 formats: shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

@@ -105,7 +105,7 @@ def test_a_merge_that_does_not_hold(
     options = ["--layers-only", *(["--json"] if as_json else [])]
     ended = run(adapter, "--merged", model, "--base", base, *options)
     assert ended.status == 1
-    assert re.fullmatch(rf"error: V601 {re.escape(Q)}\.weight: .*not there\..*\n", ended.err)
+    assert re.fullmatch(rf"error: V601 {re.escape(Q)}\.weight: .*not added\..*\n", ended.err)
     if as_json:
         document: Any = json.loads(ended.out)
         assert schema_errors("verification", document) == []

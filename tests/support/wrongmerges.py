@@ -122,13 +122,13 @@ def one_value(adapter: Path, module: str, weight: Array) -> Array:
 
 
 WRONG: Mapping[str, tuple[Callable[[Path, str, Array], Array], str]] = {
-    "left out": (left_out, "the delta is not there"),
+    "left out": (left_out, "the delta was not added"),
     "twice": (twice, "added twice"),
     "subtracted": (subtracted, "added -1 times"),
     "transposed": (transposed, "added transposed"),
-    "wrong slice": (wrong_slice, "another matrix"),
-    "wrong key": (wrong_key, "another matrix"),
-    "other layer": (other_layer, "other vectors: those of another layer"),
+    "wrong slice": (wrong_slice, "Another matrix"),
+    "wrong key": (wrong_key, "Another matrix"),
+    "other layer": (other_layer, "other vectors was added: the vectors of another layer"),
     "rounded twice": (rounded_twice, ""),
     "one value": (one_value, ""),
 }

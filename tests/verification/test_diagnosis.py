@@ -141,7 +141,7 @@ def test_a_delta_that_was_computed_in_16_bits_is_named(tmp_path: Path) -> None:
     left, right = through(b[:, None] * B, narrow), through(d[:, None] * A, narrow)
     delta = through(left @ right, narrow)
     reason = said(tmp_path, "bfloat16", made, lambda w: w.astype(F32) + delta)
-    assert "computed in bfloat16 throughout, as PEFT 0.11 does it" in reason
+    assert "computed in bfloat16 throughout, as PEFT 0.11 does" in reason
 
 
 def test_a_base_in_a_wider_dtype_is_not_called_rounding_on_the_way(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_adapters_whose_sum_was_rounded_after_each_are_named(tmp_path: Path) -> 
     total = (through(weight + one.delta(), narrow) + two.delta()).astype(narrow)
     edit(tmp_path / "out", {f"{Q}.weight": total})
     (finding,) = layers(first, base, tmp_path / "out", add=(AdapterSpec(second),)).findings
-    assert "rounded after each adapter, as PEFT does it" in finding.reason
+    assert "rounded after each adapter, as PEFT does" in finding.reason
 
 
 # --- other adapters ------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_an_adapter_that_was_merged_too_and_is_not_given_is_named(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_other_vectors_and_other_matrices_are_told_apart(tmp_path: Path, dtype: str) -> None:
     made = operands(size=1.0)
-    for key, words in ((7, "the same A and B but other vectors"), (8, "is another matrix")):
+    for key, words in ((7, "the same A and B but other vectors"), (8, "Another matrix was added")):
         other = operands(key=key, seed=1, size=1.0).delta()
 
         def added(weight: Array, other: Array = other) -> Array:
@@ -218,7 +218,7 @@ def test_one_cause_of_many_layers_is_printed_once(tmp_path: Path) -> None:
     merged_with(other, base, tmp_path / "out")
     result = layers(adapter, base, tmp_path / "out")
     text = verification_text(result)
-    assert text.count("is another matrix") == 1
+    assert text.count("Another matrix was added") == 1
     assert "WRONG 4 of 4 layers: " in text
 
 

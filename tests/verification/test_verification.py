@@ -32,11 +32,12 @@ from vera_convert.formats.verification import verification_document, verificatio
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.verification import diagnosis, merged, pairs
+from vera_convert.verification import diagnosis, pairs
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.comparator import LIMIT, last_bits
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.other_projections import OtherProjections
 from vera_convert.verification.result import Verification
 from vera_convert.verification.verify import verify
 
@@ -231,7 +232,7 @@ def test_the_order_of_a_sum_is_free_and_nothing_else(tmp_path: Path) -> None:
     result = layers(adapter, base, tmp_path / "out")
     assert codes(result) == []
     assert result.merged is not None
-    (found,) = [c.judgment for c in result.merged.tensors.checks if c.kind == "added"]
+    (found,) = [c.comparison for c in result.merged.tensors.checks if c.kind == "added"]
     assert found.off > found.values / 10
     assert 0 < found.excess < LIMIT / 2
     narrow = (left @ right).astype(np.float16).astype("f4")
@@ -270,7 +271,7 @@ def test_the_worst_layer_is_named_first(
     edit(model, {f"{Q}.weight": slightly, f"{V}.weight": before[f"{V}.weight"]})
     result = layers(adapter, base, model)
     assert [finding.place for finding in result.errors] == [f"{V}.weight", f"{Q}.weight"]
-    assert "1 of 256 values are wrong" in result.errors[1].reason
+    assert "1 of 256 values differ" in result.errors[1].reason
     assert "value at [5, 3]" in result.errors[1].reason
     listed = [line for line in verification_text(result).splitlines() if "WRONG" in line]
     assert [V in line for line in listed] == [True, False]
@@ -288,7 +289,7 @@ def test_a_model_that_is_merged_again_is_found(
 def test_the_base_itself_is_no_merge(adapter: Path, base: Path) -> None:
     result = layers(adapter, base, base)
     assert codes(result) == ["V601"] * 4 + ["V608"]
-    assert all("delta is not there" in finding.reason for finding in result.errors)
+    assert all("delta was not added" in finding.reason for finding in result.errors)
 
 
 def test_a_wrong_conv1d_is_found(tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_what_no_adapter_touches_is_the_base_s(
     result = layers(adapter, base, model)
     assert codes(result) == ["V602"]
     index = "[15]" if other.ndim == 1 else "[31, 15]"
-    assert f"{name}: 1 of {other.size} values are wrong; its value at {index}" in str(
+    assert f"{name}: 1 of {other.size} values differ; the value at {index}" in str(
         result.findings[0]
     )
 
@@ -343,7 +344,7 @@ def test_small_tensors_are_compared_in_runs_and_each_is_judged(
     assert len(reads) < 20
     assert result.merged is not None
     for check in result.merged.tensors.checks:
-        assert check.judgment.values == np.prod(check.shape), check.name
+        assert check.comparison.values == np.prod(check.shape), check.name
     for limit in (8 << 20, 64):
         monkeypatch.setattr(pairs, "_BLOCK_BYTES", limit)
         changed = tensors_of(base)["model.experts.07.weight"].copy()
@@ -352,7 +353,7 @@ def test_small_tensors_are_compared_in_runs_and_each_is_judged(
         (finding,) = layers(adapter, base, tmp_path / "out").findings
         assert finding.code == "V602"
         assert finding.place == "model.experts.07.weight"
-        assert "1 of 9 values are wrong; its value at [1, 2]" in finding.reason
+        assert "1 of 9 values differ; the value at [1, 2]" in finding.reason
 
 
 def test_what_is_converted_is_rounded_once(tmp_path: Path, adapter: Path, base: Path) -> None:
@@ -376,7 +377,7 @@ def test_values_that_are_no_numbers_stay_so(tmp_path: Path, adapter: Path) -> No
     values[1] = 3
     edit(tmp_path / "bfloat16", {name: values})
     (finding,) = layers(adapter, base, tmp_path / "bfloat16").findings
-    assert "1 of 16 values are wrong; its value at [1] is 3.0 where inf is due" in str(finding)
+    assert "1 of 16 values differ; the value at [1] is 3.0 instead of inf" in str(finding)
 
 
 def test_tensors_that_are_missing_unknown_or_of_another_form_are_named(
@@ -466,7 +467,7 @@ def test_given_options_override_the_recorded_ones(
     assert codes(result) == ["V601"] * 4
     assert "added 0.5 times" in str(result.findings[0])
     (finding,) = layers(adapter, base, tmp_path / "out", dtype="float16").findings
-    assert (finding.code, finding.reason) == ("V605", "it and 16 more are F32 where F16 is due.")
+    assert (finding.code, finding.reason) == ("V605", "it and 16 more are F32 instead of F16.")
     (tmp_path / "out" / PROVENANCE).unlink()
     assert codes(layers(adapter, base, tmp_path / "out", weight=0.5)) == ["V608"]
 
@@ -493,7 +494,7 @@ def test_another_form_of_the_adapter_serves_and_another_adapter_does_not(
     other = good_adapter(tmp_path / "other", tensors={name: values[name] * 2}, vera_dropout=0.5)
     result = layers(other, base, model)
     assert codes(result) == ["V601", "V609"]
-    assert '"adapter" was merged in its place' in str(result.findings[1])
+    assert '"adapter" was merged instead' in str(result.findings[1])
 
 
 def test_another_base_is_warned_of(tmp_path: Path, adapter: Path, model: Path) -> None:
@@ -781,7 +782,7 @@ def test_peft_s_own_form_depends_on_the_base(tmp_path: Path, adapter: Path, base
     bare(other)
     result = same_form(adapter, other)
     assert (result.passed, codes(result)) == (True, ["V624"])
-    assert "on a base in float32 alone" in str(result.findings[0])
+    assert "only on a base in float32" in str(result.findings[0])
     assert codes(same_form(adapter, other, base=str(base))) == []
     half = filled_base(tmp_path / "half", dtype="bfloat16")
     result = same_form(adapter, other, base=str(half))
@@ -795,7 +796,7 @@ def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
     fields({"projection_prng_key": 8})(other)
     result = same_form(adapter, other)
     assert codes(result)[:2] == ["V622", "V623"]
-    assert "projection_prng_key is 7, then 8" in str(result.findings[0])
+    assert "projection_prng_key is 7 in the adapter, and 8" in str(result.findings[0])
 
 
 @pytest.mark.parametrize("name", ["base_model.vera_A", "base_model.vera_B"])
@@ -807,7 +808,7 @@ def test_one_value_of_a_projection_is_enough(tmp_path: Path, name: str) -> None:
     other = good_adapter(tmp_path / "other", tensors={**unlike, name: stored})
     result = same_form(one, other)
     assert [finding.code for finding in result.errors] == ["V623"]
-    assert "its value at [3, 1] is" in str(result.findings[0])
+    assert "the value at [3, 1] is" in str(result.findings[0])
 
 
 def test_projections_that_no_layer_uses_may_be_cut_off(
@@ -843,7 +844,7 @@ def test_trained_tensors_are_the_same_byte_for_byte(tmp_path: Path, adapter: Pat
         ("V622", CONFIG_NAME),
     }
     said = {finding.place: finding.reason for finding in result.errors}
-    assert "its value at [5] is" in said[b]
+    assert "the value at [5] is" in said[b]
     assert "it is F32 [4], in the other form F16 [4]" in said[d]
 
 
@@ -915,7 +916,7 @@ def test_memory_does_not_grow_with_a_tensor(
     monkeypatch.setattr(pairs, "_BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(diagnosis, "_MOST_VALUES", 1 << 13)
     # Drawing A and B again, to try these, takes memory as A and B are large.
-    monkeypatch.setattr(merged._OtherProjections, "explain", lambda _self, _names: {})
+    monkeypatch.setattr(OtherProjections, "explain", lambda _self, _names: {})
     peaks = []
     for rows in (256, 4096):
         folder = tmp_path / str(rows)

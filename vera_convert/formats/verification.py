@@ -165,10 +165,10 @@ def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
     added = [check for check in checks if check.kind is Kind.ADDED]
     rows = []
     if added:
-        values = sum(check.judgment.values for check in added)
-        off = sum(check.judgment.off for check in added)
-        ulps = max(check.judgment.ulps for check in added)
-        excess = max(check.judgment.excess for check in added)
+        values = sum(check.comparison.values for check in added)
+        off = sum(check.comparison.off for check in added)
+        ulps = max(check.comparison.ulps for check in added)
+        excess = max(check.comparison.excess for check in added)
         rows += [
             ["with a delta", f"{_verified(added)}, {values:,} values"],
             ["  rounding", _rounding_text(off, values, ulps)],
@@ -206,24 +206,24 @@ def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
     """Yield a line for each wrong tensor, and a single line for tensors with the same cause."""
     wrong = tensors.worst_first
     added = sum(check.kind is Kind.ADDED for check in tensors.checks)
-    alike = Counter(check.hint for check in wrong if check.hint)
+    alike = Counter(check.cause for check in wrong if check.cause)
     shown, done = 0, set[str]()
     for check in wrong:
-        count = alike[check.hint]
-        if check.hint in done:
+        count = alike[check.cause]
+        if check.cause in done:
             continue
         if shown == _MOST_LISTED:
-            rest = [each for each in wrong[wrong.index(check) :] if each.hint not in done]
+            rest = [each for each in wrong[wrong.index(check) :] if each.cause not in done]
             yield and_more(len(rest), "tensor").lstrip()
             return
         shown += 1
         if count > 1:
-            done.add(check.hint)
-            said = f"{check.hint} The worst is {printable(check.name)}."
+            done.add(check.cause)
+            said = f"{check.cause} The worst is {printable(check.name)}."
             yield f"WRONG {count:,} of {counted(added, 'layer')}: {said}"
             continue
-        found = check.judgment
-        said = f"{found.wrong:,} of {counted(found.values, 'value')} differ. {check.hint}"
+        found = check.comparison
+        said = f"{found.wrong:,} of {counted(found.values, 'value')} differ. {check.cause}"
         yield f"WRONG {printable(check.name)}: {said.rstrip()}"
 
 
@@ -368,7 +368,7 @@ def _merged_document(check: MergedCheck) -> Document:
 
 
 def _tensor_document(check: TensorCheck) -> Document:
-    found = check.judgment
+    found = check.comparison
     return {
         "name": check.name,
         "kind": str(check.kind),
@@ -380,7 +380,7 @@ def _tensor_document(check: TensorCheck) -> Document:
         "ulps": _finite(found.ulps),
         "excess": _finite(found.excess),
         "passed": check.passed,
-        "hint": check.hint or None,
+        "hint": check.cause or None,
     }
 
 

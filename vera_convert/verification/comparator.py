@@ -1,14 +1,16 @@
-"""One block of a merged tensor held against what it must be: the formula, in NumPy alone.
+"""Compare a block of a merged tensor with the expected values: the formula, in NumPy alone.
 
-    allowed = half a last bit of the stored dtype      rounded once
-            + LIMIT last bits of the working dtype     the order of sums is free
+    allowed = half a ULP of the stored dtype      one rounding
+            + LIMIT ULP of the working dtype      the order of summation is free
 
-The first is what one correct rounding does and no more. The second is what makes two correct
-merges differ: a BLAS or a GPU adds r products in an order of its own. Each costs a few last bits of
-float32, or of float64 where an operand is, at the scale of the largest value that took part: the
-weight, the sum, or the product of the norms of the row and the column that were multiplied. For
-bfloat16 all that together is a few thousandths of a last bit more than half of one, so a sum that
-was rounded on the way shows, whatever the dtype of the base is.
+The first term is the largest error of one correct rounding. The second allows the difference of two
+correct merges: a BLAS or a GPU adds r products in its own order. Each order costs a few ULP of
+float32, or of float64 if an operand is in float64, at the scale of the largest value in the sum:
+the weight, the sum, or the product of the norms of the multiplied row and column. For bfloat16 the
+two terms together exceed half a ULP by a few thousandths, so an intermediate rounding shows,
+whatever the dtype of the base.
+
+ULP is the unit in the last place: the value of the last bit at the size of a number.
 """
 
 from __future__ import annotations
@@ -29,26 +31,26 @@ from vera_convert.verification.expected import Expected
 Array = NDArray[Any]
 
 LIMIT = 16.0
-"""Last bits of the working dtype by which a sum may be off before it was rounded.
+"""How many ULP of the working dtype a sum may differ by before its rounding.
 
-Measured on matrices of 256 by 2,048, rank 64 to 1,024, deltas from a ten-thousandth to three times
-the weights, one adapter and three: exact sums, another BLAS and one product after the other come to
-4 at most, in every dtype. Where the delta, or the sum, is rounded to 16 bits on the way it is 770
-at least, however small the delta is.
+Measured on matrices of 256 by 2,048 with ranks of 64 to 1,024, one adapter and three, and deltas
+from a ten-thousandth to three times the weights. Exact sums, another BLAS, and one product after
+the other differ by at most 4, in every dtype. An intermediate rounding of the delta or of the sum
+to 16 bits costs at least 770, however small the delta.
 """
 
 _CHUNK = 1 << 17
-"""Values that are added, rounded and compared at a time: they stay in the cache of a core."""
+"""How many values are added, rounded and compared at a time; these fit the cache of a core."""
 
 
 @dataclass(frozen=True, slots=True)
 class Worst:
-    """The value of a tensor that is off the most.
+    """The value of a tensor with the largest error.
 
     Attributes:
-        index: its place among the values of the tensor, as they are stored.
-        found: what the merged model has.
-        expected: what it must be.
+        index: the index of the value in the flattened tensor.
+        found: the value in the merged model.
+        expected: the expected value.
     """
 
     index: int
@@ -58,16 +60,16 @@ class Worst:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison of values came to; those of blocks add up.
+    """The result of comparing values; the results of blocks can be added.
 
     Attributes:
-        values: how many were compared.
-        off: how many differ in any bit from what is expected.
-        wrong: how many of these differ by more than is allowed.
-        ulps: the largest difference in last bits of the stored dtype.
-        excess: the largest difference beyond one rounding, in last bits of the working dtype.
-        worst: the value with the largest excess of those that are off, if any is.
-        moved: whether any is known to be another than that which was added to.
+        values: how many values were compared.
+        off: how many values differ in any bit from the expected values.
+        wrong: how many values differ by more than is allowed.
+        ulps: the largest difference in ULP of the stored dtype.
+        excess: the largest difference beyond one rounding, in ULP of the working dtype.
+        worst: the value with the largest excess; None if no value differs.
+        moved: whether a value is known to differ from the base's value.
     """
 
     values: int = 0
@@ -91,7 +93,7 @@ class Comparison:
         )
 
     def _leads(self, other: Comparison) -> bool:
-        """Say whether the worst of both is the own one; of two alike it is the first."""
+        """Return whether this result holds the worse value; of two equal values, the first."""
         if self.worst is None or other.worst is None:
             return other.worst is None
         return (-self.excess, self.worst.index) <= (-other.excess, other.worst.index)
@@ -101,13 +103,13 @@ class Comparison:
 
 
 def compare_bytes(found: Array, wanted: Array, dtype: str, first: int) -> Comparison:
-    """Compare bytes that have to be the same.
+    """Compare bytes that must be equal.
 
     Args:
-        found: those of the merged model, whole values.
-        wanted: those that have to be there.
-        dtype: of the values, in safetensors' names.
-        first: where they begin in the tensor, in bytes.
+        found: bytes of the merged model, whole values.
+        wanted: the expected bytes.
+        dtype: the dtype of the values, in safetensors' names.
+        first: the offset of the bytes in the tensor.
     """
     kind = NUMPY_DTYPE.get(dtype, np.dtype(np.uint8))
     values = found.size // kind.itemsize
@@ -117,7 +119,7 @@ def compare_bytes(found: Array, wanted: Array, dtype: str, first: int) -> Compar
 
 
 def _compare_bits(found: Array, wanted: Array, first: int) -> Comparison:
-    """Compare values that have to be the same in every bit."""
+    """Compare values that must be equal in every bit."""
     differs = _bits(found) != _bits(wanted)
     if not differs.any():
         return Comparison(found.size)
@@ -132,32 +134,32 @@ def _bits(values: Array) -> Array:
 
 
 def _number(values: Array) -> float:
-    """Return the one value of an array of any dtype, of a complex one its real part."""
+    """Return the single value of an array; for a complex array, the real part."""
     return float(values.real if values.dtype.kind == "c" else values)
 
 
-# --- values that are converted -------------------------------------------------------------------
+# --- conversions ---------------------------------------------------------------------------------
 
 
 def compare_conversion(tensor: Expected, stored: Array, found: Array, first: int) -> Comparison:
-    """Compare rows whose dtype alone changes: one rounding has one result.
+    """Compare rows that only change their dtype: one rounding has one result.
 
     Args:
-        tensor: what is expected.
-        stored: rows of its source.
+        tensor: the expected tensor.
+        stored: rows of the source.
         found: the same rows of the merged model.
         first: the number of the first row.
     """
     wanted = rounded(stored, found.dtype).reshape(-1)
     found = found.reshape(-1)
-    both_no_numbers = np.isnan(found.astype(FLOAT64)) & np.isnan(wanted.astype(FLOAT64))
-    wanted = np.where(both_no_numbers, found, wanted)
+    both_nan = np.isnan(found.astype(FLOAT64)) & np.isnan(wanted.astype(FLOAT64))
+    wanted = np.where(both_nan, found, wanted)
     return _compare_bits(found, wanted, first * tensor.matrix[1])
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore")
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Round values to a dtype; what is float64 comes to 16 bits by way of float32."""
+    """Round values to a dtype; float64 is rounded to 16 bits by way of float32."""
     if values.dtype == FLOAT64 and dtype.itemsize < FLOAT32.itemsize:
         values = values.astype(FLOAT32)
     return values.astype(dtype)
@@ -168,12 +170,16 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Factor:
-    """The two operands of one delta, as PEFT folds them, and the norms of what they multiply.
+    """The operands of one delta, scaled by the vectors as in PEFT.
+
+    The operand of the rows, (rows, r), is scaled block by block.
 
     Attributes:
-        of_rows: the operand that has a line for each row of the tensor, folded when it is needed.
-        of_columns: the other one, (r, columns), folded.
-        norms: of its columns.
+        term: the adapter's matrices and vectors.
+        d: the vector of the rank, (r,).
+        b: the vector of the outputs, times the adapter's weight.
+        of_columns: the operand of the columns, (r, columns), scaled.
+        norms: the norm of each column of `of_columns`.
     """
 
     term: Term
@@ -185,14 +191,14 @@ class _Factor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Off:
-    """Values of a block that are not what is expected, side by side.
+    """The values of a block that differ from the expected values.
 
     Attributes:
-        weights: what the base has.
-        total: the sum, in the working dtype.
-        found: what the merged model has.
-        wanted: the sum rounded.
-        places: where they stand in the block.
+        weights: the base's values.
+        total: the sums, in the working dtype.
+        found: the merged model's values.
+        wanted: the rounded sums.
+        places: the index of each value in the flattened block.
     """
 
     weights: Array
@@ -203,7 +209,7 @@ class _Off:
 
 
 class Comparator:
-    """Judges blocks of one tensor; made anew for each, it holds the operands that they share."""
+    """Compare blocks of one tensor, and hold the operands that all blocks share."""
 
     def __init__(self, tensor: Expected) -> None:
         self.tensor = tensor
@@ -211,7 +217,7 @@ class Comparator:
         operands = [dtype for term in tensor.terms for dtype in term.dtypes]
         self.working = working_dtype(self._stored, *operands)
         self._factors = [self._factor(term) for term in tensor.terms]
-        # To 16 bits everything comes by way of float32, or may do so.
+        # A merge may round to 16 bits by way of float32.
         narrow = NUMPY_DTYPE[tensor.dtype].itemsize < FLOAT32.itemsize
         self.last_bit = float(np.finfo(FLOAT32 if narrow else self.working).eps) / 2
         self._moved = False
@@ -229,8 +235,8 @@ class Comparator:
             shared = scaled_A(d, term.A[:, :columns], out=folded)
         return _Factor(term, d, b, shared, _norms(shared, axis=0))
 
-    def _lines(self, factor: _Factor, first: int, last: int) -> Array:
-        """Return the operand of rows, (n, r), folded."""
+    def _row_operand(self, factor: _Factor, first: int, last: int) -> Array:
+        """Return the scaled operand of some rows, (n, r)."""
         rank = len(factor.d)
         if self.tensor.conv1d:
             folded = np.empty((rank, last - first), self.working)
@@ -239,29 +245,29 @@ class Comparator:
         return scaled_B(factor.b[first:last], factor.term.B[first:last], out=folded)
 
     def deltas(self, first: int, last: int) -> Iterator[Array]:
-        """Yield what each adapter adds to some rows, in the working dtype."""
+        """Yield the delta of each adapter for some rows, in the working dtype."""
         for factor in self._factors:
-            yield self._lines(factor, first, last) @ factor.of_columns
+            yield self._row_operand(factor, first, last) @ factor.of_columns
 
     def deltas_in(self, first: int, last: int, narrow: np.dtype[Any]) -> Iterator[Array]:
-        """Yield what each adapter adds to some rows if operands are rounded to a narrow dtype."""
+        """Yield each adapter's delta for some rows, with operands rounded to a narrow dtype."""
         for factor in self._factors:
-            lines, shared = self._lines(factor, first, last), factor.of_columns
+            lines, shared = self._row_operand(factor, first, last), factor.of_columns
             left, right = (rounded(each, narrow).astype(each.dtype) for each in (lines, shared))
             yield left @ right
 
     def transposed_deltas(self, first: int, last: int) -> Iterator[Array]:
-        """Yield some rows of the transpose of what each adapter adds to a square tensor."""
+        """Yield some rows of the transposed delta of each adapter, for a square tensor."""
         for factor in self._factors:
-            lines = self._lines(factor, 0, self.tensor.matrix[0])
+            lines = self._row_operand(factor, 0, self.tensor.matrix[0])
             yield factor.of_columns[:, first:last].T @ lines.T
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
-    def judge(self, stored: Array, found: Array, first: int) -> Comparison:
-        """Hold rows of the merged model against the sum of the base's and the deltas.
+    def compare(self, stored: Array, found: Array, first: int) -> Comparison:
+        """Compare rows of the merged model with the sum of the base's rows and the deltas.
 
         Args:
-            stored: rows of the base as they are stored.
+            stored: the base's rows, as they are stored.
             found: the same rows of the merged model.
             first: the number of the first row.
         """
@@ -278,7 +284,7 @@ class Comparator:
             rows = slice(row, row + step)
             wanted = rounded(total[rows], found.dtype)
             differs = (_bits(found[rows]) != _bits(wanted)).reshape(-1)
-            if not self._moved:  # one such value is enough
+            if not self._moved:  # one changed value is enough
                 before = rounded(weights[rows], found.dtype)
                 self._moved = bool((found[rows] != before).any())
             result += Comparison(differs.size, moved=self._moved)
@@ -291,27 +297,27 @@ class Comparator:
                     wanted.reshape(-1)[places],
                     places + row * columns,
                 )
-                result += self._judge_off(off, norms, first * columns)
+                result += self._compare_off(off, norms, first * columns)
         return result
 
     def _row_norms(self, first: int, last: int) -> list[Array]:
-        return [_norms(self._lines(factor, first, last), axis=1) for factor in self._factors]
+        return [_norms(self._row_operand(factor, first, last), axis=1) for factor in self._factors]
 
     def _products(self, norms: list[Array], places: Array) -> Array:
-        """Return for some values the products of the norms of what was multiplied, summed up."""
+        """Return for each value the product of the norms of row and column, over all adapters."""
         rows, across = np.divmod(places, self.tensor.matrix[1])
         scale = np.zeros(len(places), FLOAT64)
         for of_rows, factor in zip(norms, self._factors, strict=True):
             scale += of_rows[rows] * factor.norms[across]
         return scale
 
-    def _judge_off(self, off: _Off, norms: list[Array], before: int) -> Comparison:
-        """Comparator values that are not what the sum is rounded to here.
+    def _compare_off(self, off: _Off, norms: list[Array], before: int) -> Comparison:
+        """Compare the values that differ from our own rounded sum.
 
         Args:
             off: the values.
-            norms: those of the rows of the block.
-            before: how many values lie before the block.
+            norms: for each adapter, the norms of the operand of the block's rows.
+            before: how many values of the tensor come before the block.
         """
         sums, ours, merged = (a.astype(FLOAT64) for a in (off.total, off.wanted, off.found))
         products = self._products(norms, off.places)
@@ -321,9 +327,9 @@ class Comparator:
         unit = self.last_bit * np.maximum(np.maximum(size, products), _TINY)
         excess = (np.abs(merged - sums) - half) / unit
         excess = np.where(np.isfinite(excess), np.maximum(excess, 0), np.inf)
-        # The same value in other bits is a zero of the other sign, or what the base has infinite.
+        # Equal values with other bits are zeros of the other sign.
         excess = np.where(merged == ours, 0.0, excess)
-        # The deltas' own rounding is one of the working dtype, however coarse the stored one is.
+        # The deltas' own rounding is one of the working dtype, however coarse the stored dtype.
         finer = 2 * self.last_bit * 2.0 ** PRECISION[dtype].mantissa
         ulps = np.abs(merged - ours) / last_bits(np.maximum(size, products * finer), dtype)
         ulps = np.where(merged == ours, 0.0, np.where(np.isfinite(ulps), ulps, np.inf))
@@ -342,11 +348,11 @@ _TINY = float(np.finfo(FLOAT64).tiny)
 
 
 def last_bits(values: Array, dtype: str) -> Array:
-    """Return what the last bit of a dtype stands for at the size of float64 values, none below 0.
+    """Return one ULP of a dtype at the size of each value.
 
     Args:
-        values: sizes.
-        dtype: in safetensors' names.
+        values: absolute values, in float64.
+        dtype: the dtype, in safetensors' names.
     """
     mantissa, lowest, _ = PRECISION[dtype]
     _, exponents = np.frexp(np.where(np.isfinite(values), values, 0.0))

@@ -1,6 +1,6 @@
-"""What every tensor of a merged model must be, told from the inputs and the options alone.
+"""Compute the expected tensors of a merged model from the inputs and the options alone.
 
-The plan of the merge is not asked: a mistake of it would then be held against itself.
+The plan of the merge is not used, so that an error in the plan shows.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ _HEADS = frozenset(
     qa_outputs
     """.split()  # noqa: SIM905 - words read best as a text
 )
-"""What transformers' classes call the heads and poolers that another class does not have."""
+"""The names of heads and poolers in transformers' classes, which other classes lack."""
 
 
 class Kind(StrEnum):
-    """What a merge does to a tensor."""
+    """How a merge changes a tensor."""
 
     SAME = "same"
-    """Nothing: it is the base's, byte for byte."""
+    """Not at all: the bytes are the base's."""
     CONVERTED = "converted"
-    """Its dtype alone is another."""
+    """Only its dtype changes."""
     ADDED = "added"
-    """Deltas are added to it."""
+    """Deltas are added."""
     REPLACED = "replaced"
-    """An adapter's own tensor takes its place."""
+    """A tensor of an adapter replaces it."""
     NEW = "new"
-    """An adapter brings it, and the base has none."""
+    """An adapter brings it; the base has no such tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expected:
-    """One tensor as the merged model must have it.
+    """One expected tensor of the merged model.
 
     Attributes:
-        name: its name.
-        kind: what the merge does to it.
-        dtype: its dtype in the merged model, in safetensors' names.
-        shape: its shape.
-        source: the file that holds what it starts from.
-        start: where that begins there.
-        stored: the dtype that it has there.
-        terms: what is added, in this order.
-        conv1d: whether it is stored as (in, out).
+        name: the name.
+        kind: how the merge changes the tensor.
+        dtype: the dtype in the merged model, in safetensors' names.
+        shape: the shape.
+        source: the file that holds the values to start from.
+        start: the offset of these values in the file, in bytes.
+        stored: the dtype of these values.
+        terms: the deltas to add, in this order.
+        conv1d: whether the tensor is stored as (in, out).
         decode: computes rows of a packed weight; None for plain values.
     """
 
@@ -79,24 +79,24 @@ class Expected:
 
     @property
     def count(self) -> int:
-        """How many values it has."""
+        """The number of values."""
         return math.prod(self.shape)
 
     @property
-    def is_carried(self) -> bool:
-        """Whether its bytes are those of its source."""
+    def is_copied(self) -> bool:
+        """Whether its bytes are copied from its source."""
         return not self.terms and self.decode is None and self.dtype == self.stored
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Its rows and columns; what is no matrix is one column."""
+        """Its rows and columns; a tensor of another shape is one column."""
         if len(self.shape) == 2 or (self.decode is not None and self.shape):
             return math.prod(self.shape[:-1]), self.shape[-1]
         return self.count, 1
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in its source."""
+        """The bytes of one row in the source."""
         return self.matrix[1] * BITS[self.stored] // 8
 
 
@@ -112,17 +112,17 @@ def expected_tensors(
 
     Args:
         base: the base.
-        files: its weight files, by name.
-        changes: what adapters do to it.
-        dtype: what its float tensors become, in safetensors' names; None keeps each.
-        dequantization: how the base becomes a 16-bit model; None if it stays as it is.
+        files: the base's weight files, by name.
+        changes: the changes that the adapters make to the base.
+        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
+        dequantization: how the base becomes a 16-bit model; None without dequantization.
     """
     maker = _Maker(base, files, changes, dtype, dequantization)
     return {tensor.name: tensor for tensor in maker.all()}
 
 
 class _Maker:
-    """Makes expected tensors of those of the base, and of those that are new."""
+    """Makes the expected tensors from those of the base and of the adapters."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Maker:
         self.changes = changes
         self.dtype = dtype
         self.dequantization = dequantization
-        # What means nothing without its quantizer keeps its dtype.
+        # Quantized tensors keep their dtype.
         stays = dtype is not None and dequantization is None
         self.kept = quantized_tensors(base) if stays else frozenset[str]()
 
@@ -154,7 +154,7 @@ class _Maker:
             yield self._of_adapter(name, replacement, Kind.NEW, replacement.info.dtype)
 
     def _of_base(self, name: str, stored_name: str) -> Expected:
-        """Return a tensor that starts from one of the base's."""
+        """Return a tensor that starts from a tensor of the base."""
         tensor = self.base.tensors[stored_name]
         terms = self.changes.terms.get(name, ())
         dtype = self._dtype_of(stored_name)
@@ -177,7 +177,7 @@ class _Maker:
         )
 
     def _of_adapter(self, name: str, replacement: Replacement, kind: Kind, dtype: str) -> Expected:
-        """Return a tensor that an adapter brings, in the dtype of what it replaces."""
+        """Return a tensor that an adapter brings."""
         info = replacement.info
         return Expected(
             name,
@@ -190,7 +190,7 @@ class _Maker:
         )
 
     def _dtype_of(self, name: str) -> str:
-        """Return the dtype of a tensor of the base, once it is no longer quantized."""
+        """Return the dtype of a tensor of the base after dequantization."""
         return self.base.tensors[name].info.dtype
 
     def _written(self, dtype: str) -> str:
@@ -198,9 +198,9 @@ class _Maker:
 
 
 def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:
-    """Return what must be there if the merged model is of another class than the base.
+    """Return the expected tensors if the merged model is of another class than the base.
 
-    transformers saves no head that the class does not have, so the base's own may be missing.
+    transformers saves no head that the class lacks, so the base's own head may be missing.
     """
     return {
         name: each

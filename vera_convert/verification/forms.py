@@ -1,10 +1,10 @@
-"""Two forms of one adapter held against each other: stripped, embedded or migrated, nothing lost.
+"""Compare two forms of one adapter: stripped, embedded or migrated.
 
     trained tensors   the same names, dtypes and bytes
-    config            the same fields, but for what a form changes
-    A and B           the same values in effect: here, and as PEFT loads each form
+    config            the same fields, except those that a form changes
+    A and B           the same values in use: here, and as PEFT loads each form
 
-What has to be drawn for that is drawn once.
+Each regenerated pair is drawn only once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Array = NDArray[Any]
 Pair = tuple[Array, Array]
 
 _FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))
-"""What the form of an adapter is free to say of itself."""
+"""The fields that forms of an adapter may change."""
 _UNORDERED = frozenset(("target_modules", "modules_to_save"))
 _MOST_FINDINGS = 50
 _CHUNK_VALUES = 1 << 18
@@ -68,13 +68,13 @@ _CHUNK_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class FormEffect:
-    """Whether two forms have the same A and B on a base that is loaded in one dtype.
+    """Whether two forms use the same A and B on a base loaded in one dtype.
 
     Attributes:
-        dtype: the dtype, in torch's names.
-        same: whether they do here: stored, proven by a fingerprint, or drawn.
-        same_in_peft: whether they do in PEFT 0.21 and later.
-        difference: the first difference here, in words; empty if there is none.
+        dtype: the dtype of the base, in torch's names.
+        same: whether both forms use the same A and B in vera-convert.
+        same_in_peft: whether both forms use the same A and B in PEFT 0.21 and later.
+        difference: the first difference in vera-convert, in words; empty without a difference.
     """
 
     dtype: str
@@ -85,14 +85,14 @@ class FormEffect:
 
 @dataclass(frozen=True, slots=True)
 class FormCheck:
-    """What holding two forms of an adapter against each other came to.
+    """The result of comparing two forms of an adapter.
 
     Attributes:
-        label: how the caller named the other form.
-        origins: where A and B of either come from: ``file``, ``fingerprint`` or ``key``.
+        label: the name of the other form, as the caller gave it.
+        origins: the source of A and B in each form: ``file``, ``fingerprint`` or ``key``.
         tensors: how many trained tensors were compared.
-        effects: A and B, by the dtype that a base is loaded in.
-        findings: what is wrong; then warnings and notes.
+        effects: the comparison of A and B for each dtype of a base.
+        findings: errors; then warnings and notes.
     """
 
     label: str
@@ -110,19 +110,19 @@ def check_form(
     *,
     access: HubAccess,
 ) -> FormCheck:
-    """Hold another form of an adapter against it.
+    """Compare another form of an adapter with the adapter.
 
     Args:
         adapter: the adapter; a known old or damaged form is repaired while it is read.
-        other: what was made of it, a folder or a repo on the Hub.
-        base: what the caller says of the base.
+        other: the other form, a folder or a repo on the Hub.
+        base: the base, and how to read it.
         options: how to verify.
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: one of the two is malformed, or is not for the base.
-        UsageError: A and B have to be drawn, and the base is not known.
-        SurroundingsError: a file or a repo cannot be had, or changed meanwhile.
+        CheckpointError: one of the forms is malformed, or does not fit the base.
+        UsageError: A and B must be regenerated, and the base is unknown.
+        SurroundingsError: a file or a repo is missing, unreadable, or changed meanwhile.
     """
     with ExitStack() as stack:
         first = _fetched(adapter.adapter, access, adapter.revision)
@@ -160,7 +160,7 @@ def _fetched(text: str | Path, access: HubAccess, revision: str | None) -> Locat
 
 
 def _trained(adapter: Adapter) -> Iterator[TensorData]:
-    """Yield all tensors but A, B and copies of them."""
+    """Yield all tensors except A, B and copies of A and B."""
     drawn = {A_NAME, B_NAME, *(copy.name for copy in adapter.repeated)}
     return (tensor for tensor in adapter.tensors if tensor.name not in drawn)
 
@@ -169,9 +169,9 @@ def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
     first = {tensor.name: tensor for tensor in _trained(ours)}
     second = {tensor.name: tensor for tensor in _trained(theirs)}
     for name in [*first.keys() - second.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form does not have it.")
+        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form lacks this tensor.")
     for name in [*second.keys() - first.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form alone has it.")
+        yield FORM_TENSOR_MISSING.in_tensor(name, "only the other form has this tensor.")
     for name, tensor in first.items():
         other = second.get(name)
         if other is not None and not same_tensor(tensor, other):
@@ -184,7 +184,7 @@ def _tensor_difference(tensor: TensorData, other: TensorData) -> str:
             f"it is {tensor.dtype} {list(tensor.shape)}, in the other form "
             f"{other.dtype} {list(other.shape)}."
         )
-    return f"{_difference(tensor.array(), other.array()) or 'its bytes differ'}."
+    return f"{_difference(tensor.array(), other.array()) or 'the bytes differ'}."
 
 
 def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
@@ -198,11 +198,13 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
             was, now = (
                 printable(repr(getattr(each.config, field.name))) for each in (ours, theirs)
             )
-            yield FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, f"{field.name} is {was}, then {now}.")
+            yield FORM_CONFIG_DIFFERS.in_file(
+                CONFIG_NAME, f"{field.name} is {was} in the adapter, and {now} in the other form."
+            )
 
 
 def _comparable(name: str, value: object) -> object:
-    """Return a value of the config in one of the forms that mean the same."""
+    """Return a value of the config in a form that is equal for equivalent values."""
     if name in ("layers_to_transform", "layers_pattern") and value is not None:
         return value if isinstance(value, tuple) else (value,)
     if name in _UNORDERED and isinstance(value, tuple):
@@ -214,7 +216,7 @@ def _comparable(name: str, value: object) -> object:
 
 
 def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
-    """Return what is known of the base, with dims of the other form where there are no better."""
+    """Return the base facts; dims that are unknown come from the other form."""
     recorded = other.projections or other.fingerprint
     if recorded is None or known.in_features is not None:
         return known
@@ -222,7 +224,7 @@ def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
 
 
 class _Side:
-    """One form, and the A and B that it has in effect."""
+    """One form, and the A and B that it uses."""
 
     def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
@@ -235,12 +237,12 @@ class _Side:
 
     @property
     def needs_dtype(self) -> bool:
-        """Whether the dtype of the base decides what is in effect here."""
+        """Whether the A and B in use depend on the dtype of the base."""
         recorded = self.adapter.projections or self.adapter.fingerprint
         return self.projections is ProjectionSource.KEY or recorded is None
 
     def here(self, dtype: str) -> Pair:
-        """Return A and B as this package has them in effect."""
+        """Return the A and B that vera-convert uses."""
         if self._here is None or self.needs_dtype:
             self._require_dims()
             known = replace(self.known, rounding=rounding_on_base(dtype))
@@ -254,11 +256,11 @@ class _Side:
         recorded = self.adapter.projections or self.adapter.fingerprint
         if recorded is None and None in (self.known.in_features, self.known.out_features):
             raise UsageError(
-                "neither form records the dims of A and B, so they cannot be drawn: give --base."
+                "neither form records the dims of A and B, so neither can be drawn: give --base."
             )
 
     def in_peft(self, dtype: str) -> Pair:
-        """Return A and B as PEFT 0.21 has them in effect."""
+        """Return the A and B that PEFT 0.21 uses."""
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
             return stored.A.array(), stored.B.array()
@@ -277,8 +279,8 @@ class _Side:
             dims = recorded.in_features, recorded.out_features
             return default_variant(self.adapter.config, known, *dims)
         self._require_dims()
-        assert known.in_features is not None  # noqa: S101 -- demanded
-        assert known.out_features is not None  # noqa: S101 -- demanded
+        assert known.in_features is not None  # noqa: S101 -- required above
+        assert known.out_features is not None  # noqa: S101 -- required above
         return Draw(
             self.variant or Variant.FLOAT32_FUSED,
             config.projection_prng_key,
@@ -289,7 +291,7 @@ class _Side:
 
 
 def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
-    """Yield whether both forms have the same A and B, for each dtype that is possible."""
+    """Yield whether both forms use the same A and B, for each possible dtype of the base."""
     first, second = sides
     dtypes = [dtype for dtype in FLOAT_NAMES if rounding_on_base(dtype) is first.known.rounding]
     needed = _needed(first)
@@ -300,16 +302,16 @@ def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
 
 
 def _needed(side: _Side) -> tuple[int, int]:
-    """Return how many columns of A and rows of B the layers use, as far as that is known."""
+    """Return how many columns of A and rows of B the layers use; 0 columns if unknown."""
     match = side.known.match
     widest = max((inputs for _, inputs in match.shapes.values()), default=0) if match else 0
     return widest, side.adapter.longest_b
 
 
 def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
-    """Return in words how two pairs of A and B differ first; empty if they are the same in use.
+    """Return the first difference of two pairs of A and B; empty if layers use the same values.
 
-    Layers use leading slices, so what is beyond those may be there or not.
+    Layers use leading slices, so only one of the pairs may be larger.
     """
     columns = min(first[0].shape[1], second[0].shape[1])
     rows = min(first[1].shape[0], second[1].shape[0])
@@ -320,8 +322,8 @@ def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
             return f"A and B are {shapes[0]}, then {shapes[1]}"
         if not needed[0] and first[0].shape[1] != second[0].shape[1]:
             return (
-                f"A and B are {shapes[0]}, then {shapes[1]}, and only a base, to be given with "
-                "--base, says how many columns of A the layers use"
+                f"A and B are {shapes[0]}, then {shapes[1]}; give --base, so that the columns in "
+                "use are known"
             )
         first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
     for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):
@@ -332,9 +334,9 @@ def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
 
 
 def _difference(first: Array, second: Array) -> str:
-    """Return in words where two arrays of one shape differ first; empty if they are the same.
+    """Return the first difference of two arrays of one shape; empty if the arrays are equal.
 
-    Values are compared in every bit, once they are float64, which holds all of them.
+    Values are compared in every bit, as float64, which holds the values of all dtypes.
     """
     step = max(1, _CHUNK_VALUES * len(first) // max(first.size, 1))
     for start in range(0, len(first), step):
@@ -344,7 +346,7 @@ def _difference(first: Array, second: Array) -> str:
         if differs.any():
             place = np.unravel_index(int(np.argmax(differs)), differs.shape)
             index = [start + int(place[0]), *map(int, place[1:])]
-            return f"its value at {index} is {one[place]}, then {other[place]}"
+            return f"the value at {index} is {one[place]}, then {other[place]}"
     return ""
 
 
@@ -356,5 +358,5 @@ def _other_projections(effects: tuple[FormEffect, ...], other: Adapter) -> Itera
     differing = [e.dtype for e in effects if not (e.same and e.same_in_peft)]
     if differing:
         agree = [effect.dtype for effect in effects if effect.dtype not in differing]
-        where = f"on a base in {' or '.join(agree)} alone" if agree else "on no base"
-        yield FORM_PROJECTIONS_DEPEND.at(other.place, f"they are the same {where}.")
+        bases = f"only on a base in {' or '.join(agree)}" if agree else "on no base"
+        yield FORM_PROJECTIONS_DEPEND.at(other.place, f"A and B are the same {bases}.")

@@ -1,8 +1,8 @@
-"""What decides what a loader makes of a merged model beside its tensors: other files, the config.
+"""Check the files of a merged model that decide how a loader reads its tensors.
 
-files     one that is taken before the weights, an adapter, the same weights in another form
-config    field by field the base's, but for what a merge or transformers writes anew
-tie       whether head and embedding are one tensor
+files     a file that is loaded instead of the weights, an adapter, the weights in another format
+config    equal to the base's, except fields that a merge or transformers changes
+tie       whether head and embedding share a tensor
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ _TAKEN_BY_DIFFUSERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
-"""Weights by the order in which transformers, and diffusers, look for them."""
+"""The weight files in the order in which transformers, and diffusers, look for them."""
 
 
 def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -> Iterator[Finding]:
-    """Yield what lies in a merged model's folder and does not belong there.
+    """Yield findings for files that do not belong into a merged model's folder.
 
     Args:
         names: all files of the folder.
         model: the merged model.
-        sides: its files that are no weights, by what they are.
+        sides: the other files of the folder, by kind.
     """
     place = model.location.label
     taken = _taken_before(names, model)
     for name in taken:
-        reason = f"a loader takes {printable(name)} before {printable(_own(model))}."
+        reason = f"a loader reads {printable(name)} instead of {printable(_own(model))}."
         yield LOADED_INSTEAD.at(place, reason)
     config = model.prefix + "adapter_config.json"
     if config in names:
@@ -71,15 +71,15 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     others += [name for name in sides.adapter if config not in names]
     if others:
         yield MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
-    # A stray file that is named above is an error; only the others are mere warnings.
+    # The stray files that are named above are errors; the others are warnings.
     strays = tuple(name for name in model.strays if name not in taken)
     yield from replace(model, strays=strays).findings
 
 
 def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:
-    """Return the files that a loader takes before those that were read."""
+    """Return the files that a loader reads instead of the files that were read here."""
     if named_weights(model.config) is not None:
-        return []  # the config names what was read
+        return []  # the config names the files that were read
     is_diffusers = bool(model.prefix) or "_class_name" in model.config
     order = [model.prefix + name for name in (_TAKEN_BY_DIFFUSERS if is_diffusers else _TAKEN)]
     own = _own(model)
@@ -107,7 +107,7 @@ _FREE = frozenset(
         "transformers_weights",
     ]
 )
-"""Fields that are judged elsewhere, or that say nothing of what is computed."""
+"""Fields that are compared elsewhere, or that do not change the computation."""
 _DECIDES = re.compile(
     r"model_type|is_(encoder_)?decoder|(hidden_act|activation|act_fn|feed_forward_proj).*"
     r"|.*_(activation|act|act_fn|hidden_act)|(rope|rotary|partial_rotary|alibi|position).*"
@@ -116,10 +116,10 @@ _DECIDES = re.compile(
     r"|max_position_embeddings|.*window.*|layer_types|.*(scaling|scale|multiplier|softcap).*"
     r"|scale_.*|.*attention_bias|attn_bias|parallel_attn|.*norm.*|qk_.*|pooling.*|.*experts.*"
 )
-"""Fields that decide what the same weights compute, by their names."""
+"""The names of fields that change the computation with the same weights."""
 _LABELS = ("id2label", "label2id", "num_labels")
 _RENAMED = frozenset(("type", "rope_type"))
-"""Of those the ones whose values transformers renames when it saves a model."""
+"""Fields like these whose values transformers renames when it saves a model."""
 _HEAD_OF_TASK = {
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
     "SEQ_CLS": ("ForSequenceClassification",),
@@ -132,7 +132,7 @@ _HEAD_OF_TASK = {
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """A field that is not the same in both configs; what one lacks is None there."""
+    """A field that differs between two configs. The value is None if a config lacks the field."""
 
     path: tuple[str, ...]
     wanted: object
@@ -140,19 +140,19 @@ class _Difference:
 
     def __str__(self) -> str:
         found, wanted = (
-            "not there" if each is None else printable(str(each)[:60])
+            "missing" if each is None else printable(str(each)[:60])
             for each in (self.found, self.wanted)
         )
-        return f"{printable('.'.join(self.path))} is {found} where the base has {wanted}"
+        return f"{printable('.'.join(self.path))} is {found}, and {wanted} in the base"
 
     @property
     def is_default(self) -> bool:
-        """Whether a field is only written out that says nothing: null, false, 0 or empty."""
+        """Whether only the merged model has the field, and the value is null, false, 0 or empty."""
         return self.wanted is None and not self.found
 
     @property
     def decides(self) -> bool:
-        """Whether the base says it, the merged model says otherwise, and the results are others."""
+        """Whether both configs have the field, and its value changes the computation."""
         if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
             return False
         return any(_DECIDES.fullmatch(name) for name in self.path)
@@ -169,24 +169,23 @@ def config_findings(
 ) -> Iterator[Finding]:
     """Yield how the config of a merged model differs from the base's.
 
-    A merge of this package copies the text but for what the adapters change, so any other
-    difference is an error. What transformers
-    saved has fields more and fewer; there it is one if the base says something that decides what
-    is computed, and the merged model says something else.
+    A merge by vera-convert copies the config and changes only the fields that the adapters
+    require, so any other difference is an error. transformers saves other sets of fields; there,
+    only a different value for a field that changes the computation is an error.
 
     Args:
         model: the merged model.
         base: the base.
-        edits: what the adapters change in the base's config.
-        tasks: what the adapters were trained for, as PEFT names it.
-        is_copied: whether this package wrote it.
-        dequantized: whether the merge took out what the base says of its quantizer.
+        edits: the changes that the adapters require.
+        tasks: PEFT's task types of the adapters.
+        is_copied: whether vera-convert wrote the config.
+        dequantized: whether the merge removed the fields of the base's quantizer.
     """
     place = f"{model.location.label}/config.json"
     if not base.config:
         return
     if not model.config:
-        reason = "it is missing or empty, so no loader can tell what model the weights make."
+        reason = "it is missing or empty, so no loader knows the model of the weights."
         yield MERGED_CONFIG_DIFFERS.at(place, reason)
         return
     free = _FREE | frozenset(CONFIG_FIELDS if dequantized else ())
@@ -229,7 +228,7 @@ def _differences(
 
 
 def _is_of_another_task(difference: _Difference, tasks: Collection[str | None]) -> bool:
-    """Whether the class that is named fits none of what the adapters were trained for."""
+    """Return whether the named class fits none of the adapters' task types."""
     if difference.path != ("architectures",) or difference.wanted is None or None in tasks:
         return False
     found = difference.found if isinstance(difference.found, list) else []
@@ -247,33 +246,33 @@ def _listed(differences: Collection[_Difference]) -> str:
 def tie_findings(
     model: BaseModel, files: Mapping[str, InputFile], base: BaseModel, changes: Changes
 ) -> Iterator[Finding]:
-    """Yield a finding if a loader makes of head and embedding what it should not.
+    """Yield a finding if a loader would wrongly tie, or not tie, head and embedding.
 
     Args:
         model: the merged model.
-        files: its weight files, by name.
+        files: the model's weight files, by name.
         base: the base.
-        changes: what the adapters do to it.
+        changes: the changes that the adapters make to the base.
     """
     wanted = False if changes.unties else base.tie_word_embeddings
     found = model.tie_word_embeddings
     place = f"{model.location.label}/config.json"
     is_known = changes.unties or None not in (wanted, found)
     if is_known and found != wanted:
-        said = "is not there" if found is None else f"is {str(found).lower()}"
-        reason = f"tie_word_embeddings {said} where {str(wanted).lower()} is due."
+        value = "missing" if found is None else str(found).lower()
+        reason = f"tie_word_embeddings is {value} instead of {str(wanted).lower()}."
         yield MERGED_TIE.at(place, reason)
     elif wanted is None and found:
         for head in _own_heads(model, files):
             reason = (
-                f"tie_word_embeddings is true, of which the base says nothing, and "
-                f"{printable(head)} is not the embedding."
+                f"tie_word_embeddings is true, the base does not set the field, and "
+                f"{printable(head)} differs from the embedding."
             )
             yield MERGED_TIE.at(place, reason)
 
 
 def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str]:
-    """Yield the heads that are stored and hold other values than the embedding."""
+    """Yield the stored heads with other values than the embedding."""
     for name, tensor in model.tensors.items():
         shape = tensor.info.shape
         if len(shape) != 2 or not is_output_head(name.removesuffix(".weight")):

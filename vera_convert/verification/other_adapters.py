@@ -1,7 +1,7 @@
-"""Whether what was added to a tensor is of another adapter, or of one more than were given.
+"""Find out whether another adapter, or a further adapter, was added to a tensor.
 
-A delta is diag(b) B diag(d) A. Its rows lie in the few dimensions that the rows of A span, so what
-was added shows which A, and within that which vectors, it was made with.
+A delta is diag(b) B diag(d) A. Its rows are combinations of the rows of A, so a change shows the A
+and then the vectors that it was made with.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from vera_convert.verification.comparator import Comparator
 Array = NDArray[Any]
 
 _LEFT_OVER = 0.02
-"""The share of a matrix that an explanation may leave, beside rounding."""
+"""The share of a matrix that an explanation may leave unexplained, beyond rounding."""
 _STEPS = 50
 _FEWEST_VECTORS = 3
-"""The rank from which on two vectors cannot explain whatever lies in the rows of A."""
+"""The smallest rank at which two vectors cannot explain every combination of the rows of A."""
 _MOST_ROWS = 256
 
 
 def of_other_adapters(
-    judge: Comparator, change: Array, delta: Array, noise: float, first: int
+    comparator: Comparator, change: Array, delta: Array, noise: float, first: int
 ) -> str:
-    """Return in a sentence which adapters were merged instead, or as well; empty if unclear.
+    """Return a sentence about other adapters that were merged; empty if unknown.
 
     Args:
-        judge: of the tensor.
-        change: rows of what was added, in float64.
-        delta: the same rows of what should have been.
+        comparator: the comparator of the tensor.
+        change: rows of the difference between merged and base, in float64.
+        delta: the same rows of the expected difference.
         noise: the norm of the rounding errors of these rows.
         first: the number of the first row.
     """
-    if judge.tensor.conv1d or len(judge.tensor.terms) != 1:
+    if comparator.tensor.conv1d or len(comparator.tensor.terms) != 1:
         return ""
     noise *= np.sqrt(min(1.0, _MOST_ROWS / len(change)))
     change, delta = change[:_MOST_ROWS], delta[:_MOST_ROWS]
-    (term,) = judge.tensor.terms
+    (term,) = comparator.tensor.terms
     A = term.A[:, : change.shape[1]].astype(FLOAT64)
     B = term.B[first : first + len(change)].astype(FLOAT64)
     if _FEWEST_VECTORS <= len(A) < change.shape[1]:
@@ -52,36 +52,36 @@ def of_other_adapters(
     dimensions = _rank(change, noise)
     if dimensions < min(change.shape) and _rank(change - delta, noise) < dimensions:
         return (
-            "The delta is there, and a further matrix with it: another adapter was merged too. "
-            "Give that adapter with --add."
+            "The delta and another matrix were added: another adapter was merged too. Give that "
+            "adapter with --add."
         )
     return ""
 
 
 def _of_vectors(inside: Array, own: Array, B: Array, noise: float) -> str:
-    """Return what coordinates (rows, r) in the rows of A tell about the vectors.
+    """Return a sentence about the vectors that a change was made with; empty if unknown.
 
     Args:
-        inside: of what was added.
-        own: of what should have been.
+        inside: the change as combinations of the rows of A, (rows, r).
+        own: the expected delta as combinations of the rows of A, (rows, r).
         B: the rows of B.
         noise: the norm of the errors.
     """
     if _is_scaled(inside, B, noise):
         return (
-            "What was added has the same A and B but other vectors: those of another layer, of "
-            "another checkpoint of this adapter, or of another adapter with the same key."
+            "A delta with the same A and B but other vectors was added: the vectors of another "
+            "layer, of another checkpoint of this adapter, or of another adapter with the same key."
         )
     if _is_scaled(inside - own, B, noise):
         return (
-            "The delta is there, and that of a further adapter with the same A and B: another "
+            "The delta and that of another adapter with the same A and B were added: another "
             "adapter was merged too. Give that adapter with --add."
         )
     return ""
 
 
 def _is_scaled(matrix: Array, B: Array, noise: float) -> bool:
-    """Say whether a matrix is diag(b) B diag(d) for some vectors; they are fitted in turn."""
+    """Return whether a matrix is diag(b) B diag(d) for some vectors, fitted in turn."""
     d = np.ones(B.shape[1])
     squares = B * B
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -97,7 +97,7 @@ def _is_small(rest: Array, matrix: Array, noise: float) -> bool:
 
 
 def _rank(matrix: Array, noise: float) -> int:
-    """Return how many dimensions of a matrix rise above rounding errors of this norm."""
+    """Return the rank of a matrix above rounding errors of this norm."""
     rows, columns = matrix.shape
     mean = noise / np.sqrt(matrix.size)
     largest = mean * (np.sqrt(rows) + np.sqrt(columns))

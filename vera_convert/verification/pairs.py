@@ -1,4 +1,4 @@
-"""A tensor of a merged model beside what it must be: both read in blocks, never whole."""
+"""Read a merged tensor and its expected source in blocks, never as a whole."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from vera_convert.verification.expected import Expected, Kind
 
 Array = NDArray[Any]
 
-"""Dtypes that hold every value of another one."""
+"""For each dtype, the wider dtypes that hold all its values."""
 BLOCK_VALUES = 1 << 20
-"""Values in a block. With its sums that is some 20 MiB for each thread; larger ones win nothing."""
+"""The values of a block: with sums, about 20 MiB for each thread. Larger blocks are no faster."""
 _BLOCK_BYTES = 1 << 23
 
 
 class Buffers:
-    """What one thread reads into; made larger where a row needs it, and never given back."""
+    """The buffers that one thread reads into. A buffer grows if needed, and never shrinks."""
 
     def __init__(self) -> None:
         self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def take(self, number: int, size: int) -> NDArray[np.uint8]:
-        """Return `size` bytes of the buffer with this number, 0 or 1."""
+        """Return the first `size` bytes of buffer 0 or 1."""
         if self._held[number].size < size:
             self._held[number] = np.empty(size, np.uint8)
         return self._held[number][:size]
@@ -38,14 +38,14 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """One tensor that the merged model has, in the shape that is expected.
+    """One tensor of the merged model that has its expected shape.
 
     Attributes:
-        expected: what it must be.
-        file: the file of the merged model that holds it.
-        start: where its bytes begin there.
-        found: the dtype that it has there; its values must be those of the expected one, if that is
-            narrower.
+        expected: the expected tensor.
+        file: the file of the merged model that holds the tensor.
+        start: the offset of the tensor in the file, in bytes.
+        found: the dtype of the tensor in the file. If the dtype is wider than expected, the values
+            must be values of the expected dtype.
     """
 
     expected: Expected
@@ -55,20 +55,20 @@ class Pair:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes in the merged model."""
+        """The bytes of the tensor in the merged model."""
         return self.expected.count * BITS[self.found] // 8
 
     @property
     def row_bytes(self) -> int:
-        """How many bytes one of its rows takes in the merged model."""
+        """The bytes of one row in the merged model."""
         return self.expected.matrix[1] * BITS[self.found] // 8
 
     def continues(self, other: Pair) -> bool:
-        """Say whether bytes that are copied follow those of another pair, in both files."""
+        """Return whether the copied bytes follow those of another pair, in both files."""
         mine, before = self.expected, other.expected
         return (
-            mine.is_carried
-            and before.is_carried
+            mine.is_copied
+            and before.is_copied
             and self.file is other.file
             and mine.source is before.source
             and self.start == other.start + other.nbytes
@@ -76,8 +76,8 @@ class Pair:
         )
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield where blocks begin and end: bytes if they are carried, else rows."""
-        if self.expected.is_carried:
+        """Yield the start and the end of each block: in bytes for copied tensors, else in rows."""
+        if self.expected.is_copied:
             size, step = self.nbytes, _BLOCK_BYTES
         else:
             size, columns = self.expected.matrix
@@ -87,7 +87,7 @@ class Pair:
             yield first, min(first + step, size)
 
     def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
-        """Return some bytes of the merged tensor and of its source."""
+        """Return bytes of the merged tensor and of its source."""
         size = last - first
         found, source = buffers.take(0, size), buffers.take(1, size)
         with self.file.open() as file:
@@ -97,7 +97,7 @@ class Pair:
         return found, source
 
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
-        """Return some rows of the merged tensor and of its source, each in its own dtype."""
+        """Return rows of the merged tensor and of its source, each in its own dtype."""
         tensor = self.expected
         stored_row, found_row = tensor.row_bytes, self.row_bytes
         count, columns = last - first, tensor.matrix[1]
@@ -117,7 +117,7 @@ class Pair:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Return values in a narrower dtype; what it cannot hold is no number."""
+    """Return values in a narrower dtype; a value that does not fit becomes NaN."""
     narrow = values.astype(dtype)
     narrow[narrow.astype(values.dtype) != values] = np.nan
     return narrow
@@ -127,9 +127,9 @@ Run = tuple[Pair, ...]
 
 
 def runs_of(pairs: Iterable[Pair]) -> Iterator[Run]:
-    """Yield runs of small tensors whose copied bytes lie one after the other, and others alone.
+    """Yield runs of small tensors whose copied bytes are adjacent, and other tensors alone.
 
-    A run is compared in one step. It is no longer than a block.
+    A run is compared in one step, and is at most as long as a block.
     """
     run: list[Pair] = []
     size = 0
@@ -146,7 +146,7 @@ def runs_of(pairs: Iterable[Pair]) -> Iterator[Run]:
 
 
 def is_wider(found: str, due: str) -> bool:
-    """Say whether a dtype holds every value of another, and more."""
+    """Return whether a dtype holds all values of another dtype, and more."""
     return found != due and {found, due} <= FLOATS and holds_every_value(found, due)
 
 
@@ -157,13 +157,13 @@ def pairs_of(
     *,
     wider_too: bool = False,
 ) -> list[Pair]:
-    """Return what can be compared, in the order in which it lies on the disk.
+    """Return the tensors that can be compared, in the order of their bytes on the disk.
 
     Args:
-        expected: what has to be there, by name.
+        expected: the expected tensors, by name.
         merged: the merged model.
         files: its weight files, by name.
-        wider_too: take also what is stored in a wider dtype, and expect that one.
+        wider_too: include tensors that are stored in a wider dtype, and expect that dtype.
     """
     found = []
     for name, tensor in expected.items():

@@ -1,6 +1,6 @@
-"""The provenance of a merged model, read as what it is: a stranger's file.
+"""Read the provenance of a merged model, a file from a stranger.
 
-Options are taken from it only where each has a form that this package writes.
+An option is used only if its value has a form that this package writes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class RecordedAdapter:
-    """One adapter that was merged.
+    """One adapter of a recorded merge.
 
     Attributes:
-        name: its repo, or the name of its folder.
-        weight: the factor of its deltas.
-        config_sha256: of its config.
-        header_sha256: of the header of its weights.
+        name: the repo of the adapter, or the name of its folder.
+        weight: the factor of the adapter's deltas.
+        config_sha256: the SHA-256 of the adapter's config.
+        header_sha256: the SHA-256 of the header of the adapter's weights.
     """
 
     name: str
@@ -48,20 +48,20 @@ class RecordedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
-    """The options that a merge is held against; the usual ones, where nothing else is said.
+    """The options of a merge.
 
     Attributes:
-        projections: which A and B were meant.
-        generator: how they were drawn, where no fingerprint says it.
-        base_dtype: the dtype that the base was taken to be loaded in.
+        projections: the source of A and B.
+        generator: the variant of the generator, if no fingerprint names the variant.
+        base_dtype: the dtype that the base was loaded in; None for the stored dtype.
         key_map: pairs (OLD, NEW) that renamed modules.
-        dtype: what float tensors became, in torch's names; None if each kept its own.
-        tied: what became of a head that shares its tensor with the embedding.
-        dequantize: whether an fp8 base was made a 16-bit model.
-        architecture: the class of the result, if the caller of the merge named it.
-        labels: the names of a classifier's labels, if the caller of the merge gave them.
-        recorded: whether they come from a provenance, but for those that are given.
-        given: names of those that the caller gave, ``weight`` among them.
+        dtype: the dtype of all float tensors, in torch's names; None if each kept its dtype.
+        tied: how a head that shares its tensor with the embedding was merged.
+        dequantize: whether an fp8 base was converted to a 16-bit model.
+        architecture: the class of the result, if the call of the merge named the class.
+        labels: the names of a classifier's labels, if the call of the merge gave names.
+        recorded: whether the options that were not given come from a provenance.
+        given: the names of the options that the caller gave, including ``weight``.
     """
 
     projections: ProjectionSource = ProjectionSource.AUTO
@@ -79,11 +79,11 @@ class MergeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a merge recorded of itself, as far as it decides what must have come out.
+    """The part of a merge's record that determines the merged model.
 
     Attributes:
-        adapters: in the order in which their deltas were added.
-        base_headers: SHA-256 of the header of each weight file of the base, by name.
+        adapters: the adapters, in the order in which their deltas were added.
+        base_headers: the SHA-256 of the header of each weight file of the base, by name.
         settings: the options.
     """
 
@@ -96,14 +96,14 @@ def read_provenance(source: ByteSource) -> Provenance:
     """Read the provenance of a merged model.
 
     Raises:
-        CheckpointError: it is malformed, or of a format that is not known.
-        SurroundingsError: it cannot be read.
+        CheckpointError: the provenance is malformed, or its format is unknown.
+        SurroundingsError: the file cannot be read.
     """
     document, _ = read_json(source, limit=PROVENANCE_LIMIT)
     reader = _Reader(source.place)
-    top = reader.mapping(document, "it")
+    top = reader.mapping(document, "the document")
     if top.get("format") != FORMAT:
-        reader.refuse(f"its format is not {FORMAT}, the one that is known.")
+        reader.refuse(f"its format is not {FORMAT}, the only known format.")
     listed = reader.array(top.get("adapters"), "adapters")
     if not 1 <= len(listed) <= _MOST_ADAPTERS:
         reader.refuse(f"it lists {len(listed):,} adapters.")
@@ -158,7 +158,7 @@ def _rename(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Takes values out of a document, or refuses it with the name of what is wrong."""
+    """Take values from a document, or refuse the document with the name of the wrong value."""
 
     place: str
 
@@ -167,17 +167,17 @@ class _Reader:
 
     def mapping(self, value: object, name: str) -> Mapping[str, object]:
         if not isinstance(value, dict):
-            self.refuse(f"{name} is no object.")
+            self.refuse(f"{name} is not an object.")
         return value
 
     def array(self, value: object, name: str) -> list[object]:
         if not isinstance(value, list):
-            self.refuse(f"{name} is no list.")
+            self.refuse(f"{name} is not a list.")
         return value
 
     def text(self, value: object, name: str) -> str:
         if not isinstance(value, str):
-            self.refuse(f"{name} is no text.")
+            self.refuse(f"{name} is not a text.")
         return value
 
     def truth(self, value: object, name: str) -> bool:
@@ -188,20 +188,20 @@ class _Reader:
     def digest(self, value: object, name: str) -> str:
         text = self.text(value, name)
         if not _SHA256.fullmatch(text):
-            self.refuse(f"{name} is no SHA-256.")
+            self.refuse(f"{name} is not a SHA-256.")
         return text
 
     def number(self, value: object, name: str) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            self.refuse(f"{name} is no number.")
-        return float(value)  # finite, and of no absurd length: so is every number that is read
+            self.refuse(f"{name} is not a number.")
+        return float(value)  # the reader accepts only finite numbers of bounded length
 
     def one_of(self, parse: Callable[[str], Value], value: object, name: str) -> Value:
         text = self.text(value, name)
         try:
             return parse(text)
         except ValueError:
-            self.refuse(f'{name} is "{printable(text)}", which means nothing here.')
+            self.refuse(f'{name} is "{printable(text)}", which is not a known value.')
 
     def optional(self, parse: Callable[[str], Value], value: object, name: str) -> Value | None:
         return None if value is None else self.one_of(parse, value, name)

@@ -1,4 +1,4 @@
-"""What a verification came to, as one record."""
+"""Define the result of a verification."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from vera_convert.verification.model_comparison import ModelComparison
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What holding a conversion against an adapter came to.
+    """The result of comparing a conversion with its adapter.
 
     Attributes:
-        adapter: how the caller named the adapter.
-        form: what another form of it came to; None if none was given.
-        merged: what a merged model came to; None if none was given.
-        lora: the comparison with a LoRA; None if none was given.
-        model: what running that model came to; None if it was left at the weights, if those were
-            wrong already, or if it could not be run.
-        not_run: why it could not; None if it was, or was not to be.
-        seconds: how long all of it took.
-        findings: what is wrong, the worst first; then warnings and notes.
+        adapter: the name of the adapter, as the caller gave it.
+        form: the result for another form of the adapter; None if no other form was given.
+        merged: the result for a merged model; None if no merged model was given.
+        lora: the result for a LoRA; None if no LoRA was given.
+        model: the result of running the merged model; None if the model was not run.
+        not_run: why the model could not be run; None if it could.
+        seconds: how long the verification took.
+        findings: errors, the worst first; then warnings and notes.
     """
 
     adapter: str
@@ -42,16 +41,16 @@ class Verification:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What is wrong, the worst first."""
+        """The findings that are errors, the worst first."""
         return tuple(each for each in self.findings if each.severity is Severity.ERROR)
 
     @property
     def wrong(self) -> int:
-        """How many things are wrong: every error, and every wrong tensor that has none."""
+        """How many errors there are, wrong tensors without a finding of their own included."""
         unlisted = self.merged.tensors.unlisted if self.merged is not None else 0
         return len(self.errors) + unlisted
 
     @property
     def passed(self) -> bool:
-        """Whether all that was to be looked at was, and holds."""
+        """Whether every comparison was made, and none found an error."""
         return not self.errors and self.not_run is None

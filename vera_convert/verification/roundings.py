@@ -1,7 +1,7 @@
-"""Whether a merged tensor holds what is known to come of rounding on the way to the sum.
+"""Find which intermediate rounding explains the values of a merged tensor.
 
-Each known way is done again. It is named only if it gives the merged values where these differ from
-the right ones, and differs from the right ones nowhere else.
+Each known procedure is repeated. A procedure is named only if it reproduces the merged values that
+differ from the correct values, and no other differences.
 """
 
 from __future__ import annotations
@@ -22,63 +22,69 @@ from vera_convert.verification.comparator import Comparator, rounded
 Array = NDArray[Any]
 
 _AGREES = 0.95
-"""The share of differing values that a way must give exactly: sums in another order flip some."""
+"""The share of differing values to reproduce; the order of summation changes some values."""
 _FEWEST = 8
 _NARROW = {NAMES[header]: NUMPY_DTYPE[header] for header in ("BF16", "F16")}
 
 
-def rounded_on_the_way(judge: Comparator, weights: Array, found: Array, first: int) -> str:
-    """Return in a sentence what was rounded before it was added; empty if nothing known fits.
+def intermediate_rounding(comparator: Comparator, weights: Array, found: Array, first: int) -> str:
+    """Return a sentence that names the intermediate rounding; empty if none explains the values.
 
     Args:
-        judge: of the tensor.
+        comparator: the comparator of the tensor.
         weights: rows of the base.
         found: the same rows of the merged model.
         first: the number of the first row.
     """
     last = first + len(weights)
-    right = _added(weights, [*judge.deltas(first, last)], found.dtype, each=False)
+    right = _added(weights, [*comparator.deltas(first, last)], found.dtype, each=False)
     off = found != right
     if np.count_nonzero(off) < _FEWEST:
         return ""
-    best, said = _AGREES, ""
-    for way, values in _ways(judge, weights, found.dtype, first):
+    best, found_sentence = _AGREES, ""
+    for sentence, values in _procedures(comparator, weights, found.dtype, first):
         differing = off | (values != right)
         share = np.count_nonzero((values == found) & differing) / np.count_nonzero(differing)
-        if share >= best and (not said or share > best):
-            best, said = share, way
-    return said
+        if share >= best and (not found_sentence or share > best):
+            best, found_sentence = share, sentence
+    return found_sentence
 
 
-def _ways(
-    judge: Comparator, weights: Array, written: np.dtype[Any], first: int
+def _procedures(
+    comparator: Comparator, weights: Array, written: np.dtype[Any], first: int
 ) -> Iterator[tuple[str, Array]]:
-    """Yield each known way to round on the way, and what comes of it."""
+    """Yield the sentence for each known procedure, and the values that it gives."""
     last = first + len(weights)
-    deltas = [*judge.deltas(first, last)]
+    deltas = [*comparator.deltas(first, last)]
     if len(deltas) > 1:
         yield _AFTER_EACH, _added(weights, deltas, written, each=True)
     for name, narrow in _NARROW.items():
         if written.itemsize == 2 and written != narrow:
             continue
-        coarse = Comparator(replace(judge.tensor, terms=_narrowed(judge.tensor.terms, narrow)))
+        coarse = Comparator(
+            replace(comparator.tensor, terms=_narrowed(comparator.tensor.terms, narrow))
+        )
         products = [*coarse.deltas(first, last)]
         native = [*coarse.deltas_in(first, last, narrow)]
-        for said, added in ((_DELTA, deltas), (_DELTA_AND_VECTORS, products), (_NATIVE, native)):
-            narrowed = [_through(delta, narrow) for delta in added]
-            yield said.format(name), _added(weights, narrowed, written, each=True)
+        for sentence, added in (
+            (_DELTA, deltas),
+            (_DELTA_AND_VECTORS, products),
+            (_NATIVE, native),
+        ):
+            narrowed = [_rounded_to(delta, narrow) for delta in added]
+            yield sentence.format(name), _added(weights, narrowed, written, each=True)
         yield _VECTORS.format(name), _added(weights, products, written, each=False)
 
 
-_AFTER_EACH = "The sum was rounded after each adapter, as PEFT does it."
+_AFTER_EACH = "The sum was rounded after each adapter, as PEFT does."
 _ADVICE = "merge with autocast_adapter_dtype=True, or with vera-convert."
 _DELTA = "The delta was rounded to {} before it was added: " + _ADVICE
 _DELTA_AND_VECTORS = (
     "The vectors, A and B were rounded to {}, and the delta too before it was added, as PEFT does "
-    "it with autocast_adapter_dtype=False: " + _ADVICE
+    "with autocast_adapter_dtype=False: " + _ADVICE
 )
 _NATIVE = (
-    "The delta was computed in {} throughout, as PEFT 0.11 does it, and PEFT 0.12 with "
+    "The delta was computed in {} throughout, as PEFT 0.11 does, and PEFT 0.12 with "
     "autocast_adapter_dtype=False: " + _ADVICE
 )
 _VECTORS = "The vectors, A and B were rounded to {} before the merge."
@@ -94,8 +100,8 @@ def _added(weights: Array, deltas: Sequence[Array], written: np.dtype[Any], *, e
     return rounded(total, written)
 
 
-def _through(values: Array, narrow: np.dtype[Any]) -> Array:
-    """Return values rounded to a narrower dtype, in their own."""
+def _rounded_to(values: Array, narrow: np.dtype[Any]) -> Array:
+    """Return values rounded to a narrower dtype, in their own dtype."""
     return rounded(values, narrow).astype(values.dtype)
 
 
@@ -103,8 +109,8 @@ def _narrowed(terms: Sequence[Term], narrow: np.dtype[Any]) -> tuple[Term, ...]:
     return tuple(
         replace(
             term,
-            A=_through(term.A.astype(FLOAT32), narrow),
-            B=_through(term.B.astype(FLOAT32), narrow),
+            A=_rounded_to(term.A.astype(FLOAT32), narrow),
+            B=_rounded_to(term.B.astype(FLOAT32), narrow),
             layer=_NarrowVectors(term, narrow),
         )
         for term in terms
@@ -113,7 +119,7 @@ def _narrowed(terms: Sequence[Term], narrow: np.dtype[Any]) -> tuple[Term, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _NarrowVectors:
-    """The vectors of a layer, rounded."""
+    """The rounded vectors of a layer."""
 
     term: Term
     narrow: np.dtype[Any]
@@ -124,4 +130,6 @@ class _NarrowVectors:
 
     def vectors(self) -> tuple[Array, Array]:
         d, b = self.term.layer.vectors()
-        return _through(d.astype(FLOAT32), self.narrow), _through(b.astype(FLOAT32), self.narrow)
+        return _rounded_to(d.astype(FLOAT32), self.narrow), _rounded_to(
+            b.astype(FLOAT32), self.narrow
+        )

@@ -1,8 +1,8 @@
-"""A merged model held against base and adapters, tensor by tensor, without loading either.
+"""Compare the tensors of a merged model with the expected tensors, without loading a model.
 
-    headers ──► what must be there ──► blocks of rows, by threads ──► numbers of each tensor
+    headers ──► expected tensors ──► blocks of rows, in threads ──► a result for each tensor
 
-Memory is that of a few blocks for each thread, and of A and B, whatever the size of a tensor.
+Memory holds a few blocks for each thread, and A and B, whatever the size of a tensor.
 """
 
 from __future__ import annotations
@@ -33,82 +33,82 @@ from vera_convert.verification.comparator import (
     compare_bytes,
     compare_conversion,
 )
-from vera_convert.verification.diagnosis import hint
+from vera_convert.verification.diagnosis import cause
 from vera_convert.verification.expected import Expected, Kind
 from vera_convert.verification.pairs import Buffers, Pair, Run, pairs_of, runs_of
 
 _MOST_FINDINGS = 50
-_MOST_HINTS = 64
-"""Tensors whose values are looked at again to say what went wrong, the worst first."""
+_MOST_CAUSES = 64
+"""For how many wrong tensors, the worst first, a cause is looked for."""
 
 Progress = Callable[[int, int], None]
 Explain = Callable[[Sequence[str]], Mapping[str, str]]
-"""Takes the names of wrong tensors, the worst first, and gives what happened to some of these."""
+"""Takes the names of wrong tensors, the worst first, and returns the causes of some of these."""
 Job = tuple[Run, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """What holding one tensor against what it must be came to.
+    """The result of comparing one tensor.
 
     Attributes:
-        name: its name.
-        kind: what the merge does to it.
-        dtype: its dtype in the merged model, in safetensors' names.
-        shape: its shape.
-        judgment: what its values came to.
-        hint: what went wrong with it, as far as its values tell; empty if they do not.
-        rounded: the dtype that its values were rounded to, which can be narrower than its own.
+        name: the name of the tensor.
+        kind: how the merge changes the tensor.
+        dtype: the dtype in the merged model, in safetensors' names.
+        shape: the shape.
+        comparison: the result of comparing the values.
+        cause: a sentence that names the cause of errors; empty if the values prove none.
+        rounded: the dtype that the values were rounded to, which can be narrower than `dtype`.
     """
 
     name: str
     kind: Kind
     dtype: str
     shape: tuple[int, ...]
-    judgment: Comparison
-    hint: str = ""
+    comparison: Comparison
+    cause: str = ""
     rounded: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether it is what it must be."""
-        return not self.judgment.wrong
+        """Whether no value is wrong."""
+        return not self.comparison.wrong
 
     @property
     def where(self) -> str:
-        """The place of the value that is off the most, as an index."""
-        assert self.judgment.worst is not None  # noqa: S101 -- asked of a tensor that is wrong
-        index, places = self.judgment.worst.index, list[int]()
+        """The index of the value with the largest error."""
+        assert self.comparison.worst is not None  # noqa: S101 -- only for a wrong tensor
+        index, places = self.comparison.worst.index, list[int]()
         for size in reversed(self.shape):
             index, place = divmod(index, size)
             places.insert(0, place)
         return str(places)
 
     def finding(self) -> Finding:
-        """Return what is wrong with it."""
-        found, worst = self.judgment, self.judgment.worst
-        assert worst is not None  # noqa: S101 -- asked of a tensor that is wrong
-        values = f"its value at {self.where} is {worst.found!r} where {worst.expected!r} is due"
-        count = f"{found.wrong:,} of {found.values:,} values are wrong"
+        """Return the finding for a wrong tensor."""
+        found, worst = self.comparison, self.comparison.worst
+        assert worst is not None  # noqa: S101 -- only for a wrong tensor
+        values = f"the value at {self.where} is {worst.found!r} instead of {worst.expected!r}"
+        count = f"{found.wrong:,} of {found.values:,} values differ"
         if self.kind is Kind.ADDED:
-            reason = f"{count}, by up to {last_bits_text(found.ulps)}; {values}."
-            reason += f" {self.hint}" if self.hint else ""
+            reason = f"{count}, by up to {found.ulps:.3g} ULP; {values}."
+            reason += f" {self.cause}" if self.cause else ""
             return MERGED_WEIGHT_WRONG.in_tensor(self.name, reason)
         return MERGED_TENSOR_CHANGED.in_tensor(self.name, f"{count}; {values}.")
 
 
 @dataclass(frozen=True, slots=True)
 class MergedTensors:
-    """What holding all tensors of a merged model against what they must be came to.
+    """The result of comparing all tensors of a merged model.
 
     Attributes:
-        checks: of every tensor that was compared, in the order of the base.
-        wider: the dtype that the values of each added tensor were rounded to whose dtype in the
-            merged model is wider than that of the base, by name.
-        findings: what is wrong, the worst first.
+        checks: the result for every compared tensor, in the order of the base.
+        findings: the errors, the worst first.
         nbytes: how many bytes of the merged model were compared.
-        jobs: threads.
-        unlisted: how many tensors are wrong beyond those that have a finding, which are bounded.
+        jobs: how many threads were used.
+        wider: for each tensor with a wider dtype than expected, the dtype that its values were
+            rounded to, by name.
+        unlisted: how many wrong tensors have no finding, because `findings` is limited.
     """
 
     checks: tuple[TensorCheck, ...]
@@ -120,19 +120,14 @@ class MergedTensors:
 
     @property
     def moved(self) -> bool:
-        """Whether any weight that a delta is added to is another than the base's."""
-        return any(check.judgment.moved for check in self.checks)
+        """Whether any weight with a delta differs from the base's weight."""
+        return any(check.comparison.moved for check in self.checks)
 
     @property
     def worst_first(self) -> list[TensorCheck]:
-        """Return the tensors that are wrong, the one that is off the most first."""
+        """Return the wrong tensors, the largest error first."""
         wrong = [check for check in self.checks if not check.passed]
-        return sorted(wrong, key=lambda check: (-check.judgment.excess, -check.judgment.wrong))
-
-
-def last_bits_text(count: float) -> str:
-    """Return a number of last bits in words."""
-    return f"{count:.3g} last bit{'' if count == 1 else 's'}"
+        return sorted(wrong, key=lambda check: (-check.comparison.excess, -check.comparison.wrong))
 
 
 def check_tensors(
@@ -145,25 +140,25 @@ def check_tensors(
     progress: Progress = lambda _done, _of: None,
     explain: Explain = lambda _names: {},
 ) -> MergedTensors:
-    """Hold every tensor of a merged model against what it must be.
+    """Compare every tensor of a merged model with the expected tensor.
 
     Args:
-        expected: what must be there, by name.
+        expected: the expected tensors, by name.
         merged: the merged model.
-        files: its weight files, by name.
-        jobs: threads; None for one for each core, four at most.
-        wider_too: whether a wider dtype than the expected one is no error.
-        progress: told now and then how many bytes have been compared, and of how many.
-        explain: asked what happened to wrong tensors that deltas are added to, before values tell.
+        files: the model's weight files, by name.
+        jobs: how many threads to use; None for one for each core, four at most.
+        wider_too: whether a wider dtype than expected is allowed.
+        progress: called with the bytes compared so far, and with their total.
+        explain: called first for the causes of wrong tensors with deltas.
 
     Raises:
         SurroundingsError: a file cannot be read, or changed meanwhile.
     """
     pairs = pairs_of(expected, merged, files, wider_too=wider_too)
     count = jobs or default_jobs()
-    judgments = _Comparison(pairs, count, progress).run()
-    pairs = _rounded_before(pairs, judgments, expected, count)
-    found = {pair.expected.name: check for pair, check in _checks(pairs, judgments, explain)}
+    comparisons = _Work(pairs, count, progress).run()
+    pairs = _rounded_before(pairs, comparisons, expected, count)
+    found = {pair.expected.name: check for pair, check in _checks(pairs, comparisons, explain)}
     checks = tuple(found[name] for name in expected if name in found)
     compared = MergedTensors(
         checks,
@@ -184,43 +179,44 @@ def check_tensors(
 
 def _rounded_before(
     pairs: Sequence[Pair],
-    judgments: dict[str, Comparison],
+    comparisons: dict[str, Comparison],
     expected: Mapping[str, Expected],
     jobs: int,
 ) -> list[Pair]:
-    """Return the pairs, of those that are wrong in a wider dtype the ones that hold narrow values.
+    """Compare wrong tensors in a wider dtype again, with values rounded to the expected dtype.
 
-    A model that was merged in 16 bits can be saved in 32. Judgments of such are replaced.
+    A model that was merged in 16 bits can be saved in 32. Return the pairs, and replace the
+    comparisons, of these tensors.
     """
     again = [
         replace(pair, expected=expected[pair.expected.name])
         for pair in pairs
         if pair.expected.kind is Kind.ADDED
         and pair.expected.dtype != expected[pair.expected.name].dtype
-        and judgments[pair.expected.name].wrong
+        and comparisons[pair.expected.name].wrong
     ]
     if not again:
         return [*pairs]
-    found = _Comparison(again, jobs, lambda _done, _of: None).run()
+    found = _Work(again, jobs, lambda _done, _of: None).run()
     narrow = {pair.expected.name: pair for pair in again if not found[pair.expected.name].wrong}
-    judgments.update({name: found[name] for name in narrow})
+    comparisons.update({name: found[name] for name in narrow})
     return [narrow.get(pair.expected.name, pair) for pair in pairs]
 
 
 def _checks(
-    pairs: Sequence[Pair], judgments: Mapping[str, Comparison], explain: Explain
+    pairs: Sequence[Pair], comparisons: Mapping[str, Comparison], explain: Explain
 ) -> Iterator[tuple[Pair, TensorCheck]]:
-    """Yield the check of each tensor, with a hint for the worst."""
+    """Yield the result for each tensor, with causes for the worst."""
     added = [pair for pair in pairs if pair.expected.kind is Kind.ADDED]
-    wrong = [pair for pair in added if judgments[pair.expected.name].wrong]
-    wrong.sort(key=lambda pair: -judgments[pair.expected.name].excess)
-    hints = {**explain([pair.expected.name for pair in wrong])} if wrong else {}
-    for pair in wrong[:_MOST_HINTS]:
-        if pair.expected.name not in hints:
-            hints[pair.expected.name] = hint(pair, judgments[pair.expected.name])
+    wrong = [pair for pair in added if comparisons[pair.expected.name].wrong]
+    wrong.sort(key=lambda pair: -comparisons[pair.expected.name].excess)
+    causes = {**explain([pair.expected.name for pair in wrong])} if wrong else {}
+    for pair in wrong[:_MOST_CAUSES]:
+        if pair.expected.name not in causes:
+            causes[pair.expected.name] = cause(pair, comparisons[pair.expected.name])
     for pair in pairs:
         tensor = pair.expected
-        judgment = judgments[tensor.name]
+        comparison = comparisons[tensor.name]
         yield (
             pair,
             TensorCheck(
@@ -228,8 +224,8 @@ def _checks(
                 tensor.kind,
                 pair.found,
                 tensor.shape,
-                judgment,
-                hints.get(tensor.name, ""),
+                comparison,
+                causes.get(tensor.name, ""),
                 tensor.dtype,
             ),
         )
@@ -238,7 +234,7 @@ def _checks(
 def _other_dtypes(
     expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
 ) -> Iterator[Finding]:
-    """Yield one finding for all tensors that have one dtype in the place of another."""
+    """Yield one finding for each pair of found and expected dtype."""
     others: dict[tuple[str, str], list[str]] = {}
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
@@ -247,19 +243,19 @@ def _other_dtypes(
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
         more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
         rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
-        yield rule.in_tensor(names[0], f"it{more} {found} where {due} is due.")
+        yield rule.in_tensor(names[0], f"it{more} {found} instead of {due}.")
 
 
 def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterator[Finding]:
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
         if there is not None and there.info.shape != tensor.shape:
-            reason = f"it is {list(there.info.shape)} where {list(tensor.shape)} is due."
+            reason = f"its shape is {list(there.info.shape)} instead of {list(tensor.shape)}."
             yield MERGED_TENSOR_FORM.in_tensor(name, reason)
 
 
 def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[list[Finding]]:
-    """Return a note for each kind of buffers, then what is missing, then what is unknown."""
+    """Return notes on buffers, then findings for missing tensors, then for unknown tensors."""
     gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
     extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
     lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
@@ -283,7 +279,7 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
     unknown = [
         MERGED_TENSOR_UNKNOWN.in_tensor(
             name,
-            "neither the base nor an adapter has a tensor that belongs there.",
+            "neither the base nor an adapter has a tensor for this name.",
         )
         for name in extra
         if name not in buffers_of_one
@@ -297,12 +293,12 @@ _COUNTED_BUFFERS = frozenset(("position_ids", "token_type_ids", "relative_positi
 
 
 def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Say whether a tensor is one that models make themselves, whatever is stored of it.
+    """Return whether a tensor is a buffer that models compute, whether it is stored or not.
 
     Args:
-        name: its name.
-        dtype: its dtype, in safetensors' names.
-        shape: its shape.
+        name: the name.
+        dtype: the dtype, in safetensors' names.
+        shape: the shape.
     """
     owner, _, last = name.rpartition(".")
     if last in _COUNTED_BUFFERS:
@@ -316,15 +312,15 @@ def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     return last == "bias" and of_attention and is_mask
 
 
-class _Comparison:
-    """The work of the threads: blocks in, numbers of each tensor out."""
+class _Work:
+    """Compare blocks in threads, and add up the results for each tensor."""
 
     def __init__(self, pairs: Sequence[Pair], jobs: int, progress: Progress) -> None:
         self._pairs = pairs
         self._jobs = jobs
         self._progress = progress
         self._lock = threading.Lock()
-        self._judgments = {pair.expected.name: Comparison() for pair in pairs}
+        self._comparisons = {pair.expected.name: Comparison() for pair in pairs}
         self._done = 0
         self._of = sum(pair.nbytes for pair in pairs)
 
@@ -332,36 +328,36 @@ class _Comparison:
         blocks = (block for run in runs_of(self._pairs) for block in _blocks(run))
         with one_blas_thread(), WorkerPool[Job](self._jobs, self._worker) as pool:
             pool.run(blocks, tell=lambda: self._progress(self._done, self._of))
-        return self._judgments
+        return self._comparisons
 
     def _worker(self) -> Callable[[Job], None]:
-        """Return what compares one block, with the buffers of one thread."""
+        """Return a function that compares one block, with the buffers of one thread."""
         buffers = Buffers()
-        judges: dict[str, Comparator] = {}
+        comparators: dict[str, Comparator] = {}
 
         def work(job: Job) -> None:
             run, first, last = job
             if len(run) > 1:
-                judgments = _compared_run(run, last, buffers)
+                comparisons = _compared_run(run, last, buffers)
                 with self._lock:
-                    self._judgments.update(judgments)
+                    self._comparisons.update(comparisons)
                     self._done += last
                 return
             (pair,) = run
             tensor = pair.expected
-            if tensor.terms and tensor.name not in judges:
-                judges.clear()
-                judges[tensor.name] = Comparator(tensor)
-            judgment = _compared(pair, first, last, buffers, judges.get(tensor.name))
+            if tensor.terms and tensor.name not in comparators:
+                comparators.clear()
+                comparators[tensor.name] = Comparator(tensor)
+            comparison = _compared(pair, first, last, buffers, comparators.get(tensor.name))
             with self._lock:
-                self._judgments[tensor.name] += judgment
-                self._done += last - first if tensor.is_carried else _bytes(pair, first, last)
+                self._comparisons[tensor.name] += comparison
+                self._done += last - first if tensor.is_copied else _bytes(pair, first, last)
 
         return work
 
 
 def _blocks(run: Run) -> Iterator[Job]:
-    """Yield the blocks of a tensor alone; a run of several is one block of bytes."""
+    """Yield the blocks of a single tensor; a run of several tensors is one block of bytes."""
     if len(run) > 1:
         yield run, 0, sum(pair.nbytes for pair in run)
         return
@@ -370,18 +366,18 @@ def _blocks(run: Run) -> Iterator[Job]:
 
 
 def _compared_run(run: Run, size: int, buffers: Buffers) -> dict[str, Comparison]:
-    """Compare tensors whose bytes lie one after the other."""
+    """Compare tensors whose bytes are adjacent."""
     found, wanted = run[0].raw(0, size, buffers)
     if np.array_equal(found, wanted):
         return {pair.expected.name: Comparison(pair.expected.count) for pair in run}
-    judgments, at = {}, 0
+    comparisons, at = {}, 0
     for pair in run:
         bytes_of = slice(at, at + pair.nbytes)
-        judgments[pair.expected.name] = compare_bytes(
+        comparisons[pair.expected.name] = compare_bytes(
             found[bytes_of], wanted[bytes_of], pair.expected.dtype, 0
         )
         at += pair.nbytes
-    return judgments
+    return comparisons
 
 
 def _bytes(pair: Pair, first: int, last: int) -> int:
@@ -389,13 +385,13 @@ def _bytes(pair: Pair, first: int, last: int) -> int:
 
 
 def _compared(
-    pair: Pair, first: int, last: int, buffers: Buffers, judge: Comparator | None
+    pair: Pair, first: int, last: int, buffers: Buffers, comparator: Comparator | None
 ) -> Comparison:
     tensor = pair.expected
-    if tensor.is_carried:
+    if tensor.is_copied:
         found, wanted = pair.raw(first, last, buffers)
         return compare_bytes(found, wanted, tensor.dtype, first)
     found, stored = pair.rows(first, last, buffers)
-    if judge is None:
+    if comparator is None:
         return compare_conversion(tensor, stored, found, first)
-    return judge.judge(stored, found, first)
+    return comparator.compare(stored, found, first)

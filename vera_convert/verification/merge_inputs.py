@@ -1,0 +1,166 @@
+"""Open the inputs of a recorded merge again, and compare them with the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.facts import BaseOptions
+from vera_convert.base.model import BaseModel
+from vera_convert.dtypes import HEADER_NAMES
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adapters
+from vera_convert.merging.changes import Changes, collect
+from vera_convert.merging.inputs import MergeInputs, open_inputs
+from vera_convert.rules import HEAD_TIED, OTHER_ADAPTER_MERGED, OTHER_BASE_MERGED, Finding
+from vera_convert.text import printable
+from vera_convert.verification.expected import Expected, expected_tensors
+from vera_convert.verification.provenance import MergeSettings, Provenance, RecordedAdapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """What a merged model must come from.
+
+    Attributes:
+        inputs: the base, and the adapters as they are given.
+        adapters: the adapters with the weights of the merge.
+        changes: the changes that the adapters make to the base.
+        expected: the expected tensors, by name.
+        findings: the adapters and the base that differ from the record.
+    """
+
+    inputs: MergeInputs
+    adapters: tuple[MatchedAdapter, ...]
+    changes: Changes
+    expected: dict[str, Expected]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenInputs:
+    """The inputs of a merge as the caller names them.
+
+    Attributes:
+        adapters: the adapters, in the order of the merge.
+        base: the base, and how to read it.
+        provenance: the record of the merge; None without a record.
+        access: how the Hub is reached.
+    """
+
+    adapters: Sequence[AdapterSpec]
+    base: BaseOptions
+    provenance: Provenance | None
+    access: HubAccess
+
+    @contextmanager
+    def opened(self, settings: MergeSettings) -> Iterator[Merged]:
+        """Open the inputs as a merge with these settings does.
+
+        Raises:
+            CheckpointError: the adapters are malformed, or do not fit together or the base.
+            UsageError: an adapter changes a tied head, and `tied` is not set.
+            SurroundingsError: a file or a repo is missing or cannot be read.
+        """
+        with open_inputs(
+            self.adapters,
+            find_adapters(self.adapters, self.access),
+            replace(self.base, dtype=settings.base_dtype, key_map=settings.key_map),
+            access=self.access,
+            projections=settings.projections,
+            variant=settings.generator,
+            dequantize=settings.dequantize,
+        ) as inputs:
+            adapters, findings = _weighted(inputs.adapters, self.adapters, self.provenance)
+            if self.provenance is not None:
+                findings += _other_base(inputs.base, self.provenance)
+            changes = _changes(adapters, inputs, settings)
+            expected = expected_tensors(
+                inputs.base,
+                inputs.files,
+                changes,
+                dtype=HEADER_NAMES[settings.dtype] if settings.dtype is not None else None,
+                dequantization=inputs.dequantization,
+            )
+            yield Merged(inputs, adapters, changes, expected, tuple(findings))
+
+
+def _changes(
+    adapters: Sequence[MatchedAdapter], inputs: MergeInputs, settings: MergeSettings
+) -> Changes:
+    try:
+        return collect(adapters, inputs.base, inputs.files, tied=settings.tied)
+    except CheckpointError as error:
+        if any(finding.rule is not HEAD_TIED for finding in error.findings):
+            raise
+        raise UsageError(
+            f"{error} The merged model does not record how it was merged: give the `--tied` of "
+            "the merge."
+        ) from error
+
+
+def weight_files(model: BaseModel) -> Mapping[str, InputFile]:
+    """Return the weight files of a fetched model, by name."""
+    folder = model.location.fetched
+    return {
+        name: InputFile.look(folder / name, within=folder, header=header)
+        for name, header in model.files.items()
+    }
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def _weighted(
+    adapters: Sequence[MatchedAdapter], given: Sequence[AdapterSpec], provenance: Provenance | None
+) -> tuple[tuple[MatchedAdapter, ...], list[Finding]]:
+    """Return the adapters with the weights of the merge, and the adapters that differ.
+
+    Hashes identify an adapter, so the order does not matter. An adapter without a recorded hash
+    takes the weight of the record that is left for its place.
+    """
+    findings: list[Finding] = []
+    records = _records(adapters, provenance)
+    weighted = []
+    for matched, spec, record in zip(adapters, given, records, strict=True):
+        weight = spec.weight
+        if weight is None:
+            weight = record.weight if record is not None else 1.0
+        weighted.append(replace(matched, weight=weight))
+        if record is not None and _hashes(matched) != (record.config_sha256, record.header_sha256):
+            reason = f'"{printable(record.name)}" was merged instead.'
+            findings.append(OTHER_ADAPTER_MERGED.at(matched.label, reason))
+    return tuple(weighted), findings
+
+
+def _records(
+    adapters: Sequence[MatchedAdapter], provenance: Provenance | None
+) -> list[RecordedAdapter | None]:
+    """Return the record of each adapter, or the record that is left for its place."""
+    if provenance is None:
+        return [None] * len(adapters)
+    left = [*provenance.adapters]
+    found: list[RecordedAdapter | None] = []
+    for matched in adapters:
+        same = [r for r in left if (r.config_sha256, r.header_sha256) == _hashes(matched)]
+        found.append(same[0] if same else None)
+        if same:
+            left.remove(same[0])
+    return [record or left.pop(0) for record in found]
+
+
+def _hashes(matched: MatchedAdapter) -> tuple[str, str]:
+    config, header = matched.adapter.config_file.text, matched.header.raw
+    return sha256(config).hexdigest(), sha256(header).hexdigest()
+
+
+def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
+    headers = {name: sha256(header.raw).hexdigest() for name, header in base.files.items()}
+    if headers != dict(provenance.base_headers):
+        names = {*headers.items()} ^ {*provenance.base_headers.items()}
+        reason = f"{printable(min(names)[0])} differs from the recorded file."
+        yield OTHER_BASE_MERGED.at(base.location.label, reason)
