@@ -81,7 +81,7 @@ def test_a_file_that_a_loader_takes_before_the_shards_is_found(
     save_file(tensors_of(base), out / "model.safetensors")
     result = layers(adapter, base, out)
     assert codes(result) == ["V612"]
-    assert f"takes model.safetensors before {INDEX}" in str(result.findings[0])
+    assert f"reads model.safetensors instead of {INDEX}" in str(result.findings[0])
 
 
 def test_a_stray_file_is_warned_of_though_its_name_ends_as_one_that_a_loader_takes(
