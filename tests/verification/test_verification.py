@@ -787,7 +787,7 @@ def test_peft_s_own_form_depends_on_the_base(tmp_path: Path, adapter: Path, base
     half = filled_base(tmp_path / "half", dtype="bfloat16")
     result = same_form(adapter, other, base=str(half))
     assert codes(result) == ["V623"]
-    assert "vera_A: its value at [0, 0] is" in str(result.findings[0])
+    assert "vera_A: the value at [0, 0] is" in str(result.findings[0])
 
 
 def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
