@@ -1,11 +1,11 @@
-"""The formulas: from A, B, d and b to what an adapter adds to one layer's weight. NumPy alone.
+"""Compute the delta that an adapter adds to one layer's weight, from A, B, d and b. NumPy alone.
 
-    x (in) ── A (r, in) ── · d (r) ── B (out, r) ── · b (out) ──> what is added to y (out)
+    x (in) ── A (r, in) ── · d (r) ── B (out, r) ── · b (out) ──> added to y (out)
 
     delta = diag(b) B diag(d) A        (out, in); each layer has the leading slice of A and of B
 
-The operands are folded as PEFT folds them, ``(b B) (d A)``. Each is widened from its own dtype
-first, which is exact; the product is float64 where any of them is, else float32.
+The product is ``(b B) (d A)``, as in PEFT. The operands are first widened from their own dtypes,
+which is exact. The product is float64 if an operand is float64, else float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOAT64 = np.dtype(np.float64)
 
 
 def working_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype in which operands of these dtypes are multiplied and added."""
+    """Return the dtype for the multiplication and addition of operands of these dtypes."""
     return FLOAT64 if FLOAT64 in dtypes else FLOAT32
 
 
@@ -37,14 +37,14 @@ def scaled_B(b: Array, B: Array, *, out: Array) -> Array:  # noqa: N802 -- the m
 
 
 def delta(A: Array, B: Array, d: Array, b: Array, in_features: int) -> Array:
-    """Return the whole delta (out, in) of a layer.
+    """Return the complete delta (out, in) of a layer.
 
     Args:
         A: (r, in or more).
         B: (out or more, r).
         d: (r,).
         b: (out,).
-        in_features: the layer's number of inputs.
+        in_features: the number of the layer's inputs.
     """
     dtype = working_dtype(A.dtype, B.dtype, d.dtype, b.dtype)
     left = scaled_B(b, B[: len(b)], out=np.empty((len(b), len(d)), dtype))
@@ -55,7 +55,7 @@ def delta(A: Array, B: Array, d: Array, b: Array, in_features: int) -> Array:
 def merged(weight: Array, change: Array) -> Array:
     """Return ``weight + change``, added in the wider dtype and rounded once to the weight's.
 
-    What is float64 comes to a 16-bit dtype by way of float32.
+    Float64 values are rounded to float32 first, then to 16 bits, as torch does.
     """
     total = np.add(weight, change, dtype=working_dtype(weight.dtype, change.dtype))
     if weight.dtype.itemsize < FLOAT32.itemsize:

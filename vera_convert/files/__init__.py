@@ -1,4 +1,4 @@
-"""Read bytes, JSON, safetensors headers and tensors that a stranger wrote, within bounds.
+"""Read strangers' files within bounds: bytes, JSON, safetensors headers, tensors and folders.
 
 May import the ground alone.
 """

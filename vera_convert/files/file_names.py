@@ -10,19 +10,19 @@ from vera_convert.rules import NAME_UNSAFE
 from vera_convert.text import printable
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
-"""Endings of weight files that are pickles; nothing in this package opens one."""
+"""Endings of pickled weight files; this package opens no such file."""
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file of this name is a pickle by its ending."""
+    """Return whether a file name has the ending of a pickle."""
     return PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES
 
 
 def clean_name(name: str, *, place: str) -> PurePosixPath:
-    """Return a name from an index, a config or a command line as a path inside its folder.
+    """Return a file name from an index, a config or a command line as a path inside a folder.
 
     Raises:
-        CheckpointError: on some system the name could lead out of the folder, or to a device.
+        CheckpointError: on some system the name leads out of the folder, or to a device.
     """
     parts = name.split("/")
     reason = ""

@@ -1,8 +1,8 @@
 """The header of a safetensors file: read as records, and written as the library writes it.
 
 The format: eight bytes with the length of the header, little-endian; the header, a JSON object with
-one entry per tensor (dtype, shape, and where its bytes begin and end in what follows) and texts
-under ``__metadata__``; then the tensors' bytes, without a gap.
+one entry for each tensor (dtype, shape, and the first and last offset in the data) and texts under
+``__metadata__``; then the data, the tensors' bytes without a gap.
 
 Reading is at least as strict as the safetensors library; where that is lax, so that two readers
 could see two different files, it is stricter.
@@ -63,29 +63,29 @@ _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class Entry(Protocol):
-    """What the header says of a tensor, its place aside."""
+    """A tensor of a header, without its offsets."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name."""
 
     @property
     def dtype(self) -> str:
-        """Its safetensors dtype."""
+        """The safetensors dtype."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The shape."""
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it has."""
+        """The number of bytes."""
 
 
 class TensorInfo(NamedTuple):
     """One tensor of a header; `start` and `end` are offsets into the data part.
 
-    A named tuple, since a header can have a hundred thousand and a dataclass takes longer to make.
+    A named tuple, because a header can have 100,000 and a dataclass takes longer to create.
     """
 
     name: str
@@ -96,13 +96,13 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it has."""
+        """The number of bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the data.
+    """The part of a file before the data.
 
     Attributes:
         tensors: by name, in the order of the header.
@@ -153,7 +153,7 @@ def read_header(source: ByteSource) -> Header:
 
 
 class _Defects:
-    """Findings of one header, of which only the first fifty are kept."""
+    """The findings of one header; only the first fifty are kept."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -180,7 +180,7 @@ class _Defects:
 
 
 def _read_raw(source: ByteSource) -> bytes:
-    """Return length and header as they stand in the file, held against its size first."""
+    """Return the bytes of length and header, after a comparison with the file's size."""
     if source.size == 0:
         raise CheckpointError(FILE_EMPTY.in_file(source.place, "has no bytes."))
     if source.size < 8:
@@ -218,7 +218,7 @@ _MAGIC: Mapping[bytes, tuple[Rule, str]] = {
 
 
 def _refuse_length(source: ByteSource, raw: bytes, length: int) -> None:
-    """Raise for a length that cannot be; other formats, read as one, give such lengths."""
+    """Raise an error for an impossible length, which other formats show when read as this one."""
     claim = f"the length of the header is given as {length:,} bytes"
     if length <= MAX_HEADER_BYTES:
         reason = f"{claim}, but the file has {source.size:,} bytes."
@@ -241,17 +241,17 @@ _MOST_PLAIN = 500_000
 def _parsed(
     data: bytes, place: str, duplicates: list[Finding]
 ) -> tuple[dict[str, Any], list[TensorInfo]]:
-    """Return the JSON object of a header, of which plain entries at its end may be cut as records.
+    """Return the JSON object of a header, and the plain entries at its end as records.
 
-    Nearly every header ends in entries that all look alike. One expression over all of them takes
-    half of the time that the JSON parser needs, which then sees the rest only.
+    Nearly every header ends in entries of the same form. One regular expression reads these in half
+    the time of the JSON parser, which then parses only the rest.
     """
     head, plain = _cut_plain(data)
     if plain:
         try:
             document: Any = parse_json(head, place=place)
         except CheckpointError:
-            document = None  # let the whole text say what is wrong
+            document = None  # the complete text shows the defect
         names = {info.name for info in plain}
         if document and len(names) == len(plain) and names.isdisjoint({*document, _METADATA_KEY}):
             return document, plain
@@ -260,7 +260,7 @@ def _parsed(
 
 
 def _cut_plain(data: bytes) -> tuple[bytes, list[TensorInfo]]:
-    """Return the text without the plain entries at its end, closed again, and those as records."""
+    """Return the text without the plain entries at its end, and these entries as records."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -298,7 +298,7 @@ def _kind(value: object) -> str:
 
 
 def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]:
-    """Return the entries whose fields are sound; the defects of fields and sizes are added."""
+    """Return the entries with sound fields, and add the defects of fields and sizes."""
     tensors = []
     for name, entry in document.items():
         found = [*_wrong_fields(entry)]
@@ -312,7 +312,7 @@ def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]
 
 
 def _wrong_fields(entry: object) -> Iterator[tuple[Rule, str]]:
-    """Yield what is wrong with the fields of an entry, each by itself."""
+    """Yield each defect of the fields of an entry."""
     if not isinstance(entry, dict):
         yield ENTRY_FORM, f"is {_kind(entry)}."
         return
@@ -332,7 +332,7 @@ def _wrong_fields(entry: object) -> Iterator[tuple[Rule, str]]:
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of whole numbers from 0 up; `true` is none."""
+    """Return whether a JSON value is a list of whole numbers from 0 up, without booleans."""
     if type(value) is not list:
         return False
     for item in value:  # noqa: SIM110 - a generator would take three times as long

@@ -1,4 +1,4 @@
-"""JSON text with members set or removed, and not one byte changed beside."""
+"""Set or remove members of a JSON text, and keep every other byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One member of the top-level object; all numbers are positions in the text."""
+    """One member of the top-level object, with positions in the text."""
 
     name: str
     start: int
@@ -21,9 +21,9 @@ class _Member:
 def edited_object(
     text: bytes, changes: Mapping[str, object], remove: frozenset[str] = frozenset()
 ) -> bytes:
-    """Return a JSON object's text with members set or removed, every other byte kept.
+    """Return a JSON object's text with members set or removed, and every other byte kept.
 
-    A member that is not there yet is added at the end, in the manner of the others.
+    A new member is added at the end, in the style of the others.
     """
     content = text.decode()
     for name in remove:
@@ -34,10 +34,10 @@ def edited_object(
 
 
 def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
-    """Return a JSON object's text with one member set, inside of objects that `path` leads through.
+    """Return a JSON object's text with the member at `path` set.
 
     Raises:
-        KeyError: an object on the way is not there.
+        KeyError: an object on the path is missing.
     """
     *through, name = path
     content = text.decode()
@@ -47,10 +47,10 @@ def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
 
 
 def removed_member(text: bytes, path: Sequence[str]) -> bytes:
-    """Return a JSON object's text without one member, inside of objects that `path` leads through.
+    """Return a JSON object's text without the member at `path`.
 
     Raises:
-        KeyError: an object on the way is not there.
+        KeyError: an object on the path is missing.
     """
     *through, name = path
     content = text.decode()

@@ -28,33 +28,34 @@ class ByteSource(Protocol):
 
     @property
     def place(self) -> str:
-        """How messages call it; printable."""
+        """The name for messages; printable."""
 
     @property
     def size(self) -> int:
-        """Its length in bytes when it was opened."""
+        """The length in bytes at the time of opening."""
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes; `SurroundingsError` if they cannot be had."""
+        """Return exactly `length` bytes; raise `SurroundingsError` if they cannot be read."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill a writable buffer of bytes; `SurroundingsError` if that cannot be done."""
+        """Fill a writable buffer of bytes; raise `SurroundingsError` if that fails."""
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if the file changed since it was opened."""
+        """Raise `SurroundingsError` if the file changed since the opening."""
 
 
 _OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY", "O_NOINHERIT"):
     _OPEN_FLAGS |= getattr(os, _flag, 0)
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-_LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB at once, Linux cuts it
+_LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB at once, Linux reads less
 
 
 class LocalFile:
-    """A regular file, open for reading by position; safe to share between threads.
+    """A regular file, open for reading by position. Threads may share the file.
 
-    Made by `open_local`. A context manager; it also closes when the last reference goes.
+    `open_local` returns such a file. A context manager; the file also closes with its last
+    reference.
     """
 
     def __init__(self, fd: int, place: str) -> None:
@@ -69,14 +70,14 @@ class LocalFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def fileno(self) -> int:
-        """Return the descriptor, for what the system does with whole ranges of a file."""
+        """Return the descriptor, for system calls on ranges of the file."""
         return self._fd
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`.
 
         Raises:
-            ValueError: the range lies outside of the file as it was opened.
+            ValueError: the range lies outside the file.
             SurroundingsError: the file shrank, or the system cannot read it.
         """
         self._check_range(offset, length)
@@ -85,7 +86,7 @@ class LocalFile:
         return bytes(data)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`; raises as `read_at` does."""
+        """Fill `buffer` from `offset`; raise the errors of `read_at`."""
         view = buffer.cast("B") if buffer.nbytes else buffer
         self._check_range(offset, buffer.nbytes)
         done = 0
@@ -112,7 +113,7 @@ class LocalFile:
         return len(data)
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if size, times or identity are not what they were."""
+        """Raise `SurroundingsError` if size, times or identity have changed."""
         try:
             found = self._look()
         except OSError as error:
@@ -123,7 +124,7 @@ class LocalFile:
             )
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call has no effect."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -146,18 +147,19 @@ def open_local(
     limit: int | None = None,
     missing: Rule | None = None,
 ) -> LocalFile:
-    """Open a regular file without ever blocking on what turns out to be something else.
+    """Open a regular file; refuse anything else without blocking.
 
     Args:
         path: the file.
         within: with links resolved, the file must lie inside this folder, or among the blobs of the
-            Hub cache that the folder is a snapshot of.
-        limit: the most bytes that a file of this kind can have.
-        missing: the rule that a missing file breaks; without one it is the surroundings' fault.
+            Hub cache to which the folder belongs as a snapshot.
+        limit: the most bytes that the file may have.
+        missing: the rule that a missing file breaks; None if a missing file is no fault of a
+            checkpoint.
 
     Raises:
-        CheckpointError: not regular, outside, too large, or missing.
-        SurroundingsError: it cannot be opened.
+        CheckpointError: not regular, outside the folder, too large, or missing.
+        SurroundingsError: the system cannot open the file.
     """
     place = printable(str(path))
     try:
@@ -175,7 +177,7 @@ def open_local(
 def _opened(
     path: Path | str, place: str, *, folder: int | None = None, flags: int = 0
 ) -> LocalFile:
-    """Open a regular file; the file that was opened is checked, since another may lie there now."""
+    """Open a regular file, and check the opened file too, because the path may have changed."""
     found = os.stat(path, dir_fd=folder, follow_symlinks=not flags)
     if stat.S_ISLNK(found.st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -190,10 +192,10 @@ _SEARCHED = _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", o
 
 
 def _opened_inside(path: Path, within: Path, place: str) -> LocalFile:
-    """Open a file whose path, with every link resolved, lies inside of a folder.
+    """Open a file whose path, with every link resolved, lies inside a folder.
 
-    The way down from the folder is opened name by name and follows no link, so a link that is put
-    there after the path was resolved does not lead out. Windows cannot do that; there the path is
+    The path below the folder is opened name by name without following links, so a link that is
+    created after the resolution does not lead out. On Windows, which lacks such calls, the path is
     resolved once more.
     """
     target, folder = _resolved_inside(path, within, place)
@@ -232,7 +234,7 @@ def too_large(source: ByteSource, limit: int) -> Finding:
 
 
 def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
-    """Return what to raise where the system refuses to open or read a file."""
+    """Return the error for a file that the system refuses to open or read."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
 
@@ -259,14 +261,14 @@ def _require_regular(found: os.stat_result, place: str) -> None:
 
 
 def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
-    """Return `path` with every link resolved, and the folder that holds it and may be trusted.
+    """Return `path` with every link resolved, and a trusted folder that contains the result.
 
     Raises:
         CheckpointError: the path leads out of `within`.
     """
     folder = Path(os.path.realpath(within, strict=True))
     target = Path(os.path.realpath(path, strict=True))
-    if target == folder:  # a folder of that name is no file
+    if target == folder:  # the path is the folder itself
         return target, target.parent
     if target.is_relative_to(folder):
         return target, folder
@@ -277,13 +279,13 @@ def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
 
 
 def _cached_blobs(target: Path, folder: Path) -> Path | None:
-    """Return the folder of blobs of the Hub cache that `folder` is a snapshot, or inside of one.
+    """Return the folder of blobs of a Hub cache, if `folder` lies in a snapshot of the cache.
 
     A cache holds ``models--org--name/snapshots/COMMIT/…``, which are links to
-    ``models--org--name/blobs/…``; those can be links to ``blobs/xx/xx…``, shared by all its repos.
+    ``models--org--name/blobs/…``. These can be links to ``blobs/xx/xx…``, which all repos share.
 
     Returns:
-        None if `target` is no blob of that cache.
+        None if `target` is not a blob of the cache.
     """
     for snapshot in (folder, *folder.parents):
         repo = snapshot.parent.parent

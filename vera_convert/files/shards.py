@@ -1,4 +1,4 @@
-"""Which files of a model's folder are its weights, told from their names and the index alone."""
+"""Find the weight files of a model's folder, from the file names and the index."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vera_convert.rules import (
 from vera_convert.text import printable
 
 PIPELINE = "model_index.json"
-"""Stands in the root of a diffusers pipeline, whose components are folders."""
+"""A file in the root of a diffusers pipeline, whose components are folders."""
 _MAIN_COMPONENT = re.compile(r"(transformer|unet)(_\d+)?/")
-"""The components of a pipeline that are taken where no adapter tells which is wanted."""
+"""The components of a pipeline that are used if no adapter decides."""
 STEMS = ("model", "diffusion_pytorch_model")
-"""What transformers and diffusers call a model's weights, in this order."""
+"""The stems of weight files in transformers and diffusers, in the order of preference."""
 
 REDIRECTION = "transformers_weights"
 """The field of a config that names the file or the index of the weights."""
@@ -40,12 +40,12 @@ _SHARD = re.compile(r".*-\d{1,9}-of-(\d{1,9})\.safetensors", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """Where a model's weights are, as far as names tell.
+    """The weight files of a model.
 
     Attributes:
         prefix: the component's folder inside a pipeline, such as ``transformer/``; else empty.
-        index: the index of the shards, with the prefix; None if there is one file.
-        single: that one file, with the prefix; None if there is an index.
+        index: the index of the shards, with the prefix; None if there is a single file.
+        single: the single file, with the prefix; None if there is an index.
     """
 
     prefix: str
@@ -56,7 +56,7 @@ class WeightFiles:
 def component_folders(names: Collection[str]) -> tuple[str, ...]:
     """Return the folders of a pipeline's components that have weights, sorted, each with a `/`.
 
-    A folder that is no pipeline has none.
+    The result is empty if the folder is not a pipeline.
     """
     if PIPELINE not in names:
         return ()
@@ -74,13 +74,12 @@ def kind_of_component(folder: str) -> str:
 def find_weights(
     names: Collection[str], *, place: str, component: str = "", named: str | None = None
 ) -> WeightFiles:
-    """Find the index or the one file of a model; an index rules over what lies beside it.
+    """Find the index or the single file of a model; an index takes precedence.
 
     Args:
         names: all files of the folder, relative to it, with `/`.
-        place: how messages call the folder.
-        component: the folder of the component of a pipeline that is wanted; empty if that is not
-            known.
+        place: the folder's name for messages.
+        component: the folder of the wanted component of a pipeline; empty if unknown.
         named: the file that the model's config names, which transformers takes before all others.
 
     Raises:
@@ -113,9 +112,9 @@ def find_weights(
 
 
 def named_weights(config: Mapping[str, object]) -> str | None:
-    """Return the file or index that a model's config names; None if it names none.
+    """Return the file or index that a model's config names; None if there is no such name.
 
-    transformers follows the field to safetensors files alone; diffusers does not read the field.
+    transformers accepts only safetensors files in this field; diffusers ignores the field.
     """
     found = config.get(REDIRECTION)
     is_followed = isinstance(found, str) and found.endswith((_SUFFIX, _INDEX_SUFFIX))
@@ -140,7 +139,7 @@ def _main_component(names: Collection[str], place: str) -> str:
 
 
 def _why_none(top: Collection[str], place: str) -> Finding:
-    """Say what a folder without safetensors weights holds instead."""
+    """Return the finding about a folder without safetensors weights."""
     if "adapter_config.json" in top:
         return BASE_IS_ADAPTER.at(place, "there is adapter_config.json and no model.")
     pickled = sorted(name for name in top if is_pickle(name) and not name.startswith(_TRAINING))
@@ -153,12 +152,12 @@ def _why_none(top: Collection[str], place: str) -> Finding:
 
 
 def read_weight_map(document: object, index: str, *, place: str) -> dict[str, str]:
-    """Return the file of each tensor, as names in the model's folder.
+    """Return the file of each tensor, by name in the model's folder.
 
     Args:
         document: the parsed index.
-        index: its name; shards are named relative to its folder.
-        place: how messages call it.
+        index: the index's name; shards are named relative to the index's folder.
+        place: the index's name for messages.
 
     Raises:
         CheckpointError: no map of names to clean names of safetensors files.
@@ -178,7 +177,7 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
 
 
 def require_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
-    """Raise `CheckpointError` with each file of an index that is not among `names`."""
+    """Raise `CheckpointError` with each file of an index that is missing in `names`."""
     missing = sorted(set(files).difference(names))
     if missing:
         raise CheckpointError.of(
@@ -189,9 +188,9 @@ def require_shards(files: Collection[str], names: Collection[str], *, place: str
 def stray_weights(
     names: Collection[str], weights: WeightFiles, files: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the safetensors files that a loader could take for the model's, sorted.
+    """Return the safetensors files that a loader could mistake for the model's, sorted.
 
-    Those of an adapter, or in the folder of another component with a config of its own, are none.
+    Files of an adapter, or of another component with its own config, are left out.
     """
     configs = ("config.json", "adapter_config.json")
     folders = {str(PurePosixPath(name).parent) for name in names if name.endswith(configs)}
@@ -210,7 +209,7 @@ def stray_weights(
 def held_against_index(
     weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
 ) -> dict[str, list[str]]:
-    """Compare an index with what its shards hold; see the rules for what each group means.
+    """Compare an index with the tensors in the shards; the rules explain each group.
 
     Returns:
         ``absent``, ``misplaced``, ``unindexed`` and ``repeated`` tensors, each in order.

@@ -1,4 +1,4 @@
-"""Strict JSON: whatever two readers could understand in two ways is refused."""
+"""Parse strict JSON: refuse any text that two readers could understand in two ways."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _MOST_VALUES = 4_000_000
 _MOST_QUOTES = 1_000_000
 _LONGEST_NUMBER = 64
 _LONGEST_IN_PYTHON = 4300
-"""The most digits of an integer that Python's json reads; the time grows with their square."""
+"""The most digits of an integer for Python's json; the time grows with the square of these."""
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Names of the floats that JSON does not have, as Python's json and transformers write them."""
+"""Floats that JSON lacks, under the names that Python's json and transformers write."""
 _MOST_FINDINGS = 50
 
-# What gives JSON its structure, with one kind of bracket; everything else is deleted.
+# The structure of JSON, with one kind of bracket; all other bytes are deleted.
 _ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
 _NO_STRUCTURE = bytes(sorted(set(range(256)) - set(b'"{}[],')))
 _ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
@@ -45,11 +45,11 @@ _ALL_ONES = bytes.maketrans(b"0123456789", b"1" * 10)
 def read_json(
     source: ByteSource, *, limit: int, pythons_numbers: bool = False
 ) -> tuple[object, bytes]:
-    """Read a whole JSON file of at most `limit` bytes; returns its value and its bytes.
+    """Read a JSON file of at most `limit` bytes, and return the value and the bytes.
 
     Raises:
-        CheckpointError: too large, empty, or not JSON as `parse_json` demands it.
-        SurroundingsError: it cannot be read, or changed meanwhile.
+        CheckpointError: too large, empty, or not the JSON that `parse_json` accepts.
+        SurroundingsError: the file cannot be read, or changed meanwhile.
     """
     if source.size > limit:
         raise CheckpointError(too_large(source, limit))
@@ -67,10 +67,10 @@ def parse_json(
     duplicates: list[Finding] | None = None,
     pythons_numbers: bool = False,
 ) -> object:
-    """Parse strict JSON: what two readers could understand in two ways is refused.
+    """Parse strict JSON: refuse any text that two readers could understand in two ways.
 
-    No byte order mark, no duplicate keys, no NaN or Infinity, no number that is absurdly long or
-    overflows, no unpaired surrogate, at most 64 levels and four million values.
+    Refused are a byte order mark, duplicate keys, NaN and Infinity, numbers that are absurdly long
+    or overflow, unpaired surrogates, more than 64 levels, and more than four million values.
 
     transformers and PEFT write and read configs with Python's json. For these files
     `pythons_numbers` also accepts the numbers that Python's json accepts: ``NaN``, ``Infinity``,
@@ -79,12 +79,12 @@ def parse_json(
 
     Args:
         data: the text as UTF-8.
-        place: how messages call it.
-        duplicates: where findings of duplicate keys go; without it they are raised.
+        place: the name for messages.
+        duplicates: receives a finding for each duplicate key; if None, these are raised.
         pythons_numbers: accept each number that Python's json accepts.
 
     Raises:
-        CheckpointError: with the line and column where there is one.
+        CheckpointError: with line and column, if known.
     """
     text = _decoded(data, place)
     _check_structure(data, place)
@@ -120,10 +120,10 @@ def _decoded(data: bytes, place: str) -> str:
 
 
 def _check_structure(data: bytes, place: str) -> None:
-    """Refuse what would exhaust the parser, before it runs and in linear time.
+    """Refuse a text that would exhaust the parser, before parsing and in linear time.
 
-    Strings are cut away, first escapes, then empty ones, then all, so that what is in them does not
-    count.
+    The check first removes escapes, then empty strings, then all strings, so the content of strings
+    does not count.
     """
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
@@ -147,12 +147,12 @@ def _check_structure(data: bytes, place: str) -> None:
 
 
 def _has_odd_integer(data: bytes) -> bool:
-    """Whether there can be an integer that `int` must not see; asking each one is twice as slow."""
+    """Return whether an integer may need the strict parser; a check of each is twice as slow."""
     return b"-0" in data or b"1" * _LONGEST_NUMBER in data.translate(_ALL_ONES)
 
 
 class _Hooks:
-    """What the JSON parser asks on its way; everything that JSON readers disagree on ends here."""
+    """Callbacks of the JSON parser, which refuse everything on which JSON readers disagree."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -188,7 +188,7 @@ class _Hooks:
 
 
 class _PythonsNumbers(_Hooks):
-    """Makes of each number what Python's json makes of it, within Python's own limit of digits."""
+    """Callbacks that accept the numbers of Python's json, within Python's limit of digits."""
 
     def make_integer(self, digits: str) -> int:
         if len(digits.lstrip("-")) > _LONGEST_IN_PYTHON:
@@ -215,7 +215,7 @@ def _check_surrogates(value: object, place: str) -> None:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yield every key and text inside of a JSON value."""
+    """Yield every key and text inside a JSON value."""
     left = [value]
     while left:
         item = left.pop()

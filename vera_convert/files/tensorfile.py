@@ -1,4 +1,4 @@
-"""One safetensors file: its tensors read when they are asked for, or written block by block."""
+"""Read the tensors of a safetensors file on demand, or write a file block by block."""
 
 from __future__ import annotations
 
@@ -56,11 +56,10 @@ _SAFETENSORS_DTYPE = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read when they are asked for.
+    """A safetensors file whose tensors are read on demand.
 
-    Every method that takes a name raises `KeyError` for one that the header does not have,
-    `CheckpointError` for a dtype that it cannot express, and `SurroundingsError` where the file
-    cannot be read or changed since it was opened.
+    Each method that takes a name raises `KeyError` for an unknown name, `CheckpointError` for a
+    dtype that NumPy lacks, and `SurroundingsError` if the file cannot be read or has changed.
     """
 
     def __init__(self, source: ByteSource, header: Header | None = None) -> None:
@@ -68,12 +67,12 @@ class TensorFile:
         self.header = read_header(source) if header is None else header
 
     def read(self, name: str) -> Array:
-        """Return a tensor as a new array of its own dtype, in C order."""
+        """Return a tensor as a new array in C order, with the stored dtype."""
         info = self.header.tensors[name]
         return self._array(info, 0, info.shape)
 
     def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in blocks of `size`, in one buffer that each block overwrites."""
+        """Yield a tensor's bytes in blocks of `size`; each block overwrites the one before."""
         info = self.header.tensors[name]
         buffer = memoryview(bytearray(min(size, info.nbytes)))
         for start in range(0, info.nbytes, size):
@@ -94,7 +93,7 @@ class TensorFile:
 
 
 def pickled_weights(folder: Path) -> Finding | None:
-    """Return the finding that a folder's adapter weights are pickled, only or as well."""
+    """Return the finding about pickled adapter weights in a folder; None if there are none."""
     names = [path.name for path in folder.glob("adapter_model.*") if is_pickle(path.name)]
     if not names:
         return None
@@ -109,7 +108,7 @@ def pickled_weights(folder: Path) -> Finding | None:
 
 
 class TensorData(NamedTuple):
-    """One tensor that can be written: what its entry says, and its bytes when they are asked for.
+    """A tensor to write: name, dtype, shape, and bytes on demand.
 
     Attributes:
         name: its name in the file.
@@ -125,11 +124,11 @@ class TensorData(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it has."""
+        """The number of bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     def array(self) -> Array:
-        """Return the values as a new array of their own dtype.
+        """Return the values as a new array of the tensor's dtype.
 
         Raises:
             CheckpointError: NumPy has no such dtype.
@@ -148,7 +147,7 @@ class TensorData(NamedTuple):
 
 
 def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
-    """Return an array as a tensor to be written.
+    """Return an array as a tensor to write.
 
     Args:
         name: its name in the file.
@@ -163,7 +162,7 @@ def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
 
 
 def from_file(file: TensorFile, name: str, *, rename: str | None = None) -> TensorData:
-    """Return a tensor of an open file as one to be written: untouched, but for a new name."""
+    """Return a tensor of an open file as a tensor to write, perhaps under a new name."""
     info = file.header.tensors[name]
     return TensorData(rename or name, info.dtype, info.shape, partial(file.blocks, name))
 
@@ -172,7 +171,7 @@ def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[s
     """Write a new safetensors file block by block and return the SHA-256 of its bytes, as hex.
 
     Raises:
-        ValueError: a tensor gives more or fewer bytes than its shape and dtype need.
+        ValueError: a tensor yields more or fewer bytes than its shape and dtype need.
         FileExistsError: there is a file at `path` already.
         OSError: the system cannot write it.
     """

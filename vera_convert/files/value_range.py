@@ -1,7 +1,7 @@
-"""The largest and the smallest value of every tensor of a file, in one pass over its bytes.
+"""Find the largest and smallest value of each tensor of a file, in one pass over the bytes.
 
-Thousands of short vectors lie side by side in an adapter's file; they are read in spans and looked
-at together, since to read each by itself costs more than its values do.
+An adapter's file holds thousands of short vectors side by side. These are read in spans and
+examined together, because separate reads would take more time than the values.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vera_convert.files.header import TensorInfo
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 
 _SPAN = 1 << 22
-"""Bytes that are read at once; a multiple of the size of every value."""
+"""The bytes of one read; a multiple of the size of every value."""
 
 
 class ValueRange(NamedTuple):
-    """What the values of one tensor come to.
+    """The range of the values of one tensor.
 
     Attributes:
         magnitude: the largest absolute value; NaN if any value is infinite or NaN.
         is_constant: whether all values are the same.
-        not_finite: where the first value lies that is infinite or NaN, counted from 0 in the order
-            in which they are stored; None if there is none.
+        not_finite: the index, in stored order, of the first value that is infinite or NaN; None if
+            there is none.
     """
 
     magnitude: float
@@ -40,14 +40,14 @@ class ValueRange(NamedTuple):
 def value_ranges(
     file: TensorFile, tensors: Iterable[TensorInfo] | None = None
 ) -> dict[str, ValueRange]:
-    """Return the extent of each tensor of a float type that has any value, by name.
+    """Return the range of each non-empty float tensor, by name.
 
     Args:
         file: the open file.
-        tensors: those of its header that are looked at; None means all.
+        tensors: the tensors to examine; None for all.
 
     Raises:
-        SurroundingsError: the file cannot be read, or changed since it was opened.
+        SurroundingsError: the file cannot be read, or changed since the opening.
     """
     wanted = file.header.tensors.values() if tensors is None else tensors
     floats = [info for info in wanted if info.dtype in FLOATS and info.nbytes]
@@ -62,7 +62,7 @@ def value_ranges(
 
 
 def _side_by_side(tensors: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Yield tensors in groups of one dtype without a gap, a span together at most."""
+    """Yield groups of adjacent tensors of one dtype, each group at most one span."""
     group: list[TensorInfo] = []
     for info in tensors:
         if group and (
@@ -92,7 +92,7 @@ def _of_many(file: TensorFile, group: list[TensorInfo]) -> dict[str, ValueRange]
 
 
 def _of_one(file: TensorFile, info: TensorInfo) -> ValueRange:
-    """Look at one tensor of any size, span by span."""
+    """Return the range of one tensor of any size, span by span."""
     largest, least, not_finite = -math.inf, math.inf, None
     width = NUMPY_DTYPE[info.dtype].itemsize
     for start in range(info.start, info.end, _SPAN):
@@ -100,7 +100,7 @@ def _of_one(file: TensorFile, info: TensorInfo) -> ValueRange:
         high, low = float(values.max()), float(values.min())
         if not_finite is None and not (math.isfinite(high) and math.isfinite(low)):
             not_finite = (start - info.start) // width + int(np.argmin(np.isfinite(values)))
-        # NumPy's, since Python's own lose a NaN.
+        # NumPy's functions, because Python's lose a NaN.
         largest, least = float(np.maximum(largest, high)), float(np.minimum(least, low))
     magnitude = math.nan if not_finite is not None else max(abs(largest), abs(least))
     return ValueRange(magnitude, largest == least, not_finite)

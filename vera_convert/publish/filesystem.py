@@ -1,6 +1,6 @@
-"""What `publish` needs of the system: renames that never replace, exchange, locks, sync, removal.
+"""System calls for publishing: renames that never replace, exchange, locks, sync and removal.
 
-Each function does the same on Linux, macOS and Windows, as far as the system goes.
+Each function has the same effect on Linux, macOS and Windows, if the system can do this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename; `FileExistsError` if there is anything at `target`, be it an empty folder."""
+    """Rename; raise `FileExistsError` if anything is at `target`, even an empty folder."""
     try:
         _rename_at_once(source, target, exchange=False)
     except OSError as error:
@@ -37,7 +37,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step; False, with nothing done, if the system cannot."""
+    """Exchange two names in one step; return False, with no change, if the system cannot."""
     try:
         _rename_at_once(one, other, exchange=True)
     except OSError as error:
@@ -48,10 +48,11 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _move_with_a_look(source: Path, target: Path) -> None:
-    """Do as `move` where the system has no such rename.
+    """Do the same as `move`, on a system without such a rename.
 
-    POSIX's own rename replaces files and empty folders. For a file, a second name refuses instead.
-    For a folder nothing does, so it is looked at just before; one with content is never replaced.
+    The rename of POSIX replaces files and empty folders. For a file, a hard link refuses to
+    replace. For a folder nothing refuses, so the target is checked just before. A folder with
+    content is never replaced.
     """
     taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     if os.path.lexists(target):
@@ -67,14 +68,14 @@ def _move_with_a_look(source: Path, target: Path) -> None:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Give a file its second name and take the first away; False where links are not known."""
+    """Give a file a second name and remove the first; return False without hard links."""
     try:
         target.hardlink_to(source)
     except FileExistsError:
         raise
     except OSError:
         return False
-    with suppress(OSError):  # the name that counts is there; the other goes with the container
+    with suppress(OSError):  # the new name exists; the old name goes with the container
         source.unlink()
     return True
 
@@ -82,11 +83,11 @@ def _linked(source: Path, target: Path) -> bool:
 if sys.platform == "win32":
 
     def _rename_at_once(source: Path, target: Path, *, exchange: bool) -> None:  # noqa: ARG001
-        """Say that there is no such call; the plain rename refuses to replace anyway."""
+        """Report that there is no such call; the plain rename already refuses to replace."""
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _rename(source: Path, target: Path) -> None:
-        """Rename; wait for virus scanners, which look into new files and hold their folder."""
+        """Rename; wait for virus scanners, which open new files and block their folder."""
         for pause in (0.05, 0.1, 0.2, 0.4, 0.8):
             try:
                 source.rename(target)
@@ -97,7 +98,7 @@ if sys.platform == "win32":
         source.rename(target)
 
     def try_lock(fd: int) -> bool:
-        """Lock the open file until it is closed; False if someone else has."""
+        """Lock the open file until it is closed; return False if another process has the lock."""
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         except PermissionError:
@@ -105,7 +106,7 @@ if sys.platform == "win32":
         return True
 
     def remove_tree(path: Path) -> None:
-        """Remove a file, or a folder with all in it; links are removed, not followed."""
+        """Remove a file, or a folder with its content. Links are removed and not followed."""
         if not os.path.lexists(path):
             return
         if path.is_dir() and not path.is_symlink():
@@ -114,12 +115,12 @@ if sys.platform == "win32":
             path.unlink()
 
     def sync_folder(path: Path) -> None:
-        """Do nothing: folders cannot be synced there, NTFS keeps a journal of them."""
+        """Do nothing: Windows cannot sync folders, and NTFS keeps a journal of folders."""
 
 else:
 
     def _rename_at_once(source: Path, target: Path, *, exchange: bool) -> None:
-        """Rename without replacing, or exchange; OSError of `_UNSUPPORTED` if the system cannot."""
+        """Rename without replacing, or exchange; raise an OSError if impossible."""
         one, other = os.fsencode(source), os.fsencode(target)
         library = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
@@ -139,7 +140,7 @@ else:
         source.rename(target)
 
     def try_lock(fd: int) -> bool:
-        """Lock the open file until it is closed; False if someone else has.
+        """Lock the open file until it is closed; return False if another process has the lock.
 
         Raises:
             OSError: this file system has no locks.
@@ -151,11 +152,11 @@ else:
         return True
 
     def remove_tree(path: Path) -> None:
-        """Remove a file, or a folder with all in it; links are removed, not followed."""
+        """Remove a file, or a folder with its content. Links are removed and not followed."""
         _remove(str(path), None)
 
     def _remove(name: str, folder: int | None) -> None:
-        """Go down by open folders, so that no link swapped in meanwhile leads elsewhere."""
+        """Descend through open folders, so a link that is swapped in leads nowhere else."""
         try:
             mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
         except FileNotFoundError:
@@ -174,26 +175,26 @@ else:
         os.rmdir(name, dir_fd=folder)
 
     def sync_folder(path: Path) -> None:
-        """Bring a folder's list of names to the disk."""
+        """Sync the list of names of a folder."""
         try:
             _sync(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            # Some network and FUSE file systems cannot do that for folders, which is no failure.
+            # Some network and FUSE file systems cannot sync folders; this is not a failure.
             if error.errno not in (errno.EINVAL, errno.EBADF):
                 raise
 
 
 def sync_tree(path: Path, *, synced: AbstractSet[Path] = frozenset()) -> None:
-    """Bring every file at or below `path` to the disk, then every folder, innermost first.
+    """Sync every file at or below `path`, then every folder, innermost first.
 
     Args:
         path: a file or folder.
-        synced: files that are there already.
+        synced: files that are synced already.
     """
     if path in synced:
         return
     if not stat.S_ISDIR(path.lstat().st_mode):
-        # Windows syncs only what is open for writing.
+        # Windows syncs only files that are open for writing.
         _sync(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | NO_FOLLOW)
         return
     for inner in path.iterdir():

@@ -1,12 +1,11 @@
-"""Output appears whole or not at all. Nothing but this renames or deletes.
+"""Publish output completely or not at all. No other module renames or deletes files.
 
-A run stages what it writes in a hidden folder beside OUT (see `container`), syncs it, and moves it
-to OUT in one rename, or exchanges the two. `filesystem` knows how each system does that,
-`interrupts` when a signal may come.
+A run writes its output into a hidden folder beside OUT (see `staging`), syncs the output, and then
+moves it to OUT in one rename, or exchanges it with OUT. `filesystem` holds the system calls,
+`signals` decides when a signal may interrupt.
 
-Not promised: durability on a disk that lies about fsync; and, where the system has no rename that
-refuses to replace (NFS), that an *empty* folder made at OUT in the very moment of publishing is
-noticed.
+There are two limits. A disk that lies about fsync may lose output. If the system has no rename that
+refuses to replace (NFS), a run may replace an *empty* folder that appears at OUT during the rename.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, swee
 from vera_convert.text import listed, printable
 
 Strangers = Callable[[Path], Collection[str]]
-"""Gives the files of a folder at OUT that a run would not write, relative to the folder."""
+"""Returns the files of a folder at OUT that a run would not write, by relative path."""
 
 logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 10
 _TRIES = 16
-"""Rounds against other runs for the same OUT before giving up; one is nearly always enough."""
+"""The most tries against other runs for the same OUT; one try is nearly always enough."""
 
 
 @contextmanager
@@ -48,24 +47,24 @@ def staged_folder(
     is_own: Callable[[Path], bool],
     strangers: Strangers = lambda _: (),
 ) -> Iterator[Path]:
-    """Give an empty folder that becomes `out` when the block ends well, and vanishes when not.
+    """Yield an empty folder that becomes `out` if the block succeeds, and is removed if not.
 
-    Everything in it is synced, then it is published by one rename that never replaces what it may
-    not, and the parent is synced. SIGINT, SIGTERM and SIGHUP leave nothing behind; one that comes
-    during the rename or later is dropped, because the output is there. Modes follow the umask.
-    Threads and processes that write into the folder must have ended when the block does.
+    After the block, the function syncs all files, publishes the folder in one rename, and syncs the
+    parent. SIGINT, SIGTERM and SIGHUP leave nothing behind. A signal during the rename or later is
+    dropped, because the output is complete. Modes follow the umask. Threads and processes that
+    write into the folder must end before the block ends.
 
     Args:
-        out: where the folder is to appear.
-        force: replace an existing folder for which `is_own` holds.
-        inputs: what is read; `out` must not be, contain or lie inside any of it.
-        is_own: whether a path is of the kind that this command writes.
-        strangers: files of an existing folder that keep it from being replaced.
+        out: the path of the new folder.
+        force: replace an existing folder for which `is_own` returns True.
+        inputs: paths that the run reads; `out` must not be, contain or lie inside an input.
+        is_own: whether this command writes folders like the given one.
+        strangers: returns the files that forbid the replacement of an existing folder.
 
     Raises:
         UsageError: `out` exists and may not be replaced, overlaps an input, or has no name.
-        SurroundingsError: the system refused (also for an `OSError` of the block itself).
-        Interrupted: a signal came; nothing is left.
+        SurroundingsError: the system refused an operation, also inside the block.
+        Interrupted: a signal arrived; nothing is left behind.
     """
     replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
     with _staged(out, inputs, replacing) as staged:
@@ -80,9 +79,9 @@ def staged_file(
     inputs: Sequence[Path] = (),
     is_own: Callable[[Path], bool],
 ) -> Iterator[Path]:
-    """Give a path at which nothing is yet; the file written there becomes `out`.
+    """Yield a free path; the file that the block writes there becomes `out`.
 
-    Otherwise as `staged_folder`, for one file.
+    Otherwise like `staged_folder`, for one file.
     """
     replacing = _Replacing(force, is_own, folder=False)
     with _staged(out, inputs, replacing) as staged:
@@ -91,15 +90,15 @@ def staged_file(
 
 @contextmanager
 def updated_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder whose files then replace those of the same names in `out`.
+    """Yield an empty folder whose files then replace the files of the same names in `out`.
 
-    Each file is replaced in one rename, all others of `out` stay, and `out` is made if it is
-    missing. A failure of the block changes nothing.
+    Each file is replaced in one rename. Other files of `out` stay. A missing `out` is created. If
+    the block fails, `out` does not change.
 
     Raises:
         UsageError: `out` has no name.
-        SurroundingsError: the system refused (also for an `OSError` of the block itself).
-        Interrupted: a signal came.
+        SurroundingsError: the system refused an operation, also inside the block.
+        Interrupted: a signal arrived.
     """
     container = None
     with signals_raise(), explained(out):
@@ -126,12 +125,12 @@ def updated_folder(out: Path) -> Iterator[Path]:
 
 
 class Staged:
-    """What a run stages, and what of it an earlier run left.
+    """The staged output of a run, perhaps with files of an earlier run.
 
     Attributes:
-        folder: what is to become OUT; for a file, a path at which nothing is yet.
-        journal: a file of the run's own, beside the folder; what is in it survives with the folder.
-        synced: files that the run has brought to the disk itself, and not touched since.
+        folder: the future OUT; for a file, a free path.
+        journal: the path of the run's journal, beside the folder; kept with the folder.
+        synced: files that the run itself has synced and not changed since.
         worth_keeping: whether a failure leaves folder and journal for a later run; set by the run.
     """
 
@@ -142,7 +141,7 @@ class Staged:
         self.worth_keeping = False
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Remove every file of the folder but those named, relative to it and with `/`."""
+        """Remove all files of the folder except those named, by relative path with `/`."""
         for name in files_but(self.folder, names):
             remove_tree(self.folder / name)
 
@@ -157,10 +156,10 @@ def staged_run(
     is_own: Callable[[Path], bool],
     strangers: Strangers = lambda _: (),
 ) -> Iterator[Staged]:
-    """Do as `staged_folder`, for a run that syncs files itself, and may be continued by another.
+    """Do the same as `staged_folder`, for a run that another run may continue.
 
-    If the block fails or is stopped and found its work worth keeping, the hidden folder stays. A
-    later run for the same `out` that `continues` gets it; one that does not removes it.
+    If the block fails or is interrupted after it set `worth_keeping`, the hidden folder stays. A
+    later run for the same `out` receives the folder if `continues` is True, and else removes it.
     """
     replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
     with _staged(out, inputs, replacing, continues=continues) as staged:
@@ -176,13 +175,13 @@ def check_out(
     folder: bool = True,
     strangers: Strangers = lambda _: (),
 ) -> None:
-    """Refuse an `out` that could not be published, before any work; `staged_*` do so themselves.
+    """Refuse before any work an `out` that a run could not publish; `staged_*` also do this.
 
     Raises:
-        UsageError: `out` overlaps an input (links resolved, whatever `force` says); it exists
-            without `force`; it is a link, of another kind, or not the command's own; it holds
-            files that the command would not write.
-        SurroundingsError: its parent is no folder, or cannot be looked into.
+        UsageError: `out` overlaps an input (with links resolved, even with `force`); `out` exists
+            without `force`; `out` is a link, is of another kind, or was not written by such a
+            command; `out` holds files that the command would not write.
+        SurroundingsError: the parent is not a folder, or cannot be read.
     """
     with explained(out):
         place = _real_place(out)
@@ -191,10 +190,10 @@ def check_out(
 
 
 def free_space(out: Path) -> int:
-    """Return how many bytes are free for `out`, counting what killed runs for it left there.
+    """Return the free bytes for `out`, including the leftovers of killed runs for `out`.
 
     Raises:
-        SurroundingsError: the folder where it goes cannot be looked at.
+        SurroundingsError: the folder of `out` cannot be read.
     """
     with explained(out):
         place = _real_place(out)
@@ -203,7 +202,7 @@ def free_space(out: Path) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits, for reading back."""
+    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -212,9 +211,9 @@ def sha256_of(path: Path) -> str:
 
 
 def _real_place(out: Path) -> Path:
-    """Return `out` with the links of its parent resolved and its own name as it is.
+    """Return `out` with the links of the parent resolved, but with its own name unchanged.
 
-    Folders above `out` may be missing: `_staged` makes them.
+    Folders above `out` may be missing; `_staged` creates them.
     """
     if out.name in ("", "..") or "\0" in out.name:
         raise UsageError(f"OUT must end in a name of its own; {printable(str(out))} does not.")
@@ -241,7 +240,7 @@ def _real_place(out: Path) -> Path:
 
 
 def nearest_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the nearest path above that exists, and the names below it that do not."""
+    """Return the nearest existing path, and the missing names below."""
     missing: list[str] = []
     while not os.path.lexists(folder) and folder != folder.parent:
         missing.insert(0, folder.name)
@@ -250,7 +249,7 @@ def nearest_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file or folder from all others by whatever name; None if it is absent."""
+    """Return device and inode of a file or folder; None if there is nothing."""
     try:
         status = path.stat()
     except OSError:
@@ -266,7 +265,7 @@ def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
         real_input = Path(os.path.realpath(given))
         itself = _identity(real_input)
         if itself is None:
-            continue  # whoever reads it will say so
+            continue  # the reader of this input reports this
         if itself == out_itself:
             relation = "is"
         elif itself in around_out:
@@ -283,7 +282,7 @@ def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Replacing:
-    """What a run may replace: nothing, or what its command writes."""
+    """Whether a run may replace an existing OUT."""
 
     allowed: bool
     is_own: Callable[[Path], bool]
@@ -312,7 +311,7 @@ class _Replacing:
 
 
 def _refuse_strangers(shown: str, names: Collection[str]) -> None:
-    """Refuse to replace a folder with files that the run would not write."""
+    """Refuse to replace a folder that holds files which the run would not write."""
     if names:
         raise UsageError(
             f"{shown} holds files that this command does not write, which --force would delete: "
@@ -321,7 +320,7 @@ def _refuse_strangers(shown: str, names: Collection[str]) -> None:
 
 
 def files_but(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the files and links below a folder that are not among `names`, with `/`.
+    """Return the files and links below a folder that are not in `names`, with `/`.
 
     Raises:
         SurroundingsError: the folder cannot be listed, or is too deep.
@@ -399,13 +398,13 @@ def _staged(
                 with signals_held():
                     keep = staged is not None and staged.worth_keeping
                     container.keep() if keep else container.remove()
-            for folder in reversed(made):  # those that hold OUT, or what was kept, stay
+            for folder in reversed(made):  # folders that hold OUT or a kept run stay
                 with suppress(OSError):
                     folder.rmdir()
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make the folders that OUT is to lie in, and add each to `made` from the top."""
+    """Create the missing folders above OUT, and add each to `made`, outermost first."""
     there, missing = nearest_folder(folder)
     for name in missing:
         there /= name
@@ -415,19 +414,19 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
 
 
 def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
-    """Move `new` to `out` in one step and sync the parent; undo it if that fails."""
+    """Move `new` to `out` in one step and sync the parent; undo the move if the sync fails."""
     undo = _put_in_place(container, out, replacing)
     try:
         sync_folder(out.parent)
     except OSError:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is reported
             undo()
         raise
     logger.info("wrote %s", out)
 
 
 def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Callable[[], object]:
-    """Give `out` its new content and return how to take it back."""
+    """Give `out` its new content, and return the function that undoes this."""
     for _ in range(_TRIES):
         try:
             move(container.new, out)
@@ -440,19 +439,19 @@ def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Cal
         except (FileExistsError, FileNotFoundError):
             if not os.path.lexists(container.new):
                 raise
-            # Another run put its output there, or took it away: look again.
+            # Another run put its output there, or removed OUT: try again.
     raise SurroundingsError(f"{printable(str(out))} kept changing while it was to be replaced.")
 
 
 def _replace(container: Container, out: Path) -> Callable[[], object]:
-    """Put `new` where `out` exists: by an exchange, else by two renames.
+    """Replace an existing `out` with `new`: by an exchange, else by two renames.
 
-    Should the run end between the two, whoever removes the container puts `old` back first.
+    If the run ends between the two renames, the removal of the container restores `old` first.
     """
     new, old = container.new, container.old
     if exchange(new, out):
         return lambda: exchange(new, out)
-    remove_tree(old)  # there is one if another run was faster in the last round
+    remove_tree(old)  # it exists if another run was faster in the last try
     out.rename(old)
     move(new, out)
     return lambda: out.rename(new)

@@ -1,9 +1,9 @@
-"""SIGINT, SIGTERM and SIGHUP as one exception that comes once, and not where it would do harm.
+"""Turn SIGINT, SIGTERM and SIGHUP into one exception, raised once and at a harmless moment.
 
 A program's life has four parts. While the program starts (`exit_on_signals`), a signal ends the
 process at once, because nothing is written yet. While a command runs (`signals_raise`), a signal
 raises `Interrupted`, and clean-up follows; within `signals_held`, and during an import, the signal
-waits. When OUT is there (`signals_done`), a signal changes nothing: the command has succeeded.
+waits. After OUT is published (`signals_done`), a signal changes nothing: the command has succeeded.
 While Python ends (`ignore_signals`), a signal changes nothing either.
 """
 
@@ -21,11 +21,11 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal came. If it was SIGINT, this is a `KeyboardInterrupt` too.
+    """A signal arrived. For SIGINT, the error is also a `KeyboardInterrupt`.
 
     Attributes:
         number: the signal's number.
-        status: what the command exits with: 130 for SIGINT, 143 for SIGTERM.
+        status: the command's exit status: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
@@ -39,14 +39,14 @@ class _KeyboardInterrupted(Interrupted, KeyboardInterrupt):
 
 
 class _Delivery:
-    """Where signals go.
+    """The state of the handling of signals.
 
     Attributes:
-        active: `signals_raise` is in force.
+        active: whether `signals_raise` is in force.
         held: how many `signals_held` are in force.
-        waiting: a signal that came while signals were held.
-        raised: what a signal raised; later ones are dropped.
-        done: the output is there; signals are dropped.
+        waiting: a signal that arrived while signals were held.
+        raised: the error of the first signal; later signals are dropped.
+        done: whether the output is published; signals are then dropped.
     """
 
     active = False
@@ -57,13 +57,13 @@ class _Delivery:
 
 
 _IMPORT_TIME = 0.02
-"""Seconds after which a signal that came during an import is tried again."""
+"""Seconds after which a signal that arrived during an import is raised again."""
 
 
 def exit_on_signals() -> None:
     """End the process at once on SIGINT, SIGTERM or SIGHUP; for a program's first lines.
 
-    `signals_raise` takes the signals over. After `signals_done`, or after a signal that raised,
+    `signals_raise` replaces these handlers. After `signals_done`, or after a signal that raised,
     these signals do nothing: the program is about to end with the right status.
     """
     for number in _ours():
@@ -71,9 +71,9 @@ def exit_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT, SIGTERM and SIGHUP from here on, while Python ends; for a program's end.
+    """Ignore SIGINT, SIGTERM and SIGHUP from now on, while Python ends; for a program's end.
 
-    Python puts the system's handlers back when it ends, so only an ignored signal does no harm.
+    Python restores the system's handlers when it ends, so a signal does no harm only if ignored.
     """
     for number in _ours():
         signal.signal(number, signal.SIG_IGN)
@@ -81,10 +81,11 @@ def ignore_signals() -> None:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP inside into `Interrupted`; drop those after it.
+    """Turn the first SIGINT, SIGTERM or SIGHUP inside the block into `Interrupted`.
 
-    So clean-up is never interrupted itself. Signals that someone else handles or ignores (nohup)
-    are left to them. Nested, or outside the main thread, this does nothing.
+    Later signals are dropped, so none interrupts the clean-up. Signals that other code handles or
+    ignores (nohup) keep their handlers. A nested call, or a call outside the main thread, has no
+    effect.
     """
     if not _in_main_thread() or _Delivery.active:
         yield
@@ -104,9 +105,9 @@ def signals_raise() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold the signals of `signals_raise` back; one that came is raised at the end.
+    """Hold the signals of `signals_raise` back, and raise a waiting signal at the end.
 
-    Unless `signals_done` was called: then the signal has nothing left to stop.
+    After `signals_done`, a waiting signal is dropped, because there is nothing left to stop.
     """
     if not _in_main_thread():
         yield
@@ -122,13 +123,13 @@ def signals_held() -> Iterator[None]:
 
 
 def signals_done() -> None:
-    """Drop the signals that wait and all that follow in this `signals_raise`: the work is done."""
+    """Drop the waiting signal and all later signals of this `signals_raise`: the work is done."""
     if _in_main_thread():
         _Delivery.waiting, _Delivery.done = None, True
 
 
 def interruption() -> Interrupted | None:
-    """Return what a signal raised in this `signals_raise`, even if it was caught and hidden."""
+    """Return the error that a signal raised in this `signals_raise`, even if it was caught."""
     return _Delivery.raised
 
 
@@ -137,7 +138,7 @@ def _in_main_thread() -> bool:
 
 
 def _ours() -> list[int]:
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last two are not known everywhere
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # some systems lack the last two
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     free = (signal.SIG_DFL, signal.default_int_handler, _exit_at_once)
     return [number for number in numbers if signal.getsignal(number) in free]
@@ -157,7 +158,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported; some catch what is raised there, NumPy among them."""
+    """Return whether a module is being imported; NumPy and others catch errors of an import."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

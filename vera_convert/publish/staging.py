@@ -1,17 +1,18 @@
-"""The hidden folder beside OUT in which one run stages what it writes.
+"""The hidden folder beside OUT (the container) in which one run stages its output.
 
     .OUT.vera-convert-0123456789abcdef/
-        lock    open and locked as long as the run lives
-        new     what is to become OUT
-        old     what OUT was, for a moment, where the system cannot exchange two names
-        dead    what a sweeper found in `new`
-        journal what a run that can be continued has finished so far
+        lock    open and locked while the run lives
+        new     the future OUT
+        old     the former OUT, for a moment, if the system cannot exchange two names
+        dead    the `new` of a dead run, before its removal
+        journal the finished files of a run that can be continued
 
-Whoever can lock a container knows that its run is dead, and removes it: a killed run's leftovers go
-with the next run for the same OUT, a living run's stay. OUT itself never carries a lock. A run does
-not touch a container of another user, or one that others may read or write: in a folder that
-several people share, anybody could have put it there. A run on a host that a network file system's
-locks do not reach may be taken for dead; it then fails and publishes nothing.
+A process that can lock a container knows that the container's run is dead, and removes the
+container. The next run for the same OUT thus removes the leftovers of a killed run, but not those
+of a living run. OUT itself has no lock. A run never touches a container of another user, or a
+container that other users may read or write: in a shared folder, anybody could have created such a
+container. If a network file system's locks do not reach a host, its run may count as dead; the run
+then fails and publishes nothing.
 """
 
 from __future__ import annotations
@@ -35,20 +36,21 @@ logger = logging.getLogger(__name__)
 
 TAG = ".vera-convert-"
 _LONGEST_STEM = 100
-"""Bytes of OUT's name that the container's may repeat; encrypted folders end at 143 in all."""
+"""The most bytes of OUT's name in the container's name; encrypted folders allow 143 in total."""
 _TRIES = 16
-"""Rounds against sweepers before giving up; one is nearly always enough."""
+"""The most tries against other runs' removals; one try is nearly always enough."""
 
 
 class Container:
     """The staging folder of one living run.
 
     Attributes:
-        new: what is to become OUT; nothing is there at first.
-        old: a place for what OUT was.
-        journal: a place for what a later run needs to continue this one.
-        remove: removes the folder with all in it; works once. Called too when the object dies or
-            Python exits, since an interrupt may come where no `finally` is in force yet.
+        new: the path of the future OUT; nothing is there at first.
+        old: the path for the former OUT.
+        journal: the path of the journal, with which a later run can continue this run.
+        remove: removes the folder with its content; works once. Python also calls this when the
+            object dies or the process exits, because a signal may arrive before a `finally` is in
+            force.
     """
 
     def __init__(self, path: Path, out: Path, lock: int) -> None:
@@ -59,14 +61,14 @@ class Container:
         self.remove = weakref.finalize(self, _remove, path, out, lock, owner=os.getpid())
 
     def keep(self) -> None:
-        """Leave the folder to a later run that adopts it; instead of `remove`."""
+        """Leave the folder to a later run, instead of `remove`."""
         if self.remove.detach() is not None:
             with suppress(OSError):
                 os.close(self._lock)
 
     @classmethod
     def beside(cls, out: Path) -> Container:
-        """Make one for `out`, whose parent's links are resolved."""
+        """Create a container for `out`, whose parent has no links left to resolve."""
         for _ in range(_TRIES):
             path = out.with_name(_stem(out) + secrets.token_hex(8))
             if sys.platform == "win32":
@@ -83,10 +85,10 @@ class Container:
 
     @classmethod
     def continuing(cls, out: Path) -> Container:
-        """Make one and move into it what a dead run for `out` left to be continued, if one did.
+        """Create a container with the output that a dead run for `out` left, if there is any.
 
-        All others of dead runs are removed. It is moved, so that a run that lives after all, on a
-        host that its lock does not reach, finds nothing to publish and fails.
+        Other containers of dead runs are removed. The output is moved: if the run is still alive,
+        on a host that its lock does not reach, the run finds nothing to publish and fails.
         """
         made = cls.beside(out)
         for path in sorted(_containers(out)):
@@ -105,7 +107,7 @@ class Container:
 
 
 def bytes_of_the_dead(out: Path) -> int:
-    """Return how many bytes the containers of dead runs for `out` hold; nothing is removed."""
+    """Return the bytes in the containers of dead runs for `out`, without removing any."""
     found = 0
     for path in _containers(out):
         lock = _lock_of_the_dead(path)
@@ -116,16 +118,16 @@ def bytes_of_the_dead(out: Path) -> int:
 
 
 def sweep_containers(out: Path) -> None:
-    """Remove the containers of all dead runs for `out`; put back what one had moved away.
+    """Remove the containers of all dead runs for `out`; restore an `out` that one moved away.
 
-    What cannot be removed, or not be proven dead, stays: that is no reason to fail.
+    A container that cannot be removed, or whose run may be alive, stays without an error.
     """
     for path in _containers(out):
         _sweep_one(path, out)
 
 
 def _containers(out: Path) -> list[Path]:
-    """Return the containers of all runs for `out`, by their names."""
+    """Return the containers of all runs for `out`."""
     pattern = re.compile(re.escape(_stem(out)) + r"[0-9a-f]{16}")
     try:
         names = os.listdir(out.parent)  # noqa: PTH208 -- only names; a parent may hold many
@@ -135,7 +137,7 @@ def _containers(out: Path) -> list[Path]:
 
 
 def _stem(out: Path) -> str:
-    """Return how the names of all containers for `out`, and of no other, begin."""
+    """Return the beginning of the names of all containers for `out`, and of no others."""
     name = os.fsencode(out.name)
     if len(name) > _LONGEST_STEM:
         return f".{hashlib.sha256(name).hexdigest()}{TAG}"
@@ -143,7 +145,7 @@ def _stem(out: Path) -> str:
 
 
 def _new_lock(path: Path) -> int | None:
-    """Create and lock a new container's lock file; None if a sweeper was faster and removes it."""
+    """Create and lock a new container's lock file; None if another run removes the container."""
     name = path / "lock"
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
@@ -156,7 +158,7 @@ def _new_lock(path: Path) -> int | None:
     try:
         ours = try_lock(lock)
     except OSError:
-        ours = True  # no locks on this file system: then nobody can prove this run dead either
+        ours = True  # no locks on this file system, so no other run can call this run dead
     if ours and _is_at(lock, name):
         return lock
     os.close(lock)
@@ -164,7 +166,7 @@ def _new_lock(path: Path) -> int | None:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Return whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
@@ -179,7 +181,7 @@ def _sweep_one(path: Path, out: Path) -> None:
 
 
 def _lock_of_the_dead(path: Path) -> int | None:
-    """Return the lock of a container, held, if its run is dead; None if that is not proven."""
+    """Return the held lock of a container whose run is dead; None if the run may be alive."""
     name = path / "lock"
     try:
         if not _is_ours(path.lstat()):
@@ -187,7 +189,7 @@ def _lock_of_the_dead(path: Path) -> int | None:
         lock = os.open(name, os.O_RDWR | NO_FOLLOW)
     except FileNotFoundError:
         with suppress(OSError):
-            path.rmdir()  # killed before it had a lock or when it had no more: empty
+            path.rmdir()  # empty: killed before it had a lock, or after
         return None
     except OSError:
         return None
@@ -202,7 +204,7 @@ def _lock_of_the_dead(path: Path) -> int | None:
 
 
 def _is_ours(found: os.stat_result) -> bool:
-    """Say whether this user made a container, and nobody else can have written into it."""
+    """Return whether this user created a container into which nobody else can write."""
     if sys.platform == "win32":
         return stat.S_ISDIR(found.st_mode)
     is_private = stat.S_IMODE(found.st_mode) & 0o077 == 0
@@ -210,9 +212,9 @@ def _is_ours(found: os.stat_result) -> bool:
 
 
 def _remove(path: Path, out: Path, lock: int, *, owner: int, foreign: bool = False) -> None:
-    """Remove a container whose lock is held; what cannot be removed is left, unlocked."""
+    """Remove a container whose lock is held; leave an unlocked rest if that fails."""
     if os.getpid() != owner:
-        return  # a forked child ends, not the run
+        return  # a forked child ends; the run goes on
     try:
         _put_back(path, out)
         if foreign:
@@ -236,7 +238,7 @@ def _remove(path: Path, out: Path, lock: int, *, owner: int, foreign: bool = Fal
 
 
 def _put_back(path: Path, out: Path) -> None:
-    """Move `old` back to OUT if the run ended between its two renames, before `new` came there."""
+    """Move `old` back to OUT if the run ended between its two renames."""
     old = path / "old"
     if os.path.lexists(old) and os.path.lexists(path / "new"):
         with suppress(FileExistsError):
@@ -245,10 +247,10 @@ def _put_back(path: Path, out: Path) -> None:
 
 
 def _take_away(path: Path) -> None:
-    """Move `new` away in one step before it is deleted.
+    """Move `new` away in one step before the deletion.
 
-    Should its run live after all, on a host that its lock does not reach, it finds nothing to
-    publish and fails, instead of publishing what is left.
+    If the run is still alive, on a host that its lock does not reach, the run finds nothing to
+    publish and fails, instead of publishing a part.
     """
     dead = path / "dead"
     remove_tree(dead)
