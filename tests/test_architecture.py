@@ -30,10 +30,10 @@ adapter: repairs
 targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused
-base: model side_files layers rename_table renames unsupported_layouts
+base: model side_files rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: vocabulary strategies match resizes task_classes replacements components facts casts dims
-base: identity resolve
+base: layers vocabulary strategies match resizes task_classes replacements components facts
+base: casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config

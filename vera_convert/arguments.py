@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
-from vera_convert.dtypes import FLOAT_NAMES, float_name
+from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES, base_name, float_name
 from vera_convert.errors import UsageError
 from vera_convert.text import printable
 
@@ -59,6 +59,19 @@ def dtype_name(name: str, value: object) -> str:
         if found is not None:
             return found
     raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(FLOAT_NAMES)}.")
+
+
+def base_dtype_name(name: str, value: object) -> str:
+    """Return torch's name of the dtype that the layers of a base have in memory.
+
+    Raises:
+        UsageError: it is no such dtype; the message names the choices.
+    """
+    is_torch = type(value).__module__ == "torch"
+    found = base_name(str(value)) if isinstance(value, str) or is_torch else None
+    if found is None:
+        raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(BASE_NAMES)}.")
+    return found
 
 
 def size_in_bytes(name: str, value: object) -> int:

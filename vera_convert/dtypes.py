@@ -90,6 +90,9 @@ SIXTEEN_BIT = frozenset(header for header in FLOATS if BITS[header] == 16)
 FLOAT_NAMES = tuple(NAMES[header] for header in PRECISION)
 """The choices of an option that takes a dtype."""
 
+BASE_NAMES = (*FLOAT_NAMES, "float8_e4m3fn")
+"""The choices of an option that takes the dtype of a base's layers in memory."""
+
 USUAL_OF_BASES = ("float32", "bfloat16", "float16")
 """The dtypes in which models are usually loaded."""
 
@@ -98,6 +101,19 @@ _NAME_OF_SPELLING = {
     for header, precision in PRECISION.items()
     for spelling in (NAMES[header], *precision.spellings)
 }
+
+
+def base_name(written: str) -> str | None:
+    """Return torch's name of a dtype that the layers of a base can have in memory.
+
+    Args:
+        written: any usual spelling, such as ``bf16`` or ``float8_e4m3fn``.
+
+    Returns:
+        A name of `BASE_NAMES`, or None if the text names no such dtype.
+    """
+    is_fp8 = written.lower().removeprefix("torch.") in ("float8_e4m3fn", "f8_e4m3", "fp8_e4m3")
+    return "float8_e4m3fn" if is_fp8 else float_name(written)
 
 
 def float_name(written: str) -> str | None:
@@ -114,5 +130,7 @@ def float_name(written: str) -> str | None:
 
 def holds_every_value(wide: str, narrow: str) -> bool:
     """Return whether a float dtype can express every value of another one (header names)."""
+    if wide not in PRECISION:
+        return False
     a, b = PRECISION[wide], PRECISION[narrow]
     return a.mantissa >= b.mantissa and a.lowest <= b.lowest

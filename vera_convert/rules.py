@@ -1486,7 +1486,8 @@ QUANTIZED_TARGET = Rule(
     "If the finding says so, merge with `vera-convert merge --dequantize`, which writes a "
     "16-bit model. Otherwise serve the adapter on the quantized base; `vera-convert to-lora` "
     "writes a form that more engines load, without loss. Or merge into the original 16-bit or "
-    "32-bit model with --base, which differs slightly from the model of the training.",
+    "32-bit model with --base, which differs slightly from the model of the training. Or convert "
+    "the base to 16 bits with the quantizer's own tool.",
     since="0.1.0",
 )
 QUANTIZED_ELSEWHERE = Rule(
@@ -1537,7 +1538,10 @@ TARGET_IS_QUANTIZED = Rule(
     WARNING,
     "the adapter's layers are quantized in this base and cannot be dequantized",
     "PEFT can run the adapter on this base; a merge is impossible.",
-    "To merge, pass the original 16-bit or 32-bit model with --base.",
+    "Serve the adapter on the quantized base; `vera-convert to-lora` writes a form that more "
+    "engines load, without loss. Or merge into the original 16-bit or 32-bit model with --base, "
+    "which differs slightly from the model of the training. Or convert the base to 16 bits with "
+    "the quantizer's own tool.",
     since="0.1.0",
 )
 

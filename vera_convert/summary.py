@@ -14,6 +14,8 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import instance, one_of, optional, place, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import (
@@ -205,7 +207,7 @@ def _described(
             lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
             if complete
             else None,
-            merged=base_facts.base.weights_size if base_facts.base else None,
+            merged=_merged_size(base_facts.base),
         ),
         base_facts=base_facts,
         findings=(
@@ -273,3 +275,11 @@ def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
     if adapter.projections is None and adapter.fingerprint is None and unrecorded:
         reason = "it stores no A and B, no fingerprint of them, and no version of PEFT."
         yield unproven_draw(adapter.config, reason, place=adapter.place)
+
+
+def _merged_size(base: BaseModel | None) -> int | None:
+    """Return the bytes of a merged model's weights; of a quantized base, those of 16 bits."""
+    if base is None:
+        return None
+    packed = unpacked(base)
+    return packed.nbytes if packed.weights and not packed.defects else base.weights_size

@@ -327,10 +327,13 @@ def test_float64_reaches_16_bits_by_way_of_float32() -> None:
 )
 def test_rounds_as_torch_casts(rounding: Rounding, values: list[float], dtype: Any) -> None:
     torch = pytest.importorskip("torch")
+    if rounding is Rounding.FP8:  # beyond that PyTorch's releases differ; no draw exceeds 2.5
+        values = [min(max(value, -448), 448) for value in values]
     with np.errstate(over="ignore"):
         array = np.array(values, dtype)
     tensor = torch.from_numpy(array.copy())
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    names["fp8"] = torch.float8_e4m3fn
     if rounding is not Rounding.NONE:
         for name in rounding.split("+"):
             tensor = tensor.to(names[name])

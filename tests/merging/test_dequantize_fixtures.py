@@ -17,10 +17,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.errors import CheckpointError
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.counting import count
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.reading import open_local
+from vera_convert.files.tensorfile import TensorFile, from_file, write_tensors
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
+from vera_convert.summary import info
 from vera_convert.validation.validate import validate
+from vera_convert.verification.verify import verify
 
 FIXTURES = DATA / "quantized"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
@@ -91,6 +97,38 @@ def test_validate_says_that_a_merge_can_dequantize_the_base(name: str) -> None:
     assert "--dequantize" in note.reason
 
 
+@pytest.mark.parametrize("name", ["fp8-block", "gptq-4bit-v1", "awq-gemm"])
+def test_a_base_that_does_not_decide_the_rounding_needs_its_dtype(
+    name: str, tmp_path: Path
+) -> None:
+    folder, out = FIXTURES / name, tmp_path / "out"
+    options = MergeOptions(dequantize=True, projections=ProjectionSource.KEY)
+    with pytest.raises(UsageError, match=r"the adapted layers are quantized .*--base-dtype"):
+        merge(folder / "adapter", out, base=folder / "base", options=options)
+    for dtype in ("float16", "float8_e4m3fn"):
+        base = BaseOptions(str(folder / "base"), dtype=dtype)
+        merge(folder / "adapter", tmp_path / dtype, base=base, options=options)
+    first, second = (tensors_of(tmp_path / dtype) for dtype in ("float16", "float8_e4m3fn"))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert first[key].tobytes() != second[key].tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_of_a_packed_base_are_counted_and_described(name: str) -> None:
+    folder = FIXTURES / name
+    counted = count(folder / "base", rank=4, targets=("q_proj",))
+    shapes = {each.name: (each.out_features, each.in_features) for each in counted.groups}
+    assert shapes == {"self_attn.q_proj": (64, 64)}
+    described = info(folder / "adapter", base=folder / "base")
+    told = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    assert described.base_facts.in_features == (64 if "mxfp4" in name else 128)
+    wanted = load_file(folder / "expected.safetensors")
+    sizes = (a.nbytes for key, a in wanted.items() if key.startswith("dequantized."))
+    assert described.sizes.merged is not None
+    assert told["targets"]
+    assert described.sizes.merged > (0 if "mxfp4" in name else sum(sizes))
+
+
 def test_a_scale_that_is_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "gptq-8bit/base", tmp_path / "base")
     path = tmp_path / "base/model.safetensors"
@@ -107,3 +145,42 @@ def test_a_scale_that_is_nan_is_refused_before_anything_is_written(tmp_path: Pat
             options=MergeOptions(dequantize=True),
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_a_weight_can_lie_in_different_shards(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / name / "base", base)
+    (base / "model.safetensors").unlink()
+    with open_local(FIXTURES / name / "base/model.safetensors") as source:
+        file = TensorFile(source)
+        names = sorted(file.header.tensors)
+        weight_map: dict[str, str] = {}
+        for shard in range(3):
+            path = f"model-{shard + 1:05}-of-00003.safetensors"
+            tensors = [from_file(file, each) for each in names[shard::3]]
+            write_tensors(base / path, tensors, file.header.metadata)
+            weight_map |= dict.fromkeys(names[shard::3], path)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    wanted = merged(name, tmp_path / "single")
+    options = MergeOptions(dequantize=True, jobs=3)
+    merge(FIXTURES / name / "adapter", tmp_path / "out", base=base, options=options)
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(found[key].tobytes() == wanted[key].tobytes() for key in wanted)
+    told = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert told["weight_map"].keys() == wanted.keys()
+    assert told["metadata"]["total_size"] == sum(array.nbytes for array in wanted.values())
+    for out in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(out, "np") as shard_file:
+            assert set(shard_file.metadata()) <= {"format"}
+
+
+def test_a_dequantized_merge_is_verified_and_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    for name in ("bnb-int8-noproj", "gptq-8bit"):
+        merged(name, tmp_path / name)
+        folder = FIXTURES / name
+        found = verify(folder / "adapter", base=folder / "base", merged=tmp_path / name)
+        assert found.passed, name

@@ -201,6 +201,9 @@ class Workspace:
     def _round_all(self, stored: Array, written: Array) -> None:
         """Set `written` to the rounded stored values."""
         values, out = stored.reshape(-1), written.reshape(-1)
+        if values.dtype == out.dtype:
+            out[...] = values
+            return
         for part in _chunks(values.size):
             self._round(values[part].copy(), out[part])
 

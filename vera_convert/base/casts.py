@@ -46,7 +46,9 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
             continue
         dtype = found.cast(base.settings, model_dtype(base.base.config))
         if dtype is None:
-            return Casts(None, reason=f"the adapted layers are quantized ({found.label}).")
+            return Casts(
+                None, reason=f"the adapted layers are quantized ({found.label}). {found.undecided}"
+            )
         if dtype != NO_CAST:
             dtypes.add(dtype)
     unknown = dtypes - FLOATS

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vera_convert.arguments import dtype_name, optional, place, set_checked, text, whole_number
+from vera_convert.arguments import base_dtype_name, optional, place, set_checked, text, whole_number
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.errors import UsageError
 from vera_convert.rules import ROUNDING_UNCLEAR, Finding
@@ -59,7 +59,7 @@ class BaseOptions:
             self,
             model=optional(place, "--base", self.model),
             revision=optional(text, "--base-revision", self.revision),
-            dtype=optional(dtype_name, "--base-dtype", self.dtype),
+            dtype=optional(base_dtype_name, "--base-dtype", self.dtype),
             in_features=optional(whole_number, "--in-features", self.in_features),
             out_features=optional(whole_number, "--out-features", self.out_features),
             key_map=key_maps(self.key_map),
@@ -134,6 +134,7 @@ class BaseFacts:
         out_features: rows of B.
         rounding: what the base's dtype does to drawn values.
         roundings: the possible roundings if `rounding` is None; empty if all are possible.
+        unclear: why the base does not decide the rounding; empty if it does, or is not known.
         source: the source of the facts, or the reason why facts are missing, for people.
         location: where the base lies.
         base: the base's headers, if read.
@@ -148,6 +149,7 @@ class BaseFacts:
     out_features: int | None = None
     rounding: Rounding | None = None
     roundings: tuple[Rounding, ...] = ()
+    unclear: str = ""
     source: str = ""
     location: Location | None = None
     base: BaseModel | None = None
@@ -183,4 +185,5 @@ def loaded_in(facts: BaseFacts, dtype: str) -> BaseFacts:
         dtype: the name of torch or of safetensors.
     """
     settled = tuple(f for f in facts.findings if f.rule is not ROUNDING_UNCLEAR)
-    return replace(facts, rounding=rounding_on_base(dtype), roundings=(), findings=settled)
+    rounding = rounding_on_base(dtype)
+    return replace(facts, rounding=rounding, roundings=(), unclear="", findings=settled)

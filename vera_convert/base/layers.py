@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vera_convert.base.model import read_base, read_config_file, read_model_config
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
@@ -28,7 +29,8 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         if error.findings[0].rule is not BASE_WITHOUT_WEIGHTS or config is None:
             raise
         return layers_from_config(config)
-    shapes = {name: tensor.info.shape for name, tensor in base.tensors.items()}
+    view = unpacked(base).view
+    shapes = {name: tensor.info.shape for name, tensor in view.tensors.items()}
     return layers_from_shapes(shapes, model_type=base.model_type)
 
 

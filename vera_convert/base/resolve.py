@@ -236,6 +236,7 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
         dims.out_features,
         casts.rounding,
         casts.possible,
+        casts.reason,
         source=base.location.label,
         location=base.location,
         base=base,

@@ -28,7 +28,7 @@ from vera_convert.cli.values import (
     Choice,
     Dtype,
 )
-from vera_convert.dtypes import FLOAT_NAMES
+from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 from vera_convert.formats.reports import RENDERERS
 
 if TYPE_CHECKING:
@@ -179,10 +179,10 @@ class BaseChoice:
     base_dtype: str | None = option(
         INPUT,
         "--base-dtype",
-        type=Dtype(FLOAT_NAMES),
+        type=Dtype(BASE_NAMES),
         metavar="DTYPE",
         help=f"Dtype that the base is loaded in, which decides how A and B are rounded: "
-        f"{', '.join(FLOAT_NAMES)}.",
+        f"{', '.join(BASE_NAMES)}.",
     )
     key_map: tuple[tuple[str, str], ...] = option(
         INPUT,

@@ -10,7 +10,14 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from vera_convert.arguments import adapter_and_weight, dtype_name, peft_version, size_in_bytes
+from vera_convert.arguments import (
+    adapter_and_weight,
+    base_dtype_name,
+    dtype_name,
+    peft_version,
+    size_in_bytes,
+)
+from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import UsageError
 
 GENERATORS = (
@@ -85,7 +92,8 @@ class Dtype(Choice):
     ) -> object:
         """Return the spelling that the choices have."""
         with suppress(UsageError):
-            name = dtype_name("dtype", value)
+            read = base_dtype_name if BASE_NAMES[-1] in self.choices else dtype_name
+            name = read("dtype", value)
             value = SHORT_DTYPES.get(name, name) if "bf16" in self.choices else name
         return super().convert(value, param, ctx)
 

@@ -287,6 +287,11 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
             "A and B cannot be drawn from the adapter alone, because the widest layer of the base "
             f"decides their size{why}. Give --base, or --in-features and --out-features."
         )
+    if base_facts.rounding is None and base_facts.unclear:
+        raise UsageError(
+            "A and B are drawn from the key and rounded, and the base does not decide to which "
+            f"dtype: {base_facts.unclear} Give the dtype with --base-dtype."
+        )
     if base_facts.rounding is None:
         raise UsageError(
             "PEFT rounds A and B to the dtype that the base is loaded in, which is not known: "

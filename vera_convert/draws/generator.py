@@ -30,6 +30,7 @@ BLOCK = 1 << 17
 """Values per step: half a megabyte of words, enough to hide the cost of the calls."""
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT16 = np.dtype(np.float16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -97,6 +98,8 @@ class Rounding(StrEnum):
     BF16_FP16 = "bf16+fp16"
     FP32 = "fp32"
     """A float32 base; this cast changes the float64 draws only."""
+    FP8 = "fp8"
+    """A base whose layers stay fp8 in memory; the cast is to float8_e4m3fn."""
 
 
 _CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
@@ -106,6 +109,7 @@ _CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
     Rounding.FP16_BF16: (_FLOAT16, _BFLOAT16),
     Rounding.BF16_FP16: (_BFLOAT16, _FLOAT16),
     Rounding.FP32: (_FLOAT32,),
+    Rounding.FP8: (_FLOAT8,),
 }
 
 
@@ -114,6 +118,7 @@ _ON_BASE = {
     "F32": Rounding.FP32,
     "BF16": Rounding.BF16,
     "F16": Rounding.FP16,
+    "F8_E4M3": Rounding.FP8,
 }
 
 
@@ -141,6 +146,7 @@ _CAST_NAMES = {
     Rounding.FP16_BF16: "rounded to float16, then to bfloat16",
     Rounding.BF16_FP16: "rounded to bfloat16, then to float16",
     Rounding.FP32: "rounded to float32",
+    Rounding.FP8: "rounded to float8_e4m3fn",
 }
 
 

@@ -208,5 +208,5 @@ class Decoder:
 
     def __call__(self, first: int, last: int) -> Array:
         """Return the rows `first` to `last` (not included), in the dtype of the library."""
-        with Parts(self.base, self.files) as parts:
+        with Parts(self.base, self.files) as parts, np.errstate(all="ignore"):
             return self.weight.decode(parts, first, last)

@@ -39,7 +39,7 @@ from vera_convert.draws.generator import (
     rounded,
     rounding_on_base,
 )
-from vera_convert.dtypes import FLOAT_NAMES, USUAL_OF_BASES
+from vera_convert.dtypes import BASE_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
@@ -293,7 +293,7 @@ class _Side:
 def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
     """Yield whether both forms use the same A and B, for each possible dtype of the base."""
     first, second = sides
-    dtypes = [dtype for dtype in FLOAT_NAMES if rounding_on_base(dtype) is first.known.rounding]
+    dtypes = [dtype for dtype in BASE_NAMES if rounding_on_base(dtype) is first.known.rounding]
     needed = _needed(first)
     for dtype in dtypes or USUAL_OF_BASES:
         difference = _pairs_differ(first.here(dtype), second.here(dtype), needed)

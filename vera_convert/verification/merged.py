@@ -13,7 +13,7 @@ from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
@@ -93,11 +93,6 @@ def check_merged(
     started = time.monotonic()
     read = _read_merged(merged, access, complete=not options.layers_only)
     provenance, settings = read.provenance, settle(options, base, read.provenance)
-    if settings.dequantize and not options.layers_only:
-        raise UsageError(
-            "the base is fp8 and the merged model is not, so the models cannot be compared by "
-            "running them: compare the weights alone with --layers-only."
-        )
     if provenance is not None:
         require_all_adapters(options.add, provenance)
     given = GivenInputs((adapter, *options.add), base, provenance, access)

@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 from vera_convert.base.facts import parse_key_map
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
-from vera_convert.dtypes import FLOAT_NAMES
+from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import read_json
@@ -127,7 +127,7 @@ def _settings(
             ProjectionSource, options.get("projections"), "options.projections"
         ),
         generator=reader.optional(Variant, options.get("generator"), "options.generator"),
-        base_dtype=reader.optional(_dtype, options.get("base_dtype"), "options.base_dtype"),
+        base_dtype=reader.optional(_base_dtype, options.get("base_dtype"), "options.base_dtype"),
         key_map=tuple(
             reader.one_of(_rename, each, f"options.key_map[{n}]") for n, each in enumerate(renames)
         ),
@@ -141,6 +141,12 @@ def _settings(
         ),
         recorded=True,
     )
+
+
+def _base_dtype(text: str) -> str:
+    if text not in BASE_NAMES:
+        raise ValueError(text)
+    return text
 
 
 def _dtype(text: str) -> str:

@@ -9,11 +9,14 @@ Nothing is written. Each difference is a finding of the result.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from vera_convert.arguments import instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
+from vera_convert.draws.generator import Rounding, rounding_on_base
+from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
@@ -160,15 +163,25 @@ def _require_torch() -> None:
         )
 
 
+_DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
+    rounding_on_base(name): name for name in BASE_NAMES if name != "float64"
+}
+
+
 def _model_job(
     check: MergedCheck, options: VerifyOptions, lines: tuple[str, ...] | None
 ) -> ModelJob:
+    settings = check.settings
+    draw = check.adapters[0].draw
+    if settings.dequantize and settings.base_dtype is None and draw is not None:
+        # The base is run dequantized, where PEFT would round A and B otherwise.
+        settings = replace(settings, base_dtype=_DTYPE_OF_ROUNDING.get(draw.rounding))
     return ModelJob(
         adapters=tuple((adapter.folder, adapter.weight) for adapter in check.adapters),
         base=check.base_folder,
         merged=check.folder,
         samples=options.samples_to_run,
         lines=lines,
-        settings=check.settings,
+        settings=settings,
         wider=check.tensors.wider,
     )

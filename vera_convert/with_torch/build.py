@@ -8,6 +8,7 @@ config names, and would load adapters and pickles that lie beside the weights.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import SurroundingsError, VeraConvertError
@@ -30,6 +33,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.merging.dequantize import Parts, plan_dequantization
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
@@ -76,6 +80,7 @@ class Blueprint:
         config: the config, as an object of transformers.
         rows: the rows of the vocabulary, if an adapter resizes the vocabulary; else None.
         relabeled: whether an adapter brings a classifier with another number of labels.
+        packed: the packed weights of a quantized base that is built dequantized; else None.
     """
 
     base: BaseModel
@@ -83,6 +88,7 @@ class Blueprint:
     config: Any
     rows: int | None = None
     relabeled: bool = False
+    packed: Unpacked | None = None
 
     @property
     def place(self) -> str:
@@ -136,7 +142,12 @@ def guarded(action: str) -> Iterator[None]:
 
 
 def blueprint(
-    folder: Path, *, label: str, adapters: Iterable[Adapter] = (), like: str | None = None
+    folder: Path,
+    *,
+    label: str,
+    adapters: Iterable[Adapter] = (),
+    like: str | None = None,
+    dequantize: bool = False,
 ) -> Blueprint:
     """Find the class of transformers for the model of a folder.
 
@@ -147,6 +158,7 @@ def blueprint(
             takes precedence over the class in the config: the head can differ, and with the head
             the names of the layers.
         like: the name of the class, if it is known.
+        dequantize: build the 16-bit model that a quantized base stands for.
 
     Raises:
         CheckpointError: the folder is malformed.
@@ -154,10 +166,12 @@ def blueprint(
         SurroundingsError: a file cannot be read.
     """
     base = read_base(Location(label, folder), HubAccess(offline=True))
+    packed = unpacked(base) if dequantize else None
+    base = base if packed is None else packed.view
     place = printable(label)
     if base.prefix or "_class_name" in base.config or base.model_type is None:
         raise UnfitError(f"{place} is not a model of transformers. {INSTEAD}")
-    if "quantization_config" in base.config:
+    if "quantization_config" in base.config and packed is None:
         raise UnfitError(f"{place} is quantized; verify runs no quantized model. {INSTEAD}")
     config = _config(base)
     found = _classes(config)
@@ -175,7 +189,7 @@ def blueprint(
         config.num_labels = labels
     if type(config) is not found[name].config_class:
         config = config.get_text_config()  # of a multimodal model, only the text part is built
-    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled)
+    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled, packed)
 
 
 def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
@@ -337,8 +351,8 @@ def build_model(plan: Blueprint) -> nn.Module:
         model: nn.Module = plan.model.from_pretrained(
             None,
             config=plan.config,
-            state_dict=_tensors(plan.base),
-            **_as_stored(),
+            state_dict=_tensors(plan.base) if plan.packed is None else _dequantized(plan.packed),
+            **(_as_stored() if plan.packed is None else _as_stored(torch.float32)),
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
@@ -349,12 +363,12 @@ def build_model(plan: Blueprint) -> nn.Module:
         return model.eval()
 
 
-def _as_stored() -> dict[str, str]:
-    """Return the argument with which transformers keeps the dtypes of the files.
+def _as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]:
+    """Return the argument with which transformers keeps the dtypes of the files, or takes one.
 
     transformers 4.56 renamed ``torch_dtype`` to ``dtype``.
     """
-    return {"dtype" if _installed() >= (4, 56) else "torch_dtype": "auto"}
+    return {"dtype" if _installed() >= (4, 56) else "torch_dtype": dtype}
 
 
 def _refuse_too_large(plan: Blueprint) -> None:
@@ -363,8 +377,27 @@ def _refuse_too_large(plan: Blueprint) -> None:
         model = plan.model(plan.config)
     tensors = (*model.parameters(), *model.buffers())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if needed > 4 * plan.base.weights_size + _EXTRA_BYTES:
+    held = plan.base.weights_size if plan.packed is None else plan.packed.nbytes
+    if needed > 4 * held + _EXTRA_BYTES:
         raise _too_large(plan.place)
+
+
+def _dequantized(base: Unpacked) -> dict[str, Tensor]:
+    """Return the tensors of the 16-bit model that a quantized base stands for."""
+    folder = base.base.location.folder
+    assert folder is not None  # noqa: S101 -- as `blueprint` made it
+    files = {name: InputFile.look(folder / name, within=folder) for name in base.base.files}
+    plan = plan_dequantization(base)
+    found: dict[str, Tensor] = {}
+    with Parts(base.base, files) as parts:
+        for name, tensor in base.view.tensors.items():
+            decode = plan.decoder(name, files)
+            if decode is None:
+                values = parts.flat(name, 0, math.prod(tensor.info.shape))
+            else:
+                values = decode(0, decode.weight.matrix[0])  # rounded only after the merge
+            found[name] = to_tensor(values.reshape(tensor.info.shape))
+    return found
 
 
 def _tensors(base: BaseModel) -> dict[str, Tensor]:

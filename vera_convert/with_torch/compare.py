@@ -59,7 +59,12 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
     tell(Stage.BUILD, 0, 0)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(folder)) for folder, _ in job.adapters]
-        base = blueprint(job.base, label=str(job.base), adapters=opened)
+        base = blueprint(
+            job.base,
+            label=str(job.base),
+            adapters=opened,
+            dequantize=job.settings.dequantize,
+        )
         labels = getattr(base.config, "num_labels", None)
     reference = _reference(base, job, tell)
     gc.collect()  # frees the first model even if its parts refer to each other
@@ -126,8 +131,12 @@ def _reference(plan: Blueprint, job: ModelJob, tell: Tell) -> Reference:
     vera = _wrapped(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
     dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
+    stored = _stored_dtype(plan)
+    if plan.packed is not None:
+        stored = _torch_dtype(plan.packed.dtype)
+        _round_others(vera.model, layers.values(), dtype or stored)
     rounding = [
-        dtype or _dtype_of_module(name, job.wider) or _stored_dtype(plan) or layer.weight.dtype
+        dtype or _dtype_of_module(name, job.wider) or stored or layer.weight.dtype
         for name, layer in layers.items()
     ]
     vera.to(wide)
@@ -221,6 +230,13 @@ def _dtype_of_module(module: str, dtypes: Mapping[str, str]) -> torch.dtype | No
 def _torch_dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, NAMES[name])
     return dtype
+
+
+def _round_others(model: nn.Module, layers: Iterable[VeraLinear], dtype: torch.dtype) -> None:
+    """Round the dequantized weights without a delta, as a merge does."""
+    own = {id(layer.weight) for layer in layers}
+    linear = (part.weight for part in model.modules() if isinstance(part, nn.Linear))
+    _round((weight, dtype) for weight in linear if id(weight) not in own)
 
 
 def _round(tensors: Iterable[tuple[Tensor, torch.dtype]]) -> None:

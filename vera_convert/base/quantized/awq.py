@@ -19,7 +19,7 @@ from vera_convert.base.quantized.layer import (
     finite,
     whole,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields
+from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
 LABEL = "AWQ"
@@ -40,11 +40,17 @@ def dequantized(q: Array, zeros: Array, scales: Array) -> Array:
         zeros: (groups, n), codes.
         scales: (groups, n), of any float dtype; the library loads them as float16.
     """
-    values = np.ascontiguousarray(q.T).astype(np.float32)
-    inner = values.reshape(len(values), len(scales), -1)
-    inner -= zeros.T.astype(np.float32)[:, :, None]
-    inner *= scales.T.astype(FLOAT16).astype(np.float32)[:, :, None]
-    return values.astype(FLOAT16)
+    rows = np.ascontiguousarray(q.T)
+    shifts = zeros.T.astype(np.float32)
+    factors = scales.T.astype(FLOAT16).astype(np.float32)
+    out = np.empty(rows.shape, FLOAT16)
+    for part in pieces(*rows.shape):
+        values = rows[part].astype(np.float32)
+        inner = values.reshape(len(values), len(scales), -1)
+        inner -= shifts[part, :, None]
+        inner *= factors[part, :, None]
+        out[part] = values
+    return out
 
 
 @dataclass(frozen=True, slots=True)

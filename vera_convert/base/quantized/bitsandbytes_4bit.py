@@ -25,8 +25,9 @@ from vera_convert.base.quantized.layer import (
     PackedWeight,
     PartReader,
     finite,
+    sizes,
 )
-from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table
+from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table, pieces
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
@@ -91,13 +92,18 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
         state: the table, the length of a block, and the dtype.
         count: how many values; the last block can be short.
     """
-    values = looked_up(packed, _PAIRS[state.kind])[:count]
-    whole = count // state.block
-    inner = values[: whole * state.block].reshape(whole, state.block)
-    inner *= absmax[:whole, None]
-    if whole * state.block < count:
-        values[whole * state.block :] *= absmax[whole]
-    return values.astype(FLOAT_OF[state.dtype], copy=False)
+    out = np.empty(count, FLOAT_OF[state.dtype])
+    for part in pieces(-(-count // state.block), state.block):
+        values = slice(part.start * state.block, min(part.stop * state.block, count))
+        found = looked_up(packed[values.start // 2 : (values.stop + 1) // 2], _PAIRS[state.kind])
+        found = found[: values.stop - values.start]
+        whole = len(found) // state.block
+        inner = found[: whole * state.block].reshape(whole, state.block)
+        inner *= absmax[part.start : part.start + whole, None]
+        if whole * state.block < len(found):
+            found[whole * state.block :] *= absmax[part.start + whole]
+        out[values] = found
+    return out
 
 
 def nested_absmax(
@@ -154,8 +160,14 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     state = _state(layer, rest)
     count = state.shape[0] * state.shape[1]
     weight = layer.tensors.get("weight")
-    if weight is None or weight.dtype not in _STORAGE or weight.nbytes != (count + 1) // 2:
-        found = "missing" if weight is None else f"{weight.nbytes:,} bytes of {weight.dtype}"
+    is_column = weight is not None and weight.shape[1:] == (1,)
+    if (
+        weight is None
+        or not is_column
+        or weight.dtype not in _STORAGE
+        or weight.nbytes != (count + 1) // 2
+    ):
+        found = "missing" if weight is None else f"{[*weight.shape]} of {weight.dtype}"
         reason = f"its values are {found}; {count:,} values of 4 bits are needed."
         raise layer.error(PART_MISSING if weight is None else PART_MALFORMED, "weight", reason)
     blocks = (-(-count // state.block),)
@@ -201,8 +213,8 @@ def _state(layer: Layer, rest: str) -> State:
         return layer.error(PART_MALFORMED, rest, reason)
 
     text = layer.values.get(rest)
-    if text is None:
-        raise wrong(f"it is no text of up to {MAX_STATE_BYTES:,} bytes.")
+    if text is None or layer.tensors[rest].dtype != "U8" or len(layer.tensors[rest].shape) != 1:
+        raise wrong(f"it is no U8 vector of up to {MAX_STATE_BYTES:,} bytes.")
     try:
         document = parse_json(text, place=rest)
     except CheckpointError:
@@ -210,7 +222,7 @@ def _state(layer: Layer, rest: str) -> State:
     if not isinstance(document, dict):
         raise wrong("it is no JSON object.")
     kind, block, dtype = (document.get(key) for key in ("quant_type", "blocksize", "dtype"))
-    dtype = str(dtype).removeprefix("torch.")
+    kind, dtype = str(kind), str(dtype).removeprefix("torch.")
     if kind not in TABLES or rest != f"{STATE}{kind}":
         raise wrong("its quant_type is neither nf4 nor fp4, or not that of its name.")
     if type(block) is not int or block not in _BLOCK_SIZES or dtype not in _DTYPES:
@@ -221,10 +233,10 @@ def _state(layer: Layer, rest: str) -> State:
         offset = _nested_offset(document)
         if offset is None:
             raise wrong("nested_offset, nested_blocksize 256 and nested_dtype float32 are needed.")
-    match document.get("shape"):
-        case [int(rows), int(columns)] if min(rows, columns) > 0:
-            return State(str(kind), block, _DTYPES[dtype], (rows, columns), offset)
-    raise wrong("its shape is no pair of sizes.")
+    shape = sizes(document.get("shape"), 2)
+    if shape is None:
+        raise wrong("its shape is no pair of sizes.")
+    return State(kind, block, _DTYPES[dtype], (shape[0], shape[1]), offset)
 
 
 def _nested_offset(document: Mapping[str, object]) -> float | None:

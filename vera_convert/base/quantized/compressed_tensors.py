@@ -24,6 +24,7 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     finite,
     finite_and_not_zero,
+    sizes,
     whole,
 )
 from vera_convert.base.quantized.packing import (
@@ -32,7 +33,9 @@ from vera_convert.base.quantized.packing import (
     FLOAT_OF,
     looked_up,
     pair_table,
+    pieces,
     stream,
+    widened,
 )
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
@@ -72,6 +75,7 @@ class Scheme:
         group: inputs that share one scale; None if the strategy is none of groups.
         block: rows and columns that share one scale; None if the strategy is none of blocks.
         symmetric: whether there are no zero points.
+        is_float: whether values are floats, not integers.
     """
 
     layout: str
@@ -80,6 +84,7 @@ class Scheme:
     group: int | None
     block: tuple[int, int] | None
     symmetric: bool
+    is_float: bool
 
 
 def dequantized(q: Array, scales: Array, zeros: Array | None, width: int, dtype: str) -> Array:
@@ -92,19 +97,21 @@ def dequantized(q: Array, scales: Array, zeros: Array | None, width: int, dtype:
         width: columns of a group; the last group may be narrower.
         dtype: of the model, as safetensors names it.
     """
-    values = q.astype(np.float32)
-    factors = scales.astype(np.float32)
-    shifts = None if zeros is None else zeros.astype(np.float32)
-    whole_groups = values.shape[1] // width
-    inner = values[:, : whole_groups * width].reshape(len(values), whole_groups, width)
-    rest = values[:, whole_groups * width :]
-    if shifts is not None:
-        inner -= shifts[:, :whole_groups, None]
-        rest -= shifts[:, whole_groups:]
-    # A product of two 16-bit floats is exact in float32, so that it is rounded once.
-    inner *= factors[:, :whole_groups, None]
-    rest *= factors[:, whole_groups:]
-    return values.astype(scales.dtype, copy=False).astype(FLOAT_OF[dtype], copy=False)
+    out = np.empty(q.shape, FLOAT_OF[dtype])
+    for part in pieces(*q.shape):
+        values, factors = widened(q[part]), scales[part].astype(np.float32)
+        shifts = None if zeros is None else zeros[part].astype(np.float32)
+        whole_groups = values.shape[1] // width
+        inner = values[:, : whole_groups * width].reshape(len(values), whole_groups, width)
+        rest = values[:, whole_groups * width :]
+        if shifts is not None:
+            inner -= shifts[:, :whole_groups, None]
+            rest -= shifts[:, whole_groups:]
+        # A product of two 16-bit floats is exact in float32, so that it is rounded once.
+        inner *= factors[:, :whole_groups, None]
+        rest *= factors[:, whole_groups:]
+        out[part] = values.astype(scales.dtype, copy=False)
+    return out
 
 
 def dequantized_nvfp4(packed: Array, scales: Array, global_scale: Array, dtype: str) -> Array:
@@ -116,11 +123,14 @@ def dequantized_nvfp4(packed: Array, scales: Array, global_scale: Array, dtype: 
         global_scale: (1,), float32, by which the scales are divided.
         dtype: of the model, as safetensors names it.
     """
-    values = looked_up(packed, _PAIRS)
-    factors = scales.astype(np.float32) / global_scale.astype(np.float32)[0]
-    inner = values.reshape(len(values), scales.shape[1], 16)
-    inner *= factors[:, :, None]
-    return values.astype(BFLOAT16).astype(FLOAT_OF[dtype], copy=False)
+    out = np.empty((len(packed), packed.shape[1] * 2), FLOAT_OF[dtype])
+    factors = widened(scales) / global_scale.astype(np.float32)[0]
+    for part in pieces(*out.shape):
+        values = looked_up(packed[part], _PAIRS)
+        inner = values.reshape(len(values), scales.shape[1], 16)
+        inner *= factors[part, :, None]
+        out[part] = values.astype(BFLOAT16)
+    return out
 
 
 # --- blocks of rows ------------------------------------------------------------------------------
@@ -250,15 +260,14 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
 
 
 def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
-    rows, columns = layer.main("weight", ("F8_E4M3", "I8"))
-    is_float = layer.tensors["weight"].dtype == "F8_E4M3"
+    rows, columns = layer.main("weight", ("F8_E4M3",) if scheme.is_float else ("I8",))
     grid, block = _grid(layer, scheme, (rows, columns), "weight")
     scale = _scale(layer, grid)
     checks: dict[str, Check] = {scale: finite}
     known = ["weight", "weight_scale"]
     zero = None
     if not scheme.symmetric:
-        if is_float:
+        if scheme.is_float:
             reason = "zero points of fp8 are not supported."
             raise layer.error(NOT_DEQUANTIZABLE, "weight", reason)
         shape = layer.tensors["weight_scale"].shape
@@ -401,8 +410,7 @@ def _scheme(layout: str, weight: Mapping[str, object]) -> Scheme | None:
     }[layout]
     if not fits or bits is None or not isinstance(strategy, str):
         return None
-    block = None
-    match weight.get("block_structure"):
-        case [int(rows), int(columns)] if min(rows, columns) > 0:
-            block = rows, columns
-    return Scheme(layout, bits, strategy, group, block, weight.get("symmetric", True) is True)
+    found = sizes(weight.get("block_structure"), 2)
+    block = None if found is None else (found[0], found[1])
+    symmetric = weight.get("symmetric", True) is True
+    return Scheme(layout, bits, strategy, group, block, symmetric, kind == "float")

@@ -48,6 +48,7 @@ class Format:
         dtypes: the dtypes of a tensor ``weight`` that is its own.
         cast: what PEFT casts A and B to: a dtype as safetensors names it, `NO_CAST`, or None if
             the base does not decide.
+        undecided: what PEFT casts to in which case, if the base does not decide.
         needs_config: whether its tensors mean nothing without the settings of a config.
         dropped: tensors beside and above its layers that a dequantized model has no use for.
         tells_shape: what the name of the small tensor looks like that tells a weight's shape.
@@ -59,6 +60,7 @@ class Format:
     signs: str
     dtypes: tuple[str, ...]
     cast: Cast
+    undecided: str = ""
     needs_config: bool = False
     dropped: frozenset[str] = frozenset()
     tells_shape: str | None = None
@@ -68,6 +70,11 @@ class Format:
         is_own = rest == "weight" and dtype in self.dtypes
         return is_own or re.fullmatch(self.signs, rest) is not None
 
+
+_OF_KERNELS = (
+    "PEFT rounds to float16 with gptqmodel's torch kernel, and not at all (float32) with its "
+    "kernels for CPUs."
+)
 
 FORMATS = (
     Format(
@@ -94,6 +101,8 @@ FORMATS = (
         "(?!)",
         fp8.DTYPES,
         _undecided,
+        "PEFT rounds to the model's dtype if the base is loaded dequantized (on a CPU always), and "
+        "to float8_e4m3fn if its layers stay fp8.",
         dropped=fp8.OF_ACTIVATIONS,
     ),
     Format(
@@ -114,6 +123,7 @@ FORMATS = (
         "qweight|qzeros|g_idx|scales",
         (),
         _undecided,
+        _OF_KERNELS,
         needs_config=True,
     ),
     Format(
@@ -123,6 +133,7 @@ FORMATS = (
         "qweight|qzeros|g_idx|scales",
         (),
         _undecided,
+        _OF_KERNELS,
         needs_config=True,
     ),
     Format(mxfp4.LABEL, "mxfp4", mxfp4.weights, ".+_(blocks|scales)", (), _to_model),

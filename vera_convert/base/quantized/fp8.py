@@ -21,7 +21,9 @@ from vera_convert.base.quantized.layer import (
     PackedWeight,
     PartReader,
     finite,
+    sizes,
 )
+from vera_convert.base.quantized.packing import widened
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
 
 LABEL = "fp8"
@@ -46,7 +48,7 @@ def dequantized(
         first: the number of the first row within its block.
         block: rows and columns of a block; the last block of a row may be narrower.
     """
-    values = stored.astype(np.float32)
+    values = widened(stored)
     of_rows = factors.astype(np.float32)[(first + np.arange(len(values))) // block[0]]
     width = block[1]
     whole = values.shape[1] // width
@@ -125,7 +127,5 @@ def _blocks(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _block_size(settings: Mapping[str, object]) -> tuple[int, int] | None:
-    match settings.get("weight_block_size"):
-        case [int(rows), int(columns)] | (int(rows), int(columns)) if min(rows, columns) > 0:
-            return rows, columns
-    return None
+    found = sizes(settings.get("weight_block_size"), 2)
+    return None if found is None else (found[0], found[1])

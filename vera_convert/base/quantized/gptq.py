@@ -23,7 +23,7 @@ from vera_convert.base.quantized.layer import (
     finite,
     whole,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields
+from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
 LABEL = "GPTQ"
@@ -43,19 +43,22 @@ def dequantized(qweight: Array, zeros: Array, scales: Array, groups: Array, bits
         groups: (in,), the group of each input.
         bits: 4 or 8.
     """
-    codes = fields(np.ascontiguousarray(qweight.T), bits).reshape(qweight.shape[1], -1)
-    values = codes.astype(np.float32)
-    per_output = np.ascontiguousarray(zeros.T.astype(np.float32))
+    words = np.ascontiguousarray(qweight.T)
+    shifts = np.ascontiguousarray(zeros.T.astype(np.float32))
     factors = np.ascontiguousarray(scales.T.astype(np.float32))
+    out = np.empty((len(words), len(groups)), FLOAT16)
     size = _even(groups, len(scales))
-    if size:
-        inner = values.reshape(len(values), len(scales), size)
-        inner -= per_output[:, :, None]
-        inner *= factors[:, :, None]
-    else:
-        values -= np.take(per_output, groups, axis=1)
-        values *= np.take(factors, groups, axis=1)
-    return values.astype(FLOAT16)
+    for part in pieces(*out.shape):
+        values = fields(words[part], bits).reshape(-1, len(groups)).astype(np.float32)
+        if size:
+            inner = values.reshape(len(values), len(scales), size)
+            inner -= shifts[part, :, None]
+            inner *= factors[part, :, None]
+        else:
+            values -= np.take(shifts[part], groups, axis=1, mode="clip")
+            values *= np.take(factors[part], groups, axis=1, mode="clip")
+        out[part] = values
+    return out
 
 
 def _even(groups: Array, count: int) -> int:

@@ -173,6 +173,14 @@ def whole(settings: Mapping[str, object], field_name: str) -> int | None:
     return found if type(found) is int else None
 
 
+def sizes(value: object, count: int) -> tuple[int, ...] | None:
+    """Return a list of `count` whole numbers from 1 up; None if the value is no such list."""
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    found = tuple(each for each in value if type(each) is int and each > 0)
+    return found if len(found) == count else None
+
+
 def filled(values: Mapping[str, object]) -> Iterator[str]:
     """Yield the names of the settings that say something: neither null, nor false, nor empty."""
     for name, value in values.items():

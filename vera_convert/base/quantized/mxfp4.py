@@ -19,7 +19,8 @@ from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MISSING
 
 LABEL = "mxfp4"
 _PAIRS = pair_table(E2M1, high_first=False)
-_READ_BYTES = 1 << 22
+_POWERS = np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32)
+_READ_BYTES = 1 << 18
 
 
 def dequantized(blocks: Array, scales: Array) -> Array:
@@ -30,9 +31,8 @@ def dequantized(blocks: Array, scales: Array) -> Array:
         scales: (..., groups), powers of two, plus 127.
     """
     values = looked_up(np.ascontiguousarray(blocks), _PAIRS)
-    powers = scales.astype(np.int32)[..., None] - 127
-    scaled = np.ldexp(values, powers).astype(BFLOAT16)
-    return scaled.reshape(*scaled.shape[:-2], -1)
+    values *= _POWERS[scales][..., None]  # exact, but for values beyond the range of float32
+    return values.astype(BFLOAT16).reshape(*values.shape[:-2], -1)
 
 
 @dataclass(frozen=True, slots=True)

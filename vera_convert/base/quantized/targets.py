@@ -45,7 +45,7 @@ def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]
 def _what(base: Unpacked) -> str:
     """Return whether the base can be dequantized, in a sentence."""
     if not base.defects:
-        return " `vera-convert merge --dequantize` makes a 16-bit model of this base."
+        return " --dequantize supports this format."
     first, more = base.defects[0], len(base.defects) - 1
     others = f" (and {more:,} more)" if more else ""
-    return f" --dequantize cannot undo that: {first.code} {first.place}: {first.reason}{others}"
+    return f" --dequantize refuses this base: {first.code} {first.place}: {first.reason}{others}"

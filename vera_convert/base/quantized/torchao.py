@@ -20,6 +20,7 @@ from vera_convert.base.quantized.layer import (
     PackedWeight,
     PartReader,
     finite,
+    sizes,
 )
 from vera_convert.base.quantized.packing import FLOAT_OF
 from vera_convert.errors import CheckpointError
@@ -78,20 +79,18 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     kind, data, parts = _said(layer)
     rows, columns = layer.main(QDATA, _CLASSES[kind])
-    block, dtype = data.get("block_size"), _dtype(data.get("dtype"))
+    block, dtype = sizes(data.get("block_size"), 2), _dtype(data.get("dtype"))
     if dtype is None:
         raise layer.error(NOT_DEQUANTIZABLE, QDATA, "the header names no dtype that is known.")
-    match block:
-        case [1, int(width)] if width > 0 and columns % width == 0:
-            shape = rows, columns // width
-        case _:
-            reason = "the header's block_size is no part of one row."
-            raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+    if block is None or block[0] != 1 or columns % block[1]:
+        reason = "the header's block_size is no part of one row."
+        raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+    shape = rows, columns // block[1]
     scale = layer.part(SCALE, SCALE_DTYPES, shape)
     checks: dict[str, Check] = {scale: finite}
     zero = None
     if ZERO in layer.tensors:
-        zero = layer.part(ZERO, ("I8", "I32", *SCALE_DTYPES), shape)
+        zero = layer.part(ZERO, ("I8", "I32"), shape)
         checks[zero] = finite
     known = tuple(rest for rest in (QDATA, SCALE, ZERO) if rest in layer.tensors)
     if {rest.removeprefix("_weight_") for rest in known} != {*parts}:

@@ -7,6 +7,7 @@ Only headers are looked at, and the few small tensors that tell a shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +21,7 @@ from vera_convert.base.quantized.recognize import (
     method_of,
     sections,
 )
-from vera_convert.dtypes import FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
+from vera_convert.dtypes import BITS, FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
 from vera_convert.files.header import TensorInfo
 from vera_convert.rules import NOT_DEQUANTIZABLE, Finding
 from vera_convert.text import printable
@@ -53,6 +54,12 @@ class Unpacked:
     def labels(self) -> tuple[str, ...]:
         """The names of the formats, for people."""
         return tuple(dict.fromkeys(each.label for each in self.formats.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the view."""
+        infos = (tensor.info for tensor in self.view.tensors.values())
+        return sum(math.prod(info.shape) * BITS[info.dtype] // 8 for info in infos)
 
     def stored_name(self, name: str) -> str:
         """Return the tensor of the base that holds the values of a weight of the view."""

@@ -1,0 +1,106 @@
+"""A quantized base with a part that is missing, foreign or misshapen is refused with a code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+from folders import DATA
+
+from vera_convert.base.model import BaseModel, BaseTensor, read_base
+from vera_convert.base.quantized.recognize import layer_of
+from vera_convert.base.quantized.unpack import unpacked
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import HubAccess, Location
+
+FIXTURES = DATA / "quantized"
+NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+CODES = {"V552", "V553", "V554"}
+Change = Callable[[TensorInfo], TensorInfo]
+OPTIONAL = {"g_idx", "weight_format"}
+"""Parts that the libraries do without: in these files, or in any."""
+
+
+def base_of(name: str) -> BaseModel:
+    folder = FIXTURES / name / "base"
+    return read_base(Location("base", folder), HubAccess(offline=True))
+
+
+def parts_of(base: BaseModel) -> tuple[str, ...]:
+    """The parts of the first packed weight."""
+    return next(iter(unpacked(base).weights.values())).parts
+
+
+def with_tensors(base: BaseModel, tensors: Mapping[str, BaseTensor]) -> set[str]:
+    """The codes of what is wrong with a base that has these tensors."""
+    return {finding.code for finding in unpacked(replace(base, tensors=tensors)).defects}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_good_base_is_dequantized_whole(name: str) -> None:
+    base = unpacked(base_of(name))
+    assert base.defects == ()
+    assert len(base.weights) == (2 if "mxfp4" in name else 7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_that_is_missing_is_named(name: str) -> None:
+    base = base_of(name)
+    for part in parts_of(base):
+        rest = {key: tensor for key, tensor in base.tensors.items() if key != part}
+        is_optional = part.rpartition(".")[2] in OPTIONAL and name != "gptq-4bit-v1"
+        found = with_tensors(base, rest)
+        assert (found == set()) if is_optional else (found and found <= CODES), part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_of_another_shape_is_refused(name: str) -> None:
+    base = base_of(name)
+    for part in parts_of(base):
+        tensor = base.tensors[part]
+        shape = tensor.info.shape
+        for other in ((*shape, 1), (*(size + 1 for size in shape), 2)):
+            changed = replace(tensor, info=tensor.info._replace(shape=other))
+            found = with_tensors(base, {**base.tensors, part: changed})
+            assert found, (part, other)
+            assert found <= CODES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_of_another_dtype_is_refused(name: str) -> None:
+    base = base_of(name)
+    for part in parts_of(base):
+        tensor = base.tensors[part]
+        for dtype in ("I64", "U32", "BOOL", "F8_E8M0"):
+            if dtype != tensor.info.dtype:
+                changed = replace(tensor, info=tensor.info._replace(dtype=dtype))
+                found = with_tensors(base, {**base.tensors, part: changed})
+                assert found, (part, dtype)
+                assert found <= CODES
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "rest", ["weight_g_idx", "zero", "weight.absmax", "SCB", "_weight_qdata", "qweight", "foreign"]
+)
+def test_a_part_that_the_format_does_not_have_is_refused(name: str, rest: str) -> None:
+    base = base_of(name)
+    main = next(iter(unpacked(base).weights.values())).main
+    foreign = f"{layer_of(main)[0]}.{rest}"
+    if foreign in base.tensors:
+        return
+    info = TensorInfo(foreign, "F32", (3, 3), 0, 36)
+    found = with_tensors(base, {**base.tensors, foreign: replace(base.tensors[main], info=info)})
+    assert found
+    assert found <= CODES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_configs_that_disagree_are_refused(name: str) -> None:
+    base = base_of(name)
+    section = base.config["quantization_config"]
+    assert isinstance(section, Mapping)
+    part = {"quantization_config": {**section, "quant_method": "hqq", "load_in_4bit": None}}
+    config = {**base.config, "text_config": part}
+    assert {f.code for f in unpacked(replace(base, config=config)).defects} == {"V554"}
