@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from vera_convert import __version__
+from vera_convert.cli.app import program
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -138,6 +139,19 @@ def test_the_readme_names_the_lowest_versions_of_the_extra_torch() -> None:
         (bound,) = requirement.specifier
         name = {"torch": "PyTorch"}.get(requirement.name, requirement.name)
         assert f"{name} {bound.version}" in readme
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| \[?`([\w-]+)`", readme, re.MULTILINE))
+    assert rows == {*program.commands}
+
+
+def test_every_page_that_the_texts_link_to_is_there() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_every_address_leads_to_a_public_page() -> None:

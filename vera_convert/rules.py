@@ -27,7 +27,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of defect: what it is called, why it matters and what to do about it.
+    """One kind of defect, with its title, reason and remedy.
 
     Attributes:
         code: the stable code, such as ``V101``.
