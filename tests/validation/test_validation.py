@@ -72,7 +72,7 @@ def test_a_good_adapter_is_passed_in_silence(good: Path) -> None:
     before = everything(good)
     checked = check(good)
     assert (checked.findings, checked.failure) == ((), None)
-    assert checked.not_checked == ("whether it fits a base: --base MODEL tells.",)
+    assert checked.not_checked == ("the base: give --base MODEL to compare with a base.",)
     assert checked.embedded
     assert checked.draw is not None
     assert checked.draw.variant is Variant.FLOAT32_FUSED
@@ -401,7 +401,7 @@ def test_folders_are_searched(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_adapters_is_no_success(tmp_path: Path) -> None:
-    with pytest.raises(SurroundingsError, match="no adapter lies below"):
+    with pytest.raises(SurroundingsError, match="no adapter was found in"):
         validate([tmp_path], recursive=True)
 
 
@@ -458,7 +458,7 @@ def test_codes_are_selected_and_ignored_by_their_beginnings(good: Path) -> None:
 
 @pytest.mark.parametrize("code", ["", "W1", "V999", "v101"])
 def test_what_is_no_code_is_refused(good: Path, code: str) -> None:
-    with pytest.raises(UsageError, match="no code"):
+    with pytest.raises(UsageError, match="not a code"):
         validate([good], select=[code])
 
 
@@ -483,11 +483,11 @@ def test_settings_are_read_from_the_project(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("x = ", "no TOML"),
-        ("[tool]\nvera-convert.validate = 1", "no table"),
+        ("x = ", "not TOML"),
+        ("[tool]\nvera-convert.validate = 1", "not a table"),
         ("[tool.vera-convert.validate]\nignores = []", "unknown keys ignores"),
         ('[tool.vera-convert.validate]\nignore = "V1"', "list of codes"),
-        ('[tool.vera-convert.validate]\nignore = ["V9"]', "no code"),
+        ('[tool.vera-convert.validate]\nignore = ["V9"]', "not a code"),
         ('[tool.vera-convert.validate]\nfail-on = "note"', "error or warning"),
     ],
 )

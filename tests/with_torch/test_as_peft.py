@@ -465,7 +465,7 @@ def test_values_are_loaded_into_an_adapter_that_is_there(tmp_path: Path) -> None
     assert not torch.equal(says(model), before)
     model.set_adapter("two")
     assert torch.equal(says(model), of_two)
-    with pytest.raises(UsageError, match="of other layers or another rank"):
+    with pytest.raises(UsageError, match="with other layers or another rank"):
         llama(r=3).load_adapter(tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from releases import has
 from safetensors.torch import load_file, save_file
+from theirwarnings import OF_PEFT
 from torch import nn
 
 from vera_convert.conversion.strip_embed import embed, strip
@@ -24,7 +25,8 @@ from vera_convert.summary import info
 from vera_convert.validation.validate import validate
 from vera_convert.with_torch import VeraModel
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn of much
+pytestmark = OF_PEFT
+
 
 if not has("transformers", "5.0"):
     pytest.skip(

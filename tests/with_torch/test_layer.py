@@ -227,7 +227,7 @@ def test_what_would_not_be_finite_is_known_beforehand() -> None:
 
 
 def test_a_quantized_layer_takes_no_merge() -> None:
-    with pytest.raises(UsageError, match="a Quantized layer keeps no float weight"):
+    with pytest.raises(UsageError, match="a Quantized layer has no float weight"):
         wrapped(Quantized()).merge()
 
 

@@ -15,16 +15,15 @@ import transformers
 from merges import merged_with
 from releases import needs, of_transformers
 from safetensors.torch import load_file, save_file
+from theirwarnings import OF_PEFT
 
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.merge import Merge
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:peft",  # of a base that PEFT does not find on the Hub
-    "ignore::FutureWarning:transformers",
-)
+pytestmark = OF_PEFT
+
 
 DECODER = {
     "hidden_size": 16,

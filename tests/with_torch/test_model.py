@@ -143,7 +143,7 @@ def test_attributes_are_the_models() -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda m: m.add_adapter(LLAMA), "has an adapter default already"),
+        (lambda m: m.add_adapter(LLAMA), "already has an adapter default"),
         (lambda m: m.add_adapter(LLAMA, adapter="a.b"), "cannot name an adapter"),
         (lambda m: m.add_adapter(LLAMA, adapter="keys"), "cannot name an adapter"),
         (lambda m: m.add_adapter(LLAMA, adapter="put"), "cannot name an adapter"),
@@ -195,14 +195,14 @@ def test_a_config_is_judged_as_one_in_a_file(config: VeraConfig, message: str) -
 
 def test_two_adapters_cannot_train_the_same_biases() -> None:
     model = bert(replace(WITH_HEAD, bias="vera_only"))
-    with pytest.raises(UsageError, match="cannot both train biases"):
+    with pytest.raises(UsageError, match="only one adapter of a model can train biases"):
         model.add_adapter(replace(WITH_HEAD, bias="all"), adapter="two")
 
 
 def test_two_heads_cannot_both_be_active() -> None:
     model = bert()
     model.add_adapter(WITH_HEAD, adapter="two")
-    with pytest.raises(UsageError, match="default and two each have a classifier"):
+    with pytest.raises(UsageError, match="default and two each bring their own classifier"):
         model.set_adapter("default", "two")
     model.model.classifier.modules_to_save["two"].weight.data += 1
     first = says(model, "bert")

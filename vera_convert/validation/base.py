@@ -1,4 +1,4 @@
-"""What a base makes of an adapter: names, heads, quantized layers, sizes. From headers alone."""
+"""Check an adapter against a base: names, heads, quantized layers, sizes. Reads only headers."""
 
 from __future__ import annotations
 
@@ -42,24 +42,26 @@ from vera_convert.text import printable
 def resolver(
     base_options: BaseOptions, access: HubAccess
 ) -> Callable[[Adapter], tuple[BaseFacts, list[Finding]]]:
-    """Find a base and return what says of an adapter what is known of it there, and what is wrong.
+    """Find a base, and return a function that checks an adapter against the base.
+
+    The function returns the base facts and the findings.
 
     Args:
         base_options: what the caller says of the base; it names one.
         access: how the Hub is reached.
 
     Raises:
-        SurroundingsError: it cannot be had; told once, and not for each adapter.
+        SurroundingsError: the base cannot be read; raised once, and not for each adapter.
     """
     bases = Bases(access)
-    assert base_options.model is not None  # noqa: S101 -- as promised
+    assert base_options.model is not None  # noqa: S101 -- the caller checked
     bases.located(base_options.model, base_options.revision)
 
-    def learned(adapter: Adapter) -> tuple[BaseFacts, list[Finding]]:
+    def resolved(adapter: Adapter) -> tuple[BaseFacts, list[Finding]]:
         base_facts = resolve_base(adapter, base_options, bases=bases, need=Need.NONE)
         return base_facts, [*base_facts.findings, *base_findings(adapter, base_facts)]
 
-    return learned
+    return resolved
 
 
 def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
@@ -75,7 +77,9 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     whole = unpacked(base_facts.base)
     base = whole.view
     if match.strategy != AS_THEY_ARE.name:
-        yield NAMES_RENAMED.at(base.location.label, f"they fit by this: {match.strategy}.")
+        yield NAMES_RENAMED.at(
+            base.location.label, f"they fit after this change: {match.strategy}."
+        )
     yield from _orientation(adapter, match)
     yield from _heads(match, base)
     quantized = [*target_findings(whole, match.tensors.values())]
@@ -90,7 +94,7 @@ def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
     said = adapter.config.fan_in_fan_out
     if all((module in match.conv1d) != said for module in adapter.layers):
         kinds = "Conv1D layers" if match.conv1d else "plain linear layers"
-        reason = f"it is {str(said).lower()}, but these are {kinds}."
+        reason = f"fan_in_fan_out is {str(said).lower()}, but the layers are {kinds}."
         yield ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
 
 
@@ -98,12 +102,12 @@ def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
     for module in match.tensors:
         shared = embedding_of_head(module, match, base)
         if shared is not None:
-            reason = f"the base has {printable(shared)} for both."
+            reason = f"the base uses {printable(shared)} for both."
             yield HEAD_SHARED.at(printable(module), reason)
 
 
 def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
-    """Yield what is wrong with heads, biases and embeddings."""
+    """Yield findings for heads, biases and embeddings."""
     tensors = {tensor.name: tensor for tensor in adapter.replacements}
     try:
         targets = match_replacements(tensors, match, base)
@@ -122,7 +126,7 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
 
 
 def _rows(adapter: Adapter, base: BaseModel) -> int | None:
-    """Return the rows of the embedding: those that the adapter brings, or else the base's."""
+    """Return the rows of the adapter's embedding, or else of the base's."""
     for tensor in adapter.replacements:
         module = replaced_name(tensor.name).rpartition(".")[0]
         if is_embedding(module) and len(tensor.shape) == 2:
@@ -131,9 +135,9 @@ def _rows(adapter: Adapter, base: BaseModel) -> int | None:
 
 
 def _tokens(adapter: Adapter, rows: int | None) -> Iterator[Finding]:
-    """Yield a finding if the adapter's own tokenizer has more tokens than the embedding rows."""
+    """Yield a finding if the adapter's tokenizer has more tokens than the embedding has rows."""
     folder = adapter.folder
-    names = side_files(folder).copied if folder.is_dir() else ()  # what a merge would take
+    names = side_files(folder).copied if folder.is_dir() else ()  # the files that a merge copies
     with ExitStack() as opened:
         try:
             sources = {

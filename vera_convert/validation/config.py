@@ -1,4 +1,4 @@
-"""What a well-formed config says that will not do everywhere."""
+"""Check a well-formed config for values that some releases or users cannot use."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vera_convert.text import printable
 def config_findings(
     config: VeraConfig, unsound: Collection[str] = frozenset()
 ) -> Iterator[Finding]:
-    """Yield what the fields of a config say of the base, and what some releases trip over.
+    """Yield findings for the fields that name the base, and for fields that some releases reject.
 
     Args:
         config: the config.
-        unsound: names of fields that have been found wrong already.
+        unsound: the names of fields that are already known to be wrong.
     """
     name = config.base_model_name_or_path
     if {"base_model_name_or_path", "revision"} & {*unsound}:
@@ -36,10 +36,10 @@ def config_findings(
     elif not name:
         yield BASE_UNNAMED.in_file(CONFIG_NAME, "base_model_name_or_path is empty.")
     elif not is_repo_id(name):
-        reason = f"base_model_name_or_path is {printable(name)}, which is no repo on the Hub."
+        reason = f"base_model_name_or_path is {printable(name)}, which is not a repo on the Hub."
         yield BASE_IS_PATH.in_file(CONFIG_NAME, reason)
     elif config.revision is not None and not is_revision(config.revision):
-        reason = f"revision is {printable(config.revision)}, which git allows for no revision."
+        reason = f"revision is {printable(config.revision)}, which is not a valid revision in git."
         yield REVISION_INVALID.in_file(CONFIG_NAME, reason)
     elif config.revision is None:
         yield REVISION_MISSING.in_file(CONFIG_NAME, f"revision is null; the base is {name}.")
@@ -49,24 +49,27 @@ def config_findings(
 
 def _by_version(config: VeraConfig) -> Iterator[str]:
     if isinstance(config.layers_pattern, tuple) and config.layers_pattern:
-        yield "layers_pattern is a list; PEFT 0.13 and earlier take a text alone."
+        yield "layers_pattern is a list; PEFT 0.13 and earlier accept only a text."
     if config.layers_pattern and config.layers_to_transform in (0, ()):
         yield (
-            "layers_to_transform is 0 or empty beside a layers_pattern; PEFT 0.14 to 0.20 take it "
-            "for missing and refuse the adapter."
+            "layers_to_transform is 0 or empty, with a layers_pattern; PEFT 0.14 to 0.20 read this "
+            "as missing and refuse the adapter."
         )
     if config.bias not in ("none", "all", "vera_only"):
-        yield f"bias is {printable(config.bias)}; PEFT before 0.18 knows none, all and vera_only."
+        yield (
+            f"bias is {printable(config.bias)}; PEFT before 0.18 accepts only none, all and "
+            "vera_only."
+        )
 
 
 def undeclared_embeddings(
     config: VeraConfig, replacements: Iterable[TensorData]
 ) -> Iterator[Finding]:
-    """Yield a note for each embedding or head that PEFT saved by itself: it overwrites the base's.
+    """Yield a note for each embedding or head that PEFT saved and the config does not declare.
 
     Args:
         config: the config.
-        replacements: the tensors that replace the base's.
+        replacements: the tensors that replace tensors of the base.
     """
     implied = SAVED_BY_TASK.get(config.task_type or "", ())
     saved = SavedModules((*(config.modules_to_save or ()), *implied))

@@ -1,4 +1,4 @@
-"""What lies in an adapter's folder beside its config and weights."""
+"""Check the other files in an adapter's folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
 
 def folder_findings(folder: Path) -> Iterator[Finding]:
-    """Yield what is wrong with the files beside an adapter.
+    """Yield findings for the other files in an adapter's folder.
 
     Raises:
         SurroundingsError: a subfolder cannot be listed.
@@ -38,14 +38,16 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
     sides = side_files(folder)
     for name in sides.outside:
         if name in (CONFIG_NAME, WEIGHTS_NAME):
-            continue  # told for itself
-        yield LINK_NOT_CARRIED.in_file(printable(name), "it leads out of the folder, or nowhere.")
+            continue  # reported by the reader
+        yield LINK_NOT_CARRIED.in_file(
+            printable(name), "it leads out of the folder, or to no file."
+        )
     yield from _left_out(sides.left_out, place)
     yield from _unread_weights(sides.copied, place)
 
 
 def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
-    """Yield what the names of a repo's files tell, relative to the adapter, with ``/``."""
+    """Yield findings for the names of a repo's files, relative to the adapter, with ``/``."""
     pickled = sorted(
         name for name in names if name.startswith("adapter_model.") and is_pickle(name)
     )
@@ -63,7 +65,7 @@ def _is_dropped(name: str, modules: Collection[str]) -> bool:
 
 
 def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
-    """Yield a note on what a training run left, and one on what came from elsewhere."""
+    """Yield a note on files of a training run, and a note on foreign files."""
     names = [name for name in names if not name.startswith("adapter_model.bin")]
     for rule, chosen in (
         (TRAINING_STATE, [name for name in names if is_training_state(name)]),
@@ -74,7 +76,7 @@ def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
 
 
 def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
-    """Yield a note on weights that no PEFT reads, but for modules with a config of their own."""
+    """Yield a note on weights that no PEFT reads, except modules with a config of their own."""
     folders = module_folders(names)
     unread = [
         name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders

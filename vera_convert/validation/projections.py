@@ -72,7 +72,7 @@ def stripped_findings(
         yield unproven_draw(config, reason, place=WEIGHTS_NAME)
         return
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):
-        return  # told when it was read
+        return  # reported by the reader
     unfit = [*unfit_dims(fingerprint, base_facts, place=WEIGHTS_NAME)]
     yield from unfit
     found = None if unfit else mismatch(config, fingerprint, base_facts)

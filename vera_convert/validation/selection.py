@@ -1,4 +1,4 @@
-"""Which findings count: chosen by code on the command line, or in ``pyproject.toml``."""
+"""Select findings by code, on the command line or in ``pyproject.toml``."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _NO_KEYS = re.compile(
     r"""|"(?:[^"\\\n]|\\.?)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
     re.DOTALL,
 )
-"""Texts and comments; what does not end goes to the end, so that each letter is read once."""
+"""Texts and comments. A text without an end reaches to the end, so each letter is read once."""
 _DEEP_KEY = re.compile(rf"(?:\.[\w-]*+){{{_MOST_DOTS + 1}}}", re.ASCII)
-"""A key such as ``a.b.c`` with more dots; tomllib takes memory with the square of their number."""
+"""A key such as ``a.b.c`` with too many dots; tomllib's memory grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What ``[tool.vera-convert.validate]`` says.
+    """The settings of ``[tool.vera-convert.validate]``.
 
     Attributes:
-        select: the only codes that count, or beginnings of codes; empty means all.
-        ignore: codes that do not.
-        fail_on: the severity that fails a call; None where it is not said.
+        select: codes, or beginnings of codes, that count; empty means all.
+        ignore: codes, or beginnings of codes, that do not count.
+        fail_on: the lowest severity that fails a call; None if it is not set.
     """
 
     select: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Settings:
 
 
 def read_settings(start: Path) -> Settings:
-    """Read the settings from the nearest ``pyproject.toml`` at `start` or above that has them.
+    """Read the settings from the nearest ``pyproject.toml`` with settings, at or above `start`.
 
     Raises:
         UsageError: the table has unknown keys, values or codes.
@@ -58,10 +58,10 @@ def read_settings(start: Path) -> Settings:
 
 
 def _table_of(path: Path) -> dict[str, Any] | None:
-    """Return our table of a project's file; None if there is no such file, or no such table."""
+    """Return the settings table of a project's file; None without the file or the table."""
     if not path.is_file():
         return None
-    import tomllib  # most projects have no such file where adapters lie
+    import tomllib  # folders of adapters rarely have such a file
 
     place = printable(str(path))
     try:
@@ -74,13 +74,13 @@ def _table_of(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise unreadable(place, error) from error
     except (ValueError, RecursionError) as error:  # also for an integer of 4,301 digits
-        raise UsageError(f"{place} is no TOML: {printable(str(error))}.") from error
+        raise UsageError(f"{place} is not TOML: {printable(str(error))}.") from error
     for name in _TABLE:
         found = found.get(name) if isinstance(found, dict) else None
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise UsageError(f"{place}: {'.'.join(_TABLE)} is no table.")
+        raise UsageError(f"{place}: {'.'.join(_TABLE)} is not a table.")
     return found
 
 
@@ -92,34 +92,34 @@ def _settings(table: dict[str, Any], place: str) -> Settings:
     lists = {name: table.get(name, []) for name in ("select", "ignore")}
     for name, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(code, str) for code in value):
-            raise UsageError(f"{place}: {name} has to be a list of codes.")
+            raise UsageError(f"{place}: {name} must be a list of codes.")
         check_codes(value, place=place)
     fail_on = table.get("fail-on")
     if fail_on not in (None, "error", "warning"):
-        raise UsageError(f"{place}: fail-on has to be error or warning.")
+        raise UsageError(f"{place}: fail-on must be error or warning.")
     severity = None if fail_on is None else Severity(fail_on)
     return Settings(tuple(lists["select"]), tuple(lists["ignore"]), severity)
 
 
 def check_codes(codes: Iterable[str], *, place: str = "") -> None:
-    """Raise `UsageError` for what is neither a code nor the beginning of one."""
+    """Raise `UsageError` for a text that is neither a code nor the beginning of a code."""
     before = f"{place}: " if place else ""
     for code in codes:
         if not code or not any(known.startswith(code) for known in CATALOG):
             from difflib import get_close_matches
 
             near = get_close_matches(code, CATALOG, 1) if len(code) > 3 else []
-            hint = f" Was {near[0]} meant?" if near else ""
+            hint = f" Did you mean {near[0]}?" if near else ""
             raise UsageError(
-                f'{before}"{printable(code)}" is no code; --rules lists them, and V2 means all '
-                f"that begin so.{hint}"
+                f'{before}"{printable(code)}" is not a code. --rules lists the codes; V2 means all '
+                f"codes that begin with V2.{hint}"
             )
 
 
 def selected(
     findings: Iterable[Finding], *, select: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Finding, ...]:
-    """Return the findings that count, in the order of their codes and then as they were met."""
+    """Return the selected findings, by code and then in the order in which they were found."""
     chosen = (
         finding
         for finding in dict.fromkeys(findings)

@@ -1,7 +1,7 @@
-"""The config's targets held against the layers that the file adapts, without a base.
+"""Compare the config's targets with the adapted layers of the file, without a base.
 
-The names of the file are those that the config was matched against when the adapter was trained,
-so that each of them has to match again, in whatever release loads it.
+The config matched the layers of the file when the adapter was trained, so each layer must match
+again, in every release of PEFT that loads the adapter.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from vera_convert.targets.matching import NEWEST, is_all_linear, matching
 from vera_convert.text import printable
 
 RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}
-"""The releases whose rules differ from the newest, by how they are called."""
+"""The releases whose rules differ from the newest rules, by name."""
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 
 
 TARGET_FIELDS = frozenset(
     ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
 )
-"""The fields that decide which layers are meant."""
+"""The fields that select the layers."""
 
 
 def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -> Iterator[Finding]:
-    """Yield how targets and adapted layers disagree, and how releases of PEFT read the targets.
+    """Yield how targets and adapted layers disagree, and how releases of PEFT disagree.
 
     Args:
         config: the config; its targets may be names or a regular expression.
         layers: paths of the adapted layers.
-        alone: whether there is no base, which tells better what the targets match.
+        alone: whether no base is known; a base shows better which layers the targets match.
     """
     targets = config.target_modules
     if not layers or targets is None or is_all_linear(targets):
@@ -59,8 +59,8 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
         yield TARGETS_MATCH_NOTHING.in_file(CONFIG_NAME, f"{reason}{printable(layers[0])}, none.")
     elif alone and unmatched:
         reason = (
-            f"its targets match {len(newest)} of the {len(layers)} layers that the file adapts; "
-            f"PEFT leaves out {printable(unmatched[0])}."
+            f"the targets match {len(newest)} of the {len(layers)} adapted layers; PEFT leaves out "
+            f"{printable(unmatched[0])}."
         )
         yield TARGETS_DISAGREE.in_file(CONFIG_NAME, reason)
     if not isinstance(targets, str):
@@ -71,9 +71,9 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
 def _by_version(
     config: VeraConfig, layers: Sequence[str], newest: Sequence[str]
 ) -> Iterator[Finding]:
-    """Yield a finding where another release adapts other layers of the file.
+    """Yield a finding if another release adapts other layers of the file.
 
-    They differ in how they read a layer's number alone; modules_to_save has no part in it.
+    Releases differ only in how they read a layer's number; modules_to_save does not matter.
     """
     if config.layers_to_transform is None:
         return
@@ -83,7 +83,7 @@ def _by_version(
         try:
             found = matching(layers, alone, peft=version)
         except CheckpointError:
-            continue  # told with the newest
+            continue  # reported with the newest rules
         if len(found) < len(layers) and {*found} != {*newest}:
             differing[release] = len(found)
     if differing:
@@ -100,17 +100,17 @@ def _not_stored(
     stored = {target for layer in layers for target in endings.of(layer)}
     for target in dict.fromkeys(targets):
         if target not in stored and not saved & {*target.split(".")}:
-            reason = f"target_modules names {printable(target)}, no layer of the file is called so."
+            reason = f"target_modules names {printable(target)}, and no layer of the file has it."
             yield TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
 
 
 def uneven_findings(config: VeraConfig, layers: Iterable[str]) -> Iterator[Finding]:
-    """Yield a note for each target that is adapted in fewer layers of a stack than another.
+    """Yield a note for each target that is adapted in fewer layers of a stack than another target.
 
-    Only a base tells whether all of the stack's layers have the target.
+    Only a base shows whether all layers of the stack have the target.
 
     Args:
-        config: the config; layers that it lists by full name are left out.
+        config: the config; layers that the config lists by full name are left out.
         layers: paths of the adapted layers.
     """
     listed = {*(config.target_modules or ())}

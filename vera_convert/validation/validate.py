@@ -1,8 +1,8 @@
-"""validate: every way in which adapters are wrong, each finding with its code, at once.
+"""validate: find every error of an adapter at once, each with its code.
 
     files ─► config ─► tensors ─► targets ─► values ─► projections ─► base (headers alone)
 
-What a step needs and the steps before could not read is told as not checked, and not guessed.
+If an earlier step could not read the input of a step, the step is reported as not checked.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ from vera_convert.validation.validation import Checked, Validation
 from vera_convert.validation.values import value_findings
 
 Resolve = Callable[[Adapter], tuple[BaseFacts, list[Finding]]]
-"""Says what is known of the base of an adapter, and what is wrong with the adapter on it."""
+"""Returns the base facts for an adapter, and the findings for the adapter on the base."""
 
 _REMOTE = Path(os.devnull, "on-the-hub")
-"""The folder of an adapter that was not fetched; nothing can lie there."""
+"""The folder of an adapter that was not fetched; it cannot exist."""
 
 
 def validate(
@@ -78,23 +78,23 @@ def validate(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Validation:
-    """Find everything that is wrong with adapters; nothing is written and no base is guessed.
+    """Find every error of adapters, without writing a file or guessing a base.
 
     Args:
         adapters: one or several: folders, files of an adapter (which stand for their folder), or
             repos on the Hub, of which only config and header are read.
-        base: the model to hold them against, by its headers; None holds them against none.
+        base: the base to compare with, by its headers; None for no base.
         recursive: search the folders for adapters.
-        deep: fetch the weights of repos too, and draw what a fingerprint promises.
-        select: the only codes that count, or beginnings of codes; none means all.
-        ignore: codes that do not count.
-        fail_on: from which severity on the call fails.
-        revision: the adapters', on the Hub.
+        deep: also fetch the weights of repos, and prove fingerprints by drawing A and B.
+        select: codes, or beginnings of codes, that count; empty means all.
+        ignore: codes, or beginnings of codes, that do not count.
+        fail_on: the lowest severity that fails the call.
+        revision: the branch, tag or commit of the adapters on the Hub.
         access: how the Hub is reached.
 
     Raises:
-        UsageError: an unknown code, or a name that can be no adapter's.
-        SurroundingsError: the base cannot be had, or there is no adapter in a searched folder.
+        UsageError: a code is unknown, or an adapter's name is malformed.
+        SurroundingsError: the base cannot be read, or a searched folder holds no adapter.
 
     Example:
         >>> found = validate("adapter", base="base")
@@ -112,7 +112,7 @@ def validate(
     access = optional(instance, "access", HubAccess, access) or HubAccess()
     resolve_base: Resolve | None = None
     if base_options.model is not None:
-        from vera_convert.validation.base import resolver  # takes as long to load as all the rest
+        from vera_convert.validation.base import resolver  # takes half of the loading time
 
         resolve_base = resolver(base_options, access)
     checked = [
@@ -125,11 +125,11 @@ def validate(
 
 
 def _chosen(checked: Checked, select: Sequence[str], ignore: Sequence[str]) -> Checked:
-    """Return an adapter with the findings that count; that others are errors is told."""
+    """Return an adapter with its selected findings; hidden errors are mentioned."""
     kept = selected(checked.findings, select=select, ignore=ignore)
     hidden = {f.code for f in {*checked.findings}.difference(kept) if f.severity is Severity.ERROR}
-    said = f"errors that are not selected: {', '.join(sorted(hidden))}."
-    not_checked = (*checked.not_checked, said) if hidden else checked.not_checked
+    note = f"errors that are not selected: {', '.join(sorted(hidden))}."
+    not_checked = (*checked.not_checked, note) if hidden else checked.not_checked
     return replace(checked, findings=kept, not_checked=not_checked, has_hidden_errors=bool(hidden))
 
 
@@ -137,7 +137,7 @@ def _chosen(checked: Checked, select: Sequence[str], ignore: Sequence[str]) -> C
 
 
 def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str | Checked]:
-    """Yield each adapter once, by its folder or its name on the Hub; or why it cannot be read."""
+    """Yield each adapter once, by its folder or its repo, or why a folder cannot be read."""
     seen: set[str] = set()
     for adapter in adapters:
         text = str(adapter)
@@ -145,7 +145,7 @@ def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str |
             text = str(Path(text))  # ./a and a/ are a
         elif Path(text).name in (CONFIG_NAME, WEIGHTS_NAME):
             text = str(Path(text).parent)
-            if not Path(text).is_dir():  # nor is it asked for on the Hub
+            if not Path(text).is_dir():  # never a repo on the Hub
                 absent = SurroundingsError(f"there is no folder {printable(text)}.")
                 yield Checked(printable(text), text, failure=absent)
                 continue
@@ -167,7 +167,7 @@ def _below(tree: Path, unreadable: dict[str, VeraConvertError]) -> list[str]:
         )
     found = [str(tree / name) for name in adapters_below(tree, unreadable=unreadable)]
     if not found and not unreadable:
-        raise SurroundingsError(f"no adapter lies below {printable(str(tree))}.")
+        raise SurroundingsError(f"no adapter was found in {printable(str(tree))} and its folders.")
     return found
 
 
@@ -175,8 +175,8 @@ def _below(tree: Path, unreadable: dict[str, VeraConvertError]) -> list[str]:
 
 
 @dataclass(slots=True)
-class _Told:
-    """What is to be told of one adapter, as it is found."""
+class _Result:
+    """The result for one adapter while it is checked."""
 
     findings: list[Finding] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
@@ -187,15 +187,15 @@ class _Told:
     failure: VeraConvertError | None = None
     other_method: str | None = None
 
-    def step(self, what: str, find: Callable[[], Iterable[Finding]]) -> None:
-        """Add what a step finds; that it could not be taken is told, and stops no other."""
+    def step(self, step: str, find: Callable[[], Iterable[Finding]]) -> None:
+        """Add the findings of a step; record a failed step, and continue."""
         try:
             self.findings += find()
         except CheckpointError as error:
             self.findings += error.findings
         except SurroundingsError as error:
             self.failure = self.failure or error
-            self.not_checked.append(f"{what}: {error}")
+            self.not_checked.append(f"{step}: {error}")
 
 
 def _checked(
@@ -207,42 +207,42 @@ def _checked(
     deep: bool,
     revision: str | None,
 ) -> Checked:
-    """Check one adapter; that it cannot be had is a result as well."""
+    """Check one adapter; an unreadable adapter is a result, too."""
     label, remote = printable(named), False
-    told = _Told()
+    result = _Result()
     try:
         location = locate(named, kind="adapter", access=access, revision=revision)
         label = location.label
         remote = location.folder is None
         if deep and remote:
             location = fetch_weights(location, access)
-        with _examined(location, access, told) as (examined, sources):
+        with _examined(location, access, result) as (examined, sources):
             if examined.other_method is not None:
-                told.findings, told.other_method = [], examined.other_method.method
-            told.findings += examined.findings
+                result.findings, result.other_method = [], examined.other_method.method
+            result.findings += examined.findings
             if examined.other_method is None:
-                told.embedded = _is_embedded(examined)
-                _check(examined, location, base_options, resolve_base, told, deep=deep)
-            told.read = _bytes_read(sources) if remote else None
+                result.embedded = _is_embedded(examined)
+                _check(examined, location, base_options, resolve_base, result, deep=deep)
+            result.read = _bytes_read(sources) if remote else None
     except CheckpointError as error:
-        told.findings += error.findings
+        result.findings += error.findings
     except SurroundingsError as error:
         if isinstance(error.__cause__, PermissionError):
-            told.findings.append(FILE_UNREADABLE.at(label, str(error)))
-            told.not_checked.append("whatever stands in what cannot be read.")
+            result.findings.append(FILE_UNREADABLE.at(label, str(error)))
+            result.not_checked.append("the contents of unreadable files.")
         else:
-            told.failure = error
+            result.failure = error
     return Checked(
         label=label,
         path=None if remote else named,
-        findings=tuple(_placed(finding, named) for finding in told.findings),
-        draw=told.draw,
-        embedded=told.embedded,
-        base=told.base,
-        not_checked=tuple(told.not_checked),
-        bytes_read=told.read,
-        failure=told.failure,
-        other_method=told.other_method,
+        findings=tuple(_placed(finding, named) for finding in result.findings),
+        draw=result.draw,
+        embedded=result.embedded,
+        base=result.base,
+        not_checked=tuple(result.not_checked),
+        bytes_read=result.read,
+        failure=result.failure,
+        other_method=result.other_method,
     )
 
 
@@ -255,14 +255,14 @@ def _placed(finding: Finding, named: str) -> Finding:
 
 @contextmanager
 def _examined(
-    location: Location, access: HubAccess, told: _Told
+    location: Location, access: HubAccess, result: _Result
 ) -> Iterator[tuple[Examined, tuple[ByteSource, ...]]]:
-    """Open an adapter in its folder; or on the Hub, where its config and header alone are read."""
+    """Open an adapter in its folder, or on the Hub, where only config and header are read."""
     if location.folder is not None:
         with examined_folder(location.folder) as examined:
             yield examined, ()
         return
-    told.findings += names_findings(adapter_files(location, access), place=location.label)
+    result.findings += names_findings(adapter_files(location, access), place=location.label)
     with (
         open_remote(location, CONFIG_NAME, access) as config,
         open_remote(location, WEIGHTS_NAME, access) as weights,
@@ -275,7 +275,7 @@ def _bytes_read(sources: Sequence[ByteSource]) -> int:
 
 
 def _is_embedded(examined: Examined) -> bool | None:
-    """Say whether A and B are stored; None where no name tells."""
+    """Return whether A and B are stored; None if no name shows this."""
     names = examined.file.header.tensors if examined.file is not None else ()
     if A_NAME in names:
         return True
@@ -288,69 +288,69 @@ def _check(
     location: Location,
     base_options: BaseOptions,
     resolve_base: Resolve | None,
-    told: _Told,
+    result: _Result,
     *,
     deep: bool,
 ) -> None:
-    """Run every check for which enough could be read."""
+    """Run every check whose input could be read."""
     config, file, folder = examined.config, examined.file, location.folder
     layers = examined.sorted.layers if examined.sorted is not None else {}
-    base_facts = _on_base(examined, base_options, resolve_base, told)
+    base_facts = _on_base(examined, base_options, resolve_base, result)
     if folder is not None:
-        told.step("the files beside the weights", lambda: folder_findings(folder))
+        result.step("the other files", lambda: folder_findings(folder))
     if config is not None:
-        told.step("the config", lambda: config_findings(config, examined.unsound))
+        result.step("the config", lambda: config_findings(config, examined.unsound))
         if examined.sorted is not None:
-            told.findings += undeclared_embeddings(config, examined.sorted.replacements)
+            result.findings += undeclared_embeddings(config, examined.sorted.replacements)
         if examined.unsound.isdisjoint(TARGET_FIELDS):
             if examined.adapter is not None and base_facts.base is None:
-                told.findings += uneven_findings(config, layers)
-            told.step(
+                result.findings += uneven_findings(config, layers)
+            result.step(
                 "the targets",
                 lambda: target_findings(config, [*layers], alone=base_facts.base is None),
             )
     if folder is None:
-        told.not_checked.append("values, and whether A and B are a draw: --deep fetches them.")
+        result.not_checked.append("values, and the source of A and B: --deep fetches the weights.")
     elif file is not None and layers:
         found = value_ranges(file)
         is_float16 = base_facts.rounding is Rounding.FP16
-        told.findings += value_findings(
+        result.findings += value_findings(
             file, config, [*layers.values()], found, on_float16=is_float16
         )
     if config is None or examined.sorted is None:
         return
     if "projection_prng_key" in examined.unsound or "save_projection" in examined.unsound:
-        told.not_checked.append("whether A and B are a draw: mend the config first.")
+        result.not_checked.append("the source of A and B: fix the config first.")
         return
     here = folder is not None
-    told.step(
+    result.step(
         "A and B",
-        lambda: _projection_findings(config, examined, base_facts, told, here=here, deep=deep),
+        lambda: _projection_findings(config, examined, base_facts, result, here=here, deep=deep),
     )
 
 
 def _on_base(
-    examined: Examined, base_options: BaseOptions, resolve_base: Resolve | None, told: _Told
+    examined: Examined, base_options: BaseOptions, resolve_base: Resolve | None, result: _Result
 ) -> BaseFacts:
-    """Return what is known of the base, and tell what is wrong with an adapter on it."""
+    """Return the base facts, and add the findings for an adapter on the base."""
     known = (
         BaseFacts() if base_options.dtype is None else loaded_in(BaseFacts(), base_options.dtype)
     )
     adapter = examined.adapter
     if resolve_base is None:
-        told.not_checked.append("whether it fits a base: --base MODEL tells.")
+        result.not_checked.append("the base: give --base MODEL to compare with a base.")
         return known
     if adapter is None:
-        told.not_checked.append("the base: mend the errors first.")
+        result.not_checked.append("the base: fix the errors first.")
         return known
 
     def find() -> list[Finding]:
         nonlocal known
         known, findings = resolve_base(adapter)
-        told.base = known.source
+        result.base = known.source
         return findings
 
-    told.step("the base", find)
+    result.step("the base", find)
     return known
 
 
@@ -358,35 +358,37 @@ def _projection_findings(
     config: VeraConfig,
     examined: Examined,
     base_facts: BaseFacts,
-    told: _Told,
+    result: _Result,
     *,
     here: bool,
     deep: bool,
 ) -> Iterator[Finding]:
-    """Hold A and B against draws: stored ones, if their values may be read, or what was dropped."""
-    assert examined.sorted is not None  # noqa: S101 -- the caller looked
+    """Compare stored A and B, or a fingerprint, with draws."""
+    assert examined.sorted is not None  # noqa: S101 -- the caller checked
     stored, fingerprint = examined.sorted.projections, examined.fingerprint
     if stored is None and not config.save_projection:
-        told.draw = fingerprint.draw if fingerprint else None
+        result.draw = fingerprint.draw if fingerprint else None
         yield from stripped_findings(config, fingerprint, base_facts)
         if fingerprint is not None and (deep or fingerprint.is_small):
             from vera_convert.conversion.transforms import prove
 
             prove(fingerprint, place=WEIGHTS_NAME)
         elif fingerprint is not None:
-            told.not_checked.append("that what is drawn has the recorded hashes: --deep draws it.")
+            result.not_checked.append(
+                "the hashes of the fingerprint: --deep draws A and B to prove the hashes."
+            )
     elif stored is not None and here and _are_unfit(stored, config):
-        told.not_checked.append("whether A and B are a draw: mend their errors first.")
+        result.not_checked.append("the source of A and B: fix their errors first.")
     elif stored is not None and here:
         pair = recognized(config, stored)
-        told.draw = pair.draw
-        # Without a lambda under its proper name, nothing is known of the layers' heights.
+        result.draw = pair.draw
+        # Without a lambda under its proper name, the layers' outputs are unknown.
         tallest = examined.sorted.longest_b or stored.B.shape[0]
         yield from stored_findings(config, pair, base_facts, tallest=tallest)
 
 
 def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
-    """Say whether A and B cannot be compared with a draw: the wrong shape, type or size."""
+    """Return whether shape, dtype or size of A and B rule out a comparison with draws."""
     pair = (stored.A, stored.B)
     return (
         any(len(tensor.shape) != 2 or 0 in tensor.shape for tensor in pair)

@@ -1,4 +1,4 @@
-"""The result of a validation as data; what formats are made of it lies in `formats`."""
+"""Define the result of a validation; `formats` writes it in each format."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from vera_convert.text import short_repr
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One adapter and what was found.
+    """The findings of one adapter.
 
     Attributes:
-        label: how its user named it, with the commit on the Hub; printable.
-        path: its folder as it was given, with ``/``; None for a repo on the Hub.
-        findings: in the order of the catalog, those that were not selected left out.
-        draw: which draw its A and B are, stored or by the fingerprint; None where that is not
-            known, or there is none.
-        embedded: whether A and B are stored; None where the file cannot be read.
-        base: the base that it was held against; empty if there was none.
-        not_checked: what could not be looked at, and why; one sentence each.
-        bytes_read: what was read of a repo on the Hub; None for a folder.
-        failure: why something of it could not be read: all of it, if there are no findings.
+        label: the name of the adapter as the caller gave it, with the commit on the Hub; printable.
+        path: the folder as it was given, with ``/``; None for a repo on the Hub.
+        findings: the selected findings, in the order of the catalog.
+        draw: the draw that A and B equal, stored or by the fingerprint; None if unknown.
+        embedded: whether A and B are stored; None if the file cannot be read.
+        base: the base that the adapter was compared with; empty without a base.
+        not_checked: the checks that could not be made, and why; one sentence each.
+        bytes_read: how many bytes of a repo on the Hub were read; None for a folder.
+        failure: why a file of the adapter could not be read; None if all could.
         has_hidden_errors: whether errors were found that are not selected.
-        other_method: what the adapter is instead of VeRA, such as ``LORA``; nothing but its config
-            was looked at.
+        other_method: the method of an adapter other than VeRA, such as ``LORA``; only its config
+            was checked.
     """
 
     label: str
@@ -47,17 +46,17 @@ class Checked:
 
     @property
     def is_passed_over(self) -> bool:
-        """Whether it is of another method, and the finding that says so is not selected."""
+        """Whether the adapter is of another method, and no selected finding says so."""
         return self.other_method is not None and not self.findings
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What was found in every adapter of one call.
+    """The findings of all adapters of one call.
 
     Attributes:
-        adapters: in the order in which they were named, or found in a folder.
-        fail_on: the severity from which on a finding fails the call.
+        adapters: the adapters, in the order of the call, or in which they were found in a folder.
+        fail_on: the lowest severity that fails the call.
     """
 
     adapters: tuple[Checked, ...]
@@ -76,12 +75,12 @@ class Validation:
 
     @property
     def passed(self) -> bool:
-        """Whether everything was read and nothing found that fails the call."""
+        """Whether everything was read, and no finding fails the call."""
         return self.status == 0
 
     @property
     def status(self) -> int:
-        """The exit status: 1 where a finding fails the call, else that of a failure to read."""
+        """The exit status: 1 if a finding fails the call, else the status of a failure to read."""
         failing = (Severity.ERROR, self.fail_on)
         if any(finding.severity in failing for finding in self.findings):
             return 1

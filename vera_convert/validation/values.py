@@ -1,4 +1,4 @@
-"""What the values of an adapter's tensors say: that it was not trained, or was damaged."""
+"""Check the values of an adapter's tensors for signs of damage or of missing training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vera_convert.rules import (
 from vera_convert.text import printable
 
 LARGEST = 1e6
-"""Trained vectors come to tens at most, drawn matrices to one."""
+"""Trained vectors reach tens at most, and drawn matrices one."""
 LEAST = 1e-12
 LARGEST_FLOAT16 = 65504.0
 
@@ -34,13 +34,13 @@ def value_findings(
     *,
     on_float16: bool,
 ) -> Iterator[Finding]:
-    """Yield what is wrong with values, and what they say of the training.
+    """Yield findings for wrong values, and for signs of missing training.
 
     Args:
         file: the adapter's weights.
-        config: its config, if it can be read.
-        layers: its layers, as far as they are sound.
-        found: the value_ranges of the file's tensors.
+        config: the config; None if it cannot be read.
+        layers: the layers without errors.
+        found: the value ranges of the file's tensors.
         on_float16: whether the base is loaded in float16.
     """
     errors = [*value_errors(file, found)]
@@ -65,35 +65,35 @@ def _absurd(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Findi
 
 
 def _least(dtype: str) -> float:
-    """Return the magnitude that the values of trained and of drawn tensors do not stay below."""
+    """Return the smallest plausible largest value of a trained or drawn tensor."""
     return max(LEAST, 2.0 ** PRECISION[dtype].lowest)
 
 
 def _untrained(
     layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, starts_at_one: bool
 ) -> Iterator[Finding]:
-    """Yield a finding where vectors are as they began: in all layers a warning, in some a note."""
+    """Yield a warning if the vectors of all layers are untrained, and a note for some layers."""
     b = [found[layer.lambda_b.name] for layer in layers]
     d = [found[layer.lambda_d.name] for layer in layers]
     if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
         reason = "every lambda_b is one, as before training where init_weights is false."
         yield UNTRAINED.in_file(WEIGHTS_NAME, reason)
-    for what, vectors in (("lambda_b", b), ("lambda_d", d)):
+    for vector, vectors in (("lambda_b", b), ("lambda_d", d)):
         zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]
         if len(zero) == len(layers):
-            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {what} is zero.")
+            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {vector} is zero.")
         elif zero:
             example = printable(zero[0].module)
-            reason = f"{what} is, in {len(zero)} of {len(layers)}, such as {example}."
+            reason = f"{vector} is zero in {len(zero)} of {len(layers)} layers, such as {example}."
             yield LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
 
 
 def _overflow(
     layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, on_float16: bool
 ) -> Iterator[Finding]:
-    """Warn where the vectors take a product in float16 beyond its range.
+    """Yield a warning if the vectors can take a product in float16 beyond its range.
 
-    A and B are bounded by what is stored or, where they are drawn, by one.
+    Stored A and B give the bound; drawn A and B are bounded by one.
     """
     A = found[A_NAME].magnitude if A_NAME in found else 1.0
     B = found[B_NAME].magnitude if B_NAME in found else 1.0
@@ -103,6 +103,6 @@ def _overflow(
         b, d = (found[tensor.name].magnitude for tensor in (layer.lambda_b, layer.lambda_d))
         rank = layer.lambda_d.shape[0]
         if max(d * A, b * B, rank * b * B * d * A) > LARGEST_FLOAT16:
-            what = "the base is loaded in float16" if on_float16 else "both are float16"
-            reason = f"the largest of b is {b:.3g}, of d {d:.3g}; {what}."
+            dtype = "the base is loaded in float16" if on_float16 else "both are in float16"
+            reason = f"the largest of b is {b:.3g}, of d {d:.3g}; {dtype}."
             yield PRODUCT_OVERFLOWS.at(printable(layer.module), reason)

@@ -1,4 +1,4 @@
-"""The adapters of a wrapped model: added, loaded, made active, and deleted."""
+"""Add, load, activate and delete the adapters of a wrapped model."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vera_convert.with_torch.saving import DEFAULT
 
 
 class Adapters(PeftMethods):
-    """What a `VeraModel` does with its adapters; its attributes are described there."""
+    """The adapters of a `VeraModel`, whose docstring describes the attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Adapters(PeftMethods):
         self.configs: dict[str, VeraConfig] = {}
         self.active: tuple[str, ...] = ()
         self.findings: dict[str, tuple[Finding, ...]] = {}
-        self._brought: dict[str, set[str]] = {}  # embeddings that came with an adapter
+        self._brought: dict[str, set[str]] = {}  # embeddings that an adapter brought
 
     @takes_pefts_names
     def add_adapter(
@@ -60,19 +60,19 @@ class Adapters(PeftMethods):
         variant: Variant = Variant.FLOAT32_FUSED,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add a new adapter. It is not active yet, and adds nothing while its b is zero.
+        """Add a new adapter, not yet active. An adapter with a zero b has no effect.
 
         Args:
-            config: which layers, which rank, which key. A ``VeraConfig`` of PEFT will do.
-            adapter: its name. PEFT's order, the name first, works too.
-            variant: how A and B are drawn. PEFT takes what the machine's CPU and torch's default
-                dtype make of the key, which nearly everywhere is float32-fused.
-            autocast_adapter_dtype: keep d, b, A and B in float32 if the layers are kept in 16
-                bits; otherwise they have the layers' dtype.
+            config: the layers, the rank, the key. PEFT's ``VeraConfig`` works too.
+            adapter: the name. PEFT's order, the name first, works too.
+            variant: the variant of the generator that draws A and B. PEFT's variant depends on
+                the CPU and on torch's default dtype, and is float32-fused nearly everywhere.
+            autocast_adapter_dtype: keep d, b, A and B in float32 even if the layers are in 16
+                bits; otherwise use the layers' dtype.
 
         Raises:
             CheckpointError: a field of the config has no valid value, or it matches no layer.
-            UsageError: the name is taken or is none, or what is named cannot be adapted or saved.
+            UsageError: the name is taken or invalid, or a named layer cannot be adapted or saved.
             SurroundingsError: the model is on the meta device.
         """
         if isinstance(config, str):
@@ -98,32 +98,33 @@ class Adapters(PeftMethods):
         access: HubAccess | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter in PEFT's format, as PEFT 0.21 loads it. It is not active yet.
+        """Load an adapter in PEFT's format, as PEFT 0.21 does, without making the adapter active.
 
-        A and B that are stored are used as they are, others are drawn and rounded for this model.
-        Biases and embeddings that the adapter brings replace the model's own for good. If the model
-        has an adapter of this name, its values are replaced, and its optimizer stays valid.
+        Stored A and B are used unchanged; otherwise A and B are drawn, and rounded for this model.
+        Biases and embeddings of the adapter replace the model's own permanently. If the model has
+        an adapter of this name, its values are replaced, and its optimizer stays valid.
 
         Args:
             folder: the adapter's, or a repo on the Hub.
-            adapter: the name to give it.
-            trainable: whether gradients flow to it already; if not, the whole model is put into
+            adapter: the name to give the adapter.
+            trainable: whether gradients flow to the adapter; if not, the whole model is put into
                 eval mode, as in PEFT.
-            config: used instead of the one in the folder, which must be of the same rank.
-            projections: which A and B are meant where file, flag and key disagree.
-            variant: how A and B are drawn where they are not stored and no fingerprint says it.
-            rounding: what they are then rounded to; None for what the dtypes of the layers do.
-            key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules; one that
-                fits all layers is used where they do not fit as they are.
+            config: a config of the same rank to use instead of the folder's.
+            projections: the source of A and B if file, flag and key disagree.
+            variant: the variant of the generator, if A and B are not stored and no fingerprint
+                names the variant.
+            rounding: the rounding of drawn A and B; None to derive it from the layers' dtypes.
+            key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules. If the
+                names do not fit, the first pair with which all layers fit is used.
             revision: the adapter's, on the Hub.
             access: how the Hub is reached.
             autocast_adapter_dtype: see `add_adapter`.
 
         Raises:
             CheckpointError: the adapter is malformed, or does not fit the model.
-            UsageError: the name cannot be one; the adapter of this name has other layers; stored
-                projections are meant and not there.
-            SurroundingsError: a file or a repo fails, or the model is on the meta device.
+            UsageError: the name is invalid, the adapter of this name has other layers, or stored
+                projections are required and missing.
+            SurroundingsError: a file or a repo cannot be read, or the model is on the meta device.
         """
         projections = one_of("projections", ProjectionSource, projections)
         variant = None if variant is None else one_of("variant", Variant, variant)
@@ -151,10 +152,10 @@ class Adapters(PeftMethods):
             self.eval()
 
     def delete_adapter(self, adapter: str) -> None:
-        """Forget an adapter. Biases and embeddings that it brought stay in the model.
+        """Delete an adapter. Biases and embeddings that the adapter brought stay in the model.
 
-        If no other is active, the first of those that are left becomes active, as in PEFT, and is
-        trained if the deleted one was. Without any, the layers do what the frozen ones do.
+        If no other adapter is active, the first remaining adapter becomes active, as in PEFT, and
+        trainable if the deleted adapter was. Without adapters, the model computes like the base.
 
         Raises:
             UsageError: there is no such adapter, or something is merged.
@@ -187,20 +188,19 @@ class Adapters(PeftMethods):
         trainable: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Make these adapters active, no others, and let gradients flow to them alone of adapters.
+        """Make only these adapters active and, unless told otherwise, trainable.
 
-        Parameters of the model that no adapter trains are left as they are, frozen or not.
+        Parameters of the model that no adapter trains stay as they are, frozen or not.
 
         Args:
-            adapters: their names, or one list of them, in the order in which what they add is
-                summed.
-            trainable: whether gradients flow at all: to d and b, and to what modules_to_save and
-                bias name.
-            inference_mode: PEFT's word for the opposite.
+            adapters: names, or one list of names, in the order in which branches are added.
+            trainable: whether gradients flow to d and b, and to the modules and biases that
+                modules_to_save and bias name.
+            inference_mode: PEFT's word for the opposite of `trainable`.
 
         Raises:
-            UsageError: there is no such adapter, something is merged, or two of them would each
-                put a module of their own in one place.
+            UsageError: there is no such adapter, an adapter is merged, or two of the adapters
+                replace the same module.
         """
         listed = ([each] if isinstance(each, str) else each for each in adapters)
         names = tuple(dict.fromkeys(chain.from_iterable(listed)))
@@ -212,7 +212,7 @@ class Adapters(PeftMethods):
             self.let_train(name, name in names and trainable and not inference_mode)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer is to change: the parameters that gradients flow to."""
+        """Return the parameters for an optimizer, to which gradients flow."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     # ---------------------------------------------------------------------------------------------
@@ -226,13 +226,13 @@ class Adapters(PeftMethods):
         return trained_tensors(self.model, adapter, bias=self.configs[adapter].bias)
 
     def let_train(self, adapter: str, trainable: bool) -> None:  # noqa: FBT001
-        """Let gradients flow to all that an adapter trains, or stop them."""
+        """Let gradients flow to all parameters that an adapter trains, or stop the gradients."""
         for tensor in self._trained(adapter).values():
-            if isinstance(tensor, nn.Parameter):  # a whole module has buffers too
+            if isinstance(tensor, nn.Parameter):  # whole modules also have buffers
                 tensor.requires_grad_(trainable)
 
     def _place(self, adapter: str, contents: Contents, *, widened: bool) -> None:
-        """Put the parts of an adapter where they belong, or change nothing if that cannot be."""
+        """Add the tensors and modules of an adapter, or change nothing if one does not fit."""
         config = contents.config
         self._check_new(adapter, config)
         whole = named_in(config, self.model)
@@ -252,16 +252,16 @@ class Adapters(PeftMethods):
             self.model.get_submodule(path).add(adapter)
         self.configs[adapter] = config
         self.findings[adapter] = contents.findings
-        self.let_train(adapter, False)  # noqa: FBT003 -- until it is active
+        self.let_train(adapter, False)  # noqa: FBT003 -- until the adapter is active
 
     def _refill(self, adapter: str, contents: Contents) -> None:
-        """Give an adapter that is there the values of a stored one of the same layers and rank."""
+        """Replace an adapter's values by those of a stored adapter of the same layers and rank."""
         self.refuse_merged("an adapter is loaded")
         layers = {p: layer for p, layer in self._layers() if adapter in layer.vera_lambda_d}
         if layers.keys() != contents.vectors.keys() or contents.config.r != self.configs[adapter].r:
             raise UsageError(
-                f"this model has an adapter {adapter} of other layers or another rank: load this "
-                "one by another name, or delete the other first."
+                f"this model has an adapter {adapter} with other layers or another rank: load this "
+                "adapter by another name, or delete the other adapter first."
             )
         with torch.no_grad():
             for path, layer in layers.items():
@@ -273,7 +273,7 @@ class Adapters(PeftMethods):
         self.findings[adapter] = contents.findings
 
     def _replace(self, adapter: str, contents: Contents) -> None:
-        """Give the model's own parameters the values that came with an adapter."""
+        """Replace the values of the model's own parameters by those that an adapter brings."""
         trained = {replaced_name(key): value for key, value in self._trained(adapter).items()}
         targets = own_tensors(self.model) | trained
         with torch.no_grad():
@@ -291,33 +291,33 @@ class Adapters(PeftMethods):
         return layer
 
     def _check_new(self, adapter: str, config: VeraConfig) -> None:
-        """Refuse an adapter that this model cannot take beside what it has."""
+        """Refuse an adapter that does not fit the model's other adapters."""
         holders = (nn.ParameterDict(), nn.ModuleDict(), self.vera_A)
         if adapter in self.configs:
-            raise UsageError(f"this model has an adapter {adapter} already.")
+            raise UsageError(f"this model already has an adapter {adapter}.")
         usual = re.fullmatch(r"[A-Za-z0-9_-]+", adapter)
         if not usual or any(hasattr(holder, adapter) for holder in holders):
             raise UsageError(
                 f'"{printable(adapter)}" cannot name an adapter: use letters, digits, _ and -, '
-                "and no word that torch has another use for."
+                "and no attribute of torch's containers."
             )
         if config.bias != "none" and any(other.bias != "none" for other in self.configs.values()):
             raise UsageError(
-                "two adapters of one model cannot both train biases: there is one of each."
+                "only one adapter of a model can train biases: the model has one of each."
             )
         self.refuse_merged("an adapter is added")
 
     def require_known(self, adapters: Iterable[str]) -> None:
-        """Raise `UsageError` for a name that no adapter of this model has."""
+        """Raise `UsageError` if the model lacks one of these adapters."""
         for name in adapters:
             if name not in self.configs:
                 raise UsageError(
-                    f"this model has no adapter {printable(name)}, but "
+                    f"this model has no adapter {printable(name)}. It has "
                     f"{', '.join(self.configs) or 'none'}."
                 )
 
     def refuse_merged(self, before: str) -> None:
-        """Raise `UsageError` if anything is merged."""
+        """Raise `UsageError` if an adapter is merged."""
         merged = next((layer.merged for _, layer in self._layers() if layer.merged), ())
         if merged:
             raise UsageError(f"{', '.join(merged)} is merged: call unmerge() before {before}.")

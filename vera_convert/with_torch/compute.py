@@ -1,4 +1,4 @@
-"""The sums of a merge on a GPU: block after block goes there and comes back."""
+"""Compute the sums of a merge on a GPU, block by block."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def on_gpu(name: str) -> Device:
         name: ``cuda``, or ``cuda:1`` for the second one.
 
     Raises:
-        UsageError: it is no name of a GPU.
-        SurroundingsError: there is none that PyTorch can use.
+        UsageError: the name is not that of a GPU.
+        SurroundingsError: PyTorch has no such GPU.
     """
     try:
         device = torch.device(name)
@@ -44,7 +44,7 @@ def on_gpu(name: str) -> Device:
 
 
 def on_device(device: torch.device) -> Device:
-    """Return any device of torch as one of a merge."""
+    """Return a device of torch as a device of a merge."""
     torch.set_float32_matmul_precision("highest")
 
     def multiply(left: Array, right: Array) -> Array:
@@ -68,7 +68,7 @@ class _DeviceWorkspace(Workspace):
         self._operands: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _prepare(self, tensor: Sum) -> None:
-        """Bring over the vectors, and scale the operand that all blocks of the tensor share."""
+        """Copy the vectors to the device, and scale the operand that all blocks share."""
         self._prepared, self._operands = None, []
         dtype, width = _torch_dtype(tensor.working), tensor.shape[1]
         for term in tensor.terms:
@@ -83,23 +83,23 @@ class _DeviceWorkspace(Workspace):
         self._prepared = tensor
 
     def _matrix(self, array: Array, dtype: torch.dtype) -> Tensor:
-        """Return A or B there; each comes over once."""
+        """Return A or B on the device; each is copied once."""
         key = (id(array), dtype)
         if key not in self._matrices:
             self._matrices[key] = to_tensor(array).to(self._device).to(dtype)
         return self._matrices[key]
 
     def _sum(
-        self, tensor: Sum, rows: slice, stored: Array, written: Array, looked_at: slice
+        self, tensor: Sum, rows: slice, stored: Array, written: Array, sampled: slice
     ) -> tuple[Array, bool]:
         total = to_tensor(stored).to(self._device).to(_torch_dtype(tensor.working))
-        change = torch.zeros_like(total[looked_at])
+        change = torch.zeros_like(total[sampled])
         for vector, matrix, shared in self._operands:
             if tensor.conv1d:
                 delta = (vector[:, None] * matrix[:, rows]).T @ shared.T
             else:
                 delta = (vector[rows, None] * matrix[rows]) @ shared
-            change += delta[looked_at]
+            change += delta[sampled]
             total += delta
         if tensor.written.itemsize < 4:
             total = total.float()

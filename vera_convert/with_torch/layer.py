@@ -12,9 +12,9 @@ where b and d are the diagonal matrices Λ_b and Λ_d. A and B are drawn once fo
 the width of its widest adapted layers: a layer with fewer inputs or outputs uses the leading
 columns of A and the leading rows of B. Only d and b are trained.
 
-The branch computes in the dtype of d and b, which is float32 also where W is kept in 16 bits. As in
-PEFT, the sum is cast to the dtype that the frozen layer gives, and then to the dtype of x: under
-autocast the two differ. Nothing here knows of configs, files or whole models.
+The branch computes in the dtype of d and b, which is float32 even if W is in 16 bits. As in PEFT,
+the sum is cast to the dtype of the frozen layer's output, and then to the dtype of x; under
+autocast the two differ. This module knows no configs, files or whole models.
 """
 
 # mypy: allow-subclassing-any
@@ -40,11 +40,13 @@ def linear_of(module: nn.Module) -> Linear | None:
     """Return the dims of a layer that VeRA can adapt; None for any other module.
 
     As in PEFT, the class decides: ``torch.nn.Linear``, the ``Conv1D`` of transformers, the
-    quantized layers of `QUANTIZED`, and subclasses of these. A module that only has the attributes
+    quantized layers of `QUANTIZED`, and their subclasses. Another module with the attributes
     ``in_features`` and ``out_features`` may compute something else, or store its weight transposed.
     """
     if type(module) is NonDynamicallyQuantizableLinear:
-        return None  # of nn.MultiheadAttention, which reads its weight and never calls it
+        return (
+            None  # nn.MultiheadAttention reads the weight of this layer and never calls the layer
+        )
     if _is_a(module, _CONV1D):
         inputs, outputs = module.weight.shape
         return Linear(int(outputs), int(inputs), conv1d=True)
@@ -60,43 +62,48 @@ QUANTIZED = (
     ("eetq", "EetqLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
 )
-"""Module and class of quantized layers that PEFT adapts and that are no ``nn.Linear`` themselves.
+"""Module and class of the quantized layers that PEFT adapts and that do not subclass ``nn.Linear``.
 
-The layers of bitsandbytes and torchao are.
+The layers of bitsandbytes and torchao are subclasses of ``nn.Linear``.
 """
 
 
 def _is_a(module: nn.Module, name: tuple[str, str]) -> bool:
-    """Tell whether a module is of a class that another library defines, without loading it."""
+    """Return whether a module is of another library's class, without importing the library."""
     library, kind = name
-    defined = getattr(sys.modules.get(library), kind, None)  # not loaded: nobody has made one
+    defined = getattr(
+        sys.modules.get(library), kind, None
+    )  # not imported: no object of the class exists
     return isinstance(defined, type) and isinstance(module, defined)
 
 
 DENSE = tuple(getattr(torch, name) for name in FLOAT_NAMES)
-"""The dtypes of weights that are not quantized."""
+"""The dtypes of weights without quantization."""
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype | None:
-    """Return the dtype that a layer computes in, wrapped or not; None if its weight tells none."""
+    """Return the dtype that a layer computes in, wrapped or not; None if unknown."""
     layer = getattr(layer, "base_layer", layer)
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
-    return dtype if dtype in DENSE else getattr(layer, "compute_dtype", None)  # of 4-bit layers
+    return (
+        dtype if dtype in DENSE else getattr(layer, "compute_dtype", None)
+    )  # 4-bit layers have this
 
 
-def check_has_values(tensor: Tensor, what: str) -> None:
+def check_has_values(tensor: Tensor, name: str) -> None:
     """Raise `SurroundingsError` for a tensor on the meta device."""
     if tensor.is_meta:
         raise SurroundingsError(
-            f"{what} is on the meta device, so it has no values. Load the model's weights before "
-            "it is wrapped, and never move it to that device."
+            f"{name} is on the meta device and has no values. Load the model's weights before "
+            "wrapping the model, and do not move the model to the meta device."
         )
 
 
 class SharedMatrix(nn.Module):
-    """A, or B, of each adapter: frozen buffers by the adapter's name, read by all layers.
+    """The A, or the B, of each adapter: frozen buffers by the adapter's name, read by all layers.
 
-    It is a part of the model, not of every layer. Adapters with equal matrices hold one tensor.
+    The matrix is a part of the model, not of each layer. Adapters with equal matrices share a
+    tensor.
     """
 
     def put(self, adapter: str, matrix: Tensor) -> None:
@@ -105,14 +112,14 @@ class SharedMatrix(nn.Module):
         self._pool()
 
     def drop(self, adapter: str) -> None:
-        """Forget the matrix of an adapter."""
+        """Remove the matrix of an adapter."""
         del self._buffers[adapter]
 
     def like(self, adapter: str, x: Tensor, rows: int | None, columns: int | None) -> Tensor:
-        """Return the leading rows and columns of an adapter's matrix, as `x` is: device and dtype.
+        """Return the leading rows and columns of an adapter's matrix, like `x` in device and dtype.
 
-        A converted copy is not kept: training could not use one that was made in inference mode,
-        and none would follow a change of the matrix. A copy of what one layer uses costs little.
+        No converted copy is kept: training cannot use a copy made in inference mode, and a copy
+        misses changes of the matrix. Copying the slice of one layer costs little.
 
         Raises:
             SurroundingsError: the model was moved to the meta device, which keeps no values.
@@ -123,15 +130,15 @@ class SharedMatrix(nn.Module):
         return matrix[:rows, :columns].to(x)
 
     def _pool(self) -> None:
-        """Let adapters with equal matrices hold one tensor."""
+        """Let adapters with equal matrices share a tensor."""
         kept: list[Tensor] = []
         for adapter, matrix in self._buffers.items():
             same = (other for other in kept if _are_equal(other, matrix))
             self._buffers[adapter] = next(same, matrix)
             kept.append(self._buffers[adapter])
 
-    # torch moves and loads buffers one by one, which would give each adapter a tensor of its own,
-    # or one adapter's values to another.
+    # torch moves and loads buffers one by one, which would separate shared tensors, or give one
+    # adapter's values to another adapter.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: ANN401, FBT001, FBT002
         super()._apply(fn, recurse)
@@ -145,7 +152,7 @@ class SharedMatrix(nn.Module):
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors can stand for each other; on the meta device nobody can know."""
+    """Return whether two tensors are interchangeable; on the meta device this is unknown: False."""
     return (
         (one.device, one.dtype, one.shape) == (other.device, other.dtype, other.shape)
         and not one.is_meta
@@ -154,7 +161,7 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _largest(values: Tensor) -> float:
-    """Return the largest absolute value; NaN if one is NaN."""
+    """Return the largest absolute value; NaN if any value is NaN."""
     if not values.numel():
         return 0.0
     low, high = values.aminmax()
@@ -165,12 +172,12 @@ class VeraLinear(nn.Module):
     """A linear layer with the VeRA branches of any number of adapters.
 
     Attributes:
-        base_layer: the frozen layer; its own forward is called.
+        base_layer: the frozen layer, whose forward is called.
         vera_lambda_d: d by adapter, of shape (r,).
         vera_lambda_b: b by adapter, of shape (out,).
-        dropout: probability by adapter, for the branch's input in training.
+        dropout: by adapter, the dropout probability for the branch's input in training.
         active: the adapters whose branches are added, in this order.
-        merged: those whose D is contained in W; then the branches rest.
+        merged: the adapters whose D is merged into W; with any of these, no branch is added.
     """
 
     def __init__(self, base_layer: nn.Module, vera_A: SharedMatrix, vera_B: SharedMatrix) -> None:
@@ -184,20 +191,20 @@ class VeraLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = dims.in_features, dims.out_features
         self.conv1d = dims.conv1d
-        self.vera_lambda_b = nn.ParameterDict()  # first, as in PEFT: so optimizers number them
+        self.vera_lambda_b = nn.ParameterDict()  # first, as in PEFT: optimizers number parameters
         self.vera_lambda_d = nn.ParameterDict()
         self.dropout: dict[str, float] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self._shared = (vera_A, vera_B)  # in a tuple, so that they do not become modules of its own
+        self._shared = (vera_A, vera_B)  # in a tuple, so that no submodules are registered
 
     def add(
         self, adapter: str, d: Tensor, b: Tensor, *, dropout: float = 0.0, widened: bool = True
     ) -> None:
-        """Give the layer copies of an adapter's vectors d (r,) and b (out,), not active yet.
+        """Add copies of an adapter's vectors d (r,) and b (out,) to the layer, not yet active.
 
-        The copies lie on the frozen layer's device. Their dtype is that of W, and at least float32
-        if they are `widened`.
+        The copies are on the frozen layer's device, in the dtype of W; `widened` copies are at
+        least in float32.
         """
         dtype = weight_dtype(self.base_layer) or torch.float32
         held = chain(self.base_layer.parameters(), self.base_layer.buffers())
@@ -207,15 +214,15 @@ class VeraLinear(nn.Module):
         }
         self.vera_lambda_d[adapter] = nn.Parameter(d.to(**place, copy=True))
         self.vera_lambda_b[adapter] = nn.Parameter(b.to(**place, copy=True))
-        self.dropout[adapter] = dropout if dropout > 0 else 0.0  # NaN is none, as in PEFT
+        self.dropout[adapter] = dropout if dropout > 0 else 0.0  # NaN means no dropout, as in PEFT
 
     def remove(self, adapter: str) -> None:
-        """Take an adapter's vectors out of the layer, if there are any; it is not active then."""
+        """Remove an adapter's vectors, if the layer has any, and deactivate the adapter."""
         if adapter in self.vera_lambda_d:
             del self.vera_lambda_d[adapter], self.vera_lambda_b[adapter], self.dropout[adapter]
         self.active = tuple(name for name in self.active if name != adapter)
 
-    # Models ask their layers for these, to resolve_base a dtype or a device.
+    # Models read these attributes of their layers, to learn a dtype or a device.
 
     @property
     def weight(self) -> Any:  # noqa: ANN401 -- a quantized layer may have none
@@ -236,7 +243,7 @@ class VeraLinear(nn.Module):
         for adapter in self.active:
             branch = self._branch(adapter, x)
             in_place = torch.promote_types(branch.dtype, y.dtype) == branch.dtype
-            y = branch.add_(y) if in_place else branch + y  # neither is needed for gradients
+            y = branch.add_(y) if in_place else branch + y  # gradients need neither
         return y.to(dtype).to(x.dtype)
 
     def _branch(self, adapter: str, x: Tensor) -> Tensor:
@@ -246,10 +253,10 @@ class VeraLinear(nn.Module):
         y = functional.linear(d * functional.linear(x, A), B)
         if torch.is_grad_enabled() or y.dtype != b.dtype:
             return b * y
-        return y.mul_(b)  # the gradient of b alone would need y as it was
+        return y.mul_(b)  # only the gradient of b needs the old y
 
     def _slices(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) of this layer where `x` is, and in its dtype."""
+        """Return this layer's A (r, in) and B (out, r), in the device and dtype of `x`."""
         A, B = self._shared
         return A.like(adapter, x, None, self.in_features), B.like(
             adapter, x, self.out_features, None
@@ -264,7 +271,7 @@ class VeraLinear(nn.Module):
             return (b[:, None] * B) @ (d[:, None] * A)
 
     def merge(self, adapters: tuple[str, ...] | None = None) -> None:
-        """Add the D of each of these adapters in turn to W; None stands for the active ones.
+        """Add the D of each of these adapters to W, in turn; None means the active adapters.
 
         Each sum is rounded once, to W's dtype.
 
@@ -279,28 +286,28 @@ class VeraLinear(nn.Module):
         self.merged = chosen
 
     def unmerge(self) -> None:
-        """Subtract what was merged, last first. W comes back but for rounding, not bit for bit."""
+        """Subtract the merged D, the last first. W is restored up to rounding, not bit for bit."""
         if self.merged:
             self._add_to_weight(self.dense_weight(), self.merged[::-1], sign=-1)
         self.merged = ()
 
     def merges_finite(self, adapters: tuple[str, ...] | None = None) -> bool:
-        """Tell whether every value of W would be finite after `merge` of these adapters.
+        """Return whether every value of W would be finite after `merge` of these adapters.
 
-        A bound of the sum's largest value nearly always tells, without the sum. If the bound is too
-        high, the sum is computed, in a copy of W.
+        A bound on the largest value of the sum nearly always suffices. If the bound is too high,
+        the sum is computed in a copy of W.
         """
         chosen = self.active if adapters is None else adapters
         weight = self.dense_weight()
-        room = float(torch.finfo(weight.dtype).max) / 2 - _largest(weight)
-        if sum(self._largest_delta(adapter) for adapter in chosen) < room:  # false for NaN
+        limit = float(torch.finfo(weight.dtype).max) / 2 - _largest(weight)
+        if sum(self._largest_delta(adapter) for adapter in chosen) < limit:  # false for NaN
             return True
         weight = weight.clone()
         self._add_to_weight(weight, chosen)
         return bool(weight.isfinite().all())
 
     def _largest_delta(self, adapter: str) -> float:
-        """Return a bound of D's values and of all that are computed on the way to them."""
+        """Return a bound on the values of D and on all intermediate values."""
         d, b = self.vera_lambda_d[adapter].detach(), self.vera_lambda_b[adapter].detach()
         left, right = (
             _largest(vector) * _largest(matrix)
@@ -310,15 +317,15 @@ class VeraLinear(nn.Module):
         return bound
 
     def dense_weight(self) -> Tensor:
-        """Return W, if something can be merged into it; raises as `merge` does."""
+        """Return W for a merge; raise as `merge` does if nothing can be merged."""
         weight: Any = getattr(self.base_layer, "weight", None)
         shape = (self.out_features, self.in_features)
         shape = shape[::-1] if self.conv1d else shape
         if getattr(weight, "dtype", None) not in DENSE or tuple(weight.shape) != shape:
             kind = type(self.base_layer).__name__
             raise UsageError(
-                f"a {kind} layer keeps no float weight of shape {shape} (it may be quantized): "
-                "nothing can be merged into it."
+                f"a {kind} layer has no float weight of shape {shape}, so nothing can be merged. "
+                "The layer may be quantized."
             )
         check_has_values(weight, "a weight to merge into")
         return weight.detach()
@@ -326,7 +333,7 @@ class VeraLinear(nn.Module):
     def _add_to_weight(self, weight: Tensor, adapters: tuple[str, ...], *, sign: int = 1) -> None:
         for adapter in adapters:
             delta = self.delta(adapter)
-            # Into 16 bits this adds in float32 and rounds the sum: once, not D first.
+            # For a W in 16 bits, torch adds in float32 and rounds only the sum.
             weight.add_(delta.T if self.conv1d else delta, alpha=sign)
 
     def extra_repr(self) -> str:

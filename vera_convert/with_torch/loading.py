@@ -1,11 +1,10 @@
-"""What an adapter puts into a model: made for a new one, or read from PEFT's format.
+"""Make the tensors of a new adapter, or read the tensors of a stored adapter, for a model.
 
     config ── complete ──► targets ── draw A and B, round ──► first d and b ─┐
                                                                              ├──► Contents
-    folder ── read ──► hold against the model ──► A and B in effect ─────────┘
+    folder ── read ──► compare with the model ──► A and B in effect ─────────┘
 
-Values pass through the dtypes of the layers that they are for, as in PEFT, so that both hold the
-same to the last bit.
+Values pass through the dtypes of their layers, as in PEFT, so that both are bit-equal.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ class Contents:
     """An adapter that fits a model.
 
     Attributes:
-        config: as it is to be saved.
+        config: the config, as it is saved.
         vectors: d (r,) and b (out,) by the path of the layer, in the model's order.
         A: (r, max_in or more).
         B: (max_out or more, r).
-        replacements: values by the model's own name of the parameter that they replace.
-        findings: what its user should know.
+        replacements: values for the model's own parameters, by the parameter's name in the model.
+        findings: warnings and notes.
     """
 
     config: VeraConfig
@@ -75,7 +74,7 @@ class Contents:
 
 
 def _rounding(layers: Iterable[nn.Module]) -> Rounding:
-    """Return what the dtypes of adapted layers, in their order, do to drawn values."""
+    """Return the rounding of drawn values by the dtypes of the adapted layers, in order."""
     dtypes = dict.fromkeys(weight_dtype(layer) for layer in layers)
     casts = [_CASTS[dtype] for dtype in dtypes if dtype in _CASTS]
     if casts:
@@ -87,11 +86,11 @@ def _rounding(layers: Iterable[nn.Module]) -> Rounding:
 
 
 def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> Contents:
-    """Return what training of a new adapter begins with.
+    """Return the initial tensors of a new adapter.
 
     Raises:
-        CheckpointError: a field of the config has no valid value, or it matches no layer.
-        UsageError: it names what cannot be adapted, or a module to save that is not there.
+        CheckpointError: a field of the config has an invalid value, or the config matches no layer.
+        UsageError: the config names a layer that cannot be adapted, or a missing module to save.
     """
     layers = layers_of(model)
     config = _completed(config, model, layers)
@@ -121,10 +120,10 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
 
 
 def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> VeraConfig:
-    """Return a config with what PEFT fills in when it wraps a model.
+    """Return a config with the fields that PEFT fills in when it wraps a model.
 
     Raises:
-        CheckpointError: a field has a value that PEFT cannot work with, or no targets are known.
+        CheckpointError: a field has a value that PEFT does not accept, or no targets are known.
     """
     config = parse_config(config_text(config), place=type(config).__name__).config
     described = {
@@ -143,7 +142,7 @@ def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> Ver
 
 
 def _condensed(config: VeraConfig, model: nn.Module) -> tuple[str, ...] | str | None:
-    """Return target_modules as PEFT saves it: a list of 20 names or more as suffixes."""
+    """Return target_modules as PEFT saves the field: 20 or more names become suffixes."""
     targets = config.target_modules
     if targets is None or isinstance(targets, str):
         return targets
@@ -157,7 +156,7 @@ def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
 
 
 def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) -> None:
-    """Refuse targets that cannot be adapted and modules to save that are not there."""
+    """Refuse targets that cannot be adapted, and modules to save that the model lacks."""
     modules = {path: module for path, module in modules_of(model) if path}
     unfit = matching([path for path in modules if path not in linear], config)
     if unfit:
@@ -177,12 +176,12 @@ def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) 
 def _first_vectors(
     config: VeraConfig, outputs: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the d (r,) and b (out,) that training begins with, as a layer of this dtype has them.
+    """Return the initial d (r,) and b (out,) for a layer of this dtype.
 
-    The layer keeps them in float32, but values that came through 16 bits.
+    The layer keeps float32 vectors, with values rounded to its dtype.
     """
-    d = torch.randn(config.r, dtype=torch.float32)  # in any case, as in PEFT: what is drawn next
-    b = torch.ones(outputs, dtype=torch.float32)  # shall be the same
+    d = torch.randn(config.r, dtype=torch.float32)  # always, as in PEFT: later draws must agree
+    b = torch.ones(outputs, dtype=torch.float32)
     if config.init_weights:
         d.fill_(config.d_initial)
         b.zero_()
@@ -204,21 +203,21 @@ def stored_contents(
 ) -> Contents:
     """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
 
-    Unlike PEFT it refuses an adapter of which a part would find no place in the model.
+    Unlike PEFT, refuse an adapter if any of its tensors has no place in the model.
 
     Args:
-        folder: the adapter's.
-        model: the model that it is to adapt; layers can be wrapped already.
-        config: used instead of the folder's.
-        projections: which A and B are meant where file, flag and key disagree.
-        variant: the generator's variant, where A and B are drawn and no fingerprint names it.
-        rounding: what drawn values are rounded to; None for what the layers' dtypes do to them.
-        key_map: pairs (OLD, NEW); one that brings all layers to the model's is used where their
-            own names do not.
+        folder: the folder of the adapter.
+        model: the model to adapt; its layers can be wrapped already.
+        config: a config to use instead of the folder's.
+        projections: the source of A and B if file, flag and key disagree.
+        variant: the variant of the generator, if A and B are drawn and no fingerprint names it.
+        rounding: the rounding of drawn values; None to derive it from the layers' dtypes.
+        key_map: pairs (OLD, NEW). If the names do not fit the model, the first pair with which all
+            layers fit is used.
 
     Raises:
         CheckpointError: the adapter is malformed, or does not fit the model.
-        UsageError: stored projections are meant and there are none; `config` has another rank.
+        UsageError: stored projections are required and missing, or `config` has another rank.
         SurroundingsError: a file cannot be read.
     """
     layers = layers_of(model)
@@ -240,7 +239,7 @@ def stored_contents(
             )
             raise CheckpointError(PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
         for _ in adapter.layers:
-            torch.randn(adapter.config.r)  # PEFT draws d before it reads it: see `_first_vectors`
+            torch.randn(adapter.config.r)  # PEFT draws d before reading d: see `_first_vectors`
         return Contents(
             config=replace(adapter.config, modules_to_save=_saved_whole(adapter.config)),
             vectors={
@@ -267,7 +266,7 @@ def _with_config(adapter: Adapter, config: VeraConfig | None) -> Adapter:
     given = parse_config(config_text(config), place=type(config).__name__)
     if given.config.r != adapter.config.r:
         raise UsageError(
-            f"the given config has r={given.config.r}, and the adapter's vectors are of rank "
+            f"the given config has r={given.config.r}, and the adapter's vectors have rank "
             f"{adapter.config.r}."
         )
     if given.config.save_projection and adapter.projections is None:
@@ -279,7 +278,7 @@ def _with_config(adapter: Adapter, config: VeraConfig | None) -> Adapter:
 
 
 def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str, str]]) -> Adapter:
-    """Return the adapter with its paths brought to the model's by the first pair that can do it."""
+    """Return the adapter with paths renamed by the first pair with which all layers fit."""
     if all(path in layers.linear for path in adapter.layers):
         return adapter
     for old, new in key_map:
@@ -294,7 +293,7 @@ def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str,
 
 
 def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[str, Linear]:
-    """Return the model's layers that the adapter has vectors for; each of them must be there."""
+    """Return the model's layers for the adapter's vectors; none may be missing."""
     absent = [path for path in adapter.layers if path not in layers.linear]
     if absent:
         found = dict(modules_of(model)).get(absent[0])
@@ -320,7 +319,7 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
 
 
 def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the adapter puts in the place of the model's tensors, by the model's names."""
+    """Return the tensors that replace the model's own, by the model's names."""
     found: dict[str, Tensor] = {}
     wrong: list[Finding] = []
     for tensor in adapter.replacements:

@@ -1,12 +1,12 @@
 """A model whose layers are adapted by VeRA: trained, merged, saved and loaded in PEFT's format.
 
-    VeraModel ─┬─ model ─── the caller's own; its adapted layers are replaced by VeraLinear, what
-               │            modules_to_save names by TrainedWhole
+    VeraModel ─┬─ model ─── the caller's model, with adapted layers replaced by VeraLinear, and
+               │            modules of modules_to_save by TrainedWhole
                ├─ vera_A.<adapter>  (r, max_in)   one pair for all layers of an adapter, as wide as
                └─ vera_B.<adapter>  (max_out, r)  the widest; drawn from the key, or as stored
 
-A name in ``state_dict()`` is the one in PEFT's file without ``base_model.`` in front and with the
-adapter's name at the end.
+A name in ``state_dict()`` is the name in PEFT's file without the prefix ``base_model.`` and with
+the adapter's name at the end.
 """
 
 # mypy: allow-subclassing-any
@@ -48,17 +48,17 @@ from vera_convert.with_torch.saving import DEFAULT, check_trainers_arguments, wr
 class VeraModel(Adapters):
     """A model with any number of VeRA adapters.
 
-    The model is changed in place: the first adapter freezes all its parameters, and adapted layers
-    are wrapped; `unload` takes the wrappers back. Attributes that this class lacks are the model's:
-    ``config``, ``generate``, ``gradient_checkpointing_enable`` and whatever else it has. PEFT's
-    methods, and PEFT's names for arguments, work as well (see `peftnames`); transformers' Trainer
-    trains and saves this model as it does PEFT's, provided that PEFT is installed.
+    The model is changed in place: the first adapter freezes all parameters and wraps the adapted
+    layers; `unload` removes the wrappers. Attributes that this class lacks are the model's, such as
+    ``config``, ``generate`` and ``gradient_checkpointing_enable``. PEFT's methods, and PEFT's names
+    of arguments, work too (see `peft_names`). If PEFT is installed, transformers' Trainer trains
+    and saves this model like a model of PEFT.
 
     Attributes:
         model: the model.
-        configs: the config of each adapter, as it would be saved.
-        active: the adapters that take part in the forward pass; what they add is summed in order.
-        findings: by adapter that was loaded, what its user should know.
+        configs: the config of each adapter, as it is saved.
+        active: the adapters that take part in the forward pass; their branches are added in order.
+        findings: warnings and notes for each loaded adapter.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class VeraModel(Adapters):
         variant: Variant = Variant.FLOAT32_FUSED,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Wrap a model. With a config, its adapter is added (see `add_adapter`) and active."""
+        """Wrap a model. With a config, add an adapter (see `add_adapter`) and make it active."""
         super().__init__(model)
         if config is not None:
             self.add_adapter(
@@ -100,7 +100,7 @@ class VeraModel(Adapters):
             model: the model.
             folder: the adapter's, or a repo on the Hub.
             adapter: the name to give the adapter.
-            trainable: whether gradients flow; if not, the model is left in eval mode.
+            trainable: whether gradients flow; if not, the model stays in eval mode.
             config: see `load_adapter`.
             options: the other arguments of `load_adapter`.
         """
@@ -120,12 +120,12 @@ class VeraModel(Adapters):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- that of any model
-        """Do what the model does, with the active adapters."""
+        """Call the model, with the active adapters."""
         return self.model(*args, **kwargs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch all adapters off inside the block; trained biases stay, the model has no others.
+        """Switch all adapters off inside the block, except trained biases.
 
         Raises:
             UsageError: something is merged.
@@ -146,11 +146,11 @@ class VeraModel(Adapters):
         tied: Tied | None = None,
         adapters: Sequence[str] | None = None,
     ) -> None:
-        """Add what the active adapters do to the weights, so that their branches can rest.
+        """Add the deltas of the active adapters to the weights, and stop adding the branches.
 
         Args:
-            check: see first whether all merged values are finite, and change nothing if not.
-            tied: what becomes of an adapted head whose weight is the embedding's as well.
+            check: check first that all merged values are finite, and change nothing if not.
+            tied: how to merge into an adapted head that shares its weight with the embedding.
             adapters: the adapters to merge instead of the active ones.
 
         Raises:
@@ -174,12 +174,12 @@ class VeraModel(Adapters):
         shared = [path for path, (layer, _) in merged.items() if len(_names(names, layer)) > 1]
         if shared and tied is None:
             raise UsageError(
-                f"{' and '.join(_names(names, merged[shared[0]][0]))} are one tensor. Say what is "
-                "meant: Tied.UNTIE gives the adapted layer one of its own, Tied.ADD changes both."
+                f"{' and '.join(_names(names, merged[shared[0]][0]))} are one tensor. Choose: "
+                "Tied.UNTIE gives the adapted layer its own tensor, Tied.ADD changes both."
             )
         for path, (layer, own) in merged.items():
             if check and not layer.merges_finite(own):
-                reason = "after the merge its weight would hold values that are not finite."
+                reason = "after the merge its weight would have values that are not finite."
                 raise CheckpointError(VALUE_NOT_FINITE.at(printable(path), reason))
         if shared and tied is Tied.UNTIE:
             untie(self.model, [merged[path][0] for path in shared])
@@ -187,14 +187,14 @@ class VeraModel(Adapters):
             layer.merge(own)
 
     def unmerge(self) -> None:
-        """Subtract what was merged. That restores weights but for rounding, not bit for bit."""
+        """Subtract the merged deltas. This restores the weights up to rounding, not bit for bit."""
         for _, layer in self._layers():
             layer.unmerge()
 
     def unload(self) -> nn.Module:
-        """Return the model without wrappers: merged if it was, its active whole modules in place.
+        """Return the model without wrappers, with merged weights and active whole modules.
 
-        This object is of no use afterwards.
+        This object cannot be used afterwards.
         """
         for path, module in [*modules_of(self.model)]:
             if isinstance(module, VeraLinear):
@@ -215,22 +215,22 @@ class VeraModel(Adapters):
         selected_adapters: Sequence[str] | None = None,
         **by_trainer: Any,  # noqa: ANN401
     ) -> None:
-        """Write adapters in PEFT's format, whole or not at all.
+        """Write adapters in PEFT's format, completely or not at all.
 
-        The adapter called `default` goes into the folder itself, each other into a subfolder.
+        The adapter `default` goes into the folder itself, each other adapter into a subfolder.
 
         Args:
-            folder: where to; a folder that exists must be empty. Missing parents are made.
-            force: replace a folder that holds nothing but adapters, and keep its README.md.
+            folder: the folder to write; an existing folder must be empty. Missing parents are made.
+            force: replace a folder that holds only adapters, and keep its README.md.
             selected_adapters: which adapters; None for all.
-            by_trainer: the further arguments of PEFT's method, of which transformers' Trainer
-                passes some. With any of them, files of the same names in the folder are replaced,
-                one by one, and all others stay: the Trainer saves where its checkpoints lie.
+            by_trainer: further arguments of PEFT's method; transformers' Trainer passes some. With
+                any of these, files of the same names in the folder are replaced one by one, and all
+                other files stay: the Trainer saves into its checkpoint folders.
                 ``is_main_process=False`` writes nothing. A gathered ``state_dict``, pickles
                 (``safe_serialization=False``) and ``save_embedding_layers=True`` are refused.
 
         Raises:
-            UsageError: the folder exists and may not be replaced, or there is nothing to save.
+            UsageError: the folder exists and must not be replaced, or there is nothing to save.
             SurroundingsError: the disk fails, or the model is on the meta device.
         """
         check_trainers_arguments(by_trainer)
@@ -246,7 +246,7 @@ class VeraModel(Adapters):
             write_adapters(Path(folder), adapters, force=force, update=bool(by_trainer))
 
     def adapter_state_dict(self, adapter: str = DEFAULT) -> dict[str, Tensor]:
-        """Return an adapter's tensors by the names that they have in PEFT's file, not copied."""
+        """Return an adapter's tensors, not copied, by their names in PEFT's file."""
         own = own_tensors(self.model)
         tensors = {PREFIX + name: own[name] for name in self._brought.get(adapter, ())}
         tensors |= self._trained(adapter)

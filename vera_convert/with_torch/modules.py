@@ -1,4 +1,4 @@
-"""The parts of a wrapped model under the names that adapters use, and modules trained whole."""
+"""Find the parts of a wrapped model by the names that adapters use; hold fully trained modules."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TrainedWhole(nn.Module):
     Attributes:
         original_module: the model's own.
         modules_to_save: the copies by adapter.
-        active: the adapter whose copy stands in for the original; None for the original itself.
+        active: the adapter whose copy replaces the original; None for the original.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -34,11 +34,11 @@ class TrainedWhole(nn.Module):
         self.active: str | None = None
 
     def add(self, adapter: str) -> None:
-        """Give an adapter its copy of the original."""
+        """Add a copy of the original for an adapter."""
         self.modules_to_save[adapter] = deepcopy(self.original_module)
 
     def remove(self, adapter: str) -> None:
-        """Take an adapter's copy away, if there is one; the original stands in for it."""
+        """Remove an adapter's copy, if there is one; the original takes its place."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.active = None if self.active == adapter else self.active
@@ -49,7 +49,7 @@ class TrainedWhole(nn.Module):
         return self.original_module if self.active is None else self.modules_to_save[self.active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- that of any module
-        """Do what the current module does."""
+        """Call the current module."""
         return self.current(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -62,9 +62,9 @@ class TrainedWhole(nn.Module):
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module once, by the path that it had before anything was wrapped.
+    """Yield each module once, with its path before anything was wrapped.
 
-    A layer that is wrapped comes as its wrapper; what is inside of one does not come.
+    A wrapped layer is yielded as its wrapper, without the modules inside the wrapper.
     """
     seen: set[int] = set()
 
@@ -81,7 +81,7 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layers_of(model: nn.Module) -> ModelLayers:
-    """Return what the target rules need to know of a model, wrapped layers included."""
+    """Return the layers of a model for the rules of targets, wrapped layers included."""
     frozen = {
         path: module.base_layer if isinstance(module, VeraLinear) else module
         for path, module in modules_of(model)
@@ -106,10 +106,12 @@ def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def named_in(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Return what modules_to_save means, by path: as in PEFT, all whose path ends with a name.
+    """Return the modules that modules_to_save names, by path.
+
+    As in PEFT, a name means every module whose path ends with the name.
 
     Raises:
-        UsageError: another adapter adapts a layer in it.
+        UsageError: another adapter adapts a layer inside one of the modules.
     """
     names = tuple(name for name in config.modules_to_save or () if name)
     found: dict[str, nn.Module] = {}
@@ -126,7 +128,7 @@ def named_in(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and buffers by the names that they had in the beginning."""
+    """Return a model's parameters and buffers by their names before the model was wrapped."""
     return {
         replaced_name(PREFIX + name.replace(".original_module.", ".")): tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -135,9 +137,9 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module, adapter: str, *, bias: str) -> dict[str, Tensor]:
-    """Return what an adapter trains, by the names in PEFT's file.
+    """Return the tensors that an adapter trains, by their names in PEFT's file.
 
-    That is d and b, the biases that `bias` of its config says, and its copies of whole modules.
+    These are d and b, the biases that `bias` of the config selects, and copies of whole modules.
     """
     found: dict[str, Tensor] = {}
     for path, module in modules_of(model):
@@ -160,10 +162,10 @@ def trained_tensors(model: nn.Module, adapter: str, *, bias: str) -> dict[str, T
 
 
 def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
-    """Let these adapters take part in the forward pass, in this order, and no others.
+    """Make only these adapters take part in the forward pass, in this order.
 
     Raises:
-        UsageError: two of them would each put a module of their own in one place.
+        UsageError: two of the adapters replace the same module.
     """
     modules = [*modules_of(model)]
     for path, module in modules:
@@ -171,8 +173,8 @@ def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
             own = [name for name in adapters if name in module.modules_to_save]
             if len(own) > 1:
                 raise UsageError(
-                    f"{' and '.join(own)} each have a {printable(path)} of their own, of which "
-                    "only one can be active."
+                    f"{' and '.join(own)} each bring their own {printable(path)}, and only one of "
+                    "these can be active."
                 )
     for _, module in modules:
         if isinstance(module, VeraLinear):
@@ -182,7 +184,7 @@ def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
 
 
 def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Return every name of each parameter by its `id`; a tied one has more than its own."""
+    """Return all names of each parameter, by its `id`; a tied parameter has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name.replace(".base_layer.", "."))
@@ -190,9 +192,9 @@ def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
 
 
 def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
-    """Give layers weights of their own, and let the model's config say so."""
+    """Give each layer its own weight, and record this in the model's config."""
     for layer in layers:
         layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # or whoever loads it next ties them again
+        config.tie_word_embeddings = False  # or the next load ties the weights again

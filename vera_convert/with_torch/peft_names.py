@@ -1,8 +1,8 @@
-"""The methods of ``peft.PeftModel`` by their own names, for scripts that were written for PEFT.
+"""Offer the methods of ``peft.PeftModel`` by PEFT's names, for scripts written for PEFT.
 
-`VeraModel` has them beside its own; each says where it differs from PEFT. Not offered, with the
-reasons in `DECLINED`: prompts, model cards, conversion to LoRA, tables of each layer's status, and
-publishing on the Hub.
+`VeraModel` has these methods too; each docstring says how the method differs from PEFT's. Not
+offered, with the reasons in `DECLINED`: prompts, model cards, conversion to LoRA, tables of each
+layer's status, and publishing on the Hub.
 """
 
 # mypy: allow-subclassing-any
@@ -33,8 +33,8 @@ DECLINED: Mapping[str, str] = MappingProxyType(
         "get_layer_status": _BY_LAYER,
         "get_model_status": _BY_LAYER,
         "create_or_update_model_card": (
-            "a model card is its author's text: save_pretrained writes none, and keeps one that is "
-            "there"
+            "a model card is its author's text: save_pretrained writes none, and keeps an existing "
+            "card"
         ),
         "supports_lora_conversion": (
             "PEFT converts to LoRA approximately, by a decomposition of each delta; save the "
@@ -44,7 +44,7 @@ DECLINED: Mapping[str, str] = MappingProxyType(
         "add_weighted_adapter": "make several adapters active: their deltas are summed",
     }
 )
-"""Names of PEFT's that a `VeraModel` does not have, with the reason and the way to go."""
+"""Names of PEFT that a `VeraModel` lacks, with the reason and the alternative."""
 
 _OURS = {
     "adapter_name": "adapter",
@@ -60,7 +60,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def takes_pefts_names(method: Method) -> Method:
-    """Let a method's arguments be given by PEFT's names as well."""
+    """Let a method accept PEFT's names for its arguments, too."""
 
     @wraps(method)
     def called(*args: object, **kwargs: object) -> object:
@@ -70,10 +70,10 @@ def takes_pefts_names(method: Method) -> Method:
 
 
 def own_config(config: object) -> VeraConfig:
-    """Return a config as this package's class: it is one, or PEFT's ``VeraConfig``.
+    """Return a config of this package for a config of this package or PEFT's ``VeraConfig``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the object is of another class.
     """
     if isinstance(config, VeraConfig):
         return config
@@ -92,7 +92,7 @@ def own_config(config: object) -> VeraConfig:
 
 
 class PeftMethods(nn.Module):
-    """PEFT's names for what a `VeraModel` can do."""
+    """PEFT's names for the methods of a `VeraModel`."""
 
     configs: dict[str, VeraConfig]
     active: tuple[str, ...]
@@ -101,11 +101,11 @@ class PeftMethods(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The class that `isinstance` goes by: where PEFT is loaded, a ``PeftModel`` too.
+        """The class that `isinstance` uses; if PEFT is imported, also a ``PeftModel``.
 
-        transformers' Trainer, Accelerate and TRL know an adapter by that class alone. They then
+        transformers' Trainer, Accelerate and TRL recognize an adapter only by this class. They then
         look for columns in the wrapped model's signature, and save and load the adapter instead of
-        the whole model. `type` still tells the truth, and no method of PEFT's is inherited.
+        the whole model. `type` still returns the true class, and no method of PEFT is inherited.
         """
         known = getattr(sys.modules.get("peft"), "PeftModel", None)
         own: type = type(self)
@@ -115,7 +115,7 @@ class PeftMethods(nn.Module):
         return _passing_for(own, known, type(wrapped).forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
-        """Let copies and pickles be of the true class."""
+        """Make copies and pickles of the true class."""
         _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
         return (_unmade, (type(self),), *state)
 
@@ -125,7 +125,7 @@ class PeftMethods(nn.Module):
         return self
 
     def get_base_model(self) -> Any:  # noqa: ANN401
-        """Return the wrapped model, with its adapted layers in it."""
+        """Return the wrapped model, with its adapted layers."""
         return self.model
 
     # --- configs and adapters ---------------------------------------------------------------------
@@ -165,7 +165,7 @@ class PeftMethods(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """What the configs name as modules to be trained whole; None if nothing."""
+        """The modules that the configs name for full training; None without any."""
         found = (each.modules_to_save or () for each in self.configs.values())
         return set(chain.from_iterable(found)) or None
 
@@ -174,7 +174,7 @@ class PeftMethods(nn.Module):
         adapter_names: str | Iterable[str],
         requires_grad: bool = True,  # noqa: FBT001, FBT002 -- as in PEFT
     ) -> None:
-        """Let gradients flow to what these adapters train, or stop them; active or not."""
+        """Let gradients flow to the parameters of these adapters, or stop the gradients."""
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         self.require_known(names)
         for name in names:
@@ -183,7 +183,7 @@ class PeftMethods(nn.Module):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Switch all adapters off inside a ``with`` block; see `disabled`.
 
-        PEFT unmerges first if something is merged; this refuses, since that changes weights.
+        PEFT unmerges merged adapters first. This method refuses, because unmerging changes weights.
         """
         return self.disabled()  # type: ignore[no-any-return]
 
@@ -199,13 +199,15 @@ class PeftMethods(nn.Module):
     # --- training ---------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many parameters are trained, and how many there are, adapters included.
+        """Return the number of trainable parameters, and of all parameters with adapters.
 
-        As in PEFT, a parameter in 4 bits counts twice, since each of its bytes holds two.
+        As in PEFT, a byte of a 4-bit parameter counts as two values.
         """
         trained = every = 0
         for parameter in self.parameters():
-            count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed's, elsewhere
+            count = parameter.numel() or getattr(
+                parameter, "ds_numel", 0
+            )  # DeepSpeed moves values to other devices
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * parameter.element_size()
             every += count
@@ -213,7 +215,7 @@ class PeftMethods(nn.Module):
         return trained, every
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, in PEFT's words."""
+        """Print the number of trainable parameters, in PEFT's words."""
         trained, every = self.get_nb_trainable_parameters()
         share = 100 * trained / every if every else 0.0
         print(  # noqa: T201
@@ -221,7 +223,7 @@ class PeftMethods(nn.Module):
         )
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:  # noqa: ANN401
-        """Let gradients reach the first layers, which checkpoints that are re-entrant need."""
+        """Let gradients reach the first layers, as re-entrant checkpoints need."""
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         return model
@@ -237,18 +239,18 @@ class PeftMethods(nn.Module):
     ) -> None:
         """Merge these adapters, or the active ones; see `merge`.
 
-        PEFT looks for values that are not finite only with `safe_merge`, and changes both of two
-        tied weights with a warning; this looks unless told otherwise, and asks for `tied`.
+        PEFT checks for values that are not finite only with `safe_merge`, and changes both of two
+        tied weights with a warning. This method checks by default, and requires `tied`.
         """
         self.merge(check=safe_merge, tied=tied, adapters=adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Subtract what was merged; see `unmerge`."""
+        """Subtract the merged deltas; see `unmerge`."""
         self.unmerge()
 
     def merge_and_unload(
         self,
-        progressbar: bool = False,  # noqa: ARG002, FBT001, FBT002 -- it takes no time worth one
+        progressbar: bool = False,  # noqa: ARG002, FBT001, FBT002 -- a merge takes too little time
         safe_merge: bool = True,  # noqa: FBT001, FBT002
         adapter_names: Sequence[str] | None = None,
         *,
@@ -256,7 +258,7 @@ class PeftMethods(nn.Module):
     ) -> Any:  # noqa: ANN401
         """Merge these adapters, or the active ones, and return the model without wrappers.
 
-        What was merged before stays merged. See `merge_adapter` and `unload`.
+        Adapters that were merged before stay merged. See `merge_adapter` and `unload`.
         """
         if not any(layer.merged for _, layer in self._layers()):
             self.merge_adapter(adapter_names, safe_merge, tied=tied)
@@ -267,8 +269,8 @@ class PeftMethods(nn.Module):
     def push_to_hub(self, *_: object, **__: object) -> NoReturn:
         """Refuse: this package never writes to the Hub.
 
-        Uploading needs a token that can write, which nothing else here asks for. Save the adapter
-        to a folder, look at what would be published, and upload the folder with the Hub's client.
+        Uploading needs a token with write access, which this package never uses. Save the adapter
+        to a folder, check the folder, and upload the folder with the Hub's client.
 
         Raises:
             UsageError: always.
@@ -282,14 +284,14 @@ class PeftMethods(nn.Module):
 
 @lru_cache(maxsize=64)
 def _passing_for(kind: type, known: type, forward: Callable[..., Any]) -> type:
-    """Return a class of both; it is asked about and never made.
+    """Return a subclass of both classes, which is inspected and never instantiated.
 
-    Its ``forward`` is the wrapped model's: older releases of the Trainer look there for the labels.
+    Its ``forward`` is the wrapped model's: older releases of the Trainer look there for labels.
     """
     fields = {"__module__": kind.__module__, "forward": forward}
     return type(kind.__name__, (kind, known), fields)
 
 
 def _unmade(kind: Any) -> Any:  # noqa: ANN401
-    """Return an object of a class whose state is still to come."""
+    """Return an object without its state, which pickle sets afterwards."""
     return kind.__new__(kind)

@@ -1,4 +1,4 @@
-"""Adapters written in PEFT's format, all of a model or none."""
+"""Write the adapters of a model in PEFT's format, all or none."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"
-"""The adapter that lies in the folder itself."""
+"""The name of the adapter that is saved in the folder itself."""
 
 
 def config_text(config: VeraConfig) -> bytes:
     """Return the bytes of ``adapter_config.json`` as PEFT writes them.
 
-    ``peft_version`` is left out where the config has none: it names the PEFT that wrote a file.
+    ``peft_version`` names the PEFT that wrote a file, so a config without the field gets none.
     """
     document = {**asdict(config), "peft_type": "VERA", "inference_mode": True}
     if config.peft_version is None:
@@ -35,7 +35,7 @@ def config_text(config: VeraConfig) -> bytes:
 
 
 def _listed(value: object) -> list[object]:
-    """Return a set of a config as a list: PEFT takes sets of names."""
+    """Return a set of names as a list; PEFT accepts sets."""
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     raise UsageError(
@@ -45,10 +45,10 @@ def _listed(value: object) -> list[object]:
 
 
 def check_trainers_arguments(given: Mapping[str, object]) -> None:
-    """Refuse arguments of PEFT's ``save_pretrained`` that this package cannot follow.
+    """Refuse arguments of PEFT's ``save_pretrained`` that this package does not support.
 
     Raises:
-        UsageError: with the first of them.
+        UsageError: an argument is not supported.
     """
     reasons = {
         "state_dict": "a state dict that was gathered elsewhere; save on a process that holds the "
@@ -80,18 +80,18 @@ def write_adapters(
     force: bool,
     update: bool = False,
 ) -> None:
-    """Write adapters as PEFT does, and compare what came to lie on the disk.
+    """Write adapters as PEFT does, and read the files back.
 
     Args:
-        out: the folder; `DEFAULT` goes into it, each other adapter into a subfolder of its name.
+        out: the folder for the adapter `DEFAULT`; each other adapter gets a subfolder of its name.
             Missing parents are made.
-        adapters: by name, the config and the tensors by the names that they get in the file.
-        force: replace a folder that holds nothing but adapters; its README.md is kept.
-        update: replace files of the same names, one by one, and leave all others as they are;
-            otherwise the folder appears whole or not at all.
+        adapters: by name, the config and the tensors by their names in the file.
+        force: replace a folder that holds only adapters, and keep its README.md.
+        update: replace files of the same names, one by one, and keep all others; otherwise the
+            complete folder appears at once, or not at all.
 
     Raises:
-        UsageError: `out` exists and may not be replaced.
+        UsageError: `out` exists and must not be replaced.
         SurroundingsError: the disk fails.
     """
     with explained(out):
@@ -124,7 +124,7 @@ def _write_adapter(folder: Path, config: VeraConfig, tensors: Mapping[str, Tenso
 
 
 CARD_NAME = "README.md"
-"""The model card that PEFT puts beside an adapter."""
+"""The model card that PEFT writes into an adapter's folder."""
 
 
 def _is_empty(out: Path) -> bool:
@@ -132,7 +132,7 @@ def _is_empty(out: Path) -> bool:
 
 
 def _holds_adapters_only(folder: Path) -> bool:
-    """Whether a folder holds what `write_adapters` and PEFT write and nothing else."""
+    """Return whether a folder holds only files that `write_adapters` and PEFT write."""
     names = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
     return all(
         entry.name in names or (entry.is_dir() and is_vera(entry) and _holds_adapters_only(entry))
