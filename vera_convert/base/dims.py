@@ -23,7 +23,7 @@ If the dimensions are not proven, the file either is complete, or lacks layers t
 - The file has no hole. Then the dimensions of the file's layers are taken, and `TARGETS_DISAGREE`
   warns and names the dimensions of the other reading.
 
-Targets that are listed by full name, 20 or more of them, count even where ``layers_to_transform``
+Targets that are listed by full name, 20 or more of them, count even if ``layers_to_transform``
 keeps PEFT from adapting the layer: PEFT sizes A and B before it shortens such a list.
 """
 

@@ -153,7 +153,7 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
         require_shards(set(weight_map.values()), names, place=location.label)
     files = source.read_headers(_files(weights, weight_map))
     if weight_map is not None:
-        _hold_against_index(location, weight_map, files)
+        _compare_with_index(location, weight_map, files)
     tensors = {
         name: BaseTensor(file, info)
         for file, header in files.items()
@@ -327,7 +327,7 @@ class _Source:
             return error
 
 
-def _hold_against_index(
+def _compare_with_index(
     location: Location, weight_map: Mapping[str, str], files: Mapping[str, Header]
 ) -> None:
     shards = {file: header.tensors.keys() for file, header in files.items()}

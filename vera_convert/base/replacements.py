@@ -135,13 +135,13 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     if not read or read[0].severity is not Severity.NOTE:
         return
     own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
-    meant = own if adapter.config.bias != "all" else None
+    trained = own if adapter.config.bias != "all" else None
     found = [
         name
         for name, tensor in base.tensors.items()
         if name.endswith(".bias")
         and len(tensor.info.shape) == 1
-        and (meant is None or name in meant)
+        and (trained is None or name in meant)
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."

@@ -111,7 +111,9 @@ def plan_weights(
         for name, planned in planner.additions().items():
             shards[name] += planned
         shards = {
-            name: held for name, held in shards.items() if held or not base.files[name].tensors
+            name: tensors
+            for name, tensors in shards.items()
+            if tensors or not base.files[name].tensors
         }
         index_name = base.index
     else:
