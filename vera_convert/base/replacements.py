@@ -141,7 +141,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
         for name, tensor in base.tensors.items()
         if name.endswith(".bias")
         and len(tensor.info.shape) == 1
-        and (trained is None or name in meant)
+        and (trained is None or name in trained)
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."
