@@ -38,7 +38,8 @@ conversion: projections proof transforms sizes strip_embed regeneration migratio
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
 merging: inputs options card provenance output job merge
-lora: engines options factors plan stored peft_form checks card record reading writing conversion
+lora: engines options factors plan stored peft_form checks card record forms reading writing
+lora: gguf_form conversion
 counting summary
 validation: validation selection values files config targets projections base validate
 verification: provenance options sample_text model_comparison running expected comparator pairs

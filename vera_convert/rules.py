@@ -1964,12 +1964,28 @@ LORA_VANISHED = Rule(
     since="0.2.0",
 )
 
+LORA_CONV1D_REFUSED = Rule(
+    "V712",
+    ERROR,
+    "the engine takes no LoRA of Conv1D layers",
+    "The engine stores the weights of GPT-2 and similar models transposed.",
+    "Use --for peft or --for vllm, or merge the adapter.",
+    since="0.2.0",
+)
+LORA_BASE_UNKNOWN = Rule(
+    "V713",
+    ERROR,
+    "the engine's names for the base's layers are not known",
+    "The engine finds layers by names of its own, which depend on the kind of the base.",
+    "Give --base a folder of the pipeline or of the model with its config, or merge the adapter.",
+    since="0.2.0",
+)
 LORA_UNREADABLE = Rule(
     "V720",
     ERROR,
     "a folder holds no LoRA that can be compared",
     "The factors of each layer and their scaling must be known to compare their product.",
-    "Give a folder with adapter_config.json and adapter_model.safetensors of a plain LoRA.",
+    "Give the folder of a plain LoRA of PEFT, Diffusers or MLX-LM, with its config.",
     since="0.2.0",
 )
 LORA_DELTA_DIFFERS = Rule(

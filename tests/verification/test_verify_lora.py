@@ -69,7 +69,7 @@ def test_a_conversion_holds_without_the_base(adapter: Path, lora: Path) -> None:
     assert all(0 < layer.error < 1e-7 for layer in result.lora.layers)
 
 
-@pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi"])
+@pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi", "mlx"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_conversion_holds(
     engine: Any, dtype: str, adapter: Path, base: Path, tmp_path: Path

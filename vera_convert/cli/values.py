@@ -34,7 +34,7 @@ GENERATORS = (
 )
 """The values of `generator.Variant`, repeated so that `--help` need not load NumPy."""
 
-ENGINES = ("peft", "vllm", "sglang", "tgi")
+ENGINES = ("peft", "vllm", "sglang", "tgi", "diffusers", "mlx", "gguf")
 """The values of `lora.engines.EngineName`, repeated for the same reason."""
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}

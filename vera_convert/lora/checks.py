@@ -14,6 +14,7 @@ from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.rules import (
     LORA_BIAS_REFUSED,
+    LORA_CONV1D_REFUSED,
     LORA_HEAD_ELSEWHERE,
     LORA_HEAD_LEFT_OUT,
     LORA_HEAD_REFUSED,
@@ -54,6 +55,7 @@ def engine_findings(
     engine = options.target
     yield from _rank_findings(plan, engine, place)
     yield from _name_findings(plan, engine)
+    yield from _kind_findings(plan, engine)
     if options.drop_head:
         if extras.tensors:
             names = listed(each.name for each in extras.tensors)
@@ -94,6 +96,17 @@ def _name_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
             f"{_also(plan.missing)}."
         )
         yield LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
+
+
+def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
+    conv1d = [layer.module for layer in plan.layers if layer.shape.conv1d]
+    if conv1d and not engine.conv1d:
+        reason = f"the layer is a Conv1D{_also(conv1d)}."
+        yield LORA_CONV1D_REFUSED.at(printable(conv1d[0]), reason)
+    tied = [layer.module for layer in plan.layers if layer.tied]
+    if tied and not engine.tied_head:
+        reason = f"{engine.title} has no such layer: its tensor is the embedding's."
+        yield LORA_NAME_UNKNOWN.at(printable(tied[0]), reason)
 
 
 def _also(names: Sequence[str]) -> str:

@@ -26,10 +26,13 @@ from vera_convert.errors import CheckpointError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
 from vera_convert.lora.checks import engine_findings, extras_of
+from vera_convert.lora.engines import Engine, Form
+from vera_convert.lora.forms import files_of
+from vera_convert.lora.gguf_form import gguf_model, write_gguf
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_form import Extras, config_text
+from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan, plan_lora
-from vera_convert.lora.record import Origin, is_lora, record_of
+from vera_convert.lora.record import GGUF_NAME, Origin, is_lora, record_of
 from vera_convert.lora.writing import (
     Computed,
     Measured,
@@ -193,38 +196,61 @@ def _measured_findings(measured: Measured) -> list[Finding]:
     return [LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
 
 
+def _modules(base_facts: BaseFacts, engine: Engine) -> frozenset[str]:
+    """Return every module with a weight, by the names that the engine uses."""
+    if engine.base_names and base_facts.base is not None:
+        return frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
+    return base_facts.modules
+
+
 class _Job:
     """A planned conversion that is measured or carried out."""
 
     def __init__(
         self, work: Work, base_facts: BaseFacts, plan: LoraPlan, extras: Extras, origin: Origin
     ) -> None:
-        self.sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
         self._work = work
         self._base_facts = base_facts
         self._plan = plan
-        self._extras = extras
         self._origin = origin
         self._computed = Computed(plan)
-        self._tensors = [*lora_tensors(plan, self._computed), *extras.tensors]
+        self._form = origin.options.target.form
+        self.sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
+        if self._form is Form.GGUF:
+            self._gguf = gguf_model(plan, base_facts)
+            return
+        config, modules = work.adapter.config, _modules(base_facts, origin.options.target)
+        self._files = files_of(
+            self._form, config, plan, extras, base_facts=base_facts, modules=modules
+        )
+        self._tensors = [*lora_tensors(plan, self._files, self._computed), *extras.tensors]
 
     @property
     def _copied(self) -> list[str]:
+        """The files of the adapter's folder that go with the LoRA."""
+        if self._form not in (Form.PEFT, Form.MLX):
+            return []
         return [name for name in self.sides.copied if name != CARD_NAME]
+
+    @property
+    def _size(self) -> int:
+        if self._form is Form.GGUF:
+            return self._plan.nbytes
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     def measure(self, progress: Progress) -> tuple[Measured, int]:
         """Compute every layer and write nothing; return the errors and the weights' size."""
-        size = sum(tensor.nbytes for tensor in self._tensors)
         for number, layer in enumerate(self._plan.layers, 1):
             self._computed.of(layer)
-            progress(size * number // len(self._plan.layers), size)
+            progress(self._size * number // len(self._plan.layers), self._size)
         self._require_small_error()
-        return self._computed.measured, size
+        return self._computed.measured, self._size
 
     def write(self, progress: Progress) -> tuple[Measured, int]:
         """Write the LoRA whole or not at all; return the errors and the weights' size."""
         work, options = self._work, self._origin.options
-        written = {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *self._copied}
+        weights = GGUF_NAME if self._form is Form.GGUF else self._files.weights
+        written = {CONFIG_NAME, weights, CARD_NAME, *self._copied}
         with staged_folder(
             work.out,
             force=options.force,
@@ -232,27 +258,31 @@ class _Job:
             is_own=is_lora,
             strangers=lambda folder: files_but(folder, written),
         ) as staged:
-            needed = sum(tensor.nbytes for tensor in self._tensors)
-            require_space(needed, staged, work.out)
-            record = record_of(self._origin, self._plan)
-            weights = staged / WEIGHTS_NAME
-            write_weights(
-                weights, self._tensors, record, self._computed, progress, check=options.check
-            )
+            require_space(self._size, staged, work.out)
+            self._write_weights(staged / weights, progress)
             self._require_small_error()
-            (staged / CONFIG_NAME).write_bytes(self._config())
+            if self._form is not Form.GGUF and self._files.config is not None:
+                (staged / CONFIG_NAME).write_bytes(self._files.config)
             (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
             copy_side_files(work.adapter.folder, self._copied, staged)
             work.adapter.check_unchanged()
-            size = weights.stat().st_size
+            size = (staged / weights).stat().st_size
         return self._computed.measured, size
 
-    def _config(self) -> bytes:
-        modules = self._base_facts.modules
-        if self._origin.options.target.base_names and self._base_facts.base is not None:
-            names = self._base_facts.base.tensors
-            modules = frozenset(name.removesuffix(".weight") for name in names)
-        return config_text(self._work.adapter.config, self._plan, self._extras, modules=modules)
+    def _write_weights(self, path: Path, progress: Progress) -> None:
+        record = record_of(self._origin, self._plan)
+        if self._form is Form.GGUF:
+            write_gguf(path, self._gguf, record, self._computed, progress)
+            return
+        write_weights(
+            path,
+            self._tensors,
+            record,
+            self._computed,
+            progress,
+            metadata=self._files.metadata,
+            check=self._origin.options.check,
+        )
 
     def _card(self) -> str:
         config = self._work.adapter.config

@@ -18,6 +18,18 @@ class EngineName(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     TGI = "tgi"
+    DIFFUSERS = "diffusers"
+    MLX = "mlx"
+    GGUF = "gguf"
+
+
+class Form(StrEnum):
+    """The files in which an engine reads a LoRA."""
+
+    PEFT = "peft"
+    DIFFUSERS = "diffusers"
+    MLX = "mlx"
+    GGUF = "gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,7 @@ class Engine:
     Attributes:
         title: how messages call the engine.
         checked: the release in which the rules were read, and where.
+        form: the files that the engine reads.
         base_names: whether the engine looks modules up by their names in the base's files;
             otherwise by their names in memory, which are the adapter's.
         ranks: the ranks that a server can be started for, ascending; empty if any rank will do.
@@ -36,11 +49,14 @@ class Engine:
         known_modules: the pattern of the module paths that the engine looks up; None for any.
         heads: the names of modules that may be replaced whole; None for any module.
         biases: whether trained biases are taken.
+        conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
+        tied_head: whether an output head that shares the embedding's tensor can be adapted.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
     """
 
     title: str
     checked: str
+    form: Form = Form.PEFT
     base_names: bool = False
     ranks: tuple[int, ...] = ()
     fast_rank: int = 0
@@ -49,6 +65,8 @@ class Engine:
     known_modules: re.Pattern[str] | None = None
     heads: frozenset[str] | None = frozenset()
     biases: bool = False
+    conv1d: bool = True
+    tied_head: bool = True
     start: str = ""
 
     def server_rank(self, rank: int) -> int | None:
@@ -97,6 +115,30 @@ ENGINES: Mapping[EngineName, Engine] = {
             r"|mlp\.(gate_proj|up_proj|down_proj|c_fc|c_proj))|lm_head"
         ),
         start="--lora-adapters vera={path}",
+    ),
+    EngineName.DIFFUSERS: Engine(
+        "Diffusers",
+        "Diffusers 0.42.1: loaders/peft.py, utils/peft_utils.py",
+        form=Form.DIFFUSERS,
+    ),
+    EngineName.MLX: Engine(
+        "MLX-LM",
+        "MLX-LM 0.32.2: tuner/utils.py, tuner/lora.py",
+        form=Form.MLX,
+        base_names=True,
+        known_modules=re.compile(r"(language_model\.)?model\.layers\.[0-9]+\..+|lm_head"),
+        conv1d=False,
+        tied_head=False,
+        start="--adapter-path {path}",
+    ),
+    EngineName.GGUF: Engine(
+        "llama.cpp",
+        "llama.cpp of xllamacpp 2026.10.11549; gguf 0.19.0: tensor_mapping.py, gguf_writer.py",
+        form=Form.GGUF,
+        base_names=True,
+        conv1d=False,
+        tied_head=False,
+        start="--lora {path}/adapter.gguf",
     ),
 }
 """The engines, by the name that `--for` takes."""

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.names import PREFIX
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.targets.matching import matching
@@ -31,11 +30,6 @@ class Extras:
     def tensors(self) -> tuple[TensorData, ...]:
         """Heads and biases."""
         return (*self.heads, *self.biases)
-
-
-def tensor_names(written: str) -> tuple[str, str]:
-    """Return the names of lora_A (rank, in) and lora_B (out, rank) of a layer."""
-    return f"{PREFIX}{written}.lora_A.weight", f"{PREFIX}{written}.lora_B.weight"
 
 
 def config_text(

@@ -31,6 +31,7 @@ class LoraLayer:
         shape: outputs and inputs of the layer in the base, and whether the layer is a Conv1D.
         vectors: the layer's d and b; None for a layer that is filled with zeros.
         pair: the A and B in effect.
+        tied: whether the layer is an output head that shares the embedding's tensor.
     """
 
     module: str
@@ -38,6 +39,7 @@ class LoraLayer:
     shape: Linear
     vectors: AdaptedLayer | None
     pair: InEffect
+    tied: bool = False
 
     def factors(self) -> Factors:
         """Read d and b, and return the layer's operands."""
@@ -138,7 +140,8 @@ def _layers(
         )
     for module, vectors in adapter.layers.items():
         written = _written(module, base_facts, engine)
-        yield LoraLayer(module, written, base_facts.layers[module], vectors, pair)
+        tied = base_facts.match is not None and module in base_facts.match.tied
+        yield LoraLayer(module, written, base_facts.layers[module], vectors, pair, tied)
 
 
 def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:

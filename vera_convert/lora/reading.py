@@ -8,27 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.names import PREFIX
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file
-from vera_convert.lora.record import METADATA_KEY, parse_record
+from vera_convert.lora.record import METADATA_KEY, RECORDED_IN, parse_record
 from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
-_PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1}
+_PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
+_SAFETENSORS = RECORDED_IN[:3]
+_, _DIFFUSERS, _MLX = _SAFETENSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +37,33 @@ class ReadLayer:
     """One layer of a LoRA on disk.
 
     Attributes:
-        lora_A: (rank, in).
-        lora_B: (out, rank).
+        lora_A: (rank, in), or (in, rank) if transposed.
+        lora_B: (out, rank), or (rank, out) if transposed.
         scaling: the factor of their product.
+        transposed: whether the factors are stored as MLX-LM has them.
     """
 
     lora_A: TensorData  # noqa: N815 -- the matrix is called A
     lora_B: TensorData  # noqa: N815
     scaling: float
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.lora_A.shape[1 if self.transposed else 0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """The layer's outputs and inputs."""
+        if self.transposed:
+            return self.lora_B.shape[1], self.lora_A.shape[0]
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
     def factors(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """Read lora_A, and lora_B times the scaling."""
-        return self.lora_A.array(), self.lora_B.array().astype(np.float64) * self.scaling
+        """Read lora_A (rank, in), and lora_B (out, rank) times the scaling."""
+        lora_A, lora_B = self.lora_A.array(), self.lora_B.array().astype(np.float64) * self.scaling
+        return (lora_A.T, lora_B.T) if self.transposed else (lora_A, lora_B)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +91,44 @@ def open_lora(folder: Path) -> Iterator[ReadLora]:
     """
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).exists():
-            raise _unreadable(folder.name, f"there is no {name}")
-    with open_local(folder / CONFIG_NAME, within=folder) as source:
-        config, _ = read_json(source, limit=_CONFIG_LIMIT, pythons_numbers=True)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _unreadable(CONFIG_NAME, "its peft_type is not LORA")
-    with open_local(folder / WEIGHTS_NAME, within=folder) as source:
+    weights = next((name for name in _SAFETENSORS if (folder / name).exists()), None)
+    if weights is None:
+        raise _unreadable(folder.name, f"there is none of {', '.join(_SAFETENSORS)}")
+    with open_local(folder / weights, within=folder) as source:
         file = TensorFile(source)
-        pairs, others = _sorted(file)
-        scaling = _Scaling.of(config)
-        layers = {
-            module: ReadLayer(*pair, scaling.of_module(module, pair[0].shape[0]))
-            for module, pair in pairs.items()
-        }
+        scaling = _scaling(folder, weights, file.header.metadata)
+        pairs, others = _sorted(file, is_diffusers=weights == _DIFFUSERS)
+        layers = {}
+        for module, (lora_A, lora_B) in pairs.items():
+            layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == _MLX)
+            _require_sound(module, layer)
+            layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
         yield ReadLora(layers, others, parse_record(file.header.metadata.get(METADATA_KEY)))
 
 
+def _scaling(folder: Path, weights: str, metadata: Mapping[str, str]) -> _Scaling:
+    """Return how the product of the factors is scaled."""
+    if weights == _DIFFUSERS:
+        text = metadata.get("lora_adapter_metadata")
+        own = parse_record(text) or {}
+        return _Scaling.of({name.rpartition(".")[2]: value for name, value in own.items()}, None)
+    with open_local(folder / CONFIG_NAME, within=folder) as source:
+        config, _ = read_json(source, limit=_CONFIG_LIMIT, pythons_numbers=True)
+    if not isinstance(config, dict):
+        raise _unreadable(CONFIG_NAME, "it is no JSON object")
+    if weights == _MLX:
+        parameters = config.get("lora_parameters")
+        factor = parameters.get("scale") if isinstance(parameters, dict) else None
+        if config.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
+            raise _unreadable(CONFIG_NAME, "its fine_tune_type is not lora, or it has no scale")
+        return _Scaling(None, {}, rank_stabilized=False, factor=float(factor))
+    if config.get("peft_type") != "LORA":
+        raise _unreadable(CONFIG_NAME, "its peft_type is not LORA")
+    return _Scaling.of(config, 8)
+
+
 def _sorted(
-    file: TensorFile,
+    file: TensorFile, *, is_diffusers: bool
 ) -> tuple[dict[str, tuple[TensorData, TensorData]], dict[str, TensorData]]:
     """Return the pair of each layer, and the other tensors by name."""
     found: dict[str, list[TensorData | None]] = {}
@@ -109,23 +138,30 @@ def _sorted(
         tensor = from_file(file, name)
         if ending is None:
             others[name] = tensor
-        else:
-            module = name.removesuffix(ending).removeprefix(PREFIX)
-            found.setdefault(module, [None, None])[_PARTS[ending]] = tensor
+            continue
+        module = name.removesuffix(ending)
+        # Before the path stands the component of a pipeline.
+        module = module.partition(".")[2] if is_diffusers else module.removeprefix(PREFIX)
+        found.setdefault(module, [None, None])[_PARTS[ending]] = tensor
     pairs = {}
     for module, (lora_A, lora_B) in found.items():
-        place = printable(module)
         if lora_A is None or lora_B is None:
-            raise _unreadable(place, "one of lora_A and lora_B is missing")
-        if len(lora_A.shape) != 2 or len(lora_B.shape) != 2:
-            raise _unreadable(place, "lora_A or lora_B is no matrix")
-        if lora_A.shape[0] != lora_B.shape[1] or not math.prod((*lora_A.shape, *lora_B.shape)):
-            reason = f"lora_A is {list(lora_A.shape)}, lora_B {list(lora_B.shape)}"
-            raise _unreadable(place, reason)
-        if not {lora_A.dtype, lora_B.dtype} <= FLOATS:
-            raise _unreadable(place, f"its factors are {lora_A.dtype} and {lora_B.dtype}")
+            raise _unreadable(module, "one of lora_A and lora_B is missing")
         pairs[module] = lora_A, lora_B
     return pairs, others
+
+
+def _require_sound(module: str, layer: ReadLayer) -> None:
+    """Refuse factors whose shapes or dtypes make no product."""
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    if len(lora_A.shape) != 2 or len(lora_B.shape) != 2:
+        raise _unreadable(module, "lora_A or lora_B is no matrix")
+    other_rank = lora_B.shape[0 if layer.transposed else 1]
+    if layer.rank != other_rank or not math.prod((*lora_A.shape, *lora_B.shape)):
+        reason = f"lora_A is {list(lora_A.shape)}, lora_B {list(lora_B.shape)}"
+        raise _unreadable(module, reason)
+    if not {lora_A.dtype, lora_B.dtype} <= FLOATS:
+        raise _unreadable(module, f"its factors are {lora_A.dtype} and {lora_B.dtype}")
 
 
 def _unreadable(place: str, reason: str) -> CheckpointError:
@@ -134,32 +170,44 @@ def _unreadable(place: str, reason: str) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class _Scaling:
-    """How a config scales the product of the two factors."""
+    """How a config scales the product of the two factors.
 
-    alpha: float
+    Attributes:
+        alpha: lora_alpha; None if it is the rank.
+        patterns: the alpha of single modules, by a path or the end of a path.
+        rank_stabilized: whether alpha is divided by the root of the rank.
+        factor: a further factor.
+    """
+
+    alpha: float | None
     patterns: Mapping[str, float]
     rank_stabilized: bool
+    factor: float = 1.0
 
     @classmethod
-    def of(cls, config: Mapping[str, object]) -> _Scaling:
-        alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
-        is_fine = isinstance(patterns, dict) and all(_is_number(v) for v in patterns.values())
-        if not _is_number(alpha) or not is_fine:
+    def of(cls, config: Mapping[str, object], default: float | None) -> _Scaling:
+        """Read the fields of PEFT; `default` is the alpha of a config that names none."""
+        alpha, patterns = config.get("lora_alpha", default), config.get("alpha_pattern") or {}
+        is_fine = isinstance(patterns, dict) and all(map(_is_number, patterns.values()))
+        if not is_fine or not (alpha is None or _is_number(alpha)):
             raise _unreadable(CONFIG_NAME, "lora_alpha or alpha_pattern is malformed")
         if config.get("use_dora"):
             raise _unreadable(CONFIG_NAME, "use_dora is true, so the layers are no plain LoRA")
-        assert isinstance(alpha, int | float)  # noqa: S101 -- for the type checker
-        return cls(float(alpha), dict(patterns), bool(config.get("use_rslora")))  # type: ignore[call-overload]
+        assert alpha is None or isinstance(alpha, int | float)  # noqa: S101 -- for the type checker
+        assert isinstance(patterns, dict)  # noqa: S101
+        return cls(alpha, patterns, bool(config.get("use_rslora")))
 
     def of_module(self, module: str, rank: int) -> float:
+        """Return the scaling of a module of this rank."""
         own = (
             value
             for name, value in self.patterns.items()
             if module == name or module.endswith(f".{name}")
         )
         alpha = next(own, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        divisor = math.sqrt(rank) if self.rank_stabilized else rank
+        return self.factor * (1.0 if alpha is None else alpha / divisor)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9

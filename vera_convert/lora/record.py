@@ -13,13 +13,11 @@ from pathlib import Path
 
 from vera_convert._version import __version__
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseOptions
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local
-from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
@@ -29,7 +27,17 @@ from vera_convert.merging.provenance import source_of
 METADATA_KEY = "vera_convert.lora"
 """The key of the record in the metadata of safetensors."""
 
-_CONFIG_LIMIT = 10_000_000
+GGUF_NAME = "adapter.gguf"
+RECORDED_IN = (
+    WEIGHTS_NAME,
+    "pytorch_lora_weights.safetensors",
+    "adapters.safetensors",
+    GGUF_NAME,
+)
+"""The files of weights in all forms, each with a record."""
+
+_GGUF_BEGINNING = 1 << 16
+"""Bytes of a GGUF file in which the record lies."""
 _BLOCK = 1 << 20
 
 
@@ -72,15 +80,19 @@ def record_of(origin: Origin, plan: LoraPlan) -> dict[str, object]:
     }
 
 
-def metadata_with(record: Mapping[str, object], error: float) -> dict[str, str]:
+def metadata_with(
+    record: Mapping[str, object], error: float, others: Mapping[str, str]
+) -> dict[str, str]:
     """Return the metadata of the weights; the length does not depend on the error.
 
     Args:
         record: the record.
         error: the largest relative error of a layer's delta, from 0 to 99.
+        others: further metadata.
     """
     shown = f"{error if error >= 1e-99 else 0.0:.2e}"
-    return {"format": "pt", METADATA_KEY: json.dumps({**record, "relative_error": shown})}
+    own = {METADATA_KEY: json.dumps({**record, "relative_error": shown})}
+    return {"format": "pt", **others, **own}
 
 
 def _sha256(source: ByteSource) -> str:
@@ -92,20 +104,27 @@ def _sha256(source: ByteSource) -> str:
 
 def is_lora(folder: Path) -> bool:
     """Say whether a folder holds a LoRA that this package wrote: what ``--force`` may replace."""
-    return lora_record(folder) is not None
+    return any(lora_record(folder, name) is not None for name in RECORDED_IN)
 
 
-def lora_record(folder: Path) -> dict[str, object] | None:
-    """Return the record of the LoRA in a folder; None if this package wrote no LoRA there."""
+def lora_record(folder: Path, name: str) -> dict[str, object] | None:
+    """Return the record in a file of weights; None if this package did not write the file."""
     try:
-        with open_local(folder / CONFIG_NAME, within=folder) as source:
-            config, _ = read_json(source, limit=_CONFIG_LIMIT)
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            return None
-        with open_local(folder / WEIGHTS_NAME, within=folder) as source:
+        with open_local(folder / name, within=folder) as source:
+            if name == GGUF_NAME:
+                return record_in_gguf(source.read_at(0, min(source.size, _GGUF_BEGINNING)))
             return parse_record(read_header(source).metadata.get(METADATA_KEY))
     except (CheckpointError, SurroundingsError):
         return None
+
+
+def record_in_gguf(beginning: bytes) -> dict[str, object] | None:
+    """Return the record in the first bytes of a GGUF file; None if there is none."""
+    _, found, rest = beginning.partition(METADATA_KEY.encode())
+    if not found or not beginning.startswith(b"GGUF"):
+        return None
+    length = int.from_bytes(rest[4:12], "little")  # after the number of the type
+    return parse_record(rest[12 : 12 + length].decode("utf-8", "replace"))
 
 
 def parse_record(text: str | None) -> dict[str, object] | None:

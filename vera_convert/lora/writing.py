@@ -16,7 +16,7 @@ from vera_convert.files.tensorfile import (
     TensorData,
     from_array,
 )
-from vera_convert.lora.peft_form import tensor_names
+from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.stored import StoredLayer, stored_layer
@@ -49,12 +49,13 @@ class Computed:
     """Computes the factors of layers; the layer computed last is kept, because it has two tensors.
 
     Attributes:
+        plan: the LoRA.
         measured: errors of the layers so far.
     """
 
     def __init__(self, plan: LoraPlan) -> None:
         self.measured = Measured()
-        self._plan = plan
+        self.plan = plan
         self._last: tuple[str, StoredLayer] | None = None
 
     def of(self, layer: LoraLayer) -> StoredLayer:
@@ -65,7 +66,7 @@ class Computed:
         """
         if self._last is None or self._last[0] != layer.module:
             self._last = None  # two layers would take twice the memory
-            found = stored_layer(layer, self._plan)
+            found = stored_layer(layer, self.plan)
             if layer.vectors is not None:
                 self.measured.errors[layer.module] = found.error
                 self.measured.vanished[layer.module] = found.vanished
@@ -73,22 +74,23 @@ class Computed:
         return self._last[1]
 
 
-def lora_tensors(plan: LoraPlan, computed: Computed) -> Iterator[TensorData]:
+def lora_tensors(plan: LoraPlan, files: FormFiles, computed: Computed) -> Iterator[TensorData]:
     """Yield the two tensors of each layer; they are computed when their bytes are asked for."""
     for layer in plan.layers:
-        names, shape = tensor_names(layer.written), layer.shape
+        names, shape = files.names(layer), layer.shape
         shapes = (plan.rank, shape.in_features), (shape.out_features, plan.rank)
         for number, (name, size) in enumerate(zip(names, shapes, strict=True)):
-            yield TensorData(name, plan.dtype, size, _bytes_of(layer, number, computed))
+            blocks = _bytes_of(layer, number, files, computed)
+            yield TensorData(name, plan.dtype, size[::-1] if files.transposed else size, blocks)
 
 
 def _bytes_of(
-    layer: LoraLayer, number: int, computed: Computed
+    layer: LoraLayer, number: int, files: FormFiles, computed: Computed
 ) -> Callable[[], Iterator[bytes | memoryview]]:
     def blocks() -> Iterator[bytes | memoryview]:
         found = computed.of(layer)
         matrix: Array = (found.lora_A, found.lora_B)[number]
-        yield from from_array("", matrix).blocks()
+        yield from from_array("", matrix.T if files.transposed else matrix).blocks()
 
     return blocks
 
@@ -100,6 +102,7 @@ def write_weights(
     computed: Computed,
     progress: Progress,
     *,
+    metadata: Mapping[str, str],
     check: bool,
 ) -> None:
     """Write the weights, and read back the header, or every byte if `check` says so.
@@ -114,7 +117,7 @@ def write_weights(
     ordered = in_order(tensors)
     total = sum(tensor.nbytes for tensor in ordered)
     data, done = hashlib.sha256(), 0
-    header = header_bytes(ordered, metadata_with(record, 0.0))
+    header = header_bytes(ordered, metadata_with(record, 0.0, metadata))
     with path.open("xb") as sink:
         sink.write(header)
         for tensor in ordered:
@@ -124,7 +127,7 @@ def write_weights(
                 if check:
                     data.update(block)
             progress(done, total)
-        header = header_bytes(ordered, metadata_with(record, computed.measured.worst))
+        header = header_bytes(ordered, metadata_with(record, computed.measured.worst, metadata))
         sink.seek(0)
         sink.write(header)
     with open_local(path) as source:

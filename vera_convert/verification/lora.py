@@ -204,7 +204,7 @@ def _compared(
         b, d = vectors.lambda_b.array(), vectors.lambda_d.array()
         error = _error(Factors(pair.A[:, :width], pair.B[:out], d, b), layer)
         limit = max(_rounding(layer), 1.05 * (recorded or 0.0))
-        yield LoraLayerCheck(module, name, layer.lora_A.shape[0], error, limit)
+        yield LoraLayerCheck(module, name, layer.rank, error, limit)
 
 
 def _error(ours: Factors, layer: ReadLayer) -> float:

@@ -1,0 +1,185 @@
+"""The forms of a LoRA for Diffusers, MLX-LM and llama.cpp: names, orientation, configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import RANK, good_adapter, good_tensors
+from bases import tiny_base
+from folders import everything
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from vera_convert.errors import CheckpointError
+from vera_convert.lora.conversion import LoraConversion, to_lora
+from vera_convert.lora.forms import mlx_keys
+from vera_convert.lora.gguf_form import GgufModel
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.plan import LoraLayer
+from vera_convert.lora.record import is_lora
+from vera_convert.targets.linear import Linear
+from vera_convert.verification.verify import verify
+
+PREFIX = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def vectors(module: str, outputs: int) -> dict[str, Any]:
+    values = np.random.default_rng(2)
+    return {
+        f"{module}.vera_lambda_b": values.normal(size=outputs).astype(np.float32),
+        f"{module}.vera_lambda_d": values.normal(size=RANK).astype(np.float32),
+    }
+
+
+def converted(adapter: Path, base: Path, out: Path, **options: Any) -> LoraConversion:
+    return to_lora(adapter, out, base=base, options=LoraOptions(**options))
+
+
+# --- MLX-LM --------------------------------------------------------------------------------------
+
+
+def test_mlx_has_the_same_factors_transposed(tmp_path: Path) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
+    converted(adapter, base, tmp_path / "peft")
+    converted(adapter, base, tmp_path / "mlx", engine="mlx")
+    assert {*everything(tmp_path / "mlx")} == {
+        "README.md",
+        "adapter_config.json",
+        "adapters.safetensors",
+    }
+    plain = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert len(found) == len(plain)
+    for part in "AB":
+        expected = plain[f"{PREFIX}{Q}.lora_{part}.weight"].T
+        assert np.array_equal(found[f"{Q}.lora_{part.lower()}"], expected)
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_bytes())
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == 2
+    assert config["lora_parameters"] == {
+        "dropout": 0.0,
+        "keys": ["self_attn.q_proj", "self_attn.v_proj"],
+        "rank": RANK,
+        "scale": 1.0,
+    }
+
+
+def test_mlx_names_single_layers_by_their_full_paths() -> None:
+    modules = [f"model.layers.{n}.{name}" for n in range(3) for name in ("a.q", "b.up")]
+    assert mlx_keys(modules[:1] + modules[1::2], modules) == ["b.up", "model.layers.0.a.q"]
+    assert mlx_keys(modules[:1], []) == modules[:1]
+
+
+def test_a_mlx_lora_can_be_replaced(tmp_path: Path) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
+    converted(adapter, base, tmp_path / "mlx", engine="mlx")
+    assert is_lora(tmp_path / "mlx")
+    assert converted(adapter, base, tmp_path / "mlx", engine="mlx", force=True).written
+
+
+@pytest.mark.parametrize("engine", ["mlx", "gguf"])
+def test_gpt2_is_refused_where_weights_are_transposed(engine: str, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    module = f"{PREFIX}transformer.h.0.attn.c_attn"
+    tensors |= {n: t for n, t in good_tensors().items() if n.startswith("base_model.vera")}
+    tensors |= vectors(module, 16)
+    adapter = good_adapter(tmp_path / "gpt2", tensors=tensors, target_modules=["c_attn"])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2"}')
+    weights = {"transformer.h.0.attn.c_attn.weight": np.zeros((16, 16), np.float32)}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"V71[23]|V705") as caught:
+        converted(adapter, tmp_path / "base", tmp_path / "out", engine=engine)
+    assert "V712" in {finding.code for finding in caught.value.findings}
+
+
+def test_a_tied_head_is_refused_by_engines_that_have_none(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    tensors |= {n: t for n, t in good_tensors().items() if n.startswith("base_model.vera")}
+    tensors["base_model.vera_B"] = np.random.default_rng(1).random((32, RANK), np.float32)
+    tensors |= vectors(f"{PREFIX}lm_head", 32)
+    adapter = good_adapter(tmp_path / "head", tensors=tensors, target_modules=["lm_head"])
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    base = tiny_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
+    assert converted(adapter, base, tmp_path / "peft").written
+    with pytest.raises(CheckpointError, match="V705 lm_head"):
+        converted(adapter, base, tmp_path / "out", engine="mlx")
+
+
+# --- Diffusers -----------------------------------------------------------------------------------
+
+
+def component(folder: Path, kind: str | None) -> Path:
+    """A component with the layers of the good adapter."""
+    tiny_base(folder, config={"_class_name": kind} if kind else {"sample_size": 8})
+    (folder / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("FluxTransformer2DModel", "transformer"), ("UNet2DConditionModel", "unet")],
+)
+def test_diffusers_finds_the_layers_under_the_component(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    converted(adapter, component(tmp_path / "c", kind), tmp_path / "out", engine="diffusers")
+    path = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    assert {*everything(tmp_path / "out")} == {"README.md", path.name}
+    assert f"{name}.{Q}.lora_A.weight" in load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata[f"{name}.r"] == metadata[f"{name}.lora_alpha"] == RANK
+    assert metadata[f"{name}.target_modules"] == ["q_proj", "v_proj"]
+    assert verify(adapter, lora=tmp_path / "out").passed
+
+
+def test_the_place_in_a_pipeline_names_the_component(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    component(tmp_path / "pipe" / "transformer_2", "WanTransformer3DModel")
+    index = {"_class_name": "P", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
+    found = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("transformer_2.model.layers.") for name in found)
+
+
+def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"V713"):
+        converted(adapter, tiny_base(tmp_path / "base"), tmp_path / "out", engine="diffusers")
+
+
+# --- llama.cpp -----------------------------------------------------------------------------------
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    base = tiny_base(tmp_path / "base", config={"model_type": "starcoder9"})
+    with pytest.raises(CheckpointError, match=r"V713 .*its model_type is starcoder9"):
+        converted(adapter, base, tmp_path / "out", engine="gguf")
+
+
+@pytest.mark.parametrize(("last", "heads"), [("q_proj", 4), ("k_proj", 2)])
+def test_rows_of_q_and_k_go_to_the_places_of_the_rotated_pairs(last: str, heads: int) -> None:
+    model = GgufModel("llama", (4, 2), {})
+    layer = LoraLayer("m", f"model.layers.0.self_attn.{last}", Linear(16, 8), None, None)  # type: ignore[arg-type]
+    found = model.stored_B(layer, np.arange(16)[:, None])[:, 0].reshape(heads, -1)
+    half = 16 // heads // 2
+    for head, rows in enumerate(found):
+        first = head * 2 * half
+        pairs = [(first + n, first + half + n) for n in range(half)]
+        assert rows.tolist() == [row for pair in pairs for row in pair]
+
+
+@pytest.mark.parametrize(("architecture", "last"), [("llama", "v_proj"), ("qwen2", "q_proj")])
+def test_other_rows_stay_where_they_are(architecture: str, last: str) -> None:
+    layer = LoraLayer("m", f"model.layers.0.self_attn.{last}", Linear(16, 8), None, None)  # type: ignore[arg-type]
+    lora_B = np.arange(32).reshape(16, 2)
+    assert np.array_equal(GgufModel(architecture, (4, 2), {}).stored_B(layer, lora_B), lora_B)

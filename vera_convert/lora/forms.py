@@ -1,0 +1,166 @@
+"""The files in which an engine reads a LoRA: names, orientation, config.
+
+GGUF, which is no safetensors file, has a module of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.names import PREFIX
+from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.base.facts import BaseFacts
+from vera_convert.errors import CheckpointError
+from vera_convert.lora.engines import Form
+from vera_convert.lora.peft_form import Extras, config_text, target_names
+from vera_convert.lora.plan import LoraLayer, LoraPlan
+from vera_convert.lora.record import RECORDED_IN
+from vera_convert.rules import LORA_BASE_UNKNOWN
+from vera_convert.targets.linear import kind_of
+
+DIFFUSERS_WEIGHTS, MLX_WEIGHTS = RECORDED_IN[1:3]
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class FormFiles:
+    """How a LoRA lies in the files of one form.
+
+    Attributes:
+        weights: the name of the weights.
+        prefix: what stands before the path of a module in the name of a tensor.
+        endings: what stands after the path, for lora_A and lora_B.
+        transposed: whether the factors are stored as (in, rank) and (rank, out).
+        metadata: metadata of the weights beside the record.
+        config: the bytes of ``adapter_config.json``; None if the form has no such file.
+    """
+
+    weights: str
+    prefix: str
+    endings: tuple[str, str] = (".lora_A.weight", ".lora_B.weight")
+    transposed: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: bytes | None = None
+
+    def names(self, layer: LoraLayer) -> tuple[str, str]:
+        """Return the names of a layer's two tensors."""
+        first, second = self.endings
+        return f"{self.prefix}{layer.written}{first}", f"{self.prefix}{layer.written}{second}"
+
+
+def files_of(
+    form: Form,
+    config: VeraConfig,
+    plan: LoraPlan,
+    extras: Extras,
+    *,
+    base_facts: BaseFacts,
+    modules: Collection[str],
+) -> FormFiles:
+    """Return how a LoRA lies in the files of a form.
+
+    Args:
+        form: one of the forms of safetensors.
+        config: the VeRA adapter's.
+        plan: the LoRA.
+        extras: the heads and biases that are stored with the LoRA.
+        base_facts: the base facts.
+        modules: every module with a weight, by the names that the LoRA uses; empty if not known.
+
+    Raises:
+        CheckpointError: the component of a pipeline is not known.
+    """
+    if form is Form.MLX:
+        text = _mlx_config(config, plan, modules)
+        return FormFiles(MLX_WEIGHTS, "", (".lora_a", ".lora_b"), transposed=True, config=text)
+    if form is Form.DIFFUSERS:
+        component = component_of(base_facts)
+        own = _diffusers_metadata(config, plan, modules)
+        named = {f"{component}.{key}": value for key, value in own.items()}
+        metadata = {DIFFUSERS_METADATA: json.dumps(named, sort_keys=True)}
+        return FormFiles(DIFFUSERS_WEIGHTS, f"{component}.", metadata=metadata)
+    text = config_text(config, plan, extras, modules=modules)
+    return FormFiles(WEIGHTS_NAME, PREFIX, config=text)
+
+
+# --- Diffusers -----------------------------------------------------------------------------------
+
+
+def component_of(base_facts: BaseFacts) -> str:
+    """Return the attribute of a pipeline under which Diffusers has the base.
+
+    The base's folder in a pipeline decides; of a component alone, the class.
+
+    Raises:
+        CheckpointError: neither tells.
+    """
+    base = base_facts.base
+    if base is not None and base.prefix:
+        return base.prefix.rstrip("/")
+    found = base.config.get("_class_name") if base is not None else None
+    name = found if isinstance(found, str) else ""
+    if name.startswith("UNet"):
+        return "unet"
+    if "Transformer" in name:
+        return "transformer"
+    folder = base.location.folder if base is not None else None
+    reason = "nothing says which component of a pipeline the base is."
+    raise CheckpointError(LORA_BASE_UNKNOWN.at(folder.name if folder else "the base", reason))
+
+
+def _diffusers_metadata(
+    config: VeraConfig, plan: LoraPlan, modules: Collection[str]
+) -> Mapping[str, object]:
+    written = [layer.written for layer in plan.layers]
+    return {
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "target_modules": target_names(written, modules, config)[0],
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+# --- MLX-LM --------------------------------------------------------------------------------------
+
+
+def _mlx_config(config: VeraConfig, plan: LoraPlan, modules: Collection[str]) -> bytes:
+    written = [layer.written for layer in plan.layers]
+    document = {
+        "fine_tune_type": "lora",
+        "lora_parameters": {
+            "dropout": config.vera_dropout,
+            "keys": mlx_keys(written, modules),
+            "rank": plan.rank,
+            "scale": 1.0,
+        },
+        "model": config.base_model_name_or_path,
+        "num_layers": _layer_count(modules or written),
+    }
+    return json.dumps(document, indent=2, sort_keys=True).encode()
+
+
+def _layer_count(modules: Collection[str]) -> int:
+    """Return how many layers a model has by the paths of its modules."""
+    found = (re.search(r"(?:^|\.)layers\.(\d{1,6})\.", module) for module in modules)
+    return 1 + max((int(each[1]) for each in found if each is not None), default=-1)
+
+
+def mlx_keys(written: Sequence[str], modules: Collection[str]) -> list[str]:
+    """Return the paths that MLX-LM makes LoRA layers of.
+
+    A path inside a layer stands for that module in every layer. Full paths are written if some
+    layers lack the module, or if the model's modules are not known.
+    """
+    wanted = frozenset(written)
+    rest = {kind_of(module) for module in {*modules} - wanted}
+    return sorted(
+        {
+            kind_of(module) if modules and kind_of(module) not in rest else module
+            for module in written
+        }
+    )
