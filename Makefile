@@ -19,13 +19,14 @@ BIN := .venv/$(SCRIPTS)
 BIN_OLDEST := .venv-oldest/$(SCRIPTS)
 BIN_FLOOR := .venv-floor/$(SCRIPTS)
 BIN_CI := .venv-ci/$(SCRIPTS)
+BIN_ENGINES := .venv-engines/$(SCRIPTS)
 BIN_LOCK := .venv-lock/$(SCRIPTS)
 
 PIP := -m pip --disable-pip-version-check -qq
 PINNED := $(PIP) install --no-deps --require-hashes --requirement
 THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 
-.PHONY: help demo test lint format test-oldest test-floor test-ci bench docs lock clean
+.PHONY: help demo test lint format test-oldest test-floor test-ci test-engines bench docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -55,6 +56,9 @@ test-floor: .venv-floor/test.stamp ## The tests with torch on the oldest torch a
 test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages
 	$(BIN_CI)/python -m pytest --override-ini 'norecursedirs=.*' tests/ci
 
+test-engines: .venv-engines/test.stamp ## LoRAs in real engines on the CPU: Diffusers, MLX-LM, llama.cpp; installs them
+	$(BIN_ENGINES)/python -m pytest --override-ini 'norecursedirs=.*' tests/engines
+
 bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
@@ -65,7 +69,7 @@ lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
 	$(BIN_LOCK)/python requirements/lock.py $(TORCH) $(TORCH_FLOOR)
 
 clean: ## Remove everything that make made
-	rm -rf .venv .venv-oldest .venv-floor .venv-ci .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-floor .venv-ci .venv-engines .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find vera_convert tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +
 
 # The pins come first and by hash; torch, by version alone, then finds what it needs installed.
@@ -97,6 +101,13 @@ clean: ## Remove everything that make made
 	$(call create-venv,PYTHON,.venv-ci,>=)
 	$(BIN_CI)/python $(PINNED) requirements/ci.txt
 	$(BIN_CI)/python $(THIS)
+	@touch $@
+
+.venv-engines/test.stamp: requirements/engines.txt pyproject.toml
+	$(call create-venv,PYTHON,.venv-engines,>=)
+	$(BIN_ENGINES)/python $(PINNED) requirements/engines.txt
+	$(BIN_ENGINES)/python $(THIS)
+	$(BIN_ENGINES)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH)
 	@touch $@
 
 .venv-lock/lock.stamp: requirements/lock.txt

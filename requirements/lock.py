@@ -3,6 +3,7 @@
 - `test.txt` is all that `make test` installs but torch, whose version is the argument;
 - `demo.txt` is the part of it that `make demo` needs;
 - `ci.txt` is what `make test-ci` needs, in the same versions;
+- `engines.txt` is what `make test-engines` needs but torch, in the same versions;
 - `oldest.txt` holds the lowest versions that pyproject.toml promises, with the newest test tools;
 - `floor.txt` holds these with the lowest ones of the extra `torch`, whose torch is the second
   argument, and the newest PEFT: it is what the tests compare with, and nothing needs it;
@@ -42,6 +43,8 @@ def main(torch: str, lowest_torch: str) -> None:
     resolve("test.txt", project, "-", "--extra", "dev", "--group", "test", stdin=f"torch=={torch}")
     resolve("demo.txt", project, "--group", "demo", *same_as_test)
     resolve("ci.txt", project, "--group", "ci", *same_as_test)
+    engines = ("--group", "engines", "--extra", "torch", *same_as_test)
+    resolve("engines.txt", project, "-", *engines, stdin=f"torch=={torch}")
     resolve("oldest.txt", project, "--resolution", "lowest-direct")
     resolve("oldest.txt", project, "--group", "test", *lowest)
     with_torch = f"torch=={lowest_torch}"

@@ -24,7 +24,7 @@ from vera_convert.text import printable
 
 Array = NDArray[Any]
 
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 16
 """Outputs of a layer on which rounding to float32 or bfloat16 is measured."""
 _HALF = 0x8000
 _LOW = 0xFFFF
@@ -51,7 +51,7 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
     """Return the factors of one layer in the rank and dtype of a plan, and measure their error.
 
     The error compares the stored delta with the adapter's. If the rank is not reduced, rounding to
-    float32 and bfloat16 is measured on 64 outputs of the layer, spread evenly.
+    float32 and bfloat16 is measured on 16 outputs of the layer, spread evenly.
 
     Raises:
         CheckpointError: a value is too large for the dtype.
@@ -90,7 +90,7 @@ def _rounded(factors: Factors, dtype: str) -> StoredLayer:
 
 
 def _sample(b: Array) -> NDArray[np.intp]:
-    """Return outputs that the layer changes, 64 at most, spread evenly."""
+    """Return outputs that the layer changes, 16 at most, spread evenly."""
     changed = np.flatnonzero(b)
     count = min(len(changed), SAMPLED_ROWS)
     return changed[np.linspace(0, max(len(changed) - 1, 0), count).astype(np.intp)]
