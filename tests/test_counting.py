@@ -93,8 +93,8 @@ def test_a_base_counts_by_its_headers_alone() -> None:
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("qproj", "near it are q_proj"),
-        ("self_attn", "it holds q_proj, k_proj, v_proj, o_proj"),
+        ("qproj", "similar names are q_proj"),
+        ("self_attn", "the module holds q_proj, k_proj, v_proj, o_proj"),
         ("embed_tokens", "embedding"),
         ("query", "there are q_proj"),
         (".*q_proj", "q_proj"),

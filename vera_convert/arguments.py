@@ -32,6 +32,8 @@ _VERSION = re.compile(r"\d{1,4}\.\d{1,4}(\.\d{1,4})?", re.ASCII)
 
 OLDEST_PEFT = (0, 11)
 """The first release of PEFT that has VeRA."""
+NEWEST_PEFT = (0, 21)
+"""The newest release of PEFT that is known here."""
 
 
 def one_of(name: str, kind: type[Choice], value: object) -> Choice:

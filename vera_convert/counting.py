@@ -1,4 +1,4 @@
-"""How many parameters and bytes a VeRA adapter takes before anyone trains it, beside LoRA.
+"""The parameters and bytes of a VeRA adapter before training, compared with LoRA.
 
 Files are counted to the byte as PEFT writes them: header, names, padding and all.
 """
@@ -48,12 +48,12 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class MethodSize:
-    """What one method trains and writes.
+    """The trainable parameters of one method, and the bytes of the file.
 
     Attributes:
         parameters: trainable parameters.
-        parameter_bytes: what they take in float32, as PEFT keeps them.
-        file_bytes: size of `adapter_model.safetensors` as PEFT writes it.
+        parameter_bytes: bytes of the parameters in float32, the dtype that PEFT keeps.
+        file_bytes: bytes of `adapter_model.safetensors` as PEFT writes the file.
     """
 
     parameters: int
@@ -63,13 +63,13 @@ class MethodSize:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What an adapter of one rank on one model comes to.
+    """The parameters and bytes of an adapter of one rank on one model.
 
     Attributes:
-        source: what the layers were read from: a model class, or the tensors' headers.
+        source: the origin of the layers: a model class, or the tensors' headers.
         rank: r, of VeRA and LoRA alike.
-        targets: the names asked for; empty where PEFT's default for the model's type was taken.
-        groups: what was adapted, in the model's order.
+        targets: the given names; empty if PEFT's default for the model's type was used.
+        groups: the adapted layers, in the model's order.
         max_in: columns of A, which is (r, max_in).
         max_out: rows of B, which is (max_out, r).
         vera: VeRA, with A and B in the file (PEFT's default).
@@ -91,7 +91,7 @@ class Count:
 
     @property
     def layers(self) -> int:
-        """How many layers are adapted."""
+        """The number of adapted layers."""
         return sum(group.layers for group in self.groups)
 
 
@@ -103,7 +103,7 @@ def count(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Count:
-    """Count a VeRA adapter, and a LoRA beside it, on a model of which only the layers are known.
+    """Count the parameters and bytes of a VeRA adapter, and of a LoRA of the same rank.
 
     Args:
         model: a folder, a repo on the Hub, a ``config.json`` or its value, a config of
@@ -177,12 +177,12 @@ def _config_of(model: object) -> Mapping[str, object] | None:
 
 
 def vera_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
-    """Return what VeRA trains on these layers: lambda_d (r) and lambda_b (out) for each."""
+    """Return the parameters of VeRA on these layers: lambda_d (r) and lambda_b (out) for each."""
     return sum(rank + layer.out_features for layer in layers.values())
 
 
 def lora_parameters(layers: Mapping[str, Linear], *, rank: int) -> int:
-    """Return what LoRA trains on these layers: A (r, in) and B (out, r) for each."""
+    """Return the parameters of LoRA on these layers: A (r, in) and B (out, r) for each."""
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers.values())
 
 
@@ -195,7 +195,7 @@ def _checked(model: ModelLayers, targets: Sequence[str]) -> tuple[str, ...] | st
         return None
     if any(is_all_linear(target) for target in targets):
         if len(targets) > 1:
-            raise UsageError("all-linear means every linear layer; give no other target beside it.")
+            raise UsageError("all-linear means every linear layer: leave the other targets out.")
         return targets[0]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in model.linear):
@@ -208,16 +208,16 @@ def _checked(model: ModelLayers, targets: Sequence[str]) -> tuple[str, ...] | st
 
 def _near(model: ModelLayers, target: str) -> str:
     if any(f".{name}".endswith(f".{target}") for name in model.embeddings):
-        return "that is an embedding, which VeRA cannot adapt"
+        return "this is an embedding, and VeRA adapts linear layers only"
     last_names = list(dict.fromkeys(name.rpartition(".")[2] for name in model.linear))
     inside = dict.fromkeys(
         name.rpartition(".")[2] for name in model.linear if f".{target}." in f".{name}"
     )
     near = difflib.get_close_matches(target, [*last_names, *model.linear], n=4, cutoff=0.5)
     if inside:
-        return f"it holds {listed(inside, 12)}"
+        return f"the module holds {listed(inside, 12)}"
     if near:
-        return f"near it are {listed(near, 12)}"
+        return f"similar names are {listed(near, 12)}"
     return f"there are {listed(last_names, 12)}"
 
 

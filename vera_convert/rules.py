@@ -1604,6 +1604,14 @@ CAN_DEQUANTIZE = Rule(
     "Merge with `vera-convert merge --dequantize`.",
     since="0.2.0",
 )
+OPTION_WITHOUT_EFFECT = Rule(
+    "V564",
+    WARNING,
+    "an option has no effect",
+    "The result is the same as without the option, so the option may be mistyped or misplaced.",
+    "Correct the value of the option, or leave the option out.",
+    since="0.2.0",
+)
 
 HEAD_CLASS_WRITTEN = Rule(
     "V570",

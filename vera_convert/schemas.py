@@ -39,7 +39,7 @@ def load_schema(name: str) -> dict[str, object]:
     """
     if name not in schema_names():
         known = ", ".join(schema_names())
-        raise UnknownSchemaError(f"no schema is called {name!r}; there are {known}")
+        raise UnknownSchemaError(f"no schema is called {name!r}; the names are {known}")
     text = (_folder() / f"{name}.json").read_text(encoding="utf-8")
     schema: dict[str, object] = json.loads(text)
     return schema

@@ -1,4 +1,4 @@
-"""info: what an adapter is, for a person who holds one."""
+"""info: an adapter's rank, targets, projections and sizes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Effect:
     Attributes:
         peft: the versions.
         source: ``file`` or ``key``.
-        same_on: the load dtypes of the base on which they are the adapter's own A and B; None
-            where nothing tells what those are.
+        same_on: the dtypes of the base on which A and B are the adapter's own; None if the
+            adapter's own A and B are unknown.
     """
 
     peft: str
@@ -64,12 +64,12 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of the weights file in each form; None where nothing tells.
+    """Bytes of the weights file in each form; None if the size is unknown.
 
     Attributes:
-        as_is: as it lies there.
-        stripped: what `strip` would write; None where it would refuse.
-        embedded: what `embed` would write.
+        as_is: the file now.
+        stripped: after `strip`; None if `strip` would refuse.
+        embedded: after `embed`.
         lora: the exact LoRA in float32.
         merged: the base's weights with the delta added.
     """
@@ -83,7 +83,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What `info` tells.
+    """An adapter's rank, targets, projections and sizes.
 
     Attributes:
         location: where the adapter lies.
@@ -91,15 +91,15 @@ class AdapterInfo:
         groups: its layers, by kind and shape.
         lambda_dtypes: dtypes of the trained vectors.
         projections: shape and dtype of the stored A and B, or None.
-        draw: which draw they are; for a stripped adapter, what its fingerprint says.
-        difference: how stored ones differ from the nearest draw.
-        fingerprint: what a strip recorded.
-        effects: what each PEFT uses.
+        draw: the draw that gave A and B; for a stripped adapter, the draw of its fingerprint.
+        difference: the difference of the stored A and B from the nearest draw.
+        fingerprint: the record that `strip` left in the file.
+        effects: the A and B that each version of PEFT uses.
         replacements: tensors that replace the base's.
         parameters: trained values in the lambdas.
         lora_parameters: those of a LoRA of the same rank; None without a base.
         sizes: bytes in each form.
-        base_facts: what is known of the base.
+        base_facts: the base facts.
         findings: warnings and notes.
     """
 
@@ -123,7 +123,7 @@ class AdapterInfo:
 
     @property
     def layers(self) -> int:
-        """How many layers are adapted."""
+        """The number of adapted layers."""
         return sum(group.layers for group in self.groups)
 
 

@@ -85,7 +85,7 @@ def test_what_an_adapter_is(
     assert schema_errors("info", document) == []
     text = info_text(found)
     assert all(line.isprintable() and line == line.rstrip() for line in text.splitlines())
-    assert f"{found.sizes.as_is:,} as it is" in text
+    assert f"{found.sizes.as_is:,} bytes" in text
     assert document["bytes"]["as_is"] == found.sizes.as_is
 
 
@@ -121,27 +121,27 @@ lambdas                F32
 projections            embedded: A [4, 80], B [48, 4], F32
                        the float32-fused draw of key 0 for r = 4, 80 inputs, 48 outputs, """
         """rounded to bfloat16
-  PEFT 0.11 to 0.20    draws A and B from the key: the same on a bfloat16 base
+  PEFT 0.11 to 0.20    regenerates the same A and B from the key on a bfloat16 base
   PEFT 0.21 and later  uses the stored A and B
 trainable              320 parameters in b and d (a LoRA of this rank: 2,944)
-bytes                  5,416 as it is
-  stripped             3,600
-  embedded             5,416
-  as LoRA              13,776
-  merged               94,760"""
+size                   5,416 bytes
+  stripped             3,600 bytes
+  embedded             5,416 bytes
+  as LoRA              13,776 bytes
+  merged               94,760 bytes"""
     )
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (bare, "nothing tells whether they are the trained ones"),
+        (bare, "Not proven: the adapter stores no fingerprint"),
         (bare, "stripped, without a fingerprint"),
         (stripped, "stripped, with a fingerprint"),
-        (stripped, "the same on a float32 base"),
-        (drawn(Variant.FLOAT32_SEPARATE), "and gets others"),
+        (stripped, "regenerates the same A and B from the key on a float32 base"),
+        (drawn(Variant.FLOAT32_SEPARATE), "regenerates other A and B from the key"),
         (drawn(key=KEY + 1), "draw of key 8"),
-        (tensors(lambda stored: {**stored, A: RANDOM}), "no draw: "),
+        (tensors(lambda stored: {**stored, A: RANDOM}), "from no known generator: "),
         (tensors(lambda stored: {**stored, A: RANDOM}), "cannot be stripped"),
         (all_of(), "not read: example/tiny-llama@main is not in the local cache"),
         (all_of(), "2 x (? -> 16)"),
@@ -181,7 +181,7 @@ def test_what_a_conversion_did(tmp_path: Path, schema_errors: SchemaErrors) -> N
     assert first.splitlines()[0].endswith("stripped (stripped)")
     assert "changed   dropped A and B (the float32-fused draw of key 7" in first
     assert f"base      {tmp_path / 'base'}" in first
-    assert "carried   README.md" in first
+    assert "copied    README.md" in first
     assert "left out  optimizer.pt" in first
     assert "nothing: it was stripped already, and was copied" in copied
     assert "proven by the fingerprint to be the same matrices" in embedded

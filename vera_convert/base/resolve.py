@@ -42,6 +42,7 @@ from vera_convert.rules import (
     BASE_IN_FOLDER,
     BASE_WITHOUT_WEIGHTS,
     NAMES_DIFFER,
+    OPTION_WITHOUT_EFFECT,
     QUANTIZED_TARGET,
     ROUNDING_UNCLEAR,
     SHAPES_DIFFER,
@@ -207,7 +208,9 @@ def _from_base(
         if base is None or need is Need.WHOLE or not are_packed:
             raise
         return _packed(base, error.findings)
-    return _from_match(adapter, base, match)
+    facts = _from_match(adapter, base, match)
+    idle = _idle_key_maps(adapter, base_options)
+    return replace(facts, findings=(*facts.findings, *idle))
 
 
 def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
@@ -251,6 +254,18 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
             *lost_biases(adapter, match, view),
         ),
     )
+
+
+def _idle_key_maps(adapter: Adapter, base_options: BaseOptions) -> list[Finding]:
+    """Return a warning for each --key-map that no module of the adapter matches."""
+    modules = [f"{module}." for module in adapter.layers]
+    return [
+        OPTION_WITHOUT_EFFECT.at(
+            f"--key-map {old}={new}", f"no module of the adapter begins with {old}."
+        )
+        for old, new in base_options.key_map
+        if old and not any(module.startswith(f"{old}.") for module in modules)
+    ]
 
 
 def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -> Match:

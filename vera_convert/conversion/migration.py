@@ -21,7 +21,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
-from vera_convert.arguments import instance, one_of, optional, path, require_flags
+from vera_convert.arguments import NEWEST_PEFT, instance, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
@@ -47,6 +47,7 @@ from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.publish.publishing import files_but, staged_folder
+from vera_convert.rules import OPTION_WITHOUT_EFFECT
 from vera_convert.text import printable, short_repr
 
 
@@ -310,7 +311,15 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
 
 
 def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
-    return replace(converted, changes=(*repairs.changes, *converted.changes))
+    findings = [*converted.findings]
+    version = repairs.peft_version
+    if version is not None and version[:2] > NEWEST_PEFT:
+        newest, given = (".".join(map(str, each)) for each in (NEWEST_PEFT, version))
+        reason = f"{given} is newer than {newest}, the newest PEFT known here."
+        findings.append(OPTION_WITHOUT_EFFECT.at("--peft-version", reason))
+    return replace(
+        converted, changes=(*repairs.changes, *converted.changes), findings=tuple(findings)
+    )
 
 
 def _migrated(adapter: Adapter, options: _MigrationOptions) -> tuple[Converted, BaseFacts]:

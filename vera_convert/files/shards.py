@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -19,7 +19,7 @@ from vera_convert.rules import (
     SHARD_MISSING,
     Finding,
 )
-from vera_convert.text import printable
+from vera_convert.text import counted, listed, printable
 
 PIPELINE = "model_index.json"
 """A file in the root of a diffusers pipeline, whose components are folders."""
@@ -34,6 +34,8 @@ REDIRECTION = "transformers_weights"
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)(?=[.-])")
+"""The variant in the name of a file of diffusers or transformers."""
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _SHARD = re.compile(r".*-\d{1,9}-of-(\d{1,9})\.safetensors", re.ASCII)
 
@@ -102,13 +104,26 @@ def find_weights(
         name for name in top if name.endswith(_SUFFIX) and not name.startswith("adapter_model")
     )
     if not singles and not indexes:
-        raise CheckpointError(_why_none(top, place + "/" + prefix if prefix else place))
+        below = () if prefix else _folders_with_weights(names)
+        raise CheckpointError(_why_none(top, place + "/" + prefix if prefix else place, below))
     lone = _SHARD.fullmatch(singles[0]) if len(singles) == 1 else None
     if indexes or len(singles) > 1 or (lone is not None and int(lone[1]) != 1):
+        variants = sorted({match[1] for name in singles if (match := _VARIANT.search(name))})
+        if variants and not indexes:
+            raise CheckpointError(BASE_AMBIGUOUS.at(place, _only_variant(singles, variants[0])))
         found = ", ".join(map(printable, (indexes or singles)[:3]))
         found += ", …" if len(indexes or singles) > 3 else ""
         raise CheckpointError(BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all."))
     return WeightFiles(prefix, None, prefix + singles[0])
+
+
+def _only_variant(names: Sequence[str], variant: str) -> str:
+    """Say that the shards are those of a variant, whose index no loader reads unasked."""
+    return (
+        f"{printable(names[0])} and {counted(len(names) - 1, 'other file')} are the variant "
+        f"{printable(variant)}. Download the model without a variant; or remove "
+        f".{printable(variant)} from the names of the files, and from the names in the index."
+    )
 
 
 def named_weights(config: Mapping[str, object]) -> str | None:
@@ -138,7 +153,14 @@ def _main_component(names: Collection[str], place: str) -> str:
     return found[0] if found else ""
 
 
-def _why_none(top: Collection[str], place: str) -> Finding:
+def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
+    """Return the subfolders that hold a model, such as ``0_Transformer``."""
+    wanted = {stem + suffix for stem in STEMS for suffix in (_INDEX_SUFFIX, _SUFFIX)}
+    found = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in wanted}
+    return tuple(sorted(found - {""}))
+
+
+def _why_none(top: Collection[str], place: str, below: Sequence[str] = ()) -> Finding:
     """Return the finding about a folder without safetensors weights."""
     if "adapter_config.json" in top:
         return BASE_IS_ADAPTER.at(place, "there is adapter_config.json and no model.")
@@ -148,6 +170,9 @@ def _why_none(top: Collection[str], place: str) -> Finding:
     other = sorted(name for name in top if name.lower().endswith(_OTHER_FORMATS))
     if other:
         return BASE_OTHER_FORMAT.at(place, f"there is {printable(other[0])}.")
+    if below:
+        reason = f"the weights lie in {listed(below)}: pass {place}/{printable(below[0])}."
+        return BASE_WITHOUT_WEIGHTS.at(place, reason)
     return BASE_WITHOUT_WEIGHTS.at(place, "there is no model.safetensors and no index.")
 
 

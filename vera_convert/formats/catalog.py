@@ -24,7 +24,7 @@ FAMILIES = {
     "V6": "verification",
     "V7": "LoRA",
 }
-"""What the hundreds of a code stand for."""
+"""The family of rules for each first digit of a code."""
 
 _INTRODUCTION = """\
 <!-- Made from vera_convert/rules.py by `make docs`; a test holds the two together. -->
@@ -50,7 +50,7 @@ def rules_text(rules: Iterable[Rule] = CATALOG.values()) -> str:
 
 
 def explanation(rules: Iterable[Rule], *, width: int = WIDTH) -> str:
-    """What each rule means, why it matters and what to do, for people."""
+    """Return the meaning, the reason and the remedy of each rule as text."""
     return "\n\n".join("\n".join(_explained(rule, width)) for rule in rules)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.formats.shared import Document, draw_document, finding_document, table
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
@@ -23,7 +24,7 @@ _MOST_LISTED = 12
 
 
 def merge_text(result: Merge) -> str:
-    """What a merge did, or would do, for people."""
+    """Return the text about a merge, or about the plan of a merge."""
     out = printable(str(result.out))
     size = f"{result.needed:,} bytes in {len(result.files)} files"
     rows = [["wrote" if result.written else "would write", f"{out}, {size}"]]
@@ -45,9 +46,13 @@ def _adapter_rows(adapter: MergedAdapter) -> list[list[str]]:
     layers = f"{adapter.layers} layers of rank {adapter.rank}{weight}"
     return [
         ["adapter", f"{printable(adapter.label)}, {layers}"],
-        ["  names", adapter.strategy],
+        ["  layer names", _layer_names(adapter.strategy)],
         ["  A and B", f"from the {adapter.origin}{drawn}"],
     ]
+
+
+def _layer_names(strategy: str) -> str:
+    return "same as in the base" if strategy == AS_THEY_ARE.name else strategy
 
 
 def _number_rows(result: Merge) -> list[list[str]]:
@@ -59,9 +64,9 @@ def _number_rows(result: Merge) -> list[list[str]]:
     most = f"{relative_loss(last.numbers):.3g}, in {printable(last.name)}"
     return [
         *rows,
-        ["changed", f"{changed_share(numbers):.1%} of the {numbers.values:,} values looked at"],
-        ["delta", f"{relative_change(numbers):.3g} of the weights it is added to"],
-        ["rounding", f"loses {relative_loss(numbers):.3g} of the delta; most, {most}"],
+        ["changed", f"{changed_share(numbers):.1%} of {numbers.values:,} sampled values"],
+        ["delta", f"{relative_change(numbers):.3g} times the norm of the weights"],
+        ["rounding error", f"{relative_loss(numbers):.3g} of the delta; largest: {most}"],
     ]
 
 
@@ -111,7 +116,7 @@ def _side_rows(result: Merge) -> list[list[str]]:
     written = {file.name for file in result.files} - own
     copied = [name for name in result.sides.copied if name in written]
     if copied:
-        rows.append(["carried", ", ".join(map(printable, copied))])
+        rows.append(["copied", ", ".join(map(printable, copied))])
     for label, names in (
         ("tokenizer", result.beside.tokenizer),
         ("adapter's own", result.beside.copied),
@@ -126,7 +131,7 @@ def _side_rows(result: Merge) -> list[list[str]]:
 
 
 def merge_document(result: Merge) -> Document:
-    """What a merge did, or would do (schema ``merge``)."""
+    """Return the document about a merge, or about its plan (schema ``merge``)."""
     return {
         "format": 1,
         "command": "merge",

@@ -45,7 +45,7 @@ def _base_document(base_facts: BaseFacts) -> Document | None:
 
 
 def conversion_text(result: Conversion) -> str:
-    """What a conversion did, for people."""
+    """Return the text about a conversion."""
     out = printable(str(result.out))
     form = "embedded" if result.embedded else "stripped"
     rows = [["wrote", f"{out} ({form})"]]
@@ -60,7 +60,7 @@ def conversion_text(result: Conversion) -> str:
         rows.append(["base", location_text(result.base_facts)])
     sides = result.side_files
     if sides.copied:
-        rows.append(["carried", listed(sides.copied, 6)])
+        rows.append(["copied", listed(sides.copied, 6)])
     if sides.left_out:
         rows.append(["left out", listed(sides.left_out, 6)])
     if sides.adapters:
@@ -79,7 +79,7 @@ def location_text(base_facts: BaseFacts) -> str:
 
 
 def conversion_document(command: str, result: Conversion) -> Document:
-    """What a conversion did (schema ``conversion``)."""
+    """Return the document about a conversion (schema ``conversion``)."""
     return {
         "format": 1,
         "command": command,
@@ -99,7 +99,7 @@ def conversion_document(command: str, result: Conversion) -> Document:
 
 
 def tree_text(result: TreeMigration) -> str:
-    """What became of a tree of adapters, for people; why the bad ones are bad is told apart."""
+    """Return the text about the migration of a tree, without the reasons of failures."""
     rows = []
     for name, done in result.done.items():
         rows.append([printable(name), "; ".join(done.changes) or "copied: nothing to change"])
@@ -119,7 +119,7 @@ def tree_text(result: TreeMigration) -> str:
 
 
 def tree_document(result: TreeMigration) -> Document:
-    """What became of a tree of adapters (schema ``migration``)."""
+    """Return the document about the migration of a tree (schema ``migration``)."""
     return {
         "format": 1,
         "out": str(result.out),
@@ -134,11 +134,11 @@ def tree_document(result: TreeMigration) -> Document:
 
 
 def regenerated_text(result: Regenerated) -> str:
-    """What was drawn, for people."""
+    """Return the text about regenerated A and B."""
     return table(
         [
             ["wrote", f"{printable(str(result.out))}, {result.size:,} bytes"],
-            ["drew", f"{result.draw.description}, stored as {result.dtype}"],
+            ["generated", f"{result.draw.description}, stored as {result.dtype}"],
             ["vera_A", f"SHA-256 {result.sha256_A}"],
             ["vera_B", f"SHA-256 {result.sha256_B}"],
         ]
@@ -146,7 +146,7 @@ def regenerated_text(result: Regenerated) -> str:
 
 
 def regenerated_document(result: Regenerated) -> Document:
-    """What was drawn (schema ``regeneration``)."""
+    """Return the document about regenerated A and B (schema ``regeneration``)."""
     return {
         "format": 1,
         "out": str(result.out),
@@ -163,7 +163,7 @@ def regenerated_document(result: Regenerated) -> Document:
 
 
 def info_text(result: AdapterInfo) -> str:
-    """What an adapter is, for people."""
+    """Return the text about an adapter."""
     config = result.config
     written = f", written by PEFT {printable(config.peft_version)}" if config.peft_version else ""
     rows = [
@@ -204,7 +204,7 @@ def _projection_rows(result: AdapterInfo) -> list[list[str]]:
         if result.draw is not None:
             rows.append(["", result.draw.description])
         elif result.difference is not None:
-            rows.append(["", f"no draw: {result.difference.description}"])
+            rows.append(["", f"from no known generator: {result.difference.description}"])
         return rows
     if result.draw is not None:
         return [["projections", "stripped, with a fingerprint:"], ["", result.draw.description]]
@@ -215,19 +215,23 @@ def _effect_text(effect: Effect) -> str:
     if effect.source == "file":
         return "uses the stored A and B"
     if effect.same_on is None:
-        return "draws A and B from the key; nothing tells whether they are the trained ones"
+        return "regenerates A and B from the key. Not proven: the adapter stores no fingerprint"
     if not effect.same_on:
-        return "draws A and B from the key, and gets others"
-    return f"draws A and B from the key: the same on a {' or '.join(effect.same_on)} base"
+        return "regenerates other A and B from the key"
+    return f"regenerates the same A and B from the key on a {' or '.join(effect.same_on)} base"
 
 
 def _size_rows(result: AdapterInfo) -> list[list[str]]:
     sizes = result.sizes
-    unknown = "needs the base" if result.base_facts.base is None else "not told without drawing"
+    unknown = (
+        "needs the base"
+        if result.base_facts.base is None
+        else "unknown: A and B were not regenerated"
+    )
     lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
     return [
         ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],
-        ["bytes", f"{sizes.as_is:,} as it is"],
+        ["size", f"{sizes.as_is:,} bytes"],
         ["  stripped", _bytes_text(sizes.stripped, "cannot be stripped")],
         ["  embedded", _bytes_text(sizes.embedded, unknown)],
         ["  as LoRA", _bytes_text(sizes.lora, "needs the base")],
@@ -236,7 +240,7 @@ def _size_rows(result: AdapterInfo) -> list[list[str]]:
 
 
 def _bytes_text(size: int | None, otherwise: str) -> str:
-    return otherwise if size is None else f"{size:,}"
+    return otherwise if size is None else f"{size:,} bytes"
 
 
 def _difference_document(difference: Difference | None) -> Document | None:
@@ -252,7 +256,7 @@ def _difference_document(difference: Difference | None) -> Document | None:
 
 
 def info_document(result: AdapterInfo) -> Document:
-    """What an adapter is (schema ``info``)."""
+    """Return the document about an adapter (schema ``info``)."""
     config = result.config
     stored = result.projections
     return {
@@ -298,7 +302,7 @@ def info_document(result: AdapterInfo) -> Document:
 
 
 def count_text(result: Count) -> str:
-    """Trainable parameters and bytes of VeRA and LoRA, for people."""
+    """Return the text about the parameters and bytes of VeRA and LoRA."""
     rows = [
         ["model", printable(result.source)],
         ["rank", str(result.rank)],
@@ -332,7 +336,7 @@ def _count_rows(result: Count) -> list[list[str]]:
 
 
 def count_document(result: Count) -> Document:
-    """Trainable parameters and bytes (schema ``count``)."""
+    """Return the document about parameters and bytes (schema ``count``)."""
 
     def size(method: MethodSize) -> Document:
         return asdict(method)

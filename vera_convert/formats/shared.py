@@ -1,4 +1,4 @@
-"""What documents and texts of all kinds are made of: findings, errors, draws, aligned columns."""
+"""The parts of all texts and documents: findings, errors, draws, aligned columns."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def validation_text(
 
 
 def verdict(checked: Checked) -> str:
-    """What became of an adapter, in a few words."""
+    """Return the result of an adapter in a few words."""
     counts = _counts(checked.findings)
     if checked.failure is not None:
         return f"{counts}, not all read" if counts else "not read"
@@ -235,7 +235,7 @@ def _closing(result: Validation, paint: Paint) -> str:
 
 
 def validation_document(result: Validation) -> Document:
-    """What was found in every adapter (schema ``validation``)."""
+    """Return the document about a validation (schema ``validation``)."""
     return {
         "format": 1,
         "status": result.status,

@@ -45,7 +45,7 @@ from vera_convert.merging.dequantize import (
     plan_dequantization,
 )
 from vera_convert.merging.in_effect import in_effect
-from vera_convert.rules import Finding
+from vera_convert.rules import OPTION_WITHOUT_EFFECT, Finding
 from vera_convert.text import printable
 
 
@@ -139,6 +139,8 @@ def open_inputs(
         model = _base_of(facts[0])
         packed = unpacked(model)
         dequantization = plan_dequantization(packed) if dequantize else None
+        is_idle = dequantization is not None and not dequantization.weights
+        dequantization = None if is_idle else dequantization
         if dequantization is None:
             matches = [each.match for each in facts if each.match is not None]
             refuse_quantized(packed, [name for each in matches for name in each.tensors.values()])
@@ -154,6 +156,9 @@ def open_inputs(
         )
         beside = [adapter_files(location, model) for location in fetched]
         findings = [*read.sides.findings(model.location.label)]
+        if is_idle:
+            reason = f"{model.location.label} has no quantized weights."
+            findings.append(OPTION_WITHOUT_EFFECT.at("--dequantize", reason))
         if dequantization is None:
             findings += filter(None, [quantized_elsewhere(packed.base)])
         else:

@@ -17,11 +17,17 @@ from vera_convert.arguments import instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES
-from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
+from vera_convert.errors import (
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
+    MERGED_IS_ADAPTER,
     MODEL_DIFFERS,
     MODEL_SHOWS_LITTLE,
     MODEL_SHOWS_NOTHING,
@@ -96,6 +102,7 @@ def verify(
     if merged is None:
         options.refuse_merge_options()
     elif not options.layers_only:
+        _refuse_adapter(merged)
         _require_torch()
         lines = None if options.text is None else text_lines(options.text, options.samples_to_run)
     given = AdapterSpec(adapter, options.weight, revision)
@@ -151,6 +158,16 @@ def _rule(check: MergedCheck, model: ModelComparison) -> Rule:
 
 def _passed(findings: tuple[Finding, ...]) -> bool:
     return all(finding.severity is not Severity.ERROR for finding in findings)
+
+
+def _refuse_adapter(merged: str) -> None:
+    """Raise `CheckpointError` if a folder that must be a merged model is an adapter."""
+    folder = Path(merged)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        reason = "there is adapter_config.json and no model."
+        error = CheckpointError(MERGED_IS_ADAPTER.at(printable(merged), reason))
+        error.of_merged = True
+        raise error
 
 
 def _require_torch() -> None:
