@@ -9,6 +9,9 @@ TORCH := 2.13.0
 # The oldest that the extra `torch` promises; `make test-floor` runs on it.
 TORCH_FLOOR := 2.4.0
 
+# The libraries that packed weights are dequantized with, to compare.
+QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 loguru
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -26,7 +29,7 @@ PIP := -m pip --disable-pip-version-check -qq
 PINNED := $(PIP) install --no-deps --require-hashes --requirement
 THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 
-.PHONY: help demo test lint format test-oldest test-floor test-ci test-engines bench docs lock clean
+.PHONY: help demo test lint format test-oldest test-floor test-ci test-engines test-quantizers bench docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -51,6 +54,10 @@ test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core 
 
 test-floor: .venv-floor/test.stamp ## The tests with torch on the oldest torch and transformers promised; downloads that torch
 	$(BIN_FLOOR)/python -m pytest tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
+
+test-quantizers: .venv/test.stamp ## Weights dequantized here and by the quantizers' own libraries; downloads these
+	$(BIN)/python $(PIP) install --no-deps --upgrade --target .venv/quantizers $(QUANTIZERS)
+	PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py
 
 # Its folder is left out by pyproject.toml, so that no other run of pytest meets it.
 test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages

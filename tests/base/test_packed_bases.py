@@ -157,7 +157,7 @@ def test_a_merge_into_a_packed_base_is_refused_by_the_method(
     ended = run("merge", adapter, tmp_path / "out", "--base", base)
     assert ended.status == 1
     assert f"V550 {base}: 4 of 4 layers are quantized ({PACKED[name][0]})" in ended.err
-    assert "16 or 32 bits" in ended.err
+    assert "16-bit or 32-bit model" in ended.err
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -91,27 +90,24 @@ def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int
     np.testing.assert_array_equal(found.astype(np.float64), array(wanted).astype(np.float64))
 
 
-def test_torchao_int8() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(96, 24, bias=False, dtype=torch.bfloat16)
-    config = quantization.Int8WeightOnlyConfig(version=2)
-    quantization.quantize_(layer, config)
-    weight = layer.weight
-    said = {
-        "_type": type(weight).__name__,
-        "_data": {
-            "block_size": list(weight.block_size),
-            "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
-        },
-        "_tensor_data_names": ["qdata", "scale"],
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_torchao(kind: str, dtype: str) -> None:
+    ao = pytest.importorskip("torchao.quantization")
+    files = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    configs = {
+        "int8": lambda: ao.Int8WeightOnlyConfig(version=2),
+        "int4": lambda: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), version=2),
+        "int2": lambda: ao.IntxWeightOnlyConfig(torch.int2, ao.PerAxis(0), version=2),
+        "float8": lambda: ao.Float8WeightOnlyConfig(version=2),
     }
-    arrays = {"_weight_qdata": array(weight.qdata), "_weight_scale": array(weight.scale)}
-    if getattr(weight, "zero_point", None) is not None:
-        arrays["_weight_zero_point"] = array(weight.zero_point)
-        said["_tensor_data_names"] = ["qdata", "scale", "zero_point"]
-    found = decoded(torchao.weights, arrays, metadata=json.dumps(said))
-    wanted = array(weight.dequantize())
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 24, bias=False, dtype=getattr(torch, dtype)))
+    ao.quantize_(model, configs[kind]())
+    tensors, said = files.flatten_tensor_state_dict(model.state_dict())
+    arrays = {name.partition(".")[2]: array(tensor) for name, tensor in tensors.items()}
+    found = decoded(torchao.weights, arrays, metadata=said["0.weight"])
+    wanted = array(model[0].weight.dequantize())
     np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
 
 

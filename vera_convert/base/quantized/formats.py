@@ -136,7 +136,7 @@ FORMATS = (
         _OF_KERNELS,
         needs_config=True,
     ),
-    Format(mxfp4.LABEL, "mxfp4", mxfp4.weights, ".+_(blocks|scales)", (), _to_model),
+    Format(mxfp4.LABEL, "mxfp4", mxfp4.weights, "(?!weight_).+_(blocks|scales)", (), _to_model),
     Format(torchao.LABEL, "torchao", torchao.weights, "_weight_.*", (), _to_model),
 )
 
