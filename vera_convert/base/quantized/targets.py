@@ -23,11 +23,11 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
     Raises:
         CheckpointError: with a finding for each kind of quantization.
     """
-    findings = quantized_targets(base.base, map(base.stored_name, weights))
+    names = [*weights]
+    findings = quantized_targets(base.base, map(base.stored_name, names))
     if findings:
-        raise CheckpointError.of(
-            replace(each, reason=each.reason + _what(base)) for each in findings
-        )
+        text = _what(base, names)
+        raise CheckpointError.of(replace(each, reason=each.reason + text) for each in findings)
 
 
 def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
@@ -37,13 +37,21 @@ def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]
         base: the base with its packed weights.
         weights: the weights that an adapter adds to, by their names in the view.
     """
-    rule = TARGET_IS_QUANTIZED if base.defects else CAN_DEQUANTIZE
-    for finding in quantized_targets(base.base, map(base.stored_name, weights)):
-        yield rule.at(finding.place, finding.reason + _what(base))
+    names = [*weights]
+    rule = TARGET_IS_QUANTIZED if base.defects or _only_claimed(base, names) else CAN_DEQUANTIZE
+    for finding in quantized_targets(base.base, map(base.stored_name, names)):
+        yield rule.at(finding.place, finding.reason + _what(base, names))
 
 
-def _what(base: Unpacked) -> str:
+def _only_claimed(base: Unpacked, names: Iterable[str]) -> bool:
+    """Return whether the config alone says that weights are quantized: the files do not."""
+    return bool(quantized_targets(base.base, [n for n in names if n not in base.weights]))
+
+
+def _what(base: Unpacked, names: Iterable[str]) -> str:
     """Return whether the base can be dequantized, in a sentence."""
+    if not base.defects and _only_claimed(base, names):
+        return " The files hold these layers unpacked: a loader quantizes them."
     if not base.defects:
         return " --dequantize supports this format."
     first, more = base.defects[0], len(base.defects) - 1
