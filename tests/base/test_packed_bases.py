@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from vera_convert.base.facts import BaseOptions
 from vera_convert.summary import info
 from vera_convert.validation.validate import validate
+from vera_convert.verification.verify import verify
 
 Pack = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 I4, F4, F2, U1, I1, I8 = "i4", "f4", "f2", "u1", "i1", "i8"
@@ -191,3 +193,24 @@ def test_a_plain_layer_beside_packed_ones_needs_its_tensor(tmp_path: Path) -> No
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     found = validate(good_adapter(tmp_path / "adapter"), base=BaseOptions(str(base)))
     assert "V520" in {finding.code for finding in found.findings}
+
+
+@pytest.mark.parametrize("name", ["gptq", "torchao"])
+def test_a_lora_beside_a_packed_base_has_the_sizes_of_the_config(
+    name: str, tmp_path: Path, run: Run
+) -> None:
+    base, adapter = packed_base(tmp_path / "base", name), good_adapter(tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_bytes()) | {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    ended = run("to-lora", adapter, tmp_path / "lora", "--base", base)
+    assert ended.status == 0, ended.err
+    assert verify(adapter, lora=tmp_path / "lora").passed
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": 8}))
+    assert run("to-lora", adapter, tmp_path / "other", "--base", base).status != 0

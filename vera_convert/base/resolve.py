@@ -207,7 +207,7 @@ def _from_base(
         are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
         if base is None or need is Need.WHOLE or not are_packed:
             raise
-        return _packed(base, error.findings)
+        return _packed(adapter, base, error.findings)
     facts = _from_match(adapter, base, match)
     idle = _idle_key_maps(adapter, base_options)
     return replace(facts, findings=(*facts.findings, *idle))
@@ -279,16 +279,35 @@ def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -
     )
 
 
-def _packed(base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
-    """Return the facts of a base that packs the adapted layers, so that no sizes are known."""
+def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
+    """Return the facts of a base whose adapted layers are packed.
+
+    The tensors do not tell the sizes of the layers; the config of a known type does.
+    """
     warnings = [TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
     label = base.location.label
     return BaseFacts(
         source=f"{label} packs the adapted layers, so their sizes are not known",
         location=base.location,
         base=base,
+        layers=_layers_of_type(adapter, base),
         findings=(*base.findings, *warnings),
     )
+
+
+def _layers_of_type(adapter: Adapter, base: BaseModel) -> dict[str, Linear]:
+    """Return the size of each adapted layer by the config of a known type; empty if one differs."""
+    try:
+        model = layers_from_config(base.config)
+    except VeraConvertError:
+        return {}
+    found = {}
+    for module, vectors in adapter.layers.items():
+        linear = model.linear.get(_name_of(module, model) or "")
+        if linear is None or linear.out_features != vectors.out_features:
+            return {}
+        found[module] = linear
+    return found
 
 
 def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
