@@ -84,7 +84,6 @@ def test_a_list_shows_its_first_names_escaped_and_counts_the_others() -> None:
     assert listed("abc") == "a, b, c"
     assert listed(["a\n", "b", "c", "d", "e"]) == "a\\n, b, c and 2 more"
     assert listed(["a", "b", "c"], 1, noun="layer") == "a and 2 more layers"
-    assert listed(["a", "b", "c"], 2, separator=" and ") == "a and b and 1 more"
 
 
 def test_there_is_one_and_there_are_several() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
-from vera_convert.arguments import instance, optional, place, text, texts, whole_number
+from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
-from vera_convert.hub.lookup import HubAccess
+from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.linear import Linear, ModelLayers, kind_of
 from vera_convert.targets.matching import Adapted, adapted, is_all_linear
@@ -158,7 +158,7 @@ class HasConfig(Protocol):
 def _layers(model: object, revision: str | None, access: HubAccess | None) -> ModelLayers:
     """Read the layers of a model from the model, its ``config.json`` or its config."""
     revision = optional(text, "revision", revision)
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     config = model if isinstance(model, Mapping) else _config_of(model)
     if config is not None:
         if revision is not None:

@@ -12,7 +12,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import StoredProjections
-from vera_convert.arguments import instance, one_of, optional, place, text
+from vera_convert.arguments import one_of, optional, place, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.unpack import unpacked
@@ -30,7 +30,7 @@ from vera_convert.counting import lora_file_bytes, lora_parameters
 from vera_convert.draws.comparison import Difference
 from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
-from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, locate
+from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
 from vera_convert.targets.linear import Linear, kind_of
 from vera_convert.text import short_repr
@@ -157,7 +157,7 @@ def info(
         one_of("projections", ProjectionSource, projections),
         base_options_of(base),
     )
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
     location = fetch_weights(location, access)

@@ -63,14 +63,14 @@ def and_more(number: int, noun: str = "") -> str:
     return f"{more} {noun if number == 1 else f'{noun}s'}" if noun else more
 
 
-def listed(names: Iterable[str], most: int = 3, *, separator: str = ", ", noun: str = "") -> str:
+def listed(names: Iterable[str], most: int = 3, *, noun: str = "") -> str:
     """Return up to `most` names, escaped, and the number of the others.
 
     >>> listed(["q_proj", "k_proj", "v_proj"], 2)
     'q_proj, k_proj and 1 more'
     """
     names = list(names)
-    shown = separator.join(map(printable, names[:most]))
+    shown = ", ".join(map(printable, names[:most]))
     return shown + and_more(len(names) - most, noun)
 
 

@@ -14,7 +14,6 @@ from refusals import codes
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files import reading as files
 from vera_convert.files.reading import LocalFile, open_local
-from vera_convert.rules import WEIGHTS_MISSING
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs pipes or links")
 
@@ -153,17 +152,17 @@ def test_what_is_not_a_file_is_named(path: str, kind: str) -> None:
         open_local(Path(path))
 
 
-def test_a_missing_file_breaks_the_rule_given_or_is_the_surroundings_fault(tmp_path: Path) -> None:
+def test_a_missing_file_is_the_surroundings_fault(tmp_path: Path) -> None:
     missing = tmp_path / "no" / "file"
     with pytest.raises(SurroundingsError, match="there is no such file"):
         open_local(missing)
     with pytest.raises(SurroundingsError, match="there is no such file"):
         open_local(missing, within=tmp_path / "no")
-    assert codes(lambda: open_local(missing, missing=WEIGHTS_MISSING)) == ["V011"]
 
 
 def test_a_file_in_place_of_a_folder_is_missing(letters: Path) -> None:
-    assert codes(lambda: open_local(letters / "x", missing=WEIGHTS_MISSING)) == ["V011"]
+    with pytest.raises(SurroundingsError, match="there is no such file"):
+        open_local(letters / "x")
 
 
 @posix

@@ -5,8 +5,8 @@ import pytest
 from vera_convert.errors import CheckpointError
 from vera_convert.files.shards import (
     WeightFiles,
+    compare_with_index,
     find_weights,
-    held_against_index,
     read_weight_map,
     require_shards,
     stray_weights,
@@ -146,7 +146,7 @@ def test_strays_of_a_component_lie_in_its_folder_or_the_root() -> None:
 def test_index_and_shards_are_compared_both_ways() -> None:
     weight_map = {"ok": "1", "absent": "1", "moved": "1", "twice": "2"}
     shards = {"1": ["ok", "twice"], "2": ["moved", "twice", "extra"]}
-    assert held_against_index(weight_map, shards) == {
+    assert compare_with_index(weight_map, shards) == {
         "absent": ["absent"],
         "misplaced": ["moved"],
         "unindexed": ["extra"],

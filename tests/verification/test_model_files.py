@@ -122,7 +122,7 @@ def test_weights_in_another_form_are_warned_of(adapter: Path, base: Path, model:
 
 
 def test_an_adapter_is_no_merged_model(adapter: Path, base: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"V614.*is given with --adapter"):
+    with pytest.raises(CheckpointError, match=r"V614.*with --adapter"):
         layers(adapter, base, adapter)
 
 

@@ -7,7 +7,7 @@ or on the Hub. On the Hub, a range request of some kilobytes reads the header of
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from vera_convert.files.reading import ByteSource, LocalFile, open_local
 from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
+    compare_with_index,
     find_weights,
-    held_against_index,
     named_weights,
     read_weight_map,
     require_shards,
@@ -113,10 +113,6 @@ class BaseModel:
             for header in self.files.values()
         )
         return sum(ends)
-
-    def dtypes_of(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the dtypes of these tensors, in safetensors' names."""
-        return frozenset(self.tensors[name].info.dtype for name in names)
 
     def linear_shape(self, name: str, *, conv1d: bool) -> tuple[int, int]:
         """Return outputs and inputs of the layer with this two-dimensional weight."""
@@ -331,7 +327,7 @@ def _compare_with_index(
     location: Location, weight_map: Mapping[str, str], files: Mapping[str, Header]
 ) -> None:
     shards = {file: header.tensors.keys() for file, header in files.items()}
-    differences = held_against_index(weight_map, shards)
+    differences = compare_with_index(weight_map, shards)
     rules = {
         "absent": TENSOR_NOT_IN_SHARD,
         "misplaced": TENSOR_MISPLACED,

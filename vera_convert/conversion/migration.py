@@ -21,7 +21,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
-from vera_convert.arguments import NEWEST_PEFT, instance, one_of, optional, path, require_flags
+from vera_convert.arguments import NEWEST_PEFT, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
@@ -45,7 +45,7 @@ from vera_convert.conversion.transforms import (
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links
-from vera_convert.hub.lookup import HubAccess
+from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.publish.publishing import files_but, staged_folder
 from vera_convert.rules import OPTION_WITHOUT_EFFECT
 from vera_convert.text import printable, short_repr
@@ -98,7 +98,7 @@ def migrate(
         >>> migrate("adapter", "migrated", to="asis").changes
         ()
     """
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     options = _migration_options(
         to,
         base,
@@ -175,7 +175,7 @@ def migrate_tree(
     """
     tree, out = path("tree", tree), path("out", out)
     require_flags(force=force)
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     options = _migration_options(
         to,
         base,

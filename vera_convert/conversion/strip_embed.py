@@ -18,14 +18,14 @@ from vera_convert.adapter.folder import (
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.values import refuse_values
-from vera_convert.arguments import instance, one_of, optional, path, place, require_flags, text
+from vera_convert.arguments import one_of, optional, path, place, require_flags, text
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.sizes import file_size
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Draw, Variant
-from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
+from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, hub_access_of, locate
 from vera_convert.publish.publishing import check_out
 from vera_convert.rules import Finding
 from vera_convert.text import short_repr
@@ -197,7 +197,7 @@ def opened(
 ) -> Iterator[Work]:
     """Find and open an adapter, after a check that `out` may be written."""
     require_flags(force=force)
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     out = path("out", out)
     location = locate(named, kind="adapter", access=access, revision=revision)

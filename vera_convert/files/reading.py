@@ -14,10 +14,10 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, Protocol, Self
+from typing import Protocol, Self
 
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.rules import FILE_TOO_LARGE, LINK_OUTSIDE, NOT_REGULAR, Finding, Rule
+from vera_convert.rules import FILE_TOO_LARGE, LINK_OUTSIDE, NOT_REGULAR, Finding
 from vera_convert.text import printable
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,6 @@ def open_local(
     *,
     within: Path | None = None,
     limit: int | None = None,
-    missing: Rule | None = None,
 ) -> LocalFile:
     """Open a regular file; refuse anything else without blocking.
 
@@ -154,19 +153,17 @@ def open_local(
         within: with links resolved, the file must lie inside this folder, or among the blobs of the
             Hub cache to which the folder belongs as a snapshot.
         limit: the most bytes that the file may have.
-        missing: the rule that a missing file breaks; None if a missing file is no fault of a
-            checkpoint.
 
     Raises:
-        CheckpointError: not regular, outside the folder, too large, or missing.
-        SurroundingsError: the system cannot open the file.
+        CheckpointError: not regular, outside the folder, or too large.
+        SurroundingsError: the file is missing, or the system cannot open the file.
     """
     place = printable(str(path))
     try:
         file = _opened(path, place) if within is None else _opened_inside(path, within, place)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _NOWHERE:
-            _refuse_missing(path, place, missing, error)
+            raise _missing(path, place) from error
         raise unreadable(place, error) from error
     if limit is not None and file.size > limit:
         raise CheckpointError(too_large(file, limit))
@@ -239,13 +236,11 @@ def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
     return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
 
 
-def _refuse_missing(path: Path, place: str, missing: Rule | None, error: OSError) -> NoReturn:
+def _missing(path: Path, place: str) -> SurroundingsError:
     reason = "there is no such file."
     if path.is_symlink():
         reason = f"is a link to {printable(str(path.readlink()))}, which leads nowhere."
-    if missing is not None:
-        raise CheckpointError(missing.in_file(place, reason)) from error
-    raise SurroundingsError(f"{place}: {reason}") from error
+    return SurroundingsError(f"{place}: {reason}")
 
 
 def _require_regular(found: os.stat_result, place: str) -> None:

@@ -231,7 +231,7 @@ def stray_weights(
     return tuple(sorted(filter(could_be_taken, loose)))
 
 
-def held_against_index(
+def compare_with_index(
     weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
 ) -> dict[str, list[str]]:
     """Compare an index with the tensors in the shards; the rules explain each group.

@@ -161,10 +161,10 @@ def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
     return TensorData(name, name_of_kind, array.shape, lambda: iter((data,)))
 
 
-def from_file(file: TensorFile, name: str, *, rename: str | None = None) -> TensorData:
-    """Return a tensor of an open file as a tensor to write, perhaps under a new name."""
+def from_file(file: TensorFile, name: str) -> TensorData:
+    """Return a tensor of an open file as a tensor to write."""
     info = file.header.tensors[name]
-    return TensorData(rename or name, info.dtype, info.shape, partial(file.blocks, name))
+    return TensorData(name, info.dtype, info.shape, partial(file.blocks, name))
 
 
 def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> str:

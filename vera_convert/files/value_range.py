@@ -37,20 +37,14 @@ class ValueRange(NamedTuple):
     not_finite: int | None = None
 
 
-def value_ranges(
-    file: TensorFile, tensors: Iterable[TensorInfo] | None = None
-) -> dict[str, ValueRange]:
+def value_ranges(file: TensorFile) -> dict[str, ValueRange]:
     """Return the range of each non-empty float tensor, by name.
-
-    Args:
-        file: the open file.
-        tensors: the tensors to examine; None for all.
 
     Raises:
         SurroundingsError: the file cannot be read, or changed since the opening.
     """
-    wanted = file.header.tensors.values() if tensors is None else tensors
-    floats = [info for info in wanted if info.dtype in FLOATS and info.nbytes]
+    infos = file.header.tensors.values()
+    floats = [info for info in infos if info.dtype in FLOATS and info.nbytes]
     found: dict[str, ValueRange] = {}
     for group in _side_by_side(sorted(floats, key=attrgetter("start"))):
         if len(group) == 1:

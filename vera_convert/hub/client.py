@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from vera_convert._version import __version__
-from vera_convert.arguments import optional, path, require_flags, set_checked, text
+from vera_convert.arguments import instance, optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub.checksum import RepoFile, digest_of
 from vera_convert.hub.redaction import redacted
@@ -86,6 +86,15 @@ class HubAccess:
         """Whether the option or the environment forbids the network."""
         names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         return self.offline or any(os.environ.get(name, "").upper() in _TRUE for name in names)
+
+
+def hub_access_of(value: object) -> HubAccess:
+    """Return a caller's options for the Hub; the defaults for None.
+
+    Raises:
+        UsageError: the value is of another class.
+    """
+    return optional(instance, "access", HubAccess, value) or HubAccess()
 
 
 @dataclass(frozen=True, slots=True)

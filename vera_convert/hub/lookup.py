@@ -1,8 +1,8 @@
 """From what a user wrote to where it lies: a folder here, or a repo on the Hub at one commit.
 
 This is the door of the folder: the rest of the package asks for a location and its files here. Each
-further way to use the Hub, such as pushing a result, gets a module of its own beside `downloading`,
-built on the requests of `calls`.
+further way to use the Hub, such as pushing a result, gets a module of its own beside `download`,
+built on the requests of `client`.
 
 With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: only the local cache is read.
 """
@@ -22,7 +22,7 @@ from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.files.reading import unreadable
 from vera_convert.hub.cache import cached_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
-from vera_convert.hub.client import HubAccess, repo_info
+from vera_convert.hub.client import HubAccess, hub_access_of, repo_info
 from vera_convert.hub.files import (
     adapter_files,
     fetch_adapter,
@@ -53,6 +53,7 @@ __all__ = (
     "fetch_adapter",
     "fetch_base",
     "fetch_weights",
+    "hub_access_of",
     "list_files",
     "locate",
     "open_remote",

@@ -54,20 +54,18 @@ class AdapterSpec:
         )
 
 
-def adapter_specs(name: str, value: object) -> tuple[AdapterSpec, ...]:
+def adapter_specs(value: object) -> tuple[AdapterSpec, ...]:
     """Return a list of adapters as specs.
 
-    Args:
-        name: the argument's name, for messages.
-        value: the list; each item is a spec, or a text ``ADAPTER`` or ``ADAPTER=WEIGHT``.
+    Each item is a spec, or a text ``ADAPTER`` or ``ADAPTER=WEIGHT``.
 
     Raises:
         UsageError: the value is no list, or an item is malformed.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UsageError(f"{name}: give a list of adapters, each a text or an AdapterSpec.")
+        raise UsageError("add: give a list of adapters, each a text or an AdapterSpec.")
     return tuple(
-        each if isinstance(each, AdapterSpec) else AdapterSpec(*adapter_and_weight(name, each))
+        each if isinstance(each, AdapterSpec) else AdapterSpec(*adapter_and_weight("add", each))
         for each in value
     )
 

@@ -25,7 +25,7 @@ from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.dtypes import HEADER_NAMES
-from vera_convert.hub.lookup import HubAccess
+from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapter_files import AdapterFiles
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
 from vera_convert.merging.changes import collect
@@ -137,7 +137,7 @@ def merge(
         True
     """
     options = optional(instance, "options", MergeOptions, options) or MergeOptions()
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     progress = progress_function("progress", progress)
     base, place, started = base_options_of(base), path("out", out), time.monotonic()
     specs = (AdapterSpec(adapter, options.weight, revision), *options.add)

@@ -88,7 +88,7 @@ class MergeOptions:
         set_checked(
             self,
             weight=number("--weight", self.weight),
-            add=adapter_specs("add", self.add),
+            add=adapter_specs(self.add),
             projections=one_of("--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),

@@ -69,7 +69,6 @@ class WeightsPlan:
     Attributes:
         files: the files in order; the head of each file is the complete header.
         index: name and bytes of the index, if there are shards.
-        total_size: bytes of all tensors.
         headers: the header of each file by name.
         tensors: all tensors, in the order of the files.
         component: the folder of the pipeline's component that is merged; empty outside a pipeline.
@@ -77,7 +76,6 @@ class WeightsPlan:
 
     files: tuple[NewFile, ...]
     index: tuple[str, bytes] | None
-    total_size: int
     headers: Mapping[str, bytes]
     tensors: tuple[PlannedTensor, ...]
     component: str = ""
@@ -133,7 +131,6 @@ def plan_weights(
     return WeightsPlan(
         tuple(file for file, _ in made.values()),
         index,
-        sum(tensor.nbytes for tensor in placed),
         {name: head for name, (_, head) in made.items()},
         tuple(placed),
         base.prefix,

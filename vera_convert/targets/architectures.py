@@ -16,6 +16,7 @@ from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
+_PLACE = "config.json"
 MAX_LAYERS = 10_000
 MAX_WIDTH = 1 << 24
 """Far above any model; a larger size would only exhaust memory."""
@@ -23,9 +24,7 @@ MAX_WIDTH = 1 << 24
 Layers = Iterator[tuple[str, Linear]]
 
 
-def layers_from_config(
-    document: Mapping[str, object], *, place: str = "config.json"
-) -> ModelLayers:
+def layers_from_config(document: Mapping[str, object]) -> ModelLayers:
     """Return the linear layers of the model that a ``config.json`` describes.
 
     The class is the first of ``architectures``; without that field it is the causal model (llama,
@@ -35,7 +34,7 @@ def layers_from_config(
         CheckpointError: the type or class is unknown, or a field has the wrong type or an absurd
             value.
     """
-    fields = _Fields(document, place)
+    fields = _Fields(document)
     name = _class_name(fields)
     model_class = _CLASSES[name]
     family = _FAMILIES[model_class.model_type]
@@ -73,7 +72,7 @@ def _class_name(fields: _Fields) -> str:
     if known is None or model_type not in (None, known.model_type):
         raise CheckpointError(
             MODEL_TYPE_UNKNOWN.at(
-                fields.place,
+                _PLACE,
                 f"model_type is {printable(repr(model_type))}, the class {printable(repr(name))}; "
                 f"known types are {', '.join(_FAMILIES)}.",
             )
@@ -89,7 +88,6 @@ class _Fields:
     """A model's config, whose fields are checked when read."""
 
     document: Mapping[str, object]
-    place: str
 
     def size(self, name: str, default: int, alias: str = "") -> int:
         """Return a whole number from 1 up; `alias` is the other name that transformers takes."""
@@ -135,7 +133,7 @@ class _Fields:
 
     def invalid(self, reason: str) -> CheckpointError:
         """Return the error for an unusable field."""
-        return CheckpointError(MODEL_FIELD_INVALID.at(self.place, reason))
+        return CheckpointError(MODEL_FIELD_INVALID.at(_PLACE, reason))
 
 
 # --- classes -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
 
 
 def layers_from_shapes(
-    shapes: Mapping[str, Sequence[int]], *, model_type: str | None, dtype: str = "F32"
+    shapes: Mapping[str, Sequence[int]], *, model_type: str | None
 ) -> ModelLayers:
     """Return the linear layers of a model from the names and shapes of the tensors on disk.
 
@@ -72,7 +72,6 @@ def layers_from_shapes(
     Args:
         shapes: shape by tensor name, in the order of the layers.
         model_type: the type of the base; GPT-2 and similar models have Conv1D layers.
-        dtype: the dtype of the weights.
     """
     modules = {
         name.removesuffix(".weight"): (int(shape[0]), int(shape[1]))
@@ -89,4 +88,4 @@ def layers_from_shapes(
         if not is_table(name)
     }
     heads = frozenset(name for name in linear if is_output_head(name, model_type or ""))
-    return ModelLayers("the tensors' headers", model_type, linear, heads, embeddings, dtype)
+    return ModelLayers("the tensors' headers", model_type, linear, heads, embeddings)

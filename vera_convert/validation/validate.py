@@ -25,7 +25,6 @@ from vera_convert.adapter.tensors import (
     StoredProjections,
 )
 from vera_convert.arguments import (
-    instance,
     one_of,
     optional,
     places,
@@ -45,6 +44,7 @@ from vera_convert.hub.lookup import (
     Location,
     adapter_files,
     fetch_weights,
+    hub_access_of,
     locate,
     open_remote,
 )
@@ -109,7 +109,7 @@ def validate(
     require_flags(recursive=recursive, deep=deep)
     check_codes((*select, *ignore))
     base_options, revision = base_options_of(base), optional(text, "revision", revision)
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     resolve_base: Resolve | None = None
     if base_options.model is not None:
         from vera_convert.validation.base import resolver  # takes half of the loading time

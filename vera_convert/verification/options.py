@@ -71,7 +71,7 @@ class VerifyOptions:
         set_checked(
             self,
             weight=optional(number, "--weight", self.weight),
-            add=adapter_specs("add", self.add),
+            add=adapter_specs(self.add),
             projections=optional(one_of, "--projections", ProjectionSource, self.projections),
             generator=optional(one_of, "--generator", Variant, self.generator),
             dtype=optional(dtype_name, "--dtype", self.dtype),

@@ -23,7 +23,7 @@ from vera_convert.errors import (
     UsageError,
     VeraConvertError,
 )
-from vera_convert.hub.lookup import HubAccess
+from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
@@ -92,7 +92,7 @@ def verify(
     """
     started = time.monotonic()
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
-    access = optional(instance, "access", HubAccess, access) or HubAccess()
+    access = hub_access_of(access)
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
     base, progress = base_options_of(base), progress_function("progress", progress)
     runs = progress_function("runs", runs)
