@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import re
 import subprocess
@@ -192,6 +193,56 @@ def test_a_folder_imports_exactly_the_folders_that_its_docstring_names(folder: s
     above = {"formats": ABOVE_FOLDERS, "cli": {*ABOVE_FOLDERS, "_version"}}
     allowed = GROUND | above.get(folder, set())
     assert used - allowed - {folder, "__version__"} == named
+
+
+def named(tree: ast.Module) -> set[str]:
+    """Every name that a module defines, reads or compares with."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                found.add(name)
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+                found.add(name)
+            case ast.alias(name=name):
+                found.update(name.split("."))
+            case _:
+                pass
+    return found
+
+
+def defined(body: list[ast.stmt]) -> Iterator[str]:
+    """Every function, class, field and constant of a module or class."""
+    for node in body:
+        match node:
+            case ast.FunctionDef(name=name):
+                yield name
+            case ast.ClassDef(name=name, body=inner):
+                yield from (name, *defined(inner))
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
+            case _:
+                pass
+
+
+EVERYWHERE = {
+    "vera_convert",
+    *dir(builtins),
+    *(part for name in MODULES for part in name.split(".")),
+    *(name for tree in MODULES.values() for name in defined(tree.body)),
+}
+"""Names that the docstring of any module may use."""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_docstring_names_only_modules_functions_and_fields_that_exist(module: str) -> None:
+    known = EVERYWHERE | named(MODULES[module])
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            for name in re.findall(
+                r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)", str(node.value.value)
+            ):
+                assert {*name.split(".")} <= known, f"{module}: `{name}` does not exist"
 
 
 @pytest.mark.parametrize("module", MODULES)

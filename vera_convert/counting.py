@@ -53,7 +53,7 @@ class MethodSize:
     Attributes:
         parameters: trainable parameters.
         parameter_bytes: bytes of the parameters in float32, the dtype that PEFT keeps.
-        file_bytes: bytes of `adapter_model.safetensors` as PEFT writes the file.
+        file_bytes: bytes of ``adapter_model.safetensors`` as PEFT writes the file.
     """
 
     parameters: int
@@ -234,7 +234,7 @@ def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
 def lora_file_bytes(
     layers: Mapping[str, Linear], *, rank: int, beside: Iterable[Entry] = ()
 ) -> int:
-    """Return the size of `adapter_model.safetensors` of a LoRA in float32 on these layers.
+    """Return the size of ``adapter_model.safetensors`` of a LoRA in float32 on these layers.
 
     Args:
         layers: what it adapts.

@@ -49,7 +49,7 @@ class Container:
         old: the path for the former OUT.
         journal: the path of the journal, with which a later run can continue this run.
         remove: removes the folder with its content; works once. Python also calls this when the
-            object dies or the process exits, because a signal may arrive before a `finally` is in
+            object dies or the process exits, because a signal may arrive before a ``finally`` is in
             force.
     """
 

@@ -32,7 +32,7 @@ class Pattern:
 
     Attributes:
         field: the field of the config, for messages.
-        text: the expression, for Python's `re`.
+        text: the expression, for Python's ``re``.
         full: whether the expression must match the whole name; else the start of the name.
         group: the group to return.
     """

@@ -217,7 +217,7 @@ class VeraModel(Adapters):
     ) -> None:
         """Write adapters in PEFT's format, completely or not at all.
 
-        The adapter `default` goes into the folder itself, each other adapter into a subfolder.
+        The adapter ``default`` goes into the folder itself, each other adapter into a subfolder.
 
         Args:
             folder: the folder to write; an existing folder must be empty. Missing parents are made.
