@@ -17,6 +17,7 @@ from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.arguments import instance, optional, path, progress_function
+from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.proof import other_dims
@@ -134,9 +135,12 @@ def to_lora(
     settings = optional(instance, "options", LoraOptions, options) or LoraOptions()
     progress = progress_function("progress", progress)
     base_options, out = base_options_of(base), path("out", out)
-    with opened(
-        adapter, out, force=settings.force, revision=revision, access=access, is_own=is_lora
-    ) as work:
+    with (
+        opened(
+            adapter, out, force=settings.force, revision=revision, access=access, is_own=is_lora
+        ) as work,
+        one_blas_thread(),  # further threads of the BLAS wait longer than thin products take
+    ):
         base_facts = resolve_base(
             work.adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL
         )

@@ -22,6 +22,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.values import refuse_values
+from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
@@ -125,6 +126,7 @@ def check_lora(
         SurroundingsError: a file or a repo cannot be read, or changed meanwhile.
     """
     with ExitStack() as stack:
+        stack.enter_context(one_blas_thread())
         first = _fetched(adapter.adapter, access, adapter.revision)
         second = _fetched(lora, access, None)
         ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
