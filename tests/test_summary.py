@@ -226,8 +226,8 @@ def test_lists_what_replaces_the_bases_own(tmp_path: Path) -> None:
     ("name", "said"),
     [
         (None, "names no base"),
-        ("/data/llama", "/data/llama, which is no repo"),
-        ("..\\llama", "which is no repo"),
+        ("/data/llama", "/data/llama, which is not a repo on the Hub"),
+        ("..\\llama", "which is not a repo on the Hub"),
         ("a\x1b[31m", "a\\x1b[31m"),
         ("example/tiny-llama", "not in the local cache"),
     ],

@@ -1063,9 +1063,9 @@ UNPROVEN_DRAW = Rule(
     "nothing proves which projections the adapter was trained with",
     "The adapter stores neither A and B nor a fingerprint. If PEFT wrote the adapter, the "
     "finding is a note, because PEFT regenerates the same A and B on loading.",
-    "Run `vera-convert embed ADAPTER OUT --base MODEL` and compare the outputs of OUT with "
-    "those of the training run. Then publish OUT, or the output of `vera-convert strip` on OUT,"
-    " which has a fingerprint.",
+    "Compare the adapter's outputs with those of the training run. If these agree, publish the "
+    "output of `vera-convert embed`, or of `vera-convert strip` on the embedded adapter; this "
+    "output has a fingerprint.",
     since="0.1.0",
 )
 TARGETS_DISAGREE = Rule(
@@ -1483,11 +1483,10 @@ QUANTIZED_TARGET = Rule(
     ERROR,
     "layers of the adapter are quantized in the base",
     "Quantized values are too coarse: rounding would lose most or all of the delta.",
-    "If the finding says so, merge with `vera-convert merge --dequantize`, which writes a "
-    "16-bit model. Otherwise serve the adapter on the quantized base; `vera-convert to-lora` "
-    "writes a form that more engines load, without loss. Or merge into the original 16-bit or "
-    "32-bit model with --base, which differs slightly from the model of the training. Or convert "
-    "the base to 16 bits with the quantizer's own tool.",
+    "If --dequantize supports the format, merge with this option, which writes a 16-bit model. "
+    "Otherwise serve the adapter on the quantized base (more engines load the output of "
+    "`vera-convert to-lora`), or merge into the original 16-bit or 32-bit model with --base; this "
+    "model differs slightly from the model of the training.",
     since="0.1.0",
 )
 QUANTIZED_ELSEWHERE = Rule(

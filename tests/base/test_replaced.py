@@ -11,8 +11,10 @@ import pytest
 from adapters import good_adapter
 from merges import filled_base, merged_with, tensors_of
 
+from vera_convert.assembly.addends import Numbers
 from vera_convert.formats.merge import merge_document, merge_text
 from vera_convert.merging.merge import Merge
+from vera_convert.merging.replaced import ReplacedTensor
 
 PREFIX = "base_model.model."
 HEAD = "lm_head.weight"
@@ -38,9 +40,9 @@ def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Pat
     (tensor,) = done.replaced
     assert (tensor.name, tensor.shape, tensor.base_shape) == (HEAD, (32, 16), (32, 16))
     assert "V574" not in codes(done)
-    assert f"{HEAD}: changes by {wanted:.3g} of its norm" in merge_text(done)
+    assert f"{HEAD}: changes by {wanted:.3g} times its norm" in merge_text(done)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| `{HEAD}` | changes by {wanted:.3g} of its norm |" in card
+    assert f"| `{HEAD}` | changes by {wanted:.3g} times its norm |" in card
     record = json.loads((tmp_path / "out" / "merge-provenance.json").read_bytes())
     (found,) = [each for each in record["tensors"] if each["name"] == HEAD]
     assert found["kind"] == "replaced"
@@ -51,6 +53,12 @@ def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Pat
     # Numbers of what is added are not mixed with these.
     alone = merged_with(good_adapter(tmp_path / "b"), base, tmp_path / "alone")
     assert document["numbers"] == merge_document(alone)["numbers"]
+
+
+def test_a_replaced_tensor_of_zeros_has_no_relative_change() -> None:
+    numbers = Numbers(values=2, changed=2, change=8.0)
+    tensor = ReplacedTensor(HEAD, "adapter", (2,), (2,), numbers, None)
+    assert tensor.change == "changes from zeros"
 
 
 def test_a_model_without_replaced_tensors_says_nothing_of_them(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_strip_and_embed(run: Run, adapter: Path, base: Path, tmp_path: Path) ->
     assert (ended.status, ended.err) == (0, "")
     assert everything(tmp_path / "embedded") == everything(adapter)
     again = run("strip", tmp_path / "stripped", tmp_path / "copy")
-    assert "stripped already, and was copied" in again.out
+    assert "is stripped already, and was copied" in again.out
     again = run("embed", adapter, tmp_path / "copy2")
     assert "embedded already, and was copied" in again.out
 

@@ -96,6 +96,7 @@ def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
     [
         (["inof", "x"], "info"),
         (["info", "x", "--bsae", "y"], "--base"),
+        (["merge", "x", "y", "--bse", "z"], "--base"),
         (["embed", "x", "y", "--generator", "float32-fusd"], "float32-fused"),
         (["migrate", "x", "y", "--to", "striped"], "stripped"),
         (["validate", "x", "--format", "serif"], "sarif"),

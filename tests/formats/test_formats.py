@@ -183,9 +183,9 @@ def test_what_a_conversion_did(tmp_path: Path, schema_errors: SchemaErrors) -> N
     assert f"base      {tmp_path / 'base'}" in first
     assert "copied    README.md" in first
     assert "left out  optimizer.pt" in first
-    assert "nothing: it was stripped already, and was copied" in copied
-    assert "proven by the fingerprint to be the same matrices" in embedded
-    assert "nothing: it was embedded already, and was copied" in again
+    assert "nothing: the adapter is stripped already, and was copied" in copied
+    assert "proven identical by the fingerprint" in embedded
+    assert "nothing: the adapter is embedded already, and was copied" in again
 
 
 def test_a_renaming_that_was_needed_is_named(tmp_path: Path, schema_errors: SchemaErrors) -> None:

@@ -178,7 +178,7 @@ good              embedded: float32-fused, key 7              runs/good
 good                                                  12,345  org/name@0123456789abcdef
 not read                                                      gone
 
-Held against org/base@main (1 of them)
+Compared with the base org/base@main (1 of them)
 Not checked: the base: mend the errors first (2 of them)
 Not checked: values: --deep fetches them (1 of them)
 

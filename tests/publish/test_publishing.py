@@ -215,9 +215,21 @@ def refused(out: Path, content: Content = NEW, *, force: bool = False) -> str:
 @pytest.mark.parametrize("new", [NEW, "new"])
 def test_an_existing_out_is_refused(make: Make, new: Content, out: Path) -> None:
     make(out)
-    assert "exists. Choose another OUT, or replace it with --force." in refused(out, new)
+    assert "exists. Choose another OUT" in refused(out, new)
     with pytest.raises(UsageError, match="exists"):
         check_out(out, inputs=[], force=False, is_own=own)
+
+
+def test_force_is_named_only_if_it_replaces_the_existing_out(out: Path) -> None:
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}", encoding="utf-8")
+    for is_own, remedy in (
+        (True, "Choose another OUT, or replace it with --force."),
+        (False, "OUT."),
+    ):
+        with pytest.raises(UsageError, match=f"{remedy}$") as caught:
+            check_out(out, inputs=[], force=False, is_own={out: is_own}.__getitem__)
+        assert ("--force" in str(caught.value)) == is_own
 
 
 @in_the_way

@@ -168,6 +168,8 @@ class BaseFacts:
     @property
     def dims_text(self) -> str:
         """The dims in words."""
+        if self.location is None:
+            return f"{self.in_features} inputs and {self.out_features} outputs are needed"
         return f"{self.source} has {self.in_features} inputs and {self.out_features} outputs"
 
     @property

@@ -296,7 +296,8 @@ def _refusal(matcher: _Matcher, layers: Mapping[str, int], trial: _Trial) -> lis
         return [known]
     closest = next(iter(nearest(module, base)), "")
     reason = (
-        f"{len(trial.tensors)}/{len(layers)} layers have a tensor there ({trial.strategy.name}). "
+        f"the base has tensors for {len(trial.tensors)} of {len(layers)} layers "
+        f"({trial.strategy.name}). "
         f'The adapter\'s "{printable(module)}" has none; the base has '
         f'"{printable(closest)}.weight".'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -48,7 +49,7 @@ def explained(error: Exception) -> VeraConvertError:
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f" See {context.command_path} --help." if context else ""
-        message = " ".join(error.format_message().split())
+        message = " ".join(_message(error).split())
         end = "" if message.endswith((".", "?", "!")) else "."
         return UsageError(printable_whole(message) + end + hint)
     if isinstance(error, MemoryError):
@@ -59,6 +60,15 @@ def explained(error: Exception) -> VeraConvertError:
         f"this is a bug in vera-convert; please report it with the output of --debug: "
         f"{type(error).__name__}: {printable(redacted(str(error)))}"
     )
+
+
+def _message(error: click.ClickException) -> str:
+    """Return the message of an error of click, with the nearest name alone of several."""
+    if not isinstance(error, click.NoSuchOption) or not error.possibilities:
+        return error.format_message()
+    names = sorted(error.possibilities)
+    nearest = difflib.get_close_matches(error.option_name, names, n=1, cutoff=0)[0]
+    return f"No such option {error.option_name!r}. Did you mean {nearest!r}?"
 
 
 def refuse(error: VeraConvertError, arguments: list[str], named: Mapping[str, str | None]) -> int:

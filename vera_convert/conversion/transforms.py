@@ -252,7 +252,7 @@ def _restored(
     if unfit:
         raise CheckpointError.of(unfit)
     pair = prove(fingerprint, place=place)
-    proof = "proven by the fingerprint to be the same matrices"
+    proof = "proven identical by the fingerprint"
     return _with_pair(adapter, pair, fingerprint.draw, proof, ())
 
 
@@ -314,9 +314,11 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
         drawn = replace(drawn, rounding=Rounding.FP32)  # float32 cannot hold the further bits
-    reason = f"A and B were drawn: {drawn.description}."
+    reason = f"A and B were regenerated: {drawn.description}. No fingerprint proves them."
     finding = unproven_draw(adapter.config, reason, place=adapter.place)
-    return _with_pair(adapter, pair, drawn, "not proven", (*base_facts.findings, finding))
+    return _with_pair(
+        adapter, pair, drawn, "not proven: there is no fingerprint", (*base_facts.findings, finding)
+    )
 
 
 def stored_dtype(adapter: Adapter) -> str:
@@ -341,7 +343,7 @@ def _with_pair(
         tensors=(*adapter.tensors, pair.A, pair.B),
         metadata=metadata,
         config_text=_with_flag(adapter, save_projection=True),
-        changes=(f"drew A and B ({drawn.description}), {_size(pair):,} bytes, {proof}",),
+        changes=(f"regenerated A and B ({drawn.description}), {_size(pair):,} bytes, {proof}",),
         draw=drawn,
         findings=(*adapter.findings, *findings),
     )

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from vera_convert.formats.shared import Document, draw_document, finding_document, table
+from vera_convert.formats.shared import (
+    Document,
+    draw_document,
+    finding_document,
+    origin_text,
+    table,
+)
 from vera_convert.lora.conversion import LoraConversion
 from vera_convert.lora.stored import SAMPLED_ROWS
 from vera_convert.text import listed, printable, printable_whole
@@ -20,7 +26,7 @@ def lora_text(result: LoraConversion) -> str:
     rows.append(["layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_names(result)}"])
     rows.append(["rank", f"{plan.rank}{_why(result)}"])
     drawn = f", {result.draw.description}" if result.draw is not None else ""
-    rows.append(["A and B", f"from the {result.origin}{drawn}"])
+    rows.append(["A and B", f"{origin_text(result.origin)}{drawn}"])
     rows.append(["error", _error(result)])
     if plan.reduced:
         rows += _error_rows(result)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 
 from vera_convert.base.strategies import AS_THEY_ARE
-from vera_convert.formats.shared import Document, draw_document, finding_document, table
+from vera_convert.formats.shared import (
+    Document,
+    draw_document,
+    finding_document,
+    origin_text,
+    table,
+)
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.output import FilePlan
@@ -47,7 +53,7 @@ def _adapter_rows(adapter: MergedAdapter) -> list[list[str]]:
     return [
         ["adapter", f"{printable(adapter.label)}, {layers}"],
         ["  layer names", _layer_names(adapter.strategy)],
-        ["  A and B", f"from the {adapter.origin}{drawn}"],
+        ["  A and B", f"{origin_text(adapter.origin)}{drawn}"],
     ]
 
 
@@ -85,7 +91,7 @@ def _plan_rows(result: Merge) -> list[list[str]]:
         rows.append(
             [
                 f"  {printable(file.name)}",
-                f"{copied}, {file.computed:,} of {file.tensors} tensors computed",
+                f"{copied}, {file.computed:,} bytes in {counted(file.tensors, 'tensor')} computed",
             ]
         )
     if len(weights) > _MOST_LISTED:

@@ -53,7 +53,7 @@ def conversion_text(result: Conversion) -> str:
         ["changed" if not index else "", change] for index, change in enumerate(result.changes)
     ]
     if not result.changes:
-        rows.append(["changed", f"nothing: it was {form} already, and was copied"])
+        rows.append(["changed", f"nothing: the adapter is {form} already, and was copied"])
     before, after = f"{result.bytes_before:,}", f"{result.bytes_after:,}"
     rows.append(["weights", f"{before} bytes" if before == after else f"{before} -> {after} bytes"])
     if result.base_facts.in_features is not None:

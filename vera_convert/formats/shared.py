@@ -26,6 +26,15 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def origin_text(origin: str) -> str:
+    """Where the A and B in effect come from, in words."""
+    return {
+        "file": "stored",
+        "fingerprint": "regenerated from the key, proven by the fingerprint",
+        "key": "regenerated from the key",
+    }[origin]
+
+
 def finding_document(finding: Finding) -> Document:
     """One finding."""
     named = {"file": finding.file, "tensor": finding.tensor and printable(finding.tensor)}

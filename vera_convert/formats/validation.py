@@ -194,7 +194,7 @@ def _in_common(result: Validation, width: int) -> Iterator[str]:
     """Yield bases and what was not checked, each with how many adapters it is said of."""
     bases = Counter(checked.base for checked in result.adapters if checked.base)
     missed = Counter(text for checked in result.adapters for text in checked.not_checked)
-    said = [(f"Held against {base}", number) for base, number in bases.items()]
+    said = [(f"Compared with the base {base}", number) for base, number in bases.items()]
     said += [(f"Not checked: {sentence.removesuffix('.')}", n) for sentence, n in missed.items()]
     for text, number in said:
         of = "all of them" if number == len(result.adapters) else f"{number:,} of them"

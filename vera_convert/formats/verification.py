@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from vera_convert.formats.shared import Document, finding_document, table
+from vera_convert.formats.shared import Document, finding_document, origin_text, table
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
@@ -26,7 +26,9 @@ Rows = list[list[str]]
 
 def verification_text(result: Verification) -> str:
     """Return a verification's result as text for people."""
-    rows: Rows = [["adapter", result.adapter]]
+    rows: Rows = []
+    if result.merged is None or result.form is not None or result.lora is not None:
+        rows.append(["adapter", result.adapter])
     if result.form is not None:
         rows += _form_rows(result.form)
     if result.lora is not None:
@@ -62,7 +64,7 @@ def _verdict(result: Verification) -> str:
 
 
 def _form_rows(form: FormCheck) -> Rows:
-    origins = [_origin(origin) for origin in form.origins]
+    origins = [origin_text(origin) for origin in form.origins]
     rows = [
         ["other form", form.label],
         ["trained", f"{counted(form.tensors, 'tensor')} compared byte for byte"],
@@ -75,19 +77,11 @@ def _form_rows(form: FormCheck) -> Rows:
     return rows
 
 
-def _origin(origin: str) -> str:
-    return {
-        "file": "stored",
-        "fingerprint": "regenerated from the key, proven by the fingerprint",
-        "key": "regenerated from the key",
-    }[origin]
-
-
 def _lora_rows(check: LoraCheck) -> Rows:
     right, count = sum(layer.passed for layer in check.layers), len(check.layers)
     rows = [
         ["LoRA", check.label],
-        ["  A and B", _origin(check.origin)],
+        ["  A and B", origin_text(check.origin)],
         [
             "  layers",
             f"{right:,} of {counted(count, 'layer')} have the adapter's delta",
@@ -95,8 +89,8 @@ def _lora_rows(check: LoraCheck) -> Rows:
     ]
     if check.worst is not None:
         worst = check.worst
-        place = f"most in {printable(worst.module)}, where {worst.limit:.2g} is allowed"
-        rows.append(["  error", f"at most {worst.error:.2g} of the delta; {place}"])
+        error = f"{worst.error:.2g} of the delta (limit {worst.limit:.2g})"
+        rows.append(["  largest error", f"{error}, in {printable(worst.module)}"])
     if check.zeros:
         rows.append(
             ["  zeros", f"{counted(check.zeros, 'layer')} of the LoRA alone, without effect"]
@@ -118,9 +112,9 @@ def _merged_rows(check: MergedCheck) -> Rows:
         layers = f"{counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
         is_plain = adapter.strategy == "names as they are"
         rows += [
-            ["with", f"{adapter.label}, {layers}"],
+            ["adapter", f"{adapter.label}, {layers}"],
             ["  layer names", "same as in the base" if is_plain else adapter.strategy],
-            ["  A and B", _origin(adapter.origin)],
+            ["  A and B", origin_text(adapter.origin)],
         ]
     rows.append(["options", _settings_text(check)])
     rows += _tensor_rows(check.tensors.checks)

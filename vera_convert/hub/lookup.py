@@ -143,7 +143,9 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
     if not name:
         return NamedBase(None, "the adapter's config names no base")
     if not is_repo_id(name):
-        return NamedBase(None, f"the config calls the base {printable(name)}, which is no repo")
+        return NamedBase(
+            None, f"the config calls the base {printable(name)}, which is not a repo on the Hub"
+        )
     if revision is not None and not is_revision(revision):
         return NamedBase(None, f"{printable(revision)} is no revision of the base {name}")
     if not _holds_model(Path(name)):

@@ -210,7 +210,7 @@ def _resolve_all(
 
 def _base_of(facts: BaseFacts) -> BaseModel:
     if facts.base is None:
-        raise UsageError(f"a merge needs the base, and {facts.source}: name it with --base.")
+        raise UsageError(f"a merge needs the base, and {facts.source}. Pass the base with --base.")
     return facts.base
 
 

@@ -56,7 +56,9 @@ class ReplacedTensor:
             return sizes or "replaced"
         if not self.numbers.changed:
             return "the base's own values"
-        change = f"changes by {relative_change(self.numbers):.3g} of its norm"
+        change = f"changes by {relative_change(self.numbers):.3g} times its norm"
+        if not self.numbers.base:
+            change = "changes from zeros"
         constant = "" if self.constant is None else f", all values are {self.constant:g}"
         return (f"{sizes}; the rest {change}" if sizes else change) + constant
 

@@ -105,7 +105,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
     if last is None or last.numbers is None:
         return
     if everything.values and not everything.change:
-        yield UNTRAINED.at(place, f"all {everything.values:,} values looked at stay.")
+        yield UNTRAINED.at(place, f"all {everything.values:,} sampled values stay the same.")
     elif relative_loss(last.numbers) > LOSS_LIMIT:
         count = sum(
             relative_loss(each.numbers or Numbers()) > LOSS_LIMIT for each in _added(reports)

@@ -296,11 +296,12 @@ class _Replacing:
         except FileNotFoundError:
             return
         shown = printable(str(out))
+        fits = stat.S_ISDIR(mode) if self.folder else stat.S_ISREG(mode)
         if not self.allowed:
-            raise UsageError(f"{shown} exists. Choose another OUT, or replace it with --force.")
+            remedy = ", or replace it with --force" if fits and self.is_own(out) else ""
+            raise UsageError(f"{shown} exists. Choose another OUT{remedy}.")
         if stat.S_ISLNK(mode):
             raise UsageError(f"{shown} is a link; --force replaces none. Give what it leads to.")
-        fits = stat.S_ISDIR(mode) if self.folder else stat.S_ISREG(mode)
         if not fits or not self.is_own(out):
             raise UsageError(
                 f"{shown} is not what this command writes, so --force does not replace it. "
