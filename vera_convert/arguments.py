@@ -23,7 +23,7 @@ Choice = TypeVar("Choice", bound=StrEnum)
 Kind = TypeVar("Kind")
 Checked = TypeVar("Checked")
 Progress = Callable[[int, int], None]
-"""Told now and then how much is done, and of how much."""
+"""A function that is called now and then with the amount done so far, and with the total."""
 Called = TypeVar("Called", bound=Callable[..., object])
 
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([kmgt])?(i)?(b)?", re.IGNORECASE | re.ASCII)
@@ -96,7 +96,7 @@ def peft_version(name: str, value: object) -> tuple[int, ...]:
     """Return a version of PEFT, such as ``"0.13"`` or ``(0, 13, 2)``, as a tuple of numbers.
 
     Raises:
-        UsageError: it is no version, or one of a time when PEFT had no VeRA.
+        UsageError: the text is no version, or PEFT had no VeRA in that version.
     """
     if isinstance(value, tuple | list) and all(type(each) is int for each in value):
         value = ".".join(map(str, value))
@@ -131,7 +131,7 @@ def number(name: str, value: object) -> float:
     """
     if not is_flag(value) and not isinstance(value, str | bytes):
         try:
-            converted = float(value)  # type: ignore[arg-type] # that is what is tried
+            converted = float(value)  # type: ignore[arg-type] # tried here
         except (TypeError, ValueError, OverflowError):
             converted = math.nan
         if math.isfinite(converted):
@@ -205,7 +205,7 @@ def path(name: str, value: object) -> Path:
     """Return a path on this machine.
 
     Raises:
-        UsageError: it is neither a text nor a path, or no path can be written so.
+        UsageError: the value is no text and no path, or is empty, or has a NUL.
     """
     found = place(name, value)
     if not found or "\0" in found:
@@ -232,10 +232,10 @@ def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
 
 
 def instance(name: str, kind: type[Kind], value: object) -> Kind:
-    """Return a value that has to be an object of one class.
+    """Return a value that must be an object of one class.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the value is of another class.
     """
     if not isinstance(value, kind):
         raise UsageError(f"{name} is {_shown(value)}: give a {kind.__name__}.")
@@ -254,7 +254,7 @@ def function(name: str, value: Called) -> Called:
 
 
 def progress_function(name: str, value: Progress | None) -> Progress:
-    """Return a function that is told the progress; for None, a function that does nothing.
+    """Return the function to call with the progress; for None, a function that does nothing.
 
     Raises:
         UsageError: the value cannot be called.

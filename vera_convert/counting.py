@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
+from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
 from vera_convert.dtypes import BITS
@@ -26,7 +27,6 @@ from vera_convert.targets.matching import Adapted, adapted, is_all_linear
 from vera_convert.text import listed, printable, short_repr
 
 _METADATA = {"format": "pt"}
-_KEY_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class LayerGroup:
     """Adapted layers of one kind and one shape.
 
     Attributes:
-        name: their paths after the last index.
-        out_features: rows of each.
-        in_features: columns of each.
-        layers: how many there are.
+        name: the layers' path after the last index.
+        out_features: rows of each weight.
+        in_features: columns of each weight.
+        layers: the number of layers.
     """
 
     name: str
@@ -237,7 +237,7 @@ def lora_file_bytes(
     """Return the size of ``adapter_model.safetensors`` of a LoRA in float32 on these layers.
 
     Args:
-        layers: what it adapts.
+        layers: the adapted layers.
         rank: of its factors.
         beside: other tensors in the file, such as heads.
     """
@@ -255,8 +255,8 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo
 
 def _vera_tensors(chosen: Adapted, rank: int, *, projections: bool) -> Iterator[TensorInfo]:
     for name, layer in chosen.layers.items():
-        yield _tensor(f"{_KEY_PREFIX}{name}.vera_lambda_b", (layer.out_features,))
-        yield _tensor(f"{_KEY_PREFIX}{name}.vera_lambda_d", (rank,))
+        yield _tensor(f"{PREFIX}{name}.vera_lambda_b", (layer.out_features,))
+        yield _tensor(f"{PREFIX}{name}.vera_lambda_d", (rank,))
     if projections:
         yield _tensor("base_model.vera_A", (rank, chosen.max_in))
         yield _tensor("base_model.vera_B", (chosen.max_out, rank))
@@ -264,8 +264,8 @@ def _vera_tensors(chosen: Adapted, rank: int, *, projections: bool) -> Iterator[
 
 def _lora_tensors(layers: Mapping[str, Linear], rank: int) -> Iterator[TensorInfo]:
     for name, layer in layers.items():
-        yield _tensor(f"{_KEY_PREFIX}{name}.lora_A.weight", (rank, layer.in_features))
-        yield _tensor(f"{_KEY_PREFIX}{name}.lora_B.weight", (layer.out_features, rank))
+        yield _tensor(f"{PREFIX}{name}.lora_A.weight", (rank, layer.in_features))
+        yield _tensor(f"{PREFIX}{name}.lora_B.weight", (layer.out_features, rank))
 
 
 def _copied_heads(
@@ -275,4 +275,4 @@ def _copied_heads(
     if "lm_head" in targets:
         for name in model.output_heads & chosen.layers.keys():
             shape = (chosen.layers[name].out_features, chosen.layers[name].in_features)
-            yield _tensor(f"{_KEY_PREFIX}{name}.base_layer.weight", shape, model.dtype)
+            yield _tensor(f"{PREFIX}{name}.base_layer.weight", shape, model.dtype)

@@ -135,28 +135,27 @@ def info(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> AdapterInfo:
-    """Tell what an adapter is.
+    """Return an adapter's rank, targets, projections and sizes.
 
     Args:
         adapter: a folder or a repo on the Hub.
-        base: what the caller says of the base; done without where it cannot be had.
-        projections: which A and B are meant.
-        revision: the adapter's, on the Hub.
+        base: the base, and how to read it; None for the base that the adapter's config names. If
+            that base is not found, its facts are left out.
+        projections: which A and B count if file, flag and key disagree.
+        revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
 
     Raises:
         CheckpointError: the adapter is malformed.
-        SurroundingsError: it cannot be had or read.
+        SurroundingsError: the adapter is not found, or cannot be read.
 
     Example:
         >>> found = info("adapter", base="base")
         >>> found.config.r, found.layers, found.findings
         (4, 4, ())
     """
-    projections, base_options = (
-        one_of("projections", ProjectionSource, projections),
-        base_options_of(base),
-    )
+    projections = one_of("projections", ProjectionSource, projections)
+    base_options = base_options_of(base)
     access = hub_access_of(access)
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
@@ -250,7 +249,7 @@ def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
 def _effects(
     adapter: Adapter, own: RecognizedPair | Fingerprint | None, base_facts: BaseFacts
 ) -> tuple[Effect, ...]:
-    """Tell what each PEFT uses, compared with the stored or recorded projections."""
+    """Compare the A and B that each PEFT uses with the stored or recorded ones."""
     from_key = Effect(
         "0.11 to 0.20", "key", None if own is None else same_on(adapter.config, own, base_facts)
     )
@@ -260,20 +259,20 @@ def _effects(
 
 
 def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
-    """Warn where no base lets the older PEFTs use what is stored."""
+    """Warn if PEFT up to 0.20 ignores the stored A and B on every base."""
     stored = adapter.projections is not None and adapter.config.save_projection
     if stored and any(effect.same_on == () for effect in effects):
-        yield PROJECTIONS_IGNORED.at(adapter.place, "what PEFT draws from the key is not A and B.")
+        yield PROJECTIONS_IGNORED.at(adapter.place, "PEFT regenerates other matrices from the key.")
 
 
 def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
-    """Warn where nothing at all tells which A and B an adapter was trained on.
+    """Warn if an adapter does not record which A and B it was trained with.
 
-    There are other trainers of VeRA, whose seed does not give PyTorch's draw.
+    Other trainers of VeRA exist, and their seeds give other matrices than PyTorch's.
     """
     unrecorded = adapter.config.peft_version is None
     if adapter.projections is None and adapter.fingerprint is None and unrecorded:
-        reason = "it stores no A and B, no fingerprint of them, and no version of PEFT."
+        reason = "the adapter stores no A and B, no fingerprint and no version of PEFT."
         yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 

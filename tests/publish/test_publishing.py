@@ -270,10 +270,10 @@ def test_an_out_that_appears_in_the_last_moment_is_refused(
 @pytest.mark.parametrize(
     ("make", "new", "why"),
     [
-        (a_file, NEW, "is not what this command writes"),
-        (a_full_folder, NEW, "is not what this command writes"),
-        (a_full_folder, "new", "is not what this command writes"),
-        (an_empty_folder, NEW, "is not what this command writes"),
+        (a_file, NEW, "is no output of this command"),
+        (a_full_folder, NEW, "is no output of this command"),
+        (a_full_folder, "new", "is no output of this command"),
+        (an_empty_folder, NEW, "is no output of this command"),
         (a_link, NEW, "is a link"),
         (a_link, "new", "is a link"),
         (a_dangling_link, NEW, "is a link"),

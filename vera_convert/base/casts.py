@@ -1,8 +1,8 @@
-"""Which A and B are in effect on a base: what PEFT casts matrices drawn from the key to.
+"""The dtypes that PEFT casts A and B to on a base, after drawing both from the key.
 
-PEFT casts A and B once for each layer that it wraps, in the order of the model, to the dtype that
-the layer's weight has, or to the dtype that a quantized layer computes in. Integers cause no cast.
-Stored A and B hold the values after all casts, so nothing of this concerns them.
+PEFT casts A and B once for each wrapped layer, in the order of the model. The dtype is that of the
+layer's weight; for a quantized layer it is the dtype of the computation. Integers cause no cast.
+Stored A and B already hold the values after all casts, and stay as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vera_convert.dtypes import FLOATS
 
 @dataclass(frozen=True, slots=True)
 class Casts:
-    """What the casts on a base come to.
+    """The combined effect of the casts on a base.
 
     Attributes:
-        rounding: what the casts do to values; None if the base does not decide.
+        rounding: the rounding of the values; None if the base does not decide.
         possible: if the base does not decide, the roundings that are possible; empty if all are.
         reason: why the base does not decide; empty if it does.
     """
@@ -32,7 +32,7 @@ class Casts:
 
 
 def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
-    """Return what PEFT casts A and B to when it wraps these weights of a base.
+    """Return the casts of A and B when PEFT wraps these weights of a base.
 
     Args:
         base: the base with its packed weights.

@@ -132,7 +132,7 @@ class BaseFacts:
     Attributes:
         in_features: columns of A.
         out_features: rows of B.
-        rounding: what the base's dtype does to drawn values.
+        rounding: the rounding of drawn values to the base's dtype.
         roundings: the possible roundings if `rounding` is None; empty if all are possible.
         unclear: why the base does not decide the rounding; empty if it does, or is not known.
         source: the source of the facts, or the reason why facts are missing, for people.

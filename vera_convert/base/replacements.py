@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.match import Match
@@ -25,8 +26,6 @@ from vera_convert.rules import (
     Severity,
 )
 from vera_convert.text import listed, printable
-
-_ADAPTER_PREFIX = "base_model.model."
 
 
 def saved_modules(config: VeraConfig) -> SavedModules:
@@ -55,7 +54,7 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         *(view.path_on_disk for view in views(base)),
     ]
     for name in names:
-        module, _, parameter = name.removeprefix(_ADAPTER_PREFIX).rpartition(".")
+        module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
         module = re.sub(r"(^|\.)base_layer$", "", module)
         paths = (path for rename in strategies if (path := rename(module)) is not None)
         there = (".".join(filter(None, (path, parameter))) for path in paths)
@@ -82,14 +81,14 @@ def is_of_classifier(config: VeraConfig, name: str) -> bool:
 
 
 def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Finding | None:
-    """Return what is wrong with a tensor that the base lacks; None if nothing is.
+    """Return the finding for a tensor that the base lacks; None if the tensor is right.
 
     A new head is right if the head's class is known: a merge then names the class in the config.
 
     Args:
-        config: the adapter's.
-        name: the tensor's in the adapter's file.
-        target: its name in the base.
+        config: the adapter's config.
+        name: the tensor's name in the adapter's file.
+        target: the tensor's name in the base.
         base: the base.
     """
     module = replaced_name(name).rpartition(".")[0]

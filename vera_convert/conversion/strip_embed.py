@@ -94,10 +94,8 @@ def strip(
         >>> strip("adapter", "stripped", base="base").bytes_after
         1624
     """
-    projections, base_options = (
-        one_of("projections", ProjectionSource, projections),
-        base_options_of(base),
-    )
+    projections = one_of("projections", ProjectionSource, projections)
+    base_options = base_options_of(base)
     require_flags(accept_change=accept_change)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
@@ -146,10 +144,8 @@ def embed(
         >>> embed("stripped", "embedded").embedded
         True
     """
-    projections, base_options = (
-        one_of("projections", ProjectionSource, projections),
-        base_options_of(base),
-    )
+    projections = one_of("projections", ProjectionSource, projections)
+    base_options = base_options_of(base)
     variant = optional(one_of, "generator", Variant, generator)
     with opened(adapter, out, force=force, revision=revision, access=access) as work:
         need = need_to_embed(work.adapter, base_options, projections)

@@ -346,7 +346,7 @@ def _text(value: object) -> str:
 
 
 def _wrong_size(info: TensorInfo) -> Iterator[tuple[Rule, str]]:
-    """Yield why the span of bytes is not what shape and dtype need."""
+    """Yield a reason if a span is invalid, or has another size than shape and dtype need."""
     bits = math.prod(info.shape) * BITS[info.dtype]
     if bits == info.nbytes * 8 and 0 < bits < 1 << 63:
         return
@@ -380,7 +380,7 @@ def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -
 
 
 def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Return what stands before the data: the header with its length, as safetensors writes it.
+    """Return the bytes before the data: the header and its length, as safetensors writes both.
 
     Tensors stand by dtype (the widest first) and name, metadata by key, JSON without spaces, padded
     to eight bytes. Without metadata there is no entry for it.

@@ -31,8 +31,8 @@ STEMS = ("model", "diffusion_pytorch_model")
 REDIRECTION = "transformers_weights"
 """The field of a config that names the file or the index of the weights."""
 
-_SUFFIX = ".safetensors"
-_INDEX_SUFFIX = ".safetensors.index.json"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)(?=[.-])")
 """The variant in the name of a file of diffusers or transformers."""
@@ -62,9 +62,7 @@ def component_folders(names: Collection[str]) -> tuple[str, ...]:
     """
     if PIPELINE not in names:
         return ()
-    found = {
-        name[: name.index("/") + 1] for name in names if name.endswith(_SUFFIX) and "/" in name
-    }
+    found = {name[: name.index("/") + 1] for name in names if name.endswith(SUFFIX) and "/" in name}
     return tuple(sorted(found))
 
 
@@ -93,15 +91,15 @@ def find_weights(
     top = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     top = {name for name in top if "/" not in name}
     for stem in STEMS:
-        if stem + _INDEX_SUFFIX in top:
-            return WeightFiles(prefix, prefix + stem + _INDEX_SUFFIX, None)
-        if stem + _SUFFIX in top:
-            return WeightFiles(prefix, None, prefix + stem + _SUFFIX)
-    indexes = sorted(name for name in top if name.endswith(_INDEX_SUFFIX))
+        if stem + INDEX_SUFFIX in top:
+            return WeightFiles(prefix, prefix + stem + INDEX_SUFFIX, None)
+        if stem + SUFFIX in top:
+            return WeightFiles(prefix, None, prefix + stem + SUFFIX)
+    indexes = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
     if len(indexes) == 1:
         return WeightFiles(prefix, prefix + indexes[0], None)
     singles = sorted(
-        name for name in top if name.endswith(_SUFFIX) and not name.startswith("adapter_model")
+        name for name in top if name.endswith(SUFFIX) and not name.startswith("adapter_model")
     )
     if not singles and not indexes:
         below = () if prefix else _folders_with_weights(names)
@@ -132,7 +130,7 @@ def named_weights(config: Mapping[str, object]) -> str | None:
     transformers accepts only safetensors files in this field; diffusers ignores the field.
     """
     found = config.get(REDIRECTION)
-    is_followed = isinstance(found, str) and found.endswith((_SUFFIX, _INDEX_SUFFIX))
+    is_followed = isinstance(found, str) and found.endswith((SUFFIX, INDEX_SUFFIX))
     return str(found) if is_followed and "_class_name" not in config else None
 
 
@@ -141,7 +139,7 @@ def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
     file = str(clean_name(named, place=f"{place}/config.json"))
     if file not in names:
         raise CheckpointError(SHARD_MISSING.at(place, f"{printable(file)} is not there."))
-    is_index = file.endswith(_INDEX_SUFFIX)
+    is_index = file.endswith(INDEX_SUFFIX)
     return WeightFiles("", file if is_index else None, None if is_index else file)
 
 
@@ -155,7 +153,7 @@ def _main_component(names: Collection[str], place: str) -> str:
 
 def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
     """Return the subfolders that hold a model, such as ``0_Transformer``."""
-    wanted = {stem + suffix for stem in STEMS for suffix in (_INDEX_SUFFIX, _SUFFIX)}
+    wanted = {stem + suffix for stem in STEMS for suffix in (INDEX_SUFFIX, SUFFIX)}
     found = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in wanted}
     return tuple(sorted(found - {""}))
 
@@ -193,7 +191,7 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
     folder = PurePosixPath(index).parent
     files: dict[object, str] = {}
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(_SUFFIX):
+        if not isinstance(file, str) or not file.endswith(SUFFIX):
             reason = f'"{printable(tensor)}" is given no safetensors file.'
             raise CheckpointError(INDEX_MALFORMED.at(place, reason))
         if file not in files:
@@ -227,7 +225,7 @@ def stray_weights(
         below = name.startswith(weights.prefix) or "/" not in name
         return below and not path.name.startswith("adapter_model") and not folders & {*between}
 
-    loose = (name for name in names if name.endswith(_SUFFIX) and name not in files)
+    loose = (name for name in names if name.endswith(SUFFIX) and name not in files)
     return tuple(sorted(filter(could_be_taken, loose)))
 
 

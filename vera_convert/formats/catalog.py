@@ -77,7 +77,7 @@ def _meaning(severity: Severity) -> str:
 
 
 def rules_document(rules: Iterable[Rule]) -> Document:
-    """The rules as data (schema ``rules``)."""
+    """Return the rules as data (schema ``rules``)."""
     return {
         "format": 1,
         "rules": [{**asdict(rule), "severity": str(rule.severity)} for rule in rules],

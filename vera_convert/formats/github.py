@@ -17,7 +17,7 @@ _MOST_ROWS = 500
 
 
 def github_text(result: Validation) -> str:
-    """One workflow command for each finding, then the counts."""
+    """Return one workflow command for each finding, then the counts."""
     lines = []
     for checked in result.adapters:
         if checked.failure is not None:
@@ -42,12 +42,12 @@ def _command(name: str, message: str, **properties: str | None) -> str:
 
 
 def _data(text: str) -> str:
-    """Escape what would end a command's message."""
+    """Escape the characters that would end a command's message."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
-    """Escape what would end one of a command's properties."""
+    """Escape the characters that would end a property of a command."""
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
@@ -55,7 +55,7 @@ def _property(text: str) -> str:
 
 
 def job_summary(result: Validation) -> str:
-    """The adapters and the findings as two tables of Markdown."""
+    """Return the adapters and the findings as two tables of Markdown."""
     adapters = ([_code(checked.label), verdict(checked)] for checked in result.adapters)
     lines = ["### vera-convert validate", "", closing_line(result), ""]
     lines += _table(("adapter", "result"), adapters)

@@ -10,14 +10,14 @@ from vera_convert.rules import Finding, Severity
 from vera_convert.validation.validation import Checked, Validation
 
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold, not even escaped."""
+"""Characters that XML 1.0 forbids, escaped or not."""
 
 
 def junit_text(result: Validation) -> str:
-    """One suite for each adapter, one case for each finding; XML in ASCII.
+    """Return the XML, in ASCII: one suite for each adapter, one case for each finding.
 
-    A finding that fails the call is a failure, what could not be read an error, and what was not
-    checked a case that was skipped. An adapter without a finding has one case that passed.
+    A finding that fails the call is a failure. An adapter that could not be read is an error, and a
+    check that was left out is a skipped case. An adapter without findings has one passed case.
     """
     root = Element("testsuites", name="vera-convert validate")
     for checked in result.adapters:

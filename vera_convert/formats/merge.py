@@ -100,7 +100,7 @@ def _plan_rows(result: Merge) -> list[list[str]]:
 
 
 def _replaced_rows(result: Merge) -> list[list[str]]:
-    """Return what the adapters replace, the tensors that change most first."""
+    """Return the replaced tensors, with the largest changes first."""
 
     def change(tensor: ReplacedTensor) -> float:
         return relative_change(tensor.numbers) if tensor.numbers is not None else math.inf

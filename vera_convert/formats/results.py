@@ -71,7 +71,7 @@ def conversion_text(result: Conversion) -> str:
 
 
 def location_text(base_facts: BaseFacts) -> str:
-    """The base in words: its name, and how the adapter's fit its own; or why it was not read."""
+    """Return the base in words: the name and the fit of the layers, or why no base was read."""
     if base_facts.match is not None and base_facts.match.strategy != AS_THEY_ARE.name:
         return f"{base_facts.source}, {base_facts.match.strategy}"
     was_read = base_facts.in_features is not None or base_facts.base is not None

@@ -17,12 +17,12 @@ _INDEX = {code: index for index, code in enumerate(CATALOG)}
 
 
 def sarif_text(result: Validation) -> str:
-    """The log as JSON in ASCII."""
+    """Return the log as JSON in ASCII."""
     return json.dumps(sarif_document(result), indent=2, allow_nan=False)
 
 
 def sarif_document(result: Validation) -> Document:
-    """The log as data: one run, with every rule of the catalog and every finding."""
+    """Return the log as data: one run, with every rule of the catalog and every finding."""
     seen: Counter[str] = Counter()
     results = [
         _result(checked, finding, seen)
@@ -82,10 +82,10 @@ def _result(checked: Checked, finding: Finding, seen: Counter[str]) -> Document:
 
 
 def _fingerprint(checked: Checked, finding: Finding, seen: Counter[str]) -> str:
-    """Return what stays the same from run to run: code and place, but no measured number.
+    """Return a hash of a finding that stays the same from run to run.
 
-    A commit on the Hub and the folder above the adapter's files are no part of it. Findings that
-    agree in all of it are told apart by a number, as GitHub's own hashes do.
+    The hash covers the code, the adapter and the place, and no measured number, commit or folder
+    above the adapter. A count tells apart findings with the same hash, as in GitHub's own hashes.
     """
     adapter = checked.label.split("@")[0] if checked.path is None else checked.path
     parts = [finding.code, adapter, file_name(finding), finding.place]

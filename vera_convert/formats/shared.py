@@ -36,7 +36,7 @@ def origin_text(origin: str) -> str:
 
 
 def finding_document(finding: Finding) -> Document:
-    """One finding."""
+    """Return a finding as data."""
     named = {"file": finding.file, "tensor": finding.tensor and printable(finding.tensor)}
     return {
         "code": finding.code,
@@ -60,7 +60,7 @@ def error_document(error: VeraConvertError) -> Document:
 
 
 def draw_document(draw: Draw | None) -> Document | None:
-    """One draw."""
+    """Return a draw as data."""
     if draw is None:
         return None
     return {

@@ -58,13 +58,13 @@ def _counts(findings: Iterable[Finding]) -> str:
 def validation_text(
     result: Validation, *, color: bool = False, width: int = WIDTH, failures_said: bool = False
 ) -> str:
-    """Return what was found, for people: adapter by adapter, then all of them in a table.
+    """Return the findings for people: first each adapter, then a table of all adapters.
 
     Args:
-        result: what was found.
+        result: the validation.
         color: whether to mark severities with colors of a terminal.
         width: of a line.
-        failures_said: whether the reasons for what could not be read have been shown already.
+        failures_said: whether the reasons why adapters could not be read are on the screen already.
     """
     paint = _colored if color else _plain
     many = len(result.adapters) > 1
@@ -147,14 +147,14 @@ def _rule_lines(findings: list[Finding], paint: Paint, width: int) -> Iterator[s
 
 
 def _places(findings: list[Finding]) -> Iterator[tuple[str, str]]:
-    """Yield each place and its reason; where the next has the same, it is said once, there."""
+    """Yield each place and its reason; neighbors with the same reason show it once, at the last."""
     for finding, following in zip_longest(findings, findings[1:]):
         same = following is not None and following.reason == finding.reason
         yield finding.place, "," if same else f": {finding.reason}"
 
 
 def _rows(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Yield what else is known of an adapter; among many the table says it."""
+    """Yield the facts of a single adapter; several adapters have a table of these facts."""
     projections = _projections(checked, checked.draw.description if checked.draw else "")
     if projections:
         yield "A and B", projections
@@ -172,7 +172,7 @@ def _projections(checked: Checked, draw: str) -> str:
 
 
 def _table(result: Validation, paint: Paint) -> str:
-    """One line for each adapter; the name is last, since it may be of any length."""
+    """Return one line for each adapter, with the name last because a name has any length."""
     read = any(checked.bytes_read is not None for checked in result.adapters)
     rows = [["result", "A and B", *(["bytes read"] if read else []), "adapter"]]
     for checked in result.adapters:
@@ -191,7 +191,7 @@ def _table(result: Validation, paint: Paint) -> str:
 
 
 def _in_common(result: Validation, width: int) -> Iterator[str]:
-    """Yield bases and what was not checked, each with how many adapters it is said of."""
+    """Yield each base and each check that was left out, with the number of adapters."""
     bases = Counter(checked.base for checked in result.adapters if checked.base)
     missed = Counter(text for checked in result.adapters for text in checked.not_checked)
     said = [(f"Compared with the base {base}", number) for base, number in bases.items()]
@@ -202,7 +202,7 @@ def _in_common(result: Validation, width: int) -> Iterator[str]:
 
 
 def closing_line(result: Validation) -> str:
-    """The counts of a whole call in one line."""
+    """Return the counts of a call in one line."""
     adapters = result.adapters
     if len(adapters) == 1:
         return f"1 adapter: {verdict(adapters[0])}"

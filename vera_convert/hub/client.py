@@ -307,7 +307,7 @@ def _repo_info(data: bytes, repo_id: str) -> RepoInfo:
             "the mirror is at fault."
         ) from None
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise SurroundingsError(f"the Hub does not say which commit of {repo_id} is meant.")
+        raise SurroundingsError(f"the Hub names no commit for {repo_id}.")
     return RepoInfo(commit, {name: file for name, file in listed.items() if isinstance(name, str)})
 
 

@@ -1,8 +1,8 @@
-"""From what a user wrote to where it lies: a folder here, or a repo on the Hub at one commit.
+"""Find the location that a user names: a folder here, or a repo on the Hub at one commit.
 
-This is the door of the folder: the rest of the package asks for a location and its files here. Each
-further way to use the Hub, such as pushing a result, gets a module of its own beside `download`,
-built on the requests of `client`.
+The rest of the package asks this module for locations and their files. Each further way to use the
+Hub, such as pushing a result, gets a module of its own beside `download`, built on the requests of
+`client`.
 
 With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: only the local cache is read.
 """

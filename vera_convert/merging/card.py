@@ -12,7 +12,7 @@ from vera_convert.text import printable
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """One input as a card names it; nothing of it tells of the machine it lay on.
+    """One input as a model card names it, without any path of this machine.
 
     Attributes:
         name: the repo on the Hub, or the name of a folder.

@@ -46,7 +46,7 @@ from vera_convert.rules import (
 from vera_convert.text import printable
 
 _COMPARED_VALUES = 1 << 20
-_BASE_COPY = ".base_layer.weight"
+BASE_COPY = ".base_layer.weight"
 _TIED = "the config ties the two."
 
 
@@ -221,7 +221,7 @@ def _add_replacements(
 def _is_base_copy(name: str, adapter: Adapter) -> bool:
     """Say whether a tensor is the base weight that PEFT stores for an adapted embedding or head."""
     module = replaced_name(name).rpartition(".")[0]
-    return name.endswith(_BASE_COPY) and module in adapter.layers
+    return name.endswith(BASE_COPY) and module in adapter.layers
 
 
 def _compared_with_base(

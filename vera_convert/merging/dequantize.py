@@ -57,7 +57,7 @@ class Dequantization:
         return None if weight is None else Decoder(self.base.base, files, weight)
 
     def finding(self, place: str) -> Finding:
-        """Return a note of what is done to the base that is called `place`."""
+        """Return a note that the base called `place` is dequantized."""
         count = sum(len(weight.parts) - 1 for weight in self.weights.values())
         kinds = " and ".join(self.base.labels) or "none is quantized"
         reason = (
@@ -127,7 +127,7 @@ def _paths(config: Mapping[str, object]) -> Iterator[tuple[str, ...]]:
 
 
 def dequantized_metadata(metadata: Mapping[str, str], base: Unpacked) -> dict[str, str]:
-    """Return what a file's header says beside the tensors, without the entries of a quantizer."""
+    """Return the metadata of a file's header without the entries of a quantizer."""
     if not base.weights:
         return dict(metadata)
     tensors = base.base.tensors.keys() | base.weights.keys()

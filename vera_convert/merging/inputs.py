@@ -230,7 +230,7 @@ def _matched(
 
 
 def _name(location: Location) -> str:
-    """Return what names a location so that it is found again."""
+    """Return the text that names a location for a later `locate`."""
     if location.folder is not None:
         return str(location.folder)
     subfolder = f"/{location.subfolder}" if location.subfolder else ""

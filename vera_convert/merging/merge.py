@@ -12,13 +12,13 @@ adapted weight and the weights are stored in 16 bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from vera_convert.arguments import instance, optional, path, progress_function
+from vera_convert.arguments import Progress, instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.base.quantized.targets import refuse_quantized
@@ -50,9 +50,6 @@ from vera_convert.text import short_repr
 
 _COPY_SPEED = 1e9
 """The assumed speed of reading and writing, in bytes a second, for an estimate."""
-
-Progress = Callable[[int, int], None]
-"""A function that gets the number of bytes written so far, and of all bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +115,11 @@ def merge(
     Args:
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
-        base: what the caller says of the base; without it that of the adapter's config.
+        base: the base, and how to read it; None for the base that the adapter's config names.
         options: how to merge.
-        revision: the adapter's, on the Hub.
+        revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
-        progress: told now and then how far it is.
+        progress: called with the bytes written so far, and with their total.
 
     Raises:
         CheckpointError: adapter or base is malformed, they do not belong together, or a result is

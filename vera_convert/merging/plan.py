@@ -21,13 +21,10 @@ from vera_convert.delta import working_dtype
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order
 from vera_convert.files.json_edit import edited_member
-from vera_convert.files.shards import named_weights
+from vera_convert.files.shards import INDEX_SUFFIX, SUFFIX, named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.merging.dequantize import Decoder, Dequantization, dequantized_metadata
-
-_SUFFIX = ".safetensors"
-_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,11 +113,11 @@ def plan_weights(
         index_name = base.index
     else:
         shards = _resharded(base, planner, max_shard_size)
-        index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if len(shards) > 1 else None
+        index_name = f"{base.prefix}{_stem(base)}{INDEX_SUFFIX}" if len(shards) > 1 else None
     names = {name: name for name in shards}
     if named_weights(base.config) is not None and max_shard_size is None:
         names = _usual_names([*shards], base)
-        index_name = f"{base.prefix}{_stem(base)}{_INDEX_SUFFIX}" if base.index else None
+        index_name = f"{base.prefix}{_stem(base)}{INDEX_SUFFIX}" if base.index else None
     made = {
         names[name]: _file(name, names[name], tensors, planner) for name, tensors in shards.items()
     }
@@ -325,9 +322,9 @@ def _resharded(base: BaseModel, planner: _Planner, limit: int) -> dict[str, list
     stem = base.prefix + _stem(base)
     count = len(shards)
     if count == 1:
-        return {f"{stem}{_SUFFIX}": shards[0]}
+        return {f"{stem}{SUFFIX}": shards[0]}
     return {
-        f"{stem}-{number:05}-of-{count:05}{_SUFFIX}": tensors
+        f"{stem}-{number:05}-of-{count:05}{SUFFIX}": tensors
         for number, tensors in enumerate(shards, 1)
     }
 
@@ -336,16 +333,16 @@ def _usual_names(shards: Sequence[str], base: BaseModel) -> dict[str, str]:
     """Return the names under which a loader looks for weights by default."""
     stem, count = base.prefix + _stem(base), len(shards)
     if base.index is None:
-        return dict.fromkeys(shards, f"{stem}{_SUFFIX}")
+        return dict.fromkeys(shards, f"{stem}{SUFFIX}")
     return {
-        name: f"{stem}-{number:05}-of-{count:05}{_SUFFIX}" for number, name in enumerate(shards, 1)
+        name: f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number, name in enumerate(shards, 1)
     }
 
 
 def _stem(base: BaseModel) -> str:
     """Return the beginning of the names of weight files that loaders expect for this model."""
     if base.index is not None and named_weights(base.config) is None:
-        return PurePosixPath(base.index).name.removesuffix(_INDEX_SUFFIX)
+        return PurePosixPath(base.index).name.removesuffix(INDEX_SUFFIX)
     is_diffusers = "_class_name" in base.config
     return "diffusion_pytorch_model" if is_diffusers else "model"
 

@@ -301,11 +301,13 @@ class _Replacing:
             remedy = ", or replace it with --force" if fits and self.is_own(out) else ""
             raise UsageError(f"{shown} exists. Choose another OUT{remedy}.")
         if stat.S_ISLNK(mode):
-            raise UsageError(f"{shown} is a link; --force replaces none. Give what it leads to.")
+            raise UsageError(
+                f"{shown} is a link, and --force replaces no link. Give the link's target."
+            )
         if not fits or not self.is_own(out):
             raise UsageError(
-                f"{shown} is not what this command writes, so --force does not replace it. "
-                "Choose another OUT, or move it away."
+                f"{shown} is no output of this command, so --force does not replace it. "
+                "Choose another OUT, or move the old one away."
             )
         if self.folder:
             _refuse_strangers(shown, self.strangers(out))

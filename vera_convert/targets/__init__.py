@@ -1,4 +1,4 @@
-"""Tell which layers of a model PEFT adapts, without the model itself.
+"""Find the layers of a model PEFT adapts, without the model itself.
 
 May import the ground and `adapter`.
 """

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     TARGET_REGEX_INVALID,
@@ -29,8 +29,6 @@ from vera_convert.text import printable
 Version = tuple[int, int]
 NEWEST: Version = (0, 21)
 """The PEFT whose rules hold by default."""
-
-_PLACE = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
         wanted = printable(targets if isinstance(targets, str) else ", ".join(targets))
         raise CheckpointError(
             TARGETS_MATCH_NOTHING.at(
-                _PLACE,
+                CONFIG_NAME,
                 f"{wanted or 'an empty list'} matches none of the {len(names)} linear layers "
                 f"({model.source}).",
             )
@@ -133,7 +131,7 @@ def resolve(
             known = (
                 f"its model_type is {printable(kind)}" if kind else "its model_type is not known"
             )
-            raise CheckpointError(TARGETS_UNKNOWN.at(_PLACE, f"{known}."))
+            raise CheckpointError(TARGETS_UNKNOWN.at(CONFIG_NAME, f"{known}."))
         targets = DEFAULT_TARGETS[kind]
     if is_all_linear(targets):
         return _all_linear(model, config.task_type, peft=peft)
@@ -141,7 +139,7 @@ def resolve(
 
 
 def is_all_linear(targets: tuple[str, ...] | str | None) -> bool:
-    """Whether `target_modules` is PEFT's word for all linear layers, in any case."""
+    """Return whether `target_modules` is PEFT's word for all linear layers, in any case."""
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
@@ -301,7 +299,7 @@ def _number(text: str, *, peft: Version) -> int | None:
         return None
     raise CheckpointError(
         TARGET_REGEX_INVALID.at(
-            _PLACE,
+            CONFIG_NAME,
             "layers_pattern has a group of its own, which PEFT before 0.21 takes for the index.",
         )
     )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
 from vera_convert.text import printable
@@ -22,8 +23,6 @@ MOST_MATCHES = 4_000_000
 """The limit of pairs of an expression and a name; each pair takes memory in the answer."""
 _MOST_MEMORY = 1 << 30
 _WALL_SECONDS = 120  # for a process that gets little of a busy machine
-
-_PLACE = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         return [[None] * len(names) for _ in patterns]
     if len(patterns) * len(names) > MOST_MATCHES:
         reason = f"{len(patterns):,} expressions would be compared with {len(names):,} names."
-        raise CheckpointError(TARGET_REGEX_SLOW.at(_PLACE, reason))
+        raise CheckpointError(TARGET_REGEX_SLOW.at(CONFIG_NAME, reason))
     asked = [(pattern.text, pattern.full, pattern.group) for pattern in patterns]
     started, _, answer = _run_child(json.dumps([names, asked])).partition(" ")
     if not started:
@@ -99,7 +98,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
     if not answer:
         raise CheckpointError.of(
             TARGET_REGEX_SLOW.at(
-                _PLACE,
+                CONFIG_NAME,
                 f"{pattern.field} holds {printable(pattern.text)}, which took more than "
                 f"{LIMIT_SECONDS} seconds on {len(names)} names.",
             )
@@ -108,7 +107,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
     found: list[list[str | None] | str] = json.loads(answer)
     invalid = [
         TARGET_REGEX_INVALID.at(
-            _PLACE, f"{pattern.field} holds {printable(pattern.text)}: {printable(result)}."
+            CONFIG_NAME, f"{pattern.field} holds {printable(pattern.text)}: {printable(result)}."
         )
         for pattern, result in zip(patterns, found, strict=True)
         if isinstance(result, str)

@@ -47,7 +47,7 @@ def resolver(
     The function returns the base facts and the findings.
 
     Args:
-        base_options: what the caller says of the base; it names one.
+        base_options: the options of the base, with its name.
         access: how the Hub is reached.
 
     Raises:
@@ -65,11 +65,11 @@ def resolver(
 
 
 def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
-    """Yield what is to be known of an adapter on a base that it fits.
+    """Yield the findings for an adapter on a base with the adapter's layers.
 
     Args:
         adapter: the adapter.
-        base_facts: what `resolve_base` found; its own findings are not repeated.
+        base_facts: the facts from `resolve_base`, whose findings are not repeated.
     """
     match = base_facts.match
     if base_facts.base is None or match is None:

@@ -125,8 +125,8 @@ def check_form(
         SurroundingsError: a file or a repo is missing, unreadable, or changed meanwhile.
     """
     with ExitStack() as stack:
-        first = _fetched(adapter.adapter, access, adapter.revision)
-        second = _fetched(other, access, None)
+        first = fetched_adapter(adapter.adapter, access, adapter.revision)
+        second = fetched_adapter(other, access, None)
         ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
         theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
@@ -151,7 +151,8 @@ def check_form(
         )
 
 
-def _fetched(text: str | Path, access: HubAccess, revision: str | None) -> Location:
+def fetched_adapter(text: str | Path, access: HubAccess, revision: str | None) -> Location:
+    """Find an adapter and fetch every file that the adapter needs."""
     location = locate(str(text), kind="adapter", access=access, revision=revision)
     return fetch_adapter(location, access, is_training_state=is_training_state)
 

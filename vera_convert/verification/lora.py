@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
@@ -26,7 +25,7 @@ from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.factors import Factors, relative_error
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.merging.adapters import AdapterSpec
@@ -39,6 +38,7 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.text import counted, printable
+from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.options import VerifyOptions
 
 _MOST_FINDINGS = 50
@@ -127,8 +127,8 @@ def check_lora(
     """
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
-        first = _fetched(adapter.adapter, access, adapter.revision)
-        second = _fetched(lora, access, None)
+        first = fetched_adapter(adapter.adapter, access, adapter.revision)
+        second = fetched_adapter(lora, access, None)
         ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
         refuse_values(ours)
         theirs = stack.enter_context(open_lora(second.fetched))
@@ -160,11 +160,6 @@ def check_lora(
                 *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
             ),
         )
-
-
-def _fetched(text: str | Path, access: HubAccess, revision: str | None) -> Location:
-    location = locate(str(text), kind="adapter", access=access, revision=revision)
-    return fetch_adapter(location, access, is_training_state=is_training_state)
 
 
 def _recorded(lora: ReadLora) -> float | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vera_convert.arguments import Progress
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.targets import refuse_quantized
@@ -32,7 +33,7 @@ from vera_convert.verification.model_files import config_findings, file_findings
 from vera_convert.verification.options import VerifyOptions, require_all_adapters, settle
 from vera_convert.verification.other_projections import OtherProjections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
-from vera_convert.verification.tensors import MergedTensors, Progress, check_tensors
+from vera_convert.verification.tensors import MergedTensors, check_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+from vera_convert.arguments import Progress
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
@@ -32,8 +33,6 @@ from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD, ModelComparison, ModelJob, Stage
 from vera_convert.verification.provenance import MergeSettings
-
-Progress = Callable[[int, int], None]
 
 _CHILD = "vera_convert.with_torch.child"
 """The module that the child process runs."""

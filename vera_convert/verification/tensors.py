@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vera_convert.arguments import Progress
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
@@ -41,7 +42,6 @@ _MOST_FINDINGS = 50
 _MOST_CAUSES = 64
 """For how many wrong tensors, the worst first, a cause is looked for."""
 
-Progress = Callable[[int, int], None]
 Explain = Callable[[Sequence[str]], Mapping[str, str]]
 """Takes the names of wrong tensors, the worst first, and returns the causes of some of these."""
 Job = tuple[Run, int, int]

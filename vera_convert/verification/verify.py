@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from vera_convert.arguments import instance, optional, place, progress_function
+from vera_convert.arguments import Progress, instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES
@@ -44,7 +44,6 @@ from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
 from vera_convert.verification.sample_text import text_lines
-from vera_convert.verification.tensors import Progress
 
 
 def verify(

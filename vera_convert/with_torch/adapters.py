@@ -188,7 +188,7 @@ class Adapters(PeftMethods):
         trainable: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Make only these adapters active and, unless told otherwise, trainable.
+        """Activate only these adapters, and make them trainable unless told otherwise.
 
         Parameters of the model that no adapter trains stay as they are, frozen or not.
 

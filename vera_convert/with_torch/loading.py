@@ -29,6 +29,7 @@ from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base
 from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.merging.changes import BASE_COPY
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
@@ -49,7 +50,6 @@ from vera_convert.with_torch.modules import layers_of, modules_of, own_tensors
 from vera_convert.with_torch.saving import config_text
 
 _CASTS = {getattr(torch, NAMES[header]): rounding_on_base(header) for header in SIXTEEN_BIT}
-_BASE_COPY = ".base_layer.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -330,7 +330,7 @@ def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tens
         elif tuple(target.shape) != tensor.shape:
             reason = f"its shape is {list(tensor.shape)}, the model's {list(target.shape)}."
             wrong.append(REPLACEMENT_SHAPE.at(place, reason))
-        elif not tensor.name.endswith(_BASE_COPY):
+        elif not tensor.name.endswith(BASE_COPY):
             found[name] = to_tensor(tensor.array())
         elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
             wrong.append(BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
