@@ -65,6 +65,10 @@ class Rule:
         """Return this rule for a case in which nothing is wrong."""
         return replace(self, severity=Severity.NOTE)
 
+    def as_warning(self) -> Rule:
+        """Return this rule for a case in which something may be wrong."""
+        return replace(self, severity=Severity.WARNING)
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -849,7 +853,8 @@ MODULE_TO_SAVE_MISSING = Rule(
     ERROR,
     "a module of modules_to_save has no tensors in the file",
     "PEFT 0.14 and earlier keep a randomly initialized module; later releases fail with a "
-    "KeyError.",
+    "KeyError. An encoder-decoder's head, classification_head, is not among the heads that PEFT "
+    "saves by itself; there the finding is a warning.",
     "Save the adapter again, or remove the module from modules_to_save.",
     since="0.1.0",
 )

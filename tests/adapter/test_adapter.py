@@ -25,6 +25,7 @@ from vera_convert.adapter.sorting import sort_tensors
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.rules import Severity
+from vera_convert.validation.validate import validate
 
 MODEL = "base_model.model."
 ATTENTION = f"{MODEL}model.layers.0.self_attn."
@@ -126,6 +127,28 @@ def test_a_tensor_that_the_config_explains_is_a_replacement(
     with open_adapter(good_adapter(tmp_path / "adapter", tensors=tensors, **config)) as adapter:
         assert sorted(t.name for t in adapter.replacements) == sorted(tensors)
         assert adapter.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("stacks", "severity"),
+    [(["decoder"], Severity.ERROR), (["encoder", "decoder"], Severity.WARNING)],
+    ids=["OPT", "BART"],
+)
+def test_a_missing_head_is_only_a_warning_for_an_encoder_decoder(
+    tmp_path: Path, stacks: list[str], severity: Severity
+) -> None:
+    """PEFT saves no head of BART, whose classifiers in the base have a trained head already."""
+    tensors = {
+        f"{MODEL}model.{stack}.layers.0.self_attn.q_proj.vera_lambda_{kind}": np.ones(size, "f4")
+        for stack in stacks
+        for kind, size in (("b", 16), ("d", RANK))
+    }
+    heads = ["classifier", "score"]
+    folder = good_adapter(
+        tmp_path / "a", tensors=tensors, task_type="SEQ_CLS", modules_to_save=heads
+    )
+    found = [each for each in validate(folder).findings if each.code == "V222"]
+    assert [each.severity for each in found] == [severity]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,23 @@ def test_a_prefix_of_no_model_class_is_not_guessed() -> None:
     assert "All would fit with --key-map =tower." in text
 
 
+def test_no_key_map_leads_one_layer_to_another_module_while_the_others_fit() -> None:
+    """A pooler that the model class built anew is not the base's masked-language head."""
+    layers = {"layers.0.self_attn.q_proj": 8, "pooler.dense": 8}
+    base = base_of(llama("") | {"cls.predictions.transform.dense.weight": (8, 8)})
+    code, text = refused(layers, base)
+    assert code == "V520"
+    assert "--key-map pooler" not in text
+    assert "If the model class built this layer anew" in text
+
+
+def test_a_wrapper_in_the_path_of_some_layers_is_removed_by_a_key_map() -> None:
+    layers = {"layers.0.self_attn.q_proj": 8, "layers.1.my_wrapper.self_attn.q_proj": 8}
+    code, text = refused(layers, base_of(llama("")))
+    assert code == "V520"
+    assert "All would fit with --key-map layers.1.my_wrapper=layers.1." in text
+
+
 def test_two_prefixes_that_fit_are_ambiguous_until_the_user_says_which() -> None:
     base = base_of(llama("bert.") | llama("roberta."))
     layers = {"layers.0.self_attn.q_proj": 8}

@@ -238,3 +238,26 @@ def test_a_saved_head_of_its_own_has_to_be_untied(tmp_path: Path, tied: Path) ->
     found = tensors_of(tmp_path / "out")
     assert (found["lm_head.weight"] == 2).all()
     assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False
+
+
+def test_a_pretraining_head_that_the_adapter_s_class_does_not_build_is_not_missing(
+    tmp_path: Path,
+) -> None:
+    """BERT's files hold `cls.predictions` beside the head of next-sentence prediction."""
+    trained = {f"{PREFIX}cls.seq_relationship.weight": np.full((2, 16), 0.3, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=["cls"])
+    heads = {"cls.seq_relationship.weight": (2, 16), "cls.predictions.bias": (32,)}
+    base = filled_base(tmp_path / "base", tensors=heads)
+    assert "V222" not in {finding.code for finding in validate(adapter, base=base).findings}
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert np.array_equal(found["cls.seq_relationship.weight"], next(iter(trained.values())))
+    assert np.array_equal(found["cls.predictions.bias"], tensors_of(base)["cls.predictions.bias"])
+
+
+def test_a_pretraining_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
+    trained = {f"{PREFIX}cls.seq_relationship.weight": np.full((2, 16), 0.3, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=trained, modules_to_save=["cls"])
+    heads = {"cls.seq_relationship.weight": (2, 16), "cls.seq_relationship.bias": (2,)}
+    base = filled_base(tmp_path / "base", tensors=heads)
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V222"

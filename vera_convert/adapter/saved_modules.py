@@ -96,7 +96,7 @@ def replacement_findings(
             f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
         )
     if not renamed:
-        yield from _incomplete_modules(stored, expected, either)
+        yield from _incomplete_modules(stored, expected, either, layers)
         if config.bias != "none" and not bias_stored:
             rule = BIAS_NOT_STORED
             rule = rule.as_note() if _saves_biases(config.peft_version) else rule
@@ -111,7 +111,10 @@ def _saves_biases(peft_version: str | None) -> bool:
 
 
 def _incomplete_modules(
-    stored: Collection[str], declared: frozenset[str], heads: frozenset[str]
+    stored: Collection[str],
+    declared: frozenset[str],
+    heads: frozenset[str],
+    layers: Iterable[str],
 ) -> Iterator[Finding]:
     for name in sorted(declared - heads):
         if name not in stored:
@@ -120,4 +123,17 @@ def _incomplete_modules(
     others = (name for name in stored if name in declared and _OTHER_HEAD.search(name))
     if declared & heads and heads.isdisjoint(stored) and not any(others):
         names = " or ".join(sorted(declared & heads))
-        yield MODULE_TO_SAVE_MISSING.at(printable(names), "no tensor of it is stored.")
+        rule, reason = MODULE_TO_SAVE_MISSING, "no tensor of it is stored."
+        if _is_encoder_decoder(layers):
+            rule = rule.as_warning()
+            reason += " This is right only if the model uses the base's own classification_head."
+        yield rule.at(printable(names), reason)
+
+
+def _is_encoder_decoder(layers: Iterable[str]) -> bool:
+    """Say whether the paths of adapted layers show an encoder and a decoder, as BART and T5 have.
+
+    In transformers the head of such a classifier is named classification_head.
+    """
+    elements = {element for layer in layers for element in layer.split(".")}
+    return {"encoder", "decoder"} <= elements

@@ -175,7 +175,8 @@ def _foreign_reason(broken: Sequence[str], names: Names) -> str:
     said = [f'"{printable(front)}." stands before the name that PEFT writes' for front in fronts]
     if wrappers:
         shown = " and ".join(f'"{printable(wrapper)}"' for wrapper in wrappers)
-        said.append(f"{shown} is left over from a wrapper around the model")
+        verb = "is" if len(wrappers) == 1 else "are"
+        said.append(f"{shown} {verb} left over from a wrapper around the model")
     return f"{'; '.join(said)}."
 
 

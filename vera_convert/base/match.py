@@ -305,9 +305,22 @@ def _refusal(matcher: _Matcher, layers: Mapping[str, int], trial: _Trial) -> lis
     fitting = [
         text
         for text, hint in islice(possible.items(), _MOST_TRIED)
-        if matcher.try_out(hint, layers).is_complete
+        if (not trial.tensors or _keeps_path(text)) and matcher.try_out(hint, layers).is_complete
     ]
     if fitting:
         shown = " or ".join(f"--key-map {hint}" for hint in fitting[:_MOST_HINTS])
         reason += f" All would fit with {shown}."
+    elif trial.tensors:
+        reason += " If the model class built this layer anew, no file holds its starting weights."
     return [NAMES_DIFFER.at(base.location.label, reason)]
+
+
+def _keeps_path(key_map: str) -> bool:
+    """Say whether a key map ``OLD=NEW`` only adds or only removes elements of a path.
+
+    If other layers fit without a key map, a key map that replaces elements leads to another module.
+    """
+    old, new = (path.split(".") for path in key_map.split("=", 1))
+    shorter, longer = sorted((old, new), key=len)
+    rest = iter(longer)
+    return all(not element or element in rest for element in shorter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
@@ -26,6 +26,8 @@ from vera_convert.rules import (
     Severity,
 )
 from vera_convert.text import listed, printable
+
+_PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
 
 
 def saved_modules(config: VeraConfig) -> SavedModules:
@@ -120,9 +122,18 @@ def incomplete_modules(
         path, _, parameter = name.rpartition(".")
         paths = {path, match.undo(path) or path}
         is_due = parameter in ("weight", "bias") and any(map(saved.of, paths))
-        if is_due and name not in stored:
+        if is_due and name not in stored and not _of_another_class(name, stored):
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
             yield MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
+
+
+def _of_another_class(name: str, stored: Collection[str]) -> bool:
+    """Say whether a tensor is of a pretraining head that the adapter's model class does not build.
+
+    BERT's `cls` has one head or two, as the class has it. The adapter stores those of its class.
+    """
+    head = _PRETRAINING_HEAD.search(name)
+    return head is not None and not any(each.startswith(name[: head.end()]) for each in stored)
 
 
 def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
