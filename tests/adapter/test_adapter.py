@@ -328,6 +328,29 @@ def test_no_tensor_is_without_a_meaning(
         assert found.projections.out_features >= tallest
 
 
+RESIZED_HEAD = ("weight", "modules_to_save.weight", "original_module.weight")
+
+
+def test_a_saved_head_of_a_resized_vocabulary_is_stored_three_times(tmp_path: Path) -> None:
+    """PEFT reads the plain name; the other two are copies."""
+    head = {f"{MODEL}lm_head.{name}": zeros(40, 16) for name in RESIZED_HEAD}
+    folder = good_adapter(tmp_path / "a", tensors=head, modules_to_save=["lm_head"])
+    with open_adapter(folder) as adapter:
+        assert [each.name for each in adapter.replacements] == [f"{MODEL}lm_head.weight"]
+        assert head.keys() <= {tensor.name for tensor in adapter.tensors}
+        assert adapter.findings == ()
+
+
+@pytest.mark.parametrize("copy", RESIZED_HEAD[1:])
+def test_a_copy_of_a_saved_head_without_the_plain_name_is_refused(
+    tmp_path: Path, copy: str
+) -> None:
+    tensors = {f"{MODEL}lm_head.{copy}": zeros(40, 16)}
+    folder = good_adapter(tmp_path / "a", tensors=tensors, modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match="V220"), open_adapter(folder):
+        pass
+
+
 def test_the_biases_of_a_saved_head_are_stored_three_times(tmp_path: Path) -> None:
     """So PEFT writes them with bias "all"; all three pass, and one replaces the base's."""
     bias = np.zeros(2, np.float32)

@@ -10,7 +10,7 @@ the tensor without an error, and the adapter has no effect.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from vera_convert.rules import (
 PREFIX = "base_model.model."
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
-BIAS_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.bias$")
-"""With bias "all", PEFT writes each bias of a module that is saved whole three times, and reads the
-bias with the plain name."""
+_COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.(?:weight|bias)$)")
+"""PEFT writes each tensor of a module that is saved whole three times, and reads the tensor with
+the plain name: with bias "all" each bias, and with a resized vocabulary embedding and head."""
 
 _WRAPPER = re.compile(r"_(?:\w*_)?mod(?:ule)?")
 """Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod, FSDP's
@@ -78,22 +78,27 @@ class Names:
             included.
         inner: the adapter's name, if the path of every adapted layer ends with this name; else
             empty.
+        copies: the copies that PEFT writes of tensors and does not read.
     """
 
     is_named_base: bool
     beginnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     inner: str = ""
+    copies: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, names: Iterable[str], config: VeraConfig) -> Names:
         """Read the names of a file."""
-        vectors = [name for name in names if ".vera_lambda_" in name]
+        ordered = tuple(names)
+        stored = frozenset(ordered)
+        vectors = [name for name in ordered if ".vera_lambda_" in name]
+        copies = frozenset(name for name in stored if _is_copy(name, stored))
         is_named_base = bool(config.base_model_name_or_path) or _wraps(config)
         alone = cls(is_named_base)
         beginnings: dict[str, list[str]] = {}
         for name in vectors:
             beginnings.setdefault(alone.beginning(name), []).append(name)
-        return cls(is_named_base, beginnings, _inner_adapter(vectors, config))
+        return cls(is_named_base, beginnings, _inner_adapter(vectors, config), copies)
 
     @property
     def begin_alike(self) -> bool:
@@ -158,15 +163,19 @@ class Names:
         if not has_prefix:
             is_bare = "base_model" not in name.split(".") and _OF_VERA.search(name)
             return PREFIX_MISSING if is_bare else UNKNOWN_TENSOR
-        return _strange(name)
+        return None if name in self.copies else _strange(name)
+
+
+def _is_copy(name: str, stored: Collection[str]) -> bool:
+    """Say whether PEFT wrote a tensor as a copy; the plain name of a weight must be stored too."""
+    plain = _COPY.sub("", name)
+    return plain != name and (name.endswith(".bias") or plain in stored)
 
 
 def _strange(name: str) -> Rule | None:
     elements = name.removeprefix(PREFIX).split(".")
     alone = len(elements) == 1 and elements[0] in LAMBDAS
     inside = elements[:-1] if elements[-1] in (*LAMBDAS, "vera_A", "vera_B") else elements
-    if BIAS_COPY.search(name):
-        return None
     return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
 
 

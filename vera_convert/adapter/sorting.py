@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
-from vera_convert.adapter.names import A_NAME, B_NAME, BIAS_COPY, LAMBDAS, PREFIX, Names
+from vera_convert.adapter.names import A_NAME, B_NAME, LAMBDAS, PREFIX, Names
 from vera_convert.adapter.saved_modules import replacement_findings
 from vera_convert.adapter.shapes import shape_findings
 from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer, StoredProjections
@@ -135,7 +135,7 @@ def _by_name(tensors: Iterable[TensorData], names: Names) -> _ByName:
         elif last in ("vera_A", "vera_B"):
             found.repeated.append(tensor)
         else:
-            kind = found.unread if BIAS_COPY.search(tensor.name) else found.others
+            kind = found.unread if tensor.name in names.copies else found.others
             kind.append(tensor)
     return found
 

@@ -130,7 +130,8 @@ def incomplete_modules(
 def _of_another_class(name: str, stored: Collection[str]) -> bool:
     """Say whether a tensor is of a pretraining head that the adapter's model class does not build.
 
-    BERT's `cls` has one head or two, as the class has it. The adapter stores those of its class.
+    BERT has one or two pretraining heads, depending on the class. The adapter stores those of its
+    class.
     """
     head = _PRETRAINING_HEAD.search(name)
     return head is not None and not any(each.startswith(name[: head.end()]) for each in stored)
