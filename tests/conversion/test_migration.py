@@ -224,7 +224,7 @@ def test_a_mixture_of_two_layouts_fits_no_base(tmp_path: Path) -> None:
         folder
     )
     base = BaseOptions(str(tiny_base(tmp_path / "base")))
-    with pytest.raises(CheckpointError, match=r"V520 .* 2/4 layers"):
+    with pytest.raises(CheckpointError, match=r"V520 .* 2 of 4 layers"):
         migrate(folder, tmp_path / "out", to=Mode.STRIPPED, base=base)
 
 
