@@ -1278,6 +1278,25 @@ MODEL_CONFIG_FORM = Rule(
     "Download the file again.",
     since="0.1.0",
 )
+BASE_FOR_MISTRAL = Rule(
+    "V514",
+    ERROR,
+    "the base has only Mistral's consolidated weights",
+    "transformers does not load such files: Mistral's own programs name the tensors otherwise, "
+    "and order the rows of the query and key layers otherwise.",
+    "Pass a copy of the model with model.safetensors or its index. If the tensors of the file "
+    "have transformers' names, rename the file to model.safetensors.",
+    since="0.2.0",
+)
+BASE_ONLY_VARIANT = Rule(
+    "V515",
+    ERROR,
+    "the base has only a variant of its weights",
+    'diffusers and transformers load a variant only if asked, as with variant="fp16".',
+    "Download the weights without a variant. Or remove the variant (such as .fp16) from the "
+    "names of the weight files and of the index, and from the names in the index.",
+    since="0.2.0",
+)
 NAMES_DIFFER = Rule(
     "V520",
     ERROR,

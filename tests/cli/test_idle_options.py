@@ -80,8 +80,8 @@ def test_shards_of_a_variant_alone_are_called_so(run: Run, adapter: Path, tmp_pa
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "X"}')
     ended = run("merge", adapter, tmp_path / "out", "--base", tmp_path / "pipeline")
     assert ended.status == 1
-    assert "V505" in ended.err
-    assert "the variant fp16" in ended.err
+    assert "V515" in ended.err
+    assert 'the variant "fp16"' in ended.err
 
 
 def test_swapped_arguments_are_told_before_a_missing_torch(

@@ -14,6 +14,7 @@ from vera_convert.files.shards import (
 
 INDEX = "model.safetensors.index.json"
 DIFFUSION = "diffusion_pytorch_model"
+MISTRAL_INDEX = "consolidated.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,8 @@ DIFFUSION = "diffusion_pytorch_model"
         ([INDEX, "model.safetensors", "consolidated.safetensors"], ("", INDEX, None)),
         (["model.safetensors", "model.fp16.safetensors"], ("", None, "model.safetensors")),
         ([f"{DIFFUSION}.safetensors"], ("", None, f"{DIFFUSION}.safetensors")),
-        (["model.fp16.safetensors.index.json"], ("", "model.fp16.safetensors.index.json", None)),
+        ([INDEX, "consolidated.safetensors.index.json"], ("", INDEX, None)),
+        (["my_model.fp16.safetensors"], ("", None, "my_model.fp16.safetensors")),
         (["weights.safetensors"], ("", None, "weights.safetensors")),
         (["m-00001-of-00001.safetensors"], ("", None, "m-00001-of-00001.safetensors")),
         (["weights.safetensors", "adapter_model.safetensors"], ("", None, "weights.safetensors")),
@@ -65,6 +67,19 @@ def test_the_weights_are_found(names: list[str], expected: tuple[str, str, str])
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "V505"),
         (["a.safetensors.index.json", "b.safetensors.index.json"], "V505"),
         (["model_index.json", "unet/a.safetensors", "transformer/a.safetensors"], "V505"),
+        (["consolidated.safetensors"], "V514.*consolidated.safetensors"),
+        (["consolidated.safetensors", "pytorch_model.bin"], "V514"),
+        (["consolidated-00001-of-00002.safetensors", MISTRAL_INDEX], "V514.*index"),
+        (["consolidated-00001-of-00002.safetensors"], "V514"),
+        ([MISTRAL_INDEX, "model-00001-of-00001.safetensors"], "V514.*index"),
+        (["consolidated.safetensors", "a.safetensors"], "V505"),
+        (["model.fp16.safetensors"], 'V515.*only the variant "fp16"'),
+        (["model.fp16.safetensors.index.json"], 'V515.*only the variant "fp16"'),
+        ([f"{DIFFUSION}.non_ema.safetensors"], 'V515.*only the variant "non_ema"'),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], 'V515.*"bf16" and "fp16"'),
+        (["model.fp16-00001-of-00002.safetensors"], 'V515.*"fp16"'),
+        (["model.safetensors.index.fp16.json", "model.fp16-1-of-1.safetensors"], "V515"),
+        (["model_index.json", f"unet/{DIFFUSION}.fp16.safetensors"], 'V515.*"fp16"'),
         (["model_index.json", "vae/a.safetensors"], "V501"),
         (["model_index.json", "unet/a.bin"], "V501"),
     ],

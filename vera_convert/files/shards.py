@@ -11,7 +11,9 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import clean_name, is_pickle
 from vera_convert.rules import (
     BASE_AMBIGUOUS,
+    BASE_FOR_MISTRAL,
     BASE_IS_ADAPTER,
+    BASE_ONLY_VARIANT,
     BASE_OTHER_FORMAT,
     BASE_PICKLED,
     BASE_WITHOUT_WEIGHTS,
@@ -19,7 +21,7 @@ from vera_convert.rules import (
     SHARD_MISSING,
     Finding,
 )
-from vera_convert.text import counted, listed, printable
+from vera_convert.text import listed, printable
 
 PIPELINE = "model_index.json"
 """A file in the root of a diffusers pipeline, whose components are folders."""
@@ -34,8 +36,14 @@ REDIRECTION = "transformers_weights"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite", ".npz", ".pte", ".mlmodel")
-_VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)(?=[.-])")
-"""The variant in the name of a file of diffusers or transformers."""
+_VARIANT = re.compile(
+    r"(?:model|diffusion_pytorch_model)\.([^.-]+)(?:-\d{1,9}-of-\d{1,9})?"
+    r"\.safetensors(?:\.index\.json)?",
+    re.ASCII,
+)
+"""A file of a variant, such as ``fp16``, as transformers and diffusers name the file."""
+_MISTRAL = re.compile(r"consolidated[.-].*")
+"""The names that Mistral's own programs give to weight files."""
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _SHARD = re.compile(r".*-\d{1,9}-of-(\d{1,9})\.safetensors", re.ASCII)
 
@@ -96,32 +104,41 @@ def find_weights(
         if stem + SUFFIX in top:
             return WeightFiles(prefix, None, prefix + stem + SUFFIX)
     indexes = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
-    if len(indexes) == 1:
-        return WeightFiles(prefix, prefix + indexes[0], None)
     singles = sorted(
         name for name in top if name.endswith(SUFFIX) and not name.startswith("adapter_model")
     )
     if not singles and not indexes:
         below = () if prefix else _folders_with_weights(names)
         raise CheckpointError(_why_none(top, place + "/" + prefix if prefix else place, below))
+    other_loader = _for_other_loaders(top, indexes or singles, place=place)
+    if other_loader is not None:
+        raise CheckpointError(other_loader)
+    if len(indexes) == 1:
+        return WeightFiles(prefix, prefix + indexes[0], None)
     lone = _SHARD.fullmatch(singles[0]) if len(singles) == 1 else None
     if indexes or len(singles) > 1 or (lone is not None and int(lone[1]) != 1):
-        variants = sorted({match[1] for name in singles if (match := _VARIANT.search(name))})
-        if variants and not indexes:
-            raise CheckpointError(BASE_AMBIGUOUS.at(place, _only_variant(singles, variants[0])))
         found = ", ".join(map(printable, (indexes or singles)[:3]))
         found += ", …" if len(indexes or singles) > 3 else ""
         raise CheckpointError(BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all."))
     return WeightFiles(prefix, None, prefix + singles[0])
 
 
-def _only_variant(names: Sequence[str], variant: str) -> str:
-    """Say that the shards are those of a variant, whose index no loader reads unasked."""
-    return (
-        f"{printable(names[0])} and {counted(len(names) - 1, 'other file')} are the variant "
-        f"{printable(variant)}. Download the model without a variant; or remove "
-        f".{printable(variant)} from the names of the files, and from the names in the index."
-    )
+def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str) -> Finding | None:
+    """Return the finding that no loader takes these files unasked; None if loaders may.
+
+    Args:
+        top: all files of the folder.
+        found: the indexes, or the weight files if there is no index.
+        place: the folder's name for messages.
+    """
+    if all(map(_MISTRAL.fullmatch, found)):
+        return BASE_FOR_MISTRAL.at(place, f"there is {listed(found, 1)}, and no model.safetensors.")
+    if not all(map(_VARIANT.fullmatch, found)):
+        return None
+    variants = sorted({match[1] for name in top if (match := _VARIANT.fullmatch(name))})
+    names = " and ".join(f'"{printable(variant)}"' for variant in variants[:3])
+    said = f"only the variant {names}" if len(variants) == 1 else f"only the variants {names}"
+    return BASE_ONLY_VARIANT.at(place, f"there is {said}: {listed(found, 1)}.")
 
 
 def named_weights(config: Mapping[str, object]) -> str | None:
