@@ -231,6 +231,17 @@ def test_both_names_of_one_saved_embedding_are_one(tmp_path: Path, tied: Path) -
     assert "V536" not in [finding.code for finding in done.findings], "the two were one in training"
 
 
+def test_an_untied_merge_does_not_say_that_embedding_and_head_stay_tied(
+    tmp_path: Path, tied: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 2.0))
+    done = merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
+    found = tensors_of(tmp_path / "out")
+    assert (found["model.embed_tokens.weight"] == 1).all()
+    assert (found["lm_head.weight"] == 2).all()
+    assert "V536" not in [finding.code for finding in done.findings]
+
+
 def test_a_saved_head_of_its_own_has_to_be_untied(tmp_path: Path, tied: Path) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=embeddings(1.0, 2.0))
     assert refusal(lambda: merged_with(adapter, tied, tmp_path / "out")) == "V524"

@@ -293,11 +293,13 @@ def _bring(
     if is_output_head(module) and parameter == "weight" and base.tie_word_embeddings is not False:
         embedding = shared_embedding(base, *_matrix(_shape_in_base(changes, replacement, base)))
         same = changes.replaced.get(embedding or "")
-        if same is not None and same_tensor(same.tensor, replacement.tensor):
-            # The adapter saved one tensor under both names, so the two were tied in training.
+        one = same is not None and same_tensor(same.tensor, replacement.tensor)
+        if one or tied is Tied.UNTIE:
+            # A loader of the merged model uses the values that the adapter stores for each.
             shared = EMBEDDING_SHARED.in_tensor(embedding or "", _TIED)
             changes.findings = [each for each in changes.findings if each != shared]
-            return
+        if one:
+            return  # the adapter saved one tensor under both names: the two were tied in training
         if tied is Tied.UNTIE:
             changes.unties = True
             yield from _once(changes.new, target, replacement)
