@@ -200,7 +200,7 @@ def _checked(model: ModelLayers, targets: Sequence[str]) -> tuple[str, ...] | st
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in model.linear):
             raise UsageError(
-                f"no layer of {printable(model.source)} is called {printable(target)}; "
+                f"--target {printable(target)}: no layer of the model has this name; "
                 f"{_near(model, target)}."
             )
     return tuple(targets)

@@ -1507,10 +1507,9 @@ QUANTIZED_TARGET = Rule(
     ERROR,
     "layers of the adapter are quantized in the base",
     "Quantized values are too coarse: rounding would lose most or all of the delta.",
-    "If --dequantize supports the format, merge with this option, which writes a 16-bit model. "
-    "Otherwise serve the adapter on the quantized base (more engines load the output of "
-    "`vera-convert to-lora`), or merge into the original 16-bit or 32-bit model with --base; this "
-    "model differs slightly from the model of the training.",
+    "Without --dequantize: serve the adapter on the quantized base (more engines load the output "
+    "of `vera-convert to-lora`), or merge into the original 16-bit or 32-bit model with --base; "
+    "this model differs slightly from the model of the training.",
     since="0.1.0",
 )
 QUANTIZED_ELSEWHERE = Rule(

@@ -121,7 +121,7 @@ def test_names_of_two_releases_are_never_mixed(
     with pytest.raises(CheckpointError) as error:
         matched(mixed, base)
     assert error.value.findings[0].code == "V520"
-    assert "1/2 layers" in str(error.value)
+    assert "1 of 2 layers" in str(error.value)
 
 
 def test_a_base_that_holds_both_names_of_a_layer_is_not_guessed_at() -> None:

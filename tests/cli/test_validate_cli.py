@@ -115,7 +115,7 @@ def test_quiet_prints_errors_and_warnings_alone(run: Run, good: Path, bad: Path)
 def test_an_adapter_that_is_not_there(run: Run, good: Path, bad: Path) -> None:
     ended = run("validate", "./gone", good, "--json")
     assert ended.status == 3
-    assert ended.err == "error: ./gone: there is no folder ./gone.\n"
+    assert ended.err == "error: there is no folder ./gone.\n"
     assert ended.document["adapters"][0]["failure"] == {
         "error": "there is no folder ./gone.",
         "status": 3,

@@ -145,7 +145,10 @@ size                   5,416 bytes
         (tensors(lambda stored: {**stored, A: RANDOM}), "cannot be stripped"),
         (all_of(), "not read: example/tiny-llama@main is not in the local cache"),
         (all_of(), "2 x (? -> 16)"),
-        (fields({"base_model_name_or_path": None}), "not read: the adapter's config names no base"),
+        (
+            fields({"base_model_name_or_path": None}),
+            "config names no base. Pass the base with --base",
+        ),
     ],
 )
 def test_info_says(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:

@@ -94,7 +94,16 @@ def test_validate_says_that_a_merge_can_dequantize_the_base(name: str) -> None:
     (note,) = (finding for finding in found.findings if finding.code == "V563")
     told = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     assert told["format"] in note.reason
-    assert "--dequantize" in note.reason
+    assert "--dequantize" in note.rule.remedy
+
+
+def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: Path) -> None:
+    folder = FIXTURES / "bnb-nf4"
+    with pytest.raises(CheckpointError) as caught:
+        merge(folder / "adapter", tmp_path / "out", base=folder / "base")
+    (finding,) = caught.value.findings
+    assert finding.code == "V550"
+    assert finding.reason.endswith("With --dequantize, a merge writes a 16-bit model.")
 
 
 @pytest.mark.parametrize("name", ["fp8-block", "gptq-4bit-v1", "awq-gemm"])

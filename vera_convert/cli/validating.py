@@ -47,7 +47,8 @@ def validate(adapters: tuple[str, ...], options: ValidateOptions) -> None:
     result = _validated(adapters, options)
     for checked in result.adapters:
         if checked.failure is not None:
-            tell("error", f"{checked.label}: {reason(checked.failure)}")
+            why = reason(checked.failure)
+            tell("error", why if checked.label in why else f"{checked.label}: {why}")
     _report(result, options)  # its text does not repeat a failure
     if result.status:
         raise click.exceptions.Exit(result.status)

@@ -75,7 +75,10 @@ def location_text(base_facts: BaseFacts) -> str:
     if base_facts.match is not None and base_facts.match.strategy != AS_THEY_ARE.name:
         return f"{base_facts.source}, {base_facts.match.strategy}"
     was_read = base_facts.in_features is not None or base_facts.base is not None
-    return base_facts.source if was_read else f"not read: {base_facts.source}"
+    if was_read:
+        return base_facts.source
+    remedy = "" if "--" in base_facts.source else ". Pass the base with --base"
+    return f"not read: {base_facts.source.rstrip('.')}{remedy}"
 
 
 def conversion_document(command: str, result: Conversion) -> Document:

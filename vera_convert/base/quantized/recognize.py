@@ -186,7 +186,7 @@ class _Quantization:
             if claim is not None:
                 reasons.insert(0, (claim, "the config says so"))
             if reasons:
-                found[name] = (reasons[0][0], " and ".join(reason for _, reason in reasons))
+                found[name] = (reasons[0][0], ", ".join(reason for _, reason in reasons))
         return found
 
     def by_tensors(self, name: str) -> Iterator[tuple[str, str]]:

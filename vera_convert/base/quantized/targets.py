@@ -26,7 +26,7 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
     names = [*weights]
     findings = quantized_targets(base.base, map(base.stored_name, names))
     if findings:
-        text = _what(base, names)
+        text = _what(base, names) or " With --dequantize, a merge writes a 16-bit model."
         raise CheckpointError.of(replace(each, reason=each.reason + text) for each in findings)
 
 
@@ -49,11 +49,11 @@ def _only_claimed(base: Unpacked, names: Iterable[str]) -> bool:
 
 
 def _what(base: Unpacked, names: Iterable[str]) -> str:
-    """Return whether the base can be dequantized, in a sentence."""
+    """Return why --dequantize is of no use here, in a sentence; empty if it supports the base."""
     if not base.defects and _only_claimed(base, names):
         return " The files hold these layers unpacked: a loader quantizes them."
     if not base.defects:
-        return " --dequantize supports this format."
+        return ""
     first, more = base.defects[0], len(base.defects) - 1
     others = f" (and {more:,} more)" if more else ""
     return f" --dequantize refuses this base: {first.code} {first.place}: {first.reason}{others}"
