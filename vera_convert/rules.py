@@ -929,6 +929,16 @@ EMBEDDING_UNDECLARED = Rule(
     "If the vocabulary was resized, no action is needed. Otherwise remove the tensor.",
     since="0.1.0",
 )
+TOKEN_ROWS = Rule(
+    "V232",
+    ERROR,
+    "the file stores trained token rows",
+    "VeRA in PEFT has no trainable_token_indices, and PEFT silently ignores such rows on loading, "
+    "so the trained rows would be lost.",
+    "Write the rows into the base's embedding, at the numbers in trainable_token_indices, and "
+    "save this base. Then remove the tensor and the field from the adapter.",
+    since="0.2.0",
+)
 
 # --- V3: values ----------------------------------------------------------------------------------
 
@@ -1326,8 +1336,10 @@ NOT_A_MATRIX = Rule(
     "V523",
     ERROR,
     "a layer of the adapter is not a matrix in the base",
-    "VeRA adapts linear layers, which have two-dimensional weights.",
-    "Pass the base that was used in training.",
+    "VeRA adapts linear layers, which have two-dimensional weights. PEFT refuses to train VeRA "
+    "on a layer of another kind.",
+    "If the adapter was trained on another model, in which the layer is linear, pass this model. "
+    "Otherwise merge with the program that trained the adapter.",
     since="0.1.0",
 )
 HEAD_TIED = Rule(
@@ -1376,7 +1388,9 @@ REPLACEMENT_SHAPE = Rule(
     ERROR,
     "a replacement tensor has another shape than the base's tensor",
     "A vocabulary or head of another size does not fit the model.",
-    "Pass the base that was used in training, resized in the same way.",
+    "For an embedding or output head, resize the base's vocabulary as the training did "
+    "(resize_token_embeddings of transformers), save the base and pass it. For a classifier, pass "
+    "--architecture CLASS, the class that was used in training.",
     since="0.1.0",
 )
 REPLACEMENT_UNKNOWN = Rule(

@@ -212,7 +212,17 @@ def test_an_output_count_that_is_the_input_count_does_not_transpose() -> None:
 def test_what_is_no_matrix_is_refused() -> None:
     assert refused({"model.norm": 8}, base_of(llama()))[0] == "V523"
     experts = base_of({"experts.weight": (2, 8, 8)})
-    assert refused({"experts": 8}, experts)[0] == "V523"
+    assert "several experts" in refused({"experts": 8}, experts)[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((8, 4, 3), "nn.Conv1d"), ((8, 4, 1, 1), "nn.Conv2d"), ((8, 4, 2, 2, 2), "nn.Conv3d")],
+)
+def test_a_convolution_is_called_so(shape: tuple[int, ...], kind: str) -> None:
+    code, text = refused({"conv_in": 8}, base_of({"conv_in.weight": shape}))
+    assert code == "V523"
+    assert f"probably the layer is a convolution ({kind})" in text
 
 
 def test_a_base_without_matrices_is_refused() -> None:

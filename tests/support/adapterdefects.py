@@ -39,6 +39,7 @@ Finder = Callable[[Path], Iterable[Finding]]
 Tensors = dict[str, NDArray[Any]]
 
 LAYER = "base_model.model.model.layers.0.self_attn."
+TOKENS = "base_model.model.model.embed_tokens"
 Q_B, Q_D, V_B = (
     f"{LAYER}q_proj.vera_lambda_b",
     f"{LAYER}q_proj.vera_lambda_d",
@@ -892,4 +893,14 @@ register(
     {"an_embedding_is_stored": {"base_model.model.model.embed_tokens.weight": _zeros(32, 16)}},
     added,
     by=validating(),
+)
+register(
+    "V232",
+    {
+        "rows_of_tokens_are_stored": {
+            f"{TOKENS}.token_adapter.trainable_tokens_delta": _zeros(2, 16)
+        },
+        "rows_of_tokens_are_stored_alone": {f"{TOKENS}.trainable_tokens_delta": _zeros(2, 16)},
+    },
+    added,
 )

@@ -14,6 +14,7 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     BIAS_NOT_STORED,
     MODULE_TO_SAVE_MISSING,
+    TOKEN_ROWS,
     UNDECLARED_TENSOR,
     UNKNOWN_TENSOR,
     Finding,
@@ -23,6 +24,14 @@ from vera_convert.text import printable
 _BASE_BIAS = ".base_layer.bias"
 _OTHER_HEAD = re.compile(r"classification_head|logits")
 """Names of heads that PEFT does not know."""
+
+
+def _is_token_rows(name: str) -> bool:
+    """Say whether a tensor holds rows of an embedding, as PEFT's trainable tokens do."""
+    elements = name.split(".")
+    return "token_adapter" in elements or any(
+        element.startswith("trainable_tokens_") for element in elements
+    )
 
 
 def replaced_name(name: str) -> str:
@@ -75,6 +84,11 @@ def replacement_findings(
     stored: set[str] = set()
     bias_stored = False
     for tensor in others:
+        if _is_token_rows(tensor.name):
+            rows = f"{tensor.shape[0]:,} rows" if tensor.shape else "a value"
+            reason = f"it holds {rows} of an embedding, trained with trainable_token_indices."
+            yield TOKEN_ROWS.in_tensor(tensor.name, reason)
+            continue
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         names = saved.of(module)
         stored |= names

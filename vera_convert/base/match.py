@@ -181,7 +181,9 @@ class _Matcher:
         for name in tensors.values():
             shape = self.base.tensors[name].info.shape
             if len(shape) != 2:
-                yield NOT_A_MATRIX.in_tensor(name, f"its shape is {shape}.")
+                yield NOT_A_MATRIX.in_tensor(
+                    name, f"its shape is {shape}: {_kind_of_weight(name, shape)}."
+                )
 
     def _other_shapes(
         self,
@@ -216,6 +218,18 @@ class _Matcher:
         kind = kinds.pop() if len(kinds) == 1 else self.fan_in_fan_out
         found |= dict.fromkeys(open_questions, kind)
         return frozenset(module for module, told in found.items() if told)
+
+
+_CONVOLUTIONS = {3: "nn.Conv1d", 4: "nn.Conv2d", 5: "nn.Conv3d"}
+
+
+def _kind_of_weight(name: str, shape: Sequence[int]) -> str:
+    """Return the kind of layer that a weight of other than two dimensions probably belongs to."""
+    if len(shape) == 3 and "expert" in name:
+        return "the weights of several experts in one tensor"
+    if len(shape) in _CONVOLUTIONS:
+        return f"probably the layer is a convolution ({_CONVOLUTIONS[len(shape)]}), not linear"
+    return "the layer is no linear layer" + (", but perhaps a norm" if len(shape) == 1 else "")
 
 
 def _choose(
