@@ -123,7 +123,7 @@ def count(
     """
     rank, targets = whole_number("--rank", rank), texts("targets", targets)
     if rank > MAX_RANK:
-        raise UsageError(f"--rank is {rank}: give one up to {MAX_RANK}.")
+        raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
     if not isinstance(model, ModelLayers):
         model = _layers(model, revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))

@@ -318,7 +318,7 @@ def test_a_description_that_is_none_is_refused(
 ) -> None:
     server.add("org/name", FILES)
     server.info_failures = [Fault(200, {}, body)]
-    with pytest.raises(SurroundingsError, match=r"the Hub(.s description| does not say)"):
+    with pytest.raises(SurroundingsError, match=r"the Hub(.s description| names no commit)"):
         locate("org/name", kind="adapter", access=access)
 
 

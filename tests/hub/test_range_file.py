@@ -279,5 +279,5 @@ def test_an_improper_answer_is_refused(headers: dict[str, str]) -> None:
 
 def test_a_whole_file_of_unknown_size_is_refused() -> None:
     server = Server(ranges=False, headers={"content-length": "many"})
-    with pytest.raises(SurroundingsError, match="does not say how large"):
+    with pytest.raises(SurroundingsError, match="does not state the size"):
         RemoteFile("x", server.ask)

@@ -253,8 +253,8 @@ def _require_space(content: AdapterContent, sides: SideFiles, folder: Path) -> N
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise SurroundingsError(
-            f"the adapter takes {needed:,} bytes, and {free:,} are free where it is to be written. "
-            "Free some space there, or choose an OUT on another disk."
+            f"the adapter takes {needed:,} bytes, and the disk of OUT has {free:,} free. "
+            "Free some space, or choose an OUT on another disk."
         )
 
 

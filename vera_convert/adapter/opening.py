@@ -278,7 +278,9 @@ def _no_weights(folder: Path, place: str) -> Finding:
     if os.path.lexists(folder / WEIGHTS_NAME):
         return WEIGHTS_MISSING.at(place, f"{WEIGHTS_NAME} is a link that leads nowhere.")
     if any(folder.glob("adapter_model*-of-*.safetensors")):
-        reason += ", but its tensors lie in several files. PEFT loads one alone: join them into it."
+        reason += (
+            ", and the tensors lie in several files. PEFT loads a single file: join them into one."
+        )
         return WEIGHTS_MISSING.at(place, reason)
     try:
         with open_local(folder / _MODEL_WEIGHTS, within=folder) as source:

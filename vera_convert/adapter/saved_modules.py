@@ -132,12 +132,14 @@ def _incomplete_modules(
 ) -> Iterator[Finding]:
     for name in sorted(declared - heads):
         if name not in stored:
-            yield MODULE_TO_SAVE_MISSING.at(printable(name), "no tensor of it is stored.")
+            yield MODULE_TO_SAVE_MISSING.at(
+                printable(name), "the file stores no tensor of this module."
+            )
     # PEFT declares the usual heads even if the model's own head has another name.
     others = (name for name in stored if name in declared and _OTHER_HEAD.search(name))
     if declared & heads and heads.isdisjoint(stored) and not any(others):
         names = " or ".join(sorted(declared & heads))
-        rule, reason = MODULE_TO_SAVE_MISSING, "no tensor of it is stored."
+        rule, reason = MODULE_TO_SAVE_MISSING, "the file stores no tensor of this module."
         if _is_encoder_decoder(layers):
             rule = rule.as_warning()
             reason += " This is right only if the model uses the base's own classification_head."

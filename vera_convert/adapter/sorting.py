@@ -80,8 +80,8 @@ def sort_tensors(
         values: whether values may be read, to compare the copies of A and B.
     """
     if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
-        reason = f"none of its {len(tensors)} tensors is an adapter's: {printable(tensors[0].name)}"
-        finding = MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, f"{reason} is a model's.")
+        reason = f"no tensor belongs to an adapter; {printable(tensors[0].name)} is a model's."
+        finding = MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, reason)
         return SortedTensors({}, None, (), (), (finding,))
     names = Names.of((tensor.name for tensor in tensors), config)
     by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors, names)

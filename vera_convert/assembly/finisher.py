@@ -55,7 +55,7 @@ _Tasks = queue.SimpleQueue[Callable[[], None] | None]
 
 
 @dataclass(slots=True)
-class _Progress:
+class _PartialFile:
     """The progress of a file: the ranges left to hash, and all ranges if they are compared."""
 
     path: Path
@@ -91,7 +91,7 @@ class Finisher:
         self._on_finished = on_finished
         self._failure: BaseException | None = None
         self._queues: list[_Tasks] = [queue.SimpleQueue() for _ in range(_THREADS)]
-        self._files: dict[str, _Progress] = {}
+        self._files: dict[str, _PartialFile] = {}
         self._ended = [threading.Event() for _ in self._queues]
         self._threads = [
             threading.Thread(target=self._live, args=both, daemon=True)
@@ -106,7 +106,7 @@ class Finisher:
 
     def begin(self, name: str, path: Path) -> None:
         """Announce a file, before its first range."""
-        self._files[name] = _Progress(path, self._queues[len(self._files) % _THREADS])
+        self._files[name] = _PartialFile(path, self._queues[len(self._files) % _THREADS])
 
     def written(self, name: str, part: Written) -> None:
         """Report that a range of a file has been written."""
@@ -175,7 +175,7 @@ class Finisher:
                 self._failure = error
         ended.set()
 
-    def _take(self, file: _Progress, part: Written) -> None:
+    def _take(self, file: _PartialFile, part: Written) -> None:
         target = os.open(file.path, OPEN_FLAGS)
         try:
             start_writing_back(target, part.at, part.size)
@@ -187,7 +187,7 @@ class Finisher:
             heapq.heappush(file.waiting, part)
             self._hash(file, at_least=_HASH_EVERY)
 
-    def _hash(self, file: _Progress, *, at_least: int) -> None:
+    def _hash(self, file: _PartialFile, *, at_least: int) -> None:
         """Hash the consecutive bytes written so far, if there are `at_least` so many."""
         end, parts = file.hashed, list(file.waiting)
         while parts and parts[0].at == end:
@@ -201,7 +201,7 @@ class Finisher:
                 file.digest.update(source.read_at(file.hashed, size))
                 file.hashed += size
 
-    def _finish(self, name: str, file: _Progress) -> None:
+    def _finish(self, name: str, file: _PartialFile) -> None:
         if self._hashes:
             self._hash(file, at_least=0)
         target = os.open(file.path, OPEN_FLAGS)
@@ -216,7 +216,7 @@ class Finisher:
         self._on_finished(name, file.digest.hexdigest() if self._hashes else None)
 
 
-def _compare(name: str, file: _Progress) -> None:
+def _compare(name: str, file: _PartialFile) -> None:
     """Read a file back, and compare every range with its digest or its source."""
     with open_local(file.path) as target:
         for part in sorted(file.ranges):

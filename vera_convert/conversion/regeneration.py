@@ -93,7 +93,7 @@ def regenerate(
     out_features = whole_number("--out-features", out_features)
     require_flags(force=force)
     if rank > MAX_RANK:
-        raise UsageError(f"--rank is {rank}: give one up to {MAX_RANK}.")
+        raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
     try:
         check_key(key)
         check_size(rank, in_features, out_features, place="the options")

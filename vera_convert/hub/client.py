@@ -79,7 +79,7 @@ class HubAccess:
         require_flags(offline=self.offline, progress=self.progress)
         # An HTTP library would quote a malformed header in its error, and so print the token.
         if self.token is not None and not _TOKEN.fullmatch(self.token):
-            raise UsageError("the token is empty, or has a character in it that no token has.")
+            raise UsageError("the token is empty, or has a character that no token can have.")
 
     @property
     def is_offline(self) -> bool:
@@ -178,8 +178,8 @@ def _headers(access: HubAccess) -> dict[str, str]:
         return headers
     if not _TOKEN.fullmatch(token):
         raise RefusedError(
-            "the token in HF_TOKEN, or the one that `hf auth login` stored, has a character in it "
-            "that no token has. Set HF_TOKEN anew, or log in again with `hf auth login`.",
+            "the token in HF_TOKEN, or the token that `hf auth login` stored, has a character "
+            "that no token can have. Set HF_TOKEN anew, or log in again with `hf auth login`.",
             Refusal.BAD_TOKEN,
         )
     return {**headers, "authorization": f"Bearer {token}"}

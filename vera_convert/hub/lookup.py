@@ -203,7 +203,9 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
         files: names of files that may be named instead of their folder.
     """
     if not text or "\0" in text:
-        raise UsageError("a folder or a repo has to be named: this is empty or has a NUL in it.")
+        raise UsageError(
+            "the name of a folder or repo is empty, or has a NUL in it: give another name."
+        )
     if text.startswith(SCHEME):
         return None
     for path in dict.fromkeys((text, os.path.expanduser(text))):  # noqa: PTH111 - Path's can raise
@@ -219,7 +221,9 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
         if stat.S_ISREG(found.st_mode) and Path(path).name in files:
             return Path(path).parent
         if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(f"{printable(text)} is no folder; pass the folder that it lies in.")
+            raise UsageError(
+                f"{printable(text)} is no folder. Pass the folder that holds the file."
+            )
         return Path(path)
     return None
 

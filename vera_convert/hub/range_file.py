@@ -239,11 +239,13 @@ class RemoteFile:
     def _start(self, answer: Answer, offset: int) -> tuple[int, int]:
         """Return the number of body bytes before `offset`, and the size of the complete file."""
         if answer.headers.get("content-encoding", "identity") != "identity":
-            raise SurroundingsError(f"{self.place}: the server sends it compressed, unasked.")
+            raise SurroundingsError(f"{self.place}: the server sends the file compressed, unasked.")
         if answer.status == 200:
             length = answer.headers.get("content-length", "")
             if not re.fullmatch(r"\d{1,18}", length, re.ASCII):
-                raise SurroundingsError(f"{self.place}: the server does not say how large it is.")
+                raise SurroundingsError(
+                    f"{self.place}: the server does not state the size of the file."
+                )
             self.ranges = False
             return offset, int(length)
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))

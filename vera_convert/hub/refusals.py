@@ -78,7 +78,7 @@ def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
 
 def unexpected(what: str, status: int) -> SurroundingsError:
     """Return the error for an unexpected status."""
-    return SurroundingsError(f"{what} could not be read from the Hub: it answers {status}.")
+    return SurroundingsError(f"{what} could not be read from the Hub, which answers {status}.")
 
 
 def transient(status: int, headers: Mapping[str, str]) -> TryAgainError | None:

@@ -88,7 +88,7 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
     if not is_repo_id(repo_id) or ("/" not in repo_id and not bare):
         raise ValueError("the repo is not of the form org/name")
     if revision is not None and not is_revision(revision):
-        raise ValueError("the revision after @ is not one that git allows")
+        raise ValueError("git allows no such revision as the text after @")
     if subfolder is not None:
         try:
             subfolder = str(clean_name(subfolder, place=subfolder))
@@ -108,12 +108,12 @@ def _of_address(text: str) -> tuple[str, str | None, str | None]:
     """Parse the address of a repo's page: ``https://huggingface.co/org/name/tree/REV/sub``."""
     address = urlsplit(text)
     if address.hostname not in {*_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname}:
-        raise ValueError("the address is not one of the Hub")
+        raise ValueError("the address does not belong to the Hub")
     parts = _without_type(address.path.strip("/")).split("/")
     marks = [at for at in (1, 2) if len(parts) > at and parts[at] in _PAGES]
     if not marks:
         if len(parts) > 2:
-            raise ValueError("the address is not that of a repo or of a folder in it")
+            raise ValueError("the address names neither a repo nor a folder in a repo")
         return "/".join(parts), None, None
     repo, page, rest = parts[: marks[0]], parts[marks[0]], parts[marks[0] + 1 :]
     found = _SLASHED_REVISION.match("/".join(rest))

@@ -258,7 +258,9 @@ def _replace(
     """Record that a tensor replaces a tensor of the base."""
     own = base.tensors[target].info
     if target in changes.terms:
-        yield REPLACEMENTS_DIFFER.in_tensor(target, "one adds to it and one replaces it.")
+        yield REPLACEMENTS_DIFFER.in_tensor(
+            target, "one delta is added to this tensor, and one tensor replaces this tensor."
+        )
     else:
         yield from _once(changes.replaced, target, replacement)
         if base.tie_word_embeddings and shared_embedding(base, *_matrix(own.shape)) == target:

@@ -110,10 +110,10 @@ class BuiltLayers:
     def _count(self, stack: str) -> int | None:
         """Return how many layers of a stack the class builds; None if the config does not tell."""
         if stack not in self._built:
-            self._built[stack] = self._told(stack)
+            self._built[stack] = self._read_count(stack)
         return self._built[stack]
 
-    def _told(self, stack: str) -> int | None:
+    def _read_count(self, stack: str) -> int | None:
         last = self._last.get(stack)
         if last is None:
             return None
@@ -131,7 +131,7 @@ class BuiltLayers:
     @cached_property
     def _counts(self) -> list[tuple[str, int]]:
         """Every number of layers in the config, with the part of a path that has these layers."""
-        return [*_counts(self._config)]
+        return [*_layer_counts(self._config)]
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -153,7 +153,7 @@ def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
             yield ".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])
 
 
-def _counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+def _layer_counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     for scope, part in _parts(config):
         for name, value in part.items():
             hit = _COUNT.fullmatch(name)

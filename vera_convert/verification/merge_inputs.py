@@ -24,7 +24,7 @@ from vera_convert.verification.provenance import MergeSettings, Provenance, Reco
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """What a merged model must come from.
+    """The inputs that a merged model must come from.
 
     Attributes:
         inputs: the base, and the adapters as they are given.

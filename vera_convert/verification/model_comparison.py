@@ -10,7 +10,7 @@ from pathlib import Path
 from vera_convert.verification.provenance import MergeSettings
 
 INSTEAD = "verify --layers-only compares without building a model."
-"""What to do if a model cannot be run."""
+"""The advice if a model cannot be run."""
 
 
 class Stage(StrEnum):
