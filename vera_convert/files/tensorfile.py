@@ -46,7 +46,7 @@ _BLOCK = 1 << 22
 NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = {
     header: np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
     for header, name in NAMES.items()
-    if hasattr(ml_dtypes, name) or hasattr(np, name)  # F8_E8M0 is there since ml_dtypes 0.5
+    if hasattr(ml_dtypes, name) or name in np.sctypeDict  # ml_dtypes 0.5 brought F8_E8M0
 }
 """NumPy's dtype by safetensors dtype; F4 and F6 have none and pass through as bytes."""
 _SAFETENSORS_DTYPE = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
