@@ -1440,7 +1440,7 @@ hostile(
     on="base",
 )
 hostile(
-    everywhere(ACCEPT, validate=warn("V563"), merge=reject("V550")),
+    everywhere(ACCEPT, validate=warn("V556"), merge=reject("V550")),
     {
         "base_config_is_quantized_in_an_odd_way": llama(
             quantization_config={
