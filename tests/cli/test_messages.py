@@ -36,6 +36,8 @@ HOST = "https://huggingface.co"
         (f"{HOST}/org/name/blob/main/a/adapter_config.json", RepoName("org/name", "main", "a")),
         (f"{HOST}/org/name/resolve/main/adapter_config.json", RepoName("org/name", "main")),
         ("http://hf.co/org/name?x=1#files", RepoName("org/name")),
+        ("huggingface.co/org/name/tree/main/sub", RepoName("org/name", "main", "sub")),
+        ("hf.co/org/name", RepoName("org/name")),
     ],
 )
 def test_the_address_of_a_page_is_a_repo(text: str, expected: RepoName) -> None:

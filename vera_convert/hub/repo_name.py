@@ -68,7 +68,8 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
 
     Args:
         text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``;
-            or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``.
+            or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``,
+            also without ``https://``.
         bare: allow a ``name`` without an organization.
 
     Raises:
@@ -81,6 +82,8 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
         revision = unquote(revision) if revision else revision
     elif re.match(r"https?://", text):
         repo_id, revision, subfolder = _of_address(text)
+    elif text.startswith(tuple(f"{host}/" for host in _HOSTS)):  # no organization has this name
+        repo_id, revision, subfolder = _of_address(f"https://{text}")
     elif "://" in text:
         raise ValueError("an address of the Hub is written hf://org/name")
     else:
