@@ -513,7 +513,7 @@ def test_force_replaces_a_lora_of_this_command_alone(
     converted(adapter, base, tmp_path / "out", rank=3, force=True)
     assert config_of(tmp_path / "out")["r"] == 3
     other = good_adapter(tmp_path / "other")
-    with pytest.raises(UsageError, match="not what this command writes"):
+    with pytest.raises(UsageError, match="is no output of this command"):
         converted(adapter, base, other, force=True)
 
 

@@ -48,7 +48,7 @@ def test_only_a_merged_model_is_replaced(tmp_path: Path, adapter: Path, base: Pa
         merged_with(adapter, base, out)
     merged_with(adapter, base, out, force=True)
     assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
-    with pytest.raises(UsageError, match="not what this command writes"):
+    with pytest.raises(UsageError, match="is no output of this command"):
         merged_with(adapter, base, good_adapter(tmp_path / "other"), force=True)
     for place in (base, base / "out", adapter / "out"):
         with pytest.raises(UsageError):
