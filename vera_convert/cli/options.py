@@ -76,6 +76,11 @@ def option(group: str, *flags: str, default: Any = None, **attributes: Any) -> A
     return field(default=default, metadata={"group": group, "flags": flags, **attributes})
 
 
+def flag(group: str, *flags: str, **attributes: Any) -> Any:
+    """Declare an option that takes no value, and is False when a user leaves the option out."""
+    return option(group, *flags, default=False, is_flag=True, **attributes)
+
+
 def parameters(options: type[object]) -> list[click.Parameter]:
     """Return an option of click for each field of a dataclass, sorted by group."""
     groups = {title: cloup.OptionGroup(title) for title in TITLES}
@@ -109,44 +114,34 @@ class CommonOptions:
     cache_dir: str | None = option(
         HUB, "--cache-dir", metavar="DIR", help="Cache folder of the Hub (default: HF_HOME)."
     )
-    offline: bool = option(
+    offline: bool = flag(
         HUB,
         "--offline",
-        default=False,
-        is_flag=True,
         help="Read repos from the cache alone; open no connection.",
     )
-    as_json: bool = option(
+    as_json: bool = flag(
         DISPLAY,
         "--json",
-        default=False,
-        is_flag=True,
         help="Print one JSON document, nothing else.",
     )
-    quiet: bool = option(
+    quiet: bool = flag(
         DISPLAY,
         "-q",
         "--quiet",
-        default=False,
-        is_flag=True,
         help="Print warnings and errors only.",
     )
-    verbose: bool = option(
+    verbose: bool = flag(
         DISPLAY,
         "-v",
         "--verbose",
-        default=False,
-        is_flag=True,
         help="Tell on stderr which requests are sent and which files are written.",
     )
     progress: bool | None = option(
         DISPLAY, "--progress/--no-progress", help="Show progress (default: only on a terminal)."
     )
-    debug: bool = option(
+    debug: bool = flag(
         DISPLAY,
         "--debug",
-        default=False,
-        is_flag=True,
         help="Show a Python traceback when the command fails.",
     )
 
@@ -258,11 +253,9 @@ class GeneratorChoice:
 class ForceChoice:
     """Whether an output may replace an earlier output."""
 
-    force: bool = option(
+    force: bool = flag(
         OUTPUT,
         "--force",
-        default=False,
-        is_flag=True,
         help="Replace OUT, if OUT is an output of the same kind.",
     )
 
@@ -271,11 +264,9 @@ class ForceChoice:
 class AcceptChoice:
     """Whether to strip matrices that PEFT would regenerate differently."""
 
-    accept_change: bool = option(
+    accept_change: bool = flag(
         PROJECTIONS,
         "--accept-change",
-        default=False,
-        is_flag=True,
         help="Strip even if PEFT would regenerate different matrices, provided that embed can "
         "restore the stored ones.",
     )
@@ -320,18 +311,14 @@ class CountOptions(CommonOptions):
 class ValidateOptions(BaseChoice, CommonOptions):
     """Options of `validate`."""
 
-    recursive: bool = option(
+    recursive: bool = flag(
         INPUT,
         "--recursive",
-        default=False,
-        is_flag=True,
         help="Check every adapter in the folders given and in their subfolders.",
     )
-    deep: bool = option(
+    deep: bool = flag(
         CHECK,
         "--deep",
-        default=False,
-        is_flag=True,
         help="Download the weights of repos too, and regenerate A and B.",
     )
     select: tuple[tuple[str, ...], ...] = option(
@@ -356,9 +343,7 @@ class ValidateOptions(BaseChoice, CommonOptions):
         type=Choice(("error", "warning")),
         help="The least severity that makes the exit status 1 (default: error).",
     )
-    rules: bool = option(
-        CHECK, "--rules", default=False, is_flag=True, help="List every rule, and check nothing."
-    )
+    rules: bool = flag(CHECK, "--rules", help="List every rule, and check nothing.")
     explain: tuple[str, ...] | None = option(
         CHECK,
         "--explain",
@@ -432,11 +417,9 @@ class MigrateOptions(BaseChoice, ProjectionChoice, AcceptChoice, ForceChoice, Co
         help="The form of OUT: embedded, with A and B; stripped, without; asis, the form of "
         "ADAPTER.",
     )
-    recursive: bool = option(
+    recursive: bool = flag(
         INPUT,
         "--recursive",
-        default=False,
-        is_flag=True,
         help="Migrate every adapter in the folder ADAPTER into the same subfolder of OUT.",
     )
     base_for: tuple[tuple[str, str], ...] = option(
@@ -477,11 +460,9 @@ class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, C
         help="Add the delta of another adapter, scaled by W (default: 1).",
     )
     tied: str | None = option(METHOD, "--tied", type=TIED, help=ADD_OR_UNTIE)
-    dequantize: bool = option(
+    dequantize: bool = flag(
         METHOD,
         "--dequantize",
-        default=False,
-        is_flag=True,
         help="Turn a quantized base into a 16-bit model.",
     )
     labels: str | None = option(
@@ -515,32 +496,24 @@ class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, C
         metavar="SIZE",
         help="Write shards of at most this size, such as 5GB (default: the base's shards).",
     )
-    check: bool = option(
+    check: bool = flag(
         CHECK,
         "--check",
-        default=False,
-        is_flag=True,
         help="Check every value, and read the written files back.",
     )
-    checksums: bool = option(
+    checksums: bool = flag(
         CHECK,
         "--checksums",
-        default=False,
-        is_flag=True,
         help="Record the SHA-256 of every file.",
     )
-    resume: bool = option(
+    resume: bool = flag(
         OUTPUT,
         "--resume",
-        default=False,
-        is_flag=True,
         help="Continue a run that failed; if this run fails, keep the finished shards.",
     )
-    dry_run: bool = option(
+    dry_run: bool = flag(
         OUTPUT,
         "--dry-run",
-        default=False,
-        is_flag=True,
         help="Print the plan, and write nothing.",
     )
 
@@ -571,32 +544,24 @@ class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, Co
         metavar="E",
         help="Write the smallest rank whose relative error is at most E in every layer.",
     )
-    accept_error: bool = option(
+    accept_error: bool = flag(
         LORA,
         "--accept-error",
-        default=False,
-        is_flag=True,
         help="Write even if the relative error of a layer is above 0.5.",
     )
-    fill_layers: bool = option(
+    fill_layers: bool = flag(
         LORA,
         "--fill-layers",
-        default=False,
-        is_flag=True,
         help="Write zeros for the layers that the engine needs and ADAPTER does not adapt.",
     )
-    drop_head: bool = option(
+    drop_head: bool = flag(
         LORA,
         "--drop-head",
-        default=False,
-        is_flag=True,
         help="Leave out the modules and biases that were trained in full.",
     )
-    check: bool = option(
+    check: bool = flag(
         CHECK,
         "--check",
-        default=False,
-        is_flag=True,
         help="Read every written byte back, and compare.",
     )
     dtype: str = option(
@@ -607,11 +572,9 @@ class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, Co
         metavar="DTYPE",
         help="Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
     )
-    dry_run: bool = option(
+    dry_run: bool = flag(
         OUTPUT,
         "--dry-run",
-        default=False,
-        is_flag=True,
         help="Measure and print the result, and write nothing.",
     )
 
@@ -682,11 +645,9 @@ class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
         metavar="FILE",
         help="Take the sequences from this text (default: random token ids).",
     )
-    layers_only: bool = option(
+    layers_only: bool = flag(
         CHECK,
         "--layers-only",
-        default=False,
-        is_flag=True,
         help="Compare the weights and run no model; torch is not needed.",
     )
     jobs: int | None = option(CHECK, "--jobs", type=int, metavar="N", help=JOBS)

@@ -1,4 +1,4 @@
-"""Which layers of a base are quantized, by what lies in its files and by what its config says.
+"""Tell which layers of a base are quantized, from the base's files and its config.
 
 Either is enough to refuse: files can be quantized without a word in the config, and a loader can
 quantize after the config what the files hold in 16 bits.
