@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import adapterdefects
@@ -19,18 +20,34 @@ HERE = Path(__file__).parent
 PROVOKED = {case.code for case in DEFECTS}
 
 
+PACKAGE = Path(rules.__file__).parent
+WRITTEN = tomllib.loads(Path(rules.__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+"""The rules as a reader of TOML finds the rules in the file."""
+
+
 def test_codes_stand_in_order_and_only_once() -> None:
-    tree = ast.parse(Path(rules.__file__).read_text(encoding="utf-8"))
-    written = [
-        ast.literal_eval(node.value.args[0])
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Call)
-        and isinstance(node.value.func, ast.Name)
-        and node.value.func.id == "Rule"
-    ]
-    assert written == sorted(set(written))
-    assert written == [*CATALOG]
+    codes = [rule["code"] for rule in WRITTEN.values()]
+    assert codes == sorted(set(codes))
+    assert codes == [*CATALOG]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_rule_reads_as_it_is_written(name: str) -> None:
+    rule = getattr(rules, name)
+    assert rule is CATALOG[rule.code]
+    assert {field: str(getattr(rule, field)) for field in WRITTEN[name]} == WRITTEN[name]
+    assert [*WRITTEN[name]] == ["code", "severity", "title", "why", "remedy", "since"]
+
+
+def test_the_package_uses_every_rule_and_no_other() -> None:
+    imported = {
+        alias.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.ImportFrom) and node.module == "vera_convert.rules"
+        for alias in node.names
+    }
+    assert {name for name in imported if name not in vars(rules)} == WRITTEN.keys()
 
 
 @pytest.mark.parametrize("rule", CATALOG.values(), ids=lambda rule: rule.code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from vera_convert.formats.shared import Document, table
 from vera_convert.formats.validation import WIDTH, wrapped
@@ -26,8 +25,10 @@ FAMILIES = {
 }
 """The family of rules for each first digit of a code."""
 
+_FIELDS = ("code", "severity", "title", "why", "remedy", "since")
+
 _INTRODUCTION = """\
-<!-- Made from vera_convert/rules.py by `make docs`; a test holds the two together. -->
+<!-- Made from vera_convert/rules.toml by `make docs`; a test holds the two together. -->
 
 # Rules
 
@@ -80,7 +81,7 @@ def rules_document(rules: Iterable[Rule]) -> Document:
     """Return the rules as data (schema ``rules``)."""
     return {
         "format": 1,
-        "rules": [{**asdict(rule), "severity": str(rule.severity)} for rule in rules],
+        "rules": [{field: str(getattr(rule, field)) for field in _FIELDS} for rule in rules],
     }
 
 
