@@ -26,8 +26,8 @@ draws: generator comparison recognition
 publish: signals filesystem staging publishing
 hub: repo_name redaction checksum refusals retry range_file client cache header_cache download
 hub: location files lookup
-adapter: config fingerprint names tensors shapes saved_modules sorting folder adapter values opening
-adapter: repairs
+adapter: config fingerprint names tensors lora_record shapes saved_modules sorting folder
+adapter: adapter values opening repairs
 targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused

@@ -10,11 +10,15 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from adapters import good_adapter
+from bases import tiny_base
 from commandline import Run
 from safetensors.numpy import save_file
 
 from vera_convert.conversion.migration import migrate_tree
 from vera_convert.errors import SurroundingsError
+from vera_convert.lora.conversion import to_lora
+from vera_convert.lora.engines import EngineName, Form
+from vera_convert.lora.options import LoraOptions
 from vera_convert.validation.validate import validate
 
 SchemaErrors = Callable[..., list[str]]
@@ -122,3 +126,68 @@ def test_one_that_is_named_is_refused_for_its_method_alone(
     assert ended.status == 1
     assert "V101" in ended.err
     assert "more" not in ended.err
+
+
+CHECK = "`vera-convert verify ADAPTER --lora LORA`"
+
+
+def made(folder: Path, form: Form) -> Path:
+    """A LoRA of a VeRA adapter called ``mine``, in the files of a form."""
+    if form is Form.GGUF:
+        pytest.importorskip("gguf")
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    config = {"model_type": "llama", **heads, "_class_name": "ATransformer"}
+    base, adapter = tiny_base(folder / "base", config=config), good_adapter(folder / "mine")
+    to_lora(adapter, folder / "lora", base=base, options=LoraOptions(engine=EngineName(form)))
+    return folder / "lora"
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_lora_of_ours_names_its_adapter_and_the_command_that_checks_it(
+    form: Form, tmp_path: Path, run: Run
+) -> None:
+    lora = made(tmp_path, form)
+    ended = run("validate", lora)
+    assert ended.status == 1
+    for text in ("V101", 'vera-convert made this LoRA from the VeRA adapter "mine"', CHECK):
+        assert text in " ".join(ended.out.split())
+    for command in ("info", "strip", "embed", "migrate", "merge", "to-lora"):
+        words: list[object] = [command, lora, *([] if command == "info" else [tmp_path / "out"])]
+        ended = run(*words, *(["--to", "asis"] if command == "migrate" else []))
+        assert ended.status == 1
+        assert "V101" in ended.err
+        assert 'from the VeRA adapter "mine"' in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_program_is_told_as_one(tmp_path: Path, run: Run) -> None:
+    other(tmp_path / "peft", "LORA")
+    other(tmp_path / "mlx", "LORA", weights=False)
+    (tmp_path / "mlx" / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    save_file({"a": np.zeros(1, "f4")}, tmp_path / "mlx" / "adapters.safetensors")
+    (tmp_path / "diffusers").mkdir()
+    name = "pytorch_lora_weights.safetensors"
+    save_file({"unet.a.lora_A.weight": np.zeros((1, 1), "f4")}, tmp_path / "diffusers" / name)
+    for folder in ("peft", "mlx", "diffusers"):
+        for command in ("validate", "info"):
+            ended = run(command, tmp_path / folder)
+            assert ended.status == 1
+            told = " ".join((ended.out + ended.err).split())
+            assert "V101" in told
+            assert "is a LoRA" in told
+            assert CHECK in told
+
+
+@pytest.mark.parametrize(
+    "record", ['{"source": 5}', '{"source": {"folder": ["x"]}}', "[]", "{", '{"source": null}']
+)
+def test_a_record_that_names_no_adapter_is_no_hindrance(
+    record: str, tmp_path: Path, run: Run
+) -> None:
+    other(tmp_path / "lora", "LORA", weights=False)
+    metadata = {"format": "pt", "vera_convert.lora": record}
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({"a": np.zeros(1, "f4")}, path, metadata)
+    ended = run("info", tmp_path / "lora")
+    assert ended.status == 1
+    assert CHECK in ended.err

@@ -14,13 +14,13 @@ from folders import everything
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from vera_convert.adapter.lora_record import is_lora
 from vera_convert.errors import CheckpointError
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.forms import mlx_keys
 from vera_convert.lora.gguf_form import GgufModel
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraLayer
-from vera_convert.lora.record import is_lora
 from vera_convert.targets.linear import Linear
 from vera_convert.verification.verify import verify
 

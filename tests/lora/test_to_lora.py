@@ -16,12 +16,12 @@ from commandline import Run
 from folders import CONFIG_NAME, WEIGHTS, everything, metadata, weights
 from numpy.typing import NDArray
 
+from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.cli import values
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.engines import ENGINES, EngineName
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.record import METADATA_KEY
 
 PREFIX = "base_model.model."
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -488,12 +488,12 @@ def test_the_weights_say_what_they_were_made_from(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     converted(adapter, base, tmp_path / "out", dtype="bfloat16")
-    record = json.loads(metadata(tmp_path / "out")[METADATA_KEY])
+    record = json.loads(metadata(tmp_path / "out")[RECORD_KEY])
     assert record["source"] == {"folder": "adapter"}
     assert len(record["source_sha256"]) == 64
     assert record["options"]["dtype"] == "bfloat16"
     assert 1e-4 < float(record["relative_error"]) < 1e-2
-    assert str(tmp_path) not in metadata(tmp_path / "out")[METADATA_KEY]
+    assert str(tmp_path) not in metadata(tmp_path / "out")[RECORD_KEY]
 
 
 def test_a_dry_run_measures_and_writes_nothing(adapter: Path, base: Path, tmp_path: Path) -> None:

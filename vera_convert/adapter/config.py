@@ -30,6 +30,8 @@ from vera_convert.rules import (
 from vera_convert.text import printable
 
 CONFIG_NAME = "adapter_config.json"
+LORA = "LORA"
+"""How a config and a report name the method LoRA."""
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1 << 24
 """Far above the rank of any adapter; a larger rank would only exhaust memory."""
@@ -195,6 +197,8 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
         raise CheckpointError(FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
     if _is_foreign(document):
         finding, method = NOT_VERA.in_file(place, _what_else(document)), document.get("peft_type")
+        if "peft_type" not in document and document.get("fine_tune_type") == "lora":
+            method = LORA  # as MLX-LM writes its LoRAs
         if isinstance(method, str) and method.upper() != "VERA":
             raise OtherMethodError(finding, printable(method))
         raise CheckpointError(finding)
@@ -240,8 +244,8 @@ def _json_kind(value: object) -> str:
 
 
 _DIALECTS = {
-    "PVERA": "an adapter of PVeRA, another method of PEFT",
     "LORA": "a LoRA adapter",
+    "PVERA": "an adapter of PVeRA, another method of PEFT",
 }
 _FOREIGN_FIELDS = {
     "vera_alpha": "PaddleNLP, whose VeRA has a factor of its own",

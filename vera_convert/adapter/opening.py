@@ -16,6 +16,7 @@ from pathlib import Path
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import (
     CONFIG_NAME,
+    LORA,
     ConfigError,
     ConfigFile,
     OtherMethodError,
@@ -23,6 +24,7 @@ from vera_convert.adapter.config import (
     read_config,
 )
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
+from vera_convert.adapter.lora_record import lora_with_config, lora_without_config
 from vera_convert.adapter.sorting import SortedTensors, sort_tensors
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
@@ -109,6 +111,10 @@ def examined_folder(folder: Path, *, repair: Repair | None = None) -> Iterator[E
     """
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
+    lora = None if (folder / CONFIG_NAME).exists() else lora_without_config(folder)
+    if lora is not None:
+        yield _foreign(lora)
+        return
     findings = [*_missing_files(folder)]
     with ExitStack() as opened:
         sources: dict[str, ByteSource] = {}
@@ -149,9 +155,8 @@ def examine(
     try:
         config_file, config, unsound = _config(config_source, found)
     except OtherMethodError as error:
-        return Examined(
-            None, frozenset(), None, (), None, None, error.findings, None, other_method=error
-        )
+        is_lora = error.method == LORA
+        return _foreign(lora_with_config(folder, weights_source) if is_lora else error)
     weights = _weights(weights_source, found)
     tensors: Sequence[TensorData] = ()
     by_meaning, fingerprint, adapter = None, None, None
@@ -182,6 +187,11 @@ def examine(
     return Examined(
         config, unsound, weights, tuple(tensors), by_meaning, fingerprint, tuple(found), adapter
     )
+
+
+def _foreign(error: OtherMethodError) -> Examined:
+    findings = error.findings
+    return Examined(None, frozenset(), None, (), None, None, findings, None, other_method=error)
 
 
 def _config(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import SideFiles, side_files
+from vera_convert.adapter.lora_record import GGUF_NAME, is_lora
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
@@ -33,7 +34,7 @@ from vera_convert.lora.gguf_form import gguf_model, write_gguf
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan, plan_lora
-from vera_convert.lora.record import GGUF_NAME, Origin, is_lora, record_of
+from vera_convert.lora.record import Origin, record_of
 from vera_convert.lora.writing import (
     Computed,
     Measured,

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.lora_record import DIFFUSERS_NAME, MLX_NAME
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts
@@ -18,11 +19,9 @@ from vera_convert.errors import CheckpointError
 from vera_convert.lora.engines import Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
 from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.lora.record import RECORDED_IN
 from vera_convert.rules import LORA_BASE_UNKNOWN
 from vera_convert.targets.linear import kind_of
 
-DIFFUSERS_WEIGHTS, MLX_WEIGHTS = RECORDED_IN[1:3]
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 
@@ -76,13 +75,13 @@ def files_of(
     """
     if form is Form.MLX:
         text = _mlx_config(config, plan, modules)
-        return FormFiles(MLX_WEIGHTS, "", (".lora_a", ".lora_b"), transposed=True, config=text)
+        return FormFiles(MLX_NAME, "", (".lora_a", ".lora_b"), transposed=True, config=text)
     if form is Form.DIFFUSERS:
         component = component_of(base_facts)
         own = _diffusers_metadata(config, plan, modules)
         named = {f"{component}.{key}": value for key, value in own.items()}
         metadata = {DIFFUSERS_METADATA: json.dumps(named, sort_keys=True)}
-        return FormFiles(DIFFUSERS_WEIGHTS, f"{component}.", metadata=metadata)
+        return FormFiles(DIFFUSERS_NAME, f"{component}.", metadata=metadata)
     text = config_text(config, plan, extras, modules=modules)
     return FormFiles(WEIGHTS_NAME, PREFIX, config=text)
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.base.facts import BaseFacts
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.tensorfile import Array
 from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.lora.record import METADATA_KEY, metadata_with
+from vera_convert.lora.record import metadata_with
 from vera_convert.lora.writing import Computed
 from vera_convert.rules import LORA_BASE_UNKNOWN, LORA_NAME_UNKNOWN
 from vera_convert.text import printable
@@ -120,9 +121,9 @@ def write_gguf(
     """
     gguf, plan = _package(), computed.plan
     writer = gguf.GGUFWriter(path, model.architecture)
-    first = metadata_with(record, 0.0, {})[METADATA_KEY]
+    first = metadata_with(record, 0.0, {})[RECORD_KEY]
     writer.add_string("general.type", "adapter")
-    writer.add_string(METADATA_KEY, first)
+    writer.add_string(RECORD_KEY, first)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(plan.rank))
     kinds = gguf.GGMLQuantizationType
@@ -144,7 +145,7 @@ def write_gguf(
             done += matrix.nbytes
         progress(done, plan.nbytes)
     writer.close()
-    last = metadata_with(record, computed.measured.worst, {})[METADATA_KEY]
+    last = metadata_with(record, computed.measured.worst, {})[RECORD_KEY]
     with path.open("r+b") as file:
         start = file.read(len(first) + 4096).index(first.encode())
         file.seek(start)

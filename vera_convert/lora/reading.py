@@ -16,20 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.config import CONFIG_NAME
+from vera_convert.adapter.lora_record import (
+    DIFFUSERS_NAME,
+    LORA_WEIGHTS,
+    MLX_NAME,
+    RECORD_KEY,
+    parse_record,
+)
 from vera_convert.adapter.names import PREFIX
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file
-from vera_convert.lora.record import METADATA_KEY, RECORDED_IN, parse_record
 from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
 _PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
-_SAFETENSORS = RECORDED_IN[:3]
-_, _DIFFUSERS, _MLX = _SAFETENSORS
+_SAFETENSORS = LORA_WEIGHTS[:3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +102,18 @@ def open_lora(folder: Path) -> Iterator[ReadLora]:
     with open_local(folder / weights, within=folder) as source:
         file = TensorFile(source)
         scaling = _scaling(folder, weights, file.header.metadata)
-        pairs, others = _sorted(file, is_diffusers=weights == _DIFFUSERS)
+        pairs, others = _sorted(file, is_diffusers=weights == DIFFUSERS_NAME)
         layers = {}
         for module, (lora_A, lora_B) in pairs.items():
-            layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == _MLX)
+            layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == MLX_NAME)
             _require_sound(module, layer)
             layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
-        yield ReadLora(layers, others, parse_record(file.header.metadata.get(METADATA_KEY)))
+        yield ReadLora(layers, others, parse_record(file.header.metadata.get(RECORD_KEY)))
 
 
 def _scaling(folder: Path, weights: str, metadata: Mapping[str, str]) -> _Scaling:
     """Return how the product of the factors is scaled."""
-    if weights == _DIFFUSERS:
+    if weights == DIFFUSERS_NAME:
         text = metadata.get("lora_adapter_metadata")
         own = parse_record(text) or {}
         return _Scaling.of({name.rpartition(".")[2]: value for name, value in own.items()}, None)
@@ -116,7 +121,7 @@ def _scaling(folder: Path, weights: str, metadata: Mapping[str, str]) -> _Scalin
         config, _ = read_json(source, limit=_CONFIG_LIMIT, pythons_numbers=True)
     if not isinstance(config, dict):
         raise _unreadable(CONFIG_NAME, "it is no JSON object")
-    if weights == _MLX:
+    if weights == MLX_NAME:
         parameters = config.get("lora_parameters")
         factor = parameters.get("scale") if isinstance(parameters, dict) else None
         if config.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
