@@ -24,7 +24,7 @@ files: reading file_names strict_json walk json_edit header tensorfile value_ran
 arguments
 draws: generator comparison recognition
 publish: signals filesystem staging publishing
-hub: repo_name redaction checksum refusals retry range_file client cache header_cache download
+hub: repo_name redaction checksum refusals retry header_cache range_file client cache download
 hub: location files lookup
 adapter: config fingerprint names tensors lora_record shapes saved_modules sorting folder
 adapter: adapter values opening repairs

@@ -14,8 +14,8 @@ import re
 import socket
 import struct
 import threading
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,12 +33,12 @@ class Fault:
 
     Attributes:
         kind: the status of the answer; or the connection is reset, nothing comes for some seconds,
-            or the body is cut off.
+            the body is cut off, or a byte of the headers comes now and then without end.
         headers: further headers of the answer.
         body: of the answer.
     """
 
-    kind: int | Literal["reset", "silence", "cut"]
+    kind: int | Literal["reset", "silence", "cut", "trickle"]
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
 
@@ -98,6 +98,7 @@ class HubServer:
     bytes_served: int = 0
     repos: dict[str, Repo] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -112,6 +113,7 @@ class HubServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -222,7 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.cut = True
             return False
         if fault.kind == "silence":
-            time.sleep(SILENCE)
+            threading.Event().wait(SILENCE)  # not `time.sleep`, which tests replace
+        elif fault.kind == "trickle":
+            self._trickle()
         elif fault.kind == "reset":
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -231,6 +235,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault.kind, fault.body, fault.headers)
         self.close_connection = True
         return True
+
+    def _trickle(self) -> None:
+        """Send a header without end, byte for byte, until the client or the test goes."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        with suppress(OSError):
+            while not self.hub.closing.wait(0.05):
+                self.wfile.write(b"x")
 
     def _info(self, repo_id: str, revision: str, *, sizes: bool) -> None:
         repo = self._repo(repo_id)
@@ -268,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(status, "RevisionNotFound" if commit is None else code)
             return
         content = repo.commits[commit][name]
-        tag = stated(name, content) if self.hub.hashes else "of-a-mirror"
+        tag = stated(name, content) if self.hub.hashes else f"of-a-mirror-{len(content)}"
         headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}
         if self.hub.elsewhere is None:
             self._content(name, content, headers)

@@ -33,36 +33,20 @@ def digest_of(tag: object) -> str:
     return text if _DIGEST.fullmatch(text) else ""
 
 
-class Checksum:
-    """Compares the bytes of a file, as they arrive, with the stated digests.
+def has_digests(blocks: Iterable[bytes], size: int, stated: Iterable[str]) -> bool:
+    """Return whether the bytes of a file have the stated digests; True if none is stated.
 
     If a SHA-256 is stated, only the SHA-256 counts: for a large file, git's blob is a pointer.
     """
-
-    def __init__(self, stated: Iterable[str], size: int) -> None:
-        digests = {digest for digest in stated if digest}
-        large = {digest for digest in digests if len(digest) == 64}
-        self.stated = frozenset(large or digests)
-        self._running = [hashlib.sha256()]
-        if self.stated and not large:
-            self._running = [
-                hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False),
-                hashlib.sha1(usedforsecurity=False),
-            ]
-
-    def update(self, data: bytes) -> None:
-        """Add the next bytes of the file."""
-        for running in self._running:
-            running.update(data)
-
-    def matches(self) -> bool:
-        """Return whether the bytes have the stated digests; True if no digest is stated."""
-        return all(
-            any(running.hexdigest() == digest for running in self._running)
-            for digest in self.stated
-        )
-
-    @property
-    def name(self) -> str:
-        """The name of the content in the Hub's cache: the stated digest, else the SHA-256."""
-        return min(self.stated, default=self._running[0].hexdigest())
+    digests = {digest for digest in stated if digest}
+    large = {digest for digest in digests if len(digest) == 64}
+    if not digests:
+        return True
+    running = [hashlib.sha256()]
+    if not large:
+        git = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+        running = [git, hashlib.sha1(usedforsecurity=False)]
+    for block in blocks:
+        for each in running:
+            each.update(block)
+    return (large or digests) <= {each.hexdigest() for each in running}

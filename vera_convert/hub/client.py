@@ -2,8 +2,11 @@
 
 No other module imports huggingface_hub; the functions here import the library when they run,
 because the import is slow. These parts of the library are the same from version 0.34 on, except
-that the session belongs to requests before 1.0, and to httpx or httpx2 since. The library's own
-download functions are not used: their retries, pauses and log lines differ between versions.
+that the session belongs to requests before 1.0, and to httpx or httpx2 since.
+
+Descriptions of repos and ranges of files are requested here, because huggingface_hub bounds neither
+the size of an answer nor the pauses that a server asks for. Complete files are downloaded by
+huggingface_hub.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,18 +27,11 @@ from vera_convert._version import __version__
 from vera_convert.arguments import instance, optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub.checksum import RepoFile, digest_of
+from vera_convert.hub.range_file import MOST_WITHOUT_RANGES, Answer, Ask
 from vera_convert.hub.redaction import redacted
-from vera_convert.hub.refusals import (
-    Refusal,
-    RefusedError,
-    TryAgainError,
-    failure,
-    refused,
-    transient,
-    unexpected,
-)
+from vera_convert.hub.refusals import Refusal, RefusedError, failure, refused
 from vera_convert.hub.repo_name import COMMIT
-from vera_convert.hub.retry import Answer, Ask, until_answered
+from vera_convert.hub.retry import at_least_slowly, until_answered
 from vera_convert.text import printable
 
 logger = logging.getLogger(__name__)
@@ -162,27 +158,29 @@ def cache_root(access: HubAccess) -> Path:
     return (access.cache_dir or Path(constants.HF_HUB_CACHE)).expanduser()
 
 
-def _headers(access: HubAccess) -> dict[str, str]:
-    """Return the headers of a request, the token's among them.
+def _token(access: HubAccess) -> str | None:
+    """Return the token to send, or None.
 
     Raises:
         RefusedError: the token in the environment or the stored one is malformed.
     """
     from huggingface_hub import constants, get_token
 
-    # Not by build_hf_headers, which in later versions sends a request of its own.
-    headers = {"user-agent": f"{_LIBRARY}/{__version__}", "accept-encoding": "identity"}
-    implicit = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    token = access.token or implicit
-    if token is None:
-        return headers
-    if not _TOKEN.fullmatch(token):
+    stored = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    token = access.token or stored
+    if token is not None and not _TOKEN.fullmatch(token):
         raise RefusedError(
             "the token in HF_TOKEN, or the token that `hf auth login` stored, has a character "
             "that no token can have. Set HF_TOKEN anew, or log in again with `hf auth login`.",
             Refusal.BAD_TOKEN,
         )
-    return {**headers, "authorization": f"Bearer {token}"}
+    return token
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    # Not by build_hf_headers, which in later versions sends a request of its own.
+    headers = {"user-agent": f"{_LIBRARY}/{__version__}", "accept-encoding": "identity"}
+    return headers if token is None else {**headers, "authorization": f"Bearer {token}"}
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -199,100 +197,107 @@ def repo_info(repo_id: str, revision: str | None, access: HubAccess) -> RepoInfo
     """
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     url = f"{endpoint()}/api/models/{repo_id}{at}?blobs=true"
-    headers = _headers(access)
-
-    def ask() -> bytes:
-        with _answered(url, headers, what=repo_id) as (response, blocks):
-            if response.status_code != 200:
-                raise unexpected(repo_id, response.status_code)
-            data = b"".join(_up_to(blocks, _MOST_LISTED + 1))
-        if len(data) > _MOST_LISTED:
-            raise SurroundingsError(
-                f"the Hub's description of {repo_id} has more than {_MOST_LISTED:,} bytes."
-            )
-        return data
-
-    return _repo_info(until_answered(ask, what=repo_id), repo_id)
+    get = partial(_get, url, _headers(_token(access)), what=repo_id, most=_MOST_LISTED + 1)
+    data = until_answered(get, what=repo_id).data
+    if len(data) > _MOST_LISTED:
+        raise SurroundingsError(
+            f"the Hub's description of {repo_id} has more than {_MOST_LISTED:,} bytes."
+        )
+    return _repo_info(data, repo_id)
 
 
 def asking_for(repo_id: str, filename: str, *, commit: str, place: str, access: HubAccess) -> Ask:
     """Return a function that requests bytes of a file; `place` is the file's name in messages."""
     url = f"{endpoint()}/{repo_id}/resolve/{commit}/{quote(filename)}"
-    return partial(_ask, url, _headers(access), place=place, commit=commit)
+    headers = _headers(_token(access))
 
-
-@contextmanager
-def _ask(
-    url: str, headers: Mapping[str, str], first: int, last: int, *, place: str, commit: str
-) -> Iterator[Answer]:
-    """Request some bytes from the Hub, and follow redirects to the server that stores the file."""
-    asked = {**headers, "range": f"bytes={first}-{last}"}
-    with _answered(url, asked, what=place) as (response, blocks):
-        if response.status_code not in (200, 206, 416):
-            raise unexpected(place, response.status_code)
-        hops = (*response.history, response)
-        named = next((hop for hop in hops if "x-repo-commit" in hop.headers), response)
-        found = named.headers.get("x-repo-commit", commit)
+    def ask(first: int, last: int) -> Answer:
+        span = {"range": f"bytes={first}-{last}"}
+        answer = _get(url, headers | span, what=place, most=last - first + 1, skip=first)
+        found = answer.identity[0] or commit
         if found != commit:
             raise SurroundingsError(f"{place}: the Hub sent it from commit {printable(found)}.")
-        tag = named.headers.get("x-linked-etag") or named.headers.get("etag")
-        lowered = {name.lower(): value for name, value in response.headers.items()}
-        yield Answer(response.status_code, lowered, (found, tag), blocks)
+        return answer
+
+    return ask
 
 
-@contextmanager
-def _answered(
-    url: str, headers: Mapping[str, str], *, what: str
-) -> Iterator[tuple[_Response, Iterator[bytes]]]:
-    """Send one request, and return a successful answer.
+def _get(url: str, headers: Mapping[str, str], *, what: str, most: int, skip: int = 0) -> Answer:
+    """Send one request, and return the answer with up to `most` bytes of the body.
+
+    If the server sends the complete file instead of a range, `skip` bytes come before these.
 
     Raises:
         TryAgainError: a temporary failure.
         SurroundingsError: a lasting failure.
     """
-    from huggingface_hub import constants, get_session
-
     _keep_secrets_from_logs()
     logger.info("requesting %s", what)
+    data = bytearray()
+
+    def send() -> Answer:
+        with failures_of(what), _sent(url, headers) as response:
+            found = _checked(response, what, with_token="authorization" in headers)
+            limit = most + (skip if found.status == 200 else 0)
+            if found.status == 206 or limit <= max(most, MOST_WITHOUT_RANGES):
+                _read(response, data, limit)
+        return Answer(found.status, found.headers, found.identity, bytes(data))
+
+    return at_least_slowly(send, lambda: len(data), what=what)
+
+
+def _sent(url: str, headers: Mapping[str, str]) -> AbstractContextManager[_Response]:
+    """Send a request, and follow redirects to the server that stores the file."""
+    from huggingface_hub import constants, get_session
+
     session: Any = get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with _failures(what):
-        if callable(session.stream):  # a method of httpx, and a setting of requests
-            context = session.stream(
-                "GET", url, headers=headers, timeout=timeout, follow_redirects=True
-            )
-        else:
-            context = session.get(url, headers=headers, timeout=timeout, stream=True)
-        response = context.__enter__()
+    sent: AbstractContextManager[_Response]
+    if callable(session.stream):  # a method of httpx, and a setting of requests
+        sent = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
+    else:
+        sent = session.get(url, headers=headers, timeout=timeout, stream=True)
+    return sent
+
+
+def _checked(response: _Response, what: str, *, with_token: bool) -> Answer:
+    """Return a successful answer without the body.
+
+    Raises:
+        TryAgainError: a temporary failure.
+        SurroundingsError: a lasting failure.
+    """
+    status = response.status_code
+    if status not in (200, 206, 416):
+        raise refused(what, status, response.headers, _explanation(response), with_token=with_token)
+    hops = (*response.history, response)
+    named = next((hop for hop in hops if "x-repo-commit" in hop.headers), response)
+    tag = named.headers.get("x-linked-etag") or named.headers.get("etag")
+    lowered = {name.lower(): value for name, value in response.headers.items()}
+    return Answer(status, lowered, (named.headers.get("x-repo-commit"), tag), b"")
+
+
+def _explanation(response: _Response) -> str:
+    """Return the error text of a refusal; empty if there is none."""
+    if "x-error-message" in response.headers:
+        return response.headers["x-error-message"]
+    body = bytearray()
+    _read(response, body, _MOST_EXPLAINED)
     try:
-        with _failures(what):
-            if response.status_code >= 400 and response.status_code != 416:
-                raise _failed(what, response, with_token="authorization" in headers)
-        yield response, _body(response, what)
-    finally:
-        with _failures(what):
-            context.__exit__(None, None, None)
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return ""
+    said = document.get("error") if isinstance(document, dict) else None
+    return said if isinstance(said, str) else ""
 
 
-def _body(response: _Response, what: str) -> Iterator[bytes]:
-    """Yield the blocks of the body as they arrive."""
-    with _failures(what):
-        yield from _raw(response)
-
-
-def _raw(response: _Response) -> Iterator[bytes]:
+def _read(response: _Response, data: bytearray, limit: int) -> None:
+    """Add up to `limit` bytes of the body to `data` as they arrive."""
     # requests would decode a compressed body, but such an answer is refused
     raw = getattr(response, "iter_raw", None) or partial(response.iter_content, _BLOCK)
-    blocks: Iterator[bytes] = raw()
-    return blocks
-
-
-def _up_to(blocks: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    left = limit
-    for block in blocks:
-        yield block[:left]
-        left -= len(block)
-        if left <= 0:
+    for block in raw():
+        data += block[: limit - len(data)]
+        if len(data) >= limit:
             return
 
 
@@ -319,12 +324,53 @@ def _repo_file(file: Mapping[str, Any]) -> RepoFile:
     return RepoFile(size if sound else -1, digest)
 
 
+def download_file(repo_id: str, name: str, *, commit: str, place: str, access: HubAccess) -> None:
+    """Let huggingface_hub download a complete file into the cache, once.
+
+    Raises:
+        TryAgainError: a temporary failure.
+        SurroundingsError: a lasting failure.
+    """
+    from huggingface_hub import hf_hub_download
+
+    _keep_secrets_from_logs()
+    logger.info("downloading %s", place)
+    token = _token(access)
+    with _bars(shown=access.progress), failures_of(place, with_token=token is not None):
+        hf_hub_download(
+            repo_id,
+            name,
+            revision=commit,
+            cache_dir=cache_root(access),
+            endpoint=endpoint(),
+            token=token or False,
+            library_name=_LIBRARY,
+            library_version=__version__,
+        )
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """Let huggingface_hub draw no progress bars in the block, unless they are to be shown."""
+    import huggingface_hub.utils
+
+    utils: Any = huggingface_hub.utils
+    if shown or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
 # --- failures ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Turn every error of the HTTP library inside the block into an error of this package."""
+def failures_of(what: str, *, with_token: bool = False) -> Iterator[None]:
+    """Turn every error of huggingface_hub inside the block into an error of this package."""
     from huggingface_hub import errors
 
     # HTTPError belongs to the HTTP library below, which depends on the version.
@@ -335,31 +381,9 @@ def _failures(what: str) -> Iterator[None]:
         raise SurroundingsError(
             f"{what} could not be read from the Hub: huggingface_hub is set to be offline."
         ) from None
-    except (OSError, http) as error:
+    except (OSError, RuntimeError, ValueError, http) as error:  # hf_xet raises RuntimeError
         # Without the cause, because text and traceback may hold signed addresses.
-        raise failure(what, error) from None
-
-
-def _failed(
-    what: str, response: _Response, *, with_token: bool
-) -> TryAgainError | SurroundingsError:
-    """Return the error for an unsuccessful answer."""
-    status, headers = response.status_code, response.headers
-    said = headers.get("x-error-message", "")
-    passing = transient(status, headers)
-    return passing or refused(
-        what, status, headers, said or _explanation(response), with_token=with_token
-    )
-
-
-def _explanation(response: _Response) -> str:
-    """Return the error text in the body of a refusal; empty if there is none."""
-    try:
-        document = json.loads(b"".join(_up_to(_raw(response), _MOST_EXPLAINED)))
-    except (ValueError, RecursionError):
-        return ""
-    said = document.get("error") if isinstance(document, dict) else None
-    return said if isinstance(said, str) else ""
+        raise failure(what, error, with_token=with_token) from None
 
 
 class _Redacting(logging.Filter):

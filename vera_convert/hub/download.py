@@ -1,26 +1,30 @@
-"""Download complete files of a repo at one commit into the Hub's cache.
+"""Download complete files of a repo at one commit into the Hub's cache, and compare their hashes.
 
-Files are downloaded one after the other, each in one stream that a signal ends at once. For
-hundreds of gigabytes, `hf download` is faster and fills the same cache.
+huggingface_hub downloads the files, by Xet if possible. Whether huggingface_hub or another program
+stored a file, the hash is compared before the file is used, which takes about 2 seconds for each
+gigabyte. A large file is hashed once; the cache remembers size and time of the hashed file.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
-from vera_convert.hub.cache import link_blob, snapshot_of, store
-from vera_convert.hub.checksum import RepoFile
-from vera_convert.hub.client import HubAccess, asking_for
-from vera_convert.hub.range_file import HEAD_BYTES, RemoteFile
+from vera_convert.errors import SurroundingsError
+from vera_convert.hub.cache import cache_of_repo, snapshot_of
+from vera_convert.hub.checksum import RepoFile, digest_of, has_digests
+from vera_convert.hub.client import HubAccess, download_file
+from vera_convert.hub.header_cache import replace_file
+from vera_convert.hub.range_file import damaged
+from vera_convert.hub.retry import at_least_slowly, until_answered
 from vera_convert.text import printable
 
-_SMALL = 4 << 20
-"""A file of at most so many bytes takes one request and shows no progress bar."""
+_REMEMBERED = 16 << 20
+"""A file of at least so many bytes is hashed once; a smaller file in every run."""
+_BLOCK = 1 << 20
 
 
 def download(
@@ -30,13 +34,13 @@ def download(
     *,
     listed: Mapping[str, RepoFile],
     access: HubAccess,
-) -> Path:
-    """Download the files of a repo that the cache lacks, and return the snapshot's folder.
+) -> None:
+    """Download files of a repo, and remove a file again that differs from the listed file.
 
     Args:
         repo_id: the repo.
         commit: the commit.
-        names: the files' names in the repo.
+        names: the files' names in the repo; the cache lacks these files.
         listed: sizes and hashes by name; may lack some files.
         access: the access to the Hub.
 
@@ -45,52 +49,87 @@ def download(
         SurroundingsError: no such file, or no access; the bytes have another hash than the Hub
             states; the disk is full.
     """
-    snapshot = snapshot_of(repo_id, commit, access)
-    for name in names:
-        known = listed.get(str(name), RepoFile())
-        if not (snapshot / name).exists() and not link_blob(
-            snapshot, name, known.digest, known.size
-        ):
-            _download(repo_id, commit, name, known, access)
-    return snapshot
+    repo = cache_of_repo(repo_id, access)
+    known = [listed.get(str(name), RepoFile()) for name in names]
+    _require_space(repo, sum(max(0, file.size) for file in known))
+    for name, file in zip(names, known, strict=True):
+        place = f"{repo_id}@{commit}/{printable(str(name))}"
+        once = partial(download_file, repo_id, str(name), commit=commit, place=place, access=access)
+        attempt = partial(at_least_slowly, once, partial(_stored, repo), what=place)
+        with _without_remains(repo):
+            until_answered(attempt, what=place)
+        path = snapshot_of(repo_id, commit, access) / name
+        if not is_sound(path, repo, file):
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise damaged(place)
 
 
-def _download(
-    repo_id: str, commit: str, name: PurePosixPath, listed: RepoFile, access: HubAccess
-) -> None:
-    place = f"{repo_id}@{commit}/{printable(str(name))}"
-    ask = asking_for(repo_id, str(name), commit=commit, place=place, access=access)
-    first = listed.size if 0 < listed.size <= _SMALL else HEAD_BYTES
-    remote = RemoteFile(place, ask, listed=listed, first=first)
+def is_sound(path: Path, repo: Path, listed: RepoFile | None = None) -> bool:
+    """Return whether a file of the cache has the listed size, and the hashes that the Hub states.
 
-    def fill(file: BinaryIO) -> str:
-        with _bar(name.name, remote.size, access) as drawn:
+    Args:
+        path: the file in a snapshot. If the file is a link, the hash names the blob.
+        repo: the cache's folder for the repo.
+        listed: size and hash in the Hub's list of files.
+    """
+    listed = listed or RepoFile()
+    blob = digest_of(path.readlink().name) if path.is_symlink() else ""
+    found = path.stat()
+    mark = repo / "vera-convert" / f"hashed-{blob}"
+    state = f"{found.st_size} {found.st_mtime_ns}".encode()
+    large = blob != "" and found.st_size >= _REMEMBERED
+    with contextlib.suppress(OSError):
+        if large and mark.read_bytes() == state:
+            return True
+    if listed.size not in (-1, found.st_size):
+        return False
+    sound = has_digests(_blocks(path), found.st_size, (listed.digest, blob))
+    with contextlib.suppress(OSError):  # a read-only cache serves too
+        if large and sound:
+            replace_file(mark, state)
+    return sound
 
-            def write(data: bytes) -> None:
-                file.write(data)
-                drawn(len(data))
 
-            return remote.copy_to(write).name
-
-    store(snapshot_of(repo_id, commit, access), name, remote.size, fill)
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
 
 
-@contextmanager
-def _bar(name: str, size: int, access: HubAccess) -> Iterator[Callable[[int], object]]:
-    """Draw a progress bar on a terminal, unless the caller or the environment forbids bars."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    if not (access.progress and terminal) or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        yield lambda _count: None
-        return
-    from tqdm import tqdm
+def _stored(repo: Path) -> int:
+    """Return the bytes that downloads of a repo have stored so far."""
+    total = 0
+    for path in (repo / "blobs").glob("*"):
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            total += max(found.st_size, getattr(found, "st_blocks", 0) * 512)
+    return total
 
-    with tqdm(
-        desc=printable(name)[-40:],
-        total=size,
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        leave=False,
-        disable=size < _SMALL,
-    ) as bar:
-        yield bar.update
+
+@contextlib.contextmanager
+def _without_remains(repo: Path) -> Iterator[None]:
+    """Remove what a failed download leaves behind, if no later download would continue the file.
+
+    The thread of a download that is given up cannot remove its own file.
+    """
+    unfinished = "*.*.incomplete"  # a name that is used once, unlike DIGEST.incomplete
+    before = set((repo / "blobs").glob(unfinished))
+    try:
+        yield
+    except BaseException:
+        for path in set((repo / "blobs").glob(unfinished)) - before:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+
+
+def _require_space(repo: Path, size: int) -> None:
+    """Refuse a download that is larger than the free space of the cache."""
+    folder = next(parent for parent in (repo, *repo.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise SurroundingsError(
+            f"the Hub's cache {printable(str(repo.parent))} has {free:,} bytes free, and the files "
+            f"to download take {size:,}. Free some space, or name another folder with --cache-dir."
+        )

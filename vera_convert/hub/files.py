@@ -6,17 +6,18 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import clean_name
 from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.walk import file_sizes
-from vera_convert.hub.cache import remember_commit, snapshot_of
+from vera_convert.hub.cache import cache_of_repo, remember_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import HubAccess, asking_for, endpoint, repo_info
-from vera_convert.hub.download import download
-from vera_convert.hub.header_cache import kept_beginning
+from vera_convert.hub.download import download, is_sound
+from vera_convert.hub.header_cache import HeaderCache
 from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
@@ -109,8 +110,14 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
         place,
         asking_for(repo_id, str(name), commit=commit, place=place, access=access),
         listed=location.listed.get(str(name)) if location.listed is not None else None,
-        keeper=kept_beginning(repo_id, commit, str(name), access),
+        kept=_header_cache(repo_id, commit, str(name), access),
     )
+
+
+def _header_cache(repo_id: str, commit: str, name: str, access: HubAccess) -> HeaderCache:
+    """Return the place of the first bytes of a file, separate for each Hub."""
+    key = sha256(f"{endpoint()}\0{commit}\0{name}".encode("utf-8", "surrogatepass"))
+    return HeaderCache(cache_of_repo(repo_id, access) / "vera-convert" / key.hexdigest())
 
 
 def fetch_adapter(
@@ -219,6 +226,13 @@ def _download(location: Location, names: Sequence[str], access: HubAccess) -> Pa
     snapshot = snapshot_of(repo_id, commit, access)
     files = [inside(location, name) for name in names]
     absent = [name for name in files if not (snapshot / name).exists()]
+    for name in files:
+        if name not in absent and not is_sound(snapshot / name, cache_of_repo(repo_id, access)):
+            place = printable(str((snapshot / name).resolve()))
+            raise SurroundingsError(
+                f"{place} in the Hub's cache is damaged: the hash is not the hash that the Hub "
+                "states. Delete this file, and run the command again."
+            )
     if absent and access.is_offline:
         raise not_cached(f"{repo_id}@{commit}/{printable(str(absent[0]))}")
     if absent:

@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+import uuid
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
-from vera_convert.hub.cache import cache_of_repo, replacing
-from vera_convert.hub.client import HubAccess, endpoint
-from vera_convert.hub.range_file import MOST_KEPT, Beginning
 
+MOST_KEPT = 16 << 20
+"""The most first bytes of a file that are held in memory, and kept for the next run."""
 MOST_OF_A_REPO = 64 << 20
 """The most bytes that are kept of one repo; the oldest are removed first."""
 _LONGEST_LINE = 1000
 
+Identity = tuple[str | None, str | None]
+"""The commit and the entity tag of a file, as a server states them."""
+
 
 @dataclass(frozen=True, slots=True)
-class KeptBeginning:
+class Beginning:
+    """The first bytes of a file at a commit, with the file's size and identity."""
+
+    size: int
+    identity: Identity
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderCache:
     """The place of the first bytes of one file at one commit."""
 
     path: Path
@@ -39,18 +51,13 @@ class KeptBeginning:
             known = json.loads(line[:_LONGEST_LINE])
             size, tag, commit = known["size"], known["tag"], known["commit"]
             whole = sha256(data).hexdigest() == known["sha256"]
-        except (
-            CheckpointError,
-            SurroundingsError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):
+        except (CheckpointError, SurroundingsError, ValueError, TypeError, LookupError):
+            return None
+        except RecursionError:
             return None
         if not whole or type(size) is not int or not len(data) <= size:
             return None
-        if not isinstance(commit, str) or not isinstance(tag, str | None):
+        if not isinstance(commit, str | None) or not isinstance(tag, str | None):
             return None
         return Beginning(size, (commit, tag), data)
 
@@ -65,26 +72,29 @@ class KeptBeginning:
         if len(line) > _LONGEST_LINE:
             return
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             # without this folder, huggingface_hub reports a damaged cache
-            (self.path.parent.parent / "snapshots").mkdir(exist_ok=True)
-            with replacing(self.path) as file:
-                file.write(line + b"\n" + beginning.data)
-            _prune(self.path)
+            (self.path.parent.parent / "snapshots").mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, line + b"\n" + beginning.data)
+            self._remove_oldest()
+
+    def _remove_oldest(self) -> None:
+        """Remove the oldest bytes of the repo until the others fit the bound."""
+        found = [(path.stat(), path) for path in self.path.parent.iterdir()]
+        left = MOST_OF_A_REPO - self.path.stat().st_size
+        for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
+            if path != self.path:
+                left -= status.st_size
+                if left < 0:
+                    path.unlink(missing_ok=True)
 
 
-def kept_beginning(repo_id: str, commit: str, filename: str, access: HubAccess) -> KeptBeginning:
-    """Return the place of the first bytes of a file, separate for each Hub."""
-    key = sha256(f"{endpoint()}\0{commit}\0{filename}".encode("utf-8", "surrogatepass"))
-    return KeptBeginning(cache_of_repo(repo_id, access) / "vera-convert" / key.hexdigest())
-
-
-def _prune(newest: Path) -> None:
-    """Remove the oldest bytes of a repo until the others fit the bound."""
-    found = [(path.stat(), path) for path in newest.parent.iterdir()]
-    left = MOST_OF_A_REPO - newest.stat().st_size
-    for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
-        if path != newest:
-            left -= status.st_size
-            if left < 0:
-                path.unlink(missing_ok=True)
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file of the cache in one step, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.parent / f"{uuid.uuid4().hex}.incomplete"
+    try:
+        written.write_bytes(data)
+        written.replace(path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise

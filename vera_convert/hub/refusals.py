@@ -76,24 +76,10 @@ def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
     return OutOfReachError(f"{reason} Check the connection, or try again later.")
 
 
-def unexpected(what: str, status: int) -> SurroundingsError:
-    """Return the error for an unexpected status."""
-    return SurroundingsError(f"{what} could not be read from the Hub, which answers {status}.")
-
-
-def transient(status: int, headers: Mapping[str, str]) -> TryAgainError | None:
-    """Return the error for an answer that stands for a temporary failure; else None."""
-    if status not in (408, 425, 429) and status < 500:
-        return None
-    limited = status == 429
-    reason = f"the Hub answers {status}" + (" (too many requests)" if limited else "")
-    return TryAgainError(reason, after=_asked_to_wait(headers), limited=limited)
-
-
 def refused(
     what: str, status: int, headers: Mapping[str, str], said: str, *, with_token: bool
-) -> SurroundingsError:
-    """Return the error for an answer that stands for a lasting failure.
+) -> TryAgainError | SurroundingsError:
+    """Return the error for an unsuccessful answer, whether the failure is temporary or lasting.
 
     Args:
         what: the repo or file, for messages.
@@ -102,18 +88,27 @@ def refused(
         said: the answer's text; may be empty.
         with_token: whether the request carried a token.
     """
+    if status in (408, 425, 429) or status >= 500:
+        limited = status == 429
+        reason = f"the Hub answers {status}" + (" (too many requests)" if limited else "")
+        return TryAgainError(reason, after=_asked_to_wait(headers), limited=limited)
     code = headers.get("x-error-code", "")
-    if code == "RevisionNotFound":
-        reason = "the repo has no such revision. Check the spelling of branch, tag or commit"
-        return RefusedError(f"{what} was not found on the Hub: {reason}.", Refusal.MISSING)
-    if code == "EntryNotFound":
-        reason = "the repo has no such file at this commit"
-        return RefusedError(f"{what} was not found on the Hub: {reason}.", Refusal.MISSING)
+    if code in _NOT_FOUND:
+        return RefusedError(
+            f"{what} was not found on the Hub: {_NOT_FOUND[code]}.", Refusal.MISSING
+        )
     refusal = _refusal(status, code, said, with_token=with_token)
     if refusal is None:
-        return unexpected(what, status)
+        return SurroundingsError(f"{what} could not be read from the Hub, which answers {status}.")
     return RefusedError(f"{what} could not be read from the Hub: {_ADVICE[refusal]}.", refusal)
 
+
+_NOT_FOUND = {
+    "RevisionNotFound": (
+        "the repo has no such revision. Check the spelling of branch, tag or commit"
+    ),
+    "EntryNotFound": "the repo has no such file at this commit",
+}
 
 _ADVICE = {
     Refusal.MISSING: (
@@ -167,7 +162,7 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-# --- errors of the HTTP library ------------------------------------------------------------------
+# --- errors of libraries -------------------------------------------------------------------------
 
 
 _SAID = (
@@ -181,13 +176,24 @@ _SAID = (
 """Python's errors, whether each is temporary, and the user's reason. The first match counts."""
 
 
-def failure(what: str, error: BaseException) -> TryAgainError | OutOfReachError:
-    """Return the error for an error of the HTTP library, without secrets in the text."""
+def failure(
+    what: str, error: BaseException, *, with_token: bool
+) -> TryAgainError | SurroundingsError:
+    """Return the error for an error of huggingface_hub, without secrets in the text."""
     name = type(error).__name__
-    reason, passes = redacted(f"{name}: {error}".rstrip(": ")), True
+    reason = redacted(f"{name}: {error}".rstrip(": "))
+    passes = not isinstance(error, ValueError)
     if "Timeout" in name:
         reason = f"the server did not answer in time ({name})"
     for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            said = getattr(cause, "server_message", None) or ""
+            return refused(
+                what, response.status_code, response.headers, said, with_token=with_token
+            )
+        if isinstance(cause, OSError) and (cause.filename or cause.errno in _FULL):
+            return unwritable(cause)
         known = next((each for each in _SAID if isinstance(cause, each[0])), None)
         if known is not None:
             reason, passes = f"{known[2]} ({name})", known[1]
@@ -200,6 +206,18 @@ def failure(what: str, error: BaseException) -> TryAgainError | OutOfReachError:
     return OutOfReachError(
         f"{what} could not be read from the Hub: {printable(reason)}. Check the connection, and "
         "HF_ENDPOINT if it is set."
+    )
+
+
+_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)}
+
+
+def unwritable(error: OSError) -> SurroundingsError:
+    """Return the error for a cache that cannot be written."""
+    where = f": {printable(str(error.filename))}" if error.filename else ""
+    return SurroundingsError(
+        f"the Hub's cache cannot be written{where}: {printable(error.strerror or str(error))}. "
+        "Name another folder with --cache-dir."
     )
 
 

@@ -1,17 +1,18 @@
-"""Repeat failing requests: up to five tries, with at most a minute of pauses in total.
+"""Repeat failing requests, and stop slow ones: every request to the Hub ends in bounded time.
 
-Every request to the Hub uses this module, so every request survives the same faults.
+A temporary failure is tried up to five times, with at most a minute of pauses in total. A server
+that answers too slowly is given up at once.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from vera_convert.hub.refusals import TryAgainError, gave_up
+from vera_convert.hub.refusals import OutOfReachError, TryAgainError, gave_up
 
 Result = TypeVar("Result")
 
@@ -22,58 +23,10 @@ LONGEST_PAUSE = 30.0
 LONGEST_WAIT = 60.0
 """The most seconds of all pauses of one request."""
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A server's answer to a request for some bytes.
-
-    Attributes:
-        status: 200 (the complete file), 206 (a part) or 416 (no such part).
-        headers: the headers of the last server, with names in lower case.
-        identity: the commit and the entity tag, which must be the same in all answers.
-        blocks: the body in blocks; a block is transferred when the caller takes the block.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    identity: tuple[str | None, str | None]
-    blocks: Iterator[bytes]
-
-
-Ask = Callable[[int, int], AbstractContextManager[Answer]]
-"""Request the bytes from the first to the last, both included.
-
-Raises `TryAgainError` for a temporary failure and `SurroundingsError` for a lasting failure, also
-while the body is read.
-"""
-
-
-class Patience:
-    """Counts the tries of one request, and waits before the next try."""
-
-    def __init__(self, what: str) -> None:
-        """Start to count the tries; `what` is the repo or file, for messages."""
-        self._what = what
-        self._tries = 0
-        self._waited = 0.0
-
-    def wait(self, error: TryAgainError) -> None:
-        """Wait before the next try.
-
-        Raises:
-            OutOfReachError: no further try is allowed.
-        """
-        self._tries += 1
-        if self._tries > len(PAUSES) or self._waited >= LONGEST_WAIT:
-            raise gave_up(self._what, self._tries, error) from error
-        pause = max(PAUSES[self._tries - 1], error.after)
-        pause = min(pause, LONGEST_PAUSE, LONGEST_WAIT - self._waited)
-        self._waited += pause
-        time.sleep(pause)
-
-    def renew(self) -> None:
-        """Restart the count, because much was transferred since the last failure."""
-        self._tries, self._waited = 0, 0.0
+WINDOW = 60.0
+"""The seconds in which a request must end, or transfer `LEAST` bytes more."""
+LEAST = 256 << 10
+"""The fewest bytes in each window: about 4 KiB per second."""
 
 
 def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
@@ -86,9 +39,51 @@ def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
     Raises:
         OutOfReachError: every try has failed.
     """
-    patience = Patience(what)
-    while True:
+    waited = 0.0
+    for tries, least in enumerate((*PAUSES, None), start=1):
         try:
             return attempt()
         except TryAgainError as error:
-            patience.wait(error)
+            if least is None or waited >= LONGEST_WAIT:
+                raise gave_up(what, tries, error) from error
+            pause = min(max(least, error.after), LONGEST_PAUSE, LONGEST_WAIT - waited)
+        waited += pause
+        time.sleep(pause)
+    raise AssertionError  # the last try returns or raises
+
+
+def at_least_slowly(
+    work: Callable[[], Result], transferred: Callable[[], int], *, what: str
+) -> Result:
+    """Return the result of `work`, which runs in a thread of its own; stop waiting if it crawls.
+
+    A signal ends the wait at once, whatever the thread does. The thread does not keep the program
+    from ending.
+
+    Args:
+        work: sends one or more requests.
+        transferred: returns the number of bytes so far; any thread may call it.
+        what: the repo or file, for messages.
+
+    Raises:
+        OutOfReachError: fewer than `LEAST` bytes were transferred in `WINDOW` seconds.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 -- raised again where the result is taken
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    before = transferred()
+    while wait([future], timeout=WINDOW).not_done:
+        now = transferred()
+        if now - before < LEAST:
+            raise OutOfReachError(
+                f"{what} could not be read from the Hub: the server sent less than {LEAST:,} bytes "
+                f"in {WINDOW:.0f} seconds. Check the connection, or try again later."
+            )
+        before = now
+    return future.result()
