@@ -60,12 +60,14 @@ FOREIGN: dict[str, tuple[Rename, str, str]] = {
         f"{wrapper} is inside": (inside(wrapper), "V215", wrapper)
         for wrapper in (
             *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"),
-            *("_forward_module", "_module"),
+            *("_forward_module", "_module", "_original_module", "_dmp_wrapped_module"),
+            *("_torchdynamo_orig_callable", "_dynamo_orig_callable", "_flat_param_wrapped"),
         )
     },
+    "another adapter's layer is around each layer": (left("base_layer"), "V215", "base_layer"),
     **{
         f"{wrapper} is around the model": (around(wrapper), "V215", wrapper)
-        for wrapper in ("module", "pretrained_model")
+        for wrapper in ("module", "pretrained_model", "wrapped_model", "nncf_module")
     },
     "two wrappers are around the model": (
         around("_fsdp_wrapped_module.module"),
@@ -168,7 +170,10 @@ def test_lists_in_the_config_are_corrected_too(tmp_path: Path) -> None:
         ("levit.encoder.stages.0.layers.1.module.queries_keys_values.linear", {}),
         # A class of the user's own, which no name on the Hub stands for.
         ("module.layers.0.linear", {"base_model_name_or_path": None}),
+        ("wrapped_model.layers.0.linear", {"base_model_name_or_path": None}),
         ("base_model.model.layers.0.linear", {"base_model_name_or_path": None}),
+        ("base_layer.0.linear", {}),
+        ("encoder._blocks.0._fc", {}),
         ("base_model.layers.0.linear", {}),
         ("thinker.model.layers.0.self_attn.q_proj", {}),
         ("pretrained.model.blocks.0.attn.qkv", {}),

@@ -107,6 +107,12 @@ class VeraConfig:
     peft_version: str | None = None
 
     @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """The names in modules_to_save and the names that PEFT appends for the task, each once."""
+        implied = SAVED_BY_TASK.get(self.task_type or "", ())
+        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *implied)))
+
+    @property
     def written_by_peft(self) -> bool:
         """Whether PEFT saved this config: it has PEFT's version, or ``inference_mode`` is true."""
         return bool(self.peft_version) or self.inference_mode

@@ -32,14 +32,19 @@ _COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.(?:weight|bias)$)
 """PEFT writes each tensor of a module that is saved whole three times, and reads the tensor with
 the plain name: with bias "all" each bias, and with a resized vocabulary embedding and head."""
 
-_WRAPPER = re.compile(r"_(?:\w*_)?mod(?:ule)?")
-"""Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod, FSDP's
-_fsdp_wrapped_module, activation checkpointing's _checkpoint_wrapped_module, Lightning's
-_forward_module, Opacus's _module. No model class has a module of this name."""
-_WRAPPERS_OF_NAMED_BASES = frozenset(("module", "pretrained_model"))
-"""DistributedDataParallel's and TRL's. A custom class can have a module of this name, but a
-custom class has no name on the Hub. In transformers, LeViT alone has `module`, in each numbered
-layer."""
+_WRAPPER = re.compile(r"_(?:\w*_)?(?:mod|module|wrapped|wrapper|callable)")
+"""Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod and
+_torchdynamo_orig_callable, FSDP's _fsdp_wrapped_module and _fpw_module, activation checkpointing's
+_checkpoint_wrapped_module, TorchRec's _dmp_wrapped_module, Lightning's _forward_module, Opacus's
+_module, ONNX Runtime's _original_module. No model class has a module of this name."""
+_WRAPPERS_OF_NAMED_BASES = frozenset(
+    ("module", "pretrained_model", "nncf_module", "wrapped_model", "wrapped_module")
+)
+"""Those of DistributedDataParallel and DeepSpeed, TRL, NNCF, and of users. A custom class can have
+a module of this name, but a custom class has no name on the Hub. In transformers, LeViT alone has
+`module`, in each numbered layer."""
+_INNER_LAYER = "base_layer"
+"""The attribute in which an outer layer of PEFT keeps the layer with the vectors."""
 _WRAPPER_CLASSES = frozenset(
     ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 )
@@ -118,8 +123,10 @@ class Names:
         """Split the foreign parts off a name."""
         kept: list[str] = []
         wrappers = []
-        for element in name.split("."):
-            if self._is_wrapper(element, kept):
+        elements = name.split(".")
+        for element, following in zip(elements, (*elements[1:], ""), strict=True):
+            is_inner = element == _INNER_LAYER and following.startswith("vera_")
+            if is_inner or self._is_wrapper(element, kept):
                 wrappers.append(element)
             else:
                 kept.append(element)

@@ -22,8 +22,28 @@ from vera_convert.rules import (
 from vera_convert.text import printable
 
 _BASE_BIAS = ".base_layer.bias"
-_OTHER_HEAD = re.compile(r"classification_head|logits")
-"""Names of heads that PEFT does not know."""
+_KNOWN_HEADS = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
+_HEAD_UNKNOWN_TO_PEFT: Mapping[str, re.Pattern[str]] = {
+    "SEQ_CLS": re.compile(
+        r"(?:^|\.)(?:SelfAttention|EncDecAttention|DenseReluDense)\."  # T5
+        r"|layers\.\d+\.encoder_attn\."  # BART
+        r"|(?:^|\.)model\.encoder\.layers\.\d+\.(?:fc[12]|self_attn\.(?:out_proj|output|self\..*))$"
+        r"|transformer\.(?:attentions|ffns)\.\d"  # XLM, Flaubert
+        r"|transformer\.layer\.\d+\.ff\."  # XLNet
+        r"|perceiver\.|classification_head\.|sequence_summary\.|logits_proj$"
+    ),
+    "QUESTION_ANS": re.compile(
+        r"^model\.layers\.\d+\.(?:attn|mlp)\.(?:Wqkv|Wi|Wo)$"  # ModernBERT
+        r"|lxmert\.|splinter\."
+    ),
+}
+"""Paths of layers in classes of transformers whose head PEFT neither trains nor saves, by task."""
+_HEAD_PERHAPS_UNKNOWN = re.compile(r"(?:^|\.)model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj$")
+"""Paths of layers that BART, whose head PEFT does not know, shares with T5Gemma."""
+_NO_HEAD = re.compile(
+    r"(?:.*[._])?(?:(?:layer_?)?norm\w*|ln_\w+|pooler|\d+\..*)(?:\..*)?", re.IGNORECASE
+)
+"""Paths of saved modules that are no head: norms, poolers, and modules in numbered layers."""
 
 
 def _is_token_rows(name: str) -> bool:
@@ -68,7 +88,7 @@ def replacement_findings(
     *,
     renamed: bool,
 ) -> Iterator[Finding]:
-    """Yield a finding for each tensor that replaces a tensor of the base without being declared.
+    """Yield the findings for the tensors that replace tensors of the base.
 
     Args:
         others: the tensors that replace tensors of the base.
@@ -76,46 +96,47 @@ def replacement_findings(
         config: the adapter's config.
         renamed: whether tensors have names that PEFT does not write, so that some can be missing.
     """
-    declared = frozenset(config.modules_to_save or ())
-    heads = frozenset(SAVED_BY_TASK.get(config.task_type or "", ()))
-    # If several heads are named, the model has one of the heads.
-    either = frozenset(name for names in SAVED_BY_TASK.values() for name in names)
-    expected, saved = declared | heads, SavedModules(declared | either)
-    stored: set[str] = set()
+    declared = SavedModules(config.saved_modules)
+    saved: dict[str, frozenset[str]] = {}
     bias_stored = False
     for tensor in others:
+        module, _, parameter = replaced_name(tensor.name).rpartition(".")
+        names = declared.of(module)
         if _is_token_rows(tensor.name):
             rows = f"{tensor.shape[0]:,} rows" if tensor.shape else "a value"
             reason = f"it holds {rows} of an embedding, trained with trainable_token_indices."
             yield TOKEN_ROWS.in_tensor(tensor.name, reason)
-            continue
-        module, _, parameter = replaced_name(tensor.name).rpartition(".")
-        names = saved.of(module)
-        stored |= names
-        if not names.isdisjoint(expected):
-            continue
-        bias_stored |= parameter == "bias"
-        if parameter == "bias" and module in layers and not tensor.name.endswith(_BASE_BIAS):
-            reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS}, not this name."
-            yield UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
-            continue
-        if parameter == "bias" and (
-            config.bias == "all" or (config.bias != "none" and module in layers)
-        ):
-            continue
-        if parameter in ("weight", "bias") and may_be_resized(module):
-            continue
-        yield UNDECLARED_TENSOR.in_tensor(
-            tensor.name,
-            f"it replaces {printable(replaced_name(tensor.name))} of the base model.",
-        )
+        elif names:
+            saved[module] = names
+        else:
+            bias_stored |= parameter == "bias"
+            yield from _undeclared(tensor, layers, config)
     if not renamed:
-        yield from _incomplete_modules(stored, expected, either, layers)
+        yield from _incomplete_modules(saved, layers, config)
         if config.bias != "none" and not bias_stored:
             rule = BIAS_NOT_STORED
             rule = rule.as_note() if _saves_biases(config.peft_version) else rule
             reason = f'bias is "{printable(config.bias)}", and the file holds no bias.'
             yield rule.in_file(WEIGHTS_NAME, reason)
+
+
+def _undeclared(
+    tensor: TensorData, layers: Mapping[str, AdaptedLayer], config: VeraConfig
+) -> Iterator[Finding]:
+    """Yield a finding if nothing explains a tensor outside modules_to_save."""
+    name = replaced_name(tensor.name)
+    module, _, parameter = name.rpartition(".")
+    is_adapted = module in layers
+    if parameter == "bias" and is_adapted and not tensor.name.endswith(_BASE_BIAS):
+        reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS}, not this name."
+        yield UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
+        return
+    trains_bias = config.bias == "all" or (config.bias != "none" and is_adapted)
+    is_explained = parameter == "bias" and trains_bias
+    is_explained |= parameter in ("weight", "bias") and may_be_resized(module)
+    if not is_explained:
+        reason = f"it replaces {printable(name)} of the base model."
+        yield UNDECLARED_TENSOR.in_tensor(tensor.name, reason)
 
 
 def _saves_biases(peft_version: str | None) -> bool:
@@ -125,31 +146,37 @@ def _saves_biases(peft_version: str | None) -> bool:
 
 
 def _incomplete_modules(
-    stored: Collection[str],
-    declared: frozenset[str],
-    heads: frozenset[str],
-    layers: Iterable[str],
+    saved: Mapping[str, Collection[str]], layers: Collection[str], config: VeraConfig
 ) -> Iterator[Finding]:
-    for name in sorted(declared - heads):
-        if name not in stored:
-            yield MODULE_TO_SAVE_MISSING.at(
-                printable(name), "the file stores no tensor of this module."
-            )
-    # PEFT declares the usual heads even if the model's own head has another name.
-    others = (name for name in stored if name in declared and _OTHER_HEAD.search(name))
-    if declared & heads and heads.isdisjoint(stored) and not any(others):
-        names = " or ".join(sorted(declared & heads))
-        rule, reason = MODULE_TO_SAVE_MISSING, "the file stores no tensor of this module."
-        if _is_encoder_decoder(layers):
-            rule = rule.as_warning()
-            reason += " This is right only if the model uses the base's own classification_head."
-        yield rule.at(printable(names), reason)
+    """Yield a finding for each declared module without a tensor in the file.
 
+    The finding is a warning if the model can lack the module: PEFT requires one of the modules in
+    modules_to_save, and the head of a task only if the head's name is known to PEFT.
 
-def _is_encoder_decoder(layers: Iterable[str]) -> bool:
-    """Say whether the paths of adapted layers show an encoder and a decoder, as BART and T5 have.
-
-    In transformers the head of such a classifier is named classification_head.
+    Args:
+        saved: the declared names of each stored module, by the module's path.
+        layers: paths of the adapted layers.
+        config: the adapter's config.
     """
-    elements = {element for layer in layers for element in layer.split(".")}
-    return {"encoder", "decoder"} <= elements
+    declared = frozenset(config.saved_modules)
+    stored = frozenset().union(*saved.values())
+    reason = "the file stores no tensor of this module."
+    for name in sorted(declared - _KNOWN_HEADS - stored):
+        rule = MODULE_TO_SAVE_MISSING.as_warning() if stored else MODULE_TO_SAVE_MISSING
+        yield rule.at(printable(name), reason)
+    heads = declared & _KNOWN_HEADS  # if several heads are declared, the model has one of them
+    is_classifier = config.task_type == "SEQ_CLS"
+    if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
+        rule = MODULE_TO_SAVE_MISSING
+        if is_classifier and any(map(_HEAD_PERHAPS_UNKNOWN.search, layers)):
+            rule = rule.as_warning()
+            reason += " This is right only if the model's head has another name."
+        yield rule.at(printable(" or ".join(sorted(heads))), reason)
+
+
+def _has_other_head(saved: Iterable[str], layers: Iterable[str], task: str | None) -> bool:
+    """Say whether the model's head is stored under another name, or is unknown to PEFT."""
+    unknown = _HEAD_UNKNOWN_TO_PEFT.get(task or "")
+    return any(
+        not _NO_HEAD.fullmatch(module) and not may_be_resized(module) for module in saved
+    ) or (unknown is not None and any(map(unknown.search, layers)))

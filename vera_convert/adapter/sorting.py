@@ -40,7 +40,7 @@ from vera_convert.rules import (
 from vera_convert.text import listed, printable
 
 _PLAIN_LAMBDA = re.compile(
-    r"base_model\.model\.((?:(?!_|module|pretrained_|base_model|original_|p?vera_|lora_)[^.]++\.)++)"
+    r"base_model\.model\.((?:(?!_|module|pretrained_|nncf_|wrapped_|base_|original_|p?vera_|lora_)[^.]++\.)++)"
     r"(vera_lambda_[bd])"
 )
 """The form of nearly all names; a file can have a hundred thousand."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.tensors import WEIGHTS_NAME
@@ -32,8 +32,7 @@ _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.
 
 def saved_modules(config: VeraConfig) -> SavedModules:
     """Return the modules that PEFT saves whole: those of the config, and those of its task."""
-    implied = SAVED_BY_TASK.get(config.task_type or "", ())
-    return SavedModules((*(config.modules_to_save or ()), *implied))
+    return SavedModules(config.saved_modules)
 
 
 def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> dict[str, str]:

@@ -22,6 +22,7 @@ from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_base, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import lost_biases
+from vera_convert.base.task_classes import class_without_body
 from vera_convert.errors import (
     CheckpointError,
     SurroundingsError,
@@ -41,6 +42,7 @@ from vera_convert.hub.lookup import (
 from vera_convert.rules import (
     BASE_IN_FOLDER,
     BASE_WITHOUT_WEIGHTS,
+    BODY_NOT_LOADED,
     NAMES_DIFFER,
     OPTION_WITHOUT_EFFECT,
     QUANTIZED_TARGET,
@@ -269,6 +271,10 @@ def _idle_key_maps(adapter: Adapter, base_options: BaseOptions) -> list[Finding]
 
 
 def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -> Match:
+    strange = class_without_body(adapter.config, base)
+    if strange is not None and all(layer.startswith("transformer.") for layer in adapter.layers):
+        reason = f"{printable(strange)} looks for layers named transformer, the base has model."
+        raise CheckpointError(BODY_NOT_LOADED.at(base.location.label, reason))
     return match_modules(
         {module: layer.out_features for module, layer in adapter.layers.items()},
         unpacked(base).view,

@@ -176,6 +176,7 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptio
         inputs.base,
         changes,
         inputs.beside.facts,
+        inputs.adapters[0].adapter.config,
         architecture=options.architecture,
         labels=options.labels,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
@@ -86,6 +87,7 @@ def config_edits(
     base: BaseModel,
     changes: Changes,
     facts: AdapterFacts,
+    config: VeraConfig,
     *,
     architecture: str | None = None,
     labels: Sequence[str] = (),
@@ -96,6 +98,7 @@ def config_edits(
         base: the base.
         changes: the changes to the base's tensors.
         facts: the facts from the files beside the first adapter.
+        config: the config of the first adapter.
         architecture: the class of the result, if the caller names a class.
         labels: the names of a classifier's labels, if the caller gives names.
 
@@ -107,10 +110,9 @@ def config_edits(
     edits = ConfigEdits(labels_given=bool(labels))
     rows = _vocabulary(edits, base, changes)
     heads = {name: each for name, each in _all(changes).items() if each.is_of_classifier}
-    name = architecture
-    if name is None and heads:
-        config = next(iter(heads.values())).owner.adapter.config
-        name = class_of_head(config, base)
+    owner = next((each.owner.adapter.config for each in heads.values()), config)
+    trained = class_of_head(owner, base)
+    name = architecture or (trained if heads else None)
     count = _label_count(heads)
     if labels and (count is None or len(labels) != count):
         has = "brings no classifier" if count is None else f"has a classifier of {count} labels"
@@ -124,8 +126,7 @@ def config_edits(
         said += _padding(edits, base, shown, facts, rows=rows, heads=heads)
         if said:
             edits.findings.append(HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}."))
-    if heads:
-        edits.findings += _missing_modules(base, changes, shown)
+    edits.findings += _missing_modules(base, changes, name or trained or shown)
     _refuse_other_labels(edits, base, changes)
     return edits
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     TARGET_REGEX_INVALID,
@@ -229,8 +229,7 @@ def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST
 
 def _not_saved_whole(names: Sequence[str], config: VeraConfig, *, peft: Version) -> list[str]:
     """Leave out the modules that modules_to_save names, and all modules below these."""
-    implied = SAVED_BY_TASK.get(config.task_type or "", ())
-    saved = dict.fromkeys((*(config.modules_to_save or ()), *implied))
+    saved = config.saved_modules
     if peft < (0, 16) or not saved:
         return list(names)
     plain = {name for name in saved if _is_plain(name)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.tensorfile import TensorData
@@ -71,8 +71,7 @@ def undeclared_embeddings(
         config: the config.
         replacements: the tensors that replace tensors of the base.
     """
-    implied = SAVED_BY_TASK.get(config.task_type or "", ())
-    saved = SavedModules((*(config.modules_to_save or ()), *implied))
+    saved = SavedModules(config.saved_modules)
     for tensor in replacements:
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter == "weight" and may_be_resized(module) and not saved.of(module):

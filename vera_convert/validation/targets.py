@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
 from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
@@ -95,7 +95,7 @@ def _by_version(
 def _not_stored(
     config: VeraConfig, targets: Sequence[str], layers: Sequence[str]
 ) -> Iterator[Finding]:
-    saved = {*(config.modules_to_save or ()), *SAVED_BY_TASK.get(config.task_type or "", ())}
+    saved = {*config.saved_modules}
     endings = Endings(targets)
     stored = {target for layer in layers for target in endings.of(layer)}
     for target in dict.fromkeys(targets):

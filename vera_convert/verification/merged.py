@@ -125,6 +125,7 @@ def _compared(
         inputs.base,
         source.changes,
         inputs.beside.facts,
+        inputs.adapters[0].adapter.config,
         architecture=settings.architecture,
         labels=settings.labels,
     )

@@ -151,8 +151,7 @@ def _condensed(config: VeraConfig, model: nn.Module) -> tuple[str, ...] | str | 
 
 def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
     """Return modules_to_save with the heads that PEFT appends for the task."""
-    implied = SAVED_BY_TASK.get(config.task_type or "", ())
-    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *implied))) or None
+    return config.saved_modules or None
 
 
 def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) -> None:
