@@ -101,6 +101,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/__init__.pyi",
         "vera_convert/base/conversions.txt",
         "vera_convert/base/renames.toml",
+        "vera_convert/base/task_classes.txt",
         "vera_convert/py.typed",
         "vera_convert/rules.toml",
     }

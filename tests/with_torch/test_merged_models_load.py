@@ -50,6 +50,22 @@ T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vo
 T5["decoder_start_token_id"] = 0
 SIGHT = {**ENCODER, "image_size": 8, "patch_size": 4}
 XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "vocab_size": 40}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "vocab_size": 40,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "forced_eos_token_id": None,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
 DISTIL = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "vocab_size": 40}
 
 TASKS = {
@@ -141,6 +157,14 @@ KINDS = {
         ("q", "v"),
         3,
         saved=("classification_head",),
+    ),
+    "XLNet, whose head PEFT does not save": Trained(
+        *("XLNetForSequenceClassification", ("XLNetConfig", XLNET), "SEQ_CLS", ("layer_1",), 3),
+        base_fields={"num_labels": 3},
+    ),
+    "BART, whose head PEFT does not save": Trained(
+        *("BartForSequenceClassification", ("BartConfig", BART), "SEQ_CLS", QV, 3),
+        base_fields={"num_labels": 3},
     ),
     "images": Trained(
         "ViTModel",
@@ -352,6 +376,15 @@ def test_what_a_class_needs_and_nobody_stores_is_named(tmp_path: Path) -> None:
     assert finding.place == "pooler.dense.weight"
     _, info = kind.loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert {*info["missing_keys"]} == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
+def test_a_class_of_questions_that_loads_nothing_of_the_base_is_refused(tmp_path: Path) -> None:
+    kind = Trained("LlamaForCausalLM", LLAMA, "QUESTION_ANS", QV)
+    base, adapter = trained(tmp_path, kind)
+    _, info = kind.loader.from_pretrained(base, output_loading_info=True)
+    assert "transformer.layers.0.self_attn.q_proj.weight" in info["missing_keys"]
+    with pytest.raises(CheckpointError, match=r"V528 .*LlamaForQuestionAnswering"):
+        merged_with(adapter, base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("tied", [False, True])

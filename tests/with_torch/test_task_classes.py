@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from vera_convert.base.task_classes import class_of_task, has_head_of
+from vera_convert.base.task_classes import class_of_task, has_head_of, needed_modules
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,6 +30,61 @@ def test_every_class_of_transformers_is_known(task: str) -> None:
         if class_of_task(kind, task) != name or not has_head_of(name, task)
     }
     assert wrong == {}
+
+
+SMALL = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+}
+NOT_SAVED = {
+    "BertForSequenceClassification": "BertForMaskedLM",
+    "BertForMultipleChoice": "BertForMaskedLM",
+    "BertForNextSentencePrediction": "BertForMaskedLM",
+    "RobertaForMultipleChoice": "RobertaForMaskedLM",
+    "DebertaV2ForSequenceClassification": "DebertaV2Model",
+    "ElectraForMultipleChoice": "ElectraForPreTraining",
+    "BartForSequenceClassification": "BartModel",
+    "T5ForSequenceClassification": "T5ForConditionalGeneration",
+    "XLMForSequenceClassification": "XLMWithLMHeadModel",
+    "XLNetForSequenceClassification": "XLNetLMHeadModel",
+    "ModernBertForQuestionAnswering": "ModernBertModel",
+    "BertForTokenClassification": "BertForMaskedLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+}
+"""For each class the class of a base that lacks modules."""
+
+
+@pytest.mark.parametrize("name", NOT_SAVED)
+def test_a_module_that_peft_does_not_save_and_the_base_lacks_is_in_the_table(name: str) -> None:
+    peft_saves = {
+        "ForSequenceClassification": ("classifier", "score"),
+        "ForTokenClassification": ("classifier", "score"),
+        "ForQuestionAnswering": ("qa_outputs",),
+    }
+    saved = next((heads for end, heads in peft_saves.items() if name.endswith(end)), ())
+    kind, modules = _modules(name)
+    lacking = {
+        path
+        for path in modules - _modules(NOT_SAVED[name])[1]
+        if not any(element.endswith(saved) for element in path.split(".") if saved)
+    }
+    assert lacking == {*needed_modules(kind, name)}
+
+
+def _modules(name: str) -> tuple[str, set[str]]:
+    """Return the type of a class, and the modules with weights, without the body's prefix."""
+    import torch
+
+    built: Any = getattr(transformers, name)
+    config = built.config_class()
+    for field in SMALL.keys() & vars(config).keys():
+        setattr(config, field, SMALL[field])
+    with torch.device("meta"):
+        model = built(config)
+    prefix = f"{model.base_model_prefix}."
+    weights = (path for path, _ in model.named_parameters() if path.endswith(".weight"))
+    paths = {path.removeprefix(prefix).removesuffix(".weight") for path in weights}
+    return config.model_type, paths
 
 
 def test_what_has_no_such_head_is_none() -> None:
