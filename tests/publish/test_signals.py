@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,76 +18,134 @@ from merges import filled_base
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 
-# Runs the program and raises a signal when so many functions have been called or have returned.
-PROGRAM = """
-import signal, sys
-number, moment, seen = int(sys.argv.pop(1)), int(sys.argv.pop(1)), 0
-
-def count(frame, event, arg):
-    global seen
-    seen += 1
-    if seen == moment:
-        signal.raise_signal(number)
-
+LIFE = """
+import os, signal, sys
 from vera_convert.__main__ import main
-sys.setprofile(count)
-try:
-    main()
-finally:
-    sys.setprofile(None)
-    if not moment:
-        print(seen, file=sys.stderr)
+
+def life(number, moment):
+    # Runs the program, and raises a signal when so many functions were called or have returned.
+    seen = 0
+    def count(frame, event, arg):
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            signal.raise_signal(number)
+    sys.setprofile(count)
+    try:
+        main()
+    finally:
+        sys.setprofile(None)
+        if not moment:
+            print(seen, file=sys.stderr)
+"""
+FRESH = f"""{LIFE}
+life(int(sys.argv.pop(1)), int(sys.argv.pop(1)))
+"""
+# Forks a life for each line of stdin; all modules are imported, which takes most of a fresh life.
+FORKED = f"""{LIFE}
+import importlib, json
+from pathlib import Path
+import vera_convert
+package = Path(vera_convert.__path__[0])
+for path in package.rglob("*.py"):
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    if not {{"with_torch", "__main__", "__init__"}} & {{*parts}}:
+        importlib.import_module(".".join(parts))
+for line in sys.stdin:
+    number, moment, stderr, *sys.argv[1:] = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        life(number, moment)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 INTERRUPTED = "error: interrupted; no output is left.\n"
 
+Run = Callable[[int, int, Sequence[object]], tuple[int, str]]
+"""Run the program with a signal at a moment, and return the exit status and stderr."""
 
-def ended(
-    number: int, moment: int, arguments: Sequence[object]
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, number, moment, *arguments]
-    return subprocess.run(
+
+def fresh(number: int, moment: int, arguments: Sequence[object]) -> tuple[int, str]:
+    command = [sys.executable, "-c", FRESH, number, moment, *arguments]
+    run = subprocess.run(
         [str(each) for each in command], capture_output=True, text=True, check=False, timeout=120
     )
+    return run.returncode, run.stderr
 
 
-def moments(last: int) -> list[int]:
-    """Return moments all over a life, and more towards the end, where OUT is published."""
-    return sorted({*(last * part // 12 for part in range(1, 12)), *(last - 4**n for n in range(7))})
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    stderr = tmp_path_factory.mktemp("forked") / "stderr"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", FORKED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # a process with threads should not fork
+    )
+
+    def run(number: int, moment: int, arguments: Sequence[object]) -> tuple[int, str]:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        line = [number, moment, str(stderr), *map(str, arguments)]
+        parent.stdin.write(json.dumps(line) + "\n")
+        parent.stdin.flush()
+        return int(parent.stdout.readline()), stderr.read_text()
+
+    with parent:
+        yield run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["strip", "merge"])
+def length(run: Run, arguments: Sequence[object]) -> int:
+    """Return how many moments an undisturbed life has."""
+    status, stderr = run(0, 0, arguments)
+    assert status == 0, stderr
+    return int(stderr.split()[-1])
+
+
+@pytest.mark.parametrize(
+    ("start", "command", "number"),
+    [
+        ("fresh", "strip", signal.SIGTERM),
+        ("fresh", "merge", signal.SIGINT),
+        *product(["forked"], ["strip", "merge"], [signal.SIGINT, signal.SIGTERM]),
+    ],
+)
 def test_a_signal_at_any_moment_leaves_all_or_nothing_and_says_which(
-    command: str, number: int, tmp_path: Path
+    start: str, command: str, number: int, tmp_path: Path, forked: Run
 ) -> None:
+    run, parts = (fresh, 5) if start == "fresh" else (forked, 16)
     adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
     inputs = [adapter, "--base", base]
-    whole = ended(number, 0, [command, *inputs, tmp_path / "whole"])
-    assert whole.returncode == 0, whole.stderr
-    kinds = set()
-    for moment in moments(int(whole.stderr.split()[-1])):
+    last = length(run, [command, *inputs, tmp_path / "whole"])
+    # Moments all over a life, and with forked lives more towards the end, where OUT is published.
+    spread = {last * part // parts for part in range(1, parts)}
+    ends = {last - 4**n for n in range(7)} if start == "forked" else {last - 4}
+    statuses = set()
+    for moment in sorted(spread | ends):
         out = tmp_path / f"out{moment}"
-        run = ended(number, moment, [command, *inputs, out])
-        assert "Traceback" not in run.stderr
-        assert run.returncode in (0, 128 + number), run.stderr
-        assert out.exists() == (run.returncode == 0)
-        assert (run.stderr == INTERRUPTED) == (run.returncode != 0)
+        status, stderr = run(number, moment, [command, *inputs, out])
+        assert "Traceback" not in stderr
+        assert status in (0, 128 + number), stderr
+        assert out.exists() == (status == 0)
+        assert (stderr == INTERRUPTED) == (status != 0)
         if out.exists():
             assert everything(out).keys() == everything(tmp_path / "whole").keys()
-        kinds.add(run.returncode)
-    assert kinds == {0, 128 + number}
+        statuses.add(status)
+    assert statuses == {0, 128 + number}
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
     assert not left
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_without_an_out_ends_alike(number: int, tmp_path: Path) -> None:
+def test_a_command_without_an_out_ends_alike(number: int, tmp_path: Path, forked: Run) -> None:
     adapter = good_adapter(tmp_path / "adapter")
-    last = int(ended(number, 0, ["info", adapter]).stderr.split()[-1])
-    for moment in moments(last)[1::4]:
-        run = ended(number, moment, ["info", adapter])
-        assert run.returncode in (0, 128 + number)
-        assert run.stderr in ("", "error: interrupted.\n", INTERRUPTED)
+    last = length(forked, ["info", adapter])
+    for moment in (*(last * part // 12 for part in range(1, 12)), last - 4, last - 1):
+        status, stderr = forked(number, moment, ["info", adapter])
+        assert status in (0, 128 + number)
+        assert stderr in ("", "error: interrupted.\n", INTERRUPTED)
 
 
 def test_a_signal_while_python_ends_does_not_undo_success(tmp_path: Path) -> None:
