@@ -137,3 +137,22 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_destructor_is_not_lost(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def work() -> None:
+        Last()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            pass
+
+    with pytest.raises(Interrupted), signals_raise():
+        work()
+    assert capsys.readouterr().err == ""

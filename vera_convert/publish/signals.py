@@ -56,8 +56,8 @@ class _Delivery:
     done = False
 
 
-_IMPORT_TIME = 0.02
-"""Seconds after which a signal that arrived during an import is raised again."""
+_AGAIN = 0.02
+"""Seconds after which a signal that arrived during an import or a destructor is raised again."""
 
 
 def exit_on_signals() -> None:
@@ -91,13 +91,25 @@ def signals_raise() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _ours()}
+    hook = sys.unraisablehook
+
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
+        """Raise a signal again whose error Python dropped, because a destructor was running."""
+        if isinstance(found.exc_value, Interrupted):
+            _Delivery.raised = None
+            _thread.start_new_thread(_try_again, (found.exc_value.number,))
+        else:
+            hook(found)
+
     _Delivery.active, _Delivery.raised, _Delivery.done = True, None, False
     try:
         for number in before:
             signal.signal(number, _on_signal)
+        sys.unraisablehook = unraisable
         yield
     finally:
         _Delivery.held += 1
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         _Delivery.active, _Delivery.held, _Delivery.waiting = False, 0, None
@@ -167,8 +179,12 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _try_again(number: int) -> None:
-    time.sleep(_IMPORT_TIME)
-    signal.raise_signal(number)
+    time.sleep(_AGAIN)
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)  # also wakes a system call of the main thread
+    else:
+        signal.raise_signal(number)
 
 
 def _exit_at_once(number: int, _frame: FrameType | None) -> None:
