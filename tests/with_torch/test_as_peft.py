@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -201,11 +202,25 @@ def test_without_its_last_adapter_a_model_does_what_its_base_does() -> None:
     assert len(model.trainable_parameters()) == 8
 
 
-def test_a_merged_adapter_is_not_deleted() -> None:
+def test_a_merged_adapter_is_not_deleted_or_loaded_anew(tmp_path: Path) -> None:
     model = llama()
+    model.save_pretrained(tmp_path / "out")
     model.merge()
-    with pytest.raises(UsageError, match="unmerge"):
-        model.delete_adapter("default")
+    for act in (model.delete_adapter, lambda name: model.load_adapter(tmp_path / "out", name)):
+        with pytest.raises(UsageError, match="unmerge"):
+            act("default")
+
+
+def test_beside_a_merged_adapter_others_come_and_go_as_in_peft() -> None:
+    theirs, ours = two()
+    for model in (theirs, ours):
+        model.merge_adapter(["default"])
+        model.delete_adapter("two")
+    ours.add_adapter(OURS, "three")  # PEFT would unmerge the other adapter
+    assert torch.equal(says(ours), says(theirs))
+    assert ours.active_adapters == theirs.active_adapters == ["default"]
+    with pytest.raises(UsageError, match="before other adapters are made active"):
+        ours.set_adapter("three")
 
 
 def test_selected_adapters_alone_are_saved(tmp_path: Path) -> None:
@@ -218,6 +233,8 @@ def test_selected_adapters_alone_are_saved(tmp_path: Path) -> None:
         Path("two/adapter_model.safetensors"),
     }
     assert weights(tmp_path / "ours/two") == weights(tmp_path / "theirs/two")
+    ours.save_pretrained(tmp_path / "by-name", selected_adapters="two")
+    assert weights(tmp_path / "by-name/two") == weights(tmp_path / "ours/two")
     for wrong, message in ((["three"], "no adapter three"), ([], "none is selected")):
         with pytest.raises(UsageError, match=message):
             ours.save_pretrained(tmp_path / "new", selected_adapters=wrong)
@@ -233,14 +250,18 @@ def test_named_adapters_are_merged_as_by_peft(chosen: list[str] | None) -> None:
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 def test_merged_and_unmerged_by_pefts_names() -> None:
     theirs, ours = two()
-    for model in (theirs, ours):
-        model.merge_adapter(["two"])
-    assert torch.equal(says(ours), says(theirs))
+    for names in (["two"], ["default"]):
+        for model in (theirs, ours):
+            model.merge_adapter(names)
+        assert torch.equal(says(ours), says(theirs))
     for model in (theirs, ours):
         model.unmerge_adapter()
     assert torch.equal(says(ours), says(theirs))
+    ours.merge_adapter("two")
+    assert ours.model.model.layers[0].self_attn.q_proj.merged == ("two",)
 
 
 def test_adapters_can_be_switched_off_and_on() -> None:
@@ -257,7 +278,62 @@ def test_adapters_can_be_switched_off_and_on() -> None:
         assert torch.equal(says(model), adapted)
 
 
+def nested(model: Any) -> Any:
+    with model.disable_adapter():
+        with model.disable_adapter():
+            pass
+        return says(model)
+
+
+def switched_off_and_set(model: Any) -> Any:
+    model.base_model.disable_adapter_layers()
+    model.set_adapter("two")
+    return says(model)
+
+
+def switched_on_again(model: Any) -> Any:
+    switched_off_and_set(model)
+    model.base_model.enable_adapter_layers()
+    return says(model)
+
+
+@pytest.mark.parametrize("act", [nested, switched_off_and_set, switched_on_again])
+def test_adapters_stay_off_until_they_are_switched_on(act: Callable[[Any], Any]) -> None:
+    theirs, ours = two(modules_to_save=["lm_head"])
+    ours.model.lm_head.modules_to_save["default"].weight.data += 1
+    theirs.base_model.model.lm_head.modules_to_save["default"].weight.data += 1
+    assert torch.equal(act(ours), act(theirs))
+
+
+def test_nothing_is_merged_while_adapters_are_off() -> None:
+    model = llama()
+    with model.disable_adapter():
+        assert not model.has_active_enabled_adapter
+        for merge in (model.merge, model.merge_and_unload):
+            with pytest.raises(UsageError, match="switched off"):
+                merge()
+    assert model.has_active_enabled_adapter
+
+
 # --- what is trained -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, peft.VeraConfig])
+def test_a_config_for_inference_freezes_its_adapter(kind: Any) -> None:
+    fields = {**FIELDS, "inference_mode": True, "modules_to_save": ["lm_head"]}
+    theirs = peft.get_peft_model(torchmodels.built("llama"), peft.VeraConfig(**fields))
+    ours = VeraModel(torchmodels.built("llama"), kind(**fields))
+    assert trained_names(ours) == trained_names(theirs) == set()
+    assert ours.configs["default"].inference_mode
+
+
+def test_a_dtype_of_the_whole_model_is_the_adapters_too() -> None:
+    for dtype in ("float16", "bfloat16", "float64"):
+        theirs, ours = both("llama")
+        for model in (theirs, ours):
+            model.to(getattr(torch, dtype))
+        assert torch.equal(says(ours), says(theirs))
+        assert {p.dtype for p in ours.parameters()} == {getattr(torch, dtype)}
 
 
 def test_what_the_user_had_unfrozen_stays_so() -> None:
@@ -409,14 +485,49 @@ def test_a_config_can_be_given_for_a_stored_adapter(tmp_path: Path) -> None:
     assert layer.dropout["default"] == 0.5
     assert torch.equal(says(model), says(llama()))
     assert loaded(peft.VeraConfig(**FIELDS)).configs["default"].vera_dropout == 0
-    for wrong, message in ((replace(OURS, r=5), "r=5"), (peft.LoraConfig(), "VeraConfig")):
-        with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match="VeraConfig"):
+        loaded(peft.LoraConfig())
+    for wrong in (replace(OURS, r=5), replace(OURS, bias="some")):
+        with pytest.raises(CheckpointError):
             loaded(wrong)
-    with pytest.raises(CheckpointError, match="bias"):
-        loaded(replace(OURS, bias="some"))
-    llama(save_projection=False).save_pretrained(tmp_path / "out", force=True)
-    with pytest.raises(UsageError, match="save_projection=True"):
+    (tmp_path / "out/adapter_config.json").unlink()
+    assert torch.equal(says(loaded(config)), says(llama()))
+    with pytest.raises(CheckpointError, match=r"no adapter_config.json"):
+        loaded(None)
+    llama(save_projection=False).save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new/adapter_model.safetensors", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="save_projection"):
         loaded(OURS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_cpu_mem_usage": True, "torch_device": "cpu", "ephemeral_gpu_offload": False},
+        {"key_mapping": None, "token": None, "cache_dir": None, "use_safetensors": True},
+        {"subfolder": "two"},
+    ],
+)
+def test_an_adapter_is_loaded_with_pefts_arguments(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = two()
+    theirs.save_pretrained(tmp_path / "out")
+    for model in (theirs, ours):
+        model.load_adapter(tmp_path / "out", "new", is_trainable=True, **options)
+        model.set_adapter("new")
+    assert torch.equal(says(ours), says(theirs))
+    assert not ours.configs["new"].inference_mode
+
+
+def test_arguments_of_peft_that_would_change_the_result_are_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "out")
+    for options, message in (
+        ({"key_mapping": {"a": "b"}}, "key_map="),
+        ({"ignore_mismatched_sizes": True}, "fits in part"),
+        ({"token": "hf_1"}, "HubAccess"),
+        ({"nothing_known": 1}, "no argument nothing_known"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            VeraModel.from_pretrained(torchmodels.built("llama"), tmp_path / "out", **options)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -590,7 +701,7 @@ def test_a_trainer_saves_beside_what_is_there(tmp_path: Path) -> None:
     loaded = VeraModel.from_pretrained(torchmodels.built("llama"), out)
     assert torch.equal(says(loaded), says(model))
     for options, message in (
-        ({"state_dict": {}}, "gathered"),
+        ({"state_dict": {}}, "whole model"),
         ({"safe_serialization": False}, "pickles"),
         ({"save_embedding_layers": True}, "embedding"),
         ({"nothing_known": 1}, "no argument nothing_known"),

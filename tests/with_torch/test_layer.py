@@ -213,8 +213,10 @@ def test_several_adapters_are_merged_one_after_the_other() -> None:
 def test_nothing_is_merged_twice() -> None:
     vera = wrapped(plain())
     vera.merge()
-    with pytest.raises(UsageError, match="one is merged already"):
-        vera.merge()
+    once = vera.weight.clone()
+    vera.merge()
+    assert torch.equal(vera.weight, once)
+    assert vera.merged == ("one",)
 
 
 def test_what_would_not_be_finite_is_known_beforehand() -> None:

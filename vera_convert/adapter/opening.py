@@ -49,18 +49,21 @@ MAX_WEIGHTS_BYTES = 64 << 30
 
 
 @contextmanager
-def open_adapter(folder: Path, *, repair: Repair | None = None) -> Iterator[Adapter]:
+def open_adapter(
+    folder: Path, *, repair: Repair | None = None, config: Path | None = None
+) -> Iterator[Adapter]:
     """Open the adapter in a folder; the tensors can be read until the context ends.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         repair: brings known old and damaged forms to the current form before the checks.
+        config: a config file to read instead of the folder's, which may be missing.
 
     Raises:
         CheckpointError: with every defect of config and tensors at once.
         SurroundingsError: no such folder, or a file cannot be read.
     """
-    with examined_folder(folder, repair=repair) as found:
+    with examined_folder(folder, repair=repair, config=config) as found:
         if found.other_method is not None:
             raise found.other_method
         if found.adapter is None:
@@ -102,7 +105,9 @@ class Examined:
 
 
 @contextmanager
-def examined_folder(folder: Path, *, repair: Repair | None = None) -> Iterator[Examined]:
+def examined_folder(
+    folder: Path, *, repair: Repair | None = None, config: Path | None = None
+) -> Iterator[Examined]:
     """Open the files of an adapter in a folder, sound or not; see `open_adapter`.
 
     Raises:
@@ -111,21 +116,22 @@ def examined_folder(folder: Path, *, repair: Repair | None = None) -> Iterator[E
     """
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
-    lora = None if (folder / CONFIG_NAME).exists() else lora_without_config(folder)
+    paths = {CONFIG_NAME: config or folder / CONFIG_NAME, WEIGHTS_NAME: folder / WEIGHTS_NAME}
+    lora = None if paths[CONFIG_NAME].exists() else lora_without_config(folder)
     if lora is not None:
         yield _foreign(lora)
         return
-    findings = [*_missing_files(folder)]
+    findings = [*_missing_files(folder, paths[CONFIG_NAME])]
     with ExitStack() as opened:
         sources: dict[str, ByteSource] = {}
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if (folder / name).exists():
+        for name, path in paths.items():
+            if path.exists():
                 try:
-                    sources[name] = opened.enter_context(open_local(folder / name, within=folder))
+                    sources[name] = opened.enter_context(open_local(path, within=path.parent))
                 except CheckpointError as error:
                     findings += error.findings
-        config, weights = sources.get(CONFIG_NAME), sources.get(WEIGHTS_NAME)
-        yield examine(folder, config, weights, findings, repair=repair)
+        source, weights = sources.get(CONFIG_NAME), sources.get(WEIGHTS_NAME)
+        yield examine(folder, source, weights, findings, repair=repair)
 
 
 def examine(
@@ -254,10 +260,10 @@ def _fingerprint(
 # --- what is missing -----------------------------------------------------------------------------
 
 
-def _missing_files(folder: Path) -> Iterator[Finding]:
+def _missing_files(folder: Path, config: Path) -> Iterator[Finding]:
     """Yield the missing files of a folder; weights count only if there is a config."""
     place = printable(str(folder))
-    if not (folder / CONFIG_NAME).exists():
+    if not config.exists():
         yield _no_config(folder, place)
     elif (folder / WEIGHTS_NAME).exists():
         pickled = pickled_weights(folder)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,12 @@ from vera_convert.with_torch.modules import (
     put_module,
     trained_tensors,
 )
-from vera_convert.with_torch.peft_names import PeftMethods, own_config, takes_pefts_names
+from vera_convert.with_torch.peft_names import (
+    PeftMethods,
+    check_pefts_arguments,
+    own_config,
+    takes_pefts_names,
+)
 from vera_convert.with_torch.saving import DEFAULT
 
 
@@ -48,6 +55,7 @@ class Adapters(PeftMethods):
         self.vera_A, self.vera_B = SharedMatrix(), SharedMatrix()
         self.configs: dict[str, VeraConfig] = {}
         self.active: tuple[str, ...] = ()
+        self.enabled = True
         self.findings: dict[str, tuple[Finding, ...]] = {}
         self._brought: dict[str, set[str]] = {}  # embeddings that an adapter brought
 
@@ -90,6 +98,7 @@ class Adapters(PeftMethods):
         trainable: bool = False,  # noqa: FBT001, FBT002 -- in PEFT's order
         *,
         config: VeraConfig | None = None,
+        subfolder: str | None = None,
         projections: ProjectionSource = ProjectionSource.AUTO,
         variant: Variant | None = None,
         rounding: Rounding | None = None,
@@ -97,6 +106,7 @@ class Adapters(PeftMethods):
         revision: str | None = None,
         access: HubAccess | None = None,
         autocast_adapter_dtype: bool = True,
+        **of_peft: Any,  # noqa: ANN401
     ) -> None:
         """Load an adapter in PEFT's format, as PEFT 0.21 does, without making the adapter active.
 
@@ -109,7 +119,8 @@ class Adapters(PeftMethods):
             adapter: the name to give the adapter.
             trainable: whether gradients flow to the adapter; if not, the whole model is put into
                 eval mode, as in PEFT.
-            config: a config of the same rank to use instead of the folder's.
+            config: a config to use instead of the folder's, which may be missing.
+            subfolder: the adapter's folder inside `folder`.
             projections: the source of A and B if file, flag and key disagree.
             variant: the variant of the generator, if A and B are not stored and no fingerprint
                 names the variant.
@@ -119,18 +130,22 @@ class Adapters(PeftMethods):
             revision: the adapter's, on the Hub.
             access: how the Hub is reached.
             autocast_adapter_dtype: see `add_adapter`.
+            of_peft: further arguments of PEFT's method. Those that change no result, such as
+                ``low_cpu_mem_usage``, are accepted; the others are refused with the reason.
 
         Raises:
             CheckpointError: the adapter is malformed, or does not fit the model.
-            UsageError: the name is invalid, the adapter of this name has other layers, or stored
-                projections are required and missing.
+            UsageError: the name is invalid, the adapter of this name is merged or has other layers,
+                stored projections are required and missing, or an argument is not supported.
             SurroundingsError: a file or a repo cannot be read, or the model is on the meta device.
         """
+        check_pefts_arguments("load_adapter", of_peft)
         projections = one_of("projections", ProjectionSource, projections)
         variant = None if variant is None else one_of("variant", Variant, variant)
         rounding = None if rounding is None else one_of("rounding", Rounding, rounding)
         access = access or HubAccess()
-        place = locate(str(folder), kind="adapter", access=access, revision=revision)
+        name = str(folder) if subfolder is None else f"{folder}/{subfolder}"
+        place = locate(name, kind="adapter", access=access, revision=revision)
         place = fetch_adapter(place, access, is_training_state=is_training_state)
         contents = stored_contents(
             place.fetched,
@@ -141,6 +156,7 @@ class Adapters(PeftMethods):
             rounding=rounding,
             key_map=key_map,
         )
+        contents = replace(contents, config=replace(contents.config, inference_mode=not trainable))
         if adapter in self.configs:
             self._refill(adapter, contents)
         else:
@@ -158,10 +174,12 @@ class Adapters(PeftMethods):
         trainable if the deleted adapter was. Without adapters, the model computes like the base.
 
         Raises:
-            UsageError: there is no such adapter, or something is merged.
+            UsageError: there is no such adapter, it is merged, or another adapter would become
+                active while something is merged.
         """
-        self.require_known([adapter])
-        self.refuse_merged("an adapter is deleted")
+        self.named([adapter])
+        has_successor = self.active == (adapter,)
+        self.refuse_merged("an adapter is deleted", None if has_successor else adapter)
         trained = any(tensor.requires_grad for tensor in self._trained(adapter).values())
         self.let_train(adapter, False)  # noqa: FBT003
         for _, module in modules_of(self.model):
@@ -172,15 +190,14 @@ class Adapters(PeftMethods):
         del self.configs[adapter]
         self.findings.pop(adapter, None)
         self._brought.pop(adapter, None)
-        left = tuple(name for name in self.active if name != adapter)
-        if left or not self.configs or adapter not in self.active:
-            self.active = left
-            return
-        successor = min(self.configs)
-        warnings.warn(
-            f"the active adapter {adapter} is deleted: {successor} is active now.", stacklevel=2
-        )
-        self.set_adapter(successor, trainable=trained)
+        self.active = tuple(name for name in self.active if name != adapter)
+        if has_successor and self.configs:
+            successor = min(self.configs)
+            warnings.warn(
+                f"the active adapter {adapter} is deleted: {successor} is active now.",
+                stacklevel=2,
+            )
+            self.set_adapter(successor, trainable=trained)
 
     def set_adapter(
         self,
@@ -202,11 +219,9 @@ class Adapters(PeftMethods):
             UsageError: there is no such adapter, an adapter is merged, or two of the adapters
                 replace the same module.
         """
-        listed = ([each] if isinstance(each, str) else each for each in adapters)
-        names = tuple(dict.fromkeys(chain.from_iterable(listed)))
-        self.require_known(names)
+        names = self.named(adapters)
         self.refuse_merged("other adapters are made active")
-        activate(self.model, names)
+        activate(self.model, names, enabled=self.enabled)
         self.active = names
         for name in self.configs:
             self.let_train(name, name in names and trainable and not inference_mode)
@@ -224,6 +239,17 @@ class Adapters(PeftMethods):
 
     def _trained(self, adapter: str) -> dict[str, Tensor]:
         return trained_tensors(self.model, adapter, bias=self.configs[adapter].bias)
+
+    def switch(self, *, on: bool) -> None:
+        """Let the active adapters take part in the forward pass, or switch all adapters off.
+
+        Raises:
+            UsageError: something is merged.
+        """
+        if not on:
+            self.refuse_merged("adapters are switched off")
+        activate(self.model, self.active, enabled=on)
+        self.enabled = on
 
     def let_train(self, adapter: str, trainable: bool) -> None:  # noqa: FBT001
         """Let gradients flow to all parameters that an adapter trains, or stop the gradients."""
@@ -256,7 +282,7 @@ class Adapters(PeftMethods):
 
     def _refill(self, adapter: str, contents: Contents) -> None:
         """Replace an adapter's values by those of a stored adapter of the same layers and rank."""
-        self.refuse_merged("an adapter is loaded")
+        self.refuse_merged("other values are loaded", adapter)
         layers = {p: layer for p, layer in self._layers() if adapter in layer.vera_lambda_d}
         if layers.keys() != contents.vectors.keys() or contents.config.r != self.configs[adapter].r:
             raise UsageError(
@@ -305,19 +331,25 @@ class Adapters(PeftMethods):
             raise UsageError(
                 "only one adapter of a model can train biases: the model has one of each."
             )
-        self.refuse_merged("an adapter is added")
 
-    def require_known(self, adapters: Iterable[str]) -> None:
-        """Raise `UsageError` if the model lacks one of these adapters."""
-        for name in adapters:
+    def named(self, adapters: Iterable[str | Iterable[str]]) -> tuple[str, ...]:
+        """Return the adapters that names, and lists of names, stand for, each once.
+
+        Raises:
+            UsageError: the model lacks one of the adapters.
+        """
+        listed = ([each] if isinstance(each, str) else each for each in adapters)
+        names = tuple(dict.fromkeys(chain.from_iterable(listed)))
+        for name in names:
             if name not in self.configs:
                 raise UsageError(
                     f"this model has no adapter {printable(name)}. It has "
                     f"{', '.join(self.configs) or 'none'}."
                 )
+        return names
 
-    def refuse_merged(self, before: str) -> None:
-        """Raise `UsageError` if an adapter is merged."""
-        merged = next((layer.merged for _, layer in self._layers() if layer.merged), ())
-        if merged:
+    def refuse_merged(self, before: str, adapter: str | None = None) -> None:
+        """Raise `UsageError` if this adapter is merged; for None, if any adapter is merged."""
+        merged = dict.fromkeys(name for _, layer in self._layers() for name in layer.merged)
+        if adapter in merged or (adapter is None and merged):
             raise UsageError(f"{', '.join(merged)} is merged: call unmerge() before {before}.")

@@ -273,17 +273,16 @@ class VeraLinear(nn.Module):
     def merge(self, adapters: tuple[str, ...] | None = None) -> None:
         """Add the D of each of these adapters to W, in turn; None means the active adapters.
 
-        Each sum is rounded once, to W's dtype.
+        Each sum is rounded once, to W's dtype. Adapters that are merged already are left alone.
 
         Raises:
-            UsageError: W is quantized, or something is merged already.
+            UsageError: W is quantized.
             SurroundingsError: W is on the meta device.
         """
-        if self.merged:
-            raise UsageError(f"{', '.join(self.merged)} is merged already: call unmerge() first.")
         chosen = self.active if adapters is None else adapters
+        chosen = tuple(name for name in chosen if name not in self.merged)
         self._add_to_weight(self.dense_weight(), chosen)
-        self.merged = chosen
+        self.merged += chosen
 
     def unmerge(self) -> None:
         """Subtract the merged D, the last first. W is restored up to rounding, not bit for bit."""

@@ -9,15 +9,17 @@ Values pass through the dtypes of their layers, as in PEFT, so that both are bit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
+from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.saved_modules import replaced_name
@@ -125,6 +127,7 @@ def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> Ver
     Raises:
         CheckpointError: a field has a value that PEFT does not accept, or no targets are known.
     """
+    inference_mode = config.inference_mode  # the file's is always true
     config = parse_config(config_text(config), place=type(config).__name__).config
     described = {
         "base_model_class": type(model).__name__,
@@ -132,6 +135,7 @@ def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> Ver
     }
     return replace(
         config,
+        inference_mode=inference_mode,
         target_modules=resolve(layers, config),
         modules_to_save=_saved_whole(config),
         auto_mapping=config.auto_mapping or (None if config.task_type else described),
@@ -207,7 +211,7 @@ def stored_contents(
     Args:
         folder: the folder of the adapter.
         model: the model to adapt; its layers can be wrapped already.
-        config: a config to use instead of the folder's.
+        config: a config to use instead of the folder's, which may be missing.
         projections: the source of A and B if file, flag and key disagree.
         variant: the variant of the generator, if A and B are drawn and no fingerprint names it.
         rounding: the rounding of drawn values; None to derive it from the layers' dtypes.
@@ -216,12 +220,12 @@ def stored_contents(
 
     Raises:
         CheckpointError: the adapter is malformed, or does not fit the model.
-        UsageError: stored projections are required and missing, or `config` has another rank.
+        UsageError: stored projections are required and missing.
         SurroundingsError: a file cannot be read.
     """
     layers = layers_of(model)
-    with open_adapter(folder) as opened:
-        adapter = _renamed(_with_config(opened, config), layers, key_map)
+    with _config_file(config) as file, open_adapter(folder, config=file) as opened:
+        adapter = _renamed(opened, layers, key_map)
         own = _matched(adapter, layers, model)
         dims = shared_dims(adapter, layers, own, BuiltLayers({}, own, all_built=True))
         base_facts = BaseFacts(
@@ -258,22 +262,16 @@ def stored_contents(
         )
 
 
-def _with_config(adapter: Adapter, config: VeraConfig | None) -> Adapter:
-    """Return the adapter with another config, if one is given."""
+@contextmanager
+def _config_file(config: VeraConfig | None) -> Iterator[Path | None]:
+    """Write a config to a temporary file inside the block."""
     if config is None:
-        return adapter
-    given = parse_config(config_text(config), place=type(config).__name__)
-    if given.config.r != adapter.config.r:
-        raise UsageError(
-            f"the given config has r={given.config.r}, and the adapter's vectors have rank "
-            f"{adapter.config.r}."
-        )
-    if given.config.save_projection and adapter.projections is None:
-        raise UsageError(
-            "the given config has save_projection=True, and the adapter's file has no A and B: set "
-            "it to False, and A and B are drawn from the key."
-        )
-    return replace(adapter, config_file=given)
+        yield None
+        return
+    with TemporaryDirectory(prefix="vera-convert-") as made:
+        path = Path(made, CONFIG_NAME)
+        path.write_bytes(config_text(config))
+        yield path
 
 
 def _renamed(adapter: Adapter, layers: ModelLayers, key_map: Sequence[tuple[str, str]]) -> Adapter:

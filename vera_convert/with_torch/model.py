@@ -31,18 +31,14 @@ from vera_convert.with_torch.adapters import Adapters
 from vera_convert.with_torch.layer import VeraLinear, check_has_values
 from vera_convert.with_torch.modules import (
     TrainedWhole,
-    activate,
     modules_of,
     names_of_weights,
     own_tensors,
     put_module,
     untie,
 )
-from vera_convert.with_torch.peft_names import (
-    DECLINED,
-    takes_pefts_names,
-)
-from vera_convert.with_torch.saving import DEFAULT, check_trainers_arguments, write_adapters
+from vera_convert.with_torch.peft_names import DECLINED, check_pefts_arguments, takes_pefts_names
+from vera_convert.with_torch.saving import DEFAULT, write_adapters
 
 
 class VeraModel(Adapters):
@@ -52,12 +48,14 @@ class VeraModel(Adapters):
     layers; `unload` removes the wrappers. Attributes that this class lacks are the model's, such as
     ``config``, ``generate`` and ``gradient_checkpointing_enable``. PEFT's methods, and PEFT's names
     of arguments, work too (see `peft_names`). If PEFT is installed, transformers' Trainer trains
-    and saves this model like a model of PEFT.
+    and saves this model like a model of PEFT. Without PEFT, the Trainer knows no adapters: it needs
+    ``remove_unused_columns=False`` and saves the whole model, so call `save_pretrained` yourself.
 
     Attributes:
         model: the model.
         configs: the config of each adapter, as it is saved.
         active: the adapters that take part in the forward pass; their branches are added in order.
+        enabled: whether the active adapters are switched on.
         findings: warnings and notes for each loaded adapter.
     """
 
@@ -70,7 +68,10 @@ class VeraModel(Adapters):
         variant: Variant = Variant.FLOAT32_FUSED,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Wrap a model. With a config, add an adapter (see `add_adapter`) and make it active."""
+        """Wrap a model. With a config, add an adapter (see `add_adapter`) and make it active.
+
+        The adapter is trainable unless the config's ``inference_mode`` is true, as in PEFT.
+        """
         super().__init__(model)
         if config is not None:
             self.add_adapter(
@@ -79,7 +80,7 @@ class VeraModel(Adapters):
                 variant=variant,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
-            self.set_adapter(adapter)
+            self.set_adapter(adapter, inference_mode=self.configs[adapter].inference_mode)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -130,12 +131,12 @@ class VeraModel(Adapters):
         Raises:
             UsageError: something is merged.
         """
-        self.refuse_merged("adapters are switched off")
-        activate(self.model, ())
+        before = self.enabled
+        self.switch(on=False)
         try:
             yield
         finally:
-            activate(self.model, self.active)
+            self.switch(on=before)
 
     # --- merging ---------------------------------------------------------------------------------
 
@@ -144,9 +145,11 @@ class VeraModel(Adapters):
         *,
         check: bool = True,
         tied: Tied | None = None,
-        adapters: Sequence[str] | None = None,
+        adapters: str | Sequence[str] | None = None,
     ) -> None:
         """Add the deltas of the active adapters to the weights, and stop adding the branches.
+
+        Adapters that are merged already are left alone.
 
         Args:
             check: check first that all merged values are finite, and change nothing if not.
@@ -155,18 +158,22 @@ class VeraModel(Adapters):
 
         Raises:
             CheckpointError: a merged value would not be finite.
-            UsageError: something is merged already, a weight is quantized, a head is tied, or there
-                is no such adapter.
+            UsageError: the adapters are switched off, a weight is quantized, a head is tied, or
+                there is no such adapter.
             SurroundingsError: a weight is on the meta device.
         """
-        chosen = self.active if adapters is None else tuple(adapters)
+        chosen = self.active if adapters is None else self.named([adapters])
         tied = None if tied is None else one_of("tied", Tied, tied)
-        self.require_known(chosen)
-        self.refuse_merged("merging")
+        if not self.enabled:
+            raise UsageError("the adapters are switched off: enable the adapters before merging.")
         merged = {
             path: (layer, own)
             for path, layer in self._layers()
-            if (own := tuple(name for name in chosen if name in layer.vera_lambda_b))
+            if (
+                own := tuple(
+                    n for n in chosen if n in layer.vera_lambda_b and n not in layer.merged
+                )
+            )
         }
         for layer, _ in merged.values():
             layer.dense_weight()
@@ -212,8 +219,8 @@ class VeraModel(Adapters):
         folder: str | Path,
         *,
         force: bool = False,
-        selected_adapters: Sequence[str] | None = None,
-        **by_trainer: Any,  # noqa: ANN401
+        selected_adapters: str | Sequence[str] | None = None,
+        **of_peft: Any,  # noqa: ANN401
     ) -> None:
         """Write adapters in PEFT's format, completely or not at all.
 
@@ -223,7 +230,7 @@ class VeraModel(Adapters):
             folder: the folder to write; an existing folder must be empty. Missing parents are made.
             force: replace a folder that holds only adapters, and keep its README.md.
             selected_adapters: which adapters; None for all.
-            by_trainer: further arguments of PEFT's method; transformers' Trainer passes some. With
+            of_peft: further arguments of PEFT's method; transformers' Trainer passes some. With
                 any of these, files of the same names in the folder are replaced one by one, and all
                 other files stay: the Trainer saves into its checkpoint folders.
                 ``is_main_process=False`` writes nothing. A gathered ``state_dict``, pickles
@@ -233,17 +240,16 @@ class VeraModel(Adapters):
             UsageError: the folder exists and must not be replaced, or there is nothing to save.
             SurroundingsError: the disk fails, or the model is on the meta device.
         """
-        check_trainers_arguments(by_trainer)
-        chosen = tuple(self.configs if selected_adapters is None else selected_adapters)
-        self.require_known(chosen)
+        check_pefts_arguments("save_pretrained", of_peft)
+        chosen = self.named([self.configs if selected_adapters is None else selected_adapters])
         if not chosen:
             raise UsageError("this model has no adapter to save, or none is selected.")
         adapters = {name: (self.configs[name], self.adapter_state_dict(name)) for name in chosen}
         for _, tensors in adapters.values():
             for key, tensor in tensors.items():
                 check_has_values(tensor, key)
-        if by_trainer.get("is_main_process", True):
-            write_adapters(Path(folder), adapters, force=force, update=bool(by_trainer))
+        if of_peft.get("is_main_process", True):
+            write_adapters(Path(folder), adapters, force=force, update=bool(of_peft))
 
     def adapter_state_dict(self, adapter: str = DEFAULT) -> dict[str, Tensor]:
         """Return an adapter's tensors, not copied, by their names in PEFT's file."""

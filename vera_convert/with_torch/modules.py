@@ -161,8 +161,8 @@ def trained_tensors(model: nn.Module, adapter: str, *, bias: str) -> dict[str, T
     return found
 
 
-def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
-    """Make only these adapters take part in the forward pass, in this order.
+def activate(model: nn.Module, adapters: tuple[str, ...], *, enabled: bool) -> None:
+    """Make only these adapters take part in the forward pass, in this order; none if not enabled.
 
     Raises:
         UsageError: two of the adapters replace the same module.
@@ -176,11 +176,12 @@ def activate(model: nn.Module, adapters: tuple[str, ...]) -> None:
                     f"{' and '.join(own)} each bring their own {printable(path)}, and only one of "
                     "these can be active."
                 )
+    names = adapters if enabled else ()
     for _, module in modules:
         if isinstance(module, VeraLinear):
-            module.active = tuple(name for name in adapters if name in module.vera_lambda_b)
+            module.active = tuple(name for name in names if name in module.vera_lambda_b)
         elif isinstance(module, TrainedWhole):
-            module.active = next((n for n in adapters if n in module.modules_to_save), None)
+            module.active = next((name for name in names if name in module.modules_to_save), None)
 
 
 def names_of_weights(model: nn.Module) -> dict[int, list[str]]:

@@ -22,7 +22,7 @@ from torch import nn
 from vera_convert.adapter.config import FIELDS, VeraConfig
 from vera_convert.errors import UsageError
 from vera_convert.merging.changes import Tied
-from vera_convert.with_torch.modules import activate
+from vera_convert.text import printable
 
 _NO_PROMPTS = "a VeRA adapter has no prompts"
 _BY_LAYER = "print the model: each layer shows its active and merged adapters"
@@ -55,6 +55,47 @@ _OURS = {
 }
 """PEFT's names of arguments, and ours."""
 
+_USE_ACCESS = "pass access=HubAccess(...)"
+_NO_OFFLOAD = "offload the model before wrapping it"
+_ARGUMENTS: Mapping[str, Mapping[str, tuple[tuple[object, ...] | None, str]]] = MappingProxyType(
+    {
+        "load_adapter": {
+            # These change where and how PEFT reads, and no result.
+            "low_cpu_mem_usage": (None, ""),
+            "torch_device": (None, ""),
+            "ephemeral_gpu_offload": (None, ""),
+            "use_safetensors": ((None, True), "pickles are never opened"),
+            "ignore_mismatched_sizes": ((False,), "an adapter that fits in part is refused"),
+            "key_mapping": ((None,), "pass key_map=[(OLD, NEW)], pairs of leading paths"),
+            "token": ((None,), _USE_ACCESS),
+            "cache_dir": ((None,), _USE_ACCESS),
+            "local_files_only": ((False,), _USE_ACCESS),
+            "force_download": ((False,), "delete the file from the Hub's cache"),
+            "device_map": ((None, "auto"), _NO_OFFLOAD),
+            "max_memory": ((None,), _NO_OFFLOAD),
+            "offload_folder": ((None,), _NO_OFFLOAD),
+            "offload_dir": ((None,), _NO_OFFLOAD),
+        },
+        "save_pretrained": {
+            "is_main_process": (None, ""),
+            "state_dict": ((None,), "save on a process that holds the whole model"),
+            "safe_serialization": (
+                (True,),
+                "adapters are written as safetensors, never as pickles",
+            ),
+            "save_embedding_layers": (
+                ("auto", False),
+                "name a trained embedding in modules_to_save; no other embedding is saved",
+            ),
+            "path_initial_model_for_weight_conversion": (
+                (None,),
+                "a difference to another adapter is not written",
+            ),
+        },
+    }
+)
+"""Arguments of PEFT's methods: the values without effect (None: all), and advice for others."""
+
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -67,6 +108,20 @@ def takes_pefts_names(method: Method) -> Method:
         return method(*args, **{_OURS.get(name, name): value for name, value in kwargs.items()})
 
     return cast("Method", called)
+
+
+def check_pefts_arguments(method: str, given: Mapping[str, object]) -> None:
+    """Refuse arguments of PEFT's method that this package does not support.
+
+    Raises:
+        UsageError: an argument is unknown, or its value would change the result.
+    """
+    for name, value in given.items():
+        if name not in _ARGUMENTS[method]:
+            raise UsageError(f"{method}() has no argument {printable(name)}.")
+        harmless, advice = _ARGUMENTS[method][name]
+        if harmless is not None and not any(value is each or value == each for each in harmless):
+            raise UsageError(f"{method}() does not support this value of {name}: {advice}.")
 
 
 def own_config(config: object) -> VeraConfig:
@@ -96,6 +151,7 @@ class PeftMethods(nn.Module):
 
     configs: dict[str, VeraConfig]
     active: tuple[str, ...]
+    enabled: bool
 
     # --- a model that passes for a PeftModel ------------------------------------------------------
 
@@ -160,8 +216,8 @@ class PeftMethods(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether any adapter is active."""
-        return bool(self.active)
+        """Whether any adapter is active and switched on."""
+        return bool(self.active) and self.enabled
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -175,9 +231,7 @@ class PeftMethods(nn.Module):
         requires_grad: bool = True,  # noqa: FBT001, FBT002 -- as in PEFT
     ) -> None:
         """Let gradients flow to the parameters of these adapters, or stop the gradients."""
-        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
-        self.require_known(names)
-        for name in names:
+        for name in self.named([adapter_names]):
             self.let_train(name, requires_grad)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -189,12 +243,11 @@ class PeftMethods(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers` is called."""
-        self.refuse_merged("adapters are switched off")
-        activate(self.model, ())
+        self.switch(on=False)
 
     def enable_adapter_layers(self) -> None:
         """Switch the active adapters on again."""
-        activate(self.model, self.active)
+        self.switch(on=True)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -239,8 +292,9 @@ class PeftMethods(nn.Module):
     ) -> None:
         """Merge these adapters, or the active ones; see `merge`.
 
-        PEFT checks for values that are not finite only with `safe_merge`, and changes both of two
-        tied weights with a warning. This method checks by default, and requires `tied`.
+        PEFT checks for values that are not finite only with `safe_merge`, changes both of two tied
+        weights with a warning, and rounds the delta of a 16-bit adapter before the sum. This method
+        checks by default, requires `tied`, and rounds only the sum.
         """
         self.merge(check=safe_merge, tied=tied, adapters=adapter_names)
 
@@ -260,8 +314,7 @@ class PeftMethods(nn.Module):
 
         Adapters that were merged before stay merged. See `merge_adapter` and `unload`.
         """
-        if not any(layer.merged for _, layer in self._layers()):
-            self.merge_adapter(adapter_names, safe_merge, tied=tied)
+        self.merge_adapter(adapter_names, safe_merge, tied=tied)
         return self.unload()
 
     # --- publishing -------------------------------------------------------------------------------

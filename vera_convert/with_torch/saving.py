@@ -16,7 +16,6 @@ from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import UsageError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.publish.publishing import explained, staged_folder, updated_folder
-from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"
@@ -42,35 +41,6 @@ def _listed(value: object) -> list[object]:
         f"the config holds an object of the class {type(value).__name__}, which no "
         "adapter_config.json can hold: give texts, numbers and lists."
     )
-
-
-def check_trainers_arguments(given: Mapping[str, object]) -> None:
-    """Refuse arguments of PEFT's ``save_pretrained`` that this package does not support.
-
-    Raises:
-        UsageError: an argument is not supported.
-    """
-    reasons = {
-        "state_dict": "a state dict that was gathered elsewhere; save on a process that holds the "
-        "whole model",
-        "safe_serialization": "pickles; adapters are written as safetensors",
-        "save_embedding_layers": "embedding layers that were not trained; name a trained one in "
-        "modules_to_save",
-        "path_initial_model_for_weight_conversion": "a difference to another adapter",
-    }
-    harmless: dict[str, tuple[object, ...]] = {
-        "state_dict": (None,),
-        "safe_serialization": (True,),
-        "save_embedding_layers": ("auto", False),
-        "path_initial_model_for_weight_conversion": (None,),
-    }
-    for name, value in given.items():
-        if name == "is_main_process":
-            continue
-        if name not in harmless:
-            raise UsageError(f"save_pretrained() has no argument {printable(name)}.")
-        if not any(value is each or value == each for each in harmless[name]):
-            raise UsageError(f"save_pretrained() does not write {reasons[name]} ({name}).")
 
 
 def write_adapters(
