@@ -96,7 +96,7 @@ def test_a_bare_name_is_a_path_for_an_adapter(access: HubAccess) -> None:
 @pytest.mark.usefixtures("no_network", "inside")
 @pytest.mark.parametrize(
     "text",
-    ["", "a\0b", "org/name/", "a/b/../c", "https://x.y/a/b", "hf://datasets/a/b", "x" * 5000],
+    ["", "a\0b", "org/name//", "a/b/../c", "https://x.y/a/b", "hf://datasets/a/b", "x" * 5000],
 )
 def test_what_is_malformed_is_a_usage_error(text: str, access: HubAccess) -> None:
     with pytest.raises(UsageError):

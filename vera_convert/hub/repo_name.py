@@ -12,7 +12,7 @@ from vera_convert.files.file_names import clean_name
 
 SCHEME = "hf://"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-_PAGES = ("tree", "blob", "resolve")
+_PAGES = ("tree", "blob", "resolve", "raw", "commit")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _PART = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
@@ -69,25 +69,25 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
     Args:
         text: ``org/name[@revision][/subfolder]``, with or without ``hf://`` or ``hf://models/``;
             or the address of a page, ``https://huggingface.co/org/name[/tree/revision[/subfolder]]``,
-            also without ``https://``.
+            also without ``https://``; or the address that git clones.
         bare: allow a ``name`` without an organization.
 
     Raises:
         ValueError: the name is malformed; the message says where.
     """
-    if text.startswith(SCHEME):
+    address = _as_address(text)
+    if address is not None:
+        repo_id, revision, subfolder = _of_address(address)
+    elif text.startswith(SCHEME):
         body = _without_type(text.removeprefix(SCHEME)).strip("/")
         repo_id, revision, subfolder = _split(body)
         # As in huggingface_hub, %2F stands for a slash in a branch.
         revision = unquote(revision) if revision else revision
-    elif re.match(r"https?://", text):
-        repo_id, revision, subfolder = _of_address(text)
-    elif text.startswith(tuple(f"{host}/" for host in _HOSTS)):  # no organization has this name
-        repo_id, revision, subfolder = _of_address(f"https://{text}")
     elif "://" in text:
         raise ValueError("an address of the Hub is written hf://org/name")
     else:
-        repo_id, revision, subfolder = _split(text)
+        repo_id, revision, subfolder = _split(text.removesuffix("/"))
+    repo_id = repo_id.removesuffix(".git")  # the Hub allows no such name
     if not is_repo_id(repo_id) or ("/" not in repo_id and not bare):
         raise ValueError("the repo is not of the form org/name")
     if revision is not None and not is_revision(revision):
@@ -98,6 +98,16 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
         except CheckpointError:
             raise ValueError("the subfolder is not a clean relative name") from None
     return RepoName(repo_id, revision, subfolder or "")
+
+
+def _as_address(text: str) -> str | None:
+    """Return the web address that `text` stands for; None if `text` is no address."""
+    cloned = re.fullmatch(r"(?:ssh://)?git@([\w.-]+)[:/](.+)", text)
+    if cloned is not None:
+        return f"https://{cloned[1]}/{cloned[2]}"
+    if text.startswith(tuple(f"{host}/" for host in _HOSTS)):  # no organization has this name
+        return f"https://{text}"
+    return text if re.match(r"https?://", text) else None
 
 
 def _without_type(body: str) -> str:
