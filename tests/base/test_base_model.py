@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -275,18 +276,43 @@ def test_every_model_of_transformers_with_conv1d_is_known() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")
-@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
-def test_a_config_that_is_no_file_is_not_passed_over(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("pipe", "V001 .*is a named pipe"),
+        ("socket", "V001 .*is a socket"),
+        ("folder", "V001 .*is a folder"),
+        ("dead link", "is a link to nothing, which leads nowhere"),
+        ("circle", "is a link to .*, which leads nowhere"),
+        ("device", "V002 .*leads to /dev/null"),
+    ],
+)
+def test_a_config_or_weights_that_are_no_file_are_not_passed_over(
+    what: str, reason: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny_base(tmp_path / "base")
-    config = base / "config.json"
-    config.unlink()
+    path = base / name
+    path.unlink()
+    monkeypatch.chdir(base)  # the name of a socket must be short
     if what == "pipe":
-        os.mkfifo(config)
+        os.mkfifo(path)
+    elif what == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(name)
     elif what == "folder":
-        config.mkdir()
+        path.mkdir()
     else:
-        config.symlink_to("nothing")
-    with pytest.raises((CheckpointError, SurroundingsError)) as caught:
+        targets = {"dead link": "nothing", "circle": name, "device": "/dev/null"}
+        path.symlink_to(targets[what])
+    with pytest.raises((CheckpointError, SurroundingsError), match=reason) as caught:
         read_base(Location("base", base), HubAccess())
-    assert "config.json" in str(caught.value)
-    assert what != "link" or "leads nowhere" in str(caught.value)
+    assert f"{name}: " in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and links")
+def test_a_shard_that_is_no_file_is_not_called_missing(tmp_path: Path) -> None:
+    location = write_model(tmp_path, SHARDS)
+    (tmp_path / "deep/model-00002-of-00002.safetensors").unlink()
+    os.mkfifo(tmp_path / "deep/model-00002-of-00002.safetensors")
+    assert codes(location) == ["V001"]

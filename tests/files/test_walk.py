@@ -64,6 +64,20 @@ def test_links_to_files_count_as_files_and_links_to_folders_are_not_entered(tree
     assert [folder.name for folder in walk(tree)] == ["", "a", "b"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_the_name_of_a_weight_file_is_listed_whatever_has_the_name(tree: Path) -> None:
+    os.mkfifo(tree / "a.safetensors")
+    (tree / "b.safetensors").mkdir()
+    (tree / "c.safetensors").symlink_to("missing")
+    (tree / "d.safetensors.index.json").symlink_to("d.safetensors.index.json")
+    assert [name for name, size in file_sizes(tree).items() if not size] == [
+        "a.safetensors",
+        "b.safetensors",
+        "c.safetensors",
+        "d.safetensors.index.json",
+    ]
+
+
 def test_a_subfolder_below_the_limit_of_depth_is_an_error_that_may_be_collected(
     tmp_path: Path,
 ) -> None:

@@ -512,10 +512,18 @@ def pipes_and_sockets_lie_beside_it(folder: Path) -> None:
     _bind(folder, "notes")
 
 
+@hostile_case(HARMLESS)
+def config_ends_its_lines_as_windows_does(folder: Path) -> None:
+    path = folder / CONFIG
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
 hostile(
     HARMLESS,
     {
         "a_side_file_has_a_name_that_acts": beside("\x1b]0;owned\x07\u202e\n\r\x9b31m.txt"),
+        "side_files_differ_in_case_alone": all_of(beside("NOTES.md"), beside("notes.md")),
+        "side_files_differ_in_form_alone": all_of(beside("\u00e9.md"), beside("e\u0301.md")),
         "a_side_file_is_called_as_an_option": beside("--force"),
         "a_side_file_is_called_as_a_device_of_windows": beside("NUL.txt"),
         "a_hidden_file_lies_beside_it": beside(".git/hooks/post-checkout", b"#!/bin/sh\n"),
@@ -711,6 +719,17 @@ hostile(
         "a_tensor_has_no_name": added({"": np.zeros(1, np.float32)}),
         "a_tensor_is_called_as_a_path": added({"../../../etc/passwd": np.zeros(1, np.float32)}),
         "a_tensor_is_called_as_metadata": added({"__metadata__.x": np.zeros(1, np.float32)}),
+    },
+)
+hostile(
+    REFUSED["V221"],
+    {
+        "two_tensors_have_names_that_look_alike": added(
+            {
+                f"base_model.model.caf{end}": np.zeros(1, np.float32)
+                for end in ("\u00e9", "e\u0301", "\u0435\u0301")
+            }
+        ),
     },
 )
 hostile(
@@ -1375,10 +1394,14 @@ _MADE: dict[str, Callable[[Path], object]] = {
     "link_to_an_endless_device": lambda path: path.symlink_to("/dev/zero"),
 }
 for _what, _make in _MADE.items():
+    _refusal = {
+        "link_to_themselves": everywhere(SURROUNDINGS),
+        "link_to_an_endless_device": REFUSED["V002"],
+    }
     hostile(
-        REFUSED["V522"],
+        _refusal.get(_what, REFUSED["V001"]),
         {f"base_weights_{_what}": in_place_of("model.safetensors", _make)},
-        "only regular files are listed; the config alone then describes a model of another size",
+        "a weight file that cannot be opened must not let the config alone describe the model",
         on="base",
         posix=True,
     )
@@ -1526,6 +1549,8 @@ for _code, _indexes in {
         "index_names_a_file_in_other_letters": mapped(x="MODEL-00001-of-00003.safetensors"),
         "index_names_a_file_in_a_name_that_hides": mapped(x="\u202emodel\u200b.safetensors"),
         "index_names_a_device_of_windows": mapped(x="NUL.safetensors"),
+    },
+    "V001": {
         "a_shard_is_a_pipe": in_place_of("model-00002-of-00003.safetensors", os.mkfifo),
         "a_shard_is_a_folder": in_place_of("model-00002-of-00003.safetensors", Path.mkdir),
     },
@@ -1544,6 +1569,19 @@ for _code, _indexes in {
     },
     "V004": {"a_shard_is_empty": beside("model-00001-of-00003.safetensors", b"")},
     "V036": {"a_shard_is_zeros": beside("model-00001-of-00003.safetensors", bytes(64))},
+    "V509": {
+        "index_gives_every_tensor_to_another_shard": indexed(
+            lambda document: {
+                "weight_map": dict(
+                    zip(
+                        document["weight_map"],
+                        [*document["weight_map"].values()][::-1],
+                        strict=True,
+                    )
+                )
+            }
+        ),
+    },
     "V508": {"index_names_a_tensor_of_no_shard": mapped(x="model-00001-of-00003.safetensors")},
     "V025": {"index_nests_for_ever": beside(INDEX, b'{"weight_map":' * 100_000)},
     "V023": {"index_has_a_tensor_twice": beside(INDEX, b'{"weight_map": {"a": "b", "a": "c"}}')},

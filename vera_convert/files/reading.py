@@ -239,7 +239,8 @@ def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
 def _missing(path: Path, place: str) -> SurroundingsError:
     reason = "there is no such file."
     if path.is_symlink():
-        reason = f"is a link to {printable(str(path.readlink()))}, which leads nowhere."
+        target = printable(str(path.readlink()))
+        reason = f"is a link to {target}, which leads nowhere. Replace the link with the file."
     return SurroundingsError(f"{place}: {reason}")
 
 

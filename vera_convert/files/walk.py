@@ -18,6 +18,8 @@ from vera_convert.text import printable
 DEEPEST = 100
 """The most levels of subfolders; a checkpoint has two or three."""
 
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
 Failed = dict[str, VeraConvertError] | None
 
 
@@ -101,16 +103,17 @@ def is_regular(entry: os.DirEntry[str]) -> bool:
 def file_sizes(root: Path) -> dict[str, int]:
     """Return the size of each regular file below a folder, by relative path in sorted order.
 
-    Links to files are included, hidden files are not.
+    Links to files are included, hidden files are not. A pipe, a folder or a dead link that has the
+    name of a weight file is listed with size 0: whoever opens the file says why that is impossible.
 
     Raises:
         SurroundingsError: a folder cannot be listed, or lies too deep.
     """
     found = {
-        folder.path_of(entry): entry.stat().st_size
+        folder.path_of(entry): entry.stat().st_size if regular else 0
         for folder in walk(root)
         for entry in folder.entries
-        if is_regular(entry)
+        if (regular := is_regular(entry)) or entry.name.endswith(_WEIGHTS)
     }
     return dict(sorted(found.items()))
 
