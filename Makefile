@@ -9,8 +9,10 @@ TORCH := 2.13.0
 # The oldest that the extra `torch` promises; `make test-floor` runs on it.
 TORCH_FLOOR := 2.4.0
 
-# The libraries that packed weights are dequantized with, to compare.
-QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 loguru
+# The libraries that packed weights are dequantized with, to compare, and the packages that they import.
+QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 gptqmodel==7.7.0 autoawq==0.2.9 \
+	loguru==0.7.3 defuser==0.0.28 device-smi==0.5.7 dill==0.4.1 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
+	threadpoolctl==3.8.0 tokenicer==0.0.14
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -55,9 +57,8 @@ test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core 
 test-floor: .venv-floor/test.stamp ## The tests with torch on the oldest torch and transformers promised; downloads that torch
 	$(BIN_FLOOR)/python -m pytest tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
 
-test-quantizers: .venv/test.stamp ## Weights dequantized here and by the quantizers' own libraries; downloads these
-	$(BIN)/python $(PIP) install --no-deps --upgrade --target .venv/quantizers $(QUANTIZERS)
-	PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py
+test-quantizers: .venv/quantizers.stamp ## Weights dequantized here and by the quantizers' own libraries; downloads these
+	HF_HUB_OFFLINE=1 REQUIRE_QUANTIZERS=1 PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py
 
 # Its folder is left out by pyproject.toml, so that no other run of pytest meets it.
 test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages
@@ -83,6 +84,13 @@ clean: ## Remove everything that make made
 .venv/test.stamp: .venv/demo.stamp requirements/test.txt
 	$(BIN)/python $(PINNED) requirements/test.txt
 	$(BIN)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH)
+	@touch $@
+
+# AutoAWQ's set-up imports torch, and so is built without isolation.
+.venv/quantizers.stamp: .venv/test.stamp Makefile
+	$(BIN)/python $(PIP) install --no-deps --no-build-isolation --upgrade --target .venv/quantizers \
+		$(filter autoawq%,$(QUANTIZERS))
+	$(BIN)/python $(PIP) install --no-deps --upgrade --target .venv/quantizers $(filter-out autoawq%,$(QUANTIZERS))
 	@touch $@
 
 .venv/demo.stamp: requirements/demo.txt pyproject.toml

@@ -1,7 +1,14 @@
-"""Packed weights dequantized here and by the quantizers' own libraries, if these are installed."""
+"""Packed weights dequantized here and by the quantizers' own libraries, if these are installed.
+
+`make test-quantizers` installs the libraries and requires each of them.
+"""
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +16,33 @@ import pytest
 from numpy.typing import NDArray
 from packedlayers import decoded
 
-from vera_convert.base.quantized import bitsandbytes_4bit, compressed_tensors, torchao
+from vera_convert.base.quantized import awq, bitsandbytes_4bit, compressed_tensors, gptq, torchao
 from vera_convert.draws.generator import Rounding, rounded
 
 torch = pytest.importorskip("torch")
+
+
+def library(name: str) -> Any:
+    """A module of a quantizer's library; the test is skipped without the library."""
+    if "REQUIRE_QUANTIZERS" in os.environ:
+        return import_module(name)
+    return pytest.importorskip(name)
+
+
+def autoawqs_packing() -> Any:
+    """AutoAWQ's functions for packed weights; the package as a whole needs an old transformers."""
+    package = find_spec("awq")
+    if package is None and "REQUIRE_QUANTIZERS" not in os.environ:
+        pytest.skip("autoawq is not installed")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).with_name("utils") / "packing_utils.py"
+    spec = spec_from_file_location("autoawqs_packing", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def array(tensor: Any) -> NDArray[Any]:
@@ -27,7 +57,7 @@ def array(tensor: Any) -> NDArray[Any]:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, dtype: str) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = library("bitsandbytes.functional")
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=getattr(torch, dtype))
     packed, state = functional.quantize_4bit(
@@ -56,9 +86,9 @@ def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, dtyp
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [32, None])
 def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int | None) -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    helpers = library("compressed_tensors.compressors")
+    quantization = library("compressed_tensors.quantization")
+    forward = library("compressed_tensors.quantization.lifecycle.forward")
     torch.manual_seed(0)
     settings = {
         "num_bits": bits,
@@ -93,8 +123,8 @@ def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_torchao(kind: str, dtype: str) -> None:
-    ao = pytest.importorskip("torchao.quantization")
-    files = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    ao = library("torchao.quantization")
+    files = library("torchao.prototype.safetensors.safetensors_support")
     configs = {
         "int8": lambda: ao.Int8WeightOnlyConfig(version=2),
         "int4": lambda: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), version=2),
@@ -116,3 +146,65 @@ def test_the_cast_to_fp8_is_that_of_torch() -> None:
     values = torch.cat([values, values * 2**-9, values * 2**-12])
     wanted = values.to(torch.float8_e4m3fn).to(torch.float32)
     assert array(wanted).tobytes() == rounded(array(values), Rounding.FP8).tobytes()
+
+
+def words(values: NDArray[np.generic]) -> NDArray[np.int32]:
+    """Random words of 32 bits in the shape of `values`."""
+    generator = np.random.default_rng(values.size)
+    return generator.integers(-(2**31), 2**31, values.shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("order", ["in turn", "by activation"])
+@pytest.mark.parametrize("group", [32, -1])
+def test_gptq(bits: int, version: str, order: str, group: int) -> None:
+    kernel = library("gptqmodel.nn_modules.qlinear.torch")
+    models = library("gptqmodel.utils.model")
+    inputs, outputs = 96, 40
+    groups = 1 if group == -1 else inputs // group
+    values = np.random.default_rng(bits)
+    of_inputs = np.arange(inputs) * groups // inputs
+    arrays = {
+        "qweight": words(np.empty((inputs * bits // 32, outputs))),
+        "qzeros": words(np.empty((groups, outputs * bits // 32))),
+        "scales": values.uniform(0.001, 0.1, (groups, outputs)).astype(np.float16),
+        "g_idx": (values.permutation(of_inputs) if order != "in turn" else of_inputs).astype("i4"),
+    }
+    layer = kernel.TorchLinear(bits, group, True, order != "in turn", inputs, outputs)
+    for name, values_of_part in arrays.items():
+        getattr(layer, name).data = torch.from_numpy(values_of_part.copy())
+    if version == "gptq":
+        models.convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
+    wanted = layer.train().dequantize_weight()  # (in, out)
+    settings = {"bits": bits, "group_size": group, "checkpoint_format": version}
+    found = decoded(gptq.weights, arrays, settings)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, array(wanted.T))
+
+
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("their_name", ["gptqmodel", "autoawq"])
+def test_awq(their_name: str, size: int, dtype: str) -> None:
+    inputs, outputs = 96, 40
+    groups = inputs // size
+    scales = torch.empty(groups, outputs).uniform_(0.001, 0.1).to(getattr(torch, dtype))
+    arrays = {
+        "qweight": words(np.empty((inputs, outputs // 8))),
+        "qzeros": words(np.empty((groups, outputs // 8))),
+        "scales": array(scales),
+    }
+    qweight, qzeros = (torch.from_numpy(arrays[name].copy()) for name in ("qweight", "qzeros"))
+    if their_name == "autoawq":
+        unpack = autoawqs_packing().dequantize_gemm
+        wanted = unpack(qweight, qzeros, scales.to(torch.float16), 4, size)
+    else:
+        kernel = library("gptqmodel.nn_modules.qlinear.torch_awq")
+        layer = kernel.AwqTorchLinear(4, size, False, False, inputs, outputs, register_buffers=True)
+        layer.load_state_dict({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+        layer.post_init()
+        wanted = layer._dequantize_weight_for_inference(torch.empty(1), dtype=torch.float16)
+    found = decoded(awq.weights, arrays, {"group_size": size, "version": "gemm"})
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, array(wanted.T))
