@@ -104,3 +104,71 @@ def test_two_configs_that_disagree_are_refused(name: str) -> None:
     part = {"quantization_config": {**section, "quant_method": "hqq", "load_in_4bit": None}}
     config = {**base.config, "text_config": part}
     assert {f.code for f in unpacked(replace(base, config=config)).defects} == {"V554"}
+
+
+def first_layer(base: BaseModel) -> str:
+    """The path of the first layer that is packed."""
+    return layer_of(next(iter(unpacked(base).weights.values())).main)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "U8"])
+def test_a_packed_bias_is_refused(name: str, dtype: str) -> None:
+    base = base_of(name)
+    rest = "gate_up_proj_bias" if "mxfp4" in name else "bias"
+    bias = f"{first_layer(base)}.{rest}"
+    info = TensorInfo(bias, dtype, (64,), 0, 64)
+    file = next(iter(base.files))
+    assert with_tensors(base, {**base.tensors, bias: BaseTensor(file, info)}) == {"V553"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
+def test_a_bias_has_a_value_for_each_output(name: str) -> None:
+    base = base_of(name)
+    weight = next(iter(unpacked(base).weights.values()))
+    bias = f"{first_layer(base)}.bias"
+    for size, codes in ((weight.shape[0], set()), (weight.shape[0] + 1, {"V553"})):
+        info = TensorInfo(bias, "BF16", (size,), 0, 2 * size)
+        tensors = {**base.tensors, bias: BaseTensor(next(iter(base.files)), info)}
+        assert with_tensors(base, tensors) == codes
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_whose_class_stores_the_transpose_is_refused_by_name(
+    name: str, has_bias: bool
+) -> None:
+    base = base_of(name)
+    path = first_layer(base)
+    new = "h.0.attn.c_attn"
+    tensors = {key.replace(f"{path}.", f"{new}."): each for key, each in base.tensors.items()}
+    if has_bias:
+        outputs = next(iter(unpacked(base).weights.values())).shape[0]
+        info = TensorInfo(f"{new}.bias", "BF16", (outputs,), 0, 2 * outputs)
+        tensors[f"{new}.bias"] = BaseTensor(next(iter(base.files)), info)
+    files = {
+        file: replace(
+            header,
+            metadata={k.replace(f"{path}.", f"{new}."): v for k, v in header.metadata.items()},
+        )
+        for file, header in base.files.items()
+    }
+    values = {key.replace(f"{path}.", f"{new}."): value for key, value in base.values.items()}
+    config = {**base.config, "model_type": "gpt2"}
+    found = unpacked(replace(base, tensors=tensors, files=files, values=values, config=config))
+    (finding,) = found.defects
+    assert finding.code == "V554"
+    assert finding.place == f"{new}.weight"
+    assert found.labels[0] in finding.reason
+    assert "(in, out)" in finding.reason
+    shapes = unpacked(base).view.tensors, found.view.tensors
+    assert shapes[0][f"{path}.weight"].info.shape == shapes[1][f"{new}.weight"].info.shape
+
+
+def test_a_layer_without_a_word_in_the_config_is_refused_with_the_reason() -> None:
+    base = base_of("gptq-8bit")
+    config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+    first, *_ = unpacked(replace(base, config=config)).defects
+    assert first.code == "V554"
+    assert "GPTQ or AWQ" in first.reason
+    assert "the base's config does not say how it is quantized" in first.reason

@@ -165,7 +165,7 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     groups = 1 if group == -1 else inputs // group
     values = np.random.default_rng(bits)
     of_inputs = np.arange(inputs) * groups // inputs
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "qweight": words(np.empty((inputs * bits // 32, outputs))),
         "qzeros": words(np.empty((groups, outputs * bits // 32))),
         "scales": values.uniform(0.001, 0.1, (groups, outputs)).astype(np.float16),

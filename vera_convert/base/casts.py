@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vera_convert.base.quantized.formats import NO_CAST
+from vera_convert.base.quantized.layer import NO_CAST
 from vera_convert.base.quantized.unpack import Unpacked, model_dtype
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import FLOATS
@@ -44,11 +44,10 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
         if found is None:
             dtypes.add(base.view.tensors[name].info.dtype)
             continue
+        if found.cast is None:
+            reason = f"the adapted layers are quantized ({found.label}). {found.undecided}"
+            return Casts(None, reason=reason)
         dtype = found.cast(base.settings, model_dtype(base.base.config))
-        if dtype is None:
-            return Casts(
-                None, reason=f"the adapted layers are quantized ({found.label}). {found.undecided}"
-            )
         if dtype != NO_CAST:
             dtypes.add(dtype)
     unknown = dtypes - FLOATS

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from vera_convert.base.quantized.formats import MOST_BYTES, tells_shape
+from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
 from vera_convert.files.reading import ByteSource, LocalFile, open_local
@@ -290,7 +290,7 @@ class _Source:
             (name, info)
             for name, header in files.items()
             for info in header.tensors.values()
-            if tells_shape(info.name) and info.nbytes <= MOST_BYTES
+            if tells_shape(info.name) and info.nbytes <= MAX_SHAPE_BYTES
         ]
         step = len(wanted) if self.location.folder is not None else -(-len(wanted) // _REQUESTS)
         shares = [wanted[first : first + step] for first in range(0, len(wanted), step or 1)]

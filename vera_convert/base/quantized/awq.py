@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
+    KERNELS_DECIDE,
     SCALE_DTYPES,
     Array,
+    Format,
     Layer,
     PackedWeight,
     PartReader,
@@ -22,7 +24,6 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
-LABEL = "AWQ"
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """The field of a word that holds each of its eight outputs."""
 
@@ -107,3 +108,14 @@ def _check_settings(layer: Layer) -> None:
         raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
     if "g_idx" in layer.tensors:
         raise layer.error(PART_MALFORMED, "g_idx", "AWQ has no such part: this may be GPTQ.")
+
+
+FORMAT = Format(
+    "AWQ",
+    "awq",
+    weights,
+    signs="qweight|qzeros|g_idx|scales",
+    packed="qweight",
+    undecided=KERNELS_DECIDE,
+    needs_config=True,
+)

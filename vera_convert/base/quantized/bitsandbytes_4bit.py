@@ -10,6 +10,7 @@ of rows, and the last block can be short. "Double" quantization stores absmax it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from vera_convert.base.quantized.layer import (
     Array,
     Check,
+    Format,
     Layer,
     LayerError,
     PackedWeight,
@@ -32,7 +34,6 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
 
-LABEL = "bitsandbytes 4-bit"
 STATE = "weight.quant_state.bitsandbytes__"
 TABLES = {
     "nf4": np.array(
@@ -60,8 +61,6 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32")
 _NESTED_BLOCK = 256
 _BLOCK_SIZES = frozenset(1 << n for n in range(5, 13))
-MAX_STATE_BYTES = 4096
-"""A real state has 80 to 200 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +213,7 @@ def _state(layer: Layer, rest: str) -> State:
 
     text = layer.values.get(rest)
     if text is None or layer.tensors[rest].dtype != "U8" or len(layer.tensors[rest].shape) != 1:
-        raise wrong(f"it is no U8 vector of up to {MAX_STATE_BYTES:,} bytes.")
+        raise wrong("it is no U8 vector of up to 4,096 bytes.")
     try:
         document = parse_json(text, place=rest)
     except CheckpointError:
@@ -248,8 +247,19 @@ def _nested_offset(document: Mapping[str, object]) -> float | None:
     return float(offset) if isinstance(offset, int | float) else None
 
 
-def cast(settings: Mapping[str, object], _dtype: str) -> str | None:
-    """Return the dtype that PEFT casts A and B to: the dtype that the layer computes in."""
+def _cast(settings: Mapping[str, object], _dtype: str) -> str:
+    """Return the dtype that the layer computes in."""
     found = settings.get("bnb_4bit_compute_dtype")
     name = found.removeprefix("torch.") if isinstance(found, str) else "float32"
-    return _DTYPES.get(name)
+    return _DTYPES.get(name, name)
+
+
+FORMAT = Format(
+    "bitsandbytes 4-bit",
+    "bitsandbytes",
+    weights,
+    signs=r"weight\.(absmax|quant_map|nested_.*|quant_state\..*)",
+    dtypes=("U8",),
+    cast=_cast,
+    tells_shape=rf"{re.escape(STATE)}.*",
+)

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.base.quantized.layer import Array, Layer, PackedWeight, PartReader, finite
+from vera_convert.base.quantized.layer import (
+    Array,
+    Format,
+    Layer,
+    PackedWeight,
+    PartReader,
+    cast_to_nothing,
+    finite,
+)
 
-LABEL = "bitsandbytes 8-bit"
 _STEP = np.float32(0.007874015718698502)
 
 
@@ -64,3 +71,13 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 def _row_major(values: Array) -> str | None:
     return "it is not 0: the weight is laid out for one kind of GPU." if values.any() else None
+
+
+FORMAT = Format(
+    "bitsandbytes 8-bit",
+    "bitsandbytes",
+    weights,
+    signs="SCB|weight_format",
+    dtypes=("I8",),
+    cast=cast_to_nothing,
+)

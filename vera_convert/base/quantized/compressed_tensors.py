@@ -18,10 +18,12 @@ from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
     Check,
+    Format,
     Layer,
     LayerError,
     PackedWeight,
     PartReader,
+    cast_to_model,
     finite,
     finite_and_not_zero,
     sizes,
@@ -42,7 +44,6 @@ from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
-LABEL = "compressed-tensors"
 SHAPE = "weight_shape"
 _PACKED, _ONE_BYTE, _NVFP4 = "pack-quantized", "one byte", "nvfp4-pack-quantized"
 _LAYOUTS = {
@@ -54,7 +55,7 @@ _LAYOUTS = {
 }
 """How the formats that are supported lay out a weight."""
 _PAIRS = pair_table(E2M1, high_first=False)
-DROPPED = frozenset(
+_DROPPED = frozenset(
     """
     input_global_scale input_scale input_zero_point output_scale output_zero_point
     k_scale v_scale q_scale
@@ -255,7 +256,7 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
         known.append("weight_zero_point")
     main = layer.name("weight_packed")
     decode = _Decoder(main, scale, zero, grid, block, columns, scheme.bits, layer.dtype)
-    parts = layer.refuse_others(tuple(known), DROPPED)
+    parts = layer.refuse_others(tuple(known), _DROPPED)
     return PackedWeight(layer.name("weight"), (rows, columns), main, parts, decode, checks)
 
 
@@ -277,7 +278,7 @@ def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
         layer.name("weight"),
         (rows, columns),
         layer.name("weight"),
-        layer.refuse_others(tuple(known), DROPPED),
+        layer.refuse_others(tuple(known), _DROPPED),
         _Decoder(layer.name("weight"), scale, zero, grid, block, columns, 0, layer.dtype),
         checks,
     )
@@ -295,7 +296,7 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
         layer.name("weight"),
         (rows, half * 2),
         main,
-        layer.refuse_others(("weight_packed", "weight_scale", "weight_global_scale"), DROPPED),
+        layer.refuse_others(("weight_packed", "weight_scale", "weight_global_scale"), _DROPPED),
         _Nvfp4Decoder(main, scale, overall, layer.dtype),
         {scale: finite, overall: finite_and_not_zero},
     )
@@ -414,3 +415,17 @@ def _scheme(layout: str, weight: Mapping[str, object]) -> Scheme | None:
     block = None if found is None else (found[0], found[1])
     symmetric = weight.get("symmetric", True) is True
     return Scheme(layout, bits, strategy, group, block, symmetric, kind == "float")
+
+
+FORMAT = Format(
+    "compressed-tensors",
+    "compressed-tensors",
+    weights,
+    signs="weight_(packed|shape|scale|zero_point|global_scale|g_idx)|input_scale",
+    packed="weight_packed",
+    dtypes=("F8_E4M3", "I8"),
+    cast=cast_to_model,
+    needs_config=True,
+    dropped=_DROPPED,
+    tells_shape=SHAPE,
+)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
+    Format,
     Layer,
     PackedWeight,
     PartReader,
@@ -26,11 +27,10 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import widened
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
 
-LABEL = "fp8"
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
 """The factors of a weight. The first is the inverse of the factor that the weight was scaled by."""
-OF_ACTIVATIONS = frozenset(
+_OF_ACTIVATIONS = frozenset(
     ("input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 )
 """Scales of the values between layers: of no use in a model that is not quantized."""
@@ -100,7 +100,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         layer.name("weight"),
         shape,
         layer.name("weight"),
-        layer.refuse_others(("weight", rests[0]), OF_ACTIVATIONS),
+        layer.refuse_others(("weight", rests[0]), _OF_ACTIVATIONS),
         _Decoder(layer.name("weight"), name, block, -(-shape[1] // block[1])),
         {name: finite},
     )
@@ -129,3 +129,17 @@ def _blocks(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
 def _block_size(settings: Mapping[str, object]) -> tuple[int, int] | None:
     found = sizes(settings.get("weight_block_size"), 2)
     return None if found is None else (found[0], found[1])
+
+
+FORMAT = Format(
+    "fp8",
+    "fp8",
+    weights,
+    signs="weight_scale(_inv)?|input_scale(_ub)?",
+    dtypes=DTYPES,
+    undecided=(
+        "PEFT rounds to the model's dtype if the base is loaded dequantized (on a CPU always), and "
+        "to float8_e4m3fn if its layers stay fp8."
+    ),
+    dropped=_OF_ACTIVATIONS,
+)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
+    KERNELS_DECIDE,
     Array,
     Check,
+    Format,
     Layer,
     PackedWeight,
     PartReader,
@@ -26,7 +28,6 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
-LABEL = "GPTQ"
 _ONES = {4: 0x11111111, 8: 0x01010101}
 _VERSIONS = {"gptq": True, "gptq_v2": False}
 """Whether a version of the files stores zeros less one, by its ``checkpoint_format``."""
@@ -175,3 +176,14 @@ def _inside(values: Array, groups: int) -> str | None:
     if values.size and (int(values.min()) < 0 or int(values.max()) >= groups):
         return f"a value is none of the {groups:,} groups."
     return None
+
+
+FORMAT = Format(
+    "GPTQ",
+    "gptq",
+    weights,
+    signs="qweight|qzeros|g_idx|scales",
+    packed="qweight",
+    undecided=KERNELS_DECIDE,
+    needs_config=True,
+)

@@ -8,6 +8,7 @@ Nothing but headers and a few small tensors is read before a merge starts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +23,11 @@ from vera_convert.text import printable
 Array = NDArray[Any]
 
 SCALE_DTYPES = ("F32", "BF16", "F16")
+KERNELS_DECIDE = (
+    "PEFT rounds to float16 with gptqmodel's torch kernel, and not at all (float32) with its "
+    "kernels for CPUs."
+)
+"""The casts of A and B on a layer of GPTQ or AWQ."""
 
 
 class PartReader(Protocol):
@@ -162,6 +168,63 @@ class Layer:
             elif rest != "bias":
                 raise self.error(NOT_DEQUANTIZABLE, rest, "the format has no such part.")
         return tuple(found)
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+Cast = Callable[[Mapping[str, object], str], str]
+"""Returns the dtype that PEFT casts A and B to, from the settings and the dtype of the model."""
+NO_CAST = ""
+
+
+def cast_to_model(_settings: Mapping[str, object], dtype: str) -> str:
+    """Return the dtype of the model: PEFT casts A and B to it."""
+    return dtype
+
+
+def cast_to_nothing(_settings: Mapping[str, object], _dtype: str) -> str:
+    """Return `NO_CAST`: PEFT leaves A and B as drawn."""
+    return NO_CAST
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way in which weights are quantized.
+
+    Attributes:
+        label: the format's name for people.
+        method: the ``quant_method`` of a config.
+        weights: yields the weights of a layer, and checks every part.
+        signs: a pattern of the names of a layer's tensors that only quantizers write, without the
+            path of the layer.
+        packed: the name of the packed values, without the path of the layer.
+        dtypes: the dtypes of packed values that are called ``weight``.
+        cast: the cast of A and B on a layer of this format; None if the base does not decide.
+        undecided: the casts that are possible and when each happens, if `cast` is None.
+        needs_config: whether the tensors mean nothing without the settings of a config.
+        dropped: tensors in the layers and around them that a dequantized model does without.
+        tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
+    """
+
+    label: str
+    method: str
+    weights: Callable[[Layer], Iterator[PackedWeight]]
+    signs: str
+    packed: str = "weight"
+    dtypes: tuple[str, ...] = ()
+    cast: Cast | None = None
+    undecided: str = ""
+    needs_config: bool = False
+    dropped: frozenset[str] = frozenset()
+    tells_shape: str | None = None
+
+    def has_sign(self, rest: str) -> bool:
+        """Return whether the format writes a tensor of this name beside a weight."""
+        return re.fullmatch(self.signs, rest) is not None
+
+    def owns(self, rest: str, dtype: str) -> bool:
+        """Return whether a tensor of a layer can be one of this format's."""
+        return (rest == "weight" and dtype in self.dtypes) or self.has_sign(rest)
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -13,11 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vera_convert.base.quantized.layer import Array, Layer, PackedWeight, PartReader
+from vera_convert.base.quantized.layer import (
+    Array,
+    Format,
+    Layer,
+    PackedWeight,
+    PartReader,
+    cast_to_model,
+)
 from vera_convert.base.quantized.packing import BFLOAT16, E2M1, looked_up, pair_table
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MISSING
 
-LABEL = "mxfp4"
 _PAIRS = pair_table(E2M1, high_first=False)
 _POWERS = np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32)
 _READ_BYTES = 1 << 18
@@ -104,3 +110,6 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 def _no_255(values: Array) -> str | None:
     return "a value is 255, which is NaN in the standard." if (values == 255).any() else None
+
+
+FORMAT = Format("mxfp4", "mxfp4", weights, signs=".+_blocks", cast=cast_to_model)

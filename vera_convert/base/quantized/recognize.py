@@ -14,8 +14,8 @@ from functools import lru_cache
 from itertools import islice
 
 from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized import refused
 from vera_convert.base.quantized.formats import FORMATS
-from vera_convert.base.quantized.refused import METHODS as REFUSED
 from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
@@ -27,7 +27,7 @@ from vera_convert.text import printable
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 """Members of a config, or of a part of it, that say how it is quantized."""
 
-_METHODS = {each.method: each.label for each in FORMATS} | REFUSED
+_METHODS = {each.method: each.label for each in FORMATS} | refused.METHODS
 """The name of a method for people, by its ``quant_method``; bitsandbytes has two."""
 _KEPT_FIELDS = (
     "modules_to_not_convert",
@@ -40,35 +40,12 @@ _KEPT_FIELDS = (
     "linear_weights_not_to_quantize",
 )
 """What methods call their list of modules that are left alone."""
-_OF_SIBLINGS = (
-    (r"weight\.(absmax|quant_map|nested_.*|quant_state\..*)", "bitsandbytes 4-bit"),
-    (r"SCB|weight_format", "bitsandbytes 8-bit"),
-    (r"weight_scale_inv", "fp8"),
-    (r"weight_(scale_2|global_scale)", "NVFP4"),
-    (r"weight_(packed|shape|g_idx|zero_point)", "compressed-tensors"),
-    (r"weight_scale|input_scale(_ub)?", "fp8 or compressed-tensors"),
-    (r"qweight|qzeros|g_idx|scales", "GPTQ or AWQ"),
-    (r"W_q", "HQQ"),
-    (r".*blocks", "mxfp4"),
-    (r"weight_scales", "EETQ"),
-    (r"_weight_(qdata|scale|zero_point|.*_data)", "torchao"),
-    (r"weight[.:](?!original\d).*", "torchao or quanto"),
-    (r"codes|codebooks", "AQLM"),
-    (r"dense_weights|row_offsets|col_vals|in_perm", "SpQR"),
-    (r"(res_)?(centroids|indices)(\.weight)?|outlier_(centroids|indices)(\.weight)?", "VPTQ"),
-    (r"dqweight|act_global_scale|(forward|backward)_hadamard_matrix", "FP-Quant"),
-    (r"qbiases|biases", "MLX or Metal"),
+_PACKED = tuple(
+    dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
-"""Names of tensors beside a layer's weight that only quantizers write, and who they are."""
-_PACKED = (
-    *("qweight", "weight_packed", "W_q", "codes", "packed_weight", "_weight_qdata"),
-    *("weight._data", "weight._data._data", "dense_weights", "centroids.weight", "indices"),
-)
-"""Names that quantizers give to a weight itself, in this order; its shape is not the layer's."""
+"""Names that quantizers give to packed values, whose shape is not the layer's."""
 _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
 """Parts of a quantized layer that have a ``weight`` of their own."""
-_TRANSPOSED = ("EETQ",)
-"""Methods that store one value in each element, but as (in, out)."""
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 _SHAPED = FLOATS | _FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
 """Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
@@ -133,7 +110,7 @@ def is_packed(base: BaseModel, name: str) -> bool:
     if dtype != "I8":
         return False
     methods = {claim.method for claim in _claims(base.config)}
-    return f"{path}.weight_scales" in base.tensors or not methods.isdisjoint(_TRANSPOSED)
+    return f"{path}.weight_scales" in base.tensors or not methods.isdisjoint(refused.TRANSPOSED)
 
 
 @lru_cache(maxsize=1024)
@@ -143,7 +120,10 @@ def kind_of_siblings(name: str) -> str | None:
     Args:
         name: without the path of the layer, such as ``weight_scale``.
     """
-    return next((kind for pattern, kind in _OF_SIBLINGS if re.fullmatch(pattern, name)), None)
+    own = [each.label for each in FORMATS if each.has_sign(name)]
+    if own:
+        return " or ".join(own)
+    return next((kind for pattern, kind in refused.SIGNS if re.fullmatch(pattern, name)), None)
 
 
 # --- tensors -------------------------------------------------------------------------------------

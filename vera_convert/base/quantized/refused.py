@@ -26,3 +26,25 @@ METHODS = {
     "vptq": "VPTQ",
 }
 """The name of a method for people, by its ``quant_method``."""
+
+SIGNS = (
+    (r"weight_scale_2", "NVFP4"),
+    (r"W_q", "HQQ"),
+    (r"weight_scales", "EETQ"),
+    (r"weight[.:](?!original\d).*", "torchao or quanto"),
+    (r"codes|codebooks", "AQLM"),
+    (r"dense_weights|row_offsets|col_vals|in_perm", "SpQR"),
+    (r"(res_)?(centroids|indices)(\.weight)?|outlier_(centroids|indices)(\.weight)?", "VPTQ"),
+    (r"dqweight|act_global_scale|(forward|backward)_hadamard_matrix", "FP-Quant"),
+    (r"qbiases|biases", "MLX or Metal"),
+)
+"""Patterns of names beside a layer's weight that only these quantizers write."""
+
+PACKED = (
+    *("W_q", "codes", "packed_weight", "weight._data", "weight._data._data", "dense_weights"),
+    *("centroids.weight", "indices"),
+)
+"""Names that these quantizers give to packed values."""
+
+TRANSPOSED = ("EETQ",)
+"""Methods that store one value in each element, but as (in, out)."""

@@ -16,9 +16,11 @@ from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
     Check,
+    Format,
     Layer,
     PackedWeight,
     PartReader,
+    cast_to_model,
     finite,
     sizes,
 )
@@ -28,7 +30,6 @@ from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 from vera_convert.text import printable
 
-LABEL = "torchao"
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 _CLASSES = {
     "Int8Tensor": ("I8",),
@@ -132,3 +133,13 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
 def _dtype(said: object) -> str | None:
     name = said.get("_data") if isinstance(said, Mapping) else None
     return _DTYPES.get(name) if isinstance(name, str) else None
+
+
+FORMAT = Format(
+    "torchao",
+    "torchao",
+    weights,
+    signs="_weight_(qdata|scale|zero_point|.*_data)",
+    packed=QDATA,
+    cast=cast_to_model,
+)

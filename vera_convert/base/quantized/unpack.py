@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vera_convert.base.model import BaseModel, BaseTensor, Orientation
-from vera_convert.base.quantized.formats import FORMATS, Format
-from vera_convert.base.quantized.layer import Layer, LayerError, PackedWeight
+from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.quantized.formats import FORMATS
+from vera_convert.base.quantized.layer import Format, Layer, LayerError, PackedWeight
 from vera_convert.base.quantized.recognize import (
     kind_of_siblings,
     layer_of,
@@ -21,9 +21,11 @@ from vera_convert.base.quantized.recognize import (
     method_of,
     sections,
 )
+from vera_convert.base.renames import model_types
 from vera_convert.dtypes import BITS, FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
 from vera_convert.files.header import TensorInfo
-from vera_convert.rules import NOT_DEQUANTIZABLE, Finding
+from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, Finding
+from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import printable
 
 
@@ -78,18 +80,15 @@ def unpacked(base: BaseModel) -> Unpacked:
         reader.read(path, infos)
     dropped = {part for weight in reader.weights.values() for part in weight.parts}
     dropped |= {*_of_activations(layers, packed, reader.used)}
-    defects = [*reader.defects, *_other_dtypes(base, dropped, packed)]
-    view = _view(base, reader.weights, dropped, reader.dtype)
-    weights = dict(reader.weights)
-    for name, finding in _transposed(view, weights):
-        del weights[name]
-        defects.append(finding)
-    if len(weights) < len(reader.weights):
-        kept = {part for weight in weights.values() for part in weight.parts}
-        view = _view(base, weights, dropped & kept, reader.dtype)
-    formats = {name: reader.formats[name] for name in weights}
+    defects = dict.fromkeys((*reader.defects, *_other_dtypes(base, dropped, packed)))
     return Unpacked(
-        base, view, weights, formats, reader.settings, reader.dtype, tuple(dict.fromkeys(defects))
+        base,
+        _view(base, reader.weights, dropped, reader.dtype),
+        reader.weights,
+        reader.formats,
+        reader.settings,
+        reader.dtype,
+        tuple(defects),
     )
 
 
@@ -145,6 +144,9 @@ class _Reader:
         self.settings = found[0] if found else next(sections(base.config), {})
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
+        # A quantizer's bias and shape say nothing here: only the model's class transposes.
+        types = model_types(base.config)
+        self.conv1d = frozenset[str]().union(*(CONV1D_LAYERS.get(kind, ()) for kind in types))
 
     def read(self, path: str, infos: Mapping[str, TensorInfo]) -> None:
         """Read the weights of one layer."""
@@ -155,16 +157,24 @@ class _Reader:
         layer = self._layer(path, infos, fitting)
         try:
             found = [*fitting.weights(layer)]
+            _check_biases(layer, found)
         except LayerError as error:
             self.defects.append(error.finding)
             return
         self.used = [*dict.fromkeys((*self.used, fitting))]
         for weight in found:
-            if weight.name in self.base.tensors and weight.name not in weight.parts:
-                reason = f"{fitting.label}: the layer has a weight that is not packed as well."
-                self.defects.append(NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
             self.weights[weight.name] = weight
             self.formats[weight.name] = fitting
+            reason = ""
+            if weight.name in self.base.tensors and weight.name not in weight.parts:
+                reason = "the layer has a weight that is not packed as well."
+            elif path.rpartition(".")[2] in self.conv1d:
+                reason = (
+                    "the model's class stores this weight as (in, out), the quantizer (out, in)."
+                )
+            if reason:
+                reason = f"{fitting.label}: {reason}"
+                self.defects.append(NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
 
     def _format(self, infos: Mapping[str, TensorInfo]) -> Format | None:
         """Return the format of a layer; None if the layer's format is not supported."""
@@ -203,7 +213,8 @@ class _Reader:
         said = [*map(method_label, sections(self.base.config))]
         kind = " and ".join(dict.fromkeys(said)) or kind_of_siblings(rest) or "packed values"
         where = printable(f"{path}.{rest}" if path else rest)
-        return NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}.")
+        silent = "" if said else ", and the base's config does not say how it is quantized"
+        return NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}{silent}.")
 
 
 def _of_activations(
@@ -231,15 +242,22 @@ def _other_dtypes(
             yield NOT_DEQUANTIZABLE.at(printable(name), f"its dtype is {dtype}.")
 
 
-def _transposed(
-    view: BaseModel, weights: Mapping[str, PackedWeight]
-) -> Iterator[tuple[str, Finding]]:
-    """Yield the weights of layers whose class stores them as (in, out), which no format does."""
-    orientation = Orientation(view)
-    for name, weight in weights.items():
-        if len(weight.shape) == 2 and name.endswith(".weight") and orientation.is_conv1d(name):
-            reason = "the model's class stores this weight as (in, out), the quantizer (out, in)."
-            yield name, NOT_DEQUANTIZABLE.at(printable(name), reason)
+def _check_biases(layer: Layer, weights: Sequence[PackedWeight]) -> None:
+    """Check the tensors of a layer that a dequantized model keeps.
+
+    Raises:
+        LayerError: a bias is packed, or has another length than the layer has outputs.
+    """
+    parts = {part for weight in weights for part in weight.parts}
+    for rest, info in layer.tensors.items():
+        if layer.name(rest) not in parts and info.dtype not in FLOATS:
+            reason = f"its dtype is {info.dtype}; the format does not pack biases."
+            raise layer.error(PART_MALFORMED, rest, reason)
+    bias = layer.tensors.get("bias")
+    outputs = weights[0].shape[0]
+    if bias is not None and bias.shape != (outputs,):
+        reason = f"its shape is {[*bias.shape]}, and the layer has {outputs:,} outputs."
+        raise layer.error(PART_MALFORMED, "bias", reason)
 
 
 def _view(
