@@ -6,7 +6,6 @@ W[out, in] = float16(float16(scales[g, out]) * (q - zero[g, out])),   g = in // 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,9 +18,10 @@ from vera_convert.base.quantized.layer import (
     PackedWeight,
     PartReader,
     finite,
+    group_count,
     whole,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
+from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -33,43 +33,6 @@ def codes(words: Array) -> Array:
     return fields(words, 4)[:, :, _PLACES].reshape(len(words), -1)
 
 
-def dequantized(q: Array, zeros: Array, scales: Array) -> Array:
-    """Return rows of a weight, (n, in), in float16.
-
-    Args:
-        q: (in, n), codes from 0 to 15.
-        zeros: (groups, n), codes.
-        scales: (groups, n), of any float dtype; the library loads them as float16.
-    """
-    rows = np.ascontiguousarray(q.T)
-    shifts = zeros.T.astype(np.float32)
-    factors = scales.T.astype(FLOAT16).astype(np.float32)
-    out = np.empty(rows.shape, FLOAT16)
-    for part in pieces(*rows.shape):
-        values = rows[part].astype(np.float32)
-        inner = values.reshape(len(values), len(scales), -1)
-        inner -= shifts[part, :, None]
-        inner *= factors[part, :, None]
-        out[part] = values
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    qweight: str
-    qzeros: str
-    scales: str
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        begin, end = first // 8, -(-last // 8)
-        inside = slice(first - begin * 8, last - begin * 8)
-        return dequantized(
-            codes(read.columns(self.qweight, begin, end))[:, inside],
-            codes(read.columns(self.qzeros, begin, end))[:, inside],
-            read.columns(self.scales, first, last),
-        )
-
-
 def weights(layer: Layer) -> Iterator[PackedWeight]:
     """Yield the weight of a layer.
 
@@ -78,23 +41,24 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     _check_settings(layer)
     inputs, words = layer.main("qweight", ("I32",))
-    outputs = words * 8
-    size = whole(layer.settings, "group_size")
-    size = inputs if size == -1 else size
-    if size is None or size < 1 or inputs % size:
-        reason = f"{inputs:,} inputs are no multiple of the config's group_size."
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
-    groups = inputs // size
+    outputs, groups = words * 8, group_count(layer, inputs)
     qweight = layer.name("qweight")
     qzeros = layer.part("qzeros", ("I32",), (groups, words))
     scales = layer.part("scales", SCALE_DTYPES, (groups, outputs))
+
+    def rows(read: PartReader, first: int, last: int) -> Array:
+        begin, end = first // 8, -(-last // 8)
+        inside = slice(first - begin * 8, last - begin * 8)
+        q = codes(read.columns(qweight, begin, end))[:, inside]
+        zeros = codes(read.columns(qzeros, begin, end))[:, inside]
+        factors = read.columns(scales, first, last).astype(FLOAT16)  # as the library loads them
+        width = inputs // groups
+        q = np.ascontiguousarray(q.T)
+        return scaled(q, factors.T, zeros.T, width=width, dtypes=(FLOAT16,))
+
+    parts = layer.refuse_others(("qweight", "qzeros", "scales"))
     yield PackedWeight(
-        layer.name("weight"),
-        (outputs, inputs),
-        qweight,
-        layer.refuse_others(("qweight", "qzeros", "scales"), frozenset()),
-        _Decoder(qweight, qzeros, scales),
-        {scales: finite},
+        layer.name("weight"), (outputs, inputs), qweight, parts, rows, {scales: finite}
     )
 
 

@@ -11,7 +11,7 @@ of rows, and the last block can be short. "Double" quantization stores absmax it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vera_convert.base.quantized.layer import (
     Array,
     Check,
+    Decode,
     Format,
     Layer,
     LayerError,
@@ -123,28 +124,32 @@ def nested_absmax(
     return product + np.float32(offset)
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    weight: str
-    absmax: str
-    nested: tuple[str, str] | None
-    state: State
+def _decoder(state: State, weight: str, absmax: str, nested: Sequence[str]) -> Decode:
+    """Return the function that computes rows of a weight.
 
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        (rows, columns), block = self.state.shape, self.state.block
+    Args:
+        state: how the weight is packed.
+        weight: the tensor of the codes.
+        absmax: the tensor of the largest values.
+        nested: the table and the scales of nested largest values; empty if these are not nested.
+    """
+    (rows, columns), block = state.shape, state.block
+
+    def decode(read: PartReader, first: int, last: int) -> Array:
         start, end = first * columns, last * columns
         begin, stop = start // block, -(-end // block)
         count = min(stop * block, rows * columns) - begin * block
-        packed = read.raw(self.weight, begin * block // 2, (begin * block + count + 1) // 2)
-        absmax = read.flat(self.absmax, begin, stop)
-        if self.nested is not None:
-            table, scales = self.nested
+        packed = read.raw(weight, begin * block // 2, (begin * block + count + 1) // 2)
+        largest = read.flat(absmax, begin, stop)
+        if nested:
+            table, scales = nested
             few = read.flat(scales, begin // _NESTED_BLOCK, -(-stop // _NESTED_BLOCK))
-            offset = self.state.offset or 0.0
-            absmax = nested_absmax(absmax, read.flat(table, 0, 256), few, offset, begin)
-        values = dequantized(packed, absmax, self.state, count)
-        inside = slice(start - begin * block, end - begin * block)
-        return values[inside].reshape(last - first, columns)
+            codes_of_absmax = read.flat(table, 0, 256)
+            largest = nested_absmax(largest, codes_of_absmax, few, state.offset or 0.0, begin)
+        values = dequantized(packed, largest, state, count)
+        return values[start - begin * block : end - begin * block].reshape(last - first, columns)
+
+    return decode
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -158,42 +163,40 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         raise layer.error(PART_MISSING, f"{STATE}nf4", "it says how the weight is packed.")
     state = _state(layer, rest)
     count = state.shape[0] * state.shape[1]
-    weight = layer.tensors.get("weight")
-    is_column = weight is not None and weight.shape[1:] == (1,)
-    if (
-        weight is None
-        or not is_column
-        or weight.dtype not in _STORAGE
-        or weight.nbytes != (count + 1) // 2
-    ):
-        found = "missing" if weight is None else f"{[*weight.shape]} of {weight.dtype}"
-        reason = f"its values are {found}; {count:,} values of 4 bits are needed."
-        raise layer.error(PART_MISSING if weight is None else PART_MALFORMED, "weight", reason)
-    blocks = (-(-count // state.block),)
+    _check_codes(layer, count)
+    blocks = -(-count // state.block)
     table = layer.part("weight.quant_map", ("F32",), (16,))
-    checks: dict[str, Check] = {table: lambda values: _table(values, state.kind)}
-    known = ["weight", rest, "weight.absmax", "weight.quant_map"]
-    nested = None
-    if state.offset is None:
-        absmax = layer.part("weight.absmax", ("F32",), blocks)
-        checks[absmax] = finite
-    else:
-        absmax = layer.part("weight.absmax", ("U8",), blocks)
-        few = (-(-blocks[0] // _NESTED_BLOCK),)
+    absmax = layer.part("weight.absmax", ("F32" if state.offset is None else "U8",), (blocks,))
+    nested: tuple[str, ...] = ()
+    if state.offset is not None:
+        few = (-(-blocks // _NESTED_BLOCK),)
         nested = (
             layer.part("weight.nested_quant_map", ("F32",), (256,)),
             layer.part("weight.nested_absmax", ("F32",), few),
         )
-        checks |= dict.fromkeys(nested, finite)
-        known += ["weight.nested_quant_map", "weight.nested_absmax"]
-    yield PackedWeight(
-        layer.name("weight"),
-        state.shape,
-        layer.name("weight"),
-        layer.refuse_others(tuple(known), frozenset()),
-        _Decoder(layer.name("weight"), absmax, nested, state),
-        checks,
-    )
+    checks: dict[str, Check] = {table: lambda values: _table(values, state.kind)}
+    checks |= dict.fromkeys(nested or (absmax,), finite)
+    weight = layer.name("weight")
+    known = {name.removeprefix(layer.name("")) for name in (weight, table, absmax, *nested)}
+    parts = layer.refuse_others({rest, *known})
+    decode = _decoder(state, weight, absmax, nested)
+    yield PackedWeight(weight, state.shape, weight, parts, decode, checks)
+
+
+def _check_codes(layer: Layer, count: int) -> None:
+    """Check that the packed values are bytes in one column, as many as `count` values need.
+
+    Raises:
+        LayerError: they are missing, or have another shape or dtype.
+    """
+    weight = layer.tensors.get("weight")
+    if weight is None:
+        raise layer.error(PART_MISSING, "weight", f"{count:,} values of 4 bits are needed.")
+    is_column = weight.shape[1:] == (1,) and weight.dtype in _STORAGE
+    if not is_column or weight.nbytes != (count + 1) // 2:
+        reason = f"its values are {[*weight.shape]} of {weight.dtype}"
+        reason += f"; {count:,} values of 4 bits are needed."
+        raise layer.error(PART_MALFORMED, "weight", reason)
 
 
 def _table(values: Array, kind: str) -> str | None:

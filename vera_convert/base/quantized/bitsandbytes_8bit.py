@@ -6,7 +6,6 @@ W = float32(float32(q * SCB[row]) * float32(1 / 127))
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,17 +36,6 @@ def dequantized(q: Array, largest: Array) -> NDArray[np.float32]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    weight: str
-    largest: str
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        return dequantized(
-            read.rows(self.weight, first, last), read.flat(self.largest, first, last)
-        )
-
-
 def weights(layer: Layer) -> Iterator[PackedWeight]:
     """Yield the weight of a layer.
 
@@ -59,14 +47,13 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     checks = {largest: finite}
     if "weight_format" in layer.tensors:
         checks[layer.part("weight_format", ("U8",), ())] = _row_major
-    yield PackedWeight(
-        layer.name("weight"),
-        (rows, columns),
-        layer.name("weight"),
-        layer.refuse_others(("weight", "SCB", "weight_format"), frozenset()),
-        _Decoder(layer.name("weight"), largest),
-        checks,
-    )
+    weight = layer.name("weight")
+
+    def decode(read: PartReader, first: int, last: int) -> Array:
+        return dequantized(read.rows(weight, first, last), read.flat(largest, first, last))
+
+    parts = layer.refuse_others(("weight", "SCB", "weight_format"))
+    yield PackedWeight(weight, (rows, columns), weight, parts, decode, checks)
 
 
 def _row_major(values: Array) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
-    Check,
+    Decode,
     Format,
     Layer,
     LayerError,
@@ -35,7 +35,7 @@ from vera_convert.base.quantized.packing import (
     FLOAT_OF,
     looked_up,
     pair_table,
-    pieces,
+    scaled,
     stream,
     widened,
 )
@@ -88,125 +88,6 @@ class Scheme:
     is_float: bool
 
 
-def dequantized(q: Array, scales: Array, zeros: Array | None, width: int, dtype: str) -> Array:
-    """Return rows of a weight, in the dtype of the model.
-
-    Args:
-        q: (n, columns), integers or fp8.
-        scales: (n, groups), whose dtype is the one that the library computes in.
-        zeros: (n, groups); None if there are none.
-        width: columns of a group; the last group may be narrower.
-        dtype: of the model, as safetensors names it.
-    """
-    out = np.empty(q.shape, FLOAT_OF[dtype])
-    for part in pieces(*q.shape):
-        values, factors = widened(q[part]), scales[part].astype(np.float32)
-        shifts = None if zeros is None else zeros[part].astype(np.float32)
-        whole_groups = values.shape[1] // width
-        inner = values[:, : whole_groups * width].reshape(len(values), whole_groups, width)
-        rest = values[:, whole_groups * width :]
-        if shifts is not None:
-            inner -= shifts[:, :whole_groups, None]
-            rest -= shifts[:, whole_groups:]
-        # A product of two 16-bit floats is exact in float32, so that it is rounded once.
-        inner *= factors[:, :whole_groups, None]
-        rest *= factors[:, whole_groups:]
-        out[part] = values.astype(scales.dtype, copy=False)
-    return out
-
-
-def dequantized_nvfp4(packed: Array, scales: Array, global_scale: Array, dtype: str) -> Array:
-    """Return rows of a weight, in the dtype of the model.
-
-    Args:
-        packed: (n, columns / 2) bytes, two codes each, the low half first.
-        scales: (n, columns / 16), float8.
-        global_scale: (1,), float32, by which the scales are divided.
-        dtype: of the model, as safetensors names it.
-    """
-    out = np.empty((len(packed), packed.shape[1] * 2), FLOAT_OF[dtype])
-    factors = widened(scales) / global_scale.astype(np.float32)[0]
-    for part in pieces(*out.shape):
-        values = looked_up(packed[part], _PAIRS)
-        inner = values.reshape(len(values), scales.shape[1], 16)
-        inner *= factors[part, :, None]
-        out[part] = values.astype(BFLOAT16)
-    return out
-
-
-# --- blocks of rows ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    """Computes rows of integers or fp8 with their scales.
-
-    Attributes:
-        weight: the tensor of the values.
-        scale: the tensor of the scales.
-        zero: the tensor of the zero points; None if there is none.
-        grid: rows and columns of scales.
-        block: rows and columns that one scale is for.
-        columns: of the weight.
-        bits: of a value in a stream; 0 for one value in each byte.
-        dtype: of the model.
-    """
-
-    weight: str
-    scale: str
-    zero: str | None
-    grid: tuple[int, int]
-    block: tuple[int, int]
-    columns: int
-    bits: int
-    dtype: str
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        rows = self.block[0]
-        begin, end = first // rows, -(-last // rows)
-        of_rows = (np.arange(first, last) // rows) - begin
-        scales = read.flat(self.scale, begin * self.grid[1], end * self.grid[1])
-        q = read.rows(self.weight, first, last)
-        if self.bits:
-            q = self._signed(stream(q, self.bits, 0, self.columns))
-        zeros = None if self.zero is None else self._zeros(read, begin, end)[of_rows]
-        factors = scales.reshape(end - begin, self.grid[1])[of_rows]
-        return dequantized(q, factors, zeros, self.block[1], self.dtype)
-
-    def _signed(self, codes: Array) -> Array:
-        return codes.astype(np.int16) - (1 << (self.bits - 1))
-
-    def _zeros(self, read: PartReader, begin: int, end: int) -> Array:
-        """Return the zero points of rows of scales; those of a stream are packed along rows."""
-        assert self.zero is not None  # noqa: S101 -- asked for where there is one
-        if not self.bits:
-            flat = read.flat(self.zero, begin * self.grid[1], end * self.grid[1])
-            return flat.reshape(end - begin, self.grid[1])
-        start = begin * self.bits // 32
-        words = read.rows(self.zero, start, -(-end * self.bits // 32))
-        skipped = begin - start * 32 // self.bits if 32 % self.bits == 0 else 0
-        if 32 % self.bits:  # an element can begin in the middle of a word
-            words, skipped = read.rows(self.zero, 0, -(-end * self.bits // 32)), begin
-        codes = stream(words.T, self.bits, skipped, skipped + end - begin)
-        return self._signed(codes.T)
-
-
-@dataclass(frozen=True, slots=True)
-class _Nvfp4Decoder:
-    weight: str
-    scale: str
-    global_scale: str
-    dtype: str
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        return dequantized_nvfp4(
-            read.rows(self.weight, first, last),
-            read.rows(self.scale, first, last),
-            read.flat(self.global_scale, 0, 1),
-            self.dtype,
-        )
-
-
 # --- layers --------------------------------------------------------------------------------------
 
 
@@ -241,47 +122,90 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, words = layer.main("weight_packed", ("I32",))
     layer.part(SHAPE, ("I64", "I32"), (2,))
-    columns = _columns(layer, rows)
-    if words != -(-columns * scheme.bits // 32):
-        reason = f"{words:,} words of a row do not hold {columns:,} values of {scheme.bits} bits."
+    columns, bits = _columns(layer, rows), scheme.bits
+    if words != -(-columns * bits // 32):
+        reason = f"{words:,} words of a row do not hold {columns:,} values of {bits} bits."
         raise layer.error(PART_MALFORMED, "weight_packed", reason)
-    grid, block = _grid(layer, scheme, (rows, columns), "weight_packed")
-    scale = _scale(layer, grid)
-    checks: dict[str, Check] = {scale: finite}
-    known = ["weight_packed", SHAPE, "weight_scale"]
-    zero = None
-    if not scheme.symmetric:
-        packed_rows = -(-grid[0] * scheme.bits // 32)
-        zero = layer.part("weight_zero_point", ("I32",), (packed_rows, grid[1]))
-        known.append("weight_zero_point")
     main = layer.name("weight_packed")
-    decode = _Decoder(main, scale, zero, grid, block, columns, scheme.bits, layer.dtype)
-    parts = layer.refuse_others(tuple(known), _DROPPED)
-    return PackedWeight(layer.name("weight"), (rows, columns), main, parts, decode, checks)
+
+    def codes(read: PartReader, first: int, last: int) -> Array:
+        return _signed(stream(read.rows(main, first, last), bits, 0, columns), bits)
+
+    return _on_grid(layer, scheme, (rows, columns), codes, ("weight_packed", SHAPE))
 
 
 def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, columns = layer.main("weight", ("F8_E4M3",) if scheme.is_float else ("I8",))
-    grid, block = _grid(layer, scheme, (rows, columns), "weight")
+    if scheme.is_float and not scheme.symmetric:
+        raise layer.error(NOT_DEQUANTIZABLE, "weight", "zero points of fp8 are not supported.")
+    main = layer.name("weight")
+
+    def values(read: PartReader, first: int, last: int) -> Array:
+        return read.rows(main, first, last)
+
+    return _on_grid(layer, scheme, (rows, columns), values, ("weight",))
+
+
+def _on_grid(
+    layer: Layer,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    values: Decode,
+    known: tuple[str, ...],
+) -> PackedWeight:
+    """Return a weight of integers or fp8, with a scale for each block of a grid.
+
+    Args:
+        layer: the layer.
+        scheme: how the layer is quantized.
+        shape: outputs and inputs.
+        values: reads rows before they are scaled.
+        known: the parts that were checked, the packed values first.
+    """
+    grid, block = _grid(layer, scheme, shape, known[0])
     scale = _scale(layer, grid)
-    checks: dict[str, Check] = {scale: finite}
-    known = ["weight", "weight_scale"]
-    zero = None
-    if not scheme.symmetric:
-        if scheme.is_float:
-            reason = "zero points of fp8 are not supported."
-            raise layer.error(NOT_DEQUANTIZABLE, "weight", reason)
-        shape = layer.tensors["weight_scale"].shape
-        zero = layer.part("weight_zero_point", ("I8",), shape)
-        known.append("weight_zero_point")
-    return PackedWeight(
-        layer.name("weight"),
-        (rows, columns),
-        layer.name("weight"),
-        layer.refuse_others(tuple(known), _DROPPED),
-        _Decoder(layer.name("weight"), scale, zero, grid, block, columns, 0, layer.dtype),
-        checks,
-    )
+    zero = None if scheme.symmetric else _zero_point(layer, scheme, grid)
+    bits = scheme.bits if scheme.layout == _PACKED else 0
+
+    def rows(read: PartReader, first: int, last: int) -> Array:
+        begin, end = first // block[0], -(-last // block[0])
+        of_rows = np.arange(first, last) // block[0] - begin
+
+        def on_grid(name: str) -> Array:
+            return read.flat(name, begin * grid[1], end * grid[1]).reshape(-1, grid[1])
+
+        zeros, factors = None, on_grid(scale)[of_rows]
+        if zero is not None:
+            zeros = _unpacked_rows(read, zero, begin, end, bits) if bits else on_grid(zero)
+            zeros = zeros[of_rows]
+        dtypes = factors.dtype, FLOAT_OF[layer.dtype]
+        return scaled(values(read, first, last), factors, zeros, width=block[1], dtypes=dtypes)
+
+    more = ("weight_scale",) if zero is None else ("weight_scale", "weight_zero_point")
+    parts = layer.refuse_others((*known, *more), _DROPPED)
+    main, checks = layer.name(known[0]), {scale: finite}
+    return PackedWeight(layer.name("weight"), shape, main, parts, rows, checks)
+
+
+def _zero_point(layer: Layer, scheme: Scheme, grid: tuple[int, int]) -> str:
+    """Return the name of the zero points, which a stream of bits packs along the rows."""
+    if scheme.layout != _PACKED:
+        return layer.part("weight_zero_point", ("I8",), layer.tensors["weight_scale"].shape)
+    packed_rows = -(-grid[0] * scheme.bits // 32)
+    return layer.part("weight_zero_point", ("I32",), (packed_rows, grid[1]))
+
+
+def _unpacked_rows(read: PartReader, name: str, first: int, last: int, bits: int) -> Array:
+    """Return rows of zero points that are packed along the rows."""
+    # An element can begin in the middle of a word, unless the bits divide 32.
+    start = first * bits // 32 if 32 % bits == 0 else 0
+    words = read.rows(name, start, -(-last * bits // 32))
+    skipped = first - start * 32 // bits
+    return _signed(stream(words.T, bits, skipped, skipped + last - first).T, bits)
+
+
+def _signed(codes: Array, bits: int) -> Array:
+    return codes.astype(np.int16) - (1 << (bits - 1))
 
 
 def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
@@ -292,12 +216,18 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
     scale = layer.part("weight_scale", ("F8_E4M3",), (rows, half // 8))
     overall = layer.part("weight_global_scale", ("F32",), (1,))
     main = layer.name("weight_packed")
+
+    def decode(read: PartReader, first: int, last: int) -> Array:
+        factors = widened(read.rows(scale, first, last)) / read.flat(overall, 0, 1)
+        values = looked_up(read.rows(main, first, last), _PAIRS)
+        return scaled(values, factors, width=16, dtypes=(BFLOAT16, FLOAT_OF[layer.dtype]))
+
     return PackedWeight(
         layer.name("weight"),
         (rows, half * 2),
         main,
         layer.refuse_others(("weight_packed", "weight_scale", "weight_global_scale"), _DROPPED),
-        _Nvfp4Decoder(main, scale, overall, layer.dtype),
+        decode,
         {scale: finite, overall: finite_and_not_zero},
     )
 

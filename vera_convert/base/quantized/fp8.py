@@ -9,7 +9,6 @@ edge of the matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,8 @@ from vera_convert.base.quantized.layer import (
     finite,
     sizes,
 )
-from vera_convert.base.quantized.packing import widened
-from vera_convert.rules import PART_MALFORMED, PART_MISSING
+from vera_convert.base.quantized.packing import FLOAT32, scaled
+from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -48,33 +47,8 @@ def dequantized(
         first: the number of the first row within its block.
         block: rows and columns of a block; the last block of a row may be narrower.
     """
-    values = widened(stored)
-    of_rows = factors.astype(np.float32)[(first + np.arange(len(values))) // block[0]]
-    width = block[1]
-    whole = values.shape[1] // width
-    inner = values[:, : whole * width].reshape(len(values), whole, width)
-    inner *= of_rows[:, :whole, None]
-    values[:, whole * width :] *= of_rows[:, whole:]
-    return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    weight: str
-    scale: str
-    block: tuple[int, int]
-    across: int
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        rows = self.block[0]
-        begin, end = first // rows, -(-last // rows)
-        factors = read.flat(self.scale, begin * self.across, end * self.across)
-        return dequantized(
-            read.rows(self.weight, first, last),
-            factors.reshape(end - begin, self.across),
-            first=first % rows,
-            block=self.block,
-        )
+    of_rows = factors[(first + np.arange(len(stored))) // block[0]]
+    return scaled(stored, of_rows, width=block[1], dtypes=(FLOAT32,))
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -83,6 +57,9 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     Raises:
         LayerError: a part is missing, superfluous or malformed.
     """
+    found = layer.tensors.get("weight")
+    if found is not None and found.dtype not in DTYPES:
+        raise layer.error(NOT_DEQUANTIZABLE, "weight", f"its dtype is {found.dtype}.")
     shape = layer.main("weight", DTYPES)
     rests = [rest for rest in SCALES if rest in layer.tensors]
     if not rests:
@@ -95,15 +72,17 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if block is None or scale.dtype not in SCALE_DTYPES:
         reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
         raise layer.error(PART_MALFORMED, rests[0], reason)
-    name = layer.name(rests[0])
-    yield PackedWeight(
-        layer.name("weight"),
-        shape,
-        layer.name("weight"),
-        layer.refuse_others(("weight", rests[0]), _OF_ACTIVATIONS),
-        _Decoder(layer.name("weight"), name, block, -(-shape[1] // block[1])),
-        {name: finite},
-    )
+    weight, name = layer.name("weight"), layer.name(rests[0])
+    across = -(-shape[1] // block[1])
+
+    def rows(read: PartReader, first: int, last: int) -> Array:
+        begin, end = first // block[0], -(-last // block[0])
+        factors = read.flat(name, begin * across, end * across).reshape(end - begin, across)
+        stored = read.rows(weight, first, last)
+        return dequantized(stored, factors, first=first % block[0], block=block)
+
+    parts = layer.refuse_others(("weight", rests[0]), _OF_ACTIVATIONS)
+    yield PackedWeight(weight, shape, weight, parts, rows, {name: finite})
 
 
 def _block(

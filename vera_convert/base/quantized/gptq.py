@@ -9,7 +9,6 @@ once, modulo 2^32, so that a field that borrowed from its neighbor gives the loa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,9 +22,10 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     filled,
     finite,
+    group_count,
     whole,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields, pieces
+from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
@@ -34,71 +34,21 @@ _VERSIONS = {"gptq": True, "gptq_v2": False}
 _UNSAFE = frozenset(("rotation", "adapter", "eora"))
 
 
-def dequantized(qweight: Array, zeros: Array, scales: Array, groups: Array, bits: int) -> Array:
+def dequantized(q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
     """Return rows of a weight, (n, in), in float16.
 
     Args:
-        qweight: (in * bits / 32, n), int32: the words of these outputs.
-        zeros: (groups, n), the zero points, as they are subtracted.
-        scales: (groups, n), float16.
+        q: (n, in), codes.
+        scales: (n, groups), float16.
+        zeros: (n, groups), the zero points, as they are subtracted.
         groups: (in,), the group of each input.
-        bits: 4 or 8.
     """
-    words = np.ascontiguousarray(qweight.T)
-    shifts = np.ascontiguousarray(zeros.T.astype(np.float32))
-    factors = np.ascontiguousarray(scales.T.astype(np.float32))
-    out = np.empty((len(words), len(groups)), FLOAT16)
-    size = _even(groups, len(scales))
-    for part in pieces(*out.shape):
-        values = fields(words[part], bits).reshape(-1, len(groups)).astype(np.float32)
-        if size:
-            inner = values.reshape(len(values), len(scales), size)
-            inner -= shifts[part, :, None]
-            inner *= factors[part, :, None]
-        else:
-            values -= np.take(shifts[part], groups, axis=1, mode="clip")
-            values *= np.take(factors[part], groups, axis=1, mode="clip")
-        out[part] = values
-    return out
-
-
-def _even(groups: Array, count: int) -> int:
-    """Return how many inputs each group has, if equal groups follow one another; else 0."""
-    size = len(groups) // count
-    is_even = size * count == len(groups)
-    return size if is_even and bool((groups == np.arange(len(groups)) // size).all()) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    qweight: str
-    qzeros: str
-    scales: str
-    g_idx: str | None
-    shape: tuple[int, int]
-    groups: int
-    bits: int
-    less_one: bool
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        inputs, packed = self.shape[1], 32 // self.bits
-        if self.g_idx is None:
-            groups = np.arange(inputs) // (inputs // self.groups)
-        else:
-            groups = read.flat(self.g_idx, 0, inputs)
-        begin, end = first // packed, -(-last // packed)
-        words = read.columns(self.qzeros, begin, end).astype("<u4")
-        if self.less_one:
-            words += np.uint32(_ONES[self.bits])
-        zeros = fields(words, self.bits).reshape(self.groups, -1)
-        inside = slice(first - begin * packed, last - begin * packed)
-        return dequantized(
-            read.columns(self.qweight, first, last),
-            zeros[:, inside],
-            read.columns(self.scales, first, last),
-            groups,
-            self.bits,
-        )
+    size = len(groups) // scales.shape[1]
+    is_even = size * scales.shape[1] == len(groups)
+    if not is_even or (groups != np.arange(len(groups)) // size).any():
+        scales, zeros = (np.take(each, groups, axis=1, mode="clip") for each in (scales, zeros))
+        size = 1
+    return scaled(q, scales, zeros, width=size, dtypes=(FLOAT16,))
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -113,7 +63,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if outputs * bits % 32:
         reason = f"{outputs:,} outputs of {bits} bits fill no words of 32."
         raise layer.error(PART_MALFORMED, "qweight", reason)
-    groups = _groups(layer, inputs)
+    groups = group_count(layer, inputs)
     qweight = layer.part("qweight", ("I32",), (words, outputs))
     qzeros = layer.part("qzeros", ("I32",), (groups, outputs * bits // 32))
     scales = layer.part("scales", ("F16",), (groups, outputs))
@@ -122,14 +72,22 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if "g_idx" in layer.tensors or layer.settings.get("desc_act"):
         g_idx = layer.part("g_idx", ("I32",), (inputs,))
         checks[g_idx] = lambda values: _inside(values, groups)
-    yield PackedWeight(
-        layer.name("weight"),
-        (outputs, inputs),
-        qweight,
-        layer.refuse_others(("qweight", "qzeros", "scales", "g_idx"), frozenset()),
-        _Decoder(qweight, qzeros, scales, g_idx, (outputs, inputs), groups, bits, less_one),
-        checks,
-    )
+
+    def rows(read: PartReader, first: int, last: int) -> Array:
+        packed = 32 // bits
+        begin, end = first // packed, -(-last // packed)
+        words_of_zeros = read.columns(qzeros, begin, end).astype("<u4")
+        if less_one:
+            words_of_zeros += np.uint32(_ONES[bits])
+        zeros = fields(words_of_zeros, bits).reshape(groups, -1)
+        zeros = zeros[:, first - begin * packed : last - begin * packed]
+        q = fields(np.ascontiguousarray(read.columns(qweight, first, last).T), bits)
+        of_inputs = read.flat(g_idx, 0, inputs) if g_idx else np.arange(inputs) * groups // inputs
+        factors = read.columns(scales, first, last)
+        return dequantized(q.reshape(last - first, inputs), factors.T, zeros.T, of_inputs)
+
+    parts = layer.refuse_others(("qweight", "qzeros", "scales", "g_idx"))
+    yield PackedWeight(layer.name("weight"), (outputs, inputs), qweight, parts, rows, checks)
 
 
 def _settings(layer: Layer) -> tuple[int, bool]:
@@ -154,22 +112,6 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     if reason or bits is None:
         raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
     return bits, _VERSIONS[str(version)]
-
-
-def _groups(layer: Layer, inputs: int) -> int:
-    """Return how many groups the inputs have.
-
-    Raises:
-        LayerError: the config's group size does not divide the inputs.
-    """
-    size = whole(layer.settings, "group_size")
-    if size is None or size < -1 or size == 0:
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")
-    size = inputs if size == -1 else size
-    if inputs % size:
-        reason = f"{inputs:,} inputs are no multiple of the group size, {size:,}."
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
-    return inputs // size
 
 
 def _inside(values: Array, groups: int) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -151,7 +151,9 @@ class Layer:
             raise self.error(PART_MALFORMED, rest, reason)
         return info.shape
 
-    def refuse_others(self, known: tuple[str, ...], dropped: frozenset[str]) -> tuple[str, ...]:
+    def refuse_others(
+        self, known: Collection[str], dropped: Collection[str] = ()
+    ) -> tuple[str, ...]:
         """Return the names of the layer's parts that a dequantized model leaves out.
 
         Args:
@@ -242,6 +244,22 @@ def sizes(value: object, count: int) -> tuple[int, ...] | None:
         return None
     found = tuple(each for each in value if type(each) is int and each > 0)
     return found if len(found) == count else None
+
+
+def group_count(layer: Layer, inputs: int) -> int:
+    """Return the number of groups of inputs in a layer of GPTQ or AWQ.
+
+    Raises:
+        LayerError: the config's group size does not divide the inputs.
+    """
+    size = whole(layer.settings, "group_size")
+    if size is None or size < -1 or size == 0:
+        raise layer.error(NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")
+    size = inputs if size == -1 else size
+    if inputs % size:
+        reason = f"{inputs:,} inputs are no multiple of the group size, {size:,}."
+        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
+    return inputs // size
 
 
 def filled(values: Mapping[str, object]) -> Iterator[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
     Array,
+    Decode,
     Format,
     Layer,
     PackedWeight,
@@ -41,44 +42,49 @@ def dequantized(blocks: Array, scales: Array) -> Array:
     return values.astype(BFLOAT16).reshape(*values.shape[:-2], -1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    """Computes rows (expert, input) of the weights; each is a column of the packed ones."""
+def _inputs_of_expert(read: PartReader, parts: _Parts, expert: int, wanted: slice) -> Array:
+    """Return some inputs of an expert, (inputs, outputs), reading a few outputs at a time."""
+    groups, start = slice(wanted.start // 32, -(-wanted.stop // 32)), expert * parts.outputs
+    inside = slice(wanted.start - groups.start * 32, wanted.stop - groups.start * 32)
+    out = np.empty((wanted.stop - wanted.start, parts.outputs), BFLOAT16)
+    size = parts.groups * 16
+    step = max(1, _READ_BYTES // size)
+    for first in range(0, parts.outputs, step):
+        last = min(first + step, parts.outputs)
+        blocks = read.raw(parts.blocks, (start + first) * size, (start + last) * size)
+        scales = read.flat(
+            parts.scales, (start + first) * parts.groups, (start + last) * parts.groups
+        )
+        values = dequantized(
+            blocks.reshape(last - first, parts.groups, 16)[:, groups],
+            scales.reshape(last - first, parts.groups)[:, groups],
+        )
+        out[:, first:last] = values[:, inside].T
+    return out
+
+
+class _Parts(NamedTuple):
+    """The tensors of packed experts, with the outputs and the groups of inputs of one expert."""
 
     blocks: str
     scales: str
     outputs: int
     groups: int
 
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        inputs = self.groups * 32
-        found = []
+
+def _decoder(parts: _Parts) -> Decode:
+    """Return the function that computes rows (expert, input); each is a column of the blocks."""
+
+    def rows(read: PartReader, first: int, last: int) -> Array:
+        inputs, found = parts.groups * 32, []
         while first < last:
             expert, begin = divmod(first, inputs)
             end = min(inputs, begin + last - first)
-            found.append(self._of_expert(read, expert, begin, end))
+            found.append(_inputs_of_expert(read, parts, expert, slice(begin, end)))
             first += end - begin
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return np.concatenate(found)
 
-    def _of_expert(self, read: PartReader, expert: int, begin: int, end: int) -> Array:
-        """Return the inputs `begin` to `end` of an expert, a few of its outputs at a time."""
-        groups, start = slice(begin // 32, -(-end // 32)), expert * self.outputs
-        inside = slice(begin - groups.start * 32, end - groups.start * 32)
-        out = np.empty((end - begin, self.outputs), BFLOAT16)
-        step = max(1, _READ_BYTES // (self.groups * 16))
-        for first in range(0, self.outputs, step):
-            last = min(self.outputs, first + step)
-            size = self.groups * 16
-            blocks = read.raw(self.blocks, (start + first) * size, (start + last) * size)
-            scales = read.flat(
-                self.scales, (start + first) * self.groups, (start + last) * self.groups
-            )
-            values = dequantized(
-                blocks.reshape(last - first, self.groups, 16)[:, groups],
-                scales.reshape(last - first, self.groups)[:, groups],
-            )
-            out[:, first:last] = values[:, inside].T
-        return out
+    return rows
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -103,7 +109,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
             (experts, groups * 32, outputs),
             blocks,
             (blocks, scales),
-            _Decoder(blocks, scales, outputs, groups),
+            _decoder(_Parts(blocks, scales, outputs, groups)),
             {scales: _no_255},
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -53,9 +53,49 @@ def pieces(rows: int, columns: int) -> Iterator[slice]:
 def widened(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return values as float32, those of 8-bit floats by a table: faster than one by one."""
     if values.dtype.itemsize != 1 or values.dtype.kind in "iub":
-        return values.astype(np.float32)
+        return values.astype(np.float32)  # a copy, which callers change
     table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
     return np.take(table, values.view(np.uint8), mode="clip")
+
+
+def scaled(
+    q: NDArray[Any],
+    scales: NDArray[Any],
+    zeros: NDArray[Any] | None = None,
+    *,
+    width: int,
+    dtypes: Sequence[np.dtype[Any]],
+) -> NDArray[Any]:
+    """Return (q - zeros) * scales, computed in float32 and rounded to each of `dtypes` in turn.
+
+    A product of two 16-bit floats is exact in float32, and so is rounded only once.
+
+    Args:
+        q: (n, columns), integers or floats.
+        scales: (n, groups) or (1, groups).
+        zeros: as `scales`; None if there are none.
+        width: columns of a group; the last group may be narrower.
+        dtypes: the dtypes that the library rounds to; the last is the dtype of the result.
+    """
+    out = np.empty(q.shape, dtypes[-1])
+    scales = np.broadcast_to(scales, (len(q), scales.shape[1]))
+    zeros = None if zeros is None else np.broadcast_to(zeros, scales.shape)
+    whole = q.shape[1] // width
+    for part in pieces(*q.shape):
+        values = widened(q[part])
+        inner = values[:, : whole * width].reshape(len(values), whole, width)
+        rest = values[:, whole * width :]
+        if zeros is not None:
+            shifts = zeros[part].astype(np.float32)
+            inner -= shifts[:, :whole, None]
+            rest -= shifts[:, whole:]
+        factors = scales[part].astype(np.float32)
+        inner *= factors[:, :whole, None]
+        rest *= factors[:, whole:]
+        for dtype in dtypes:
+            values = values.astype(dtype, copy=False)
+        out[part] = values
+    return out
 
 
 def fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -8,9 +8,6 @@ The header of the file names the class of each weight, which decides how it is l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-
-import numpy as np
 
 from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
@@ -24,7 +21,7 @@ from vera_convert.base.quantized.layer import (
     finite,
     sizes,
 )
-from vera_convert.base.quantized.packing import FLOAT_OF
+from vera_convert.base.quantized.packing import FLOAT_OF, scaled
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
@@ -40,36 +37,6 @@ _CLASSES = {
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_TEXT = 16_384
 """The most characters of what a header says of one weight."""
-
-
-def dequantized(q: Array, scales: Array, zeros: Array | None, dtype: str) -> Array:
-    """Return rows in the dtype of the weight.
-
-    Args:
-        q: (n, columns), int8 or float8.
-        scales: (n, groups).
-        zeros: likewise; None if there are none.
-        dtype: as safetensors names it.
-    """
-    values = q.astype(np.float32)
-    inner = values.reshape(len(q), scales.shape[1], -1)
-    if zeros is not None:
-        inner -= zeros.astype(np.float32)[:, :, None]
-    inner *= scales.astype(np.float32)[:, :, None]
-    return values.astype(FLOAT_OF[dtype], copy=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    q: str
-    scale: str
-    zero: str | None
-    dtype: str
-
-    def __call__(self, read: PartReader, first: int, last: int) -> Array:
-        zeros = None if self.zero is None else read.rows(self.zero, first, last)
-        scales = read.rows(self.scale, first, last)
-        return dequantized(read.rows(self.q, first, last), scales, zeros, self.dtype)
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -97,14 +64,19 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if {rest.removeprefix("_weight_") for rest in known} != {*parts}:
         reason = f"the header names {', '.join(map(printable, parts))}."
         raise layer.error(PART_MISSING, QDATA, reason)
-    yield PackedWeight(
-        layer.name("weight"),
-        (rows, columns),
-        layer.name(QDATA),
-        layer.refuse_others(known, frozenset()),
-        _Decoder(layer.name(QDATA), scale, zero, dtype),
-        checks,
-    )
+    q = layer.name(QDATA)
+
+    def decode(read: PartReader, first: int, last: int) -> Array:
+        return scaled(
+            read.rows(q, first, last),
+            read.rows(scale, first, last),
+            None if zero is None else read.rows(zero, first, last),
+            width=block[1],
+            dtypes=(FLOAT_OF[dtype],),
+        )
+
+    left_out = layer.refuse_others(known)
+    yield PackedWeight(layer.name("weight"), (rows, columns), q, left_out, decode, checks)
 
 
 def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
