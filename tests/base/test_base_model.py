@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from bases import tiny_base
 from hub_server import HubServer
+from numpy.typing import NDArray
 from safetensors.numpy import save, save_file
 
 from vera_convert.base.model import BaseModel, Orientation, read_base
@@ -206,6 +208,34 @@ def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None
         read(write_model(tmp_path / "local", shards)),
         **{field: getattr(base, field) for field in ("location", "config", "strays", "files")},
     )
+
+
+@pytest.mark.parametrize(
+    ("rest", "values", "requests"),
+    [
+        ("weight.quant_state.bitsandbytes__nf4", np.full(90, 7, np.uint8), 20),
+        ("weight_shape", np.full(2, 7, np.int64), 1),  # all of them before the packed weights
+    ],
+)
+def test_tensors_that_tell_shapes_are_read_together_and_once(
+    server: HubServer, tmp_path: Path, rest: str, values: NDArray[Any], requests: int
+) -> None:
+    tensors: dict[str, NDArray[Any]] = {"a": np.zeros(40_000, np.uint64)}
+    for layer in range(20):
+        tensors[f"{layer:02}.weight"] = np.full((40_000, 1), layer, np.uint8)
+        tensors[f"{layer:02}.{rest}"] = values + values.dtype.type(layer)
+    files = {"model.safetensors": save(tensors), "config.json": b"{}"}
+    server.add("org/base", files)
+    access = HubAccess(cache_dir=tmp_path / "cache")
+
+    def read_from_hub() -> Mapping[str, bytes]:
+        return read_base(locate("org/base", kind="base", access=access), access).values
+
+    found = read_from_hub()
+    assert found == {name: tensors[name].tobytes() for name in tensors if rest in name}
+    assert len(server.requests) == 3 + requests  # commit and files, config, header
+    assert read_from_hub() == found
+    assert len(server.requests) == 4 + requests
 
 
 def test_a_missing_shard_on_the_hub_is_named(server: HubServer, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.matching import Adapted, adapted
 from vera_convert.text import listed, printable
 
+Layers = Mapping[str, Linear]
+
 
 class Dims(NamedTuple):
     """Columns of A and rows of B."""
@@ -77,7 +79,7 @@ class SharedDims:
 
 
 def shared_dims(
-    adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear], built: BuiltLayers
+    adapter: Adapter, model: ModelLayers, own: Layers, built: BuiltLayers
 ) -> SharedDims:
     """Return the dimensions of A and B; the module's docstring says when these are proven.
 
@@ -94,12 +96,36 @@ def shared_dims(
     matched = _matched(adapter, model, own)
     findings = [*_unmatched(adapter, own, matched)]
     counted = {**own, **matched.only_sized}
-    further = {name: layer for name, layer in matched.further.items() if name not in counted}
-    inside = _widest(counted.values())
-    reading = _reading(adapter, inside, further, built)
-    findings += _further(adapter, reading, inside, further)
+    in_file = _widest(_sizes(counted))
+    further = {name: each for name, each in matched.further.items() if name not in counted}
+    possible = {name: each for name, each in further.items() if built.has(name) is not False}
+    holes = {name: each for name, each in possible.items() if built.is_missing(name)}
+    dims, is_proven = _chosen(adapter, in_file, possible, holes)
+    if holes:
+        reason = f"{_lacking(holes)}; {_these(holes)} would have no effect."
+        findings.append(TARGETS_DISAGREE.at(adapter.place, reason))
+    elif further:
+        other = None if is_proven else _widest([in_file, *_sizes(possible)])
+        findings.append(_also_matched(adapter, further, dims, other))
     order = tuple(name for name in model.linear if name in own)
-    return SharedDims(*reading.dims, order, tuple(findings))
+    return SharedDims(*dims, order, tuple(findings))
+
+
+def _sizes(layers: Layers) -> list[Dims]:
+    return [Dims(each.in_features, each.out_features) for each in layers.values()]
+
+
+def _widest(sizes: Iterable[Dims]) -> Dims:
+    """Return the least dimensions that suffice for layers of all these sizes."""
+    inputs, outputs = zip(*sizes, strict=True)
+    return Dims(max(inputs), max(outputs))
+
+
+def _suffice(dims: Dims, size: Dims) -> bool:
+    return _widest([dims, size]) == dims
+
+
+# --- the layers that the config's targets match --------------------------------------------------
 
 
 class _Matched(NamedTuple):
@@ -111,30 +137,23 @@ class _Matched(NamedTuple):
         further: other layers, by the names and shapes in the base's files.
     """
 
-    own: Mapping[str, Linear]
-    only_sized: Mapping[str, Linear]
-    further: Mapping[str, Linear]
+    own: Layers
+    only_sized: Layers
+    further: Layers
 
 
-def _matched(adapter: Adapter, model: ModelLayers, own: Mapping[str, Linear]) -> _Matched:
-    config = adapter.config
-    everything = _adapted(model, config)
-    certain = everything
-    targets = config.target_modules
+def _matched(adapter: Adapter, model: ModelLayers, own: Layers) -> _Matched:
+    config, targets = adapter.config, adapter.config.target_modules
+    everything = certain = _adapted(model, config)
     if isinstance(targets, tuple) and config.layers_to_transform is not None:
         # Other layers of the files must not decide how PEFT shortens the list.
-        listed = {*targets}
-        certain = _adapted(
-            replace(
-                model,
-                linear={n: each for n, each in model.linear.items() if n in own or n in listed},
-            ),
-            config,
-        )
+        known = {*own, *targets}
+        linear = {name: each for name, each in model.linear.items() if name in known}
+        certain = _adapted(replace(model, linear=linear), config)
     return _Matched(
-        own={name: layer for name, layer in certain.layers.items() if name in own},
-        only_sized={n: each for n, each in certain.only_sized.items() if n not in own},
-        further={n: each for n, each in everything.layers.items() if n not in own},
+        own={name: each for name, each in certain.layers.items() if name in own},
+        only_sized={name: each for name, each in certain.only_sized.items() if name not in own},
+        further={name: each for name, each in everything.layers.items() if name not in own},
     )
 
 
@@ -147,12 +166,7 @@ def _adapted(model: ModelLayers, config: VeraConfig) -> Adapted:
         return Adapted({}, 0, 0)
 
 
-def _widest(layers: Iterable[Linear]) -> Dims:
-    found = [(layer.in_features, layer.out_features) for layer in layers]
-    return Dims(max(inputs for inputs, _ in found), max(outputs for _, outputs in found))
-
-
-def _unmatched(adapter: Adapter, own: Mapping[str, Linear], matched: _Matched) -> Iterator[Finding]:
+def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Finding]:
     """Warn of layers in the file that the targets do not match, so that PEFT ignores the layers.
 
     Raises:
@@ -162,9 +176,9 @@ def _unmatched(adapter: Adapter, own: Mapping[str, Linear], matched: _Matched) -
     if not fewer:
         return
     if matched.own:
-        needed = _widest(own.values())
-        given = _widest((*matched.own.values(), *matched.only_sized.values()))
-        if given.inputs < needed.inputs or given.outputs < needed.outputs:
+        needed = _widest(_sizes(own))
+        given = _widest([*_sizes(matched.own), *_sizes(matched.only_sized)])
+        if not _suffice(given, needed):
             reason = (
                 f"the layers that target_modules matches have up to {given}, those of the adapter "
                 f"{needed}."
@@ -180,103 +194,63 @@ def _unmatched(adapter: Adapter, own: Mapping[str, Linear], matched: _Matched) -
 # --- layers that only the base's files have ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """The chosen dimensions, and the reasons.
+def _chosen(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> tuple[Dims, bool]:
+    """Return the dimensions, and whether other dimensions are impossible.
 
-    Attributes:
-        dims: the dimensions.
-        other: the dimensions if every further layer were adapted too.
-        proven: whether no other dimensions are possible.
-        holes: layers that the file should have.
+    Args:
+        adapter: the adapter.
+        in_file: the dimensions of the layers that the file adapts.
+        possible: further layers that the model's class may build.
+        holes: those of `possible` that the file should have.
+
+    Raises:
+        CheckpointError: the file lacks layers that could change the dimensions.
     """
-
-    dims: Dims
-    other: Dims
-    proven: bool
-    holes: tuple[str, ...]
-
-
-def _reading(
-    adapter: Adapter, inside: Dims, further: Mapping[str, Linear], built: BuiltLayers
-) -> _Reading:
-    possible = {name: each for name, each in further.items() if built.has(name) is not False}
-    holes = tuple(name for name in possible if built.is_missing(name))
-    other = _joined(inside, possible.values())
-    if other == inside:
-        return _Reading(inside, other, proven=True, holes=holes)
-    cut = _joined(inside, (possible[name] for name in holes))
-    # PEFT requires stored A and B that suit every adapted layer, with or without vectors.
-    needed = inside if adapter.projections is None else cut
-    recorded = _recorded(adapter)
-    if recorded is not None and _explains(recorded, inside, needed, possible.values()):
-        return _Reading(recorded, other, proven=True, holes=holes)
-    if cut != inside and adapter.projections is None and adapter.fingerprint is None:
-        raise CheckpointError(DIMS_AMBIGUOUS.at(adapter.place, _two_readings(inside, cut, holes)))
-    return _Reading(cut, other, proven=False, holes=holes)
-
-
-def _recorded(adapter: Adapter) -> Dims | None:
-    """Return the dimensions of the stored A and B, or of the fingerprint of A and B."""
+    if _widest([in_file, *_sizes(possible)]) == in_file:
+        return in_file, True
+    with_holes = _widest([in_file, *_sizes(holes)])
     record = adapter.projections or adapter.fingerprint
-    return Dims(record.in_features, record.out_features) if record is not None else None
-
-
-def _explains(dims: Dims, inside: Dims, needed: Dims, further: Iterable[Linear]) -> bool:
-    """Say whether dimensions are those of the file's layers and of some of the further layers."""
-    fitting = (
-        layer
-        for layer in further
-        if layer.in_features <= dims.inputs and layer.out_features <= dims.outputs
-    )
-    return _joined(inside, fitting) == dims == _joined(needed, [_as_layer(dims)])
-
-
-def _joined(dims: Dims, layers: Iterable[Linear]) -> Dims:
-    return _widest((_as_layer(dims), *layers))
-
-
-def _as_layer(dims: Dims) -> Linear:
-    return Linear(dims.outputs, dims.inputs)
-
-
-def _two_readings(inside: Dims, cut: Dims, holes: tuple[str, ...]) -> str:
-    return (
-        f"the file has no vectors for {_some(holes)}, which the config's targets match in the "
-        f"base. A and B have {inside} without {_them(holes)}, and {cut} with {_them(holes)}."
-    )
-
-
-def _further(
-    adapter: Adapter, reading: _Reading, inside: Dims, further: Mapping[str, Linear]
-) -> Iterator[Finding]:
-    """Yield findings on layers of the base that the targets match and the file does not adapt."""
-    if not further:
-        return
-    if reading.holes:
+    if record is not None:
+        dims = Dims(record.in_features, record.out_features)
+        inside = [size for size in _sizes(possible) if _suffice(dims, size)]
+        # PEFT requires stored A and B that suit every adapted layer, with or without vectors.
+        least = in_file if adapter.projections is None else with_holes
+        if _widest([in_file, *inside]) == dims and _suffice(dims, least):
+            return dims, True
+    elif with_holes != in_file:
         reason = (
-            f"the file has no vectors for {_some(reading.holes)}, which the config's targets match "
-            f"in the base; {_them(reading.holes)} would have no effect."
+            f"{_lacking(holes)}. A and B have {in_file} without {_these(holes)}, and {with_holes} "
+            f"with {_these(holes)}."
         )
-        yield TARGETS_DISAGREE.at(adapter.place, reason)
-        return
-    some = _some(sorted(further))
-    said = f"in the base's files the config's targets match {some} too, which the file lacks"
-    if reading.proven:
-        reason = f"{said}. A and B have {reading.dims} all the same."
-        yield TARGETS_DISAGREE.as_note().at(adapter.place, reason)
-        return
+        raise CheckpointError(DIMS_AMBIGUOUS.at(adapter.place, reason))
+    return with_holes, False
+
+
+def _lacking(holes: Layers) -> str:
+    names = listed(holes, 1, noun="layer")
+    return f"the file has no vectors for {names}, which the config's targets match in the base"
+
+
+def _these(holes: Layers) -> str:
+    return "this layer" if len(holes) == 1 else "these layers"
+
+
+def _also_matched(adapter: Adapter, further: Layers, dims: Dims, other: Dims | None) -> Finding:
+    """Return the finding on layers of the base that the targets match and the file lacks.
+
+    Args:
+        adapter: the adapter.
+        further: these layers.
+        dims: the dimensions of A and B.
+        other: the dimensions if PEFT adapts these layers too; None if `dims` are proven.
+    """
+    names = listed(sorted(further), 1, noun="layer")
+    said = f"in the base's files the config's targets match {names} too, which the file lacks"
+    if other is None:
+        reason = f"{said}. A and B have {dims} all the same."
+        return TARGETS_DISAGREE.as_note().at(adapter.place, reason)
     reason = (
-        f"{said}. A and B have {inside}, as PEFT draws them for the layers that the file adapts. "
-        f"If the model class builds the other layers too, PEFT draws A and B with {reading.other}."
+        f"{said}. A and B have {dims}, as PEFT draws them for the layers that the file adapts. "
+        f"If the model class builds the other layers too, PEFT draws A and B with {other}."
     )
-    yield TARGETS_DISAGREE.at(adapter.place, reason)
-
-
-def _some(names: Iterable[str]) -> str:
-    """Name one layer and count the others."""
-    return listed(names, 1, noun="layer")
-
-
-def _them(names: tuple[str, ...]) -> str:
-    return "this layer" if len(names) == 1 else "these layers"
+    return TARGETS_DISAGREE.at(adapter.place, reason)

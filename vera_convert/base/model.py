@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
@@ -27,6 +28,8 @@ from vera_convert.files.shards import (
     stray_weights,
 )
 from vera_convert.files.strict_json import NOT_FINITE, parse_json, read_json
+from vera_convert.hub.files import kept_bytes
+from vera_convert.hub.header_cache import Beginning
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import (
@@ -46,6 +49,8 @@ CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100_000_000
 """The most bytes of an index, which is as large as all headers together."""
 _REQUESTS = 8
+_NEAR = 32 << 10
+"""The bytes between two small tensors that cost less than a second request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,35 +290,53 @@ class _Source:
         return dict(zip(names, headers, strict=True))
 
     def read_values(self, files: Mapping[str, Header]) -> dict[str, bytes]:
-        """Read the small tensors that tell the shapes of packed weights."""
-        wanted = [
-            (name, info)
+        """Read the small tensors that tell the shapes of packed weights; kept for the next run."""
+        wanted = sorted(
+            (name, header.data_start + info.start, info.nbytes, info.name)
             for name, header in files.items()
             for info in header.tensors.values()
             if tells_shape(info.name) and info.nbytes <= MAX_SHAPE_BYTES
-        ]
-        step = len(wanted) if self.location.folder is not None else -(-len(wanted) // _REQUESTS)
-        shares = [wanted[first : first + step] for first in range(0, len(wanted), step or 1)]
-        if len(shares) < 2:
-            return self._values(shares[0], files) if shares else {}
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            found = pool.map(lambda share: self._values(share, files), shares)
-            return {name: value for values in found for name, value in values.items()}
+        )
+        if not wanted:
+            return {}
+        kept = None
+        if self.location.folder is None:
+            kept = kept_bytes(self.location, repr(wanted), self.access)
+        earlier = kept.load() if kept is not None else None
+        found = earlier.data if earlier is not None else self._values(wanted)
+        if kept is not None and earlier is None:
+            kept.save(Beginning(len(found), (self.location.commit, None), found))
+        ends = [*accumulate(size for *_, size, _ in wanted)]
+        return {
+            name: found[end - size : end]
+            for (*_, size, name), end in zip(wanted, ends, strict=True)
+        }
 
-    def _values(
-        self, wanted: Sequence[tuple[str, TensorInfo]], files: Mapping[str, Header]
-    ) -> dict[str, bytes]:
-        values = {}
+    def _values(self, wanted: Sequence[tuple[str, int, int, str]]) -> bytes:
+        """Read ranges of files, joined; ranges that lie near each other cost one request."""
+        runs: list[list[tuple[str, int, int, str]]] = []
+        for each in wanted:
+            file, start, *_ = runs[-1][-1] if runs else ("", 0)
+            if runs and file == each[0] and each[1] - start <= _NEAR:
+                runs[-1].append(each)
+            else:
+                runs.append([each])
         with ExitStack() as stack:
             opened: dict[str, LocalFile | RemoteFile] = {}
-            for name, info in wanted:
-                if name not in opened:
-                    file: LocalFile | RemoteFile = self.open(name)
-                    opened[name] = file
-                    stack.enter_context(file)
-                start = files[name].data_start + info.start
-                values[info.name] = bytes(opened[name].read_at(start, info.nbytes))
-        return values
+            for file in {each[0] for each in wanted}:
+                source: LocalFile | RemoteFile = self.open(file)
+                stack.enter_context(source)
+                opened[file] = source
+
+            def read(run: Sequence[tuple[str, int, int, str]]) -> bytes:
+                (file, first, *_), (_, last, size, _) = run[0], run[-1]
+                data = opened[file].read_at(first, last + size - first)
+                return b"".join(
+                    data[start - first : start - first + size] for _, start, size, _ in run
+                )
+
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                return b"".join(pool.map(read, runs))
 
     def _header(self, name: str) -> Header | CheckpointError:
         try:

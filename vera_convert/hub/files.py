@@ -114,6 +114,12 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
     )
 
 
+def kept_bytes(location: Location, key: str, access: HubAccess) -> HeaderCache:
+    """Return the place where runs keep the bytes that `key` describes, of a repo at its commit."""
+    repo_id, commit = on_hub(location)
+    return _header_cache(repo_id, commit, f"\0{key}", access)
+
+
 def _header_cache(repo_id: str, commit: str, name: str, access: HubAccess) -> HeaderCache:
     """Return the place of the first bytes of a file, separate for each Hub."""
     key = sha256(f"{endpoint()}\0{commit}\0{name}".encode("utf-8", "surrogatepass"))
