@@ -6,7 +6,7 @@ dimensions of A and B. An adapter alone records neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
@@ -129,21 +129,21 @@ def resolve_base(
         SurroundingsError: a base that the caller names, or that the command needs, cannot be
             found or read.
     """
-    facts, named = BaseFacts(), adapter.config.base_model_name_or_path
-    if base_options.in_features is not None or base_options.out_features is not None:
-        facts = _from_options(base_options)
-    elif base_options.model is not None:
-        location = bases.located(base_options.model, base_options.revision)
-        facts = _from_base(adapter, location, base_options, bases, need)
-    elif (
-        need is not Need.NONE and (place := dict(base_options.places).get(named or "")) is not None
-    ):
-        facts = _from_base(
-            adapter, bases.located(place, base_options.revision), base_options, bases, need
-        )
-    elif need is not Need.NONE:
-        facts = _from_name(adapter, base_options, bases, need)
+    facts = _facts(adapter, base_options, bases, need)
     return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
+
+
+def _facts(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
+    if base_options.in_features is not None or base_options.out_features is not None:
+        return _from_options(base_options)
+    model = base_options.model
+    if model is None and need is not Need.NONE:
+        name = adapter.config.base_model_name_or_path or ""
+        model = dict(base_options.places).get(name)
+    if model is not None:
+        location = bases.located(model, base_options.revision)
+        return _from_base(adapter, location, base_options, bases, need)
+    return BaseFacts() if need is Need.NONE else _from_name(adapter, base_options, bases, need)
 
 
 def _from_options(base_options: BaseOptions) -> BaseFacts:
@@ -167,23 +167,17 @@ def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: 
             return facts
         said = BASE_IN_FOLDER.at(adapter.place, named.reason)
         return replace(facts, findings=(said, *facts.findings))
-    except AmbiguousBaseError as error:
-        if need in (Need.VITAL, Need.WHOLE):
-            raise
-        return BaseFacts(source=str(error))
-    except SurroundingsError as error:
-        if need is Need.WHOLE:
-            reason = f"{error} Give a folder with the base as --base."
-            raise SurroundingsError(reason) from error
-        if need is Need.VITAL:
-            raise SurroundingsError(
-                f"{error} Give a folder with the base as --base, or give --in-features, "
-                "--out-features and --base-dtype."
-            ) from error
-        return BaseFacts(source=str(error))
-    except CheckpointError as error:
-        of_base = all(finding.code.startswith(("V0", "V5")) for finding in error.findings)
-        if need in (Need.VITAL, Need.WHOLE) or not of_base:
+    except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
+        is_needed = need in (Need.VITAL, Need.WHOLE)
+        if is_needed and isinstance(error, SurroundingsError):
+            reason = f"{error} Give a folder with the base as --base"
+            if need is Need.VITAL:
+                reason += ", or give --in-features, --out-features and --base-dtype"
+            raise SurroundingsError(f"{reason}.") from error
+        is_of_adapter = isinstance(error, CheckpointError) and not all(
+            finding.code.startswith(("V0", "V5")) for finding in error.findings
+        )
+        if is_needed or is_of_adapter:
             raise
         return BaseFacts(source=str(error))
 
@@ -301,19 +295,12 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
     )
 
 
-def _layers_of_type(adapter: Adapter, base: BaseModel) -> dict[str, Linear]:
+def _layers_of_type(adapter: Adapter, base: BaseModel) -> Mapping[str, Linear]:
     """Return the size of each adapted layer by the config of a known type; empty if one differs."""
     try:
-        model = layers_from_config(base.config)
+        return _layers_by_config(adapter, base.config, base.location)[1]
     except VeraConvertError:
         return {}
-    found = {}
-    for module, vectors in adapter.layers.items():
-        linear = model.linear.get(_name_of(module, model) or "")
-        if linear is None or linear.out_features != vectors.out_features:
-            return {}
-        found[module] = linear
-    return found
 
 
 def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
@@ -341,25 +328,7 @@ def _from_config(
     config = read_model_config(location, access)
     if config is None:
         raise error
-    model = layers_from_config(config)
-    names = {module: _name_of(module, model) for module in adapter.layers}
-    absent = [module for module, name in names.items() if name is None]
-    if absent:
-        reason = (
-            f"{len(absent)} of {len(names)} layers have no counterpart, such as "
-            f'"{printable(absent[0])}".'
-        )
-        raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
-    ours = {name: module for module, name in names.items() if name is not None}
-    model = replace(
-        model, linear={ours.get(name, name): linear for name, linear in model.linear.items()}
-    )
-    own = {module: model.linear[module] for module in adapter.layers}
-    for module, linear in own.items():
-        found = adapter.layers[module].out_features
-        if found != linear.out_features:
-            reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
-            raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
+    model, own = _layers_by_config(adapter, config, location)
     dims = shared_dims(adapter, model, own, BuiltLayers(config, own))
     return BaseFacts(
         dims.in_features,
@@ -370,6 +339,34 @@ def _from_config(
         modules=frozenset(model.linear),
         findings=dims.findings,
     )
+
+
+def _layers_by_config(
+    adapter: Adapter, config: Mapping[str, object], location: Location
+) -> tuple[ModelLayers, Mapping[str, Linear]]:
+    """Return the layers of a known model type by the adapter's names, and the adapted layers.
+
+    Raises:
+        CheckpointError: the type is not known, or a layer of the adapter is absent or differs.
+    """
+    model = layers_from_config(config)
+    names = {module: _name_of(module, model) for module in adapter.layers}
+    absent = [module for module, name in names.items() if name is None]
+    if absent:
+        reason = (
+            f"{len(absent)} of {len(names)} layers have no counterpart, such as "
+            f'"{printable(absent[0])}".'
+        )
+        raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
+    ours = {name: module for module, name in names.items()}
+    model = replace(model, linear={ours.get(n, n): each for n, each in model.linear.items()})
+    own = {module: model.linear[module] for module in adapter.layers}
+    for module, linear in own.items():
+        found = adapter.layers[module].out_features
+        if found != linear.out_features:
+            reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
+            raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
+    return model, own
 
 
 def _name_of(module: str, model: ModelLayers) -> str | None:
