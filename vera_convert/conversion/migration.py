@@ -47,7 +47,7 @@ from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.publish.publishing import files_but, staged_folder
-from vera_convert.rules import OPTION_WITHOUT_EFFECT
+from vera_convert.rules import OPTION_WITHOUT_EFFECT, Finding
 from vera_convert.text import printable, short_repr
 
 
@@ -99,20 +99,20 @@ def migrate(
         ()
     """
     access = hub_access_of(access)
-    options = _migration_options(
+    plan = _Plan.checked(
         to,
         base,
-        projections,
+        Bases(access),
+        projections=projections,
         accept_change=accept_change,
         peft_version=peft_version,
-        access=access,
     )
-    repairs = Repairs(options.peft_version)
+    repairs = Repairs(plan.peft_version)
     with opened(
         adapter, out, force=force, revision=revision, access=access, repair=repairs
     ) as work:
-        converted, base_facts = _migrated(work.adapter, options)
-        return publish(work, _with_changes(converted, repairs), base_facts)
+        converted, base_facts = _migrated(work.adapter, plan, repairs)
+        return publish(work, converted, base_facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,40 +175,36 @@ def migrate_tree(
     """
     tree, out = path("tree", tree), path("out", out)
     require_flags(force=force)
-    access = hub_access_of(access)
-    options = _migration_options(
+    bases = Bases(hub_access_of(access))
+    plan = _Plan.checked(
         to,
         base,
-        projections,
+        bases,
+        projections=projections,
         accept_change=accept_change,
         peft_version=peft_version,
-        access=access,
     )
-    base_options, bases = options.base, options.bases
     if not tree.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(tree))}.")
     inputs = [tree]
-    if base_options.model is not None:  # a wrong base is reported once, and not for each adapter
-        location = bases.located(base_options.model, base_options.revision)
+    if plan.base.model is not None:  # a wrong base is reported once, and not for each adapter
+        location = bases.located(plan.base.model, plan.base.revision)
         inputs += [location.folder] if location.folder else []
     unreadable: dict[str, VeraConvertError] = {}
     names = tuple(adapters_below(tree, unreadable=unreadable))
     result = TreeMigration(out, {}, unreadable, tuple(_outside_adapters(tree, names)))
-    try:
-        with staged_folder(
-            out,
-            force=force,
-            inputs=inputs,
-            is_own=is_tree,
-            strangers=lambda old: files_but(old, _written(tree, names)),
-        ) as staging:
-            for name in names:
-                _migrate_one(tree, staging, name, options, result)
-            if not result.done:
-                raise _NothingGood
-    except _NothingGood:
-        if not result.failed:
-            raise SurroundingsError(_nothing_below(tree, result)) from None
+    with staged_folder(
+        out,
+        force=force,
+        inputs=inputs,
+        is_own=is_tree,
+        strangers=lambda old: files_but(old, _written(tree, names)),
+        is_wanted=lambda: bool(result.done),
+    ) as staging:
+        for name in names:
+            _migrate_below(tree, staging, name, plan, result)
+        if not result.done and not result.failed:
+            raise SurroundingsError(_nothing_below(tree, result))
     return result
 
 
@@ -222,62 +218,58 @@ def _nothing_below(tree: Path, result: TreeMigration) -> str:
     return f"no VeRA adapter lies below {printable(str(tree))}: {said} {', '.join(others)}."
 
 
-class _NothingGood(Exception):  # noqa: N818 -- it only leaves the staging without publishing
-    pass
-
-
 @dataclass(frozen=True, slots=True)
-class _MigrationOptions:
-    """The options of a migration, the same for every adapter."""
+class _Plan:
+    """The checked options of a migration, the same for every adapter."""
 
     to: Mode
     base: BaseOptions
+    bases: Bases
     projections: ProjectionSource
     accept_change: bool
     peft_version: tuple[int, ...] | None
-    bases: Bases
+
+    @classmethod
+    def checked(
+        cls,
+        to: Mode | str,
+        base: BaseOptions | str | Path | None,
+        bases: Bases,
+        *,
+        projections: ProjectionSource | str,
+        accept_change: bool,
+        peft_version: tuple[int, ...] | str | None,
+    ) -> _Plan:
+        """Check the options of a caller."""
+        require_flags(accept_change=accept_change)
+        return cls(
+            one_of("to", Mode, to),
+            base_options_of(base),
+            bases,
+            one_of("projections", ProjectionSource, projections),
+            accept_change,
+            optional(version_of, "peft_version", peft_version),
+        )
 
 
-def _migration_options(
-    to: Mode | str,
-    base: BaseOptions | str | Path | None,
-    projections: ProjectionSource | str,
-    *,
-    accept_change: bool,
-    peft_version: tuple[int, ...] | str | None,
-    access: HubAccess,
-) -> _MigrationOptions:
-    """Check the options of a caller, once for all adapters."""
-    require_flags(accept_change=accept_change)
-    return _MigrationOptions(
-        one_of("to", Mode, to),
-        base_options_of(base),
-        one_of("projections", ProjectionSource, projections),
-        accept_change,
-        optional(version_of, "peft_version", peft_version),
-        Bases(access),
-    )
-
-
-def _migrate_one(
-    tree: Path, staging: Path, name: str, options: _MigrationOptions, result: TreeMigration
+def _migrate_below(
+    tree: Path, staging: Path, name: str, plan: _Plan, result: TreeMigration
 ) -> None:
-    """Migrate the adapter called `name` below `tree` to its place below `staging`."""
-    repairs = Repairs(options.peft_version)
-    label = printable(name)
+    """Migrate the adapter called `name` below `tree` to the same place below `staging`."""
+    repairs = Repairs(plan.peft_version)
     writing = False
     try:
         with open_adapter(tree / name, repair=repairs) as adapter:
             refuse_values(adapter)
-            converted, base_facts = _migrated(adapter, options)
-            converted = _with_changes(converted, repairs)
+            converted, base_facts = _migrated(adapter, plan, repairs)
             content = content_of(adapter, converted)
             side_files(tree / name)  # an unreadable file is found before anything is written
             writing = True
             (staging / name).mkdir(parents=True, exist_ok=True)
             sides = write_adapter(content, staging / name)
+            label, out = printable(name), result.out / name
             result.done[name] = reported(
-                adapter, converted, base_facts, sides, label=label, out=result.out / name
+                adapter, converted, base_facts, sides, label=label, out=out
             )
     except OtherMethodError as error:
         result.passed_over[name] = error.method
@@ -310,36 +302,29 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
             yield file
 
 
-def _with_changes(converted: Converted, repairs: Repairs) -> Converted:
-    findings = [*converted.findings]
-    version = repairs.peft_version
+def _migrated(adapter: Adapter, plan: _Plan, repairs: Repairs) -> tuple[Converted, BaseFacts]:
+    """Bring a repaired adapter to the wanted mode, and name every change."""
+    base_facts = resolve_base(adapter, plan.base, bases=plan.bases, need=_need(adapter, plan))
+    adapter, cut = _cut(adapter, base_facts)
+    if plan.to is Mode.ASIS:
+        converted = _as_it_is(adapter, base_facts, plan.projections)
+    elif plan.to is Mode.EMBEDDED:
+        converted = embedded(adapter, base_facts, projections=plan.projections)
+    else:
+        converted = stripped(
+            adapter, base_facts, projections=plan.projections, accept_change=plan.accept_change
+        )
+    changes = (*repairs.changes, *cut, *converted.changes)
+    findings = (*converted.findings, *_newer_peft(plan.peft_version))
+    return replace(converted, changes=changes, findings=findings), base_facts
+
+
+def _newer_peft(version: tuple[int, ...] | None) -> Iterator[Finding]:
+    """Warn of a PEFT that is newer than the newest known PEFT."""
     if version is not None and version[:2] > NEWEST_PEFT:
         newest, given = (".".join(map(str, each)) for each in (NEWEST_PEFT, version))
         reason = f"{given} is newer than {newest}, the newest PEFT known here."
-        findings.append(OPTION_WITHOUT_EFFECT.at("--peft-version", reason))
-    return replace(
-        converted, changes=(*repairs.changes, *converted.changes), findings=tuple(findings)
-    )
-
-
-def _migrated(adapter: Adapter, options: _MigrationOptions) -> tuple[Converted, BaseFacts]:
-    """Bring a repaired adapter to the wanted mode."""
-    base_facts = resolve_base(
-        adapter, options.base, bases=options.bases, need=_need(adapter, options)
-    )
-    adapter, change = _cut(adapter, base_facts)
-    if options.to is Mode.ASIS:
-        converted = _as_it_is(adapter, base_facts, options.projections)
-    elif options.to is Mode.EMBEDDED:
-        converted = embedded(adapter, base_facts, projections=options.projections)
-    else:
-        converted = stripped(
-            adapter,
-            base_facts,
-            projections=options.projections,
-            accept_change=options.accept_change,
-        )
-    return replace(converted, changes=(*change, *converted.changes)), base_facts
+        yield OPTION_WITHOUT_EFFECT.at("--peft-version", reason)
 
 
 def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> Converted:
@@ -355,13 +340,13 @@ def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSo
     return replace(converted, findings=findings)
 
 
-def _need(adapter: Adapter, options: _MigrationOptions) -> Need:
+def _need(adapter: Adapter, plan: _Plan) -> Need:
     """Say how much a migration needs the base, whose dims can require a smaller A and B."""
-    if options.to is Mode.ASIS:
+    if plan.to is Mode.ASIS:
         return Need.NONE
-    need = need_to_embed(adapter, options.base, options.projections)
+    need = need_to_embed(adapter, plan.base, plan.projections)
     if adapter.projections is None:
-        return need if options.to is Mode.EMBEDDED else Need.NONE
+        return need if plan.to is Mode.EMBEDDED else Need.NONE
     return Need.VITAL if need is Need.VITAL else Need.HELPFUL
 
 

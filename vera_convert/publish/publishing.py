@@ -46,6 +46,7 @@ def staged_folder(
     inputs: Sequence[Path] = (),
     is_own: Callable[[Path], bool],
     strangers: Strangers = lambda _: (),
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` if the block succeeds, and is removed if not.
 
@@ -60,6 +61,7 @@ def staged_folder(
         inputs: paths that the run reads; `out` must not be, contain or lie inside an input.
         is_own: whether this command writes folders like the given one.
         strangers: returns the files that forbid the replacement of an existing folder.
+        is_wanted: called after the block; if False is returned, the new folder is removed.
 
     Raises:
         UsageError: `out` exists and may not be replaced, overlaps an input, or has no name.
@@ -67,7 +69,7 @@ def staged_folder(
         Interrupted: a signal arrived; nothing is left behind.
     """
     replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
-    with _staged(out, inputs, replacing) as staged:
+    with _staged(out, inputs, replacing, is_wanted=is_wanted) as staged:
         yield staged.folder
 
 
@@ -371,7 +373,12 @@ def explained(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _staged(
-    out: Path, inputs: Sequence[Path], replacing: _Replacing, *, continues: bool = False
+    out: Path,
+    inputs: Sequence[Path],
+    replacing: _Replacing,
+    *,
+    continues: bool = False,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[Staged]:
     container, staged = None, None
     with signals_raise(), explained(out):
@@ -391,6 +398,8 @@ def _staged(
             if replacing.folder and not container.new.is_dir():
                 container.new.mkdir()
             yield staged
+            if not is_wanted():
+                return
             sync_tree(container.new, synced=staged.synced)
             with signals_held():
                 _publish(container, place, replacing)

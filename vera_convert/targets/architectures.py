@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
@@ -16,6 +17,7 @@ from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
+CLASSES_FILE = Path(__file__).with_suffix(".txt")
 _PLACE = "config.json"
 MAX_LAYERS = 10_000
 MAX_WIDTH = 1 << 24
@@ -159,69 +161,24 @@ class _Class:
     decoder: bool = True
 
 
-def _causal_classes(model_type: str, name: str) -> dict[str, _Class]:
-    return {
-        f"{name}Model": _Class(model_type, "", {}),
-        f"{name}ForCausalLM": _Class(model_type, "model.", {"lm_head": "vocabulary"}),
-        f"{name}ForSequenceClassification": _Class(model_type, "model.", {"score": "labels"}),
-        f"{name}ForTokenClassification": _Class(model_type, "model.", {"score": "labels"}),
-    }
+def _read_classes() -> Iterator[tuple[str, _Class]]:
+    """Yield each class of the table, by name."""
+    for line in CLASSES_FILE.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            model_type, name, prefix, *more = line.split()
+            yield (
+                name,
+                _Class(
+                    model_type,
+                    "" if prefix == "-" else f"{prefix}.",
+                    dict(each.split("=") for each in more if "=" in each),
+                    pooler="pooler" in more,
+                    decoder="encoder" not in more,
+                ),
+            )
 
 
-_MASKED_BERT = {
-    "cls.predictions.transform.dense": "hidden",
-    "cls.predictions.decoder": "vocabulary",
-}
-_MASKED_ROBERTA = {"lm_head.dense": "hidden", "lm_head.decoder": "vocabulary"}
-
-_CLASSES: Mapping[str, _Class] = {
-    **_causal_classes("llama", "Llama"),
-    **_causal_classes("mistral", "Mistral"),
-    **_causal_classes("qwen2", "Qwen2"),
-    **_causal_classes("gemma", "Gemma"),
-    "GPT2Model": _Class("gpt2", "", {}),
-    "GPT2LMHeadModel": _Class("gpt2", "transformer.", {"lm_head": "vocabulary"}),
-    "GPT2ForSequenceClassification": _Class("gpt2", "transformer.", {"score": "labels"}),
-    "GPT2ForTokenClassification": _Class("gpt2", "transformer.", {"classifier": "labels"}),
-    "GPT2ForQuestionAnswering": _Class("gpt2", "transformer.", {"qa_outputs": "two"}),
-    "BertModel": _Class("bert", "", {}, pooler=True),
-    "BertForPreTraining": _Class(
-        "bert", "bert.", {**_MASKED_BERT, "cls.seq_relationship": "two"}, pooler=True
-    ),
-    "BertForMaskedLM": _Class("bert", "bert.", _MASKED_BERT),
-    "BertLMHeadModel": _Class("bert", "bert.", _MASKED_BERT),
-    "BertForNextSentencePrediction": _Class(
-        "bert", "bert.", {"cls.seq_relationship": "two"}, pooler=True
-    ),
-    "BertForSequenceClassification": _Class("bert", "bert.", {"classifier": "labels"}, pooler=True),
-    "BertForMultipleChoice": _Class("bert", "bert.", {"classifier": "one"}, pooler=True),
-    "BertForTokenClassification": _Class("bert", "bert.", {"classifier": "labels"}),
-    "BertForQuestionAnswering": _Class("bert", "bert.", {"qa_outputs": "labels"}),
-    "RobertaModel": _Class("roberta", "", {}, pooler=True),
-    "RobertaForMaskedLM": _Class("roberta", "roberta.", _MASKED_ROBERTA),
-    "RobertaForCausalLM": _Class("roberta", "roberta.", _MASKED_ROBERTA),
-    "RobertaForSequenceClassification": _Class(
-        "roberta", "roberta.", {"classifier.dense": "hidden", "classifier.out_proj": "labels"}
-    ),
-    "RobertaForMultipleChoice": _Class("roberta", "roberta.", {"classifier": "one"}, pooler=True),
-    "RobertaForTokenClassification": _Class("roberta", "roberta.", {"classifier": "labels"}),
-    "RobertaForQuestionAnswering": _Class("roberta", "roberta.", {"qa_outputs": "labels"}),
-    "T5Model": _Class("t5", "", {}),
-    "T5EncoderModel": _Class("t5", "", {}, decoder=False),
-    "T5ForConditionalGeneration": _Class("t5", "", {"lm_head": "vocabulary"}),
-    "T5ForSequenceClassification": _Class(
-        "t5",
-        "transformer.",
-        {"classification_head.dense": "hidden", "classification_head.out_proj": "labels"},
-    ),
-    "T5ForTokenClassification": _Class(
-        "t5", "transformer.", {"classifier": "labels"}, decoder=False
-    ),
-    "T5ForQuestionAnswering": _Class("t5", "", {"qa_outputs": "labels"}),
-    "ViTModel": _Class("vit", "", {}, pooler=True),
-    "ViTForImageClassification": _Class("vit", "vit.", {"classifier": "labels"}),
-    "ViTForMaskedImageModeling": _Class("vit", "vit.", {}),
-}
+_CLASSES: Mapping[str, _Class] = dict(_read_classes())
 
 
 # --- families ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 from vera_convert.errors import CheckpointError
 from vera_convert.targets.architectures import layers_from_config
@@ -46,18 +46,15 @@ class BuiltLayers:
         """
         self._config = config
         self._all_built = all_built
+        modules = [*adapted]
+        found = [each for module in modules for each in _numbered(module)]
+        self._elements = {element for module in modules for element in module.split(".")}
+        self._targets = {(stack, target) for stack, _, target in found}
+        self._numbers = {(stack, number) for stack, number, _ in found}
         self._last: dict[str, int] = {}
-        self._last_of_target: dict[tuple[str, str], int] = {}
-        self._numbers: set[tuple[str, int]] = set()
-        self._elements: set[str] = set()
-        self._built: dict[str, int | None] = {}
-        for module in adapted:
-            self._elements.update(module.split("."))
-            for stack, number, target in _numbered(module):
-                self._last[stack] = max(number, self._last.get(stack, 0))
-                key = stack, target
-                self._last_of_target[key] = max(number, self._last_of_target.get(key, 0))
-                self._numbers.add((stack, number))
+        for stack, number in sorted(self._numbers):
+            self._last[stack] = number
+        self._count = cache(self._read_count)
 
     def has(self, module: str) -> bool | None:
         """Say whether the class builds a layer; None if the config does not tell."""
@@ -97,23 +94,15 @@ class BuiltLayers:
         if built is False:
             return False
         for stack, number, target in _numbered(module):
-            last = self._last_of_target.get((stack, target))
-            if last is not None and (number <= self._last[stack] or self._is_counted(stack)):
+            is_counted = self._all_built or self._count(stack) is not None
+            if (stack, target) in self._targets and (number <= self._last[stack] or is_counted):
                 return True
             if built and (stack, number) in self._numbers:
                 return True
         return False
 
-    def _is_counted(self, stack: str) -> bool:
-        return self._all_built or self._count(stack) is not None
-
-    def _count(self, stack: str) -> int | None:
-        """Return how many layers of a stack the class builds; None if the config does not tell."""
-        if stack not in self._built:
-            self._built[stack] = self._read_count(stack)
-        return self._built[stack]
-
     def _read_count(self, stack: str) -> int | None:
+        """Return how many layers of a stack the class builds; None if the config does not tell."""
         last = self._last.get(stack)
         if last is None:
             return None
