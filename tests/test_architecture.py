@@ -42,7 +42,7 @@ merging: inputs options card provenance output job merge
 lora: engines options factors plan stored peft_form checks card record forms reading writing
 lora: gguf_form conversion
 counting summary
-validation: validation selection values files config targets projections base validate
+validation: validation selection values files config targets projections base checks validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
 verification: merged forms lora result verify

@@ -1,0 +1,290 @@
+"""Check one adapter, step by step.
+
+    files ─► config ─► tensors ─► targets ─► values ─► projections ─► base (headers alone)
+
+If an earlier step could not read the input of a step, the step is reported as not checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.names import A_NAME
+from vera_convert.adapter.opening import Examined, examine, examined_folder
+from vera_convert.adapter.sorting import SortedTensors
+from vera_convert.adapter.tensors import (
+    MAX_PROJECTION_BYTES,
+    MAX_WIDTH,
+    WEIGHTS_NAME,
+    StoredProjections,
+)
+from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
+from vera_convert.conversion.proof import recognized
+from vera_convert.draws.generator import Draw, Rounding
+from vera_convert.dtypes import FLOATS
+from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.files.reading import ByteSource
+from vera_convert.files.value_range import value_ranges
+from vera_convert.hub.lookup import (
+    HubAccess,
+    Location,
+    adapter_files,
+    fetch_weights,
+    locate,
+    open_remote,
+)
+from vera_convert.hub.range_file import RemoteFile
+from vera_convert.rules import FILE_UNREADABLE, Finding
+from vera_convert.text import printable
+from vera_convert.validation.config import config_findings, undeclared_embeddings
+from vera_convert.validation.files import folder_findings, names_findings
+from vera_convert.validation.projections import stored_findings, stripped_findings
+from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
+from vera_convert.validation.validation import Checked
+from vera_convert.validation.values import value_findings
+
+_REMOTE = Path(os.devnull, "on-the-hub")
+"""The folder of an adapter that was not fetched; it cannot exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """The options of a check, the same for every adapter.
+
+    Attributes:
+        base: the options of the base.
+        resolve_base: returns the base facts for an adapter, and the findings for the adapter on
+            the base; None without a base.
+        access: how the Hub is reached.
+        deep: whether to fetch weights, and to prove fingerprints.
+        revision: the revision of the adapters on the Hub.
+    """
+
+    base: BaseOptions
+    resolve_base: Callable[[Adapter], tuple[BaseFacts, list[Finding]]] | None
+    access: HubAccess
+    deep: bool
+    revision: str | None
+
+
+def check_adapter(named: str, options: CheckOptions) -> Checked:
+    """Check one adapter; an unreadable adapter is a result, too.
+
+    Args:
+        named: the adapter as the caller gave it.
+        options: the options of the check.
+    """
+    label, is_remote = printable(named), False
+    check = _Check(options)
+    try:
+        location = locate(named, kind="adapter", access=options.access, revision=options.revision)
+        label, is_remote = location.label, location.folder is None
+        if options.deep and is_remote:
+            location = fetch_weights(location, options.access)
+        with check.opened(location) as examined:
+            check.examined(examined, location.folder)
+    except CheckpointError as error:
+        check.findings += error.findings
+    except SurroundingsError as error:
+        if isinstance(error.__cause__, PermissionError):
+            check.findings.append(FILE_UNREADABLE.at(label, str(error)))
+            check.not_checked.append("the contents of unreadable files.")
+        else:
+            check.failure = error
+    return Checked(
+        label=label,
+        path=None if is_remote else named,
+        findings=tuple(_placed(finding, named) for finding in check.findings),
+        draw=check.draw,
+        embedded=check.embedded,
+        base=check.base,
+        not_checked=tuple(check.not_checked),
+        bytes_read=check.bytes_read if is_remote else None,
+        failure=check.failure,
+        other_method=check.other_method,
+    )
+
+
+def _placed(finding: Finding, named: str) -> Finding:
+    """Return a finding with its place and file relative to the adapter's folder."""
+    folder = printable(f"{Path(named)}{os.sep}")
+    file = finding.file and finding.file.removeprefix(folder)
+    return replace(finding, place=finding.place.removeprefix(folder), file=file)
+
+
+@dataclass(slots=True)
+class _Check:
+    """The check of one adapter, with the results so far; `Checked` explains the results."""
+
+    options: CheckOptions
+    findings: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    draw: Draw | None = None
+    embedded: bool | None = None
+    base: str = ""
+    bytes_read: int | None = None
+    failure: VeraConvertError | None = None
+    other_method: str | None = None
+
+    @contextmanager
+    def opened(self, location: Location) -> Iterator[Examined]:
+        """Open an adapter in its folder, or on the Hub, where only config and header are read."""
+        access = self.options.access
+        if location.folder is not None:
+            with examined_folder(location.folder) as examined:
+                yield examined
+                self.bytes_read = 0
+            return
+        self.findings += names_findings(adapter_files(location, access), place=location.label)
+        with (
+            open_remote(location, CONFIG_NAME, access) as config,
+            open_remote(location, WEIGHTS_NAME, access) as weights,
+        ):
+            yield examine(_REMOTE, config, weights, values=False)
+            self.bytes_read = _bytes_read((config, weights))
+
+    def examined(self, examined: Examined, folder: Path | None) -> None:
+        """Run every check whose input could be read; `folder` is None for a repo on the Hub."""
+        if examined.other_method is not None:
+            self.findings, self.other_method = [], examined.other_method.method
+        self.findings += examined.findings
+        if examined.other_method is not None:
+            return
+        self.embedded = _is_embedded(examined)
+        base_facts = self._on_base(examined.adapter)
+        if folder is not None:
+            self._step("the other files", lambda: folder_findings(folder))
+        if examined.config is not None:
+            self._config(examined, examined.config, has_base=base_facts.base is not None)
+        self._values(examined, base_facts, is_here=folder is not None)
+        if examined.config is None or examined.sorted is None:
+            return
+        if examined.unsound & {"projection_prng_key", "save_projection"}:
+            self.not_checked.append("the source of A and B: fix the config first.")
+            return
+        config, tensors, is_here = examined.config, examined.sorted, folder is not None
+        if tensors.projections is not None:
+            self._step(
+                "A and B", lambda: self._stored(config, tensors, base_facts, is_here=is_here)
+            )
+        elif not config.save_projection:
+            self._step("A and B", lambda: self._stripped(config, examined, base_facts))
+
+    def _step(self, step: str, find: Callable[[], Iterable[Finding]]) -> None:
+        """Add the findings of a step; record a failed step, and continue."""
+        try:
+            self.findings += find()
+        except CheckpointError as error:
+            self.findings += error.findings
+        except SurroundingsError as error:
+            self.failure = self.failure or error
+            self.not_checked.append(f"{step}: {error}")
+
+    def _on_base(self, adapter: Adapter | None) -> BaseFacts:
+        """Return the base facts, and add the findings for an adapter on the base."""
+        dtype, resolve_base = self.options.base.dtype, self.options.resolve_base
+        base_facts = BaseFacts() if dtype is None else loaded_in(BaseFacts(), dtype)
+        if resolve_base is None:
+            self.not_checked.append("the base: give --base MODEL to compare with a base.")
+            return base_facts
+        if adapter is None:
+            self.not_checked.append("the base: fix the errors first.")
+            return base_facts
+
+        def find() -> list[Finding]:
+            nonlocal base_facts
+            base_facts, findings = resolve_base(adapter)
+            self.base = base_facts.source
+            return findings
+
+        self._step("the base", find)
+        return base_facts
+
+    def _config(self, examined: Examined, config: VeraConfig, *, has_base: bool) -> None:
+        self._step("the config", lambda: config_findings(config, examined.unsound))
+        layers = [*examined.sorted.layers] if examined.sorted is not None else []
+        if examined.sorted is not None:
+            self.findings += undeclared_embeddings(config, examined.sorted.replacements)
+        if not examined.unsound.isdisjoint(TARGET_FIELDS):
+            return
+        if examined.adapter is not None and not has_base:
+            self.findings += uneven_findings(config, layers)
+        self._step("the targets", lambda: target_findings(config, layers, alone=not has_base))
+
+    def _values(self, examined: Examined, base_facts: BaseFacts, *, is_here: bool) -> None:
+        layers = [*examined.sorted.layers.values()] if examined.sorted is not None else []
+        if not is_here:
+            self.not_checked.append(
+                "values, and the source of A and B: --deep fetches the weights."
+            )
+        elif examined.file is not None and layers:
+            is_float16 = base_facts.rounding is Rounding.FP16
+            found = value_ranges(examined.file)
+            self.findings += value_findings(
+                examined.file, examined.config, layers, found, on_float16=is_float16
+            )
+
+    def _stored(
+        self, config: VeraConfig, tensors: SortedTensors, base_facts: BaseFacts, *, is_here: bool
+    ) -> Iterator[Finding]:
+        """Compare stored A and B with draws."""
+        stored = tensors.projections
+        if stored is None or not is_here:
+            return
+        if _are_unfit(stored, config):
+            self.not_checked.append("the source of A and B: fix their errors first.")
+            return
+        pair = recognized(config, stored)
+        self.draw = pair.draw
+        # Without a lambda under its proper name, the layers' outputs are unknown.
+        tallest = tensors.longest_b or stored.B.shape[0]
+        yield from stored_findings(config, pair, base_facts, tallest=tallest)
+
+    def _stripped(
+        self, config: VeraConfig, examined: Examined, base_facts: BaseFacts
+    ) -> Iterator[Finding]:
+        """Compare a fingerprint with draws."""
+        fingerprint = examined.fingerprint
+        self.draw = fingerprint.draw if fingerprint else None
+        yield from stripped_findings(config, fingerprint, base_facts)
+        if fingerprint is None:
+            return
+        if self.options.deep or fingerprint.is_small:
+            from vera_convert.conversion.transforms import prove
+
+            prove(fingerprint, place=WEIGHTS_NAME)
+        else:
+            self.not_checked.append(
+                "the hashes of the fingerprint: --deep draws A and B to prove the hashes."
+            )
+
+
+def _bytes_read(sources: Sequence[ByteSource]) -> int:
+    return sum(source.bytes_read for source in sources if isinstance(source, RemoteFile))
+
+
+def _is_embedded(examined: Examined) -> bool | None:
+    """Return whether A and B are stored; None if no name shows this."""
+    names = examined.file.header.tensors if examined.file is not None else ()
+    if A_NAME in names:
+        return True
+    misnamed = any(".vera_A" in f".{name}" for name in names)
+    return None if misnamed or not any(".vera_lambda_" in name for name in names) else False
+
+
+def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
+    """Return whether shape, dtype or size of A and B rule out a comparison with draws."""
+    pair = (stored.A, stored.B)
+    return (
+        any(len(tensor.shape) != 2 or 0 in tensor.shape for tensor in pair)
+        or any(tensor.dtype not in FLOATS for tensor in pair)
+        or (stored.A.shape[0], stored.B.shape[1]) != (config.r, config.r)
+        or stored.A.nbytes + stored.B.nbytes > MAX_PROJECTION_BYTES
+        or stored.A.shape[1] > MAX_WIDTH
+    )
