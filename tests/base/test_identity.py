@@ -50,6 +50,32 @@ def test_another_models_name_is_told_once(
     assert told(adapter, base) == ["V558"] * differs
 
 
+CARDS: Mapping[str, tuple[str, bool]] = {
+    "tuned": ("---\nbase_model: Org/Tiny\nbase_model_relation: finetune\n---\n", True),
+    "merged": (
+        '---\nbase_model:\n  - "org/tiny"\nbase_model_relation: merge\n---',
+        True,
+    ),
+    "a list": ("---\nbase_model_relation: 'finetune'\nbase_model:\n- o/p\n- org/tiny\n---", True),
+    "quantized": ("---\nbase_model: org/tiny\nbase_model_relation: quantized\n---\n", False),
+    "a mirror": ("---\nbase_model: org/tiny\n---\n", False),
+    "of another": ("---\nbase_model: org/other\nbase_model_relation: finetune\n---\n", False),
+    "in the text": ("base_model: org/tiny\nbase_model_relation: finetune\n", False),
+    "below": ("---\nx: y\n---\nbase_model: org/tiny\nbase_model_relation: finetune\n", False),
+    "empty": ("", False),
+}
+
+
+@pytest.mark.parametrize(("card", "differs"), CARDS.values(), ids=CARDS)
+def test_a_folder_whose_card_says_that_it_was_tuned_is_not_the_named_model(
+    card: str, differs: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", base_model_name_or_path="org/tiny")
+    base = tiny_base(tmp_path / "base", config=SIZES)
+    (base / "README.md").write_text(card, encoding="utf-8")
+    assert told(adapter, base) == ["V558"] * differs
+
+
 @pytest.mark.parametrize(
     ("mapping", "config", "differs"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
@@ -11,6 +12,8 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_embedding
+from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
@@ -20,6 +23,10 @@ from vera_convert.text import printable
 
 _IN_CACHE = re.compile(r"models--([^/\\]+)")
 _CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")
+_CARD = "README.md"
+_MOST_OF_CARD = 1 << 16
+_TUNED = frozenset(("finetune", "merge"))
+"""The relations of a model card to its ``base_model`` that mean other weights."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
 
 
@@ -47,6 +54,34 @@ def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
     repo = base.location.repo_id or _cached_repo(base.location)
     if repo is not None and _last(named) != _last(repo):
         yield f"the adapter's config names {printable(named)}, and this is {printable(repo)}"
+    elif repo is None and named.casefold() in _tuned_from(base.location):
+        yield (
+            f"the adapter's config names {printable(named)}, and the README.md of this folder says "
+            "that its model is a finetune or merge of that model"
+        )
+
+
+def _tuned_from(location: Location) -> frozenset[str]:
+    """Return the models, in lower case, whose weights a folder's model card says were changed."""
+    folder = location.folder
+    if folder is None:
+        return frozenset()
+    try:
+        with open_local(folder / _CARD, within=folder) as file:
+            text = bytes(file.read_at(0, min(file.size, _MOST_OF_CARD)))
+    except (CheckpointError, SurroundingsError):
+        return frozenset()
+    first, *lines = text.decode("utf-8", "replace").splitlines() or [""]
+    fields: dict[str, set[str]] = {}
+    key = ""
+    for line in takewhile(lambda line: line.rstrip() != "---", lines if first == "---" else ()):
+        value = line
+        if line[:1] not in (" ", "-"):
+            key, _, value = line.partition(":")
+        fields.setdefault(key, set()).add(value.strip(" -'\"").casefold())
+    # A card without a relation can belong to a mirror, whose weights are the same.
+    is_tuned = not _TUNED.isdisjoint(fields.get("base_model_relation", ()))
+    return frozenset(fields.get("base_model", ())) if is_tuned else frozenset()
 
 
 def _cached_repo(location: Location) -> str | None:

@@ -7,8 +7,10 @@ merge refuse such a layer by name.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
@@ -54,39 +56,12 @@ def _spread(text: str) -> tuple[str, ...]:
     return tuple(start + name + end for name in names.split(","))
 
 
+_TABLES = tomllib.loads(
+    Path(__file__).with_name("unsupported_layouts.toml").read_text(encoding="utf-8")
+)
 LAYOUTS = (
-    *_layouts("""
-    dinov2 dinov2_with_registers        | mlp.weights_in            | mlp.{gate,up}_proj
-    gte                                 | attention.qkv_proj        | self_attn.{q,k,v}_proj
-    gte                                 | mlp.up_gate_proj          | mlp.{up,gate}_proj
-    hrm_text                            | attn.gqkv_proj            | self_attn.{gate,q,k,v}_proj
-    hrm_text                            | mlp.gate_up_proj          | mlp.{gate,up}_proj
-    jina_embeddings_v3                  | mixer.Wqkv                | self_attn.{q,k,v}_proj
-    lara_mini                        | linear_attn.in_proj    | linear_attn.in_proj_{qkv,z,b,a}
-    molmo2 molmo2_text                  | self_attn.att_proj        | self_attn.{q,k,v}_proj
-    molmo2 molmo2_text                  | mlp.ff_proj               | mlp.{up,gate}_proj
-    nemo_speechlm                       | attn.w_qkv                | self_attn.{q,k,v}_proj
-    nomic_bert                          | attn.Wqkv                 | self_attn.{q,k,v}_proj
-    qianfan_ocr radio                   | attn.qkv                  | attention.{q,k,v}_proj
-    rf_detr                             | self_attn.in_proj_weight  | self_attn.{q,k,v}_proj
-    sapiens2                            | ffn.w12                   | mlp.{gate,up}_proj
-    sarvam_moe                          | attention.query_key_value | self_attn.{q,k,v}_proj
-    tipsv2 tipsv2_dpt tipsv2_text_model | attn.in_proj_weight       | self_attn.{q,k,v}_proj
-    tipsv2 tipsv2_dpt tipsv2_vision_model | attn.qkv                | attention.{q,k,v}_proj
-    tipsv2 tipsv2_dpt tipsv2_vision_model | mlp.w12                 | mlp.{gate,up}_proj
-    unlimited_ocr                       | self_attn.qkv_proj        | self_attn.{q,k,v}_proj
-    """),
-    *_layouts(
-        """
-    gradium_phonon_tts                  | self_attn.in_proj         | self_attn.{q,k,v}_proj
-    inkling_mm_model                    | mlp.w13_dn                | mlp.{gate,up}_proj
-    kimi_k25                            | wqkv                      | attn.{q,k,v}_proj
-    mistral_large4                      | attention.wq              | attention.{q}_proj
-    mistral_large4                      | attention.wk              | attention.{k}_proj
-    step3p5_vision step3p7              | attn.in_proj_weight       | self_attn.{q,k,v}_proj
-    """,
-        is_permuted=True,
-    ),
+    *_layouts(_TABLES["cut"]),
+    *_layouts(_TABLES["reordered"], is_permuted=True),
 )
 """The tensors that transformers cuts or reorders."""
 
