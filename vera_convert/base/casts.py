@@ -47,7 +47,7 @@ def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
         if found.cast is None:
             reason = f"the adapted layers are quantized ({found.label}). {found.undecided}"
             return Casts(None, reason=reason)
-        dtype = found.cast(base.settings, model_dtype(base.base.config))
+        dtype = found.cast(base.settings, model_dtype(base.stored.config))
         if dtype != NO_CAST:
             dtypes.add(dtype)
     unknown = dtypes - FLOATS

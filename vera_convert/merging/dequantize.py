@@ -54,7 +54,7 @@ class Dequantization:
     def decoder(self, name: str, files: Mapping[str, InputFile]) -> Decoder | None:
         """Return the function that computes rows of a weight; None if it is not packed."""
         weight = self.weights.get(name)
-        return None if weight is None else Decoder(self.base.base, files, weight)
+        return None if weight is None else Decoder(self.base.stored, files, weight)
 
     def finding(self, place: str) -> Finding:
         """Return a note that the base called `place` is dequantized."""
@@ -88,7 +88,7 @@ def check_values(plan: Dequantization, files: Mapping[str, InputFile]) -> None:
     Raises:
         CheckpointError: with every part that holds a value which no quantizer writes.
     """
-    base, findings = plan.base.base, list[Finding]()
+    base, findings = plan.base.stored, list[Finding]()
     with Parts(base, files) as parts:
         for weight in plan.weights.values():
             for name, check in weight.checks.items():
@@ -130,7 +130,7 @@ def dequantized_metadata(metadata: Mapping[str, str], base: Unpacked) -> dict[st
     """Return the metadata of a file's header without the entries of a quantizer."""
     if not base.weights:
         return dict(metadata)
-    tensors = base.base.tensors.keys() | base.weights.keys()
+    tensors = base.stored.tensors.keys() | base.weights.keys()
     return {
         key: text for key, text in metadata.items() if key != "tensor_names" and key not in tensors
     }

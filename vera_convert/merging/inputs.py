@@ -160,7 +160,7 @@ def open_inputs(
             reason = f"{model.location.label} has no quantized weights."
             findings.append(OPTION_WITHOUT_EFFECT.at("--dequantize", reason))
         if dequantization is None:
-            findings += filter(None, [quantized_elsewhere(packed.base)])
+            findings += filter(None, [quantized_elsewhere(packed.stored)])
         else:
             findings.append(dequantization.finding(model.location.label))
         for matched, base_facts, files in zip(adapters, facts, beside, strict=True):

@@ -84,7 +84,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     yield from _heads(match, base)
     quantized = [*target_findings(whole, match.tensors.values())]
     yield from quantized
-    elsewhere = None if quantized else quantized_elsewhere(whole.base)
+    elsewhere = None if quantized else quantized_elsewhere(whole.stored)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, base)
     yield from _tokens(adapter, _rows(adapter, base))

@@ -384,12 +384,12 @@ def _refuse_too_large(plan: Blueprint) -> None:
 
 def _dequantized(base: Unpacked) -> dict[str, Tensor]:
     """Return the tensors of the 16-bit model that a quantized base stands for."""
-    folder = base.base.location.folder
+    folder = base.stored.location.folder
     assert folder is not None  # noqa: S101 -- as `blueprint` made it
-    files = {name: InputFile.look(folder / name, within=folder) for name in base.base.files}
+    files = {name: InputFile.look(folder / name, within=folder) for name in base.stored.files}
     plan = plan_dequantization(base)
     found: dict[str, Tensor] = {}
-    with Parts(base.base, files) as parts:
+    with Parts(base.stored, files) as parts:
         for name, tensor in base.view.tensors.items():
             decode = plan.decoder(name, files)
             if decode is None:

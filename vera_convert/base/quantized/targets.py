@@ -24,7 +24,7 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
         CheckpointError: with a finding for each kind of quantization.
     """
     names = [*weights]
-    findings = quantized_targets(base.base, map(base.stored_name, names))
+    findings = quantized_targets(base.stored, map(base.stored_name, names))
     if findings:
         text = _what(base, names) or " With --dequantize, a merge writes a 16-bit model."
         raise CheckpointError.of(replace(each, reason=each.reason + text) for each in findings)
@@ -39,13 +39,13 @@ def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]
     """
     names = [*weights]
     rule = TARGET_IS_QUANTIZED if base.defects or _only_claimed(base, names) else CAN_DEQUANTIZE
-    for finding in quantized_targets(base.base, map(base.stored_name, names)):
+    for finding in quantized_targets(base.stored, map(base.stored_name, names)):
         yield rule.at(finding.place, finding.reason + _what(base, names))
 
 
 def _only_claimed(base: Unpacked, names: Iterable[str]) -> bool:
     """Return whether the config alone says that weights are quantized: the files do not."""
-    return bool(quantized_targets(base.base, [n for n in names if n not in base.weights]))
+    return bool(quantized_targets(base.stored, [n for n in names if n not in base.weights]))
 
 
 def _what(base: Unpacked, names: Iterable[str]) -> str:

@@ -34,7 +34,7 @@ class Unpacked:
     """A base with the weights that its quantized layers stand for.
 
     Attributes:
-        base: the base as it is.
+        stored: the base as its files hold it.
         view: the base with each quantized weight that can be dequantized in place of its parts: by
             the name, the shape and the dtype of a model that is not quantized.
         weights: these weights, by name.
@@ -44,7 +44,7 @@ class Unpacked:
         defects: why the base cannot be dequantized; empty if it can.
     """
 
-    base: BaseModel
+    stored: BaseModel
     view: BaseModel
     weights: Mapping[str, PackedWeight] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)
