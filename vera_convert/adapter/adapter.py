@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
-from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer, StoredProjections
+from vera_convert.adapter.tensors import AdaptedLayer, StoredProjections
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.tensorfile import TensorData, TensorFile
 from vera_convert.rules import Finding

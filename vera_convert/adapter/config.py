@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.json_edit import edited_object
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import parse_json, read_json
@@ -29,7 +30,6 @@ from vera_convert.rules import (
 )
 from vera_convert.text import printable
 
-CONFIG_NAME = "adapter_config.json"
 LORA = "LORA"
 """How a config and a report name the method LoRA."""
 MAX_CONFIG_BYTES = 1_000_000

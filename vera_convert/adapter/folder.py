@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from vera_convert.adapter.config import CONFIG_NAME, read_config
-from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.adapter.config import read_config
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.files.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.tensorfile import TensorData, write_tensors
@@ -20,7 +20,7 @@ from vera_convert.files.walk import is_regular, walk
 from vera_convert.text import read_back_differs
 
 _OF_AN_ADAPTER = frozenset(
-    (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", "adapter_model.pt", "vera_config.json")
+    (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, "adapter_model.pt", "vera_config.json")
 )
 """Names that show that a folder is, or was, the folder of an adapter."""
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vera_convert.adapter.config import CONFIG_NAME, LORA, OtherMethodError
-from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.adapter.config import LORA, OtherMethodError
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.rules import NOT_VERA

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import (
-    CONFIG_NAME,
     LORA,
     ConfigError,
     ConfigFile,
@@ -26,8 +25,8 @@ from vera_convert.adapter.config import (
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
 from vera_convert.adapter.lora_record import lora_with_config, lora_without_config
 from vera_convert.adapter.sorting import SortedTensors, sort_tensors
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource, open_local, too_large
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights
 from vera_convert.rules import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, MAX_WIDTH, WEIGHTS_NAME, AdaptedLayer
+from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, MAX_WIDTH, AdaptedLayer
 from vera_convert.dtypes import FLOATS
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     EMPTY_TENSOR,

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, LAMBDAS, PREFIX, Names
 from vera_convert.adapter.saved_modules import replacement_findings
 from vera_convert.adapter.shapes import shape_findings
-from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer, StoredProjections
+from vera_convert.adapter.tensors import AdaptedLayer, StoredProjections
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     ADAPTER_NAME_LEFT,

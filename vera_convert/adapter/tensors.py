@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from vera_convert.files.tensorfile import TensorData
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_PROJECTION_BYTES = 2 << 30
 """The limit of A and B together, thirty times the need of the largest models at rank 1,024."""
 MAX_WIDTH = 1 << 20

@@ -17,7 +17,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
-from vera_convert.targets.architectures import MAX_WIDTH
+from vera_convert.targets.architectures import LARGEST_SIZE
 from vera_convert.targets.built import BuiltLayers, parts_of_config
 from vera_convert.text import printable
 
@@ -131,7 +131,7 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
     sizes = {
         name: value
         for name, value in fields.items()
-        if type(value) is int and 0 < value < MAX_WIDTH  # any other value is no size
+        if type(value) is int and 0 < value < LARGEST_SIZE  # any other value is no size
     }
     width = next((name for name in _WIDTHS if name in sizes), None)
     for name, rows, columns in _embeddings(base):

@@ -9,13 +9,13 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import views
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.rules import (
     BIAS_NOT_STORED,
     MODULE_TO_SAVE_MISSING,

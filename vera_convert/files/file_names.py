@@ -9,6 +9,12 @@ from vera_convert.errors import CheckpointError
 from vera_convert.rules import NAME_UNSAFE
 from vera_convert.text import printable
 
+CONFIG_NAME = "adapter_config.json"
+"""The config of an adapter: a folder with this file is an adapter."""
+WEIGHTS_NAME = "adapter_model.safetensors"
+"""The weights of an adapter."""
+PICKLED_NAME = "adapter_model.bin"
+"""The weights of an adapter as a pickle."""
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 """Endings of pickled weight files; this package opens no such file."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vera_convert.errors import CheckpointError
-from vera_convert.files.file_names import clean_name, is_pickle
+from vera_convert.files.file_names import CONFIG_NAME, clean_name, is_pickle
 from vera_convert.rules import (
     BASE_AMBIGUOUS,
     BASE_FOR_MISTRAL,
@@ -177,8 +177,8 @@ def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
 
 def _why_none(top: Collection[str], place: str, below: Sequence[str] = ()) -> Finding:
     """Return the finding about a folder without safetensors weights."""
-    if "adapter_config.json" in top:
-        return BASE_IS_ADAPTER.at(place, "there is adapter_config.json and no model.")
+    if CONFIG_NAME in top:
+        return BASE_IS_ADAPTER.at(place, f"there is {CONFIG_NAME} and no model.")
     pickled = sorted(name for name in top if is_pickle(name) and not name.startswith(_TRAINING))
     if pickled:
         return BASE_PICKLED.at(place, f"there is {printable(pickled[0])} and no safetensors file.")
@@ -232,7 +232,7 @@ def stray_weights(
 
     Files of an adapter, or of another component with its own config, are left out.
     """
-    configs = ("config.json", "adapter_config.json")
+    configs = ("config.json", CONFIG_NAME)
     folders = {str(PurePosixPath(name).parent) for name in names if name.endswith(configs)}
     own = weights.prefix.rstrip("/") or "."
 

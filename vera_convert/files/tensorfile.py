@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
-from vera_convert.files.file_names import is_pickle
+from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource
 from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
@@ -97,11 +97,11 @@ def pickled_weights(folder: Path) -> Finding | None:
     names = [path.name for path in folder.glob("adapter_model.*") if is_pickle(path.name)]
     if not names:
         return None
-    both = (folder / "adapter_model.safetensors").exists()
+    both = (folder / WEIGHTS_NAME).exists()
     found = f"there is {printable(min(names))}"
     if both:
         return BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
-    return PICKLE_ONLY.at(printable(folder.name), f"{found}, and no adapter_model.safetensors.")
+    return PICKLE_ONLY.at(printable(folder.name), f"{found}, and no {WEIGHTS_NAME}.")
 
 
 # --- writing -------------------------------------------------------------------------------------

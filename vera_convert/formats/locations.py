@@ -6,8 +6,7 @@ import os
 import re
 from pathlib import PurePosixPath
 
-from vera_convert.adapter.config import CONFIG_NAME
-from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.rules import Finding
 from vera_convert.validation.validation import Checked
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.file_names import clean_name
+from vera_convert.files.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, clean_name
 from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.walk import file_sizes
 from vera_convert.hub.cache import cache_of_repo, remember_commit, snapshot_of
@@ -18,7 +18,7 @@ from vera_convert.hub.checksum import RepoFile
 from vera_convert.hub.client import HubAccess, asking_for, endpoint, repo_info
 from vera_convert.hub.download import download, is_sound
 from vera_convert.hub.header_cache import HeaderCache
-from vera_convert.hub.location import ADAPTER_CONFIG, Location, inside, not_cached, on_hub
+from vera_convert.hub.location import Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
 from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
@@ -28,8 +28,6 @@ SIDE_FILE_LIMIT = 10_000_000
 """The most bytes of a fetched file other than an adapter's config and weights."""
 TOKENIZER_LIMIT = 100_000_000
 """The most bytes of a fetched ``tokenizer.json``; large vocabularies take 11 to 35 million."""
-_WEIGHTS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
 
 
 def list_files(location: Location, access: HubAccess) -> dict[str, int]:
@@ -147,13 +145,13 @@ def fetch_adapter(
     if location.folder is not None:
         return location
     names = adapter_files(location, access)
-    beside = {name: size for name, size in names.items() if name not in (ADAPTER_CONFIG, _WEIGHTS)}
+    beside = {name: size for name, size in names.items() if name not in (CONFIG_NAME, WEIGHTS_NAME)}
     small = [
         name
         for name, size in beside.items()
         if 0 <= size <= _limit(name) and _is_clean(name) and not is_training_state(name)
     ]
-    folder = _download(location, [ADAPTER_CONFIG, _WEIGHTS, *small], access)
+    folder = _download(location, [CONFIG_NAME, WEIGHTS_NAME, *small], access)
     left_out = tuple(name for name in beside if name not in small)
     return replace(location, folder=folder, left_out=left_out)
 
@@ -168,7 +166,7 @@ def fetch_weights(location: Location, access: HubAccess) -> Location:
     if location.folder is not None:
         return location
     adapter_files(location, access)
-    return replace(location, folder=_download(location, [ADAPTER_CONFIG, _WEIGHTS], access))
+    return replace(location, folder=_download(location, [CONFIG_NAME, WEIGHTS_NAME], access))
 
 
 def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
@@ -180,7 +178,7 @@ def adapter_files(location: Location, access: HubAccess) -> dict[str, int]:
     """
     listed = list_files(location, access)
     others = tuple(
-        name.removesuffix(ADAPTER_CONFIG) for name in listed if name.endswith(f"/{ADAPTER_CONFIG}")
+        name.removesuffix(CONFIG_NAME) for name in listed if name.endswith(f"/{CONFIG_NAME}")
     )
     names = {name: size for name, size in listed.items() if not name.startswith(others)}
     _require_adapter(location, names, others)
@@ -197,17 +195,17 @@ def _is_clean(name: str) -> bool:
 
 def _require_adapter(location: Location, names: Collection[str], others: Sequence[str]) -> None:
     place = location.label
-    if ADAPTER_CONFIG not in names:
-        if others and _WEIGHTS not in names:
+    if CONFIG_NAME not in names:
+        if others and WEIGHTS_NAME not in names:
             reason = (
-                f"it has no {ADAPTER_CONFIG}, but its folder {printable(others[0])} is an adapter."
+                f"it has no {CONFIG_NAME}, but its folder {printable(others[0])} is an adapter."
             )
             raise CheckpointError(ADAPTER_BELOW.at(place, reason))
-        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {ADAPTER_CONFIG}."))
-    if _WEIGHTS not in names and _PICKLED in names:
-        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {_PICKLED} alone."))
-    if _WEIGHTS not in names:
-        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {_WEIGHTS}."))
+        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}."))
+    if WEIGHTS_NAME not in names and PICKLED_NAME in names:
+        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {PICKLED_NAME} alone."))
+    if WEIGHTS_NAME not in names:
+        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {WEIGHTS_NAME}."))
 
 
 def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:

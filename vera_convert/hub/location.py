@@ -10,11 +10,6 @@ from vera_convert.errors import SurroundingsError
 from vera_convert.files.file_names import clean_name
 from vera_convert.hub.checksum import RepoFile
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""The config: a folder with this file is an adapter."""
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
-"""Files that a user may name instead of the adapter's folder."""
-
 
 @dataclass(frozen=True, slots=True)
 class Location:

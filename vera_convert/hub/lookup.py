@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import unreadable
 from vera_convert.hub.cache import cached_commit, snapshot_of
 from vera_convert.hub.checksum import RepoFile
@@ -31,7 +32,7 @@ from vera_convert.hub.files import (
     list_files,
     open_remote,
 )
-from vera_convert.hub.location import ADAPTER_CONFIG, ADAPTER_FILES, Location, not_cached
+from vera_convert.hub.location import Location, not_cached
 from vera_convert.hub.refusals import OutOfReachError, Refusal, RefusedError
 from vera_convert.hub.repo_name import (
     SCHEME,
@@ -102,7 +103,7 @@ def locate(
         UsageError: the text is malformed or names a file, or a revision is given for a folder.
         SurroundingsError: no such folder, repo or revision; gated, offline or no network.
     """
-    folder = _existing_folder(text, files=ADAPTER_FILES if kind == "adapter" else ())
+    folder = _existing_folder(text, files=(CONFIG_NAME, WEIGHTS_NAME) if kind == "adapter" else ())
     if folder is not None:
         if revision is not None:
             raise UsageError(f"{printable(text)} is a folder here, so it has no revision.")
@@ -191,7 +192,7 @@ def _holds_model(folder: Path) -> bool:
         return False
     weights = (".safetensors", ".bin", ".safetensors.index.json")
     return not names.isdisjoint(("config.json", "model_index.json")) or (
-        ADAPTER_CONFIG not in names and any(name.endswith(weights) for name in names)
+        CONFIG_NAME not in names and any(name.endswith(weights) for name in names)
     )
 
 

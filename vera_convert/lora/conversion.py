@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.lora_record import GGUF_NAME, is_lora
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
@@ -25,6 +23,7 @@ from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import Work, opened
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
 from vera_convert.lora.checks import engine_findings, extras_of

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.lora_record import DIFFUSERS_NAME, MLX_NAME
 from vera_convert.adapter.names import PREFIX
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.lora.engines import Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
 from vera_convert.lora.plan import LoraLayer, LoraPlan

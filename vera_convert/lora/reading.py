@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.lora_record import (
     DIFFUSERS_NAME,
     LORA_WEIGHTS,
@@ -26,6 +25,7 @@ from vera_convert.adapter.lora_record import (
 from vera_convert.adapter.names import PREFIX
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.arguments import (
     adapter_and_weight,
     number,
@@ -20,6 +19,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import UsageError
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile
 from vera_convert.hub.lookup import HubAccess, Location, locate

@@ -1,4 +1,4 @@
 """Find the layers of a model PEFT adapts, without the model itself.
 
-May import the ground and `adapter`.
+May import the ground, `adapter` and `files`.
 """

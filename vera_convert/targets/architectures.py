@@ -20,7 +20,7 @@ from vera_convert.text import printable
 CLASSES_FILE = Path(__file__).with_suffix(".txt")
 _PLACE = "config.json"
 MAX_LAYERS = 10_000
-MAX_WIDTH = 1 << 24
+LARGEST_SIZE = 1 << 24
 """Far above any model; a larger size would only exhaust memory."""
 
 Layers = Iterator[tuple[str, Linear]]
@@ -95,7 +95,7 @@ class _Fields:
         """Return a whole number from 1 up; `alias` is the other name that transformers takes."""
         name = alias if alias in self.document and name not in self.document else name
         value = self.document.get(name, default)
-        most = MAX_LAYERS if name.endswith(("layers", "layer")) else MAX_WIDTH
+        most = MAX_LAYERS if name.endswith(("layers", "layer")) else LARGEST_SIZE
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise self.invalid(
                 f"{name} is {printable(repr(value))}; a whole number from 1 to {most} is expected."

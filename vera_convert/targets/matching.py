@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.rules import (
     TARGET_REGEX_INVALID,
     TARGETS_MATCH_NOTHING,

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
 from vera_convert.text import printable
 

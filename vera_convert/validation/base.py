@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.saved_modules import replaced_name
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
@@ -28,6 +26,7 @@ from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import (

@@ -14,21 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.adapter.sorting import SortedTensors
-from vera_convert.adapter.tensors import (
-    MAX_PROJECTION_BYTES,
-    MAX_WIDTH,
-    WEIGHTS_NAME,
-    StoredProjections,
-)
+from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, MAX_WIDTH, StoredProjections
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.conversion.proof import recognized
 from vera_convert.draws.generator import Draw, Rounding
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.value_range import value_ranges
 from vera_convert.hub.lookup import (

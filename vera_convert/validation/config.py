@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.repo_name import is_repo_id, is_revision
 from vera_convert.rules import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import (
     is_of_other_model,
     is_strange,
@@ -13,8 +12,7 @@ from vera_convert.adapter.folder import (
     module_folders,
     side_files,
 )
-from vera_convert.adapter.tensors import WEIGHTS_NAME
-from vera_convert.files.file_names import is_pickle
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle
 from vera_convert.rules import (
     BOTH_KINDS,
     LINK_NOT_CARRIED,

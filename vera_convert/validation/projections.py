@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.proof import (
     RecognizedPair,
@@ -16,6 +15,7 @@ from vera_convert.conversion.proof import (
     unproven_draw,
 )
 from vera_convert.draws.generator import Rounding
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.rules import (
     OTHER_DIMS,
     PROJECTIONS_CONTRADICT,

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
-from vera_convert.adapter.tensors import WEIGHTS_NAME
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.rules import (
     LAYERS_UNEVEN,
     TARGET_NOT_STORED,

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.folder import adapters_below
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.arguments import (
     one_of,
     optional,
@@ -19,6 +17,7 @@ from vera_convert.arguments import (
 )
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.rules import Severity
 from vera_convert.text import printable

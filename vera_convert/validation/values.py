@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.adapter.tensors import WEIGHTS_NAME, AdaptedLayer
+from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.adapter.values import value_errors
 from vera_convert.dtypes import PRECISION
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange
 from vera_convert.rules import (

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
@@ -41,6 +41,7 @@ from vera_convert.draws.generator import (
 )
 from vera_convert.dtypes import BASE_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.merging.adapters import AdapterSpec

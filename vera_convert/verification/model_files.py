@@ -18,6 +18,7 @@ from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.model_config import ConfigEdits, label_count
@@ -64,7 +65,7 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     for name in taken:
         reason = f"a loader reads {printable(name)} instead of {printable(_own(model))}."
         yield LOADED_INSTEAD.at(place, reason)
-    config = model.prefix + "adapter_config.json"
+    config = model.prefix + CONFIG_NAME
     if config in names:
         yield ADAPTER_IN_MERGED.at(place, f"there is {printable(config)}.")
     others = [name for name in sides.other_weights if name not in taken]

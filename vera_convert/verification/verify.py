@@ -23,6 +23,7 @@ from vera_convert.errors import (
     UsageError,
     VeraConvertError,
 )
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
@@ -162,7 +163,7 @@ def _passed(findings: tuple[Finding, ...]) -> bool:
 def _refuse_adapter(merged: str) -> None:
     """Raise `CheckpointError` if a folder that must be a merged model is an adapter."""
     folder = Path(merged)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         reason = "there is adapter_config.json and no model."
         error = CheckpointError(MERGED_IS_ADAPTER.at(printable(merged), reason))
         error.of_merged = True

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME, SAVED_BY_TASK, VeraConfig, parse_config
+from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.saved_modules import replaced_name
@@ -31,6 +31,7 @@ from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base
 from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.merging.changes import BASE_COPY
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.errors import UsageError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import from_array
 from vera_convert.publish.publishing import explained, staged_folder, updated_folder
 from vera_convert.with_torch.arrays import to_array
