@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from adapters import good_adapter
 from folders import everything, refusal
+from hub_server import HubServer
 from merges import INDEX, filled_base, merged_with, tensors_of
 
 from vera_convert.errors import CheckpointError
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.merging.merge import merge
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
 
@@ -211,6 +214,32 @@ def test_the_modules_of_sentence_transformers_are_taken_from_the_adapter(
     assert "2_Dense/pytorch_model.bin" not in found, "a module is replaced as a whole"
     assert not done.findings
     assert b"library_name: sentence-transformers" in found["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("path", "codes"), [("0_Transformer", ["V576"]), ("1_Pooling", []), (None, [])]
+)
+def test_an_adapter_that_is_a_module_of_the_folder_above_is_warned_about(
+    tmp_path: Path, adapter: Path, base: Path, path: str | None, codes: list[str]
+) -> None:
+    folder = tmp_path / "sentences" / "0_Transformer"
+    folder.parent.mkdir()
+    adapter.rename(folder)
+    if path is not None:
+        entries = [{"idx": 0, "name": "0", "path": path, "type": "x"}]
+        (folder.parent / "modules.json").write_text(json.dumps(entries))
+    done = merged_with(folder, base, tmp_path / "out")
+    assert [found.code for found in done.findings] == codes
+
+
+def test_an_adapter_that_is_a_module_of_a_repo_is_warned_about(
+    tmp_path: Path, adapter: Path, base: Path, server: HubServer
+) -> None:
+    files = {f"0_Transformer/{path.name}": path.read_bytes() for path in adapter.iterdir()}
+    server.add("org/sentences", {**files, "modules.json": b"[]"})
+    access = HubAccess(cache_dir=tmp_path / "cache", progress=False)
+    done = merge("org/sentences/0_Transformer", tmp_path / "out", base=base, access=access)
+    assert [found.code for found in done.findings] == ["V576"]
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from vera_convert.adapter.folder import SideFiles, module_folders, side_files
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.rules import FILE_NOT_FETCHED, TRAINED_NOT_MERGED, Finding
+from vera_convert.rules import FILE_NOT_FETCHED, MODULES_ABOVE, TRAINED_NOT_MERGED, Finding
 from vera_convert.text import printable
 
 MODULES_NAME = "modules.json"
@@ -66,6 +66,7 @@ class AdapterFiles:
         not_fetched: files that the merged model needs, too large to be fetched beside an adapter.
         left_out: files that do not belong to a model.
         facts: the facts that the files state about the model.
+        is_module: whether the folder above lists the adapter as a module.
     """
 
     tokenizer: Mapping[str, InputFile]
@@ -74,9 +75,12 @@ class AdapterFiles:
     not_fetched: tuple[str, ...]
     left_out: tuple[str, ...]
     facts: AdapterFacts
+    is_module: bool
 
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield a warning for each file that is not merged or not fetched."""
+        if self.is_module:
+            yield MODULES_ABOVE.at(place, f"{MODULES_NAME} of the folder above lists the adapter.")
         for name in self.unmerged:
             yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not merged.")
         for name in self.not_fetched:
@@ -127,13 +131,26 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         tuple(_not_fetched(sides, modules)),
         (*(name for name in rest if name not in unmerged), *_dropped(sides, modules)),
         AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
+        _is_module(location),
+    )
+
+
+def _is_module(location: Location) -> bool:
+    """Return whether the folder above is a sentence-transformers model with this module."""
+    if location.repo_id is not None:
+        above = PurePosixPath(location.subfolder).parent / MODULES_NAME
+        return bool(location.subfolder) and str(above) in (location.listed or {})
+    folder = location.fetched.resolve()
+    entries = _json(replace(location, folder=folder.parent), MODULES_NAME, [MODULES_NAME])
+    return isinstance(entries, list) and any(
+        isinstance(entry, dict) and entry.get("path") == folder.name for entry in entries
     )
 
 
 def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
     """Return the folders of the modules of sentence-transformers beside an adapter."""
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    listed = _json(location, MODULES_NAME, names, limit=CONFIG_LIMIT)
+    listed = _json(location, MODULES_NAME, names)
     entries = listed if isinstance(listed, list) else []
     named = {entry.get("path") for entry in entries if isinstance(entry, dict)}
     configured = module_folders(names)
@@ -162,11 +179,16 @@ def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:
 # --- what the files say --------------------------------------------------------------------------
 
 
-def _json(location: Location, name: str, names: Collection[str], *, limit: int) -> object:
+def _json(
+    location: Location, name: str, names: Collection[str], *, limit: int = CONFIG_LIMIT
+) -> object:
     """Return the value of a file; None if the file is missing or malformed."""
     folder = location.fetched
     if name in names:
-        with suppress(CheckpointError), open_local(folder / name, within=folder) as source:
+        with (
+            suppress(CheckpointError, SurroundingsError),
+            open_local(folder / name, within=folder) as source,
+        ):
             return read_json(source, limit=limit, pythons_numbers=True)[0]
     return None
 
@@ -212,7 +234,7 @@ def _numbers_of(token: str, settings: Mapping[str, object], read: Reader) -> Ite
 
 def _labels(location: Location, names: Collection[str], base: BaseModel) -> tuple[str, ...]:
     """Return the labels of the trained model, if the model's config lies beside the adapter."""
-    config = _json(location, "config.json", names, limit=CONFIG_LIMIT)
+    config = _json(location, "config.json", names)
     if not isinstance(config, dict) or config.get("model_type") != base.model_type:
         return ()
     named = config.get("id2label")
