@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from vera_convert.counting import LayerGroup, count
+from vera_convert.counting import count
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
+from vera_convert.targets.linear import LayerGroup, Linear, ModelLayers, layers_from_shapes
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +21,11 @@ from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.linear import Linear, ModelLayers, kind_of
+from vera_convert.targets.linear import LayerGroup, Linear, ModelLayers, layer_groups
 from vera_convert.targets.matching import Adapted, adapted, is_all_linear
 from vera_convert.text import listed, printable, short_repr
 
 _METADATA = {"format": "pt"}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerGroup:
-    """Adapted layers of one kind and one shape.
-
-    Attributes:
-        name: the layers' path after the last index.
-        out_features: rows of each weight.
-        in_features: columns of each weight.
-        layers: the number of layers.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +120,9 @@ def count(
         source=model.source,
         rank=rank,
         targets=tuple(targets),
-        groups=_groups(chosen.layers),
+        groups=layer_groups(
+            (name, layer.out_features, layer.in_features) for name, layer in chosen.layers.items()
+        ),
         max_in=chosen.max_in,
         max_out=chosen.max_out,
         vera=MethodSize(vera, 4 * vera, embedded),
@@ -219,13 +203,6 @@ def _near(model: ModelLayers, target: str) -> str:
     if near:
         return f"similar names are {listed(near, 12)}"
     return f"there are {listed(last_names, 12)}"
-
-
-def _groups(layers: Mapping[str, Linear]) -> tuple[LayerGroup, ...]:
-    counted = Counter(
-        (kind_of(name), layer.out_features, layer.in_features) for name, layer in layers.items()
-    )
-    return tuple(LayerGroup(*group, number) for group, number in counted.items())
 
 
 # --- files, as PEFT writes them ------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,18 +31,8 @@ from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
 from vera_convert.rules import PROJECTIONS_IGNORED, Finding
-from vera_convert.targets.linear import Linear, kind_of
+from vera_convert.targets.linear import LayerGroup, Linear, layer_groups
 from vera_convert.text import short_repr
-
-
-@dataclass(frozen=True, slots=True)
-class TargetGroup:
-    """Adapted layers of one kind and one shape; in_features is None without a base."""
-
-    name: str
-    layers: int
-    out_features: int
-    in_features: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +94,7 @@ class AdapterInfo:
 
     location: Location
     config: VeraConfig
-    groups: tuple[TargetGroup, ...]
+    groups: tuple[LayerGroup, ...]
     lambda_dtypes: tuple[str, ...]
     projections: StoredProjections | None
     draw: Draw | None
@@ -185,7 +174,10 @@ def _described(
     return AdapterInfo(
         location=location,
         config=adapter.config,
-        groups=_groups(adapter, inputs),
+        groups=layer_groups(
+            (module, layer.out_features, inputs.get(module))
+            for module, layer in adapter.layers.items()
+        ),
         lambda_dtypes=_lambda_dtypes(adapter),
         projections=adapter.projections,
         draw=pair.draw if pair else draw,
@@ -224,14 +216,6 @@ def _inputs(base_facts: BaseFacts) -> dict[str, int]:
     if base_facts.match is None:
         return {}
     return {module: inputs for module, (_, inputs) in base_facts.match.shapes.items()}
-
-
-def _groups(adapter: Adapter, inputs: Mapping[str, int]) -> tuple[TargetGroup, ...]:
-    found = Counter(
-        (kind_of(module), layer.out_features, inputs.get(module))
-        for module, layer in adapter.layers.items()
-    )
-    return tuple(TargetGroup(name, n, out, width) for (name, out, width), n in found.items())
 
 
 def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:

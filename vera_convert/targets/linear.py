@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vera_convert.embeddings import is_output_head, is_table
@@ -48,6 +49,33 @@ class ModelLayers:
 def kind_of(module: str) -> str:
     """Return the kind of a layer: the path after the last index."""
     return re.split(r"(?:^|\.)\d+\.", module)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Adapted layers of one kind and one shape.
+
+    Attributes:
+        name: the layers' path after the last index.
+        out_features: rows of each weight.
+        in_features: columns of each weight; None if no base tells the number.
+        layers: the number of layers.
+    """
+
+    name: str
+    out_features: int
+    in_features: int | None
+    layers: int
+
+
+def layer_groups(layers: Iterable[tuple[str, int, int | None]]) -> tuple[LayerGroup, ...]:
+    """Group layers, each with its path, outputs and inputs, in the order of the first of a group.
+
+    >>> layer_groups([("h.0.q", 8, 4), ("h.1.q", 8, 4)])
+    (LayerGroup(name='q', out_features=8, in_features=4, layers=2),)
+    """
+    counted = Counter((kind_of(path), outputs, inputs) for path, outputs, inputs in layers)
+    return tuple(LayerGroup(*shape, number) for shape, number in counted.items())
 
 
 CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
