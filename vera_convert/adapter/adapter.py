@@ -32,7 +32,7 @@ class Adapter:
         projections: A and B if stored.
         repeated: copies of A and B stored with layers, equal to the shared pair.
         replacements: tensors that replace base tensors (heads, biases, embeddings).
-        fingerprint: the record of the projections that vera-convert dropped.
+        fingerprint: the record of the projections dropped by vera-convert.
         findings: warnings and notes.
         config_source: the open config file, for `check_unchanged`.
         file: the open weights file.
@@ -72,6 +72,6 @@ class Adapter:
         return WEIGHTS_NAME
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if a file changed since it was opened."""
+        """Raise `SurroundingsError` if a file changed after its opening."""
         for source in (self.config_source, self.file.source):
             source.check_unchanged()

@@ -58,7 +58,7 @@ SAVED_BY_TASK: Mapping[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""The names that PEFT appends to modules_to_save, by task_type; a model has one of the names."""
+"""The names appended by PEFT to modules_to_save, by task_type; a model has one of the names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,16 @@ class VeraConfig:
         d_initial: initial value of every lambda_d.
         fan_in_fan_out: whether the base stores weights as (in, out); PEFT corrects this by layer.
         bias: which biases were trained: ``none``, ``all`` or ``vera_only``.
-        modules_to_save: modules that were trained whole and replace those of the base.
+        modules_to_save: modules trained whole, in place of the base's modules.
         init_weights: whether lambda_b began at zero.
-        layers_to_transform: the indices of the layers that are adapted; None means all.
+        layers_to_transform: the indices of the adapted layers; None means all.
         layers_pattern: the name before the index in a module's path.
         task_type: the task that PEFT wraps the model for.
         base_model_name_or_path: the name of the base; a stranger's text, never followed as a path.
         revision: the base's revision on the Hub.
         inference_mode: true in every saved file.
         auto_mapping: class and library of the base, if task_type is None.
-        peft_version: the PEFT that wrote the file (0.18 and later record it).
+        peft_version: the writing PEFT (0.18 and later record the version).
     """
 
     r: int = 256
@@ -108,13 +108,13 @@ class VeraConfig:
 
     @property
     def saved_modules(self) -> tuple[str, ...]:
-        """The names in modules_to_save and the names that PEFT appends for the task, each once."""
+        """The names in modules_to_save and the names appended by PEFT for the task, each once."""
         implied = SAVED_BY_TASK.get(self.task_type or "", ())
         return tuple(dict.fromkeys((*(self.modules_to_save or ()), *implied)))
 
     @property
     def written_by_peft(self) -> bool:
-        """Whether PEFT saved this config: it has PEFT's version, or ``inference_mode`` is true."""
+        """Whether PEFT saved this config, by PEFT's version or a true ``inference_mode``."""
         return bool(self.peft_version) or self.inference_mode
 
 
@@ -137,7 +137,7 @@ class ConfigFile:
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
-        """The fields of the file that VeraConfig does not have, in the file's order."""
+        """The fields of the file unknown to VeraConfig, in the file's order."""
         return tuple(name for name in json.loads(self.text) if _is_unknown(name))
 
     def edited(self, *, remove: frozenset[str] = frozenset(), **changes: object) -> ConfigFile:
@@ -352,7 +352,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tuple[str, Finding]]:
-    """Yield each field that is of the wrong type, with a finding."""
+    """Yield each field of a wrong type, with a finding."""
     for name, (fits, expected) in _TYPES.items():
         if name in document and not fits(document[name]):
             reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
@@ -373,7 +373,7 @@ def _shown(number: float) -> str:
 
 
 def _absurd_lists(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
-    """Refuse lists that would only exhaust time, because names are compared with each other."""
+    """Refuse long lists: each name is compared with each other name."""
     for field in ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
         value = getattr(config, field)
         items = value if isinstance(value, tuple) else (value,)

@@ -27,7 +27,7 @@ _SMALL = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """The draw that a pair of projections is, its stored form, and its hashes.
+    """The draw of a pair of projections, the stored form, and the hashes.
 
     Attributes:
         variant: the generator's variant.
@@ -37,7 +37,7 @@ class Fingerprint:
         out_features: rows of the stored B (out, r).
         drawn_in_features: columns of A as drawn; more than in_features if A was cut.
         drawn_out_features: rows of B as drawn.
-        rounding: the casts that the dtype of the base caused.
+        rounding: the casts caused by the dtype of the base.
         dtype: the stored dtype of A and B (safetensors' name).
         sha256_A: SHA-256 of the stored bytes of A (little endian, row-major), in hex.
         sha256_B: the same of B.
@@ -62,7 +62,7 @@ class Fingerprint:
 
     @property
     def draw(self) -> Draw:
-        """The draw that the projections are."""
+        """The recorded draw."""
         return Draw(
             self.variant,
             self.key,

@@ -22,7 +22,7 @@ from vera_convert.text import read_back_differs
 _OF_AN_ADAPTER = frozenset(
     (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, "adapter_model.pt", "vera_config.json")
 )
-"""Names that show that a folder is, or was, the folder of an adapter."""
+"""Names by which a folder is known as the folder of an adapter."""
 
 _TRAINING_STATE = re.compile(
     r"(adapter_model|training_args)\.bin"
@@ -37,7 +37,7 @@ _TRAINING_FOLDERS = frozenset(("wandb", "mlruns", "lightning_logs"))
 _STRANGE = re.compile(
     r".*[:\uf03a](Zone\.Identifier|com\.dropbox\..*|mshield)|Thumbs\.db|desktop\.ini|.*\.pyc"
 )
-"""Names of files that an operating system adds to a folder; U+F03A is WSL's colon."""
+"""Names of files added to a folder by an operating system; U+F03A is WSL's colon."""
 _STRANGE_FOLDERS = frozenset(("__MACOSX", "__pycache__"))
 _OTHER_MODEL = re.compile(
     r"(pytorch_|tf_|flax_|rust_|diffusion_pytorch_)?model([-_.].*)?"
@@ -62,7 +62,7 @@ def is_strange(name: str) -> bool:
 
 
 def module_folders(names: Collection[str]) -> frozenset[str]:
-    """Return the folders beside an adapter that hold a config."""
+    """Return the folders with a config beside an adapter."""
     paths = (PurePosixPath(name) for name in names if name.endswith("config.json") and "/" in name)
     return frozenset(str(path.parent) for path in paths)
 
@@ -86,7 +86,7 @@ class SideFiles:
         copied: copied byte for byte, in sorted order.
         left_out: files of a training run, a download or another model; never copied.
         outside: links that lead out of the folder, to nowhere or to a folder; never followed.
-        adapters: subfolders that are adapters.
+        adapters: subfolders with an adapter.
     """
 
     copied: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
 
     Args:
         folder: the folder of the adapter.
-        not_fetched: files that were left on the Hub; the cache can hold some of these by chance.
+        not_fetched: files left on the Hub; the cache can hold some of the files by chance.
     """
     copied, left_out = [], []
     outside: list[str] = []
@@ -173,8 +173,8 @@ class AdapterContent:
         metadata: the safetensors metadata.
         config_text: the bytes of ``adapter_config.json``.
         folder: the folder of the source adapter, whose side files are copied.
-        not_fetched: the side files that were left on the Hub.
-        check_unchanged: raises if the source adapter changed while it was read.
+        not_fetched: the side files left on the Hub.
+        check_unchanged: raises if the source adapter changed during the reading.
         weights: the weights file of the source adapter, to copy byte for byte if nothing changes.
     """
 
@@ -205,7 +205,7 @@ def publish_adapter(
     Raises:
         UsageError: OUT exists and may not be replaced, holds files that are not written again, or
             overlaps an input.
-        SurroundingsError: the disk fails, or the input changed while it was read.
+        SurroundingsError: the disk fails, or the input changed during the reading.
     """
     from vera_convert.publish.publishing import files_but, staged_folder  # not for mere readers
 
@@ -221,7 +221,7 @@ def publish_adapter(
 
 
 def written_files(folder: Path, *, not_fetched: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the files that a conversion of an adapter's folder writes."""
+    """Return the files written by a conversion of an adapter's folder."""
     return (CONFIG_NAME, WEIGHTS_NAME, *side_files(folder, not_fetched=not_fetched).copied)
 
 
@@ -237,7 +237,7 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
         if content.weights is None
         else _copy(content.weights, path),
     }
-    for name in sides.copied:  # one after the other: the number of open files is limited
+    for name in sides.copied:  # in turn, because the number of open files is limited
         with open_local(content.folder / name, within=content.folder) as source:
             written[name] = _copy(source, folder / name)
             source.check_unchanged()
@@ -247,7 +247,7 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
 
 
 def _require_space(content: AdapterContent, sides: SideFiles, folder: Path) -> None:
-    """Refuse, before a byte is copied, files that do not fit; a sparse file can claim any size."""
+    """Refuse files larger than the free space, such as sparse files, before a byte is copied."""
     needed = sum((content.folder / name).stat().st_size for name in sides.copied)
     needed += sum(tensor.nbytes for tensor in content.tensors)
     free = shutil.disk_usage(folder).free

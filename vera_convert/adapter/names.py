@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors, and the foreign parts that PEFT did not write.
+"""The names of an adapter's tensors, and the foreign parts of such names.
 
 PEFT finds a tensor by the whole name. If a name has a foreign part, or lacks a part, PEFT ignores
 the tensor without an error, and the adapter has no effect.
@@ -40,9 +40,9 @@ _module, ONNX Runtime's _original_module. No model class has a module of this na
 _WRAPPERS_OF_NAMED_BASES = frozenset(
     ("module", "pretrained_model", "nncf_module", "wrapped_model", "wrapped_module")
 )
-"""Those of DistributedDataParallel and DeepSpeed, TRL, NNCF, and of users. A custom class can have
-a module of this name, but a custom class has no name on the Hub. In transformers, LeViT alone has
-`module`, in each numbered layer."""
+"""Attributes of DistributedDataParallel and DeepSpeed, TRL, NNCF, and users' wrappers. A custom
+class can have a module of this name, but a custom class has no name on the Hub. In transformers,
+LeViT alone has `module`, in each numbered layer."""
 _INNER_LAYER = "base_layer"
 """The attribute in which an outer layer of PEFT keeps the layer with the vectors."""
 _WRAPPER_CLASSES = frozenset(
@@ -75,7 +75,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The facts about foreign parts that all names of a file show together.
+    """The facts about foreign parts shown by all names of a file together.
 
     Attributes:
         is_named_base: whether the base is a published model, and not a class of the user.
@@ -83,7 +83,7 @@ class Names:
             included.
         inner: the adapter's name, if the path of every adapted layer ends with this name; else
             empty.
-        copies: the copies that PEFT writes of tensors and does not read.
+        copies: the copies of tensors that PEFT writes and ignores.
     """
 
     is_named_base: bool
@@ -107,7 +107,7 @@ class Names:
 
     @property
     def begin_alike(self) -> bool:
-        """Whether all names have the same text before the path, so that a repair is possible."""
+        """Whether all names have the same text before the path, which makes a repair possible."""
         return len(self.beginnings) <= 1
 
     def beginning(self, name: str) -> str:
@@ -158,7 +158,7 @@ class Names:
         return name, frozenset(found)
 
     def broken_rule(self, name: str) -> Rule | None:
-        """Return the rule that a tensor's name breaks, or None if the name has a known meaning."""
+        """Return the rule broken by a tensor's name, or None if the name has a known meaning."""
         parts = self.parts(name)
         if parts.front or parts.wrappers:
             return WRAPPER_IN_NAMES
@@ -199,7 +199,7 @@ def _starts(elements: Sequence[str]) -> Iterator[int]:
 
 
 def _layer_end(name: str) -> str:
-    """Return the last element of the path of the layer that a vector belongs to."""
+    """Return the last element of the path of a vector's layer."""
     path, _, last = name.rpartition(".")
     return path.rpartition(".")[2] if last in LAMBDAS else ""
 

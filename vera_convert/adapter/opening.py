@@ -71,7 +71,7 @@ def open_adapter(
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that are errors."""
+    """Return the errors among findings."""
     return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
@@ -83,9 +83,9 @@ class Examined:
         config: the sound fields of the config; None if the rank is not known.
         unsound: the names of the wrong fields.
         file: the open weights; None if the header is wrong.
-        tensors: the tensors that the header names, repaired on request.
+        tensors: the tensors named by the header, repaired on request.
         sorted: the tensors by meaning, if the config says enough.
-        fingerprint: the fingerprint, if it can be read.
+        fingerprint: the fingerprint, if readable.
         findings: every defect.
         adapter: the adapter; None if any finding is an error.
         other_method: the error, if the adapter is of another method than VeRA; nothing else is
@@ -142,11 +142,11 @@ def examine(
     repair: Repair | None = None,
     values: bool = True,
 ) -> Examined:
-    """Read the whole config and the whole header, so that one run shows every defect.
+    """Read the whole config and the whole header, to show every defect in a single run.
 
     Args:
         folder: where the adapter lies.
-        config_source: ``adapter_config.json``, if it could be opened.
+        config_source: the open ``adapter_config.json``, or None.
         weights_source: ``adapter_model.safetensors``, likewise.
         findings: the known defects of the folder.
         repair: see `open_adapter`.

@@ -30,7 +30,7 @@ class Repairs:
     """The repairs of one adapter, as `open_adapter` applies them.
 
     Attributes:
-        peft_version: the oldest PEFT that must read the config, such as (0, 13); None: any.
+        peft_version: the oldest PEFT to read the config, such as (0, 13); None: any.
         changes: after the call, one phrase for each change.
     """
 
@@ -53,7 +53,7 @@ class Repairs:
     def _with_proper_names(
         self, tensors: Sequence[TensorData], config: VeraConfig
     ) -> Sequence[TensorData]:
-        """Return the tensors under the names that PEFT writes, if the names are clear."""
+        """Return the tensors under PEFT's names, if the names are clear."""
         for repair in (_without_foreign_parts, _without_adapter_name, _with_prefix):
             names = Names.of((tensor.name for tensor in tensors), config)
             tensors, change = repair(tensors, names)
@@ -84,7 +84,7 @@ def _renamed(
 def _without_foreign_parts(
     tensors: Sequence[TensorData], names: Names
 ) -> tuple[Sequence[TensorData], str]:
-    """Remove wrappers' names, and a text before PEFT's prefix that all layers share."""
+    """Remove wrappers' names, and a common text of all layers before PEFT's prefix."""
     split = {tensor.name: names.parts(tensor.name) for tensor in tensors}
     removed = {wrapper for parts in split.values() for wrapper in parts.wrappers}
     if names.begin_alike:
@@ -159,7 +159,7 @@ def _as_vectors(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], st
 
 
 def _projections_once(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
-    """Keep one A and one B of many equal copies; unequal copies are refused."""
+    """Keep a single A and B of many equal copies; unequal copies are refused."""
     kept = list(tensors)
     removed = 0
     for last, shared_name in (("vera_A", A_NAME), ("vera_B", B_NAME)):

@@ -1,4 +1,4 @@
-"""Tensors that replace tensors of the base: modules saved whole, biases, resized embeddings."""
+"""Tensors in place of the base's tensors: modules saved whole, biases, resized embeddings."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SavedModules:
         self._lengths = sorted({len(name) for name in self._names})
 
     def of(self, module: str) -> frozenset[str]:
-        """Return the names that save a module, or a module around it."""
+        """Return the names by which a module, or a module around the module, is saved."""
         ends = (found.start() for found in re.finditer(r"\.|\Z", module))
         endings = {
             module[end - length : end]
@@ -89,10 +89,10 @@ def replacement_findings(
     *,
     renamed: bool,
 ) -> Iterator[Finding]:
-    """Yield the findings for the tensors that replace tensors of the base.
+    """Yield the findings for the tensors in place of the base's tensors.
 
     Args:
-        others: the tensors that replace tensors of the base.
+        others: the tensors in place of the base's tensors.
         layers: the adapted layers.
         config: the adapter's config.
         renamed: whether tensors have names that PEFT does not write, so that some can be missing.
@@ -165,7 +165,7 @@ def _incomplete_modules(
     for name in sorted(declared - _KNOWN_HEADS - stored):
         rule = MODULE_TO_SAVE_MISSING.as_warning() if stored else MODULE_TO_SAVE_MISSING
         yield rule.at(printable(name), reason)
-    heads = declared & _KNOWN_HEADS  # if several heads are declared, the model has one of them
+    heads = declared & _KNOWN_HEADS  # a model has at most a single head
     is_classifier = config.task_type == "SEQ_CLS"
     if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
         rule = MODULE_TO_SAVE_MISSING

@@ -35,7 +35,7 @@ def shape_findings(
     Args:
         layers: the adapted layers.
         pair: the stored A and B by the last element of the name.
-        others: the tensors that replace tensors of the base.
+        others: the tensors in place of the base's tensors.
         config: the adapter's config.
     """
     trained = [t for layer in layers.values() for t in (layer.lambda_b, layer.lambda_d)]

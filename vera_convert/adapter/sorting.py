@@ -251,7 +251,7 @@ def _copies(
 
 
 def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
-    """Return the shared matrix that a layer's copy repeats."""
+    """Return the shared matrix repeated by a layer's copy."""
     return projections.A if copy.name.endswith("vera_A") else projections.B
 
 

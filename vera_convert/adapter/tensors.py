@@ -17,7 +17,7 @@ class AdaptedLayer(NamedTuple):
     """The two trained vectors of one layer.
 
     Attributes:
-        module: path of the layer in the model that was wrapped.
+        module: path of the layer in the wrapped model.
         lambda_b: b, of shape (out,).
         lambda_d: d, of shape (r,).
     """

@@ -157,26 +157,41 @@ def regenerate_for(
     ) as work:
         source = work.adapter
         found = _stored_draw(source)
-        base_facts = resolve_base(
-            source, base_options, bases=Bases(work.access), need=_need(source, found)
-        )
-        bare, base_facts = _without_stored(source, base_facts, found)
-        variant = found.variant if found is not None and given is None else given
-        converted = embedded(bare, base_facts, variant=variant)
-        drawn = converted.draw
-        assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
-        # A stored pair can have a narrower dtype; this file keeps the dtype of the draw.
-        if drawn.rounding is Rounding.FP32 and base_facts.rounding is Rounding.NONE:
-            drawn = replace(drawn, rounding=Rounding.NONE)
-        shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
-        A, B = drawn.matrices()
-        kind = drawn.variant.dtype
-        A = A[:, : shapes[A_NAME][1]].astype(kind, copy=False)
-        B = B[: shapes[B_NAME][0]].astype(kind, copy=False)
-        inputs = (source.folder, *base_facts.folders)
+        need = _need(source, found)
+        base_facts = resolve_base(source, base_options, bases=Bases(work.access), need=need)
+        drawn, pair, findings = _drawn_for(source, base_facts, found, given)
         source.check_unchanged()
-        findings = source.findings if drawn == found else converted.findings
-        return _write(out, drawn, (A, B), force=force, inputs=inputs, findings=findings)
+        inputs = (source.folder, *base_facts.folders)
+        return _write(out, drawn, pair, force=force, inputs=inputs, findings=findings)
+
+
+def _drawn_for(
+    adapter: Adapter, base_facts: BaseFacts, found: Draw | None, given: Variant | None
+) -> tuple[Draw, tuple[NDArray[Any], NDArray[Any]], tuple[Finding, ...]]:
+    """Draw A and B of an adapter as `embed` would; return the draw, the pair and the findings.
+
+    Args:
+        adapter: the adapter.
+        base_facts: the facts of the base.
+        found: the draw of the config's key that the stored pair is, or None.
+        given: the variant of the caller, or None.
+    """
+    bare, base_facts = _without_stored(adapter, base_facts, found)
+    variant = found.variant if found is not None and given is None else given
+    converted = embedded(bare, base_facts, variant=variant)
+    drawn = converted.draw
+    assert drawn is not None  # noqa: S101 -- a bare adapter is drawn for
+    # A stored pair can have a narrower dtype; this file keeps the dtype of the draw.
+    if drawn.rounding is Rounding.FP32 and base_facts.rounding is Rounding.NONE:
+        drawn = replace(drawn, rounding=Rounding.NONE)
+    shapes = {tensor.name: tensor.shape for tensor in converted.tensors}
+    A, B = drawn.matrices()
+    kind = drawn.variant.dtype
+    pair = (
+        A[:, : shapes[A_NAME][1]].astype(kind, copy=False),
+        B[: shapes[B_NAME][0]].astype(kind, copy=False),
+    )
+    return drawn, pair, adapter.findings if drawn == found else converted.findings
 
 
 def _stored_draw(adapter: Adapter) -> Draw | None:

@@ -46,7 +46,7 @@ from vera_convert.validation.validation import Checked
 from vera_convert.validation.values import value_findings
 
 _REMOTE = Path(os.devnull, "on-the-hub")
-"""The folder of an adapter that was not fetched; it cannot exist."""
+"""The folder of an adapter left on the Hub; such a folder cannot exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
     """Check one adapter; an unreadable adapter is a result, too.
 
     Args:
-        named: the adapter as the caller gave it.
+        named: the adapter as given by the caller.
         options: the options of the check.
     """
     label, is_remote = printable(named), False
@@ -108,7 +108,7 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
 
 
 def _placed(finding: Finding, named: str) -> Finding:
-    """Return a finding with its place and file relative to the adapter's folder."""
+    """Return a finding with place and file relative to the adapter's folder."""
     folder = printable(f"{Path(named)}{os.sep}")
     file = finding.file and finding.file.removeprefix(folder)
     return replace(finding, place=finding.place.removeprefix(folder), file=file)

@@ -25,11 +25,11 @@ from vera_convert.text import printable
 def config_findings(
     config: VeraConfig, unsound: Collection[str] = frozenset()
 ) -> Iterator[Finding]:
-    """Yield findings for the fields that name the base, and for fields that some releases reject.
+    """Yield findings for the base's name, and for fields rejected by some releases.
 
     Args:
         config: the config.
-        unsound: the names of fields that are already known to be wrong.
+        unsound: the names of fields already reported as wrong.
     """
     name = config.base_model_name_or_path
     if {"base_model_name_or_path", "revision"} & {*unsound}:
@@ -66,11 +66,11 @@ def _by_version(config: VeraConfig) -> Iterator[str]:
 def undeclared_embeddings(
     config: VeraConfig, replacements: Iterable[TensorData]
 ) -> Iterator[Finding]:
-    """Yield a note for each embedding or head that PEFT saved and the config does not declare.
+    """Yield a note for each saved embedding or head missing in the config.
 
     Args:
         config: the config.
-        replacements: the tensors that replace tensors of the base.
+        replacements: the tensors in place of the base's tensors.
     """
     saved = SavedModules(config.saved_modules)
     for tensor in replacements:

@@ -32,9 +32,9 @@ class Settings:
     """The settings of ``[tool.vera-convert.validate]``.
 
     Attributes:
-        select: codes, or beginnings of codes, that count; empty means all.
-        ignore: codes, or beginnings of codes, that do not count.
-        fail_on: the lowest severity that fails a call; None if it is not set.
+        select: codes, or beginnings of codes, to show; empty means all.
+        ignore: codes, or beginnings of codes, to hide.
+        fail_on: the lowest failing severity; None for the default.
     """
 
     select: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ def check_codes(codes: Iterable[str], *, place: str = "") -> None:
 def selected(
     findings: Iterable[Finding], *, select: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Finding, ...]:
-    """Return the selected findings, by code and then in the order in which they were found."""
+    """Return the selected findings, by code and then in the order of the checks."""
     chosen = (
         finding
         for finding in dict.fromkeys(findings)

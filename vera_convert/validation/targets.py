@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<target>.+)")
 TARGET_FIELDS = frozenset(
     ("target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
 )
-"""The fields that select the layers."""
+"""The fields for the selection of layers."""
 
 
 def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -> Iterator[Finding]:

@@ -84,7 +84,7 @@ def validate(
 
 
 def _selected(checked: Checked, select: Sequence[str], ignore: Sequence[str]) -> Checked:
-    """Return an adapter with its selected findings; hidden errors are mentioned."""
+    """Return an adapter with the selected findings; hidden errors are mentioned."""
     kept = selected(checked.findings, select=select, ignore=ignore)
     hidden = {f.code for f in {*checked.findings}.difference(kept) if f.severity is Severity.ERROR}
     note = f"errors that are not selected: {', '.join(sorted(hidden))}."

@@ -1,4 +1,4 @@
-"""Define the result of a validation; `formats` writes it in each format."""
+"""Define the result of a validation; `formats` writes the result in each format."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Checked:
     """The findings of one adapter.
 
     Attributes:
-        label: the name of the adapter as the caller gave it, with the commit on the Hub; printable.
-        path: the folder as it was given, with ``/``; None for a repo on the Hub.
+        label: the adapter as given by the caller, with the commit on the Hub; printable.
+        path: the folder as given, with ``/``; None for a repo on the Hub.
         findings: the selected findings, in the order of the catalog.
-        draw: the draw that A and B equal, stored or by the fingerprint; None if unknown.
+        draw: the draw of A and B, stored or by the fingerprint; None if unknown.
         embedded: whether A and B are stored; None if the file cannot be read.
-        base: the base that the adapter was compared with; empty without a base.
-        not_checked: the checks that could not be made, and why; one sentence each.
+        base: the compared base; empty without a base.
+        not_checked: the missing checks, each with the reason in a sentence.
         bytes_read: how many bytes of a repo on the Hub were read; None for a folder.
         failure: why a file of the adapter could not be read; None if all could.
-        has_hidden_errors: whether errors were found that are not selected.
+        has_hidden_errors: whether an error is hidden by the selection.
         other_method: the method of an adapter other than VeRA, such as ``LORA``; only its config
             was checked.
     """
@@ -55,8 +55,8 @@ class Validation:
     """The findings of all adapters of one call.
 
     Attributes:
-        adapters: the adapters, in the order of the call, or in which they were found in a folder.
-        fail_on: the lowest severity that fails the call.
+        adapters: the adapters, in the order of the call, or of the search in a folder.
+        fail_on: the lowest failing severity.
     """
 
     adapters: tuple[Checked, ...]

@@ -39,7 +39,7 @@ def value_findings(
 
     Args:
         file: the adapter's weights.
-        config: the config; None if it cannot be read.
+        config: the config; None if unreadable.
         layers: the layers without errors.
         found: the value ranges of the file's tensors.
         on_float16: whether the base is loaded in float16.
