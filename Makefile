@@ -1,15 +1,15 @@
-# `make demo` and `make test` work on a bare machine with Python 3.11 or newer: they create .venv.
+# `make demo` and `make test` need only Python 3.11 or later: they create .venv and install everything.
 
 PYTHON ?= python3
-# The oldest Python that is promised; `make test-oldest` runs on it.
+# The oldest supported Python; `make test-oldest` uses it.
 PYTHON_OLDEST ?= python3.11
-# Any options that this machine needs to take the PyTorch build that it wants.
+# Options of pip that select a build of PyTorch, such as an index with CPU builds.
 TORCH_PIP_ARGS ?=
 TORCH := 2.13.0
-# The oldest that the extra `torch` promises; `make test-floor` runs on it.
+# The oldest PyTorch that the extra `torch` supports; `make test-floor` uses it.
 TORCH_FLOOR := 2.4.0
 
-# The libraries that packed weights are dequantized with, to compare, and the packages that they import.
+# The libraries whose dequantized weights `make test-quantizers` compares with ours, and their imports.
 QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 gptqmodel==7.7.0 autoawq==0.2.9 \
 	loguru==0.7.3 defuser==0.0.28 device-smi==0.5.7 dill==0.4.1 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
@@ -27,6 +27,8 @@ BIN_CI := .venv-ci/$(SCRIPTS)
 BIN_ENGINES := .venv-engines/$(SCRIPTS)
 BIN_LOCK := .venv-lock/$(SCRIPTS)
 
+# One process of pytest for each core. `pytest` alone runs the same tests in one process.
+PYTEST := -m pytest --numprocesses auto --dist worksteal
 PIP := -m pip --disable-pip-version-check -qq
 PINNED := $(PIP) install --no-deps --require-hashes --requirement
 THIS := $(PIP) install --no-deps --no-build-isolation --editable .
@@ -36,51 +38,51 @@ THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-demo: .venv/demo.stamp ## A real adapter: described, stripped, and embedded again to the very same bytes
+demo: .venv/demo.stamp ## Show all commands on a trained adapter
 	@bash examples/demo.sh $(BIN)/python
 
-test: lint ## Lint, check types and run the tests; no network after the set-up
-	$(BIN)/python -m pytest
+test: lint ## Lint, check types and run the tests; needs no network after the set-up
+	$(BIN)/python $(PYTEST)
 
-lint: .venv/test.stamp ## Lint, formatting and types
+lint: .venv/test.stamp ## Check style, formatting and types
 	$(BIN)/python -m ruff check --quiet --output-format concise .
 	$(BIN)/python -m ruff format --quiet --check .
 	$(BIN)/python -m mypy --no-error-summary
 
-format: .venv/test.stamp ## Format, and mend what the linter can mend
+format: .venv/test.stamp ## Format, and apply the linter's own fixes
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-test-oldest: .venv-oldest/test.stamp ## The tests on the oldest Python and core dependencies promised, without torch
-	$(BIN_OLDEST)/python -m pytest
+test-oldest: .venv-oldest/test.stamp ## Run the tests on the oldest supported Python and core dependencies, without torch
+	$(BIN_OLDEST)/python $(PYTEST)
 
-test-floor: .venv-floor/test.stamp ## The tests with torch on the oldest torch and transformers promised; downloads that torch
-	$(BIN_FLOOR)/python -m pytest tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
+test-floor: .venv-floor/test.stamp ## Run the tests with torch on the oldest supported torch and transformers
+	$(BIN_FLOOR)/python $(PYTEST) tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
 
-test-quantizers: .venv/quantizers.stamp ## Weights dequantized here and by the quantizers' own libraries; downloads these
+test-quantizers: .venv/quantizers.stamp ## Compare dequantized weights with those of the quantizers' own libraries; downloads these
 	HF_HUB_OFFLINE=1 REQUIRE_QUANTIZERS=1 PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py
 
-# Its folder is left out by pyproject.toml, so that no other run of pytest meets it.
-test-ci: .venv-ci/test.stamp ## The pre-commit hook, the action and the container file for real; they install packages
+# pyproject.toml excludes tests/ci and tests/engines, so that no other run of pytest collects them.
+test-ci: .venv-ci/test.stamp ## Run the pre-commit hook, the action and the container file; installs packages
 	$(BIN_CI)/python -m pytest --override-ini 'norecursedirs=.*' tests/ci
 
-test-engines: .venv-engines/test.stamp ## LoRAs in real engines on the CPU: Diffusers, MLX-LM, llama.cpp; installs them
+test-engines: .venv-engines/test.stamp ## Run LoRAs in Diffusers, MLX-LM and llama.cpp on the CPU; installs these
 	$(BIN_ENGINES)/python -m pytest --override-ini 'norecursedirs=.*' tests/engines
 
 bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: .venv/demo.stamp ## Write the page of the rules anew from the catalog
+docs: .venv/demo.stamp ## Write docs/rules.md from the catalog of rules
 	$(BIN)/python -m vera_convert.formats.catalog > docs/rules.md
 
-lock: .venv-lock/lock.stamp ## Resolve the pinned requirements anew
+lock: .venv-lock/lock.stamp ## Update the pinned requirements
 	$(BIN_LOCK)/python requirements/lock.py $(TORCH) $(TORCH_FLOOR)
 
-clean: ## Remove everything that make made
+clean: ## Remove everything that make created
 	rm -rf .venv .venv-oldest .venv-floor .venv-ci .venv-engines .venv-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find vera_convert tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +
 
-# The pins come first and by hash; torch, by version alone, then finds what it needs installed.
+# torch is pinned by version only, because its builds differ. Its dependencies are among the pins.
 .venv/test.stamp: .venv/demo.stamp requirements/test.txt
 	$(BIN)/python $(PINNED) requirements/test.txt
 	$(BIN)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH)
@@ -130,7 +132,7 @@ clean: ## Remove everything that make made
 	$(BIN_LOCK)/python $(PINNED) requirements/lock.txt
 	@touch $@
 
-# $(call create-venv,VARIABLE that names the interpreter,FOLDER,COMPARISON with Python 3.11)
+# $(call create-venv,VARIABLE with the name of the interpreter,FOLDER,COMPARISON with Python 3.11)
 define create-venv
 @$($(1)) -c 'import sys; sys.exit(not sys.version_info[:2] $(3) (3, 11))' 2>/dev/null || { \
 	echo "error: '$($(1))' is no Python $(3) 3.11; name one: make $(1)=/path/to/python ..." >&2; exit 1; }

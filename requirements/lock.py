@@ -1,15 +1,15 @@
-"""Write the pinned requirements of this folder anew: newest versions, with hashes (`make lock`).
+"""Write the pinned requirements of this folder: the newest versions, with hashes (`make lock`).
 
-- `test.txt` is all that `make test` installs but torch, whose version is the argument;
-- `demo.txt` is the part of it that `make demo` needs;
-- `ci.txt` is what `make test-ci` needs, in the same versions;
-- `engines.txt` is what `make test-engines` needs but torch, in the same versions;
-- `oldest.txt` holds the lowest versions that pyproject.toml promises, with the newest test tools;
-- `floor.txt` holds these with the lowest ones of the extra `torch`, whose torch is the second
-  argument, and the newest PEFT: it is what the tests compare with, and nothing needs it;
-- `lock.txt` holds the resolver itself.
+- `test.txt`: all packages of `make test` except torch, whose version is the first argument;
+- `demo.txt`: the packages of `make demo`, a part of these;
+- `ci.txt` and `engines.txt`: the packages of `make test-ci` and `make test-engines`, in the same
+  versions;
+- `oldest.txt`: the lowest versions in pyproject.toml, and the newest test tools;
+- `floor.txt`: the same with the lowest versions of the extra `torch`, whose torch is the second
+  argument, and with the newest PEFT, which only the tests use;
+- `lock.txt`: the resolver.
 
-Each pin holds for every system and Python that the package promises.
+Each pin is valid for every supported system and Python.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ ROOT = HERE.parent
 
 
 def resolve(output: str, *arguments: str, stdin: str = "") -> None:
-    """Resolve what `arguments` ask for into the file `output` of this folder."""
+    """Resolve the requirements in `arguments`, and write the pins to `output` in this folder."""
     command = [
         *(sys.executable, "-m", "uv", "pip", "compile", *arguments),
         *("--config-file", str(HERE / "uv.toml"), "--output-file", str(HERE / output)),
@@ -34,7 +34,7 @@ def resolve(output: str, *arguments: str, stdin: str = "") -> None:
 
 
 def main(torch: str, lowest_torch: str) -> None:
-    """Write every file, each held to the versions of the ones before where they must agree."""
+    """Write all files; a file that must agree with an earlier file is constrained by its pins."""
     project = "pyproject.toml"
     same_as_test = ("--constraint", str(HERE / "test.txt"))
     lowest = ("--constraint", str(HERE / "oldest.txt"))
