@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A real, trained adapter: described, validated, stripped to a tenth, embedded to the same bytes,
-# merged, verified.
-# `make demo` runs this with what it needs; the trained adapter is described in tests/data/minilm-vera.
+# Show a trained adapter, validate, strip and embed the adapter, merge the adapter and verify the
+# merged model. `make demo` installs the packages and runs this script. The README.md in
+# tests/data/minilm-vera describes the adapter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,10 +28,10 @@ run vera-convert embed "$out/stripped" "$out/embedded" --base "$model"
 printf '\n'
 wc -c "$adapter"/*.safetensors "$out"/*/*.safetensors | sed '$d'
 run cmp "$adapter/adapter_model.safetensors" "$out/embedded/adapter_model.safetensors"
-echo "The very same bytes."
+echo "The files are equal, byte for byte."
 
 run vera-convert merge "$adapter" "$out/merged" --base "$model" --check
 run vera-convert verify "$adapter" --adapter "$out/stripped" --merged "$out/merged" \
     --base "$model" --layers-only
-printf '\nThe merged model is a model like any other; with transformers installed:\n\n'
+printf '\nTo load the merged model, only transformers is needed:\n\n'
 printf '    from transformers import AutoModel\n    model = AutoModel.from_pretrained("%s")\n' "$out/merged"

