@@ -1,9 +1,9 @@
-"""merge --dequantize, beside the library's own dequantization on the CPU and beside a copy.
+"""Time `merge --dequantize` beside the quantizer's own library on the CPU, and beside a copy.
 
-Two bases of Llama's shapes: bitsandbytes NF4, and compressed-tensors int4 in groups of 128. Whole
-processes are run one after another, the fastest of each is taken: CPU seconds, seconds, and the
-most memory. The library is run if it is installed (bitsandbytes, compressed-tensors); it loads each
-weight, dequantizes it to bfloat16, and writes nothing.
+Two bases have Llama's shapes: bitsandbytes NF4, and compressed-tensors int4 in groups of 128. Each
+side runs as a whole process, one after another. The table shows the fastest run of each side: CPU
+seconds, seconds, and peak memory. If the library is installed (bitsandbytes, compressed-tensors),
+its side loads each weight, dequantizes the weight to bfloat16, and writes nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANK = 64
 
 
 def nf4(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tensors:
-    """A weight as bitsandbytes stores it."""
+    """Return a weight as bitsandbytes stores it."""
     count = shape[0] * shape[1]
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [*shape]}
     return {
@@ -53,7 +53,7 @@ def nf4(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tenso
 
 
 def int4(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tensors:
-    """A weight as compressed-tensors stores it."""
+    """Return a weight as compressed-tensors stores it."""
     words = values.integers(-(2**31), 2**31, (shape[0], shape[1] // 8)).astype(np.int32)
     scales = values.uniform(0.001, 0.01, (shape[0], shape[1] // 128)).astype(BF16)
     return {

@@ -1,7 +1,7 @@
 """Time the generator beside torch's own draw, and the recognition of stored matrices.
 
-All contenders of a round run in turn, so that a busy moment meets them all; ratios are medians of
-the rounds' ratios. Peak memory is what a draw holds beside its result.
+All contenders run in turn, so that other load on the machine affects all. A ratio is the median of
+the ratios of all rounds. Peak memory is the memory that a draw needs besides the result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def torch_draw(dtype: str, rank: int, in_features: int, out_features: int) -> li
 
 
 def timed(contenders: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Return the seconds that each contender took in each round, after one round of warming up."""
+    """Return the seconds of each contender in each round, after a round to warm up."""
     times: Times = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, contender in contenders.items():
@@ -51,7 +51,7 @@ def timed(contenders: Mapping[str, Callable[[], object]], rounds: int) -> Times:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Return the most bytes that were held at a time, the result among them."""
+    """Return the peak memory in bytes, with the result."""
     tracemalloc.start()
     try:
         result = function()  # noqa: F841 -- held, so that it counts
@@ -61,7 +61,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 def drawing(dims: dict[str, int], rounds: int) -> list[dict[str, object]]:
-    """Return a row for each variant: its time, torch's, their ratio, and the memory beside it."""
+    """Return a row for each variant: our time, torch's time, the ratio, and the extra memory."""
     theirs = {dtype: partial(torch_draw, dtype, **dims) for dtype in DTYPES}
     ours = {variant.value: partial(draw, variant, key=KEY, **dims) for variant in Variant}
     times = timed({**theirs, **ours}, rounds)
@@ -84,14 +84,14 @@ def drawing(dims: dict[str, int], rounds: int) -> list[dict[str, object]]:
 
 
 def in_blocks(variant: Variant, dims: dict[str, int]) -> None:
-    """Draw the matrices a few rows at a time and keep no row."""
+    """Draw the matrices in blocks of rows and keep no row."""
     whole = Draw(variant, KEY, dims["rank"], dims["in_features"], dims["out_features"])
     for _ in redrawn(whole, in_features=dims["in_features"], out_features=dims["out_features"]):
         pass
 
 
 def recognizing(dims: dict[str, int], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds that recognizing a pair takes, by what there is to find."""
+    """Return the median milliseconds to recognize a pair, for each kind of pair."""
     A, B = draw(Variant.FLOAT32_FUSED, key=KEY, **dims)
     half_A, half_B = rounded(A, Rounding.BF16), rounded(B, Rounding.BF16)
     part = A[:, : A.shape[1] // 2].copy()

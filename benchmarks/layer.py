@@ -1,8 +1,8 @@
-"""Time the adapted model beside PEFT's: a forward pass and a step of training, and their memory.
+"""Time the adapted model beside PEFT's: a forward pass and a training step, and the memory of each.
 
-Both wrap the same random Llama with the same adapter. They run in turn, in either order, so that a
-busy moment meets both; ratios are medians of the rounds' ratios, ours by PEFT's. Peak memory is
-what is allocated beside the model while it runs.
+Both wrap the same random Llama with the same adapter. They run in turn and in changing order, so
+that other load on the machine affects both. A ratio is the median of the ratios of all rounds, ours
+divided by PEFT's. Peak memory is the memory that a call allocates besides the model.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def forward(model: Any, tokens: Any) -> None:  # noqa: ANN401
 
 
 def step(model: Any, tokens: Any) -> None:  # noqa: ANN401
-    """Run it with gradients, and backwards."""
+    """Run the model with gradients, forwards and backwards."""
     model(tokens, labels=tokens).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
 
 
 def seconds(function: Callable[[], None], device: str) -> float:
-    """Return how long a call takes: the CPU's own time, or that until the GPU has finished."""
+    """Return the seconds of a call: CPU time, or the time until the GPU is finished."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     start = clock()
     function()
@@ -62,7 +62,7 @@ def seconds(function: Callable[[], None], device: str) -> float:
 
 
 def peak(function: Callable[[], None], device: str) -> int:
-    """Return the most bytes that a call had allocated at a time."""
+    """Return the peak memory of a call in bytes."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

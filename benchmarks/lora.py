@@ -1,7 +1,7 @@
-"""Convert 7B-shaped adapters to LoRA, beside a copy of the bytes that are written.
+"""Time the conversion of 7B-sized adapters to LoRA beside a copy of the written bytes.
 
-Of the base there is a config alone. The time is that of a process of its own, in CPU seconds; the
-copy is synced, as the conversion is.
+The base is only a config. Each side runs as a process of its own, measured in CPU seconds. The copy
+is synced to the disk like the output of the conversion.
 """
 
 from __future__ import annotations

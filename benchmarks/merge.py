@@ -1,9 +1,9 @@
-"""merge, beside PEFT and beside what it cannot be faster than: a copy, and the bare products.
+"""Time `merge` beside PEFT and beside two lower bounds: a copy of the base, and the products alone.
 
-The model has TinyLlama's shapes, 1.1 billion values in bfloat16 in 5 shards; the adapter r = 256.
-Whole processes are timed, interleaved, and the fastest of each taken; every side syncs what it
-wrote. `--peft` adds PEFT (minutes, and gigabytes of memory), `--more` how time grows with the
-number of shards and with the rank, and the memory of an 8 B model whose files are sparse.
+The model has TinyLlama's shapes: 1.1 billion values in bfloat16 in 5 shards; the adapter has rank
+256. Each side runs as a whole process, in turn, and syncs its output. The table shows the fastest
+run of each side. `--peft` adds PEFT, which takes minutes and gigabytes of memory. `--more` adds the
+time for more shards and higher ranks, and the memory for an 8B model of sparse files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MERGE = [sys.executable, "-m", "vera_convert", "merge", "--offline", "--quiet"]
 
 @dataclass(frozen=True)
 class Shapes:
-    """A Llama: its sizes, and how many shards it lies in."""
+    """The sizes of a Llama, and the number of its shards."""
 
     hidden: int
     intermediate: int
@@ -93,7 +93,7 @@ QV = ("self_attn.q_proj", "self_attn.v_proj")
 
 
 def write_base(folder: Path, shapes: Shapes, *, sparse: bool = False) -> Path:
-    """Write a model; a sparse one holds zeros and takes no space."""
+    """Write a model; a sparse model has zeros only and takes no space."""
     folder.mkdir()
     tensors = dict(shapes.tensors())
     total = 2 * sum(int(np.prod(shape)) for shape in tensors.values())
@@ -174,7 +174,7 @@ def write_adapter(folder: Path, shapes: Shapes, targets: Sequence[str], rank: in
 
 
 def apart(write: Callable[..., Path], folder: Path, *given: object, **options: object) -> Path:
-    """Write inputs in a process of its own.
+    """Write inputs in another process.
 
     The system counts what a process held in memory when it started another as that one's peak.
     """
@@ -203,7 +203,7 @@ def run(command: Sequence[str | Path], out: Path | None = None) -> tuple[float, 
 
 
 def merge(adapter: Path, base: Path, out: Path, *options: str) -> tuple[float, float]:
-    """Merge; the sync is the command's own."""
+    """Merge; the command itself syncs."""
     found = run([*MERGE, adapter, out, "--base", base, *options])
     shutil.rmtree(out)
     return found
@@ -217,7 +217,7 @@ def copy(base: Path, out: Path) -> float:
 
 
 def products(shapes: Shapes, targets: Sequence[str], rank: int) -> float:
-    """Return the seconds of the bare products, by NumPy as it comes, in a process of its own."""
+    """Return the seconds of the products alone, by plain NumPy, in another process."""
     code = f"""
 import time, numpy as np
 total = 0.0
@@ -236,7 +236,7 @@ print(total)
 
 
 def peft(adapter: Path, base: Path, out: Path) -> tuple[float, float]:
-    """Merge by PEFT into as many shards, and sync them."""
+    """Merge with PEFT into the same number of shards, and sync the shards."""
     code = f"""
 import torch
 from peft import PeftModel

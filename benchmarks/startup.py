@@ -1,4 +1,4 @@
-"""Time `vera-convert --help` beside the least that it can cost: a Python with numpy and click."""
+"""Time `vera-convert --help` beside a lower bound: Python that imports only NumPy and click."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ COMMANDS = {
 
 
 def seconds(arguments: tuple[str, ...]) -> float:
-    """Run Python with `arguments` once and return the wall time it took."""
+    """Run Python once with `arguments` and return the seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Run the commands in turn, so that a busy moment meets them all, and print the medians."""
+    """Run the commands in turn, so that other load affects all, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     rounds = parser.parse_args().rounds

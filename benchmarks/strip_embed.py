@@ -1,8 +1,8 @@
-"""strip and embed of an adapter of 7B size, beside `cp -r` and a sync of the same bytes.
+"""Time `strip` and `embed` of a 7B-sized adapter beside `cp -r` and a sync of the same bytes.
 
-The adapter is that of a Llama 7B with all linear layers but the head at r = 256: 28 MB, of which
-A and B are 22. Whole processes are timed, interleaved, and the medians compared; memory is the
-peak of the process.
+The adapter is for a Llama 7B, with all linear layers except the head, at rank 256: 28 MB, of which
+A and B take 22. Each side runs as a whole process, in turn, and the medians are compared. Memory is
+the peak of the process.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def copy_and_sync(source: Path, target: Path) -> float:
-    """Copy a folder with cp and sync each file and the folder, as is done with an output."""
+    """Copy a folder with cp, and sync each file and the folder like an output."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)  # noqa: S607 -- our own
     subprocess.run(["sync", *target.iterdir(), target], check=True)  # noqa: S607

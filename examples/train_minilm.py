@@ -6,8 +6,8 @@
                              └──────────── verify ────────────┘
 
 The script builds the sentences. Training and test share no adjective. Half of the sentences mean
-the opposite of their adjective ("The plot is anything but dull."). A frozen encoder with the best of
-several linear heads guesses little better than at random.
+the opposite of their adjective ("The plot is anything but dull."). A frozen encoder with the best
+of several linear heads guesses little better than at random.
 
 The training takes minutes on two cores. ``--quick`` only shows in seconds that all steps run.
 """
