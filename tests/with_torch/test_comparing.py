@@ -385,7 +385,7 @@ def test_values_that_are_not_finite_fail(shelf: Callable[..., Path], tmp_path: P
     assert not found.passed
     assert found.largest_difference == found.remerged_difference == found.kl == math.inf
     assert found.top1 == 0
-    assert "not finite" in found.reason
+    assert "infinite values or NaN" in found.reason
 
 
 def test_a_merged_model_that_cannot_be_built_fails(

@@ -79,7 +79,7 @@ class Adapters(PeftMethods):
                 bits; otherwise use the layers' dtype.
 
         Raises:
-            CheckpointError: a field of the config has no valid value, or it matches no layer.
+            CheckpointError: a field of the config is invalid, or the config matches no layer.
             UsageError: the name is taken or invalid, or a named layer cannot be adapted or saved.
             SurroundingsError: the model is on the meta device.
         """
@@ -112,7 +112,7 @@ class Adapters(PeftMethods):
 
         Stored A and B are used unchanged; otherwise A and B are drawn, and rounded for this model.
         Biases and embeddings of the adapter replace the model's own permanently. If the model has
-        an adapter of this name, its values are replaced, and its optimizer stays valid.
+        an adapter of this name, the values are replaced in place, and an optimizer stays valid.
 
         Args:
             folder: the adapter's, or a repo on the Hub.
@@ -130,8 +130,8 @@ class Adapters(PeftMethods):
             revision: the adapter's, on the Hub.
             access: how the Hub is reached.
             autocast_adapter_dtype: see `add_adapter`.
-            of_peft: further arguments of PEFT's method. Those that change no result, such as
-                ``low_cpu_mem_usage``, are accepted; the others are refused with the reason.
+            of_peft: further arguments of PEFT's method. Arguments without effect on the result are
+                accepted, such as ``low_cpu_mem_usage``; all others are refused with the reason.
 
         Raises:
             CheckpointError: the adapter is malformed, or does not fit the model.
@@ -174,7 +174,7 @@ class Adapters(PeftMethods):
         trainable if the deleted adapter was. Without adapters, the model computes like the base.
 
         Raises:
-            UsageError: there is no such adapter, it is merged, or another adapter would become
+            UsageError: the model lacks the adapter, the adapter is merged, or another would become
                 active while something is merged.
         """
         self.named([adapter])
@@ -205,9 +205,9 @@ class Adapters(PeftMethods):
         trainable: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Activate only these adapters, and make them trainable unless told otherwise.
+        """Activate only the given adapters, trainable by default.
 
-        Parameters of the model that no adapter trains stay as they are, frozen or not.
+        All other parameters of the model stay frozen or trainable as before.
 
         Args:
             adapters: names, or one list of names, in the order in which branches are added.
@@ -258,7 +258,7 @@ class Adapters(PeftMethods):
                 tensor.requires_grad_(trainable)
 
     def _place(self, adapter: str, contents: Contents, *, widened: bool) -> None:
-        """Add the tensors and modules of an adapter, or change nothing if one does not fit."""
+        """Add the tensors and modules of an adapter; change nothing if a tensor does not fit."""
         config = contents.config
         self._check_new(adapter, config)
         whole = named_in(config, self.model)
@@ -299,7 +299,7 @@ class Adapters(PeftMethods):
         self.findings[adapter] = contents.findings
 
     def _replace(self, adapter: str, contents: Contents) -> None:
-        """Replace the values of the model's own parameters by those that an adapter brings."""
+        """Replace values of the model's own parameters by an adapter's values."""
         trained = {replaced_name(key): value for key, value in self._trained(adapter).items()}
         targets = own_tensors(self.model) | trained
         with torch.no_grad():

@@ -2,8 +2,8 @@
 
     folder ── our reader ──► config, tensors ──► a class from the Auto classes ──► the model
 
-transformers never sees the path: it would download the attention kernels, code and weights that a
-config names, and would load adapters and pickles that lie beside the weights.
+transformers never sees the path, because transformers would download attention kernels, code and
+weights that a config names, and would load adapters and pickles from the folder.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
 
 
 def _written_by(base: BaseModel) -> str:
-    """Name the transformers release that wrote a config, if it is later than the installed one."""
+    """Name the release of transformers that wrote a config, if later than the installed release."""
     release = base.config.get("transformers_version")
     if not isinstance(release, str) or not re.fullmatch(r"\d{1,4}(\.\w{1,8}){1,3}", release):
         return ""
@@ -286,7 +286,7 @@ def _listed_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
 
 def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the classes that the adapters were trained on, those that the config names first.
+    """Yield the classes that the adapters were trained on; the config's classes come first.
 
     The Auto class of a task can list several classes.
     """
@@ -311,7 +311,7 @@ def _architectures(base: BaseModel) -> list[str]:
 
 
 def _labels(adapters: Iterable[Adapter]) -> int | None:
-    """Return the number of labels of a head that an adapter brings; None without such a head."""
+    """Return the number of labels of an adapter's head; None if no adapter has a head."""
     for adapter in adapters:
         heads = SAVED_BY_TASK.get(adapter.config.task_type or "", ())
         for tensor in adapter.replacements:
@@ -336,7 +336,7 @@ def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
 
 
 def build_model(plan: Blueprint) -> nn.Module:
-    """Return the model with its weights in their stored dtypes, in eval mode.
+    """Return the model in eval mode, with weights in the stored dtypes.
 
     Weights that the files lack are random, the same in each run.
 

@@ -1,7 +1,7 @@
-"""Build and run models for `verify` in a process of its own: one job in, one result out.
+"""Build and run models for `verify` in a separate process: read a job, write a result.
 
 stdin    the job, in one line; when the pipe closes, the parent has ended, and this process ends
-stdout   a line of JSON at the start of each stage, and one with the result or the error
+stdout   a line of JSON at the start of each stage, and a last line with the result or the error
 """
 
 from __future__ import annotations

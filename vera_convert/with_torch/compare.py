@@ -11,19 +11,19 @@ rounding of its weights, so there are two comparisons.
 The first compares the merged model with the wrapped base, whose arithmetic does not depend on any
 merge. Our own merge, rounded in the same way, measures how much rounding changes this model for
 these samples; this is the limit. The second compares the merged model with our own rounded merge.
-Only the order of summation can differ there, so the limit is narrow: leaving out one of the thirty
-adapted layers of a trained MiniLM exceeds it many times over. In a model of real size, the second
-comparison also shows deltas that were rounded before they were added. In a tiny model a delta
-below a few hundredths of the weights hides them, because a single weight that is rounded to the
-other side has the same effect. The comparison of the weights shows them in every model.
+Only the order of summation can differ there, so the limit is narrow: a merge that leaves out one of
+the thirty adapted layers of a trained MiniLM exceeds the limit many times over. In a model of real
+size, the second comparison also shows deltas that were rounded before they were added. In a tiny
+model a delta below a few hundredths of the weights hides them, because a single weight that is
+rounded to the other side has the same effect. The comparison of the weights shows them in every
+model.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,9 @@ from vera_convert.with_torch.verdict import Reference, difference, order_noise, 
 
 
 def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) -> ModelComparison:
-    """Run the base with its adapters, and the merged model, and compare their outputs.
+    """Run the base with the adapters, run the merged model, and compare the outputs.
 
-    One model is in memory at a time, with 4 bytes for each of its parameters.
+    One model is in memory at a time, with 4 bytes for each parameter.
 
     Args:
         job: the models, and how the merged model was made.
@@ -53,10 +53,11 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
 
     Raises:
         CheckpointError: an adapter or the base is malformed, or the two do not belong together.
-        UsageError: the models cannot use the text, or the adapters cannot be active together.
+        UsageError: the models take no text, or two adapters replace the same module.
         SurroundingsError: transformers cannot build or run a model, or a file cannot be read.
     """
-    tell(Stage.BUILD, 0, 0)
+    runs = _Runs(tell)
+    runs.enter(Stage.BUILD)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(folder)) for folder, _ in job.adapters]
         base = blueprint(
@@ -66,10 +67,9 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
             dequantize=job.settings.dequantize,
         )
         labels = getattr(base.config, "num_labels", None)
-    reference = _reference(base, job, tell)
+    reference = _reference(base, job, runs)
     gc.collect()  # frees the first model even if its parts refer to each other
-    runs = _Runs(tell, len(reference.samples), model=4)
-    tell(Stage.BUILD, runs.done, runs.total)
+    runs.enter(Stage.BUILD)
     try:
         merged = blueprint(job.merged, label=str(job.merged), like=base.name)
         if labels is not None and labels != merged.config.num_labels:
@@ -84,50 +84,37 @@ _MODELS = 5
 """How many models are run: base, wrapped, merged here, rounded, and the merged model."""
 
 
-@dataclass(slots=True)
 class _Runs:
-    """Count the samples run, over all models, and report each."""
+    """Report the stages, with the number of samples that were run on all models."""
 
-    tell: Tell
-    samples: int
-    model: int = 0
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._done = 0
+        self.samples = 0
 
-    @property
-    def done(self) -> int:
-        return self.model * self.samples
+    def enter(self, stage: Stage) -> None:
+        self._tell(stage, self._done, _MODELS * self.samples)
 
-    @property
-    def total(self) -> int:
-        return _MODELS * self.samples
-
-    def begin(self, sample: int) -> None:
-        self.tell(Stage.RUN, self.done + sample, self.total)
-
-    def merges(self) -> None:
-        self.tell(Stage.MERGE, self.done, self.total)
-
-    def next_model(self) -> Callable[[int], None]:
-        """Go on to the next model, and return the function that reports its samples."""
-        begin = replace(self).begin
-        self.model += 1
-        return begin
+    def begin(self, _sample: int) -> None:
+        self.enter(Stage.RUN)
+        self._done += 1
 
 
-def _reference(plan: Blueprint, job: ModelJob, tell: Tell) -> Reference:
+def _reference(plan: Blueprint, job: ModelJob, runs: _Runs) -> Reference:
     """Run the base, the base with its adapters, and our own merge before and after rounding."""
     model = build_model(plan)
-    tell(Stage.TEXT, 0, 0)
+    runs.enter(Stage.TEXT)
     with guarded(f"make samples for {plan.name}"):
         if job.lines is None:
             samples = drawn_samples(model, job.samples)
         else:
             samples = text_samples(model, plan.base.location.fetched, job.lines)
-    runs = _Runs(tell, len(samples))
+    runs.samples = len(samples)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     with _widened(model, wide):
-        base = run_model(model, samples, runs.next_model())
-    runs.merges()
+        base = run_model(model, samples, runs.begin)
+    runs.enter(Stage.MERGE)
     vera = _wrapped(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
     dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
@@ -140,11 +127,11 @@ def _reference(plan: Blueprint, job: ModelJob, tell: Tell) -> Reference:
         for name, layer in layers.items()
     ]
     vera.to(wide)
-    wrapped = run_model(vera, samples, runs.next_model())
-    runs.merges()
+    wrapped = run_model(vera, samples, runs.begin)
+    runs.enter(Stage.MERGE)
     tied = job.settings.tied
     vera.merge(check=False, tied=tied)
-    unrounded = run_model(vera, samples, runs.next_model())
+    unrounded = run_model(vera, samples, runs.begin)
     branches, noise = difference(wrapped, unrounded), order_noise(unrounded, wide)
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
     weights = [layer.weight for layer in layers.values()]
@@ -157,7 +144,7 @@ def _reference(plan: Blueprint, job: ModelJob, tell: Tell) -> Reference:
         base,
         unrounded if skips_layers else wrapped,
         unrounded,
-        remerged=run_model(merged, samples, runs.next_model()),
+        remerged=run_model(merged, samples, runs.begin),
         rounding=max([wide, *rounding], key=lambda each: torch.finfo(each).eps),
         wide=wide,
         weights=sum(weight.numel() for weight in weights),

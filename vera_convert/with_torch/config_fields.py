@@ -25,7 +25,7 @@ _NEVER = frozenset(
     sub_configs sub_configs_defaults model_type extra_files extra_config_files
     """.split()  # noqa: SIM905 - words read best as a text
 )
-"""Names that are always left out, even if a class declares them. So are names that begin with `_`.
+"""Names that are always left out, like all names with a leading `_`, even if a class declares one.
 
 `model_type` selects the class that reads a config, and is not a field of the class.
 """
@@ -39,7 +39,7 @@ _DEEPEST = 8
 def known_fields(
     kind: type[Any], document: Mapping[str, object], outer: tuple[type[Any], ...] = ()
 ) -> dict[str, object]:
-    """Return the fields of a config that its class knows, and of nested configs likewise.
+    """Return the fields of a config and of nested configs that the classes know.
 
     Args:
         kind: the class of transformers that reads the config.
@@ -114,7 +114,7 @@ def _is_forbidden(name: str) -> bool:
 
 @cache
 def _allowed(kind: type[Any]) -> frozenset[str]:
-    """Return the names of the fields that a config class declares or its model's code reads."""
+    """Return the fields that a config class declares or the code of the model reads."""
     import transformers
 
     names = {name for name in vars(transformers.PretrainedConfig()) if not name.startswith("_")}
@@ -126,7 +126,7 @@ def _allowed(kind: type[Any]) -> frozenset[str]:
 
 @cache
 def _for_nested(kind: type[Any]) -> frozenset[str]:
-    """Return the names that a config class, or its model's code, uses for its nested configs.
+    """Return the names that a config class, or the code of the model, uses for nested configs.
 
     The class of a nested config can lack these names: DETR's backbones pass fields on to timm.
     """
@@ -153,7 +153,7 @@ def _source(kind: type[Any]) -> str:
 
 @cache
 def _read_by_model(kind: type[Any]) -> frozenset[str]:
-    """Return the fields that the code of transformers' own model reads from its configs."""
+    """Return the fields that transformers' code of the model reads from configs."""
     module = kind.__module__.replace(".configuration_", ".modeling_")
     if module == kind.__module__ or not module.startswith("transformers."):
         return frozenset()

@@ -62,7 +62,7 @@ QUANTIZED = (
     ("eetq", "EetqLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
 )
-"""Module and class of the quantized layers that PEFT adapts and that do not subclass ``nn.Linear``.
+"""Module and class of quantized layers that PEFT adapts, outside the subclasses of ``nn.Linear``.
 
 The layers of bitsandbytes and torchao are subclasses of ``nn.Linear``.
 """
@@ -222,7 +222,7 @@ class VeraLinear(nn.Module):
             del self.vera_lambda_d[adapter], self.vera_lambda_b[adapter], self.dropout[adapter]
         self.active = tuple(name for name in self.active if name != adapter)
 
-    # Models read these attributes of their layers, to learn a dtype or a device.
+    # Models read these attributes of layers to find a dtype or a device.
 
     @property
     def weight(self) -> Any:  # noqa: ANN401 -- a quantized layer may have none
@@ -323,7 +323,7 @@ class VeraLinear(nn.Module):
         if getattr(weight, "dtype", None) not in DENSE or tuple(weight.shape) != shape:
             kind = type(self.base_layer).__name__
             raise UsageError(
-                f"a {kind} layer has no float weight of shape {shape}, so nothing can be merged. "
+                f"a {kind} layer has no float weight of shape {shape}, so a merge is impossible. "
                 "The layer may be quantized."
             )
         check_has_values(weight, "a weight to merge into")

@@ -4,7 +4,7 @@
                                                                              ├──► Contents
     folder ── read ──► compare with the model ──► A and B in effect ─────────┘
 
-Values pass through the dtypes of their layers, as in PEFT, so that both are bit-equal.
+Values pass through the dtypes of the layers, as in PEFT, so that the results are bit-equal.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
 
 
 def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> VeraConfig:
-    """Return a config with the fields that PEFT fills in when it wraps a model.
+    """Return a config with all fields that PEFT fills in for a wrapped model.
 
     Raises:
-        CheckpointError: a field has a value that PEFT does not accept, or no targets are known.
+        CheckpointError: PEFT refuses the value of a field, or no targets are known.
     """
     inference_mode = config.inference_mode  # the file's is always true
     config = parse_config(config_text(config), place=type(config).__name__).config

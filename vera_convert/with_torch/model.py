@@ -45,7 +45,7 @@ class VeraModel(Adapters):
     """A model with any number of VeRA adapters.
 
     The model is changed in place: the first adapter freezes all parameters and wraps the adapted
-    layers; `unload` removes the wrappers. Attributes that this class lacks are the model's, such as
+    layers; `unload` removes the wrappers. All other attributes are the model's, such as
     ``config``, ``generate`` and ``gradient_checkpointing_enable``. PEFT's methods, and PEFT's names
     of arguments, work too (see `peft_names`). If PEFT is installed, transformers' Trainer trains
     and saves this model like a model of PEFT. Without PEFT, the Trainer knows no adapters: it needs
@@ -54,7 +54,7 @@ class VeraModel(Adapters):
     Attributes:
         model: the model.
         configs: the config of each adapter, as it is saved.
-        active: the adapters that take part in the forward pass; their branches are added in order.
+        active: the adapters in the forward pass, in the order in which the branches are added.
         enabled: whether the active adapters are switched on.
         findings: warnings and notes for each loaded adapter.
     """
@@ -152,7 +152,7 @@ class VeraModel(Adapters):
         Adapters that are merged already are left alone.
 
         Args:
-            check: check first that all merged values are finite, and change nothing if not.
+            check: check first that all merged values are finite; otherwise change nothing.
             tied: how to merge into an adapted head that shares its weight with the embedding.
             adapters: the adapters to merge instead of the active ones.
 
@@ -182,11 +182,11 @@ class VeraModel(Adapters):
         if shared and tied is None:
             raise UsageError(
                 f"{' and '.join(_names(names, merged[shared[0]][0]))} are one tensor. Choose: "
-                "Tied.UNTIE gives the adapted layer its own tensor, Tied.ADD changes both."
+                "Tied.UNTIE gives the layer a new tensor, Tied.ADD changes the shared tensor."
             )
         for path, (layer, own) in merged.items():
             if check and not layer.merges_finite(own):
-                reason = "after the merge its weight would have values that are not finite."
+                reason = "the merged weight would have infinite values or NaN."
                 raise CheckpointError(VALUE_NOT_FINITE.at(printable(path), reason))
         if shared and tied is Tied.UNTIE:
             untie(self.model, [merged[path][0] for path in shared])

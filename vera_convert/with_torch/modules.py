@@ -38,7 +38,7 @@ class TrainedWhole(nn.Module):
         self.modules_to_save[adapter] = deepcopy(self.original_module)
 
     def remove(self, adapter: str) -> None:
-        """Remove an adapter's copy, if there is one; the original takes its place."""
+        """Remove the copy of an adapter, if present, and use the original again."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.active = None if self.active == adapter else self.active

@@ -92,7 +92,7 @@ def text_samples(model: nn.Module, folder: Path, lines: Iterable[str]) -> list[S
         lines: the lines; a long line is cut.
 
     Raises:
-        UsageError: the model takes no text, or the tokenizer gives no usable tokens for a line.
+        UsageError: the model takes no text, or a line has no usable tokens.
         CheckpointError: a file of the tokenizer is malformed, too large, or a link to another
             folder.
         SurroundingsError: the tokenizer cannot be read.
@@ -259,7 +259,7 @@ def _values_of(output: Any) -> tuple[Tensor, bool]:  # noqa: ANN401 -- of any cl
     """Return the values of an output, (positions, values), and whether the values are logits.
 
     Logits have at least two values for each position. An output without logits is represented by
-    all of its states that are as wide as the first: the last hidden states, and pooled states.
+    all states as wide as the first: the last hidden states, and pooled states.
     """
     found = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     logits = found.get("logits")

@@ -25,7 +25,7 @@ DEFAULT = "default"
 def config_text(config: VeraConfig) -> bytes:
     """Return the bytes of ``adapter_config.json`` as PEFT writes them.
 
-    ``peft_version`` names the PEFT that wrote a file, so a config without the field gets none.
+    ``peft_version`` names the PEFT that wrote a file, and is never added to a config.
     """
     document = {**asdict(config), "peft_type": "VERA", "inference_mode": True}
     if config.peft_version is None:

@@ -156,7 +156,7 @@ def _limit_of_agreement(reference: Reference, order: float) -> float:
 
 
 def _doubts(found: ModelComparison, reference: Reference) -> Iterator[str]:
-    """Yield why a merged model without a known error is not proven correct either."""
+    """Yield the reasons why a merged model without a known error is still not proven correct."""
     if not reference.calls_layers:
         yield (
             "This model reads the weights of its adapted layers instead of calling the layers, so "
@@ -173,9 +173,9 @@ def _doubts(found: ModelComparison, reference: Reference) -> Iterator[str]:
 def _errors(found: ModelComparison, *, is_finite: bool) -> Iterator[str]:
     """Yield why the merged model differs from the base with its adapters, most telling first."""
     if not is_finite:
-        yield "The base with its adapters gives values that are not finite, so nothing is proven."
+        yield "The base with the adapters gives infinite values or NaN, which proves nothing."
     if math.isinf(found.largest_difference):
-        yield "The merged model gives values that are not finite, or of another shape."
+        yield "The merged model gives infinite values or NaN, or values of another shape."
     if found.remerged_difference > found.threshold_remerged:
         yield (
             "The merged model differs from our own merge of this base and these adapters by "
