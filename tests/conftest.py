@@ -1,4 +1,4 @@
-"""What all tests share: no network, the adapters in data/, the published schemas."""
+"""Fixtures of all tests: no network, the adapters in data/, the published schemas."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def told(child: subprocess.Popen[str]) -> str:
 
 
 def finished(child: subprocess.Popen[str]) -> tuple[int, str]:
-    """Let the child end and return its status and what it complained of."""
+    """Wait for the end of the child, and return the exit status and stderr."""
     _, complaint = child.communicate(timeout=60)
     return child.returncode, complaint
 

@@ -109,14 +109,14 @@ def build(model_class: Any) -> Any:
             with torch.device("meta"), without_initial_values(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return model_class(config(**arguments))
-        except Exception:  # noqa: BLE001, S112 -- whatever a class has against its own defaults
+        except Exception:  # noqa: BLE001, S112 -- a class can refuse its own defaults in any way
             continue
     return None
 
 
 @dataclass
 class Walk:
-    """What came of building every class that a conversion table concerns.
+    """The results of building every class with a conversion table.
 
     Attributes:
         met: the classes and model types that were built, alone or as a part.
@@ -177,7 +177,7 @@ def _compare(model: Any, result: Walk) -> None:
 
 
 def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
-    """Join a table with the first that says the same of what both have, in either direction."""
+    """Join a table with the first table that contradicts no entry, in either direction."""
     for other in tables:
         both = {*table.items(), *other.items()}
         if len(both) == len(table | other) == len({memory for _, memory in both}):
@@ -208,7 +208,7 @@ def _clear(layers: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
 
 
 def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
-    """Say how the layers of a model are not found in its files; empty if all are."""
+    """Return why a layer of a model is not found in the files; an empty text if all are found."""
     tensors = {
         f"{path}.weight": BaseTensor("m", TensorInfo(f"{path}.weight", "F32", (8, 8), 0, 0))
         for path in layers.values()

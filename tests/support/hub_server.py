@@ -120,7 +120,7 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT has to be."""
+        """The address of this server, for HF_ENDPOINT."""
         host, port = self._server.server_address[:2]
         return f"http://{host!s}:{port}"
 

@@ -1,6 +1,6 @@
-"""A child process in the place of that which runs models: it ends, or does not, as it is told.
+"""Stand in for the child process that runs models, and end as the test demands.
 
-Run as a module with the job on stdin; the first sample's text says what to do.
+Run as a module with the job on stdin. The text of the first sample names the way to end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same model wrapped by PEFT and by this package, and what both save; needs torch and PEFT."""
+"""Wrap the same model by PEFT and by this package, and save both; needs torch and PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights(folder: Path) -> bytes:
 
 
 def config_of(folder: Path) -> Mapping[str, Any]:
-    """The config with its sets in order, for PEFT writes them in any."""
+    """Return a saved config with sorted lists, because PEFT writes sets in any order."""
     document = json.loads((folder / "adapter_config.json").read_bytes())
     return {
         name: sorted(value) if isinstance(value, list) else value

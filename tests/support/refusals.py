@@ -8,7 +8,7 @@ from vera_convert.errors import CheckpointError
 
 
 def codes(call: Callable[[], object]) -> list[str]:
-    """The codes that a call refuses with; empty if it does not."""
+    """Return the codes of a refusal; an empty list if the call succeeds."""
     try:
         call()
     except CheckpointError as error:

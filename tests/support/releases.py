@@ -1,4 +1,4 @@
-"""What the installed releases of torch, transformers and PEFT have, for tests that differ by it."""
+"""Name the features of the installed torch, transformers and PEFT, for tests that need one."""
 
 from __future__ import annotations
 

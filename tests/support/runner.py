@@ -23,7 +23,7 @@ STEPS: list[Mapping[str, Any]] = ACTION["runs"]["steps"]
 INPUT = re.compile(r"\$\{\{ inputs\.([a-z-]+) \}\}")
 OUTPUT = re.compile(r"\$\{\{ steps\.([a-z]+)\.outputs\.([a-z]+) \}\}")
 BASH = ("bash", "--noprofile", "--norc", "-e", "-o", "pipefail")
-"""What ``shell: bash`` stands for."""
+"""The command for ``shell: bash``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Runner:
 
     @property
     def temp(self) -> Path:
-        """What the steps know as RUNNER_TEMP."""
+        """The folder that RUNNER_TEMP names."""
         return self.home / "temp"
 
     def run(self, **inputs: str) -> Ran:
@@ -116,7 +116,7 @@ class Runner:
 
 
 def _value(text: str, inputs: Mapping[str, str]) -> str:
-    """Return what an expression of `env` gives."""
+    """Return the value of an expression of `env`."""
     found = INPUT.fullmatch(text)
     assert found
     return inputs[found[1]]

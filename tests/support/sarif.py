@@ -1,4 +1,4 @@
-"""What of SARIF 2.1.0 this package writes, as a schema that allows nothing else.
+"""A schema for the part of SARIF 2.1.0 that this package writes; it allows nothing else.
 
 Written by hand from the standard, and stricter than the public schema: that may not be copied here.
 """

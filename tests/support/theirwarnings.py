@@ -1,4 +1,4 @@
-"""What PEFT and transformers warn of where a test uses them as they are meant to be used."""
+"""The warnings that PEFT, transformers and torch raise in correct use, for tests to ignore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the kinds that people adapt, and what they are fed; needs torch."""
+"""Build tiny random models of the usual kinds, with inputs; needs torch."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def built(kind: str, dtype: str = "float32") -> Any:
 
 
 def fed(kind: str, dtype: str = "float32") -> dict[str, Any]:
-    """Return what the model of a kind takes."""
+    """Return inputs for the model of a kind."""
     values = KINDS[kind].inputs()
     return {
         name: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
@@ -141,7 +141,7 @@ def fed(kind: str, dtype: str = "float32") -> dict[str, Any]:
 
 
 def logits(model: Any, kind: str, dtype: str = "float32") -> Any:
-    """Return what a model says to its input."""
+    """Return the logits of a model for the inputs of its kind."""
     with torch.no_grad():
         return model(**fed(kind, dtype)).logits
 

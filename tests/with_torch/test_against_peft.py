@@ -28,20 +28,22 @@ every_model = pytest.mark.parametrize(
 
 @every_model
 @pytest.mark.parametrize("init_weights", [True, False])
-def test_files_are_byte_equal(kind: str, dtype: str, init_weights: Any, tmp_path: Path) -> None:
+def test_saved_files_are_byte_equal_to_pefts(
+    kind: str, dtype: str, init_weights: Any, tmp_path: Path
+) -> None:
     theirs, ours = saved(*both(kind, dtype, init_weights=init_weights), tmp_path)
     assert weights(theirs) == weights(ours)
     assert config_of(theirs) == config_of(ours)
 
 
-def test_a_config_is_byte_equal_where_it_has_no_sets(tmp_path: Path) -> None:
+def test_a_config_without_sets_is_byte_equal_to_pefts(tmp_path: Path) -> None:
     theirs, ours = saved(*both("gpt2", target_modules=["c_attn"]), tmp_path)
     name = "adapter_config.json"
     assert (theirs / name).read_bytes() == (ours / name).read_bytes()
 
 
 @every_model
-def test_names_in_memory_are_the_same(kind: str, dtype: str) -> None:
+def test_parameter_names_are_pefts(kind: str, dtype: str) -> None:
     theirs, ours = both(kind, dtype)
     names = set(theirs.base_model.state_dict())
     copies = {name for name in names if ".vera_A." in name or ".vera_B." in name}
@@ -52,7 +54,7 @@ def test_names_in_memory_are_the_same(kind: str, dtype: str) -> None:
 
 
 @every_model
-def test_each_loads_what_the_other_saved(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_peft_and_we_load_the_files_of_each_other(kind: str, dtype: str, tmp_path: Path) -> None:
     models = both(kind, dtype)
     expected, other = (torchmodels.logits(model, kind, dtype) for model in models)
     assert torch.equal(expected, other)
@@ -77,7 +79,7 @@ def test_each_loads_what_the_other_saved(kind: str, dtype: str, tmp_path: Path) 
     ],
     ids=str,
 )
-def test_autocast_gives_the_same_bits(kind: str, dtype: str, half: Any) -> None:
+def test_autocast_gives_the_same_bits_as_peft(kind: str, dtype: str, half: Any) -> None:
     models = both(kind, dtype)
     with torch.autocast("cpu", half):
         expected, logits = (torchmodels.logits(model, kind, dtype) for model in models)
@@ -86,7 +88,7 @@ def test_autocast_gives_the_same_bits(kind: str, dtype: str, half: Any) -> None:
 
 
 @every_model
-def test_merged_models_are_bit_equal(kind: str, dtype: str) -> None:
+def test_merged_models_are_bit_equal_to_pefts(kind: str, dtype: str) -> None:
     theirs, ours = both(kind, dtype)
     ours.merge()
     expected = theirs.merge_and_unload().state_dict()
@@ -105,7 +107,9 @@ def test_merged_models_are_bit_equal(kind: str, dtype: str) -> None:
         ("gpt2", "float32", {"bias": "vera_only"}),
     ],
 )
-def test_twenty_steps_of_training_agree(kind: str, dtype: str, fields: dict[str, Any]) -> None:
+def test_twenty_steps_of_training_agree_with_peft(
+    kind: str, dtype: str, fields: dict[str, Any]
+) -> None:
     losses, states = [], []
     for model in both(kind, dtype, init_weights=True, **fields):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -142,7 +146,9 @@ def step(model: Any, kind: str, dtype: str, optimizer: Any) -> float:
     ],
     ids=str,
 )
-def test_every_field_means_the_same(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_every_config_field_has_the_same_meaning_as_in_peft(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     models = both("llama", "bfloat16", **fields)
     theirs, ours = saved(*models, tmp_path)
     assert weights(theirs) == weights(ours)
@@ -154,7 +160,7 @@ def test_every_field_means_the_same(fields: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
-def test_trained_biases_are_saved_and_come_back(kind: str, bias: str, tmp_path: Path) -> None:
+def test_trained_biases_are_saved_and_loaded(kind: str, bias: str, tmp_path: Path) -> None:
     models = both(kind, bias=bias, task_type=None)
     for model in models:
         for name, parameter in model.named_parameters():
@@ -189,7 +195,7 @@ def test_two_adapters_add_up_as_in_peft(tmp_path: Path) -> None:
     assert torch.equal(torchmodels.logits(ours, "llama"), torchmodels.logits(theirs, "llama"))
 
 
-def test_the_copy_of_an_adapted_head_is_not_needed(tmp_path: Path) -> None:
+def test_a_file_without_the_copy_of_an_adapted_head_loads(tmp_path: Path) -> None:
     models = both("llama", target_modules=["lm_head"])
     expected = torchmodels.logits(models[0], "llama")
     theirs, ours = saved(*models, tmp_path)
@@ -229,7 +235,9 @@ class Mixed(nn.Module):
     ],
     ids="-".join,
 )
-def test_each_dtype_rounds_in_turn(dtypes: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_base_of_several_dtypes_rounds_once_for_each_dtype(
+    dtypes: tuple[str, ...], tmp_path: Path
+) -> None:
     fields: dict[str, Any] = {"r": 4, "target_modules": r"layers\.\d"}
     theirs = peft.get_peft_model(Mixed(*dtypes), peft.VeraConfig(**fields))
     ours = VeraModel(Mixed(*dtypes), VeraConfig(**fields))

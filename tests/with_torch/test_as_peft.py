@@ -101,7 +101,7 @@ def test_arguments_can_be_given_by_pefts_names_and_in_pefts_order(tmp_path: Path
     assert len(trained_names(loaded)) == 8
 
 
-def test_pefts_own_config_is_taken(tmp_path: Path) -> None:
+def test_a_config_object_of_peft_is_accepted(tmp_path: Path) -> None:
     fields = {**FIELDS, "task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}
     theirs = peft.get_peft_model(torchmodels.built("llama"), peft.VeraConfig(**fields))
     ours = VeraModel(torchmodels.built("llama"), peft.VeraConfig(**fields))
@@ -178,14 +178,14 @@ def test_a_deleted_adapter_is_gone_as_in_peft(deleted: str, active: str) -> None
     ours.set_adapter(deleted)
 
 
-def test_the_successor_of_a_deleted_adapter_is_told() -> None:
+def test_deleting_the_active_adapter_warns_which_adapter_is_active_now() -> None:
     model = llama()
     model.add_adapter(OURS, adapter="two")
     with pytest.warns(UserWarning, match="default is deleted: two is active now"):
         model.delete_adapter("default")
 
 
-def test_without_its_last_adapter_a_model_does_what_its_base_does() -> None:
+def test_a_model_without_adapters_computes_like_its_base() -> None:
     model = llama(modules_to_save=("lm_head",))
     model.model.lm_head.modules_to_save["default"].weight.data += 1
     model.delete_adapter("default")
@@ -211,7 +211,7 @@ def test_a_merged_adapter_is_not_deleted_or_loaded_anew(tmp_path: Path) -> None:
             act("default")
 
 
-def test_beside_a_merged_adapter_others_come_and_go_as_in_peft() -> None:
+def test_other_adapters_can_be_added_and_deleted_while_one_is_merged() -> None:
     theirs, ours = two()
     for model in (theirs, ours):
         model.merge_adapter(["default"])
@@ -327,7 +327,7 @@ def test_a_config_for_inference_freezes_its_adapter(kind: Any) -> None:
     assert ours.configs["default"].inference_mode
 
 
-def test_a_dtype_of_the_whole_model_is_the_adapters_too() -> None:
+def test_a_cast_of_the_whole_model_casts_the_adapter_as_in_peft() -> None:
     for dtype in ("float16", "bfloat16", "float64"):
         theirs, ours = both("llama")
         for model in (theirs, ours):
@@ -336,7 +336,7 @@ def test_a_dtype_of_the_whole_model_is_the_adapters_too() -> None:
         assert {p.dtype for p in ours.parameters()} == {getattr(torch, dtype)}
 
 
-def test_what_the_user_had_unfrozen_stays_so() -> None:
+def test_set_adapter_keeps_unfrozen_base_weights_unfrozen() -> None:
     models = two()
     for model in models:
         model.base_model.model.lm_head.weight.requires_grad_(requires_grad=True)
@@ -438,7 +438,7 @@ def test_names_can_be_a_set(tmp_path: Path) -> None:
     assert config["modules_to_save"] == ["lm_head"]
 
 
-def test_what_no_config_can_hold_is_refused_in_words() -> None:
+def test_a_config_value_that_json_cannot_store_is_refused_by_its_class() -> None:
     with pytest.raises(UsageError, match="an object of the class dtype"):
         llama(d_initial=torch.float32)
 
@@ -558,7 +558,7 @@ def test_pefts_own_folder_can_be_replaced_and_its_card_stays(tmp_path: Path) -> 
     }
 
 
-def test_values_are_loaded_into_an_adapter_that_is_there(tmp_path: Path) -> None:
+def test_loading_under_an_existing_name_replaces_the_values(tmp_path: Path) -> None:
     other = llama(projection_prng_key=7, modules_to_save=("lm_head",))
     other.model.lm_head.modules_to_save["default"].weight.data += 1
     other.save_pretrained(tmp_path / "out")
@@ -603,7 +603,9 @@ def test_a_model_can_be_pickled(
     model.merge()
 
 
-def test_it_passes_for_pefts_model_where_peft_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isinstance_accepts_the_model_as_pefts_if_peft_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = llama()
     assert isinstance(model, VeraModel)
     assert isinstance(model, peft.PeftModel)
@@ -686,7 +688,7 @@ def test_the_trainer_trains_evaluates_saves_and_resumes_as_with_peft(
     assert torch.equal(says(loaded), ends[1]["logits"])
 
 
-def test_a_trainer_saves_beside_what_is_there(tmp_path: Path) -> None:
+def test_a_trainer_saves_beside_existing_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     llama(projection_prng_key=3).save_pretrained(out)
     (out / "optimizer.pt").write_bytes(b"precious")
@@ -728,7 +730,7 @@ def test_each_delta_of_a_merge_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     assert computed == ["default"] * 4
 
 
-def test_a_merge_asks_for_the_names_of_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_lists_the_names_of_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     asked: list[int] = []
     named = nn.Module.named_parameters
@@ -742,5 +744,5 @@ def test_a_merge_asks_for_the_names_of_weights_once(monkeypatch: pytest.MonkeyPa
     assert len(asked) == 1
 
 
-def test_signatures_are_those_of_the_methods() -> None:
+def test_inspect_shows_the_signatures_of_decorated_methods() -> None:
     assert "autocast_adapter_dtype" in inspect.signature(VeraModel.load_adapter).parameters

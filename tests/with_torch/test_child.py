@@ -87,7 +87,7 @@ def test_a_config_cannot_rename_its_fields(name: str) -> None:
     assert not hasattr(config, "quantization_config")
 
 
-def test_the_class_s_own_renames_are_resolved() -> None:
+def test_field_renames_of_the_config_class_are_resolved() -> None:
     assert fields("gpt2", {"hidden_size": 8, "n_layer": 2, "n_other": 3}) == {
         "hidden_size": 8,
         "n_layer": 2,
@@ -102,7 +102,7 @@ def test_the_class_s_own_renames_are_resolved() -> None:
         *("use_pretrained_backbone", "sub_configs", "__class__", "to_dict", "evil"),
     ],
 )
-def test_fields_that_lead_elsewhere_are_left_out_at_every_depth(name: str) -> None:
+def test_fields_that_name_code_or_files_are_left_out_at_every_depth(name: str) -> None:
     inside: dict[str, object] = {"model_type": "llama", name: "example/kernel", "vocab_size": 9}
     record: dict[str, object] = {"rope_type": "default", name: "example/kernel"}
     kept = fields("llava", {name: "example/kernel", "text_config": inside})
@@ -114,7 +114,7 @@ def test_fields_that_lead_elsewhere_are_left_out_at_every_depth(name: str) -> No
     assert not {name} & {*rope} or name in ("to_dict", "evil")  # a plain record calls nothing
 
 
-def test_what_a_model_s_code_reads_is_kept_though_its_config_does_not_declare_it() -> None:
+def test_a_field_that_only_the_code_of_the_model_reads_is_kept() -> None:
     assert "head_dim" not in vars(transformers.Starcoder2Config())
     assert fields("starcoder2", {"head_dim": 64, "other": 1}) == {"head_dim": 64}
 
@@ -128,7 +128,7 @@ def test_what_a_model_s_code_reads_is_kept_though_its_config_does_not_declare_it
         *("fast_vlm", "mistral3", "omdet-turbo", "pp_ocrv5_server_rec", "rf_detr"),
     ],
 )
-def test_nothing_that_a_model_is_built_from_is_lost(kind: str) -> None:
+def test_all_fields_that_a_model_needs_are_kept(kind: str) -> None:
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"needs a later transformers than {transformers.__version__}: one with {kind}")
     whole = json.loads(json.dumps(transformers.CONFIG_MAPPING[kind]().to_dict()))

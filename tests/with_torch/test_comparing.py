@@ -110,7 +110,9 @@ def test_a_correct_merge_passes(kind: str, dtype: str, shelf: Callable[..., Path
     assert found.threshold_difference - noise <= 2 * found.largest_difference + noise
 
 
-def test_nothing_is_printed(shelf: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_comparing_models_prints_nothing(
+    shelf: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = shelf("llama")
     capfd.readouterr()
     compared(folder / "base", folder / "merged", folder / "adapter")
@@ -326,7 +328,7 @@ def test_the_reference_of_these_tests_is_the_merge(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_that_does_nothing_shows_nothing(
+def test_an_adapter_without_effect_is_inconclusive(
     dtype: str, shelf: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = shelf("llama", dtype) / "base"
@@ -338,7 +340,7 @@ def test_an_adapter_that_does_nothing_shows_nothing(
 
 
 @needs("transformers", "5.0", "the Mamba of earlier releases calls its layers")
-def test_a_model_that_does_not_call_its_layers_is_held_against_a_merge_alone(
+def test_a_model_that_does_not_call_its_layers_is_compared_with_our_merge_only(
     tmp_path: Path,
 ) -> None:
     """Mamba reads the weights of some, so a branch beside them does nothing."""
@@ -450,7 +452,7 @@ def test_code_that_comes_with_a_model_never_runs(
     assert not marker.exists()
 
 
-def test_what_a_config_names_elsewhere_is_not_fetched(
+def test_files_that_a_config_names_are_not_fetched(
     shelf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -536,7 +538,7 @@ def test_a_text_that_cannot_be_used(
         compared(minilm_model, minilm_model, minilm / "save_projection_true", text=text)
 
 
-def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
+def test_only_the_beginning_of_a_large_text_is_read(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes("é".encode() * (1 << 20))  # the limit lies within a letter, or before one
     with text.open("ab") as file:
@@ -546,7 +548,7 @@ def test_of_a_large_text_the_beginning_is_read(tmp_path: Path) -> None:
     assert [len(line) for line in text_lines(text, 8)] == [4096]
 
 
-def test_a_tokenizer_that_lies_elsewhere_is_refused(
+def test_a_link_to_a_tokenizer_in_another_folder_is_refused(
     minilm: Path, minilm_model: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text"
@@ -560,7 +562,7 @@ def test_a_tokenizer_that_lies_elsewhere_is_refused(
         compared(base, base, minilm / "save_projection_true", text=text)
 
 
-def test_what_a_tokenizer_s_config_names_elsewhere_is_not_opened(tmp_path: Path) -> None:
+def test_files_that_a_tokenizer_config_names_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     named = {"tokenizer_file": "/etc/passwd", "auto_map": {}, "init_inputs": ["/etc/passwd"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**named, "model_max_length": 5}))
@@ -607,7 +609,7 @@ def test_one_model_is_in_memory_at_a_time(
     assert len(models) == 2
 
 
-def test_answers_are_kept_as_far_as_there_is_room(
+def test_outputs_are_kept_up_to_the_limit(
     shelf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "_KEPT_VALUES", 4 * 96 * 3)

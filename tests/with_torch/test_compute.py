@@ -1,4 +1,4 @@
-"""The sums of a merge by torch: the same as by NumPy, on whatever device there is."""
+"""Test that torch computes the sums of a merge like NumPy, on every device of this machine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_tensor_is_the_rounded_sum(dtype: Any, conv1d: bool, count: int) -> No
     assert numbers.change == pytest.approx(float((change**2).sum()), rel=1e-5)
 
 
-def test_another_dtype_is_written_and_a_decoder_is_heard() -> None:
+def test_the_output_can_have_another_dtype_and_the_input_a_decoder() -> None:
     terms = (term(6, 5, seed=1),)
     stored = np.arange(30, dtype=np.uint8).reshape(6, 5)
     tensor = Sum(
@@ -78,7 +78,7 @@ def test_another_dtype_is_written_and_a_decoder_is_heard() -> None:
     assert np.allclose(found, stored * 0.5 + change_of(terms, 5), rtol=0, atol=1e-5)
 
 
-def test_a_value_that_is_not_finite_is_named() -> None:
+def test_a_sum_that_is_not_finite_is_reported() -> None:
     stored = np.ones((40, 4), BFLOAT16)
     stored[27, 3] = np.inf
     tensor = Sum("w", (40, 4), BFLOAT16, BFLOAT16, terms=(term(40, 4, seed=1),))
@@ -87,7 +87,7 @@ def test_a_value_that_is_not_finite_is_named() -> None:
     assert caught.value.index == (27, 3)
 
 
-def test_a_merge_by_torch_is_that_by_numpy(tmp_path: Path) -> None:
+def test_a_merge_by_torch_equals_the_merge_by_numpy(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     base = filled_base(tmp_path / "base", dtypes={"q_proj": "bfloat16"})
     merged_with(adapter, base, tmp_path / "here")
@@ -100,19 +100,19 @@ def test_a_merge_by_torch_is_that_by_numpy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "tpu", "cuda:x", ""])
-def test_what_is_no_gpu_is_refused(name: str) -> None:
+def test_a_name_that_is_no_gpu_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="cuda:N"):
         compute.on_gpu(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_gpu_that_is_not_there_is_missed() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     with pytest.raises(SurroundingsError, match="sees no GPU here"):
         compute.on_gpu("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_that_is_there_is_taken() -> None:
+def test_an_existing_gpu_is_used() -> None:
     assert compute.on_gpu("cuda").name == "cuda"
     with pytest.raises(SurroundingsError):
         compute.on_gpu("cuda:999")

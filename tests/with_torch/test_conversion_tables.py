@@ -1,6 +1,6 @@
 """Our renames and the conversion tables of the installed transformers, class by class.
 
-A release with another model type fails here, with the list of what is not known.
+A new release of transformers with further model types fails here, with a list of these types.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def tensors_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("one", KINDS.values(), ids=KINDS)
-def test_what_is_told_of_the_other_layers(one: Kind, tmp_path: Path) -> None:
+def test_findings_name_the_layers_that_the_class_does_not_build(one: Kind, tmp_path: Path) -> None:
     base, adapter = make(one, tmp_path, stored=False)
     (checked,) = validate([adapter], base=base, select=["V4"], ignore=["V410"]).adapters
     told = {finding.code: finding.severity for finding in checked.findings}
@@ -252,7 +252,7 @@ def test_what_is_told_of_the_other_layers(one: Kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("one", KINDS.values(), ids=KINDS)
-def test_the_layer_in_torch_has_them_too(one: Kind, tmp_path: Path) -> None:
+def test_the_layer_in_torch_has_matrices_of_the_same_size(one: Kind, tmp_path: Path) -> None:
     base, adapter = make(one, tmp_path, stored=False)
     theirs = peft.PeftModel.from_pretrained(one.load(base), adapter)
     ours = VeraModel.from_pretrained(one.load(base), adapter)

@@ -62,7 +62,7 @@ def model_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_a_class_returns_is_known_by_its_name_and_nothing_else_is(name: str) -> None:
+def test_embeddings_are_recognized_by_their_names_only(name: str) -> None:
     model = model_of(name)
     kind = model.config.model_type
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

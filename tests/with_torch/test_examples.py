@@ -12,7 +12,7 @@ import pytest
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "train_minilm.py"
 
 
-def test_it_trains_saves_strips_merges_and_verifies(
+def test_the_example_trains_saves_strips_merges_and_verifies(
     minilm_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -35,14 +35,14 @@ def base(folder: Path) -> Any:
     )
 
 
-def test_none_is_forgotten() -> None:
+def test_every_fixture_is_tested() -> None:
     assert len(EXPECTED) == 98
 
 
 @pytest.mark.parametrize(
     "path", EXPECTED, ids=lambda p: str(p.relative_to(FIXTURES).with_suffix(""))
 )
-def test_an_adapter_gives_what_its_peft_gave(path: Path) -> None:
+def test_an_adapter_gives_the_outputs_that_its_peft_recorded(path: Path) -> None:
     expected = json.loads(path.read_text())
     projections = ProjectionSource.AUTO if expected["default_semantics"] else ProjectionSource.KEY
     model = VeraModel.from_pretrained(

@@ -1,4 +1,4 @@
-"""The layer alone: its formula, dtypes, gradients, devices, and what it can be put around."""
+"""Test the layer alone: formula, dtypes, gradients, devices, and the layers that can be wrapped."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -169,7 +169,7 @@ def test_dropout_acts_in_training_and_on_the_branch_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [plain, conv1d])
-def test_merged_weights_do_what_the_branches_did(make: Any) -> None:
+def test_merged_weights_compute_the_same_as_the_branches(make: Any) -> None:
     vera = wrapped(make(), "one", "two")
     x = torch.randn(3, INPUTS)
     before, weight = vera(x), vera.weight.clone()
@@ -192,7 +192,7 @@ def test_a_merge_into_16_bits_rounds_once(dtype: Any) -> None:
     assert torch.equal(vera.weight, expected)
 
 
-def test_delta_is_float32_whatever_surrounds_it() -> None:
+def test_delta_is_float32_under_autocast_and_other_defaults() -> None:
     vera = wrapped(plain())
     expected = vera.delta("one")
     with torch.autocast("cpu", torch.bfloat16):
@@ -210,7 +210,7 @@ def test_several_adapters_are_merged_one_after_the_other() -> None:
     assert torch.equal(vera.weight, expected)
 
 
-def test_nothing_is_merged_twice() -> None:
+def test_a_second_merge_changes_nothing() -> None:
     vera = wrapped(plain())
     vera.merge()
     once = vera.weight.clone()
@@ -219,7 +219,7 @@ def test_nothing_is_merged_twice() -> None:
     assert vera.merged == ("one",)
 
 
-def test_what_would_not_be_finite_is_known_beforehand() -> None:
+def test_a_merge_that_would_not_be_finite_is_found_before_it_is_made() -> None:
     vera = wrapped(plain(torch.float16))
     assert vera.merges_finite()
     weight = vera.weight.clone()
@@ -228,7 +228,7 @@ def test_what_would_not_be_finite_is_known_beforehand() -> None:
     assert torch.equal(vera.weight, weight)
 
 
-def test_a_quantized_layer_takes_no_merge() -> None:
+def test_a_merge_into_a_quantized_layer_is_refused() -> None:
     with pytest.raises(UsageError, match="a Quantized layer has no float weight"):
         wrapped(Quantized()).merge()
 
@@ -262,14 +262,14 @@ class Transposed(nn.Module):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_what_is_no_linear_layer_is_refused(module: nn.Module) -> None:
+def test_a_layer_that_is_not_linear_is_refused(module: nn.Module) -> None:
     assert linear_of(module) is None
     with pytest.raises(UsageError, match=type(module).__name__):
         VeraLinear(module, SharedMatrix(), SharedMatrix())
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_a_subclass_is_adapted_whatever_it_has_inside(kind: Any) -> None:
+def test_every_subclass_of_a_linear_layer_is_adapted(kind: Any) -> None:
     class Own(kind):
         def __init__(self, *sizes: int) -> None:
             super().__init__(*sizes)
@@ -278,18 +278,18 @@ def test_a_subclass_is_adapted_whatever_it_has_inside(kind: Any) -> None:
     assert linear_of(Own(4, 6)) == linear_of(kind(4, 6)) is not None
 
 
-def test_a_weight_of_another_shape_takes_no_merge() -> None:
+def test_a_merge_into_a_weight_of_another_shape_is_refused() -> None:
     vera = wrapped(plain())
     vera.base_layer.weight = nn.Parameter(torch.zeros(INPUTS, OUTPUTS))
     with pytest.raises(UsageError, match=r"no float weight of shape \(10, 12\)"):
         vera.merge()
 
 
-def test_a_wrapper_is_no_linear_layer_itself() -> None:
+def test_a_wrapped_layer_cannot_be_wrapped_again() -> None:
     assert linear_of(wrapped(plain())) is None
 
 
-def test_the_wrapper_answers_for_the_frozen_layer() -> None:
+def test_the_wrapper_has_the_weight_and_bias_of_the_frozen_layer() -> None:
     vera = wrapped(plain())
     assert vera.weight is vera.base_layer.weight
     assert vera.bias is vera.base_layer.bias
@@ -301,7 +301,7 @@ def test_the_wrapper_answers_for_the_frozen_layer() -> None:
 # --- torch's own machinery -----------------------------------------------------------------------
 
 
-def test_it_compiles_into_one_graph() -> None:
+def test_the_layer_compiles_into_one_graph() -> None:
     vera = wrapped(plain(), "one", "two")
     compiled = torch.compile(vera, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, INPUTS)
@@ -310,7 +310,7 @@ def test_it_compiles_into_one_graph() -> None:
     assert vera.vera_lambda_d.two.grad is not None
 
 
-def test_a_copy_and_a_pickle_do_the_same() -> None:
+def test_a_copy_and_a_pickle_compute_the_same() -> None:
     vera = wrapped(plain())
     x = torch.randn(3, INPUTS)
     file = io.BytesIO()
@@ -362,7 +362,7 @@ def test_training_goes_on_after_inference_mode(dtype: Any) -> None:
     assert vera.vera_lambda_d.one.grad is not None
 
 
-def test_shared_matrices_come_to_where_a_layer_computes() -> None:
+def test_shared_matrices_are_used_on_the_device_of_the_layer() -> None:
     vera = wrapped(plain())
     there = vera.to("meta")  # the layer alone: the shared matrices are a part of the model
     assert not any(matrix.one.is_meta for matrix in vera._shared)
@@ -370,7 +370,7 @@ def test_shared_matrices_come_to_where_a_layer_computes() -> None:
     assert not any(matrix.one.is_meta for matrix in vera._shared)
 
 
-def test_values_lost_on_the_meta_device_are_missed() -> None:
+def test_a_matrix_on_the_meta_device_is_refused() -> None:
     vera = wrapped(plain())
     for matrix in vera._shared:
         matrix.to("meta")
@@ -380,7 +380,7 @@ def test_values_lost_on_the_meta_device_are_missed() -> None:
         wrapped(plain()).to("meta").merge()
 
 
-def test_adapters_with_equal_matrices_hold_one_tensor() -> None:
+def test_adapters_with_equal_matrices_share_one_tensor() -> None:
     A = SharedMatrix()
     values = torch.randn(2, 3)
     A.put("one", values.clone())

@@ -368,7 +368,7 @@ def test_a_head_of_no_known_class_needs_the_class_to_be_named(tmp_path: Path) ->
     assert verify(adapter, base=str(base), merged=tmp_path / "out", options=options).passed
 
 
-def test_what_a_class_needs_and_nobody_stores_is_named(tmp_path: Path) -> None:
+def test_modules_that_a_class_needs_and_no_file_stores_are_named(tmp_path: Path) -> None:
     kind = Trained("BertForMaskedLM", BERT, "SEQ_CLS", ATTENTION, 3)
     base, adapter = trained(tmp_path, kind)
     done = merged_with(adapter, base, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The model: adapters added, combined, merged, saved and loaded, and what is refused."""
+"""Test that the model adds, combines, merges, saves, loads and refuses adapters."""
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained() -> None:
     assert not torch.equal(says(llama()), base)
 
 
-def test_one_pair_serves_layers_of_all_widths() -> None:
+def test_layers_of_all_widths_share_one_pair() -> None:
     model = llama(replace(LLAMA, target_modules=("v_proj", "down_proj", "up_proj")))
     assert model.vera_A.default.shape == (4, 48)
     assert model.vera_B.default.shape == (48, 4)
@@ -74,7 +74,7 @@ def test_one_pair_serves_layers_of_all_widths() -> None:
     assert all(layer._shared[0] is model.vera_A for layer in layers)
 
 
-def test_what_is_active_is_trained_and_nothing_else() -> None:
+def test_only_active_adapters_are_trained() -> None:
     model = llama()
     model.add_adapter(replace(LLAMA, target_modules=("k_proj",)), adapter="other")
     assert {name.rpartition(".")[2] for name in names(model.named_parameters())} == {"default"}
@@ -89,7 +89,7 @@ def test_what_is_active_is_trained_and_nothing_else() -> None:
     assert model.trainable_parameters() == []
 
 
-def test_what_several_adapters_add_is_summed() -> None:
+def test_the_branches_of_several_adapters_are_summed() -> None:
     model = llama(replace(LLAMA, target_modules=("lm_head",)))
     model.add_adapter(replace(LLAMA, target_modules=("lm_head",), r=2), adapter="two")
     alone = says(model)
@@ -102,7 +102,7 @@ def test_what_several_adapters_add_is_summed() -> None:
     torch.testing.assert_close(says(model), alone + other - base)
 
 
-def test_each_adapter_has_the_pair_that_it_would_have_alone() -> None:
+def test_each_adapter_has_the_same_matrices_as_alone() -> None:
     model = llama()
     wide = replace(LLAMA, target_modules=("down_proj",), r=8)
     model.add_adapter(wide, adapter="wide")
@@ -113,14 +113,14 @@ def test_each_adapter_has_the_pair_that_it_would_have_alone() -> None:
     assert model.vera_B.same is model.vera_B.default
 
 
-def test_the_generators_variant_can_be_named() -> None:
+def test_the_variant_of_the_generator_can_be_chosen() -> None:
     usual = llama()
     other = VeraModel(torchmodels.built("llama"), LLAMA, variant=Variant.FLOAT32_SEPARATE)
     difference = (usual.vera_A.default - other.vera_A.default).abs().max()
     assert 0 < difference < 1e-6
 
 
-def test_disabled_shows_the_model_as_it_was() -> None:
+def test_disabled_gives_the_outputs_of_the_base() -> None:
     model = bert()
     model.model.classifier.modules_to_save["default"].weight.data += 1
     base = says(torchmodels.built("bert"), "bert")
@@ -131,7 +131,7 @@ def test_disabled_shows_the_model_as_it_was() -> None:
     assert not torch.equal(adapted, base)
 
 
-def test_attributes_are_the_models() -> None:
+def test_attributes_of_the_model_are_available() -> None:
     model = llama()
     assert model.config is model.model.config
     tokens = model.generate(**torchmodels.fed("llama"), max_new_tokens=3, do_sample=False)
@@ -166,7 +166,7 @@ def test_attributes_are_the_models() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(
+def test_a_wrong_adapter_is_refused_and_changes_nothing(
     act: Callable[[VeraModel], None], message: str
 ) -> None:
     model = llama()
@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
         (replace(LLAMA, layers_pattern="layers"), "layers_to_transform is null"),
     ],
 )
-def test_a_config_is_judged_as_one_in_a_file(config: VeraConfig, message: str) -> None:
+def test_a_config_object_is_checked_like_a_config_file(config: VeraConfig, message: str) -> None:
     base = torchmodels.built("llama")
     with pytest.raises(CheckpointError, match=message):
         VeraModel(base, config)
@@ -335,7 +335,7 @@ def test_a_tied_head_is_merged_as_its_user_says() -> None:
 # --- torch's own machinery -----------------------------------------------------------------------
 
 
-def test_a_state_dict_comes_back() -> None:
+def test_a_state_dict_can_be_loaded_again() -> None:
     model, other = bert(), bert(replace(WITH_HEAD, projection_prng_key=1))
     for parameter in model.trainable_parameters():
         parameter.data.normal_()
@@ -362,7 +362,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: Any) -> None
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_it_compiles() -> None:
+def test_the_model_compiles() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -378,7 +378,7 @@ def test_it_compiles() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_the_model_can_be_moved() -> None:
+def test_the_model_can_be_moved_to_another_device() -> None:
     model = llama().double()
     assert model.vera_A.default.dtype == torch.float64
     torch.testing.assert_close(says(model).float(), says(llama()))
@@ -392,7 +392,7 @@ def test_without_an_adapter_there_is_nothing_to_save(tmp_path: Path) -> None:
         llama(None).save_pretrained(tmp_path / "out")
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_a_saved_adapter_gives_the_same_outputs(tmp_path: Path) -> None:
     model = bert()
     for parameter in model.trainable_parameters():
         parameter.data.normal_()
@@ -446,7 +446,7 @@ def test_a_stripped_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.vera_A.default, model.vera_A.default)  # rounded, on a float32 base
 
 
-def test_the_key_can_be_meant_instead_of_what_is_stored(tmp_path: Path) -> None:
+def test_the_key_can_be_used_instead_of_stored_matrices(tmp_path: Path) -> None:
     llama(dtype="bfloat16").save_pretrained(tmp_path / "out")
     by_key = VeraModel.from_pretrained(
         torchmodels.built("llama"), tmp_path / "out", projections=ProjectionSource.KEY
@@ -461,7 +461,7 @@ def test_drawn_projections_can_be_rounded_as_for_another_dtype(tmp_path: Path) -
     assert torch.equal(loaded.vera_A.default, llama(dtype="bfloat16").vera_A.default)
 
 
-def test_paths_can_be_brought_to_those_of_the_model(tmp_path: Path) -> None:
+def test_a_key_map_renames_paths_to_those_of_the_model(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "adapter_model.safetensors"
@@ -518,7 +518,7 @@ def test_an_adapter_of_another_model_is_refused(
     assert torch.equal(says(base, kind), expected)
 
 
-def test_layers_that_the_file_lacks_are_left_alone_and_told(tmp_path: Path) -> None:
+def test_layers_that_the_file_lacks_are_not_adapted_and_reported(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "out")
     gone = {f"{LAYER}.vera_lambda_{vector}": None for vector in "bd"}
     loaded = VeraModel.from_pretrained(torchmodels.built("llama"), edited(tmp_path / "out", gone))

@@ -87,7 +87,7 @@ def _modules(name: str) -> tuple[str, set[str]]:
     return config.model_type, paths
 
 
-def test_what_has_no_such_head_is_none() -> None:
+def test_a_type_without_such_a_head_has_no_class() -> None:
     assert class_of_task("llama", "CAUSAL_LM") is None
     assert class_of_task("llama", None) is None
     assert class_of_task(None, "SEQ_CLS") is None

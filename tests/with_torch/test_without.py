@@ -1,4 +1,4 @@
-"""What a user without torch is told."""
+"""Test the errors for a missing or old torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("module", ["with_torch", "with_torch.layer", "with_torch.model"])
-def test_whoever_lacks_torch_is_told_what_to_install(module: str) -> None:
+def test_a_missing_torch_is_reported_with_the_install_command(module: str) -> None:
     code = f"""
 import sys
 sys.modules["torch"] = None
@@ -24,7 +24,7 @@ except SurroundingsError as error:
     assert "pip install 'vera-convert[torch]'" in run.stdout
 
 
-def test_whoever_has_an_older_torch_is_told_which_one_to_install() -> None:
+def test_a_torch_that_is_too_old_is_reported_with_the_install_command() -> None:
     code = """
 import sys, types
 sys.modules["torch"] = types.SimpleNamespace(__version__="2.3.1+cpu")

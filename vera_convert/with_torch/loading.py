@@ -138,7 +138,7 @@ def _completed(config: VeraConfig, model: nn.Module, layers: ModelLayers) -> Ver
         config,
         inference_mode=inference_mode,
         target_modules=resolve(layers, config),
-        modules_to_save=_saved_whole(config),
+        modules_to_save=config.saved_modules or None,
         auto_mapping=config.auto_mapping or (None if config.task_type else described),
         base_model_name_or_path=config.base_model_name_or_path
         or getattr(model, "name_or_path", None)
@@ -152,11 +152,6 @@ def _condensed(config: VeraConfig, model: nn.Module) -> tuple[str, ...] | str | 
     if targets is None or isinstance(targets, str):
         return targets
     return condensed([path for path, _ in modules_of(model) if path], targets)
-
-
-def _saved_whole(config: VeraConfig) -> tuple[str, ...] | None:
-    """Return modules_to_save with the heads that PEFT appends for the task."""
-    return config.saved_modules or None
 
 
 def _check_named(config: VeraConfig, model: nn.Module, linear: Collection[str]) -> None:
@@ -245,7 +240,7 @@ def stored_contents(
         for _ in adapter.layers:
             torch.randn(adapter.config.r)  # PEFT draws d before reading d: see `_first_vectors`
         return Contents(
-            config=replace(adapter.config, modules_to_save=_saved_whole(adapter.config)),
+            config=replace(adapter.config, modules_to_save=adapter.config.saved_modules or None),
             vectors={
                 path: (to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array()))
                 for path in layers.linear
