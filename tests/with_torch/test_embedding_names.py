@@ -24,12 +24,13 @@ SMALL = {
 }
 PLAIN = """
     LlamaForCausalLM Qwen2ForCausalLM GemmaForCausalLM GPTNeoXForCausalLM BertForMaskedLM
-    RobertaForMaskedLM ElectraForMaskedLM MambaForCausalLM RwkvForCausalLM FalconForCausalLM
+    RobertaForMaskedLM ElectraForMaskedLM MambaForCausalLM FalconForCausalLM
     PhiForCausalLM BioGptForCausalLM ModernBertForMaskedLM EsmForMaskedLM MptForCausalLM
     BloomForCausalLM
 """.split()  # noqa: SIM905 -- words read best as a text
 CLASSES: dict[str, dict[str, int]] = {
     **dict.fromkeys(PLAIN, SMALL),
+    "RwkvForCausalLM": {**SMALL, "num_hidden_layers": 2},
     "GPT2LMHeadModel": {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11},
     "OpenAIGPTLMHeadModel": {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11},
     "CTRLLMHeadModel": {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "dff": 8},

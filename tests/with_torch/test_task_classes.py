@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from releases import needs
 
 from vera_convert.base.task_classes import class_of_task, has_head_of, needed_modules
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+pytestmark = needs("transformers", "5.24", "the table lists the classes of this release")
 
 MAPPINGS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
