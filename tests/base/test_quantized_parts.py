@@ -13,6 +13,7 @@ from vera_convert.base.quantized.recognize import layer_of
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.targets import patterns
 
 FIXTURES = DATA / "quantized"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
@@ -172,3 +173,29 @@ def test_a_layer_without_a_word_in_the_config_is_refused_with_the_reason() -> No
     assert first.code == "V554"
     assert "GPTQ or AWQ" in first.reason
     assert "the base's config does not say how it is quantized" in first.reason
+
+
+@pytest.mark.parametrize("expression", ["re:.*proj$", "re:(", "re:(a|a)+$"])
+def test_the_expressions_of_a_config_are_compared_in_one_process(
+    expression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("ct-pack-int8-channel-noproj")
+    section = base.config["quantization_config"]
+    assert isinstance(section, Mapping)
+    (group,) = section["config_groups"].values()
+    targets = [f"re:.*x{number}$" for number in range(5)]
+    other = {**group, "targets": targets, "weights": {**group["weights"], "num_bits": 4}}
+    groups = {"a": other, "b": {**group, "targets": [*targets, expression]}}
+    settings = {**section, "config_groups": groups}
+    started: list[str] = []
+    run = patterns._run_child
+
+    def noted(request: str) -> str:
+        started.append(request)
+        return run(request)
+
+    monkeypatch.setattr(patterns, "_run_child", noted)
+    found = unpacked(replace(base, config={**base.config, "quantization_config": settings}))
+    assert found.defects == ()
+    assert len(found.weights) == 7
+    assert len(started) == 1

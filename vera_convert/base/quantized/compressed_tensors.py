@@ -39,9 +39,7 @@ from vera_convert.base.quantized.packing import (
     stream,
     widened,
 )
-from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
-from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
 SHAPE = "weight_shape"
@@ -316,14 +314,10 @@ def _covers(group: Mapping[str, object], layer: Layer) -> bool:
             return True
         if layer.path.endswith(f".{target}"):
             return True
-        if target.startswith("re:"):
-            pattern = Pattern("quantization_config", target.removeprefix("re:"))
-            try:
-                ((hit,),) = search([pattern], [layer.path])
-            except (CheckpointError, SurroundingsError):
-                return True  # it is not clear, so that the shapes have to tell
-            if hit is not None:
-                return True
+        # If the expressions are not clear, the shapes tell which group fits.
+        is_expression = target.startswith("re:")
+        if is_expression and (layer.expressions is None or target in layer.expressions):
+            return True
     return False
 
 

@@ -290,12 +290,41 @@ def _named(config: Mapping[str, object]) -> frozenset[str] | None:
     if config.get("quant_method") == "mxfp4":
         return frozenset(("experts",))
     found = [*_texts(config.get("modules_in_block_to_quantize"))]
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        found += _texts(group.get("targets") if isinstance(group, Mapping) else None)
+    found += _targets(config)
     # "Linear" and the like are classes, which cover more than a name can tell.
     is_class = any(re.fullmatch(r"[A-Z]\w*", text) for text in found)
     return frozenset(found) if found and not is_class else None
+
+
+def _targets(section: Mapping[str, object]) -> Iterator[str]:
+    """Yield the targets of a section's groups."""
+    groups = section.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        yield from _texts(group.get("targets") if isinstance(group, Mapping) else None)
+
+
+def fitting_expressions(
+    section: Mapping[str, object], paths: Sequence[str]
+) -> Mapping[str, frozenset[str]] | None:
+    """Return the targets ``re:...`` of a section's groups that fit each path of a layer.
+
+    All are compared in one process, because the start of a process takes a tenth of a second.
+
+    Returns:
+        None if a target is no regular expression, or if the comparison takes too long.
+    """
+    targets = [text for text in dict.fromkeys(_targets(section)) if text.startswith("re:")]
+    patterns = [Pattern("quantization_config", text.removeprefix("re:")) for text in targets]
+    try:
+        results = search(patterns, paths)
+    except (CheckpointError, SurroundingsError):
+        return None
+    found: dict[str, set[str]] = {path: set() for path in paths}
+    for target, hits in zip(targets, results, strict=True):
+        for path, hit in zip(paths, hits, strict=True):
+            if hit is not None:
+                found[path].add(target)
+    return {path: frozenset(fits) for path, fits in found.items()}
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -15,6 +15,7 @@ from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer import Format, Layer, LayerError, PackedWeight
 from vera_convert.base.quantized.recognize import (
+    fitting_expressions,
     kind_of_siblings,
     layer_of,
     method_label,
@@ -75,7 +76,7 @@ def unpacked(base: BaseModel) -> Unpacked:
     packed = {path: infos for path, infos in layers.items() if any(map(_is_sign, infos.items()))}
     if not packed:
         return Unpacked(base, base, dtype=result_dtype(base.config))
-    reader = _Reader(base)
+    reader = _Reader(base, [*packed])
     for path, infos in packed.items():
         reader.read(path, infos)
     dropped = {part for weight in reader.weights.values() for part in weight.parts}
@@ -133,7 +134,7 @@ def _is_sign(part: tuple[str, TensorInfo]) -> bool:
 class _Reader:
     """Reads layers one by one, and keeps what is wrong with them."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, paths: Sequence[str]) -> None:
         self.base = base
         self.dtype = result_dtype(base.config)
         self.weights: dict[str, PackedWeight] = {}
@@ -142,6 +143,7 @@ class _Reader:
         self.used: list[Format] = []
         found = [each for each in sections(base.config) if method_of(each)]
         self.settings = found[0] if found else next(sections(base.config), {})
+        self.expressions = fitting_expressions(self.settings, paths)
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
         # A quantizer's bias and shape say nothing here: only the model's class transposes.
@@ -206,6 +208,7 @@ class _Reader:
             values,
             said.pop() if len(said) == 1 else None,
             fitting.label,
+            None if self.expressions is None else self.expressions[path],
         )
 
     def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
