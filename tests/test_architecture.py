@@ -37,7 +37,8 @@ base: layers vocabulary strategies match resizes task_classes replacements compo
 base: casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
-merging: in_effect dequantize adapters changes plan report replaced adapter_files model_config
+merging: in_effect dequantize adapters changes tied_heads collect plan report replaced
+merging: adapter_files model_config
 merging: inputs options card provenance output job merge
 lora: engines options factors plan stored peft_form checks card record forms reading writing
 lora: gguf_form conversion

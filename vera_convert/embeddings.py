@@ -27,6 +27,45 @@ _HEADS_BY_TYPE: Mapping[str, str] = {
 _HEADS_WITHOUT_TYPE = frozenset(("proj_out", "output", "transformer.output_layer"))
 _POSSIBLE_HEADS = frozenset(_HEADS_BY_TYPE.values())
 
+_PATHS_BY_TYPE: Mapping[str, str] = {
+    model_type: path
+    for path, types in {
+        "cls.predictions.decoder": """
+            bert big_bird deberta deberta-v2 ernie fnet layoutlm lxmert megatron-bert mobilebert mra
+            nomic_bert nystromformer roc_bert roformer squeezebert tapas visual_bert yoso
+            """,
+        "decoder": "modernbert modernbert-decoder",
+        "decoder.output_projection": "fsmt",
+        "embed_out": "gpt_neox gpt_neox_japanese",
+        "generator_lm_head": "convbert electra",
+        "head": "rwkv",
+        "head.decoder": "ultrabert",
+        "lm_head.decoder": """
+            bert-generation camembert data2vec-text esm gte ibert jina_embeddings_v3 longformer
+            luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
+            """,
+        "lm_head.out_proj": "t5gemma t5gemma2",
+        "lm_loss": "xlnet",
+        "output": "git internlm2",
+        "output_projection": "biogpt trocr",
+        "pred_layer.proj": "flaubert xlm",
+        "predictions.decoder": "albert",
+        "proj_out": "canary cohere_asr moonshine moonshine_streaming whisper",
+        "text_decoder.cls.predictions.decoder": "blip",
+        "text_decoder_postnet.lm_head": "speecht5",
+        "text_model.lm_head": "kosmos-2",
+        "transformer.output_layer": "chatglm",
+        "vocab_projector": "distilbert",
+    }.items()
+    for model_type in types.split()
+}
+"""The path of the output head by model type, as transformers 5.24 names the head in files."""
+_WITH_HEAD = re.compile(
+    r".*(LMHead|MaskedLM|CausalLM|ForConditionalGeneration|ForPreTraining|DoubleHeads|ForSpeechTo"
+    r"|ForTextTo).*"
+)
+"""The classes of transformers that have an output head."""
+
 _EMBEDDING = re.compile(
     r"(.*\.)?(shared|embed_tokens|embed_in|wte|word_embeddings?|tokens_embed|tok_embeddings"
     r"|token_embedding|input_embeds_layer|codec_embedding)"
@@ -49,6 +88,18 @@ def is_output_head(module: str, model_type: str | None = None) -> bool:
     if model_type is None and module in _HEADS_WITHOUT_TYPE:
         return True
     return _HEADS_BY_TYPE.get(model_type or "") == module or _HEAD.fullmatch(module) is not None
+
+
+def output_head_of(model_type: str | None, class_name: str | None) -> str | None:
+    """Return the path of the output head of a class of transformers; None without such a head.
+
+    Args:
+        model_type: of the model's config; None if it is not known.
+        class_name: the class; None if it is not known, for the language model of the type.
+    """
+    if class_name is not None and _WITH_HEAD.fullmatch(class_name) is None:
+        return None
+    return _PATHS_BY_TYPE.get(model_type or "", "lm_head")
 
 
 def is_embedding(module: str) -> bool:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from vera_convert.base.facts import parse_key_map
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.replacements import match_replacements
+from vera_convert.base.replacements import Part, match_replacements
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -354,6 +354,14 @@ def test_a_head_with_its_own_tensor_is_a_layer_like_others() -> None:
     assert match.tied == frozenset()
 
 
+def test_a_block_that_several_layers_share_is_named() -> None:
+    """Zamba2 stores such a block with the first of its layers."""
+    names = {number: f"layers.{number}.shared_transformer.q_proj" for number in (5, 11)}
+    base = base_of(llama() | {f"{names[5]}.weight": (8, 8)})
+    with pytest.raises(CheckpointError, match=r"V520 .*share one block, stored as .*layers\.5\."):
+        match_modules({**Q, **dict.fromkeys(names.values(), 8)}, base)
+
+
 # --- replacements --------------------------------------------------------------------------------
 
 
@@ -369,7 +377,10 @@ def test_replacements_follow_the_same_strategy() -> None:
         "base_model.model.score.weight": "score.weight",
         "base_model.model.classifier.weight": "classifier.weight",
     }
-    assert match_replacements(names, match, base) == names
+    saved: dict[str, tuple[int, ...]] = dict.fromkeys(names, (8,))
+    assert match_replacements(saved, match, base) == {
+        name: (Part(target, (8,)),) for name, target in names.items()
+    }
 
 
 def test_two_replacements_of_one_tensor_are_refused() -> None:
@@ -377,7 +388,36 @@ def test_two_replacements_of_one_tensor_are_refused() -> None:
     match = match_modules(Q, base)
     names = ["base_model.model.lm_head.weight", "base_model.model.lm_head.base_layer.weight"]
     with pytest.raises(CheckpointError, match=r"V525 lm_head\.weight"):
-        match_replacements(names, match, base)
+        match_replacements(dict.fromkeys(names, (40, 8)), match, base)
+
+
+EXPERTS = {
+    f"layers.0.mlp.experts.{number}.{layer}.weight": (8, 3) if layer == "down_proj" else (3, 8)
+    for number in range(2)
+    for layer in ("gate_proj", "up_proj", "down_proj")
+}
+
+
+def test_a_tensor_of_all_experts_replaces_the_layers_of_each_expert() -> None:
+    base = base_of(llama() | EXPERTS)
+    path = "base_model.model.layers.0.mlp.experts"
+    shapes = {f"{path}.gate_up_proj": (2, 6, 8), f"{path}.down_proj": (2, 8, 3)}
+    found = match_replacements(shapes, match_modules(Q, base), base)
+    layers = "layers.0.mlp.experts"
+    assert found[f"{path}.gate_up_proj"] == (
+        Part(f"{layers}.0.gate_proj.weight", (3, 8), 0),
+        Part(f"{layers}.0.up_proj.weight", (3, 8), 24),
+        Part(f"{layers}.1.gate_proj.weight", (3, 8), 48),
+        Part(f"{layers}.1.up_proj.weight", (3, 8), 72),
+    )
+    assert found[f"{path}.down_proj"][1] == Part(f"{layers}.1.down_proj.weight", (8, 3), 24)
+
+
+def test_a_tensor_of_fewer_experts_than_the_base_has_replaces_none() -> None:
+    base = base_of(llama() | EXPERTS)
+    name = "base_model.model.layers.0.mlp.experts.down_proj"
+    found = match_replacements({name: (1, 8, 3)}, match_modules(Q, base), base)
+    assert found[name] == (Part("layers.0.mlp.experts.down_proj", (1, 8, 3)),)
 
 
 # --- real ones -----------------------------------------------------------------------------------

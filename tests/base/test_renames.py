@@ -17,7 +17,7 @@ from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.rename_table import Family, conversions, families
 from vera_convert.base.renames import model_types, views
-from vera_convert.base.replacements import match_replacements
+from vera_convert.base.replacements import Part, match_replacements
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -215,8 +215,8 @@ def test_replaced_modules_follow_their_renaming_where_the_layers_need_none() -> 
     layer = "model.layers.0.self_attn.q_proj"
     base = base_of([layer, "model.layers.0.block_sparse_moe.gate"], model_type="mixtral")
     name = "base_model.model.model.layers.0.mlp.gate.weight"
-    assert match_replacements([name], matched([layer], base), base) == {
-        name: "model.layers.0.block_sparse_moe.gate.weight"
+    assert match_replacements({name: (8, 8)}, matched([layer], base), base) == {
+        name: (Part("model.layers.0.block_sparse_moe.gate.weight", (8, 8)),)
     }
 
 

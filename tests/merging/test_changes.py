@@ -143,6 +143,31 @@ def test_a_layer_that_another_adapter_replaces_is_refused(tmp_path: Path, base: 
     assert refusal(lambda: merged_with(first, base, tmp_path / "out", add=add)) == "V534"
 
 
+EXPERTS = {f"model.layers.0.mlp.experts.{number}.up_proj.weight": (4, 16) for number in range(2)}
+STACK = f"{PREFIX}model.layers.0.mlp.experts.up_proj"
+
+
+def test_a_stack_of_experts_replaces_each_expert(tmp_path: Path) -> None:
+    stack = np.random.default_rng(3).normal(size=(2, 4, 16)).astype(np.float32)
+    adapter = good_adapter(tmp_path / "a", tensors={STACK: stack}, modules_to_save=["experts"])
+    base = filled_base(tmp_path / "base", tensors=EXPERTS)
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert all(
+        np.array_equal(found[name], values) for name, values in zip(EXPERTS, stack, strict=True)
+    )
+    assert found.keys() == tensors_of(base).keys()
+    assert validate(adapter, base=base).passed
+
+
+def test_a_stack_of_experts_that_the_base_stores_otherwise_is_refused(tmp_path: Path) -> None:
+    stack = {STACK: np.ones((3, 4, 16), np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=stack, modules_to_save=["experts"])
+    base = filled_base(tmp_path / "base", tensors=EXPERTS)
+    with pytest.raises(CheckpointError, match=r"V532 .*in another form"):
+        merged_with(adapter, base, tmp_path / "out")
+
+
 # --- tied heads ----------------------------------------------------------------------------------
 
 
@@ -249,6 +274,116 @@ def test_a_saved_head_of_its_own_has_to_be_untied(tmp_path: Path, tied: Path) ->
     found = tensors_of(tmp_path / "out")
     assert (found["lm_head.weight"] == 2).all()
     assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False
+
+
+EMBEDDING = {f"{PREFIX}model.embed_tokens.weight": np.full((32, 16), 0.5, np.float32)}
+
+
+@pytest.fixture
+def trained_embedding(tmp_path: Path) -> Path:
+    return good_adapter(tmp_path / "e", tensors=EMBEDDING, modules_to_save=["embed_tokens"])
+
+
+def test_an_embedding_saved_without_its_tied_head_needs_a_choice(
+    tmp_path: Path, tied: Path, trained_embedding: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"V524 lm_head\.weight: .*PEFT keeps the head"):
+        merged_with(trained_embedding, tied, tmp_path / "out")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_untied_head_keeps_the_old_embedding(
+    tmp_path: Path, tied: Path, trained_embedding: Path, *, beside: bool
+) -> None:
+    base = filled_base(tmp_path / "beside", config=TIED) if beside else tied
+    done = merged_with(trained_embedding, base, tmp_path / "out", tied=Tied.UNTIE)
+    found, stored = tensors_of(tmp_path / "out"), tensors_of(base)
+    assert (found["model.embed_tokens.weight"] == 0.5).all()
+    old = "lm_head.weight" if beside else "model.embed_tokens.weight"
+    assert np.array_equal(found["lm_head.weight"], stored[old])
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False
+    assert "V536" not in [finding.code for finding in done.findings]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_embedding_becomes_the_tied_head_too_with_a_warning(
+    tmp_path: Path, tied: Path, trained_embedding: Path, *, beside: bool
+) -> None:
+    base = filled_base(tmp_path / "beside", config=TIED) if beside else tied
+    done = merged_with(trained_embedding, base, tmp_path / "out", tied=Tied.ADD)
+    found = tensors_of(tmp_path / "out")
+    assert (found.get("lm_head.weight", found["model.embed_tokens.weight"]) == 0.5).all()
+    assert "V536" in [finding.code for finding in done.findings]
+
+
+def test_an_embedding_that_peft_loads_in_place_changes_the_tied_head(
+    tmp_path: Path, tied: Path
+) -> None:
+    """Without modules_to_save, PEFT loads the embedding into the tensor that both share."""
+    adapter = good_adapter(tmp_path / "a", tensors=EMBEDDING)
+    done = merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    assert "V536" not in [finding.code for finding in done.findings]
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_class_without_an_output_head_has_no_head_to_untie(
+    tmp_path: Path, trained_embedding: Path, name: str
+) -> None:
+    config = {**TIED, "architectures": [name]}
+    base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
+    merged_with(trained_embedding, base, tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_the_head_of_a_class_with_its_own_code_cannot_be_named(
+    tmp_path: Path, trained_embedding: Path
+) -> None:
+    config = {**TIED, "auto_map": {"AutoModel": "own.Own"}}
+    base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
+    with pytest.raises(CheckpointError, match=r"V524 .*code of its own"):
+        merged_with(trained_embedding, base, tmp_path / "out", tied=Tied.UNTIE)
+
+
+def test_a_taller_embedding_without_its_head_cannot_be_untied(tmp_path: Path) -> None:
+    taller = {f"{PREFIX}model.embed_tokens.weight": np.full((38, 16), 0.5, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=taller, modules_to_save=["embed_tokens"])
+    config = {**TIED, "vocab_size": 32}
+    base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
+    with pytest.raises(CheckpointError, match=r"V531 .*no output head of the new size"):
+        merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
+
+
+def test_a_head_replaced_beside_its_embedding_has_to_be_untied(tmp_path: Path) -> None:
+    own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=own, modules_to_save=["lm_head"])
+    base = filled_base(tmp_path / "base", config=TIED)
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V524"
+    merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
+    assert (tensors_of(tmp_path / "out")["lm_head.weight"] == 2).all()
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False
+
+
+def test_the_shared_module_of_an_encoder_decoder_stays_as_in_the_base(tmp_path: Path) -> None:
+    """PEFT wraps `shared` alone, and the encoder and the decoder read embeddings of their own."""
+    own = {f"{PREFIX}shared.weight": np.full((32, 16), 2, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=own, modules_to_save=["shared"])
+    base = filled_base(tmp_path / "base", tensors={"shared.weight": (32, 16)})
+    done = merged_with(adapter, base, tmp_path / "out")
+    assert [finding.code for finding in done.findings] == ["V577"]
+    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base))
+
+
+def test_a_delta_and_another_adapter_s_own_head_contradict_each_other(
+    tmp_path: Path, tied: Path
+) -> None:
+    own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
+    second = good_adapter(tmp_path / "b", tensors=own, modules_to_save=["lm_head"])
+    first, add = on_the_head(tmp_path / "a"), (AdapterSpec(second),)
+    assert (
+        refusal(lambda: merged_with(first, tied, tmp_path / "out", add=add, tied=Tied.UNTIE))
+        == "V534"
+    )
 
 
 def test_a_pretraining_head_that_the_adapter_s_class_does_not_build_is_not_missing(

@@ -135,3 +135,27 @@ def test_a_file_that_stayed_on_the_hub_is_warned_of(tmp_path: Path) -> None:
     assert [finding.code for finding in found.findings("org/name")] == ["V575"]
     assert found.not_fetched == ("2_Dense/model.safetensors",)
     assert found.left_out == ("notes.bin",)
+
+
+@pytest.mark.parametrize(
+    ("first", "added", "named"),
+    [
+        ("{}", "{}", False),
+        (None, '{"own": 1}', False),
+        ("{}", '{"x": 2}', True),
+        (None, '{"x": 2}', True),
+    ],
+)
+def test_a_file_of_an_added_adapter_that_the_merged_model_lacks_is_named(
+    tmp_path: Path, first: str | None, added: str, *, named: bool
+) -> None:
+    base = filled_base(tmp_path / "base")
+    (base / "generation_config.json").write_text('{"own": 1}')
+    folders = [good_adapter(tmp_path / name) for name in "ab"]
+    for folder, text in zip(folders, (first, added), strict=True):
+        if text is not None:
+            (folder / "generation_config.json").write_text(text)
+    done = merged(tmp_path, folders[0], str(base), add=(AdapterSpec(folders[1]),))
+    assert ("V578" in [finding.code for finding in done.findings]) is named
+    expected = first if first is not None else '{"own": 1}'
+    assert (tmp_path / "out/generation_config.json").read_text() == expected

@@ -11,7 +11,7 @@ import pytest
 import theirwarnings
 from merges import Tensors, assert_same, merged_with, tensors_of
 from releases import has, needs
-from trainedmodels import KINDS, TARGETS, loaded, saved, trained
+from trainedmodels import HEADS, KINDS, TARGETS, loaded, saved, trained
 
 from vera_convert.merging.changes import Tied
 
@@ -139,6 +139,33 @@ def test_an_untied_head_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
     assert (plain.logits - adapted.logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "saved_module"),
+    [
+        ("GPT2LMHeadModel", "c_attn", "wte"),
+        ("Gemma3ForConditionalGeneration", "q_proj", "embed_tokens"),
+        ("T5ForConditionalGeneration", "q", "shared"),
+    ],
+)
+def test_an_embedding_saved_without_its_tied_head_gives_the_logits_of_the_adapter(
+    name: str, target: str, saved_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT trains a copy of the embedding; T5's encoder and decoder do not read `shared`."""
+    base = saved(tmp_path / "base", name, "float32")
+    monkeypatch.setitem(HEADS, name, [saved_module])
+    adapter = trained(tmp_path / "adapter", base, name, targets=[target], stored=True)
+    merged_with(adapter, base, tmp_path / "ours", tied=Tied.UNTIE)
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
+    if name.startswith("T5"):
+        tokens["decoder_input_ids"] = tokens["input_ids"]
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
+        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
+        plain = loaded(name, base).eval()(**tokens)
+    assert (ours.logits - adapted.logits).abs().max() < 1e-5
+    assert (plain.logits - adapted.logits).abs().max() > 1e-2
+
+
 @needs("transformers", "5.0", "earlier releases do not fuse experts")
 def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
     tmp_path: Path,
@@ -165,6 +192,25 @@ def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
     fused = ours.model.layers[1].mlp.experts.down_proj[1].detach().numpy()
     assert np.array_equal(fused, tensors_of(tmp_path / "ours")[f"{module}.weight"])
     assert not np.array_equal(fused, stored)
+
+
+@needs("transformers", "5.0", "earlier releases do not fuse experts")
+def test_experts_that_were_trained_whole_give_the_logits_of_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT saves the fused experts, and cannot unload a module that is more than one layer."""
+    name = "MixtralForCausalLM"
+    base = saved(tmp_path / "base", name, "float32")
+    monkeypatch.setitem(HEADS, name, ["mlp"])
+    adapter = trained(tmp_path / "adapter", base, name, targets=["q_proj"], stored=True)
+    merged_with(adapter, base, tmp_path / "ours")
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
+        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
+        plain = loaded(name, base).eval()(**tokens)
+    assert (ours.logits - adapted.logits).abs().max() < 1e-5
+    assert (plain.logits - adapted.logits).abs().max() > 1e-2
 
 
 def test_the_trained_adapter_merged_into_its_model_gives_its_logits(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vera_convert.embeddings import is_embedding, is_output_head, may_be_resized
+from vera_convert.embeddings import is_embedding, is_output_head, may_be_resized, output_head_of
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -55,6 +55,9 @@ CLASSES: dict[str, dict[str, int]] = {
     },
 }
 
+IN_FILES = {"GPTNeoXForCausalLM": "embed_out"}
+"""Heads that transformers 5 renames in memory."""
+
 
 def model_of(name: str) -> Any:
     model_class = getattr(transformers, name)
@@ -75,6 +78,12 @@ def test_embeddings_are_recognized_by_their_names_only(name: str) -> None:
     assert any(map(is_embedding, names))
     assert any(is_output_head(path, kind) for path in heads)
     assert any(map(may_be_resized, heads))
+    assert output_head_of(kind, name) in {*heads, IN_FILES.get(name)}
     for path, module in modules.items():
         if isinstance(module, torch.nn.Linear) and path not in heads:
             assert not is_output_head(path, kind), path
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "BertForSequenceClassification", "ViTModel"])
+def test_a_class_without_an_output_head_has_no_path_of_one(name: str) -> None:
+    assert output_head_of(getattr(transformers, name).config_class.model_type, name) is None

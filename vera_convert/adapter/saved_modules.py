@@ -71,6 +71,9 @@ class SavedModules:
         self._names = frozenset(filter(None, names))
         self._lengths = sorted({len(name) for name in self._names})
 
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
     def of(self, module: str) -> frozenset[str]:
         """Return the names by which a module, or a module around the module, is saved."""
         ends = (found.start() for found in re.finditer(r"\.|\Z", module))

@@ -8,6 +8,7 @@ and every shape agrees. The strategies are tried in this order:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -324,9 +325,22 @@ def _refusal(matcher: _Matcher, layers: Mapping[str, int], trial: _Trial) -> lis
     if fitting:
         shown = " or ".join(f"--key-map {hint}" for hint in fitting[:_MOST_HINTS])
         reason += f" All would fit with {shown}."
+    elif (twin := _shared_block(module, base)) is not None:
+        reason += (
+            f' Several layers share one block, stored as "{printable(twin)}": a delta of one layer '
+            "would change the others. Use the adapter with PEFT, without a merge."
+        )
     elif trial.tensors:
         reason += " If the model class built this layer anew, no file holds its starting weights."
     return [NAMES_DIFFER.at(base.location.label, reason)]
+
+
+def _shared_block(module: str, base: BaseModel) -> str | None:
+    """Return the tensor of the block that several layers share, as in Zamba2; None without it."""
+    if "shared" not in module:
+        return None
+    path = re.compile(re.sub(r"\d+", r"\\d+", re.escape(f"{module}.weight")))
+    return next(filter(path.fullmatch, base.tensors), None)
 
 
 def _keeps_path(key_map: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
@@ -35,18 +36,36 @@ def saved_modules(config: VeraConfig) -> SavedModules:
     return SavedModules(config.saved_modules)
 
 
-def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> dict[str, str]:
-    """Return the base's tensor that each saved tensor of an adapter replaces.
+class Part(NamedTuple):
+    """The values of one tensor of the base inside an adapter's tensor.
+
+    Attributes:
+        target: the base's name.
+        shape: the shape of the values.
+        first: the position of the first value in the adapter's tensor.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    first: int = 0
+
+
+def match_replacements(
+    shapes: Mapping[str, tuple[int, ...]], match: Match, base: BaseModel
+) -> dict[str, tuple[Part, ...]]:
+    """Return the base's tensors that each saved tensor of an adapter replaces.
 
     Args:
-        names: the tensors of heads, biases and other saved modules in the adapter's file.
+        shapes: the shapes of heads, biases and other saved modules in the adapter's file, by name.
         match: the match of the adapter's layers, whose strategy also renames saved modules.
         base: the base. A tensor that the base lacks, such as a new head, keeps the plain name.
 
     Raises:
         CheckpointError: two tensors replace the same tensor.
     """
-    targets: dict[str, str] = {}
+    found: dict[str, tuple[Part, ...]] = {}
+    if not shapes:
+        return found  # the views of a large base take a second
     owners: dict[str, str] = {}
     # Layers may fit as they are although a saved module has another name.
     strategies: list[Callable[[str], str | None]] = [
@@ -54,19 +73,53 @@ def match_replacements(names: Iterable[str], match: Match, base: BaseModel) -> d
         str,
         *(view.path_on_disk for view in views(base)),
     ]
-    for name in names:
+    for name, shape in shapes.items():
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
         module = re.sub(r"(^|\.)base_layer$", "", module)
-        paths = (path for rename in strategies if (path := rename(module)) is not None)
+        paths = [path for rename in strategies if (path := rename(module)) is not None]
         there = (".".join(filter(None, (path, parameter))) for path in paths)
         plain = ".".join(filter(None, (module, parameter)))
         target = next(filter(base.tensors.__contains__, there), plain)
-        first = owners.setdefault(target, name)
-        if first != name:
-            reason = f'"{printable(first)}" and "{printable(name)}" both replace this tensor.'
-            raise CheckpointError(REPLACEMENT_CLASH.in_tensor(target, reason))
-        targets[name] = target
-    return targets
+        parts = () if target in base.tensors else _experts(paths, parameter, shape, base)
+        found[name] = parts or (Part(target, shape),)
+        for part in found[name]:
+            first = owners.setdefault(part.target, name)
+            if first != name:
+                reason = f'"{printable(first)}" and "{printable(name)}" both replace this tensor.'
+                raise CheckpointError(REPLACEMENT_CLASH.in_tensor(part.target, reason))
+    return found
+
+
+_LAYERS_OF_EXPERTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",), ("fc2",)),
+}
+"""The layers of an expert in files, for each tensor of all experts in transformers 5."""
+
+
+def _experts(
+    paths: Iterable[str], parameter: str, shape: tuple[int, ...], base: BaseModel
+) -> tuple[Part, ...]:
+    """Return the base's tensors in a tensor of all experts; empty if the base has none of these.
+
+    Transformers 5 stacks the experts along the first axis, and the layers of an expert along the
+    second axis.
+    """
+    if len(shape) != 3:
+        return ()
+    experts, rows, columns = shape
+    for path in paths:
+        for layers in _LAYERS_OF_EXPERTS.get(parameter, ()):
+            height = rows // len(layers)
+            names = [f"{path}.{n}.{layer}.weight" for n in range(experts) for layer in layers]
+            is_more = f"{path}.{experts}.{layers[0]}.weight" in base.tensors
+            if not is_more and all(name in base.tensors for name in names):
+                return tuple(
+                    Part(name, (height, columns), position * height * columns)
+                    for position, name in enumerate(names)
+                )
+    return ()
 
 
 def is_of_classifier(config: VeraConfig, name: str) -> bool:
@@ -102,7 +155,7 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
 
 
 def incomplete_modules(
-    adapter: Adapter, match: Match, base: BaseModel, targets: Mapping[str, str]
+    adapter: Adapter, match: Match, base: BaseModel, targets: Collection[str]
 ) -> Iterator[Finding]:
     """Yield a finding for each weight and bias that the adapter lacks of a module saved whole.
 
@@ -113,10 +166,12 @@ def incomplete_modules(
         adapter: the adapter.
         match: the match of the adapter's layers.
         base: the base.
-        targets: the base's tensor that each tensor of the adapter replaces.
+        targets: the base's tensors that the adapter's tensors replace.
     """
     saved = saved_modules(adapter.config)
-    stored = {*targets.values(), *match.tensors.values()}
+    if not saved:
+        return
+    stored = {*targets, *match.tensors.values()}
     for name in base.tensors:
         path, _, parameter = name.rpartition(".")
         paths = {path, match.undo(path) or path}

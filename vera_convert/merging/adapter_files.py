@@ -21,7 +21,13 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.rules import FILE_NOT_FETCHED, MODULES_ABOVE, TRAINED_NOT_MERGED, Finding
+from vera_convert.rules import (
+    FILE_NOT_FETCHED,
+    FILE_OF_ADDED,
+    MODULES_ABOVE,
+    TRAINED_NOT_MERGED,
+    Finding,
+)
 from vera_convert.text import printable
 
 MODULES_NAME = "modules.json"
@@ -37,6 +43,7 @@ _MODULE_FOLDER = re.compile(r"\d+_\w+")
 """The name of a module's folder in sentence-transformers, such as ``1_Pooling``."""
 _TOKENIZER_LIMIT = 100_000_000
 _MOST_LABELS = 100_000
+_BLOCK = 1 << 20
 
 Reader = Callable[[str], Mapping[str, object]]
 """Returns the value of a file by name; empty if there is no such file."""
@@ -86,6 +93,17 @@ class AdapterFiles:
         for name in self.not_fetched:
             reason = f"{printable(name)} is too large to be fetched beside an adapter."
             yield FILE_NOT_FETCHED.at(place, reason)
+
+    def unused(self, place: str, written: Mapping[str, InputFile]) -> Iterator[Finding]:
+        """Yield a warning for each file of an added adapter that the merged model lacks.
+
+        Args:
+            place: the added adapter's name in messages.
+            written: the files beside the merged model, by name.
+        """
+        for name, file in {**self.tokenizer, **self.copied}.items():
+            if name not in written or not _same_bytes(file, written[name]):
+                yield FILE_OF_ADDED.at(place, f"{printable(name)} is not copied.")
 
     def over(self, base: Mapping[str, InputFile]) -> dict[str, InputFile]:
         """Return the files beside the merged model: the base's, with the adapter's in front.
@@ -145,6 +163,19 @@ def _is_module(location: Location) -> bool:
     return isinstance(entries, list) and any(
         isinstance(entry, dict) and entry.get("path") == folder.name for entry in entries
     )
+
+
+def _same_bytes(one: InputFile, other: InputFile) -> bool:
+    """Say whether two files have the same bytes; a file that is only planned has only a size."""
+    if one.size != other.size or not other.path.is_absolute():
+        return one.size == other.size
+    with one.open() as first, other.open() as second:
+        starts = range(0, one.size, _BLOCK)
+        sizes = (min(_BLOCK, one.size - start) for start in starts)
+        return all(
+            first.read_at(start, size) == second.read_at(start, size)
+            for start, size in zip(starts, sizes, strict=True)
+        )
 
 
 def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:

@@ -165,6 +165,9 @@ def open_inputs(
             findings.append(dequantization.finding(model.location.label))
         for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
             findings += _findings(matched, base_facts, files)
+        written = beside[0].over(read.copied)
+        for matched, files in zip(adapters[1:], beside[1:], strict=True):
+            findings += files.unused(matched.label, written)
         yield MergeInputs(
             adapters=adapters,
             base=model,

@@ -28,15 +28,15 @@ from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapter_files import AdapterFiles
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
-from vera_convert.merging.changes import collect
+from vera_convert.merging.collect import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.merging.job import MergeJob, is_merged
 from vera_convert.merging.model_config import config_edits
 from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import (
-    ConfigChanges,
     FilePlan,
     check_tokenizer,
+    config_text,
     file_plan,
     plan_files,
 )
@@ -192,7 +192,7 @@ def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptio
         index_text=inputs.texts.get(inputs.base.index or ""),
     )
     replaced = replaced_tensors(changes, inputs.base, inputs.files)
-    files = plan_files(inputs, weights, ConfigChanges(changes.unties, dtype, edits), replaced)
+    files = plan_files(inputs, weights, config_text(inputs, changes, edits, dtype), replaced)
     free = free_space(out)
     return MergeJob(inputs, changes, weights, edits, replaced, files, out, base, options, free)
 

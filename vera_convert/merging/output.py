@@ -31,21 +31,6 @@ from vera_convert.text import read_back_differs
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigChanges:
-    """The changes to the base's config.
-
-    Attributes:
-        unties: whether head and embedding become two tensors.
-        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
-        edits: the members that the adapters decide.
-    """
-
-    unties: bool
-    dtype: str | None
-    edits: ConfigEdits
-
-
-@dataclass(frozen=True, slots=True)
 class FilePlan:
     """One file of the output, in numbers.
 
@@ -86,7 +71,7 @@ def file_plan(file: NewFile) -> FilePlan:
 def plan_files(
     inputs: MergeInputs,
     weights: WeightsPlan,
-    config: ConfigChanges,
+    config: bytes,
     replaced: Sequence[ReplacedTensor],
 ) -> tuple[NewFile, ...]:
     """Return all files of the output except the provenance, the weights first.
@@ -94,14 +79,14 @@ def plan_files(
     Args:
         inputs: the adapters and the base.
         weights: the plan of the weight files.
-        config: the changes to the base's config.
+        config: the text of the merged model's config; unused if the base has no config.
         replaced: the tensors that come from an adapter.
     """
     files = [*weights.files]
     if weights.index is not None:
         files.append(NewFile(*weights.index))
     if inputs.sides.config is not None:
-        files.append(NewFile(inputs.sides.config, _config_text(inputs, config)))
+        files.append(NewFile(inputs.sides.config, config))
     card = model_card(
         _origin(inputs.base.location),
         [_origin(matched.location, matched.weight) for matched in inputs.adapters],
@@ -114,19 +99,29 @@ def plan_files(
     return tuple(files)
 
 
-def _config_text(inputs: MergeInputs, config: ConfigChanges) -> bytes:
-    """Return the bytes of the merged model's config."""
-    base = inputs.base.config
-    text = inputs.texts[inputs.sides.config or ""]
+def config_text(
+    inputs: MergeInputs, changes: Changes, edits: ConfigEdits, dtype: str | None
+) -> bytes:
+    """Return the text of the merged model's config; empty if the base has no config.
+
+    Args:
+        inputs: the adapters and the base.
+        changes: the changes to the base, which can untie head and embedding.
+        edits: the members that the adapters decide.
+        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
+    """
+    if inputs.sides.config is None:
+        return b""
+    base, text = inputs.base.config, inputs.texts[inputs.sides.config]
     if inputs.dequantization is not None:
         text = dequantized_config(text, base)
-    if config.unties:
+    if changes.unties:
         text = untied(text, base)
-    if config.dtype is not None:
-        text = of_dtype(text, base, NAMES[config.dtype])
+    if dtype is not None:
+        text = of_dtype(text, base, NAMES[dtype])
     if REDIRECTION in base:
         text = removed_member(text, (REDIRECTION,))  # the weights get the usual name
-    return config.edits.of_text(text)
+    return edits.of_text(text)
 
 
 def _whole(file: InputFile) -> Iterator[CopiedRange]:

@@ -107,21 +107,25 @@ def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
 
 def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
     """Yield findings for heads, biases and embeddings."""
-    tensors = {tensor.name: tensor for tensor in adapter.replacements}
+    shapes = {tensor.name: tensor.shape for tensor in adapter.replacements}
     try:
-        targets = match_replacements(tensors, match, base)
+        matched = match_replacements(shapes, match, base)
     except CheckpointError as error:
         yield from error.findings
         return
-    for name, target in targets.items():
+    parts = {part.target: (name, part) for name, found in matched.items() for part in found}
+    for target, (name, _) in parts.items():
         is_lm_head = is_output_head(replaced_name(name).rpartition(".")[0])
         if target not in base.tensors and not is_lm_head:
             found = brought(adapter.config, name, target, base)
             yield from [found] if found is not None else []
-    shapes = {target: tensors[name].shape for name, target in targets.items()}
-    heads = [target for name, target in targets.items() if is_of_classifier(adapter.config, name)]
-    yield from resizes(shapes, base, heads=heads).findings
-    yield from incomplete_modules(adapter, match, base, targets)
+    heads = [
+        target for target, (name, _) in parts.items() if is_of_classifier(adapter.config, name)
+    ]
+    yield from resizes(
+        {target: part.shape for target, (_, part) in parts.items()}, base, heads=heads
+    ).findings
+    yield from incomplete_modules(adapter, match, base, parts)
 
 
 def _rows(adapter: Adapter, base: BaseModel) -> int | None:

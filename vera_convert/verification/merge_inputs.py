@@ -14,7 +14,8 @@ from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adapters
-from vera_convert.merging.changes import Changes, collect
+from vera_convert.merging.changes import Changes
+from vera_convert.merging.collect import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
 from vera_convert.rules import HEAD_TIED, OTHER_ADAPTER_MERGED, OTHER_BASE_MERGED, Finding
 from vera_convert.text import printable
