@@ -14,6 +14,18 @@ QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 gp
 	loguru==0.7.3 defuser==0.0.28 device-smi==0.5.7 dill==0.4.1 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
+# With these alone, vLLM's reader of adapters runs on the CPU; its kernels do not.
+VLLM ?=
+VLLM_PACKAGES := vllm==0.33.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 \
+	apache-tvm-ffi==0.1.15.post2 blake3==1.0.11 cachetools==8.0.2 cbor2==6.3.0 cloudpickle==3.1.3 \
+	distro==1.9.0 einops==0.8.2 fastapi==0.165.0 frozenlist==1.8.0 httpcore==1.0.9 httpx==0.28.1 \
+	jiter==0.19.0 lark==1.3.1 llguidance==1.9.1 msgspec==0.22.0 multidict==7.2.1 openai==3.57.0 \
+	opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
+	opentelemetry-semantic-conventions==0.66b2 oss-harmony==0.0.11 partial-json-parser==0.2.1.1.post7 prometheus-client==0.26.0 \
+	propcache==0.5.4 py-cpuinfo==9.0.0 pybase64==1.5.1 pyzmq==27.3.0 setproctitle==1.3.8 \
+	six==1.17.0 sniffio==1.3.1 starlette==1.10.0 tiktoken==0.14.0 uvloop==0.23.0 xgrammar==0.2.9 \
+	yarl==1.25.1
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -66,8 +78,9 @@ test-quantizers: .venv/quantizers.stamp ## Compare dequantized weights with thos
 test-ci: .venv-ci/test.stamp ## Run the pre-commit hook, the action and the container file; installs packages
 	$(BIN_CI)/python -m pytest --override-ini 'norecursedirs=.*' tests/ci
 
-test-engines: .venv-engines/test.stamp ## Run LoRAs in Diffusers, MLX-LM and llama.cpp on the CPU; installs these
-	$(BIN_ENGINES)/python -m pytest --override-ini 'norecursedirs=.*' tests/engines
+# `make test-engines VLLM=yes` tests vLLM's reader of adapters, too.
+test-engines: .venv-engines/test.stamp $(if $(VLLM),.venv-engines/vllm.stamp) ## Run LoRAs in Diffusers, MLX-LM and llama.cpp on the CPU; installs these
+	PYTHONPATH=.venv-engines/vllm $(BIN_ENGINES)/python -m pytest --override-ini 'norecursedirs=.*' tests/engines
 
 bench: .venv/test.stamp ## Run the benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
@@ -125,6 +138,10 @@ clean: ## Remove everything that make created
 	$(BIN_ENGINES)/python $(PINNED) requirements/engines.txt
 	$(BIN_ENGINES)/python $(THIS)
 	$(BIN_ENGINES)/python $(PIP) install $(TORCH_PIP_ARGS) torch==$(TORCH)
+	@touch $@
+
+.venv-engines/vllm.stamp: .venv-engines/test.stamp
+	$(BIN_ENGINES)/python $(PIP) install --no-deps --upgrade --target .venv-engines/vllm $(VLLM_PACKAGES)
 	@touch $@
 
 .venv-lock/lock.stamp: requirements/lock.txt

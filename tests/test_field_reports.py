@@ -296,6 +296,41 @@ REPORTS = (
             "a_side_file_claims_more_than_any_disk",
         ),
     ),
+    # --- LoRA ---
+    Report(
+        "a server refuses an adapter with modules that were trained whole",
+        "ggml-org/llama.cpp #11554, vllm-project/vllm #9280, #21500",
+        (
+            "test_a_trained_head_goes_with_the_lora_for_peft_and_its_users_are_warned",
+            "test_a_head_that_the_engine_drops_is_refused_or_left_out",
+            "test_vllm_takes_a_plain_classifier_and_refuses_a_nested_one",
+        ),
+    ),
+    Report(
+        "the rank is above the server's limit, and only the server says so",
+        "vllm-project/vllm #2847, NVIDIA/TensorRT-LLM #1903, PrimeIntellect-ai/prime-rl #1408",
+        (
+            "test_a_rank_that_vllm_does_not_serve_is_refused_with_the_exact_way_out",
+            "test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered",
+            "test_the_rank_to_start_vllm_with_is_one_that_vllm_allows",
+        ),
+    ),
+    Report(
+        "a head of several layers collapses into one when the adapter becomes a LoRA",
+        "PEFT's save_as_lora, on RoBERTa",
+        (
+            "test_peft_gives_the_outputs_of_the_vera_adapter",
+            "test_a_trained_head_goes_with_the_lora_for_peft_and_its_users_are_warned",
+        ),
+    ),
+    Report(
+        "a layer with fewer outputs than the rank makes no LoRA",
+        "PEFT's save_as_lora, on layers with grouped keys",
+        (
+            "test_a_rank_above_a_layers_outputs_is_exact",
+            "test_a_rank_above_both_sides_of_a_layer_is_no_reason_to_refuse",
+        ),
+    ),
     # --- quantized bases ---
     Report(
         "the scales of a quantized base are left out of account",

@@ -146,6 +146,39 @@ def test_llama_cpp_gives_the_outputs_of_the_adapter(
     assert np.abs(by_llama_cpp(model, lora / "adapter.gguf") - expected).max() < 1e-5
 
 
+# --- vLLM ----------------------------------------------------------------------------------------
+
+
+def test_vllm_reads_the_delta_of_each_layer(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own check of the config, and its own reader of the weights; its kernels need a GPU."""
+    config = pytest.importorskip("vllm.config.lora", exc_type=ImportError)
+    reader = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
+    monkeypatch.setattr(reader, "PIN_MEMORY", False)  # pinned memory needs a GPU
+    base, adapter = llama
+    lora = converted(adapter, base, tmp_path / "lora", "vllm")
+    helper = reader.PEFTHelper.from_local_dir(str(lora), max_position_embeddings=64)
+    helper.validate_legal(config.LoRAConfig(max_lora_rank=8))
+    with pytest.raises(ValueError, match="greater than max_lora_rank"):
+        helper.validate_legal(config.LoRAConfig(max_lora_rank=1))
+    vera = peft.PeftModel.from_pretrained(loaded(LLAMA, base), adapter)
+    expected = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in vera.named_modules()
+        if hasattr(module, "vera_lambda_b")
+    }
+    targets = {name.rpartition(".")[2] for name in expected}
+    found = reader.LoRAModel.from_local_checkpoint(
+        str(lora), targets, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    assert found.loras.keys() == expected.keys()
+    for name, delta in expected.items():
+        layer = found.get_lora(name).optimize()
+        torch.testing.assert_close(layer.lora_b @ layer.lora_a, delta, rtol=0, atol=1e-5)
+        assert delta.abs().max() > 0.01
+
+
 # --- Diffusers -----------------------------------------------------------------------------------
 
 FLUX = {
@@ -213,6 +246,15 @@ def run_component(model: Any) -> Any:
         )[0]
 
 
+def with_vera(model: Any, targets: list[str]) -> Any:
+    """Put random vectors of VeRA into a model."""
+    model = peft.get_peft_model(model, peft.VeraConfig(r=8, target_modules=targets))
+    for key, parameter in model.named_parameters():
+        if "lambda" in key:
+            parameter.data = torch.randn(parameter.shape) * 0.5
+    return model.eval()
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["component", "pipeline"])
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_diffusers_gives_the_outputs_of_the_adapter(name: str, whole: bool, tmp_path: Path) -> None:
@@ -225,13 +267,9 @@ def test_diffusers_gives_the_outputs_of_the_adapter(name: str, whole: bool, tmp_
     if whole:
         index = {"_class_name": "DiffusionPipeline", component: ["diffusers", name]}
         (place.parent / "model_index.json").write_text(json.dumps(index))
-    config = peft.VeraConfig(r=8, target_modules=targets, projection_prng_key=3)
-    model = peft.get_peft_model(kind.from_pretrained(place), config)
-    for key, parameter in model.named_parameters():
-        if "lambda" in key:
-            parameter.data = torch.randn(parameter.shape) * 0.5
+    model = with_vera(kind.from_pretrained(place), targets)
     model.save_pretrained(tmp_path / "vera")
-    expected = run_component(model.eval().base_model.model)
+    expected = run_component(model.base_model.model)
     lora = converted(
         tmp_path / "vera", place.parent if whole else place, tmp_path / "lora", "diffusers"
     )
@@ -242,3 +280,75 @@ def test_diffusers_gives_the_outputs_of_the_adapter(name: str, whole: bool, tmp_
     assert (run_component(plain) - expected).abs().max() < 1e-5
     plain.unload_lora()
     assert torch.equal(run_component(plain), before)
+
+
+def stable_diffusion(out: Path) -> None:
+    """Write a tiny pipeline of Stable Diffusion; prompts are given as embeddings."""
+    diffusers = pytest.importorskip("diffusers")
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "projection_dim": 32, "vocab_size": 100}
+    sizes |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    text = transformers.CLIPTextConfig(**sizes)
+    down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+    diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            down_block_types=down,
+            up_block_types=up,
+            block_out_channels=[8, 16],
+            latent_channels=4,
+            norm_num_groups=2,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=None,
+        unet=diffusers.UNet2DConditionModel(**UNET),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(out)
+
+
+def picture(pipeline: Any) -> Any:
+    """The pixels of a picture, from 0 to 1."""
+    torch.manual_seed(6)
+    prompt, noise = torch.randn(1, 4, 32), torch.randn(1, 4, 8, 8)
+    drawn = pipeline(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=torch.zeros_like(prompt),
+        latents=noise,
+        num_inference_steps=2,
+        output_type="np",
+    )
+    return drawn.images[0]
+
+
+def test_a_whole_pipeline_loads_fuses_and_unloads_the_adapter(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    stable_diffusion(tmp_path / "pipeline")
+    missing = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+    kind = diffusers.StableDiffusionPipeline
+    pipeline = kind.from_pretrained(tmp_path / "pipeline", **missing)
+    pipeline.set_progress_bar_config(disable=True)
+    before, plain = picture(pipeline), pipeline.unet
+    other = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "pipeline" / "unet")
+    model = with_vera(other, COMPONENTS["UNet2DConditionModel"][2])
+    model.save_pretrained(tmp_path / "vera")
+    pipeline.unet = model.base_model.model
+    expected = picture(pipeline)
+    lora = converted(tmp_path / "vera", tmp_path / "pipeline", tmp_path / "lora", "diffusers")
+    pipeline.unet = plain
+    pipeline.load_lora_weights(str(lora))
+    assert np.abs(before - expected).max() > 0.01
+    assert np.abs(picture(pipeline) - expected).max() < 1e-5
+    pipeline.fuse_lora()
+    assert np.abs(picture(pipeline) - expected).max() < 1e-5
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    assert np.abs(picture(pipeline) - before).max() < 1e-5

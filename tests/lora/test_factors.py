@@ -8,13 +8,14 @@ import pytest
 from numpy.typing import NDArray
 
 from vera_convert.lora.factors import (
+    Decomposition,
     Factors,
     balancing_powers,
     decompose,
+    input_basis,
     relative_error,
     rounding_error,
     smallest_rank,
-    truncation_error,
 )
 from vera_convert.lora.stored import rounded_once
 
@@ -33,6 +34,16 @@ def dense(layer: Factors) -> NDArray[np.float64]:
     A, B, d, b = (each.astype(np.float64) for each in (layer.A, layer.B, layer.d, layer.b))
     product: NDArray[np.float64] = np.diag(b) @ B @ np.diag(d) @ A
     return product
+
+
+def decomposed(layer: Factors) -> Decomposition:
+    return decompose(input_basis(layer, {}), layer.lora_B())
+
+
+def truncation_error(values: NDArray[np.float64], rank: int) -> float:
+    """The relative Frobenius error of the best approximation of a rank, by the singular values."""
+    total = float(np.linalg.norm(values))
+    return float(np.linalg.norm(values[rank:])) / total if total else 0.0
 
 
 def relative(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
@@ -58,7 +69,7 @@ def test_a_truncation_is_the_best_of_its_rank_and_its_error_is_known(
     shape: tuple[int, int, int], share: float
 ) -> None:
     layer = factors(*shape)
-    found = decompose(layer.lora_A(), layer.lora_B())
+    found = decomposed(layer)
     rank = max(1, int(len(found.values) * share))
     lora_A, lora_B = found.truncated(rank)
     delta, values = dense(layer), np.linalg.svd(dense(layer), compute_uv=False)
@@ -70,7 +81,7 @@ def test_a_truncation_is_the_best_of_its_rank_and_its_error_is_known(
 
 def test_a_rank_of_the_smallest_side_is_exact() -> None:
     layer = factors(24, 10, 16)
-    lora_A, lora_B = decompose(layer.lora_A(), layer.lora_B()).truncated(10)
+    lora_A, lora_B = decomposed(layer).truncated(10)
     assert relative(lora_B @ lora_A, dense(layer)) < 1e-12
 
 
@@ -78,12 +89,12 @@ def test_zeros_in_d_and_b_do_not_spoil_a_decomposition() -> None:
     layer = factors(12, 16, 20)
     layer.d[3:9] = 0
     layer.b[::2] = 0
-    lora_A, lora_B = decompose(layer.lora_A(), layer.lora_B()).truncated(6)
+    lora_A, lora_B = decomposed(layer).truncated(6)
     assert relative(lora_B @ lora_A, dense(layer)) < 1e-12
 
 
 def test_the_error_falls_as_the_rank_rises_and_the_smallest_rank_keeps_to_it() -> None:
-    values = decompose(*_pair(factors(30, 40, 50))).values
+    values = decomposed(factors(30, 40, 50)).values
     errors = [truncation_error(values, rank) for rank in range(1, 31)]
     assert errors == sorted(errors, reverse=True)
     for wanted in (0.0, 0.01, 0.2, 0.5, 0.9):
@@ -119,7 +130,7 @@ def test_a_measured_error_is_that_of_the_dense_matrices(
 
 def test_an_error_between_ranks_is_that_of_the_dense_matrices() -> None:
     layer = factors(30, 40, 50)
-    stored = decompose(*_pair(layer)).truncated(7)
+    stored = decomposed(layer).truncated(7)
     expected = relative(stored[1] @ stored[0], dense(layer))
     found = relative_error(layer.A, layer.lora_B_blocks(), *stored)
     assert found == pytest.approx(expected, rel=1e-9)

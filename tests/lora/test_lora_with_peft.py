@@ -102,5 +102,22 @@ def test_zeros_in_filled_layers_change_nothing(tmp_path: Path) -> None:
     assert (vera - lora).abs().max() < 1e-5
 
 
+def test_a_rank_above_a_layers_outputs_is_exact(tmp_path: Path) -> None:
+    """PEFT's own conversion refuses the layer: k_proj has fewer outputs than the adapter's rank."""
+    name = "LlamaForCausalLM"
+    base = saved(tmp_path / "base", name, "float32")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = trained(tmp_path / "vera", base, name, targets=targets, stored=True, rank=24)
+    done = to_lora(adapter, tmp_path / "lora", base=base)
+    assert min(layer.shape.out_features for layer in done.plan.layers) < 24
+    exact = LoraOptions(rank=done.plan.exact_rank)
+    to_lora(adapter, tmp_path / "low", base=base, options=exact)
+    assert done.plan.exact_rank < 24
+    vera = logits(name, base, adapter)
+    assert (vera - logits(name, base)).abs().max() > 0.05
+    for lora in ("lora", "low"):
+        assert (vera - logits(name, base, tmp_path / lora)).abs().max() < 1e-5
+
+
 def test_every_model_here_is_one_of_those_that_are_merged() -> None:
     assert {name for name, _, _ in CASES} <= {*KINDS}

@@ -353,6 +353,29 @@ def test_a_rank_that_vllm_does_not_serve_is_refused_with_the_exact_way_out(
     assert "--max-lora-rank 16 " in result.server_arguments
 
 
+def test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered(
+    tmp_path: Path,
+) -> None:
+    side, rank, target = 640, 600, "model.layers.0.self_attn.q_proj"
+    values = np.random.default_rng(4)
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    for name, shape in {
+        f"{PREFIX}{target}.vera_lambda_b": (side,),
+        f"{PREFIX}{target}.vera_lambda_d": (rank,),
+        "base_model.vera_A": (rank, side),
+        "base_model.vera_B": (side, rank),
+    }.items():
+        tensors[name] = values.normal(size=shape).astype(np.float32)
+    adapter = good_adapter(tmp_path / "adapter", tensors=tensors, r=rank, target_modules=["q_proj"])
+    shapes: dict[str, Any] = {**dict.fromkeys(TENSORS), f"{target}.weight": (side, side)}
+    base = tiny_base(tmp_path / "base", tensors=shapes)
+    with pytest.raises(CheckpointError, match=r"V701 .*600.*512.* --rank 512 --dry-run"):
+        converted(adapter, base, tmp_path / "out", engine="vllm")
+    low = converted(adapter, base, tmp_path / "out", engine="vllm", rank=512, dry_run=True)
+    assert 0 < low.measured.worst < 0.5
+    assert "--max-lora-rank 512 " in low.server_arguments
+
+
 @pytest.mark.parametrize(("rank", "served"), [(4, 8), (8, 8), (40, 64), (257, 320), (512, 512)])
 def test_the_rank_to_start_vllm_with_is_one_that_vllm_allows(rank: int, served: int) -> None:
     assert ENGINES[EngineName.VLLM].server_rank(rank) == served

@@ -55,11 +55,18 @@ def loaded(name: str, base: Path) -> Any:
 
 
 def trained(
-    folder: Path, base: Path, name: str, *, targets: Any, stored: bool, bias: str = "none"
+    folder: Path,
+    base: Path,
+    name: str,
+    *,
+    targets: Any,
+    stored: bool,
+    bias: str = "none",
+    rank: int = 6,
 ) -> Path:
     """An adapter with random vectors, a random head, and random biases if they are trained."""
     config = peft.VeraConfig(
-        r=6,
+        r=rank,
         target_modules=targets,
         modules_to_save=HEADS.get(name),
         save_projection=stored,

@@ -71,6 +71,8 @@ def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Findi
         reason = f"the LoRA's rank is {plan.rank}, and {engine.title} serves {highest} at most."
         if plan.exact_rank <= highest:
             reason += f" --rank {plan.exact_rank} is exact up to rounding."
+        else:
+            reason += f" With --rank {highest} --dry-run, the error of the best LoRA is shown."
         yield LORA_RANK_TOO_HIGH.at(place, reason)
     elif engine.fast_rank and plan.rank > engine.fast_rank:
         reason = f"the LoRA's rank is {plan.rank}; {engine.title} is fast up to {engine.fast_rank}."

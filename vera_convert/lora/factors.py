@@ -144,35 +144,46 @@ class Decomposition:
         return lora_A * signs[:, None], lora_B * signs
 
 
-def decompose(lora_A: Float64, lora_B: Float64) -> Decomposition:
+InputBasis = tuple[Float64, Float64]
+"""The thin QR factorization of lora_A.T: (in, n) and (n, r), n = min(r, in)."""
+
+
+def input_basis(factors: Factors, known: dict[int, InputBasis]) -> InputBasis:
+    """Return the basis of a layer's lora_A, which all layers with as many inputs share.
+
+    Args:
+        factors: the operands of the layer.
+        known: the bases so far, by the number of inputs; all of the same A.
+    """
+    width = factors.in_features
+    if width not in known:
+        basis, core = np.linalg.qr(factors.lora_A().T)
+        known[width] = basis, core
+    return known[width]
+
+
+def decompose(basis: InputBasis, lora_B: Float64) -> Decomposition:
     """Return the singular value decomposition of ``lora_B @ lora_A`` without forming the product.
 
     Two thin QR factorizations leave a core of r x r, and only the core is decomposed.
 
     Args:
-        lora_A: (r, in).
+        basis: the basis of lora_A.
         lora_B: (out, r).
     """
     out_basis, out_core = np.linalg.qr(lora_B)
-    in_basis, in_core = np.linalg.qr(lora_A.T)
+    in_basis, in_core = basis
     left, values, right = np.linalg.svd(out_core @ in_core.T, full_matrices=False)
     return Decomposition(out_basis @ left, values, right @ in_basis.T)
 
 
-def truncation_error(values: Float64, rank: int) -> float:
-    """Return the relative Frobenius error of the best approximation of a rank.
+def smallest_rank(values: Float64, error: float) -> int:
+    """Return the smallest rank, 1 at least, that keeps to a relative Frobenius error.
 
     Args:
         values: the singular values of the delta, the largest first.
-        rank: the number of values that are kept.
+        error: the error.
     """
-    squares = np.square(values)
-    total = float(squares.sum())
-    return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
-
-
-def smallest_rank(values: Float64, error: float) -> int:
-    """Return the smallest rank, 1 at least, whose truncation error is `error` at most."""
     squares = np.square(values)
     total = float(squares.sum())
     left_out = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
@@ -244,9 +255,10 @@ def rounding_error(factors: Factors, lora_A: Array, lora_B: Array, rows: NDArray
     if not scale:
         return 0.0
     # float32 has the digits that an error needs, and b can be too small for its exponents.
-    change = ((exact - stored) / scale).astype(np.float32) @ factors.A.astype(np.float32)
+    A = factors.A.astype(np.float32, copy=False)
+    change = ((exact - stored) / scale).astype(np.float32) @ A
     if lora_A.dtype != factors.A.dtype:
         moved = factors.A.astype(np.float64) - lora_A.astype(np.float64)
         change += (stored / scale).astype(np.float32) @ moved.astype(np.float32)
-    size = np.linalg.norm((exact / scale).astype(np.float32) @ factors.A.astype(np.float32))
+    size = np.linalg.norm((exact / scale).astype(np.float32) @ A)
     return float(np.linalg.norm(change) / size) if size else 0.0

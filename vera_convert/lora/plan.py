@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,14 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.lora.engines import Engine
-from vera_convert.lora.factors import Factors, decompose, nonzero_rows, smallest_rank
+from vera_convert.lora.factors import (
+    Factors,
+    InputBasis,
+    decompose,
+    input_basis,
+    nonzero_rows,
+    smallest_rank,
+)
 from vera_convert.lora.options import LoraOptions
 from vera_convert.merging.in_effect import InEffect
 from vera_convert.targets.linear import Linear, kind_of
@@ -62,6 +69,7 @@ class LoraPlan:
         exact_rank: a rank that represents every layer exactly up to rounding.
         dtype: the dtype of the factors, as safetensors names it.
         missing: modules that the engine wants beside the adapted ones and that are not written.
+        bases: the bases of A that were computed so far, by the number of inputs.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -71,6 +79,7 @@ class LoraPlan:
     exact_rank: int
     dtype: str
     missing: tuple[str, ...] = ()
+    bases: dict[int, InputBasis] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -223,13 +232,13 @@ def _used_rows(layers: Iterable[LoraLayer], rank: int) -> tuple[NDArray[np.intp]
 
 def _rank_for(layers: Iterable[LoraLayer], rows: NDArray[np.intp], error: float) -> int:
     """Return the smallest rank that keeps to a relative error in every layer."""
-    needed = 1
+    needed, bases = 1, dict[int, InputBasis]()
     for layer in layers:
         if layer.vectors is None:
             continue
         factors = layer.factors().select(rows)
         own = int(np.count_nonzero(factors.d))
         if own > needed:
-            values = decompose(factors.lora_A(), factors.lora_B()).values
+            values = decompose(input_basis(factors, bases), factors.lora_B()).values
             needed = max(needed, min(own, smallest_rank(values, error)))
     return needed

@@ -15,6 +15,7 @@ from vera_convert.lora.factors import (
     Float64,
     balancing_powers,
     decompose,
+    input_basis,
     relative_error,
     rounding_error,
 )
@@ -133,7 +134,7 @@ def _of_rank(factors: Factors, plan: LoraPlan) -> tuple[Float64, Float64]:
     if len(used) <= plan.rank:
         own = factors.select(used)
         return own.lora_A(), own.lora_B()
-    return decompose(factors.lora_A(), factors.lora_B()).truncated(plan.rank)
+    return decompose(input_basis(factors, plan.bases), factors.lora_B()).truncated(plan.rank)
 
 
 def rounded_once(values: Float64, dtype: str) -> Array:
