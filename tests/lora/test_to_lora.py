@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.cli import values
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.engines import ENGINES, EngineName
 from vera_convert.lora.options import LoraOptions
@@ -505,6 +506,19 @@ def test_files_beside_the_adapter_are_carried_and_the_card_is_new(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "vera-convert to-lora adapter OUT --rank 3" in card
     assert str(tmp_path) not in card
+
+
+def test_a_file_beside_the_adapter_counts_when_the_disk_is_too_small(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (adapter / "notes.txt").write_bytes(bytes(1_000_000))
+    usage = SimpleNamespace(free=900_000)
+    monkeypatch.setattr("vera_convert.lora.writing.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(SurroundingsError, match="900,000 are free"):
+        converted(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    usage.free = 1_100_000
+    assert converted(adapter, base, tmp_path / "out").written
 
 
 def test_the_weights_say_what_they_were_made_from(

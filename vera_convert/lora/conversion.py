@@ -262,7 +262,8 @@ class _Job:
             is_own=is_lora,
             strangers=lambda folder: files_but(folder, written),
         ) as staged:
-            require_space(self._size, staged, work.out)
+            copied = sum((work.adapter.folder / name).stat().st_size for name in self._copied)
+            require_space(self._size + copied, staged, work.out)
             self._write_weights(staged / weights, progress)
             self._require_small_error()
             if self._form is not Form.GGUF and self._files.config is not None:
