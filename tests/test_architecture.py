@@ -50,7 +50,8 @@ verification: merged forms lora result verify
 formats: shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch
-cli: values options command output refusals completion inspecting converting validating merging app
+cli: values options output help command refusals completion inspecting converting lora
+cli: validating merging verifying app
 __init__ __main__
 """
 """The modules in order, a folder's together: each may import those before it, and no other."""
@@ -85,7 +86,6 @@ ABOVE_FOLDERS = {"counting", "summary"}
 
 ONLY_IN = {
     "click": {"cli"},
-    "cloup": {"cli"},
     "huggingface_hub": {"hub.client"},
     "torch": {"with_torch"},
     "transformers": {"with_torch"},

@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from commandline import COMMANDS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from vera_convert import __version__
-from vera_convert.cli.app import program
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -144,7 +144,7 @@ def test_the_readme_names_the_lowest_versions_of_the_extra_torch() -> None:
 def test_the_readme_names_every_command() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| \[?`([\w-]+)`", readme, re.MULTILINE))
-    assert rows == {*program.commands}
+    assert rows == {*COMMANDS}
 
 
 def test_every_page_that_the_texts_link_to_is_there() -> None:

@@ -22,6 +22,7 @@ import pytest
 from adapterdefects import A, added, bare, drawn, fields, renamed, stripped, tensors
 from adapters import KEY, good_adapter
 from bases import tiny_base
+from commandline import COMMANDS as ALL_COMMANDS
 from commandline import Run
 from folders import DATA, WEIGHTS, everything, weights
 from merges import filled_base
@@ -29,7 +30,6 @@ from safetensors.numpy import load_file
 
 from vera_convert.assembly.journal import Journal
 from vera_convert.assembly.writer import Finished
-from vera_convert.cli.app import program
 from vera_convert.cli.values import GENERATORS
 from vera_convert.conversion.migration import Mode
 from vera_convert.conversion.projections import ProjectionSource
@@ -70,7 +70,7 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 
 
 def choices(command: str, option: str) -> list[str]:
-    parameters = program.commands[command].params
+    parameters = ALL_COMMANDS[command].params
     (found,) = (parameter for parameter in parameters if option in parameter.opts)
     assert isinstance(found.type, click.Choice)
     return [*found.type.choices]

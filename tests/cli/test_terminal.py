@@ -13,13 +13,12 @@ from pathlib import Path
 import click
 import pytest
 from adapters import good_adapter
-from commandline import Run
+from commandline import COMMANDS, Run
 
 from vera_convert.cli.app import program
-from vera_convert.cli.options import TITLES, MergeChoices
+from vera_convert.cli.options import TITLES, CommonOptions
 from vera_convert.cli.output import fitted, progress_bar
 
-COMMANDS = [*program.commands]
 WITH_OPTIONS = [name for name in COMMANDS if name != "completion"]
 
 
@@ -41,7 +40,7 @@ def test_help_fits_the_window_and_cuts_nothing(
 
 def test_each_command_has_one_line_in_the_help(run: Run) -> None:
     lines = run("--help").out.splitlines()
-    for name, command in program.commands.items():
+    for name, command in COMMANDS.items():
         (line,) = (line for line in lines if line.startswith(f"  {name} "))
         assert line.split(None, 1)[1] == command.short_help
 
@@ -64,16 +63,16 @@ def test_help_groups_options_and_ends_with_examples_and_exit_statuses(
 
 @pytest.mark.parametrize("command", WITH_OPTIONS)
 def test_the_examples_of_a_help_can_be_parsed(command: str) -> None:
-    for example in program.commands[command].examples:  # type: ignore[attr-defined]
+    for example in COMMANDS[command].examples:  # type: ignore[attr-defined]
         words = example.split()
         assert words[:2] == ["vera-convert", command]
         with click.Context(program) as above:
-            program.commands[command].make_context(command, words[2:], parent=above)
+            COMMANDS[command].make_context(command, words[2:], parent=above)
 
 
 @pytest.mark.parametrize("command", WITH_OPTIONS)
 def test_every_option_explains_itself(command: str) -> None:
-    for parameter in program.commands[command].params:
+    for parameter in COMMANDS[command].params:
         assert getattr(parameter, "help", "").endswith((".", "?"))
 
 
@@ -234,13 +233,13 @@ def test_a_wrapped_line_goes_on_below_its_value() -> None:
 def test_a_bar_shows_the_rate_and_the_time_that_remains(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with progress_bar(MergeChoices(progress=True), "merged") as report:
+    with progress_bar(CommonOptions(progress=True, quiet=False), "merged") as report:
         for done in (0, 500, 900):
             report(done, 1000)
             time.sleep(0.15)
     assert re.search(r"merged: +90%.*<00:00, [\d.]+kB/s\]", capsys.readouterr().err)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with progress_bar(MergeChoices(), "merged") as report:
+    with progress_bar(CommonOptions(progress=None, quiet=False), "merged") as report:
         report(1, 2)
     assert capsys.readouterr().err == ""

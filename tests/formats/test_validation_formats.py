@@ -12,10 +12,10 @@ from xml.etree import ElementTree as ET
 
 import click
 import pytest
+from commandline import COMMANDS
 from jsonschema import Draft202012Validator
 from sarif import SARIF
 
-from vera_convert.cli.app import program
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.formats.catalog import (
@@ -133,7 +133,7 @@ def test_a_report_in_every_format_tells_the_codes_of_all_findings(
 
 
 def test_every_format_of_the_command_line_has_a_renderer_and_a_reader() -> None:
-    (option,) = (each for each in program.commands["validate"].params if each.name == "form")
+    (option,) = (each for each in COMMANDS["validate"].params if each.name == "form")
     assert isinstance(option.type, click.Choice)
     assert [*option.type.choices] == [*RENDERERS]
     assert {*CODES_OF} == {*RENDERERS}

@@ -13,16 +13,16 @@ from typing import Any
 import click
 import pytest
 import yaml
+from commandline import COMMANDS
 from containerfile import Instruction, stages
 from runner import ACTION, OUTPUT, STEPS
 
-from vera_convert.cli.app import program
 from vera_convert.rules import Severity
 from vera_convert.validation.selection import read_settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "ci.md"
-VALIDATE = program.commands["validate"]
+VALIDATE = COMMANDS["validate"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 (HOOK,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
 

@@ -6,6 +6,17 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import click
+
+from vera_convert.cli.app import program
+
+COMMANDS = {
+    name: command
+    for name in program.list_commands(click.Context(program))
+    if (command := program.get_command(click.Context(program), name)) is not None
+}
+"""Every command of the program by name."""
+
 
 class Ended(NamedTuple):
     """How a run ended."""

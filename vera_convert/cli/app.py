@@ -8,51 +8,90 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import click
-import cloup
 
 from vera_convert._version import __version__
 from vera_convert.cli.command import NAMED_AGAIN
-from vera_convert.cli.completion import completed, completion
-from vera_convert.cli.converting import embed, migrate, regenerate, strip, to_lora
-from vera_convert.cli.inspecting import count, info
-from vera_convert.cli.merging import merge, verify
+from vera_convert.cli.completion import completed
+from vera_convert.cli.help import Context, Formatter
 from vera_convert.cli.output import WIDTH, WRITES_NOTHING, in_color, say, tell
 from vera_convert.cli.refusals import explained, refuse, show_traceback
-from vera_convert.cli.validating import validate
+from vera_convert.cli.values import did_you_mean
 from vera_convert.errors import UsageError, is_resumable
 from vera_convert.publish.signals import Interrupted, interruption, signals_raise
 from vera_convert.text import printable
 
-THEME = cloup.HelpTheme(
-    heading=cloup.Style(bold=True),
-    invoked_command=cloup.Style(bold=True),
-    col1=cloup.Style(fg="cyan"),
-)
-
-
-@cloup.group(
-    sections=[
-        cloup.Section("Inspect", [info, validate, count]),
-        cloup.Section("Convert", [strip, embed, migrate, to_lora, regenerate]),
-        cloup.Section("Merge", [merge, verify]),
-        cloup.Section("Shell", [completion]),
-    ],
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": WIDTH,
-        "formatter_settings": cloup.HelpFormatter.settings(theme=THEME, col1_max_width=24),
+SECTIONS = {
+    "Inspect": {"info": "inspecting", "validate": "validating", "count": "inspecting"},
+    "Convert": {
+        "strip": "converting",
+        "embed": "converting",
+        "migrate": "converting",
+        "to-lora": "lora",
+        "regenerate": "converting",
     },
-)
-@click.version_option(
-    __version__, "-V", "--version", prog_name="vera-convert", message="%(prog)s %(version)s"
-)
-def program() -> None:
-    """Validate, convert, merge and verify VeRA adapters of PEFT, bit for bit.
+    "Merge": {"merge": "merging", "verify": "verifying"},
+    "Shell": {"completion": "completion"},
+}
+"""The commands in the order of the help, each with its module, which a run loads alone."""
 
-    `vera-convert COMMAND --help` shows the options, examples and exit statuses of a command.
-    """
+MODULES = {name: module for commands in SECTIONS.values() for name, module in commands.items()}
+
+
+class Program(click.Group):
+    """The program, whose commands are loaded when they are asked for."""
+
+    context_class = Context
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return [*MODULES]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; None for an unknown name."""
+        if cmd_name not in MODULES:
+            return None
+        module = import_module(f"vera_convert.cli.{MODULES[cmd_name]}")
+        made: click.Command = getattr(module, cmd_name.replace("-", "_"))()
+        return made
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that a user names; the nearest name is offered for an unknown one."""
+        if args[0] not in MODULES and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}.{did_you_mean(args[0], MODULES)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, each section below its title."""
+        assert isinstance(formatter, Formatter)
+        sections = {
+            title: [(name, _short_help(self, ctx, name)) for name in names]
+            for title, names in SECTIONS.items()
+        }
+        formatter.write_sections(sections)
+
+
+def _short_help(program: Program, ctx: click.Context, name: str) -> str:
+    command = program.get_command(ctx, name)
+    return (command.short_help if command is not None else None) or ""
+
+
+program = click.version_option(
+    __version__, "-V", "--version", prog_name="vera-convert", message="%(prog)s %(version)s"
+)(
+    Program(
+        "vera-convert",
+        help="""Validate, convert, merge and verify VeRA adapters of PEFT, bit for bit.
+
+        `vera-convert COMMAND --help` shows the options, examples and exit statuses of a command.
+        """,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    )
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The commands that write an adapter, or A and B: strip, embed, migrate, to-lora, regenerate."""
+"""The commands that write an adapter, or A and B: strip, embed, migrate, regenerate."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vera_convert.cli.command import adapter_argument, command, out_argument
+from vera_convert.cli.command import OUT_FOLDER, adapter_argument, command, out_argument
 from vera_convert.cli.options import (
+    INPUT,
+    OUTPUT,
+    PROJECTIONS,
+    AcceptChoice,
+    BaseChoice,
     CommonOptions,
-    EmbedOptions,
-    LoraChoices,
-    MigrateOptions,
-    RegenerateOptions,
-    StripOptions,
+    DimsChoice,
+    ForceChoice,
+    GeneratorChoice,
+    ProjectionChoice,
+    flag,
+    option,
 )
-from vera_convert.cli.output import print_result, progress_bar, show, tell, warn
+from vera_convert.cli.output import print_result, show, tell, warn
 from vera_convert.cli.refusals import reason
-from vera_convert.cli.values import GENERATORS
+from vera_convert.cli.values import (
+    GENERATORS,
+    NAMED_BASE,
+    PEFT_VERSION,
+    SHORT_DTYPES,
+    Choice,
+    Dtype,
+)
 from vera_convert.errors import UsageError
 from vera_convert.text import printable
 
@@ -28,7 +41,9 @@ if TYPE_CHECKING:
     from vera_convert.conversion.regeneration import Regenerated
     from vera_convert.conversion.strip_embed import Conversion
 
-OUT_FOLDER = "The folder to write; it must not exist, unless --force is given."
+
+class StripOptions(BaseChoice, ProjectionChoice, AcceptChoice, ForceChoice, CommonOptions):
+    """Options of `strip`."""
 
 
 @command(
@@ -61,6 +76,12 @@ def strip(adapter: str, out: Path, options: StripOptions) -> None:
     _show_conversion("strip", options, result)
 
 
+class EmbedOptions(
+    BaseChoice, DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions
+):
+    """Options of `embed`."""
+
+
 @command(
     EmbedOptions,
     adapter_argument(),
@@ -89,6 +110,30 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
         access=options.access(),
     )
     _show_conversion("embed", options, result)
+
+
+class RegenerateOptions(BaseChoice, DimsChoice, GeneratorChoice, ForceChoice, CommonOptions):
+    """Options of `regenerate`."""
+
+    adapter: str | None = option(
+        INPUT, "--for", metavar="ADAPTER", help="Regenerate A and B of this adapter."
+    )
+    rank: int | None = option(
+        PROJECTIONS, "--rank", type=int, metavar="R", help="Rows of A and columns of B."
+    )
+    key: int | None = option(
+        PROJECTIONS,
+        "--key",
+        type=int,
+        metavar="N",
+        help="The seed, projection_prng_key (default: 0).",
+    )
+    rounding: str | None = option(
+        PROJECTIONS,
+        "--round",
+        type=Dtype((*SHORT_DTYPES.values(),)),
+        help="Round A and B as a base of this dtype does.",
+    )
 
 
 @command(
@@ -163,6 +208,40 @@ def _refuse_together(given: str, others: dict[str, Any]) -> None:
         raise UsageError(f"{names} cannot go with {given}: leave one of them out.")
 
 
+class MigrateOptions(BaseChoice, ProjectionChoice, AcceptChoice, ForceChoice, CommonOptions):
+    """Options of `migrate`."""
+
+    to: str = option(
+        OUTPUT,
+        "--to",
+        type=Choice(("embedded", "stripped", "asis")),
+        metavar="FORM",
+        required=True,
+        help="The form of OUT: embedded, with A and B; stripped, without; asis, the form of "
+        "ADAPTER.",
+    )
+    recursive: bool = flag(
+        INPUT,
+        "--recursive",
+        help="Migrate every adapter in the folder ADAPTER into the same subfolder of OUT.",
+    )
+    base_for: tuple[tuple[str, str], ...] = option(
+        INPUT,
+        "--base-for",
+        type=NAMED_BASE,
+        metavar="NAME=MODEL",
+        multiple=True,
+        help="Use MODEL for the adapters whose config calls their base NAME.",
+    )
+    peft_version: tuple[int, ...] | None = option(
+        OUTPUT,
+        "--peft-version",
+        type=PEFT_VERSION,
+        metavar="VERSION",
+        help="Write a config that this version of PEFT can read, such as 0.13.",
+    )
+
+
 @command(
     MigrateOptions,
     adapter_argument(),
@@ -195,48 +274,6 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
     else:
         result = migration.migrate(adapter, out, revision=options.revision, **shared)
         _show_conversion("migrate", options, result)
-
-
-@command(
-    LoraChoices,
-    adapter_argument(),
-    out_argument(OUT_FOLDER),
-    examples="""
-    vera-convert to-lora ./adapter ./lora --for vllm
-    vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
-    """,
-)
-def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
-    """Write the LoRA with the same delta, for engines without VeRA."""
-    from vera_convert.formats.lora import lora_document, lora_text
-    from vera_convert.lora.conversion import to_lora as run
-    from vera_convert.lora.options import LoraOptions
-
-    chosen = LoraOptions(
-        engine=options.engine,  # type: ignore[arg-type] # checked by the record
-        dtype=options.dtype,
-        rank=options.rank,
-        max_error=options.max_error,
-        accept_error=options.accept_error,
-        fill_layers=options.fill_layers,
-        drop_head=options.drop_head,
-        projections=options.projections,  # type: ignore[arg-type] # checked by the record
-        generator=options.generator,  # type: ignore[arg-type] # checked by the record
-        check=options.check,
-        dry_run=options.dry_run,
-        force=options.force,
-    )
-    with progress_bar(options, "written") as progress:
-        result = run(
-            adapter,
-            out,
-            base=options.base_options(),
-            options=chosen,
-            revision=options.revision,
-            access=options.access(),
-            progress=progress,
-        )
-    show(options, result.findings, lora_text(result), lambda: lora_document(result))
 
 
 def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> None:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vera_convert.cli.command import adapter_argument, command
-from vera_convert.cli.options import CountOptions, InfoOptions
+from vera_convert.cli.options import (
+    INPUT,
+    PATH,
+    BaseChoice,
+    CommonOptions,
+    ProjectionChoice,
+    option,
+)
 from vera_convert.cli.output import show
+from vera_convert.cli.values import (
+    NAMES,
+)
 from vera_convert.errors import UsageError
+
+
+class InfoOptions(BaseChoice, ProjectionChoice, CommonOptions):
+    """Options of `info`."""
 
 
 @command(
@@ -29,6 +45,32 @@ def info(adapter: str, options: InfoOptions) -> None:
         access=options.access(),
     )
     show(options, result.findings, info_text(result), lambda: info_document(result))
+
+
+class CountOptions(CommonOptions):
+    """Options of `count`."""
+
+    config_file: Path | None = option(
+        INPUT, "--config", type=PATH, metavar="FILE", help="The config.json of a model."
+    )
+    base: str | None = option(
+        INPUT, "--base", metavar="MODEL", help="A model, a folder or a repo on the Hub."
+    )
+    base_revision: str | None = option(
+        INPUT, "--base-revision", metavar="REV", help="Branch, tag or commit of the model's repo."
+    )
+    rank: int = option(
+        INPUT, "--rank", type=int, metavar="R", required=True, help="The rank of the adapter."
+    )
+    targets: tuple[tuple[str, ...], ...] = option(
+        INPUT,
+        "--target",
+        type=NAMES,
+        metavar="NAME[,NAME]",
+        multiple=True,
+        help="Layers to adapt, as in target_modules, or all-linear (default: PEFT's default "
+        "targets for the model).",
+    )
 
 
 @command(

@@ -1,23 +1,120 @@
-"""The commands about merged models: merge, verify."""
+"""The command merge."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from vera_convert.cli.command import adapter_argument, command, out_argument
-from vera_convert.cli.options import MergeChoices, VerifyChoices
+from vera_convert.cli.options import (
+    CHECK,
+    JOBS,
+    METHOD,
+    OUTPUT,
+    TIED,
+    BaseChoice,
+    CommonOptions,
+    ForceChoice,
+    GeneratorChoice,
+    ProjectionChoice,
+    flag,
+    option,
+)
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
-from vera_convert.errors import CheckpointError, is_resumable
-from vera_convert.text import and_more
+from vera_convert.cli.values import (
+    Dtype,
+)
+from vera_convert.dtypes import FLOAT_NAMES
+from vera_convert.errors import is_resumable
 
-if TYPE_CHECKING:
-    from vera_convert.merging.options import MergeOptions
-    from vera_convert.verification.options import VerifyOptions
+
+class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions):
+    """Options of `merge`."""
+
+    weight: float = option(
+        METHOD,
+        "--weight",
+        type=float,
+        metavar="W",
+        default=1.0,
+        help="Scale the adapter's delta by this factor (default: 1).",
+    )
+    add: tuple[str, ...] = option(
+        METHOD,
+        "--add",
+        metavar="ADAPTER[=W]",
+        multiple=True,
+        help="Add the delta of another adapter, scaled by W (default: 1).",
+    )
+    tied: str | None = option(
+        METHOD,
+        "--tied",
+        type=TIED,
+        help="How to merge into an output head tied to the embedding: add changes the embedding "
+        "too, as PEFT does; untie gives the head a tensor of its own.",
+    )
+    dequantize: bool = flag(
+        METHOD,
+        "--dequantize",
+        help="Turn a quantized base into a 16-bit model.",
+    )
+    labels: str = option(
+        METHOD,
+        "--labels",
+        default="",
+        metavar="A,B,...",
+        help="Names of the labels of a classifier.",
+    )
+    architecture: str | None = option(
+        METHOD,
+        "--architecture",
+        metavar="CLASS",
+        help="Class of the merged model, if the adapter adds an output head.",
+    )
+    device: str = option(
+        METHOD,
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.",
+    )
+    jobs: int | None = option(METHOD, "--jobs", type=int, metavar="N", help=JOBS)
+    dtype: str | None = option(
+        OUTPUT,
+        "--dtype",
+        type=Dtype(FLOAT_NAMES),
+        metavar="DTYPE",
+        help="Write float tensors in this dtype (default: keep the dtype of each tensor).",
+    )
+    max_shard_size: str | None = option(
+        OUTPUT,
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Write shards of at most this size, such as 5GB (default: the base's shards).",
+    )
+    check: bool = flag(
+        CHECK,
+        "--check",
+        help="Check every value, and read the written files back.",
+    )
+    checksums: bool = flag(
+        CHECK,
+        "--checksums",
+        help="Record the SHA-256 of every file.",
+    )
+    resume: bool = flag(
+        OUTPUT,
+        "--resume",
+        help="Continue a run that failed; if this run fails, keep the finished shards.",
+    )
+    dry_run: bool = flag(
+        OUTPUT,
+        "--dry-run",
+        help="Print the plan, and write nothing.",
+    )
 
 
 @command(
@@ -38,46 +135,19 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
     """
     from vera_convert.formats.merge import merge_document, merge_text
     from vera_convert.merging.merge import merge as run
+    from vera_convert.merging.options import MergeOptions
 
     with _telling_how_to_continue(), progress_bar(options, "merged") as progress:
         result = run(
             adapter,
             out,
             base=options.base_options(),
-            options=_merge_options(options),
+            options=MergeOptions(**options.shared_with(MergeOptions)),
             revision=options.revision,
             access=options.access(),
             progress=progress,
         )
     show(options, result.findings, merge_text(result), lambda: merge_document(result))
-
-
-def _merge_options(options: MergeChoices) -> MergeOptions:
-    from vera_convert.merging.adapters import AdapterSpec
-    from vera_convert.merging.options import MergeOptions
-
-    return MergeOptions(
-        weight=options.weight,
-        add=tuple(
-            AdapterSpec(adapter, 1.0 if weight is None else weight)
-            for adapter, weight in options.add
-        ),
-        projections=options.projections,  # type: ignore[arg-type] # checked by the record
-        generator=options.generator,  # type: ignore[arg-type] # checked by the record
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        tied=options.tied,  # type: ignore[arg-type] # checked by the record
-        dequantize=options.dequantize,
-        architecture=options.architecture,
-        labels=options.labels or (),
-        device=options.device,  # type: ignore[arg-type] # checked by the record
-        jobs=options.jobs,
-        check=options.check,
-        checksums=options.checksums,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        force=options.force,
-    )
 
 
 @contextmanager
@@ -103,67 +173,3 @@ def _without_token(arguments: Sequence[str]) -> list[str]:
         else:
             skips = False
     return kept
-
-
-@command(
-    VerifyChoices,
-    adapter_argument(),
-    examples="""
-    vera-convert verify ./adapter --merged ./merged --base ./model
-    vera-convert verify ./adapter --merged ./merged --layers-only
-    vera-convert verify ./adapter --adapter ./stripped
-    vera-convert verify ./adapter --lora ./lora
-    """,
-)
-def verify(adapter: str, options: VerifyChoices) -> None:
-    """Check a converted adapter, a merged model or a LoRA.
-
-    Every tensor of the merged model is computed again and compared. Then the merged model is run on
-    sample sequences, and compared with the base that has the adapter.
-    """
-    from vera_convert.formats.verification import verification_document, verification_text
-    from vera_convert.verification.verify import verify as run
-
-    with (
-        progress_bar(options, "compared") as progress,
-        progress_bar(options, "models run", unit="run") as runs,
-    ):
-        result = run(
-            adapter,
-            base=options.base_options(),
-            other=options.other,
-            merged=options.merged,
-            lora=options.lora,
-            options=_verify_options(options),
-            revision=options.revision,
-            access=options.access(),
-            progress=progress,
-            runs=runs,
-        )
-    show(options, result.findings, verification_text(result), lambda: verification_document(result))
-    if result.errors:
-        more = f" ({and_more(result.wrong - 1).lstrip()})" if result.wrong > 1 else ""
-        tell("error", f"{result.errors[0]}{more}")
-        raise click.exceptions.Exit(CheckpointError.status)
-    if result.not_run is not None:
-        tell("error", str(result.not_run))
-        raise click.exceptions.Exit(result.not_run.status)
-
-
-def _verify_options(options: VerifyChoices) -> VerifyOptions:
-    from vera_convert.merging.adapters import AdapterSpec
-    from vera_convert.verification.options import VerifyOptions
-
-    return VerifyOptions(
-        weight=options.weight,
-        add=tuple(AdapterSpec(adapter, weight) for adapter, weight in options.add),
-        projections=options.projections,  # type: ignore[arg-type] # checked by the record
-        generator=options.generator,  # type: ignore[arg-type] # checked by the record
-        dtype=options.dtype,
-        tied=options.tied,  # type: ignore[arg-type] # checked by the record
-        dequantize=options.dequantize,
-        layers_only=options.layers_only,
-        samples=options.samples,
-        text=options.text,
-        jobs=options.jobs,
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -10,6 +9,7 @@ import click
 
 from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.output import NotPrintedError, print_document, say, shown_command, tell
+from vera_convert.cli.values import did_you_mean
 from vera_convert.errors import (
     CheckpointError,
     SurroundingsError,
@@ -66,9 +66,8 @@ def _message(error: click.ClickException) -> str:
     """Return the message of an error of click, with the nearest name alone of several."""
     if not isinstance(error, click.NoSuchOption) or not error.possibilities:
         return error.format_message()
-    names = sorted(error.possibilities)
-    nearest = difflib.get_close_matches(error.option_name, names, n=1, cutoff=0)[0]
-    return f"No such option {error.option_name!r}. Did you mean {nearest!r}?"
+    near = did_you_mean(error.option_name, sorted(error.possibilities), cutoff=0)
+    return f"No such option {error.option_name!r}.{near}"
 
 
 def refuse(error: VeraConvertError, arguments: list[str], named: Mapping[str, str | None]) -> int:

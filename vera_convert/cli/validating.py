@@ -9,15 +9,88 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_convert.cli.command import adapter_argument, command
-from vera_convert.cli.options import ValidateOptions
+from vera_convert.cli.options import (
+    CHECK,
+    INPUT,
+    OUTPUT,
+    PATH,
+    BaseChoice,
+    CommonOptions,
+    flag,
+    listed_choices,
+    option,
+)
 from vera_convert.cli.output import columns, in_color, print_document, say, tell
 from vera_convert.cli.refusals import reason
+from vera_convert.cli.values import (
+    CODES,
+    Choice,
+)
 from vera_convert.errors import UsageError
-from vera_convert.formats.reports import report_text
+from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
     from vera_convert.validation.validation import Validation
+
+
+class ValidateOptions(BaseChoice, CommonOptions):
+    """Options of `validate`."""
+
+    recursive: bool = flag(
+        INPUT,
+        "--recursive",
+        help="Check every adapter in the folders given and in their subfolders.",
+    )
+    deep: bool = flag(
+        CHECK,
+        "--deep",
+        help="Download the weights of repos too, and regenerate A and B.",
+    )
+    select: tuple[tuple[str, ...], ...] = option(
+        CHECK,
+        "--select",
+        type=CODES,
+        metavar="CODE[,CODE]",
+        multiple=True,
+        help="Report these codes only; V2 stands for all codes that begin with V2.",
+    )
+    ignore: tuple[tuple[str, ...], ...] = option(
+        CHECK,
+        "--ignore",
+        type=CODES,
+        metavar="CODE[,CODE]",
+        multiple=True,
+        help="Do not report these codes, in addition to the codes that pyproject.toml ignores.",
+    )
+    fail_on: str | None = option(
+        CHECK,
+        "--fail-on",
+        type=Choice(("error", "warning")),
+        help="The least severity that makes the exit status 1 (default: error).",
+    )
+    rules: bool = flag(CHECK, "--rules", help="List every rule, and check nothing.")
+    explain: tuple[str, ...] | None = option(
+        CHECK,
+        "--explain",
+        type=CODES,
+        metavar="CODE",
+        help="Explain a rule, and check nothing.",
+    )
+    form: str | None = option(
+        OUTPUT,
+        "--format",
+        type=Choice((*RENDERERS,)),
+        metavar="FORMAT",
+        help=f"Format of the report: {listed_choices(RENDERERS)}.",
+    )
+    output: Path | None = option(
+        OUTPUT,
+        "--output",
+        type=PATH,
+        metavar="FILE",
+        help="Write the report to FILE, and print the text for people.",
+    )
 
 
 @command(

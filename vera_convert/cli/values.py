@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -11,11 +10,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from vera_convert.arguments import (
-    adapter_and_weight,
     base_dtype_name,
     dtype_name,
     peft_version,
-    size_in_bytes,
 )
 from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import UsageError
@@ -39,6 +36,14 @@ ENGINES = ("peft", "vllm", "sglang", "tgi", "diffusers", "mlx", "gguf")
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 """The names of `--round` for the two dtypes that `--round` takes."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Return a question after the known word that a mistyped word resembles; empty if none does."""
+    import difflib
+
+    near = difflib.get_close_matches(word, [*known], n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -77,11 +82,8 @@ class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            near = difflib.get_close_matches(str(value).lower(), self.choices, n=1, cutoff=0.5)
-            if not near:
-                raise
-            message = f"{error.message} Did you mean {near[0]!r}?"
-            raise click.BadParameter(message, ctx=ctx, param=param) from None
+            near = did_you_mean(str(value).lower(), self.choices)
+            raise click.BadParameter(f"{error.message}{near}", ctx=ctx, param=param) from None
 
 
 class Dtype(Choice):
@@ -119,14 +121,8 @@ def _codes(value: str) -> tuple[str, ...]:
     return tuple(code.strip().upper() for code in value.split(","))
 
 
-def _weighted(value: str) -> tuple[str, float | None]:
-    return adapter_and_weight("--add", value)
-
-
 KEY_MAP = Parsed("OLD=NEW", _key_map)
 NAMED_BASE = Parsed("NAME=MODEL", _named_base)
 NAMES = Parsed("NAME[,NAME]", _names)
 CODES = Parsed("CODE[,CODE]", _codes)
 PEFT_VERSION = Parsed("VERSION", lambda value: peft_version("--peft-version", value))
-SIZE = Parsed("SIZE", lambda value: size_in_bytes("--max-shard-size", value))
-WEIGHTED_ADAPTER = Parsed("ADAPTER[=W]", _weighted)

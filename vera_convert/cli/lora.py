@@ -1,0 +1,114 @@
+"""The command to-lora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vera_convert.cli.command import OUT_FOLDER, adapter_argument, command, out_argument
+from vera_convert.cli.options import (
+    CHECK,
+    LORA,
+    OUTPUT,
+    BaseChoice,
+    CommonOptions,
+    ForceChoice,
+    GeneratorChoice,
+    ProjectionChoice,
+    flag,
+    listed_choices,
+    option,
+)
+from vera_convert.cli.output import progress_bar, show
+from vera_convert.cli.values import (
+    ENGINES,
+    Choice,
+    Dtype,
+)
+
+
+class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions):
+    """Options of `to-lora`."""
+
+    engine: str = option(
+        LORA,
+        "--for",
+        default="peft",
+        type=Choice(ENGINES),
+        metavar="ENGINE",
+        help=f"The engine that will load the LoRA: {listed_choices(ENGINES)}.",
+    )
+    rank: int | None = option(
+        LORA,
+        "--rank",
+        type=int,
+        metavar="R",
+        help="Write the best LoRA of this rank (default: the rank of an exact LoRA).",
+    )
+    max_error: float | None = option(
+        LORA,
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="Write the smallest rank whose relative error is at most E in every layer.",
+    )
+    accept_error: bool = flag(
+        LORA,
+        "--accept-error",
+        help="Write even if the relative error of a layer is above 0.5.",
+    )
+    fill_layers: bool = flag(
+        LORA,
+        "--fill-layers",
+        help="Write zeros for the layers that the engine needs and ADAPTER does not adapt.",
+    )
+    drop_head: bool = flag(
+        LORA,
+        "--drop-head",
+        help="Leave out the modules and biases that were trained in full.",
+    )
+    check: bool = flag(
+        CHECK,
+        "--check",
+        help="Read every written byte back, and compare.",
+    )
+    dtype: str = option(
+        OUTPUT,
+        "--dtype",
+        default="float32",
+        type=Dtype(("float32", "bfloat16", "float16")),
+        metavar="DTYPE",
+        help="Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
+    )
+    dry_run: bool = flag(
+        OUTPUT,
+        "--dry-run",
+        help="Measure and print the result, and write nothing.",
+    )
+
+
+@command(
+    LoraChoices,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert to-lora ./adapter ./lora --for vllm
+    vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
+    """,
+)
+def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
+    """Write the LoRA with the same delta, for engines without VeRA."""
+    from vera_convert.formats.lora import lora_document, lora_text
+    from vera_convert.lora.conversion import to_lora as run
+    from vera_convert.lora.options import LoraOptions
+
+    with progress_bar(options, "written") as progress:
+        result = run(
+            adapter,
+            out,
+            base=options.base_options(),
+            options=LoraOptions(**options.shared_with(LoraOptions)),
+            revision=options.revision,
+            access=options.access(),
+            progress=progress,
+        )
+    show(options, result.findings, lora_text(result), lambda: lora_document(result))

@@ -1,0 +1,149 @@
+"""The command verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vera_convert.cli.command import adapter_argument, command
+from vera_convert.cli.options import (
+    CHECK,
+    INPUT,
+    JOBS,
+    METHOD,
+    PATH,
+    PROJECTIONS,
+    SOURCES,
+    TIED,
+    BaseChoice,
+    CommonOptions,
+    GeneratorChoice,
+    flag,
+    option,
+)
+from vera_convert.cli.output import progress_bar, show, tell
+from vera_convert.cli.values import (
+    Dtype,
+)
+from vera_convert.dtypes import FLOAT_NAMES
+from vera_convert.errors import CheckpointError
+from vera_convert.text import and_more
+
+
+class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
+    """Options of `verify`; an option left out has the value that the merge recorded."""
+
+    other: str | None = option(
+        INPUT, "--adapter", metavar="OTHER", help="The stripped, embedded or migrated adapter."
+    )
+    merged: str | None = option(
+        INPUT, "--merged", metavar="MODEL", help="The model that ADAPTER was merged into."
+    )
+    lora: str | None = option(
+        INPUT, "--lora", metavar="LORA", help="The LoRA that to-lora made of ADAPTER."
+    )
+    projections: str | None = option(
+        PROJECTIONS,
+        "--projections",
+        type=SOURCES,
+        metavar="SOURCE",
+        help="Which A and B were merged: auto, file or key (default: as the merge recorded, "
+        "else auto).",
+    )
+    weight: float | None = option(
+        METHOD,
+        "--weight",
+        type=float,
+        metavar="W",
+        help="The factor that scaled the adapter's delta.",
+    )
+    add: tuple[str, ...] = option(
+        METHOD,
+        "--add",
+        metavar="ADAPTER[=W]",
+        multiple=True,
+        help="Another adapter that was merged; give one for each.",
+    )
+    tied: str | None = option(
+        METHOD,
+        "--tied",
+        type=TIED,
+        help="How the merge treated an output head tied to the embedding.",
+    )
+    dequantize: bool | None = option(
+        METHOD, "--dequantize", is_flag=True, help="The merge made a 16-bit model."
+    )
+    dtype: str | None = option(
+        METHOD,
+        "--dtype",
+        type=Dtype(FLOAT_NAMES),
+        metavar="DTYPE",
+        help="The dtype that the merge wrote float tensors in.",
+    )
+    samples: int | None = option(
+        CHECK,
+        "--samples",
+        type=int,
+        metavar="N",
+        help="Number of sequences to run both models on (default: 8).",
+    )
+    text: Path | None = option(
+        CHECK,
+        "--text",
+        type=PATH,
+        metavar="FILE",
+        help="Take the sequences from this text (default: random token ids).",
+    )
+    layers_only: bool = flag(
+        CHECK,
+        "--layers-only",
+        help="Compare the weights and run no model; torch is not needed.",
+    )
+    jobs: int | None = option(CHECK, "--jobs", type=int, metavar="N", help=JOBS)
+
+
+@command(
+    VerifyChoices,
+    adapter_argument(),
+    examples="""
+    vera-convert verify ./adapter --merged ./merged --base ./model
+    vera-convert verify ./adapter --merged ./merged --layers-only
+    vera-convert verify ./adapter --adapter ./stripped
+    vera-convert verify ./adapter --lora ./lora
+    """,
+)
+def verify(adapter: str, options: VerifyChoices) -> None:
+    """Check a converted adapter, a merged model or a LoRA.
+
+    Every tensor of the merged model is computed again and compared. Then the merged model is run on
+    sample sequences, and compared with the base that has the adapter.
+    """
+    from vera_convert.formats.verification import verification_document, verification_text
+    from vera_convert.verification.options import VerifyOptions
+    from vera_convert.verification.verify import verify as run
+
+    with (
+        progress_bar(options, "compared") as progress,
+        progress_bar(options, "models run", unit="run") as runs,
+    ):
+        result = run(
+            adapter,
+            base=options.base_options(),
+            other=options.other,
+            merged=options.merged,
+            lora=options.lora,
+            options=VerifyOptions(**options.shared_with(VerifyOptions)),
+            revision=options.revision,
+            access=options.access(),
+            progress=progress,
+            runs=runs,
+        )
+    show(options, result.findings, verification_text(result), lambda: verification_document(result))
+    if result.errors:
+        more = f" ({and_more(result.wrong - 1).lstrip()})" if result.wrong > 1 else ""
+        tell("error", f"{result.errors[0]}{more}")
+        raise click.exceptions.Exit(CheckpointError.status)
+    if result.not_run is not None:
+        tell("error", str(result.not_run))
+        raise click.exceptions.Exit(result.not_run.status)
