@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-import socket
-import ssl
 import time
 from collections.abc import Iterator, Mapping
-from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from vera_convert.errors import SurroundingsError
@@ -156,6 +153,8 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
     limit = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", headers.get("ratelimit", "")[:200], re.ASCII)
     if limit is not None:
         return float(limit[1])
+    from email.utils import parsedate_to_datetime
+
     try:
         return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
@@ -165,15 +164,25 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
 # --- errors of libraries -------------------------------------------------------------------------
 
 
-_SAID = (
-    (socket.gaierror, False, "the server's name is not known here"),
-    (ssl.SSLCertVerificationError, False, "the server's certificate is not accepted"),
-    (ConnectionRefusedError, False, "the connection was refused"),
-    (ssl.SSLError, True, "the encryption failed"),
-    (TimeoutError, True, "the server did not answer in time"),
-    (ConnectionError, True, "the connection was broken off"),
-)
-"""Python's errors, whether each is temporary, and the user's reason. The first match counts."""
+def _known(cause: BaseException) -> tuple[bool, str] | None:
+    """Return whether one of Python's errors is temporary, and the reason for a user."""
+    import socket
+    import ssl
+
+    match cause:
+        case socket.gaierror():
+            return False, "the server's name is not known here"
+        case ssl.SSLCertVerificationError():
+            return False, "the server's certificate is not accepted"
+        case ConnectionRefusedError():
+            return False, "the connection was refused"
+        case ssl.SSLError():
+            return True, "the encryption failed"
+        case TimeoutError():
+            return True, "the server did not answer in time"
+        case ConnectionError():
+            return True, "the connection was broken off"
+    return None
 
 
 def failure(
@@ -194,9 +203,9 @@ def failure(
             )
         if isinstance(cause, OSError) and (cause.filename or cause.errno in _FULL):
             return unwritable(cause)
-        known = next((each for each in _SAID if isinstance(cause, each[0])), None)
+        known = _known(cause)
         if known is not None:
-            reason, passes = f"{known[2]} ({name})", known[1]
+            passes, reason = known[0], f"{known[1]} ({name})"
             break
         if isinstance(cause, OSError) and cause.errno in errno.errorcode and cause.strerror:
             reason = f"{cause.strerror} ({name})"
