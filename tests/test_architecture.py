@@ -47,7 +47,7 @@ validation: validation selection values files config targets projections base ch
 verification: provenance options sample_text model_comparison running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
 verification: merged forms lora result verify
-formats: shared results merge lora locations validation reports sarif junit github catalog
+formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch
 cli: values options output help command refusals completion inspecting converting lora

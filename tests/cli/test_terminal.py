@@ -56,6 +56,7 @@ def test_help_groups_options_and_ends_with_examples_and_exit_statuses(
     )
     assert {"Input options", "Hub options", "Display options"} - {*headings} <= {"Input options"}
     assert headings[-2:] == ["Examples", "Exit status"]
+    assert len(headings) == len({*headings})
     assert re.findall(r"^  (\d[\d, ]*?)  +\S", text.partition("Exit status:")[2], re.MULTILINE) == [
         *("0", "1", "2", "3", "130, 143")
     ]

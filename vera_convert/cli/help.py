@@ -82,6 +82,9 @@ class Command(click.Command):
         self.examples = examples
         self.statuses = statuses
 
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing: `format_options` writes the arguments, which click does from 8.5 on."""
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments and the options, each group below its title."""
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -9,7 +9,8 @@ import re
 import sys
 from collections.abc import Iterable
 
-from vera_convert.formats.shared import Document, table
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import table
 from vera_convert.formats.validation import WIDTH, wrapped
 from vera_convert.rules import CATALOG, Rule, Severity
 
@@ -24,8 +25,6 @@ FAMILIES = {
     "V7": "LoRA",
 }
 """The family of rules for each first digit of a code."""
-
-_FIELDS = ("code", "severity", "title", "why", "remedy", "since")
 
 _INTRODUCTION = """\
 <!-- Made from vera_convert/rules.toml by `make docs`; a test holds the two together. -->
@@ -79,10 +78,7 @@ def _meaning(severity: Severity) -> str:
 
 def rules_document(rules: Iterable[Rule]) -> Document:
     """Return the rules as data (schema ``rules``)."""
-    return {
-        "format": 1,
-        "rules": [{field: str(getattr(rule, field)) for field in _FIELDS} for rule in rules],
-    }
+    return document("rules", None, rules=[*rules])
 
 
 # --- the page of the docs ------------------------------------------------------------------------

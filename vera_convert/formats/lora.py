@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from vera_convert.formats.shared import (
-    Document,
-    draw_document,
-    finding_document,
-    origin_text,
-    table,
-)
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import origin_text, table
 from vera_convert.lora.conversion import LoraConversion
 from vera_convert.lora.stored import SAMPLED_ROWS
 from vera_convert.text import listed, printable, printable_whole
@@ -80,42 +75,19 @@ def _error_rows(result: LoraConversion) -> list[list[str]]:
 
 def lora_document(result: LoraConversion) -> Document:
     """Return the result as a document (schema ``lora``)."""
-    plan, location = result.plan, result.base_facts.location
-    measured = result.measured
-    return {
-        "format": 1,
-        "command": "to-lora",
-        "adapter": result.adapter,
-        "out": str(result.out),
-        "written": result.written,
-        "for": str(result.options.engine),
-        "dtype": result.options.dtype,
-        "rank": plan.rank,
-        "source_rank": result.source_rank,
-        "exact": not plan.reduced,
-        "base": location.label if location is not None else None,
-        "projections": str(result.origin),
-        "draw": draw_document(result.draw),
-        "relative_error": _short(measured.worst),
-        "layers": [
-            {
-                "module": layer.module,
-                "name": layer.written,
-                "in_features": layer.shape.in_features,
-                "out_features": layer.shape.out_features,
-                "relative_error": _short(measured.errors.get(layer.module, 0.0)),
-                "zeros": layer.vectors is None,
-            }
-            for layer in plan.layers
-        ],
-        "trained_whole": [tensor.name for tensor in result.extras.tensors],
-        "server_arguments": result.server_arguments or None,
-        "bytes": result.size,
-        "bytes_free": result.free,
-        "carried": [name for name in result.side_files.copied if name != "README.md"],
-        "left_out": list(result.side_files.left_out),
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    plan, errors = result.plan, result.measured.errors
+    layers = [
+        {
+            "module": layer.module,
+            "name": layer.written,
+            "in_features": layer.shape.in_features,
+            "out_features": layer.shape.out_features,
+            "relative_error": _short(errors.get(layer.module, 0.0)),
+            "zeros": layer.vectors is None,
+        }
+        for layer in plan.layers
+    ]
+    return document("lora", result, layers=layers, relative_error=_short(result.measured.worst))
 
 
 def _short(value: float) -> float:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 
 from vera_convert.base.strategies import AS_THEY_ARE
-from vera_convert.formats.shared import (
-    Document,
-    draw_document,
-    finding_document,
-    origin_text,
-    table,
-)
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import origin_text, table
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.output import FilePlan
@@ -138,54 +133,25 @@ def _side_rows(result: Merge) -> list[list[str]]:
 
 def merge_document(result: Merge) -> Document:
     """Return the document about a merge, or about its plan (schema ``merge``)."""
-    return {
-        "format": 1,
-        "command": "merge",
-        "base": result.base,
-        "out": str(result.out),
-        "written": result.written,
-        "adapters": [
-            {
-                "name": adapter.label,
-                "weight": adapter.weight,
-                "rank": adapter.rank,
-                "layers": adapter.layers,
-                "strategy": adapter.strategy,
-                "projections": adapter.origin,
-                "draw": draw_document(adapter.draw),
-            }
-            for adapter in result.adapters
-        ],
-        "files": [
-            {
-                "name": file.name,
-                "bytes": file.size,
-                "carried_bytes": file.copied,
-                "computed_bytes": file.computed,
-                "computed_tensors": file.tensors,
-                "sha256": result.sha256.get(file.name),
-            }
-            for file in result.files
-        ],
-        "tensors": [report.record() for report in result.tensors],
-        "replaced": [tensor.record() for tensor in result.replaced],
-        "numbers": numbers_record(total(result.tensors)) if result.written else None,
-        "bytes_needed": result.needed,
-        "bytes_free": result.free,
-        "seconds": round(result.seconds, 3),
-        "jobs": result.jobs,
-        "carried": list(result.sides.copied),
-        "from_adapter": list(result.beside.copied),
-        "left_out": [
-            *result.sides.other_weights,
-            *result.sides.adapter,
-            *result.sides.unneeded,
-        ],
-        "adapter_left_out": [
-            *result.beside.unmerged,
-            *result.beside.not_fetched,
-            *result.beside.left_out,
-        ],
-        "tokenizer": list(result.beside.tokenizer),
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    files = [
+        {
+            "name": file.name,
+            "bytes": file.size,
+            "carried_bytes": file.copied,
+            "computed_bytes": file.computed,
+            "computed_tensors": file.tensors,
+            "sha256": result.sha256.get(file.name),
+        }
+        for file in result.files
+    ]
+    sides, beside = result.sides, result.beside
+    return document(
+        "merge",
+        result,
+        files=files,
+        tensors=[report.record() for report in result.tensors],
+        replaced=[tensor.record() for tensor in result.replaced],
+        numbers=numbers_record(total(result.tensors)) if result.written else None,
+        left_out=[*sides.other_weights, *sides.adapter, *sides.unneeded],
+        adapter_left_out=[*beside.unmerged, *beside.not_fetched, *beside.left_out],
+    )

@@ -6,7 +6,6 @@ shape changes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 from vera_convert.base.facts import BaseFacts
@@ -14,32 +13,12 @@ from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion
-from vera_convert.counting import Count, MethodSize
-from vera_convert.draws.comparison import Difference
+from vera_convert.counting import Count
 from vera_convert.errors import CheckpointError
-from vera_convert.formats.shared import (
-    Document,
-    draw_document,
-    error_document,
-    finding_document,
-    table,
-)
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import table
 from vera_convert.summary import AdapterInfo, Effect
 from vera_convert.text import listed, printable
-
-
-def _base_document(base_facts: BaseFacts) -> Document | None:
-    location = base_facts.location
-    if location is None:
-        return None
-    return {
-        "name": location.label,
-        "repo_id": location.repo_id,
-        "commit": location.commit,
-        "model_type": base_facts.base.model_type if base_facts.base else None,
-        "names": base_facts.match.strategy if base_facts.match else None,
-    }
-
 
 # --- strip, embed, migrate -----------------------------------------------------------------------
 
@@ -83,22 +62,7 @@ def location_text(base_facts: BaseFacts) -> str:
 
 def conversion_document(command: str, result: Conversion) -> Document:
     """Return the document about a conversion (schema ``conversion``)."""
-    return {
-        "format": 1,
-        "command": command,
-        "adapter": result.adapter,
-        "out": str(result.out),
-        "projections": "embedded" if result.embedded else "stripped",
-        "changes": list(result.changes),
-        "draw": draw_document(result.draw),
-        "base": _base_document(result.base_facts),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "carried": list(result.side_files.copied),
-        "left_out": list(result.side_files.left_out),
-        "not_followed": list(result.side_files.outside),
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    return document("conversion", result, command=command)
 
 
 def tree_text(result: TreeMigration) -> str:
@@ -123,14 +87,8 @@ def tree_text(result: TreeMigration) -> str:
 
 def tree_document(result: TreeMigration) -> Document:
     """Return the document about the migration of a tree (schema ``migration``)."""
-    return {
-        "format": 1,
-        "out": str(result.out),
-        "done": {name: conversion_document("migrate", done) for name, done in result.done.items()},
-        "failed": {name: error_document(error) for name, error in result.failed.items()},
-        "outside": list(result.outside),
-        "passed_over": dict(result.passed_over),
-    }
+    done = {name: conversion_document("migrate", each) for name, each in result.done.items()}
+    return document("migration", result, done=done)
 
 
 # --- regenerate ----------------------------------------------------------------------------------
@@ -150,16 +108,7 @@ def regenerated_text(result: Regenerated) -> str:
 
 def regenerated_document(result: Regenerated) -> Document:
     """Return the document about regenerated A and B (schema ``regeneration``)."""
-    return {
-        "format": 1,
-        "out": str(result.out),
-        "draw": draw_document(result.draw),
-        "dtype": result.dtype,
-        "sha256_A": result.sha256_A,
-        "sha256_B": result.sha256_B,
-        "bytes": result.size,
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    return document("regeneration", result)
 
 
 # --- info ----------------------------------------------------------------------------------------
@@ -246,59 +195,9 @@ def _bytes_text(size: int | None, otherwise: str) -> str:
     return otherwise if size is None else f"{size:,} bytes"
 
 
-def _difference_document(difference: Difference | None) -> Document | None:
-    if difference is None:
-        return None
-    document = asdict(difference)
-    document["index"] = list(difference.index)
-    for name in ("found", "expected", "largest"):
-        value = document[name]
-        # JSON has no NaN and no infinity.
-        document[name] = value if math.isfinite(value) else str(value)
-    return document
-
-
 def info_document(result: AdapterInfo) -> Document:
     """Return the document about an adapter (schema ``info``)."""
-    config = result.config
-    stored = result.projections
-    return {
-        "format": 1,
-        "adapter": result.location.label,
-        "commit": result.location.commit,
-        "peft_version": config.peft_version,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "base": _base_document(result.base_facts),
-        "rank": config.r,
-        "key": config.projection_prng_key,
-        "save_projection": config.save_projection,
-        "layers": result.layers,
-        "groups": [asdict(group) for group in result.groups],
-        "lambda_dtypes": list(result.lambda_dtypes),
-        "replacements": list(result.replacements),
-        "projections": None
-        if stored is None
-        else {
-            "dtype": stored.A.dtype,
-            "shape_A": list(stored.A.shape),
-            "shape_B": list(stored.B.shape),
-        },
-        "fingerprint": result.fingerprint is not None,
-        "draw": draw_document(result.draw),
-        "difference": _difference_document(result.difference),
-        "effects": [
-            {
-                "peft": effect.peft,
-                "source": effect.source,
-                "same_on": None if effect.same_on is None else list(effect.same_on),
-            }
-            for effect in result.effects
-        ],
-        "trainable_parameters": result.parameters,
-        "lora_parameters": result.lora_parameters,
-        "bytes": asdict(result.sizes),
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    return document("info", result)
 
 
 # --- count ---------------------------------------------------------------------------------------
@@ -340,19 +239,6 @@ def _count_rows(result: Count) -> list[list[str]]:
 
 def count_document(result: Count) -> Document:
     """Return the document about parameters and bytes (schema ``count``)."""
-
-    def size(method: MethodSize) -> Document:
-        return asdict(method)
-
-    return {
-        "format": 1,
-        "source": result.source,
-        "rank": result.rank,
-        "targets": list(result.targets),
-        "layers": result.layers,
-        "groups": [asdict(group) for group in result.groups],
-        "max_in": result.max_in,
-        "max_out": result.max_out,
-        "vera": {**size(result.vera), "stripped_bytes": result.stripped_bytes},
-        "lora": size(result.lora),
-    }
+    return document(
+        "count", result, vera={**asdict(result.vera), "stripped_bytes": result.stripped_bytes}
+    )

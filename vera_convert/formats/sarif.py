@@ -7,8 +7,8 @@ import json
 from collections import Counter
 
 from vera_convert._version import __version__
+from vera_convert.formats.document import Document
 from vera_convert.formats.locations import file_name, file_uri
-from vera_convert.formats.shared import Document
 from vera_convert.rules import CATALOG, Finding, Rule
 from vera_convert.validation.validation import Checked, Validation
 

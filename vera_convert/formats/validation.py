@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 
-from vera_convert.formats.shared import Document, draw_document, finding_document, table
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import table
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, counted
 from vera_convert.validation.validation import Checked, Validation
@@ -236,25 +237,5 @@ def _closing(result: Validation, paint: Paint) -> str:
 
 def validation_document(result: Validation) -> Document:
     """Return the document about a validation (schema ``validation``)."""
-    return {
-        "format": 1,
-        "status": result.status,
-        "fail_on": str(result.fail_on),
-        "counts": {str(severity): result.count(severity) for severity in Severity},
-        "adapters": [_checked_document(checked) for checked in result.adapters],
-    }
-
-
-def _checked_document(checked: Checked) -> Document:
-    failure = checked.failure
-    return {
-        "adapter": checked.label,
-        "path": checked.path,
-        "base": checked.base or None,
-        "projections": {True: "embedded", False: "stripped", None: None}[checked.embedded],
-        "draw": draw_document(checked.draw),
-        "findings": [finding_document(finding) for finding in checked.findings],
-        "not_checked": list(checked.not_checked),
-        "bytes_read": checked.bytes_read,
-        "failure": None if failure is None else {"error": str(failure), "status": failure.status},
-    }
+    counts = {str(severity): result.count(severity) for severity in Severity}
+    return document("validation", result, counts=counts)

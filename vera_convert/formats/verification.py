@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from vera_convert.formats.shared import Document, finding_document, origin_text, table
+from vera_convert.formats.document import Document, document
+from vera_convert.formats.shared import origin_text, table
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
@@ -270,19 +271,15 @@ def _reason_row(model: ModelComparison) -> Rows:
 
 def verification_document(result: Verification) -> Document:
     """Return a verification's result as a JSON object (schema ``verification``)."""
-    return {
-        "format": 1,
-        "command": "verify",
-        "adapter": result.adapter,
-        "passed": result.passed,
-        "form": None if result.form is None else _form_document(result.form),
-        "merged": None if result.merged is None else _merged_document(result.merged),
-        "lora": None if result.lora is None else _lora_document(result.lora),
-        "model": None if result.model is None else _model_document(result.model),
-        "not_run": None if result.not_run is None else str(result.not_run),
-        "seconds": round(result.seconds, 3),
-        "findings": [finding_document(finding) for finding in result.findings],
-    }
+    return document(
+        "verification",
+        result,
+        form=None if result.form is None else _form_document(result.form),
+        merged=None if result.merged is None else _merged_document(result.merged),
+        lora=None if result.lora is None else _lora_document(result.lora),
+        model=None if result.model is None else _model_document(result.model),
+        seconds=round(result.seconds, 3),
+    )
 
 
 def _form_document(form: FormCheck) -> Document:
@@ -330,17 +327,7 @@ def _merged_document(check: MergedCheck) -> Document:
         "name": check.label,
         "base": check.base,
         "is_base": check.is_base,
-        "adapters": [
-            {
-                "name": adapter.label,
-                "weight": adapter.weight,
-                "rank": adapter.rank,
-                "layers": adapter.layers,
-                "strategy": adapter.strategy,
-                "projections": str(adapter.origin),
-            }
-            for adapter in check.adapters
-        ],
+        "adapters": [*check.adapters],
         "options": {
             "recorded": settings.recorded,
             "given": sorted(settings.given),

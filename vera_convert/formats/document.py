@@ -1,0 +1,157 @@
+"""Turn a result into a JSON document: the schema names the keys, the result has the values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from vera_convert.schemas import load_schema
+from vera_convert.text import printable
+
+Document = dict[str, object]
+Schema = Mapping[str, Any]
+
+
+def _base(result: Any) -> object:  # noqa: ANN401 -- any record with base facts
+    """Return the base facts, if a base was found."""
+    return None if result.base_facts.location is None else result.base_facts
+
+
+def _form(result: Any) -> str | None:  # noqa: ANN401 -- any record of an adapter
+    return {True: "embedded", False: "stripped", None: None}[result.embedded]
+
+
+VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
+    "AdapterInfo": {
+        "adapter": "location.label",
+        "commit": "location.commit",
+        "peft_version": "config.peft_version",
+        "base_model_name_or_path": "config.base_model_name_or_path",
+        "base": _base,
+        "rank": "config.r",
+        "key": "config.projection_prng_key",
+        "save_projection": "config.save_projection",
+        "fingerprint": lambda info: info.fingerprint is not None,
+        "trainable_parameters": "parameters",
+        "bytes": "sizes",
+    },
+    "BaseFacts": {
+        "name": "location.label",
+        "repo_id": "location.repo_id",
+        "commit": "location.commit",
+        "model_type": "base.model_type",
+        "names": "match.strategy",
+    },
+    "Checked": {
+        "adapter": "label",
+        "base": lambda checked: checked.base or None,
+        "projections": _form,
+    },
+    "Conversion": {
+        "projections": _form,
+        "base": _base,
+        "carried": "side_files.copied",
+        "left_out": "side_files.left_out",
+        "not_followed": "side_files.outside",
+    },
+    "Finding": {
+        "tensor": lambda finding: finding.tensor and printable(finding.tensor),
+        "remedy": "rule.remedy",
+    },
+    "LoraConversion": {
+        "for": "options.engine",
+        "dtype": "options.dtype",
+        "rank": "plan.rank",
+        "exact": lambda lora: not lora.plan.reduced,
+        "base": "base_facts.location.label",
+        "projections": "origin",
+        "trained_whole": lambda lora: [tensor.name for tensor in lora.extras.tensors],
+        "server_arguments": lambda lora: lora.server_arguments or None,
+        "bytes": "size",
+        "bytes_free": "free",
+        "carried": lambda lora: [name for name in lora.side_files.copied if name != "README.md"],
+        "left_out": "side_files.left_out",
+    },
+    "Merge": {
+        "bytes_needed": "needed",
+        "bytes_free": "free",
+        "seconds": lambda merge: round(merge.seconds, 3),
+        "carried": "sides.copied",
+        "from_adapter": "beside.copied",
+        "tokenizer": "beside.tokenizer",
+    },
+    "MergedAdapter": {"name": "label", "projections": "origin"},
+    "Regenerated": {"bytes": "size"},
+    "VeraConvertError": {"error": str, "findings": lambda error: getattr(error, "findings", ())},
+    "StoredProjections": {"dtype": "A.dtype", "shape_A": "A.shape", "shape_B": "B.shape"},
+}
+"""The values that are not an attribute with the name of the key, by the class of a result."""
+
+
+def document(schema: str, result: object, **values: object) -> Document:
+    """Return a result as a JSON object, with the keys of a schema and in their order.
+
+    A key takes the value given for it, else the result's attribute: the one that `VALUES` names,
+    or the attribute with the name of the key. A key that the schema does not require is left out if
+    its value is None.
+
+    Args:
+        schema: a name of `load_schema`.
+        result: a record of the library.
+        values: values that the result does not have.
+    """
+    loaded = _schema(schema)
+    return _object(result, loaded, loaded, values)
+
+
+@cache
+def _schema(name: str) -> Schema:
+    return load_schema(name)
+
+
+def _object(result: object, schema: Schema, root: Schema, given: Mapping[str, object]) -> Document:
+    found: Document = {}
+    for key, part in schema["properties"].items():
+        if "const" in part:
+            found[key] = part["const"]
+            continue
+        value = given[key] if key in given else _attribute(result, key)
+        if value is not None or key in schema["required"]:
+            found[key] = _value(value, part, root)
+    return found
+
+
+def _attribute(result: object, key: str) -> object:
+    """Return the value of a result for a key; None if a record on the way is None."""
+    if isinstance(result, Mapping):
+        return result.get(key)
+    kinds = (VALUES.get(kind.__name__, {}) for kind in type(result).__mro__)
+    source = next((values[key] for values in kinds if key in values), key)
+    if callable(source):
+        return source(result)
+    value = result
+    for name in source.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def _value(value: object, schema: Schema, root: Schema) -> object:
+    """Return a value as JSON has it; the schema says what an object shows of a record."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if "$ref" in schema:
+        return _value(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
+    if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
+        return _value(value, schema["anyOf"][0], root)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # JSON has no NaN and no infinity
+    if "properties" in schema:
+        return _object(value, schema, root, {})
+    if "items" in schema and isinstance(value, Iterable):
+        return [_value(each, schema["items"], root) for each in value]
+    if isinstance(value, Mapping):
+        inner = schema["additionalProperties"]
+        return {str(name): _value(each, inner, root) for name, each in value.items()}
+    return str(value)
