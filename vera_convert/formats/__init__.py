@@ -1,5 +1,5 @@
 """Turn results into text for people and into documents for programs: pure functions.
 
-May import the ground and `base`, `conversion`, `draws`, `files`, `lora`,
-`merging`, `validation` and `verification`.
+May import the ground and `base`, `conversion`, `files`, `lora`, `merging`, `targets`, `validation`
+and `verification`.
 """

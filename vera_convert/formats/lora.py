@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from vera_convert.formats.document import Document, document
-from vera_convert.formats.shared import origin_text, table
+from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.lora.conversion import LoraConversion
 from vera_convert.lora.stored import SAMPLED_ROWS
-from vera_convert.text import listed, printable, printable_whole
+from vera_convert.text import and_more, listed, printable, printable_whole
 
 _MOST_LISTED = 12
 
@@ -16,23 +16,20 @@ def lora_text(result: LoraConversion) -> str:
     plan, engine = result.plan, result.options.target
     verb = "wrote" if result.written else "would write"
     out = printable(str(result.out))
-    rows = [[verb, f"{out}, a LoRA for {engine.title}, {result.size:,} bytes of weights"]]
-    rows.append(["adapter", printable(result.adapter)])
-    rows.append(["layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_names(result)}"])
-    rows.append(["rank", f"{plan.rank}{_why(result)}"])
     drawn = f", {result.draw.description}" if result.draw is not None else ""
-    rows.append(["A and B", f"{origin_text(result.origin)}{drawn}"])
-    rows.append(["error", _error(result)])
-    if plan.reduced:
-        rows += _error_rows(result)
-    if result.extras.tensors:
-        names = listed(tensor.name for tensor in result.extras.tensors)
-        rows.append(["trained whole", names])
-    if not result.written:
-        rows.append(["space", f"{result.size:,} bytes needed, {result.free:,} free"])
-    if result.server_arguments:
-        rows.append(["serve with", printable_whole(result.server_arguments)])
-    return table(rows)
+    space = f"{result.size:,} bytes needed, {result.free:,} free"
+    return labelled(
+        (verb, f"{out}, a LoRA for {engine.title}, {result.size:,} bytes of weights"),
+        ("adapter", printable(result.adapter)),
+        ("layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_names(result)}"),
+        ("rank", f"{plan.rank}{_why(result)}"),
+        ("A and B", f"{origin_text(result.origin)}{drawn}"),
+        ("error", _error(result)),
+        *(_error_rows(result) if plan.reduced else ()),
+        ("modules_to_save", listed(tensor.name for tensor in result.extras.tensors)),
+        ("space", None if result.written else space),
+        ("serve with", printable_whole(result.server_arguments)),
+    )
 
 
 def _filled(count: int) -> str:
@@ -64,13 +61,14 @@ def _error(result: LoraConversion) -> str:
     return f"at most {error}{where}; most in {printable(worst)}"
 
 
-def _error_rows(result: LoraConversion) -> list[list[str]]:
+def _error_rows(result: LoraConversion) -> list[Row]:
     """Return the layers with the largest errors, the largest first."""
     errors = sorted(result.measured.errors.items(), key=lambda item: -item[1])
-    rows = [[f"  {error:.3f}", printable(module)] for module, error in errors[:_MOST_LISTED]]
-    if len(errors) > _MOST_LISTED:
-        rows.append(["", f"and {len(errors) - _MOST_LISTED:,} more layers; --json lists all"])
-    return rows
+    more = and_more(len(errors) - _MOST_LISTED, "layer").lstrip()
+    return [
+        *((f"  {error:.3f}", printable(module)) for module, error in errors[:_MOST_LISTED]),
+        ("", more and f"{more}; --json lists all"),
+    ]
 
 
 def lora_document(result: LoraConversion) -> Document:

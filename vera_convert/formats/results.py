@@ -16,8 +16,9 @@ from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.counting import Count
 from vera_convert.errors import CheckpointError
 from vera_convert.formats.document import Document, document
-from vera_convert.formats.shared import table
+from vera_convert.formats.shared import Row, labelled, table
 from vera_convert.summary import AdapterInfo, Effect
+from vera_convert.targets.linear import LayerGroup
 from vera_convert.text import listed, printable
 
 # --- strip, embed, migrate -----------------------------------------------------------------------
@@ -25,28 +26,24 @@ from vera_convert.text import listed, printable
 
 def conversion_text(result: Conversion) -> str:
     """Return the text about a conversion."""
-    out = printable(str(result.out))
     form = "embedded" if result.embedded else "stripped"
-    rows = [["wrote", f"{out} ({form})"]]
-    rows += [
-        ["changed" if not index else "", change] for index, change in enumerate(result.changes)
-    ]
-    if not result.changes:
-        rows.append(["changed", f"nothing: the adapter is {form} already, and was copied"])
     before, after = f"{result.bytes_before:,}", f"{result.bytes_after:,}"
-    rows.append(["weights", f"{before} bytes" if before == after else f"{before} -> {after} bytes"])
-    if result.base_facts.in_features is not None:
-        rows.append(["base", location_text(result.base_facts)])
-    sides = result.side_files
-    if sides.copied:
-        rows.append(["copied", listed(sides.copied, 6)])
-    if sides.left_out:
-        rows.append(["left out", listed(sides.left_out, 6)])
-    if sides.adapters:
-        rows.append(["passed over", f"adapters of their own: {listed(sides.adapters, 6)}"])
-    if sides.outside:
-        rows.append(["not followed", f"links that lead elsewhere: {listed(sides.outside, 6)}"])
-    return table(rows)
+    was_read = result.base_facts.in_features is not None
+    adapters = listed(result.side_files.adapters, 6)
+    outside = listed(result.side_files.outside, 6)
+    return labelled(
+        ("wrote", f"{printable(str(result.out))} ({form})"),
+        (
+            "changed",
+            result.changes or f"nothing: the adapter is {form} already, and was copied",
+        ),
+        ("weights", f"{before} bytes" if before == after else f"{before} -> {after} bytes"),
+        ("base", location_text(result.base_facts) if was_read else None),
+        ("copied", listed(result.side_files.copied, 6)),
+        ("left out", listed(result.side_files.left_out, 6)),
+        ("passed over", adapters and f"adapters of their own: {adapters}"),
+        ("not followed", outside and f"links that lead elsewhere: {outside}"),
+    )
 
 
 def location_text(base_facts: BaseFacts) -> str:
@@ -67,22 +64,22 @@ def conversion_document(command: str, result: Conversion) -> Document:
 
 def tree_text(result: TreeMigration) -> str:
     """Return the text about the migration of a tree, without the reasons of failures."""
-    rows = []
+    rows: list[Row] = []
     for name, done in result.done.items():
-        rows.append([printable(name), "; ".join(done.changes) or "copied: nothing to change"])
-        left_out = (*done.side_files.left_out, *done.side_files.outside)
-        rows += [["", f"left out: {listed(left_out, 6)}"]] if left_out else []
+        rows.append((printable(name), "; ".join(done.changes) or "copied: nothing to change"))
+        left_out = listed((*done.side_files.left_out, *done.side_files.outside), 6)
+        rows.append(("", left_out and f"left out: {left_out}"))
     for name, error in result.failed.items():
         reason = error.findings[0].code if isinstance(error, CheckpointError) else str(error)
-        rows.append([printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"])
+        rows.append((printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"))
     for method in sorted({*result.passed_over.values()}):
         names = [name for name, its in result.passed_over.items() if its == method]
-        rows.append(["passed over", f"{len(names)} of {method}: {listed(names, 6)}"])
-    if result.outside:
-        rows.append(["in no adapter", f"left out: {listed(result.outside, 6)}"])
+        rows.append(("passed over", f"{len(names)} of {method}: {listed(names, 6)}"))
+    outside = listed(result.outside, 6)
+    rows.append(("in no adapter", outside and f"left out: {outside}"))
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
     where = f" to {printable(str(result.out))}" if result.done else ", so nothing"
-    return f"{table(rows)}\n{wrote}{where}"
+    return f"{labelled(*rows)}\n{wrote}{where}"
 
 
 def tree_document(result: TreeMigration) -> Document:
@@ -96,13 +93,11 @@ def tree_document(result: TreeMigration) -> Document:
 
 def regenerated_text(result: Regenerated) -> str:
     """Return the text about regenerated A and B."""
-    return table(
-        [
-            ["wrote", f"{printable(str(result.out))}, {result.size:,} bytes"],
-            ["generated", f"{result.draw.description}, stored as {result.dtype}"],
-            ["vera_A", f"SHA-256 {result.sha256_A}"],
-            ["vera_B", f"SHA-256 {result.sha256_B}"],
-        ]
+    return labelled(
+        ("wrote", f"{printable(str(result.out))}, {result.size:,} bytes"),
+        ("generated", f"{result.draw.description}, stored as {result.dtype}"),
+        ("vera_A", f"SHA-256 {result.sha256_A}"),
+        ("vera_B", f"SHA-256 {result.sha256_B}"),
     )
 
 
@@ -118,27 +113,36 @@ def info_text(result: AdapterInfo) -> str:
     """Return the text about an adapter."""
     config = result.config
     written = f", written by PEFT {printable(config.peft_version)}" if config.peft_version else ""
-    rows = [
-        ["adapter", f"{result.location.label} (VeRA{written})"],
-        ["base", _base_line(result)],
-        ["rank", str(config.r)],
-        ["key", str(config.projection_prng_key)],
-        ["layers", str(result.layers)],
-    ]
-    rows += [
-        [
-            f"  {printable(group.name)}",
-            f"{group.layers} x ({group.in_features or '?'} -> {group.out_features})",
-        ]
-        for group in result.groups
-    ]
-    rows.append(["lambdas", ", ".join(result.lambda_dtypes)])
-    if result.replacements:
-        rows.append(["also trained", listed(result.replacements, 6)])
-    rows += _projection_rows(result)
-    rows += [[f"  PEFT {effect.peft}", _effect_text(effect)] for effect in result.effects]
-    rows += _size_rows(result)
-    return table(rows)
+    sizes, parameters = result.sizes, f"{result.parameters:,} parameters in b and d"
+    no_embedding = (
+        "needs the base"
+        if result.base_facts.base is None
+        else "unknown: A and B were not regenerated"
+    )
+    lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
+    return labelled(
+        ("adapter", f"{result.location.label} (VeRA{written})"),
+        ("base", _base_line(result)),
+        ("rank", str(config.r)),
+        ("key", str(config.projection_prng_key)),
+        ("layers", str(result.layers)),
+        *map(_group_row, result.groups),
+        ("lambdas", ", ".join(result.lambda_dtypes)),
+        ("modules_to_save", listed(result.replacements, 6)),
+        ("projections", _projection_lines(result)),
+        *((f"  PEFT {effect.peft}", _effect_text(effect)) for effect in result.effects),
+        ("trainable", f"{parameters} (a LoRA of this rank: {lora})"),
+        ("size", f"{sizes.as_is:,} bytes"),
+        ("  stripped", _bytes_text(sizes.stripped, "cannot be stripped")),
+        ("  embedded", _bytes_text(sizes.embedded, no_embedding)),
+        ("  as LoRA", _bytes_text(sizes.lora, "needs the base")),
+        ("  merged", _bytes_text(sizes.merged, "needs the base")),
+    )
+
+
+def _group_row(group: LayerGroup) -> Row:
+    shape = f"({group.in_features or '?'} -> {group.out_features})"
+    return f"  {printable(group.name)}", f"{group.layers} x {shape}"
 
 
 def _base_line(result: AdapterInfo) -> str:
@@ -148,19 +152,16 @@ def _base_line(result: AdapterInfo) -> str:
     return location_text(result.base_facts)
 
 
-def _projection_rows(result: AdapterInfo) -> list[list[str]]:
-    stored = result.projections
+def _projection_lines(result: AdapterInfo) -> tuple[str, ...]:
+    stored, drawn = result.projections, result.draw.description if result.draw else ""
     if stored is not None:
         shapes = f"A {list(stored.A.shape)}, B {list(stored.B.shape)}, {stored.A.dtype}"
-        rows = [["projections", f"embedded: {shapes}"]]
-        if result.draw is not None:
-            rows.append(["", result.draw.description])
-        elif result.difference is not None:
-            rows.append(["", f"from no known generator: {result.difference.description}"])
-        return rows
-    if result.draw is not None:
-        return [["projections", "stripped, with a fingerprint:"], ["", result.draw.description]]
-    return [["projections", "stripped, without a fingerprint: nothing records their dims"]]
+        if result.difference is not None and not drawn:
+            drawn = f"from no known generator: {result.difference.description}"
+        return f"embedded: {shapes}", drawn
+    if drawn:
+        return "stripped, with a fingerprint:", drawn
+    return ("stripped, without a fingerprint: nothing records their dims",)
 
 
 def _effect_text(effect: Effect) -> str:
@@ -171,24 +172,6 @@ def _effect_text(effect: Effect) -> str:
     if not effect.same_on:
         return "regenerates other A and B from the key"
     return f"regenerates the same A and B from the key on a {' or '.join(effect.same_on)} base"
-
-
-def _size_rows(result: AdapterInfo) -> list[list[str]]:
-    sizes = result.sizes
-    unknown = (
-        "needs the base"
-        if result.base_facts.base is None
-        else "unknown: A and B were not regenerated"
-    )
-    lora = "needs the base" if result.lora_parameters is None else f"{result.lora_parameters:,}"
-    return [
-        ["trainable", f"{result.parameters:,} parameters in b and d (a LoRA of this rank: {lora})"],
-        ["size", f"{sizes.as_is:,} bytes"],
-        ["  stripped", _bytes_text(sizes.stripped, "cannot be stripped")],
-        ["  embedded", _bytes_text(sizes.embedded, unknown)],
-        ["  as LoRA", _bytes_text(sizes.lora, "needs the base")],
-        ["  merged", _bytes_text(sizes.merged, "needs the base")],
-    ]
 
 
 def _bytes_text(size: int | None, otherwise: str) -> str:
@@ -205,22 +188,13 @@ def info_document(result: AdapterInfo) -> Document:
 
 def count_text(result: Count) -> str:
     """Return the text about the parameters and bytes of VeRA and LoRA."""
-    rows = [
-        ["model", printable(result.source)],
-        ["rank", str(result.rank)],
-        ["layers", str(result.layers)],
-    ]
-    rows += [
-        [
-            f"  {printable(group.name)}",
-            f"{group.layers} x ({group.in_features} -> {group.out_features})",
-        ]
-        for group in result.groups
-    ]
-    rows.append(
-        ["A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"]
+    body = labelled(
+        ("model", printable(result.source)),
+        ("rank", str(result.rank)),
+        ("layers", str(result.layers)),
+        *map(_group_row, result.groups),
+        ("A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"),
     )
-    body = table(rows)
     return f"{body}\n\n{table(_count_rows(result))}"
 
 

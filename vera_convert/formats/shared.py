@@ -22,6 +22,22 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+Row = tuple[str, str | Iterable[str] | None]
+"""A label, and the value or the values that stand behind the label."""
+
+
+def labelled(*rows: Row) -> str:
+    """Align labels and values; values of one label stand below each other.
+
+    A row whose value is None or empty is left out.
+    """
+    cells = []
+    for label, values in rows:
+        listed = [values] if isinstance(values, str) else values or ()
+        cells += [("" if index else label, each) for index, each in enumerate(listed) if each]
+    return table(cells)
+
+
 def origin_text(origin: str) -> str:
     """Where the A and B in effect come from, in words."""
     return {

@@ -98,7 +98,7 @@ def _lora_rows(check: LoraCheck) -> Rows:
         )
     if check.trained_whole:
         compared = f"{counted(check.trained_whole, 'tensor')} compared, byte for byte"
-        rows.append(["  trained whole", compared])
+        rows.append(["  modules_to_save", compared])
     return rows
 
 
@@ -225,7 +225,7 @@ def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
 _IN_WORDS = {
     Kind.SAME: "same as base",
     Kind.CONVERTED: "other dtype",
-    Kind.REPLACED: "from adapter",
+    Kind.REPLACED: "modules_to_save",
     Kind.NEW: "new",
 }
 
