@@ -50,8 +50,8 @@ class View:
     def path_on_disk(self, module: str) -> str | None:
         """Return the path of a layer in the files.
 
-        A layer that the base lacks gets the path that the base's files would use. A name that
-        another release has for one of the base's layers gets None, so that no two releases mix.
+        A layer that the base lacks gets the path that the base's files would use. If another
+        release uses the name for a layer of the base, the result is None: releases never mix.
         """
         found = self.on_disk.get(module)
         if found is not None:

@@ -2,8 +2,8 @@
 
     W[out, in] = float16(scales[g, out] * (q - zero[g, out])),   g = g_idx[in]
 
-The files of the first version store each zero less one: one is added to all fields of a word at
-once, modulo 2^32, so that a field that borrowed from its neighbor gives the loan back.
+The files of the first version store each zero less 1. The library adds 1 to all fields of a word in
+one sum, modulo 2^32, and a field that borrowed from the next field gives the loan back.
 """
 
 from __future__ import annotations

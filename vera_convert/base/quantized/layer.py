@@ -121,7 +121,7 @@ class Layer:
         return f"{self.path}.{rest}" if self.path else rest
 
     def error(self, rule: Rule, rest: str, reason: str) -> LayerError:
-        """Return the error that says what is wrong with a tensor."""
+        """Return the error for a defect of a tensor."""
         return LayerError(rule.at(printable(self.name(rest)), f"{self.label}: {reason}"))
 
     def part(self, rest: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
@@ -266,7 +266,7 @@ def group_count(layer: Layer, inputs: int) -> int:
 
 
 def filled(values: Mapping[str, object]) -> Iterator[str]:
-    """Yield the names of the settings that say something: neither null, nor false, nor empty."""
+    """Yield the names of the settings that are not null, false or empty."""
     for name, value in values.items():
         if value not in (None, False, {}, [], ""):
             yield name

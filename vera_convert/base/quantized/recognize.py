@@ -1,7 +1,7 @@
 """Tell which layers of a base are quantized, from the base's files and its config.
 
-Either is enough to refuse: files can be quantized without a word in the config, and a loader can
-quantize after the config what the files hold in 16 bits.
+Each source alone is enough to refuse: files can be quantized without a word in the config, and a
+loader can quantize 16-bit files because the config says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KEPT_FIELDS = (
     "skip_modules",
     "linear_weights_not_to_quantize",
 )
-"""What methods call their list of modules that are left alone."""
+"""The fields in which methods list the modules that stay plain."""
 _PACKED = tuple(
     dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
@@ -83,9 +83,9 @@ def quantized_elsewhere(base: BaseModel) -> Finding | None:
 
 
 def quantized_tensors(base: BaseModel) -> frozenset[str]:
-    """Return the names of all tensors of quantized layers: weights, scales and whatever else.
+    """Return the names of all tensors of quantized layers: weights, scales and other parts.
 
-    None of them may be converted to another dtype.
+    No such tensor may be converted to another dtype.
     """
     quantization = _Quantization(base)
     return frozenset(name for name in base.tensors if [*quantization.by_tensors(name)])
@@ -132,7 +132,7 @@ def kind_of_siblings(name: str) -> str | None:
 def layer_of(name: str) -> tuple[str, str]:
     """Split a tensor's name into the path of its layer and the rest.
 
-    What belongs to a weight stays with it: ``a.b`` and ``weight.absmax``.
+    The parts of a weight keep the word weight: ``a.b`` and ``weight.absmax``.
     """
     start, inside, rest = name.partition(".weight.")
     if inside:
@@ -145,7 +145,7 @@ def layer_of(name: str) -> tuple[str, str]:
 
 
 class _Quantization:
-    """What a base's files and config say of each of its tensors."""
+    """The signs of quantization in a base's files and config, for each tensor."""
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
@@ -343,7 +343,7 @@ _MOST_LOOKUPS = 20_000_000
 
 
 def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]] | None:
-    """Return the patterns that fit each name, of a module or of what the module is a part of.
+    """Return the patterns that fit each name, or a part of the name.
 
     Plain patterns cost one look-up for each part of a name, however many patterns there are; all
     others are under the limits of `patterns.search`.

@@ -36,7 +36,7 @@ _CLASSES = {
 """The classes that are supported, with the dtypes of their values."""
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_TEXT = 16_384
-"""The most characters of what a header says of one weight."""
+"""The most characters that are read of a header's entry for one weight."""
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
