@@ -54,7 +54,7 @@ from vera_convert.text import printable
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 MAX_HEADER_BYTES = 100_000_000
-_FIRST_READ = 32 << 10  # most headers of an adapter fit, so a remote one costs one round trip
+_FIRST_READ = 32 << 10  # most headers of an adapter fit, so a remote header costs a single request
 _MOST_FINDINGS = 50
 _MOST_DIMENSIONS = 32  # NumPy 1 has no more
 _LONGEST_NAME, _DEEPEST_NAME = 1_000, 100
@@ -63,7 +63,7 @@ _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class Entry(Protocol):
-    """A tensor of a header, without its offsets."""
+    """A tensor of a header, without the offsets."""
 
     @property
     def name(self) -> str:
@@ -108,7 +108,7 @@ class Header:
         tensors: by name, in the order of the header.
         metadata: the texts under ``__metadata__``; empty if there are none.
         data_start: where the data part begins in the file.
-        raw: the bytes of the file before that, its length included.
+        raw: the bytes of the file before the data, with the length of the header.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -218,7 +218,7 @@ _MAGIC: Mapping[bytes, tuple[Rule, str]] = {
 
 
 def _refuse_length(source: ByteSource, raw: bytes, length: int) -> None:
-    """Raise an error for an impossible length, which other formats show when read as this one."""
+    """Raise an error for an impossible length, which other formats show if read as safetensors."""
     claim = f"the length of the header is given as {length:,} bytes"
     if length <= MAX_HEADER_BYTES:
         reason = f"{claim}, but the file has {source.size:,} bytes."
@@ -241,7 +241,7 @@ _MOST_PLAIN = 500_000
 def _parsed(
     data: bytes, place: str, duplicates: list[Finding]
 ) -> tuple[dict[str, Any], list[TensorInfo]]:
-    """Return the JSON object of a header, and the plain entries at its end as records.
+    """Return the JSON object of a header, and the plain entries at the end as records.
 
     Nearly every header ends in entries of the same form. One regular expression reads these in half
     the time of the JSON parser, which then parses only the rest.
@@ -260,7 +260,7 @@ def _parsed(
 
 
 def _cut_plain(data: bytes) -> tuple[bytes, list[TensorInfo]]:
-    """Return the text without the plain entries at its end, and these entries as records."""
+    """Return the text without the plain entries at the end, and the plain entries as records."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -351,7 +351,7 @@ def _wrong_size(info: TensorInfo) -> Iterator[tuple[Rule, str]]:
     if bits == info.nbytes * 8 and 0 < bits < 1 << 63:
         return
     shape = "x".join(map(str, info.shape))
-    # An empty tensor can have huge dimensions: their product overflows before the 0 is met.
+    # An empty tensor can have huge dimensions: the product overflows before the 0 is met.
     if math.prod(size or 1 for size in info.shape) * BITS[info.dtype] >= 1 << 63:
         yield SHAPE_OVERFLOW, f"its shape is {printable(shape)}."
     elif bits % 8:
@@ -362,7 +362,7 @@ def _wrong_size(info: TensorInfo) -> Iterator[tuple[Rule, str]]:
 
 
 def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -> None:
-    """Demand that the tensors fill the data part of `size` bytes without overlap or gap."""
+    """Require tensors that fill the data part of `size` bytes, free of overlaps and gaps."""
     end, last = 0, ""
     for info in sorted(tensors, key=attrgetter("start", "end")):
         if info.start != end:
@@ -380,10 +380,10 @@ def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -
 
 
 def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes before the data: the header and its length, as safetensors writes both.
+    """Return the bytes before the data: the header and its length, as safetensors writes.
 
     Tensors stand by dtype (the widest first) and name, metadata by key, JSON without spaces, padded
-    to eight bytes. Without metadata there is no entry for it.
+    to eight bytes. Empty metadata has no entry.
 
     Raises:
         ValueError: two tensors have the same name.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class ByteSource(Protocol):
-    """A file that is read by position: a local one, or one on the Hub by range request."""
+    """A file to read by position: a local file, or a file on the Hub by range request."""
 
     @property
     def place(self) -> str:
@@ -35,10 +35,10 @@ class ByteSource(Protocol):
         """The length in bytes at the time of opening."""
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes; raise `SurroundingsError` if they cannot be read."""
+        """Return exactly `length` bytes; raise `SurroundingsError` if reading fails."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill a writable buffer of bytes; raise `SurroundingsError` if that fails."""
+        """Fill a writable buffer of bytes; raise `SurroundingsError` if reading fails."""
 
     def check_unchanged(self) -> None:
         """Raise `SurroundingsError` if the file changed since the opening."""
@@ -54,7 +54,7 @@ _LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB at once, Linux reads le
 class LocalFile:
     """A regular file, open for reading by position. Threads may share the file.
 
-    `open_local` returns such a file. A context manager; the file also closes with its last
+    `open_local` returns a LocalFile. A context manager; the file also closes with its last
     reference.
     """
 
@@ -152,7 +152,7 @@ def open_local(
         path: the file.
         within: with links resolved, the file must lie inside this folder, or among the blobs of the
             Hub cache to which the folder belongs as a snapshot.
-        limit: the most bytes that the file may have.
+        limit: the most bytes of the file.
 
     Raises:
         CheckpointError: not regular, outside the folder, or too large.
@@ -178,7 +178,7 @@ def _opened(
     found = os.stat(path, dir_fd=folder, follow_symlinks=not flags)
     if stat.S_ISLNK(found.st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    _require_regular(found, place)  # opening some devices has effects of its own
+    _require_regular(found, place)  # the opening of some devices has effects
     file = LocalFile(os.open(path, _OPEN_FLAGS | flags, dir_fd=folder), place)
     _require_regular(os.fstat(file.fileno()), place)
     return file
@@ -231,7 +231,7 @@ def too_large(source: ByteSource, limit: int) -> Finding:
 
 
 def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
-    """Return the error for a file that the system refuses to open or read."""
+    """Return the error for a file if the system refuses to open or read the file."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
 

@@ -75,7 +75,7 @@ def component_folders(names: Collection[str]) -> tuple[str, ...]:
 
 
 def kind_of_component(folder: str) -> str:
-    """Return a component's folder without its number: ``transformer`` for ``transformer_2/``."""
+    """Return a component's folder without the number: ``transformer`` for ``transformer_2/``."""
     return re.sub(r"_\d+$", "", folder.rstrip("/"))
 
 
@@ -85,13 +85,13 @@ def find_weights(
     """Find the index or the single file of a model; an index takes precedence.
 
     Args:
-        names: all files of the folder, relative to it, with `/`.
+        names: all files, relative to the folder, with `/`.
         place: the folder's name for messages.
         component: the folder of the wanted component of a pipeline; empty if unknown.
-        named: the file that the model's config names, which transformers takes before all others.
+        named: the file in the model's config, which transformers takes before all others.
 
     Raises:
-        CheckpointError: no safetensors weights, or it is not clear which.
+        CheckpointError: no safetensors weights, or several candidates.
     """
     if named is not None:
         return _named(named, names, place=place)
@@ -124,7 +124,7 @@ def find_weights(
 
 
 def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str) -> Finding | None:
-    """Return the finding that no loader takes these files unasked; None if loaders may.
+    """Return the finding about files that loaders take only on request; else None.
 
     Args:
         top: all files of the folder.
@@ -142,7 +142,7 @@ def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str
 
 
 def named_weights(config: Mapping[str, object]) -> str | None:
-    """Return the file or index that a model's config names; None if there is no such name.
+    """Return the file or index that a model's config names; None if the config names nothing.
 
     transformers accepts only safetensors files in this field; diffusers ignores the field.
     """
@@ -152,7 +152,7 @@ def named_weights(config: Mapping[str, object]) -> str | None:
 
 
 def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
-    """Return the file or index that a config names."""
+    """Return the file or index in a config."""
     file = str(clean_name(named, place=f"{place}/config.json"))
     if file not in names:
         raise CheckpointError(SHARD_MISSING.at(place, f"{printable(file)} is not there."))
@@ -230,7 +230,7 @@ def stray_weights(
 ) -> tuple[str, ...]:
     """Return the safetensors files that a loader could mistake for the model's, sorted.
 
-    Files of an adapter, or of another component with its own config, are left out.
+    Files of an adapter, or of another component with a config, are left out.
     """
     configs = ("config.json", CONFIG_NAME)
     folders = {str(PurePosixPath(name).parent) for name in names if name.endswith(configs)}

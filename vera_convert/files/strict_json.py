@@ -31,7 +31,7 @@ _MOST_VALUES = 4_000_000
 _MOST_QUOTES = 1_000_000
 _LONGEST_NUMBER = 64
 _LONGEST_IN_PYTHON = 4300
-"""The most digits of an integer for Python's json; the time grows with the square of these."""
+"""The most digits of an integer for Python's json; the time grows with its square."""
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Floats that JSON lacks, under the names that Python's json and transformers write."""
 _MOST_FINDINGS = 50
@@ -48,7 +48,7 @@ def read_json(
     """Read a JSON file of at most `limit` bytes, and return the value and the bytes.
 
     Raises:
-        CheckpointError: too large, empty, or not the JSON that `parse_json` accepts.
+        CheckpointError: too large, empty, or JSON with a defect that `parse_json` names.
         SurroundingsError: the file cannot be read, or changed meanwhile.
     """
     if source.size > limit:
@@ -80,7 +80,7 @@ def parse_json(
     Args:
         data: the text as UTF-8.
         place: the name for messages.
-        duplicates: receives a finding for each duplicate key; if None, these are raised.
+        duplicates: receives a finding for each duplicate key; if None, the findings are raised.
         pythons_numbers: accept each number that Python's json accepts.
 
     Raises:

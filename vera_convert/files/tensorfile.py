@@ -72,7 +72,7 @@ class TensorFile:
         return self._array(info, 0, info.shape)
 
     def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in blocks of `size`; each block overwrites the one before."""
+        """Yield a tensor's bytes in blocks of `size`; each block overwrites the block before."""
         info = self.header.tensors[name]
         buffer = memoryview(bytearray(min(size, info.nbytes)))
         for start in range(0, info.nbytes, size):
@@ -97,9 +97,9 @@ def pickled_weights(folder: Path) -> Finding | None:
     names = [path.name for path in folder.glob("adapter_model.*") if is_pickle(path.name)]
     if not names:
         return None
-    both = (folder / WEIGHTS_NAME).exists()
+    beside = (folder / WEIGHTS_NAME).exists()
     found = f"there is {printable(min(names))}"
-    if both:
+    if beside:
         return BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
     return PICKLE_ONLY.at(printable(folder.name), f"{found}, and no {WEIGHTS_NAME}.")
 
@@ -111,10 +111,10 @@ class TensorData(NamedTuple):
     """A tensor to write: name, dtype, shape, and bytes on demand.
 
     Attributes:
-        name: its name in the file.
-        dtype: its safetensors dtype.
-        shape: its shape.
-        blocks: yields its bytes in order; one block can overwrite the last.
+        name: the name in the file.
+        dtype: the safetensors dtype.
+        shape: the shape.
+        blocks: yields the bytes in order; a block can overwrite the last.
     """
 
     name: str
@@ -150,9 +150,9 @@ def from_array(name: str, array: Array, dtype: str | None = None) -> TensorData:
     """Return an array as a tensor to write.
 
     Args:
-        name: its name in the file.
-        array: of any dtype that safetensors has; the file gets C order, little-endian.
-        dtype: the safetensors dtype to store; values are cast to it as NumPy casts.
+        name: the name in the file.
+        array: of any dtype of safetensors; the file gets C order, little-endian.
+        dtype: the safetensors dtype to store; values are cast as NumPy casts.
     """
     kind = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
     name_of_kind = _SAFETENSORS_DTYPE[kind] if dtype is None else dtype
@@ -173,7 +173,7 @@ def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[s
     Raises:
         ValueError: a tensor yields more or fewer bytes than its shape and dtype need.
         FileExistsError: there is a file at `path` already.
-        OSError: the system cannot write it.
+        OSError: the system cannot write the file.
     """
     ordered = in_order(tensors)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Find the largest and smallest value of each tensor of a file, in one pass over the bytes.
+"""Find the largest and smallest value of each tensor of a file, in a single pass over the bytes.
 
 An adapter's file holds thousands of short vectors side by side. These are read in spans and
 examined together, because separate reads would take more time than the values.
@@ -56,7 +56,7 @@ def value_ranges(file: TensorFile) -> dict[str, ValueRange]:
 
 
 def _side_by_side(tensors: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Yield groups of adjacent tensors of one dtype, each group at most one span."""
+    """Yield groups of adjacent tensors of one dtype, each group at most a span long."""
     group: list[TensorInfo] = []
     for info in tensors:
         if group and (

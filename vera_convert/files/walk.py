@@ -53,8 +53,8 @@ def walk(
         root: the folder.
         name: a folder to start in, relative to the root.
         hidden: list and enter hidden names too, which begin with a dot.
-        failed: receives the error of each subfolder that cannot be listed, by relative path. If
-            None, the first such error is raised.
+        failed: receives an error for each unreadable subfolder, by relative path. If None, the
+            first error is raised.
 
     Raises:
         SurroundingsError: the root cannot be listed; a subfolder cannot, or lies too deep.
@@ -104,7 +104,7 @@ def file_sizes(root: Path) -> dict[str, int]:
     """Return the size of each regular file below a folder, by relative path in sorted order.
 
     Links to files are included, hidden files are not. A pipe, a folder or a dead link that has the
-    name of a weight file is listed with size 0: whoever opens the file says why that is impossible.
+    name of a weight file is listed with size 0: an attempt to open the file gives the reason.
 
     Raises:
         SurroundingsError: a folder cannot be listed, or lies too deep.

@@ -79,7 +79,7 @@ def refused(
     """Return the error for an unsuccessful answer, whether the failure is temporary or lasting.
 
     Args:
-        what: the repo or file, for messages.
+        what: the repo or file in messages.
         status: the answer's status.
         headers: the answer's headers, in any case.
         said: the answer's text; may be empty.

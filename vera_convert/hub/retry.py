@@ -34,7 +34,7 @@ def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
 
     Args:
         attempt: the function to try.
-        what: the repo or file, for messages.
+        what: the repo or file in messages.
 
     Raises:
         OutOfReachError: every try has failed.
@@ -57,13 +57,13 @@ def at_least_slowly(
 ) -> Result:
     """Return the result of `work`, which runs in a thread of its own; stop waiting if it crawls.
 
-    A signal ends the wait at once, whatever the thread does. The thread does not keep the program
-    from ending.
+    A signal ends the wait at once, even if the thread goes on. The program can end while the thread
+    runs.
 
     Args:
         work: sends one or more requests.
         transferred: returns the number of bytes so far; any thread may call it.
-        what: the repo or file, for messages.
+        what: the repo or file in messages.
 
     Raises:
         OutOfReachError: fewer than `LEAST` bytes were transferred in `WINDOW` seconds.

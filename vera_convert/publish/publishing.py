@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 10
 _TRIES = 16
-"""The most tries against other runs for the same OUT; one try is nearly always enough."""
+"""The most tries against other runs for the same OUT; the first try is nearly always enough."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def staged_folder(
         out: the path of the new folder.
         force: replace an existing folder for which `is_own` returns True.
         inputs: paths that the run reads; `out` must not be, contain or lie inside an input.
-        is_own: whether this command writes folders like the given one.
+        is_own: whether this command writes folders like the given folder.
         strangers: returns the files that forbid the replacement of an existing folder.
         is_wanted: called after the block; if False is returned, the new folder is removed.
 
@@ -181,7 +181,7 @@ def check_out(
 
     Raises:
         UsageError: `out` overlaps an input (with links resolved, even with `force`); `out` exists
-            without `force`; `out` is a link, is of another kind, or was not written by such a
+            without `force`; `out` is a link, is of another kind, or is no output of this
             command; `out` holds files that the command would not write.
         SurroundingsError: the parent is not a folder, or cannot be read.
     """
@@ -213,7 +213,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _real_place(out: Path) -> Path:
-    """Return `out` with the links of the parent resolved, but with its own name unchanged.
+    """Return `out` with the links of the parent resolved, with the last name unchanged.
 
     Folders above `out` may be missing; `_staged` creates them.
     """
@@ -410,7 +410,7 @@ def _staged(
                 with signals_held():
                     keep = staged is not None and staged.worth_keeping
                     container.keep() if keep else container.remove()
-            for folder in reversed(made):  # folders that hold OUT or a kept run stay
+            for folder in reversed(made):  # folders with OUT or a kept run stay
                 with suppress(OSError):
                     folder.rmdir()
 
@@ -463,7 +463,7 @@ def _replace(container: Container, out: Path) -> Callable[[], object]:
     new, old = container.new, container.old
     if exchange(new, out):
         return lambda: exchange(new, out)
-    remove_tree(old)  # it exists if another run was faster in the last try
+    remove_tree(old)  # exists if another run was faster in the last try
     out.rename(old)
     move(new, out)
     return lambda: out.rename(new)

@@ -73,7 +73,7 @@ def exit_on_signals() -> None:
 def ignore_signals() -> None:
     """Ignore SIGINT, SIGTERM and SIGHUP from now on, while Python ends; for a program's end.
 
-    Python restores the system's handlers when it ends, so a signal does no harm only if ignored.
+    Python restores the system's handlers at the end, so a signal is harmless only if ignored.
     """
     for number in _ours():
         signal.signal(number, signal.SIG_IGN)
@@ -162,7 +162,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _Delivery.held:
         _Delivery.waiting = _Delivery.waiting or number
     elif _is_importing(frame or sys._getframe()):  # noqa: SLF001
-        _thread.start_new_thread(_try_again, (number,))  # `threading` may hold its lock here
+        _thread.start_new_thread(_try_again, (number,))  # `threading` may hold a lock here
     else:
         kind = _KeyboardInterrupted if number == signal.SIGINT else Interrupted
         _Delivery.raised = kind(number)

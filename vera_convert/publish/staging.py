@@ -1,4 +1,4 @@
-"""The hidden folder beside OUT (the container) in which one run stages its output.
+"""The hidden folder beside OUT (the container) in which a run stages the output.
 
     .OUT.vera-convert-0123456789abcdef/
         lock    open and locked while the run lives
@@ -38,7 +38,7 @@ TAG = ".vera-convert-"
 _LONGEST_STEM = 100
 """The most bytes of OUT's name in the container's name; encrypted folders allow 143 in total."""
 _TRIES = 16
-"""The most tries against other runs' removals; one try is nearly always enough."""
+"""The most tries against other runs' removals; the first try is nearly always enough."""
 
 
 class Container:
