@@ -1,8 +1,8 @@
 """Download complete files of a repo at one commit into the Hub's cache, and compare their hashes.
 
 huggingface_hub downloads the files, by Xet if possible. Whether huggingface_hub or another program
-stored a file, the hash is compared before the file is used, which takes about 2 seconds for each
-gigabyte. A large file is hashed once; the cache remembers size and time of the hashed file.
+stored a file, the hash is compared before the file is used. A large file is hashed once (about a
+second for each gigabyte); the cache remembers size and time of the hashed file.
 """
 
 from __future__ import annotations
