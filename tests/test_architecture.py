@@ -40,13 +40,13 @@ assembly: float16 addends blocks input_files copying finisher pool writer journa
 merging: in_effect dequantize adapters changes tied_heads collect plan report replaced
 merging: adapter_files model_config
 merging: inputs options card provenance output job merge
-lora: engines options factors plan stored peft_form checks card record forms reading writing
-lora: gguf_form conversion
+lora: engines options factors plan stored peft_form checks card record forms writing
+lora: gguf_form gguf_reading reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
-verification: merged forms lora result verify
+verification: merged forms lora_config lora result verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

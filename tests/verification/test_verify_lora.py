@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from safetensors.numpy import save_file
 
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.conversion import to_lora
+from vera_convert.lora.engines import EngineName
+from vera_convert.lora.gguf_form import GgufModel
 from vera_convert.lora.options import LoraOptions
+from vera_convert.rules import Severity
 from vera_convert.verification.result import Verification
 from vera_convert.verification.verify import verify
 
@@ -29,7 +33,8 @@ Change = Callable[[dict[str, NDArray[Any]]], object]
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return tiny_base(tmp_path / "base")
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    return tiny_base(tmp_path / "base", config={"model_type": "llama", **sizes})
 
 
 @pytest.fixture
@@ -69,11 +74,13 @@ def test_a_conversion_holds_without_the_base(adapter: Path, lora: Path) -> None:
     assert all(0 < layer.error < 1e-7 for layer in result.lora.layers)
 
 
-@pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi", "mlx"])
+@pytest.mark.parametrize("engine", ["peft", "vllm", "sglang", "tgi", "mlx", "gguf"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_conversion_holds(
     engine: Any, dtype: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
+    if engine == "gguf":
+        pytest.importorskip("gguf")
     options = LoraOptions(engine=engine, dtype=dtype)
     done = to_lora(adapter, tmp_path / "other", base=base, options=options)
     result = verify(adapter, lora=tmp_path / "other", base=base)
@@ -131,6 +138,11 @@ WRONG: dict[str, tuple[Change, dict[str, object], str]] = {
     "alpha is not the rank": (nothing, {"lora_alpha": 8}, "V721"),
     "the scaling is another": (nothing, {"use_rslora": True}, "V721"),
     "one layer is scaled otherwise": (nothing, {"alpha_pattern": {Q: 2}}, "V721"),
+    "no target matches": (nothing, {"target_modules": ["fc1"]}, "V726"),
+    "a pattern misses a layer": (nothing, {"target_modules": r".*\.0\..*_proj"}, "V726"),
+    "one layer is transformed": (nothing, {"layers_to_transform": 0}, "V726"),
+    "a target is excluded": (nothing, {"exclude_modules": ["q_proj"]}, "V726"),
+    "r is another": (nothing, {"r": 8}, "V726"),
     "a layer is missing": (without(Q), {}, "V722"),
     "another layer is changed": (added("model.layers.0.self_attn.o_proj", 1.0), {}, "V723"),
 }
@@ -171,9 +183,102 @@ def test_heads_are_compared_byte_for_byte(base: Path, tmp_path: Path) -> None:
     assert verify(adapter, lora=tmp_path / "dropped").passed
 
 
+def test_a_head_that_the_config_does_not_name_is_told(base: Path, tmp_path: Path) -> None:
+    head = {f"{PREFIX}score.weight": np.ones((3, 16), np.float32)}
+    adapter = good_adapter(tmp_path / "head", tensors=head, modules_to_save=["score"])
+    to_lora(adapter, tmp_path / "lora", base=base)
+    wrong = changed(tmp_path / "lora", nothing, modules_to_save=None)
+    assert codes(verify(adapter, lora=wrong)) == {"V726"}
+
+
+def test_a_tensor_that_only_the_lora_has_is_told(adapter: Path, lora: Path) -> None:
+    bias = {f"{PREFIX}{Q}.lora_B.bias": np.ones(16, np.float32)}
+    wrong = changed(lora, lambda tensors: tensors.update(bias), bias="all")
+    assert codes(verify(adapter, lora=wrong)) == {"V724"}
+
+
+def test_another_source_than_the_recorded_is_a_warning(adapter: Path, lora: Path) -> None:
+    assert not verify(adapter, lora=lora).findings
+    save_file(weights(adapter), adapter / WEIGHTS, {"format": "pt", "by": "another hand"})
+    result = verify(adapter, lora=lora)
+    assert result.passed
+    assert [(finding.code, finding.severity) for finding in result.findings] == [
+        ("V725", Severity.WARNING)
+    ]
+
+
+def test_a_record_does_not_excuse_a_larger_error_than_the_rank_explains(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    low = tmp_path / "low"
+    to_lora(adapter, low, base=base, options=LoraOptions(rank=3, accept_error=True))
+    boast = json.dumps({"relative_error": "5.00e+01"})
+    tensors = weights(low)
+    save_file(tensors, low / WEIGHTS, {"format": "pt", "vera_convert.lora": boast})
+    assert verify(adapter, lora=low).passed
+    tensors = {name: tensor * np.float32(1.5) for name, tensor in tensors.items()}
+    save_file(tensors, low / WEIGHTS, {"format": "pt", "vera_convert.lora": boast})
+    assert codes(verify(adapter, lora=low)) == {"V721"}
+
+
+@pytest.fixture
+def gguf_lora(adapter: Path, base: Path, tmp_path: Path) -> Path:
+    pytest.importorskip("gguf")
+    to_lora(adapter, tmp_path / "gguf", base=base, options=LoraOptions(engine=EngineName.GGUF))
+    return tmp_path / "gguf" / "adapter.gguf"
+
+
+def test_rows_in_transformers_order_are_wrong_in_gguf(
+    adapter: Path, base: Path, gguf_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GgufModel, "stored_B", lambda _model, _layer, matrix: matrix)
+    options = LoraOptions(engine=EngineName.GGUF, force=True)
+    to_lora(adapter, gguf_lora.parent, base=base, options=options)
+    result = verify(adapter, lora=gguf_lora.parent, base=base)
+    assert codes(result) == {"V721"}
+    assert {f.place for f in result.errors} == {
+        f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)
+    }
+
+
+def test_the_heads_of_a_gguf_must_be_known(adapter: Path, gguf_lora: Path) -> None:
+    with pytest.raises(UsageError, match="give --base"):
+        verify(adapter, lora=gguf_lora.parent)
+
+
+GGUF_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _data: b"",
+    "another magic": lambda data: b"GGUX" + data[4:],
+    "another version": lambda data: data[:4] + b"\x09" + data[5:],
+    "a cut header": lambda data: data[:200],
+    "cut data": lambda data: data[:-64],
+    "a count beyond the file": lambda data: data[:8] + b"\xff" * 8 + data[16:],
+    "metadata beyond the file": lambda data: data[:16] + b"\xff" * 8 + data[24:],
+    "no adapter": lambda data: data.replace(b"adapter.type", b"adapter.typo"),
+    "a type that no LoRA has": lambda data: data.replace(
+        struct.pack("<IQQI", 2, 16, 4, 0), struct.pack("<IQQI", 2, 16, 4, 2)
+    ),
+    "one name twice": lambda data: data.replace(b"attn_v.weight", b"attn_q.weight"),
+}
+
+
+@pytest.mark.parametrize("case", GGUF_DAMAGE)
+def test_a_damaged_gguf_is_refused_or_wrong(
+    case: str, adapter: Path, base: Path, gguf_lora: Path
+) -> None:
+    before = gguf_lora.read_bytes()
+    gguf_lora.write_bytes(GGUF_DAMAGE[case](before))
+    assert gguf_lora.read_bytes() != before
+    with pytest.raises(CheckpointError, match="V720"):
+        verify(adapter, lora=gguf_lora.parent, base=base)
+
+
 UNREADABLE: dict[str, tuple[Change, dict[str, object]]] = {
     "no LoRA": (nothing, {"peft_type": "LOHA"}),
     "DoRA": (nothing, {"use_dora": True}),
+    "repeated layers": (nothing, {"layer_replication": [[0, 2]]}),
+    "targets are numbers": (nothing, {"target_modules": [1]}),
+    "layers are texts": (nothing, {"layers_to_transform": ["0"]}),
     "alpha is a text": (nothing, {"lora_alpha": "16"}),
     "a pattern is a list": (nothing, {"alpha_pattern": [1]}),
     "half a layer": (lambda t: t.pop(f"{PREFIX}{Q}.lora_A.weight"), {}),

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.base.facts import BaseFacts
+from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.tensorfile import Array
 from vera_convert.lora.plan import LoraLayer, LoraPlan
@@ -39,7 +40,8 @@ ARCHITECTURES = {
     "phi3": "phi3",
 }
 """llama.cpp's architecture, by the model_type of transformers."""
-_PERMUTED = "llama"
+PERMUTED = "llama"
+"""The architecture whose rows of q and k llama.cpp orders in another way."""
 _MOST_LAYERS = 10_000
 
 
@@ -60,11 +62,35 @@ class GgufModel:
     def stored_B(self, layer: LoraLayer, lora_B: Array) -> Array:  # noqa: N802 -- a matrix
         """Return lora_B with its rows in llama.cpp's order."""
         last = layer.written.rpartition(".")[2]
-        if self.architecture != _PERMUTED or last not in ("q_proj", "k_proj"):
+        if self.architecture != PERMUTED or last not in ("q_proj", "k_proj"):
             return lora_B
-        heads = self.heads[last == "k_proj"]
-        halves = lora_B.reshape(heads, 2, len(lora_B) // heads // 2, lora_B.shape[1])
+        halves = lora_B.reshape(self.heads[last == "k_proj"], 2, -1, lora_B.shape[1])
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(lora_B.shape))
+
+
+def restored_B(stored: Array, heads: int) -> Array:  # noqa: N802 -- a matrix
+    """Return lora_B with its rows in transformers' order, from that of llama.cpp."""
+    neighbors = stored.reshape(heads, -1, 2, stored.shape[1])
+    return np.ascontiguousarray(neighbors.swapaxes(1, 2).reshape(stored.shape))
+
+
+def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
+    """Return the numbers of attention heads, and of heads of keys and values, of a base.
+
+    Raises:
+        CheckpointError: the base is not known, or its config gives no usable numbers.
+    """
+    config = {} if base is None else base.config
+    heads = config.get("num_attention_heads")
+    pairs = config.get("num_key_value_heads", heads)
+    if not (_is_size(heads) and _is_size(pairs)):
+        reason = "its config gives no numbers of heads."
+        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, reason))
+    return heads, pairs
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 < value <= _MOST_LAYERS
 
 
 def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
@@ -80,15 +106,11 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     if base is None or kind not in ARCHITECTURES:
         reason = f"its model_type is {printable(kind or 'not known')}."
         raise CheckpointError(LORA_BASE_UNKNOWN.at(place, reason))
-    heads = base.config.get("num_attention_heads")
-    pairs = base.config.get("num_key_value_heads", heads)
+    heads, pairs = head_counts(base, place)
     count = base.config.get("num_hidden_layers")
-    sizes = (heads, pairs, count)
-    if not all(isinstance(size, int) and 0 < size <= _MOST_LAYERS for size in sizes):
-        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, "its config gives no sizes."))
-    assert isinstance(heads, int)  # noqa: S101 -- for the type checker
-    assert isinstance(pairs, int)  # noqa: S101
-    architecture, gguf = ARCHITECTURES[kind], _package()
+    if not _is_size(count):
+        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, "its config gives no number of layers."))
+    architecture, gguf = ARCHITECTURES[kind], gguf_package()
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known[architecture], count)
     names = {layer.written: table.get_name(layer.written) for layer in plan.layers}
@@ -98,7 +120,7 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
             raise CheckpointError(LORA_NAME_UNKNOWN.at(printable(layer.written), reason))
         last, out = layer.written.rpartition(".")[2], layer.shape.out_features
         rows = {"q_proj": 2 * heads, "k_proj": 2 * pairs}.get(last, 1)
-        if architecture == _PERMUTED and out % rows:
+        if architecture == PERMUTED and out % rows:
             reason = f"its {out} outputs are no whole number of heads."
             raise CheckpointError(LORA_BASE_UNKNOWN.at(printable(layer.module), reason))
     return GgufModel(architecture, (heads, pairs), names)
@@ -119,7 +141,7 @@ def write_gguf(
     Raises:
         CheckpointError: a value is too large for the dtype.
     """
-    gguf, plan = _package(), computed.plan
+    gguf, plan = gguf_package(), computed.plan
     writer = gguf.GGUFWriter(path, model.architecture)
     first = metadata_with(record, 0.0, {})[RECORD_KEY]
     writer.add_string("general.type", "adapter")
@@ -152,11 +174,11 @@ def write_gguf(
         file.write(last.encode())
 
 
-def _package() -> Any:  # noqa: ANN401 -- the package has no types
+def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
+    """Return the package `gguf`, or raise `SurroundingsError` if the package is not installed."""
     try:
         return import_module("gguf")
     except ImportError as error:
         raise SurroundingsError(
-            "writing a GGUF file needs the package gguf. Install it with: "
-            "pip install 'vera-convert[gguf]'."
+            "a GGUF file needs the package gguf. Install it with: pip install 'vera-convert[gguf]'."
         ) from error

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vera_convert.adapter.lora_record import (
     DIFFUSERS_NAME,
+    GGUF_NAME,
     LORA_WEIGHTS,
     MLX_NAME,
     RECORD_KEY,
@@ -26,15 +27,25 @@ from vera_convert.adapter.names import PREFIX
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME
-from vera_convert.files.reading import open_local
+from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file
+from vera_convert.lora.gguf_form import restored_B
+from vera_convert.lora.gguf_reading import read_gguf
 from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
 _PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
-_SAFETENSORS = LORA_WEIGHTS[:3]
+_OTHER_LORAS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
+"""Fields of PEFT's config with which a layer computes something else than the plain product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +57,14 @@ class ReadLayer:
         lora_B: (out, rank), or (rank, out) if transposed.
         scaling: the factor of their product.
         transposed: whether the factors are stored as MLX-LM has them.
+        heads: if not 0, the rows of lora_B lie in llama.cpp's order for so many heads.
     """
 
     lora_A: TensorData  # noqa: N815 -- the matrix is called A
     lora_B: TensorData  # noqa: N815
     scaling: float
     transposed: bool = False
+    heads: int = 0
 
     @property
     def rank(self) -> int:
@@ -68,6 +81,7 @@ class ReadLayer:
     def factors(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """Read lora_A (rank, in), and lora_B (out, rank) times the scaling."""
         lora_A, lora_B = self.lora_A.array(), self.lora_B.array().astype(np.float64) * self.scaling
+        lora_B = restored_B(lora_B, self.heads) if self.heads else lora_B
         return (lora_A.T, lora_B.T) if self.transposed else (lora_A, lora_B)
 
 
@@ -79,11 +93,15 @@ class ReadLora:
         layers: the layers, by the path of the module.
         others: tensors of no layer, by name: heads and biases.
         record: what this package recorded when it wrote the LoRA; None for another's LoRA.
+        config: PEFT's config of the LoRA; None in another form.
+        architecture: of a GGUF file, llama.cpp's name of the base's architecture; else empty.
     """
 
     layers: Mapping[str, ReadLayer]
     others: Mapping[str, TensorData] = field(default_factory=dict)
     record: Mapping[str, object] | None = None
+    config: Mapping[str, object] | None = None
+    architecture: str = ""
 
 
 @contextmanager
@@ -96,31 +114,49 @@ def open_lora(folder: Path) -> Iterator[ReadLora]:
     """
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
-    weights = next((name for name in _SAFETENSORS if (folder / name).exists()), None)
+    weights = next((name for name in LORA_WEIGHTS if (folder / name).exists()), None)
     if weights is None:
-        raise _unreadable(folder.name, f"there is none of {', '.join(_SAFETENSORS)}")
+        raise _unreadable(folder.name, f"there is none of {', '.join(LORA_WEIGHTS)}")
     with open_local(folder / weights, within=folder) as source:
+        if weights == GGUF_NAME:
+            yield _in_gguf(source)
+            return
         file = TensorFile(source)
-        scaling = _scaling(folder, weights, file.header.metadata)
-        pairs, others = _sorted(file, is_diffusers=weights == DIFFUSERS_NAME)
-        layers = {}
-        for module, (lora_A, lora_B) in pairs.items():
-            layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == MLX_NAME)
-            _require_sound(module, layer)
-            layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
-        yield ReadLora(layers, others, parse_record(file.header.metadata.get(RECORD_KEY)))
+        config = None if weights == DIFFUSERS_NAME else _config(folder)
+        scaling = _scaling(config, weights, file.header.metadata)
+        tensors = {name: from_file(file, name) for name in file.header.tensors}
+        layers, others = _sorted(tensors, scaling, weights)
+        record = parse_record(file.header.metadata.get(RECORD_KEY))
+        yield ReadLora(layers, others, record, None if weights == MLX_NAME else config)
 
 
-def _scaling(folder: Path, weights: str, metadata: Mapping[str, str]) -> _Scaling:
-    """Return how the product of the factors is scaled."""
-    if weights == DIFFUSERS_NAME:
-        text = metadata.get("lora_adapter_metadata")
-        own = parse_record(text) or {}
-        return _Scaling.of({name.rpartition(".")[2]: value for name, value in own.items()}, None)
+def _in_gguf(source: ByteSource) -> ReadLora:
+    file = read_gguf(source)
+    if not _is_number(file.alpha):
+        raise _unreadable(GGUF_NAME, "its alpha is no usable number")
+    scaling = _Scaling(file.alpha or None, {}, rank_stabilized=False)
+    layers, others = _sorted(file.tensors, scaling, GGUF_NAME)
+    record = file.metadata.get(RECORD_KEY)
+    record = parse_record(record) if isinstance(record, str) else None
+    return ReadLora(layers, others, record, architecture=file.architecture)
+
+
+def _config(folder: Path) -> Mapping[str, object]:
     with open_local(folder / CONFIG_NAME, within=folder) as source:
         config, _ = read_json(source, limit=_CONFIG_LIMIT, pythons_numbers=True)
     if not isinstance(config, dict):
         raise _unreadable(CONFIG_NAME, "it is no JSON object")
+    return config
+
+
+def _scaling(
+    config: Mapping[str, object] | None, weights: str, metadata: Mapping[str, str]
+) -> _Scaling:
+    """Return how the product of the factors is scaled."""
+    if config is None:
+        text = metadata.get("lora_adapter_metadata")
+        own = parse_record(text) or {}
+        return _Scaling.of({name.rpartition(".")[2]: value for name, value in own.items()}, None)
     if weights == MLX_NAME:
         parameters = config.get("lora_parameters")
         factor = parameters.get("scale") if isinstance(parameters, dict) else None
@@ -133,27 +169,31 @@ def _scaling(folder: Path, weights: str, metadata: Mapping[str, str]) -> _Scalin
 
 
 def _sorted(
-    file: TensorFile, *, is_diffusers: bool
-) -> tuple[dict[str, tuple[TensorData, TensorData]], dict[str, TensorData]]:
-    """Return the pair of each layer, and the other tensors by name."""
+    tensors: Mapping[str, TensorData], scaling: _Scaling, weights: str
+) -> tuple[dict[str, ReadLayer], dict[str, TensorData]]:
+    """Return the layers, and the other tensors by name."""
     found: dict[str, list[TensorData | None]] = {}
     others: dict[str, TensorData] = {}
-    for name in file.header.tensors:
+    for name, tensor in tensors.items():
         ending = next((end for end in _PARTS if name.endswith(end)), None)
-        tensor = from_file(file, name)
         if ending is None:
             others[name] = tensor
             continue
         module = name.removesuffix(ending)
+        if weights == GGUF_NAME:
+            module = module.removesuffix(".weight")
         # Before the path stands the component of a pipeline.
+        is_diffusers = weights == DIFFUSERS_NAME
         module = module.partition(".")[2] if is_diffusers else module.removeprefix(PREFIX)
         found.setdefault(module, [None, None])[_PARTS[ending]] = tensor
-    pairs = {}
+    layers = {}
     for module, (lora_A, lora_B) in found.items():
         if lora_A is None or lora_B is None:
             raise _unreadable(module, "one of lora_A and lora_B is missing")
-        pairs[module] = lora_A, lora_B
-    return pairs, others
+        layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == MLX_NAME)
+        _require_sound(module, layer)
+        layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
+    return layers, others
 
 
 def _require_sound(module: str, layer: ReadLayer) -> None:
@@ -196,8 +236,9 @@ class _Scaling:
         is_fine = isinstance(patterns, dict) and all(map(_is_number, patterns.values()))
         if not is_fine or not (alpha is None or _is_number(alpha)):
             raise _unreadable(CONFIG_NAME, "lora_alpha or alpha_pattern is malformed")
-        if config.get("use_dora"):
-            raise _unreadable(CONFIG_NAME, "use_dora is true, so the layers are no plain LoRA")
+        other = next((field for field in _OTHER_LORAS if config.get(field)), None)
+        if other is not None:
+            raise _unreadable(CONFIG_NAME, f"{other} is set, so the layers are no plain LoRA")
         assert alpha is None or isinstance(alpha, int | float)  # noqa: S101 -- for the type checker
         assert isinstance(patterns, dict)  # noqa: S101
         return cls(alpha, patterns, bool(config.get("use_rslora")))

@@ -50,7 +50,7 @@ def record_of(origin: Origin, plan: LoraPlan) -> dict[str, object]:
         "format": 1,
         "vera_convert": __version__,
         "source": source_of(origin.location),
-        "source_sha256": _sha256(adapter.file.source),
+        "source_sha256": file_sha256(adapter.file.source),
         "config_sha256": sha256(adapter.config_file.text).hexdigest(),
         "source_rank": adapter.config.r,
         "rank": plan.rank,
@@ -78,7 +78,8 @@ def metadata_with(
     return {"format": "pt", **others, **own}
 
 
-def _sha256(source: ByteSource) -> str:
+def file_sha256(source: ByteSource) -> str:
+    """Return the SHA-256 of a file, as hex."""
     digest = sha256()
     for start in range(0, source.size, _BLOCK):
         digest.update(source.read_at(start, min(_BLOCK, source.size - start)))

@@ -1,54 +1,76 @@
-"""A LoRA checked against the VeRA adapter that the LoRA was made from, layer by layer.
+"""Compare a LoRA with the VeRA adapter that the LoRA was made from, layer by layer.
 
-    names    every layer of the adapter, and no other that does anything
-    deltas   lora_B lora_A against diag(b) B diag(d) A, by their relative error
-    heads    modules and biases that were trained whole, byte for byte
+    names    every layer of the adapter, and no other layer with an effect
+    deltas   lora_B lora_A with diag(b) B diag(d) A, by the relative error
+    others   heads and biases that were trained whole, byte for byte
+    record   the SHA-256 of the source
+    config   whether PEFT would load every tensor
 
 The error is computed from thin matrices, so no delta is formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
+from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.hub.lookup import HubAccess
-from vera_convert.lora.factors import Factors, relative_error
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
+from vera_convert.lora.factors import (
+    Factors,
+    decompose,
+    nonzero_rows,
+    relative_error,
+    truncation_error,
+)
+from vera_convert.lora.gguf_form import PERMUTED, head_counts
+from vera_convert.lora.gguf_reading import gguf_names
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
+from vera_convert.lora.record import file_sha256
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect
 from vera_convert.rules import (
     LORA_DELTA_DIFFERS,
     LORA_LAYER_EXTRA,
     LORA_LAYER_LACKING,
+    LORA_OTHER_SOURCE,
     LORA_TENSOR_DIFFERS,
+    LORA_UNREADABLE,
     Finding,
 )
 from vera_convert.text import counted, printable
 from vera_convert.verification.forms import fetched_adapter
+from vera_convert.verification.lora_config import config_findings
 from vera_convert.verification.options import VerifyOptions
 
 _MOST_FINDINGS = 50
 _LIMITS = {"F64": 1e-6, "F32": 1e-6, "BF16": 6e-3, "F16": 2e-3}
 """The relative error that rounding to a dtype explains."""
+_SLACK = 1.05
+"""The factor by which the error of a lower rank may exceed the recorded error."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraLayerCheck:
-    """One layer of a LoRA beside the adapter's.
+    """One layer of a LoRA, compared with the adapter's layer.
 
     Attributes:
         module: the layer's path in the adapter.
@@ -76,17 +98,35 @@ class LoraLayerCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraFolders:
+    """The folders that a base, its adapter and the LoRA are run from.
+
+    Attributes:
+        adapter: the VeRA adapter.
+        base: the base.
+        lora: the LoRA.
+        weights: the bytes of the base's weights.
+    """
+
+    adapter: Path
+    base: Path
+    lora: Path
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoraCheck:
     """The comparison of a LoRA with an adapter.
 
     Attributes:
         label: how the caller named the LoRA.
         origin: where the adapter's A and B come from.
-        layers: the layers that both have.
-        zeros: how many layers the LoRA alone has, which do nothing.
+        layers: the compared layers.
+        zeros: how many layers without effect the LoRA alone has.
         trained_whole: how many heads and biases were compared.
-        recorded: the error that was recorded when the LoRA was written; None if none was.
-        findings: everything that is wrong; then warnings and notes.
+        recorded: the error that the LoRA's record states; None without a record.
+        run: the folders to run both in, or the reason why the LoRA is not run.
+        findings: errors; then warnings and notes.
     """
 
     label: str
@@ -95,6 +135,7 @@ class LoraCheck:
     zeros: int
     trained_whole: int
     recorded: float | None
+    run: LoraFolders | str
     findings: tuple[Finding, ...]
 
     @property
@@ -122,7 +163,7 @@ def check_lora(
 
     Raises:
         CheckpointError: the adapter or the LoRA is malformed, or the adapter is not for the base.
-        UsageError: A and B have to be drawn, and the base is not known.
+        UsageError: A and B must be drawn, and the base is unknown.
         SurroundingsError: a file or a repo cannot be read, or changed meanwhile.
     """
     with ExitStack() as stack:
@@ -135,55 +176,99 @@ def check_lora(
         facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
         projections = options.projections or ProjectionSource.AUTO
         pair = in_effect(ours, facts, projections=projections, variant=options.generator)
-        names = {module: _name_in(theirs, module, facts) for module in ours.layers}
+        names = _names(theirs, ours, facts)
+        theirs = _in_transformers_order(theirs, names, facts)
         compared = [*_compared(ours, theirs, names, pair)]
         layers = [each for each in compared if isinstance(each, LoraLayerCheck)]
         wrong = [each for each in compared if isinstance(each, Finding)]
         wrong += [layer.finding() for layer in layers if not layer.passed]
         extra = [theirs.layers[name] for name in theirs.layers.keys() - {*names.values()}]
-        doing = [layer for layer in extra if _does_something(layer)]
-        if doing:
-            first_name = min(n for n, layer in theirs.layers.items() if layer in doing)
-            reason = f"the adapter has no such layer; {counted(len(doing), 'layer')} in all."
-            wrong.append(LORA_LAYER_EXTRA.at(printable(first_name), reason))
+        wrong += _extra_layers(theirs, extra)
         wrong += _other_tensors(ours, theirs)
+        wrong += config_findings(theirs, [name for name in names.values() if name is not None])
         ours.check_unchanged()
         return LoraCheck(
             label=second.label,
             origin=pair.origin,
             layers=tuple(layers),
-            zeros=len(extra) - len(doing),
+            zeros=len(extra) - sum(map(_has_effect, extra)),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
+            run=_folders(
+                theirs,
+                names,
+                facts,
+                places=(first, second),
+                access=access,
+                may_fetch=base_options.model is not None and not options.layers_only,
+            ),
             findings=(
                 *wrong[:_MOST_FINDINGS],
+                *_other_source(ours, theirs),
                 *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
             ),
         )
 
 
-def _recorded(lora: ReadLora) -> float | None:
-    """Return the error that was recorded with a LoRA, if the record makes sense."""
-    try:
-        found = float(str((lora.record or {}).get("relative_error")))
-    except ValueError:
-        return None
-    return found if 0 <= found < 100 else None
+# --- layers --------------------------------------------------------------------------------------
 
 
-def _name_in(lora: ReadLora, module: str, facts: BaseFacts) -> str | None:
-    """Return the LoRA's name of a module: the adapter's own, or that in the base's files."""
-    names = [module]
+def _names(lora: ReadLora, adapter: Adapter, facts: BaseFacts) -> dict[str, str | None]:
+    """Return the LoRA's name for each module of the adapter; None if the LoRA has no such layer.
+
+    A LoRA has the adapter's names, those of the base's files, or llama.cpp's.
+    """
+    known = {module: [*_known_names(module, facts)] for module in adapter.layers}
+    if lora.architecture:
+        own = gguf_names(lora.architecture, lora.layers, known)
+        known = {module: [own[module]] if module in own else [] for module in known}
+    return {
+        module: next((name for name in names if name in lora.layers), None)
+        for module, names in known.items()
+    }
+
+
+def _known_names(module: str, facts: BaseFacts) -> Iterator[str]:
+    yield module
     if facts.match is not None:
-        tensor = facts.match.tensors.get(module, "").removesuffix(".weight")
-        names += [tensor, facts.match.rename(module) or ""]
-    return next((name for name in names if name in lora.layers), None)
+        yield facts.match.tensors.get(module, "").removesuffix(".weight")
+        yield facts.match.rename(module) or ""
+
+
+def _in_transformers_order(
+    lora: ReadLora, names: Mapping[str, str | None], facts: BaseFacts
+) -> ReadLora:
+    """Return a LoRA of llama.cpp whose rows of q and k will be read in transformers' order.
+
+    Raises:
+        UsageError: the base, and thus the number of its heads, is unknown.
+        CheckpointError: the rows are no whole number of heads.
+    """
+    if lora.architecture != PERMUTED:
+        return lora
+    layers, place = dict(lora.layers), facts.source or "the base"
+    for module, name in names.items():
+        last = module.rpartition(".")[2]
+        if name is None or last not in ("q_proj", "k_proj"):
+            continue
+        if facts.base is None:
+            raise UsageError(
+                "llama.cpp orders the rows of q and k by the base's heads, and the base is not "
+                "known: give --base."
+            )
+        heads = head_counts(facts.base, place)[last == "k_proj"]
+        layer = lora.layers[name]
+        if layer.shape[0] % (2 * heads):
+            reason = f"its {layer.shape[0]} outputs are no whole number of heads."
+            raise CheckpointError(LORA_UNREADABLE.at(printable(name), reason))
+        layers[name] = replace(layer, heads=heads)
+    return replace(lora, layers=layers)
 
 
 def _compared(
     adapter: Adapter, lora: ReadLora, names: Mapping[str, str | None], pair: InEffect
 ) -> Iterator[LoraLayerCheck | Finding]:
-    """Compare each layer of the adapter with the LoRA's; a layer that cannot be is a finding."""
+    """Compare each layer of the adapter with the LoRA's; a layer without a partner is a finding."""
     recorded = _recorded(lora)
     for module, name in names.items():
         if name is None:
@@ -199,8 +284,11 @@ def _compared(
             yield LORA_DELTA_DIFFERS.at(printable(module), reason)
             continue
         b, d = vectors.lambda_b.array(), vectors.lambda_d.array()
-        error = _error(Factors(pair.A[:, :width], pair.B[:out], d, b), layer)
-        limit = max(_rounding(layer), 1.05 * (recorded or 0.0))
+        ours = Factors(pair.A[:, :width], pair.B[:out], d, b)
+        error = _error(ours, layer)
+        limit = max(_LIMITS[layer.lora_A.dtype], _LIMITS[layer.lora_B.dtype])
+        if recorded is not None and error > limit:
+            limit = max(limit, _SLACK * min(recorded, _error_of_rank(ours, layer.rank) + limit))
         yield LoraLayerCheck(module, name, layer.rank, error, limit)
 
 
@@ -211,24 +299,91 @@ def _error(ours: Factors, layer: ReadLayer) -> float:
     return relative_error(ours.A, ours.lora_B_blocks(), lora_A, lora_B)
 
 
-def _rounding(layer: ReadLayer) -> float:
-    """Return the relative error that rounding the factors explains."""
-    return max(_LIMITS[layer.lora_A.dtype], _LIMITS[layer.lora_B.dtype])
+def _error_of_rank(ours: Factors, rank: int) -> float:
+    """Return the smallest relative error that a LoRA of a rank can have."""
+    used = ours.select(np.flatnonzero(nonzero_rows(ours.d)))
+    return truncation_error(decompose(used.lora_A(), used.lora_B()).values, rank)
 
 
-def _does_something(layer: ReadLayer) -> bool:
+def _extra_layers(lora: ReadLora, extra: Sequence[ReadLayer]) -> Iterator[Finding]:
+    """Yield a finding for the layers that the adapter lacks, if any has an effect."""
+    acting = [layer for layer in extra if _has_effect(layer)]
+    if acting:
+        first = min(name for name, layer in lora.layers.items() if layer in acting)
+        reason = f"the adapter has no such layer; {counted(len(acting), 'layer')} in all."
+        yield LORA_LAYER_EXTRA.at(printable(first), reason)
+
+
+def _has_effect(layer: ReadLayer) -> bool:
     lora_A, lora_B = layer.factors()
     return bool(np.any(lora_A != 0) and np.any(lora_B != 0))
 
 
+# --- other tensors and the record ----------------------------------------------------------------
+
+
+def _recorded(lora: ReadLora) -> float | None:
+    """Return the error that a LoRA's record states; None without a plausible number."""
+    try:
+        found = float(str((lora.record or {}).get("relative_error")))
+    except ValueError:
+        return None
+    return found if 0 <= found < 100 else None
+
+
 def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
-    """Yield the heads and biases that are not the adapter's."""
+    """Yield the heads and biases that differ from the adapter's."""
     options = (lora.record or {}).get("options")
-    if isinstance(options, Mapping) and options.get("drop_head") is True:
-        return
-    for tensor in adapter.replacements:
+    is_dropped = isinstance(options, Mapping) and options.get("drop_head") is True
+    for tensor in () if is_dropped else adapter.replacements:
         other = lora.others.get(tensor.name)
         if other is None:
-            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA does not have it.")
+            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA lacks this tensor.")
         elif not same_tensor(tensor, other):
-            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA's has other values.")
+            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA has other values.")
+    for name in lora.others.keys() - {tensor.name for tensor in adapter.replacements}:
+        yield LORA_TENSOR_DIFFERS.in_tensor(name, "only the LoRA has this tensor.")
+
+
+def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
+    """Yield a warning if the record names another file than the adapter's."""
+    record, source = lora.record or {}, adapter.file.source
+    hashes = {
+        "source_sha256": (WEIGHTS_NAME, file_sha256(source)),
+        "config_sha256": (CONFIG_NAME, sha256(adapter.config_file.text).hexdigest()),
+    }
+    others = [name for key, (name, own) in hashes.items() if record.get(key, own) != own]
+    if others:
+        reason = f"the SHA-256 of {' and of '.join(others)} differs from the LoRA's record."
+        yield LORA_OTHER_SOURCE.at(adapter.folder.name, reason)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def _folders(
+    lora: ReadLora,
+    names: Mapping[str, str | None],
+    facts: BaseFacts,
+    *,
+    places: tuple[Location, Location],
+    access: HubAccess,
+    may_fetch: bool,
+) -> LoraFolders | str:
+    """Return the folders to run adapter and LoRA in, or the reason why neither is run."""
+    base, location = facts.base, facts.location
+    if lora.config is None:
+        return "PEFT does not load this form"
+    missing = [name for name in ("peft", "torch", "transformers") if find_spec(name) is None]
+    if missing:
+        return f"install {' and '.join(missing)} to run the LoRA in PEFT"
+    if base is None or location is None or (location.folder is None and not may_fetch):
+        return "give --base MODEL to run the LoRA in PEFT"
+    if base.prefix or base.model_type is None or "quantization_config" in base.config:
+        return "the base is no 16-bit or 32-bit model of transformers"
+    if any(module != name for module, name in names.items()):
+        return "the names are those of the base's files, which PEFT does not look up"
+    sides = sort_files(list_files(location, access), base)
+    needed = [name for name in (sides.config, base.index) if name is not None]
+    folder = fetch_base(location, access, names=[*needed, *base.files]).fetched
+    return LoraFolders(places[0].fetched, folder, places[1].fetched, base.weights_size)

@@ -1,0 +1,102 @@
+"""Check that PEFT loads every tensor of a LoRA by the LoRA's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.base.replacements import saved_modules
+from vera_convert.errors import CheckpointError
+from vera_convert.lora.reading import ReadLora
+from vera_convert.rules import LORA_NOT_LOADED, LORA_UNREADABLE, Finding
+from vera_convert.targets.matching import is_all_linear, matching
+from vera_convert.text import counted, printable
+
+
+def config_findings(lora: ReadLora, names: Sequence[str]) -> Iterator[Finding]:
+    """Yield a finding for each kind of tensor that the config makes PEFT leave out or refuse.
+
+    Args:
+        lora: the LoRA.
+        names: the layers to load.
+
+    Raises:
+        CheckpointError: a field of the config is malformed.
+    """
+    if lora.config is None:
+        return
+    config = lora.config
+    targeted = _matched(names, config, "target_modules")
+    lost = [name for name in names if name not in targeted]
+    excluded = _matched(names, config, "exclude_modules") if config.get("exclude_modules") else ()
+    lost += [name for name in names if name in excluded]
+    if lost:
+        reason = f"target_modules and its limits leave out {counted(len(lost), 'layer')}."
+        yield LORA_NOT_LOADED.at(printable(lost[0]), reason)
+    rank = config.get("r", 8)
+    for name in names:
+        layer = lora.layers[name]
+        if layer.rank != rank and not config.get("rank_pattern"):
+            reason = f"its rank is {layer.rank}, and r is {printable(str(rank))} in the config."
+            yield LORA_NOT_LOADED.at(printable(name), reason)
+            break
+    yield from _left_out(lora, config)
+
+
+def _left_out(lora: ReadLora, config: Mapping[str, object]) -> Iterator[Finding]:
+    """Yield the heads and biases that the config does not name."""
+    task = config.get("task_type")
+    saved = saved_modules(
+        VeraConfig(
+            modules_to_save=_texts(config, "modules_to_save"),
+            task_type=task if isinstance(task, str) else None,
+        )
+    )
+    for name in lora.others:
+        module, _, parameter = replaced_name(name).rpartition(".")
+        is_bias = parameter == "bias" and config.get("bias", "none") != "none"
+        if not is_bias and not saved.of(module):
+            reason = "neither modules_to_save nor bias names this tensor."
+            yield LORA_NOT_LOADED.in_tensor(name, reason)
+
+
+def _matched(names: Sequence[str], config: Mapping[str, object], field: str) -> frozenset[str]:
+    """Return the modules that a field of names, or a regular expression, matches."""
+    found = config.get(field)
+    targets = found if isinstance(found, str) else _texts(config, field)
+    if targets is None or is_all_linear(targets):
+        return frozenset(names)  # depends on the model alone
+    limits: dict[str, Any] = {}
+    if field == "target_modules":
+        limits["layers_to_transform"] = _numbers(config, "layers_to_transform")
+        pattern = config.get("layers_pattern")
+        named = isinstance(pattern, str)
+        limits["layers_pattern"] = pattern if named else _texts(config, "layers_pattern")
+    return frozenset(matching(names, VeraConfig(target_modules=targets, **limits)))
+
+
+def _texts(config: Mapping[str, object], field: str) -> tuple[str, ...] | None:
+    """Return a list of texts; None if the config has no such field."""
+    found = config.get(field)
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise _malformed(field)
+    return tuple(found)
+
+
+def _numbers(config: Mapping[str, object], field: str) -> tuple[int, ...] | None:
+    """Return a list of numbers, or a number as a list; None if the config has no such field."""
+    found = config.get(field)
+    listed = found if found is None or isinstance(found, list) else [found]
+    if listed is None:
+        return None
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
+        raise _malformed(field)
+    return tuple(listed)
+
+
+def _malformed(field: str) -> CheckpointError:
+    return CheckpointError(LORA_UNREADABLE.in_file(CONFIG_NAME, f"{field} is malformed."))
