@@ -72,7 +72,7 @@ test-floor: .venv-floor/test.stamp ## Run the tests with torch on the oldest sup
 	$(BIN_FLOOR)/python $(PYTEST) tests/with_torch $(shell grep -l 'importorskip("torch")' tests/test_*.py)
 
 test-quantizers: .venv/quantizers.stamp ## Compare dequantized weights with those of the quantizers' own libraries; downloads these
-	HF_HUB_OFFLINE=1 REQUIRE_QUANTIZERS=1 PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py
+	HF_HUB_OFFLINE=1 REQUIRE_QUANTIZERS=1 PYTHONPATH=.venv/quantizers $(BIN)/python -m pytest tests/with_torch/test_quantizers.py tests/with_torch/test_comparing_quantized.py
 
 # pyproject.toml excludes tests/ci and tests/engines, so that no other run of pytest collects them.
 test-ci: .venv-ci/test.stamp ## Run the pre-commit hook, the action and the container file; installs packages

@@ -23,6 +23,7 @@ from vera_convert.lora.engines import EngineName
 from vera_convert.lora.gguf_form import GgufModel
 from vera_convert.lora.options import LoraOptions
 from vera_convert.rules import Severity
+from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.result import Verification
 from vera_convert.verification.verify import verify
 
@@ -83,7 +84,8 @@ def test_every_conversion_holds(
         pytest.importorskip("gguf")
     options = LoraOptions(engine=engine, dtype=dtype)
     done = to_lora(adapter, tmp_path / "other", base=base, options=options)
-    result = verify(adapter, lora=tmp_path / "other", base=base)
+    weights_alone = VerifyOptions(layers_only=True)
+    result = verify(adapter, lora=tmp_path / "other", base=base, options=weights_alone)
     assert result.passed
     assert result.lora is not None
     for layer in result.lora.layers:
@@ -140,6 +142,8 @@ WRONG: dict[str, tuple[Change, dict[str, object], str]] = {
     "one layer is scaled otherwise": (nothing, {"alpha_pattern": {Q: 2}}, "V721"),
     "no target matches": (nothing, {"target_modules": ["fc1"]}, "V726"),
     "a pattern misses a layer": (nothing, {"target_modules": r".*\.0\..*_proj"}, "V726"),
+    "no target is named": (nothing, {"target_modules": None}, "V726"),
+    "bias has no known value": (nothing, {"bias": "some"}, "V726"),
     "one layer is transformed": (nothing, {"layers_to_transform": 0}, "V726"),
     "a target is excluded": (nothing, {"exclude_modules": ["q_proj"]}, "V726"),
     "r is another": (nothing, {"r": 8}, "V726"),

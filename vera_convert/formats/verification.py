@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import origin_text, table
@@ -15,7 +16,7 @@ from vera_convert.verification.expected import Kind
 from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
-from vera_convert.verification.model_comparison import ModelComparison
+from vera_convert.verification.model_comparison import ModelComparison, QuantizedComparison
 from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import MergedTensors, TensorCheck
 
@@ -37,7 +38,7 @@ def verification_text(result: Verification) -> str:
     if result.merged is not None:
         rows += _merged_rows(result.merged)
     if result.model is not None:
-        rows += _model_rows(result.model)
+        rows += _model_rows(result.model, _MERGED_WORDS)
     elif result.merged is not None:
         rows.append(["model", _why_not_run(result)])
     if result.model is not None or result.not_run is not None:
@@ -99,7 +100,9 @@ def _lora_rows(check: LoraCheck) -> Rows:
     if check.trained_whole:
         compared = f"{counted(check.trained_whole, 'tensor')} compared, byte for byte"
         rows.append(["  modules_to_save", compared])
-    return rows
+    if check.model is not None:
+        return [*rows, *_model_rows(check.model, _LORA_WORDS)]
+    return [*rows, ["model", f"not run: {check.run}"]]
 
 
 # --- a merged model ------------------------------------------------------------------------------
@@ -235,25 +238,47 @@ def _verified(checks: Sequence[TensorCheck]) -> str:
     return f"{passed:,} of {counted(len(checks), 'tensor')} verified"
 
 
-def _model_rows(model: ModelComparison) -> Rows:
+_MERGED_WORDS = ("with the adapter", "re-merged", "rounding to {}")
+_LORA_WORDS = ("with the adapter", "without PEFT", "the LoRA's own error")
+"""The names of the two comparisons, and the cause that allows the first to differ."""
+
+
+def _model_rows(model: ModelComparison, words: tuple[str, str, str]) -> Rows:
     ran = f"{counted(model.samples, 'sample')}, {counted(model.tokens, 'position')}"
     rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
     if math.isinf(model.largest_difference):
         return [*rows, ["  logits", "none that could be compared"], *_reason_row(model)]
     results = "logits" if model.kl is not None else "hidden states"
-    rounding = f"limit {model.threshold_difference:.3g}: rounding to {model.dtype}"
+    with_adapter, again, cause = words
+    rounding = f"limit {model.threshold_difference:.3g}: {cause.format(model.dtype)}"
     order = f"limit {model.threshold_remerged:.3g}: order of summation"
     rows.append(["  effect", f"adapter changes {results} by up to {model.effect:.3g}"])
-    compared = "with the adapter" if model.wrapped else "unrounded merge"
+    compared = with_adapter if model.wrapped else "unrounded merge"
     rows.append([f"  {compared}", _difference_text(model.largest_difference, rounding)])
     if not model.wrapped:
         rows.append(["", "the adapter's unmerged result differs from any merge: not compared"])
-    rows.append(["  re-merged", _difference_text(model.remerged_difference, order)])
+    rows.append([f"  {again}", _difference_text(model.remerged_difference, order)])
     if model.kl is not None and model.threshold_kl is not None:
         rows.append(["  KL divergence", f"{model.kl:.3g} nats (limit {model.threshold_kl:.3g})"])
     if model.top1 is not None and model.threshold_top1 is not None:
         rows.append(["  same top token", f"{model.top1:.2%} (limit {model.threshold_top1:.2%})"])
+    if model.quantized is not None:
+        rows += _quantized_rows(model.quantized)
     return [*rows, *_reason_row(model)]
+
+
+def _quantized_rows(found: QuantizedComparison) -> Rows:
+    if found.not_compared:
+        said = f"not compared, only the dequantized base was: {printable(found.not_compared)}"
+        return [["  quantized base", said]]
+    difference = f"RMS difference {found.difference:.3g}"
+    limit = f"limit {found.threshold:.3g}: computing in {found.dtype}"
+    effect = f"adapter's effect {found.effect:.3g}"
+    hidden = ", which the limit hides" if found.effect <= found.threshold else ""
+    return [
+        ["  quantized base", f"run by {found.libraries}"],
+        ["", f"{difference} ({limit}; {effect}{hidden})"],
+    ]
 
 
 def _difference_text(difference: float, limit: str) -> str:
@@ -317,6 +342,7 @@ def _lora_document(check: LoraCheck) -> Document:
         ],
         "zeros": check.zeros,
         "trained_whole": check.trained_whole,
+        "model": None if check.model is None else _model_document(check.model),
     }
 
 
@@ -366,9 +392,18 @@ def _tensor_document(check: TensorCheck) -> Document:
 
 
 def _model_document(model: ModelComparison) -> Document:
+    return _with_finite(asdict(model))
+
+
+def _with_finite(fields: dict[str, Any]) -> Document:
+    """Return the fields of a result; infinity becomes None."""
     return {
-        name: _finite(value) if isinstance(value, float) else value
-        for name, value in asdict(model).items()
+        name: _finite(value)
+        if isinstance(value, float)
+        else _with_finite(value)
+        if isinstance(value, dict)
+        else value
+        for name, value in fields.items()
     }
 
 

@@ -117,6 +117,16 @@ class AdapterFiles:
         return dict(sorted({**kept, **self.tokenizer, **self.copied}.items()))
 
 
+def decides_outputs(name: str, names: Collection[str]) -> bool:
+    """Return whether a file decides how the weights beside the file are used.
+
+    Args:
+        name: the name of the file.
+        names: the names of all files of the folder.
+    """
+    return name in tokenizer_files(names) or bool(_SINGLE.fullmatch(name)) or "/" in name
+
+
 def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     """Sort the files beside an adapter.
 

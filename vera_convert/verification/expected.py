@@ -6,7 +6,7 @@ The plan of the merge is not used, so that an error in the plan shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -117,84 +117,48 @@ def expected_tensors(
         dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
         dequantization: how the base becomes a 16-bit model; None without dequantization.
     """
-    maker = _Maker(base, files, changes, dtype, dequantization)
-    return {tensor.name: tensor for tensor in maker.all()}
-
-
-class _Maker:
-    """Makes the expected tensors from those of the base and of the adapters."""
-
-    def __init__(
-        self,
-        base: BaseModel,
-        files: Mapping[str, InputFile],
-        changes: Changes,
-        dtype: str | None,
-        dequantization: Dequantization | None,
-    ) -> None:
-        self.base = base
-        self.files = files
-        self.changes = changes
-        self.dtype = dtype
-        self.dequantization = dequantization
-        # Quantized tensors keep their dtype.
-        stays = dtype is not None and dequantization is None
-        self.kept = quantized_tensors(base) if stays else frozenset[str]()
-
-    def all(self) -> Iterator[Expected]:
-        for name in self.base.tensors:
-            replacement = self.changes.replaced.get(name)
-            if replacement is None:
-                yield self._of_base(name, name)
-            else:
-                yield self._of_adapter(name, replacement, Kind.REPLACED, self._dtype_of(name))
-        for head, embedding in self.changes.heads.items():
-            yield self._of_base(head, embedding)
-        for name, replacement in self.changes.new.items():
-            yield self._of_adapter(name, replacement, Kind.NEW, replacement.info.dtype)
-
-    def _of_base(self, name: str, stored_name: str) -> Expected:
-        """Return a tensor that starts from a tensor of the base."""
-        tensor = self.base.tensors[stored_name]
-        terms = self.changes.terms.get(name, ())
-        dtype = self._dtype_of(stored_name)
-        written = dtype if stored_name in self.kept else self._written(dtype)
-        plan = self.dequantization
-        decode = None if plan is None else plan.decoder(stored_name, self.files)
+    # Quantized tensors keep their dtype.
+    stays = dtype is not None and dequantization is None
+    kept = quantized_tensors(base) if stays else frozenset[str]()
+    starts = {**{name: name for name in base.tensors}, **changes.heads}
+    found = {}
+    for name, stored in starts.items():
+        tensor, replacement = base.tensors[stored], changes.replaced.get(name)
+        written = _written(tensor.info.dtype, dtype)
+        if replacement is not None:
+            found[name] = _of_adapter(name, replacement, Kind.REPLACED, written)
+            continue
+        written = tensor.info.dtype if stored in kept else written
+        decode = None if dequantization is None else dequantization.decoder(stored, files)
+        terms = changes.terms.get(name, ())
         is_same = written == tensor.info.dtype and decode is None
-        kind = Kind.SAME if is_same else Kind.CONVERTED
-        return Expected(
+        found[name] = Expected(
             name,
-            Kind.ADDED if terms else kind,
+            Kind.ADDED if terms else Kind.SAME if is_same else Kind.CONVERTED,
             written,
             tensor.info.shape,
-            self.files[tensor.file],
-            self.base.files[tensor.file].data_start + tensor.info.start,
+            files[tensor.file],
+            base.files[tensor.file].data_start + tensor.info.start,
             tensor.info.dtype,
             terms,
-            conv1d=name in self.changes.conv1d,
+            conv1d=name in changes.conv1d,
             decode=decode,
         )
+    for name, replacement in changes.new.items():
+        written = _written(replacement.info.dtype, dtype)
+        found[name] = _of_adapter(name, replacement, Kind.NEW, written)
+    return found
 
-    def _of_adapter(self, name: str, replacement: Replacement, kind: Kind, dtype: str) -> Expected:
-        """Return a tensor that an adapter brings."""
-        info = replacement.info
-        return Expected(
-            name,
-            kind,
-            self._written(dtype),
-            info.shape,
-            replacement.owner.weights,
-            replacement.start,
-            info.dtype,
-        )
 
-    def _dtype_of(self, name: str) -> str:
-        """Return the dtype of a tensor of the base after dequantization."""
-        return self.base.tensors[name].info.dtype
+def _written(stored: str, dtype: str | None) -> str:
+    """Return the dtype of a tensor in the merged model, if all float tensors get a dtype."""
+    return dtype if dtype is not None and stored in FLOATS else stored
 
-    def _written(self, dtype: str) -> str:
-        return self.dtype if self.dtype is not None and dtype in FLOATS else dtype
+
+def _of_adapter(name: str, replacement: Replacement, kind: Kind, written: str) -> Expected:
+    """Return a tensor that an adapter brings."""
+    info, weights = replacement.info, replacement.owner.weights
+    return Expected(name, kind, written, info.shape, weights, replacement.start, info.dtype)
 
 
 def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:

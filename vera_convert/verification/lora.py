@@ -21,11 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import CONFIG_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
-from vera_convert.adapter.tensors import WEIGHTS_NAME
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions
@@ -33,6 +31,7 @@ from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.factors import (
     Factors,
@@ -59,6 +58,7 @@ from vera_convert.rules import (
 from vera_convert.text import counted, printable
 from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.lora_config import config_findings
+from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.options import VerifyOptions
 
 _MOST_FINDINGS = 50
@@ -125,7 +125,8 @@ class LoraCheck:
         zeros: how many layers without effect the LoRA alone has.
         trained_whole: how many heads and biases were compared.
         recorded: the error that the LoRA's record states; None without a record.
-        run: the folders to run both in, or the reason why the LoRA is not run.
+        run: the folders to run the LoRA from, or the reason why the LoRA is not run.
+        model: the result of running the base with the LoRA in PEFT; None if that was not run.
         findings: errors; then warnings and notes.
     """
 
@@ -137,6 +138,7 @@ class LoraCheck:
     recorded: float | None
     run: LoraFolders | str
     findings: tuple[Finding, ...]
+    model: ModelComparison | None = None
 
     @property
     def worst(self) -> LoraLayerCheck | None:
@@ -194,13 +196,15 @@ def check_lora(
             zeros=len(extra) - sum(map(_has_effect, extra)),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
-            run=_folders(
+            run="--layers-only"
+            if options.layers_only
+            else _folders(
                 theirs,
                 names,
                 facts,
                 places=(first, second),
                 access=access,
-                may_fetch=base_options.model is not None and not options.layers_only,
+                may_fetch=base_options.model is not None,
             ),
             findings=(
                 *wrong[:_MOST_FINDINGS],

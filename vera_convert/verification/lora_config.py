@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vera_convert.adapter.config import CONFIG_NAME, VeraConfig
+from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.replacements import saved_modules
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.lora.reading import ReadLora
 from vera_convert.rules import LORA_NOT_LOADED, LORA_UNREADABLE, Finding
 from vera_convert.targets.matching import is_all_linear, matching
@@ -42,6 +43,9 @@ def config_findings(lora: ReadLora, names: Sequence[str]) -> Iterator[Finding]:
             reason = f"its rank is {layer.rank}, and r is {printable(str(rank))} in the config."
             yield LORA_NOT_LOADED.at(printable(name), reason)
             break
+    bias = config.get("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, f"bias is {printable(str(bias))}.")
     yield from _left_out(lora, config)
 
 
@@ -66,7 +70,9 @@ def _matched(names: Sequence[str], config: Mapping[str, object], field: str) -> 
     """Return the modules that a field of names, or a regular expression, matches."""
     found = config.get(field)
     targets = found if isinstance(found, str) else _texts(config, field)
-    if targets is None or is_all_linear(targets):
+    if targets is None:
+        return frozenset()  # PEFT's own choice for the base; PEFT saves no such config
+    if is_all_linear(targets):
         return frozenset(names)  # depends on the model alone
     limits: dict[str, Any] = {}
     if field == "target_modules":

@@ -11,6 +11,7 @@ from pathlib import Path
 from vera_convert.arguments import Progress
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.quantized.recognize import method_of
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
@@ -20,6 +21,7 @@ from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
 from vera_convert.merging.model_config import config_edits
+from vera_convert.merging.output import files_beside
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     MERGED_IS_ADAPTER,
@@ -29,7 +31,12 @@ from vera_convert.rules import (
 )
 from vera_convert.verification.expected import without_old_head
 from vera_convert.verification.merge_inputs import GivenInputs, Merged, weight_files
-from vera_convert.verification.model_files import config_findings, file_findings, tie_findings
+from vera_convert.verification.model_files import (
+    config_findings,
+    copied_findings,
+    file_findings,
+    tie_findings,
+)
 from vera_convert.verification.options import VerifyOptions, require_all_adapters, settle
 from vera_convert.verification.other_projections import OtherProjections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
@@ -48,6 +55,7 @@ class MergedCheck:
         is_base: whether both folders are the same.
         adapters: the adapters.
         settings: the options of the merge.
+        quantizer: the base's quantization method; empty for a base that is not quantized.
         tensors: the result for the tensors.
         layers_only: whether the model is not run.
         seconds: how long the comparison took.
@@ -61,6 +69,7 @@ class MergedCheck:
     is_base: bool
     adapters: tuple[MergedAdapter, ...]
     settings: MergeSettings
+    quantizer: str
     tensors: MergedTensors
     layers_only: bool
     seconds: float
@@ -156,6 +165,7 @@ def _compared(
             is_copied=is_copied,
             dequantized=inputs.dequantization is not None,
         ),
+        *(copied_findings(model, read.names, files_beside(inputs)) if is_copied else ()),
         *source.findings,
         *([] if read.provenance is not None else [_without_provenance(model)]),
         *inputs.findings,
@@ -164,6 +174,7 @@ def _compared(
     ]
     for file in files.values():
         file.check_unchanged()
+    quantization = inputs.base.config.get("quantization_config")
     folder, base_folder = model.location.fetched, inputs.base.location.fetched
     return MergedCheck(
         label=model.location.label,
@@ -173,6 +184,7 @@ def _compared(
         is_base=base_folder.resolve() == folder.resolve(),
         adapters=tuple(map(MergedAdapter.of, source.adapters)),
         settings=settings,
+        quantizer=method_of(quantization) if isinstance(quantization, dict) else "",
         tensors=tensors,
         layers_only=options.layers_only,
         seconds=0.0,
@@ -193,11 +205,13 @@ class _ReadModel:
 
     Attributes:
         model: the headers, and the folder of the fetched files.
+        names: all files of the folder.
         provenance: the record of the merge; None without a record.
         findings: files that do not belong to a merged model.
     """
 
     model: BaseModel
+    names: Collection[str]
     provenance: Provenance | None
     findings: tuple[Finding, ...]
 
@@ -237,7 +251,7 @@ def _read_merged(
     needed = [name for name in (sides.config, model.index) if name is not None]
     needed += [*model.files, *(sides.copied if complete else ())]
     model = replace(model, location=fetch_base(location, access, names=needed))
-    return _ReadModel(model, provenance, findings)
+    return _ReadModel(model, names, provenance, findings)
 
 
 def _provenance(location: Location, names: Collection[str], access: HubAccess) -> Provenance | None:

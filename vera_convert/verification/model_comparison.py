@@ -34,35 +34,73 @@ Tell = Callable[[Stage, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelJob:
-    """Two models to run side by side, and how the merged model was made.
+    """A base with its adapters, and the merged model or the LoRA to compare with these.
 
     Attributes:
         adapters: the folder and the weight of each adapter, in the order of the merge.
         base: the folder of the base.
-        merged: the folder of the merged model.
+        found: the folder of the merged model, or of the LoRA.
         samples: how many samples to run at most.
         lines: the lines of text to run; None for token ids, or images, drawn at random.
         settings: the options of the merge.
+        is_lora: whether `found` is a LoRA, which PEFT loads on the base.
         wider: for each merged weight that is rounded to a wider dtype than the base's, the dtype in
             safetensors' names, by the name of the tensor.
+        quantizer: the package that runs the base quantized, as it is stored; empty not to run it.
     """
 
     adapters: tuple[tuple[Path, float], ...]
     base: Path
-    merged: Path
+    found: Path
     samples: int
     lines: tuple[str, ...] | None = None
     settings: MergeSettings = field(default_factory=MergeSettings)
+    is_lora: bool = False
     wider: Mapping[str, str] = field(default_factory=dict)
+    quantizer: str = ""
+
+    @property
+    def models(self) -> int:
+        """How many models are run."""
+        return 7 if self.quantizer else 5
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedComparison:
+    """A merged model compared with its quantized base that has the adapter in PEFT.
+
+    All differences are root mean squares of differences of logits, or of last hidden states.
+
+    Attributes:
+        libraries: the libraries that ran the quantized base, with their versions.
+        dtype: the dtype that the quantized base computes in; empty if it was not run.
+        difference: the difference between the merged model and the quantized base.
+        threshold: the limit: the difference that computing in `dtype` explains.
+        effect: the difference between the base alone and the base with the adapter.
+        not_compared: why the quantized base was not run; empty if it was.
+    """
+
+    libraries: str = ""
+    dtype: str = ""
+    difference: float = 0.0
+    threshold: float = 0.0
+    effect: float = 0.0
+    not_compared: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within its limit, or was not measured."""
+        return bool(self.not_compared) or self.difference <= self.threshold
 
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """The merged model compared with its base that is wrapped with the adapters.
+    """A merged model, or a LoRA in PEFT, compared with the base that is wrapped with the adapters.
 
     All differences are differences of logits. A model without logits is compared by its last hidden
     states, and has neither `kl` nor `top1`. If the merged model's output is not finite, or the
-    model cannot be loaded, the differences are infinite.
+    model cannot be loaded, the differences are infinite. For a LoRA, "merged" stands for the base
+    with the LoRA in PEFT, and "merged again" for the base with the LoRA's factors without PEFT.
 
     Attributes:
         model_class: the class of transformers that both models are loaded as.
@@ -88,6 +126,7 @@ class ModelComparison:
         conclusive: whether a failure shows that the merged model is wrong.
         passed: whether the merged model computes the same as the wrapped base.
         reason: why not; empty if it does.
+        quantized: the comparison with the quantized base; None if the merge dequantized no base.
     """
 
     model_class: str
@@ -107,3 +146,4 @@ class ModelComparison:
     conclusive: bool
     passed: bool
     reason: str
+    quantized: QuantizedComparison | None = None

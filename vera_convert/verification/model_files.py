@@ -20,6 +20,7 @@ from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.shards import named_weights
+from vera_convert.merging.adapter_files import decides_outputs
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.model_config import ConfigEdits, label_count
 from vera_convert.rules import (
@@ -27,6 +28,7 @@ from vera_convert.rules import (
     LOADED_INSTEAD,
     MERGED_CONFIG_DIFFERS,
     MERGED_CONFIG_RESAVED,
+    MERGED_FILE_DIFFERS,
     MERGED_OTHER_WEIGHTS,
     MERGED_TIE,
     Finding,
@@ -94,6 +96,42 @@ def _own(model: BaseModel) -> str:
 
 def _some(names: Collection[str]) -> str:
     return listed(names, _MOST_NAMED)
+
+
+def copied_findings(
+    model: BaseModel, names: Collection[str], wanted: Mapping[str, InputFile]
+) -> Iterator[Finding]:
+    """Yield a finding for each file of other bytes than the merge copies, or without a copy.
+
+    Files that decide no output, such as a license, may differ. Files that were not fetched are
+    not compared.
+
+    Args:
+        model: the merged model.
+        names: all files of its folder.
+        wanted: the files that the merge copies, by name.
+    """
+    folder, place = model.location.fetched, model.location.label
+    for name, file in wanted.items():
+        if not decides_outputs(name, wanted):
+            continue
+        if name not in names:
+            yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} is missing.")
+        elif (folder / name).exists():
+            own = InputFile.look(folder / name, within=folder)
+            if not _same_bytes(own, file):
+                yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} has other bytes.")
+
+
+def _same_bytes(one: InputFile, other: InputFile) -> bool:
+    if one.size != other.size:
+        return False
+    with one.open() as first, other.open() as second:
+        return all(
+            first.read_at(at, size) == second.read_at(at, size)
+            for at in range(0, one.size, _BLOCK_BYTES)
+            for size in (min(_BLOCK_BYTES, one.size - at),)
+        )
 
 
 # --- the config ----------------------------------------------------------------------------------

@@ -90,21 +90,24 @@ class VerifyOptions:
         """How many sequences both models are run on."""
         return SAMPLES if self.samples is None else self.samples
 
-    def refuse_merge_options(self) -> None:
-        """Raise `UsageError` for an option that describes a merged model."""
+    def refuse_unused(self, *, merged: bool, lora: bool) -> None:
+        """Raise `UsageError` for an option of a merged model, or of a run, without one."""
+        of_runs = {
+            "--layers-only": self.layers_only or None,
+            "--samples": self.samples,
+            "--text": self.text,
+        }
         given = {
             "--weight": self.weight,
             "--add": self.add or None,
             "--dtype": self.dtype,
             "--tied": self.tied,
             "--dequantize": self.dequantize,
-            "--layers-only": self.layers_only or None,
-            "--samples": self.samples,
-            "--text": self.text,
+            **({} if lora else of_runs),
             "--jobs": self.jobs,
         }
         names = [name for name, value in given.items() if value is not None]
-        if names:
+        if names and not merged:
             raise UsageError(f"{', '.join(names)}: only for a merged model; give --merged MODEL.")
 
 

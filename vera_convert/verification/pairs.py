@@ -17,7 +17,6 @@ from vera_convert.verification.expected import Expected, Kind
 
 Array = NDArray[Any]
 
-"""For each dtype, the wider dtypes that hold all its values."""
 BLOCK_VALUES = 1 << 20
 """The values of a block: with sums, about 20 MiB for each thread. Larger blocks are no faster."""
 _BLOCK_BYTES = 1 << 23

@@ -31,7 +31,13 @@ from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
-from vera_convert.verification.model_comparison import INSTEAD, ModelComparison, ModelJob, Stage
+from vera_convert.verification.model_comparison import (
+    INSTEAD,
+    ModelComparison,
+    ModelJob,
+    QuantizedComparison,
+    Stage,
+)
 from vera_convert.verification.provenance import MergeSettings
 
 _CHILD = "vera_convert.with_torch.child"
@@ -118,7 +124,7 @@ def run_models(
         cores = limits.memory_per_core * (os.cpu_count() or 1)
         memory = int(limits.memory + cores + limits.memory_factor * weights)
         _send(child, {**asdict(job), "memory": memory})
-        progress(0, 5 * job.samples)
+        progress(0, job.models * job.samples)
         return _Watch(child, weights, limits, progress).result()
 
 
@@ -198,7 +204,7 @@ class _Watch:
             if said is None:
                 raise self._died()
             if "result" in said:
-                return ModelComparison(**said["result"])
+                return _comparison(said["result"])
             if "error" in said:
                 kind = UsageError if said.get("is_usage") else SurroundingsError
                 raise kind(str(said["error"]))
@@ -234,6 +240,13 @@ class _Watch:
         )
 
 
+def _comparison(result: dict[str, Any]) -> ModelComparison:
+    quantized = result["quantized"]
+    if quantized is not None:
+        quantized = QuantizedComparison(**quantized)
+    return ModelComparison(**{**result, "quantized": quantized})
+
+
 def _read(pipe: IO[bytes], lines: queue.Queue[bytes]) -> None:
     """Put each line into the queue, and an empty line at the end."""
     with suppress(OSError, ValueError):  # the pipe was closed
@@ -266,11 +279,13 @@ def job_of(document: Mapping[str, Any]) -> ModelJob:
     return ModelJob(
         adapters=tuple((Path(folder), weight) for folder, weight in document["adapters"]),
         base=Path(document["base"]),
-        merged=Path(document["merged"]),
+        found=Path(document["found"]),
         samples=document["samples"],
         lines=None if lines is None else tuple(lines),
         settings=MergeSettings(**{**settings, **typed}),
+        is_lora=document["is_lora"],
         wider=document["wider"],
+        quantizer=document["quantizer"],
     )
 
 

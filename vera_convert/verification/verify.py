@@ -2,6 +2,7 @@
 
     another form ──► tensors, config, A and B in effect
     merged model ──► every tensor, by the formula ──► the whole model, against our own layer
+    LoRA ──► every layer, by thin matrices ──► the whole model through PEFT
 
 Nothing is written. Each difference is a finding of the result.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from vera_convert.arguments import Progress, instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import (
@@ -28,6 +30,7 @@ from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import (
+    LORA_MODEL_DIFFERS,
     MERGED_IS_ADAPTER,
     MODEL_DIFFERS,
     MODEL_SHOWS_LITTLE,
@@ -38,10 +41,14 @@ from vera_convert.rules import (
 )
 from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
-from vera_convert.verification.lora import check_lora
+from vera_convert.verification.lora import LoraCheck, check_lora
 from vera_convert.verification.merged import MergedCheck, check_merged
-from vera_convert.verification.model_comparison import ModelComparison, ModelJob
-from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.model_comparison import (
+    ModelComparison,
+    ModelJob,
+    QuantizedComparison,
+)
+from vera_convert.verification.options import VerifyOptions, settle
 from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
 from vera_convert.verification.sample_text import text_lines
@@ -92,34 +99,25 @@ def verify(
     """
     started = time.monotonic()
     options = optional(instance, "options", VerifyOptions, options) or VerifyOptions()
-    access = hub_access_of(access)
+    access, base = hub_access_of(access), base_options_of(base)
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
-    base, progress = base_options_of(base), progress_function("progress", progress)
-    runs = progress_function("runs", runs)
-    lora, lines = optional(place, "lora", lora), None
-    if all(each is None for each in (other, merged, lora)):
-        raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL or --lora LORA.")
-    if merged is None:
-        options.refuse_merge_options()
-    elif not options.layers_only:
-        _refuse_adapter(merged)
-        _require_torch()
-        lines = None if options.text is None else text_lines(options.text, options.samples_to_run)
+    lora = optional(place, "lora", lora)
+    progress = progress_function("progress", progress)
+    _check_asked(options, other, merged, lora)
+    models = _Models(options, base, progress_function("runs", runs))
     given = AdapterSpec(adapter, options.weight, revision)
-    form, check, model, not_run, of_lora = None, None, None, None, None
+    form, check, of_lora, model = None, None, None, None
     with signals_raise():
         if other is not None:
             form = check_form(given, other, base, options, access=access)
         if lora is not None:
-            of_lora = check_lora(given, lora, base, options, access=access)
+            of_lora = models.run_lora(check_lora(given, lora, base, options, access=access))
         if merged is not None:
             check = check_merged(given, merged, base, options, access=access, progress=progress)
-            if not options.layers_only and _passed(check.findings):
-                model, not_run = _run(check, options, lines, runs)
+            model = models.run_merged(check)
     done = [each for each in (form, of_lora, check) if each is not None]
     findings = [finding for each in done for finding in each.findings]
-    if check is not None and model is not None and not model.passed:
-        findings.append(_rule(check, model).at(check.label, model.reason))
+    findings += models.findings
     findings.sort(key=lambda each: each.severity is not Severity.ERROR)
     return Verification(
         printable(str(adapter)),
@@ -127,23 +125,108 @@ def verify(
         check,
         of_lora,
         model,
-        not_run,
+        models.not_run,
         time.monotonic() - started,
         tuple(dict.fromkeys(findings)),
     )
 
 
-def _run(
-    check: MergedCheck, options: VerifyOptions, lines: tuple[str, ...] | None, runs: Progress
-) -> tuple[ModelComparison | None, SurroundingsError | None]:
-    """Run the models; return their comparison, or the reason why they could not be run."""
-    try:
-        job = _model_job(check, options, lines)
-        return run_models(job, weights=check.tensors.nbytes, progress=runs), None
-    except UsageError:
-        raise
-    except VeraConvertError as error:  # the comparison of the weights stays valid
-        return None, SurroundingsError(str(error))
+def _check_asked(
+    options: VerifyOptions, other: str | None, merged: str | None, lora: str | None
+) -> None:
+    """Raise an error if nothing is to be compared, or an option belongs to another comparison."""
+    if other is None and merged is None and lora is None:
+        raise UsageError("nothing to verify: give --adapter OTHER, --merged MODEL or --lora LORA.")
+    options.refuse_unused(merged=merged is not None, lora=lora is not None)
+    if merged is not None and not options.layers_only:
+        _refuse_adapter(merged)
+        _require_torch()
+
+
+class _Models:
+    """Run whole models if asked to, and collect the findings and the reason of a failed run."""
+
+    def __init__(self, options: VerifyOptions, base: BaseOptions, progress: Progress) -> None:
+        self._options = options
+        self._base = base
+        self._progress = progress
+        text = options.text
+        self._lines = None if text is None else text_lines(text, options.samples_to_run)
+        self.findings: list[Finding] = []
+        self.not_run: SurroundingsError | None = None
+
+    def run_merged(self, check: MergedCheck) -> ModelComparison | None:
+        """Run a merged model whose weights are right, and the base with its adapters."""
+        if self._options.layers_only or not _passed(check.findings):
+            return None
+        job = _merged_job(check, self._options, self._lines)
+        quantizer = _quantizer(check) if check.settings.dequantize else ""
+        job = replace(job, quantizer=quantizer if quantizer in _QUANTIZERS else "")
+        model = self._run(check.tensors.nbytes, job)
+        if model is not None and quantizer and not job.quantizer:
+            model = replace(model, quantized=QuantizedComparison(not_compared=quantizer))
+        if model is not None and not model.passed:
+            self.findings.append(_rule(check, model).at(check.label, model.reason))
+        if model is not None and model.quantized is not None and not model.quantized.passed:
+            found = model.quantized
+            reason = (
+                "The merged model differs from the quantized base with the adapter in PEFT by "
+                f"{found.difference:.1e} (RMS; limit {found.threshold:.1e}: computing in "
+                f"{found.dtype})."
+            )
+            self.findings.append(MODEL_DIFFERS.at(check.label, reason))
+        return model
+
+    def run_lora(self, check: LoraCheck) -> LoraCheck:
+        """Run a LoRA whose factors are right in PEFT, and the base with its adapter."""
+        folders = check.run
+        if isinstance(folders, str):
+            return check
+        if not _passed(check.findings):
+            return replace(check, run="fix the errors below first")
+        job = ModelJob(
+            adapters=((folders.adapter, 1.0),),
+            base=folders.base,
+            found=folders.lora,
+            samples=self._options.samples_to_run,
+            lines=self._lines,
+            settings=settle(self._options, self._base, None),
+            is_lora=True,
+        )
+        model = self._run(folders.weights, job)
+        if model is not None and model.conclusive and not model.passed:
+            self.findings.append(LORA_MODEL_DIFFERS.at(check.label, model.reason))
+        return replace(check, model=model, run=str(self.not_run) if model is None else folders)
+
+    def _run(self, weights: int, job: ModelJob) -> ModelComparison | None:
+        """Run the models of a job; None, with a reason, if the models could not be run."""
+        try:
+            return run_models(job, weights=weights, progress=self._progress)
+        except UsageError:
+            raise
+        except VeraConvertError as error:  # the comparison of the weights stays valid
+            self.not_run = SurroundingsError(str(error))
+            return None
+
+
+_QUANTIZERS = ("bitsandbytes", "compressed-tensors", "torchao")
+"""The methods whose packages, of the same names, run on a CPU."""
+
+
+def _quantizer(check: MergedCheck) -> str:
+    """Return the package that runs the quantized base, or the reason why no package does."""
+    package, adapters, settings = check.quantizer, check.adapters, check.settings
+    if package not in _QUANTIZERS:
+        return f"the kernels of {printable(package) or 'this method'} are not run"
+    missing = [name for name in (package, "peft") if find_spec(name.replace("-", "_")) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if len(adapters) != 1 or adapters[0].weight != 1:
+        return "PEFT loads a single adapter of weight 1"
+    auto = settings.projections is ProjectionSource.AUTO and settings.generator is None
+    if not auto or settings.base_dtype is not None or settings.tied is not None:
+        return "the options of the merge differ from PEFT's loading"
+    return package
 
 
 def _rule(check: MergedCheck, model: ModelComparison) -> Rule:
@@ -185,7 +268,7 @@ _DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
 }
 
 
-def _model_job(
+def _merged_job(
     check: MergedCheck, options: VerifyOptions, lines: tuple[str, ...] | None
 ) -> ModelJob:
     settings = check.settings
@@ -196,7 +279,7 @@ def _model_job(
     return ModelJob(
         adapters=tuple((adapter.folder, adapter.weight) for adapter in check.adapters),
         base=check.base_folder,
-        merged=check.folder,
+        found=check.folder,
         samples=options.samples_to_run,
         lines=lines,
         settings=settings,

@@ -102,11 +102,12 @@ class Blueprint:
 
 
 @contextmanager
-def guarded(action: str) -> Iterator[None]:
-    """Run transformers silently and without network, and raise its failures as our errors.
+def guarded(action: str, library: str = "transformers") -> Iterator[None]:
+    """Run a library silently and without network, and raise its failures as our errors.
 
     Args:
         action: the action, for messages; it completes "transformers cannot ...".
+        library: the name of the library, for messages.
 
     Raises:
         UnfitError: transformers failed.
@@ -131,7 +132,7 @@ def guarded(action: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise SurroundingsError(f"memory ran out: cannot {action}. {INSTEAD}") from error
         reason = printable_reason(error)
-        raise UnfitError(f"transformers cannot {action}: {reason}. {INSTEAD}") from error
+        raise UnfitError(f"{library} cannot {action}: {reason}. {INSTEAD}") from error
     finally:
         log.set_verbosity(level)
         if bars:
@@ -352,7 +353,7 @@ def build_model(plan: Blueprint) -> nn.Module:
             None,
             config=plan.config,
             state_dict=_tensors(plan.base) if plan.packed is None else _dequantized(plan.packed),
-            **(_as_stored() if plan.packed is None else _as_stored(torch.float32)),
+            **(as_stored() if plan.packed is None else as_stored(torch.float32)),
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
@@ -363,7 +364,7 @@ def build_model(plan: Blueprint) -> nn.Module:
         return model.eval()
 
 
-def _as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]:
+def as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]:
     """Return the argument with which transformers keeps the dtypes of the files, or takes one.
 
     transformers 4.56 renamed ``torch_dtype`` to ``dtype``.

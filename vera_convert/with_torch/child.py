@@ -36,8 +36,11 @@ def main() -> None:
 
     try:
         from vera_convert.with_torch.compare import compare_models
+        from vera_convert.with_torch.compare_lora import compare_lora
 
-        say({"result": asdict(compare_models(job_of(document), tell))})
+        job = job_of(document)
+        compared = compare_lora(job, tell) if job.is_lora else compare_models(job, tell)
+        say({"result": asdict(compared)})
     except VeraConvertError as error:
         say({"error": str(error), "is_usage": isinstance(error, UsageError)})
     except MemoryError:

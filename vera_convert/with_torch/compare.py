@@ -22,23 +22,23 @@ model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.draws.generator import rounding_on_base
 from vera_convert.dtypes import FLOATS, NAMES
-from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.changes import Tied
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
-from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model, guarded
+from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model
+from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
-from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import modules_of
-from vera_convert.with_torch.samples import drawn_samples, run_model, text_samples
+from vera_convert.with_torch.runs import Runs, samples_for, wide_dtype, widened, wrapped_model
+from vera_convert.with_torch.samples import run_model
 from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
 
 
@@ -56,7 +56,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
         UsageError: the models take no text, or two adapters replace the same module.
         SurroundingsError: transformers cannot build or run a model, or a file cannot be read.
     """
-    runs = _Runs(tell)
+    runs = Runs(tell, job)
     runs.enter(Stage.BUILD)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(folder)) for folder, _ in job.adapters]
@@ -71,51 +71,31 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
     gc.collect()  # frees the first model even if its parts refer to each other
     runs.enter(Stage.BUILD)
     try:
-        merged = blueprint(job.merged, label=str(job.merged), like=base.name)
+        merged = blueprint(job.found, label=str(job.found), like=base.name)
         if labels is not None and labels != merged.config.num_labels:
             merged.config.num_labels = labels  # the number of labels of the adapter's head
         model = build_model(merged).to(reference.wide)
-        return verdict(base.name, reference, run_model(model, reference.samples, runs.begin))
+        outputs = run_model(model, reference.samples, runs.begin)
+        found = verdict(base.name, reference, outputs)
     except UnfitError as error:
         return verdict(base.name, reference, None, f"{error}")
+    if not job.quantizer or not found.passed:
+        return found
+    del model
+    gc.collect()
+    quantized = compare_quantized(base, job, reference, outputs, runs)
+    return replace(found, quantized=quantized)
 
 
-_MODELS = 5
-"""How many models are run: base, wrapped, merged here, rounded, and the merged model."""
-
-
-class _Runs:
-    """Report the stages, with the number of samples that were run on all models."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
-        self._done = 0
-        self.samples = 0
-
-    def enter(self, stage: Stage) -> None:
-        self._tell(stage, self._done, _MODELS * self.samples)
-
-    def begin(self, _sample: int) -> None:
-        self.enter(Stage.RUN)
-        self._done += 1
-
-
-def _reference(plan: Blueprint, job: ModelJob, runs: _Runs) -> Reference:
+def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with its adapters, and our own merge before and after rounding."""
     model = build_model(plan)
-    runs.enter(Stage.TEXT)
-    with guarded(f"make samples for {plan.name}"):
-        if job.lines is None:
-            samples = drawn_samples(model, job.samples)
-        else:
-            samples = text_samples(model, plan.base.location.fetched, job.lines)
-    runs.samples = len(samples)
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    with _widened(model, wide):
+    samples = samples_for(model, plan, job, runs)
+    wide = wide_dtype(model)
+    with widened(model, wide):
         base = run_model(model, samples, runs.begin)
     runs.enter(Stage.MERGE)
-    vera = _wrapped(model, job)
+    vera = wrapped_model(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
     dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
     stored = _stored_dtype(plan)
@@ -153,46 +133,6 @@ def _reference(plan: Blueprint, job: ModelJob, runs: _Runs) -> Reference:
         calls_layers=not skips_layers or tied is Tied.ADD,
         wrapped_is_merged=skips_layers,
     )
-
-
-@contextmanager
-def _widened(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
-    """Let a model compute in a wider dtype inside the block, and restore its dtypes afterwards."""
-    before = {name: tensor.dtype for name, tensor in _parameters_and_buffers(model)}
-    model.to(wide)
-    try:
-        yield
-    finally:
-        for name, tensor in _parameters_and_buffers(model):
-            tensor.data = tensor.data.to(before[name])
-
-
-def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _wrapped(model: nn.Module, job: ModelJob) -> VeraModel:
-    """Wrap a model with the adapters, all of them active."""
-    vera, settings = VeraModel(model), job.settings
-    dtype = settings.base_dtype
-    names = [f"adapter_{number}" for number in range(len(job.adapters))]
-    for name, (folder, weight) in zip(names, job.adapters, strict=True):
-        vera.load_adapter(
-            folder,
-            adapter=name,
-            projections=settings.projections,
-            variant=settings.generator,
-            rounding=None if dtype is None else rounding_on_base(dtype),
-            key_map=settings.key_map,
-            access=HubAccess(offline=True),
-        )
-        for _, module in modules_of(vera.model):
-            if isinstance(module, VeraLinear) and name in module.vera_lambda_b:
-                module.vera_lambda_b[name].data.mul_(weight)
-    vera.set_adapter(*names, trainable=False)
-    vera.eval()
-    return vera
 
 
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:

@@ -1,0 +1,127 @@
+"""Make, wrap and widen models that are run side by side, and report each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_convert.draws.generator import rounding_on_base
+from vera_convert.files.tensorfile import TensorData
+from vera_convert.hub.lookup import HubAccess
+from vera_convert.text import counted, printable
+from vera_convert.verification.model_comparison import ModelJob, Stage, Tell
+from vera_convert.with_torch.arrays import to_tensor
+from vera_convert.with_torch.build import Blueprint, UnfitError, guarded
+from vera_convert.with_torch.layer import VeraLinear
+from vera_convert.with_torch.model import VeraModel
+from vera_convert.with_torch.modules import modules_of
+from vera_convert.with_torch.samples import Sample, drawn_samples, text_samples
+
+
+class Runs:
+    """Report the stages, with the number of samples that were run on all models."""
+
+    def __init__(self, tell: Tell, job: ModelJob) -> None:
+        self._tell = tell
+        self._models = job.models
+        self._done = 0
+        self.samples = 0
+
+    def enter(self, stage: Stage) -> None:
+        """Report that a stage begins."""
+        self._tell(stage, self._done, self._models * self.samples)
+
+    def begin(self, _sample: int) -> None:
+        """Report that a model begins a sample."""
+        self.enter(Stage.RUN)
+        self._done += 1
+
+
+def samples_for(model: nn.Module, plan: Blueprint, job: ModelJob, runs: Runs) -> list[Sample]:
+    """Return the samples of a job: drawn at random, or made of its lines of text."""
+    runs.enter(Stage.TEXT)
+    with guarded(f"make samples for {plan.name}"):
+        if job.lines is None:
+            samples = drawn_samples(model, job.samples)
+        else:
+            samples = text_samples(model, plan.base.location.fetched, job.lines)
+    runs.samples = len(samples)
+    return samples
+
+
+def wide_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that models compute in, to hide no error: float32 at least."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@contextmanager
+def widened(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
+    """Let a model compute in a wider dtype inside the block, and restore its dtypes afterwards."""
+    before = {name: tensor.dtype for name, tensor in _parameters_and_buffers(model)}
+    model.to(wide)
+    try:
+        yield
+    finally:
+        for name, tensor in _parameters_and_buffers(model):
+            tensor.data = tensor.data.to(before[name])
+
+
+def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def wrapped_model(model: nn.Module, job: ModelJob) -> VeraModel:
+    """Wrap a model with the adapters, all of them active."""
+    vera, settings = VeraModel(model), job.settings
+    dtype = settings.base_dtype
+    names = [f"adapter_{number}" for number in range(len(job.adapters))]
+    for name, (folder, weight) in zip(names, job.adapters, strict=True):
+        vera.load_adapter(
+            folder,
+            adapter=name,
+            projections=settings.projections,
+            variant=settings.generator,
+            rounding=None if dtype is None else rounding_on_base(dtype),
+            key_map=settings.key_map,
+            access=HubAccess(offline=True),
+        )
+        for _, module in modules_of(vera.model):
+            if isinstance(module, VeraLinear) and name in module.vera_lambda_b:
+                module.vera_lambda_b[name].data.mul_(weight)
+    vera.set_adapter(*names, trainable=False)
+    vera.eval()
+    return vera
+
+
+def loaded_by_peft(
+    model: nn.Module, kind: str, fields: Mapping[str, Any], tensors: Iterable[TensorData]
+) -> nn.Module:
+    """Return a model into which PEFT has loaded an adapter.
+
+    Args:
+        model: the model.
+        kind: the class of the adapter's config.
+        fields: the fields of the config.
+        tensors: the adapter's tensors, named as in its file.
+
+    Raises:
+        UnfitError: PEFT refuses the adapter, or finds no place for some of its tensors.
+    """
+    peft = import_module("peft")
+    with guarded("load the adapter", "PEFT"):
+        wrapped = peft.get_peft_model(model, getattr(peft, kind)(**fields))
+        values = {each.name: to_tensor(each.array()) for each in tensors}
+        loaded = peft.set_peft_model_state_dict(wrapped, values)
+        wrapped.eval()
+    if loaded.unexpected_keys:
+        count, first = len(loaded.unexpected_keys), printable(loaded.unexpected_keys[0])
+        raise UnfitError(f"PEFT finds no place for {counted(count, 'tensor')}, such as {first}.")
+    base: nn.Module = wrapped.get_base_model()
+    return base
