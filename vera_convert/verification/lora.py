@@ -36,9 +36,9 @@ from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.factors import (
     Factors,
     decompose,
+    input_basis,
     nonzero_rows,
     relative_error,
-    truncation_error,
 )
 from vera_convert.lora.gguf_form import PERMUTED, head_counts
 from vera_convert.lora.gguf_reading import gguf_names
@@ -306,7 +306,9 @@ def _error(ours: Factors, layer: ReadLayer) -> float:
 def _error_of_rank(ours: Factors, rank: int) -> float:
     """Return the smallest relative error that a LoRA of a rank can have."""
     used = ours.select(np.flatnonzero(nonzero_rows(ours.d)))
-    return truncation_error(decompose(used.lora_A(), used.lora_B()).values, rank)
+    squares = np.square(decompose(input_basis(used, {}), used.lora_B()).values)
+    total = float(squares.sum())
+    return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
 
 
 def _extra_layers(lora: ReadLora, extra: Sequence[ReadLayer]) -> Iterator[Finding]:
