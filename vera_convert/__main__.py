@@ -1,6 +1,7 @@
 """The program ``vera-convert``, which ``python -m vera_convert`` runs too."""
 
 import _signal  # type: ignore[import-not-found]  # `signal` would import `enum` first, and Python would handle Ctrl-C for longer
+import os
 
 
 def main() -> None:
@@ -13,6 +14,9 @@ def main() -> None:
     from vera_convert.publish.signals import exit_on_signals, ignore_signals
 
     exit_on_signals()
+    # OpenBLAS starts a thread for each core while NumPy is imported, with 40 MiB of addresses each,
+    # and no product of this program uses more than a single thread.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from vera_convert.cli.app import main as run
 

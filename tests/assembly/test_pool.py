@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,3 +157,43 @@ def test_a_system_without_affinity_is_asked_for_its_cores(monkeypatch: pytest.Mo
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert default_jobs() == 3
+
+
+def run_with_little_memory(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code that may call `allow(spare)`: from then on only so many more bytes fit."""
+    before = """
+import re, resource
+from pathlib import Path
+import numpy as np
+from vera_convert.assembly.pool import one_blas_thread
+def allow(spare):
+    size = re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())
+    resource.setrlimit(resource.RLIMIT_AS, (int(size[1]) * 1024 + spare,) * 2)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", before + code], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+def test_the_blas_has_its_buffer_before_the_first_product_of_a_command() -> None:
+    run = run_with_little_memory("""
+with one_blas_thread():
+    allow(16 << 20)
+    square = np.ones((512, 512), np.float32)
+    print((square @ square)[0, 0])
+""")
+    assert (run.returncode, run.stdout) == (0, "512.0\n"), run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+@pytest.mark.parametrize(("callers", "spare"), [(1, 16 << 20), (8, 128 << 20)])
+def test_too_little_memory_for_the_blas_is_an_error(callers: int, spare: int) -> None:
+    run = run_with_little_memory(f"""
+allow({spare})
+try:
+    one_blas_thread({callers})
+except MemoryError:
+    print("refused")
+""")
+    assert (run.returncode, run.stdout) == (0, "refused\n"), run.stderr

@@ -494,6 +494,7 @@ def test_names_and_texts_are_escaped(run: Run, tmp_path: Path) -> None:
         (MemoryError(), "not enough memory"),
         (OSError(28, "No space left on device", "out\x1b"), "No space left on device"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
+        (ImportError("lib.so: failed to map\x1b"), "The memory may be too small"),
         (RuntimeError("odd\x1b"), "bug in vera-convert"),
     ],
 )

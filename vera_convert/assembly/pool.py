@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Self, TypeVar
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from vera_convert.publish.signals import signals_held
@@ -19,6 +20,8 @@ _LOOK_EVERY = 0.1
 _MOST_JOBS = 4
 """The most threads by default: each thread needs its own buffers, and few disks keep up with more
 threads."""
+_BLAS_BUFFER = 33 << 20
+"""The bytes of a buffer of OpenBLAS as NumPy builds it (32 MiB), and a margin for alignment."""
 _AFTER_ALL = sys.maxsize
 """The place of a failure of the jobs' iterator: it comes after all jobs that were handed out."""
 
@@ -30,14 +33,28 @@ def default_jobs() -> int:
     return min(os.cpu_count() or 1, _MOST_JOBS)
 
 
-def one_blas_thread() -> threadpool_limits:
+def one_blas_thread(callers: int = 1) -> threadpool_limits:
     """Limit NumPy's BLAS to one thread until the returned context ends.
 
     A signal waits until the limit is set. The search for the loaded libraries calls back from C,
     and Python would print and drop an exception that a signal raises there.
+
+    The first product of a thread makes the BLAS allocate a buffer, which the BLAS keeps. OpenBLAS
+    ends the process if the buffer does not fit into memory, so the calling thread computes its
+    first product here, before a command writes anything.
+
+    Args:
+        callers: the number of threads that then compute products at the same time.
+
+    Raises:
+        MemoryError: the buffers do not fit into memory.
     """
+    np.empty(callers * _BLAS_BUFFER, np.uint8)  # too large for the heap, so freed again at once
     with signals_held():
-        return threadpool_limits(1, user_api="blas")
+        limit = threadpool_limits(1, user_api="blas")
+    square = np.ones((256, 256), np.float32)  # OpenBLAS computes smaller products without a buffer
+    np.matmul(square, square)
+    return limit
 
 
 class WorkerPool(Generic[Job]):

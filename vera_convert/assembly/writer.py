@@ -225,7 +225,7 @@ class Assembler:
         self._sizes = buffer_sizes_for(
             [piece.tensor for file in files for piece in file.pieces if isinstance(piece, Computed)]
         )
-        self._limit = one_blas_thread()
+        self._limit = one_blas_thread(jobs)
         try:
             self._pool: WorkerPool[_Job] = WorkerPool(jobs, self._prepare)
         except BaseException:

@@ -54,6 +54,11 @@ def explained(error: Exception) -> VeraConvertError:
         return UsageError(printable_whole(message) + end + hint)
     if isinstance(error, MemoryError):
         return SurroundingsError("there is not enough memory for this.")
+    if isinstance(error, ImportError):
+        return SurroundingsError(
+            f"a library could not be loaded: {printable(str(error))}. The memory may be too small "
+            "(ulimit -v), or the installation is broken: then install vera-convert again."
+        )
     if isinstance(error, OSError):
         return SurroundingsError(printable(redacted(str(error))))
     return SurroundingsError(

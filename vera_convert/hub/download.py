@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from vera_convert.errors import SurroundingsError
 from vera_convert.hub.cache import cache_of_repo, snapshot_of
 from vera_convert.hub.checksum import RepoFile, digest_of, has_digests
-from vera_convert.hub.client import HubAccess, download_file
+from vera_convert.hub.client import HubAccess, asking_for, download_file
 from vera_convert.hub.header_cache import replace_file
-from vera_convert.hub.range_file import damaged
+from vera_convert.hub.range_file import Ask, damaged
+from vera_convert.hub.refusals import TooSlowError, TryAgainError, gave_up
 from vera_convert.hub.retry import at_least_slowly, until_answered
 from vera_convert.text import printable
 
@@ -56,7 +57,8 @@ def download(
         place = f"{repo_id}@{commit}/{printable(str(name))}"
         once = partial(download_file, repo_id, str(name), commit=commit, place=place, access=access)
         attempt = partial(at_least_slowly, once, partial(_stored, repo), what=place)
-        with _without_remains(repo):
+        ask = asking_for(repo_id, str(name), commit=commit, place=place, access=access)
+        with _without_remains(repo), _with_reason(ask, place):
             until_answered(attempt, what=place)
         path = snapshot_of(repo_id, commit, access) / name
         if not is_sound(path, repo, file):
@@ -95,6 +97,22 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             yield block
+
+
+@contextlib.contextmanager
+def _with_reason(ask: Ask, place: str) -> Iterator[None]:
+    """Ask the Hub for the reason if a download takes too long.
+
+    huggingface_hub waits as long as the Hub asks, even for hours, before it tries again.
+    """
+    try:
+        yield
+    except TooSlowError as error:
+        try:
+            ask(0, 0)
+        except TryAgainError as found:
+            raise gave_up(place, 1, found) from error
+        raise
 
 
 def _stored(repo: Path) -> int:

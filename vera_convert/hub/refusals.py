@@ -54,6 +54,10 @@ class OutOfReachError(SurroundingsError):
     """The Hub does not answer. The files in the cache may serve instead."""
 
 
+class TooSlowError(OutOfReachError):
+    """The server sends nearly nothing."""
+
+
 class LimitedError(OutOfReachError, RefusedError):
     """The Hub's rate limit is reached."""
 
@@ -63,7 +67,8 @@ class LimitedError(OutOfReachError, RefusedError):
 
 def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
     """Return the error for a request whose last try has failed."""
-    reason = f"{what} could not be read from the Hub in {tries} tries: {error}."
+    times = "" if tries == 1 else f" in {tries} tries"
+    reason = f"{what} could not be read from the Hub{times}: {error}."
     if error.limited:
         return LimitedError(
             f"{reason} The Hub's rate limit is reached: wait some minutes, or log in with "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from vera_convert.hub.refusals import OutOfReachError, TryAgainError, gave_up
+from vera_convert.hub.refusals import TooSlowError, TryAgainError, gave_up
 
 Result = TypeVar("Result")
 
@@ -66,7 +66,7 @@ def at_least_slowly(
         what: the repo or file in messages.
 
     Raises:
-        OutOfReachError: fewer than `LEAST` bytes were transferred in `WINDOW` seconds.
+        TooSlowError: fewer than `LEAST` bytes were transferred in `WINDOW` seconds.
     """
     future: Future[Result] = Future()
 
@@ -81,7 +81,7 @@ def at_least_slowly(
     while wait([future], timeout=WINDOW).not_done:
         now = transferred()
         if now - before < LEAST:
-            raise OutOfReachError(
+            raise TooSlowError(
                 f"{what} could not be read from the Hub: the server sent less than {LEAST:,} bytes "
                 f"in {WINDOW:.0f} seconds. Check the connection, or try again later."
             )

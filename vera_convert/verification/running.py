@@ -86,7 +86,12 @@ _IN_WORDS: Mapping[Stage, str] = {
     Stage.RUN: "running a model on a sample",
     Stage.MERGE: "merging the adapters again",
 }
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_KEPT_BACK = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN",
+    "OPENBLAS_NUM_THREADS",  # a limit of the program, which would slow PyTorch down on Arm
+)
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -133,7 +138,7 @@ def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the child, and end it when the block ends."""
     if not sys.executable:
         raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
-    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
     # With -P no file of the working directory replaces a module.
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(p) for p in sys.path if p))  # noqa: PTH100
     environment = {**kept, **_ENVIRONMENT, "PYTHONPATH": path}
