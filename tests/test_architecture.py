@@ -19,7 +19,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-text rules errors schemas dtypes delta embeddings
+text rules errors schemas dtypes delta embeddings progress
 files: reading file_names strict_json walk json_edit header tensorfile value_range shards
 arguments
 draws: generator comparison recognition
@@ -78,6 +78,7 @@ GROUND = {
     "dtypes",
     "delta",
     "embeddings",
+    "progress",
     "arguments",
 }
 """Single modules that every folder may import."""

@@ -244,3 +244,36 @@ def test_a_bar_shows_the_rate_and_the_time_that_remains(
     with progress_bar(CommonOptions(progress=None, quiet=False), "merged") as report:
         report(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_waits_until_work_is_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for delay, expected in ((60, ""), (0, "merged")):
+        monkeypatch.setattr("vera_convert.cli.output.DELAY", delay)
+        with progress_bar(CommonOptions(progress=None, quiet=False), "merged") as report:
+            report(1, 2)
+        assert capsys.readouterr().err.strip("\r").partition(":")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "titles"),
+    [
+        (["strip", "embedded", "out"], {"regenerated", "written"}),
+        (["embed", "stripped", "out"], {"regenerated", "written"}),
+        (["migrate", "stripped", "out", "--to", "embedded"], {"regenerated", "written"}),
+        (["regenerate", "out.safetensors", "--for", "stripped"], {"regenerated", "written"}),
+        (["validate", "embedded"], {"regenerated"}),
+    ],
+)
+def test_commands_that_regenerate_or_write_show_progress(
+    words: list[str], titles: set[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vera_convert.draws.generator.BLOCK", 16)
+    good_adapter(tmp_path / "embedded")
+    assert run("strip", "embedded", "stripped").status == 0
+    ended = run(*words, "--progress")
+    assert {*re.findall(r"(\w+): +\d+%", ended.err)} == titles

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
-from vera_convert.cli.options import Options, parameters
+from vera_convert.cli.options import CommonOptions, parameters
+from vera_convert.cli.output import progress_of_parts
 from vera_convert.cli.values import Adapter
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
@@ -32,7 +33,7 @@ def out_argument(text: str) -> click.Argument:
 
 
 def command(
-    options: type[Options], *arguments: click.Argument, examples: str
+    options: type[CommonOptions], *arguments: click.Argument, examples: str
 ) -> Callable[[Callable[..., None]], Callable[[], Command]]:
     """Return a decorator that makes a command of a function, when the command is first asked for.
 
@@ -50,7 +51,9 @@ def command(
             given = [parsed.pop(name) for name in names]
             if parsed["verbose"]:
                 _log_everything()
-            function(*given, options(**parsed))
+            given_options = options(**parsed)
+            with progress_of_parts(given_options):
+                function(*given, given_options)
 
         @cache
         def made() -> Command:

@@ -6,17 +6,21 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from vera_convert.cli.options import CommonOptions
 from vera_convert.errors import SurroundingsError
+from vera_convert.progress import watched
 from vera_convert.text import printable_whole
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from vera_convert.rules import Finding
 
 WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion"))
@@ -24,6 +28,9 @@ WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion")
 
 WIDTH = 100
 """Columns of a text that is not for a terminal, and the most columns of a text that is."""
+
+DELAY = 2
+"""Seconds that work takes before a progress bar appears."""
 
 _COLORS = {"error": "1;31", "warning": "1;33", "note": "36"}
 _LABEL = re.compile(r"\s*\S(?:\S| (?! ))*  +|\s+")
@@ -141,33 +148,54 @@ def fitted(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def _shows_progress(options: CommonOptions) -> bool:
+    if options.progress is not None:
+        return options.progress
+    hidden = options.quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    return not hidden and _is_terminal(sys.stderr)
+
+
+@contextmanager
+def progress_of_parts(options: CommonOptions) -> Iterator[None]:
+    """Draw a bar for each large matrix or file that the block regenerates or writes."""
+    with ExitStack() as stack:
+        if _shows_progress(options):
+            stack.enter_context(watched(lambda title: _bar(options, title, "B", stack)))
+        yield
+
+
 @contextmanager
 def progress_bar(options: CommonOptions, title: str, *, unit: str = "B") -> Iterator[Progress]:
     """Draw a bar of bytes or of another unit, with the rate and the time that remains.
 
-    The bar appears on a terminal or on request, with the first progress that is reported.
+    The bar appears on a terminal after `DELAY` seconds of work; on request, it appears at once.
     """
-    wanted = options.progress
-    if wanted is None:
-        wanted = _is_terminal(sys.stderr) and not options.quiet
-        wanted = wanted and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    if not wanted:
-        yield lambda _done, _of: None
-        return
-    from tqdm import tqdm
-
     with ExitStack() as stack:
-        bars: list[tqdm[NoReturn]] = []
+        is_shown = _shows_progress(options)
+        yield _bar(options, title, unit, stack) if is_shown else lambda _done, _of: None
 
-        def report(done: int, of: int) -> None:
-            if not bars:
-                scaled = {"unit_scale": True} if unit == "B" else {}
-                bar = tqdm(desc=title, total=of, unit=unit, file=sys.stderr, leave=False, **scaled)
-                bars.append(stack.enter_context(bar))
-            bars[0].total = of
-            bars[0].update(done - bars[0].n)
 
-        yield report
+def _bar(options: CommonOptions, title: str, unit: str, stack: ExitStack) -> Progress:
+    """Return a function that draws a bar; the bar vanishes when it is full, or with the stack."""
+    bars: list[tqdm[NoReturn]] = []
+    start = time.monotonic()
+    delay = 0 if options.progress else DELAY
+
+    def report(done: int, of: int) -> None:
+        if not bars:
+            if time.monotonic() - start < delay or done >= of:
+                return
+            from tqdm import tqdm
+
+            drawn: dict[str, Any] = {"unit_scale": True} if unit == "B" else {}
+            drawn |= {"initial": done, "leave": False, "file": sys.stderr}
+            bars.append(stack.enter_context(tqdm(desc=title, total=of, unit=unit, **drawn)))
+        bars[0].total = of
+        bars[0].update(done - bars[0].n)
+        if done >= of:
+            bars[0].close()
+
+    return report
 
 
 # --- other commands, as a shell takes them -------------------------------------------------------

@@ -15,7 +15,7 @@ stream. For a range of a power of two, `randint` takes one masked word for each 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.dtypes import HEADER_NAMES, holds_every_value
+from vera_convert.progress import counter
 
 BLOCK = 1 << 17
 """Values per step: half a megabyte of words, enough to hide the cost of the calls."""
@@ -234,17 +235,25 @@ class Source:
         self.variant = variant
         self._words = np.random.RandomState(check_key(key) % 2**32)
 
-    def fill(self, out: NDArray[Any], *, fan_in: int) -> None:
+    def fill(
+        self,
+        out: NDArray[Any],
+        *,
+        fan_in: int,
+        count: Callable[[int], None] = lambda _size: None,
+    ) -> None:
         """Fill `out`, C-contiguous and of the variant's dtype, with the next values.
 
         Args:
             out: the array.
             fan_in: the number of columns of the whole matrix.
+            count: called with the bytes of each part that is filled.
         """
         flat = out.reshape(-1)
         for start in range(0, flat.size, BLOCK):
             part = flat[start : start + BLOCK]
             valued(self.variant, self.centered(part.size), fan_in=fan_in, out=part)
+            count(part.nbytes)
 
     def centered(self, count: int) -> NDArray[Any]:
         """Return the next `count` centered integers k, -2^(bits-1) <= k < 2^(bits-1)."""
@@ -313,8 +322,9 @@ def draw(
     source = Source(variant, key=key)
     a = np.empty((rank, in_features), variant.dtype)
     b = np.empty((out_features, rank), variant.dtype)
-    source.fill(a, fan_in=in_features)
-    source.fill(b, fan_in=rank)
+    count = counter("regenerated", a.nbytes + b.nbytes)
+    source.fill(a, fan_in=in_features, count=count)
+    source.fill(b, fan_in=rank, count=count)
     return a, b
 
 
@@ -327,6 +337,8 @@ def redrawn(
     item has about `block` values, but at least one row of the drawn width.
     """
     source = Source(draw.variant, key=draw.key)
+    values = draw.rank * (draw.in_features + out_features)
+    count = counter("regenerated", values * draw.variant.dtype.itemsize)
     for tensor, rows, width, kept in (
         ("vera_A", draw.rank, draw.in_features, in_features),
         ("vera_B", out_features, draw.rank, draw.rank),
@@ -334,7 +346,7 @@ def redrawn(
         step = max(1, block // width)
         for row in range(0, rows, step):
             drawn = np.empty((min(step, rows - row), width), draw.variant.dtype)
-            source.fill(drawn, fan_in=width)
+            source.fill(drawn, fan_in=width, count=count)
             yield tensor, row, rounded(drawn[:, :kept], draw.rounding)
 
 

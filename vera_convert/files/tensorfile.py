@@ -19,6 +19,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource
+from vera_convert.progress import counter
 from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
 from vera_convert.text import printable
 
@@ -177,10 +178,13 @@ def write_tensors(path: Path, tensors: Iterable[TensorData], metadata: Mapping[s
     """
     ordered = in_order(tensors)
     digest = hashlib.sha256()
+    header = header_bytes(ordered, metadata)
+    count = counter("written", len(header) + sum(tensor.nbytes for tensor in ordered))
     with path.open("xb") as sink:
-        for block in itertools.chain([header_bytes(ordered, metadata)], _all_blocks(ordered)):
+        for block in itertools.chain([header], _all_blocks(ordered)):
             digest.update(block)
             sink.write(block)
+            count(memoryview(block).nbytes)
     return digest.hexdigest()
 
 
