@@ -25,6 +25,7 @@ from vera_convert.publish.publishing import (
     sha256_of,
     staged_file,
     staged_folder,
+    updated_folder,
 )
 from vera_convert.publish.signals import Interrupted
 from vera_convert.publish.staging import sweep_containers
@@ -860,3 +861,29 @@ with staged_folder(out, force=True, is_own=own) as new:
 def test_the_space_for_an_out_in_folders_to_come_is_that_of_the_nearest(tmp_path: Path) -> None:
     assert free_space(tmp_path / "a" / "b" / "out") > 0
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_update_replaces_files_of_the_same_names_only(tmp_path: Path, *, exists: bool) -> None:
+    out = tmp_path / "out"
+    before = {"kept": "1", "replaced": "2"} if exists else {}
+    for name, text in before.items():
+        out.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    with updated_folder(out) as staging:
+        (staging / "replaced").write_text("3")
+        (staging / "added").write_text("4")
+    found = {path.name: path.read_text() for path in out.iterdir()}
+    assert found == before | {"replaced": "3", "added": "4"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_update_that_fails_changes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").write_text("1")
+    with suppress(ZeroDivisionError), updated_folder(out) as staging:
+        (staging / "kept").write_text("2")
+        raise ZeroDivisionError
+    assert (out / "kept").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

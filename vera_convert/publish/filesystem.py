@@ -1,6 +1,6 @@
-"""System calls for publishing: renames that never replace, exchange, locks, sync and removal.
+"""System calls for publishing: safe renames, exchange, locks, sync and removal.
 
-Each function has the same effect on Linux, macOS and Windows, if the system can do this.
+Each function has the same effect on Linux, macOS and Windows, if the system has such a call.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def exchange(one: Path, other: Path) -> bool:
 def _move_with_a_look(source: Path, target: Path) -> None:
     """Do the same as `move`, on a system without such a rename.
 
-    The rename of POSIX replaces files and empty folders. For a file, a hard link refuses to
-    replace. For a folder nothing refuses, so the target is checked just before. A folder with
-    content is never replaced.
+    The rename of POSIX replaces files and empty folders, and refuses to replace a full folder. For
+    a file, a hard link also refuses to replace. For a folder, the target is checked just before.
     """
     taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     if os.path.lexists(target):
@@ -115,7 +114,7 @@ if sys.platform == "win32":
             path.unlink()
 
     def sync_folder(path: Path) -> None:
-        """Do nothing: Windows cannot sync folders, and NTFS keeps a journal of folders."""
+        """Return at once: NTFS keeps a journal of folders, and Windows has no sync of a folder."""
 
 else:
 

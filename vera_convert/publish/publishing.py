@@ -1,11 +1,11 @@
-"""Publish output completely or not at all. No other module renames or deletes files.
+"""Publish output completely or not at all. Only this folder renames or deletes files.
 
-A run writes its output into a hidden folder beside OUT (see `staging`), syncs the output, and then
-moves it to OUT in one rename, or exchanges it with OUT. `filesystem` holds the system calls,
-`signals` decides when a signal may interrupt.
+A run writes the output into a hidden folder beside OUT (see `staging`), syncs the output, and then
+moves the output to OUT in one rename, or exchanges the output with OUT. `filesystem` holds the
+system calls, `signals` decides when a signal may interrupt.
 
-There are two limits. A disk that lies about fsync may lose output. If the system has no rename that
-refuses to replace (NFS), a run may replace an *empty* folder that appears at OUT during the rename.
+There are two limits. A disk with a false fsync may lose output. If the system lacks a rename that
+refuses to replace (NFS), a run may replace an *empty* folder, created at OUT during the rename.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def staged_folder(
     strangers: Strangers = lambda _: (),
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` if the block succeeds, and is removed if not.
+    """Yield an empty folder, which becomes `out` if the block succeeds and else is removed.
 
     After the block, the function syncs all files, publishes the folder in one rename, and syncs the
     parent. SIGINT, SIGTERM and SIGHUP leave nothing behind. A signal during the rename or later is
-    dropped, because the output is complete. Modes follow the umask. Threads and processes that
-    write into the folder must end before the block ends.
+    dropped, because the output is complete. Modes follow the umask. Writing threads and processes
+    must end before the block ends.
 
     Args:
         out: the path of the new folder.
@@ -102,28 +102,8 @@ def updated_folder(out: Path) -> Iterator[Path]:
         SurroundingsError: the system refused an operation, also inside the block.
         Interrupted: a signal arrived.
     """
-    container = None
-    with signals_raise(), explained(out):
-        place = _real_place(out)
-        with signals_held():
-            sweep_containers(place)
-        try:
-            with signals_held():
-                container = Container.beside(place)
-            container.new.mkdir()
-            yield container.new
-            sync_tree(container.new)
-            with signals_held():
-                place.mkdir(exist_ok=True)
-                for path in sorted(container.new.iterdir()):
-                    path.replace(place / path.name)
-                sync_folder(place)
-                signals_done()
-                container.remove()
-        finally:
-            if container is not None:
-                with signals_held():
-                    container.remove()
+    with _staged(out, (), None) as staged:
+        yield staged.folder
 
 
 class Staged:
@@ -158,7 +138,7 @@ def staged_run(
     is_own: Callable[[Path], bool],
     strangers: Strangers = lambda _: (),
 ) -> Iterator[Staged]:
-    """Do the same as `staged_folder`, for a run that another run may continue.
+    """Do the same as `staged_folder`, for a run with a possible continuation by another run.
 
     If the block fails or is interrupted after it set `worth_keeping`, the hidden folder stays. A
     later run for the same `out` receives the folder if `continues` is True, and else removes it.
@@ -177,7 +157,7 @@ def check_out(
     folder: bool = True,
     strangers: Strangers = lambda _: (),
 ) -> None:
-    """Refuse before any work an `out` that a run could not publish; `staged_*` also do this.
+    """Refuse an `out` before any work that a run would refuse later; `staged_*` check `out` too.
 
     Raises:
         UsageError: `out` overlaps an input (with links resolved, even with `force`); `out` exists
@@ -292,7 +272,7 @@ class _Replacing:
     strangers: Strangers = lambda _: ()
 
     def check(self, out: Path) -> None:
-        """Refuse an existing `out` that this run may not replace."""
+        """Refuse an existing `out`, unless this run may replace `out`."""
         try:
             mode = out.lstat().st_mode
         except FileNotFoundError:
@@ -316,7 +296,7 @@ class _Replacing:
 
 
 def _refuse_strangers(shown: str, names: Collection[str]) -> None:
-    """Refuse to replace a folder that holds files which the run would not write."""
+    """Refuse to replace a folder with files that the run would delete for good."""
     if names:
         raise UsageError(
             f"{shown} holds files that this command does not write, which --force would delete: "
@@ -375,11 +355,12 @@ def explained(out: Path) -> Iterator[None]:
 def _staged(
     out: Path,
     inputs: Sequence[Path],
-    replacing: _Replacing,
+    replacing: _Replacing | None,
     *,
     continues: bool = False,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[Staged]:
+    """Stage and publish an output. Without `replacing`, OUT is a folder that keeps other files."""
     container, staged = None, None
     with signals_raise(), explained(out):
         place = _real_place(out)
@@ -387,7 +368,8 @@ def _staged(
         if not continues:
             with signals_held():
                 sweep_containers(place)
-        replacing.check(place)
+        if replacing is not None:
+            replacing.check(place)
         made: list[Path] = []
         try:
             with signals_held():
@@ -395,14 +377,17 @@ def _staged(
                 make = Container.continuing if continues else Container.beside
                 container = make(place)
             staged = Staged(container.new, container.journal)
-            if replacing.folder and not container.new.is_dir():
-                container.new.mkdir()
+            if replacing is None or replacing.folder:
+                container.new.mkdir(exist_ok=True)  # a continued run has left the folder
             yield staged
             if not is_wanted():
                 return
             sync_tree(container.new, synced=staged.synced)
             with signals_held():
-                _publish(container, place, replacing)
+                if replacing is None:
+                    _update(container.new, place)
+                else:
+                    _publish(container, place, replacing)
                 signals_done()  # the output is there, so the run has succeeded
                 container.remove()
         finally:
@@ -437,8 +422,16 @@ def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
     logger.info("wrote %s", out)
 
 
+def _update(new: Path, out: Path) -> None:
+    """Move each file of `new` into the folder `out`, and sync `out`."""
+    out.mkdir(exist_ok=True)
+    for path in sorted(new.iterdir()):
+        path.replace(out / path.name)
+    sync_folder(out)
+
+
 def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Callable[[], object]:
-    """Give `out` its new content, and return the function that undoes this."""
+    """Give `out` the new content, and return a function for the way back."""
     for _ in range(_TRIES):
         try:
             move(container.new, out)
@@ -451,14 +444,14 @@ def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Cal
         except (FileExistsError, FileNotFoundError):
             if not os.path.lexists(container.new):
                 raise
-            # Another run put its output there, or removed OUT: try again.
+            # Another run put output there, or removed OUT: try again.
     raise SurroundingsError(f"{printable(str(out))} kept changing while it was to be replaced.")
 
 
 def _replace(container: Container, out: Path) -> Callable[[], object]:
     """Replace an existing `out` with `new`: by an exchange, else by two renames.
 
-    If the run ends between the two renames, the removal of the container restores `old` first.
+    If a run ends between the two renames, the removal of the container restores `old` first.
     """
     new, old = container.new, container.old
     if exchange(new, out):

@@ -1,10 +1,10 @@
 """Turn SIGINT, SIGTERM and SIGHUP into one exception, raised once and at a harmless moment.
 
 A program's life has four parts. While the program starts (`exit_on_signals`), a signal ends the
-process at once, because nothing is written yet. While a command runs (`signals_raise`), a signal
+process at once, before any output. While a command runs (`signals_raise`), a signal
 raises `Interrupted`, and clean-up follows; within `signals_held`, and during an import, the signal
-waits. After OUT is published (`signals_done`), a signal changes nothing: the command has succeeded.
-While Python ends (`ignore_signals`), a signal changes nothing either.
+waits. After OUT is published (`signals_done`) and while Python ends
+(`ignore_signals`), a signal has no effect: the command has succeeded.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _AGAIN = 0.02
 def exit_on_signals() -> None:
     """End the process at once on SIGINT, SIGTERM or SIGHUP; for a program's first lines.
 
-    `signals_raise` replaces these handlers. After `signals_done`, or after a signal that raised,
-    these signals do nothing: the program is about to end with the right status.
+    `signals_raise` replaces the handlers. After `signals_done`, or after a raised signal, further
+    signals are dropped: the program is about to end with the right status.
     """
     for number in _ours():
         signal.signal(number, _exit_at_once)
@@ -73,7 +73,7 @@ def exit_on_signals() -> None:
 def ignore_signals() -> None:
     """Ignore SIGINT, SIGTERM and SIGHUP from now on, while Python ends; for a program's end.
 
-    Python restores the system's handlers at the end, so a signal is harmless only if ignored.
+    Python restores the system's handlers at the end, so only an ignored signal is harmless.
     """
     for number in _ours():
         signal.signal(number, signal.SIG_IGN)
@@ -83,9 +83,9 @@ def ignore_signals() -> None:
 def signals_raise() -> Iterator[None]:
     """Turn the first SIGINT, SIGTERM or SIGHUP inside the block into `Interrupted`.
 
-    Later signals are dropped, so none interrupts the clean-up. Signals that other code handles or
-    ignores (nohup) keep their handlers. A nested call, or a call outside the main thread, has no
-    effect.
+    Later signals are dropped, so the clean-up is safe. Signals with a handler of other code, and
+    ignored signals (nohup), keep the handler. A nested call, or a call outside the main thread, has
+    no effect.
     """
     if not _in_main_thread() or _Delivery.active:
         yield
@@ -119,7 +119,7 @@ def signals_raise() -> Iterator[None]:
 def signals_held() -> Iterator[None]:
     """Hold the signals of `signals_raise` back, and raise a waiting signal at the end.
 
-    After `signals_done`, a waiting signal is dropped, because there is nothing left to stop.
+    After `signals_done`, a waiting signal is dropped, because the work is done.
     """
     if not _in_main_thread():
         yield
@@ -135,13 +135,13 @@ def signals_held() -> Iterator[None]:
 
 
 def signals_done() -> None:
-    """Drop the waiting signal and all later signals of this `signals_raise`: the work is done."""
+    """Drop the waiting and all later signals of the present `signals_raise`: the work is done."""
     if _in_main_thread():
         _Delivery.waiting, _Delivery.done = None, True
 
 
 def interruption() -> Interrupted | None:
-    """Return the error that a signal raised in this `signals_raise`, even if it was caught."""
+    """Return the error that a signal raised in the present `signals_raise`, even if caught."""
     return _Delivery.raised
 
 

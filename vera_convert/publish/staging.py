@@ -7,12 +7,11 @@
         dead    the `new` of a dead run, before its removal
         journal the finished files of a run that can be continued
 
-A process that can lock a container knows that the container's run is dead, and removes the
-container. The next run for the same OUT thus removes the leftovers of a killed run, but not those
-of a living run. OUT itself has no lock. A run never touches a container of another user, or a
-container that other users may read or write: in a shared folder, anybody could have created such a
-container. If a network file system's locks do not reach a host, its run may count as dead; the run
-then fails and publishes nothing.
+A lock is free only if the container's run is dead. The next run for the same OUT takes the lock and
+removes the leftovers of a killed run, and leaves the containers of living runs. OUT has no lock. A
+run touches only private containers of the same user: in a shared folder, anybody could have created
+another container. If the locks of a network file system stop at a host, a run there may count as
+dead; the run then fails without output.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Container:
         new: the path of the future OUT; nothing is there at first.
         old: the path for the former OUT.
         journal: the path of the journal, with which a later run can continue this run.
-        remove: removes the folder with its content; works once. Python also calls this when the
+        remove: removes the folder with all content; works once. Python also calls `remove` when the
             object dies or the process exits, because a signal may arrive before a ``finally`` is in
             force.
     """
@@ -68,7 +67,7 @@ class Container:
 
     @classmethod
     def beside(cls, out: Path) -> Container:
-        """Create a container for `out`, whose parent has no links left to resolve."""
+        """Create a container for `out`; all links in the parent are resolved."""
         for _ in range(_TRIES):
             path = out.with_name(_stem(out) + secrets.token_hex(8))
             if sys.platform == "win32":
@@ -87,8 +86,8 @@ class Container:
     def continuing(cls, out: Path) -> Container:
         """Create a container with the output that a dead run for `out` left, if there is any.
 
-        Other containers of dead runs are removed. The output is moved: if the run is still alive,
-        on a host that its lock does not reach, the run finds nothing to publish and fails.
+        Other containers of dead runs are removed. The output is moved: a run that lives after all,
+        on a host beyond the lock's reach, then lacks the output and fails.
         """
         made = cls.beside(out)
         for path in sorted(_containers(out)):
@@ -118,9 +117,9 @@ def bytes_of_the_dead(out: Path) -> int:
 
 
 def sweep_containers(out: Path) -> None:
-    """Remove the containers of all dead runs for `out`; restore an `out` that one moved away.
+    """Remove the containers of all dead runs for `out`; restore an `out` that a run moved away.
 
-    A container that cannot be removed, or whose run may be alive, stays without an error.
+    A container stays without an error if the removal fails, or if the run may be alive.
     """
     for path in _containers(out):
         _sweep_one(path, out)
@@ -145,7 +144,7 @@ def _stem(out: Path) -> str:
 
 
 def _new_lock(path: Path) -> int | None:
-    """Create and lock a new container's lock file; None if another run removes the container."""
+    """Create and lock the lock file of a container; None if another run removes the container."""
     name = path / "lock"
     try:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
@@ -166,7 +165,7 @@ def _new_lock(path: Path) -> int | None:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Return whether the open file still has this name."""
+    """Return whether the open file still has the name."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
@@ -204,7 +203,7 @@ def _lock_of_the_dead(path: Path) -> int | None:
 
 
 def _is_ours(found: os.stat_result) -> bool:
-    """Return whether this user created a container into which nobody else can write."""
+    """Return whether the present user created a container for this user alone."""
     if sys.platform == "win32":
         return stat.S_ISDIR(found.st_mode)
     is_private = stat.S_IMODE(found.st_mode) & 0o077 == 0
@@ -212,7 +211,7 @@ def _is_ours(found: os.stat_result) -> bool:
 
 
 def _remove(path: Path, out: Path, lock: int, *, owner: int, foreign: bool = False) -> None:
-    """Remove a container whose lock is held; leave an unlocked rest if that fails."""
+    """Remove a container with a held lock; leave an unlocked rest if the removal fails."""
     if os.getpid() != owner:
         return  # a forked child ends; the run goes on
     try:
@@ -249,8 +248,8 @@ def _put_back(path: Path, out: Path) -> None:
 def _take_away(path: Path) -> None:
     """Move `new` away in one step before the deletion.
 
-    If the run is still alive, on a host that its lock does not reach, the run finds nothing to
-    publish and fails, instead of publishing a part.
+    A run that lives after all, on a host beyond the lock's reach, then lacks the output and fails,
+    instead of publishing a part.
     """
     dead = path / "dead"
     remove_tree(dead)
