@@ -53,6 +53,7 @@ def calls(adapter: Path, out: Path, base: Path, *, with_base: bool) -> dict[str,
         "embed": ["embed", adapter, out, *given],
         "migrate": ["migrate", adapter, out, "--to", "asis", *(given if with_base else [])],
         "merge": ["merge", adapter, out, *given, "--jobs", "1"],
+        "to-lora": ["to-lora", adapter, out, *given],
     }
 
 
@@ -214,7 +215,13 @@ def test_no_conversion_is_laxer_than_the_validator() -> None:
         if found.status != 1 or found.code in LEFT_TO_OTHERS:
             continue
         mended = {"migrate"} if case.outcomes.get("migrate") == ACCEPT else set()
-        for command in {"strip", "embed", "migrate", "merge"} & case.outcomes.keys() - mended:
+        for command in {
+            "strip",
+            "embed",
+            "migrate",
+            "merge",
+            "to-lora",
+        } & case.outcomes.keys() - mended:
             assert case.outcomes[command].status, f"{command} of {case.name}"
 
 

@@ -149,6 +149,24 @@ def test_llama_cpp_gives_the_outputs_of_the_adapter(
 # --- vLLM ----------------------------------------------------------------------------------------
 
 
+def deltas_of_vera(adapter: Path, base: Path) -> dict[str, Any]:
+    vera = peft.PeftModel.from_pretrained(loaded(LLAMA, base), adapter)
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in vera.named_modules()
+        if hasattr(module, "vera_lambda_b")
+    }
+
+
+def deltas_by_vllm(reader: Any, lora: Path, targets: set[str]) -> dict[str, Any]:
+    helper = reader.PEFTHelper.from_local_dir(str(lora), max_position_embeddings=64)
+    found = reader.LoRAModel.from_local_checkpoint(
+        str(lora), targets, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    layers = {name: found.get_lora(name).optimize() for name in found.loras}
+    return {name: layer.lora_b @ layer.lora_a for name, layer in layers.items()}
+
+
 def test_vllm_reads_the_delta_of_each_layer(
     llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,21 +180,21 @@ def test_vllm_reads_the_delta_of_each_layer(
     helper.validate_legal(config.LoRAConfig(max_lora_rank=8))
     with pytest.raises(ValueError, match="greater than max_lora_rank"):
         helper.validate_legal(config.LoRAConfig(max_lora_rank=1))
-    vera = peft.PeftModel.from_pretrained(loaded(LLAMA, base), adapter)
-    expected = {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default")
-        for name, module in vera.named_modules()
-        if hasattr(module, "vera_lambda_b")
-    }
+    expected = deltas_of_vera(adapter, base)
     targets = {name.rpartition(".")[2] for name in expected}
-    found = reader.LoRAModel.from_local_checkpoint(
-        str(lora), targets, helper, lora_model_id=1, device="cpu", dtype=torch.float32
-    )
-    assert found.loras.keys() == expected.keys()
+    found = deltas_by_vllm(reader, lora, targets)
+    assert found.keys() == expected.keys()
     for name, delta in expected.items():
-        layer = found.get_lora(name).optimize()
-        torch.testing.assert_close(layer.lora_b @ layer.lora_a, delta, rtol=0, atol=1e-5)
         assert delta.abs().max() > 0.01
+        torch.testing.assert_close(found[name], delta, rtol=0, atol=1e-5)
+    # The comparison sees a wrong scaling and a layer that the engine does not look up.
+    fields = json.loads((lora / "adapter_config.json").read_bytes())
+    fields["lora_alpha"] *= 2
+    (lora / "adapter_config.json").write_text(json.dumps(fields))
+    for name, delta in deltas_by_vllm(reader, lora, targets).items():
+        torch.testing.assert_close(delta, 2 * expected[name], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="but received"):
+        deltas_by_vllm(reader, lora, targets - {"q_proj"})
 
 
 # --- Diffusers -----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ from safetensors.numpy import load_file, save_file
 from vera_convert.adapter.fingerprint import METADATA_KEY
 from vera_convert.rules import CATALOG, Severity
 
-COMMANDS = ("validate", "info", "strip", "embed", "migrate", "merge")
+COMMANDS = ("validate", "info", "strip", "embed", "migrate", "merge", "to-lora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ CASES: list[Case] = []
 
 def everywhere(outcome: Outcome, **differing: Outcome) -> dict[str, Outcome]:
     """Return the same outcome for every command but those that are named."""
-    return {**dict.fromkeys(COMMANDS, outcome), **differing}
+    named = {command.replace("_", "-"): each for command, each in differing.items()}
+    return {**dict.fromkeys(COMMANDS, outcome), **named}
 
 
 # --- what the catalog of defects spoils --------------------------------------------------------
@@ -131,6 +132,7 @@ NO_VALUES = "info reads no values"
 NO_PATTERNS = "info and migrate to asis size nothing, so they evaluate no pattern"
 STRIP_PROVES = "only who drops A and B needs them to be a draw"
 DRAWN_AGAIN = "info draws nothing, so it misses a wrong hash"
+READS_VALUES = "the adapter works; validate and to-lora look at the values of the vectors"
 VALIDATE_ALONE = "the adapter works; validate warns of a risk"
 
 BY_HAND: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
@@ -169,8 +171,8 @@ CASES += [
 FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     "V007-a_side_file_links_to_nowhere": (VALIDATE_ALONE, {"validate": warn("V007")}),
     "V008-weights_that_peft_does_not_read_lie_beside_it": (
-        VALIDATE_ALONE,
-        {"validate": warn("V008"), "merge": warn("V573")},
+        "who makes something else of the adapter does not know these weights",
+        {"validate": warn("V008"), "merge": warn("V573"), "to-lora": warn("V573")},
     ),
     "V018-states_of_training_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V018")}),
     "V018-logs_of_training_lie_beside_it": (VALIDATE_ALONE, {"validate": warn("V018")}),
@@ -184,7 +186,7 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     "V121-base_has_an_empty_name": (VALIDATE_ALONE, {"validate": warn("V121")}),
     "V130-targets_are_no_pattern": (
         NO_PATTERNS,
-        dict.fromkeys(("validate", "strip", "embed", "merge"), reject("V130")),
+        dict.fromkeys(("validate", "strip", "embed", "merge", "to-lora"), reject("V130")),
     ),
     "V134-layers_lie_at_the_top": (VALIDATE_ALONE, {"validate": warn("V134")}),
     "V224-a_name_is_there_twice": (
@@ -193,22 +195,28 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     ),
     "V229-a_target_is_not_stored": (
         "on a base the same shows as V411",
-        {"validate": warn("V229"), "strip": warn("V411"), "merge": warn("V411")},
+        {"validate": warn("V229")} | dict.fromkeys(("strip", "merge", "to-lora"), warn("V411")),
     ),
     **{
         f"V301-{name}": (NO_VALUES, everywhere(reject("V301"), info=ACCEPT))
         for name in ("a_lambda_is_no_number", "a_lambda_is_infinite")
     },
     "V303-no_layer_was_trained": (
-        "the merge sees that nothing changed",
-        {"validate": warn("V303"), "merge": warn("V303")},
+        "the merge sees that nothing changed, and a LoRA is of zeros",
+        dict.fromkeys(("validate", "merge", "to-lora"), warn("V303")),
     ),
-    "V305-values_are_huge": (VALIDATE_ALONE, {"validate": warn("V305")}),
+    "V305-values_are_huge": (
+        READS_VALUES,
+        {"validate": warn("V305"), "to-lora": warn("V305")},
+    ),
     "V305-values_are_tiny": (
         "the merge sees what is lost in rounding",
-        {"validate": warn("V305"), "merge": warn("V537")},
+        {"validate": warn("V305"), "merge": warn("V537"), "to-lora": warn("V305")},
     ),
-    "V306-a_layer_was_not_trained": (VALIDATE_ALONE, {"validate": warn("V306")}),
+    "V306-a_layer_was_not_trained": (
+        READS_VALUES,
+        {"validate": warn("V306"), "to-lora": warn("V306")},
+    ),
     "V401-projections_are_random": (
         STRIP_PROVES,
         {"validate": warn("V414"), "info": warn("V414"), "strip": reject("V401")},
@@ -241,11 +249,13 @@ FOUND_LATER: Mapping[str, tuple[str, Mapping[str, Outcome]]] = {
     },
     "V408-fingerprint_is_of_another_base": (
         "only who draws what was dropped holds it against the base",
-        everywhere(reject("V409"), info=ACCEPT, embed=reject("V408"), merge=reject("V408")),
+        everywhere(reject("V409"), info=ACCEPT)
+        | dict.fromkeys(("embed", "merge", "to-lora"), reject("V408")),
     ),
     "V412-config_matches_narrower_layers": (
         "A and B would be too small for the layers of the file",
-        {"validate": warn("V411")} | dict.fromkeys(("strip", "embed", "merge"), reject("V412")),
+        {"validate": warn("V411")}
+        | dict.fromkeys(("strip", "embed", "merge", "to-lora"), reject("V412")),
     ),
     "V414-projections_are_seen_to_be_random": (
         STRIP_PROVES,
@@ -534,7 +544,7 @@ hostile(
     "side files are bytes with names: copied, never opened or run",
 )
 hostile(
-    HARMLESS | dict.fromkeys(("strip", "embed", "migrate"), SURROUNDINGS),
+    HARMLESS | dict.fromkeys(("strip", "embed", "migrate", "to-lora"), SURROUNDINGS),
     {"a_side_file_claims_more_than_any_disk": lambda folder: sparse(folder / "notes.txt", 1 << 42)},
     "a copy needs the space; a merge leaves the file out",
     posix=True,
@@ -828,7 +838,11 @@ hostile(
     },
 )
 hostile(
-    everywhere(ACCEPT, validate=reject("V132"), strip=warn("V411"), merge=warn("V411")),
+    everywhere(
+        ACCEPT,
+        validate=reject("V132"),
+        **dict.fromkeys(("strip", "merge", "to_lora"), warn("V411")),
+    ),
     {
         "layers_are_a_trillion_of_millions": fields({"layers_to_transform": 10**18}),
         "layers_have_63_digits": fields({"layers_to_transform": [10**62]}),
@@ -1120,7 +1134,7 @@ hostile(
     },
 )
 hostile(
-    everywhere(ACCEPT, embed=reject("V408"), merge=reject("V408")),
+    everywhere(ACCEPT, **dict.fromkeys(("embed", "merge", "to_lora"), reject("V408"))),
     {
         "fingerprint_claims_all_of_32_bits": fingerprint(
             in_features=(1 << 32) - 1, drawn_in_features=(1 << 32) - 1
@@ -1133,7 +1147,7 @@ hostile(
 )
 hostile(
     everywhere(warn("V419"), info=ACCEPT, strip=ACCEPT, migrate=ACCEPT)
-    | dict.fromkeys(("embed", "merge"), reject("V413")),
+    | dict.fromkeys(("embed", "merge", "to-lora"), reject("V413")),
     {"fingerprint_was_cut_from_a_disk_full": fingerprint(drawn_in_features=(1 << 32) - 1)},
     "who draws what was dropped sees how large it was before it takes memory",
 )
@@ -1630,7 +1644,7 @@ def with_tokenizer(folder: Path, **files: object) -> None:
 
 
 hostile(
-    everywhere(ACCEPT, merge=reject("V541")),
+    everywhere(ACCEPT, merge=reject("V541"), to_lora=reject("V541")),
     {
         "a_token_has_five_thousand_digits": lambda folder: with_tokenizer(
             folder, tokenizer_config={"added_tokens_decoder": {"9" * 5_000: {}}}
@@ -1655,7 +1669,7 @@ hostile(
     "only a whole number is a token",
 )
 hostile(
-    everywhere(ACCEPT, merge=reject("V025")),
+    everywhere(ACCEPT, merge=reject("V025"), to_lora=reject("V025")),
     {"a_tokenizer_nests_for_ever": beside("tokenizer.json", b"[" * 100_000)},
     "only who has a base reads it",
 )

@@ -1,17 +1,32 @@
-"""Find errors in the values of an adapter's tensors: NaN, infinity, a constant A or B."""
+"""Find errors in the values of an adapter's tensors, and signs of damage or missing training."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.tensors import AdaptedLayer
+from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.files.value_range import ValueRange, value_ranges
-from vera_convert.rules import PROJECTION_CONSTANT, VALUE_NOT_FINITE, Finding
+from vera_convert.rules import (
+    LAYERS_UNTRAINED,
+    PROJECTION_CONSTANT,
+    UNTRAINED,
+    VALUE_ABSURD,
+    VALUE_NOT_FINITE,
+    Finding,
+)
+from vera_convert.text import printable
+
+LARGEST = 1e6
+"""Trained vectors reach tens at most, and drawn matrices one."""
+LEAST = 1e-12
 
 _SHARED = re.compile(r"(?:.*\.)?vera_[AB](?:\.[^.]+)?")
 
@@ -43,8 +58,54 @@ def _where(file: TensorFile, name: str, place: int) -> str:
     return f"its value at {index} is {float(value)}."
 
 
-def refuse_values(adapter: Adapter) -> None:
-    """Raise `CheckpointError` with every value error of an adapter."""
-    findings = [*value_errors(adapter.file, value_ranges(adapter.file))]
+def absurd_values(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Finding]:
+    """Yield a warning for each tensor whose values no training gives.
+
+    Args:
+        file: the adapter's weights.
+        found: the ranges of values of the tensors, by name.
+    """
+    for name, extent in found.items():
+        magnitude = extent.magnitude
+        least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
+        if magnitude > LARGEST or 0 < magnitude < least:
+            yield VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
+
+
+def _least(dtype: str) -> float:
+    """Return the smallest plausible largest value of a trained or drawn tensor."""
+    return max(LEAST, 2.0 ** PRECISION[dtype].lowest)
+
+
+def untrained_layers(
+    layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, starts_at_one: bool
+) -> Iterator[Finding]:
+    """Yield a warning if the vectors of all layers are untrained, and a note for some layers.
+
+    Args:
+        layers: the layers without errors, at least one.
+        found: the ranges of values of the tensors, by name.
+        starts_at_one: whether lambda_b is one before training.
+    """
+    b = [found[layer.lambda_b.name] for layer in layers]
+    d = [found[layer.lambda_d.name] for layer in layers]
+    if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
+        reason = "every lambda_b is one, as before training where init_weights is false."
+        yield UNTRAINED.in_file(WEIGHTS_NAME, reason)
+    for vector, vectors in (("lambda_b", b), ("lambda_d", d)):
+        zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]
+        if len(zero) == len(layers):
+            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {vector} is zero.")
+        elif zero:
+            example = printable(zero[0].module)
+            reason = f"{vector} is zero in {len(zero)} of {len(layers)} layers, such as {example}."
+            yield LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
+
+
+def refuse_values(adapter: Adapter) -> dict[str, ValueRange]:
+    """Return the ranges of an adapter's values, or raise `CheckpointError` with every error."""
+    found = value_ranges(adapter.file)
+    findings = [*value_errors(adapter.file, found)]
     if findings:
         raise CheckpointError.of(findings)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.sizes import file_size
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Draw, Variant
+from vera_convert.files.value_range import ValueRange
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, hub_access_of, locate
 from vera_convert.publish.publishing import check_out
 from vera_convert.rules import Finding
@@ -170,10 +171,20 @@ def need_to_embed(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An opened adapter and the folder that its conversion is written to."""
+    """An opened adapter and the folder that its conversion is written to.
+
+    Attributes:
+        location: where the adapter lies.
+        adapter: the adapter.
+        values: the ranges of values of the adapter's tensors, by name.
+        out: the folder to write.
+        force: whether an earlier output at `out` is replaced.
+        access: how the Hub is reached.
+    """
 
     location: Location
     adapter: Adapter
+    values: Mapping[str, ValueRange]
     out: Path
     force: bool
     access: HubAccess
@@ -201,8 +212,8 @@ def opened(
     check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     with open_adapter(location.fetched, repair=repair) as opened:
-        refuse_values(opened)
-        yield Work(location, opened, out, force, access)
+        values = refuse_values(opened)
+        yield Work(location, opened, values, out, force, access)
 
 
 def content_of(

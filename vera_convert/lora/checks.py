@@ -1,17 +1,27 @@
-"""What an engine would refuse or silently leave out of a LoRA, found before a byte is written."""
+"""Find errors and doubts about the adapter, and parts that the engine refuses or leaves out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.folder import SideFiles
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.adapter.values import absurd_values, untrained_layers
+from vera_convert.base.facts import BaseFacts
 from vera_convert.base.replacements import saved_modules
+from vera_convert.base.side_files import check_tokens, tokenizer_files
+from vera_convert.base.vocabulary import embedding_rows
+from vera_convert.conversion.strip_embed import Work
+from vera_convert.embeddings import is_embedding
+from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import ENGINES, Engine
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan
+from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
 from vera_convert.rules import (
     LORA_BIAS_REFUSED,
     LORA_CONV1D_REFUSED,
@@ -39,6 +49,41 @@ def extras_of(adapter: Adapter) -> Extras:
 
 def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
     return saved.of(replaced_name(tensor.name).rpartition(".")[0])
+
+
+def adapter_findings(
+    work: Work, base_facts: BaseFacts, sides: SideFiles, copied: Collection[str]
+) -> Iterator[Finding]:
+    """Yield doubts about an adapter: implausible values, missing training, weights left out.
+
+    Args:
+        work: the opened adapter.
+        base_facts: the base facts.
+        sides: the files beside the adapter.
+        copied: those of the files that go with the LoRA.
+
+    Raises:
+        CheckpointError: a copied tokenizer has a token without a row in the embedding.
+    """
+    adapter, label = work.adapter, work.location.label
+    layers = [*adapter.layers.values()]
+    yield from absurd_values(adapter.file, work.values)
+    yield from untrained_layers(layers, work.values, starts_at_one=not adapter.config.init_weights)
+    yield from unmerged_findings(unmerged_weights(work.location, sides.copied), label)
+    with ExitStack() as stack:
+        tokenizer = {
+            name: stack.enter_context(open_local(adapter.folder / name, within=adapter.folder))
+            for name in tokenizer_files(copied)
+        }
+        check_tokens(tokenizer, _embedding_rows(adapter, base_facts), place=label)
+
+
+def _embedding_rows(adapter: Adapter, base_facts: BaseFacts) -> int | None:
+    """Return the rows of the trained model's embedding; None if the rows are not known."""
+    for tensor in adapter.replacements:
+        if is_embedding(replaced_name(tensor.name).rpartition(".")[0]) and len(tensor.shape) == 2:
+            return tensor.shape[0]
+    return embedding_rows(base_facts.base) if base_facts.base is not None else None
 
 
 def engine_findings(

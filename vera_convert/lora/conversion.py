@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vera_convert.adapter.folder import SideFiles, side_files
-from vera_convert.adapter.lora_record import GGUF_NAME, is_lora
+from vera_convert.adapter.lora_record import is_lora
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
@@ -26,10 +26,10 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
-from vera_convert.lora.checks import engine_findings, extras_of
+from vera_convert.lora.checks import adapter_findings, engine_findings, extras_of
 from vera_convert.lora.engines import Engine, Form
-from vera_convert.lora.forms import files_of
-from vera_convert.lora.gguf_form import gguf_model, write_gguf
+from vera_convert.lora.forms import FormFiles, files_of
+from vera_convert.lora.gguf_form import GgufModel, gguf_model, write_gguf
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan, plan_lora
@@ -150,17 +150,21 @@ def to_lora(
         plan = plan_lora(work.adapter, base_facts, pair, settings)
         label = work.location.label
         extras = extras_of(work.adapter)
+        sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
+        copied = _copied(sides, settings.target.form)
         findings = [
             *work.adapter.findings,
             *base_facts.findings,
             *pair.findings,
             *other_dims(work.adapter, base_facts),
+            *adapter_findings(work, base_facts, sides, copied),
             *engine_findings(plan, extras, settings, place=label),
         ]
         _refuse(findings)
         extras = Extras() if settings.drop_head else extras
         origin = Origin(work.location, work.adapter, pair, settings, base_options)
-        job = _Job(work, base_facts, plan, extras, origin)
+        files = _files(work, base_facts, plan, extras, settings.target)
+        job = _Job(work, base_facts, plan, extras, origin, files, copied)
         measured, size = job.measure(progress) if settings.dry_run else job.write(progress)
         findings += _measured_findings(measured)
         return LoraConversion(
@@ -177,9 +181,15 @@ def to_lora(
             base_facts=base_facts,
             size=size,
             free=free_space(out),
-            side_files=job.sides,
+            side_files=sides,
             findings=tuple(dict.fromkeys(findings)),
         )
+
+
+def _copied(sides: SideFiles, form: Form) -> tuple[str, ...]:
+    """Return the files of the adapter's folder that go with the LoRA."""
+    is_like_peft = form in (Form.PEFT, Form.MLX)
+    return tuple(name for name in sides.copied if is_like_peft and name != CARD_NAME)
 
 
 def _refuse(findings: Sequence[Finding]) -> None:
@@ -200,113 +210,101 @@ def _measured_findings(measured: Measured) -> list[Finding]:
     return [LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
 
 
-def _modules(base_facts: BaseFacts, engine: Engine) -> frozenset[str]:
-    """Return every module with a weight, by the names that the engine uses."""
+def _files(
+    work: Work, base_facts: BaseFacts, plan: LoraPlan, extras: Extras, engine: Engine
+) -> FormFiles | GgufModel:
+    """Return the names and the config of a LoRA in the files of an engine."""
+    if engine.form is Form.GGUF:
+        return gguf_model(plan, base_facts)
+    modules = base_facts.modules
     if engine.base_names and base_facts.base is not None:
-        return frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
-    return base_facts.modules
+        modules = frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
+    return files_of(
+        engine.form, work.adapter.config, plan, extras, base_facts=base_facts, modules=modules
+    )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     """A planned conversion that is measured or carried out."""
 
-    def __init__(
-        self, work: Work, base_facts: BaseFacts, plan: LoraPlan, extras: Extras, origin: Origin
-    ) -> None:
-        self._work = work
-        self._base_facts = base_facts
-        self._plan = plan
-        self._origin = origin
-        self._computed = Computed(plan)
-        self._form = origin.options.target.form
-        self.sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
-        if self._form is Form.GGUF:
-            self._gguf = gguf_model(plan, base_facts)
-            return
-        config, modules = work.adapter.config, _modules(base_facts, origin.options.target)
-        self._files = files_of(
-            self._form, config, plan, extras, base_facts=base_facts, modules=modules
-        )
-        self._tensors = [*lora_tensors(plan, self._files, self._computed), *extras.tensors]
-
-    @property
-    def _copied(self) -> list[str]:
-        """The files of the adapter's folder that go with the LoRA."""
-        if self._form not in (Form.PEFT, Form.MLX):
-            return []
-        return [name for name in self.sides.copied if name != CARD_NAME]
+    work: Work
+    base_facts: BaseFacts
+    plan: LoraPlan
+    extras: Extras
+    origin: Origin
+    files: FormFiles | GgufModel
+    copied: tuple[str, ...]
 
     @property
     def _size(self) -> int:
-        if self._form is Form.GGUF:
-            return self._plan.nbytes
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return self.plan.nbytes + sum(tensor.nbytes for tensor in self.extras.tensors)
 
     def measure(self, progress: Progress) -> tuple[Measured, int]:
         """Compute every layer and write nothing; return the errors and the weights' size."""
-        for number, layer in enumerate(self._plan.layers, 1):
-            self._computed.of(layer)
-            progress(self._size * number // len(self._plan.layers), self._size)
-        self._require_small_error()
-        return self._computed.measured, self._size
+        computed = Computed(self.plan)
+        for number, layer in enumerate(self.plan.layers, 1):
+            computed.of(layer)
+            progress(self._size * number // len(self.plan.layers), self._size)
+        self._require_small_error(computed.measured)
+        return computed.measured, self._size
 
     def write(self, progress: Progress) -> tuple[Measured, int]:
         """Write the LoRA whole or not at all; return the errors and the weights' size."""
-        work, options = self._work, self._origin.options
-        weights = GGUF_NAME if self._form is Form.GGUF else self._files.weights
-        written = {CONFIG_NAME, weights, CARD_NAME, *self._copied}
+        folder, files = self.work.adapter.folder, self.files
+        written = {CONFIG_NAME, files.weights, CARD_NAME, *self.copied}
         with staged_folder(
-            work.out,
-            force=options.force,
-            inputs=[work.adapter.folder, *self._base_facts.folders],
+            self.work.out,
+            force=self.work.force,
+            inputs=[folder, *self.base_facts.folders],
             is_own=is_lora,
-            strangers=lambda folder: files_but(folder, written),
+            strangers=lambda earlier: files_but(earlier, written),
         ) as staged:
-            copied = sum((work.adapter.folder / name).stat().st_size for name in self._copied)
-            require_space(self._size + copied, staged, work.out)
-            self._write_weights(staged / weights, progress)
-            self._require_small_error()
-            if self._form is not Form.GGUF and self._files.config is not None:
-                (staged / CONFIG_NAME).write_bytes(self._files.config)
+            copied = sum((folder / name).stat().st_size for name in self.copied)
+            require_space(self._size + copied, staged, self.work.out)
+            measured = self._write_weights(staged / files.weights, progress)
+            self._require_small_error(measured)
+            if files.config is not None:
+                (staged / CONFIG_NAME).write_bytes(files.config)
             (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
-            copy_side_files(work.adapter.folder, self._copied, staged)
-            work.adapter.check_unchanged()
-            size = (staged / weights).stat().st_size
-        return self._computed.measured, size
+            copy_side_files(folder, self.copied, staged)
+            self.work.adapter.check_unchanged()
+            return measured, (staged / files.weights).stat().st_size
 
-    def _write_weights(self, path: Path, progress: Progress) -> None:
-        record = record_of(self._origin, self._plan)
-        if self._form is Form.GGUF:
-            write_gguf(path, self._gguf, record, self._computed, progress)
-            return
+    def _write_weights(self, path: Path, progress: Progress) -> Measured:
+        computed, record = Computed(self.plan), record_of(self.origin, self.plan)
+        if isinstance(self.files, GgufModel):
+            write_gguf(path, self.files, record, computed, progress)
+            return computed.measured
         write_weights(
             path,
-            self._tensors,
+            [*lora_tensors(self.plan, self.files, computed), *self.extras.tensors],
             record,
-            self._computed,
+            computed,
             progress,
-            metadata=self._files.metadata,
-            check=self._origin.options.check,
+            metadata=self.files.metadata,
+            check=self.origin.options.check,
         )
+        return computed.measured
 
     def _card(self) -> str:
-        config = self._work.adapter.config
+        config = self.work.adapter.config
         return lora_card(
-            self._work.location,
+            self.work.location,
             config.base_model_name_or_path,
-            self._origin.options,
+            self.origin.options,
             source_rank=config.r,
-            rank=self._plan.rank,
+            rank=self.plan.rank,
         )
 
-    def _require_small_error(self) -> None:
+    def _require_small_error(self, measured: Measured) -> None:
         """Refuse a LoRA that loses more than half of a layer's delta, unless that was accepted."""
-        errors = self._computed.measured.errors
+        errors = measured.errors
         large = {module: error for module, error in errors.items() if error > ERROR_LIMIT}
-        if large and not self._origin.options.accept_error:
+        if large and not self.origin.options.accept_error:
             worst = max(large, key=lambda module: large[module])
             reason = (
-                f"at rank {self._plan.rank} the relative error is {large[worst]:.2f} here, "
+                f"at rank {self.plan.rank} the relative error is {large[worst]:.2f} here, "
                 f"and above {ERROR_LIMIT} in {len(large):,} of {len(errors):,} layers."
             )
             raise CheckpointError(LORA_ERROR_LARGE.at(printable(worst), reason))

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vera_convert.adapter.lora_record import RECORD_KEY
+from vera_convert.adapter.lora_record import GGUF_NAME, RECORD_KEY
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError, SurroundingsError
@@ -58,6 +58,9 @@ class GgufModel:
     architecture: str
     heads: tuple[int, int]
     names: Mapping[str, str]
+
+    weights = GGUF_NAME
+    config = None
 
     def stored_B(self, layer: LoraLayer, lora_B: Array) -> Array:  # noqa: N802 -- a matrix
         """Return lora_B with its rows in llama.cpp's order."""

@@ -88,8 +88,7 @@ class AdapterFiles:
         """Yield a warning for each file that is not merged or not fetched."""
         if self.is_module:
             yield MODULES_ABOVE.at(place, f"{MODULES_NAME} of the folder above lists the adapter.")
-        for name in self.unmerged:
-            yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not merged.")
+        yield from unmerged_findings(self.unmerged, place)
         for name in self.not_fetched:
             reason = f"{printable(name)} is too large to be fetched beside an adapter."
             yield FILE_NOT_FETCHED.at(place, reason)
@@ -146,8 +145,8 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         and (_SINGLE.fullmatch(name) or ("/" in name and name.partition("/")[0] in modules))
     ]
     taken = {*tokenizer, *copied, CARD_NAME}  # the merged model gets a card of its own
-    rest = [name for name in names if name not in taken]
-    unmerged = [name for name in rest if is_other_weights(name)]
+    unmerged = unmerged_weights(location, names)
+    rest = [name for name in names if name not in {*taken, *unmerged}]
 
     def files(chosen: Collection[str]) -> dict[str, InputFile]:
         return {name: InputFile.look(folder / name, within=folder) for name in chosen}
@@ -155,12 +154,35 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     return AdapterFiles(
         files(tokenizer),
         files(copied),
-        tuple(unmerged),
+        unmerged,
         tuple(_not_fetched(sides, modules)),
-        (*(name for name in rest if name not in unmerged), *_dropped(sides, modules)),
+        (*rest, *_dropped(sides, modules)),
         AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
         _is_module(location),
     )
+
+
+def unmerged_weights(location: Location, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the weights beside an adapter that neither PEFT nor sentence-transformers reads.
+
+    Args:
+        location: the adapter's location, fetched.
+        names: the files beside the adapter.
+    """
+    tokenizer, modules = tokenizer_files(names), _module_folders(location, names)
+    return tuple(
+        name
+        for name in names
+        if is_other_weights(name)
+        and name not in tokenizer
+        and not ("/" in name and name.partition("/")[0] in modules)
+    )
+
+
+def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
+    """Yield a warning for each file of weights beside an adapter that the result lacks."""
+    for name in names:
+        yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not converted.")
 
 
 def _is_module(location: Location) -> bool:

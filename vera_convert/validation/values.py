@@ -7,23 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import AdaptedLayer
-from vera_convert.adapter.values import value_errors
-from vera_convert.dtypes import PRECISION
-from vera_convert.files.file_names import WEIGHTS_NAME
+from vera_convert.adapter.values import absurd_values, untrained_layers, value_errors
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange
-from vera_convert.rules import (
-    LAYERS_UNTRAINED,
-    PRODUCT_OVERFLOWS,
-    UNTRAINED,
-    VALUE_ABSURD,
-    Finding,
-)
+from vera_convert.rules import PRODUCT_OVERFLOWS, Finding
 from vera_convert.text import printable
 
-LARGEST = 1e6
-"""Trained vectors reach tens at most, and drawn matrices one."""
-LEAST = 1e-12
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -46,47 +35,15 @@ def value_findings(
     """
     errors = [*value_errors(file, found)]
     yield from errors
-    yield from _absurd(file, found)
+    yield from absurd_values(file, found)
     sound = [
         layer for layer in layers if {layer.lambda_b.name, layer.lambda_d.name} <= found.keys()
     ]
     if not errors and sound:
-        yield from _untrained(
+        yield from untrained_layers(
             sound, found, starts_at_one=config is not None and not config.init_weights
         )
         yield from _overflow(sound, found, on_float16=on_float16)
-
-
-def _absurd(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[Finding]:
-    for name, extent in found.items():
-        magnitude = extent.magnitude
-        least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
-        if magnitude > LARGEST or 0 < magnitude < least:
-            yield VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
-
-
-def _least(dtype: str) -> float:
-    """Return the smallest plausible largest value of a trained or drawn tensor."""
-    return max(LEAST, 2.0 ** PRECISION[dtype].lowest)
-
-
-def _untrained(
-    layers: Sequence[AdaptedLayer], found: Mapping[str, ValueRange], *, starts_at_one: bool
-) -> Iterator[Finding]:
-    """Yield a warning if the vectors of all layers are untrained, and a note for some layers."""
-    b = [found[layer.lambda_b.name] for layer in layers]
-    d = [found[layer.lambda_d.name] for layer in layers]
-    if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
-        reason = "every lambda_b is one, as before training where init_weights is false."
-        yield UNTRAINED.in_file(WEIGHTS_NAME, reason)
-    for vector, vectors in (("lambda_b", b), ("lambda_d", d)):
-        zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]
-        if len(zero) == len(layers):
-            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {vector} is zero.")
-        elif zero:
-            example = printable(zero[0].module)
-            reason = f"{vector} is zero in {len(zero)} of {len(layers)} layers, such as {example}."
-            yield LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
 
 
 def _overflow(
