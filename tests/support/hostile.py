@@ -522,7 +522,7 @@ def pipes_and_sockets_lie_beside_it(folder: Path) -> None:
     _bind(folder, "notes")
 
 
-@hostile_case(HARMLESS)
+@hostile_case(HARMLESS, "JSON allows any white space")
 def config_ends_its_lines_as_windows_does(folder: Path) -> None:
     path = folder / CONFIG
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
