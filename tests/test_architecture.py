@@ -33,11 +33,11 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: layers vocabulary strategies match resizes task_classes replacements components facts
+base: layers vocabulary strategies match resizes task_classes replacements tied components facts
 base: casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
-merging: in_effect dequantize adapters changes tied_heads collect plan report replaced
+merging: in_effect dequantize adapters changes collect plan report replaced
 merging: adapter_files model_config
 merging: inputs options card provenance output job merge
 lora: engines options factors plan stored peft_form checks card record forms writing

@@ -323,17 +323,9 @@ def test_the_config_field_decides_where_nothing_else_does() -> None:
 
 
 @pytest.mark.parametrize("word", [True, None])
-def test_a_tied_head_is_refused_by_name(word: bool | None) -> None:
+def test_a_tied_head_is_matched_with_the_embedding(word: bool | None) -> None:
     base = base_of(llama(), tie_word_embeddings=word)
-    code, text = refused({**Q, "lm_head": 40}, base)
-    assert code == "V524"
-    assert '"lm_head" has no tensor but model.embed_tokens.weight' in text
-    assert refused({"lm_head": 40}, base)[0] == "V524"
-
-
-def test_a_tied_head_can_be_matched_with_the_embedding() -> None:
-    base = base_of(llama())
-    match = match_modules({"lm_head": 40, **Q}, base, allow_tied=True)
+    match = match_modules({"lm_head": 40, **Q}, base)
     assert match.tied == {"lm_head"}
     assert match.tensors["lm_head"] == "model.embed_tokens.weight"
     assert match.shapes["lm_head"] == (40, 8)
@@ -352,6 +344,18 @@ def test_a_head_with_its_own_tensor_is_a_layer_like_others() -> None:
     match = match_modules({**Q, "lm_head": 40}, base)
     assert match.tensors["lm_head"] == "lm_head.weight"
     assert match.tied == frozenset()
+
+
+@pytest.mark.parametrize("stored", [{}, {"lm_head.weight": (40, 8)}])
+def test_a_head_has_the_rows_of_the_weight_that_the_adapter_stores(
+    stored: dict[str, Shape],
+) -> None:
+    base = base_of(llama() | stored, tie_word_embeddings=True)
+    match = match_modules({**Q, "lm_head": 44}, base, copies={"lm_head": (44, 8)})
+    assert match.shapes["lm_head"] == (44, 8)
+    assert match.tensors["lm_head"] == next(iter(stored), "model.embed_tokens.weight")
+    assert refused({**Q, "lm_head": 44}, base, copies={"lm_head": (44, 9)})[0] in ("V520", "V522")
+    assert refused({**Q, "lm_head": 44}, base, copies={"lm_head": (43, 8)})[0] in ("V520", "V522")
 
 
 def test_a_block_that_several_layers_share_is_named() -> None:

@@ -205,7 +205,6 @@ def test_a_head_that_the_base_lacks_is_named_like_its_files() -> None:
     match = match_modules(
         {f"model.language_model.{TEXT}": 8, "lm_head": 8},
         base_of(paths, model_type="llava", tie_word_embeddings=True),
-        allow_tied=True,
     )
     assert match.tied == {"lm_head"}
     assert match.rename("lm_head") == "language_model.lm_head"

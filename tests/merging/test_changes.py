@@ -13,11 +13,14 @@ from adapters import good_adapter, good_tensors
 from folders import refusal
 from heads import HEAD, PREFIX, TIED, head, on_the_head
 from merges import INDEX, assert_same, change, filled_base, merged_with, tensors_of, wanted
+from safetensors.numpy import load_file, save_file
 
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
 from vera_convert.validation.validate import validate
+from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.verify import verify
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -341,7 +344,7 @@ def test_the_head_of_a_class_with_its_own_code_cannot_be_named(
 ) -> None:
     config = {**TIED, "auto_map": {"AutoModel": "own.Own"}}
     base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
-    with pytest.raises(CheckpointError, match=r"V524 .*code of its own"):
+    with pytest.raises(UsageError, match=r"a class of its own.* Give --tied add"):
         merged_with(trained_embedding, base, tmp_path / "out", tied=Tied.UNTIE)
 
 
@@ -362,6 +365,133 @@ def test_a_head_replaced_beside_its_embedding_has_to_be_untied(tmp_path: Path) -
     merged_with(adapter, base, tmp_path / "out", tied=Tied.UNTIE)
     assert (tensors_of(tmp_path / "out")["lm_head.weight"] == 2).all()
     assert json.loads((tmp_path / "out/config.json").read_bytes())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_head_of_its_own_becomes_the_embedding_too_with_a_warning(
+    tmp_path: Path, tied: Path, *, beside: bool
+) -> None:
+    own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=own, modules_to_save=["lm_head"])
+    base = filled_base(tmp_path / "beside", config=TIED) if beside else tied
+    done = merged_with(adapter, base, tmp_path / "out", tied=Tied.ADD)
+    found = tensors_of(tmp_path / "out")
+    assert (found["model.embed_tokens.weight"] == 2).all()
+    assert found.keys() == tensors_of(base).keys()
+    assert "V536" in [finding.code for finding in done.findings]
+
+
+@pytest.mark.parametrize("tied_option", [None, Tied.ADD])
+def test_a_saved_embedding_and_a_delta_on_the_head_have_to_be_untied(
+    tmp_path: Path, tied: Path, tied_option: Tied | None
+) -> None:
+    adapter = on_the_head(tmp_path / "a", **EMBEDDING)
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    config |= {"modules_to_save": ["embed_tokens"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        merged_with(adapter, tied, tmp_path / "out", tied=tied_option)
+    assert {finding.code for finding in error.value.findings} == {"V524"}
+    merged_with(adapter, tied, tmp_path / "out", tied=Tied.UNTIE)
+    found = tensors_of(tmp_path / "out")
+    assert (found["model.embed_tokens.weight"] == 0.5).all()
+    assert np.allclose(found["lm_head.weight"], head_of(adapter, tied), atol=1e-6)
+
+
+# --- resized heads -------------------------------------------------------------------------------
+
+
+def on_a_resized_head(folder: Path, base: Path, **more: Any) -> Path:
+    """Write an adapter as PEFT does for a head of 36 rows: with the head's weight in training."""
+    old = tensors_of(base)["model.embed_tokens.weight"]
+    copy = np.concatenate([old, np.full((4, 16), 0.7, np.float32)])
+    values = np.random.default_rng(2)
+    tensors = {
+        f"{PREFIX}lm_head.base_layer.weight": copy,
+        f"{PREFIX}lm_head.vera_lambda_b": values.normal(size=36).astype(np.float32),
+        f"{PREFIX}lm_head.vera_lambda_d": values.normal(size=4).astype(np.float32),
+        "base_model.vera_B": values.normal(size=(36, 4)).astype(np.float32),
+    }
+    targets = ["q_proj", "v_proj", "lm_head"]
+    return good_adapter(folder, tensors=tensors | more, target_modules=targets)
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Path:
+    config = {**TIED, "vocab_size": 32}
+    return filled_base(tmp_path / "counted", tensors={"lm_head.weight": None}, config=config)
+
+
+@pytest.mark.parametrize("choice", [Tied.ADD, Tied.UNTIE])
+def test_a_resized_tied_head_starts_from_the_stored_weight(
+    tmp_path: Path, counted: Path, choice: Tied
+) -> None:
+    adapter = on_a_resized_head(tmp_path / "a", counted)
+    assert refusal(lambda: merged_with(adapter, counted, tmp_path / "out")) == "V524"
+    assert {"V526"} <= {found.code for found in validate(adapter, base=counted).findings}
+    assert validate(adapter, base=counted).passed
+    merged_with(adapter, counted, tmp_path / "out", tied=choice)
+    found = tensors_of(tmp_path / "out")
+    copy = tensors_of(adapter)[f"{PREFIX}lm_head.base_layer.weight"]
+    summed = copy + change(adapter, "lm_head", 16)
+    embedding = found["model.embed_tokens.weight"]
+    assert np.allclose(embedding, copy if choice is Tied.UNTIE else summed, atol=1e-6)
+    assert np.allclose(found.get("lm_head.weight", embedding), summed, atol=1e-6)
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["vocab_size"] == 36
+    layers_only = VerifyOptions(layers_only=True)
+    assert verify(adapter, merged=tmp_path / "out", base=counted, options=layers_only).passed
+
+
+def test_a_resized_head_of_another_base_is_refused(tmp_path: Path, counted: Path) -> None:
+    adapter = on_a_resized_head(tmp_path / "a", filled_base(tmp_path / "other"))
+    stored = load_file(counted / "model.safetensors")
+    stored["model.embed_tokens.weight"][3] += 1
+    save_file(stored, counted / "model.safetensors", {"format": "pt"})
+    act = lambda: merged_with(adapter, counted, tmp_path / "out", tied=Tied.ADD)  # noqa: E731
+    assert refusal(act) == "V535"
+
+
+def test_a_resized_head_needs_its_embedding_where_the_two_are_not_tied(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32}
+    base = filled_base(tmp_path / "base", config=config)
+    head = tensors_of(base)["lm_head.weight"]
+    copy = {f"{PREFIX}lm_head.base_layer.weight": np.concatenate([head, head[:4]])}
+    adapter = on_a_resized_head(tmp_path / "a", base, **copy)
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V531"
+    assert "V531" in {found.code for found in validate(adapter, base=base).findings}
+    taller = {f"{PREFIX}model.embed_tokens.weight": np.full((36, 16), 0.5, np.float32)}
+    adapter = on_a_resized_head(tmp_path / "b", base, **copy, **taller)
+    assert validate(adapter, base=base).passed
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert (found["model.embed_tokens.weight"] == 0.5).all()
+    summed = copy[f"{PREFIX}lm_head.base_layer.weight"] + change(adapter, "lm_head", 16)
+    assert np.allclose(found["lm_head.weight"], summed, atol=1e-6)
+
+
+def test_deltas_of_two_vocabularies_contradict_each_other(tmp_path: Path, counted: Path) -> None:
+    first, second = on_the_head(tmp_path / "a"), on_a_resized_head(tmp_path / "b", counted)
+    add = (AdapterSpec(second),)
+    act = lambda: merged_with(first, counted, tmp_path / "out", add=add, tied=Tied.ADD)  # noqa: E731
+    assert refusal(act) == "V534"
+
+
+@pytest.mark.parametrize("case", ["embedding", "head", "both", "same"])
+def test_validate_names_a_tied_pair_that_a_merge_must_part(
+    tmp_path: Path, tied: Path, trained_embedding: Path, case: str
+) -> None:
+    own = {f"{PREFIX}lm_head.weight": np.full((32, 16), 2, np.float32)}
+    adapter = {
+        "embedding": lambda: trained_embedding,
+        "head": lambda: good_adapter(tmp_path / "a", tensors=own, modules_to_save=["lm_head"]),
+        "both": lambda: good_adapter(tmp_path / "a", tensors=embeddings(1.0, 2.0)),
+        "same": lambda: good_adapter(tmp_path / "a", tensors=embeddings(1.0, 1.0)),
+    }[case]()
+    found = validate(adapter, base=tied)
+    assert found.passed
+    assert ("V526" in {finding.code for finding in found.findings}) == (case != "same")
+    if case != "same":
+        assert refusal(lambda: merged_with(adapter, tied, tmp_path / "out")) == "V524"
 
 
 def test_the_shared_module_of_an_encoder_decoder_stays_as_in_the_base(tmp_path: Path) -> None:

@@ -166,6 +166,34 @@ def test_an_embedding_saved_without_its_tied_head_gives_the_logits_of_the_adapte
     assert (plain.logits - adapted.logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("saved_module", [None, "wte"])
+def test_a_resized_tied_head_gives_the_logits_of_the_adapter(
+    saved_module: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT stores the weight of the resized head, and loads it into head and embedding."""
+    name = "GPT2LMHeadModel"
+    base = saved(tmp_path / "base", name, "float32")
+    model = loaded(name, base)
+    model.resize_token_embeddings(44)
+    resized = tmp_path / "resized"
+    model.save_pretrained(resized)
+    monkeypatch.setitem(HEADS, name, [saved_module] if saved_module else None)
+    targets = ["c_attn", "lm_head"]
+    adapter = trained(tmp_path / "adapter", resized, name, targets=targets, stored=True)
+    choice = Tied.UNTIE if saved_module else Tied.ADD
+    done = merged_with(adapter, base, tmp_path / "ours", tied=choice)
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 42]])}
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, resized), adapter).eval()
+        if choice is Tied.ADD:
+            adapted = adapted.merge_and_unload()
+        theirs = adapted(**tokens)
+        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
+    assert ours.logits.shape[-1] == 44
+    assert (ours.logits - theirs.logits).abs().max() < 1e-5
+    assert "lm_head.weight" in {each.name for each in done.tensors} or saved_module is None
+
+
 @needs("transformers", "5.0", "earlier releases do not fuse experts")
 def test_experts_of_before_transformers_5_merge_though_peft_cannot_load_them(
     tmp_path: Path,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
+from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.tensors import AdaptedLayer, StoredProjections
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource
@@ -65,6 +66,17 @@ class Adapter:
     def weights_size(self) -> int:
         """Bytes of the weights file."""
         return self.file.source.size
+
+    @property
+    def base_copies(self) -> dict[str, TensorData]:
+        """The base's weights that PEFT stored for adapted heads, by module path."""
+        ending = ".base_layer.weight"
+        found = {
+            tensor.name.removeprefix(PREFIX).removesuffix(ending): tensor
+            for tensor in self.replacements
+            if tensor.name.endswith(ending)
+        }
+        return {module: tensor for module, tensor in found.items() if module in self.layers}
 
     @property
     def place(self) -> str:

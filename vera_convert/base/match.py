@@ -28,7 +28,6 @@ from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
-    HEAD_TIED,
     NAMES_AMBIGUOUS,
     NAMES_DIFFER,
     NOT_A_MATRIX,
@@ -72,7 +71,7 @@ def match_modules(
     widest: int | None = None,
     fan_in_fan_out: bool = False,
     key_map: Sequence[tuple[str, str]] = (),
-    allow_tied: bool = False,
+    copies: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Match:
     """Return the base's tensor for each adapted layer.
 
@@ -83,25 +82,26 @@ def match_modules(
         fan_in_fan_out: the field of the adapter's config, for a square tensor whose orientation
             neither the base nor another layer tells.
         key_map: pairs (OLD, NEW) from the user, used if no known strategy fits.
-        allow_tied: match an output head that shares the embedding's tensor. If False, such a head
-            is refused.
+        copies: the shapes of the base's weights that the adapter stores for adapted layers, by
+            module path. An output head has the shape of the copy, because the training can have
+            resized the vocabulary.
 
     Raises:
-        CheckpointError: no strategy fits all layers, several strategies fit, or a head is tied.
+        CheckpointError: no strategy fits all layers, or several strategies fit.
     """
-    matcher = _Matcher(base, widest, fan_in_fan_out)
+    heads = {
+        module: (shape[0], shape[1])
+        for module, shape in (copies or {}).items()
+        if is_output_head(module) and len(shape) == 2 and shape[0] == layers.get(module)
+    }
+    matcher = _Matcher(base, widest, fan_in_fan_out, heads)
     trial = _choose(matcher, layers, key_map)
     if trial.is_complete:
-        return _match(trial, layers, base, heads={})
+        return _match(trial, layers, matcher, tied={})
     tied = _tied_heads(matcher, layers, key_map)
     if tied is None:
         raise CheckpointError.of(_refusal(matcher, layers, trial))
-    rest, heads = tied
-    if not allow_tied:
-        head, embedding = next(iter(heads.items()))
-        reason = f'the layer "{printable(head)}" has no tensor but {printable(embedding)}.'
-        raise CheckpointError(HEAD_TIED.at(base.location.label, reason))
-    return _match(rest, layers, base, heads=heads)
+    return _match(tied[0], layers, matcher, tied=tied[1])
 
 
 def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
@@ -112,7 +112,7 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     if module in match.tied:
         return match.tensors[module]
     if is_output_head(module) and base.tie_word_embeddings:
-        return shared_embedding(base, *match.shapes[module])
+        return shared_embedding(base, *base.linear_shape(match.tensors[module], conv1d=False))
     return None
 
 
@@ -138,10 +138,17 @@ class _Trial:
 class _Matcher:
     """Tries strategies on one base."""
 
-    def __init__(self, base: BaseModel, widest: int | None, fan_in_fan_out: bool) -> None:  # noqa: FBT001
+    def __init__(
+        self,
+        base: BaseModel,
+        widest: int | None,
+        fan_in_fan_out: bool,  # noqa: FBT001
+        heads: Mapping[str, tuple[int, int]],
+    ) -> None:
         self.base = base
         self.widest = widest
         self.fan_in_fan_out = fan_in_fan_out
+        self.heads = heads
         self.orientation = Orientation(base)
 
     def try_out(self, strategy: Strategy, layers: Mapping[str, int]) -> _Trial:
@@ -157,11 +164,16 @@ class _Matcher:
             return _Trial(strategy, tensors, missing, tuple(problems), {}, frozenset())
         conv1d = self._conv1d(tensors, layers)
         shapes = {
-            module: self.base.linear_shape(name, conv1d=module in conv1d)
+            module: self.shape(module, name, conv1d=module in conv1d)
             for module, name in tensors.items()
         }
         problems = [*self._other_shapes(tensors, shapes, layers)]
         return _Trial(strategy, tensors, (), tuple(problems), shapes, conv1d)
+
+    def shape(self, module: str, name: str, *, conv1d: bool = False) -> tuple[int, int]:
+        """Return the outputs and inputs of a layer that matches a tensor of the base."""
+        own, copy = self.base.linear_shape(name, conv1d=conv1d), self.heads.get(module)
+        return own if copy is None or copy[1] != own[1] else copy
 
     def _weight(self, path: str | None) -> str | None:
         """Return the name of a layer's weight in the base, packed or plain; None if absent."""
@@ -209,7 +221,7 @@ class _Matcher:
             rows, columns = self.base.tensors[name].info.shape
             told = self.orientation.is_conv1d(name)
             if told is None and rows != columns:
-                told = layers[module] == columns
+                told = layers[module] == columns and module not in self.heads
             if told is None:
                 open_questions.append(module)
             else:
@@ -281,21 +293,24 @@ def _tied_heads(
     if not trial.is_complete or f"{trial.strategy.rename(head)}.weight" in matcher.base.tensors:
         return None
     embedding = shared_embedding(matcher.base, size, widest=matcher.widest)
-    return (trial, {head: embedding}) if embedding is not None else None
+    if embedding is None and head in matcher.heads:
+        embedding = shared_embedding(matcher.base, None, widest=matcher.heads[head][1])
+    if embedding is None or matcher.shape(head, embedding)[0] != size:
+        return None
+    return trial, {head: embedding}
 
 
 def _match(
-    trial: _Trial, order: Iterable[str], base: BaseModel, *, heads: Mapping[str, str]
+    trial: _Trial, order: Iterable[str], matcher: _Matcher, *, tied: Mapping[str, str]
 ) -> Match:
-    tensors = {**trial.tensors, **heads}
-    head_shapes = {module: base.linear_shape(name, conv1d=False) for module, name in heads.items()}
-    shapes = {**trial.shapes, **head_shapes}
+    tensors = {**trial.tensors, **tied}
+    shapes = {**trial.shapes, **{head: matcher.shape(head, name) for head, name in tied.items()}}
     return Match(
         strategy=trial.strategy.name,
         tensors={module: tensors[module] for module in order},
         shapes={module: shapes[module] for module in order},
         conv1d=trial.conv1d,
-        tied=frozenset(heads),
+        tied=frozenset(tied),
         rename=trial.strategy.rename,
         undo=trial.strategy.undo,
     )

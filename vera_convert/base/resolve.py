@@ -275,7 +275,7 @@ def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -
         widest=adapter.projections.in_features if adapter.projections else None,
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         key_map=base_options.key_map,
-        allow_tied=True,
+        copies={module: copy.shape for module, copy in adapter.base_copies.items()},
     )
 
 

@@ -18,12 +18,12 @@ def embedding_rows(base: BaseModel) -> int | None:
     return rows.pop() if len(rows) == 1 else None
 
 
-def shared_embedding(base: BaseModel, rows: int, widest: int | None = None) -> str | None:
-    """Return the one embedding that an output head of `rows` outputs can share.
+def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = None) -> str | None:
+    """Return the one embedding that an output head can share; None if there is no such or several.
 
     Args:
         base: the base.
-        rows: rows of the head and of the embedding.
+        rows: rows of the head and of the embedding; None for any number.
         widest: the most columns of the embedding; None for any number.
     """
     found = [
@@ -31,7 +31,7 @@ def shared_embedding(base: BaseModel, rows: int, widest: int | None = None) -> s
         for name, tensor in base.tensors.items()
         if is_embedding(name.removesuffix(".weight"))
         and len(tensor.info.shape) == 2
-        and tensor.info.shape[0] == rows
+        and rows in (None, tensor.info.shape[0])
         and (widest is None or tensor.info.shape[1] <= widest)
     ]
     # T5 and BART store a copy for each stack beside the shared embedding.

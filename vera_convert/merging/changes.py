@@ -7,20 +7,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vera_convert.assembly.addends import Term
-from vera_convert.base.replacements import (
-    Part,
-    is_of_classifier,
-)
+from vera_convert.base.replacements import Part, is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
 from vera_convert.dtypes import BITS
 from vera_convert.files.header import TensorInfo
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.rules import (
-    Finding,
-)
-
-BASE_COPY = ".base_layer.weight"
+from vera_convert.rules import Finding
 
 
 class Tied(StrEnum):

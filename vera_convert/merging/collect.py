@@ -6,7 +6,8 @@ only the weights that an adapter stores a copy of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +16,29 @@ from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
 from vera_convert.base.replacements import (
+    Part,
     incomplete_modules,
     match_replacements,
     saved_modules,
 )
-from vera_convert.base.resizes import resizes
-from vera_convert.errors import CheckpointError
-from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.base.resizes import resizes, shape_differs
+from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
+from vera_convert.base.vocabulary import shared_embedding
+from vera_convert.embeddings import is_embedding
+from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.merging.changes import BASE_COPY, Changes, Replacement, Tied
-from vera_convert.merging.tied_heads import is_head, record_once, replace_head, split_pairs
+from vera_convert.merging.changes import Changes, Replacement, Tied
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
+    EMBEDDING_SHARED,
     EMBEDDING_UNUSED,
     HEAD_TIED,
     REPLACEMENT_UNKNOWN,
@@ -76,93 +82,257 @@ def collect(
 
     Raises:
         CheckpointError: an adapter contradicts the base or another adapter; with all findings.
+        UsageError: the head to untie has no known name.
     """
-    changes = Changes()
-    defects: list[Finding] = []
+    collector = _Collector(base, files, tied)
     for matched in adapters:
-        defects += _add_terms(changes, matched, base, tied)
+        collector.add_terms(matched)
     for matched in adapters:
-        defects += _add_replacements(changes, matched, base, files, tied)
+        collector.replace(matched)
+    collector.resize_heads()
     for matched in adapters:
-        defects += split_pairs(changes, matched, base, tied)
+        collector.part_pairs(matched)
+    changes = collector.changes
     replacing = {**changes.replaced, **changes.new}
     changes.resizes = resizes(
         {name: each.info.shape for name, each in replacing.items()},
         base,
         heads=[name for name, each in replacing.items() if each.is_of_classifier],
     )
-    defects += changes.resizes.findings
+    defects = [*collector.defects, *changes.resizes.findings]
     if defects:
         raise CheckpointError.of(defects)
     return changes
 
 
-# --- what is added -------------------------------------------------------------------------------
+class _Collector:
+    """Collects the changes of one adapter after the other, with the defects.
 
+    The deltas of all adapters come first, then the tensors that adapters replace. Last, an
+    embedding that an adapter replaces alone is parted from the head that is tied to the embedding.
+    """
 
-def _add_terms(
-    changes: Changes, matched: MatchedAdapter, base: BaseModel, tied: Tied | None
-) -> Iterator[Finding]:
-    for module, layer in matched.adapter.layers.items():
-        names = [*_targets(changes, matched.match, module, base, tied)]
-        if not names:
-            shared = printable(matched.match.tensors[module])
-            reason = f'the layer "{printable(module)}" shares {shared} with the embedding.'
-            yield HEAD_TIED.at(base.location.label, reason)
-        term = Term(matched.pair.A, matched.pair.B, _Vectors(layer), matched.weight)
-        for name in names:
-            changes.terms[name] = (*changes.terms.get(name, ()), term)
-            if module in matched.match.conv1d:
-                changes.conv1d.add(name)
+    def __init__(self, base: BaseModel, files: Mapping[str, InputFile], tied: Tied | None) -> None:
+        self.base = base
+        self.files = files
+        self.tied = tied
+        self.changes = Changes()
+        self.defects: list[Finding] = []
+        self._outputs: dict[str, int] = {}
+        self._resized_heads: list[tuple[str, Replacement]] = []
 
+    # --- deltas ----------------------------------------------------------------------------------
 
-def _targets(
-    changes: Changes, match: Match, module: str, base: BaseModel, tied: Tied | None
-) -> Iterator[str]:
-    """Yield the tensors that a layer's delta is added to; none if the caller must choose `tied`."""
-    name = match.tensors[module]
-    embedding = embedding_of_head(module, match, base)
-    if embedding is None:
-        yield name
-    elif tied is Tied.ADD:
-        yield from dict.fromkeys((embedding, name))
-    elif tied is Tied.UNTIE:
-        changes.unties = True
-        head = name
+    def add_terms(self, matched: MatchedAdapter) -> None:
+        """Add the deltas of an adapter, each to the tensors of its layer."""
+        match, terms = matched.match, self.changes.terms
+        for module, layer in matched.adapter.layers.items():
+            names = self._targets(module, match)
+            term = Term(matched.pair.A, matched.pair.B, _Vectors(layer), matched.weight)
+            for name in names:
+                terms[name] = (*terms.get(name, ()), term)
+                first = self._outputs.setdefault(name, layer.out_features)
+                if first != layer.out_features:
+                    reason = f"one delta has {first:,} rows, another {layer.out_features:,}."
+                    self.defects.append(REPLACEMENTS_DIFFER.in_tensor(name, reason))
+                if module in match.conv1d:
+                    self.changes.conv1d.add(name)
+        for module, copy in matched.adapter.base_copies.items():
+            self._compare_copy(module, copy, matched)
+
+    def _targets(self, module: str, match: Match) -> list[str]:
+        """Return the tensors that a layer's delta is added to; none if the caller must choose."""
+        name = match.tensors[module]
+        embedding = embedding_of_head(module, match, self.base)
+        if embedding is None:
+            return [name]
+        if self.tied is None:
+            reason = f'the layer "{printable(module)}" shares {printable(name)} with the embedding.'
+            self.defects.append(HEAD_TIED.at(self.base.location.label, reason))
+            return []
+        if self.tied is Tied.ADD:
+            return [*dict.fromkeys((embedding, name))]
+        self.changes.unties = True
+        head = _name_of_head(module, match)
         if module in match.tied:
-            head = f"{match.rename(module) or module}.weight"
-            changes.heads[head] = embedding
-        yield head
+            self.changes.heads[head] = embedding
+        return [head]
 
+    def _compare_copy(self, module: str, copy: TensorData, matched: MatchedAdapter) -> None:
+        """Compare a weight that PEFT stored for an adapted layer with the base's weight.
 
-# --- what is replaced ----------------------------------------------------------------------------
+        The stored weight of a head with another number of rows replaces the base's: PEFT loads the
+        stored weight, also into the embedding that is tied to the head.
+        """
+        match = matched.match
+        stored = match.tensors[module]
+        replacement = Replacement.of(matched, copy, Part(stored, copy.shape))
+        own = self.base.tensors[stored].info.shape
+        if copy.shape != own and copy.shape != match.shapes[module]:
+            reason = f"the stored weight has shape {list(copy.shape)}, the base's {list(own)}."
+            self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
+        elif not _has_values_of(replacement, stored, self.base, self.files):
+            reason = f"the stored values differ from {printable(stored)} of the base."
+            self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
+        elif copy.shape != own:
+            embedding = embedding_of_head(module, match, self.base)
+            is_untied = self.tied is Tied.UNTIE and module in match.tied
+            head = _name_of_head(module, match) if is_untied else stored
+            self._resized_heads += [
+                (name, replacement) for name in dict.fromkeys((head, embedding or head))
+            ]
 
+    # --- replacements ----------------------------------------------------------------------------
 
-def _add_replacements(
-    changes: Changes,
-    matched: MatchedAdapter,
-    base: BaseModel,
-    files: Mapping[str, InputFile],
-    tied: Tied | None,
-) -> Iterator[Finding]:
-    tensors = {tensor.name: tensor for tensor in matched.adapter.replacements}
-    copies = [name for name in tensors if _is_base_copy(name, matched.adapter)]
-    for name in copies:
-        yield from _compared_with_base(name, matched, base, files)
-    shapes = {name: each.shape for name, each in tensors.items() if name not in copies}
-    matched_parts = match_replacements(shapes, matched.match, base)
-    parts = {part.target: (name, part) for name, found in matched_parts.items() for part in found}
-    # Embeddings come first, because the check of an untied head depends on the embedding.
-    for target, (name, part) in sorted(parts.items(), key=lambda item: is_head(item[0])):
-        replacement = Replacement.of(matched, tensors[name], part)
-        if _is_unused(name, matched.adapter):
-            reason = "the merged model keeps the base's values."
-            changes.findings.append(EMBEDDING_UNUSED.in_tensor(name, reason))
-        elif target in base.tensors:
-            yield from _replace(changes, target, replacement, base, tied)
+    def replace(self, matched: MatchedAdapter) -> None:
+        """Record the tensors of an adapter that replace tensors of the base, or are new."""
+        adapter, copies = matched.adapter, {*matched.adapter.base_copies.values()}
+        tensors = {each.name: each for each in adapter.replacements if each not in copies}
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        matched_parts = match_replacements(shapes, matched.match, self.base)
+        parts = {part.target: (name, part) for name, each in matched_parts.items() for part in each}
+        # Embeddings come first, because the check of a head depends on the embedding.
+        for target, (name, part) in sorted(parts.items(), key=lambda item: is_head(item[0])):
+            replacement = Replacement.of(matched, tensors[name], part)
+            if _is_unused(name, adapter):
+                reason = "the merged model keeps the base's values."
+                self.changes.findings.append(EMBEDDING_UNUSED.in_tensor(name, reason))
+            elif target in self.changes.terms:
+                self._refuse_delta(target, replacement)
+            elif is_tied_head(target, self.base):
+                self._replace_head(target, replacement)
+            elif target in self.base.tensors:
+                self._record(target, replacement)
+            else:
+                self._bring(target, replacement)
+        self.defects += incomplete_modules(adapter, matched.match, self.base, parts)
+
+    def _record(self, target: str, replacement: Replacement) -> None:
+        """Record a replacement; refuse a tensor for which another adapter has other values."""
+        changes = self.changes
+        taken = changes.replaced if target in self.base.tensors else changes.new
+        first = taken.setdefault(target, replacement)
+        if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
+            reason = (
+                f"{first.owner.label} and {replacement.owner.label} replace this tensor by "
+                "different values."
+            )
+            self.defects.append(REPLACEMENTS_DIFFER.in_tensor(target, reason))
+
+    def _refuse_delta(self, target: str, replacement: Replacement) -> None:
+        """Refuse a replacement of a tensor that a delta is added to."""
+        own = replacement.owner.pair.A
+        if is_embedding(_module(target)) and any(
+            term.A is own for term in self.changes.terms[target]
+        ):
+            reason = "the adapter replaces the embedding, and changes the head by a delta."
+            self.defects.append(HEAD_TIED.at(printable(target), reason))
+            return
+        reason = "one delta is added to this tensor, and one tensor replaces this tensor."
+        self.defects.append(REPLACEMENTS_DIFFER.in_tensor(target, reason))
+
+    def _bring(self, target: str, replacement: Replacement) -> None:
+        """Record a tensor that the base lacks, unless no loader would use the tensor."""
+        name = replacement.tensor.name
+        module = _module(replaced_name(name))
+        if not saved_modules(replacement.owner.adapter.config).of(module):
+            reason = f"{printable(name)} would replace it."
+        elif "experts" in module.split("."):
+            reason = f"the base stores the experts of {printable(name)} in another form."
         else:
-            yield from _bring(changes, target, replacement, base, tied)
-    yield from incomplete_modules(matched.adapter, matched.match, base, parts)
+            self._record(target, replacement)
+            return
+        self.defects.append(REPLACEMENT_UNKNOWN.at(printable(target), reason))
+
+    # --- tied heads ------------------------------------------------------------------------------
+
+    def _replace_head(self, target: str, replacement: Replacement) -> None:
+        """Record a head of the adapter's own in place of a head that is tied to the embedding."""
+        embedding = self._embedding_of(replacement)
+        own = self.changes.replaced.get(embedding or "")
+        if own is not None and same_tensor(own.tensor, replacement.tensor):
+            # The adapter saved one tensor under both names: the two were tied in training.
+            if target in self.base.tensors:
+                self._record(target, replacement)
+        elif self.tied is Tied.UNTIE:
+            self.changes.unties = True
+            self._record(target, replacement)
+        elif self.tied is Tied.ADD and embedding is not None and own is None:
+            self._share(embedding, target, replacement)
+        else:
+            other = "" if own is None else ", which differs from its embedding"
+            reason = f"the adapter stores an output head of its own{other}."
+            self.defects.append(HEAD_TIED.at(printable(target), reason))
+
+    def _embedding_of(self, head: Replacement) -> str | None:
+        """Return the embedding that the base ties to a head; None if there is none.
+
+        If the adapter also replaces the embedding, the head may have another number of rows.
+        """
+        shape = head.info.shape
+        for name, each in self.changes.replaced.items():
+            if is_embedding(_module(name)) and each.info.shape == shape:
+                shape = self.base.tensors[name].info.shape
+                break
+        return shared_embedding(self.base, *shape) if len(shape) == 2 else None
+
+    def resize_heads(self) -> None:
+        """Record the stored weights of resized heads, unless an adapter replaces the embedding."""
+        for name, replacement in self._resized_heads:
+            if name in self.changes.terms or name not in self.changes.replaced:
+                self._record(name, replacement)
+                self.changes.heads.pop(name, None)
+
+    def part_pairs(self, matched: MatchedAdapter) -> None:
+        """Keep the base's head if the adapter replaces only the embedding tied to the head."""
+        replaced = self.changes.replaced
+        own = {name: each.tensor for name, each in replaced.items() if each.owner is matched}
+        for embedding, head in lone_embeddings(matched.adapter, matched.match, self.base, own):
+            if head in replaced or head in self.changes.new:
+                continue
+            if self.tied is None:
+                reason = f"the adapter replaces {printable(embedding)} alone; PEFT keeps the head."
+                self.defects.append(HEAD_TIED.at(printable(head), reason))
+            elif self.tied is Tied.ADD:
+                self._share(embedding, head, replaced[embedding])
+            else:
+                self._keep_head(embedding, head)
+
+    def _share(self, embedding: str, head: str, replacement: Replacement) -> None:
+        """Let a tensor of an adapter replace both an embedding and its tied head."""
+        reason = f"--tied add replaces {printable(embedding)} and {printable(head)} alike."
+        self.changes.findings.append(EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason))
+        for name in (embedding, head):
+            if name in self.base.tensors:
+                self._record(name, replacement)
+
+    def _keep_head(self, embedding: str, head: str) -> None:
+        """Give the head the values that the embedding has in the base."""
+        shape = self.changes.replaced[embedding].info.shape
+        if shape != self.base.tensors[embedding].info.shape:
+            more = ", and the adapter stores no output head of the new size"
+            self.defects.append(shape_differs(embedding, shape, self.base, more))
+        elif head in self.base.tensors:
+            self.changes.unties = True
+        elif "auto_map" in self.base.config:
+            raise UsageError(
+                "--tied untie: the base has a class of its own, whose name for the output head is "
+                "not known. Give --tied add to change head and embedding."
+            )
+        else:
+            self.changes.unties = True
+            self.changes.heads[head] = embedding
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _name_of_head(module: str, match: Match) -> str:
+    """Return the name of an untied head's weight, with or without a tensor in the base."""
+    if module in match.tied:
+        return f"{match.rename(module) or module}.weight"
+    return match.tensors[module]
 
 
 def _is_unused(name: str, adapter: Adapter) -> bool:
@@ -170,79 +340,27 @@ def _is_unused(name: str, adapter: Adapter) -> bool:
 
     The encoder and the decoder have embeddings of their own, and PEFT wraps only `shared`.
     """
-    module = replaced_name(name).rpartition(".")[0]
+    module = _module(replaced_name(name))
     is_shared = module.rpartition(".")[2] == "shared"
     return is_shared and bool(saved_modules(adapter.config).of(module))
 
 
-def _is_base_copy(name: str, adapter: Adapter) -> bool:
-    """Say whether a tensor is the base weight that PEFT stores for an adapted embedding or head."""
-    module = replaced_name(name).rpartition(".")[0]
-    return name.endswith(BASE_COPY) and module in adapter.layers
+def _has_values_of(
+    copy: Replacement, name: str, base: BaseModel, files: Mapping[str, InputFile]
+) -> bool:
+    """Say whether the values of a stored weight are the base's, rounded to the base's dtype.
 
-
-def _compared_with_base(
-    name: str, matched: MatchedAdapter, base: BaseModel, files: Mapping[str, InputFile]
-) -> Iterator[Finding]:
-    """Yield a finding unless a stored base weight equals the base's weight in the base's dtype."""
-    info = matched.header.tensors[name]
-    module = replaced_name(name).rpartition(".")[0]
-    tensor = base.tensors[matched.match.tensors[module]]
-    if info.shape != tensor.info.shape:
-        reason = (
-            f"the stored weight has shape {list(info.shape)}, the base's {list(tensor.info.shape)}."
-        )
-        yield BASE_COPY_DIFFERS.in_tensor(name, reason)
-        return
-    stored, own = NUMPY_DTYPE[info.dtype], NUMPY_DTYPE[tensor.info.dtype]
-    count = info.nbytes // stored.itemsize
+    If the number of rows differs, the rows of the shorter tensor are compared.
+    """
+    tensor = base.tensors[name]
+    stored, own = NUMPY_DTYPE[copy.info.dtype], NUMPY_DTYPE[tensor.info.dtype]
+    count = min(math.prod(copy.info.shape), math.prod(tensor.info.shape))
     start = base.files[tensor.file].data_start + tensor.info.start
-    with matched.weights.open() as ours, files[tensor.file].open() as theirs:
+    with copy.owner.weights.open() as ours, files[tensor.file].open() as theirs:
         for first in range(0, count, _COMPARED_VALUES):
             size = min(_COMPARED_VALUES, count - first)
-            at = matched.header.data_start + info.start + first * stored.itemsize
-            values = np.frombuffer(ours.read_at(at, size * stored.itemsize), stored)
-            raw = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
-            if values.astype(own).tobytes() != raw:
-                reason = f"the stored values differ from {printable(tensor.info.name)} of the base."
-                yield BASE_COPY_DIFFERS.in_tensor(name, reason)
-                return
-
-
-def _replace(
-    changes: Changes,
-    target: str,
-    replacement: Replacement,
-    base: BaseModel,
-    tied: Tied | None,
-) -> Iterator[Finding]:
-    """Record that a tensor replaces a tensor of the base."""
-    if target in changes.terms:
-        yield REPLACEMENTS_DIFFER.in_tensor(
-            target, "one delta is added to this tensor, and one tensor replaces this tensor."
-        )
-    elif base.tie_word_embeddings and is_head(target):
-        yield from replace_head(changes, target, replacement, base, tied)
-    else:
-        yield from record_once(changes.replaced, target, replacement)
-
-
-def _bring(
-    changes: Changes,
-    target: str,
-    replacement: Replacement,
-    base: BaseModel,
-    tied: Tied | None,
-) -> Iterator[Finding]:
-    """Record a tensor that the base lacks, or yield a finding if no loader would use the tensor."""
-    adapter, name = replacement.owner.adapter, replacement.tensor.name
-    module = replaced_name(name).rpartition(".")[0]
-    if is_head(replaced_name(name)) and base.tie_word_embeddings is not False:
-        yield from replace_head(changes, target, replacement, base, tied)
-    elif not saved_modules(adapter.config).of(module):
-        yield REPLACEMENT_UNKNOWN.at(printable(target), f"{printable(name)} would replace it.")
-    elif "experts" in module.split("."):
-        reason = f"the base stores the experts of {printable(name)} in another form."
-        yield REPLACEMENT_UNKNOWN.at(printable(target), reason)
-    else:
-        yield from record_once(changes.new, target, replacement)
+            raw = ours.read_at(copy.start + first * stored.itemsize, size * stored.itemsize)
+            expected = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
+            if np.frombuffer(raw, stored).astype(own).tobytes() != expected:
+                return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
 from vera_convert.adapter.adapter import Adapter
@@ -23,11 +23,13 @@ from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Bases, Need, resolve_base
 from vera_convert.base.side_files import check_tokens, tokenizer_files
 from vera_convert.base.strategies import AS_THEY_ARE
+from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings
 from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import open_local
+from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import (
     HEAD_SHARED,
@@ -80,7 +82,6 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
             base.location.label, f"they fit after this change: {match.strategy}."
         )
     yield from _orientation(adapter, match)
-    yield from _heads(match, base)
     quantized = [*target_findings(whole, match.tensors.values())]
     yield from quantized
     elsewhere = None if quantized else quantized_elsewhere(whole.stored)
@@ -97,17 +98,29 @@ def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
         yield ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
 
 
-def _heads(match: Match, base: BaseModel) -> Iterator[Finding]:
+def _tied_pairs(
+    adapter: Adapter, match: Match, base: BaseModel, replaced: Mapping[str, TensorData]
+) -> Iterator[Finding]:
+    """Yield a warning for each head or embedding that changes alone, although the two are tied."""
     for module in match.tensors:
         shared = embedding_of_head(module, match, base)
         if shared is not None:
             reason = f"the base uses {printable(shared)} for both."
             yield HEAD_SHARED.at(printable(module), reason)
+    for embedding, head in lone_embeddings(adapter, match, base, replaced):
+        reason = f"PEFT keeps the head {printable(head)}, and the base uses this tensor for both."
+        yield HEAD_SHARED.at(printable(embedding), reason)
+    for target, tensor in replaced.items():
+        if is_tied_head(target, base) and not is_saved_twice(tensor, adapter):
+            reason = "the adapter stores a head of its own, and the base uses the embedding."
+            yield HEAD_SHARED.at(printable(target), reason)
 
 
 def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
     """Yield findings for heads, biases and embeddings."""
-    shapes = {tensor.name: tensor.shape for tensor in adapter.replacements}
+    copies = {*adapter.base_copies.values()}
+    tensors = {each.name: each for each in adapter.replacements if each not in copies}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         matched = match_replacements(shapes, match, base)
     except CheckpointError as error:
@@ -119,12 +132,18 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         if target not in base.tensors and not is_lm_head:
             found = brought(adapter.config, name, target, base)
             yield from [found] if found is not None else []
+    yield from _tied_pairs(
+        adapter, match, base, {target: tensors[name] for target, (name, _) in parts.items()}
+    )
     heads = [
         target for target, (name, _) in parts.items() if is_of_classifier(adapter.config, name)
     ]
-    yield from resizes(
-        {target: part.shape for target, (_, part) in parts.items()}, base, heads=heads
-    ).findings
+    new_shapes = {target: part.shape for target, (_, part) in parts.items()}
+    for module, copy in adapter.base_copies.items():  # PEFT loads the copy, also a resized one
+        new_shapes.setdefault(match.tensors[module], copy.shape)
+        if (embedding := embedding_of_head(module, match, base)) is not None:
+            new_shapes.setdefault(embedding, copy.shape)
+    yield from resizes(new_shapes, base, heads=heads).findings
     yield from incomplete_modules(adapter, match, base, parts)
 
 

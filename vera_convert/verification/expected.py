@@ -124,13 +124,12 @@ def expected_tensors(
     found = {}
     for name, stored in starts.items():
         tensor, replacement = base.tensors[stored], changes.replaced.get(name)
-        written = _written(tensor.info.dtype, dtype)
+        written, terms = _written(tensor.info.dtype, dtype), changes.terms.get(name, ())
         if replacement is not None:
-            found[name] = _of_adapter(name, replacement, Kind.REPLACED, written)
+            found[name] = _of_adapter(name, replacement, Kind.REPLACED, written, terms)
             continue
         written = tensor.info.dtype if stored in kept else written
         decode = None if dequantization is None else dequantization.decoder(stored, files)
-        terms = changes.terms.get(name, ())
         is_same = written == tensor.info.dtype and decode is None
         found[name] = Expected(
             name,
@@ -146,7 +145,8 @@ def expected_tensors(
         )
     for name, replacement in changes.new.items():
         written = _written(replacement.info.dtype, dtype)
-        found[name] = _of_adapter(name, replacement, Kind.NEW, written)
+        terms = changes.terms.get(name, ())
+        found[name] = _of_adapter(name, replacement, Kind.NEW, written, terms)
     return found
 
 
@@ -155,10 +155,13 @@ def _written(stored: str, dtype: str | None) -> str:
     return dtype if dtype is not None and stored in FLOATS else stored
 
 
-def _of_adapter(name: str, replacement: Replacement, kind: Kind, written: str) -> Expected:
-    """Return a tensor that an adapter brings."""
-    info, weights = replacement.info, replacement.owner.weights
-    return Expected(name, kind, written, info.shape, weights, replacement.start, info.dtype)
+def _of_adapter(
+    name: str, replacement: Replacement, kind: Kind, written: str, terms: tuple[Term, ...]
+) -> Expected:
+    """Return a tensor that an adapter brings, with the deltas on a resized head."""
+    info, weights, start = replacement.info, replacement.owner.weights, replacement.start
+    kind = Kind.ADDED if terms else kind
+    return Expected(name, kind, written, info.shape, weights, start, info.dtype, terms)
 
 
 def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:

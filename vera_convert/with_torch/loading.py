@@ -32,7 +32,6 @@ from vera_convert.draws.generator import Rounding, Variant, draw, rounded, round
 from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME
-from vera_convert.merging.changes import BASE_COPY
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
@@ -315,6 +314,7 @@ def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tens
     """Return the tensors that replace the model's own, by the model's names."""
     found: dict[str, Tensor] = {}
     wrong: list[Finding] = []
+    copies = {*adapter.base_copies.values()}
     for tensor in adapter.replacements:
         name, place = replaced_name(tensor.name), printable(tensor.name)
         target = own.get(name)
@@ -323,7 +323,7 @@ def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tens
         elif tuple(target.shape) != tensor.shape:
             reason = f"its shape is {list(tensor.shape)}, the model's {list(target.shape)}."
             wrong.append(REPLACEMENT_SHAPE.at(place, reason))
-        elif not tensor.name.endswith(BASE_COPY):
+        elif tensor not in copies:
             found[name] = to_tensor(tensor.array())
         elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
             wrong.append(BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))

@@ -1,0 +1,89 @@
+"""Find the output head and the embedding that share one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.sorting import same_tensor
+from vera_convert.base.match import Match
+from vera_convert.base.model import BaseModel
+from vera_convert.base.replacements import saved_modules
+from vera_convert.base.task_classes import class_of_head
+from vera_convert.base.vocabulary import shared_embedding
+from vera_convert.embeddings import is_output_head, output_head_of
+from vera_convert.files.tensorfile import TensorData
+
+
+def is_head(target: str) -> bool:
+    """Say whether a tensor is the weight of an output head."""
+    module, _, parameter = target.rpartition(".")
+    return is_output_head(module) and parameter == "weight"
+
+
+def is_tied_head(target: str, base: BaseModel) -> bool:
+    """Say whether a tensor is the weight of a head for which a loader uses the embedding.
+
+    A config that does not say whether the two are tied leaves the answer to the stored tensors.
+    """
+    tied = base.tie_word_embeddings
+    return is_head(target) and bool(tied if target in base.tensors else tied is not False)
+
+
+def lone_embeddings(
+    adapter: Adapter, match: Match, base: BaseModel, replaced: Mapping[str, TensorData]
+) -> Iterator[tuple[str, str]]:
+    """Yield each embedding that the adapter replaces alone, with the name of the tied head.
+
+    PEFT trains a copy of each module in modules_to_save, and the head keeps the base's values. An
+    embedding that PEFT saved for another reason is loaded into the tensor that both share.
+
+    Args:
+        adapter: the adapter.
+        match: the match of the adapter's layers.
+        base: the base.
+        replaced: the adapter's tensors, by the names of the base's tensors.
+    """
+    saved = saved_modules(adapter.config)
+    for embedding, tensor in replaced.items():
+        if embedding not in base.tensors or not saved.of(_module(tensor)):
+            continue
+        shape = base.tensors[embedding].info.shape
+        if len(shape) != 2 or shared_embedding(base, *shape) != embedding:
+            continue
+        head = _head_of(shape, adapter, match, base)
+        if head is not None and head not in replaced and not is_saved_twice(tensor, adapter):
+            yield embedding, head
+
+
+def is_saved_twice(tensor: TensorData, adapter: Adapter) -> bool:
+    """Say whether the adapter stores the same values as embedding and as output head.
+
+    Args:
+        tensor: the embedding, or the head.
+        adapter: the adapter.
+    """
+    is_of_head = is_output_head(_module(tensor))
+    return any(
+        is_output_head(_module(other)) != is_of_head and same_tensor(tensor, other)
+        for other in adapter.replacements
+    )
+
+
+def _module(tensor: TensorData) -> str:
+    return replaced_name(tensor.name).rpartition(".")[0]
+
+
+def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseModel) -> str | None:
+    """Return the name of the head that shares an embedding of this shape; None without a head."""
+    if base.tie_word_embeddings is False:
+        return None
+    for name, tensor in base.tensors.items():
+        if is_head(name) and tensor.info.shape == shape:
+            return name if base.tie_word_embeddings else None
+    named = base.config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    class_name = class_of_head(adapter.config, base) or (first if isinstance(first, str) else None)
+    path = output_head_of(base.model_type, class_name)
+    return None if path is None else f"{match.rename(path) or path}.weight"
