@@ -101,3 +101,27 @@ def read_back_differs(name: str, where: str = "") -> str:
         f"{printable(name)} does not read back as it was written{where}, so nothing was published. "
         "The disk or its driver may be faulty: check the disk, or write to another one."
     )
+
+
+_KEPT_WHOLE = re.compile(r'`[^`]*`|python -c ".*"')
+
+
+def wrapped(text: str, width: int | None, *, first: str = "", indent: str = "") -> list[str]:
+    """Break a text into lines of at most `width` columns; None breaks no line.
+
+    Names and commands stay whole, to be copied, even if one is longer than a line.
+    """
+    if width is None or len(first) + len(text) <= width:
+        return [first + text]
+    import textwrap
+
+    kept = _KEPT_WHOLE.sub(lambda match: match[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(
+        kept,
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\0", " ") for line in lines]

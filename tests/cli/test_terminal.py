@@ -25,7 +25,7 @@ WITH_OPTIONS = [name for name in COMMANDS if name != "completion"]
 # --- help ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("columns", [40, 80, 200])
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_fits_the_window_and_cuts_nothing(
     command: str | None, columns: int, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -36,6 +36,7 @@ def test_help_fits_the_window_and_cuts_nothing(
     assert "..." not in re.sub(r"\[ARGS\]\.\.\.|ADAPTER\.\.\.|A,B,\.\.\.", "", ended.out)
     text = ended.out.partition("Examples:")[0]
     assert max(map(len, text.splitlines())) <= columns
+    assert ("org/name[" in text) == ("org/name[@revision][/subfolder]" in text)
 
 
 def test_each_command_has_one_line_in_the_help(run: Run) -> None:
@@ -216,8 +217,20 @@ def test_a_result_is_wrapped_to_the_window_below_its_value(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     lines = run("info", adapter).out.splitlines()
     assert [line for line in lines if len(line) > 50 and "/" not in line] == []
-    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
-    assert len(run("info", adapter).out.splitlines()) < len(lines)
+
+
+@pytest.mark.parametrize("words", [["info"], ["validate"], ["validate", "--explain", "V"]])
+def test_a_text_that_is_no_terminal_s_is_not_wrapped(
+    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words += [] if "--explain" in words else [str(good_adapter(tmp_path / "adapter", unknown=1))]
+    piped = run(*words).out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = run(*words).out
+    assert piped.count("\n") < shown.count("\n")
+    assert " ".join(piped.split()) == " ".join(shown.split())
 
 
 def test_a_wrapped_line_goes_on_below_its_value() -> None:
@@ -229,6 +242,11 @@ def test_a_wrapped_line_goes_on_below_its_value() -> None:
         "         eight nine ten eleven",
         "         twelve",
     ]
+    assert fitted("a very long label    one two three", 24).splitlines() == [
+        "a very long label    one",
+        "    two three",
+    ]
+    assert fitted("a     trainable  bytes", 12) == "a     trainable  bytes"
 
 
 def test_a_bar_shows_the_rate_and_the_time_that_remains(

@@ -28,7 +28,7 @@ from vera_convert.formats.github import github_text, job_summary
 from vera_convert.formats.junit import junit_text
 from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.formats.sarif import sarif_document, sarif_text
-from vera_convert.formats.validation import validation_document, validation_text, wrapped
+from vera_convert.formats.validation import validation_document, validation_text
 from vera_convert.rules import (
     CATALOG,
     CONFIG_MISSING,
@@ -44,7 +44,7 @@ from vera_convert.rules import (
     UNKNOWN_FIELD,
     Severity,
 )
-from vera_convert.text import printable
+from vera_convert.text import printable, wrapped
 from vera_convert.validation.validation import Checked, Validation
 
 SchemaErrors = Callable[..., list[str]]
@@ -182,7 +182,8 @@ Compared with the base org/base@main (1 of them)
 Not checked: the base: mend the errors first (2 of them)
 Not checked: values: --deep fetches them (1 of them)
 
-5 adapters: 2 good, 2 with errors or warnings, 1 not read; 3 errors, 1 warning, 1 note
+5 adapters: 2 good, 2 with errors or warnings, 1 not read; 3 errors, 1 warning,
+  1 note
 `vera-convert validate --explain CODE` says why a finding matters."""
     )
 

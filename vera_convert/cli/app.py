@@ -16,7 +16,7 @@ from vera_convert._version import __version__
 from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.completion import completed
 from vera_convert.cli.help import Context, Formatter
-from vera_convert.cli.output import WIDTH, WRITES_NOTHING, in_color, say, tell
+from vera_convert.cli.output import WRITES_NOTHING, in_color, say, tell
 from vera_convert.cli.refusals import explained, refuse, show_traceback
 from vera_convert.cli.values import did_you_mean
 from vera_convert.errors import UsageError, is_resumable
@@ -89,7 +89,7 @@ program = click.version_option(
 
         `vera-convert COMMAND --help` shows the options, examples and exit statuses of a command.
         """,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
 )
 

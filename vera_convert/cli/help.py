@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from vera_convert.cli.options import Option
+from vera_convert.cli.options import DISPLAY, Option
+from vera_convert.cli.output import window
+from vera_convert.text import wrapped
 
 EXIT_STATUSES = (
     ("0", "Success: no error was found."),
@@ -20,6 +22,9 @@ EXIT_STATUSES = (
 
 _MOST_COLUMNS = 22
 """Columns of the longest name that stands beside its text, and not above the text."""
+
+_LEAST_BESIDE = 60
+"""Columns of the narrowest window in which texts stand beside names."""
 
 Rows = Sequence[tuple[str, str]]
 
@@ -34,7 +39,8 @@ class Formatter(click.HelpFormatter):
     def write_sections(self, sections: Mapping[str, Rows]) -> None:
         """Write sections of names and texts; all texts begin in the same column."""
         names = [name for rows in sections.values() for name, _ in rows]
-        width = max((len(name) for name in names if len(name) <= _MOST_COLUMNS), default=0)
+        most = _MOST_COLUMNS if self.width >= _LEAST_BESIDE else 0
+        width = max((len(name) for name in names if len(name) <= most), default=4)
         for title, rows in sections.items():
             with self.section(title):
                 for name, text in rows:
@@ -44,12 +50,10 @@ class Formatter(click.HelpFormatter):
         """Write a name and a text; the text begins below a name that is too long."""
         first = f"  {click.style(name, fg='cyan')}{' ' * (width - len(name))}  "
         indent = " " * (width + 4)
-        lines = click.wrap_text(text, max(self.width - len(indent), 10)).split("\n")
         if len(name) > width:
-            self.write(f"{first.rstrip()}\n{indent}")
-        else:
-            self.write(first)
-        self.write(f"\n{indent}".join(lines) + "\n")
+            first = f"{first.rstrip()}\n{indent}"
+        lines = wrapped(text, self.width - len(indent))
+        self.write(first + f"\n{indent}".join(lines) + "\n")
 
     def write_lines(self, title: str, lines: Iterable[str]) -> None:
         """Write a section of lines that are never broken."""
@@ -61,7 +65,9 @@ class Formatter(click.HelpFormatter):
 class Context(click.Context):
     """What click knows while a command runs; a help is written by `Formatter`."""
 
-    formatter_class = Formatter
+    def make_formatter(self) -> Formatter:
+        """Return a formatter for lines as wide as the window."""
+        return Formatter(width=window())
 
 
 class Argument(click.Argument):
@@ -97,7 +103,7 @@ class Command(click.Command):
         for each in self.get_params(ctx):
             record = each.get_help_record(ctx)
             if record is not None and not isinstance(each, click.Argument):
-                others = "Other options" if grouped else "Options"
+                others = DISPLAY if grouped else "Options"
                 title = each.group if isinstance(each, Option) else others
                 sections.setdefault(title, []).append(record)
         assert isinstance(formatter, Formatter)

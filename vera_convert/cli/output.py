@@ -16,7 +16,7 @@ import click
 from vera_convert.cli.options import CommonOptions
 from vera_convert.errors import SurroundingsError
 from vera_convert.progress import watched
-from vera_convert.text import printable_whole
+from vera_convert.text import printable_whole, wrapped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion"))
 """Commands without an OUT: an interruption cannot leave anything of an output."""
-
-WIDTH = 100
-"""Columns of a text that is not for a terminal, and the most columns of a text that is."""
 
 DELAY = 2
 """Seconds that work takes before a progress bar appears."""
@@ -102,7 +99,7 @@ def print_result(
         if options.as_json:
             print_document(document())
         elif not options.quiet:
-            say(fitted(text, columns()) if _is_terminal(sys.stdout) else text)
+            say(fitted(text, columns()))
     except NotPrintedError as error:
         if click.get_current_context().info_name in WRITES_NOTHING:
             raise
@@ -125,26 +122,29 @@ def in_color(stream: IO[str] | None) -> bool:
     return _is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
 
-def columns() -> int:
-    """Return how many columns a text may take: those of the terminal, from 40 to `WIDTH`."""
-    if not _is_terminal(sys.stdout):
-        return WIDTH
-    return min(max(shutil.get_terminal_size().columns, 40), WIDTH)
+def columns() -> int | None:
+    """Return the columns of a text: those of the window; None off a terminal."""
+    return window() if _is_terminal(sys.stdout) else None
 
 
-def fitted(text: str, width: int) -> str:
-    """Wrap the lines of a text that are longer than `width`, each below its first value."""
-    from vera_convert.formats.validation import wrapped
+def window() -> int:
+    """Return the columns of the window, from 40 to 100; COLUMNS stands for the window's."""
+    return min(max(shutil.get_terminal_size().columns, 40), 100)
 
+
+def fitted(text: str, width: int | None) -> str:
+    """Wrap the lines of a text that are longer than `width`, each below its first value.
+
+    The values go on below their label if the label is wider than half a line. Rows of a table keep
+    their columns.
+    """
     lines: list[str] = []
     for line in text.split("\n"):
         match = _LABEL.match(line)
-        label = match[0] if match is not None and len(match[0]) < width // 2 else ""
+        label = match[0] if match is not None else ""
         rest = line[len(label) :]
-        if len(line) <= width:
-            lines.append(line)
-        else:
-            lines += wrapped(rest, width, first=label, indent=" " * len(label))
+        indent = " " * (len(label) if width is None or len(label) <= width // 2 else 4)
+        lines += [line] if "  " in rest else wrapped(rest, width, first=label, indent=indent)
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import table
-from vera_convert.formats.validation import WIDTH, wrapped
 from vera_convert.rules import CATALOG, Rule, Severity
+from vera_convert.text import wrapped
 
 FAMILIES = {
     "V0": "files",
@@ -49,12 +49,12 @@ def rules_text(rules: Iterable[Rule] = CATALOG.values()) -> str:
     return table(rows)
 
 
-def explanation(rules: Iterable[Rule], *, width: int = WIDTH) -> str:
+def explanation(rules: Iterable[Rule], *, width: int | None = None) -> str:
     """Return the meaning, the reason and the remedy of each rule as text."""
     return "\n\n".join("\n".join(_explained(rule, width)) for rule in rules)
 
 
-def _explained(rule: Rule, width: int) -> list[str]:
+def _explained(rule: Rule, width: int | None) -> list[str]:
     rows = [
         (rule.code, rule.title),
         ("severity", f"{rule.severity}: {_meaning(rule.severity)}"),

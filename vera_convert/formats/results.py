@@ -189,9 +189,8 @@ def info_document(result: AdapterInfo) -> Document:
 def count_text(result: Count) -> str:
     """Return the text about the parameters and bytes of VeRA and LoRA."""
     body = labelled(
-        ("model", printable(result.source)),
         ("rank", str(result.rank)),
-        ("layers", str(result.layers)),
+        ("layers", f"{result.layers}, counted by {printable(result.source)}"),
         *map(_group_row, result.groups),
         ("A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"),
     )
@@ -199,16 +198,16 @@ def count_text(result: Count) -> str:
 
 
 def _count_rows(result: Count) -> list[list[str]]:
-    def numbers(name: str, parameters: int, size: int) -> list[str]:
-        return [name, f"{parameters:>15,}", f"{size:>15,}"]
-
     vera, lora = result.vera, result.lora
-    return [
-        ["", f"{'trainable':>15}", f"{'file bytes':>15}"],
-        numbers("VeRA", vera.parameters, vera.file_bytes),
-        numbers("VeRA, stripped", vera.parameters, result.stripped_bytes),
-        numbers("LoRA", lora.parameters, lora.file_bytes),
-    ]
+    numbers = {
+        "VeRA": (vera.parameters, vera.file_bytes),
+        "VeRA, stripped": (vera.parameters, result.stripped_bytes),
+        "LoRA": (lora.parameters, lora.file_bytes),
+    }
+    rows = [["", "trainable", "file bytes"]]
+    rows += [[name, *(f"{number:,}" for number in pair)] for name, pair in numbers.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[row[0], *map(str.rjust, row[1:], widths[1:])] for row in rows]
 
 
 def count_document(result: Count) -> Document:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
@@ -11,16 +10,12 @@ from itertools import zip_longest
 from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import table
 from vera_convert.rules import Finding, Severity
-from vera_convert.text import and_more, counted
+from vera_convert.text import and_more, counted, wrapped
 from vera_convert.validation.validation import Checked, Validation
-
-WIDTH = 100
-"""Columns of a text that is not for a terminal."""
 
 _STYLES = {"error": "1;31", "warning": "1;33", "note": "36", "good": "32", "name": "1"}
 _MOST_PLACES = 5
 _INDENT = " " * 11  # below a finding's title, beyond its severity
-_KEPT_WHOLE = re.compile(r'`[^`]*`|python -c ".*"')
 _COMMAND_OF_A_LOG = re.compile(r"(?m)^(\s*):(?=:)")
 
 Paint = Callable[[str, str], str]
@@ -34,20 +29,6 @@ def _plain(text: str, style: str) -> str:  # noqa: ARG001 -- as `_colored`
     return text
 
 
-def wrapped(text: str, width: int, *, first: str = "", indent: str = "") -> list[str]:
-    """Break a text into lines of `width`; names and commands stay whole, to be copied."""
-    kept = _KEPT_WHOLE.sub(lambda match: match[0].replace(" ", "\0"), text)
-    lines = textwrap.wrap(
-        kept,
-        width,
-        initial_indent=first,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace("\0", " ") for line in lines]
-
-
 def _counts(findings: Iterable[Finding]) -> str:
     found = Counter(finding.severity for finding in findings)
     return ", ".join(counted(found[severity], severity) for severity in Severity if found[severity])
@@ -57,14 +38,18 @@ def _counts(findings: Iterable[Finding]) -> str:
 
 
 def validation_text(
-    result: Validation, *, color: bool = False, width: int = WIDTH, failures_said: bool = False
+    result: Validation,
+    *,
+    color: bool = False,
+    width: int | None = None,
+    failures_said: bool = False,
 ) -> str:
     """Return the findings for people: first each adapter, then a table of all adapters.
 
     Args:
         result: the validation.
         color: whether to mark severities with colors of a terminal.
-        width: of a line.
+        width: the most columns of a line; None to break no line.
         failures_said: whether the reasons why adapters could not be read are on the screen already.
     """
     paint = _colored if color else _plain
@@ -77,7 +62,7 @@ def validation_text(
     if many:
         parts += [_table(result, paint), "\n".join(_in_common(result, width))]
     if many or any(result.findings):
-        parts.append(_closing(result, paint))
+        parts.append(_closing(result, paint, width))
     text = "\n\n".join(part for part in parts if part)
     # A log of GitHub's takes a line that begins with two colons for a command.
     return _COMMAND_OF_A_LOG.sub(r"\1\\x3a", text)
@@ -110,7 +95,9 @@ def _style(checked: Checked) -> str:
     return worst
 
 
-def _block(checked: Checked, paint: Paint, width: int, *, alone: bool, failures_said: bool) -> str:
+def _block(
+    checked: Checked, paint: Paint, width: int | None, *, alone: bool, failures_said: bool
+) -> str:
     head = f"{paint(checked.label, 'name')}: {paint(verdict(checked), _style(checked))}"
     lines = [head]
     if checked.failure is not None and not failures_said:
@@ -132,7 +119,7 @@ def _by_rule(findings: Iterable[Finding]) -> Iterable[list[Finding]]:
     return groups.values()
 
 
-def _rule_lines(findings: list[Finding], paint: Paint, width: int) -> Iterator[str]:
+def _rule_lines(findings: list[Finding], paint: Paint, width: int | None) -> Iterator[str]:
     """Yield the lines of all findings of one rule; its remedy is said once."""
     rule = findings[0].rule
     head = f"  {paint(f'{rule.severity:<7}', rule.severity)}  {paint(rule.code, 'name')}  "
@@ -191,7 +178,7 @@ def _table(result: Validation, paint: Paint) -> str:
     return "\n".join([head, *shown])
 
 
-def _in_common(result: Validation, width: int) -> Iterator[str]:
+def _in_common(result: Validation, width: int | None) -> Iterator[str]:
     """Yield each base and each check that was left out, with the number of adapters."""
     bases = Counter(checked.base for checked in result.adapters if checked.base)
     missed = Counter(text for checked in result.adapters for text in checked.not_checked)
@@ -223,12 +210,14 @@ def closing_line(result: Validation) -> str:
     return f"{shown}; {counts}" if counts else shown
 
 
-def _closing(result: Validation, paint: Paint) -> str:
-    lines = [paint(closing_line(result), "name")]
+def _closing(result: Validation, paint: Paint, width: int | None) -> str:
+    counts = closing_line(result)
     if result.fail_on is not Severity.ERROR and result.count(result.fail_on):
-        lines[0] += f" (each {result.fail_on} fails this call)"
+        counts += f" (each {result.fail_on} fails this call)"
+    lines = [paint(line, "name") for line in wrapped(counts, width, indent="  ")]
     if any(result.findings):
-        lines.append("`vera-convert validate --explain CODE` says why a finding matters.")
+        hint = "`vera-convert validate --explain CODE` says why a finding matters."
+        lines += wrapped(hint, width, indent="  ")
     return "\n".join(lines)
 
 
