@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from terms import term, worked
 
 from vera_convert.assembly import addends, writer
-from vera_convert.assembly.addends import Numbers, Sum
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
 from vera_convert.assembly.blocks import CPU
 from vera_convert.assembly.copying import write_at
 from vera_convert.assembly.input_files import InputFile
@@ -25,7 +25,6 @@ from vera_convert.assembly.writer import (
     CopiedRange,
     Finished,
     NewFile,
-    ResultNotFiniteError,
 )
 from vera_convert.errors import SurroundingsError
 
@@ -153,10 +152,10 @@ def test_the_first_value_that_is_not_finite_is_told(
     (tmp_path / "out").mkdir()
     with (
         Assembler([NewFile("weights", pieces=pieces)], jobs=jobs) as assembler,
-        pytest.raises(ResultNotFiniteError) as caught,
+        pytest.raises(NotFiniteError) as caught,
     ):
         assembler.assemble(tmp_path / "out")
-    assert (caught.value.name, caught.value.index) == ("bad", (30, 2))
+    assert (caught.value.tensor.name, caught.value.index) == ("bad", (30, 2))
 
 
 def test_an_input_that_changes_stops_it(source: InputFile, tmp_path: Path) -> None:

@@ -119,12 +119,14 @@ class Numbers:
 
 
 class NotFiniteError(ArithmeticError):
-    """A sum is infinite or NaN.
+    """A value of a merged tensor is infinite or NaN.
 
     Attributes:
+        tensor: the sum.
         index: row and column of the first such value, as stored.
     """
 
-    def __init__(self, index: tuple[int, int]) -> None:
-        super().__init__(index)
+    def __init__(self, tensor: Sum, index: tuple[int, int]) -> None:
+        super().__init__(tensor.name, index)
+        self.tensor = tensor
         self.index = index

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -32,43 +33,48 @@ _SAMPLED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class BufferSizes:
-    """The bytes of each buffer of one thread; see `buffer_sizes_for`."""
+    """The bytes of each buffer of one thread.
+
+    Attributes:
+        stored: for rows as they are stored.
+        written: for rows as they are written; 0 if these take the place of the stored rows.
+        product: for one delta, and for the sum.
+        another: for the delta of a second term.
+        left: for the operand of a product that belongs to a block of rows.
+        right: for the operand that all blocks share, for each term.
+    """
 
     stored: int = 0
     written: int = 0
     product: int = 0
+    another: int = 0
     left: int = 0
     right: tuple[int, ...] = ()
-    several: bool = False
-
-    def __add__(self, other: BufferSizes) -> BufferSizes:
-        longer, shorter = sorted((self.right, other.right), key=len, reverse=True)
-        padded = shorter + (0,) * (len(longer) - len(shorter))
-        return BufferSizes(
-            max(self.stored, other.stored),
-            max(self.written, other.written),
-            max(self.product, other.product),
-            max(self.left, other.left),
-            tuple(map(max, longer, padded)),
-            self.several or other.several,
-        )
 
 
 def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
     """Return the buffer sizes that suffice for every block of these tensors."""
-    sizes = BufferSizes()
-    for each in sums:
-        values = each.block_rows * each.shape[1]
-        size = each.working.itemsize
-        sizes += BufferSizes(
-            stored=values * each.stored.itemsize,
-            written=0 if each.stored == each.written else values * each.written.itemsize,
-            product=values * size,
-            left=each.block_rows * each.rank * size,
-            right=tuple(len(term.A) * each.shape[1] * size for term in each.terms),
-            several=len(each.terms) > 1,
-        )
-    return sizes
+    sizes = [_sizes_for(each) for each in sums]
+    return BufferSizes(
+        max((each.stored for each in sizes), default=0),
+        max((each.written for each in sizes), default=0),
+        max((each.product for each in sizes), default=0),
+        max((each.another for each in sizes), default=0),
+        max((each.left for each in sizes), default=0),
+        tuple(map(max, zip_longest(*(each.right for each in sizes), fillvalue=0))),
+    )
+
+
+def _sizes_for(tensor: Sum) -> BufferSizes:
+    values, size = tensor.block_rows * tensor.shape[1], tensor.working.itemsize
+    return BufferSizes(
+        stored=values * tensor.stored.itemsize,
+        written=0 if tensor.stored == tensor.written else values * tensor.written.itemsize,
+        product=values * size,
+        another=values * size if len(tensor.terms) > 1 else 0,
+        left=tensor.block_rows * tensor.rank * size,
+        right=tuple(len(term.A) * tensor.shape[1] * size for term in tensor.terms),
+    )
 
 
 class Workspace:
@@ -81,7 +87,7 @@ class Workspace:
         self._stored = np.empty(sizes.stored, np.uint8)
         self._written = np.empty(sizes.written, np.uint8)
         self._product = np.empty(sizes.product, np.uint8)
-        self._another = np.empty(sizes.product if sizes.several else 0, np.uint8)
+        self._another = np.empty(sizes.another, np.uint8)
         self._chunk = np.empty(_CHUNK_VALUES * 8, np.uint8)
         self._scratch = np.empty((2, _CHUNK_VALUES), np.uint32)
         self._left = np.empty(sizes.left, np.uint8)
@@ -120,7 +126,7 @@ class Workspace:
         if not tensor.terms:
             self._round_all(stored, written)
             if not _all_finite(written):
-                _raise_not_finite(written, first, before=stored)
+                _raise_not_finite(tensor, written, first, before=stored)
             return Numbers()
         if tensor is not self._prepared:
             self._prepare(tensor)
@@ -129,7 +135,7 @@ class Workspace:
         before = stored[looked_at].copy()
         change, finite = self._sum(tensor, slice(first, last), stored, written, looked_at)
         if not finite:
-            _raise_not_finite(written, first)
+            _raise_not_finite(tensor, written, first)
         return _numbers(before, change, written[looked_at])
 
     def _sum(
@@ -260,14 +266,16 @@ def _infinities(dtype: np.dtype[Any]) -> tuple[tuple[str, Any], ...]:
     return (signed, both.view(signed)[0]), (unsigned, both.view(unsigned)[1])
 
 
-def _raise_not_finite(written: Array, first: int, *, before: Array | None = None) -> None:
+def _raise_not_finite(
+    tensor: Sum, written: Array, first: int, *, before: Array | None = None
+) -> None:
     """Raise an error for the first value that is not finite, but was finite in `before`."""
     wrong = ~np.isfinite(written.astype(FLOAT64))
     if before is not None:
         wrong &= np.isfinite(before.astype(FLOAT64))
     if wrong.any():
         row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-        raise NotFiniteError((first + int(row), int(column)))
+        raise NotFiniteError(tensor, (first + int(row), int(column)))
 
 
 def _numbers(stored: Array, change: Array, written: Array) -> Numbers:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
+from vera_convert.assembly.addends import Numbers, Sum
 from vera_convert.assembly.blocks import CPU, Device, Workspace, buffer_sizes_for
 from vera_convert.assembly.copying import OPEN_FLAGS, copy_range, write_at
 from vera_convert.assembly.finisher import Finisher, Written, digest_of
@@ -150,20 +150,6 @@ def _blocks(file: NewFile) -> Iterator[_Block]:
             yield _Block(piece, first, min(first + step, whole))
 
 
-class ResultNotFiniteError(ArithmeticError):
-    """A value of a merged tensor is infinite or NaN.
-
-    Attributes:
-        name: the tensor.
-        index: row and column of the first such value, as stored.
-    """
-
-    def __init__(self, name: str, index: tuple[int, int]) -> None:
-        super().__init__(name, index)
-        self.name = name
-        self.index = index
-
-
 @dataclass(slots=True)
 class _Tally:
     """The statistics of one tensor: added in the order of its blocks, in any order of arrival."""
@@ -261,7 +247,7 @@ class Assembler:
             The outcome of each file that this call wrote, by name.
 
         Raises:
-            ResultNotFiniteError: a result is infinite or NaN.
+            NotFiniteError: a result is infinite or NaN.
             SurroundingsError: an input changed or cannot be read, or the disk returned other bytes
                 than were written.
             OSError: the system cannot write.
@@ -360,10 +346,7 @@ def _compute(piece: Computed, block: _Block, workspace: Workspace, source: Local
     row = tensor.shape[1] * tensor.stored.itemsize
     if tensor.decode is None:
         source.read_into(piece.start + first * row, workspace.stored_bytes(tensor, first, last))
-    try:
-        return workspace.add(tensor, first, last)
-    except NotFiniteError as error:
-        raise ResultNotFiniteError(tensor.name, error.index) from error
+    return workspace.add(tensor, first, last)
 
 
 def _copy(piece: CopiedRange, block: _Block, source: LocalFile, target: int) -> Written:

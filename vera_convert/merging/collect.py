@@ -33,7 +33,7 @@ from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, TensorFile
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, Tied
 from vera_convert.rules import (
@@ -54,6 +54,7 @@ _COMPARED_VALUES = 1 << 20
 class _Vectors:
     """Reads the two vectors of a layer on demand, because all vectors together can be large."""
 
+    file: TensorFile
     layer: AdaptedLayer
 
     @property
@@ -61,7 +62,7 @@ class _Vectors:
         return NUMPY_DTYPE[self.layer.lambda_d.dtype], NUMPY_DTYPE[self.layer.lambda_b.dtype]
 
     def vectors(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.layer.lambda_d.array(), self.layer.lambda_b.array()
+        return self.file.read(self.layer.lambda_d.name), self.file.read(self.layer.lambda_b.name)
 
 
 def collect(
@@ -128,7 +129,8 @@ class _Collector:
         match, terms = matched.match, self.changes.terms
         for module, layer in matched.adapter.layers.items():
             names = self._targets(module, match)
-            term = Term(matched.pair.A, matched.pair.B, _Vectors(layer), matched.weight)
+            vectors = _Vectors(matched.adapter.file, layer)
+            term = Term(matched.pair.A, matched.pair.B, vectors, matched.weight)
             for name in names:
                 terms[name] = (*terms.get(name, ()), term)
                 first = self._outputs.setdefault(name, layer.out_features)

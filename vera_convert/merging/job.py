@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from vera_convert.assembly.addends import Numbers
+from vera_convert.assembly.addends import NotFiniteError, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.journal import Journal, finished_files
 from vera_convert.assembly.pool import default_jobs
-from vera_convert.assembly.writer import (
-    Assembler,
-    Computed,
-    Finished,
-    NewFile,
-    ResultNotFiniteError,
-)
+from vera_convert.assembly.writer import Assembler, Finished, NewFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, mark_resumable
@@ -126,8 +120,8 @@ class MergeJob:
                         progress=lambda done: progress(done, needed),
                         on_finished=on_finished,
                     )
-                except ResultNotFiniteError as error:
-                    raise CheckpointError(_not_finite(error, self.files)) from error
+                except NotFiniteError as error:
+                    raise CheckpointError(_not_finite(error)) from error
                 reports = self._reports(results)
                 wanted = results.items() if self.options.checksums else ()
                 hashes = {name: each.sha256 for name, each in wanted if each.sha256}
@@ -289,12 +283,8 @@ def _enough_memory() -> Iterator[None]:
         ) from error
 
 
-def _not_finite(error: ResultNotFiniteError, files: Sequence[NewFile]) -> Finding:
+def _not_finite(error: NotFiniteError) -> Finding:
     row, column = error.index
-    is_flat = any(
-        isinstance(piece, Computed) and piece.tensor.name == error.name and not piece.tensor.terms
-        for file in files
-        for piece in file.pieces
-    )
-    where = f"value {row:,}" if is_flat else f"value at [{row}, {column}]"
-    return RESULT_NOT_FINITE.in_tensor(error.name, f"its {where} would not be finite.")
+    where = f"at [{row}, {column}]" if error.tensor.terms else f"{row:,}"
+    reason = f"its value {where} would not be finite."
+    return RESULT_NOT_FINITE.in_tensor(error.tensor.name, reason)
