@@ -31,6 +31,7 @@ RESULT = {
     "conclusive": True,
     "passed": True,
     "reason": "",
+    "quantized": None,
 }
 
 
@@ -41,9 +42,9 @@ def say(**said: object) -> None:
 
 def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
-    Path(job["merged"], "pid").write_text(str(os.getpid()))
-    Path(job["merged"], "environment").write_text(json.dumps(dict(os.environ)))
-    Path(job["merged"], "path").write_text(json.dumps(sys.path))
+    Path(job["found"], "pid").write_text(str(os.getpid()))
+    Path(job["found"], "environment").write_text(json.dumps(dict(os.environ)))
+    Path(job["found"], "path").write_text(json.dumps(sys.path))
     Path(tempfile.mkdtemp(), "left").write_text("a copy of a tokenizer")
     say(stage="run", done=1, of=5)
     match job["lines"][0]:
