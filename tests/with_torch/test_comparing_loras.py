@@ -77,7 +77,7 @@ def test_ranks_that_peft_refuses_fail(llama: Path, tmp_path: Path) -> None:
     (changed / "adapter_config.json").write_text(json.dumps(config))
     found = compared(llama / "base", llama / "adapter", changed)
     assert not found.passed
-    assert "PEFT cannot load the LoRA" in found.reason
+    assert "PEFT cannot load the adapter" in found.reason
 
 
 def test_a_lora_that_is_not_run_says_why(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
