@@ -64,7 +64,7 @@ class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, Co
     drop_head: bool = flag(
         LORA,
         "--drop-head",
-        help="Leave out the modules and biases that were trained in full.",
+        help="Leave out modules_to_save and trained biases.",
     )
     check: bool = flag(
         CHECK,

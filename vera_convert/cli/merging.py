@@ -11,56 +11,26 @@ import click
 from vera_convert.cli.command import adapter_argument, command, out_argument
 from vera_convert.cli.options import (
     CHECK,
-    JOBS,
     METHOD,
     OUTPUT,
-    TIED,
     BaseChoice,
     CommonOptions,
     ForceChoice,
     GeneratorChoice,
+    MergeChoice,
     ProjectionChoice,
     flag,
     option,
 )
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
-from vera_convert.cli.values import (
-    Dtype,
-)
-from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import is_resumable
 
 
-class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions):
+class MergeChoices(
+    BaseChoice, GeneratorChoice, ProjectionChoice, MergeChoice, ForceChoice, CommonOptions
+):
     """Options of `merge`."""
 
-    weight: float = option(
-        METHOD,
-        "--weight",
-        type=float,
-        metavar="W",
-        default=1.0,
-        help="Scale the adapter's delta by this factor (default: 1).",
-    )
-    add: tuple[str, ...] = option(
-        METHOD,
-        "--add",
-        metavar="ADAPTER[=W]",
-        multiple=True,
-        help="Add the delta of another adapter, scaled by W (default: 1).",
-    )
-    tied: str | None = option(
-        METHOD,
-        "--tied",
-        type=TIED,
-        help="How to merge into an output head tied to the embedding: add changes the embedding "
-        "too, as PEFT does; untie gives the head a tensor of its own.",
-    )
-    dequantize: bool = flag(
-        METHOD,
-        "--dequantize",
-        help="Turn a quantized base into a 16-bit model.",
-    )
     labels: str = option(
         METHOD,
         "--labels",
@@ -80,14 +50,6 @@ class MergeChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, C
         default="cpu",
         metavar="DEVICE",
         help="Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.",
-    )
-    jobs: int | None = option(METHOD, "--jobs", type=int, metavar="N", help=JOBS)
-    dtype: str | None = option(
-        OUTPUT,
-        "--dtype",
-        type=Dtype(FLOAT_NAMES),
-        metavar="DTYPE",
-        help="Write float tensors in this dtype (default: keep the dtype of each tensor).",
     )
     max_shard_size: str | None = option(
         OUTPUT,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from vera_convert.cli.values import GENERATORS, KEY_MAP, Choice, Dtype
-from vera_convert.dtypes import BASE_NAMES
+from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
@@ -33,8 +33,6 @@ TITLES = (INPUT, PROJECTIONS, METHOD, LORA, CHECK, OUTPUT, HUB, DISPLAY)
 
 PATH = click.Path(path_type=Path)
 SOURCES = Choice(("auto", "file", "key"))
-TIED = Choice(("add", "untie"))
-JOBS = "Number of threads (default: one for each core, at most four)."
 
 
 class Declared(NamedTuple):
@@ -58,11 +56,11 @@ class Options:
         self.__dict__.update(values)
 
     def shared_with(self, record: type[Any]) -> dict[str, Any]:
-        """Return the values for the fields of a dataclass that have the names of options."""
+        """Return the values that a user gave for the fields of a dataclass, by the field's name."""
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name in record.__dataclass_fields__
+            if name in record.__dataclass_fields__ and value is not None
         }
 
 
@@ -269,4 +267,50 @@ class AcceptChoice(Options):
         "--accept-change",
         help="Strip even if PEFT would regenerate different matrices, provided that embed can "
         "restore the stored ones.",
+    )
+
+
+class MergeChoice(Options):
+    """How a merge is computed; `verify` takes an option left out from the merge's record."""
+
+    weight: float | None = option(
+        METHOD,
+        "--weight",
+        type=float,
+        metavar="W",
+        help="Scale the adapter's delta by this factor (default: 1).",
+    )
+    add: tuple[str, ...] = option(
+        METHOD,
+        "--add",
+        metavar="ADAPTER[=W]",
+        multiple=True,
+        help="Add the delta of another adapter, scaled by W (default: 1).",
+    )
+    tied: str | None = option(
+        METHOD,
+        "--tied",
+        type=Choice(("add", "untie")),
+        help="How to merge into an output head tied to the embedding: add changes the embedding "
+        "too, as PEFT does; untie gives the head a tensor of its own.",
+    )
+    dequantize: bool | None = option(
+        METHOD,
+        "--dequantize",
+        is_flag=True,
+        help="Turn a quantized base into a 16-bit model.",
+    )
+    dtype: str | None = option(
+        METHOD,
+        "--dtype",
+        type=Dtype(FLOAT_NAMES),
+        metavar="DTYPE",
+        help="Write float tensors in this dtype (default: keep the dtype of each tensor).",
+    )
+    jobs: int | None = option(
+        METHOD,
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="Number of threads (default: one for each core, at most four).",
     )

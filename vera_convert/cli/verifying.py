@@ -10,28 +10,22 @@ from vera_convert.cli.command import adapter_argument, command
 from vera_convert.cli.options import (
     CHECK,
     INPUT,
-    JOBS,
-    METHOD,
     PATH,
     PROJECTIONS,
     SOURCES,
-    TIED,
     BaseChoice,
     CommonOptions,
     GeneratorChoice,
+    MergeChoice,
     flag,
     option,
 )
 from vera_convert.cli.output import progress_bar, show, tell
-from vera_convert.cli.values import (
-    Dtype,
-)
-from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.text import and_more
 
 
-class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
+class VerifyChoices(BaseChoice, GeneratorChoice, MergeChoice, CommonOptions):
     """Options of `verify`; an option left out has the value that the merge recorded."""
 
     other: str | None = option(
@@ -50,36 +44,6 @@ class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
         metavar="SOURCE",
         help="Which A and B were merged: auto, file or key (default: as the merge recorded, "
         "else auto).",
-    )
-    weight: float | None = option(
-        METHOD,
-        "--weight",
-        type=float,
-        metavar="W",
-        help="The factor that scaled the adapter's delta.",
-    )
-    add: tuple[str, ...] = option(
-        METHOD,
-        "--add",
-        metavar="ADAPTER[=W]",
-        multiple=True,
-        help="Another adapter that was merged; give one for each.",
-    )
-    tied: str | None = option(
-        METHOD,
-        "--tied",
-        type=TIED,
-        help="How the merge treated an output head tied to the embedding.",
-    )
-    dequantize: bool | None = option(
-        METHOD, "--dequantize", is_flag=True, help="The merge made a 16-bit model."
-    )
-    dtype: str | None = option(
-        METHOD,
-        "--dtype",
-        type=Dtype(FLOAT_NAMES),
-        metavar="DTYPE",
-        help="The dtype that the merge wrote float tensors in.",
     )
     samples: int | None = option(
         CHECK,
@@ -100,7 +64,6 @@ class VerifyChoices(BaseChoice, GeneratorChoice, CommonOptions):
         "--layers-only",
         help="Compare the weights and run no model; torch is not needed.",
     )
-    jobs: int | None = option(CHECK, "--jobs", type=int, metavar="N", help=JOBS)
 
 
 @command(
@@ -118,6 +81,8 @@ def verify(adapter: str, options: VerifyChoices) -> None:
 
     Every tensor of the merged model is computed again and compared. Then the merged model is run on
     sample sequences, and compared with the base that has the adapter.
+
+    A merge option that is left out has the value that the merge recorded.
     """
     from vera_convert.formats.verification import verification_document, verification_text
     from vera_convert.verification.options import VerifyOptions

@@ -167,7 +167,7 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         if not wrong and len(modules) > 1:
             wrong = sorted(modules)[1:]  # one head is all that any engine takes
         if wrong:
-            reason = f"{engine.title} does not load a module that was trained whole{_also(wrong)}."
+            reason = f"{engine.title} does not load a module of modules_to_save{_also(wrong)}."
             yield LORA_HEAD_REFUSED.at(printable(wrong[0]), reason)
     if extras.biases and not engine.biases:
         first = printable(extras.biases[0].name)
@@ -178,6 +178,6 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         titles = ", ".join(each.title for each in refusing)
         first = printable(extras.tensors[0].name)
         reason = (
-            f"{first} was trained whole. These engines take few such tensors or none: {titles}."
+            f"{first} is in modules_to_save. These engines take few such tensors or none: {titles}."
         )
         yield LORA_HEAD_ELSEWHERE.at(place, reason)

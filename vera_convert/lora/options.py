@@ -37,7 +37,7 @@ class LoraOptions:
         accept_error: write a LoRA even if the relative error of a layer is above 0.5.
         fill_layers: write a LoRA of zeros for the layers that the engine wants and the adapter
             does not have.
-        drop_head: leave out modules that were trained whole, and trained biases.
+        drop_head: leave out modules_to_save and trained biases.
         projections: which A and B are used if file, flag and key disagree.
         generator: how A and B are drawn if no fingerprint says so.
         check: read the written weights back and compare every byte.

@@ -17,7 +17,7 @@ class Extras:
     """Trained tensors of an adapter that are no vectors.
 
     Attributes:
-        heads: the tensors of modules that were trained whole.
+        heads: the tensors of modules_to_save.
         biases: the trained biases.
         saved: the names of those modules, as modules_to_save has them.
     """

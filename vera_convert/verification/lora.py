@@ -2,7 +2,7 @@
 
     names    every layer of the adapter, and no other layer with an effect
     deltas   lora_B lora_A with diag(b) B diag(d) A, by the relative error
-    others   heads and biases that were trained whole, byte for byte
+    others   modules_to_save and trained biases, byte for byte
     record   the SHA-256 of the source
     config   whether PEFT would load every tensor
 
