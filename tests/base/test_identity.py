@@ -134,3 +134,10 @@ def test_every_command_that_reads_a_base_says_it(stripped: bool, tmp_path: Path)
     for result in results:
         codes = [finding.code for finding in result.findings]
         assert codes.count("V558") == codes.count("V559") == 1
+
+
+def test_a_config_that_counts_other_stacks_alone_says_nothing(tmp_path: Path) -> None:
+    # Funnel counts the layers of its decoder; the encoder's are a list of sizes.
+    adapter = good_adapter(tmp_path / "adapter")
+    config = {"model_type": "funnel", "block_sizes": [4, 4], "num_decoder_layers": 1}
+    assert told(adapter, tiny_base(tmp_path / "base", config=config)) == []

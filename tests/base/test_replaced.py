@@ -12,6 +12,7 @@ from adapters import good_adapter
 from merges import filled_base, merged_with, tensors_of
 
 from vera_convert.assembly.addends import Numbers
+from vera_convert.errors import CheckpointError
 from vera_convert.formats.merge import merge_document, merge_text
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.replaced import ReplacedTensor
@@ -119,3 +120,28 @@ def test_large_tensors_are_compared_in_blocks(
     assert whole.numbers is not None
     assert blocks.numbers.change == pytest.approx(whole.numbers.change)
     assert (blocks.numbers.values, blocks.constant) == (512, None)
+
+
+def test_a_layer_of_the_body_that_is_trained_whole_gives_no_labels(tmp_path: Path) -> None:
+    config = {"architectures": ["HubertForSequenceClassification"], "model_type": "hubert"}
+    base = filled_base(tmp_path / "base", tensors={"projector.weight": (8, 16)}, config=config)
+    adapter = replacing(
+        tmp_path / "a", {"projector.weight": np.ones((8, 16))}, modules_to_save=["projector"]
+    )
+    merged_with(adapter, base, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == config
+
+
+def test_a_module_trained_whole_is_not_sought_in_experts_that_the_class_fuses(
+    tmp_path: Path,
+) -> None:
+    own, expert = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.experts.{}.gate_proj"
+    experts = [f"{expert.format(n)}.weight" for n in range(2)]
+    base = filled_base(tmp_path / "base", tensors=dict.fromkeys((own, *experts), (8, 16)))
+    values = {own: np.eye(8, 16)}
+    adapter = replacing(tmp_path / "a", values, modules_to_save=["gate_proj"])
+    assert codes(merged_with(adapter, base, tmp_path / "out")) == []
+    partly = {**values, experts[0]: np.eye(8, 16)}
+    adapter = replacing(tmp_path / "b", partly, modules_to_save=["gate_proj"])
+    with pytest.raises(CheckpointError, match=r"V222 model\.layers\.1\.mlp\.experts\.1"):
+        merged_with(adapter, base, tmp_path / "partly")

@@ -512,3 +512,25 @@ def test_one_adapter_can_be_given_by_itself(good: Path) -> None:
         validate(good, select="V1")
     with pytest.raises(UsageError, match=r"banana.*error, warning, note"):
         validate(good, fail_on="banana")
+
+
+def test_a_target_inside_a_module_that_is_saved_whole_is_not_missing(tmp_path: Path) -> None:
+    module = "model.layers.1.mlp.down_proj"
+    tensors = {f"base_model.model.{module}.weight": np.ones((4, 4), np.float32)}
+    targets = ["q_proj", "v_proj", module]
+    folder = good_adapter(
+        tmp_path / "a", tensors=tensors, target_modules=targets, modules_to_save=[module]
+    )
+    assert [each.code for each in check(folder, select=["V229"]).findings] == []
+
+
+def test_the_bias_of_a_module_that_is_saved_whole_is_not_missing(tmp_path: Path) -> None:
+    head = {"score.weight": (3, 16), "score.bias": (3,)}
+    tensors = {
+        f"base_model.model.{name}": np.ones(shape, np.float32) for name, shape in head.items()
+    }
+    fields = {"bias": "all", "peft_version": "0.21.2", "modules_to_save": ["score"]}
+    folder = good_adapter(tmp_path / "a", tensors=tensors, **fields)
+    base = tiny_base(tmp_path / "base", tensors=head)
+    found = [each.severity for each in check(folder, select=["V223"], base=base).findings]
+    assert Severity.WARNING not in found

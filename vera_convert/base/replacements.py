@@ -28,6 +28,7 @@ from vera_convert.rules import (
 )
 from vera_convert.text import listed, printable
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
 
 
@@ -172,10 +173,13 @@ def incomplete_modules(
     if not saved:
         return
     stored = {*targets, *match.tensors.values()}
+    stores_experts = any(map(_EXPERT.search, stored))
     for name in base.tensors:
         path, _, parameter = name.rpartition(".")
         paths = {path, match.undo(path) or path}
-        is_due = parameter in ("weight", "bias") and any(map(saved.of, paths))
+        # Transformers 5 builds one module for all experts, which has the layers of none.
+        is_built = stores_experts or _EXPERT.search(name) is None
+        is_due = is_built and parameter in ("weight", "bias") and any(map(saved.of, paths))
         if is_due and name not in stored and not _of_another_class(name, stored):
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
             yield MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
@@ -199,6 +203,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     read = [finding for finding in adapter.findings if finding.code == BIAS_NOT_STORED.code]
     if not read or read[0].severity is not Severity.NOTE:
         return
+    saved = saved_modules(adapter.config)  # PEFT stores these biases whatever `bias` says
     own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
     trained = own if adapter.config.bias != "all" else None
     found = [
@@ -207,6 +212,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
         if name.endswith(".bias")
         and len(tensor.info.shape) == 1
         and (trained is None or name in trained)
+        and not saved.of(name.removesuffix(".bias"))
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."

@@ -113,7 +113,7 @@ def config_edits(
     owner = next((each.owner.adapter.config for each in heads.values()), config)
     trained = class_of_head(owner, base)
     name = architecture or (trained if heads else None)
-    count = _label_count(heads)
+    count = _label_count(heads, base)
     if labels and (count is None or len(labels) != count):
         has = "brings no classifier" if count is None else f"has a classifier of {count} labels"
         raise UsageError(f"--labels names {len(labels)} labels, and the adapter {has}.")
@@ -192,17 +192,26 @@ def label_count(config: Mapping[str, object]) -> int:
     return number if isinstance(number, int) else _DEFAULT_LABELS
 
 
-def _label_count(heads: Mapping[str, Replacement]) -> int | None:
+def _label_count(heads: Mapping[str, Replacement], base: BaseModel) -> int | None:
     """Return the number of outputs of a head's last layer; None if that layer is not known."""
     outputs = {
         name.rpartition(".")[0]: each.info.shape[0]
         for name, each in heads.items()
-        if name.endswith(".weight") and len(each.info.shape) >= 2
+        if name.endswith(".weight")
+        and len(each.info.shape) >= 2
+        and not _is_of_body(name, each.info.shape, base)
     }
     if len(outputs) > 1:
         named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
         outputs = {path: outputs[path] for path in named}
     return outputs.popitem()[1] if len(outputs) == 1 else None
+
+
+def _is_of_body(name: str, shape: tuple[int, ...], base: BaseModel) -> bool:
+    """Say whether the base has a layer of this shape that its config does not count as labels."""
+    tensor = base.tensors.get(name)
+    is_same = tensor is not None and tensor.info.shape == shape
+    return is_same and shape[0] != label_count(base.config)
 
 
 def _labels(

@@ -76,11 +76,13 @@ class BuiltLayers:
 
     def beyond(self) -> tuple[str, int, int] | None:
         """Return an adapted layer beyond the number of layers: stack, number, number built."""
-        counts = [count for stem, count in self._counts if stem != "experts"]
+        counts = [(stem, count) for stem, count in self._counts if stem != "experts"]
         for stack, last in self._last.items():
             is_first = not any(element.isdecimal() for element in stack.split("."))
-            if counts and is_first and last >= max(counts):
-                return stack, last, max(counts)
+            is_counted = any(stem in stack for stem, _ in counts)  # Funnel counts its decoder alone
+            most = max((count for _, count in counts), default=0)
+            if is_counted and is_first and last >= most:
+                return stack, last, most
         return None
 
     def is_missing(self, module: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.saved_modules import SavedModules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.rules import (
@@ -95,11 +96,11 @@ def _by_version(
 def _not_stored(
     config: VeraConfig, targets: Sequence[str], layers: Sequence[str]
 ) -> Iterator[Finding]:
-    saved = {*config.saved_modules}
+    saved = SavedModules(config.saved_modules)
     endings = Endings(targets)
     stored = {target for layer in layers for target in endings.of(layer)}
     for target in dict.fromkeys(targets):
-        if target not in stored and not saved & {*target.split(".")}:
+        if target not in stored and not saved.of(target):
             reason = f"target_modules names {printable(target)}, and no layer of the file has it."
             yield TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
 
