@@ -529,7 +529,11 @@ def test_the_bias_of_a_module_that_is_saved_whole_is_not_missing(tmp_path: Path)
     tensors = {
         f"base_model.model.{name}": np.ones(shape, np.float32) for name, shape in head.items()
     }
-    fields = {"bias": "all", "peft_version": "0.21.2", "modules_to_save": ["score"]}
+    fields: dict[str, Any] = {
+        "bias": "all",
+        "peft_version": "0.21.2",
+        "modules_to_save": ["score"],
+    }
     folder = good_adapter(tmp_path / "a", tensors=tensors, **fields)
     base = tiny_base(tmp_path / "base", tensors=head)
     found = [each.severity for each in check(folder, select=["V223"], base=base).findings]
