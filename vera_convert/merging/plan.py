@@ -102,36 +102,27 @@ def plan_weights(
     """
     planner = _Planner(base, files, changes, dtype, dequantization)
     if max_shard_size is None:
-        shards = {name: planner.of_file(name) for name in base.files}
-        for name, planned in planner.additions().items():
-            shards[name] += planned
-        shards = {
-            name: tensors
-            for name, tensors in shards.items()
-            if tensors or not base.files[name].tensors
-        }
-        index_name = base.index
+        shards, index_name = _kept_shards(base, planner)
     else:
-        shards = _resharded(base, planner, max_shard_size)
-        index_name = f"{base.prefix}{_stem(base)}{INDEX_SUFFIX}" if len(shards) > 1 else None
-    names = {name: name for name in shards}
-    if named_weights(base.config) is not None and max_shard_size is None:
-        names = _usual_names([*shards], base)
-        index_name = f"{base.prefix}{_stem(base)}{INDEX_SUFFIX}" if base.index else None
-    made = {
-        names[name]: _file(name, names[name], tensors, planner) for name, tensors in shards.items()
-    }
-    placed = {tensor: names[name] for name, tensors in shards.items() for tensor in tensors}
+        shards, index_name = _new_shards(base, planner, max_shard_size)
+    made, headers, placed = list[NewFile](), dict[str, bytes](), dict[PlannedTensor, str]()
+    for shard in shards:
+        file, headers[shard.name] = _file(shard, planner)
+        made.append(file)
+        placed.update(dict.fromkeys(shard.tensors, shard.name))
     index = None
     if index_name is not None:
         index = index_name, _index_text(index_name, placed, index_text)
-    return WeightsPlan(
-        tuple(file for file, _ in made.values()),
-        index,
-        {name: head for name, (_, head) in made.items()},
-        tuple(placed),
-        base.prefix,
-    )
+    return WeightsPlan(tuple(made), index, headers, tuple(placed), base.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """The tensors of one file, and the base's file with the same tensors if there is one."""
+
+    name: str
+    tensors: list[PlannedTensor]
+    old_name: str | None = None
 
 
 class _Planner:
@@ -173,51 +164,42 @@ class _Planner:
             found.setdefault(file, []).append(self._of_base(embedding, name))
         last = [*self.base.files][-1]
         for name, replacement in self.changes.new.items():
-            found.setdefault(last, []).append(self._of_adapter(name, replacement, None))
+            found.setdefault(last, []).append(
+                self._of_adapter(name, replacement, replacement.info.dtype)
+            )
         return found
 
     def _of_base(self, stored_name: str, name: str | None = None) -> PlannedTensor:
+        """Return a tensor of the base, under another name if given, or the adapter's instead."""
         name = name or stored_name
         replacement = self.changes.replaced.get(name)
         tensor = self.base.tensors[stored_name]
-        dtype = tensor.info.dtype
+        info = tensor.info
         if replacement is not None:
-            return self._of_adapter(name, replacement, dtype)
-        written = dtype if stored_name in self.kept else self._written(dtype)
-        start = self.base.files[tensor.file].data_start + tensor.info.start
+            return self._of_adapter(name, replacement, info.dtype)
+        written = info.dtype if stored_name in self.kept else self._written(info.dtype)
         plan = self.dequantization
         decode = None if plan is None else plan.decoder(stored_name, self.files)
-        return self._planned(
-            name, tensor.info, written, self.files[tensor.file], start, decode=decode
-        )
+        start = self.base.files[tensor.file].data_start + info.start
+        total = self._sum(name, info, written, decode)
+        return PlannedTensor(name, written, info.shape, self.files[tensor.file], start, total)
 
-    def _of_adapter(self, name: str, replacement: Replacement, dtype: str | None) -> PlannedTensor:
+    def _of_adapter(self, name: str, replacement: Replacement, dtype: str) -> PlannedTensor:
         """Return a tensor of an adapter, in the dtype of the replaced tensor."""
-        written = self._written(dtype or replacement.info.dtype)
-        source = replacement.owner.weights
-        return self._planned(name, replacement.info, written, source, replacement.start)
+        info, source = replacement.info, replacement.owner.weights
+        written = self._written(dtype)
+        total = self._sum(name, info, written, None)
+        return PlannedTensor(name, written, info.shape, source, replacement.start, total)
 
     def _written(self, dtype: str) -> str:
         return self.dtype if self.dtype is not None and dtype in FLOATS else dtype
 
-    def _planned(
-        self,
-        name: str,
-        info: TensorInfo,
-        written: str,
-        source: InputFile,
-        start: int,
-        *,
-        decode: Decoder | None = None,
-    ) -> PlannedTensor:
-        total = None
-        if name in self.changes.terms or written != info.dtype or decode is not None:
-            total = self._sum(name, info, written, decode)
-        return PlannedTensor(name, written, info.shape, source, start, total)
-
-    def _sum(self, name: str, info: TensorInfo, written: str, decode: Decoder | None) -> Sum:
-        stored = NUMPY_DTYPE[info.dtype]
+    def _sum(self, name: str, info: TensorInfo, written: str, decode: Decoder | None) -> Sum | None:
+        """Return the sum to compute for a tensor; None if the bytes stay as they are stored."""
         terms = self.changes.terms.get(name, ())
+        if not terms and written == info.dtype and decode is None:
+            return None
+        stored = NUMPY_DTYPE[info.dtype]
         count = math.prod(info.shape)
         rows, columns = info.shape if terms else (count, 1)
         if decode is not None:
@@ -235,15 +217,10 @@ class _Planner:
         )
 
 
-def _file(
-    old_name: str,
-    name: str,
-    tensors: Sequence[PlannedTensor],
-    planner: _Planner,
-) -> tuple[NewFile, bytes]:
-    """Return a file under `name`, and the file's header."""
-    base, files, dequantization = planner.base, planner.files, planner.dequantization
-    old = base.files.get(old_name)
+def _file(shard: _Shard, planner: _Planner) -> tuple[NewFile, bytes]:
+    """Return a file, and the file's header."""
+    base, tensors, dequantization = planner.base, shard.tensors, planner.dequantization
+    old = base.files.get(shard.old_name or "")
     metadata = (old or next(iter(base.files.values()))).metadata
     if dequantization is not None:
         metadata = dequantized_metadata(metadata, dequantization.base)
@@ -253,12 +230,12 @@ def _file(
         tensors = in_order(tensors)
         head = header_bytes(tensors, metadata)
     pieces = _joined(_placed(tensors, len(head)))
-    if old is not None and head == old.raw and _are_all_of(files[old_name], pieces):
-        # A file system that shares blocks can do so for a whole file.
-        return NewFile(
-            name, pieces=(CopiedRange(files[old_name], 0, files[old_name].size, 0),)
-        ), head
-    return NewFile(name, head, tuple(pieces)), head
+    if old is not None and head == old.raw:
+        source = planner.files[shard.old_name or ""]
+        if _are_all_of(source, pieces):
+            # A file system that shares blocks can do so for a whole file.
+            return NewFile(shard.name, pieces=(CopiedRange(source, 0, source.size, 0),)), head
+    return NewFile(shard.name, head, tuple(pieces)), head
 
 
 def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
@@ -307,36 +284,50 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
 # --- shards and index ----------------------------------------------------------------------------
 
 
-def _resharded(base: BaseModel, planner: _Planner, limit: int) -> dict[str, list[PlannedTensor]]:
+def _kept_shards(base: BaseModel, planner: _Planner) -> tuple[list[_Shard], str | None]:
+    """Return the base's shards with their additions, and the name of the index."""
+    additions = planner.additions()
+    tensors = {file: [*planner.of_file(file), *additions.get(file, ())] for file in base.files}
+    kept = {file: each for file, each in tensors.items() if each or not base.files[file].tensors}
+    names, index = [*kept], base.index
+    if named_weights(base.config) is not None:  # loaders look for the usual names by default
+        names = _shard_names(base, len(kept) if index is not None else None)
+        index = _index_name(base) if index is not None else None
+    shards = [_Shard(new, kept[old], old) for new, old in zip(names, kept, strict=True)]
+    return shards, index
+
+
+def _new_shards(base: BaseModel, planner: _Planner, limit: int) -> tuple[list[_Shard], str | None]:
     """Distribute all tensors, in the base's order, over shards of at most `limit` bytes."""
     additions = planner.additions()
-    shards: list[list[PlannedTensor]] = [[]]
+    parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for file in base.files:
         for tensor in (*planner.of_file(file), *additions.get(file, ())):
-            if shards[-1] and size + tensor.nbytes > limit:
-                shards.append([])
+            if parts[-1] and size + tensor.nbytes > limit:
+                parts.append([])
                 size = 0
-            shards[-1].append(tensor)
+            parts[-1].append(tensor)
             size += tensor.nbytes
+    several = len(parts) > 1
+    names = _shard_names(base, len(parts) if several else None)
+    shards = [
+        _Shard(name, part, name if name in base.files else None)
+        for name, part in zip(names, parts, strict=True)
+    ]
+    return shards, _index_name(base) if several else None
+
+
+def _shard_names(base: BaseModel, count: int | None) -> list[str]:
+    """Return the usual names of `count` shards; None is for a single file without an index."""
     stem = base.prefix + _stem(base)
-    count = len(shards)
-    if count == 1:
-        return {f"{stem}{SUFFIX}": shards[0]}
-    return {
-        f"{stem}-{number:05}-of-{count:05}{SUFFIX}": tensors
-        for number, tensors in enumerate(shards, 1)
-    }
+    if count is None:
+        return [f"{stem}{SUFFIX}"]
+    return [f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)]
 
 
-def _usual_names(shards: Sequence[str], base: BaseModel) -> dict[str, str]:
-    """Return the names under which a loader looks for weights by default."""
-    stem, count = base.prefix + _stem(base), len(shards)
-    if base.index is None:
-        return dict.fromkeys(shards, f"{stem}{SUFFIX}")
-    return {
-        name: f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number, name in enumerate(shards, 1)
-    }
+def _index_name(base: BaseModel) -> str:
+    return f"{base.prefix}{_stem(base)}{INDEX_SUFFIX}"
 
 
 def _stem(base: BaseModel) -> str:
