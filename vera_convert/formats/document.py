@@ -14,6 +14,12 @@ Document = dict[str, object]
 Schema = Mapping[str, Any]
 
 
+_MODEL_NUMBERS = (
+    *("largest_difference", "remerged_difference", "kl", "top1", "effect"),
+    *("threshold_difference", "threshold_remerged", "threshold_kl", "threshold_top1"),
+)
+
+
 def _base(result: Any) -> object:  # noqa: ANN401 -- any record with base facts
     """Return the base facts, if a base was found."""
     return None if result.base_facts.location is None else result.base_facts
@@ -21,6 +27,23 @@ def _base(result: Any) -> object:  # noqa: ANN401 -- any record with base facts
 
 def _form(result: Any) -> str | None:  # noqa: ANN401 -- any record of an adapter
     return {True: "embedded", False: "stripped", None: None}[result.embedded]
+
+
+def _four_digits(source: str) -> Callable[[Any], float | None]:
+    """Return a function that reads a number with four digits; None if the number is infinite."""
+
+    def read(result: Any) -> float | None:  # noqa: ANN401 -- any record
+        number = _followed(result, source)
+        is_finite = isinstance(number, float | int) and math.isfinite(number)
+        return float(f"{number:.4g}") if is_finite else None
+
+    return read
+
+
+def _milliseconds(result: Any) -> float:  # noqa: ANN401 -- any record with a duration
+    """Return a duration in seconds."""
+    seconds: float = result.seconds
+    return round(seconds, 3)
 
 
 VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
@@ -60,6 +83,10 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "tensor": lambda finding: finding.tensor and printable(finding.tensor),
         "remedy": "rule.remedy",
     },
+    "FormCheck": {"name": "label", "projections": "origins"},
+    "FormEffect": {"difference": lambda effect: effect.difference or None},
+    "LoraCheck": {"name": "label", "projections": "origin", "recorded_error": "recorded"},
+    "LoraLayerCheck": {"relative_error": _four_digits("error"), "allowed": _four_digits("limit")},
     "LoraConversion": {
         "for": "options.engine",
         "dtype": "options.dtype",
@@ -77,15 +104,42 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
     "Merge": {
         "bytes_needed": "needed",
         "bytes_free": "free",
-        "seconds": lambda merge: round(merge.seconds, 3),
+        "seconds": _milliseconds,
         "carried": "sides.copied",
         "from_adapter": "beside.copied",
         "tokenizer": "beside.tokenizer",
     },
+    "MergeSettings": {
+        "given": lambda settings: sorted(settings.given),
+        "key_map": lambda settings: [f"{old}={new}" for old, new in settings.key_map],
+    },
     "MergedAdapter": {"name": "label", "projections": "origin"},
+    "MergedCheck": {
+        "name": "label",
+        "options": "settings",
+        "allowed_excess": "tensors.limit",
+        "tensors": "tensors.reported",
+        "untouched": lambda check: len(check.tensors.checks) - len(check.tensors.reported),
+        "bytes": "tensors.nbytes",
+        "seconds": _milliseconds,
+        "jobs": "tensors.jobs",
+    },
+    "ModelComparison": {name: _four_digits(name) for name in _MODEL_NUMBERS},
+    "QuantizedComparison": {
+        name: _four_digits(name) for name in ("difference", "threshold", "effect")
+    },
     "Regenerated": {"bytes": "size"},
     "VeraConvertError": {"error": str, "findings": lambda error: getattr(error, "findings", ())},
     "StoredProjections": {"dtype": "A.dtype", "shape_A": "A.shape", "shape_B": "B.shape"},
+    "TensorCheck": {
+        "values": "comparison.values",
+        "off": "comparison.off",
+        "wrong": "comparison.wrong",
+        "ulps": _four_digits("comparison.ulps"),
+        "excess": _four_digits("comparison.excess"),
+        "hint": lambda check: check.cause or None,
+    },
+    "Verification": {"seconds": _milliseconds},
 }
 """The values that are not an attribute with the name of the key, by the class of a result."""
 
@@ -129,12 +183,13 @@ def _attribute(result: object, key: str) -> object:
         return result.get(key)
     kinds = (VALUES.get(kind.__name__, {}) for kind in type(result).__mro__)
     source = next((values[key] for values in kinds if key in values), key)
-    if callable(source):
-        return source(result)
-    value = result
+    return source(result) if callable(source) else _followed(result, source)
+
+
+def _followed(result: object, source: str) -> object:
     for name in source.split("."):
-        value = None if value is None else getattr(value, name)
-    return value
+        result = None if result is None else getattr(result, name)
+    return result
 
 
 def _value(value: object, schema: Schema, root: Schema) -> object:

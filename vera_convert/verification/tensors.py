@@ -29,6 +29,7 @@ from vera_convert.rules import (
 )
 from vera_convert.text import and_more, listed
 from vera_convert.verification.comparator import (
+    LIMIT,
     Comparator,
     Comparison,
     compare_bytes,
@@ -109,6 +110,7 @@ class MergedTensors:
         wider: for each tensor with a wider dtype than expected, the dtype that its values were
             rounded to, by name.
         unlisted: how many wrong tensors have no finding, because `findings` is limited.
+        limit: the largest allowed `Comparison.excess`.
     """
 
     checks: tuple[TensorCheck, ...]
@@ -117,11 +119,17 @@ class MergedTensors:
     jobs: int
     wider: Mapping[str, str]
     unlisted: int = 0
+    limit: float = LIMIT
 
     @property
     def moved(self) -> bool:
         """Whether any weight with a delta differs from the base's weight."""
         return any(check.comparison.moved for check in self.checks)
+
+    @property
+    def reported(self) -> list[TensorCheck]:
+        """Return every tensor but those that equal the base's tensor, as they must."""
+        return [check for check in self.checks if check.kind is not Kind.SAME or not check.passed]
 
     @property
     def worst_first(self) -> list[TensorCheck]:
