@@ -1,7 +1,8 @@
-"""Time the conversion of 7B-sized adapters to LoRA beside a copy of the written bytes.
+"""Time the conversion of 7B-sized adapters to LoRA beside `cp` and PEFT's own conversion.
 
-The base is only a config. Each side runs as a process of its own, measured in CPU seconds. The copy
-is synced to the disk like the output of the conversion.
+The base is only a config. Each side runs as a process of its own, measured in CPU seconds. `cp`
+copies the written bytes and syncs the copy to the disk. PEFT's `save_as_lora`, which needs torch,
+forms the delta of each layer; one layer of each shape is converted, less a run without conversion.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-HIDDEN, MLP, LAYERS = 4096, 11008, 32
+HIDDEN, MLP = 4096, 11008
 LINEAR = {
     **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
     "mlp.gate_proj": (MLP, HIDDEN),
@@ -33,18 +34,17 @@ MODEL = {
     "model_type": "llama",
     "hidden_size": HIDDEN,
     "intermediate_size": MLP,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
 
 
-def write_adapter(folder: Path, targets: tuple[str, ...], rank: int) -> None:
+def write_adapter(folder: Path, targets: tuple[str, ...], rank: int, layers: int) -> None:
     """Write an adapter of random vectors with A and B."""
     values = np.random.default_rng(0)
     tensors = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for target in targets:
             name = f"base_model.model.model.layers.{layer}.{target}.vera_lambda_"
             tensors[f"{name}b"] = values.normal(size=LINEAR[target][0]).astype(np.float32)
@@ -77,37 +77,66 @@ def measured(command: list[str]) -> tuple[float, float, float]:
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
+PEFTS = """
+import sys, torch, peft
+torch.set_num_threads(1)
+out, width, rank, low = map(int, sys.argv[2:6])
+model = torch.nn.Sequential()
+model.add_module("q_proj", torch.nn.Linear(width, out, bias=False))
+model = peft.get_peft_model(model, peft.VeraConfig(r=rank, target_modules=["q_proj"]))
+for name, values in model.named_parameters():
+    if "lambda" in name:
+        torch.nn.init.normal_(values)
+if sys.argv[6:] == ["convert"]:
+    peft.save_as_lora(sys.argv[1], model, rank=low)
+"""
+
+
+def peft_seconds(folder: Path, shape: tuple[int, int], rank: int, low: int) -> float:
+    """Return the CPU seconds of PEFT's conversion of one layer."""
+    command = [sys.executable, "-c", PEFTS, str(folder), *map(str, (*shape, rank, low))]
+    return measured([*command, "convert"])[1] - measured(command)[1]
+
+
+def compare(folder: Path, targets: tuple[str, ...], rank: int, given: argparse.Namespace) -> None:
+    """Print a line for each side of one case."""
+    write_adapter(folder / "vera", targets, rank, given.layers)
+    (folder / "base").mkdir()
+    config = {**MODEL, "num_hidden_layers": given.layers}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    program = [sys.executable, "-m", "vera_convert", "to-lora", str(folder / "vera")]
+    base = ["--base", str(folder / "base"), "--quiet"]
+    found = {"exact": measured([*program, str(folder / "exact"), *base])}
+    weights = folder / "exact" / "adapter_model.safetensors"
+    copy = f'cp "{weights}" "{folder / "copy"}" && sync "{folder / "copy"}"'
+    found["cp"] = measured(["bash", "-c", copy])
+    low = ["--rank", str(given.low), "--accept-error"]
+    found[f"rank {given.low}"] = measured([*program, str(folder / "low"), *base, *low])
+    both = sum(path.stat().st_size for path in (folder / "vera").iterdir()) / 2**20
+    print(f"{weights.stat().st_size / 2**20:,.0f} MiB; the adapter has {both:,.0f} MiB")
+    for what, (seconds, cpu, memory) in found.items():
+        print(f"  {what:8} {seconds:7.1f} s, {cpu:6.1f} s of CPU, {memory:6.0f} MiB")
+    if given.peft:
+        shapes = [LINEAR[target] for target in targets]
+        times = {s: peft_seconds(folder / "peft", s, rank, given.low) for s in {*shapes}}
+        total = given.layers * sum(times[shape] for shape in shapes)
+        print(f"  PEFT     {total:16.0f} s of CPU at rank {given.low}, of one layer of each shape")
+
+
 def main() -> None:
-    """Print a line for each case."""
+    """Print the figures of each case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, nargs="*", default=[256])
     parser.add_argument("--low", type=int, default=64, help="the rank of the approximation")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--peft", action="store_true", help="time PEFT's conversion, too")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     given = parser.parse_args()
-    program = [sys.executable, "-m", "vera_convert", "to-lora"]
     for rank in given.rank:
         for name, targets in CASES.items():
             with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
-                folder = Path(temporary)
-                write_adapter(folder / "vera", targets, rank)
-                (folder / "base").mkdir()
-                (folder / "base" / "config.json").write_text(json.dumps(MODEL))
-                base = ["--base", str(folder / "base"), "--quiet"]
-                exact = measured([*program, str(folder / "vera"), str(folder / "exact"), *base])
-                weights = folder / "exact" / "adapter_model.safetensors"
-                copy = f'cp "{weights}" "{folder / "copy"}" && sync "{folder / "copy"}"'
-                copied = measured(["bash", "-c", copy])
-                low = [*base, "--rank", str(given.low), "--accept-error"]
-                cut = measured([*program, str(folder / "vera"), str(folder / "low"), *low])
-                size = weights.stat().st_size / 2**20
-            print(f"rank {rank}, {name}: {size:,.0f} MiB")
-            for what, found in (
-                ("exact", exact),
-                ("copy", copied),
-                (f"rank {given.low}", cut),
-            ):
-                seconds, cpu, memory = found
-                print(f"  {what:8} {seconds:7.1f} s, {cpu:6.1f} s of CPU, {memory:6.0f} MiB")
+                print(f"rank {rank}, {name}, {given.layers} layers: ", end="", flush=True)
+                compare(Path(temporary), targets, rank, given)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
-_BLOCK_VALUES = 1 << 16
+_CACHED_VALUES = 1 << 16
 """Values of lora_B that are computed at a time: their float64 copy stays in a core's cache."""
+PRODUCT_VALUES = 1 << 19
+"""Values of a block that is multiplied by a matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,49 +69,42 @@ class Factors:
         """Return the operands of these outputs alone."""
         return Factors(self.A, self.B[rows], self.d, self.b[rows])
 
-    def lora_A(self) -> Float64:  # noqa: N802 -- the matrix is called A
-        """Return lora_A (r, in) in float64."""
-        return self.A.astype(np.float64)
-
-    def lora_B(self) -> Float64:  # noqa: N802
+    def lora_B(self) -> Float64:  # noqa: N802 -- the matrix is called B
         """Return lora_B (out, r) in float64."""
-        blocks = [block.copy() for block in self.lora_B_blocks()]  # each overwrites the last
-        return np.concatenate(blocks)
+        found = np.empty((self.out_features, self.rank))
+        for place, block in self.lora_B_blocks():
+            found[place] = block
+        return found
 
-    def lora_B_blocks(self) -> Iterator[Float64]:  # noqa: N802
-        """Yield lora_B in blocks of rows, each in one float64 buffer that the next overwrites."""
-        rows = max(1, _BLOCK_VALUES // max(1, self.rank))
+    def lora_B_blocks(  # noqa: N802
+        self, values: int = _CACHED_VALUES
+    ) -> Iterator[tuple[slice, Float64]]:
+        """Yield the rows and the values of each block of lora_B, in one buffer for all blocks."""
+        rows = max(1, values // max(1, self.rank))
         buffer = np.empty((min(rows, self.out_features), self.rank), np.float64)
         d = self.d.astype(np.float64)
         for first in range(0, self.out_features, rows):
-            b = self.b[first : first + rows].astype(np.float64)
-            block = buffer[: len(b)]
-            np.multiply(self.B[first : first + rows], d, out=block, dtype=np.float64)
-            yield np.multiply(block, b[:, None], out=block)
-
-
-def nonzero_rows(d: Array) -> NDArray[np.bool_]:
-    """Return which rows of A a layer uses: a row whose entry of d is 0 adds nothing."""
-    return np.asarray(d != 0)
+            place = slice(first, min(first + rows, self.out_features))
+            block = buffer[: place.stop - first]
+            np.multiply(self.B[place], d, out=block, dtype=np.float64)
+            yield place, np.multiply(block, self.b[place, None], out=block)
 
 
 # --- balancing for float16 -----------------------------------------------------------------------
 
 
-def balancing_powers(lora_A_norms: Float64, lora_B_norms: Float64) -> NDArray[np.int64]:
+def balancing_powers(factors: Factors) -> NDArray[np.int64]:
     """Return the power of two by which each row of lora_A grows and each column of lora_B shrinks.
 
     float16 has few exponents, so entries of lora_B fall below its normal range if b is small. The
     two norms of each rank row become about equal. Powers of two change no digit.
-
-    Args:
-        lora_A_norms: the norm of each row of lora_A (r,).
-        lora_B_norms: the norm of each column of lora_B (r,).
     """
-    usable = (lora_A_norms > 0) & (lora_B_norms > 0)
-    powers = np.zeros(len(lora_A_norms), np.int64)
-    ratio = lora_B_norms[usable] / lora_A_norms[usable]
-    powers[usable] = np.rint(np.log2(ratio) / 2).astype(np.int64)
+    of_A = np.einsum("ij,ij->i", factors.A, factors.A, dtype=np.float64)
+    blocks = factors.lora_B_blocks()
+    of_B = sum((np.square(block).sum(axis=0) for _, block in blocks), np.zeros(factors.rank))
+    usable = (of_A > 0) & (of_B > 0)
+    powers = np.zeros(factors.rank, np.int64)
+    powers[usable] = np.rint(np.log2(of_B[usable] / of_A[usable]) / 4).astype(np.int64)
     return powers
 
 
@@ -117,64 +112,102 @@ def balancing_powers(lora_A_norms: Float64, lora_B_norms: Float64) -> NDArray[np
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decomposition:
-    """The singular value decomposition of a delta, kept as thin factors.
+class Inputs:
+    """The input side of a delta, which all layers with as many inputs share.
+
+    The rows of ``basis @ A`` are orthonormal, and ``core @ basis @ A`` is A again.
 
     Attributes:
-        left: (out, n), orthonormal columns, n = min(r, in, out).
-        values: (n,), the singular values, the largest first.
-        right: (n, in), orthonormal rows.
+        gram: (r, r), the products of the rows of A.
+        core: (r, n), n = min(r, in).
+        basis: (n, r).
     """
 
-    left: Float64
+    gram: Float64
+    core: Float64
+    basis: Float64
+
+    @classmethod
+    def of(cls, A: Array) -> Inputs:
+        """Return the input side for A (r, in)."""
+        gram = _gram((block.T for _, block in _column_blocks(A)), len(A))
+        squares, vectors = np.linalg.eigh(gram)
+        n = min(A.shape)
+        roots, vectors = np.sqrt(np.maximum(squares[-n:], 0)), vectors[:, -n:]
+        return cls(gram, vectors * roots, _inverse(roots)[:, None] * vectors.T)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decomposition:
+    """The singular values and the right singular vectors of a delta.
+
+    Attributes:
+        inputs: the input side of the delta.
+        gram: (r, r), the products of the columns of lora_B.
+        values: (n,), the singular values, the largest first.
+        vectors: (n, n), the right singular vectors as columns, in the basis of the inputs.
+    """
+
+    inputs: Inputs
+    gram: Float64
     values: Float64
-    right: Float64
+    vectors: Float64
+
+    @property
+    def size(self) -> float:
+        """The sum of the squares of the delta."""
+        return float(np.vdot(self.gram, self.inputs.gram))
+
+    @classmethod
+    def of(cls, factors: Factors, known: dict[int, Inputs]) -> Decomposition:
+        """Decompose a delta by the eigenvectors of an n x n matrix; the delta is never formed.
+
+        Squares lose half of the digits: a singular value below 1e-8 of the largest is noise. The
+        delta of a lower rank loses nothing, because this delta is the exact delta projected on the
+        vectors.
+
+        Args:
+            factors: the layer's operands.
+            known: the input sides so far, by the number of inputs; all of the same A.
+        """
+        width = factors.in_features
+        if width not in known:
+            known[width] = Inputs.of(factors.A)
+        inputs = known[width]
+        rows = (block for _, block in factors.lora_B_blocks(PRODUCT_VALUES))
+        gram = _gram(rows, factors.rank)
+        squares, vectors = np.linalg.eigh(inputs.core.T @ gram @ inputs.core)
+        return cls(inputs, gram, np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1])
 
     def truncated(self, rank: int) -> tuple[Float64, Float64]:
-        """Return lora_A (k, in) and lora_B (out, k) of the best delta of rank k, k <= n.
+        """Return two matrices P (k, r) and Q (r, k) that make the best delta of rank k, k <= n.
 
-        The entry of the largest magnitude in each row of lora_A is positive.
+        lora_A of that delta is ``P @ A``, and lora_B is ``lora_B @ Q``.
         """
-        k = min(rank, len(self.values))
-        roots = np.sqrt(self.values[:k])
-        lora_A = roots[:, None] * self.right[:k]
-        lora_B = self.left[:, :k] * roots
-        peaks = lora_A[np.arange(k), np.abs(lora_A).argmax(axis=1)]
-        signs = np.where(peaks < 0, -1.0, 1.0)
-        return lora_A * signs[:, None], lora_B * signs
+        roots, vectors = np.sqrt(self.values[:rank]), self.vectors[:, :rank]
+        left = roots[:, None] * (vectors.T @ self.inputs.basis)
+        return left, (self.inputs.core @ vectors) * _inverse(roots)
 
 
-InputBasis = tuple[Float64, Float64]
-"""The thin QR factorization of lora_A.T: (in, n) and (n, r), n = min(r, in)."""
+def _inverse(values: Float64) -> Float64:
+    """Return 1 / values, and 0 for 0."""
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)
 
 
-def input_basis(factors: Factors, known: dict[int, InputBasis]) -> InputBasis:
-    """Return the basis of a layer's lora_A, which all layers with as many inputs share.
-
-    Args:
-        factors: the operands of the layer.
-        known: the bases so far, by the number of inputs; all of the same A.
-    """
-    width = factors.in_features
-    if width not in known:
-        basis, core = np.linalg.qr(factors.lora_A().T)
-        known[width] = basis, core
-    return known[width]
+def _column_blocks(A: Array) -> Iterator[tuple[slice, Float64]]:
+    """Yield the columns and the values of each block of A in float64."""
+    columns = max(1, PRODUCT_VALUES // max(1, len(A)))
+    for first in range(0, A.shape[1], columns):
+        place = slice(first, first + columns)
+        yield place, A[:, place].astype(np.float64)
 
 
-def decompose(basis: InputBasis, lora_B: Float64) -> Decomposition:
-    """Return the singular value decomposition of ``lora_B @ lora_A`` without forming the product.
-
-    Two thin QR factorizations leave a core of r x r, and only the core is decomposed.
-
-    Args:
-        basis: the basis of lora_A.
-        lora_B: (out, r).
-    """
-    out_basis, out_core = np.linalg.qr(lora_B)
-    in_basis, in_core = basis
-    left, values, right = np.linalg.svd(out_core @ in_core.T, full_matrices=False)
-    return Decomposition(out_basis @ left, values, right @ in_basis.T)
+def product(left: Float64, A: Array) -> Float64:
+    """Return ``left @ A`` (k, in) in float64, without a float64 copy of A."""
+    found = np.empty((len(left), A.shape[1]))
+    for place, block in _column_blocks(A):
+        found[:, place] = left @ block
+    return found
 
 
 def smallest_rank(values: Float64, error: float) -> int:
@@ -194,51 +227,78 @@ def smallest_rank(values: Float64, error: float) -> int:
 # --- measuring without the dense delta -----------------------------------------------------------
 
 
-def relative_error(
-    lora_A: Array,
-    lora_B: Iterable[Float64],
-    other_A: Array,
-    other_B: Array,
-) -> float:
-    """Return the relative Frobenius error of ``other_B @ other_A`` against ``lora_B @ lora_A``.
+def squared_norm(factors: Factors) -> float:
+    """Return the sum of the squares of a delta."""
+    rows = (block for _, block in factors.lora_B_blocks(PRODUCT_VALUES))
+    columns = (block.T for _, block in _column_blocks(factors.A))
+    return float(np.vdot(_gram(rows, factors.rank), _gram(columns, factors.rank)))
 
-    Only thin matrices are multiplied. If the ranks are equal, the error is written as
-    ``(lora_B - other_B) @ lora_A + other_B @ (lora_A - other_A)``: the small differences are taken
-    value by value, so nothing cancels in the sums.
+
+def relative_error(factors: Factors, size: float, lora_A: Array, lora_B: Array) -> float:
+    """Return the relative Frobenius error of stored factors; only thin matrices are multiplied.
+
+    If the ranks are equal, small differences are taken value by value, and nothing cancels in the
+    sums. Otherwise an error below 1e-7 is noise.
 
     Args:
-        lora_A: (r, in).
-        lora_B: (out, r), in blocks of rows.
-        other_A: (k, in).
-        other_B: (out, k).
+        factors: the layer's operands.
+        size: the squared norm of the layer's delta.
+        lora_A: (k, in), as stored.
+        lora_B: (out, k), as stored.
 
     Returns:
-        The error; 0 if both deltas are 0, and infinity if the first alone is.
+        The error; 0 if both deltas are 0, and infinity if the layer's alone is.
     """
-    A, A_other = lora_A.astype(np.float64), other_A.astype(np.float64)
-    same_rank = A.shape == A_other.shape
-    A_rest = A - A_other if same_rank else -A_other
-    own, mixed, rest = A @ A.T, A @ A_rest.T, A_rest @ A_rest.T
-    size = off = 0.0
-    first = 0
-    for block in lora_B:
-        other = other_B[first : first + len(block)].astype(np.float64)
-        first += len(block)
-        difference = block - other if same_rank else block
-        size += _inner(block, own, block)
-        off += _inner(difference, own, difference)
-        off += 2 * _inner(difference, mixed, other) + _inner(other, rest, other)
+    if lora_A.shape == factors.A.shape:
+        off = _squared_difference(factors, lora_A, lora_B)
+    else:
+        of_A, of_B = np.zeros((2, factors.rank, len(lora_A)))
+        own_A, own_B = np.zeros((2, len(lora_A), len(lora_A)))
+        for place, columns in _column_blocks(factors.A):
+            stored = lora_A[:, place].astype(np.float64)
+            of_A += columns @ stored.T
+            own_A += stored @ stored.T
+        for place, rows in factors.lora_B_blocks(PRODUCT_VALUES):
+            stored = lora_B[place].astype(np.float64)
+            of_B += rows.T @ stored
+            own_B += stored.T @ stored
+        off = size - 2 * float(np.vdot(of_A, of_B)) + float(np.vdot(own_A, own_B))
     if size <= 0:
         return 0.0 if off <= 0 else float("inf")
     return float(np.sqrt(max(0.0, off) / size))
 
 
-def _inner(left: Float64, gram: Float64, right: Float64) -> float:
-    """Return the sum of ``left @ gram @ right.T``'s diagonal."""
-    return float(np.vdot(left @ gram, right)) if gram.any() else 0.0
+def _squared_difference(factors: Factors, lora_A: Array, lora_B: Array) -> float:
+    """Return the squared norm of ``(own_B - lora_B) @ own_A + lora_B @ (own_A - lora_A)``."""
+
+    def rows() -> Iterator[Float64]:
+        for place, block in factors.lora_B_blocks(PRODUCT_VALUES):
+            stored = lora_B[place].astype(np.float64)
+            yield np.hstack([block - stored, stored])
+
+    def columns() -> Iterator[Float64]:
+        for place, block in _column_blocks(factors.A):
+            yield np.vstack([block, block - lora_A[:, place]]).T
+
+    rank = 2 * factors.rank
+    return float(np.vdot(_gram(rows(), rank), _gram(columns(), rank)))
 
 
-def rounding_error(factors: Factors, lora_A: Array, lora_B: Array, rows: NDArray[np.intp]) -> float:
+def _gram(blocks: Iterable[Float64], rank: int) -> Float64:
+    """Return ``M.T @ M`` (rank, rank) for a matrix M in blocks of rows."""
+    found = np.zeros((rank, rank))
+    for block in blocks:
+        found += block.T @ block
+    return found
+
+
+def rounding_error(
+    factors: Factors,
+    lora_A: Array,
+    lora_B: Array,
+    rows: NDArray[np.intp],
+    powers: NDArray[np.int64],
+) -> float:
     """Return the relative error of stored factors of the same rank, measured on some outputs.
 
     Args:
@@ -246,19 +306,20 @@ def rounding_error(factors: Factors, lora_A: Array, lora_B: Array, rows: NDArray
         lora_A: (r, in), as stored.
         lora_B: (out, r), as stored.
         rows: the outputs to measure.
+        powers: the powers of two that balance the factors (r,).
     """
-    if not len(rows):
-        return 0.0
     sample = factors.outputs(rows)
     exact, stored = sample.lora_B(), lora_B[rows].astype(np.float64)
     scale = float(np.abs(exact).max(initial=0.0))
     if not scale:
         return 0.0
+    if powers.any():
+        stored = np.ldexp(stored, powers)
     # float32 has the digits that an error needs, and b can be too small for its exponents.
     A = factors.A.astype(np.float32, copy=False)
     change = ((exact - stored) / scale).astype(np.float32) @ A
-    if lora_A.dtype != factors.A.dtype:
-        moved = factors.A.astype(np.float64) - lora_A.astype(np.float64)
-        change += (stored / scale).astype(np.float32) @ moved.astype(np.float32)
+    if lora_A.dtype != factors.A.dtype or powers.any():
+        other = np.ldexp(lora_A.astype(np.float32), -powers[:, None])
+        change += (stored / scale).astype(np.float32) @ np.subtract(A, other, out=other)
     size = np.linalg.norm((exact / scale).astype(np.float32) @ A)
     return float(np.linalg.norm(change) / size) if size else 0.0

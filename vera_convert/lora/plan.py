@@ -14,14 +14,7 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.lora.engines import Engine
-from vera_convert.lora.factors import (
-    Factors,
-    InputBasis,
-    decompose,
-    input_basis,
-    nonzero_rows,
-    smallest_rank,
-)
+from vera_convert.lora.factors import Decomposition, Factors, Inputs, smallest_rank
 from vera_convert.lora.options import LoraOptions
 from vera_convert.merging.in_effect import InEffect
 from vera_convert.targets.linear import Linear, kind_of
@@ -69,7 +62,7 @@ class LoraPlan:
         exact_rank: a rank that represents every layer exactly up to rounding.
         dtype: the dtype of the factors, as safetensors names it.
         missing: modules that the engine wants beside the adapted ones and that are not written.
-        bases: the bases of A that were computed so far, by the number of inputs.
+        inputs: the input sides that were computed so far, by the number of inputs.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -79,7 +72,7 @@ class LoraPlan:
     exact_rank: int
     dtype: str
     missing: tuple[str, ...] = ()
-    bases: dict[int, InputBasis] = field(default_factory=dict)
+    inputs: dict[int, Inputs] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -117,11 +110,11 @@ def plan_lora(
         layers += _filled(shapes, base_facts, pair, options.target)
         missing = [module for module, shape in shapes.items() if shape is None]
     rows, most = _used_rows(layers, len(pair.A))
-    rank = len(rows)
+    rank, inputs = len(rows), dict[int, Inputs]()
     if options.rank is not None:
         rank = min(options.rank, rank)
     elif options.max_error is not None:
-        rank = min(_rank_for(layers, rows, options.max_error), rank)
+        rank = min(_rank_for(layers, rows, options.max_error, inputs), rank)
     widest = max(min(layer.shape.in_features, layer.shape.out_features) for layer in layers)
     return LoraPlan(
         layers=tuple(layers),
@@ -131,6 +124,7 @@ def plan_lora(
         exact_rank=min(most, widest),
         dtype=options.stored,
         missing=tuple(missing),
+        inputs=inputs,
     )
 
 
@@ -224,21 +218,26 @@ def _used_rows(layers: Iterable[LoraLayer], rank: int) -> tuple[NDArray[np.intp]
     used, most = np.zeros(rank, bool), 1
     for layer in layers:
         if layer.vectors is not None:
-            own = nonzero_rows(layer.vectors.lambda_d.array())
+            own = layer.vectors.lambda_d.array() != 0
             used |= own
             most = max(most, int(own.sum()))
     return (np.flatnonzero(used) if used.any() else np.zeros(1, np.intp)), most
 
 
-def _rank_for(layers: Iterable[LoraLayer], rows: NDArray[np.intp], error: float) -> int:
+def _rank_for(
+    layers: Iterable[LoraLayer],
+    rows: NDArray[np.intp],
+    error: float,
+    inputs: dict[int, Inputs],
+) -> int:
     """Return the smallest rank that keeps to a relative error in every layer."""
-    needed, bases = 1, dict[int, InputBasis]()
+    needed = 1
     for layer in layers:
         if layer.vectors is None:
             continue
         factors = layer.factors().select(rows)
         own = int(np.count_nonzero(factors.d))
         if own > needed:
-            values = decompose(input_basis(factors, bases), factors.lora_B()).values
+            values = Decomposition.of(factors, inputs).values
             needed = max(needed, min(own, smallest_rank(values, error)))
     return needed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.lora.factors import (
+    PRODUCT_VALUES,
+    Decomposition,
     Factors,
     Float64,
     balancing_powers,
-    decompose,
-    input_basis,
+    product,
     relative_error,
     rounding_error,
 )
@@ -26,7 +27,7 @@ from vera_convert.text import printable
 Array = NDArray[Any]
 
 SAMPLED_ROWS = 16
-"""Outputs of a layer on which rounding to float32 or bfloat16 is measured."""
+"""Outputs of a layer on which the rounding of exact factors is measured."""
 _HALF = 0x8000
 _LOW = 0xFFFF
 
@@ -51,8 +52,8 @@ class StoredLayer:
 def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
     """Return the factors of one layer in the rank and dtype of a plan, and measure their error.
 
-    The error compares the stored delta with the adapter's. If the rank is not reduced, rounding to
-    float32 and bfloat16 is measured on 16 outputs of the layer, spread evenly.
+    The error compares the stored delta with the adapter's: on every output of an approximated
+    layer, and else on 16 outputs, spread evenly.
 
     Raises:
         CheckpointError: a value is too large for the dtype.
@@ -60,10 +61,13 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
     factors = layer.factors()
     if len(plan.rows) < factors.rank:
         factors = factors.select(plan.rows)
+    used = np.flatnonzero(factors.d)
     try:
-        if plan.reduced or plan.dtype == "F16":
+        if not plan.reduced:
+            return _exact(factors, plan.dtype)
+        if len(used) > plan.rank:
             return _approximated(factors, plan)
-        return _rounded(factors, plan.dtype)
+        return _padded(_exact(factors.select(used), plan.dtype), plan.rank)
     except OverflowError as error:
         raise CheckpointError(LORA_OVERFLOW.at(printable(layer.module), f"{error}.")) from error
 
@@ -74,20 +78,64 @@ def _require_finite(*matrices: Array) -> None:
             raise OverflowError(f"a value of its LoRA is too large for {matrix.dtype}")
 
 
-def _rounded(factors: Factors, dtype: str) -> StoredLayer:
-    """Return the exact factors, rounded."""
+def _exact(factors: Factors, dtype: str) -> StoredLayer:
+    """Return the exact factors, rounded; for float16, each row of rank is balanced."""
     kind = NUMPY_DTYPE[dtype]
-    if factors.A.dtype == kind:
-        lora_A = np.ascontiguousarray(factors.A)
+    powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
+    lora_A, lora_B, lost = np.empty(factors.A.shape, kind), _empty_B(factors, factors.rank, kind), 0
+    if factors.A.dtype == kind and not powers.any():
+        lora_A[:] = factors.A
     else:
-        lora_A = rounded_once(factors.lora_A(), dtype)
-    lora_B = np.empty((factors.out_features, factors.rank), kind)
-    first = 0
-    for block in factors.lora_B_blocks():
-        lora_B[first : first + len(block)] = rounded_once(block, dtype)
-        first += len(block)
+        for row, values in enumerate(factors.A):
+            exact = np.ldexp(values.astype(np.float64), powers[row])
+            lora_A[row] = rounded_once(exact, dtype)
+            lost += _vanished(exact, lora_A[row])
+    for place, block in factors.lora_B_blocks():
+        exact = np.ldexp(block, -powers, out=block) if powers.any() else block
+        lora_B[place] = rounded_once(exact, dtype)
+        lost += _vanished(exact, lora_B[place])
     _require_finite(lora_A, lora_B)
-    return StoredLayer(lora_A, lora_B, rounding_error(factors, lora_A, lora_B, _sample(factors.b)))
+    error = rounding_error(factors, lora_A, lora_B, _sample(factors.b), powers)
+    return StoredLayer(lora_A, lora_B, error, lost / max(1, lora_A.size + lora_B.size))
+
+
+def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
+    """Return the best factors of the plan's rank, and measure their error on every output."""
+    found = Decomposition.of(factors, plan.inputs)
+    left, right = found.truncated(plan.rank)
+    exact = product(left, factors.A)
+    # Singular vectors have no sign of their own: the largest entry of each row is made positive.
+    signs = np.sign(exact[np.arange(len(exact)), np.abs(exact).argmax(axis=1)])
+    exact, right = exact * signs[:, None], right * signs
+    lora_A = rounded_once(exact, plan.dtype)
+    lost = _vanished(exact, lora_A)
+    lora_B = _empty_B(factors, len(left), lora_A.dtype)
+    for place, block in factors.lora_B_blocks(PRODUCT_VALUES):
+        exact = block @ right
+        lora_B[place] = rounded_once(exact, plan.dtype)
+        lost += _vanished(exact, lora_B[place])
+    _require_finite(lora_A, lora_B)
+    error = relative_error(factors, found.size, lora_A, lora_B)
+    vanished = lost / (lora_A.size + lora_B.size)
+    return _padded(StoredLayer(lora_A, lora_B, error, vanished), plan.rank)
+
+
+def _empty_B(factors: Factors, rank: int, kind: np.dtype[Any]) -> Array:  # noqa: N802
+    return np.empty((factors.out_features, rank), kind)
+
+
+def _padded(layer: StoredLayer, rank: int) -> StoredLayer:
+    """Return a layer with rows and columns of zeros up to a rank."""
+    missing = rank - len(layer.lora_A)
+    lora_A = np.pad(layer.lora_A, ((0, missing), (0, 0)))
+    return replace(layer, lora_A=lora_A, lora_B=np.pad(layer.lora_B, ((0, 0), (0, missing))))
+
+
+def _vanished(exact: Float64, stored: Array) -> int:
+    """Return how many values float16 rounds to 0; other dtypes keep the smallest values."""
+    if stored.dtype != np.float16:
+        return 0
+    return int(np.count_nonzero(exact) - np.count_nonzero(stored))
 
 
 def _sample(b: Array) -> NDArray[np.intp]:
@@ -95,46 +143,6 @@ def _sample(b: Array) -> NDArray[np.intp]:
     changed = np.flatnonzero(b)
     count = min(len(changed), SAMPLED_ROWS)
     return changed[np.linspace(0, max(len(changed) - 1, 0), count).astype(np.intp)]
-
-
-def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
-    """Return the factors of the plan's rank, and measure their error on every output."""
-    lora_A, lora_B = _of_rank(factors, plan)
-    powers = np.zeros(len(lora_A), np.int64)
-    if plan.dtype == "F16":
-        norms = np.linalg.norm(lora_A, axis=1), np.linalg.norm(lora_B, axis=0)
-        powers = balancing_powers(*norms)
-    balanced = np.ldexp(lora_A, powers[:, None]), np.ldexp(lora_B, -powers)
-    stored_A, stored_B = (rounded_once(matrix, plan.dtype) for matrix in balanced)
-    _require_finite(stored_A, stored_B)
-    # Compared without the powers of two, so that rounding alone differs.
-    plain = (
-        np.ldexp(stored_A.astype(np.float64), -powers[:, None]),
-        np.ldexp(stored_B.astype(np.float64), powers),
-    )
-    error = relative_error(factors.lora_A(), factors.lora_B_blocks(), *plain)
-    lost = sum(
-        int(np.count_nonzero(values) - np.count_nonzero(stored))
-        for values, stored in zip(balanced, (stored_A, stored_B), strict=True)
-    )
-    missing = plan.rank - len(stored_A)
-    return StoredLayer(
-        np.pad(stored_A, ((0, missing), (0, 0))),
-        np.pad(stored_B, ((0, 0), (0, missing))),
-        error,
-        lost / (stored_A.size + stored_B.size) if plan.dtype == "F16" else 0.0,
-    )
-
-
-def _of_rank(factors: Factors, plan: LoraPlan) -> tuple[Float64, Float64]:
-    """Return factors of at most the plan's rank: exact ones if d has no more values than that."""
-    if not plan.reduced:
-        return factors.lora_A(), factors.lora_B()
-    used = np.flatnonzero(factors.d)
-    if len(used) <= plan.rank:
-        own = factors.select(used)
-        return own.lora_A(), own.lora_B()
-    return decompose(input_basis(factors, plan.bases), factors.lora_B()).truncated(plan.rank)
 
 
 def rounded_once(values: Float64, dtype: str) -> Array:

@@ -34,11 +34,10 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.factors import (
+    Decomposition,
     Factors,
-    decompose,
-    input_basis,
-    nonzero_rows,
     relative_error,
+    squared_norm,
 )
 from vera_convert.lora.gguf_form import PERMUTED, head_counts
 from vera_convert.lora.gguf_reading import gguf_names
@@ -300,13 +299,12 @@ def _error(ours: Factors, layer: ReadLayer) -> float:
     lora_A, lora_B = layer.factors()
     if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
         return float("inf")
-    return relative_error(ours.A, ours.lora_B_blocks(), lora_A, lora_B)
+    return relative_error(ours, squared_norm(ours), lora_A, lora_B)
 
 
 def _error_of_rank(ours: Factors, rank: int) -> float:
     """Return the smallest relative error that a LoRA of a rank can have."""
-    used = ours.select(np.flatnonzero(nonzero_rows(ours.d)))
-    squares = np.square(decompose(input_basis(used, {}), used.lora_B()).values)
+    squares = np.square(Decomposition.of(ours, {}).values)
     total = float(squares.sum())
     return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
 
