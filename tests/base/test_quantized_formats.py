@@ -582,6 +582,20 @@ def test_settings_of_compressed_tensors_that_are_not_known_are_refused(
     assert refused(compressed_tensors.weights, layer_of(arrays, settings)) == "V554"
 
 
+def test_more_groups_than_are_read_are_refused_with_the_bound() -> None:
+    arrays: Arrays = {"weight": np.zeros((4, 4), np.int8), "weight_scale": np.ones((4, 1), BF16)}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    for count in (64, 65):
+        groups = {str(number): group for number in range(count)}
+        settings = {"format": "int-quantized", "config_groups": groups}
+        layer = layer_of(arrays, settings)
+        if count == 64:
+            assert len([*compressed_tensors.weights(layer)]) == 1
+            continue
+        with pytest.raises(LayerError, match="65 config_groups; up to 64 are read"):
+            list(compressed_tensors.weights(layer))
+
+
 def test_two_groups_of_a_config_that_both_fit_a_layer_are_refused() -> None:
     arrays: Arrays = {"weight": np.zeros((4, 4), np.int8), "weight_scale": np.ones((4, 1), BF16)}
     channel, group = (

@@ -13,6 +13,7 @@ from vera_convert.base.quantized.recognize import layer_of
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.rules import CATALOG
 from vera_convert.targets import patterns
 
 FIXTURES = DATA / "quantized"
@@ -36,6 +37,14 @@ def parts_of(base: BaseModel) -> tuple[str, ...]:
 def with_tensors(base: BaseModel, tensors: Mapping[str, BaseTensor]) -> set[str]:
     """The codes of what is wrong with a base that has these tensors."""
     return {finding.code for finding in unpacked(replace(base, tensors=tensors)).defects}
+
+
+@pytest.mark.parametrize("code", ["V550", "V552", "V553", "V554", "V556", "V562"])
+def test_a_refusal_names_the_three_ways_out(code: str) -> None:
+    remedy = CATALOG[code].remedy
+    for way in ("to-lora", "original 16-bit or 32-bit model with --base", "quantizer's own tool"):
+        assert way in remedy
+    assert "differs slightly from the model of the training" in remedy
 
 
 @pytest.mark.parametrize("name", NAMES)

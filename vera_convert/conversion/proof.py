@@ -230,7 +230,8 @@ def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> It
     if unproven:
         dtypes = same_on(adapter.config, own, base_facts)
         comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
-        why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
+        reason = (base_facts.unclear or base_facts.source).rstrip(".")
+        why = f" ({reason})" if reason else ""
         reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
         yield ROUNDING_UNPROVEN.at(adapter.place, reason)
 

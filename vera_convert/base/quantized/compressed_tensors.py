@@ -286,8 +286,11 @@ def _schemes(layer: Layer, main: str) -> list[Scheme]:
 
     groups = layer.settings.get("config_groups")
     named = [*groups.values()] if isinstance(groups, Mapping) else []
-    if not named or len(named) > _MOST_GROUPS:
+    if not named:
         raise wrong("the config names no groups of layers.")
+    if len(named) > _MOST_GROUPS:
+        reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
+        raise wrong(reason)
     covering = [group for group in named if isinstance(group, Mapping) and _covers(group, layer)]
     schemes = []
     for group in covering or named:
