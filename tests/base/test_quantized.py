@@ -10,7 +10,7 @@ import pytest
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.recognize import (
-    packed_weight,
+    Quantization,
     quantized_elsewhere,
     quantized_targets,
     quantized_tensors,
@@ -248,4 +248,4 @@ def test_a_layer_that_is_packed_is_refused_as_quantized_and_not_as_missing(
 def test_a_layer_whose_values_are_not_packed_matches() -> None:
     base = base_of({**beside("F8_E4M3", "weight_scale_inv"), **plain(K)})
     assert match_modules({Q: 8, K: 8}, base).shapes == {Q: (8, 8), K: (8, 8)}
-    assert packed_weight(base, Q) is None
+    assert not Quantization(base).is_packed(f"{Q}.weight")

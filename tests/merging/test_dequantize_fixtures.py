@@ -106,6 +106,31 @@ def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: 
     assert finding.reason.endswith("With --dequantize, a merge writes a 16-bit model.")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
+def test_a_broken_layer_of_the_adapter_is_refused_with_its_defect(
+    name: str, tmp_path: Path
+) -> None:
+    folder, base = FIXTURES / name, tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    with open_local(folder / "base/model.safetensors") as source:
+        file = TensorFile(source)
+        parts = [each for each in file.header.tensors if ".q_proj." in each]
+        for part in (each for each in parts if not each.endswith(("g_idx", "weight_format"))):
+            kept = [from_file(file, each) for each in file.header.tensors if each != part]
+            (base / "model.safetensors").unlink()
+            write_tensors(base / "model.safetensors", kept, file.header.metadata)
+            codes = []
+            for dequantize in (True, False):
+                options = MergeOptions(dequantize=dequantize)
+                with pytest.raises(CheckpointError) as caught:
+                    merge(folder / "adapter", tmp_path / "out", base=base, options=options)
+                codes.append(caught.value.findings[0].code)
+            assert codes[0] in ("V552", "V554"), part
+            assert codes[1] == "V550", part
+            assert f"--dequantize refuses this base: {codes[0]}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["fp8-block", "gptq-4bit-v1", "awq-gemm"])
 def test_a_base_that_does_not_decide_the_rounding_needs_its_dtype(
     name: str, tmp_path: Path

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from vera_convert.base.model import BaseModel, Orientation
-from vera_convert.base.quantized.recognize import is_packed, packed_weight, quantized_targets
+from vera_convert.base.quantized.recognize import Quantization
+from vera_convert.base.quantized.targets import refusals
+from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.strategies import (
     AS_THEY_ARE,
     Strategy,
@@ -77,7 +79,7 @@ def match_modules(
 
     Args:
         layers: length of lambda_b by module path.
-        base: the base.
+        base: the base; the tensors of the match are those of its view, see `unpacked`.
         widest: columns of A, the most inputs of any layer; None if not known.
         fan_in_fan_out: the field of the adapter's config, for a square tensor whose orientation
             neither the base nor another layer tells.
@@ -94,7 +96,7 @@ def match_modules(
         for module, shape in (copies or {}).items()
         if is_output_head(module) and len(shape) == 2 and shape[0] == layers.get(module)
     }
-    matcher = _Matcher(base, widest, fan_in_fan_out, heads)
+    matcher = _Matcher(unpacked(base), widest, fan_in_fan_out, heads)
     trial = _choose(matcher, layers, key_map)
     if trial.is_complete:
         return _match(trial, layers, matcher, tied={})
@@ -140,26 +142,27 @@ class _Matcher:
 
     def __init__(
         self,
-        base: BaseModel,
+        whole: Unpacked,
         widest: int | None,
         fan_in_fan_out: bool,  # noqa: FBT001
         heads: Mapping[str, tuple[int, int]],
     ) -> None:
-        self.base = base
+        self.whole = whole
+        self.base = whole.view
+        self.quantization = Quantization(whole.view)
         self.widest = widest
         self.fan_in_fan_out = fan_in_fan_out
         self.heads = heads
-        self.orientation = Orientation(base)
+        self.orientation = Orientation(whole.view)
 
     def try_out(self, strategy: Strategy, layers: Mapping[str, int]) -> _Trial:
         """Apply a strategy to every layer and compare names and shapes with the base."""
         found = {module: self._weight(strategy.rename(module)) for module in layers}
         tensors = {module: name for module, name in found.items() if name is not None}
         missing = tuple(module for module in layers if module not in tensors)
-        packed = [name for name in tensors.values() if is_packed(self.base, name)]
+        packed = [name for name in tensors.values() if self.quantization.is_packed(name)]
         problems = [*self._clashes(tensors)]
-        quantized = quantized_targets(self.base, packed) if packed else []
-        problems += quantized or self._no_matrices(tensors)
+        problems += refusals(self.whole, packed) or self._no_matrices(tensors)
         if missing or problems:
             return _Trial(strategy, tensors, missing, tuple(problems), {}, frozenset())
         conv1d = self._conv1d(tensors, layers)
@@ -180,7 +183,7 @@ class _Matcher:
         name = f"{path}.weight"
         if path is None or name in self.base.tensors:
             return None if path is None else name
-        return packed_weight(self.base, path)
+        return self.quantization.packed_weight(path)
 
     def _clashes(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
         owner: dict[str, str] = {}

@@ -70,6 +70,13 @@ class Need(Enum):
     """The command needs the base, or the base's dims from the caller."""
     WHOLE = auto()
     """The command needs the base's tensors; dims are not enough."""
+    DEQUANTIZED = auto()
+    """The command needs the base's tensors, and dequantizes those that are quantized."""
+
+    @property
+    def is_for_tensors(self) -> bool:
+        """Whether dims are not enough."""
+        return self in (Need.WHOLE, Need.DEQUANTIZED)
 
 
 class Bases:
@@ -168,7 +175,7 @@ def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: 
         said = BASE_IN_FOLDER.at(adapter.place, named.reason)
         return replace(facts, findings=(said, *facts.findings))
     except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
-        is_needed = need in (Need.VITAL, Need.WHOLE)
+        is_needed = need is Need.VITAL or need.is_for_tensors
         if is_needed and isinstance(error, SurroundingsError):
             reason = f"{error} Give a folder with the base as --base"
             if need is Need.VITAL:
@@ -200,8 +207,10 @@ def _from_base(
     except CheckpointError as error:
         if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
             return _from_config(adapter, location, bases.access, error)
+        if base is not None and need is Need.DEQUANTIZED:
+            unpacked(base).refuse_defects()  # which can be why no layer fits
         are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
-        if base is None or need is Need.WHOLE or not are_packed:
+        if base is None or need.is_for_tensors or not are_packed:
             raise
         return _packed(adapter, base, error.findings)
     facts = _from_match(adapter, base, match)
@@ -271,7 +280,7 @@ def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -
         raise CheckpointError(BODY_NOT_LOADED.at(base.location.label, reason))
     return match_modules(
         {module: layer.out_features for module, layer in adapter.layers.items()},
-        unpacked(base).view,
+        base,
         widest=adapter.projections.in_features if adapter.projections else None,
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         key_map=base_options.key_map,

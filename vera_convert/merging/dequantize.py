@@ -73,8 +73,7 @@ def plan_dequantization(base: Unpacked) -> Dequantization:
     Raises:
         CheckpointError: with every layer that cannot be dequantized.
     """
-    if base.defects:
-        raise CheckpointError.of(base.defects[:_MOST_FINDINGS])
+    base.refuse_defects()
     return Dequantization(base)
 
 

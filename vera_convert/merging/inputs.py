@@ -135,7 +135,8 @@ def open_inputs(
         opened = [stack.enter_context(open_adapter(each.fetched)) for each in fetched]
         for adapter in opened:
             refuse_values(adapter)
-        facts = _resolve_all(opened, base, access)
+        need = Need.DEQUANTIZED if dequantize else Need.WHOLE
+        facts = _resolve_all(opened, base, access, need)
         model = _base_of(facts[0])
         packed = unpacked(model)
         dequantization = plan_dequantization(packed) if dequantize else None
@@ -194,13 +195,13 @@ def _findings(
 
 
 def _resolve_all(
-    adapters: Sequence[Adapter], base: BaseOptions, access: HubAccess
+    adapters: Sequence[Adapter], base: BaseOptions, access: HubAccess, need: Need
 ) -> list[BaseFacts]:
     """Match every adapter with the same base: the given one, or the base of the first adapter."""
     bases = Bases(access)
-    facts = [resolve_base(adapters[0], base, bases=bases, need=Need.WHOLE)]
+    facts = [resolve_base(adapters[0], base, bases=bases, need=need)]
     same = replace(base, model=_name(_base_of(facts[0]).location), revision=None)
-    facts += [resolve_base(each, same, bases=bases, need=Need.WHOLE) for each in adapters[1:]]
+    facts += [resolve_base(each, same, bases=bases, need=need) for each in adapters[1:]]
     components = dict.fromkeys(_base_of(each).prefix for each in facts)
     if len(components) > 1:
         shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)

@@ -60,7 +60,7 @@ def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
     """
     names = [*dict.fromkeys(tensors)]
     found: dict[str, list[tuple[str, str]]] = {}
-    for name, (kind, reason) in _Quantization(base).of_all(names).items():
+    for name, (kind, reason) in Quantization(base).of_all(names).items():
         found.setdefault(kind, []).append((name, reason))
     return [
         QUANTIZED_TARGET.at(
@@ -74,7 +74,7 @@ def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
 
 def quantized_elsewhere(base: BaseModel) -> Finding | None:
     """Return a note if any tensor of a base is quantized."""
-    quantization = _Quantization(base)
+    quantization = Quantization(base)
     kinds = {kind: name for name in base.tensors for kind, _ in quantization.by_tensors(name)}
     if not kinds:
         return None
@@ -87,30 +87,8 @@ def quantized_tensors(base: BaseModel) -> frozenset[str]:
 
     No such tensor may be converted to another dtype.
     """
-    quantization = _Quantization(base)
+    quantization = Quantization(base)
     return frozenset(name for name in base.tensors if [*quantization.by_tensors(name)])
-
-
-def packed_weight(base: BaseModel, path: str) -> str | None:
-    """Return what a layer has in the place of a ``weight``, if a quantizer calls it otherwise.
-
-    Args:
-        base: the base.
-        path: the layer's, in the base's files.
-    """
-    return next((name for end in _PACKED if (name := f"{path}.{end}") in base.tensors), None)
-
-
-def is_packed(base: BaseModel, name: str) -> bool:
-    """Say whether the shape of a weight is not that of its layer."""
-    path, rest = layer_of(name)
-    dtype = base.tensors[name].info.dtype
-    if rest != "weight" or dtype not in _SHAPED:
-        return True
-    if dtype != "I8":
-        return False
-    methods = {claim.method for claim in _claims(base.config)}
-    return f"{path}.weight_scales" in base.tensors or not methods.isdisjoint(refused.TRANSPOSED)
 
 
 @lru_cache(maxsize=1024)
@@ -144,7 +122,7 @@ def layer_of(name: str) -> tuple[str, str]:
     return path, last
 
 
-class _Quantization:
+class Quantization:
     """The signs of quantization in a base's files and config, for each tensor."""
 
     def __init__(self, base: BaseModel) -> None:
@@ -155,6 +133,31 @@ class _Quantization:
             kind = kind_of_siblings(rest)
             if kind is not None:
                 self._signs.setdefault(path, (rest, kind))
+
+    def packed_weight(self, path: str) -> str | None:
+        """Return what a layer without a ``weight`` has instead, if the layer is quantized.
+
+        Args:
+            path: the layer's, in the base's files.
+        """
+        sign = self._signs.get(path)
+        ends = (*_PACKED, *(sign[:1] if sign else ()))
+        names = (f"{path}.{end}" for end in ends)
+        return next((name for name in names if name in self._base.tensors), None)
+
+    def is_packed(self, name: str) -> bool:
+        """Say whether the shape of a weight is not that of its layer."""
+        path, rest = layer_of(name)
+        dtype = self._base.tensors[name].info.dtype
+        if rest != "weight" or dtype not in _SHAPED:
+            return True
+        if self._signs.get(path, ("", ""))[0].startswith("weight."):
+            return True  # the parts of packed values, which any dtype can store
+        if dtype != "I8":
+            return False
+        methods = {claim.method for claim in _claims(self._base.config)}
+        is_transposed = not methods.isdisjoint(refused.TRANSPOSED)
+        return is_transposed or f"{path}.weight_scales" in self._base.tensors
 
     def of_all(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
         """Return kind and reason by name, for those that are quantized."""

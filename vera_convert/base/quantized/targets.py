@@ -23,11 +23,24 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
     Raises:
         CheckpointError: with a finding for each kind of quantization.
     """
+    findings = refusals(base, weights)
+    if findings:
+        raise CheckpointError.of(findings)
+
+
+def refusals(base: Unpacked, weights: Iterable[str]) -> list[Finding]:
+    """Return an error for each way in which weights are quantized, with the use of --dequantize.
+
+    Args:
+        base: the base with its packed weights.
+        weights: the weights that something is added to, by their names in the view.
+    """
     names = [*weights]
     findings = quantized_targets(base.stored, map(base.stored_name, names))
+    text = ""
     if findings:
         text = _what(base, names) or " With --dequantize, a merge writes a 16-bit model."
-        raise CheckpointError.of(replace(each, reason=each.reason + text) for each in findings)
+    return [replace(each, reason=each.reason + text) for each in findings]
 
 
 def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:

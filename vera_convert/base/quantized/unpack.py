@@ -24,10 +24,13 @@ from vera_convert.base.quantized.recognize import (
 )
 from vera_convert.base.renames import model_types
 from vera_convert.dtypes import BITS, FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
+from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, Finding
 from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import printable
+
+_MOST_FINDINGS = 50
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +66,15 @@ class Unpacked:
         """Bytes of all tensors of the view."""
         infos = (tensor.info for tensor in self.view.tensors.values())
         return sum(math.prod(info.shape) * BITS[info.dtype] // 8 for info in infos)
+
+    def refuse_defects(self) -> None:
+        """Refuse a base that cannot be dequantized.
+
+        Raises:
+            CheckpointError: with the first of the defects.
+        """
+        if self.defects:
+            raise CheckpointError.of(self.defects[:_MOST_FINDINGS])
 
     def stored_name(self, name: str) -> str:
         """Return the tensor of the base that holds the values of a weight of the view."""
