@@ -512,7 +512,10 @@ def test_a_group_that_is_not_there_is_refused(value: int) -> None:
         {"version": "gemv_fast"},
         {"format": "marlin"},
         {"version": "exllama"},
+        {"checkpoint_format": "marlin"},
         {"bits": 8},
+        {"bits": "8"},
+        {"w_bit": "8"},
         {"group_size": 3},
         {"group_size": None},
     ],
@@ -609,7 +612,7 @@ def test_two_groups_of_a_config_that_both_fit_a_layer_are_refused() -> None:
             "b": {"targets": ["re:.*"], "weights": group},
         },
     }
-    layer = replace(layer_of(arrays, settings), expressions=frozenset(("re:.*",)))
+    layer = replace(layer_of(arrays, settings), targets=frozenset(("Linear", "re:.*")))
     assert refused(compressed_tensors.weights, layer) == "V554"
 
 

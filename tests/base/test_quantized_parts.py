@@ -9,7 +9,7 @@ import pytest
 from folders import DATA
 
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.quantized.recognize import layer_of
+from vera_convert.base.quantized.recognize import fitting_targets, layer_of
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -208,3 +208,17 @@ def test_the_expressions_of_a_config_are_compared_in_one_process(
     assert found.defects == ()
     assert len(found.weights) == 7
     assert len(started) == 1
+
+
+def test_the_ends_of_paths_among_the_targets_name_the_groups() -> None:
+    paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]
+    groups = {
+        "a": {"targets": ["Linear", "self_attn.q_proj", "re:.*gate_proj$", 5]},
+        "b": {"targets": ["attn.q_proj", paths[1]]},
+        "c": None,
+    }
+    found = fitting_targets({"config_groups": groups}, paths)
+    assert found == {
+        paths[0]: {"Linear", "self_attn.q_proj"},
+        paths[1]: {"Linear", "re:.*gate_proj$", paths[1]},
+    }

@@ -147,6 +147,22 @@ def test_a_base_that_does_not_decide_the_rounding_needs_its_dtype(
     assert first[key].tobytes() != second[key].tobytes()
 
 
+def test_a_4_bit_base_without_a_word_in_its_config_leaves_the_rounding_open(tmp_path: Path) -> None:
+    folder, base = FIXTURES / "bnb-nf4-double-noproj", tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = MergeOptions(dequantize=True)
+    with pytest.raises(UsageError, match=r"does not say in which dtype .*--base-dtype"):
+        merge(folder / "adapter", tmp_path / "out", base=base, options=options)
+    told = BaseOptions(str(base), dtype="bfloat16")
+    merge(folder / "adapter", tmp_path / "out", base=told, options=options)
+    wanted = merged("bnb-nf4-double-noproj", tmp_path / "wanted")
+    found = tensors_of(tmp_path / "out")
+    assert all(found[key].tobytes() == wanted[key].tobytes() for key in wanted)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_a_packed_base_are_counted_and_described(name: str) -> None:
     folder = FIXTURES / name

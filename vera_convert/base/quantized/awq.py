@@ -19,7 +19,6 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     finite,
     group_count,
-    whole,
 )
 from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
@@ -64,8 +63,9 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 def _check_settings(layer: Layer) -> None:
     settings = layer.settings
-    named = {str(settings[key]).lower() for key in ("version", "format") if settings.get(key)}
-    if whole(settings, "bits") not in (None, 4) or whole(settings, "w_bit") not in (None, 4):
+    keys = ("version", "format", "checkpoint_format")
+    named = {str(settings[key]).lower() for key in keys if settings.get(key)}
+    if any(settings.get(key) not in (None, 4) for key in ("bits", "w_bit")):
         raise layer.error(NOT_DEQUANTIZABLE, "qweight", "only 4 bits are supported.")
     if named - {"gemm"}:
         reason = 'only the version "gemm" is supported: the others pack in another order.'

@@ -252,6 +252,8 @@ def _nested_offset(document: Mapping[str, object]) -> float | None:
 
 def _cast(settings: Mapping[str, object], _dtype: str) -> str:
     """Return the dtype that the layer computes in."""
+    if not settings:
+        return "quantized, and the config does not say in which dtype they compute"
     found = settings.get("bnb_4bit_compute_dtype")
     name = found.removeprefix("torch.") if isinstance(found, str) else "float32"
     return _DTYPES.get(name, name)

@@ -8,7 +8,6 @@ Then the library casts to the dtype of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -310,18 +309,8 @@ def _schemes(layer: Layer, main: str) -> list[Scheme]:
 def _covers(group: Mapping[str, object], layer: Layer) -> bool:
     """Say whether a group's targets name the layer, or a class of layers."""
     targets = group.get("targets")
-    for target in targets if isinstance(targets, list) else []:
-        if not isinstance(target, str):
-            continue
-        if re.fullmatch(r"[A-Z]\w*", target) or target == layer.path:
-            return True
-        if layer.path.endswith(f".{target}"):
-            return True
-        # If the expressions are not clear, the shapes tell which group fits.
-        is_expression = target.startswith("re:")
-        if is_expression and (layer.expressions is None or target in layer.expressions):
-            return True
-    return False
+    texts = (each for each in targets if isinstance(each, str)) if isinstance(targets, list) else ()
+    return not layer.targets.isdisjoint(texts)
 
 
 def _scheme(layout: str, weight: Mapping[str, object]) -> Scheme | None:

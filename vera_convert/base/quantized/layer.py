@@ -103,8 +103,7 @@ class Layer:
         values: the bytes of the small tensors that tell a shape, by the rest of their names.
         metadata: what the file's header says of the layer's weight, beside the tensors.
         label: the name of the format, for messages.
-        expressions: the regular expressions among the config's targets that fit the path; None if
-            an expression is invalid, or takes too long.
+        targets: the targets of the config's groups that fit the path.
     """
 
     path: str
@@ -114,7 +113,7 @@ class Layer:
     values: Mapping[str, bytes] = field(default_factory=dict)
     metadata: str | None = None
     label: str = ""
-    expressions: frozenset[str] | None = frozenset()
+    targets: frozenset[str] = frozenset()
 
     def name(self, rest: str) -> str:
         """Return the whole name of one of the layer's tensors."""

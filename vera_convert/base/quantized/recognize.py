@@ -44,6 +44,8 @@ _PACKED = tuple(
     dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
 """Names that quantizers give to packed values, whose shape is not the layer's."""
+_CLASS = re.compile(r"[A-Z]\w*")
+"""The name of a class of layers, such as Linear."""
 _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
 """Parts of a quantized layer that have a ``weight`` of their own."""
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
@@ -295,7 +297,7 @@ def _named(config: Mapping[str, object]) -> frozenset[str] | None:
     found = [*_texts(config.get("modules_in_block_to_quantize"))]
     found += _targets(config)
     # "Linear" and the like are classes, which cover more than a name can tell.
-    is_class = any(re.fullmatch(r"[A-Z]\w*", text) for text in found)
+    is_class = any(map(_CLASS.fullmatch, found))
     return frozenset(found) if found and not is_class else None
 
 
@@ -306,28 +308,43 @@ def _targets(section: Mapping[str, object]) -> Iterator[str]:
         yield from _texts(group.get("targets") if isinstance(group, Mapping) else None)
 
 
-def fitting_expressions(
+def fitting_targets(
     section: Mapping[str, object], paths: Sequence[str]
-) -> Mapping[str, frozenset[str]] | None:
-    """Return the targets ``re:...`` of a section's groups that fit each path of a layer.
+) -> Mapping[str, frozenset[str]]:
+    """Return the targets of a section's groups that fit each path of a layer.
+
+    A target is a class of layers, the end of a path, or an expression ``re:...``. If an expression
+    is invalid or too slow, all fit: the shapes tell which group is right.
+    """
+    targets = {*_targets(section)}
+    classes = {text for text in targets if _CLASS.fullmatch(text)}
+    expressions = tuple(sorted(text for text in targets if text.startswith("re:")))
+    hits = _hits(expressions, tuple(paths))
+    found = {}
+    for path in paths:
+        elements = path.split(".")
+        ends = {".".join(elements[start:]) for start in range(len(elements))}
+        found[path] = frozenset(classes | (ends & targets) | hits.get(path, {*expressions}))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]]:
+    """Return the expressions that fit each path; empty if one is invalid, or takes too long.
 
     All are compared in one process, because the start of a process takes a tenth of a second.
-
-    Returns:
-        None if a target is no regular expression, or if the comparison takes too long.
     """
-    targets = [text for text in dict.fromkeys(_targets(section)) if text.startswith("re:")]
-    patterns = [Pattern("quantization_config", text.removeprefix("re:")) for text in targets]
+    patterns = [Pattern("quantization_config", text.removeprefix("re:")) for text in expressions]
     try:
         results = search(patterns, paths)
     except (CheckpointError, SurroundingsError):
-        return None
+        return {}
     found: dict[str, set[str]] = {path: set() for path in paths}
-    for target, hits in zip(targets, results, strict=True):
+    for expression, hits in zip(expressions, results, strict=True):
         for path, hit in zip(paths, hits, strict=True):
             if hit is not None:
-                found[path].add(target)
-    return {path: frozenset(fits) for path, fits in found.items()}
+                found[path].add(expression)
+    return found
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -15,7 +15,7 @@ from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer import Format, Layer, LayerError, PackedWeight
 from vera_convert.base.quantized.recognize import (
-    fitting_expressions,
+    fitting_targets,
     kind_of_siblings,
     layer_of,
     method_label,
@@ -155,7 +155,7 @@ class _Reader:
         self.used: list[Format] = []
         found = [each for each in sections(base.config) if method_of(each)]
         self.settings = found[0] if found else next(sections(base.config), {})
-        self.expressions = fitting_expressions(self.settings, paths)
+        self.targets = fitting_targets(self.settings, paths)
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
         # A quantizer's bias and shape say nothing here: only the model's class transposes.
@@ -220,7 +220,7 @@ class _Reader:
             values,
             said.pop() if len(said) == 1 else None,
             fitting.label,
-            None if self.expressions is None else self.expressions[path],
+            self.targets[path],
         )
 
     def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
