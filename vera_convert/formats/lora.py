@@ -55,8 +55,11 @@ def _error(result: LoraConversion) -> str:
     if not result.measured.errors:
         return "none"
     worst = max(result.measured.errors, key=lambda module: result.measured.errors[module])
-    sampled = not result.plan.reduced and result.plan.dtype != "F16"
-    where = f", measured on up to {SAMPLED_ROWS} outputs of each layer" if sampled else ""
+    where = (
+        f", measured on up to {SAMPLED_ROWS} outputs of each layer"
+        if not result.plan.reduced
+        else ""
+    )
     error = f"{result.measured.worst:.2g} of the delta in {result.options.dtype}"
     return f"at most {error}{where}; most in {printable(worst)}"
 
