@@ -569,6 +569,7 @@ def test_a_header_of_torchao_that_lies_is_refused(said: str | None) -> None:
         {"config_groups": {}},
         {"config_groups": None},
         {"config_groups": {"a": {"targets": ["Linear"]}}},
+        scheme("pack-quantized", 4, "group", group_size=-1),
         {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 9}}}},
         {"config_groups": {key: {"targets": ["re:(a+)+$"]} for key in map(str, range(1000))}},
     ],

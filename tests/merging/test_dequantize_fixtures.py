@@ -163,6 +163,17 @@ def test_a_4_bit_base_without_a_word_in_its_config_leaves_the_rounding_open(tmp_
     assert all(found[key].tobytes() == wanted[key].tobytes() for key in wanted)
 
 
+def test_an_fp8_base_that_two_methods_can_have_written_is_not_guessed(tmp_path: Path) -> None:
+    folder, base = FIXTURES / "ct-fp8-channel", tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = MergeOptions(dequantize=True)
+    with pytest.raises(CheckpointError, match=r"V554 .*names no quant_method"):
+        merge(folder / "adapter", tmp_path / "out", base=base, options=options)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_a_packed_base_are_counted_and_described(name: str) -> None:
     folder = FIXTURES / name

@@ -261,7 +261,7 @@ def _grid(
             return (1, 1), (rows, columns)
         case "channel":
             return (rows, 1), (1, columns)
-        case "group" if scheme.group and columns % scheme.group == 0:
+        case "group" if scheme.group and scheme.group > 0 and columns % scheme.group == 0:
             return (rows, columns // scheme.group), (1, scheme.group)
         case "block" if scheme.block is not None and scheme.layout == _ONE_BYTE:
             height, width = scheme.block

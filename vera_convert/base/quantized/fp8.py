@@ -29,6 +29,8 @@ from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
 """The factors of a weight. The first is the inverse of the factor that the weight was scaled by."""
+_AMBIGUOUS = frozenset((("weight_scale", "BF16"), ("weight_scale", "F16")))
+"""Scales that compressed-tensors writes too, and multiplies in their own dtype."""
 _OF_ACTIVATIONS = frozenset(
     ("input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 )
@@ -72,6 +74,11 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if block is None or scale.dtype not in SCALE_DTYPES:
         reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
         raise layer.error(PART_MALFORMED, rests[0], reason)
+    if (rests[0], scale.dtype) in _AMBIGUOUS and not layer.settings.get("quant_method"):
+        reason = (
+            f"the config names no quant_method, and each rounds the product with a {scale.dtype} "
+        )
+        raise layer.error(NOT_DEQUANTIZABLE, rests[0], reason + "scale in another way.")
     weight, name = layer.name("weight"), layer.name(rests[0])
     across = -(-shape[1] // block[1])
 
