@@ -292,7 +292,7 @@ class MergeChoice(Options):
         "--tied",
         type=Choice(("add", "untie")),
         help="How to merge into an output head tied to the embedding: add changes the embedding "
-        "too, as PEFT does; untie gives the head a tensor of its own.",
+        "too, as PEFT's merge does; untie gives the head a tensor of its own.",
     )
     dequantize: bool | None = option(
         METHOD,
