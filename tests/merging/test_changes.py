@@ -114,6 +114,50 @@ def test_a_bias_that_the_base_does_not_have_is_refused(tmp_path: Path, base: Pat
     assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V532"
 
 
+BIAS_NAMES = ("bias", "decoder.bias")
+
+
+@pytest.mark.parametrize("head", ["cls.predictions", "lm_head", "predictions"])
+@pytest.mark.parametrize("in_base", BIAS_NAMES)
+@pytest.mark.parametrize("in_adapter", [BIAS_NAMES, ("bias",), ("decoder.bias",)])
+def test_the_bias_of_a_head_has_two_names(
+    head: str, in_base: str, in_adapter: tuple[str, ...], tmp_path: Path
+) -> None:
+    biases = {f"{PREFIX}{head}.{name}": np.full(16, 2, np.float32) for name in in_adapter}
+    adapter = good_adapter(tmp_path / "a", tensors=biases, bias="all")
+    base = filled_base(tmp_path / "base", tensors={f"{head}.{in_base}": (16,)})
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert np.array_equal(found[f"{head}.{in_base}"], np.full(16, 2, np.float32))
+    assert found.keys() == tensors_of(base).keys()
+    assert validate(adapter, base=base).passed
+
+
+def two_biases(folder: Path) -> Path:
+    """An adapter whose head has another value under each name of the bias."""
+    biases = {
+        f"{PREFIX}lm_head.{name}": np.full(16, value, np.float32)
+        for value, name in enumerate(BIAS_NAMES, start=2)
+    }
+    return good_adapter(folder, tensors=biases, bias="all")
+
+
+def test_two_values_for_the_one_bias_of_a_head_are_refused(tmp_path: Path) -> None:
+    adapter = two_biases(tmp_path / "a")
+    base = filled_base(tmp_path / "base", tensors={"lm_head.bias": (16,)})
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V525"
+    assert "V525" in {found.code for found in validate(adapter, base=base).findings}
+
+
+def test_a_head_with_two_biases_in_the_base_gets_both(tmp_path: Path) -> None:
+    adapter = two_biases(tmp_path / "a")
+    names = [f"lm_head.{name}" for name in BIAS_NAMES]
+    base = filled_base(tmp_path / "base", tensors=dict.fromkeys(names, (16,)))
+    merged_with(adapter, base, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert [found[name][0] for name in names] == [2, 3]
+
+
 @pytest.mark.parametrize(("other", "code"), [(0.3, None), (0.4, "V534")])
 def test_two_adapters_may_bring_the_same_head_only(
     tmp_path: Path, other: float, code: str | None

@@ -11,6 +11,7 @@ import pytest
 import theirwarnings
 from merges import Tensors, assert_same, merged_with, tensors_of
 from releases import has, needs
+from smallmodels import TINY
 from trainedmodels import HEADS, KINDS, TARGETS, loaded, saved, trained
 
 from vera_convert.merging.changes import Tied
@@ -112,6 +113,36 @@ def test_trained_biases_are_merged_as_by_peft(bias: str, tmp_path: Path) -> None
     expected = by_peft(name, base, adapter, tmp_path / "theirs")
     merged_with(adapter, base, tmp_path / "ours")
     assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "twin"),
+    [
+        ("BertForMaskedLM", "BertConfig", "cls.predictions.decoder.bias"),
+        ("BertForPreTraining", "BertConfig", "cls.predictions.decoder.bias"),
+        ("RobertaForMaskedLM", "RobertaConfig", "lm_head.decoder.bias"),
+        ("AlbertForMaskedLM", "AlbertConfig", "predictions.decoder.bias"),
+    ],
+)
+def test_a_head_whose_bias_has_two_names_gives_the_logits_of_the_adapter(
+    name: str, config: str, twin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, name, (config, {**TINY, "vocab_size": 40}))
+    base = saved(tmp_path / "base", name, "float32")
+    adapter = trained(tmp_path / "adapter", base, name, targets=["query"], stored=True, bias="all")
+    assert f"base_model.model.{twin}" in tensors_of(adapter)
+    assert twin not in tensors_of(base)
+    expected = by_peft(name, base, adapter, tmp_path / "theirs")
+    merged_with(adapter, base, tmp_path / "ours")
+    assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
+        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
+        plain = loaded(name, base).eval()(**tokens)
+    logits = "prediction_logits" if name == "BertForPreTraining" else "logits"
+    assert (ours[logits] - adapted[logits]).abs().max() < 1e-5
+    assert (plain[logits] - adapted[logits]).abs().max() > 1e-2
 
 
 def test_a_tied_head_is_added_as_peft_adds_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import views
@@ -17,6 +18,7 @@ from vera_convert.base.task_classes import class_of_head
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
+from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     BIAS_NOT_STORED,
     MODULE_TO_SAVE_MISSING,
@@ -49,6 +51,61 @@ class Part(NamedTuple):
     target: str
     shape: tuple[int, ...]
     first: int = 0
+
+
+def replacing_tensors(
+    adapter: Adapter, match: Match, base: BaseModel
+) -> dict[str, tuple[TensorData, Part]]:
+    """Return the adapter's tensor, and the part of it, for each tensor that the adapter replaces.
+
+    Args:
+        adapter: the adapter.
+        match: the match of the adapter's layers.
+        base: the base. A tensor that the base lacks, such as a new head, keeps the plain name.
+
+    Raises:
+        CheckpointError: two tensors replace the same tensor.
+    """
+    copies = {*adapter.base_copies.values()}
+    tensors = {each.name: each for each in adapter.replacements if each not in copies}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    matched = match_replacements(shapes, match, base)
+    found = {
+        part.target: (tensors[name], part) for name, parts in matched.items() for part in parts
+    }
+    lost = {target: tensor for target, (tensor, _) in found.items() if target not in base.tensors}
+    for target, tensor in lost.items():
+        part = _tied_bias(tensor, adapter, match, base)
+        if part is None:
+            continue
+        del found[target]
+        first, _ = found.setdefault(part.target, (tensor, part))
+        if not same_tensor(first, tensor):
+            raise CheckpointError(_clash(part.target, first.name, tensor.name))
+    return found
+
+
+def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
+    """Return the base's bias that the bias of an output head is tied to; None if there is none.
+
+    Heads such as BERT's have one bias with two names, ``X.bias`` and ``X.decoder.bias``. The base
+    stores one of the names, and PEFT stores both. A module in modules_to_save has its own bias.
+    """
+    module, _, parameter = replaced_name(tensor.name).rpartition(".")
+    if parameter != "bias" or saved_modules(adapter.config).of(module):
+        return None
+    parent, _, last = module.rpartition(".")
+    other = parent if last == "decoder" else f"{module}.decoder"
+    if not other or not is_output_head(max(module, other, key=len)):
+        return None
+    name = f"{PREFIX}{other}.bias"
+    (part,) = match_replacements({name: tensor.shape}, match, base)[name]
+    return part if part.target in base.tensors else None
+
+
+def _clash(target: str, first: str, second: str) -> Finding:
+    reason = f'"{printable(first)}" and "{printable(second)}" both replace this tensor.'
+    return REPLACEMENT_CLASH.in_tensor(target, reason)
 
 
 def match_replacements(
@@ -86,8 +143,7 @@ def match_replacements(
         for part in found[name]:
             first = owners.setdefault(part.target, name)
             if first != name:
-                reason = f'"{printable(first)}" and "{printable(name)}" both replace this tensor.'
-                raise CheckpointError(REPLACEMENT_CLASH.in_tensor(part.target, reason))
+                raise CheckpointError(_clash(part.target, first, name))
     return found
 
 

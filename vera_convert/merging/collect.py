@@ -25,7 +25,7 @@ from vera_convert.base.model import BaseModel
 from vera_convert.base.replacements import (
     Part,
     incomplete_modules,
-    match_replacements,
+    replacing_tensors,
     saved_modules,
 )
 from vera_convert.base.resizes import resizes, shape_differs
@@ -188,17 +188,14 @@ class _Collector:
 
     def replace(self, matched: MatchedAdapter) -> None:
         """Record the tensors of an adapter that replace tensors of the base, or are new."""
-        adapter, copies = matched.adapter, {*matched.adapter.base_copies.values()}
-        tensors = {each.name: each for each in adapter.replacements if each not in copies}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        matched_parts = match_replacements(shapes, matched.match, self.base)
-        parts = {part.target: (name, part) for name, each in matched_parts.items() for part in each}
+        adapter = matched.adapter
+        found = replacing_tensors(adapter, matched.match, self.base)
         # Embeddings come first, because the check of a head depends on the embedding.
-        for target, (name, part) in sorted(parts.items(), key=lambda item: is_head(item[0])):
-            replacement = Replacement.of(matched, tensors[name], part)
-            if _is_unused(name, adapter):
+        for target, (tensor, part) in sorted(found.items(), key=lambda item: is_head(item[0])):
+            replacement = Replacement.of(matched, tensor, part)
+            if _is_unused(tensor.name, adapter):
                 reason = "the merged model keeps the base's values."
-                self.changes.findings.append(EMBEDDING_UNUSED.in_tensor(name, reason))
+                self.changes.findings.append(EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
             elif target in self.changes.terms:
                 self._refuse_delta(target, replacement)
             elif is_tied_head(target, self.base):
@@ -207,7 +204,7 @@ class _Collector:
                 self._record(target, replacement)
             else:
                 self._bring(target, replacement)
-        self.defects += incomplete_modules(adapter, matched.match, self.base, parts)
+        self.defects += incomplete_modules(adapter, matched.match, self.base, found)
 
     def _record(self, target: str, replacement: Replacement) -> None:
         """Record a replacement; refuse a tensor for which another adapter has other values."""

@@ -17,7 +17,7 @@ from vera_convert.base.replacements import (
     brought,
     incomplete_modules,
     is_of_classifier,
-    match_replacements,
+    replacing_tensors,
 )
 from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Bases, Need, resolve_base
@@ -118,33 +118,26 @@ def _tied_pairs(
 
 def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
     """Yield findings for heads, biases and embeddings."""
-    copies = {*adapter.base_copies.values()}
-    tensors = {each.name: each for each in adapter.replacements if each not in copies}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        matched = match_replacements(shapes, match, base)
+        replacing = replacing_tensors(adapter, match, base)
     except CheckpointError as error:
         yield from error.findings
         return
-    parts = {part.target: (name, part) for name, found in matched.items() for part in found}
-    for target, (name, _) in parts.items():
-        is_lm_head = is_output_head(replaced_name(name).rpartition(".")[0])
+    tensors = {target: tensor for target, (tensor, _) in replacing.items()}
+    for target, tensor in tensors.items():
+        is_lm_head = is_output_head(replaced_name(tensor.name).rpartition(".")[0])
         if target not in base.tensors and not is_lm_head:
-            found = brought(adapter.config, name, target, base)
+            found = brought(adapter.config, tensor.name, target, base)
             yield from [found] if found is not None else []
-    yield from _tied_pairs(
-        adapter, match, base, {target: tensors[name] for target, (name, _) in parts.items()}
-    )
-    heads = [
-        target for target, (name, _) in parts.items() if is_of_classifier(adapter.config, name)
-    ]
-    new_shapes = {target: part.shape for target, (_, part) in parts.items()}
+    yield from _tied_pairs(adapter, match, base, tensors)
+    heads = [name for name, each in tensors.items() if is_of_classifier(adapter.config, each.name)]
+    new_shapes = {target: part.shape for target, (_, part) in replacing.items()}
     for module, copy in adapter.base_copies.items():  # PEFT loads the copy, also a resized one
         new_shapes.setdefault(match.tensors[module], copy.shape)
         if (embedding := embedding_of_head(module, match, base)) is not None:
             new_shapes.setdefault(embedding, copy.shape)
     yield from resizes(new_shapes, base, heads=heads).findings
-    yield from incomplete_modules(adapter, match, base, parts)
+    yield from incomplete_modules(adapter, match, base, replacing)
 
 
 def _rows(adapter: Adapter, base: BaseModel) -> int | None:
