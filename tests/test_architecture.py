@@ -40,7 +40,7 @@ assembly: float16 addends blocks input_files copying finisher pool writer journa
 merging: in_effect dequantize adapters changes collect plan report replaced
 merging: adapter_files model_config
 merging: inputs options card provenance output job merge
-lora: engines options factors plan stored peft_form checks card record forms writing
+lora: engines options factors plan stored peft_form peft_targets checks card record forms writing
 lora: gguf_form gguf_reading reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate

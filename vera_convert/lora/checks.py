@@ -20,15 +20,18 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import ENGINES, Engine
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
+from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
 from vera_convert.rules import (
     LORA_BIAS_REFUSED,
     LORA_CONV1D_REFUSED,
+    LORA_FUSED_EXPERTS,
     LORA_HEAD_ELSEWHERE,
     LORA_HEAD_LEFT_OUT,
     LORA_HEAD_REFUSED,
     LORA_LAYERS_MISSING,
+    LORA_MAMBA_REFUSED,
     LORA_NAME_UNKNOWN,
     LORA_RANK_SLOW,
     LORA_RANK_TOO_HIGH,
@@ -87,7 +90,7 @@ def _embedding_rows(adapter: Adapter, base_facts: BaseFacts) -> int | None:
 
 
 def engine_findings(
-    plan: LoraPlan, extras: Extras, options: LoraOptions, *, place: str
+    plan: LoraPlan, extras: Extras, options: LoraOptions, base_facts: BaseFacts, *, place: str
 ) -> Iterator[Finding]:
     """Yield what is wrong with a LoRA for its engine, and what the user should know.
 
@@ -95,12 +98,15 @@ def engine_findings(
         plan: the LoRA.
         extras: the adapter's heads and biases.
         options: the options of the conversion.
+        base_facts: the base facts.
         place: how messages call the adapter.
     """
     engine = options.target
     yield from _rank_findings(plan, engine, place)
     yield from _name_findings(plan, engine)
     yield from _kind_findings(plan, engine)
+    if engine.renames_targets:
+        yield from _peft_findings(plan, base_facts)
     if options.drop_head:
         if extras.tensors:
             names = listed(each.name for each in extras.tensors)
@@ -154,6 +160,25 @@ def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
     if tied and not engine.tied_head:
         reason = f"{engine.title} has no such layer: its tensor is the embedding's."
         yield LORA_NAME_UNKNOWN.at(printable(tied[0]), reason)
+
+
+def _peft_findings(plan: LoraPlan, base_facts: BaseFacts) -> Iterator[Finding]:
+    modules = [layer.written for layer in plan.layers]
+    model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""
+    lost = lost_to_experts(modules, base_facts.modules, model_type)
+    if lost:
+        name = lost[0].rpartition(".")[2]
+        reason = (
+            f'in a model of type "{model_type}" PEFT takes the target "{name}" for the fused '
+            f"experts, and does not load this layer{_also(lost)}."
+        )
+        yield LORA_FUSED_EXPERTS.at(printable(lost[0]), reason)
+    refused = refused_in_mamba(modules, model_type)
+    if refused:
+        reason = (
+            f'PEFT refuses a LoRA of this layer in a model of type "{model_type}"{_also(refused)}.'
+        )
+        yield LORA_MAMBA_REFUSED.at(printable(refused[0]), reason)
 
 
 def _also(names: Sequence[str]) -> str:

@@ -158,7 +158,7 @@ def to_lora(
             *pair.findings,
             *other_dims(work.adapter, base_facts),
             *adapter_findings(work, base_facts, sides, copied),
-            *engine_findings(plan, extras, settings, place=label),
+            *engine_findings(plan, extras, settings, base_facts, place=label),
         ]
         _refuse(findings)
         extras = Extras() if settings.drop_head else extras

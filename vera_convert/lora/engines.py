@@ -51,6 +51,7 @@ class Engine:
         biases: whether trained biases are taken.
         conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
         tied_head: whether an output head that shares the embedding's tensor can be adapted.
+        renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
     """
 
@@ -67,6 +68,7 @@ class Engine:
     biases: bool = False
     conv1d: bool = True
     tied_head: bool = True
+    renames_targets: bool = False
     start: str = ""
 
     def server_rank(self, rank: int) -> int | None:
@@ -82,6 +84,7 @@ ENGINES: Mapping[EngineName, Engine] = {
         "PEFT 0.21.2: tuners/lora/config.py, utils/save_and_load.py",
         heads=None,
         biases=True,
+        renames_targets=True,
     ),
     EngineName.VLLM: Engine(
         "vLLM",
