@@ -27,7 +27,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.vocabulary import embedding_rows
-from vera_convert.embeddings import is_embedding
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile
@@ -81,6 +81,8 @@ class Blueprint:
         rows: the rows of the vocabulary, if an adapter resizes the vocabulary; else None.
         relabeled: whether an adapter brings a classifier with another number of labels.
         packed: the packed weights of a quantized base that is built dequantized; else None.
+        head: (rows, width), the weight that PEFT stored for an adapted head with a resized
+            vocabulary; else None.
     """
 
     base: BaseModel
@@ -89,6 +91,7 @@ class Blueprint:
     rows: int | None = None
     relabeled: bool = False
     packed: Unpacked | None = None
+    head: Tensor | None = None
 
     @property
     def place(self) -> str:
@@ -190,7 +193,9 @@ def blueprint(
         config.num_labels = labels
     if type(config) is not found[name].config_class:
         config = config.get_text_config()  # of a multimodal model, only the text part is built
-    return Blueprint(base, found[name], config, _rows(adapters, base), relabeled, packed)
+    head = _resized_head(adapters, base)
+    rows = _rows(adapters, base) if head is None else len(head)
+    return Blueprint(base, found[name], config, rows, relabeled, packed, head)
 
 
 def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
@@ -333,6 +338,15 @@ def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
     return None
 
 
+def _resized_head(adapters: Iterable[Adapter], base: BaseModel) -> Tensor | None:
+    """Return the stored weight of an adapted head with a resized vocabulary; None without one."""
+    for adapter in adapters:
+        for module, copy in adapter.base_copies.items():
+            if is_output_head(module) and copy.shape[:1] != (embedding_rows(base),):
+                return to_tensor(copy.array())
+    return None
+
+
 # --- building ------------------------------------------------------------------------------------
 
 
@@ -361,7 +375,17 @@ def build_model(plan: Blueprint) -> nn.Module:
         )
         if plan.rows is not None:  # the adapter holds the values of every row
             model.resize_token_embeddings(plan.rows, mean_resizing=False)
+        if plan.head is not None:
+            _fill_new_rows(model.get_output_embeddings().weight, plan)
         return model.eval()
+
+
+def _fill_new_rows(weight: Tensor, plan: Blueprint) -> None:
+    """Fill the new rows of a resized head, also of the embedding that is tied to the head."""
+    old = embedding_rows(plan.base)
+    assert plan.head is not None  # noqa: S101 -- as the caller checked
+    with torch.no_grad():
+        weight[old:] = plan.head[old:]
 
 
 def as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]:

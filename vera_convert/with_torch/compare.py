@@ -36,7 +36,7 @@ from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
-from vera_convert.with_torch.modules import modules_of
+from vera_convert.with_torch.modules import modules_of, share_trained
 from vera_convert.with_torch.runs import Runs, samples_for, wide_dtype, widened, wrapped_model
 from vera_convert.with_torch.samples import run_model
 from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
@@ -111,6 +111,8 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     runs.enter(Stage.MERGE)
     tied = job.settings.tied
     vera.merge(check=False, tied=tied)
+    if tied is Tied.ADD:
+        share_trained(vera.model)
     unrounded = run_model(vera, samples, runs.begin)
     branches, noise = difference(wrapped, unrounded), order_noise(unrounded, wide)
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
@@ -129,7 +131,7 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
         wide=wide,
         weights=sum(weight.numel() for weight in weights),
         branches=min(branches, noise),
-        # If the embedding shares the head's delta, the wrapped head always lacks a part of it.
+        # If embedding and head share a change of one of the two, the wrapped model lacks a part.
         calls_layers=not skips_layers or tied is Tied.ADD,
         wrapped_is_merged=skips_layers,
     )

@@ -192,6 +192,25 @@ def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
+def share_trained(model: nn.Module) -> None:
+    """Give an embedding and its tied output head the values of the one that is trained whole.
+
+    No layer of an encoder-decoder reads the copy of `shared`, so a merge leaves the copy out.
+    """
+    ends = [
+        getattr(model, getter, lambda: None)()
+        for getter in ("get_input_embeddings", "get_output_embeddings")
+    ]
+    for path, whole in modules_of(model):
+        is_end = any(whole is end for end in ends)
+        if is_end and isinstance(whole, TrainedWhole) and path.rpartition(".")[2] != "shared":
+            own = whole.original_module.weight
+            sharing = [part for _, part in modules_of(model) if part is not whole]
+            for part in sharing:
+                if not isinstance(part, TrainedWhole) and getattr(part, "weight", None) is own:
+                    part.weight = whole.current.weight
+
+
 def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
     """Give each layer its own weight, and record this in the model's config."""
     for layer in layers:
