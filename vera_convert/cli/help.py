@@ -97,7 +97,7 @@ class Command(click.Command):
         arguments = [each for each in self.params if isinstance(each, Argument)]
         if arguments:
             sections["Positional arguments"] = [
-                (each.make_metavar(ctx).strip("[]"), each.help or "") for each in arguments
+                (each.get_usage_pieces(ctx)[0].strip("[]"), each.help or "") for each in arguments
             ]
         grouped = any(isinstance(each, Option) for each in self.params)
         for each in self.get_params(ctx):
