@@ -62,6 +62,21 @@ CASES = [
 ]
 
 
+def assert_same_logits(
+    name: str, base: Path, adapter: Path, ours: Path, logits: str = "logits"
+) -> None:
+    """Check that our merge gives the logits of PEFT's adapter, and that the base gives others."""
+    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
+    if name.startswith("T5"):
+        tokens["decoder_input_ids"] = tokens["input_ids"]
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
+        merged = loaded(name, ours).eval()(**tokens)
+        plain = loaded(name, base).eval()(**tokens)
+    assert (merged[logits] - adapted[logits]).abs().max() < 1e-5
+    assert (plain[logits] - adapted[logits]).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(("name", "dtype", "stored"), CASES)
 def test_a_merge_equals_that_of_peft(name: str, dtype: str, stored: bool, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", name, dtype)
@@ -135,14 +150,8 @@ def test_a_head_whose_bias_has_two_names_gives_the_logits_of_the_adapter(
     expected = by_peft(name, base, adapter, tmp_path / "theirs")
     merged_with(adapter, base, tmp_path / "ours")
     assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)
-    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
-    with torch.no_grad():
-        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
-        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
-        plain = loaded(name, base).eval()(**tokens)
     logits = "prediction_logits" if name == "BertForPreTraining" else "logits"
-    assert (ours[logits] - adapted[logits]).abs().max() < 1e-5
-    assert (plain[logits] - adapted[logits]).abs().max() > 1e-2
+    assert_same_logits(name, base, adapter, tmp_path / "ours", logits)
 
 
 def test_a_tied_head_is_added_as_peft_adds_it(tmp_path: Path) -> None:
@@ -161,13 +170,7 @@ def test_an_untied_head_gives_the_logits_of_the_adapter(tmp_path: Path) -> None:
     targets = ["c_attn", "lm_head"]
     adapter = trained(tmp_path / "adapter", base, name, targets=targets, stored=True)
     merged_with(adapter, base, tmp_path / "ours", tied=Tied.UNTIE)
-    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
-    with torch.no_grad():
-        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
-        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
-        plain = loaded(name, base).eval()(**tokens)
-    assert (ours.logits - adapted.logits).abs().max() < 1e-5
-    assert (plain.logits - adapted.logits).abs().max() > 1e-2
+    assert_same_logits(name, base, adapter, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -186,15 +189,7 @@ def test_an_embedding_saved_without_its_tied_head_gives_the_logits_of_the_adapte
     monkeypatch.setitem(HEADS, name, [saved_module])
     adapter = trained(tmp_path / "adapter", base, name, targets=[target], stored=True)
     merged_with(adapter, base, tmp_path / "ours", tied=Tied.UNTIE)
-    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
-    if name.startswith("T5"):
-        tokens["decoder_input_ids"] = tokens["input_ids"]
-    with torch.no_grad():
-        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
-        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
-        plain = loaded(name, base).eval()(**tokens)
-    assert (ours.logits - adapted.logits).abs().max() < 1e-5
-    assert (plain.logits - adapted.logits).abs().max() > 1e-2
+    assert_same_logits(name, base, adapter, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("saved_module", [None, "wte"])
@@ -263,13 +258,7 @@ def test_experts_that_were_trained_whole_give_the_logits_of_the_adapter(
     monkeypatch.setitem(HEADS, name, ["mlp"])
     adapter = trained(tmp_path / "adapter", base, name, targets=["q_proj"], stored=True)
     merged_with(adapter, base, tmp_path / "ours")
-    tokens = {"input_ids": torch.tensor([[3, 5, 8, 13, 21]])}
-    with torch.no_grad():
-        adapted = peft.PeftModel.from_pretrained(loaded(name, base), adapter).eval()(**tokens)
-        ours = loaded(name, tmp_path / "ours").eval()(**tokens)
-        plain = loaded(name, base).eval()(**tokens)
-    assert (ours.logits - adapted.logits).abs().max() < 1e-5
-    assert (plain.logits - adapted.logits).abs().max() > 1e-2
+    assert_same_logits(name, base, adapter, tmp_path / "ours")
 
 
 def test_the_trained_adapter_merged_into_its_model_gives_its_logits(
