@@ -37,7 +37,7 @@ from vera_convert import (
 from vera_convert.delta import delta, merged
 from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.sample_text import text_lines
-from vera_convert.with_torch import VeraConfig, VeraModel, build, compare, samples
+from vera_convert.with_torch import VeraConfig, VeraModel, build, compare, runs, samples
 from vera_convert.with_torch.compare import compare_models
 
 Tensors = dict[str, Any]
@@ -599,6 +599,7 @@ def test_one_model_is_in_memory_at_a_time(
         models.append(weakref.ref(model))
         return model
 
+    monkeypatch.setattr(runs, "build_model", watched)
     monkeypatch.setattr(compare, "build_model", watched)
     folder = shelf("t5")
     gc.disable()

@@ -37,7 +37,7 @@ from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, buil
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.modules import modules_of, share_trained
-from vera_convert.with_torch.runs import Runs, samples_for, wide_dtype, widened, wrapped_model
+from vera_convert.with_torch.runs import Runs, run_base, wrapped_model
 from vera_convert.with_torch.samples import run_model
 from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
 
@@ -89,11 +89,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
 
 def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with its adapters, and our own merge before and after rounding."""
-    model = build_model(plan)
-    samples = samples_for(model, plan, job, runs)
-    wide = wide_dtype(model)
-    with widened(model, wide):
-        base = run_model(model, samples, runs.begin)
+    model, samples, wide, base = run_base(plan, job, runs)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}

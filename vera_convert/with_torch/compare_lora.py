@@ -30,9 +30,7 @@ from vera_convert.with_torch.modules import modules_of
 from vera_convert.with_torch.runs import (
     Runs,
     loaded_by_peft,
-    samples_for,
-    wide_dtype,
-    widened,
+    run_base,
     wrapped_model,
 )
 from vera_convert.with_torch.samples import run_model
@@ -77,11 +75,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
 
 def _reference(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with its adapter, and the base with the LoRA's factors."""
-    model = build_model(plan)
-    samples = samples_for(model, plan, job, runs)
-    wide = wide_dtype(model)
-    with widened(model, wide):
-        base = run_model(model, samples, runs.begin)
+    model, samples, wide, base = run_base(plan, job, runs)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job).to(wide)
     wrapped = run_model(vera, samples, runs.begin)

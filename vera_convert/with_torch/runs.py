@@ -16,11 +16,11 @@ from vera_convert.hub.lookup import HubAccess
 from vera_convert.text import counted, printable
 from vera_convert.verification.model_comparison import ModelJob, Stage, Tell
 from vera_convert.with_torch.arrays import to_tensor
-from vera_convert.with_torch.build import Blueprint, UnfitError, guarded
+from vera_convert.with_torch.build import Blueprint, UnfitError, build_model, guarded
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import modules_of
-from vera_convert.with_torch.samples import Sample, drawn_samples, text_samples
+from vera_convert.with_torch.samples import Outputs, Sample, drawn_samples, run_model, text_samples
 
 
 class Runs:
@@ -42,7 +42,19 @@ class Runs:
         self._done += 1
 
 
-def samples_for(model: nn.Module, plan: Blueprint, job: ModelJob, runs: Runs) -> list[Sample]:
+def run_base(
+    plan: Blueprint, job: ModelJob, runs: Runs
+) -> tuple[nn.Module, list[Sample], torch.dtype, Outputs]:
+    """Build the base and run it: the base, the samples, the dtype of all runs, and the outputs."""
+    model = build_model(plan)
+    samples = _samples_for(model, plan, job, runs)
+    wide = _wide_dtype(model)
+    with _widened(model, wide):
+        outputs = run_model(model, samples, runs.begin)
+    return model, samples, wide, outputs
+
+
+def _samples_for(model: nn.Module, plan: Blueprint, job: ModelJob, runs: Runs) -> list[Sample]:
     """Return the samples of a job: drawn at random, or made of its lines of text."""
     runs.enter(Stage.TEXT)
     with guarded(f"make samples for {plan.name}"):
@@ -54,14 +66,14 @@ def samples_for(model: nn.Module, plan: Blueprint, job: ModelJob, runs: Runs) ->
     return samples
 
 
-def wide_dtype(model: nn.Module) -> torch.dtype:
+def _wide_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype that models compute in, to hide no error: float32 at least."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @contextmanager
-def widened(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
+def _widened(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
     """Let a model compute in a wider dtype inside the block, and restore its dtypes afterwards."""
     before = {name: tensor.dtype for name, tensor in _parameters_and_buffers(model)}
     model.to(wide)
