@@ -105,7 +105,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/base/unsupported_layouts.toml",
         "vera_convert/py.typed",
         "vera_convert/rules.toml",
-        "vera_convert/targets/architectures.txt",
+        "vera_convert/targets/architectures.toml",
     }
     assert code == expected
     assert f"vera_convert-{__version__}.dist-info/licenses/LICENSE" in names

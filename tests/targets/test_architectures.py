@@ -12,7 +12,7 @@ import pytest
 from releases import has
 
 from vera_convert.errors import CheckpointError
-from vera_convert.targets.architectures import _CLASSES, _FAMILIES, MAX_LAYERS, layers_from_config
+from vera_convert.targets.architectures import MAX_LAYERS, classes, families, layers_from_config
 from vera_convert.targets.linear import Linear, layers_from_shapes
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -108,14 +108,14 @@ def _real_head(model: Any) -> set[str]:
 
 
 def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, model_class in _CLASSES.items():
+    for name, model_class in classes().items():
         for document in TINY[model_class.model_type]:
             yield name, document
 
 
 @pytest.mark.parametrize(("name", "document"), list(_cases()))
 def test_every_class_has_the_layers_of_the_real_one(name: str, document: dict[str, Any]) -> None:
-    model_type = _CLASSES[name].model_type
+    model_type = classes()[name].model_type
     document = {"model_type": model_type, "architectures": [name], **document}
     real = _real(document, name)
     torch = pytest.importorskip("torch")
@@ -131,9 +131,9 @@ def test_every_class_has_the_layers_of_the_real_one(name: str, document: dict[st
     assert layers.source == name
 
 
-@pytest.mark.parametrize("model_type", list(_FAMILIES))
+@pytest.mark.parametrize("model_type", list(families()))
 def test_missing_fields_take_the_real_classes_defaults(model_type: str) -> None:
-    name = _FAMILIES[model_type].default_class
+    name = families()[model_type]["default"]
 
     layers = layers_from_config({"model_type": model_type})
 
@@ -149,7 +149,7 @@ def test_real_sizes_have_the_layers_of_the_real_class(path: Path) -> None:
     assert layers.linear == _real_layers(document["model_type"], real)
 
 
-@pytest.mark.parametrize("model_type", list(_FAMILIES))
+@pytest.mark.parametrize("model_type", list(families()))
 def test_the_paths_are_those_of_the_tensors_on_disk(model_type: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
