@@ -102,6 +102,7 @@ def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
         (["migrate", "x", "y", "--to", "striped"], "stripped"),
         (["validate", "x", "--format", "serif"], "sarif"),
         (["completion", "bsh"], "bash"),
+        (["count", "--rank", "4", "--revision", "main"], "--base-revision"),
     ],
 )
 def test_the_nearest_name_is_offered(words: list[str], near: str, run: Run) -> None:

@@ -14,7 +14,7 @@ from vera_convert.cli.options import (
     OUTPUT,
     PROJECTIONS,
     AcceptChoice,
-    BaseChoice,
+    AdapterOptions,
     CommonOptions,
     DimsChoice,
     ForceChoice,
@@ -25,24 +25,18 @@ from vera_convert.cli.options import (
 )
 from vera_convert.cli.output import print_result, show, tell, warn
 from vera_convert.cli.refusals import reason
-from vera_convert.cli.values import (
-    GENERATORS,
-    NAMED_BASE,
-    PEFT_VERSION,
-    SHORT_DTYPES,
-    Choice,
-    Dtype,
-)
+from vera_convert.cli.values import GENERATORS, NAMED_BASE, PEFT_VERSION, Choice, Dtype
 from vera_convert.errors import UsageError
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
+    from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import TreeMigration
     from vera_convert.conversion.regeneration import Regenerated
     from vera_convert.conversion.strip_embed import Conversion
 
 
-class StripOptions(BaseChoice, ProjectionChoice, AcceptChoice, ForceChoice, CommonOptions):
+class StripOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
     """Options of `strip`."""
 
 
@@ -66,19 +60,15 @@ def strip(adapter: str, out: Path, options: StripOptions) -> None:
     result = run(
         adapter,
         out,
-        base=options.base_options(),
         projections=options.projections,
         accept_change=options.accept_change,
         force=options.force,
-        revision=options.revision,
-        access=options.access(),
+        **options.inputs(),
     )
     _show_conversion("strip", options, result)
 
 
-class EmbedOptions(
-    BaseChoice, DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions
-):
+class EmbedOptions(DimsChoice, GeneratorChoice, ProjectionChoice, ForceChoice):
     """Options of `embed`."""
 
 
@@ -98,41 +88,28 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
     result = run(
         adapter,
         out,
-        base=replace(
-            options.base_options(),
-            in_features=options.in_features,
-            out_features=options.out_features,
-        ),
         generator=options.generator,
         projections=options.projections,
         force=options.force,
-        revision=options.revision,
-        access=options.access(),
+        **options.inputs(),
     )
     _show_conversion("embed", options, result)
 
 
-class RegenerateOptions(BaseChoice, DimsChoice, GeneratorChoice, ForceChoice, CommonOptions):
+class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
     """Options of `regenerate`."""
 
-    adapter: str | None = option(
-        INPUT, "--for", metavar="ADAPTER", help="Regenerate A and B of this adapter."
-    )
-    rank: int | None = option(
-        PROJECTIONS, "--rank", type=int, metavar="R", help="Rows of A and columns of B."
-    )
+    adapter: str | None = option(INPUT, "ADAPTER", "Regenerate A and B of this adapter.", "--for")
+    rank: int | None = option(PROJECTIONS, "R", "Rows of A and columns of B.", type=int)
     key: int | None = option(
-        PROJECTIONS,
-        "--key",
-        type=int,
-        metavar="N",
-        help="The seed, projection_prng_key (default: 0).",
+        PROJECTIONS, "N", "The seed, projection_prng_key (default: 0).", type=int
     )
     rounding: str | None = option(
         PROJECTIONS,
+        "DTYPE",
+        "Round A and B as a base of this dtype does: bfloat16, float16.",
         "--round",
-        type=Dtype((*SHORT_DTYPES.values(),)),
-        help="Round A and B as a base of this dtype does.",
+        type=Dtype(("bfloat16", "float16")),
     )
 
 
@@ -178,11 +155,9 @@ def _regenerated(out: Path, options: RegenerateOptions) -> Regenerated:
         return regenerate_for(
             options.adapter,
             out,
-            base=options.base_options(),
             generator=options.generator,
             force=options.force,
-            revision=options.revision,
-            access=options.access(),
+            **options.inputs(),
         )
     rank, in_features, out_features = options.rank, options.in_features, options.out_features
     if rank is None or in_features is None or out_features is None:
@@ -208,38 +183,36 @@ def _refuse_together(given: str, others: dict[str, Any]) -> None:
         raise UsageError(f"{names} cannot go with {given}: leave one of them out.")
 
 
-class MigrateOptions(BaseChoice, ProjectionChoice, AcceptChoice, ForceChoice, CommonOptions):
+class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
     """Options of `migrate`."""
 
     to: str = option(
         OUTPUT,
-        "--to",
+        "FORM",
+        "The form of OUT: embedded, with A and B; stripped, without; asis, the form of ADAPTER.",
         type=Choice(("embedded", "stripped", "asis")),
-        metavar="FORM",
         required=True,
-        help="The form of OUT: embedded, with A and B; stripped, without; asis, the form of "
-        "ADAPTER.",
     )
     recursive: bool = flag(
-        INPUT,
-        "--recursive",
-        help="Migrate every adapter in the folder ADAPTER into the same subfolder of OUT.",
+        INPUT, "Migrate every adapter in the folder ADAPTER into the same subfolder of OUT."
     )
     base_for: tuple[tuple[str, str], ...] = option(
         INPUT,
-        "--base-for",
+        "NAME=MODEL",
+        "Use MODEL for the adapters whose config calls their base NAME.",
         type=NAMED_BASE,
-        metavar="NAME=MODEL",
         multiple=True,
-        help="Use MODEL for the adapters whose config calls their base NAME.",
     )
     peft_version: tuple[int, ...] | None = option(
         OUTPUT,
-        "--peft-version",
+        "VERSION",
+        "Write a config that this version of PEFT can read, such as 0.13.",
         type=PEFT_VERSION,
-        metavar="VERSION",
-        help="Write a config that this version of PEFT can read, such as 0.13.",
     )
+
+    def base_options(self) -> BaseOptions:
+        """Return the library's record of the base, with the bases of --base-for."""
+        return replace(super().base_options(), places=self.base_for)
 
 
 @command(
@@ -262,7 +235,7 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
         raise UsageError("--recursive takes a folder, which has no --revision.")
     shared: dict[str, Any] = {
         "to": options.to,
-        "base": replace(options.base_options(), places=options.base_for),
+        "base": options.base_options(),
         "projections": options.projections,
         "accept_change": options.accept_change,
         "peft_version": options.peft_version,

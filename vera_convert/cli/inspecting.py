@@ -8,19 +8,17 @@ from vera_convert.cli.command import adapter_argument, command
 from vera_convert.cli.options import (
     INPUT,
     PATH,
-    BaseChoice,
+    AdapterOptions,
     CommonOptions,
     ProjectionChoice,
     option,
 )
 from vera_convert.cli.output import show
-from vera_convert.cli.values import (
-    NAMES,
-)
+from vera_convert.cli.values import NAMES
 from vera_convert.errors import UsageError
 
 
-class InfoOptions(BaseChoice, ProjectionChoice, CommonOptions):
+class InfoOptions(AdapterOptions, ProjectionChoice):
     """Options of `info`."""
 
 
@@ -37,39 +35,25 @@ def info(adapter: str, options: InfoOptions) -> None:
     from vera_convert.formats.results import info_document, info_text
     from vera_convert.summary import info as summarize
 
-    result = summarize(
-        adapter,
-        base=options.base_options(),
-        projections=options.projections,
-        revision=options.revision,
-        access=options.access(),
-    )
+    result = summarize(adapter, projections=options.projections, **options.inputs())
     show(options, result.findings, info_text(result), lambda: info_document(result))
 
 
 class CountOptions(CommonOptions):
     """Options of `count`."""
 
-    config_file: Path | None = option(
-        INPUT, "--config", type=PATH, metavar="FILE", help="The config.json of a model."
-    )
-    base: str | None = option(
-        INPUT, "--base", metavar="MODEL", help="A model, a folder or a repo on the Hub."
-    )
-    base_revision: str | None = option(
-        INPUT, "--base-revision", metavar="REV", help="Branch, tag or commit of the model's repo."
-    )
-    rank: int = option(
-        INPUT, "--rank", type=int, metavar="R", required=True, help="The rank of the adapter."
-    )
+    config: Path | None = option(INPUT, "FILE", "The config.json of a model.", type=PATH)
+    base: str | None = option(INPUT, "MODEL", "A model, a folder or a repo on the Hub.")
+    base_revision: str | None = option(INPUT, "REV", "Branch, tag or commit of the model's repo.")
+    rank: int = option(INPUT, "R", "The rank of the adapter.", type=int, required=True)
     targets: tuple[tuple[str, ...], ...] = option(
         INPUT,
+        "NAME[,NAME]",
+        "Layers to adapt, as in target_modules, or all-linear (default: PEFT's default targets "
+        "for the model).",
         "--target",
         type=NAMES,
-        metavar="NAME[,NAME]",
         multiple=True,
-        help="Layers to adapt, as in target_modules, or all-linear (default: PEFT's default "
-        "targets for the model).",
     )
 
 
@@ -83,25 +67,21 @@ class CountOptions(CommonOptions):
 def count(options: CountOptions) -> None:
     """Count the parameters and bytes of a planned adapter.
 
-    The numbers of a LoRA of the same rank are shown for comparison. The model is given by --base or
-    by --config; no weights are downloaded.
+    The numbers of a LoRA of the same rank are shown for comparison. --base or --config gives the
+    model; only the headers of the weights are read.
     """
     from vera_convert.base.layers import layers_of_base, layers_of_config_file
     from vera_convert.counting import count as run
     from vera_convert.formats.results import count_document, count_text
 
-    if options.revision is not None:
-        raise UsageError(
-            "count reads no adapter, so --revision has no effect: give --base-revision."
-        )
-    if options.base is not None and options.config_file is None:
+    if options.base is not None and options.config is None:
         model = layers_of_base(
             options.base, revision=options.base_revision, access=options.access()
         )
-    elif options.config_file is not None and options.base is None:
-        model = layers_of_config_file(options.config_file)
+    elif options.config is not None and options.base is None:
+        model = layers_of_config_file(options.config)
     else:
-        raise UsageError("give one of --base and --config.")
+        raise UsageError("give either --base MODEL or --config FILE.")
     targets = [name for names in options.targets for name in names]
     result = run(model, rank=options.rank, targets=targets)
     show(options, (), count_text(result), lambda: count_document(result))

@@ -9,8 +9,7 @@ from vera_convert.cli.options import (
     CHECK,
     LORA,
     OUTPUT,
-    BaseChoice,
-    CommonOptions,
+    AdapterOptions,
     ForceChoice,
     GeneratorChoice,
     ProjectionChoice,
@@ -19,71 +18,46 @@ from vera_convert.cli.options import (
     option,
 )
 from vera_convert.cli.output import progress_bar, show
-from vera_convert.cli.values import (
-    ENGINES,
-    Choice,
-    Dtype,
-)
+from vera_convert.cli.values import ENGINES, Choice, Dtype
 
 
-class LoraChoices(BaseChoice, GeneratorChoice, ProjectionChoice, ForceChoice, CommonOptions):
+class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice):
     """Options of `to-lora`."""
 
     engine: str = option(
         LORA,
+        "ENGINE",
+        f"The engine that will load the LoRA: {listed_choices(ENGINES)}.",
         "--for",
         default="peft",
         type=Choice(ENGINES),
-        metavar="ENGINE",
-        help=f"The engine that will load the LoRA: {listed_choices(ENGINES)}.",
     )
     rank: int | None = option(
         LORA,
-        "--rank",
+        "R",
+        "Write the best LoRA of this rank (default: the rank of an exact LoRA).",
         type=int,
-        metavar="R",
-        help="Write the best LoRA of this rank (default: the rank of an exact LoRA).",
     )
     max_error: float | None = option(
         LORA,
-        "--max-error",
+        "E",
+        "Write the smallest rank whose relative error is at most E in every layer.",
         type=float,
-        metavar="E",
-        help="Write the smallest rank whose relative error is at most E in every layer.",
     )
-    accept_error: bool = flag(
-        LORA,
-        "--accept-error",
-        help="Write even if the relative error of a layer is above 0.5.",
-    )
+    accept_error: bool = flag(LORA, "Write even if the relative error of a layer is above 0.5.")
     fill_layers: bool = flag(
-        LORA,
-        "--fill-layers",
-        help="Write zeros for the layers that the engine needs and ADAPTER does not adapt.",
+        LORA, "Write zeros for layers that the engine needs and ADAPTER leaves as they are."
     )
-    drop_head: bool = flag(
-        LORA,
-        "--drop-head",
-        help="Leave out modules_to_save and trained biases.",
-    )
-    check: bool = flag(
-        CHECK,
-        "--check",
-        help="Read every written byte back, and compare.",
-    )
+    drop_head: bool = flag(LORA, "Leave out modules_to_save and trained biases.")
+    check: bool = flag(CHECK, "Read every written byte back, and compare.")
     dtype: str = option(
         OUTPUT,
-        "--dtype",
+        "DTYPE",
+        "Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
         default="float32",
         type=Dtype(("float32", "bfloat16", "float16")),
-        metavar="DTYPE",
-        help="Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
     )
-    dry_run: bool = flag(
-        OUTPUT,
-        "--dry-run",
-        help="Measure and print the result, and write nothing.",
-    )
+    dry_run: bool = flag(OUTPUT, "Measure and print the result, and write nothing.")
 
 
 @command(
@@ -105,10 +79,8 @@ def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
         result = run(
             adapter,
             out,
-            base=options.base_options(),
             options=LoraOptions(**options.shared_with(LoraOptions)),
-            revision=options.revision,
-            access=options.access(),
             progress=progress,
+            **options.inputs(),
         )
     show(options, result.findings, lora_text(result), lambda: lora_document(result))

@@ -13,8 +13,7 @@ from vera_convert.cli.options import (
     CHECK,
     METHOD,
     OUTPUT,
-    BaseChoice,
-    CommonOptions,
+    AdapterOptions,
     ForceChoice,
     GeneratorChoice,
     MergeChoice,
@@ -26,57 +25,30 @@ from vera_convert.cli.output import progress_bar, show, shown_command, tell
 from vera_convert.errors import is_resumable
 
 
-class MergeChoices(
-    BaseChoice, GeneratorChoice, ProjectionChoice, MergeChoice, ForceChoice, CommonOptions
-):
+class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoice, ForceChoice):
     """Options of `merge`."""
 
-    labels: str = option(
-        METHOD,
-        "--labels",
-        default="",
-        metavar="A,B,...",
-        help="Names of the labels of a classifier.",
-    )
+    labels: str = option(METHOD, "A,B,...", "Names of the labels of a classifier.", default="")
     architecture: str | None = option(
-        METHOD,
-        "--architecture",
-        metavar="CLASS",
-        help="Class of the merged model, if the adapter adds an output head.",
+        METHOD, "CLASS", "Class of the merged model, if the adapter adds an output head."
     )
     device: str = option(
         METHOD,
-        "--device",
+        "DEVICE",
+        "Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.",
         default="cpu",
-        metavar="DEVICE",
-        help="Where to compute: cpu (default) or, with the extra torch, cuda or cuda:N.",
     )
     max_shard_size: str | None = option(
         OUTPUT,
-        "--max-shard-size",
-        metavar="SIZE",
-        help="Write shards of at most this size, such as 5GB (default: the base's shards).",
+        "SIZE",
+        "Write shards of at most this size, such as 5GB (default: the base's shards).",
     )
-    check: bool = flag(
-        CHECK,
-        "--check",
-        help="Check every value, and read the written files back.",
-    )
-    checksums: bool = flag(
-        CHECK,
-        "--checksums",
-        help="Record the SHA-256 of every file.",
-    )
+    check: bool = flag(CHECK, "Check every value, and read the written files back.")
+    checksums: bool = flag(CHECK, "Record the SHA-256 of every file.")
     resume: bool = flag(
-        OUTPUT,
-        "--resume",
-        help="Continue a run that failed; if this run fails, keep the finished shards.",
+        OUTPUT, "Continue a run that failed; if this run fails, keep the finished shards."
     )
-    dry_run: bool = flag(
-        OUTPUT,
-        "--dry-run",
-        help="Print the plan, and write nothing.",
-    )
+    dry_run: bool = flag(OUTPUT, "Print the plan, and write nothing.")
 
 
 @command(
@@ -103,11 +75,9 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
         result = run(
             adapter,
             out,
-            base=options.base_options(),
             options=MergeOptions(**options.shared_with(MergeOptions)),
-            revision=options.revision,
-            access=options.access(),
             progress=progress,
+            **options.inputs(),
         )
     show(options, result.findings, merge_text(result), lambda: merge_document(result))
 

@@ -8,8 +8,9 @@ options of a single command stand beside the command.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import click
 
@@ -70,22 +71,24 @@ def listed_choices(choices: Iterable[str]) -> str:
     return ", ".join((f"{first} (default)", *others))
 
 
-def option(group: str, *flags: str, **attributes: Any) -> Any:
+def option(group: str, metavar: str | None, text: str, *flags: str, **attributes: Any) -> Any:
     """Declare an option as an attribute of a class.
 
     Args:
         group: the group in which a help lists the option.
-        flags: the option's names, such as ``--json``.
-        attributes: the arguments of `click.Option`, such as ``help``.
+        metavar: the name of the value in the help.
+        text: the text of the help.
+        flags: the option's names; by default, the name of the attribute, with ``--`` and hyphens.
+        attributes: further arguments of `click.Option`, such as ``type``.
     """
     if not attributes.get("required") and not attributes.get("multiple"):
         attributes.setdefault("default", None)
-    return Declared(group, flags, attributes)
+    return Declared(group, flags, {"metavar": metavar, "help": text, **attributes})
 
 
-def flag(group: str, *flags: str, **attributes: Any) -> Any:
-    """Declare an option that takes no value, and is False when a user leaves the option out."""
-    return option(group, *flags, default=False, is_flag=True, **attributes)
+def flag(group: str, text: str, *flags: str, default: bool | None = False) -> Any:
+    """Declare an option that takes no value; the default stands if a user leaves the option out."""
+    return option(group, None, text, *flags, default=default, is_flag=True)
 
 
 def parameters(options: type[Options]) -> list[click.Parameter]:
@@ -98,7 +101,8 @@ def parameters(options: type[Options]) -> list[click.Parameter]:
     }
     made: list[click.Parameter] = []
     for name, each in sorted(declared.items(), key=lambda item: TITLES.index(item[1].group)):
-        made.append(parameter := Option([name, *each.flags], **each.attributes))
+        flags = each.flags or (f"--{name.replace('_', '-')}",)
+        made.append(parameter := Option([name, *flags], **each.attributes))
         parameter.group = each.group
     return made
 
@@ -107,50 +111,26 @@ def parameters(options: type[Options]) -> list[click.Parameter]:
 
 
 class CommonOptions(Options):
-    """How to reach the Hub, and what to show: options of every command."""
+    """The access to the Hub, and the output on the terminal: options of every command."""
 
-    revision: str | None = option(
-        HUB, "--revision", metavar="REV", help="Branch, tag or commit of the adapter's repo."
-    )
-    token: str | None = option(
-        HUB, "--token", metavar="TOKEN", help="Access token for the Hub (default: HF_TOKEN)."
-    )
-    cache_dir: str | None = option(
-        HUB, "--cache-dir", metavar="DIR", help="Cache folder of the Hub (default: HF_HOME)."
-    )
-    offline: bool = flag(
-        HUB,
-        "--offline",
-        help="Read repos from the cache alone; open no connection.",
-    )
-    as_json: bool = flag(
-        DISPLAY,
-        "--json",
-        help="Print one JSON document, nothing else.",
-    )
-    quiet: bool = flag(
-        DISPLAY,
-        "-q",
-        "--quiet",
-        help="Print warnings and errors only.",
-    )
+    token: str | None = option(HUB, "TOKEN", "Access token for the Hub (default: HF_TOKEN).")
+    cache_dir: str | None = option(HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).")
+    offline: bool = flag(HUB, "Read repos from the cache alone; open no connection.")
+    as_json: bool = flag(DISPLAY, "Print the result as one JSON document.", "--json")
+    quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
     verbose: bool = flag(
+        DISPLAY, "Print each request to the Hub and each written file to stderr.", "-v", "--verbose"
+    )
+    progress: bool | None = flag(
         DISPLAY,
-        "-v",
-        "--verbose",
-        help="Tell on stderr which requests are sent and which files are written.",
+        "Show progress (default: only on a terminal).",
+        "--progress/--no-progress",
+        default=None,
     )
-    progress: bool | None = option(
-        DISPLAY, "--progress/--no-progress", help="Show progress (default: only on a terminal)."
-    )
-    debug: bool = flag(
-        DISPLAY,
-        "--debug",
-        help="Show a Python traceback when the command fails.",
-    )
+    debug: bool = flag(DISPLAY, "Show a Python traceback if the command fails.")
 
     def access(self) -> HubAccess:
-        """Return how the library reaches the Hub."""
+        """Return the library's record of the access to the Hub."""
         from vera_convert.hub.lookup import HubAccess
 
         return HubAccess(
@@ -161,35 +141,39 @@ class CommonOptions(Options):
         )
 
 
-class BaseChoice(Options):
-    """The base model of an adapter."""
+class Inputs(TypedDict):
+    """The arguments of the library's functions that read an adapter."""
+
+    base: BaseOptions
+    revision: str | None
+    access: HubAccess
+
+
+class AdapterOptions(CommonOptions):
+    """The adapter's revision and base: options of every command that reads an adapter."""
 
     base: str | None = option(
         INPUT,
-        "--base",
-        metavar="MODEL",
-        help="The base model, a folder or a repo on the Hub (default: the one that the adapter's "
+        "MODEL",
+        "The base model, a folder or a repo on the Hub (default: the base that the adapter's "
         "config names).",
     )
-    base_revision: str | None = option(
-        INPUT, "--base-revision", metavar="REV", help="Branch, tag or commit of the base's repo."
-    )
+    base_revision: str | None = option(INPUT, "REV", "Branch, tag or commit of the base's repo.")
     base_dtype: str | None = option(
         INPUT,
-        "--base-dtype",
-        type=Dtype(BASE_NAMES),
-        metavar="DTYPE",
-        help=f"Dtype that the base is loaded in, which decides how A and B are rounded: "
+        "DTYPE",
+        "Dtype that the base is loaded in, which decides how A and B are rounded: "
         f"{', '.join(BASE_NAMES)}.",
+        type=Dtype(BASE_NAMES),
     )
     key_map: tuple[tuple[str, str], ...] = option(
         INPUT,
-        "--key-map",
+        "OLD=NEW",
+        "Replace the path OLD at the start of the adapter's module names by NEW.",
         type=KEY_MAP,
-        metavar="OLD=NEW",
         multiple=True,
-        help="Replace the path OLD at the start of the adapter's module names by NEW.",
     )
+    revision: str | None = option(HUB, "REV", "Branch, tag or commit of the adapter's repo.")
 
     def base_options(self) -> BaseOptions:
         """Return the library's record of the base."""
@@ -202,24 +186,26 @@ class BaseChoice(Options):
             key_map=self.key_map,
         )
 
+    def inputs(self) -> Inputs:
+        """Return the arguments that every function takes which reads an adapter."""
+        return {"base": self.base_options(), "revision": self.revision, "access": self.access()}
 
-class DimsChoice(Options):
+
+class DimsChoice(AdapterOptions):
     """The sizes of A and B, if no base is at hand."""
 
     in_features: int | None = option(
-        PROJECTIONS,
-        "--in-features",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Columns of A, if no base is given.",
+        PROJECTIONS, "N", "Columns of A, if no base is given.", type=click.IntRange(min=1)
     )
     out_features: int | None = option(
-        PROJECTIONS,
-        "--out-features",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Rows of B, if no base is given.",
+        PROJECTIONS, "N", "Rows of B, if no base is given.", type=click.IntRange(min=1)
     )
+
+    def base_options(self) -> BaseOptions:
+        """Return the library's record of the base, with the sizes of A and B."""
+        return replace(
+            super().base_options(), in_features=self.in_features, out_features=self.out_features
+        )
 
 
 class ProjectionChoice(Options):
@@ -227,12 +213,11 @@ class ProjectionChoice(Options):
 
     projections: str = option(
         PROJECTIONS,
-        "--projections",
+        "SOURCE",
+        "Which A and B to use: auto, the choice of PEFT 0.21 (default); file, the stored "
+        "matrices; key, the matrices regenerated from the key.",
         default="auto",
         type=SOURCES,
-        metavar="SOURCE",
-        help="Which A and B to use: auto, the choice of PEFT 0.21 (default); file, the stored "
-        "matrices; key, the matrices regenerated from the key.",
     )
 
 
@@ -241,22 +226,17 @@ class GeneratorChoice(Options):
 
     generator: str | None = option(
         PROJECTIONS,
-        "--generator",
-        type=Choice(GENERATORS),
-        metavar="VARIANT",
-        help="How PyTorch drew A and B, if nothing in the adapter tells. VARIANT is one of "
+        "VARIANT",
+        "How PyTorch drew A and B, if the adapter does not record the variant. VARIANT is one of "
         f"{listed_choices(GENERATORS)}.",
+        type=Choice(GENERATORS),
     )
 
 
 class ForceChoice(Options):
     """Whether an output may replace an earlier output."""
 
-    force: bool = flag(
-        OUTPUT,
-        "--force",
-        help="Replace OUT, if OUT is an output of the same kind.",
-    )
+    force: bool = flag(OUTPUT, "Replace OUT, if OUT is an output of the same kind.")
 
 
 class AcceptChoice(Options):
@@ -264,8 +244,7 @@ class AcceptChoice(Options):
 
     accept_change: bool = flag(
         PROJECTIONS,
-        "--accept-change",
-        help="Strip even if PEFT would regenerate different matrices, provided that embed can "
+        "Strip even if PEFT would regenerate different matrices, provided that embed can "
         "restore the stored ones.",
     )
 
@@ -274,43 +253,30 @@ class MergeChoice(Options):
     """How a merge is computed; `verify` takes an option left out from the merge's record."""
 
     weight: float | None = option(
-        METHOD,
-        "--weight",
-        type=float,
-        metavar="W",
-        help="Scale the adapter's delta by this factor (default: 1).",
+        METHOD, "W", "Scale the adapter's delta by this factor (default: 1).", type=float
     )
     add: tuple[str, ...] = option(
         METHOD,
-        "--add",
-        metavar="ADAPTER[=W]",
+        "ADAPTER[=W]",
+        "Add the delta of another adapter, scaled by W (default: 1).",
         multiple=True,
-        help="Add the delta of another adapter, scaled by W (default: 1).",
     )
     tied: str | None = option(
         METHOD,
-        "--tied",
-        type=Choice(("add", "untie")),
-        help="How to merge into an output head tied to the embedding: add changes the embedding "
+        None,
+        "How to merge into an output head tied to the embedding: add changes the embedding "
         "too, as PEFT's merge does; untie gives the head a tensor of its own.",
+        type=Choice(("add", "untie")),
     )
-    dequantize: bool | None = option(
-        METHOD,
-        "--dequantize",
-        is_flag=True,
-        help="Turn a quantized base into a 16-bit model.",
+    dequantize: bool | None = flag(
+        METHOD, "Turn a quantized base into a 16-bit model.", default=None
     )
     dtype: str | None = option(
         METHOD,
-        "--dtype",
+        "DTYPE",
+        "Write float tensors in this dtype (default: keep the dtype of each tensor).",
         type=Dtype(FLOAT_NAMES),
-        metavar="DTYPE",
-        help="Write float tensors in this dtype (default: keep the dtype of each tensor).",
     )
     jobs: int | None = option(
-        METHOD,
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="Number of threads (default: one for each core, at most four).",
+        METHOD, "N", "Number of threads (default: one for each core, at most four).", type=int
     )

@@ -14,18 +14,14 @@ from vera_convert.cli.options import (
     INPUT,
     OUTPUT,
     PATH,
-    BaseChoice,
-    CommonOptions,
+    AdapterOptions,
     flag,
     listed_choices,
     option,
 )
 from vera_convert.cli.output import columns, in_color, print_document, say, tell
 from vera_convert.cli.refusals import reason
-from vera_convert.cli.values import (
-    CODES,
-    Choice,
-)
+from vera_convert.cli.values import CODES, Choice
 from vera_convert.errors import UsageError
 from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.text import printable
@@ -34,62 +30,49 @@ if TYPE_CHECKING:
     from vera_convert.validation.validation import Validation
 
 
-class ValidateOptions(BaseChoice, CommonOptions):
+class ValidateOptions(AdapterOptions):
     """Options of `validate`."""
 
+    base: str | None = option(
+        INPUT, "MODEL", "Check the adapters against this model, a folder or a repo on the Hub."
+    )
     recursive: bool = flag(
-        INPUT,
-        "--recursive",
-        help="Check every adapter in the folders given and in their subfolders.",
+        INPUT, "Check every adapter in the folders given and in their subfolders."
     )
-    deep: bool = flag(
-        CHECK,
-        "--deep",
-        help="Download the weights of repos too, and regenerate A and B.",
-    )
+    deep: bool = flag(CHECK, "Download the weights of repos too, and regenerate A and B.")
     select: tuple[tuple[str, ...], ...] = option(
         CHECK,
-        "--select",
+        "CODE[,CODE]",
+        "Report these codes only; V2 stands for all codes that begin with V2.",
         type=CODES,
-        metavar="CODE[,CODE]",
         multiple=True,
-        help="Report these codes only; V2 stands for all codes that begin with V2.",
     )
     ignore: tuple[tuple[str, ...], ...] = option(
         CHECK,
-        "--ignore",
+        "CODE[,CODE]",
+        "Leave out these codes, and the codes that pyproject.toml ignores.",
         type=CODES,
-        metavar="CODE[,CODE]",
         multiple=True,
-        help="Do not report these codes, in addition to the codes that pyproject.toml ignores.",
     )
     fail_on: str | None = option(
         CHECK,
-        "--fail-on",
+        "SEVERITY",
+        "The least severity that makes the exit status 1: error (default), warning.",
         type=Choice(("error", "warning")),
-        help="The least severity that makes the exit status 1 (default: error).",
     )
-    rules: bool = flag(CHECK, "--rules", help="List every rule, and check nothing.")
+    rules: bool = flag(CHECK, "List every rule, and check nothing.")
     explain: tuple[str, ...] | None = option(
-        CHECK,
-        "--explain",
-        type=CODES,
-        metavar="CODE",
-        help="Explain a rule, and check nothing.",
+        CHECK, "CODE", "Explain a rule, and check nothing.", type=CODES
     )
     form: str | None = option(
         OUTPUT,
+        "FORMAT",
+        f"Format of the report: {listed_choices(RENDERERS)}.",
         "--format",
         type=Choice((*RENDERERS,)),
-        metavar="FORMAT",
-        help=f"Format of the report: {listed_choices(RENDERERS)}.",
     )
     output: Path | None = option(
-        OUTPUT,
-        "--output",
-        type=PATH,
-        metavar="FILE",
-        help="Write the report to FILE, and print the text for people.",
+        OUTPUT, "FILE", "Write the report to FILE, and print the text for people.", type=PATH
     )
 
 
@@ -138,14 +121,12 @@ def _validated(adapters: tuple[str, ...], options: ValidateOptions) -> Validatio
     fail_on = options.fail_on or settings.fail_on
     return run(
         adapters,
-        base=options.base_options(),
         recursive=options.recursive,
         deep=options.deep,
         select=select or settings.select,
         ignore=[*settings.ignore, *ignore],
         fail_on=fail_on or Severity.ERROR,
-        revision=options.revision,
-        access=options.access(),
+        **options.inputs(),
     )
 
 

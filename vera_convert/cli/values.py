@@ -9,11 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from vera_convert.arguments import (
-    base_dtype_name,
-    dtype_name,
-    peft_version,
-)
+from vera_convert.arguments import base_dtype_name, dtype_name, peft_version
 from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import UsageError
 
@@ -34,11 +30,8 @@ GENERATORS = (
 ENGINES = ("peft", "vllm", "sglang", "tgi", "diffusers", "mlx", "gguf")
 """The values of `lora.engines.EngineName`, repeated for the same reason."""
 
-SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
-"""The names of `--round` for the two dtypes that `--round` takes."""
 
-
-def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return a question after the known word that a mistyped word resembles; empty if none does."""
     import difflib
 
@@ -95,8 +88,7 @@ class Dtype(Choice):
         """Return the spelling that the choices have."""
         with suppress(UsageError):
             read = base_dtype_name if BASE_NAMES[-1] in self.choices else dtype_name
-            name = read("dtype", value)
-            value = SHORT_DTYPES.get(name, name) if "bf16" in self.choices else name
+            value = read("dtype", value)
         return super().convert(value, param, ctx)
 
 

@@ -13,8 +13,7 @@ from vera_convert.cli.options import (
     PATH,
     PROJECTIONS,
     SOURCES,
-    BaseChoice,
-    CommonOptions,
+    AdapterOptions,
     GeneratorChoice,
     MergeChoice,
     flag,
@@ -25,45 +24,30 @@ from vera_convert.errors import CheckpointError
 from vera_convert.text import and_more
 
 
-class VerifyChoices(BaseChoice, GeneratorChoice, MergeChoice, CommonOptions):
+class VerifyChoices(AdapterOptions, GeneratorChoice, MergeChoice):
     """Options of `verify`; an option left out has the value that the merge recorded."""
 
     other: str | None = option(
-        INPUT, "--adapter", metavar="OTHER", help="The stripped, embedded or migrated adapter."
+        INPUT, "OTHER", "The stripped, embedded or migrated adapter.", "--adapter"
     )
-    merged: str | None = option(
-        INPUT, "--merged", metavar="MODEL", help="The model that ADAPTER was merged into."
-    )
-    lora: str | None = option(
-        INPUT, "--lora", metavar="LORA", help="The LoRA that to-lora made of ADAPTER."
-    )
+    merged: str | None = option(INPUT, "MODEL", "The model that ADAPTER was merged into.")
+    lora: str | None = option(INPUT, "LORA", "The LoRA that to-lora made of ADAPTER.")
     projections: str | None = option(
         PROJECTIONS,
-        "--projections",
+        "SOURCE",
+        "Which A and B were merged: auto, file or key (default: as the merge recorded, else auto).",
         type=SOURCES,
-        metavar="SOURCE",
-        help="Which A and B were merged: auto, file or key (default: as the merge recorded, "
-        "else auto).",
     )
     samples: int | None = option(
-        CHECK,
-        "--samples",
-        type=int,
-        metavar="N",
-        help="Number of sequences to run both models on (default: 8).",
+        CHECK, "N", "Number of sequences to run both models on (default: 8).", type=int
     )
     text: Path | None = option(
         CHECK,
-        "--text",
+        "FILE",
+        "Take the sequences from this text (default: random token ids).",
         type=PATH,
-        metavar="FILE",
-        help="Take the sequences from this text (default: random token ids).",
     )
-    layers_only: bool = flag(
-        CHECK,
-        "--layers-only",
-        help="Compare the weights and run no model; torch is not needed.",
-    )
+    layers_only: bool = flag(CHECK, "Compare the weights alone; torch is not needed.")
 
 
 @command(
@@ -94,15 +78,13 @@ def verify(adapter: str, options: VerifyChoices) -> None:
     ):
         result = run(
             adapter,
-            base=options.base_options(),
             other=options.other,
             merged=options.merged,
             lora=options.lora,
             options=VerifyOptions(**options.shared_with(VerifyOptions)),
-            revision=options.revision,
-            access=options.access(),
             progress=progress,
             runs=runs,
+            **options.inputs(),
         )
     show(options, result.findings, verification_text(result), lambda: verification_document(result))
     if result.errors:
