@@ -41,7 +41,7 @@ merging: in_effect dequantize adapters changes collect plan report replaced
 merging: adapter_files model_config
 merging: inputs options card provenance output job merge
 lora: engines options factors plan stored peft_form peft_targets checks card record forms writing
-lora: gguf_form gguf_reading reading conversion
+lora: gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
 verification: provenance options sample_text model_comparison running expected comparator pairs

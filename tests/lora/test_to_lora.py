@@ -25,6 +25,7 @@ from vera_convert.lora.engines import ENGINES, EngineName
 from vera_convert.lora.options import LoraOptions
 
 PREFIX = "base_model.model."
+LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_hidden_layers": 2}
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
 
@@ -539,6 +540,47 @@ def test_a_dry_run_measures_and_writes_nothing(adapter: Path, base: Path, tmp_pa
     assert result.measured.errors.keys() == {*modules()}
     real = converted(adapter, base, tmp_path / "out", rank=3)
     assert real.measured.errors == result.measured.errors
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("peft", WEIGHTS), ("mlx", "adapters.safetensors"), ("gguf", "adapter.gguf")],
+)
+def test_a_dry_run_states_the_size_of_the_file(
+    engine: str, name: str, adapter: Path, tmp_path: Path
+) -> None:
+    if engine == "gguf":
+        pytest.importorskip("gguf")
+    base = tiny_base(tmp_path / "base", config=LLAMA)
+    result = converted(adapter, base, tmp_path / "out", engine=engine, dry_run=True)
+    real = converted(adapter, base, tmp_path / "out", engine=engine, check=True)
+    assert result.size == real.size == (tmp_path / "out" / name).stat().st_size
+
+
+def test_the_report_names_layers_as_the_file_does(run: Run, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    base = tiny_base(tmp_path / "base", config=LLAMA)
+    arguments = ("to-lora", adapter, tmp_path / "out", "--base", base, "--for")
+    ended = run(*arguments, "gguf", "--dry-run")
+    assert f"named as in llama.cpp: blk.0.attn_q for {Q}" in " ".join(ended.out.split())
+    document = json.loads(run(*arguments, "gguf", "--dry-run", "--json").out)
+    assert {layer["name"] for layer in document["layers"]} == {
+        f"blk.{number}.attn_{kind}" for number in range(2) for kind in "qv"
+    }
+    assert "named as in the base's files\n" in run(*arguments, "vllm", "--dry-run").out
+
+
+def test_a_gguf_that_came_back_otherwise_is_no_output(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    base = tiny_base(tmp_path / "base", config=LLAMA)
+    write = gguf.GGUFWriter.write_tensor_data
+    spoilt = lambda writer, values: write(writer, values ^ values.dtype.type(1))  # noqa: E731
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", spoilt)
+    with pytest.raises(SurroundingsError, match=r"adapter\.gguf"):
+        converted(adapter, base, tmp_path / "out", engine="gguf", check=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_force_replaces_a_lora_of_this_command_alone(

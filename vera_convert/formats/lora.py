@@ -21,7 +21,7 @@ def lora_text(result: LoraConversion) -> str:
     return labelled(
         (verb, f"{out}, a LoRA for {engine.title}, {result.size:,} bytes of weights"),
         ("adapter", printable(result.adapter)),
-        ("layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_names(result)}"),
+        ("layers", f"{len(plan.layers):,}{_filled(plan.filled)}, named {_naming(result)}"),
         ("rank", f"{plan.rank}{_why(result)}"),
         ("A and B", f"{origin_text(result.origin)}{drawn}"),
         ("error", _error(result)),
@@ -36,10 +36,13 @@ def _filled(count: int) -> str:
     return f", {count:,} of them zeros" if count else ""
 
 
-def _names(result: LoraConversion) -> str:
-    if result.options.target.base_names and result.base_facts.match is not None:
-        return "as in the base's files"
-    return "as in the adapter"
+def _naming(result: LoraConversion) -> str:
+    """Say how the LoRA names layers, and show the first name that is not the adapter's."""
+    others = {new: old for old, new in result.names.items() if new != old}
+    if not others:
+        return result.naming
+    new, old = next(iter(others.items()))
+    return f"{result.naming}: {printable(new)} for {printable(old)}"
 
 
 def _why(result: LoraConversion) -> str:
@@ -80,7 +83,7 @@ def lora_document(result: LoraConversion) -> Document:
     layers = [
         {
             "module": layer.module,
-            "name": layer.written,
+            "name": result.names[layer.module],
             "in_features": layer.shape.in_features,
             "out_features": layer.shape.out_features,
             "relative_error": _short(errors.get(layer.module, 0.0)),

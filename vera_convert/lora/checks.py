@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -17,7 +18,7 @@ from vera_convert.conversion.strip_embed import Work
 from vera_convert.embeddings import is_embedding
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.lora.engines import ENGINES, Engine
+from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
@@ -35,8 +36,10 @@ from vera_convert.rules import (
     LORA_NAME_UNKNOWN,
     LORA_RANK_SLOW,
     LORA_RANK_TOO_HIGH,
+    LORA_TOWER,
     Finding,
 )
+from vera_convert.targets.linear import kind_of
 from vera_convert.text import counted, listed, printable
 
 
@@ -103,7 +106,7 @@ def engine_findings(
     """
     engine = options.target
     yield from _rank_findings(plan, engine, place)
-    yield from _name_findings(plan, engine)
+    yield from _name_findings(plan, engine, base_facts)
     yield from _kind_findings(plan, engine)
     if engine.renames_targets:
         yield from _peft_findings(plan, base_facts)
@@ -130,25 +133,74 @@ def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Findi
         yield LORA_RANK_SLOW.at(place, reason)
 
 
-def _name_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
-    if engine.known_modules is not None:
-        strange = [
-            layer.written
-            for layer in plan.layers
-            if engine.known_modules.fullmatch(layer.written) is None
-        ]
-        if strange:
-            reason = (
-                f"{engine.title} looks up no such module, so the layer would have no effect"
-                f"{_also(strange)}."
-            )
-            yield LORA_NAME_UNKNOWN.at(printable(strange[0]), reason)
+def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
+    written = [layer.written for layer in plan.layers]
+    known = engine.known_modules
+    if known is not None:
+        strange = [name for name in written if known.fullmatch(name) is None]
+        yield from _left_out(
+            strange, f"{engine.title} looks up no such module, so the layer would have no effect"
+        )
+    if engine.one_of_a_kind:
+        yield from _left_out(
+            _overwritten(written),
+            f"{engine.title} keeps one LoRA for each name in a layer, and another module of the "
+            "layer has the same name",
+        )
+    if engine.every_layer:
+        yield from _left_out(
+            _absent_elsewhere(plan, base_facts),
+            f"the base has no such module in another layer, and {engine.title} then drops "
+            "the LoRA of all layers",
+        )
+    towers = [name for name in written if is_in_tower(name)]
+    if engine.tower and towers:
+        reason = (
+            f"{engine.title} loads the LoRA of the layer only with {engine.tower}, and for few "
+            f"kinds of models{_also(towers)}."
+        )
+        yield LORA_TOWER.at(printable(towers[0]), reason)
     if plan.missing:
         reason = (
             f"{engine.title} needs a LoRA of this layer beside the adapted ones"
             f"{_also(plan.missing)}."
         )
         yield LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
+
+
+def _left_out(names: Sequence[str], reason: str) -> Iterator[Finding]:
+    """Yield the error that an engine would silently leave layers out."""
+    if names:
+        yield LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
+
+
+def _overwritten(names: Sequence[str]) -> list[str]:
+    """Return the modules whose layer has another module with the same last name."""
+    seen: dict[tuple[str, str], str] = {}
+    found = []
+    for name in names:
+        number = re.search(r"layers\.([0-9]+)\.", name)
+        if number is None or experts_of(name):
+            continue
+        if seen.setdefault((number[1], name.rpartition(".")[2]), name) != name:
+            found.append(name)
+    return found
+
+
+def _absent_elsewhere(plan: LoraPlan, base_facts: BaseFacts) -> list[str]:
+    """Return the modules of kinds that another layer of the base lacks."""
+    modules = base_facts.modules
+    layers: dict[str, set[str]] = {}
+    for module in modules:
+        path = module.removesuffix(kind_of(module))
+        layers.setdefault(re.sub(r"\d+", "N", path), set()).add(path)
+    found = []
+    for layer in plan.layers:
+        kind = kind_of(layer.module)
+        like = layers.get(re.sub(r"\d+", "N", layer.module.removesuffix(kind)), ())
+        if any(f"{path}{kind}" not in modules for path in like):
+            found.append(layer.module)
+    return found
 
 
 def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ The steps:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
 from vera_convert.lora.checks import adapter_findings, engine_findings, extras_of
-from vera_convert.lora.engines import Engine, Form
+from vera_convert.lora.engines import Engine, Form, is_in_tower
 from vera_convert.lora.forms import FormFiles, files_of
-from vera_convert.lora.gguf_form import GgufModel, gguf_model, write_gguf
+from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.plan import LoraPlan, plan_lora
@@ -38,10 +38,10 @@ from vera_convert.lora.writing import (
     Computed,
     Measured,
     Progress,
+    SafetensorsWeights,
+    Weights,
     copy_side_files,
-    lora_tensors,
     require_space,
-    write_weights,
 )
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.publish.publishing import files_but, free_space, staged_folder
@@ -63,13 +63,15 @@ class LoraConversion:
         written: whether the LoRA was written; False for a dry run.
         options: the options of the conversion.
         plan: the LoRA's layers and rank.
+        naming: how the LoRA names layers, for people.
+        names: each layer's name in the LoRA, by the adapter's module path.
         source_rank: the rank of the VeRA adapter.
         measured: the error of each layer.
         origin: where A and B come from.
         draw: which draw A and B are, if they were drawn.
         extras: the heads and biases that are stored with the LoRA.
         base_facts: the base facts.
-        size: bytes of the weights.
+        size: bytes of the file of weights.
         free: bytes that were free for the output.
         side_files: the files beside the adapter's weights, by what became of them.
         findings: warnings and notes.
@@ -80,6 +82,8 @@ class LoraConversion:
     written: bool
     options: LoraOptions
     plan: LoraPlan
+    naming: str
+    names: Mapping[str, str]
     source_rank: int
     measured: Measured
     origin: str
@@ -98,7 +102,9 @@ class LoraConversion:
         """The arguments that start the engine's server with the LoRA; empty for PEFT."""
         engine = self.options.target
         rank = engine.server_rank(self.plan.rank) or self.plan.rank
-        return engine.start.format(rank=rank, path=shlex.quote(str(self.out)))
+        start = engine.start.format(rank=rank, path=shlex.quote(str(self.out)))
+        has_tower = any(is_in_tower(layer.written) for layer in self.plan.layers)
+        return f"{engine.tower} {start}" if engine.tower and has_tower else start
 
 
 def to_lora(
@@ -141,61 +147,43 @@ def to_lora(
         ) as work,
         one_blas_thread(),  # further threads of the BLAS wait longer than thin products take
     ):
-        base_facts = resolve_base(
-            work.adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL
-        )
-        pair = in_effect(
-            work.adapter, base_facts, projections=settings.projections, variant=settings.generator
-        )
-        plan = plan_lora(work.adapter, base_facts, pair, settings)
-        label = work.location.label
-        extras = extras_of(work.adapter)
-        sides = side_files(work.adapter.folder, not_fetched=work.location.left_out)
-        copied = _copied(sides, settings.target.form)
-        findings = [
-            *work.adapter.findings,
-            *base_facts.findings,
-            *pair.findings,
-            *other_dims(work.adapter, base_facts),
-            *adapter_findings(work, base_facts, sides, copied),
-            *engine_findings(plan, extras, settings, base_facts, place=label),
-        ]
-        _refuse(findings)
-        extras = Extras() if settings.drop_head else extras
-        origin = Origin(work.location, work.adapter, pair, settings, base_options)
-        files = _files(work, base_facts, plan, extras, settings.target)
-        job = _Job(work, base_facts, plan, extras, origin, files, copied)
-        measured, size = job.measure(progress) if settings.dry_run else job.write(progress)
-        findings += _measured_findings(measured)
-        return LoraConversion(
-            adapter=label,
-            out=out,
-            written=not settings.dry_run,
-            options=settings,
-            plan=plan,
-            source_rank=work.adapter.config.r,
-            measured=measured,
-            origin=pair.origin,
-            draw=pair.draw,
-            extras=extras,
-            base_facts=base_facts,
-            size=size,
-            free=free_space(out),
-            side_files=sides,
-            findings=tuple(dict.fromkeys(findings)),
-        )
+        job = _planned(work, base_options, settings)
+        return job.measure(progress) if settings.dry_run else job.write(progress)
+
+
+def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _Job:
+    """Plan a conversion, or refuse the adapter with all errors that can be told before writing."""
+    adapter = work.adapter
+    base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL)
+    pair = in_effect(
+        adapter, base_facts, projections=settings.projections, variant=settings.generator
+    )
+    plan = plan_lora(adapter, base_facts, pair, settings)
+    extras = extras_of(adapter)
+    sides = side_files(adapter.folder, not_fetched=work.location.left_out)
+    copied = _copied(sides, settings.target.form)
+    place = work.location.label
+    findings = [
+        *adapter.findings,
+        *base_facts.findings,
+        *pair.findings,
+        *other_dims(adapter, base_facts),
+        *adapter_findings(work, base_facts, sides, copied),
+        *engine_findings(plan, extras, settings, base_facts, place=place),
+    ]
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if errors:
+        raise CheckpointError.of(errors)
+    extras = Extras() if settings.drop_head else extras
+    origin = Origin(work.location, adapter, pair, settings, base_options)
+    files = _files(work, base_facts, plan, extras, settings.target)
+    return _Job(work, base_facts, plan, extras, origin, files, sides, copied, findings)
 
 
 def _copied(sides: SideFiles, form: Form) -> tuple[str, ...]:
     """Return the files of the adapter's folder that go with the LoRA."""
     is_like_peft = form in (Form.PEFT, Form.MLX)
     return tuple(name for name in sides.copied if is_like_peft and name != CARD_NAME)
-
-
-def _refuse(findings: Sequence[Finding]) -> None:
-    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
-    if errors:
-        raise CheckpointError.of(errors)
 
 
 def _measured_findings(measured: Measured) -> list[Finding]:
@@ -216,12 +204,7 @@ def _files(
     """Return the names and the config of a LoRA in the files of an engine."""
     if engine.form is Form.GGUF:
         return gguf_model(plan, base_facts)
-    modules = base_facts.modules
-    if engine.base_names and base_facts.base is not None:
-        modules = frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
-    return files_of(
-        engine.form, work.adapter.config, plan, extras, base_facts=base_facts, modules=modules
-    )
+    return files_of(engine, work.adapter.config, plan, extras, base_facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,58 +217,69 @@ class _Job:
     extras: Extras
     origin: Origin
     files: FormFiles | GgufModel
+    sides: SideFiles
     copied: tuple[str, ...]
+    findings: Sequence[Finding]
 
-    @property
-    def _size(self) -> int:
-        return self.plan.nbytes + sum(tensor.nbytes for tensor in self.extras.tensors)
-
-    def measure(self, progress: Progress) -> tuple[Measured, int]:
-        """Compute every layer and write nothing; return the errors and the weights' size."""
+    def measure(self, progress: Progress) -> LoraConversion:
+        """Compute every layer and write nothing."""
         computed = Computed(self.plan)
-        for number, layer in enumerate(self.plan.layers, 1):
+        size, layers = self._weights(computed).size, self.plan.layers
+        for number, layer in enumerate(layers, 1):
             computed.of(layer)
-            progress(self._size * number // len(self.plan.layers), self._size)
+            progress(size * number // len(layers), size)
         self._require_small_error(computed.measured)
-        return computed.measured, self._size
+        return self._result(computed.measured, size)
 
-    def write(self, progress: Progress) -> tuple[Measured, int]:
-        """Write the LoRA whole or not at all; return the errors and the weights' size."""
-        folder, files = self.work.adapter.folder, self.files
-        written = {CONFIG_NAME, files.weights, CARD_NAME, *self.copied}
+    def write(self, progress: Progress) -> LoraConversion:
+        """Write the LoRA whole or not at all."""
+        folder, files, computed = self.work.adapter.folder, self.files, Computed(self.plan)
+        weights, written = self._weights(computed), {CONFIG_NAME, CARD_NAME, *self.copied}
         with staged_folder(
             self.work.out,
             force=self.work.force,
             inputs=[folder, *self.base_facts.folders],
             is_own=is_lora,
-            strangers=lambda earlier: files_but(earlier, written),
+            strangers=lambda earlier: files_but(earlier, {files.weights, *written}),
         ) as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
-            require_space(self._size + copied, staged, self.work.out)
-            measured = self._write_weights(staged / files.weights, progress)
-            self._require_small_error(measured)
+            require_space(weights.size + copied, staged, self.work.out)
+            weights.write(staged / files.weights, progress, check=self.origin.options.check)
+            self._require_small_error(computed.measured)
             if files.config is not None:
                 (staged / CONFIG_NAME).write_bytes(files.config)
             (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
             copy_side_files(folder, self.copied, staged)
             self.work.adapter.check_unchanged()
-            return measured, (staged / files.weights).stat().st_size
+        return self._result(computed.measured, weights.size)
 
-    def _write_weights(self, path: Path, progress: Progress) -> Measured:
-        computed, record = Computed(self.plan), record_of(self.origin, self.plan)
+    def _weights(self, computed: Computed) -> Weights:
+        record = record_of(self.origin, self.plan)
         if isinstance(self.files, GgufModel):
-            write_gguf(path, self.files, record, computed, progress)
-            return computed.measured
-        write_weights(
-            path,
-            [*lora_tensors(self.plan, self.files, computed), *self.extras.tensors],
-            record,
-            computed,
-            progress,
-            metadata=self.files.metadata,
-            check=self.origin.options.check,
+            return GgufWeights(self.files, record, computed)
+        return SafetensorsWeights(self.files, self.extras.tensors, record, computed)
+
+    def _result(self, measured: Measured, size: int) -> LoraConversion:
+        pair, options = self.origin.pair, self.origin.options
+        return LoraConversion(
+            adapter=self.work.location.label,
+            out=self.work.out,
+            written=not options.dry_run,
+            options=options,
+            plan=self.plan,
+            naming=self.files.naming,
+            names={layer.module: self.files.name(layer) for layer in self.plan.layers},
+            source_rank=self.work.adapter.config.r,
+            measured=measured,
+            origin=pair.origin,
+            draw=pair.draw,
+            extras=self.extras,
+            base_facts=self.base_facts,
+            size=size,
+            free=free_space(self.work.out),
+            side_files=self.sides,
+            findings=tuple(dict.fromkeys((*self.findings, *_measured_findings(measured)))),
         )
-        return computed.measured
 
     def _card(self) -> str:
         config = self.work.adapter.config

@@ -1,6 +1,6 @@
-"""What each engine takes as a LoRA: one table, read in the engines' own sources.
+"""The rules of each engine for a LoRA, in one table that was read in the engines' own sources.
 
-Every other module asks this table. An engine that changes its mind is a change here alone.
+Every other module asks this table, so a new release of an engine changes this module alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,25 @@ class Form(StrEnum):
     GGUF = "gguf"
 
 
+_TEXT_MODEL = r"((model|language_model|llm|thinker|decoder|transformer|backbone)\.)*"
+_TOWER = re.compile(r"(.+\.)?(vision|visual|vit|audio|speech|image|multi_modal|mm_)\w*\..+")
+_EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\..+")
+
+
+def is_in_tower(module: str) -> bool:
+    """Say whether a module belongs to the vision or audio tower of a model with a text model."""
+    return _TOWER.fullmatch(module) is not None
+
+
+def experts_of(module: str) -> str:
+    """Return the path of the routed experts that a module belongs to; empty if there is none."""
+    found = _EXPERT.fullmatch(module)
+    return found[1] if found else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What one engine takes.
+    """The rules of one engine.
 
     Attributes:
         title: how messages call the engine.
@@ -44,7 +60,10 @@ class Engine:
             otherwise by their names in memory, which are the adapter's.
         ranks: the ranks that a server can be started for, ascending; empty if any rank will do.
         fast_rank: the rank up to which the engine's own kernels work; 0 if there is no limit.
-        every_layer: whether a kind of layer is dropped unless each of the model's layers has one.
+        every_layer: whether a kind of layer is dropped unless each of the model's layers has a
+            LoRA of this kind.
+        whole_experts: whether routed experts must all be adapted, each with all projections.
+        one_of_a_kind: whether two modules of a layer with the same last name overwrite each other.
         partners: the modules that must be adapted beside a module, by the last part of its path.
         known_modules: the pattern of the module paths that the engine looks up; None for any.
         heads: the names of modules that may be replaced whole; None for any module.
@@ -53,6 +72,7 @@ class Engine:
         tied_head: whether an output head that shares the embedding's tensor can be adapted.
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
+        tower: the further argument without which layers of a vision or audio tower are left out.
     """
 
     title: str
@@ -62,6 +82,8 @@ class Engine:
     ranks: tuple[int, ...] = ()
     fast_rank: int = 0
     every_layer: bool = False
+    whole_experts: bool = False
+    one_of_a_kind: bool = False
     partners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known_modules: re.Pattern[str] | None = None
     heads: frozenset[str] | None = frozenset()
@@ -70,6 +92,7 @@ class Engine:
     tied_head: bool = True
     renames_targets: bool = False
     start: str = ""
+    tower: str = ""
 
     def server_rank(self, rank: int) -> int | None:
         """Return the rank to start a server with; None if the engine serves no LoRA of `rank`."""
@@ -88,27 +111,36 @@ ENGINES: Mapping[EngineName, Engine] = {
     ),
     EngineName.VLLM: Engine(
         "vLLM",
-        "vLLM 0.33.0: config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py",
+        "vLLM 0.33.0: config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py, "
+        "lora/model_manager.py, lora/lora_weights.py",
         base_names=True,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        whole_experts=True,
         heads=frozenset(("classifier", "score")),
         start="--enable-lora --max-lora-rank {rank} --lora-modules vera={path}",
+        tower="--enable-tower-connector-lora",
     ),
     EngineName.SGLANG: Engine(
         "SGLang",
-        "SGLang 0.5.23: srt/lora/lora.py, srt/lora/lora_manager.py, srt/layers/utils/common.py",
+        "SGLang 0.5.23: srt/lora/lora.py, srt/lora/lora_manager.py, srt/lora/mem_pool.py, "
+        "srt/lora/utils.py, srt/layers/utils/common.py",
         base_names=True,
+        whole_experts=True,
+        one_of_a_kind=True,
         partners={
             "q_proj": ("v_proj",),
             "k_proj": ("q_proj", "v_proj"),
             "v_proj": ("q_proj",),
             "up_proj": ("gate_proj",),
         },
-        known_modules=re.compile(r".*layers\.[0-9]+\..+|(.+\.)?lm_head"),
+        # The config names w1, w2 and w3, and SGLang wraps experts by gate_up_proj and down_proj.
+        known_modules=re.compile(
+            _TEXT_MODEL + r"(layers\.[0-9]+\.(?!.*experts\.[0-9]+\.w[123]$).+|lm_head)"
+        ),
         start="--enable-lora --max-lora-rank {rank} --lora-paths vera={path}",
     ),
     EngineName.TGI: Engine(
-        "TGI and LoRAX",
+        "TGI (LoRAX)",
         "text-generation-inference 3.3: server/adapters/lora.py, server/utils/adapter.py",
         base_names=True,
         fast_rank=128,
@@ -129,7 +161,10 @@ ENGINES: Mapping[EngineName, Engine] = {
         "MLX-LM 0.32.2: tuner/utils.py, tuner/lora.py",
         form=Form.MLX,
         base_names=True,
-        known_modules=re.compile(r"(language_model\.)?model\.layers\.[0-9]+\..+|lm_head"),
+        # MLX-LM stacks routed experts in one module.
+        known_modules=re.compile(
+            r"(language_model\.)?model\.layers\.[0-9]+\.(?!.*experts\.[0-9]+\.).+|lm_head"
+        ),
         conv1d=False,
         tied_head=False,
         start="--adapter-path {path}",

@@ -16,7 +16,7 @@ from vera_convert.adapter.names import PREFIX
 from vera_convert.base.facts import BaseFacts
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
-from vera_convert.lora.engines import Form
+from vera_convert.lora.engines import Engine, Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.rules import LORA_BASE_UNKNOWN
@@ -31,7 +31,9 @@ class FormFiles:
 
     Attributes:
         weights: the name of the weights.
+        naming: how the form names layers, for people.
         prefix: what stands before the path of a module in the name of a tensor.
+        below: the part of `prefix` that belongs to the name of a layer.
         endings: what stands after the path, for lora_A and lora_B.
         transposed: whether the factors are stored as (in, rank) and (rank, out).
         metadata: metadata of the weights beside the record.
@@ -39,11 +41,17 @@ class FormFiles:
     """
 
     weights: str
-    prefix: str
+    naming: str
+    prefix: str = ""
+    below: str = ""
     endings: tuple[str, str] = (".lora_A.weight", ".lora_B.weight")
     transposed: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: bytes | None = None
+
+    def name(self, layer: LoraLayer) -> str:
+        """Return the name of a layer in the files."""
+        return f"{self.below}{layer.written}"
 
     def names(self, layer: LoraLayer) -> tuple[str, str]:
         """Return the names of a layer's two tensors."""
@@ -52,38 +60,36 @@ class FormFiles:
 
 
 def files_of(
-    form: Form,
-    config: VeraConfig,
-    plan: LoraPlan,
-    extras: Extras,
-    *,
-    base_facts: BaseFacts,
-    modules: Collection[str],
+    engine: Engine, config: VeraConfig, plan: LoraPlan, extras: Extras, base_facts: BaseFacts
 ) -> FormFiles:
-    """Return how a LoRA lies in the files of a form.
+    """Return how a LoRA lies in an engine's files of safetensors.
 
     Args:
-        form: one of the forms of safetensors.
+        engine: the engine.
         config: the VeRA adapter's.
         plan: the LoRA.
         extras: the heads and biases that are stored with the LoRA.
         base_facts: the base facts.
-        modules: every module with a weight, by the names that the LoRA uses; empty if not known.
 
     Raises:
         CheckpointError: the component of a pipeline is not known.
     """
-    if form is Form.MLX:
-        text = _mlx_config(config, plan, modules)
-        return FormFiles(MLX_NAME, "", (".lora_a", ".lora_b"), transposed=True, config=text)
-    if form is Form.DIFFUSERS:
+    modules, naming = base_facts.modules, "as in the adapter"
+    if engine.base_names and base_facts.base is not None:
+        modules = frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
+        naming = "as in the base's files"
+    if engine.form is Form.MLX:
+        endings, text = (".lora_a", ".lora_b"), _mlx_config(config, plan, modules)
+        return FormFiles(MLX_NAME, naming, endings=endings, transposed=True, config=text)
+    if engine.form is Form.DIFFUSERS:
         component = component_of(base_facts)
         own = _diffusers_metadata(config, plan, modules)
         named = {f"{component}.{key}": value for key, value in own.items()}
         metadata = {DIFFUSERS_METADATA: json.dumps(named, sort_keys=True)}
-        return FormFiles(DIFFUSERS_NAME, f"{component}.", metadata=metadata)
+        prefix, naming = f"{component}.", f"{naming}, under {component}"
+        return FormFiles(DIFFUSERS_NAME, naming, prefix, below=prefix, metadata=metadata)
     text = config_text(config, plan, extras, modules=modules)
-    return FormFiles(WEIGHTS_NAME, PREFIX, config=text)
+    return FormFiles(WEIGHTS_NAME, naming, PREFIX, config=text)
 
 
 # --- Diffusers -----------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ architecture `llama`. The rows of lora_B are permuted alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -18,13 +20,16 @@ import numpy as np
 from vera_convert.adapter.lora_record import GGUF_NAME, RECORD_KEY
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel
+from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import Array
+from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.writing import Computed
+from vera_convert.lora.writing import Computed, Progress
 from vera_convert.rules import LORA_BASE_UNKNOWN, LORA_NAME_UNKNOWN
-from vera_convert.text import printable
+from vera_convert.text import printable, read_back_differs
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -43,6 +48,8 @@ ARCHITECTURES = {
 PERMUTED = "llama"
 """The architecture whose rows of q and k llama.cpp orders in another way."""
 _MOST_LAYERS = 10_000
+_ALIGNMENT = 32
+"""GGUF's default: each part of a file begins at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,11 @@ class GgufModel:
 
     weights = GGUF_NAME
     config = None
+    naming = "as in llama.cpp"
+
+    def name(self, layer: LoraLayer) -> str:
+        """Return the name of a layer in the file."""
+        return self.names[layer.written]
 
     def stored_B(self, layer: LoraLayer, lora_B: Array) -> Array:  # noqa: N802 -- a matrix
         """Return lora_B with its rows in llama.cpp's order."""
@@ -129,59 +141,93 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     return GgufModel(architecture, (heads, pairs), names)
 
 
-def write_gguf(
-    path: Path,
-    model: GgufModel,
-    record: Mapping[str, object],
-    computed: Computed,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Write a LoRA as a GGUF file.
+@dataclass(frozen=True, slots=True, eq=False)
+class GgufWeights:
+    """The weights of a LoRA in a GGUF file.
 
-    The record stands before the tensors and states the error, which is known last. Its length does
-    not depend on the error, so the record is written again at the end.
-
-    Raises:
-        CheckpointError: a value is too large for the dtype.
+    Attributes:
+        model: the base as llama.cpp knows it.
+        record: the LoRA's record, but for its error.
+        computed: computes the factors.
     """
-    gguf, plan = gguf_package(), computed.plan
-    writer = gguf.GGUFWriter(path, model.architecture)
-    first = metadata_with(record, 0.0, {})[RECORD_KEY]
-    writer.add_string("general.type", "adapter")
-    writer.add_string(RECORD_KEY, first)
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(plan.rank))
-    kinds = gguf.GGMLQuantizationType
-    kind = {"F32": kinds.F32, "F16": kinds.F16, "BF16": kinds.BF16}[plan.dtype]
-    width = 4 if plan.dtype == "F32" else 2
-    for layer in plan.layers:
-        sizes = (plan.rank, layer.shape.in_features), (layer.shape.out_features, plan.rank)
-        for part, size in zip("ab", sizes, strict=True):
-            name = f"{model.names[layer.written]}.weight.lora_{part}"
-            writer.add_tensor_info(name, size, np.float32, size[0] * size[1] * width, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    done = 0
-    for layer in plan.layers:
-        found = computed.of(layer)
-        for matrix in (found.lora_A, model.stored_B(layer, found.lora_B)):
-            writer.write_tensor_data(np.ascontiguousarray(matrix).view(f"u{width}"))
-            done += matrix.nbytes
-        progress(done, plan.nbytes)
-    writer.close()
-    last = metadata_with(record, computed.measured.worst, {})[RECORD_KEY]
-    with path.open("r+b") as file:
-        start = file.read(len(first) + 4096).index(first.encode())
-        file.seek(start)
-        file.write(last.encode())
 
+    model: GgufModel
+    record: Mapping[str, object]
+    computed: Computed
 
-def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
-    """Return the package `gguf`, or raise `SurroundingsError` if the package is not installed."""
-    try:
-        return import_module("gguf")
-    except ImportError as error:
-        raise SurroundingsError(
-            "a GGUF file needs the package gguf. Install it with: pip install 'vera-convert[gguf]'."
-        ) from error
+    @property
+    def size(self) -> int:
+        """The bytes of the file; its beginning is written to a temporary folder and measured."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / GGUF_NAME
+            self._begun(path).close()
+            beginning = path.stat().st_size
+        parts = [beginning, *(self._width * math.prod(size) for _, size in self._infos())]
+        return sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in parts)
+
+    def write(self, path: Path, progress: Progress, *, check: bool) -> None:
+        """Write the file, and read back the header, and with `check` every byte."""
+        plan, written, done, total = self.computed.plan, hashlib.sha256(), 0, self.size
+        writer = self._begun(path)
+        for layer in plan.layers:
+            found = self.computed.of(layer)
+            for matrix in (found.lora_A, self.model.stored_B(layer, found.lora_B)):
+                values = np.ascontiguousarray(matrix).view(f"u{self._width}")
+                writer.write_tensor_data(values)
+                written.update(values.data if check else b"")
+                done += matrix.nbytes
+            progress(done, total)
+        writer.close()
+        self._state_error(path)
+        with open_local(path) as source:
+            file = read_gguf(source)
+            same = source.size == total and [*file.tensors] == [name for name, _ in self._infos()]
+            same = same and file.metadata[RECORD_KEY] == self._text(self.computed.measured.worst)
+            if check and same:
+                digest = hashlib.sha256()
+                for tensor in file.tensors.values():
+                    for block in tensor.blocks():
+                        digest.update(block)
+                same = digest.digest() == written.digest()
+        if not same:
+            raise SurroundingsError(read_back_differs(path.name))
+
+    @property
+    def _width(self) -> int:
+        return BITS[self.computed.plan.dtype] // 8
+
+    def _text(self, error: float) -> str:
+        return metadata_with(self.record, error, {})[RECORD_KEY]
+
+    def _infos(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield name and shape of each tensor, in the order of the file."""
+        rank = self.computed.plan.rank
+        for layer in self.computed.plan.layers:
+            name = f"{self.model.names[layer.written]}.weight.lora_"
+            yield f"{name}a", (rank, layer.shape.in_features)
+            yield f"{name}b", (layer.shape.out_features, rank)
+
+    def _begun(self, path: Path) -> Any:  # noqa: ANN401 -- the package has no types
+        """Write all that stands before the values, and return the package's writer."""
+        gguf, plan = gguf_package(), self.computed.plan
+        writer = gguf.GGUFWriter(path, self.model.architecture)
+        writer.add_string("general.type", "adapter")
+        writer.add_string(RECORD_KEY, self._text(0.0))
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(plan.rank))
+        kind = gguf.GGMLQuantizationType[plan.dtype]
+        for name, shape in self._infos():
+            size = self._width * math.prod(shape)
+            writer.add_tensor_info(name, shape, np.float32, size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return writer
+
+    def _state_error(self, path: Path) -> None:
+        """Write the record again, with the error."""
+        first = self._text(0.0).encode()
+        with path.open("r+b") as file:
+            start = file.read(len(first) + _ALIGNMENT * 128).index(first)
+            file.seek(start)
+            file.write(self._text(self.computed.measured.worst).encode())

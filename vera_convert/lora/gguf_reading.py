@@ -14,21 +14,19 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.lora.gguf_form import gguf_package
 from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _MOST_HEADER = 1 << 26
 _MOST_LAYERS = 10_000
 _BLOCK = 1 << 20
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
-    12: "d"
-}
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """The format of each scalar type of GGUF, in the words of `struct`."""
 _TEXT, _ARRAY = 8, 9
 _DTYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
@@ -166,6 +164,16 @@ class _Cursor:
 
 
 # --- names ---------------------------------------------------------------------------------------
+
+
+def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
+    """Return the package `gguf`, or raise `SurroundingsError` if the package is not installed."""
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise SurroundingsError(
+            "a GGUF file needs the package gguf. Install it with: pip install 'vera-convert[gguf]'."
+        ) from error
 
 
 def gguf_names(

@@ -13,7 +13,7 @@ from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.base.facts import BaseFacts
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
-from vera_convert.lora.engines import Engine
+from vera_convert.lora.engines import Engine, experts_of
 from vera_convert.lora.factors import Decomposition, Factors, Inputs, smallest_rank
 from vera_convert.lora.options import LoraOptions
 from vera_convert.merging.in_effect import InEffect
@@ -104,7 +104,7 @@ def plan_lora(
         UsageError: the layers' numbers of inputs are not known.
     """
     layers = [*_layers(adapter, base_facts, pair, options.target)]
-    missing = [*_missing(layers, base_facts, options.target)]
+    missing = _missing(layers, base_facts, options.target)
     if options.fill_layers:
         shapes = {module: _shape(module, layers, base_facts) for module in missing}
         layers += _filled(shapes, base_facts, pair, options.target)
@@ -157,23 +157,27 @@ def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:
     return base_facts.match.rename(module) or module
 
 
-def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine) -> Iterator[str]:
-    """Yield the modules that the engine wants because of the adapted ones."""
+def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine) -> list[str]:
+    """Return the modules without a LoRA that the engine needs beside the adapted ones."""
     own = {layer.module for layer in layers}
-    wanted: dict[str, None] = {}
+    wanted = {
+        f"{path}.{name}".lstrip(".")
+        for path, _, last in (module.rpartition(".") for module in own)
+        for name in engine.partners.get(last, ())
+    }
+    if engine.whole_experts:
+        experts = {*map(experts_of, own)} - {""}
+        wanted |= {module for module in base_facts.modules if experts_of(module) in experts}
     if engine.every_layer:
         kinds = {kind_of(module) for module in own if kind_of(module) != module}
         known = engine.known_modules
-        for module in sorted(base_facts.modules):
-            if kind_of(module) in kinds and (
-                known is None or known.fullmatch(_written(module, base_facts, engine))
-            ):
-                wanted[module] = None
-    for module in own:
-        path, _, last = module.rpartition(".")
-        partners = (f"{path}.{name}".lstrip(".") for name in engine.partners.get(last, ()))
-        wanted |= dict.fromkeys(each for each in partners if each in base_facts.modules)
-    yield from sorted(wanted.keys() - own)
+        wanted |= {
+            module
+            for module in base_facts.modules
+            if kind_of(module) in kinds
+            and (known is None or known.fullmatch(_written(module, base_facts, engine)))
+        }
+    return sorted((wanted & {*base_facts.modules}) - own)
 
 
 def _shape(module: str, layers: Sequence[LoraLayer], base_facts: BaseFacts) -> Linear | None:

@@ -7,15 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
-from vera_convert.files.reading import open_local
-from vera_convert.files.tensorfile import (
-    Array,
-    TensorData,
-    from_array,
-)
+from vera_convert.files.reading import ByteSource, open_local
+from vera_convert.files.tensorfile import Array, TensorData, from_array
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
@@ -25,11 +22,12 @@ from vera_convert.text import printable, read_back_differs
 
 Progress = Callable[[int, int], None]
 """Told now and then how many bytes are written, and of how many."""
+_BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
 class Measured:
-    """What was measured while layers were computed.
+    """The measurements that were taken while layers were computed.
 
     Attributes:
         errors: the relative error of each layer's delta, by the adapter's module path.
@@ -74,72 +72,103 @@ class Computed:
         return self._last[1]
 
 
-def lora_tensors(plan: LoraPlan, files: FormFiles, computed: Computed) -> Iterator[TensorData]:
-    """Yield the two tensors of each layer; they are computed when their bytes are asked for."""
-    for layer in plan.layers:
-        names, shape = files.names(layer), layer.shape
-        shapes = (plan.rank, shape.in_features), (shape.out_features, plan.rank)
-        for number, (name, size) in enumerate(zip(names, shapes, strict=True)):
-            blocks = _bytes_of(layer, number, files, computed)
-            yield TensorData(name, plan.dtype, size[::-1] if files.transposed else size, blocks)
+class Weights(Protocol):
+    """The file of a LoRA's weights: safetensors or GGUF.
 
-
-def _bytes_of(
-    layer: LoraLayer, number: int, files: FormFiles, computed: Computed
-) -> Callable[[], Iterator[bytes | memoryview]]:
-    def blocks() -> Iterator[bytes | memoryview]:
-        found = computed.of(layer)
-        matrix: Array = (found.lora_A, found.lora_B)[number]
-        yield from from_array("", matrix.T if files.transposed else matrix).blocks()
-
-    return blocks
-
-
-def write_weights(
-    path: Path,
-    tensors: Sequence[TensorData],
-    record: Mapping[str, object],
-    computed: Computed,
-    progress: Progress,
-    *,
-    metadata: Mapping[str, str],
-    check: bool,
-) -> None:
-    """Write the weights, and read back the header, or every byte if `check` says so.
-
-    The header comes first in the file and states the error, which is known last. The length of the
-    header does not depend on the error, so the header is written again at the end.
-
-    Raises:
-        CheckpointError: a value is too large for the dtype.
-        SurroundingsError: other bytes came back than were written.
+    The file's beginning states the largest error, which is known last. The length of the beginning
+    does not depend on the error, so the beginning is written twice.
     """
-    ordered = in_order(tensors)
-    total = sum(tensor.nbytes for tensor in ordered)
-    data, done = hashlib.sha256(), 0
-    header = header_bytes(ordered, metadata_with(record, 0.0, metadata))
-    with path.open("xb") as sink:
-        sink.write(header)
-        for tensor in ordered:
-            for block in tensor.blocks():
-                sink.write(block)
-                done += memoryview(block).nbytes
-                if check:
-                    data.update(block)
-            progress(done, total)
-        header = header_bytes(ordered, metadata_with(record, computed.measured.worst, metadata))
-        sink.seek(0)
-        sink.write(header)
-    with open_local(path) as source:
-        same = source.size == len(header) + total and read_header(source).data_start == len(header)
-        same = same and source.read_at(0, len(header)) == header
-        if check and same:
-            digest = hashlib.sha256()
-            for start in range(len(header), source.size, 1 << 20):
-                digest.update(source.read_at(start, min(1 << 20, source.size - start)))
-            same = digest.digest() == data.digest()
-    if not same:
-        raise SurroundingsError(read_back_differs(path.name))
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+
+    def write(self, path: Path, progress: Progress, *, check: bool) -> None:
+        """Write the file, and read back the header, and with `check` every byte.
+
+        Raises:
+            CheckpointError: a value is too large for the dtype.
+            SurroundingsError: other bytes came back than were written.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SafetensorsWeights:
+    """The weights of a LoRA in a safetensors file.
+
+    Attributes:
+        files: the names and the orientation of the factors.
+        others: heads and biases.
+        record: the LoRA's record, but for its error.
+        computed: computes the factors.
+    """
+
+    files: FormFiles
+    others: Sequence[TensorData]
+    record: Mapping[str, object]
+    computed: Computed
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        tensors = self._tensors()
+        return len(self._header(tensors, 0.0)) + sum(tensor.nbytes for tensor in tensors)
+
+    def write(self, path: Path, progress: Progress, *, check: bool) -> None:
+        """Write the file, and read back the header, and with `check` every byte."""
+        tensors, written = self._tensors(), hashlib.sha256()
+        header = self._header(tensors, 0.0)
+        done, total = len(header), len(header) + sum(tensor.nbytes for tensor in tensors)
+        with path.open("xb") as sink:
+            sink.write(header)
+            for tensor in tensors:
+                for block in tensor.blocks():
+                    done += sink.write(block)
+                    if check:
+                        written.update(block)
+                progress(done, total)
+            header = self._header(tensors, self.computed.measured.worst)
+            sink.seek(0)
+            sink.write(header)
+        with open_local(path) as source:
+            same = source.size == total and source.read_at(0, len(header)) == header
+            same = same and read_header(source).data_start == len(header)
+            if check and same:
+                same = _digest(source, len(header)) == written.digest()
+        if not same:
+            raise SurroundingsError(read_back_differs(path.name))
+
+    def _header(self, tensors: Sequence[TensorData], error: float) -> bytes:
+        return header_bytes(tensors, metadata_with(self.record, error, self.files.metadata))
+
+    def _tensors(self) -> list[TensorData]:
+        return in_order([*self._factors(), *self.others])
+
+    def _factors(self) -> Iterator[TensorData]:
+        """Yield the two tensors of each layer; the factors are computed when they are written."""
+        plan = self.computed.plan
+        for layer in plan.layers:
+            sizes = (plan.rank, layer.shape.in_features), (layer.shape.out_features, plan.rank)
+            for number, (name, size) in enumerate(zip(self.files.names(layer), sizes, strict=True)):
+                shape = size[::-1] if self.files.transposed else size
+                yield TensorData(name, plan.dtype, shape, self._bytes_of(layer, number))
+
+    def _bytes_of(
+        self, layer: LoraLayer, number: int
+    ) -> Callable[[], Iterator[bytes | memoryview]]:
+        def blocks() -> Iterator[bytes | memoryview]:
+            found = self.computed.of(layer)
+            matrix: Array = (found.lora_A, found.lora_B)[number]
+            yield from from_array("", matrix.T if self.files.transposed else matrix).blocks()
+
+        return blocks
+
+
+def _digest(source: ByteSource, start: int) -> bytes:
+    digest = hashlib.sha256()
+    for place in range(start, source.size, _BLOCK):
+        digest.update(source.read_at(place, min(_BLOCK, source.size - place)))
+    return digest.digest()
 
 
 def copy_side_files(folder: Path, names: Sequence[str], staged: Path) -> None:
@@ -155,8 +184,8 @@ def copy_side_files(folder: Path, names: Sequence[str], staged: Path) -> None:
         with open_local(folder / name, within=folder) as source:
             digest = hashlib.sha256()
             with target.open("xb") as sink:
-                for start in range(0, source.size, 1 << 20):
-                    block = source.read_at(start, min(1 << 20, source.size - start))
+                for start in range(0, source.size, _BLOCK):
+                    block = source.read_at(start, min(_BLOCK, source.size - start))
                     digest.update(block)
                     sink.write(block)
             source.check_unchanged()

@@ -1,0 +1,98 @@
+"""The rules of each engine: a layer that the engine would drop is refused before writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import HIDDEN, RANK, good_adapter, good_tensors
+from bases import TENSORS, tiny_base
+
+from vera_convert.errors import CheckpointError
+from vera_convert.lora.conversion import LoraConversion, to_lora
+from vera_convert.lora.options import LoraOptions
+
+DENSE = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+EXPERTS = [
+    f"model.layers.1.mlp.experts.{number}.{name}"
+    for number in range(2)
+    for name in ("gate_proj", "up_proj", "down_proj")
+]
+SHARED = [
+    f"model.layers.1.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+]
+TOWER = ["vision_tower.encoder.layers.0.self_attn.q_proj"]
+ATTENTION = [
+    f"model.layers.{n}.self_attn.{name}" for n in range(2) for name in ("q_proj", "v_proj")
+]
+MODULES = [*ATTENTION, *DENSE, *EXPERTS, *SHARED, *TOWER]
+
+
+def convert(adapted: list[str], folder: Path, **options: Any) -> LoraConversion:
+    """Convert an adapter of some modules of a model with a dense layer, experts and a tower."""
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    tensors |= {name: t for name, t in good_tensors().items() if name.startswith("base_model.vera")}
+    for module in adapted:
+        tensors[f"base_model.model.{module}.vera_lambda_b"] = np.ones(HIDDEN, np.float32)
+        tensors[f"base_model.model.{module}.vera_lambda_d"] = np.ones(RANK, np.float32)
+    adapter = good_adapter(folder / "adapter", tensors=tensors, target_modules=sorted(adapted))
+    shapes: dict[str, Any] = dict.fromkeys(TENSORS)
+    shapes |= {f"{module}.weight": (HIDDEN, HIDDEN) for module in (*MODULES, *adapted)}
+    base = tiny_base(folder / "base", tensors=shapes, config={"model_type": "some_moe"})
+    return to_lora(adapter, folder / "out", base=base, options=LoraOptions(**options))
+
+
+def refused(adapted: list[str], folder: Path, match: str, **options: Any) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        convert(adapted, folder, **options)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_routed_experts_are_adapted_as_a_whole_or_filled_with_zeros(
+    engine: str, tmp_path: Path
+) -> None:
+    assert convert(EXPERTS, tmp_path / "all", engine=engine).written
+    part = EXPERTS[:2]
+    lost = r"V704 model\.layers\.1\.mlp\.experts\.0\.down_proj: .*3 more.* --fill-layers"
+    refused(part, tmp_path / "some", lost, engine=engine)
+    done = convert(part, tmp_path / "filled", engine=engine, fill_layers=True)
+    assert {layer.module for layer in done.plan.layers} == {*EXPERTS}
+    assert done.plan.filled == 4
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_shared_experts_and_dense_layers_of_a_moe_are_served(engine: str, tmp_path: Path) -> None:
+    assert convert([*SHARED, *DENSE], tmp_path, engine=engine).written
+
+
+@pytest.mark.parametrize("engine", ["tgi", "mlx"])
+def test_routed_experts_are_no_modules_of_their_own(engine: str, tmp_path: Path) -> None:
+    refused(EXPERTS, tmp_path, r"V705 .*experts.*5 more", engine=engine)
+
+
+def test_tgi_drops_a_kind_that_a_layer_of_the_base_lacks(tmp_path: Path) -> None:
+    refused(DENSE, tmp_path / "dense", r"V705 .*layers\.0\.mlp.*2 more", engine="tgi")
+    assert convert(ATTENTION, tmp_path / "attention", engine="tgi").written
+
+
+@pytest.mark.parametrize("engine", ["sglang", "tgi", "mlx"])
+def test_a_vision_tower_is_no_part_of_the_text_model(engine: str, tmp_path: Path) -> None:
+    refused(TOWER, tmp_path, r"V705 vision_tower\.encoder\.layers\.0", engine=engine)
+
+
+def test_vllm_loads_a_vision_tower_only_on_request(tmp_path: Path) -> None:
+    done = convert([*TOWER, *ATTENTION], tmp_path / "tower", engine="vllm")
+    assert [finding.code for finding in done.findings if finding.code > "V7"] == ["V716"]
+    assert done.server_arguments.startswith("--enable-tower-connector-lora --enable-lora ")
+    done = convert(ATTENTION, tmp_path / "text", engine="vllm")
+    assert not [finding for finding in done.findings if finding.code > "V7"]
+    assert "--enable-tower" not in done.server_arguments
+
+
+def test_sglang_keeps_one_lora_for_each_name_in_a_layer(tmp_path: Path) -> None:
+    twice = [SHARED[2], "model.layers.1.self_attn.down_proj"]
+    refused(twice, tmp_path / "twice", r"V705 .*same name", engine="sglang")
+    assert convert(twice, tmp_path / "vllm", engine="vllm").written
