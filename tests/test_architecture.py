@@ -33,8 +33,8 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: layers vocabulary strategies match resizes task_classes replacements tied components facts
-base: casts dims identity resolve
+base: bases layers vocabulary strategies match resizes task_classes replacements tied components
+base: facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize adapters changes collect plan report replaced

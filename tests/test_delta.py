@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from vera_convert.adapter.opening import open_adapter
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseOptions
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.delta import delta, merged
 from vera_convert.merging.in_effect import in_effect
@@ -106,8 +107,8 @@ def test_in_float64_it_gives_every_reference_of_the_fixtures(path: Path) -> None
         for module, layer in adapter.layers.items():
             name = base_facts.match.tensors[module]
             d, b = layer.lambda_d.array(), layer.lambda_b.array()
-            change = exact_delta(pair.A, pair.B, d, b, base_facts.match.shapes[module][1])
-            if module in base_facts.match.conv1d:
+            change = exact_delta(pair.A, pair.B, d, b, base_facts.match.layers[module].in_features)
+            if base_facts.match.layers[module].conv1d:
                 change = change.T
             found = sha256(merged(weights[name], change).tobytes()).hexdigest()
             assert found == expected["merged"][name]["sha256_float64_reference"], name

@@ -166,9 +166,13 @@ def as_lora(found: AdapterInfo, folder: Path) -> dict[str, Any]:
     assert found.base_facts.match is not None
     rank, stored = found.config.r, load_file(folder / WEIGHTS)
     factors = {}
-    for module, (outputs, inputs) in found.base_facts.match.shapes.items():
-        factors[f"base_model.model.{module}.lora_A.weight"] = np.zeros((rank, inputs), "f4")
-        factors[f"base_model.model.{module}.lora_B.weight"] = np.zeros((outputs, rank), "f4")
+    for module, layer in found.base_facts.match.layers.items():
+        factors[f"base_model.model.{module}.lora_A.weight"] = np.zeros(
+            (rank, layer.in_features), "f4"
+        )
+        factors[f"base_model.model.{module}.lora_B.weight"] = np.zeros(
+            (layer.out_features, rank), "f4"
+        )
     return factors | {name: stored[name] for name in found.replacements}
 
 

@@ -12,10 +12,11 @@ from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import one_of, optional, place, text
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.unpack import unpacked
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import (
     RecognizedPair,
@@ -215,7 +216,7 @@ def _inputs(base_facts: BaseFacts) -> dict[str, int]:
     """Return in_features by module, as far as the base's headers were read."""
     if base_facts.match is None:
         return {}
-    return {module: inputs for module, (_, inputs) in base_facts.match.shapes.items()}
+    return {module: layer.in_features for module, layer in base_facts.match.layers.items()}
 
 
 def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:

@@ -75,8 +75,6 @@ def test_one_file(fixtures: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     assert base.tensors[name].file == "model.safetensors"
     assert base.tensors[name].info.shape == (48, 80)
-    assert base.linear_shape(name, conv1d=False) == (48, 80)
-    assert base.linear_shape(name, conv1d=True) == (80, 48)
     assert base.findings == ()
 
 

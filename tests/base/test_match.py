@@ -7,12 +7,13 @@ import pytest
 from safetensors import safe_open
 
 from vera_convert.base.facts import parse_key_map
-from vera_convert.base.match import match_modules
+from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.replacements import Part, match_replacements
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
+from vera_convert.targets.linear import Linear
 
 Shape = Sequence[int]
 
@@ -46,17 +47,22 @@ def refused(layers: Mapping[str, int], base: BaseModel, **options: object) -> tu
     return error.value.findings[0].code, str(error.value)
 
 
+def conv1d_of(match: Match) -> frozenset[str]:
+    """Return the modules whose tensors are stored as (in, out)."""
+    return frozenset(module for module, layer in match.layers.items() if layer.conv1d)
+
+
 # --- the strategies ------------------------------------------------------------------------------
 
 
 def test_names_that_fit_are_taken_as_they_are() -> None:
     layers = {**Q, "model.layers.1.mlp.down_proj": 8, "model.layers.0.self_attn.k_proj": 4}
     match = match_modules(layers, base_of(llama()), widest=12)
-    assert match.strategy == "names as they are"
+    assert match.strategy.name == "names as they are"
     assert match.tensors == {module: f"{module}.weight" for module in layers}
     assert list(match.tensors) == list(layers)
-    assert match.shapes["model.layers.1.mlp.down_proj"] == (8, 12)
-    assert match.conv1d == match.tied == frozenset()
+    assert match.layers["model.layers.1.mlp.down_proj"] == Linear(8, 12)
+    assert conv1d_of(match) == match.tied == frozenset()
 
 
 def test_names_that_fit_win_over_a_key_map_and_a_prefix() -> None:
@@ -78,7 +84,7 @@ def test_names_that_fit_win_over_a_key_map_and_a_prefix() -> None:
 def test_a_base_prefix_is_added_or_removed(adapter: str, disk: str, strategy: str) -> None:
     layers = {f"{adapter}layers.{n}.self_attn.q_proj": 8 for n in range(2)}
     match = match_modules(layers, base_of(llama(disk), model_type="my-own"))
-    assert match.strategy == strategy
+    assert match.strategy.name == strategy
     assert [*match.tensors.values()] == [
         f"{disk}layers.{n}.self_attn.q_proj.weight" for n in (0, 1)
     ]
@@ -115,7 +121,7 @@ def test_two_prefixes_that_fit_are_ambiguous_until_the_user_says_which() -> None
     assert code == "V521"
     assert 'prefix "bert." added and prefix "roberta." added' in text
     match = match_modules(layers, base, key_map=[("", "roberta")])
-    assert match.strategy == "--key-map =roberta"
+    assert match.strategy.name == "--key-map =roberta"
     assert match.tensors == {
         "layers.0.self_attn.q_proj": "roberta.layers.0.self_attn.q_proj.weight"
     }
@@ -125,7 +131,7 @@ def test_two_ways_to_the_same_tensors_are_one() -> None:
     match = match_modules(
         {"layers.0.self_attn.q_proj": 8}, base_of(llama("bert.")), key_map=[("", "bert")]
     )
-    assert match.strategy == 'prefix "bert." added'
+    assert match.strategy.name == 'prefix "bert." added'
 
 
 def test_a_key_map_that_contradicts_a_prefix_is_ambiguous() -> None:
@@ -139,13 +145,16 @@ def test_renames_join_the_prefixes() -> None:
     base = base_of(llama("language_model.model."), model_type="llava")
     of_head = {"model.language_model.layers.0.self_attn.q_proj": 8}
     match = match_modules(of_head, base)
-    assert match.strategy == "names of Llava since transformers 4.52"
+    assert match.strategy.name == "names of Llava since transformers 4.52"
     without_head = {"language_model.layers.0.self_attn.q_proj": 8}
     tensor = "language_model.model.layers.0.self_attn.q_proj.weight"
     match = match_modules(without_head, base)
     assert match.tensors == {"language_model.layers.0.self_attn.q_proj": tensor}
-    assert match.strategy == 'prefix "model." added, names of Llava since transformers 4.52'
-    assert match.undo(tensor.removesuffix(".weight")) == "language_model.layers.0.self_attn.q_proj"
+    assert match.strategy.name == 'prefix "model." added, names of Llava since transformers 4.52'
+    assert (
+        match.strategy.undo(tensor.removesuffix(".weight"))
+        == "language_model.layers.0.self_attn.q_proj"
+    )
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def test_mixed_layouts_are_never_half_applied() -> None:
     code, text = refused(layers, base_of(llama()), key_map=maps[1:])
     assert code == "V520"
     assert "1 of 2 layers" in text
-    assert match_modules(layers, base_of(llama()), key_map=maps).strategy == (
+    assert match_modules(layers, base_of(llama()), key_map=maps).strategy.name == (
         "--key-map language_model=model"
     )
 
@@ -237,7 +246,7 @@ def test_a_base_without_matrices_is_refused() -> None:
 def test_a_key_map_is_used_where_it_alone_fits() -> None:
     base = base_of(llama("model.language_model."))
     match = match_modules(Q, base, key_map=[("model.layer", "x"), LANGUAGE, LANGUAGE])
-    assert match.strategy == "--key-map model.layers=model.language_model.layers"
+    assert match.strategy.name == "--key-map model.layers=model.language_model.layers"
     assert [*match.tensors.values()] == [
         f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)
     ]
@@ -297,26 +306,26 @@ def test_conv1d_is_the_bases_affair(fan_in_fan_out: bool) -> None:
         match = match_modules(
             ATTENTION, base_of(GPT2, **config), fan_in_fan_out=fan_in_fan_out, widest=4
         )
-        assert match.conv1d == ATTENTION.keys()
-        assert match.shapes["transformer.h.0.attn.c_attn"] == (12, 4)
+        assert conv1d_of(match) == ATTENTION.keys()
+        assert match.layers["transformer.h.0.attn.c_attn"] == Linear(12, 4, conv1d=True)
     # A wrong field does not transpose a model that has no such layers.
     match = match_modules(Q, base_of(llama()), fan_in_fan_out=fan_in_fan_out)
-    assert match.conv1d == frozenset()
+    assert conv1d_of(match) == frozenset()
 
 
 def test_a_square_weight_is_of_the_kind_that_the_base_is_of() -> None:
     module = "transformer.h.0.attn.c_proj"
     match = match_modules({module: 4}, base_of(GPT2, model_type=None))
-    assert match.conv1d == {module}
+    assert conv1d_of(match) == {module}
 
 
 def test_the_config_field_decides_where_nothing_else_does() -> None:
     unknown = base_of({"x.weight": (8, 8), "y.weight": (2, 8)}, auto_map={})
-    assert match_modules({"x": 8}, unknown).conv1d == frozenset()
-    assert match_modules({"x": 8}, unknown, fan_in_fan_out=True).conv1d == {"x"}
+    assert conv1d_of(match_modules({"x": 8}, unknown)) == frozenset()
+    assert conv1d_of(match_modules({"x": 8}, unknown, fan_in_fan_out=True)) == {"x"}
     # A neighbor whose shape tells is worth more than the field.
-    assert match_modules({"x": 8, "y": 8}, unknown).conv1d == {"x", "y"}
-    assert match_modules({"x": 8, "y": 2}, unknown, fan_in_fan_out=True).conv1d == frozenset()
+    assert conv1d_of(match_modules({"x": 8, "y": 8}, unknown)) == {"x", "y"}
+    assert conv1d_of(match_modules({"x": 8, "y": 2}, unknown, fan_in_fan_out=True)) == frozenset()
 
 
 # --- tied heads ----------------------------------------------------------------------------------
@@ -328,7 +337,7 @@ def test_a_tied_head_is_matched_with_the_embedding(word: bool | None) -> None:
     match = match_modules({"lm_head": 40, **Q}, base)
     assert match.tied == {"lm_head"}
     assert match.tensors["lm_head"] == "model.embed_tokens.weight"
-    assert match.shapes["lm_head"] == (40, 8)
+    assert match.layers["lm_head"] == Linear(40, 8)
     assert list(match.tensors) == ["lm_head", *Q]
 
 
@@ -352,7 +361,7 @@ def test_a_head_has_the_rows_of_the_weight_that_the_adapter_stores(
 ) -> None:
     base = base_of(llama() | stored, tie_word_embeddings=True)
     match = match_modules({**Q, "lm_head": 44}, base, copies={"lm_head": (44, 8)})
-    assert match.shapes["lm_head"] == (44, 8)
+    assert match.layers["lm_head"] == Linear(44, 8)
     assert match.tensors["lm_head"] == next(iter(stored), "model.embed_tokens.weight")
     assert refused({**Q, "lm_head": 44}, base, copies={"lm_head": (44, 9)})[0] in ("V520", "V522")
     assert refused({**Q, "lm_head": 44}, base, copies={"lm_head": (43, 8)})[0] in ("V520", "V522")
@@ -449,6 +458,6 @@ def test_every_real_adapter_finds_its_layers(
         }
         widest = file.get_slice("base_model.vera_A").get_shape()[1]
     match = match_modules(layers, model, widest=widest)
-    assert match.strategy == "names as they are"
-    assert match.conv1d == (frozenset(layers) if base == "gpt2-fp32" else frozenset())
-    assert max(inputs for _, inputs in match.shapes.values()) == widest
+    assert match.strategy.name == "names as they are"
+    assert conv1d_of(match) == (frozenset(layers) if base == "gpt2-fp32" else frozenset())
+    assert max(layer.in_features for layer in match.layers.values()) == widest

@@ -20,6 +20,7 @@ from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
+from vera_convert.targets.linear import Linear
 
 Q, K = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
 UP = "model.layers.0.mlp.up_proj"
@@ -247,5 +248,5 @@ def test_a_layer_that_is_packed_is_refused_as_quantized_and_not_as_missing(
 
 def test_a_layer_whose_values_are_not_packed_matches() -> None:
     base = base_of({**beside("F8_E4M3", "weight_scale_inv"), **plain(K)})
-    assert match_modules({Q: 8, K: 8}, base).shapes == {Q: (8, 8), K: (8, 8)}
+    assert match_modules({Q: 8, K: 8}, base).layers == {Q: Linear(8, 8), K: Linear(8, 8)}
     assert not Quantization(base).is_packed(f"{Q}.weight")

@@ -16,7 +16,7 @@ from smallmodels import EYE, MODELS, linear_layers, real_model
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.rename_table import Family, conversions, families
-from vera_convert.base.renames import model_types, views
+from vera_convert.base.renames import model_types, release_names
 from vera_convert.base.replacements import Part, match_replacements
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
@@ -94,10 +94,10 @@ def test_each_form_of_llava_is_found_in_each(
     assert match.tensors == {
         name: f"{path}.weight" for name, path in zip(adapter, files, strict=True)
     }
-    assert (match.strategy == "names as they are") == (trained == stored)
+    assert (match.strategy.name == "names as they are") == (trained == stored)
     for name, path in zip(adapter, files, strict=True):
-        assert match.rename(name) == path
-        assert match.undo(path) == name
+        assert match.strategy.rename(name) == path
+        assert match.strategy.undo(path) == name
 
 
 @pytest.mark.parametrize("stored", LLAVA_FORMS)
@@ -105,8 +105,8 @@ def test_an_adapter_of_the_model_without_its_head_is_found_too(stored: str) -> N
     files = LLAVA_FORMS[stored]
     match = matched(WITHOUT_HEAD, base_of(files, model_type="llava", vision_config=CLIP))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in files[:3]]
-    assert match.undo(files[0]) == WITHOUT_HEAD[0]
-    assert match.undo(files[3]) is None  # the head is no part of the adapter's model
+    assert match.strategy.undo(files[0]) == WITHOUT_HEAD[0]
+    assert match.strategy.undo(files[3]) is None  # the head is no part of the adapter's model
 
 
 @pytest.mark.parametrize(("trained", "stored"), [(OLD_LLAVA, LLAVA_5), (LLAVA_5, OLD_LLAVA)])
@@ -135,7 +135,7 @@ def test_a_base_that_holds_both_names_of_a_layer_is_not_guessed_at() -> None:
 def test_qwen_vl(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
     match = matched(trained, base_of(stored, model_type=kind))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
-    assert "Qwen2-VL" in match.strategy
+    assert "Qwen2-VL" in match.strategy.name
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "vit_msn", "ijepa", "vivit"])
@@ -143,7 +143,7 @@ def test_qwen_vl(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -
 def test_vit(kind: str, trained: tuple[str, ...], stored: tuple[str, ...]) -> None:
     match = matched(trained, base_of(stored, model_type=kind))
     assert [*match.tensors.values()] == [f"{path}.weight" for path in stored]
-    assert "ViT" in match.strategy
+    assert "ViT" in match.strategy.name
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_some_of_the_others(kind: str, files: str, memory: str) -> None:
 
 
 def test_renamings_hold_for_their_types_alone() -> None:
-    assert [*views(base_of(OLD_VIT, model_type="bert"))] == []
-    assert [*views(base_of(OLD_LLAVA))] == []
+    assert [*release_names(base_of(OLD_VIT, model_type="bert"))] == []
+    assert [*release_names(base_of(OLD_LLAVA))] == []
     with pytest.raises(CheckpointError, match="V520"):
         matched(VIT, base_of(OLD_VIT, model_type="bert"))
     composite = base_of(
@@ -195,7 +195,7 @@ def test_renamings_hold_for_their_types_alone() -> None:
         encoder={"model_type": "vit"},
     )
     module = "encoder.layers.0.attention.q_proj"
-    assert matched([module], composite).rename(module) == (
+    assert matched([module], composite).strategy.rename(module) == (
         "encoder.encoder.layer.0.attention.attention.query"
     )
 
@@ -207,7 +207,7 @@ def test_a_head_that_the_base_lacks_is_named_like_its_files() -> None:
         base_of(paths, model_type="llava", tie_word_embeddings=True),
     )
     assert match.tied == {"lm_head"}
-    assert match.rename("lm_head") == "language_model.lm_head"
+    assert match.strategy.rename("lm_head") == "language_model.lm_head"
 
 
 def test_replaced_modules_follow_their_renaming_where_the_layers_need_none() -> None:
@@ -225,7 +225,7 @@ def test_a_config_of_every_type_costs_no_more_than_one() -> None:
     paths = {files.removeprefix("^").replace("#", "0") for files, _ in renames}
     base = base_of(paths, parts={kind: {"model_type": kind} for kind in every})
     assert len(model_types(base.config)) < len(every)
-    assert len([*views(base)]) <= 4
+    assert len([*release_names(base)]) <= 4
 
 
 # --- layouts that are refused by name ------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_an_expert_of_a_stack_is_refused_by_name(stack: str) -> None:
 def test_experts_that_are_stored_one_by_one_fit_as_they_are() -> None:
     experts = [f"model.layers.0.block_sparse_moe.experts.{n}.w{m}" for n in (0, 1) for m in (1, 2)]
     match = matched(experts, base_of(experts, model_type="mixtral"))
-    assert match.strategy == "names as they are"
+    assert match.strategy.name == "names as they are"
 
 
 # --- real models ---------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_every_linear_layer_of_a_real_model_is_found_in_its_files(
     for module, layer in layers.items():
         values = layer.weight.detach().numpy()
         np.testing.assert_array_equal(stored[match.tensors[module]], values, err_msg=module)
-        assert match.undo(match.tensors[module].removesuffix(".weight")) == module
+        assert match.strategy.undo(match.tensors[module].removesuffix(".weight")) == module
 
 
 @needs("transformers", "5.0", "earlier releases keep the two layers in one, as the file does")
@@ -339,7 +339,7 @@ def test_a_swiglu_of_dinov2_is_refused_by_name(tmp_path: Path) -> None:
         if not module.endswith(("gate_proj", "up_proj"))
     }
     assert any(module.endswith("mlp.down_proj") for module in rest)
-    assert match_modules(rest, base).strategy == "names of DINOv2 since transformers 5"
+    assert match_modules(rest, base).strategy.name == "names of DINOv2 since transformers 5"
 
 
 # --- there and back ------------------------------------------------------------------------------
@@ -349,8 +349,8 @@ def renamed(base: BaseModel, names: Iterable[str], wanted: Iterable[str]) -> boo
     """Say whether any view calls the layers of these names in the files by the wanted names."""
     pairs = [*zip(names, wanted, strict=True)]
     return any(
-        all(view.in_memory[old] == new and view.path_on_disk(new) == old for old, new in pairs)
-        for view in views(base)
+        all(names.undo(old) == new and names.rename(new) == old for old, new in pairs)
+        for names in release_names(base)
     )
 
 
@@ -368,9 +368,9 @@ def test_old_names_of_a_family_become_new_names_and_old_names_again(family: Fami
     for kind in family.types:
         old = [f"{path}.x".replace("#", "1") for path in _first_names(family)]
         base = base_of(old, model_type=kind)
-        newest = [view for view in views(base) if "before" not in view.name]
+        newest = [view for view in release_names(base) if "before" not in view.name]
         assert newest, kind
-        new = [newest[0].in_memory[path] for path in old]
+        new = [newest[0].undo(path) or "" for path in old]
         changed = [
             (before, after) for before, after in zip(old, new, strict=True) if before != after
         ]
@@ -408,7 +408,7 @@ def test_deepseek_v4_is_found_in_its_own_files() -> None:
     )
     match = matched(layers, base)
     assert [*match.tensors.values()] == [f"{path}.weight" for path in files]
-    assert match.strategy == 'names of deepseek_v4 since transformers 5, prefix "model." added'
+    assert match.strategy.name == 'names of deepseek_v4 since transformers 5, prefix "model." added'
 
 
 # --- the installed registry ----------------------------------------------------------------------
@@ -436,8 +436,8 @@ def test_the_registry_takes_former_names_to_the_same_layers(
     model = real_model(name)
     layers = linear_layers(model)
     base = base_of(layers, **model.config.to_dict())
-    for view in views(base):
+    for view in release_names(base):
         if "since" in view.name:  # names of several releases in one file: nobody wrote such
             continue
         for module in layers:
-            assert renamed_by_registry(model, view.in_memory[module]) == module
+            assert renamed_by_registry(model, view.undo(module) or "") == module

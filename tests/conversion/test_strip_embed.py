@@ -34,8 +34,9 @@ from safetensors.numpy import save_file
 from vera_convert.adapter import folder as adapterfolder
 from vera_convert.adapter.fingerprint import METADATA_KEY, from_text
 from vera_convert.adapter.opening import open_adapter
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseOptions
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion import strip_embed as conversion
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.strip_embed import Conversion, embed, strip

@@ -221,8 +221,8 @@ def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
     for module, path in layers.items():
         if match.tensors[module] != f"{path}.weight":
             return f"{module} is {path}, not {match.tensors[module]}"
-        if match.undo(path) != module:
-            return f"{path} becomes {match.undo(path)}, not {module}"
+        if match.strategy.undo(path) != module:
+            return f"{path} becomes {match.strategy.undo(path)}, not {module}"
     return ""
 
 

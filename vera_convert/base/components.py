@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from vera_convert.base.bases import Bases
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel, listed_components
 from vera_convert.errors import CheckpointError
 from vera_convert.files.shards import component_folders, kind_of_component
-from vera_convert.hub.lookup import HubAccess, Location, list_files
+from vera_convert.hub.lookup import Location, list_files
 from vera_convert.rules import BASE_AMBIGUOUS, Finding
 from vera_convert.text import printable
 
@@ -30,13 +31,11 @@ class Pipeline:
 
     Attributes:
         location: where the pipeline lies.
-        access: how the Hub is reached.
-        read: reads the headers of the component in a folder.
+        bases: the bases of this run.
     """
 
     location: Location
-    access: HubAccess
-    read: Callable[[Location, str], BaseModel]
+    bases: Bases
 
     def component_of(
         self, find: Callable[[BaseModel], Match], trained_on: str | None
@@ -74,18 +73,18 @@ class Pipeline:
     def _read_all(self) -> tuple[dict[str, BaseModel], dict[str, CheckpointError]]:
         """Read every component that has weights, and collect the errors of malformed components."""
         bases, errors = {}, {}
-        for folder in component_folders(list_files(self.location, self.access)):
+        for folder in component_folders(list_files(self.location, self.bases.access)):
             try:
-                bases[folder] = self.read(self.location, folder)
+                bases[folder] = self.bases.read(self.location, folder)
             except CheckpointError as error:
                 errors[folder] = error
         return bases, errors
 
     def _absent_equals(self, found: Mapping[str, object]) -> frozenset[str]:
         """Return the listed components without weights here, of a kind that fits the adapter."""
-        present = component_folders(list_files(self.location, self.access))
+        present = component_folders(list_files(self.location, self.bases.access))
         kinds = {kind_of_component(folder) for folder in found}
-        listed = listed_components(self.location, self.access)
+        listed = listed_components(self.location, self.bases.access)
         return frozenset(
             folder
             for folder in listed

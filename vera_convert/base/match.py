@@ -3,23 +3,23 @@
 A strategy fits only if every layer then has exactly one tensor, no two layers have the same tensor,
 and every shape agrees. The strategies are tried in this order:
 
-    names as they are ──► prefixes, renames ──► --key-map ──► refused, with the key maps that fit
+    names as they are ──► prefixes, renames ──► --key-map ──► the same with a tied head ──► refused
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from vera_convert.base.model import BaseModel, Orientation
 from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.targets import refusals
-from vera_convert.base.quantized.unpack import Unpacked, unpacked
+from vera_convert.base.quantized.unpack import unpacked
+from vera_convert.base.renames import Strategy
 from vera_convert.base.strategies import (
     AS_THEY_ARE,
-    Strategy,
     hints,
     key_map_strategy,
     known_strategies,
@@ -36,6 +36,7 @@ from vera_convert.rules import (
     SHAPES_DIFFER,
     Finding,
 )
+from vera_convert.targets.linear import Linear
 from vera_convert.text import printable
 
 _MOST_FINDINGS = 50
@@ -48,22 +49,16 @@ class Match:
     """The base's tensor for each layer of an adapter.
 
     Attributes:
-        strategy: the name of the strategy.
+        strategy: leads from the path of a layer in the adapter to the path in the base's files.
         tensors: name of the base's tensor by module path, in the adapter's order.
-        shapes: outputs and inputs of each layer, by module path.
-        conv1d: the modules whose tensor is stored as (in, out).
+        layers: size and orientation of each layer, by module path.
         tied: output heads without a tensor; `tensors` has the embedding's tensor for such a head.
-        rename: the strategy's function, from the path in the adapter to the path in the files.
-        undo: the inverse; None if the adapter's model has no such layer.
     """
 
-    strategy: str
+    strategy: Strategy
     tensors: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, int]]
-    conv1d: frozenset[str]
-    tied: frozenset[str]
-    rename: Callable[[str], str | None]
-    undo: Callable[[str], str | None]
+    layers: Mapping[str, Linear]
+    tied: frozenset[str] = frozenset()
 
 
 def match_modules(
@@ -92,18 +87,22 @@ def match_modules(
         CheckpointError: no strategy fits all layers, or several strategies fit.
     """
     heads = {
-        module: (shape[0], shape[1])
+        module: shape
         for module, shape in (copies or {}).items()
         if is_output_head(module) and len(shape) == 2 and shape[0] == layers.get(module)
     }
-    matcher = _Matcher(unpacked(base), widest, fan_in_fan_out, heads)
-    trial = _choose(matcher, layers, key_map)
-    if trial.is_complete:
-        return _match(trial, layers, matcher, tied={})
-    tied = _tied_heads(matcher, layers, key_map)
-    if tied is None:
-        raise CheckpointError.of(_refusal(matcher, layers, trial))
-    return _match(tied[0], layers, matcher, tied=tied[1])
+    matcher = _Matcher(layers, base, heads, widest=widest, fan_in_fan_out=fan_in_fan_out)
+    plain = matcher.try_out(AS_THEY_ARE)
+    known = [*map(matcher.try_out, known_strategies(layers, matcher.base))] if plain.missing else []
+    given = [matcher.try_out(key_map_strategy(*pair)) for pair in dict.fromkeys(key_map)]
+    found = matcher.choose(plain, known, given)
+    if found.is_complete:
+        return found.match
+    tie = matcher.with_tied_head
+    tied = matcher.choose(tie(plain), [*map(tie, known)], [*map(tie, given)])
+    if tied.is_complete:
+        return tied.match
+    raise CheckpointError.of(matcher.refusal(found))
 
 
 def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
@@ -114,7 +113,7 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     if module in match.tied:
         return match.tensors[module]
     if is_output_head(module) and base.tie_word_embeddings:
-        return shared_embedding(base, *base.linear_shape(match.tensors[module], conv1d=False))
+        return shared_embedding(base, *base.tensors[match.tensors[module]].info.shape)
     return None
 
 
@@ -123,14 +122,11 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """The result of a strategy: complete, or with the problems found."""
+    """The result of a strategy: a match of the layers that have a tensor, and the problems."""
 
-    strategy: Strategy
-    tensors: Mapping[str, str]
+    match: Match
     missing: tuple[str, ...]
     problems: tuple[Finding, ...]
-    shapes: Mapping[str, tuple[int, int]]
-    conv1d: frozenset[str]
 
     @property
     def is_complete(self) -> bool:
@@ -138,60 +134,148 @@ class _Trial:
 
 
 class _Matcher:
-    """Tries strategies on one base."""
+    """Tries strategies on the layers of one adapter and one base.
+
+    Attributes:
+        base: the base, with packed weights by the names and shapes of plain weights.
+    """
 
     def __init__(
         self,
-        whole: Unpacked,
+        layers: Mapping[str, int],
+        base: BaseModel,
+        heads: Mapping[str, tuple[int, ...]],
+        *,
         widest: int | None,
-        fan_in_fan_out: bool,  # noqa: FBT001
-        heads: Mapping[str, tuple[int, int]],
+        fan_in_fan_out: bool,
     ) -> None:
-        self.whole = whole
-        self.base = whole.view
-        self.quantization = Quantization(whole.view)
-        self.widest = widest
-        self.fan_in_fan_out = fan_in_fan_out
-        self.heads = heads
-        self.orientation = Orientation(whole.view)
+        self._layers = layers
+        self._unpacked = unpacked(base)
+        self.base = self._unpacked.view
+        self._heads = heads
+        self._widest = widest
+        self._fan_in_fan_out = fan_in_fan_out
+        self._quantization = Quantization(self.base)
+        self._orientation = Orientation(self.base)
 
-    def try_out(self, strategy: Strategy, layers: Mapping[str, int]) -> _Trial:
+    def try_out(self, strategy: Strategy) -> _Trial:
         """Apply a strategy to every layer and compare names and shapes with the base."""
-        found = {module: self._weight(strategy.rename(module)) for module in layers}
-        tensors = {module: name for module, name in found.items() if name is not None}
-        missing = tuple(module for module in layers if module not in tensors)
-        packed = [name for name in tensors.values() if self.quantization.is_packed(name)]
-        problems = [*self._clashes(tensors)]
-        problems += refusals(self.whole, packed) or self._no_matrices(tensors)
-        if missing or problems:
-            return _Trial(strategy, tensors, missing, tuple(problems), {}, frozenset())
-        conv1d = self._conv1d(tensors, layers)
-        shapes = {
-            module: self.shape(module, name, conv1d=module in conv1d)
-            for module, name in tensors.items()
-        }
-        problems = [*self._other_shapes(tensors, shapes, layers)]
-        return _Trial(strategy, tensors, (), tuple(problems), shapes, conv1d)
+        return self._try(strategy, [*self._layers])
 
-    def shape(self, module: str, name: str, *, conv1d: bool = False) -> tuple[int, int]:
-        """Return the outputs and inputs of a layer that matches a tensor of the base."""
-        own, copy = self.base.linear_shape(name, conv1d=conv1d), self.heads.get(module)
-        return own if copy is None or copy[1] != own[1] else copy
+    def with_tied_head(self, trial: _Trial) -> _Trial:
+        """Return the trial with the embedding in place of a missing output head that is tied.
+
+        A trial that lacks another layer, or whose head has no embedding, is returned as it is.
+        """
+        heads = tuple(filter(is_output_head, self._layers))
+        if trial.missing != heads or len(heads) != 1 or self.base.tie_word_embeddings is False:
+            return trial
+        (head,) = heads
+        embedding = shared_embedding(self.base, self._layers[head], widest=self._widest)
+        if embedding is None and head in self._heads:
+            embedding = shared_embedding(self.base, None, widest=self._heads[head][1])
+        if embedding is None or self._linear(head, embedding).out_features != self._layers[head]:
+            return trial
+        rest = self._try(trial.match.strategy, [name for name in self._layers if name != head])
+        tensors = {**rest.match.tensors, head: embedding}
+        layers = {**rest.match.layers, head: self._linear(head, embedding)}
+        match = replace(
+            rest.match,
+            tensors={name: tensors[name] for name in self._layers},
+            layers={name: layers[name] for name in self._layers if name in layers},
+            tied=frozenset(heads),
+        )
+        return replace(rest, match=match)
+
+    def choose(self, plain: _Trial, known: Sequence[_Trial], given: Sequence[_Trial]) -> _Trial:
+        """Return the complete trial, or the trial with most matches if no trial is complete.
+
+        Args:
+            plain: the trial of the names as they are, which alone counts if no layer is missing.
+            known: the trials of known strategies.
+            given: the trials of the user's key maps.
+
+        Raises:
+            CheckpointError: several strategies fit and match different tensors.
+        """
+        if not plain.missing:
+            return plain
+        own, mapped = _complete(known), [trial for trial in given if trial.is_complete]
+        if len(mapped) == 1 and len(own) != 1:
+            return mapped[0]
+        if len(own) == 1 and (len(mapped) != 1 or mapped[0].match.tensors == own[0].match.tensors):
+            return own[0]
+        if own or mapped:
+            fitting = " and ".join(trial.match.strategy.name for trial in [*own, *mapped])
+            reason = f"all {len(self._layers):,} layers fit with each of: {fitting}."
+            raise CheckpointError(NAMES_AMBIGUOUS.at(self.base.location.label, reason))
+        return max((plain, *known, *given), key=lambda trial: len(trial.match.tensors))
+
+    def refusal(self, trial: _Trial) -> list[Finding]:
+        """Explain why no strategy fits: counts, one unmatched name of each side, key maps."""
+        if not trial.missing:
+            return [*trial.problems[:_MOST_FINDINGS]]
+        base, module, tensors = self.base, trial.missing[0], trial.match.tensors
+        layout = other_layout(trial.missing, base)
+        if layout is not None:
+            return [layout]
+        closest = next(iter(nearest(module, base)), "")
+        reason = (
+            f"the base has tensors for {len(tensors)} of {len(self._layers)} layers "
+            f"({trial.match.strategy.name}). "
+            f'The adapter\'s "{printable(module)}" has none; the base has '
+            f'"{printable(closest)}.weight".'
+        )
+        possible = {hint.key_map: hint for hint in hints(module, base)}
+        fitting = [
+            text
+            for text, hint in islice(possible.items(), _MOST_TRIED)
+            if (not tensors or _keeps_path(text)) and self.try_out(hint).is_complete
+        ]
+        if fitting:
+            shown = " or ".join(f"--key-map {hint}" for hint in fitting[:_MOST_HINTS])
+            reason += f" All would fit with {shown}."
+        elif (twin := _shared_block(module, base)) is not None:
+            reason += (
+                f' Several layers share one block, stored as "{printable(twin)}": a delta of one '
+                "layer would change the others. Use the adapter with PEFT, without a merge."
+            )
+        elif tensors:
+            reason += (
+                " If the model class built this layer anew, no file holds its starting weights."
+            )
+        return [NAMES_DIFFER.at(base.location.label, reason)]
+
+    def _try(self, strategy: Strategy, modules: Sequence[str]) -> _Trial:
+        found = {module: self._weight(strategy.rename(module)) for module in modules}
+        tensors = {module: name for module, name in found.items() if name is not None}
+        missing = tuple(module for module in modules if module not in tensors)
+        packed = [name for name in tensors.values() if self._quantization.is_packed(name)]
+        problems = [*_clashes(tensors)]
+        problems += refusals(self._unpacked, packed) or self._no_matrices(tensors)
+        layers: dict[str, Linear] = {}
+        if not missing and not problems:
+            conv1d = self._conv1d(tensors)
+            layers = {
+                module: self._linear(module, name, conv1d=conv1d[module])
+                for module, name in tensors.items()
+            }
+            problems = [*self._other_shapes(tensors, layers)]
+        return _Trial(Match(strategy, tensors, layers), missing, tuple(problems))
 
     def _weight(self, path: str | None) -> str | None:
         """Return the name of a layer's weight in the base, packed or plain; None if absent."""
+        if path is None:
+            return None
         name = f"{path}.weight"
-        if path is None or name in self.base.tensors:
-            return None if path is None else name
-        return self.quantization.packed_weight(path)
+        return name if name in self.base.tensors else self._quantization.packed_weight(path)
 
-    def _clashes(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
-        owner: dict[str, str] = {}
-        for module, name in tensors.items():
-            first = owner.setdefault(name, module)
-            if first != module:
-                reason = f'"{printable(first)}" and "{printable(module)}" both match this tensor.'
-                yield NAMES_DIFFER.in_tensor(name, reason)
+    def _linear(self, module: str, name: str, *, conv1d: bool = False) -> Linear:
+        """Return the layer that matches a tensor of the base."""
+        rows, columns = self.base.tensors[name].info.shape
+        own = Linear(columns, rows, conv1d=True) if conv1d else Linear(rows, columns)
+        outputs, inputs = self._heads.get(module, (0, 0))
+        return own if inputs != own.in_features else replace(own, out_features=outputs)
 
     def _no_matrices(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
         for name in tensors.values():
@@ -202,38 +286,39 @@ class _Matcher:
                 )
 
     def _other_shapes(
-        self,
-        tensors: Mapping[str, str],
-        shapes: Mapping[str, tuple[int, int]],
-        layers: Mapping[str, int],
+        self, tensors: Mapping[str, str], layers: Mapping[str, Linear]
     ) -> Iterator[Finding]:
-        for module, (outputs, inputs) in shapes.items():
-            place = printable(tensors[module])
-            if outputs != layers[module]:
-                reason = f"it has {outputs:,} outputs and lambda_b has {layers[module]:,} values."
-                yield SHAPES_DIFFER.at(place, reason)
-            elif self.widest is not None and inputs > self.widest:
-                reason = f"it has {inputs:,} inputs and vera_A has {self.widest:,} columns."
-                yield SHAPES_DIFFER.at(place, reason)
+        for module, layer in layers.items():
+            outputs, inputs, values = layer.out_features, layer.in_features, self._layers[module]
+            reason = ""
+            if outputs != values:
+                reason = f"it has {outputs:,} outputs and lambda_b has {values:,} values."
+            elif self._widest is not None and inputs > self._widest:
+                reason = f"it has {inputs:,} inputs and vera_A has {self._widest:,} columns."
+            if reason:
+                yield SHAPES_DIFFER.at(printable(tensors[module]), reason)
 
-    def _conv1d(self, tensors: Mapping[str, str], layers: Mapping[str, int]) -> frozenset[str]:
-        """Return the modules whose tensors are stored as (in, out)."""
-        found: dict[str, bool] = {}
-        open_questions = []
+    def _conv1d(self, tensors: Mapping[str, str]) -> dict[str, bool]:
+        """Say for each module whether its tensor is stored as (in, out)."""
+        found: dict[str, bool | None] = {}
         for module, name in tensors.items():
             rows, columns = self.base.tensors[name].info.shape
-            told = self.orientation.is_conv1d(name)
-            if told is None and rows != columns:
-                told = layers[module] == columns and module not in self.heads
-            if told is None:
-                open_questions.append(module)
-            else:
-                found[module] = told
+            found[module] = self._orientation.is_conv1d(name)
+            if found[module] is None and rows != columns:
+                found[module] = self._layers[module] == columns and module not in self._heads
         # If neither the base nor a shape tells, the layer is stored as the other layers are.
-        kinds = set(found.values())
-        kind = kinds.pop() if len(kinds) == 1 else self.fan_in_fan_out
-        found |= dict.fromkeys(open_questions, kind)
-        return frozenset(module for module, told in found.items() if told)
+        kinds = {each for each in found.values() if each is not None}
+        usual = kinds.pop() if len(kinds) == 1 else self._fan_in_fan_out
+        return {module: usual if each is None else each for module, each in found.items()}
+
+
+def _clashes(tensors: Mapping[str, str]) -> Iterator[Finding]:
+    owner: dict[str, str] = {}
+    for module, name in tensors.items():
+        first = owner.setdefault(name, module)
+        if first != module:
+            reason = f'"{printable(first)}" and "{printable(module)}" both match this tensor.'
+            yield NAMES_DIFFER.in_tensor(name, reason)
 
 
 _CONVOLUTIONS = {3: "nn.Conv1d", 4: "nn.Conv2d", 5: "nn.Conv3d"}
@@ -248,109 +333,14 @@ def _kind_of_weight(name: str, shape: Sequence[int]) -> str:
     return "the layer is no linear layer" + (", but perhaps a norm" if len(shape) == 1 else "")
 
 
-def _choose(
-    matcher: _Matcher, layers: Mapping[str, int], key_map: Sequence[tuple[str, str]]
-) -> _Trial:
-    """Return the complete trial, or the trial with most matches if no trial is complete.
-
-    Raises:
-        CheckpointError: several strategies fit and match different tensors.
-    """
-    plain = matcher.try_out(AS_THEY_ARE, layers)
-    if not plain.missing:
-        return plain
-    others = known_strategies(layers, matcher.base)
-    trials = [matcher.try_out(strategy, layers) for strategy in others]
-    mapped = [matcher.try_out(key_map_strategy(*pair), layers) for pair in dict.fromkeys(key_map)]
-    known, given = _complete(trials), [trial for trial in mapped if trial.is_complete]
-    if len(given) == 1 and len(known) != 1:
-        return given[0]
-    if len(known) == 1 and (len(given) != 1 or given[0].tensors == known[0].tensors):
-        return known[0]
-    if known or given:
-        fitting = " and ".join(trial.strategy.name for trial in [*known, *given])
-        reason = f"all {len(layers):,} layers fit with each of: {fitting}."
-        raise CheckpointError(NAMES_AMBIGUOUS.at(matcher.base.location.label, reason))
-    return max((plain, *trials, *mapped), key=lambda trial: len(trial.tensors))
-
-
 def _complete(trials: Iterable[_Trial]) -> list[_Trial]:
     """Return the complete trials, one for each distinct choice of tensors."""
     found: list[_Trial] = []
     for trial in trials:
-        if trial.is_complete and all(trial.tensors != other.tensors for other in found):
+        tensors = trial.match.tensors
+        if trial.is_complete and all(tensors != other.match.tensors for other in found):
             found.append(trial)
     return found
-
-
-def _tied_heads(
-    matcher: _Matcher, layers: Mapping[str, int], key_map: Sequence[tuple[str, str]]
-) -> tuple[_Trial, dict[str, str]] | None:
-    """Return the trial of all other layers, and the embedding, if only an output head fails."""
-    heads = {module: size for module, size in layers.items() if is_output_head(module)}
-    if len(heads) != 1 or matcher.base.tie_word_embeddings is False:
-        return None
-    rest = {module: size for module, size in layers.items() if module not in heads}
-    trial = _choose(matcher, rest, key_map)
-    (head, size), *_ = heads.items()
-    if not trial.is_complete or f"{trial.strategy.rename(head)}.weight" in matcher.base.tensors:
-        return None
-    embedding = shared_embedding(matcher.base, size, widest=matcher.widest)
-    if embedding is None and head in matcher.heads:
-        embedding = shared_embedding(matcher.base, None, widest=matcher.heads[head][1])
-    if embedding is None or matcher.shape(head, embedding)[0] != size:
-        return None
-    return trial, {head: embedding}
-
-
-def _match(
-    trial: _Trial, order: Iterable[str], matcher: _Matcher, *, tied: Mapping[str, str]
-) -> Match:
-    tensors = {**trial.tensors, **tied}
-    shapes = {**trial.shapes, **{head: matcher.shape(head, name) for head, name in tied.items()}}
-    return Match(
-        strategy=trial.strategy.name,
-        tensors={module: tensors[module] for module in order},
-        shapes={module: shapes[module] for module in order},
-        conv1d=trial.conv1d,
-        tied=frozenset(tied),
-        rename=trial.strategy.rename,
-        undo=trial.strategy.undo,
-    )
-
-
-def _refusal(matcher: _Matcher, layers: Mapping[str, int], trial: _Trial) -> list[Finding]:
-    """Explain why no strategy fits: counts, one unmatched name of each side, fitting key maps."""
-    if not trial.missing:
-        return [*trial.problems[:_MOST_FINDINGS]]
-    base, module = matcher.base, trial.missing[0]
-    known = other_layout(trial.missing, base)
-    if known is not None:
-        return [known]
-    closest = next(iter(nearest(module, base)), "")
-    reason = (
-        f"the base has tensors for {len(trial.tensors)} of {len(layers)} layers "
-        f"({trial.strategy.name}). "
-        f'The adapter\'s "{printable(module)}" has none; the base has '
-        f'"{printable(closest)}.weight".'
-    )
-    possible = {hint.key_map: hint for hint in hints(module, base)}
-    fitting = [
-        text
-        for text, hint in islice(possible.items(), _MOST_TRIED)
-        if (not trial.tensors or _keeps_path(text)) and matcher.try_out(hint, layers).is_complete
-    ]
-    if fitting:
-        shown = " or ".join(f"--key-map {hint}" for hint in fitting[:_MOST_HINTS])
-        reason += f" All would fit with {shown}."
-    elif (twin := _shared_block(module, base)) is not None:
-        reason += (
-            f' Several layers share one block, stored as "{printable(twin)}": a delta of one layer '
-            "would change the others. Use the adapter with PEFT, without a merge."
-        )
-    elif trial.tensors:
-        reason += " If the model class built this layer anew, no file holds its starting weights."
-    return [NAMES_DIFFER.at(base.location.label, reason)]
 
 
 def _shared_block(module: str, base: BaseModel) -> str | None:

@@ -119,11 +119,6 @@ class BaseModel:
         )
         return sum(ends)
 
-    def linear_shape(self, name: str, *, conv1d: bool) -> tuple[int, int]:
-        """Return outputs and inputs of the layer with this two-dimensional weight."""
-        rows, columns = self.tensors[name].info.shape
-        return (columns, rows) if conv1d else (rows, columns)
-
 
 def read_base(location: Location, access: HubAccess, *, component: str = "") -> BaseModel:
     """Read a base from the headers, and compare index and shards.

@@ -1,8 +1,8 @@
 """Rename a base's layers as each release of transformers names the layers in memory.
 
 transformers renames layers from time to time, keeps the names in the files, and translates on
-loading. An adapter's keys are the names in memory of the release that trained the adapter. A view
-holds the base's layers under the names of one release.
+loading. An adapter's keys are the names in memory of the release that trained the adapter. A
+strategy leads from the names of one release to the names in the files.
 
     files (of any release) ──► today's names ──► each release's names ──► the adapter's
 """
@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from operator import add
+from typing import NamedTuple
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.rename_table import Family, conversions, families
@@ -31,47 +32,54 @@ _MOST_TEMPLATES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """The layers of a base under the names that a release uses in memory.
+class Strategy:
+    """A function from the path of a layer in an adapter to the path in a base's files.
 
     Attributes:
-        name: the name of the view, for people.
-        on_disk: path in the files by path in memory.
-        in_memory: path in memory by path in the files.
-        like_files: from the path in memory of a layer that the base lacks to the path that the
-            base's files would use.
+        name: the name in output and messages.
+        rename: from the path in the adapter to the path in the files; None if the name belongs to
+            another strategy.
+        undo: from the path in the files to the path in the adapter; None if the adapter's model has
+            no such layer.
+        key_map: the OLD=NEW that does the same; empty if there is none.
     """
 
     name: str
-    on_disk: Mapping[str, str]
-    in_memory: Mapping[str, str]
-    like_files: Callable[[str], str]
-
-    def path_on_disk(self, module: str) -> str | None:
-        """Return the path of a layer in the files.
-
-        A layer that the base lacks gets the path that the base's files would use. If another
-        release uses the name for a layer of the base, the result is None: releases never mix.
-        """
-        found = self.on_disk.get(module)
-        if found is not None:
-            return found
-        fitting = self.like_files(module)
-        return None if fitting in self.in_memory else fitting
+    rename: Callable[[str], str | None]
+    undo: Callable[[str], str | None]
+    key_map: str = ""
 
 
-def views(base: BaseModel) -> Iterator[View]:
-    """Yield a view for each set of names that releases of transformers use for the base's layers.
+def release_names(base: BaseModel) -> Iterator[Strategy]:
+    """Yield a strategy for each set of names that releases of transformers use for a base's layers.
 
-    There is no view if no release renames a layer, if the config names no known model type, or if
-    two layers would get the same name.
+    There is no strategy if no release renames a layer, if the config names no known model type, or
+    if two layers would get the same name.
     """
     paths = _Paths(name.rpartition(".")[0] for name in base.tensors)
     for naming in _namings(base, paths.templates):
         in_memory = paths.renamed(naming.names)
         on_disk = {name: path for path, name in in_memory.items()}
         if len(on_disk) == len(in_memory):
-            yield View(naming.title, on_disk, in_memory, naming.like_files)
+            rename = partial(_path_on_disk, on_disk, in_memory, naming.like_files)
+            yield Strategy(naming.title, rename, in_memory.get)
+
+
+def _path_on_disk(
+    on_disk: Mapping[str, str],
+    in_memory: Mapping[str, str],
+    like_files: Callable[[str], str],
+    module: str,
+) -> str | None:
+    """Return the path of a layer in the files.
+
+    A layer that the base lacks gets the path that the base's files would use. If another release
+    uses the name for a layer of the base, the result is None: releases never mix.
+    """
+    if module in on_disk:
+        return on_disk[module]
+    path = like_files(module)
+    return None if path in in_memory else path
 
 
 def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
@@ -118,14 +126,14 @@ def _families(base: BaseModel) -> list[Family]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Naming:
+class _Naming(NamedTuple):
     """The names that a release uses for layers, as templates without numbers.
 
     Attributes:
-        title: the name of the view, for people.
+        title: the name for people.
         names: template in memory by template in the files.
-        like_files: see `View`.
+        like_files: from the path in memory of a layer that the base lacks to the path that the
+            base's files would use.
     """
 
     title: str
@@ -137,33 +145,47 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
     """Yield each set of names that differs from the names in the files, once."""
     if len(templates) > _MOST_TEMPLATES:  # a model of a known type has about a hundred
         return
-    families, former_in_files = _concerned(_families(base), templates)
     seen = [{template: template for template in templates}]
-    for former, taken in _states(families):
-        translate = _translation(taken, former)
+    for title, translate, back in chain(
+        _of_families(base, templates), _of_whole_models(base.model_type or "")
+    ):
         names = {template: translate(template) for template in templates}
         if names not in seen:
             seen.append(names)
-            like_files = _on_paths(_translation(taken, former_in_files))
-            yield _Naming(_title(taken, former), names, like_files)
-    for title, table in _whole_models(base.model_type or ""):
-        names = {template: table.get(template, template) for template in templates}
-        if names not in seen:
-            seen.append(names)
-            back = {memory: files for files, memory in table.items()}
-            yield _Naming(title, names, _on_paths(partial(_looked_up, back)))
+            yield _Naming(title, names, partial(_on_path, back))
 
 
-def _whole_models(kind: str) -> Iterator[tuple[str, Mapping[str, str]]]:
+_Translation = Callable[[str], str]
+"""A function that renames a template."""
+
+
+def _of_families(
+    base: BaseModel, templates: Collection[str]
+) -> Iterator[tuple[str, _Translation, _Translation]]:
+    """Yield for each release the title, the translation of files' names, and the way back."""
+    families, former_in_files = _concerned(_families(base), templates)
+    for former, taken in _states(families):
+        yield (
+            _title(taken, former),
+            _translation(taken, former),
+            _translation(taken, former_in_files),
+        )
+
+
+def _of_whole_models(kind: str) -> Iterator[tuple[str, _Translation, _Translation]]:
     """Yield each generated table of a model type and the inverse, with and without ``model.``."""
-    name = f"names of {printable(kind)}"
     for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
-        for each, prefix in ((table, ""), (short, f', prefix "{_BODY}" added')):
-            if len(each) == len(table):
-                back = {memory: files for files, memory in each.items()}
-                yield f"{name} since transformers 5{prefix}", each
-                yield f"{name} before transformers 5{prefix}", back
+        for to_memory, prefix in ((table, ""), (short, f', prefix "{_BODY}" added')):
+            if len(to_memory) < len(table):
+                continue
+            to_files = {memory: files for files, memory in to_memory.items()}
+            for since, each, back in (
+                ("since", to_memory, to_files),
+                ("before", to_files, to_memory),
+            ):
+                title = f"names of {printable(kind)} {since} transformers 5{prefix}"
+                yield title, partial(_looked_up, each), partial(_looked_up, back)
 
 
 def _looked_up(table: Mapping[str, str], template: str) -> str:
@@ -244,8 +266,8 @@ class _Paths:
         }
 
 
-def _on_paths(translate: Callable[[str], str]) -> Callable[[str], str]:
-    return lambda path: _filled(_PLACE.split(translate(_template(path))), _NUMBER.findall(path))
+def _on_path(translate: Callable[[str], str], path: str) -> str:
+    return _filled(_PLACE.split(translate(_template(path))), _NUMBER.findall(path))
 
 
 def _template(path: str) -> str:

@@ -13,7 +13,7 @@ from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
-from vera_convert.base.renames import views
+from vera_convert.base.renames import release_names
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
@@ -127,9 +127,9 @@ def match_replacements(
     owners: dict[str, str] = {}
     # Layers may fit as they are although a saved module has another name.
     strategies: list[Callable[[str], str | None]] = [
-        match.rename,
+        match.strategy.rename,
         str,
-        *(view.path_on_disk for view in views(base)),
+        *(each.rename for each in release_names(base)),
     ]
     for name, shape in shapes.items():
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
@@ -232,7 +232,7 @@ def incomplete_modules(
     stores_experts = any(map(_EXPERT.search, stored))
     for name in base.tensors:
         path, _, parameter = name.rpartition(".")
-        paths = {path, match.undo(path) or path}
+        paths = {path, match.strategy.undo(path) or path}
         # Transformers 5 builds one module for all experts, which has the layers of none.
         is_built = stores_experts or _EXPERT.search(name) is None
         is_due = is_built and parameter in ("weight", "bias") and any(map(saved.of, paths))

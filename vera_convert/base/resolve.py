@@ -6,20 +6,19 @@ dimensions of A and B. An adapter alone records neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
-from functools import partial
-from typing import Any, TypeVar
 
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.base.bases import Bases
 from vera_convert.base.casts import casts_on
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
-from vera_convert.base.model import BaseModel, read_base, read_model_config
+from vera_convert.base.model import BaseModel, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import lost_biases
 from vera_convert.base.task_classes import class_without_body
@@ -32,12 +31,8 @@ from vera_convert.errors import (
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import (
     AmbiguousBaseError,
-    HubAccess,
     Location,
-    NamedBase,
-    base_from_config,
     list_files,
-    locate,
 )
 from vera_convert.rules import (
     BASE_IN_FOLDER,
@@ -55,8 +50,6 @@ from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.text import printable
-
-Found = TypeVar("Found")
 
 
 class Need(Enum):
@@ -79,46 +72,6 @@ class Need(Enum):
         return self in (Need.WHOLE, Need.DEQUANTIZED)
 
 
-class Bases:
-    """The bases of one run, each looked up and read once."""
-
-    def __init__(self, access: HubAccess | None = None) -> None:
-        self.access = access or HubAccess()
-        self._found: dict[tuple[object, ...], Any] = {}
-
-    def located(self, model: str, revision: str | None) -> Location:
-        """Find a base that a caller names; see `hub.lookup.locate`."""
-        return self._once(
-            ("located", model, revision),
-            lambda: locate(model, kind="base", access=self.access, revision=revision),
-        )
-
-    def named(self, name: str | None, revision: str | None) -> NamedBase:
-        """Find a base that a config names; see `hub.lookup.base_from_config`."""
-        return self._once(
-            ("named", name, revision), lambda: base_from_config(name, revision, self.access)
-        )
-
-    def read(self, location: Location, component: str = "") -> BaseModel:
-        """Read a base's headers; see `base.model.read_base`."""
-        return self._once(
-            ("read", location.label, location.folder, component),
-            lambda: read_base(location, self.access, component=component),
-        )
-
-    def _once(self, key: tuple[object, ...], find: Callable[[], Found]) -> Found:
-        """Return the result for a key, or raise the error of the first search again."""
-        if key not in self._found:
-            try:
-                self._found[key] = find()
-            except VeraConvertError as error:
-                self._found[key] = error
-        found: Found | VeraConvertError = self._found[key]
-        if isinstance(found, VeraConvertError):
-            raise found
-        return found
-
-
 def resolve_base(
     adapter: Adapter, base_options: BaseOptions, *, bases: Bases, need: Need
 ) -> BaseFacts:
@@ -136,94 +89,130 @@ def resolve_base(
         SurroundingsError: a base that the caller names, or that the command needs, cannot be
             found or read.
     """
-    facts = _facts(adapter, base_options, bases, need)
+    facts = _Resolver(adapter, base_options, bases, need).facts()
     return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
 
 
-def _facts(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
-    if base_options.in_features is not None or base_options.out_features is not None:
-        return _from_options(base_options)
-    model = base_options.model
-    if model is None and need is not Need.NONE:
-        name = adapter.config.base_model_name_or_path or ""
-        model = dict(base_options.places).get(name)
-    if model is not None:
-        location = bases.located(model, base_options.revision)
-        return _from_base(adapter, location, base_options, bases, need)
-    return BaseFacts() if need is Need.NONE else _from_name(adapter, base_options, bases, need)
+@dataclass(frozen=True, slots=True)
+class _Resolver:
+    """The arguments of `resolve_base`."""
 
+    adapter: Adapter
+    options: BaseOptions
+    bases: Bases
+    need: Need
 
-def _from_options(base_options: BaseOptions) -> BaseFacts:
-    if base_options.model is not None:
-        raise UsageError("give either --base or --in-features and --out-features, not both.")
-    if base_options.in_features is None or base_options.out_features is None:
-        raise UsageError("--in-features and --out-features belong together: give both.")
-    return BaseFacts(base_options.in_features, base_options.out_features, source="the given size")
+    def facts(self) -> BaseFacts:
+        options, config = self.options, self.adapter.config
+        if options.in_features is not None or options.out_features is not None:
+            return _from_options(options)
+        model = options.model
+        if model is None and self.need is not Need.NONE:
+            model = dict(options.places).get(config.base_model_name_or_path or "")
+        if model is not None:
+            return self._from_base(self.bases.located(model, options.revision))
+        return BaseFacts() if self.need is Need.NONE else self._from_name()
 
+    def _from_name(self) -> BaseFacts:
+        """Read the base that the config names, or return the reason why there is none."""
+        config = self.adapter.config
+        revision = self.options.revision or config.revision
+        try:
+            named = self.bases.named(config.base_model_name_or_path, revision)
+            if named.location is None:
+                return BaseFacts(source=named.reason)
+            facts = self._from_base(named.location)
+            if not named.reason:
+                return facts
+            inside = BASE_IN_FOLDER.at(self.adapter.place, named.reason)
+            return replace(facts, findings=(inside, *facts.findings))
+        except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
+            is_needed = self.need is Need.VITAL or self.need.is_for_tensors
+            if is_needed and isinstance(error, SurroundingsError):
+                reason = f"{error} Give a folder with the base as --base"
+                if self.need is Need.VITAL:
+                    reason += ", or give --in-features, --out-features and --base-dtype"
+                raise SurroundingsError(f"{reason}.") from error
+            is_of_adapter = isinstance(error, CheckpointError) and not all(
+                finding.code.startswith(("V0", "V5")) for finding in error.findings
+            )
+            if is_needed or is_of_adapter:
+                raise
+            return BaseFacts(source=str(error))
 
-def _from_name(adapter: Adapter, base_options: BaseOptions, bases: Bases, need: Need) -> BaseFacts:
-    """Read the base that the config names, or return the reason why there is none."""
-    config = adapter.config
-    revision = base_options.revision or config.revision
-    try:
-        named = bases.named(config.base_model_name_or_path, revision)
-        if named.location is None:
-            return BaseFacts(source=named.reason)
-        facts = _from_base(adapter, named.location, base_options, bases, need)
-        if not named.reason:
-            return facts
-        said = BASE_IN_FOLDER.at(adapter.place, named.reason)
-        return replace(facts, findings=(said, *facts.findings))
-    except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
-        is_needed = need is Need.VITAL or need.is_for_tensors
-        if is_needed and isinstance(error, SurroundingsError):
-            reason = f"{error} Give a folder with the base as --base"
-            if need is Need.VITAL:
-                reason += ", or give --in-features, --out-features and --base-dtype"
-            raise SurroundingsError(f"{reason}.") from error
-        is_of_adapter = isinstance(error, CheckpointError) and not all(
-            finding.code.startswith(("V0", "V5")) for finding in error.findings
+    def _from_base(self, location: Location) -> BaseFacts:
+        """Return the facts from a base's headers, or from its config if it has no weights."""
+        base: BaseModel | None = None
+        try:
+            if component_folders(list_files(location, self.bases.access)):
+                trained_on = self.adapter.config.base_model_name_or_path
+                base, match = Pipeline(location, self.bases).component_of(self._match, trained_on)
+            else:
+                base = self.bases.read(location)
+                match = self._match(base)
+        except CheckpointError as error:
+            if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
+                return self._from_config(location, error)
+            if base is not None and self.need is Need.DEQUANTIZED:
+                unpacked(base).refuse_defects()  # which can be why no layer fits
+            are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
+            if base is None or self.need.is_for_tensors or not are_packed:
+                raise
+            return _packed(self.adapter, base, error.findings)
+        facts = _from_match(self.adapter, base, match)
+        return replace(facts, findings=(*facts.findings, *self._idle_key_maps()))
+
+    def _match(self, base: BaseModel) -> Match:
+        adapter = self.adapter
+        strange = class_without_body(adapter.config, base)
+        if strange is not None and all(path.startswith("transformer.") for path in adapter.layers):
+            reason = f"{printable(strange)} looks for layers named transformer, the base has model."
+            raise CheckpointError(BODY_NOT_LOADED.at(base.location.label, reason))
+        return match_modules(
+            {module: layer.out_features for module, layer in adapter.layers.items()},
+            base,
+            widest=adapter.projections.in_features if adapter.projections else None,
+            fan_in_fan_out=adapter.config.fan_in_fan_out,
+            key_map=self.options.key_map,
+            copies={module: copy.shape for module, copy in adapter.base_copies.items()},
         )
-        if is_needed or is_of_adapter:
-            raise
-        return BaseFacts(source=str(error))
+
+    def _idle_key_maps(self) -> Iterator[Finding]:
+        """Yield a warning for each --key-map that no module of the adapter matches."""
+        for old, new in self.options.key_map:
+            if old and not any(f"{path}.".startswith(f"{old}.") for path in self.adapter.layers):
+                reason = f"no module of the adapter begins with {old}."
+                yield OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
+
+    def _from_config(self, location: Location, error: CheckpointError) -> BaseFacts:
+        """Return the dims from the config of a known model type, for a base without weights."""
+        config = read_model_config(location, self.bases.access)
+        if config is None:
+            raise error
+        model, own = _layers_by_config(self.adapter, config, location)
+        dims = shared_dims(self.adapter, model, own, BuiltLayers(config, own))
+        return BaseFacts(
+            dims.in_features,
+            dims.out_features,
+            source=f"{location.label} (its config alone)",
+            location=location,
+            layers=own,
+            modules=frozenset(model.linear),
+            findings=dims.findings,
+        )
 
 
-# --- from a base's headers -----------------------------------------------------------------------
-
-
-def _from_base(
-    adapter: Adapter, location: Location, base_options: BaseOptions, bases: Bases, need: Need
-) -> BaseFacts:
-    find = partial(_find_layers, adapter, base_options)
-    base: BaseModel | None = None
-    try:
-        if component_folders(list_files(location, bases.access)):
-            pipeline = Pipeline(location, bases.access, bases.read)
-            base, match = pipeline.component_of(find, adapter.config.base_model_name_or_path)
-        else:
-            base = bases.read(location)
-            match = find(base)
-    except CheckpointError as error:
-        if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
-            return _from_config(adapter, location, bases.access, error)
-        if base is not None and need is Need.DEQUANTIZED:
-            unpacked(base).refuse_defects()  # which can be why no layer fits
-        are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
-        if base is None or need.is_for_tensors or not are_packed:
-            raise
-        return _packed(adapter, base, error.findings)
-    facts = _from_match(adapter, base, match)
-    idle = _idle_key_maps(adapter, base_options)
-    return replace(facts, findings=(*facts.findings, *idle))
+def _from_options(options: BaseOptions) -> BaseFacts:
+    if options.model is not None:
+        raise UsageError("give either --base or --in-features and --out-features, not both.")
+    if options.in_features is None or options.out_features is None:
+        raise UsageError("--in-features and --out-features belong together: give both.")
+    return BaseFacts(options.in_features, options.out_features, source="the given size")
 
 
 def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
     """Return the facts of a base whose tensors match the adapter's layers."""
-    own = {
-        module: Linear(out, width, conv1d=module in match.conv1d)
-        for module, (out, width) in match.shapes.items()
-    }
+    own = match.layers
     whole = unpacked(base)
     view = whole.view
     tensors = _as_adapter_names_them(view, match)
@@ -261,33 +250,6 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
     )
 
 
-def _idle_key_maps(adapter: Adapter, base_options: BaseOptions) -> list[Finding]:
-    """Return a warning for each --key-map that no module of the adapter matches."""
-    modules = [f"{module}." for module in adapter.layers]
-    return [
-        OPTION_WITHOUT_EFFECT.at(
-            f"--key-map {old}={new}", f"no module of the adapter begins with {old}."
-        )
-        for old, new in base_options.key_map
-        if old and not any(module.startswith(f"{old}.") for module in modules)
-    ]
-
-
-def _find_layers(adapter: Adapter, base_options: BaseOptions, base: BaseModel) -> Match:
-    strange = class_without_body(adapter.config, base)
-    if strange is not None and all(layer.startswith("transformer.") for layer in adapter.layers):
-        reason = f"{printable(strange)} looks for layers named transformer, the base has model."
-        raise CheckpointError(BODY_NOT_LOADED.at(base.location.label, reason))
-    return match_modules(
-        {module: layer.out_features for module, layer in adapter.layers.items()},
-        base,
-        widest=adapter.projections.in_features if adapter.projections else None,
-        fan_in_fan_out=adapter.config.fan_in_fan_out,
-        key_map=base_options.key_map,
-        copies={module: copy.shape for module, copy in adapter.base_copies.items()},
-    )
-
-
 def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
     """Return the facts of a base whose adapted layers are packed.
 
@@ -321,33 +283,10 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     named = {}
     for name in base.tensors:
         path = name.removesuffix(".weight")
-        module = match.undo(path) if path != name else None
+        module = match.strategy.undo(path) if path != name else None
         if module is not None:
             named[module] = name
     return named
-
-
-# --- from a config alone -------------------------------------------------------------------------
-
-
-def _from_config(
-    adapter: Adapter, location: Location, access: HubAccess, error: CheckpointError
-) -> BaseFacts:
-    """Return the dims from the config of a known model type, for a base without weights."""
-    config = read_model_config(location, access)
-    if config is None:
-        raise error
-    model, own = _layers_by_config(adapter, config, location)
-    dims = shared_dims(adapter, model, own, BuiltLayers(config, own))
-    return BaseFacts(
-        dims.in_features,
-        dims.out_features,
-        source=f"{location.label} (its config alone)",
-        location=location,
-        layers=own,
-        modules=frozenset(model.linear),
-        findings=dims.findings,
-    )
 
 
 def _layers_by_config(

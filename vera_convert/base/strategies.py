@@ -7,14 +7,13 @@ releases of transformers, or does both; a key map is a strategy that the user gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
 from vera_convert.base.model import BaseModel
-from vera_convert.base.renames import model_types, views
+from vera_convert.base.renames import Strategy, model_types, release_names
 from vera_convert.text import printable
 
 BASE_PREFIXES = frozenset(
@@ -29,25 +28,6 @@ BASE_PREFIXES = frozenset(
 """Prefixes that transformers' classes with a head put before the model, beside the model type."""
 
 
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """A function from the path of a layer in an adapter to the path in a base's files.
-
-    Attributes:
-        name: the name in output and messages.
-        rename: from the path in the adapter to the path in the files; None if the name belongs to
-            another strategy.
-        undo: from the path in the files to the path in the adapter; None if the adapter's model has
-            no such layer.
-        key_map: the OLD=NEW that does the same; empty if there is none.
-    """
-
-    name: str
-    rename: Callable[[str], str | None]
-    undo: Callable[[str], str | None]
-    key_map: str = ""
-
-
 AS_THEY_ARE = Strategy("names as they are", str, str)
 
 
@@ -55,10 +35,10 @@ def known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strateg
     """Yield prefixes, renames between releases of transformers, and prefixes before renames."""
     names = {name.partition(".")[0] for name in base.tensors}
     yield from _prefixes(layers, names, base)
-    for view in views(base):
-        renames = Strategy(view.name, view.path_on_disk, view.in_memory.get)
+    paths = [name.rpartition(".")[0] for name in base.tensors]
+    for renames in release_names(base):
         yield renames
-        names = {path.partition(".")[0] for path in view.on_disk}
+        names = {(renames.undo(path) or "").partition(".")[0] for path in paths}
         for prefix in _prefixes(layers, names, base):
             yield _both(prefix, renames)
 

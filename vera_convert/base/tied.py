@@ -86,4 +86,4 @@ def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseM
     first = named[0] if isinstance(named, list) and named else None
     class_name = class_of_head(adapter.config, base) or (first if isinstance(first, str) else None)
     path = output_head_of(base.model_type, class_name)
-    return None if path is None else f"{match.rename(path) or path}.weight"
+    return None if path is None else f"{match.strategy.rename(path) or path}.weight"

@@ -23,8 +23,9 @@ from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import NEWEST_PEFT, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource, with_pair
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import (

@@ -13,8 +13,9 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import check_size
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded

@@ -19,8 +19,9 @@ from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import one_of, optional, path, place, require_flags, text
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.sizes import file_size
 from vera_convert.conversion.transforms import Converted, embedded, stripped

@@ -65,7 +65,7 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "repo_id": "location.repo_id",
         "commit": "location.commit",
         "model_type": "base.model_type",
-        "names": "match.strategy",
+        "names": "match.strategy.name",
     },
     "Checked": {
         "adapter": "label",

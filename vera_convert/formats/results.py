@@ -48,8 +48,8 @@ def conversion_text(result: Conversion) -> str:
 
 def location_text(base_facts: BaseFacts) -> str:
     """Return the base in words: the name and the fit of the layers, or why no base was read."""
-    if base_facts.match is not None and base_facts.match.strategy != AS_THEY_ARE.name:
-        return f"{base_facts.source}, {base_facts.match.strategy}"
+    if base_facts.match is not None and base_facts.match.strategy.name != AS_THEY_ARE.name:
+        return f"{base_facts.source}, {base_facts.match.strategy.name}"
     was_read = base_facts.in_features is not None or base_facts.base is not None
     if was_read:
         return base_facts.source

@@ -17,8 +17,9 @@ from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.lora_record import is_lora
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import Work, opened
 from vera_convert.draws.generator import Draw

@@ -154,7 +154,7 @@ def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:
     tensor = base_facts.match.tensors.get(module)
     if tensor is not None and module not in base_facts.match.tied:
         return tensor.removesuffix(".weight")
-    return base_facts.match.rename(module) or module
+    return base_facts.match.strategy.rename(module) or module
 
 
 def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine) -> list[str]:
@@ -184,7 +184,7 @@ def _shape(module: str, layers: Sequence[LoraLayer], base_facts: BaseFacts) -> L
     """Return the shape of a layer that the adapter does not have; None if it cannot be told."""
     conv1d = any(layer.shape.conv1d for layer in layers if kind_of(layer.module) == kind_of(module))
     base, match = base_facts.base, base_facts.match
-    path = match.rename(module) if match is not None else None
+    path = match.strategy.rename(module) if match is not None else None
     for name in (f"{path}.weight", f"{module}.weight"):
         tensor = base.tensors.get(name) if base is not None else None
         if tensor is not None and len(tensor.info.shape) == 2:

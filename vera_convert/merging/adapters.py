@@ -138,7 +138,7 @@ class MergedAdapter:
             weight=matched.weight,
             rank=matched.adapter.config.r,
             layers=len(matched.adapter.layers),
-            strategy=matched.match.strategy,
+            strategy=matched.match.strategy.name,
             origin=matched.pair.origin,
             draw=matched.pair.draw,
             folder=matched.adapter.folder,

@@ -137,7 +137,7 @@ class _Collector:
                 if first != layer.out_features:
                     reason = f"one delta has {first:,} rows, another {layer.out_features:,}."
                     self.defects.append(REPLACEMENTS_DIFFER.in_tensor(name, reason))
-                if module in match.conv1d:
+                if match.layers[module].conv1d:
                     self.changes.conv1d.add(name)
         for module, copy in matched.adapter.base_copies.items():
             self._compare_copy(module, copy, matched)
@@ -169,8 +169,8 @@ class _Collector:
         match = matched.match
         stored = match.tensors[module]
         replacement = Replacement.of(matched, copy, Part(stored, copy.shape))
-        own = self.base.tensors[stored].info.shape
-        if copy.shape != own and copy.shape != match.shapes[module]:
+        own, layer = self.base.tensors[stored].info.shape, match.layers[module]
+        if copy.shape not in (own, (layer.out_features, layer.in_features)):
             reason = f"the stored weight has shape {list(copy.shape)}, the base's {list(own)}."
             self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif not _has_values_of(replacement, stored, self.base, self.files):
@@ -330,7 +330,7 @@ def _module(name: str) -> str:
 def _name_of_head(module: str, match: Match) -> str:
     """Return the name of an untied head's weight, with or without a tensor in the base."""
     if module in match.tied:
-        return f"{match.rename(module) or module}.weight"
+        return f"{match.strategy.rename(module) or module}.weight"
     return match.tensors[module]
 
 

@@ -13,11 +13,12 @@ from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.input_files import InputFile
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
 from vera_convert.base.quantized.targets import quantized_elsewhere, refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.side_files import ModelFiles, sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.proof import other_dims

@@ -64,7 +64,7 @@ def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
         "weight": matched.weight,
         "rank": config.r,
         "layers": len(matched.adapter.layers),
-        "strategy": matched.match.strategy,
+        "strategy": matched.match.strategy.name,
         "projections": {"origin": pair.origin, "draw": drawn},
         "config_sha256": sha256(matched.adapter.config_file.text).hexdigest(),
         "weights_size": matched.weights.size,

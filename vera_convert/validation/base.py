@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
@@ -20,7 +21,7 @@ from vera_convert.base.replacements import (
     replacing_tensors,
 )
 from vera_convert.base.resizes import resizes
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.side_files import check_tokens, tokenizer_files
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings
@@ -77,9 +78,9 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
         return
     whole = unpacked(base_facts.base)
     base = whole.view
-    if match.strategy != AS_THEY_ARE.name:
+    if match.strategy.name != AS_THEY_ARE.name:
         yield NAMES_RENAMED.at(
-            base.location.label, f"they fit after this change: {match.strategy}."
+            base.location.label, f"they fit after this change: {match.strategy.name}."
         )
     yield from _orientation(adapter, match)
     quantized = [*target_findings(whole, match.tensors.values())]
@@ -92,8 +93,8 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
 
 def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
     said = adapter.config.fan_in_fan_out
-    if all((module in match.conv1d) != said for module in adapter.layers):
-        kinds = "Conv1D layers" if match.conv1d else "plain linear layers"
+    if all(match.layers[module].conv1d != said for module in adapter.layers):
+        kinds = "plain linear layers" if said else "Conv1D layers"
         reason = f"fan_in_fan_out is {str(said).lower()}, but the layers are {kinds}."
         yield ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
 

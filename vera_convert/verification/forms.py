@@ -25,8 +25,9 @@ from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import (
     ProjectionSource,
     check_size,
@@ -306,7 +307,7 @@ def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
 def _needed(side: _Side) -> tuple[int, int]:
     """Return how many columns of A and rows of B the layers use; 0 columns if unknown."""
     match = side.known.match
-    widest = max((inputs for _, inputs in match.shapes.values()), default=0) if match else 0
+    widest = max((each.in_features for each in match.layers.values()), default=0) if match else 0
     return widest, side.adapter.longest_b
 
 

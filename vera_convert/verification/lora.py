@@ -26,8 +26,9 @@ from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.pool import one_blas_thread
+from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.base.resolve import Bases, Need, resolve_base
+from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import CheckpointError, UsageError
@@ -235,7 +236,7 @@ def _known_names(module: str, facts: BaseFacts) -> Iterator[str]:
     yield module
     if facts.match is not None:
         yield facts.match.tensors.get(module, "").removesuffix(".weight")
-        yield facts.match.rename(module) or ""
+        yield facts.match.strategy.rename(module) or ""
 
 
 def _in_transformers_order(
