@@ -212,8 +212,6 @@ def test_a_server_that_trickles_is_given_up(
     assert len(server.failures) >= 6  # nothing is tried again; the download asks for the reason
 
 
-# Before 1.0, huggingface_hub leaves the connections of refused requests to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("status", "reason"), [(429, "rate limit is reached"), (503, "the Hub answers 503")]
 )
