@@ -1,7 +1,11 @@
 """The program ``vera-convert``, which ``python -m vera_convert`` runs too."""
 
 import _signal  # type: ignore[import-not-found]  # `signal` would import `enum` first, and Python would handle Ctrl-C for longer
+import mmap
 import os
+
+_LEAST_MEMORY = 128 << 20
+"""The bytes that NumPy's import takes. With less, OpenBLAS ends the process with status 1."""
 
 
 def main() -> None:
@@ -14,6 +18,7 @@ def main() -> None:
     from vera_convert.publish.signals import exit_on_signals, ignore_signals
 
     exit_on_signals()
+    _require_memory()
     # OpenBLAS starts a thread for each core while NumPy is imported, with 40 MiB of addresses each,
     # and no product of this program uses more than a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -23,6 +28,15 @@ def main() -> None:
         run()
     finally:
         ignore_signals()
+
+
+def _require_memory() -> None:
+    """End the process with status 3 if there is too little memory to import NumPy."""
+    try:
+        mmap.mmap(-1, _LEAST_MEMORY).close()
+    except OSError:
+        os.write(2, b"error: there is not enough memory to start. Raise the limit (ulimit -v).\n")
+        os._exit(3)
 
 
 if __name__ == "__main__":

@@ -488,6 +488,21 @@ def test_names_and_texts_are_escaped(run: Run, tmp_path: Path) -> None:
         assert "a\\u202e" in shown
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+def test_too_little_memory_to_import_numpy_is_said_with_status_3(adapter: Path) -> None:
+    code = """
+import resource
+from vera_convert.__main__ import main
+resource.setrlimit(resource.RLIMIT_AS, (100 << 20,) * 2)
+main()
+"""
+    command = [sys.executable, "-c", code, "info", str(adapter)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert ended.stderr.startswith("error: there is not enough memory to start")
+    assert ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -495,6 +510,7 @@ def test_names_and_texts_are_escaped(run: Run, tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "out\x1b"), "No space left on device"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
         (ImportError("lib.so: failed to map\x1b"), "The memory may be too small"),
+        (RuntimeError("can't start new thread"), "no thread could be started"),
         (RuntimeError("odd\x1b"), "bug in vera-convert"),
     ],
 )

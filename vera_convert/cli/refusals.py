@@ -59,6 +59,11 @@ def explained(error: Exception) -> VeraConvertError:
             f"a library could not be loaded: {printable(str(error))}. The memory may be too small "
             "(ulimit -v), or the installation is broken: then install vera-convert again."
         )
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return SurroundingsError(
+            "no thread could be started: raise the limit on memory (ulimit -v) or processes "
+            "(ulimit -u)."
+        )
     if isinstance(error, OSError):
         return SurroundingsError(printable(redacted(str(error))))
     return SurroundingsError(
