@@ -13,7 +13,8 @@ from merges import filled_base, merged_with, tensors_of
 
 from vera_convert.assembly.addends import Numbers
 from vera_convert.errors import CheckpointError
-from vera_convert.formats.merge import merge_document, merge_text
+from vera_convert.formats.document import result_document
+from vera_convert.formats.merge import merge_text
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.replaced import ReplacedTensor
 
@@ -48,12 +49,12 @@ def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Pat
     (found,) = [each for each in record["tensors"] if each["name"] == HEAD]
     assert found["kind"] == "replaced"
     assert found["relative_change"] == pytest.approx(wanted, rel=1e-3)
-    document = json.loads(json.dumps(merge_document(done)))
+    document = json.loads(json.dumps(result_document(done)))
     (listed,) = document["replaced"]
     assert listed["relative_change"] == pytest.approx(wanted, rel=1e-3)
     # Numbers of what is added are not mixed with these.
     alone = merged_with(good_adapter(tmp_path / "b"), base, tmp_path / "alone")
-    assert document["numbers"] == merge_document(alone)["numbers"]
+    assert document["numbers"] == result_document(alone)["numbers"]
 
 
 def test_a_replaced_tensor_of_zeros_has_no_relative_change() -> None:

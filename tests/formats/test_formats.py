@@ -23,19 +23,15 @@ from vera_convert.conversion.strip_embed import Conversion, embed, strip
 from vera_convert.counting import count
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.formats.document import result_document
 from vera_convert.formats.results import (
-    conversion_document,
     conversion_text,
-    count_document,
     count_text,
-    info_document,
     info_text,
-    regenerated_document,
     regenerated_text,
-    tree_document,
     tree_text,
 )
-from vera_convert.formats.shared import error_document, table
+from vera_convert.formats.shared import table
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import CATALOG
 from vera_convert.schemas import load_schema
@@ -81,7 +77,7 @@ def test_what_an_adapter_is(
     spoil(folder)
     options = BaseOptions(str(tiny_base(tmp_path / "base"))) if with_base else None
     found = info(folder, base=options)
-    document = as_printed(info_document(found))
+    document = as_printed(result_document(found))
     assert schema_errors("info", document) == []
     text = info_text(found)
     assert all(line.isprintable() and line == line.rstrip() for line in text.splitlines())
@@ -94,7 +90,7 @@ def test_what_the_adapters_of_peft_are(path: Path, schema_errors: SchemaErrors) 
     expected = json.loads((path.parent / "expected.json").read_bytes())
     for options in (None, BaseOptions(str(FIXTURES / expected["base"]))):
         found = info(path.parent, base=options)
-        assert schema_errors("info", as_printed(info_document(found))) == []
+        assert schema_errors("info", as_printed(result_document(found))) == []
 
 
 def test_info_for_a_person() -> None:
@@ -174,7 +170,7 @@ def conversions(tmp_path: Path) -> Iterator[tuple[str, Conversion]]:
 def test_what_a_conversion_did(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     texts = []
     for command, done in conversions(tmp_path):
-        document = as_printed(conversion_document(command, done))
+        document = as_printed(result_document(done, command=command))
         assert schema_errors("conversion", document) == []
         assert document["bytes_after"] == (
             (Path(document["out"]) / "adapter_model.safetensors").stat().st_size
@@ -198,7 +194,7 @@ def test_a_renaming_that_was_needed_is_named(tmp_path: Path, schema_errors: Sche
     )
     done = strip(folder, tmp_path / "out", base=BaseOptions(str(tiny_base(tmp_path / "base"))))
     assert 'prefix "model." added' in conversion_text(done)
-    document = as_printed(conversion_document("strip", done))
+    document = as_printed(result_document(done, command="strip"))
     assert document["base"]["names"] == 'prefix "model." added'
     assert schema_errors("conversion", document) == []
 
@@ -208,7 +204,7 @@ def test_what_became_of_a_tree(tmp_path: Path, schema_errors: SchemaErrors) -> N
     good_adapter(tmp_path / "tree" / "\u202e")
     good_adapter(tmp_path / "tree" / "bad\u2028", r=0)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.STRIPPED)
-    document = as_printed(tree_document(result))
+    document = as_printed(result_document(result))
     assert schema_errors("migration", document) == []
     assert [*document["done"]] == ["one", "\u202e"]
     assert document["failed"]["bad\u2028"]["findings"][0]["code"] == "V104"
@@ -222,7 +218,7 @@ def test_a_tree_of_bad_ones_wrote_nothing(tmp_path: Path, schema_errors: SchemaE
     good_adapter(tmp_path / "tree" / "bad", r=0)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert tree_text(result).endswith("wrote 0 of 1 adapters, so nothing")
-    assert schema_errors("migration", as_printed(tree_document(result))) == []
+    assert schema_errors("migration", as_printed(result_document(result))) == []
 
 
 # --- regenerate, count, errors -------------------------------------------------------------------
@@ -244,7 +240,7 @@ def test_what_was_drawn(
         generator=variant,
         rounding=rounding,
     )
-    document = as_printed(regenerated_document(made))
+    document = as_printed(result_document(made))
     assert schema_errors("regeneration", document) == []
     text = regenerated_text(made)
     assert made.sha256_A in text
@@ -260,7 +256,7 @@ def test_what_an_adapter_would_come_to(targets: list[str], schema_errors: Schema
         layers_of_base(str(FIXTURES / "bases/llama-fp32"), revision=None, access=access),
     ):
         result = count(model, rank=256, targets=targets)
-        assert schema_errors("count", as_printed(count_document(result))) == []
+        assert schema_errors("count", as_printed(result_document(result))) == []
         text = count_text(result)
         assert f"{result.vera.parameters:,}" in text
         assert all(line == line.rstrip() for line in text.splitlines())
@@ -275,13 +271,13 @@ def test_the_published_figures_are_printed() -> None:
 
 def test_why_a_command_failed(tmp_path: Path, schema_errors: SchemaErrors) -> None:
     for error in (UsageError("a"), SurroundingsError("b")):
-        document = as_printed(error_document(error))
+        document = as_printed(result_document(error))
         assert schema_errors("error", document) == []
         assert document["findings"] == []
         assert document["status"] == error.status
     with pytest.raises(CheckpointError) as caught:
         info(good_adapter(tmp_path / "adapter", r="4", bias=1))
-    document = as_printed(error_document(caught.value))
+    document = as_printed(result_document(caught.value))
     assert schema_errors("error", document) == []
     assert [finding["code"] for finding in document["findings"]] == ["V103", "V103"]
     assert document["error"].startswith("V103 ")
@@ -290,7 +286,7 @@ def test_why_a_command_failed(tmp_path: Path, schema_errors: SchemaErrors) -> No
 def test_every_rule_can_be_told_in_a_document(schema_errors: SchemaErrors) -> None:
     for rule in CATALOG.values():
         error = CheckpointError(rule.at("place", "reason."))
-        assert schema_errors("error", as_printed(error_document(error))) == []
+        assert schema_errors("error", as_printed(result_document(error))) == []
 
 
 # --- the schemas ---------------------------------------------------------------------------------
@@ -330,7 +326,7 @@ def test_a_schema_is_strict(name: str, schema_errors: SchemaErrors) -> None:
 def test_a_document_that_was_changed_satisfies_no_schema(
     tmp_path: Path, schema_errors: SchemaErrors
 ) -> None:
-    document = as_printed(info_document(info(good_adapter(tmp_path / "adapter"))))
+    document = as_printed(result_document(info(good_adapter(tmp_path / "adapter"))))
     changes: list[dict[str, object]] = [
         {"format": 2},
         {"rank": "4"},

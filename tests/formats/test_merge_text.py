@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.formats.merge import merge_document, merge_text
+from vera_convert.formats.document import result_document
+from vera_convert.formats.merge import merge_text
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
 
@@ -40,7 +41,7 @@ def test_the_document_satisfies_its_schema(
     schema_errors: SchemaErrors,
 ) -> None:
     result = merged(fixtures, case, tmp_path / "out", **options)
-    document = json.loads(json.dumps(merge_document(result), allow_nan=False))
+    document = json.loads(json.dumps(result_document(result), allow_nan=False))
     assert schema_errors("merge", document) == []
     assert document["written"] is not options.get("dry_run", False)
     assert (document["numbers"] is None) is not document["written"]

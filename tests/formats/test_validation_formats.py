@@ -24,11 +24,12 @@ from vera_convert.formats.catalog import (
     rules_page,
     rules_text,
 )
+from vera_convert.formats.document import result_document
 from vera_convert.formats.github import github_text, job_summary
 from vera_convert.formats.junit import junit_text
 from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.formats.sarif import sarif_document, sarif_text
-from vera_convert.formats.validation import validation_document, validation_text
+from vera_convert.formats.validation import validation_text
 from vera_convert.rules import (
     CATALOG,
     CONFIG_MISSING,
@@ -231,7 +232,7 @@ def test_a_command_stays_whole() -> None:
 
 @every_call
 def test_the_document_satisfies_its_schema(result: Validation, schema_errors: SchemaErrors) -> None:
-    document = as_printed(validation_document(result))
+    document = as_printed(result_document(result))
     assert schema_errors("validation", document) == []
     assert document["status"] == result.status
     assert sum(document["counts"].values()) == len([*result.findings])
@@ -243,7 +244,7 @@ def test_the_document_satisfies_its_schema(result: Validation, schema_errors: Sc
 
 
 def test_the_schema_is_strict(schema_errors: SchemaErrors) -> None:
-    document = as_printed(validation_document(CALLS["many"]))
+    document = as_printed(result_document(CALLS["many"]))
     for spoilt in ({}, {**document, "format": 2}, {**document, "status": 4}, {**document, "x": 1}):
         assert schema_errors("validation", spoilt)
     assert schema_errors("rules", {"format": 1})
@@ -511,7 +512,7 @@ class TestHostileTexts:
 
     def test_as_documents(self, text: str, schema_errors: SchemaErrors) -> None:
         result = hostile(text)
-        assert schema_errors("validation", as_printed(validation_document(result))) == []
+        assert schema_errors("validation", as_printed(result_document(result))) == []
         assert [*Draft202012Validator(SARIF).iter_errors(json.loads(sarif_text(result)))] == []
         messages = [told["message"]["text"] for told in sarif_run(result)["results"]]
         assert not any("](" in message for message in messages)

@@ -28,7 +28,8 @@ from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
-from vera_convert.formats.verification import verification_document, verification_text
+from vera_convert.formats.document import result_document
+from vera_convert.formats.verification import verification_text
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
@@ -654,7 +655,7 @@ def test_the_model_is_run_with_the_options_of_the_merge(
         settings=result.merged.settings,
     )
     assert given["weights"] == result.merged.tensors.nbytes
-    assert schema_errors("verification", verification_document(result)) == []
+    assert schema_errors("verification", result_document(result)) == []
     text = verification_text(result)
     assert "LlamaForCausalLM in float32, 3 samples, 48 positions" in text
     assert "adapter changes logits by up to 0.5" in text
@@ -699,7 +700,7 @@ def test_why_a_model_was_not_run_is_told_beside_its_layers(
     text = verification_text(result)
     assert "4 of 4 tensors verified" in text
     assert "NOT RUN: transformers cannot run it." in text
-    document = verification_document(result)
+    document = result_document(result)
     assert document["not_run"] == "transformers cannot run it."
     assert schema_errors("verification", document) == []
 
@@ -760,7 +761,7 @@ def test_what_strip_embed_and_migrate_made_holds(
             assert result.form is not None
             assert result.form.effects[0].same
             assert result.form.tensors == 8
-            assert schema_errors("verification", verification_document(result)) == []
+            assert schema_errors("verification", result_document(result)) == []
             assert verification_text(result).endswith("verified")
 
 
@@ -1016,7 +1017,7 @@ def test_the_document_is_what_its_schema_says(
         layers(adapter, base, base),
         same_form(adapter, adapter),
     ):
-        document = verification_document(result)
+        document = result_document(result)
         text = json.dumps(document, allow_nan=False)
         assert schema_errors("verification", json.loads(text)) == []
     wrong = layers(adapter, base, model)

@@ -12,7 +12,8 @@ from torchmodels import saved, trained
 
 from vera_convert import LoraOptions, VerifyOptions, to_lora, verify
 from vera_convert.errors import UsageError
-from vera_convert.formats.verification import verification_document, verification_text
+from vera_convert.formats.document import result_document
+from vera_convert.formats.verification import verification_text
 from vera_convert.verification import lora as comparing
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.with_torch.compare_lora import compare_lora
@@ -55,7 +56,7 @@ def test_the_whole_comparison_runs_in_a_child(llama: Path, schema_errors: Any) -
     assert result.lora.model.samples == 2
     assert result.lora.model.effect > 100 * result.lora.model.threshold_difference
     assert "without PEFT" in verification_text(result)
-    assert schema_errors("verification", verification_document(result)) == []
+    assert schema_errors("verification", result_document(result)) == []
 
 
 def test_a_pattern_of_alphas_that_peft_reads_otherwise_fails(llama: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from folders import DATA
 
 from vera_convert import MergeOptions, VerifyOptions, merge, verify
-from vera_convert.formats.verification import verification_document, verification_text
+from vera_convert.formats.document import result_document
+from vera_convert.formats.verification import verification_text
 from vera_convert.verification import running
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
@@ -154,7 +155,7 @@ def test_the_report_says_why_the_quantized_base_is_not_run(
     assert result.model.quantized is not None
     assert reason in result.model.quantized.not_compared
     assert "not compared, only the dequantized base was" in verification_text(result)
-    assert schema_errors("verification", verification_document(result)) == []
+    assert schema_errors("verification", result_document(result)) == []
 
 
 def test_a_difference_from_the_quantized_base_is_an_error(
@@ -174,4 +175,4 @@ def test_a_difference_from_the_quantized_base_is_an_error(
     assert [finding.code for finding in result.errors] == ["V611"]
     assert "the quantized base with the adapter in PEFT by 5.0e-01" in result.errors[0].reason
     assert "RMS difference 0.5 (limit 0.25" in verification_text(result)
-    assert schema_errors("verification", verification_document(result)) == []
+    assert schema_errors("verification", result_document(result)) == []

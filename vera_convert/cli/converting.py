@@ -126,10 +126,10 @@ def regenerate(out: Path, options: RegenerateOptions) -> None:
 
     Give --rank, --in-features and --out-features, or --for ADAPTER.
     """
-    from vera_convert.formats.results import regenerated_document, regenerated_text
+    from vera_convert.formats.results import regenerated_text
 
     result = _regenerated(out, options)
-    show(options, result.findings, regenerated_text(result), lambda: regenerated_document(result))
+    show(options, result, regenerated_text)
 
 
 def _regenerated(out: Path, options: RegenerateOptions) -> Regenerated:
@@ -250,23 +250,18 @@ def migrate(adapter: str, out: Path, options: MigrateOptions) -> None:
 
 
 def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> None:
-    from vera_convert.formats.results import conversion_document, conversion_text
+    from vera_convert.formats.results import conversion_text
 
-    show(
-        options,
-        result.findings,
-        conversion_text(result),
-        lambda: conversion_document(name, result),
-    )
+    show(options, result, conversion_text, command=name)
 
 
 def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:
-    from vera_convert.formats.results import tree_document, tree_text
+    from vera_convert.formats.results import tree_text
 
     for name, conversion in result.done.items():
         warn(conversion.findings, f"{printable(name)}: ")
     for name, error in result.failed.items():
         tell("error", f"{printable(name)}: {reason(error, {'adapter': f'{tree}/{name}'})}")
-    print_result(options, tree_text(result), lambda: tree_document(result))
+    print_result(options, result, tree_text)
     if result.failed:
         raise click.exceptions.Exit(min(error.status for error in result.failed.values()))

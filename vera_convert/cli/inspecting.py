@@ -32,11 +32,11 @@ class InfoOptions(AdapterOptions, ProjectionChoice):
 )
 def info(adapter: str, options: InfoOptions) -> None:
     """Show an adapter's rank, targets, projections and sizes."""
-    from vera_convert.formats.results import info_document, info_text
+    from vera_convert.formats.results import info_text
     from vera_convert.summary import info as summarize
 
     result = summarize(adapter, projections=options.projections, **options.inputs())
-    show(options, result.findings, info_text(result), lambda: info_document(result))
+    show(options, result, info_text)
 
 
 class CountOptions(CommonOptions):
@@ -72,7 +72,7 @@ def count(options: CountOptions) -> None:
     """
     from vera_convert.base.layers import layers_of_base, layers_of_config_file
     from vera_convert.counting import count as run
-    from vera_convert.formats.results import count_document, count_text
+    from vera_convert.formats.results import count_text
 
     if options.base is not None and options.config is None:
         model = layers_of_base(
@@ -84,4 +84,4 @@ def count(options: CountOptions) -> None:
         raise UsageError("give either --base MODEL or --config FILE.")
     targets = [name for names in options.targets for name in names]
     result = run(model, rank=options.rank, targets=targets)
-    show(options, (), count_text(result), lambda: count_document(result))
+    show(options, result, count_text)

@@ -67,7 +67,7 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
     The model is written shard by shard, in memory that does not grow with the model, and without
     PyTorch.
     """
-    from vera_convert.formats.merge import merge_document, merge_text
+    from vera_convert.formats.merge import merge_text
     from vera_convert.merging.merge import merge as run
     from vera_convert.merging.options import MergeOptions
 
@@ -79,7 +79,7 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
             progress=progress,
             **options.inputs(),
         )
-    show(options, result.findings, merge_text(result), lambda: merge_document(result))
+    show(options, result, merge_text)
 
 
 @contextmanager

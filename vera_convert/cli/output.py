@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -34,6 +34,7 @@ _LABEL = re.compile(r"\s*\S(?:\S| (?! ))*  +|\s+")
 """The label of a line, with the spaces behind the label."""
 
 Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
 
 
 class NotPrintedError(SurroundingsError):
@@ -74,14 +75,18 @@ def print_document(document: Mapping[str, object]) -> None:
 
 
 def show(
-    options: CommonOptions,
-    findings: Sequence[Finding],
-    text: str,
-    document: Callable[[], Mapping[str, object]],
+    options: CommonOptions, result: Result, text: Callable[[Result], str], **values: object
 ) -> None:
-    """Print warnings and notes to stderr, and the result to stdout."""
-    warn(findings)
-    print_result(options, text, document)
+    """Print the warnings and notes of a result to stderr, and the result to stdout.
+
+    Args:
+        options: the options of the command.
+        result: a record of the library.
+        text: the function that writes the record for people.
+        values: values of the JSON document that the record lacks.
+    """
+    warn(getattr(result, "findings", ()))
+    print_result(options, result, text, **values)
 
 
 def warn(findings: Sequence[Finding], before: str = "") -> None:
@@ -92,14 +97,16 @@ def warn(findings: Sequence[Finding], before: str = "") -> None:
 
 
 def print_result(
-    options: CommonOptions, text: str, document: Callable[[], Mapping[str, object]]
+    options: CommonOptions, result: Result, text: Callable[[Result], str], **values: object
 ) -> None:
     """Print a result as text or as a document, as the options ask."""
     try:
         if options.as_json:
-            print_document(document())
+            from vera_convert.formats.document import result_document
+
+            print_document(result_document(result, **values))
         elif not options.quiet:
-            say(fitted(text, columns()))
+            say(fitted(text(result), columns()))
     except NotPrintedError as error:
         if click.get_current_context().info_name in WRITES_NOTHING:
             raise

@@ -83,10 +83,10 @@ def _message(error: click.ClickException) -> str:
 def refuse(error: VeraConvertError, arguments: list[str], named: Mapping[str, str | None]) -> int:
     """Print why a command failed, and return the exit status."""
     if "--json" in arguments:
-        from vera_convert.formats.shared import error_document
+        from vera_convert.formats.document import result_document
 
         with suppress(NotPrintedError):
-            print_document(error_document(error))
+            print_document(result_document(error))
     tell("error", reason(error, named))
     return error.status
 

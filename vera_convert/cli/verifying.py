@@ -68,7 +68,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
 
     A merge option that is left out has the value that the merge recorded.
     """
-    from vera_convert.formats.verification import verification_document, verification_text
+    from vera_convert.formats.verification import verification_text
     from vera_convert.verification.options import VerifyOptions
     from vera_convert.verification.verify import verify as run
 
@@ -86,7 +86,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
             runs=runs,
             **options.inputs(),
         )
-    show(options, result.findings, verification_text(result), lambda: verification_document(result))
+    show(options, result, verification_text)
     if result.errors:
         more = f" ({and_more(result.wrong - 1).lstrip()})" if result.wrong > 1 else ""
         tell("error", f"{result.errors[0]}{more}")

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+from vera_convert.rules import Severity
 from vera_convert.schemas import load_schema
 from vera_convert.text import printable
 
 Document = dict[str, object]
 Schema = Mapping[str, Any]
 
+SCHEMAS = {
+    "AdapterInfo": "info",
+    "Conversion": "conversion",
+    "Count": "count",
+    "LoraConversion": "lora",
+    "Merge": "merge",
+    "Regenerated": "regeneration",
+    "TreeMigration": "migration",
+    "Validation": "validation",
+    "VeraConvertError": "error",
+    "Verification": "verification",
+}
+"""The schema of each result, by the result's class."""
 
 _MODEL_NUMBERS = (
     *("largest_difference", "remerged_difference", "kl", "top1", "effect"),
@@ -44,6 +59,48 @@ def _milliseconds(result: Any) -> float:  # noqa: ANN401 -- any record with a du
     """Return a duration in seconds."""
     seconds: float = result.seconds
     return round(seconds, 3)
+
+
+def _migrated(tree: Any) -> Document:  # noqa: ANN401 -- a record of a migration
+    return {name: result_document(each, command="migrate") for name, each in tree.done.items()}
+
+
+def _lora_layers(lora: Any) -> list[Document]:  # noqa: ANN401 -- a record of a conversion
+    return [
+        {
+            "module": layer.module,
+            "name": lora.names[layer.module],
+            "in_features": layer.shape.in_features,
+            "out_features": layer.shape.out_features,
+            "relative_error": _short(lora.measured.errors.get(layer.module, 0.0)),
+            "zeros": layer.vectors is None,
+        }
+        for layer in lora.plan.layers
+    ]
+
+
+def _merged_files(merge: Any) -> list[Document]:  # noqa: ANN401 -- a record of a merge
+    return [
+        {
+            "name": file.name,
+            "bytes": file.size,
+            "carried_bytes": file.copied,
+            "computed_bytes": file.computed,
+            "computed_tensors": file.tensors,
+            "sha256": merge.sha256.get(file.name),
+        }
+        for file in merge.files
+    ]
+
+
+def _merged_numbers(merge: Any) -> object:  # noqa: ANN401 -- a record of a merge
+    from vera_convert.merging.report import numbers_record, total
+
+    return numbers_record(total(merge.tensors)) if merge.written else None
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
@@ -79,6 +136,7 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "left_out": "side_files.left_out",
         "not_followed": "side_files.outside",
     },
+    "Count": {"vera": lambda count: {**asdict(count.vera), "stripped_bytes": count.stripped_bytes}},
     "Finding": {
         "tensor": lambda finding: finding.tensor and printable(finding.tensor),
         "remedy": "rule.remedy",
@@ -100,8 +158,20 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "bytes_free": "free",
         "carried": lambda lora: [name for name in lora.side_files.copied if name != "README.md"],
         "left_out": "side_files.left_out",
+        "layers": _lora_layers,
+        "relative_error": lambda lora: _short(lora.measured.worst),
     },
     "Merge": {
+        "files": _merged_files,
+        "tensors": lambda merge: [report.record() for report in merge.tensors],
+        "replaced": lambda merge: [tensor.record() for tensor in merge.replaced],
+        "numbers": _merged_numbers,
+        "left_out": lambda merge: [
+            *(*merge.sides.other_weights, *merge.sides.adapter, *merge.sides.unneeded)
+        ],
+        "adapter_left_out": lambda merge: [
+            *(*merge.beside.unmerged, *merge.beside.not_fetched, *merge.beside.left_out)
+        ],
         "bytes_needed": "needed",
         "bytes_free": "free",
         "seconds": _milliseconds,
@@ -139,9 +209,19 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "excess": _four_digits("comparison.excess"),
         "hint": lambda check: check.cause or None,
     },
+    "TreeMigration": {"done": _migrated},
+    "Validation": {
+        "counts": lambda found: {str(each): found.count(each) for each in Severity},
+    },
     "Verification": {"seconds": _milliseconds},
 }
 """The values that are not an attribute with the name of the key, by the class of a result."""
+
+
+def result_document(result: object, **values: object) -> Document:
+    """Return a result, or an error, as a JSON object with the keys of the result's schema."""
+    name = next(kind.__name__ for kind in type(result).__mro__ if kind.__name__ in SCHEMAS)
+    return document(SCHEMAS[name], result, **values)
 
 
 def document(schema: str, result: object, **values: object) -> Document:

@@ -1,8 +1,7 @@
-"""The result of a conversion to LoRA as text for people and as a JSON document."""
+"""The result of a conversion to LoRA as text for people."""
 
 from __future__ import annotations
 
-from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.lora.conversion import LoraConversion
 from vera_convert.lora.stored import SAMPLED_ROWS
@@ -75,24 +74,3 @@ def _error_rows(result: LoraConversion) -> list[Row]:
         *((f"  {error:.3f}", printable(module)) for module, error in errors[:_MOST_LISTED]),
         ("", more and f"{more}; --json lists all"),
     ]
-
-
-def lora_document(result: LoraConversion) -> Document:
-    """Return the result as a document (schema ``lora``)."""
-    plan, errors = result.plan, result.measured.errors
-    layers = [
-        {
-            "module": layer.module,
-            "name": result.names[layer.module],
-            "in_features": layer.shape.in_features,
-            "out_features": layer.shape.out_features,
-            "relative_error": _short(errors.get(layer.module, 0.0)),
-            "zeros": layer.vectors is None,
-        }
-        for layer in plan.layers
-    ]
-    return document("lora", result, layers=layers, relative_error=_short(result.measured.worst))
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""A merge's result as text for people and as a JSON document."""
+"""A merge's result as text for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 
 from vera_convert.base.strategies import AS_THEY_ARE
-from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
@@ -14,7 +13,6 @@ from vera_convert.merging.output import FilePlan
 from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import (
     changed_share,
-    numbers_record,
     relative_change,
     relative_loss,
     total,
@@ -115,29 +113,3 @@ def _side_rows(result: Merge) -> list[Row]:
 
 def _joined(names: Iterable[str]) -> str:
     return ", ".join(map(printable, names))
-
-
-def merge_document(result: Merge) -> Document:
-    """Return the document about a merge, or about its plan (schema ``merge``)."""
-    files = [
-        {
-            "name": file.name,
-            "bytes": file.size,
-            "carried_bytes": file.copied,
-            "computed_bytes": file.computed,
-            "computed_tensors": file.tensors,
-            "sha256": result.sha256.get(file.name),
-        }
-        for file in result.files
-    ]
-    sides, beside = result.sides, result.beside
-    return document(
-        "merge",
-        result,
-        files=files,
-        tensors=[report.record() for report in result.tensors],
-        replaced=[tensor.record() for tensor in result.replaced],
-        numbers=numbers_record(total(result.tensors)) if result.written else None,
-        left_out=[*sides.other_weights, *sides.adapter, *sides.unneeded],
-        adapter_left_out=[*beside.unmerged, *beside.not_fetched, *beside.left_out],
-    )

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vera_convert.formats.document import result_document
+
 if TYPE_CHECKING:
     from vera_convert.validation.validation import Validation
 
@@ -39,6 +41,4 @@ def report_text(result: Validation, form: str) -> str:
 
 def json_text(result: Validation) -> str:
     """Return the report as a JSON document (schema ``validation``)."""
-    from vera_convert.formats.validation import validation_document
-
-    return json.dumps(validation_document(result), indent=2)
+    return json.dumps(result_document(result), indent=2)

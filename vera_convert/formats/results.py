@@ -1,12 +1,6 @@
-"""Results as text for people and as JSON documents for programs: pure functions.
-
-Every document has a file of its name under `schemas/`, and a number `format` that grows when its
-shape changes.
-"""
+"""The results of strip, embed, migrate, regenerate, info and count as text for people."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
 
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.strategies import AS_THEY_ARE
@@ -15,7 +9,6 @@ from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.strip_embed import Conversion
 from vera_convert.counting import Count
 from vera_convert.errors import CheckpointError
-from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import Row, labelled, table
 from vera_convert.summary import AdapterInfo, Effect
 from vera_convert.targets.linear import LayerGroup
@@ -57,11 +50,6 @@ def location_text(base_facts: BaseFacts) -> str:
     return f"not read: {base_facts.source.rstrip('.')}{remedy}"
 
 
-def conversion_document(command: str, result: Conversion) -> Document:
-    """Return the document about a conversion (schema ``conversion``)."""
-    return document("conversion", result, command=command)
-
-
 def tree_text(result: TreeMigration) -> str:
     """Return the text about the migration of a tree, without the reasons of failures."""
     rows: list[Row] = []
@@ -82,12 +70,6 @@ def tree_text(result: TreeMigration) -> str:
     return f"{labelled(*rows)}\n{wrote}{where}"
 
 
-def tree_document(result: TreeMigration) -> Document:
-    """Return the document about the migration of a tree (schema ``migration``)."""
-    done = {name: conversion_document("migrate", each) for name, each in result.done.items()}
-    return document("migration", result, done=done)
-
-
 # --- regenerate ----------------------------------------------------------------------------------
 
 
@@ -99,11 +81,6 @@ def regenerated_text(result: Regenerated) -> str:
         ("vera_A", f"SHA-256 {result.sha256_A}"),
         ("vera_B", f"SHA-256 {result.sha256_B}"),
     )
-
-
-def regenerated_document(result: Regenerated) -> Document:
-    """Return the document about regenerated A and B (schema ``regeneration``)."""
-    return document("regeneration", result)
 
 
 # --- info ----------------------------------------------------------------------------------------
@@ -178,11 +155,6 @@ def _bytes_text(size: int | None, otherwise: str) -> str:
     return otherwise if size is None else f"{size:,} bytes"
 
 
-def info_document(result: AdapterInfo) -> Document:
-    """Return the document about an adapter (schema ``info``)."""
-    return document("info", result)
-
-
 # --- count ---------------------------------------------------------------------------------------
 
 
@@ -208,10 +180,3 @@ def _count_rows(result: Count) -> list[list[str]]:
     rows += [[name, *(f"{number:,}" for number in pair)] for name, pair in numbers.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[row[0], *map(str.rjust, row[1:], widths[1:])] for row in rows]
-
-
-def count_document(result: Count) -> Document:
-    """Return the document about parameters and bytes (schema ``count``)."""
-    return document(
-        "count", result, vera={**asdict(result.vera), "stripped_bytes": result.stripped_bytes}
-    )

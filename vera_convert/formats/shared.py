@@ -1,11 +1,8 @@
-"""The parts of all texts and documents: findings, errors, draws, aligned columns."""
+"""The parts that several texts share: aligned columns, and the origin of A and B."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-from vera_convert.errors import VeraConvertError
-from vera_convert.formats.document import Document, document
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
@@ -45,8 +42,3 @@ def origin_text(origin: str) -> str:
         "fingerprint": "regenerated from the key, proven by the fingerprint",
         "key": "regenerated from the key",
     }[origin]
-
-
-def error_document(error: VeraConvertError) -> Document:
-    """Return the reason why a command failed, with every finding (schema ``error``)."""
-    return document("error", error)

@@ -1,4 +1,4 @@
-"""A validation as text for people and as a JSON document."""
+"""A validation as text for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 
-from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import table
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, counted, wrapped
@@ -32,9 +31,6 @@ def _plain(text: str, style: str) -> str:  # noqa: ARG001 -- as `_colored`
 def _counts(findings: Iterable[Finding]) -> str:
     found = Counter(finding.severity for finding in findings)
     return ", ".join(counted(found[severity], severity) for severity in Severity if found[severity])
-
-
-# --- text ----------------------------------------------------------------------------------------
 
 
 def validation_text(
@@ -219,12 +215,3 @@ def _closing(result: Validation, paint: Paint, width: int | None) -> str:
         hint = "`vera-convert validate --explain CODE` says why a finding matters."
         lines += wrapped(hint, width, indent="  ")
     return "\n".join(lines)
-
-
-# --- JSON ----------------------------------------------------------------------------------------
-
-
-def validation_document(result: Validation) -> Document:
-    """Return the document about a validation (schema ``validation``)."""
-    counts = {str(severity): result.count(severity) for severity in Severity}
-    return document("validation", result, counts=counts)

@@ -1,4 +1,4 @@
-"""Write a verification's result as text for people and as a JSON document."""
+"""Write a verification's result as text for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from vera_convert.formats.document import Document, document
 from vera_convert.formats.shared import origin_text, table
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
@@ -287,11 +286,3 @@ def _reason_row(model: ModelComparison) -> Rows:
     if model.passed:
         return []
     return [["  failed" if model.conclusive else "  inconclusive", model.reason]]
-
-
-# --- the document --------------------------------------------------------------------------------
-
-
-def verification_document(result: Verification) -> Document:
-    """Return a verification's result as a JSON object (schema ``verification``)."""
-    return document("verification", result)
