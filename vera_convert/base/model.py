@@ -61,7 +61,7 @@ class BaseTensor:
     info: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BaseModel:
     """A base model, every tensor accounted for.
 

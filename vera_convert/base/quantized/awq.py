@@ -19,9 +19,11 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     finite,
     group_count,
+    texts_of,
 )
 from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
+from vera_convert.text import printable
 
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """The field of a word that holds each of its eight outputs."""
@@ -63,13 +65,14 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 def _check_settings(layer: Layer) -> None:
     settings = layer.settings
-    keys = ("version", "format", "checkpoint_format")
-    named = {str(settings[key]).lower() for key in keys if settings.get(key)}
-    if any(settings.get(key) not in (None, 4) for key in ("bits", "w_bit")):
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", "only 4 bits are supported.")
-    if named - {"gemm"}:
-        reason = 'only the version "gemm" is supported: the others pack in another order.'
+    bits = texts_of(settings, ("bits", "w_bit")) - {"4"}
+    if bits:
+        reason = f"{printable(min(bits))} bits are not supported, only 4."
         raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
+    versions = texts_of(settings, ("version", "format", "checkpoint_format")) - {"gemm"}
+    if versions:
+        reason = f'the version "{printable(min(versions))}" is not supported, only gemm: the '
+        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason + "others pack in another order.")
     if "g_idx" in layer.tensors:
         raise layer.error(PART_MALFORMED, "g_idx", "AWQ has no such part: this may be GPTQ.")
 

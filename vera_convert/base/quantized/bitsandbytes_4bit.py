@@ -34,6 +34,7 @@ from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table,
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.rules import PART_MALFORMED, PART_MISSING
+from vera_convert.text import printable
 
 STATE = "weight.quant_state.bitsandbytes__"
 TABLES = {
@@ -255,7 +256,7 @@ def _cast(settings: Mapping[str, object], _dtype: str) -> str:
     if not settings:
         return "quantized, and the config does not say in which dtype they compute"
     found = settings.get("bnb_4bit_compute_dtype")
-    name = found.removeprefix("torch.") if isinstance(found, str) else "float32"
+    name = "float32" if found is None else printable(str(found)).removeprefix("torch.")
     return _DTYPES.get(name, name)
 
 

@@ -60,6 +60,8 @@ _DROPPED = frozenset(
 )
 """Scales of the values between layers: of no use in a model that is not quantized."""
 _MOST_GROUPS = 64
+_UNORDERED = (None, False, "weight", "static")
+"""Values of ``actorder`` with which groups are neighboring inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +298,12 @@ def _schemes(layer: Layer, main: str) -> list[Scheme]:
         weight = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weight, Mapping):
             raise wrong("a group of the config says nothing of weights.")
-        name = group.get("format") or layer.settings.get("format")
+        name = str(group.get("format") or layer.settings.get("format"))
         if name not in _LAYOUTS:
-            raise wrong(f'the format "{printable(str(name))}" is not supported.')
-        scheme = _scheme(_LAYOUTS[str(name)], weight)
+            raise wrong(f'the format "{printable(name)}" is not supported.')
+        if weight.get("actorder") not in _UNORDERED:
+            raise wrong("an order of the inputs (actorder) is not supported.")
+        scheme = _scheme(_LAYOUTS[name], weight)
         if scheme is None:
             raise wrong("the config's settings of the weights are not supported.")
         schemes.append(scheme)

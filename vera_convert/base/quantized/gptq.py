@@ -23,14 +23,18 @@ from vera_convert.base.quantized.layer import (
     filled,
     finite,
     group_count,
+    texts_of,
     whole,
 )
 from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
+from vera_convert.text import printable
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
 _VERSIONS = {"gptq": True, "gptq_v2": False}
-"""Whether a version of the files stores zeros less one, by its ``checkpoint_format``."""
+"""Whether a version of the files stores zeros less one."""
+_VERSION_FIELDS = ("checkpoint_format", "format")
+"""The old and the new name of the field that names the version; libraries read either first."""
 _UNSAFE = frozenset(("rotation", "adapter", "eora"))
 
 
@@ -98,12 +102,15 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     """
     settings = layer.settings
     bits = whole(settings, "bits")
-    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    versions = texts_of(settings, _VERSION_FIELDS) or {"gptq"}
     reason = ""
     if bits not in _ONES:
-        reason = "only 4 and 8 bits are supported."
-    elif version not in _VERSIONS:
-        reason = 'only the checkpoint_format "gptq" and "gptq_v2" are supported.'
+        reason = f"{printable(str(settings.get('bits')))} bits are not supported, only 4 and 8."
+    elif settings.get("is_marlin_format") or not versions <= _VERSIONS.keys():
+        others = versions - _VERSIONS.keys() or {"marlin"}
+        reason = f'the format "{printable(min(others))}" is not supported, only gptq and gptq_v2.'
+    elif len(versions) > 1:
+        reason = "checkpoint_format and format name two versions, whose zero points differ."
     elif settings.get("pack_dtype") not in (None, "int32"):
         reason = "only the pack_dtype int32 is supported."
     meta = settings.get("meta")
@@ -111,7 +118,7 @@ def _settings(layer: Layer) -> tuple[int, bool]:
         reason = "the config's meta has a rotation or an adapter, which changes the weights."
     if reason or bits is None:
         raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
-    return bits, _VERSIONS[str(version)]
+    return bits, _VERSIONS[versions.pop()]
 
 
 def _inside(values: Array, groups: int) -> str | None:

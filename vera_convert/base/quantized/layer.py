@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,7 +99,7 @@ class Layer:
         path: the layer's path in the base's files.
         tensors: its tensors, by the rest of their names, such as ``qweight``.
         settings: what the config says of the quantization.
-        dtype: the dtype of the dequantized model, as safetensors names it.
+        dtype: the float dtype of the model as its config names it, up to F32.
         values: the bytes of the small tensors that tell a shape, by the rest of their names.
         metadata: what the file's header says of the layer's weight, beside the tensors.
         label: the name of the format, for messages.
@@ -238,6 +238,15 @@ def whole(settings: Mapping[str, object], field_name: str) -> int | None:
     """Return a whole number of the settings; None if there is none."""
     found = settings.get(field_name)
     return found if type(found) is int else None
+
+
+def texts_of(settings: Mapping[str, object], names: Iterable[str]) -> set[str]:
+    """Return the different values of several settings as texts, without upper case.
+
+    Settings that are absent, null or empty are left out.
+    """
+    found = (settings.get(name) for name in names)
+    return {str(value).lower() for value in found if value not in (None, "")}
 
 
 def sizes(value: object, count: int) -> tuple[int, ...] | None:

@@ -265,7 +265,7 @@ def sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 
 def method_of(section: Mapping[str, object]) -> str:
     """Return the method that a section of a config names, as the formats call it."""
-    if "load_in_4bit" in section or "load_in_8bit" in section:
+    if section.get("load_in_4bit") or section.get("load_in_8bit"):
         return "bitsandbytes"
     return str(section.get("quant_method") or "").lower().replace("compressed_", "compressed-")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.formats import FORMATS
@@ -82,8 +83,12 @@ class Unpacked:
         return name if found is None else found.main
 
 
+@lru_cache(maxsize=8)
 def unpacked(base: BaseModel) -> Unpacked:
-    """Return a base with its packed weights by the names and shapes that they stand for."""
+    """Return a base with its packed weights by the names and shapes that they stand for.
+
+    A command asks several times for the same base.
+    """
     layers = _layers(base)
     packed = {path: infos for path, infos in layers.items() if any(map(_is_sign, infos.items()))}
     if not packed:
@@ -149,6 +154,8 @@ class _Reader:
     def __init__(self, base: BaseModel, paths: Sequence[str]) -> None:
         self.base = base
         self.dtype = result_dtype(base.config)
+        # A float32 model is written in 16 bits, but its weights are not rounded before the delta.
+        self.model_dtype = model_dtype(base.config).replace("F64", "F32")
         self.weights: dict[str, PackedWeight] = {}
         self.formats: dict[str, Format] = {}
         self.defects: list[Finding] = []
@@ -216,7 +223,7 @@ class _Reader:
             path,
             infos,
             self.settings,
-            self.dtype,
+            self.model_dtype,
             values,
             said.pop() if len(said) == 1 else None,
             fitting.label,
