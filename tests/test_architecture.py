@@ -37,9 +37,8 @@ base: bases layers vocabulary strategies match resizes task_classes replacements
 base: facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
-merging: in_effect dequantize adapters changes collect plan report replaced
-merging: adapter_files model_config
-merging: inputs options card provenance output job merge
+merging: in_effect dequantize base_files adapters changes options adapter_files inputs collect plan
+merging: report replaced model_config card output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets checks card record forms writing
 lora: gguf_reading gguf_form reading conversion
 counting summary

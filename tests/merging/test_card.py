@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vera_convert._version import __version__
-from vera_convert.merging.card import ModelSource, model_card
+from vera_convert.hub.lookup import Location
+from vera_convert.merging.card import model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_a_card_of_repos_names_them_with_their_commits() -> None:
-    base = ModelSource("org/base", COMMIT, is_repo=True)
+    base = Location("base", None, "org/base", COMMIT)
     adapters = [
-        ModelSource("org/one", COMMIT, is_repo=True, weight=1.0),
-        ModelSource("two", weight=-0.5),
+        (Location("one", None, "org/one", COMMIT), 1.0),
+        (Location("two", Path("/folders/two")), -0.5),
     ]
     assert (
         model_card(base, adapters, library="transformers")
@@ -42,16 +45,18 @@ beside this card names every input, option and change.
 
 
 def test_a_folder_is_no_base_that_others_could_find() -> None:
-    adapters = [ModelSource("adapter", weight=1.0)]
-    card = model_card(ModelSource("llama"), adapters, library="diffusers")
+    adapters = [(Location("adapter", Path("/adapter")), 1.0)]
+    base = Location("llama", Path("/bases/llama"))
+    card = model_card(base, adapters, library="diffusers")
     assert "base_model" not in card
-    named = model_card(ModelSource("llama"), adapters, library="diffusers", trained_on="org/llama")
+    assert "base_model" not in model_card(base, adapters, library="x", trained_on="./llama")
+    named = model_card(base, adapters, library="diffusers", trained_on="org/llama")
     assert 'base_model: "org/llama"\n' in named
     assert "| Base | `llama` |" in named
 
 
 def test_no_name_breaks_out_of_its_place() -> None:
-    odd = ModelSource('a`b|c\n---\nx: "\u202e', weight=1.0)
-    card = model_card(odd, [odd], library="transformers")
+    odd = Location("odd", None, 'a`b|c\n---\nx: "\u202e')
+    card = model_card(odd, [(odd, 1.0)], library="transformers")
     (line, _) = [line for line in card.splitlines() if "a'b" in line]
-    assert line == "| Base | `a'b\\|c\\n---\\nx: \"\\u202e` |  | 1.0 |"
+    assert line == "| Base | `a'b\\|c\\n---\\nx: \"\\u202e` |  |  |"

@@ -24,11 +24,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile, from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.merging.dequantize import (
-    Dequantization,
-    dequantized_config,
-    plan_dequantization,
-)
+from vera_convert.merging.dequantize import Decoder, dequantized_config
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions
 
@@ -97,8 +93,7 @@ def test_scales_are_read_for_the_rows_that_are_asked_for(tmp_path: Path, form: s
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
     files = {name: InputFile.look(tmp_path / "base" / name, within=tmp_path) for name in base.files}
     name = "model.layers.1.mlp.up_proj.weight"
-    decode = plan_dequantization(unpacked(base)).decoder(name, files)
-    assert decode is not None
+    decode = Decoder(base, files, unpacked(base).weights[name])
     for first in range(len(meant[name])):
         last = min(first + 7, len(meant[name]))
         np.testing.assert_array_equal(decode(first, last), meant[name][first:last])
@@ -311,18 +306,18 @@ def test_the_dtype_is_that_of_the_config(
 ) -> None:
     fp8_base(tmp_path / "base", form="tensor", config={"model_type": "llama", **dtypes})
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
-    plan = plan_dequantization(unpacked(base))
-    assert plan.base.dtype == expected
-    assert len(plan.weights) == 2 * sum(name.endswith(SUFFIX) for name in LAYER)
-    assert plan.base.view.tensors.keys() == TENSORS.keys()
+    packed = unpacked(base)
+    assert packed.dtype == expected
+    assert len(packed.weights) == 2 * sum(name.endswith(SUFFIX) for name in LAYER)
+    assert packed.view.tensors.keys() == TENSORS.keys()
 
 
 def test_a_base_without_fp8_has_nothing_to_undo(tmp_path: Path) -> None:
     fp8_base(tmp_path / "base", only="nothing")
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
-    plan: Dequantization = plan_dequantization(unpacked(base))
-    assert plan.weights == {}
-    assert plan.base.view is base
+    packed = unpacked(base)
+    assert packed.weights == {}
+    assert packed.view is base
 
 
 def test_only_what_speaks_of_quantization_leaves_the_config() -> None:

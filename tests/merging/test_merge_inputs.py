@@ -120,7 +120,7 @@ def test_an_input_that_changes_between_two_looks_is_refused(
             (other / "model.safetensors").replace(base / "model.safetensors")
         return sort_files(*given)
 
-    monkeypatch.setattr("vera_convert.merging.inputs.sort_files", meddle)
+    monkeypatch.setattr("vera_convert.merging.base_files.sort_files", meddle)
     with pytest.raises(SurroundingsError, match="changed while it was read"):
         merged(tmp_path, adapter, str(base))
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.tensorfile import NUMPY_DTYPE
+
+_BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,39 @@ class InputFile:
     def check_unchanged(self) -> None:
         """Raise `SurroundingsError` if the file has changed since the first look."""
         self.open().close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor in an input file.
+
+    Attributes:
+        file: the file.
+        start: the position of the first byte in the file.
+        dtype: the dtype, in safetensors' names.
+        shape: the shape.
+    """
+
+    file: InputFile
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    def blocks(self, count: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield all values, or the first `count` values, in blocks of bounded size."""
+        dtype = NUMPY_DTYPE[self.dtype]
+        end = self.count if count is None else count
+        with self.file.open() as source:
+            for first in range(0, end, _BLOCK_VALUES):
+                size = min(_BLOCK_VALUES, end - first) * dtype.itemsize
+                yield np.frombuffer(
+                    source.read_at(self.start + first * dtype.itemsize, size), dtype
+                )
 
 
 def _has(file: LocalFile, header: Header) -> bool:

@@ -41,6 +41,11 @@ class Location:
         assert self.folder is not None  # noqa: S101 -- the caller fetched it
         return self.folder
 
+    @property
+    def name(self) -> str:
+        """The repo, or the name of the folder without the path to the folder."""
+        return self.repo_id or (self.folder or Path()).resolve().name
+
 
 def not_cached(what: str) -> SurroundingsError:
     """Return the error for a file or repo that the cache lacks in an offline run."""

@@ -10,7 +10,6 @@ from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.lora.engines import EngineName
 from vera_convert.lora.options import LoraOptions
-from vera_convert.merging.provenance import folder_name
 from vera_convert.text import printable
 
 
@@ -26,7 +25,7 @@ def lora_card(
         source_rank: the rank of the VeRA adapter.
         rank: the rank of the LoRA.
     """
-    name = location.repo_id or folder_name(location)
+    name = location.name
     known = base is not None and is_repo_id(base)
     fields = [f"base_model: {json.dumps(printable(base or ''))}"] if known else []
     commit = f" at commit `{location.commit}`" if location.commit else ""

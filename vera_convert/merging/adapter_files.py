@@ -50,21 +50,8 @@ Reader = Callable[[str], Mapping[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFacts:
-    """The facts that the files beside an adapter state about the trained model.
-
-    Attributes:
-        pad_token_id: the token that fills up short texts; None if no file names the token.
-        labels: the names of a classifier's labels; empty if no file names labels.
-    """
-
-    pad_token_id: int | None = None
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The files beside an adapter: copied to the merged model, or left out.
+    """The files beside an adapter, and their facts about the trained model.
 
     Attributes:
         tokenizer: the files of a complete tokenizer.
@@ -72,7 +59,8 @@ class AdapterFiles:
         unmerged: weights that a merge does not understand.
         not_fetched: files that the merged model needs, too large to be fetched beside an adapter.
         left_out: files that do not belong to a model.
-        facts: the facts that the files state about the model.
+        pad_token_id: the token that fills up short texts; None if no file names the token.
+        labels: the names of a classifier's labels; empty if no file names labels.
         is_module: whether the folder above lists the adapter as a module.
     """
 
@@ -81,8 +69,14 @@ class AdapterFiles:
     unmerged: tuple[str, ...]
     not_fetched: tuple[str, ...]
     left_out: tuple[str, ...]
-    facts: AdapterFacts
+    pad_token_id: int | None
+    labels: tuple[str, ...]
     is_module: bool
+
+    @property
+    def in_model(self) -> dict[str, InputFile]:
+        """The files that the merged model takes, by name."""
+        return {**self.tokenizer, **self.copied}
 
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield a warning for each file that is not merged or not fetched."""
@@ -100,7 +94,7 @@ class AdapterFiles:
             place: the added adapter's name in messages.
             written: the files beside the merged model, by name.
         """
-        for name, file in {**self.tokenizer, **self.copied}.items():
+        for name, file in self.in_model.items():
             if name not in written or not _same_bytes(file, written[name]):
                 yield FILE_OF_ADDED.at(place, f"{printable(name)} is not copied.")
 
@@ -113,7 +107,7 @@ class AdapterFiles:
         replaced = {*(tokenizer_files(base) if self.tokenizer else ())}
         replaced |= {name for name in base if "/" in name and name.partition("/")[0] in folders}
         kept = {name: file for name, file in base.items() if name not in replaced}
-        return dict(sorted({**kept, **self.tokenizer, **self.copied}.items()))
+        return dict(sorted({**kept, **self.in_model}.items()))
 
 
 def decides_outputs(name: str, names: Collection[str]) -> bool:
@@ -157,7 +151,8 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         unmerged,
         tuple(_not_fetched(sides, modules)),
         (*rest, *_dropped(sides, modules)),
-        AdapterFacts(_pad_token_id(location, names), _labels(location, names, base)),
+        _pad_token_id(location, names),
+        _labels(location, names, base),
         _is_module(location),
     )
 

@@ -145,14 +145,16 @@ class MergedAdapter:
         )
 
 
-def find_adapters(specs: Sequence[AdapterSpec], access: HubAccess) -> tuple[Location, ...]:
-    """Find the adapters without fetching any file.
+def find_adapters(
+    specs: Sequence[AdapterSpec], access: HubAccess
+) -> tuple[tuple[AdapterSpec, Location], ...]:
+    """Find the adapters without fetching any file, and return each spec with the place.
 
     Raises:
         UsageError: a spec is malformed, or names a revision of a folder.
         SurroundingsError: there is no such folder or repo.
     """
     return tuple(
-        locate(str(spec.adapter), kind="adapter", access=access, revision=spec.revision)
+        (spec, locate(str(spec.adapter), kind="adapter", access=access, revision=spec.revision))
         for spec in specs
     )

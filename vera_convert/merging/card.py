@@ -4,48 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vera_convert._version import __version__
+from vera_convert.hub.lookup import Location
+from vera_convert.hub.repo_name import is_repo_id
+from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.text import printable
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """One input as a model card names it, without any path of this machine.
-
-    Attributes:
-        name: the repo on the Hub, or the name of a folder.
-        commit: the commit of the repo; empty for a folder.
-        is_repo: whether the name is that of a repo.
-        weight: the factor of an adapter's deltas; None for a base.
-    """
-
-    name: str
-    commit: str = ""
-    is_repo: bool = False
-    weight: float | None = None
-
-
 def model_card(
-    base: ModelSource,
-    adapters: Sequence[ModelSource],
+    base: Location,
+    adapters: Sequence[tuple[Location, float]],
     *,
     library: str,
     trained_on: str | None = None,
-    replaced: Sequence[tuple[str, str]] = (),
+    replaced: Sequence[ReplacedTensor] = (),
 ) -> str:
-    """Return the text of the card.
+    """Return the text of the card, without any path of this machine.
 
     Args:
-        base: the base.
-        adapters: the adapters in the order of the merge.
+        base: where the base lies.
+        adapters: where each adapter lies, and the factor of the adapter's deltas.
         library: the Hub's name of the library that loads the result.
         trained_on: the base that the first adapter's config names; used if the given base is a
             folder.
-        replaced: each tensor that an adapter replaces, and the size of the change.
+        replaced: the tensors that come from an adapter.
     """
-    base_model = base.name if base.is_repo else trained_on
+    is_known = trained_on is not None and is_repo_id(trained_on)
+    base_model = base.repo_id or (trained_on if is_known else None)
     fields = [
         *([f"base_model: {_quoted(base_model)}"] if base_model else []),
         *(["base_model_relation: finetune"] if base_model else []),
@@ -54,7 +40,8 @@ def model_card(
         "- vera",
         "- merged",
     ]
-    rows = [_row("Base", base), *(_row("Adapter", adapter) for adapter in adapters)]
+    rows = [_row("Base", base, "")]
+    rows += [_row("Adapter", location, repr(weight)) for location, weight in adapters]
     several = "adapters" if len(adapters) > 1 else "adapter"
     return "\n".join(
         [
@@ -77,21 +64,20 @@ def model_card(
     )
 
 
-def _replaced(tensors: Sequence[tuple[str, str]], several: str) -> list[str]:
+def _replaced(tensors: Sequence[ReplacedTensor], several: str) -> list[str]:
     """Return the lines that name the replaced tensors."""
     return [
         f"These tensors are not sums; they are the {several}'s own:",
         "",
         "| tensor | change |",
         "| --- | --- |",
-        *(f"| {_code(name)} | {change} |" for name, change in tensors),
+        *(f"| {_code(each.name)} | {each.change} |" for each in tensors),
         "",
     ]
 
 
-def _row(kind: str, origin: ModelSource) -> str:
-    weight = "" if origin.weight is None else repr(origin.weight)
-    return f"| {kind} | {_code(origin.name)} | {_code(origin.commit)} | {weight} |"
+def _row(kind: str, location: Location, weight: str) -> str:
+    return f"| {kind} | {_code(location.name)} | {_code(location.commit or '')} | {weight} |"
 
 
 def _quoted(text: str) -> str:

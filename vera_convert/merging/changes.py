@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vera_convert.assembly.addends import Term
+from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.replacements import Part, is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
 from vera_convert.dtypes import BITS
-from vera_convert.files.header import TensorInfo
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.rules import Finding
@@ -27,27 +26,25 @@ class Tied(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
-    """A tensor of an adapter that replaces a tensor of the base, or is new."""
+    """A tensor of an adapter that replaces a tensor of the base, or is new.
+
+    Attributes:
+        owner: the adapter.
+        tensor: the complete tensor of the adapter.
+        stored: the part of the tensor that becomes one tensor of the merged model.
+    """
 
     owner: MatchedAdapter
     tensor: TensorData
-    info: TensorInfo
+    stored: StoredTensor
 
     @classmethod
     def of(cls, owner: MatchedAdapter, tensor: TensorData, part: Part) -> Replacement:
         """Return the replacement by a part of a tensor."""
-        whole = owner.header.tensors[tensor.name]
-        size = BITS[whole.dtype] // 8
-        start = whole.start + part.first * size
-        info = whole._replace(
-            shape=part.shape, start=start, end=start + math.prod(part.shape) * size
-        )
-        return cls(owner, tensor, info)
-
-    @property
-    def start(self) -> int:
-        """The position of the first byte in the adapter's file."""
-        return self.owner.header.data_start + self.info.start
+        header = owner.adapter.file.header
+        info = header.tensors[tensor.name]
+        start = header.data_start + info.start + part.first * BITS[info.dtype] // 8
+        return cls(owner, tensor, StoredTensor(owner.weights, start, info.dtype, part.shape))
 
     @property
     def is_of_classifier(self) -> bool:
@@ -78,3 +75,8 @@ class Changes:
     unties: bool = False
     resizes: Resizes = NO_RESIZES
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def replacing(self) -> dict[str, Replacement]:
+        """All tensors of adapters, by the name in the merged model."""
+        return {**self.replaced, **self.new}

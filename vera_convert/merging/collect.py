@@ -6,8 +6,6 @@ only the weights that an adapter stores a copy of.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,8 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.assembly.addends import Term
-from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.match import Match, embedding_of_head
-from vera_convert.base.model import BaseModel
 from vera_convert.base.replacements import (
     Part,
     incomplete_modules,
@@ -36,6 +33,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, TensorFile
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, Tied
+from vera_convert.merging.inputs import MergeInputs
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
@@ -46,8 +44,6 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.text import printable
-
-_COMPARED_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +61,26 @@ class _Vectors:
         return self.file.read(self.layer.lambda_d.name), self.file.read(self.layer.lambda_b.name)
 
 
-def collect(
-    adapters: Sequence[MatchedAdapter],
-    base: BaseModel,
-    files: Mapping[str, InputFile],
-    *,
-    tied: Tied | None = None,
-) -> Changes:
+def collect(inputs: MergeInputs) -> Changes:
     """Collect the changes of all adapters, and refuse changes that contradict each other.
-
-    Args:
-        adapters: the adapters, in the order in which their deltas are added.
-        base: the base.
-        files: the base's weight files by name.
-        tied: how to merge into an output head that shares one tensor with the embedding; None
-            refuses such a head.
 
     Raises:
         CheckpointError: an adapter contradicts the base or another adapter; with all findings.
         UsageError: the head to untie has no known name.
     """
-    collector = _Collector(base, files, tied)
-    for matched in adapters:
+    collector = _Collector(inputs)
+    for matched in inputs.adapters:
         collector.add_terms(matched)
-    for matched in adapters:
+    for matched in inputs.adapters:
         collector.replace(matched)
     collector.resize_heads()
-    for matched in adapters:
+    for matched in inputs.adapters:
         collector.part_pairs(matched)
     changes = collector.changes
-    replacing = {**changes.replaced, **changes.new}
+    replacing = changes.replacing
     changes.resizes = resizes(
-        {name: each.info.shape for name, each in replacing.items()},
-        base,
+        {name: each.stored.shape for name, each in replacing.items()},
+        inputs.base.model,
         heads=[name for name, each in replacing.items() if each.is_of_classifier],
     )
     defects = [*collector.defects, *changes.resizes.findings]
@@ -113,10 +96,10 @@ class _Collector:
     embedding that an adapter replaces alone is parted from the head that is tied to the embedding.
     """
 
-    def __init__(self, base: BaseModel, files: Mapping[str, InputFile], tied: Tied | None) -> None:
-        self.base = base
-        self.files = files
-        self.tied = tied
+    def __init__(self, inputs: MergeInputs) -> None:
+        self.files = inputs.base
+        self.base = inputs.base.model
+        self.tied = inputs.options.tied
         self.changes = Changes()
         self.defects: list[Finding] = []
         self._outputs: dict[str, int] = {}
@@ -169,14 +152,16 @@ class _Collector:
         match = matched.match
         stored = match.tensors[module]
         replacement = Replacement.of(matched, copy, Part(stored, copy.shape))
-        own, layer = self.base.tensors[stored].info.shape, match.layers[module]
-        if copy.shape not in (own, (layer.out_features, layer.in_features)):
-            reason = f"the stored weight has shape {list(copy.shape)}, the base's {list(own)}."
+        own, layer = self.files.tensor(stored), match.layers[module]
+        if copy.shape not in (own.shape, (layer.out_features, layer.in_features)):
+            reason = (
+                f"the stored weight has shape {list(copy.shape)}, the base's {list(own.shape)}."
+            )
             self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
-        elif not _has_values_of(replacement, stored, self.base, self.files):
+        elif not _are_same_values(replacement.stored, own):
             reason = f"the stored values differ from {printable(stored)} of the base."
             self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
-        elif copy.shape != own:
+        elif copy.shape != own.shape:
             embedding = embedding_of_head(module, match, self.base)
             is_untied = self.tied is Tied.UNTIE and module in match.tied
             head = _name_of_head(module, match) if is_untied else stored
@@ -268,9 +253,9 @@ class _Collector:
 
         If the adapter also replaces the embedding, the head may have another number of rows.
         """
-        shape = head.info.shape
+        shape = head.stored.shape
         for name, each in self.changes.replaced.items():
-            if is_embedding(_module(name)) and each.info.shape == shape:
+            if is_embedding(_module(name)) and each.stored.shape == shape:
                 shape = self.base.tensors[name].info.shape
                 break
         return shared_embedding(self.base, *shape) if len(shape) == 2 else None
@@ -307,7 +292,7 @@ class _Collector:
 
     def _keep_head(self, embedding: str, head: str) -> None:
         """Give the head the values that the embedding has in the base."""
-        shape = self.changes.replaced[embedding].info.shape
+        shape = self.changes.replaced[embedding].stored.shape
         if shape != self.base.tensors[embedding].info.shape:
             more = ", and the adapter stores no output head of the new size"
             self.defects.append(shape_differs(embedding, shape, self.base, more))
@@ -344,22 +329,13 @@ def _is_unused(name: str, adapter: Adapter) -> bool:
     return is_shared and bool(saved_modules(adapter.config).of(module))
 
 
-def _has_values_of(
-    copy: Replacement, name: str, base: BaseModel, files: Mapping[str, InputFile]
-) -> bool:
-    """Say whether the values of a stored weight are the base's, rounded to the base's dtype.
+def _are_same_values(copy: StoredTensor, own: StoredTensor) -> bool:
+    """Say whether the values of a copy, rounded to the base's dtype, are the base's own values.
 
     If the number of rows differs, the rows of the shorter tensor are compared.
     """
-    tensor = base.tensors[name]
-    stored, own = NUMPY_DTYPE[copy.info.dtype], NUMPY_DTYPE[tensor.info.dtype]
-    count = min(math.prod(copy.info.shape), math.prod(tensor.info.shape))
-    start = base.files[tensor.file].data_start + tensor.info.start
-    with copy.owner.weights.open() as ours, files[tensor.file].open() as theirs:
-        for first in range(0, count, _COMPARED_VALUES):
-            size = min(_COMPARED_VALUES, count - first)
-            raw = ours.read_at(copy.start + first * stored.itemsize, size * stored.itemsize)
-            expected = theirs.read_at(start + first * own.itemsize, size * own.itemsize)
-            if np.frombuffer(raw, stored).astype(own).tobytes() != expected:
-                return False
-    return True
+    dtype, count = NUMPY_DTYPE[own.dtype], min(copy.count, own.count)
+    return all(
+        theirs.astype(dtype).tobytes() == ours.tobytes()
+        for theirs, ours in zip(copy.blocks(count), own.blocks(count), strict=True)
+    )

@@ -1,8 +1,9 @@
-"""A quantized base made into a 16-bit model: all of its packed weights, or nothing.
+"""Make a 16-bit model of a quantized base: of all packed weights, or of none.
 
-    packed weights ──► values that are unsafe? ──► for each block of rows: read its parts, compute
+    packed weights ──► check the values ──► for each block of rows: read the parts, compute
 
-The formats lie in `base.quantized`. Here their parts are read, a few megabytes at a time.
+`base.quantized` knows the formats. This module reads the parts of the weights, a few megabytes at a
+time.
 """
 
 from __future__ import annotations
@@ -36,60 +37,30 @@ _READ_BYTES = 1 << 22
 _MOST_FINDINGS = 50
 
 
-@dataclass(frozen=True, slots=True)
-class Dequantization:
-    """How a base becomes a 16-bit model.
-
-    Attributes:
-        base: the base with its packed weights.
-    """
-
-    base: Unpacked
-
-    @property
-    def weights(self) -> Mapping[str, PackedWeight]:
-        """The packed weights, by their names in the 16-bit model."""
-        return self.base.weights
-
-    def decoder(self, name: str, files: Mapping[str, InputFile]) -> Decoder | None:
-        """Return the function that computes rows of a weight; None if it is not packed."""
-        weight = self.weights.get(name)
-        return None if weight is None else Decoder(self.base.stored, files, weight)
-
-    def finding(self, place: str) -> Finding:
-        """Return a note that the base called `place` is dequantized."""
-        count = sum(len(weight.parts) - 1 for weight in self.weights.values())
-        kinds = " and ".join(self.base.labels) or "none is quantized"
-        reason = (
-            f"{len(self.weights):,} weights ({kinds}) become {self.base.dtype}; {count:,} scales "
-            "and other parts are left out."
-        )
-        return DEQUANTIZED.at(place, reason)
+def dequantized_finding(packed: Unpacked, place: str) -> Finding:
+    """Return a note that the base called `place` is dequantized."""
+    count = sum(len(weight.parts) - 1 for weight in packed.weights.values())
+    kinds = " and ".join(packed.labels)
+    reason = (
+        f"{len(packed.weights):,} weights ({kinds}) become {packed.dtype}; {count:,} scales "
+        "and other parts are left out."
+    )
+    return DEQUANTIZED.at(place, reason)
 
 
-def plan_dequantization(base: Unpacked) -> Dequantization:
-    """Return how a base becomes a 16-bit model.
-
-    Raises:
-        CheckpointError: with every layer that cannot be dequantized.
-    """
-    base.refuse_defects()
-    return Dequantization(base)
-
-
-def check_values(plan: Dequantization, files: Mapping[str, InputFile]) -> None:
+def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
     """Read the scales and the other small parts of all weights, and refuse unsafe values.
 
     Args:
-        plan: the packed weights.
+        packed: the base with its packed weights.
         files: the base's weight files, by name.
 
     Raises:
         CheckpointError: with every part that holds a value which no quantizer writes.
     """
-    base, findings = plan.base.stored, list[Finding]()
+    base, findings = packed.stored, list[Finding]()
     with Parts(base, files) as parts:
-        for weight in plan.weights.values():
+        for weight in packed.weights.values():
             for name, check in weight.checks.items():
                 info = base.tensors[name].info
                 step = max(1, _READ_BYTES * 8 // BITS[info.dtype])
@@ -125,11 +96,9 @@ def _paths(config: Mapping[str, object]) -> Iterator[tuple[str, ...]]:
             yield from ((name, *rest) for rest in _paths(part))
 
 
-def dequantized_metadata(metadata: Mapping[str, str], base: Unpacked) -> dict[str, str]:
+def dequantized_metadata(metadata: Mapping[str, str], packed: Unpacked) -> dict[str, str]:
     """Return the metadata of a file's header without the entries of a quantizer."""
-    if not base.weights:
-        return dict(metadata)
-    tensors = base.stored.tensors.keys() | base.weights.keys()
+    tensors = packed.stored.tensors.keys() | packed.weights.keys()
     return {
         key: text for key, text in metadata.items() if key != "tensor_names" and key not in tensors
     }
@@ -196,8 +165,8 @@ class Decoder:
     """Computes rows of a packed weight, by any thread.
 
     Attributes:
-        base: the base as it is.
-        files: its weight files, by name.
+        base: the base as the files hold the packed weights.
+        files: the base's weight files, by name.
         weight: the weight.
     """
 

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,24 +16,17 @@ from vera_convert.assembly.addends import NotFiniteError, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.journal import Journal, finished_files
 from vera_convert.assembly.pool import default_jobs
-from vera_convert.assembly.writer import Assembler, Finished, NewFile
-from vera_convert.base.facts import BaseOptions
+from vera_convert.assembly.writer import Assembler, Finished
 from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, mark_resumable
-from vera_convert.merging.changes import Changes
-from vera_convert.merging.inputs import MergeInputs
-from vera_convert.merging.model_config import ConfigEdits
 from vera_convert.merging.options import MergeOptions
-from vera_convert.merging.output import check_staged, files_beside
-from vera_convert.merging.plan import WeightsPlan
+from vera_convert.merging.output import MergePlan, check_staged
 from vera_convert.merging.provenance import (
-    adapter_record,
-    base_record,
+    input_records,
     provenance_text,
     recorded_files,
     versions,
 )
-from vera_convert.merging.replaced import ReplacedTensor
 from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Staged, files_but, staged_run
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
@@ -47,89 +40,83 @@ def is_merged(folder: Path) -> bool:
     return (folder / PROVENANCE_NAME).is_file()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MergeJob:
-    """A planned merge.
+@dataclass(frozen=True, slots=True)
+class MergeRun:
+    """The outcome of a merge.
 
     Attributes:
-        inputs: the adapters and the base.
-        changes: the changes to the base.
-        weights: the plan of the weight files.
-        edits: the members of the base's config that change.
-        replaced: the tensors that come from an adapter.
-        files: all files except the provenance.
-        out: the folder to write.
-        base: the caller's options for the base.
-        options: the options of the merge.
-        free: free bytes on the disk of `out`, with the leftovers of killed runs.
+        tensors: a report for each tensor that an adapter changes.
+        hashes: the SHA-256 of each file, if the options ask for checksums.
+        resumed: the number of shards that an earlier run had finished.
     """
 
-    inputs: MergeInputs
-    changes: Changes
-    weights: WeightsPlan
-    edits: ConfigEdits
-    replaced: tuple[ReplacedTensor, ...]
-    files: tuple[NewFile, ...]
+    tensors: tuple[TensorReport, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeJob:
+    """A planned merge, and the folder to write.
+
+    Attributes:
+        plan: the plan.
+        out: the folder to write.
+    """
+
+    plan: MergePlan
     out: Path
-    base: BaseOptions
-    options: MergeOptions
-    free: int
 
     @property
-    def jobs(self) -> int:
+    def options(self) -> MergeOptions:
+        """The options of the merge."""
+        return self.plan.inputs.options
+
+    @property
+    def threads(self) -> int:
         """The number of threads."""
         return self.options.jobs or default_jobs()
 
-    @property
-    def needed(self) -> int:
-        """The size of the output, in bytes."""
-        return sum(file.size for file in self.files)
-
     def strangers(self, folder: Path) -> list[str]:
         """Return the files in an earlier output that neither merge wrote or writes."""
-        written = {PROVENANCE_NAME, *(file.name for file in self.files)}
+        written = {PROVENANCE_NAME, *(file.name for file in self.plan.files)}
         return files_but(folder, written | recorded_files(folder))
 
-    def run(
-        self, progress: Callable[[int, int], None]
-    ) -> tuple[tuple[TensorReport, ...], dict[str, str], int]:
-        """Run the merge; return tensor reports, hashes, and the number of resumed shards.
-
-        The hashes are the SHA-256 of the files, if the options ask for checksums. A shard is
-        resumed if an earlier run finished the shard.
+    def run(self, progress: Callable[[int, int], None]) -> MergeRun:
+        """Run the merge.
 
         Raises:
             CheckpointError: a result is not finite.
             UsageError: `out` exists and may not be replaced, or `out` overlaps an input.
             SurroundingsError: the disk fails, memory or space is short, or an input changed.
         """
-        needed = self.needed
+        plan, options = self.plan, self.options
         with (
             _enough_memory(),
             Assembler(
-                self.files, jobs=self.jobs, check=self.options.check, device=self.options.device
+                plan.files, jobs=self.threads, check=options.check, device=options.device
             ) as assembler,
         ):
-            product = self.options.device.product()
+            product = options.device.product()
             with self._staged(product) as (folder, finished, on_finished):
                 try:
                     results = finished | assembler.assemble(
                         folder,
                         finished=finished,
-                        hashes=self.options.checksums or self.options.resume,
-                        progress=lambda done: progress(done, needed),
+                        hashes=options.checksums or options.resume,
+                        progress=lambda done: progress(done, plan.size),
                         on_finished=on_finished,
                     )
                 except NotFiniteError as error:
                     raise CheckpointError(_not_finite(error)) from error
                 reports = self._reports(results)
-                wanted = results.items() if self.options.checksums else ()
+                wanted = results.items() if options.checksums else ()
                 hashes = {name: each.sha256 for name, each in wanted if each.sha256}
-                provenance = self._provenance(reports, hashes, product)
+                provenance = provenance_text(plan, reports, hashes, product)
                 (folder / PROVENANCE_NAME).write_bytes(provenance)
-                check_staged(folder, {file.name: file for file in self.files}, self.weights)
-                self.inputs.check_unchanged()
-        return reports, hashes, len(finished)
+                check_staged(folder, plan)
+                plan.inputs.check_unchanged()
+        return MergeRun(reports, hashes, len(finished))
 
     def require_space(self, free: int, *, there: int = 0) -> None:
         """Raise `SurroundingsError` if the output needs more space than is free.
@@ -138,10 +125,11 @@ class MergeJob:
             free: free bytes on the disk.
             there: bytes of the output that an earlier run already wrote.
         """
-        if self.needed - there > free:
+        needed = self.plan.size
+        if needed - there > free:
             kept = f", {there:,} of which are there already" if there else ""
             raise SurroundingsError(
-                f"the merged model takes {self.needed:,} bytes{kept}, and {free:,} are free on the "
+                f"the merged model takes {needed:,} bytes{kept}, and {free:,} are free on the "
                 f"disk of {printable(str(self.out))}. Free some space there, or choose an OUT on "
                 "another disk."
             )
@@ -157,7 +145,7 @@ class MergeJob:
             self.out,
             continues=self.options.resume,
             force=self.options.force,
-            inputs=self.inputs.folders,
+            inputs=self.plan.inputs.folders,
             is_own=is_merged,
             strangers=self.strangers,
         ) as staged:
@@ -183,7 +171,7 @@ class MergeJob:
 
     @property
     def _shards(self) -> frozenset[str]:
-        return frozenset(file.name for file in self.weights.files)
+        return frozenset(self.plan.weights.headers)
 
     def _continued(self, staged: Staged, product: str) -> tuple[Journal, dict[str, Finished]]:
         """Return the finished files of an earlier run whose journal matches this merge."""
@@ -196,20 +184,17 @@ class MergeJob:
 
     def _identity(self, product: str) -> str:
         """Return the hash of everything that decides the bytes of the output."""
-        inputs = self.inputs
-        files = {**inputs.files, **inputs.read_whole}
+        inputs, base = self.plan.inputs, self.plan.inputs.base
         document = {
             "versions": versions(),
             "product": product,
-            "options": self.options.record(self.base),
-            "adapters": [
-                adapter_record(matched) | {"file": _trace(matched.weights)}
-                for matched in inputs.adapters
-            ],
-            "base": base_record(inputs.base, inputs.files, inputs.texts),
-            "files": {name: _trace(file) for name, file in sorted(files.items())},
+            **input_records(inputs),
+            "adapter_files": [_trace(matched.weights) for matched in inputs.adapters],
+            "base_files": {
+                name: _trace(base.files[name]) for name in (*base.model.files, *base.texts)
+            },
             "outputs": [
-                [file.name, file.size, sha256(file.head).hexdigest()] for file in self.files
+                [file.name, file.size, sha256(file.head).hexdigest()] for file in self.plan.files
             ],
         }
         return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -221,43 +206,24 @@ class MergeJob:
         numbers: dict[str, Numbers] = {}
         for each in results.values():
             numbers |= each.numbers
-        adapters, changes = self.inputs.adapters, self.changes
-        numbers |= {each.name: each.numbers for each in self.replaced if each.numbers is not None}
+        replaced = self.plan.replaced
+        numbers |= {each.name: each.numbers for each in replaced if each.numbers is not None}
+        adapters, changes = self.plan.inputs.adapters, self.plan.changes
         reports = []
-        for tensor in self.weights.tensors:
-            terms = changes.terms.get(tensor.name, ())
+        for tensor in self.plan.weights.tensors:
+            name, kind = tensor.name, "added"
+            terms = changes.terms.get(name, ())
             owners = [each for each in adapters if any(term.A is each.pair.A for term in terms)]
-            kind = "added"
-            replacement = changes.replaced.get(tensor.name) or changes.new.get(tensor.name)
+            replacement = changes.replaced.get(name) or changes.new.get(name)
             if replacement is not None:
                 owners = [replacement.owner]
-                kind = "replaced" if tensor.name in changes.replaced else "new"
+                kind = "replaced" if name in changes.replaced else "new"
             if owners:
                 indexes = tuple(n for n, each in enumerate(adapters) if each in owners)
-                found = numbers.get(tensor.name)
                 reports.append(
-                    TensorReport(tensor.name, tensor.dtype, tensor.shape, indexes, kind, found)
+                    TensorReport(name, tensor.dtype, tensor.shape, indexes, kind, numbers.get(name))
                 )
         return tuple(reports)
-
-    def _provenance(
-        self, reports: Sequence[TensorReport], hashes: Mapping[str, str], product: str
-    ) -> bytes:
-        inputs, beside = self.inputs, files_beside(self.inputs)
-        return provenance_text(
-            adapters=[*map(adapter_record, inputs.adapters)],
-            base=base_record(inputs.base, inputs.files, inputs.texts),
-            options=self.options.record(self.base),
-            product=product,
-            tensors=reports,
-            outputs=[
-                {"name": file.name, "size": file.size}
-                | ({"sha256": hashes[file.name]} if file.name in hashes else {})
-                for file in self.files
-            ],
-            copied=[name for name, file in inputs.copied.items() if beside.get(name) is file],
-            from_adapter=sorted({*inputs.beside.tokenizer, *inputs.beside.copied}),
-        )
 
 
 def _trace(file: InputFile) -> list[object]:

@@ -12,8 +12,8 @@ adapted weight and the weights are stored in 16 bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +21,15 @@ import numpy as np
 from vera_convert.arguments import Progress, instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.facts import BaseOptions, base_options_of
-from vera_convert.base.quantized.targets import refuse_quantized
-from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import ModelFiles
-from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapter_files import AdapterFiles
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
-from vera_convert.merging.collect import collect
-from vera_convert.merging.inputs import MergeInputs, open_inputs
-from vera_convert.merging.job import MergeJob, is_merged
-from vera_convert.merging.model_config import config_edits
+from vera_convert.merging.inputs import open_inputs
+from vera_convert.merging.job import MergeJob, MergeRun, is_merged
 from vera_convert.merging.options import MergeOptions
-from vera_convert.merging.output import (
-    FilePlan,
-    check_tokenizer,
-    config_text,
-    file_plan,
-    plan_files,
-)
-from vera_convert.merging.plan import plan_weights
-from vera_convert.merging.replaced import ReplacedTensor, constant_findings, replaced_tensors
+from vera_convert.merging.output import FilePlan, file_plan, plan_merge
+from vera_convert.merging.replaced import ReplacedTensor, constant_findings
 from vera_convert.merging.report import TensorReport, number_findings
 from vera_convert.publish.publishing import check_out, free_space
 from vera_convert.publish.signals import signals_raise
@@ -137,98 +125,63 @@ def merge(
     access = hub_access_of(access)
     progress = progress_function("progress", progress)
     base, place, started = base_options_of(base), path("out", out), time.monotonic()
-    specs = (AdapterSpec(adapter, options.weight, revision), *options.add)
     with signals_raise():
-        locations = find_adapters(specs, access)
-        folders = [each.folder for each in locations if each.folder is not None]
+        specs = (AdapterSpec(adapter, options.weight, revision), *options.add)
+        adapters = find_adapters(specs, access)
+        folders = [each.folder for _, each in adapters if each.folder is not None]
         check_out(place, inputs=folders, force=options.force, is_own=is_merged)
-        with open_inputs(
-            specs,
-            locations,
-            base,
-            access=access,
-            projections=options.projections,
-            variant=options.generator,
-            dequantize=options.dequantize,
-            fetch=not options.dry_run,
-        ) as inputs:
-            job = _plan(inputs, place, base, options)
-            if options.dry_run:
-                check_out(
-                    place,
-                    inputs=inputs.folders,
-                    force=options.force,
-                    is_own=is_merged,
-                    strangers=job.strangers,
-                )
-                job.require_space(job.free)
-                return _result(job, (), {}, _estimate(job))
-            reports, hashes, resumed = job.run(progress)
-            result = _result(job, reports, hashes, time.monotonic() - started)
-            return replace(result, resumed=resumed)
+        with open_inputs(adapters, base, options, access) as inputs:
+            job = MergeJob(plan_merge(inputs), place)
+            free = free_space(place)
+            if not options.dry_run:
+                run = job.run(progress)
+                return _result(job, run, free, time.monotonic() - started)
+            check_out(
+                place,
+                inputs=inputs.folders,
+                force=options.force,
+                is_own=is_merged,
+                strangers=job.strangers,
+            )
+            job.require_space(free)
+            return _result(job, MergeRun(), free, _estimate(job))
 
 
-def _plan(inputs: MergeInputs, out: Path, base: BaseOptions, options: MergeOptions) -> MergeJob:
-    dtype = HEADER_NAMES[options.dtype] if options.dtype is not None else None
-    changes = collect(inputs.adapters, inputs.base, inputs.files, tied=options.tied)
-    check_tokenizer(inputs, changes)
-    edits = config_edits(
-        inputs.base,
-        changes,
-        inputs.beside.facts,
-        inputs.adapters[0].adapter.config,
-        architecture=options.architecture,
-        labels=options.labels,
-    )
-    if inputs.dequantization is None:
-        refuse_quantized(unpacked(inputs.base), changes.replaced)
-    weights = plan_weights(
-        inputs.base,
-        inputs.files,
-        changes,
-        dtype=dtype,
-        max_shard_size=options.max_shard_size,
-        dequantization=inputs.dequantization,
-        index_text=inputs.texts.get(inputs.base.index or ""),
-    )
-    replaced = replaced_tensors(changes, inputs.base, inputs.files)
-    files = plan_files(inputs, weights, config_text(inputs, changes, edits, dtype), replaced)
-    free = free_space(out)
-    return MergeJob(inputs, changes, weights, edits, replaced, files, out, base, options, free)
-
-
-def _result(
-    job: MergeJob, reports: Sequence[TensorReport], hashes: Mapping[str, str], seconds: float
-) -> Merge:
-    inputs = job.inputs
-    label = inputs.base.location.label
-    findings = [*inputs.findings, *job.changes.findings, *job.edits.findings]
-    findings += constant_findings(job.replaced)
-    findings += [*number_findings(reports, place=label)]
+def _result(job: MergeJob, run: MergeRun, free: int, seconds: float) -> Merge:
+    plan, inputs = job.plan, job.plan.inputs
+    label = inputs.base.model.location.label
+    findings = [
+        *inputs.findings,
+        *plan.changes.findings,
+        *plan.edits.findings,
+        *constant_findings(plan.replaced),
+        *number_findings(run.tensors, place=label),
+    ]
     return Merge(
         base=label,
         adapters=tuple(map(MergedAdapter.of, inputs.adapters)),
         out=job.out,
-        files=tuple(map(file_plan, job.files)),
-        tensors=tuple(reports),
-        replaced=job.replaced,
-        sides=inputs.sides,
+        files=tuple(map(file_plan, plan.files)),
+        tensors=run.tensors,
+        replaced=plan.replaced,
+        sides=inputs.base.sides,
         beside=inputs.beside,
-        sha256=hashes,
-        needed=job.needed,
-        free=job.free,
+        sha256=run.hashes,
+        needed=plan.size,
+        free=free,
         seconds=seconds,
-        jobs=job.jobs,
-        written=not job.options.dry_run,
+        jobs=job.threads,
+        written=not inputs.options.dry_run,
         findings=tuple(dict.fromkeys(findings)),
+        resumed=run.resumed,
     )
 
 
 def _estimate(job: MergeJob) -> float:
     """Return an estimate of the duration in seconds, from the measured speed of a product."""
-    operations = sum(file_plan(file).products for file in job.files)
-    seconds = 2 * job.needed / _COPY_SPEED
-    return seconds + (operations / _product_speed() / job.jobs if operations else 0.0)
+    operations = sum(file_plan(file).products for file in job.plan.files)
+    seconds = 2 * job.plan.size / _COPY_SPEED
+    return seconds + (operations / _product_speed() / job.threads if operations else 0.0)
 
 
 def _product_speed() -> float:

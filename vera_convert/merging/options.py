@@ -24,6 +24,7 @@ from vera_convert.assembly.blocks import CPU, Device
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
+from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.errors import UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
@@ -99,6 +100,11 @@ class MergeOptions:
             device=_device(self.device),
             jobs=optional(whole_number, "--jobs", self.jobs),
         )
+
+    @property
+    def header_dtype(self) -> str | None:
+        """The dtype of all float tensors, in safetensors' names; None keeps each dtype."""
+        return None if self.dtype is None else HEADER_NAMES[self.dtype]
 
     def record(self, base: BaseOptions) -> Mapping[str, object]:
         """Return the options that decide the bytes of the output, as a JSON object.

@@ -2,32 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
-from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.model import read_base
+from vera_convert.base.quantized.targets import refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
 from vera_convert.base.vocabulary import embedding_rows
-from vera_convert.dtypes import NAMES
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.json_edit import removed_member
-from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.reading import open_local
 from vera_convert.files.shards import REDIRECTION
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.merging.adapter_files import MODULES_NAME
-from vera_convert.merging.card import ModelSource, model_card
+from vera_convert.merging.card import model_card
 from vera_convert.merging.changes import Changes
-from vera_convert.merging.dequantize import SIDE_FILES, dequantized_config
+from vera_convert.merging.collect import collect
+from vera_convert.merging.dequantize import dequantized_config
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.merging.model_config import ConfigEdits
-from vera_convert.merging.plan import WeightsPlan
-from vera_convert.merging.provenance import folder_name
-from vera_convert.merging.replaced import ReplacedTensor
+from vera_convert.merging.model_config import ConfigEdits, config_edits
+from vera_convert.merging.plan import WeightsPlan, plan_weights
+from vera_convert.merging.replaced import ReplacedTensor, replaced_tensors
 from vera_convert.text import read_back_differs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergePlan:
+    """A planned merge.
+
+    Attributes:
+        inputs: the adapters, the base and the options.
+        changes: the changes to the base.
+        edits: the members of the base's config that change.
+        replaced: the tensors that come from an adapter.
+        weights: the plan of the weight files.
+        files: all files of the output except the provenance, the weights first.
+    """
+
+    inputs: MergeInputs
+    changes: Changes
+    edits: ConfigEdits
+    replaced: tuple[ReplacedTensor, ...]
+    weights: WeightsPlan
+    files: tuple[NewFile, ...]
+
+    @property
+    def size(self) -> int:
+        """The size of the output, in bytes."""
+        return sum(file.size for file in self.files)
+
+
+def plan_merge(inputs: MergeInputs) -> MergePlan:
+    """Plan a merge, and refuse inputs that do not fit together."""
+    base = inputs.base
+    changes = collect(inputs)
+    _check_tokenizer(inputs, changes)
+    edits = config_edits(inputs, changes)
+    if base.packed is None:
+        refuse_quantized(unpacked(base.model), changes.replaced)
+    weights = plan_weights(inputs, changes)
+    replaced = replaced_tensors(inputs, changes)
+    files = [*weights.files]
+    if base.sides.config is not None:
+        config = _config_text(inputs, changes, edits, base.texts[base.sides.config])
+        files.append(NewFile(base.sides.config, config))
+    card = model_card(
+        base.model.location,
+        [(matched.location, matched.weight) for matched in inputs.adapters],
+        library=_library(inputs),
+        trained_on=inputs.adapters[0].adapter.config.base_model_name_or_path,
+        replaced=replaced,
+    )
+    files.append(NewFile(CARD_NAME, card.encode()))
+    files += [_copied(name, file) for name, file in inputs.side_files.items()]
+    return MergePlan(inputs, changes, edits, replaced, weights, tuple(files))
+
+
+def _check_tokenizer(inputs: MergeInputs, changes: Changes) -> None:
+    """Refuse an adapter's tokenizer that has tokens beyond the rows of the embedding."""
+    resized = changes.resizes.vocabulary
+    rows = resized[1] if resized is not None else embedding_rows(inputs.base.model)
+    with ExitStack() as stack:
+        tokenizer = inputs.beside.tokenizer.items()
+        opened = {name: stack.enter_context(file.open()) for name, file in tokenizer}
+        check_tokens(opened, rows, place=inputs.adapters[0].label)
+
+
+def _config_text(inputs: MergeInputs, changes: Changes, edits: ConfigEdits, text: bytes) -> bytes:
+    """Return the text of the merged model's config.
+
+    Args:
+        inputs: the adapters, the base and the options.
+        changes: the changes to the base, which can untie head and embedding.
+        edits: the members that the adapters decide.
+        text: the text of the base's config.
+    """
+    config, dtype = inputs.base.model.config, inputs.options.dtype
+    if inputs.base.packed is not None:
+        text = dequantized_config(text, config)
+    if changes.unties:
+        text = untied(text, config)
+    if dtype is not None:
+        text = of_dtype(text, config, dtype)
+    if REDIRECTION in config:
+        text = removed_member(text, (REDIRECTION,))  # the weights get the usual name
+    return edits.of_text(text)
+
+
+def _library(inputs: MergeInputs) -> str:
+    if "_class_name" in inputs.base.model.config or inputs.base.model.prefix:
+        return "diffusers"
+    return "sentence-transformers" if MODULES_NAME in inputs.side_files else "transformers"
+
+
+def _copied(name: str, file: InputFile) -> NewFile:
+    pieces = (CopiedRange(file, 0, file.size, 0),) if file.size else ()
+    return NewFile(name, pieces=pieces)
+
+
+# --- for people ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,130 +165,25 @@ def file_plan(file: NewFile) -> FilePlan:
     )
 
 
-def plan_files(
-    inputs: MergeInputs,
-    weights: WeightsPlan,
-    config: bytes,
-    replaced: Sequence[ReplacedTensor],
-) -> tuple[NewFile, ...]:
-    """Return all files of the output except the provenance, the weights first.
-
-    Args:
-        inputs: the adapters and the base.
-        weights: the plan of the weight files.
-        config: the text of the merged model's config; unused if the base has no config.
-        replaced: the tensors that come from an adapter.
-    """
-    files = [*weights.files]
-    if weights.index is not None:
-        files.append(NewFile(*weights.index))
-    if inputs.sides.config is not None:
-        files.append(NewFile(inputs.sides.config, config))
-    card = model_card(
-        _origin(inputs.base.location),
-        [_origin(matched.location, matched.weight) for matched in inputs.adapters],
-        library=_library(inputs),
-        trained_on=_trained_on(inputs),
-        replaced=[(each.name, each.change) for each in replaced],
-    )
-    files.append(NewFile(CARD_NAME, card.encode()))
-    files += [NewFile(name, pieces=(*_whole(file),)) for name, file in files_beside(inputs).items()]
-    return tuple(files)
-
-
-def config_text(
-    inputs: MergeInputs, changes: Changes, edits: ConfigEdits, dtype: str | None
-) -> bytes:
-    """Return the text of the merged model's config; empty if the base has no config.
-
-    Args:
-        inputs: the adapters and the base.
-        changes: the changes to the base, which can untie head and embedding.
-        edits: the members that the adapters decide.
-        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
-    """
-    if inputs.sides.config is None:
-        return b""
-    base, text = inputs.base.config, inputs.texts[inputs.sides.config]
-    if inputs.dequantization is not None:
-        text = dequantized_config(text, base)
-    if changes.unties:
-        text = untied(text, base)
-    if dtype is not None:
-        text = of_dtype(text, base, NAMES[dtype])
-    if REDIRECTION in base:
-        text = removed_member(text, (REDIRECTION,))  # the weights get the usual name
-    return edits.of_text(text)
-
-
-def _whole(file: InputFile) -> Iterator[CopiedRange]:
-    if file.size:
-        yield CopiedRange(file, 0, file.size, 0)
-
-
-def files_beside(inputs: MergeInputs) -> dict[str, InputFile]:
-    """Return the files beside the merged weights; the adapter's files replace the base's."""
-    copied = dict(inputs.copied)
-    if inputs.dequantization is not None:
-        copied = {name: file for name, file in copied.items() if name not in SIDE_FILES}
-    return inputs.beside.over(copied)
-
-
-def _origin(location: Location, weight: float | None = None) -> ModelSource:
-    if location.repo_id is None:
-        return ModelSource(folder_name(location), weight=weight)
-    return ModelSource(location.repo_id, location.commit or "", is_repo=True, weight=weight)
-
-
-def _trained_on(inputs: MergeInputs) -> str | None:
-    name = inputs.adapters[0].adapter.config.base_model_name_or_path
-    return name if name is not None and is_repo_id(name) else None
-
-
-def _library(inputs: MergeInputs) -> str:
-    if "_class_name" in inputs.base.config or inputs.base.prefix:
-        return "diffusers"
-    return "sentence-transformers" if MODULES_NAME in files_beside(inputs) else "transformers"
-
-
-def check_tokenizer(inputs: MergeInputs, changes: Changes) -> None:
-    """Refuse an adapter's tokenizer that has tokens beyond the rows of the embedding."""
-    resized = changes.resizes.vocabulary
-    rows = resized[1] if resized is not None else embedding_rows(inputs.base)
-    opened: dict[str, LocalFile] = {}
-    try:
-        for name, file in inputs.beside.tokenizer.items():
-            opened[name] = file.open()
-        check_tokens(opened, rows, place=inputs.adapters[0].label)
-    finally:
-        for source in opened.values():
-            source.close()
-
-
 # --- reading back --------------------------------------------------------------------------------
 
 
-def check_staged(folder: Path, files: Mapping[str, NewFile], weights: WeightsPlan) -> None:
+def check_staged(folder: Path, plan: MergePlan) -> None:
     """Read the output again before it is published: sizes, headers, index against shards.
 
     Raises:
         SurroundingsError: a file does not read back as written.
     """
-    for name, file in files.items():
-        if (folder / name).lstat().st_size != file.size:
-            raise _came_back(name)
-        if name not in weights.headers and file.head:
-            with open_local(folder / name) as source:
-                if source.read_at(0, len(file.head)) != file.head:
-                    raise _came_back(name)
-    merged = Location("the merged model", folder)
-    model: BaseModel = read_base(merged, HubAccess(offline=True), component=weights.component)
-    if model.files.keys() != weights.headers.keys():
-        raise _came_back(", ".join(model.files.keys() ^ weights.headers.keys()))
-    for name, header in model.files.items():
-        if header.raw != weights.headers[name]:
-            raise _came_back(name)
-
-
-def _came_back(name: str) -> SurroundingsError:
-    return SurroundingsError(read_back_differs(name))
+    headers = plan.weights.headers
+    for file in plan.files:
+        path = folder / file.name
+        head = b"" if file.name in headers else file.head
+        with open_local(path) as source:
+            if source.size != file.size or source.read_at(0, len(head)) != head:
+                raise SurroundingsError(read_back_differs(file.name))
+    merged, component = Location("the merged model", folder), plan.inputs.base.model.prefix
+    model = read_base(merged, HubAccess(offline=True), component=component)
+    found = {name: header.raw for name, header in model.files.items()}
+    differing = [name for name in {**found, **headers} if found.get(name) != headers.get(name)]
+    if differing:
+        raise SurroundingsError(read_back_differs(", ".join(differing)))

@@ -7,56 +7,59 @@ keeps the header byte for byte; any other file gets the canonical header.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from vera_convert.assembly.addends import Sum
-from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile, Piece
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.delta import working_dtype
 from vera_convert.dtypes import BITS, FLOATS
-from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order
+from vera_convert.files.header import Header, header_bytes, in_order
 from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import INDEX_SUFFIX, SUFFIX, named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.merging.changes import Changes, Replacement
-from vera_convert.merging.dequantize import Decoder, Dequantization, dequantized_metadata
+from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.changes import Changes
+from vera_convert.merging.dequantize import dequantized_metadata
+from vera_convert.merging.inputs import MergeInputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedTensor:
-    """One tensor of the output, and the source of the bytes.
+    """One tensor of the output.
 
     Attributes:
         name: the tensor's name.
         dtype: the dtype in the output.
-        shape: the tensor's shape.
-        source: the file that stores the tensor.
-        start: the position of the first byte in `source`.
-        total: the sum to compute; None if the bytes are copied.
+        stored: the values to start from.
+        total: the sum to compute; None if the stored bytes are copied.
     """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    source: InputFile
-    start: int
+    stored: StoredTensor
     total: Sum | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.stored.shape
 
     @property
     def nbytes(self) -> int:
         """The tensor's size in the output, in bytes."""
-        return math.prod(self.shape) * BITS[self.dtype] // 8
+        return self.stored.count * BITS[self.dtype] // 8
 
     def piece(self, at: int) -> Piece:
         """Return the tensor as a piece of a file that begins at position `at`."""
+        source, start = self.stored.file, self.stored.start
         if self.total is None:
-            return CopiedRange(self.source, self.start, self.nbytes, at)
-        return Computed(self.source, self.start, self.total, at)
+            return CopiedRange(source, start, self.nbytes, at)
+        return Computed(source, start, self.total, at)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,144 +67,104 @@ class WeightsPlan:
     """The weight files of the output.
 
     Attributes:
-        files: the files in order; the head of each file is the complete header.
-        index: name and bytes of the index, if there are shards.
-        headers: the header of each file by name.
+        files: the weight files in order, then the index if there are shards.
+        headers: the header of each weight file by name.
         tensors: all tensors, in the order of the files.
-        component: the folder of the pipeline's component that is merged; empty outside a pipeline.
     """
 
     files: tuple[NewFile, ...]
-    index: tuple[str, bytes] | None
     headers: Mapping[str, bytes]
     tensors: tuple[PlannedTensor, ...]
-    component: str = ""
 
 
-def plan_weights(
-    base: BaseModel,
-    files: Mapping[str, InputFile],
-    changes: Changes,
-    *,
-    dtype: str | None = None,
-    max_shard_size: int | None = None,
-    dequantization: Dequantization | None = None,
-    index_text: bytes | None = None,
-) -> WeightsPlan:
-    """Plan the weight files.
-
-    Args:
-        base: the base; if it is dequantized, its view.
-        files: the base's weight files by name.
-        changes: the changes to the base.
-        dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
-        max_shard_size: the most bytes of a shard, except for a larger tensor; None keeps the
-            shards.
-        dequantization: how the base becomes a 16-bit model; None if no tensor is dequantized.
-        index_text: the bytes of the base's index, if there is one.
-    """
-    planner = _Planner(base, files, changes, dtype, dequantization)
-    if max_shard_size is None:
-        shards, index_name = _kept_shards(base, planner)
-    else:
-        shards, index_name = _new_shards(base, planner, max_shard_size)
-    made, headers, placed = list[NewFile](), dict[str, bytes](), dict[PlannedTensor, str]()
+def plan_weights(inputs: MergeInputs, changes: Changes) -> WeightsPlan:
+    """Plan the weight files."""
+    base, limit = inputs.base.model, inputs.options.max_shard_size
+    tensors = _tensors_by_file(inputs, changes)
+    shards, index = (
+        _kept_shards(base, tensors) if limit is None else _new_shards(base, tensors, limit)
+    )
+    files, headers = [], {}
     for shard in shards:
-        file, headers[shard.name] = _file(shard, planner)
-        made.append(file)
-        placed.update(dict.fromkeys(shard.tensors, shard.name))
-    index = None
-    if index_name is not None:
-        index = index_name, _index_text(index_name, placed, index_text)
-    return WeightsPlan(tuple(made), index, headers, tuple(placed), base.prefix)
+        file, headers[shard.name] = _file(shard, inputs.base)
+        files.append(file)
+    if index is not None:
+        text = inputs.base.texts.get(base.index or "")
+        files.append(NewFile(index, _index_text(index, shards, text)))
+    in_order_of_files = tuple(tensor for shard in shards for tensor in shard.tensors)
+    return WeightsPlan(tuple(files), headers, in_order_of_files)
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def _tensors_by_file(inputs: MergeInputs, changes: Changes) -> dict[str, list[PlannedTensor]]:
+    """Return the tensors for each of the base's files: first the file's own, then new tensors.
+
+    An untied head goes to the file of the embedding, any other new tensor to the last file.
+    """
+    base = inputs.base.model
+    dtype = inputs.options.header_dtype
+    # A quantized tensor has no meaning in another dtype, so the tensor keeps the dtype.
+    stay = dtype is not None and inputs.base.packed is None
+    planner = _TensorPlanner(
+        inputs.base, changes, dtype, quantized_tensors(base) if stay else frozenset()
+    )
+    found: dict[str, list[PlannedTensor]] = {file: [] for file in base.files}
+    for name, tensor in sorted(base.tensors.items(), key=lambda item: item[1].info.start):
+        found[tensor.file].append(planner.tensor(name, name))
+    for head, embedding in changes.heads.items():
+        found[base.tensors[embedding].file].append(planner.tensor(head, embedding))
+    for name in changes.new:
+        found[[*base.files][-1]].append(planner.tensor(name, None))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
-    """The tensors of one file, and the base's file with the same tensors if there is one."""
+class _TensorPlanner:
+    """Plans one tensor after the other.
 
-    name: str
-    tensors: list[PlannedTensor]
-    old_name: str | None = None
+    Attributes:
+        base: the base.
+        changes: the changes to the base.
+        dtype: the dtype of all float tensors; None keeps each dtype.
+        kept: tensors of the base that keep their dtype in any case.
+    """
 
+    base: BaseFiles
+    changes: Changes
+    dtype: str | None
+    kept: frozenset[str]
 
-class _Planner:
-    """Plans the tensors of the base and the new tensors."""
+    def tensor(self, name: str, in_base: str | None) -> PlannedTensor:
+        """Return a tensor of the output.
 
-    def __init__(
-        self,
-        base: BaseModel,
-        files: Mapping[str, InputFile],
-        changes: Changes,
-        dtype: str | None,
-        dequantization: Dequantization | None,
-    ) -> None:
-        self.base = base
-        self.files = files
-        self.changes = changes
-        self.dtype = dtype
-        self.dequantization = dequantization
-        self._of_files: dict[str, list[TensorInfo]] = {}
-        for tensor in base.tensors.values():
-            self._of_files.setdefault(tensor.file, []).append(tensor.info)
-        # A quantized tensor has no meaning in another dtype, so the tensor keeps the dtype.
-        stay = dtype is not None and dequantization is None
-        self.kept = quantized_tensors(base) if stay else frozenset[str]()
-
-    def of_file(self, name: str) -> list[PlannedTensor]:
-        """Return the tensors of one of the base's files, in the order of their bytes."""
-        infos = sorted(self._of_files.get(name, ()), key=lambda info: info.start)
-        return [self._of_base(info.name) for info in infos]
-
-    def additions(self) -> dict[str, list[PlannedTensor]]:
-        """Return the tensors that the base lacks, by the file to write.
-
-        An untied head goes to the file of the embedding, any other new tensor to the last file.
+        Args:
+            name: the name in the output.
+            in_base: the base's tensor with the values or, for a replaced tensor, with the dtype;
+                None if the base has no such tensor.
         """
-        found: dict[str, list[PlannedTensor]] = {}
-        for name, embedding in self.changes.heads.items():
-            file = self.base.tensors[embedding].file
-            found.setdefault(file, []).append(self._of_base(embedding, name))
-        last = [*self.base.files][-1]
-        for name, replacement in self.changes.new.items():
-            found.setdefault(last, []).append(
-                self._of_adapter(name, replacement, replacement.info.dtype)
-            )
-        return found
+        replacement = self.changes.replaced.get(name) or self.changes.new.get(name)
+        own = None if in_base is None else self.base.tensor(in_base)
+        stored = own if replacement is None else replacement.stored
+        assert stored is not None  # noqa: S101 -- a new tensor comes from an adapter
+        written = (own or stored).dtype
+        is_kept = replacement is None and in_base in self.kept
+        if self.dtype is not None and written in FLOATS and not is_kept:
+            written = self.dtype
+        decoded_from = in_base if replacement is None else None
+        return PlannedTensor(name, written, stored, self._sum(name, stored, written, decoded_from))
 
-    def _of_base(self, stored_name: str, name: str | None = None) -> PlannedTensor:
-        """Return a tensor of the base, under another name if given, or the adapter's instead."""
-        name = name or stored_name
-        replacement = self.changes.replaced.get(name)
-        tensor = self.base.tensors[stored_name]
-        info = tensor.info
-        if replacement is not None:
-            return self._of_adapter(name, replacement, info.dtype)
-        written = info.dtype if stored_name in self.kept else self._written(info.dtype)
-        plan = self.dequantization
-        decode = None if plan is None else plan.decoder(stored_name, self.files)
-        start = self.base.files[tensor.file].data_start + info.start
-        total = self._sum(name, info, written, decode)
-        return PlannedTensor(name, written, info.shape, self.files[tensor.file], start, total)
-
-    def _of_adapter(self, name: str, replacement: Replacement, dtype: str) -> PlannedTensor:
-        """Return a tensor of an adapter, in the dtype of the replaced tensor."""
-        info, source = replacement.info, replacement.owner.weights
-        written = self._written(dtype)
-        total = self._sum(name, info, written, None)
-        return PlannedTensor(name, written, info.shape, source, replacement.start, total)
-
-    def _written(self, dtype: str) -> str:
-        return self.dtype if self.dtype is not None and dtype in FLOATS else dtype
-
-    def _sum(self, name: str, info: TensorInfo, written: str, decode: Decoder | None) -> Sum | None:
+    def _sum(
+        self, name: str, tensor: StoredTensor, written: str, decoded_from: str | None
+    ) -> Sum | None:
         """Return the sum to compute for a tensor; None if the bytes stay as they are stored."""
         terms = self.changes.terms.get(name, ())
-        if not terms and written == info.dtype and decode is None:
+        decode = None if decoded_from is None else self.base.decoder(decoded_from)
+        if not terms and written == tensor.dtype and decode is None:
             return None
-        stored = NUMPY_DTYPE[info.dtype]
-        count = math.prod(info.shape)
-        rows, columns = info.shape if terms else (count, 1)
+        stored = NUMPY_DTYPE[tensor.dtype]
+        rows, columns = tensor.shape if terms else (tensor.count, 1)
         if decode is not None:
             rows, columns = decode.weight.matrix
         dtypes = [dtype for term in terms for dtype in term.dtypes]
@@ -217,25 +180,69 @@ class _Planner:
         )
 
 
-def _file(shard: _Shard, planner: _Planner) -> tuple[NewFile, bytes]:
+# --- files ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """The tensors of one file, and the base's file with the same tensors if there is one."""
+
+    name: str
+    tensors: list[PlannedTensor]
+    old_name: str | None = None
+
+
+def _file(shard: _Shard, base: BaseFiles) -> tuple[NewFile, bytes]:
     """Return a file, and the file's header."""
-    base, tensors, dequantization = planner.base, shard.tensors, planner.dequantization
-    old = base.files.get(shard.old_name or "")
-    metadata = (old or next(iter(base.files.values()))).metadata
-    if dequantization is not None:
-        metadata = dequantized_metadata(metadata, dequantization.base)
-    if old is not None and _fits(tensors, old) and metadata == old.metadata:
+    headers, tensors = base.model.files, shard.tensors
+    old = headers.get(shard.old_name or "")
+    metadata = (old or next(iter(headers.values()))).metadata
+    if base.packed is not None:
+        metadata = dequantized_metadata(metadata, base.packed)
+    if old is not None and metadata == old.metadata and _fits(tensors, old):
         head = old.raw
     else:
         tensors = in_order(tensors)
         head = header_bytes(tensors, metadata)
-    pieces = _joined(_placed(tensors, len(head)))
+    pieces = _pieces(tensors, len(head))
     if old is not None and head == old.raw:
-        source = planner.files[shard.old_name or ""]
+        source = base.files[shard.old_name or ""]
         if _are_all_of(source, pieces):
             # A file system that shares blocks can do so for a whole file.
             return NewFile(shard.name, pieces=(CopiedRange(source, 0, source.size, 0),)), head
     return NewFile(shard.name, head, tuple(pieces)), head
+
+
+def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
+    """Say whether a header still describes the tensors: names, dtypes and shapes."""
+    return len(tensors) == len(old.tensors) and all(
+        info is not None and (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
+        for tensor in tensors
+        for info in (old.tensors.get(tensor.name),)
+    )
+
+
+def _pieces(tensors: Iterable[PlannedTensor], at: int) -> list[Piece]:
+    """Return the pieces of a file; copied ranges that also follow each other in the source are one.
+
+    Args:
+        tensors: the tensors in the order of the file.
+        at: the position of the first tensor in the file.
+    """
+    pieces: list[Piece] = []
+    for tensor in tensors:
+        piece, last = tensor.piece(at), pieces[-1] if pieces else None
+        if (
+            isinstance(piece, CopiedRange)
+            and isinstance(last, CopiedRange)
+            and last.source is piece.source
+            and last.start + last.size == piece.start
+        ):
+            pieces[-1] = replace(last, size=last.size + piece.size)
+        elif piece.size:
+            pieces.append(piece)
+        at += tensor.nbytes
+    return pieces
 
 
 def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
@@ -248,46 +255,13 @@ def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
     )
 
 
-def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
-    """Say whether a header still describes the tensors: names, dtypes and shapes."""
-    return len(tensors) == len(old.tensors) and all(
-        info is not None and (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
-        for tensor in tensors
-        for info in (old.tensors.get(tensor.name),)
-    )
-
-
-def _placed(tensors: Iterable[PlannedTensor], at: int) -> Iterator[Piece]:
-    for tensor in tensors:
-        if tensor.nbytes:
-            yield tensor.piece(at)
-        at += tensor.nbytes
-
-
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Join copied ranges that also follow each other in the source."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if (
-            isinstance(piece, CopiedRange)
-            and isinstance(last, CopiedRange)
-            and last.source is piece.source
-            and last.start + last.size == piece.start
-        ):
-            joined[-1] = CopiedRange(last.source, last.start, last.size + piece.size, last.at)
-        else:
-            joined.append(piece)
-    return joined
-
-
 # --- shards and index ----------------------------------------------------------------------------
 
 
-def _kept_shards(base: BaseModel, planner: _Planner) -> tuple[list[_Shard], str | None]:
-    """Return the base's shards with their additions, and the name of the index."""
-    additions = planner.additions()
-    tensors = {file: [*planner.of_file(file), *additions.get(file, ())] for file in base.files}
+def _kept_shards(
+    base: BaseModel, tensors: Mapping[str, list[PlannedTensor]]
+) -> tuple[list[_Shard], str | None]:
+    """Return the base's shards, and the name of the index."""
     kept = {file: each for file, each in tensors.items() if each or not base.files[file].tensors}
     names, index = [*kept], base.index
     if named_weights(base.config) is not None:  # loaders look for the usual names by default
@@ -297,18 +271,18 @@ def _kept_shards(base: BaseModel, planner: _Planner) -> tuple[list[_Shard], str 
     return shards, index
 
 
-def _new_shards(base: BaseModel, planner: _Planner, limit: int) -> tuple[list[_Shard], str | None]:
+def _new_shards(
+    base: BaseModel, tensors: Mapping[str, list[PlannedTensor]], limit: int
+) -> tuple[list[_Shard], str | None]:
     """Distribute all tensors, in the base's order, over shards of at most `limit` bytes."""
-    additions = planner.additions()
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
-    for file in base.files:
-        for tensor in (*planner.of_file(file), *additions.get(file, ())):
-            if parts[-1] and size + tensor.nbytes > limit:
-                parts.append([])
-                size = 0
-            parts[-1].append(tensor)
-            size += tensor.nbytes
+    for tensor in (tensor for each in tensors.values() for tensor in each):
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
     several = len(parts) > 1
     names = _shard_names(base, len(parts) if several else None)
     shards = [
@@ -338,27 +312,30 @@ def _stem(base: BaseModel) -> str:
     return "diffusion_pytorch_model" if is_diffusers else "model"
 
 
-def _index_text(name: str, placed: Mapping[PlannedTensor, str], text: bytes | None) -> bytes:
+def _index_text(name: str, shards: Sequence[_Shard], text: bytes | None) -> bytes:
     """Return the bytes of an index, with as much of the base's index as is still right.
 
     Args:
         name: the name of the index; shards are named relative to the folder of the index.
-        placed: the file of each tensor.
-        text: the bytes of the base's index.
+        shards: the shards.
+        text: the bytes of the base's index; None if the base has no index.
     """
     document = json.loads(text) if text is not None else {}
     found = document.get("metadata")
     metadata = dict(found) if isinstance(found, dict) else {}
     folder = PurePosixPath(name).parent
-    relative = {file: str(PurePosixPath(file).relative_to(folder)) for file in {*placed.values()}}
-    weight_map = {tensor.name: relative[file] for tensor, file in placed.items()}
-    total = sum(tensor.nbytes for tensor in placed)
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        relative = str(PurePosixPath(shard.name).relative_to(folder))
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard.tensors), relative)
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    total = sum(tensor.nbytes for tensor in tensors)
     if text is not None and document.get("weight_map") == weight_map:
         if metadata.get("total_size", total) == total:
             return text
         return edited_member(text, ("metadata", "total_size"), total)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(tensor.shape) for tensor in placed)
+        metadata["total_parameters"] = sum(tensor.stored.count for tensor in tensors)
     metadata["total_size"] = total
     document |= {"metadata": metadata, "weight_map": weight_map}
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

@@ -18,14 +18,15 @@ import ml_dtypes
 import numpy as np
 
 from vera_convert._version import __version__
-from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.model import BaseModel
 from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.merging.adapters import MatchedAdapter
+from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.output import MergePlan
 from vera_convert.merging.report import TensorReport
 
 FORMAT = 1
@@ -44,19 +45,22 @@ def versions() -> dict[str, str]:
 
 def source_of(location: Location) -> dict[str, object]:
     """Return the name of an input on any machine: repo and commit, or the folder without a path."""
-    if location.repo_id is not None:
-        found: dict[str, object] = {"repo_id": location.repo_id, "commit": location.commit}
-        return found | ({"subfolder": location.subfolder} if location.subfolder else {})
-    return {"folder": folder_name(location)}
+    if location.repo_id is None:
+        return {"folder": location.name}
+    found: dict[str, object] = {"repo_id": location.repo_id, "commit": location.commit}
+    return found | ({"subfolder": location.subfolder} if location.subfolder else {})
 
 
-def folder_name(location: Location) -> str:
-    """Return the name of a location's folder, without the path to it."""
-    return (location.folder or Path()).resolve().name
+def input_records(inputs: MergeInputs) -> dict[str, object]:
+    """Return the records of the base, the adapters and the options."""
+    return {
+        "base": _base_record(inputs.base),
+        "adapters": [*map(_adapter_record, inputs.adapters)],
+        "options": inputs.options.record(inputs.base_options),
+    }
 
 
-def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
-    """Return the record of one adapter."""
+def _adapter_record(matched: MatchedAdapter) -> dict[str, object]:
     config, pair = matched.adapter.config, matched.pair
     drawn = asdict(pair.draw) if pair.draw is not None else None
     return {
@@ -72,31 +76,52 @@ def adapter_record(matched: MatchedAdapter) -> dict[str, object]:
     }
 
 
-def base_record(
-    base: BaseModel, files: Mapping[str, InputFile], texts: Mapping[str, bytes]
-) -> dict[str, object]:
-    """Return the record of the base.
-
-    Args:
-        base: the base.
-        files: the base's weight files by name.
-        texts: the bytes of the base's config and index, by name.
-    """
+def _base_record(base: BaseFiles) -> dict[str, object]:
     return {
-        "source": source_of(base.location),
+        "source": source_of(base.model.location),
         "files": [
             {
                 "name": name,
-                "size": files[name].size,
+                "size": base.files[name].size,
                 "header_sha256": sha256(header.raw).hexdigest(),
             }
-            for name, header in base.files.items()
+            for name, header in base.model.files.items()
         ],
         "texts": [
             {"name": name, "size": len(text), "sha256": sha256(text).hexdigest()}
-            for name, text in sorted(texts.items())
+            for name, text in sorted(base.texts.items())
         ],
     }
+
+
+def provenance_text(
+    plan: MergePlan, tensors: Sequence[TensorReport], hashes: Mapping[str, str], product: str
+) -> bytes:
+    """Return the bytes of the provenance file.
+
+    Args:
+        plan: the merge.
+        tensors: the report for each tensor that an adapter changes.
+        hashes: the SHA-256 of files, by name.
+        product: the hash of a small product on this machine.
+    """
+    inputs, written = plan.inputs, plan.inputs.side_files
+    copied = inputs.base.copied.items()
+    document = {
+        "format": FORMAT,
+        "versions": versions(),
+        "product_sha256": product,
+        **input_records(inputs),
+        "tensors": [each.record() for each in tensors],
+        "outputs": [
+            {"name": file.name, "size": file.size}
+            | ({"sha256": hashes[file.name]} if file.name in hashes else {})
+            for file in plan.files
+        ],
+        "carried": [name for name, file in copied if written.get(name) is file],
+        "from_adapter": sorted(inputs.beside.in_model),
+    }
+    return (_laid_out(document, "\n") + "\n").encode()
 
 
 def recorded_files(folder: Path) -> set[str]:
@@ -109,33 +134,6 @@ def recorded_files(folder: Path) -> set[str]:
         names = (each.get("name") for each in records if isinstance(each, dict))
         return {name for name in names if isinstance(name, str)}
     return set()
-
-
-def provenance_text(
-    *,
-    adapters: Sequence[Mapping[str, object]],
-    base: Mapping[str, object],
-    options: Mapping[str, object],
-    product: str,
-    tensors: Sequence[TensorReport],
-    outputs: Sequence[Mapping[str, object]],
-    copied: Sequence[str],
-    from_adapter: Sequence[str],
-) -> bytes:
-    """Return the bytes of the provenance file."""
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "versions": versions(),
-        "product_sha256": product,
-        "base": base,
-        "adapters": list(adapters),
-        "options": options,
-        "tensors": [each.record() for each in tensors],
-        "outputs": list(outputs),
-        "carried": list(copied),
-        "from_adapter": list(from_adapter),
-    }
-    return (_laid_out(document, "\n") + "\n").encode()
 
 
 def _laid_out(value: object, indent: str) -> str:

@@ -1,28 +1,24 @@
-"""Measure the tensors that an adapter replaces: how much each differs from the base's tensor.
-
-Values are compared in blocks, so that memory does not depend on the size of a tensor.
-"""
+"""Measure how much the tensors that an adapter replaces differ from the base's tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from vera_convert.assembly.addends import Array, Numbers
-from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.model import BaseModel
+from vera_convert.assembly.addends import Numbers
+from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.resizes import shape_text
 from vera_convert.dtypes import FLOATS
 from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.report import relative_change
 from vera_convert.rules import REPLACED_BY_CONSTANT, Finding
 from vera_convert.text import printable
-
-_BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +71,22 @@ class ReplacedTensor:
         }
 
 
-def replaced_tensors(
-    changes: Changes, base: BaseModel, files: Mapping[str, InputFile]
-) -> tuple[ReplacedTensor, ...]:
+def replaced_tensors(inputs: MergeInputs, changes: Changes) -> tuple[ReplacedTensor, ...]:
     """Return every tensor that comes from an adapter, compared with the base's tensor.
 
-    Args:
-        changes: the changes to the base.
-        base: the base.
-        files: the base's weight files by name, read only if the base is on this machine.
+    Values are compared only with a base on this machine.
     """
-    replaced = [
-        _compared(name, replacement, base, files) for name, replacement in changes.replaced.items()
-    ]
-    new = [
-        ReplacedTensor(name, each.owner.label, each.info.shape, None, None, _constant(each))
-        for name, each in changes.new.items()
-    ]
-    return tuple(sorted((*replaced, *new), key=lambda tensor: tensor.name))
+    return tuple(
+        ReplacedTensor(
+            name,
+            replacement.owner.label,
+            replacement.stored.shape,
+            inputs.base.tensor(name).shape if name in changes.replaced else None,
+            _numbers(name, replacement, inputs.base) if name in changes.replaced else None,
+            _constant(replacement.stored),
+        )
+        for name, replacement in sorted(changes.replacing.items())
+    )
 
 
 def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
@@ -106,54 +100,33 @@ def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
             yield REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
 
 
-def _compared(
-    name: str, replacement: Replacement, base: BaseModel, files: Mapping[str, InputFile]
-) -> ReplacedTensor:
-    tensor = base.tensors[name]
-    shape, own = replacement.info.shape, tensor.info.shape
-    is_comparable = shape[1:] == own[1:] and not (shape != own and replacement.is_of_classifier)
-    is_here = base.location.folder is not None
-    numbers = None
-    if is_here and is_comparable and {tensor.info.dtype, replacement.info.dtype} <= {*FLOATS}:
-        numbers = _numbers(replacement, base, files[tensor.file], name)
-    constant = _constant(replacement)
-    return ReplacedTensor(name, replacement.owner.label, shape, own, numbers, constant)
+def _numbers(name: str, replacement: Replacement, base: BaseFiles) -> Numbers | None:
+    """Compare the values that both tensors have: all values, or the rows of the shorter tensor.
 
-
-def _numbers(replacement: Replacement, base: BaseModel, file: InputFile, name: str) -> Numbers:
-    """Compare the values that both tensors have: all values, or the rows of the shorter tensor."""
-    tensor = base.tensors[name]
-    own = NUMPY_DTYPE[tensor.info.dtype]
-    start = base.files[tensor.file].data_start + tensor.info.start
-    count = min(math.prod(tensor.info.shape), math.prod(replacement.info.shape))
-    total = Numbers()
-    with file.open() as source:
-        for first, ours in _blocks(replacement, count):
-            raw = source.read_at(start + first * own.itemsize, ours.size * own.itemsize)
-            theirs = np.frombuffer(raw, own)
-            change = ours.astype(np.float64) - theirs.astype(np.float64)
-            before = np.square(theirs.astype(np.float64)).sum()
-            changed = int((ours.astype(own) != theirs).sum())
-            total += Numbers(ours.size, changed, float(before), float(np.square(change).sum()))
+    Return None if the values cannot be compared.
+    """
+    new, old = replacement.stored, base.tensor(name)
+    is_resized = new.shape != old.shape
+    if new.shape[1:] != old.shape[1:] or (is_resized and replacement.is_of_classifier):
+        return None
+    if base.model.location.folder is None or not {old.dtype, new.dtype} <= {*FLOATS}:
+        return None
+    count, dtype, total = min(new.count, old.count), NUMPY_DTYPE[old.dtype], Numbers()
+    for ours, theirs in zip(new.blocks(count), old.blocks(count), strict=True):
+        before = theirs.astype(np.float64)
+        change = ours.astype(np.float64) - before
+        changed = int((ours.astype(dtype) != theirs).sum())
+        squares = float(np.square(before).sum()), float(np.square(change).sum())
+        total += Numbers(ours.size, changed, *squares)
     return total
 
 
-def _blocks(replacement: Replacement, count: int) -> Iterator[tuple[int, Array]]:
-    """Yield the first `count` values of a tensor in blocks, each with the block's position."""
-    dtype = NUMPY_DTYPE[replacement.info.dtype]
-    with replacement.owner.weights.open() as source:
-        for first in range(0, count, _BLOCK_VALUES):
-            size = min(_BLOCK_VALUES, count - first)
-            at = replacement.start + first * dtype.itemsize
-            yield first, np.frombuffer(source.read_at(at, size * dtype.itemsize), dtype)
-
-
-def _constant(replacement: Replacement) -> float | None:
+def _constant(tensor: StoredTensor) -> float | None:
     """Return the value that all elements have; None if the elements differ or there are none."""
-    if replacement.info.dtype not in FLOATS:
+    if tensor.dtype not in FLOATS:
         return None
     found: float | None = None
-    for _, block in _blocks(replacement, math.prod(replacement.info.shape)):
+    for block in tensor.blocks():
         found = float(block[0]) if found is None else found
         if not (block == block.dtype.type(found)).all():
             return None

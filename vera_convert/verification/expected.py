@@ -18,8 +18,8 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.dtypes import BITS, FLOATS
+from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Changes, Replacement
-from vera_convert.merging.dequantize import Dequantization
 
 Array = NDArray[Any]
 
@@ -101,50 +101,44 @@ class Expected:
 
 
 def expected_tensors(
-    base: BaseModel,
-    files: Mapping[str, InputFile],
-    changes: Changes,
-    *,
-    dtype: str | None = None,
-    dequantization: Dequantization | None = None,
+    files: BaseFiles, changes: Changes, *, dtype: str | None = None
 ) -> dict[str, Expected]:
     """Return every tensor that the merged model must have, by name.
 
     Args:
-        base: the base.
-        files: the base's weight files, by name.
+        files: the base and its files.
         changes: the changes that the adapters make to the base.
         dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
-        dequantization: how the base becomes a 16-bit model; None without dequantization.
     """
     # Quantized tensors keep their dtype.
-    stays = dtype is not None and dequantization is None
+    base = files.model
+    stays = dtype is not None and files.packed is None
     kept = quantized_tensors(base) if stays else frozenset[str]()
     starts = {**{name: name for name in base.tensors}, **changes.heads}
     found = {}
     for name, stored in starts.items():
-        tensor, replacement = base.tensors[stored], changes.replaced.get(name)
-        written, terms = _written(tensor.info.dtype, dtype), changes.terms.get(name, ())
+        tensor, replacement = files.tensor(stored), changes.replaced.get(name)
+        written, terms = _written(tensor.dtype, dtype), changes.terms.get(name, ())
         if replacement is not None:
             found[name] = _of_adapter(name, replacement, Kind.REPLACED, written, terms)
             continue
-        written = tensor.info.dtype if stored in kept else written
-        decode = None if dequantization is None else dequantization.decoder(stored, files)
-        is_same = written == tensor.info.dtype and decode is None
+        written = tensor.dtype if stored in kept else written
+        decode = files.decoder(stored)
+        is_same = written == tensor.dtype and decode is None
         found[name] = Expected(
             name,
             Kind.ADDED if terms else Kind.SAME if is_same else Kind.CONVERTED,
             written,
-            tensor.info.shape,
-            files[tensor.file],
-            base.files[tensor.file].data_start + tensor.info.start,
-            tensor.info.dtype,
+            tensor.shape,
+            tensor.file,
+            tensor.start,
+            tensor.dtype,
             terms,
             conv1d=name in changes.conv1d,
             decode=decode,
         )
     for name, replacement in changes.new.items():
-        written = _written(replacement.info.dtype, dtype)
+        written = _written(replacement.stored.dtype, dtype)
         terms = changes.terms.get(name, ())
         found[name] = _of_adapter(name, replacement, Kind.NEW, written, terms)
     return found
@@ -159,9 +153,9 @@ def _of_adapter(
     name: str, replacement: Replacement, kind: Kind, written: str, terms: tuple[Term, ...]
 ) -> Expected:
     """Return a tensor that an adapter brings, with the deltas on a resized head."""
-    info, weights, start = replacement.info, replacement.owner.weights, replacement.start
-    kind = Kind.ADDED if terms else kind
-    return Expected(name, kind, written, info.shape, weights, start, info.dtype, terms)
+    stored, kind = replacement.stored, Kind.ADDED if terms else kind
+    place = stored.shape, stored.file, stored.start, stored.dtype
+    return Expected(name, kind, written, *place, terms)
 
 
 def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:

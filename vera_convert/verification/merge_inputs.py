@@ -10,7 +10,6 @@ from hashlib import sha256
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel
-from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adapters
@@ -28,15 +27,13 @@ class Merged:
     """The inputs that a merged model must come from.
 
     Attributes:
-        inputs: the base, and the adapters as they are given.
-        adapters: the adapters with the weights of the merge.
+        inputs: the base, and the adapters with the weights of the merge.
         changes: the changes that the adapters make to the base.
         expected: the expected tensors, by name.
         findings: the adapters and the base that differ from the record.
     """
 
     inputs: MergeInputs
-    adapters: tuple[MatchedAdapter, ...]
     changes: Changes
     expected: dict[str, Expected]
     findings: tuple[Finding, ...]
@@ -67,34 +64,25 @@ class GivenInputs:
             UsageError: an adapter changes a tied head, and `tied` is not set.
             SurroundingsError: a file or a repo is missing or cannot be read.
         """
+        options = settings.merge_options
         with open_inputs(
-            self.adapters,
             find_adapters(self.adapters, self.access),
             replace(self.base, dtype=settings.base_dtype, key_map=settings.key_map),
-            access=self.access,
-            projections=settings.projections,
-            variant=settings.generator,
-            dequantize=settings.dequantize,
-        ) as inputs:
-            adapters, findings = _weighted(inputs.adapters, self.adapters, self.provenance)
+            options,
+            self.access,
+        ) as opened:
+            adapters, findings = _weighted(opened.adapters, self.adapters, self.provenance)
+            inputs = replace(opened, adapters=adapters)
             if self.provenance is not None:
-                findings += _other_base(inputs.base, self.provenance)
-            changes = _changes(adapters, inputs, settings)
-            expected = expected_tensors(
-                inputs.base,
-                inputs.files,
-                changes,
-                dtype=HEADER_NAMES[settings.dtype] if settings.dtype is not None else None,
-                dequantization=inputs.dequantization,
-            )
-            yield Merged(inputs, adapters, changes, expected, tuple(findings))
+                findings += _other_base(inputs.base.model, self.provenance)
+            changes = _changes(inputs)
+            expected = expected_tensors(inputs.base, changes, dtype=options.header_dtype)
+            yield Merged(inputs, changes, expected, tuple(findings))
 
 
-def _changes(
-    adapters: Sequence[MatchedAdapter], inputs: MergeInputs, settings: MergeSettings
-) -> Changes:
+def _changes(inputs: MergeInputs) -> Changes:
     try:
-        return collect(adapters, inputs.base, inputs.files, tied=settings.tied)
+        return collect(inputs)
     except CheckpointError as error:
         if any(finding.rule is not HEAD_TIED for finding in error.findings):
             raise

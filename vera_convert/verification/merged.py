@@ -21,7 +21,6 @@ from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
 from vera_convert.merging.model_config import config_edits
-from vera_convert.merging.output import files_beside
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     MERGED_IS_ADAPTER,
@@ -108,12 +107,13 @@ def check_merged(
     given = GivenInputs((adapter, *options.add), base, provenance, access)
     with given.opened(settings) as source:
         inputs = source.inputs
-        if read.model.prefix and read.model.prefix != inputs.base.prefix:
+        base_model = inputs.base.model
+        if read.model.prefix and read.model.prefix != base_model.prefix:
             # The adapter's layers select the component of a pipeline.
-            complete, component = not options.layers_only, inputs.base.prefix
+            complete, component = not options.layers_only, base_model.prefix
             read = _read_merged(merged, access, complete=complete, component=component)
-        if inputs.dequantization is None:
-            refuse_quantized(unpacked(inputs.base), source.changes.replaced)
+        if inputs.base.packed is None:
+            refuse_quantized(unpacked(base_model), source.changes.replaced)
         result = _compared(read, source, settings, options, given=given, progress=progress)
         inputs.check_unchanged()
         return replace(result, seconds=time.monotonic() - started)
@@ -130,14 +130,8 @@ def _compared(
 ) -> MergedCheck:
     """Compare a merged model with its opened inputs."""
     model, inputs, expected = read.model, source.inputs, source.expected
-    edits = config_edits(
-        inputs.base,
-        source.changes,
-        inputs.beside.facts,
-        inputs.adapters[0].adapter.config,
-        architecture=settings.architecture,
-        labels=settings.labels,
-    )
+    base = inputs.base.model
+    edits = config_edits(inputs, source.changes)
     if read.provenance is None and ("architectures",) in edits.members:
         expected = without_old_head(expected, model)
     files = weight_files(model)
@@ -156,16 +150,16 @@ def _compared(
     findings = [
         *read.findings,
         *tensors.findings,
-        *tie_findings(model, files, inputs.base, source.changes),
+        *tie_findings(model, files, base, source.changes),
         *config_findings(
             model,
-            inputs.base,
+            base,
             edits,
-            [matched.adapter.config.task_type for matched in source.adapters],
+            [matched.adapter.config.task_type for matched in inputs.adapters],
             is_copied=is_copied,
-            dequantized=inputs.dequantization is not None,
+            dequantized=inputs.base.packed is not None,
         ),
-        *(copied_findings(model, read.names, files_beside(inputs)) if is_copied else ()),
+        *(copied_findings(model, read.names, inputs.side_files) if is_copied else ()),
         *source.findings,
         *([] if read.provenance is not None else [_without_provenance(model)]),
         *inputs.findings,
@@ -174,15 +168,15 @@ def _compared(
     ]
     for file in files.values():
         file.check_unchanged()
-    quantization = inputs.base.config.get("quantization_config")
-    folder, base_folder = model.location.fetched, inputs.base.location.fetched
+    quantization = base.config.get("quantization_config")
+    folder, base_folder = model.location.fetched, base.location.fetched
     return MergedCheck(
         label=model.location.label,
         folder=folder,
-        base=inputs.base.location.label,
+        base=base.location.label,
         base_folder=base_folder,
         is_base=base_folder.resolve() == folder.resolve(),
-        adapters=tuple(map(MergedAdapter.of, source.adapters)),
+        adapters=tuple(map(MergedAdapter.of, inputs.adapters)),
         settings=settings,
         quantizer=method_of(quantization) if isinstance(quantization, dict) else "",
         tensors=tensors,

@@ -18,6 +18,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import read_json
 from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.rules import PROVENANCE_MALFORMED
 from vera_convert.text import printable
@@ -75,6 +76,19 @@ class MergeSettings:
     labels: tuple[str, ...] = ()
     recorded: bool = False
     given: frozenset[str] = frozenset()
+
+    @property
+    def merge_options(self) -> MergeOptions:
+        """The options for a merge that gives the same model."""
+        return MergeOptions(
+            projections=self.projections,
+            generator=self.generator,
+            dtype=self.dtype,
+            tied=self.tied,
+            dequantize=self.dequantize,
+            architecture=self.architecture,
+            labels=self.labels,
+        )
 
 
 @dataclass(frozen=True, slots=True)

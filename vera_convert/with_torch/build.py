@@ -33,7 +33,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.merging.dequantize import Parts, plan_dequantization
+from vera_convert.merging.dequantize import Decoder, Parts
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
@@ -412,15 +412,16 @@ def _dequantized(base: Unpacked) -> dict[str, Tensor]:
     folder = base.stored.location.folder
     assert folder is not None  # noqa: S101 -- as `blueprint` made it
     files = {name: InputFile.look(folder / name, within=folder) for name in base.stored.files}
-    plan = plan_dequantization(base)
+    base.refuse_defects()
     found: dict[str, Tensor] = {}
     with Parts(base.stored, files) as parts:
         for name, tensor in base.view.tensors.items():
-            decode = plan.decoder(name, files)
-            if decode is None:
+            weight = base.weights.get(name)
+            if weight is None:
                 values = parts.flat(name, 0, math.prod(tensor.info.shape))
             else:
-                values = decode(0, decode.weight.matrix[0])  # rounded only after the merge
+                decode = Decoder(base.stored, files, weight)
+                values = decode(0, weight.matrix[0])  # rounded only after the merge
             found[name] = to_tensor(values.reshape(tensor.info.shape))
     return found
 

@@ -1,0 +1,126 @@
+"""Find and open all files of a merge's base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vera_convert.assembly.input_files import InputFile, StoredTensor
+from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
+from vera_convert.base.quantized.unpack import Unpacked
+from vera_convert.base.side_files import ModelFiles, sort_files
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.shards import read_weight_map
+from vera_convert.files.strict_json import read_json
+from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, open_remote
+from vera_convert.hub.range_file import RemoteFile
+from vera_convert.merging.dequantize import SIDE_FILES, Decoder, check_values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseFiles:
+    """A base with its files.
+
+    Attributes:
+        model: the base; for a dequantized base, the 16-bit model that the packed weights stand for.
+        sides: the files beside the weights, sorted into copied and left out.
+        files: every file that a merge reads, by name.
+        texts: the bytes of config and index, by name; a base may lack both.
+        packed: the packed weights of a dequantized base; None for any other base.
+    """
+
+    model: BaseModel
+    sides: ModelFiles
+    files: Mapping[str, InputFile]
+    texts: Mapping[str, bytes]
+    packed: Unpacked | None = None
+
+    @property
+    def copied(self) -> dict[str, InputFile]:
+        """The files that belong beside the merged weights, by name."""
+        left_out: Collection[str] = SIDE_FILES if self.packed is not None else ()
+        return {name: self.files[name] for name in self.sides.copied if name not in left_out}
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Return the place of a tensor's values, or of the result's shape for a packed weight."""
+        tensor = self.model.tensors[name]
+        start = self.model.files[tensor.file].data_start + tensor.info.start
+        return StoredTensor(self.files[tensor.file], start, tensor.info.dtype, tensor.info.shape)
+
+    def decoder(self, name: str) -> Decoder | None:
+        """Return the function that computes rows of a packed weight; None for plain values."""
+        weight = None if self.packed is None else self.packed.weights.get(name)
+        if self.packed is None or weight is None:
+            return None
+        return Decoder(self.packed.stored, self.files, weight)
+
+    def dequantized(self, packed: Unpacked) -> BaseFiles:
+        """Return the files of the 16-bit model that packed weights stand for.
+
+        Raises:
+            CheckpointError: a part of a weight holds a value that no quantizer writes.
+        """
+        if self.model.location.folder is not None:
+            check_values(packed, self.files)
+        model = replace(packed.view, location=self.model.location)
+        return replace(self, model=model, packed=packed)
+
+
+def read_base_files(base: BaseModel, access: HubAccess, *, fetch: bool) -> BaseFiles:
+    """Find all files of a base, and read the config and the index completely.
+
+    Args:
+        base: the base.
+        access: how the Hub is reached.
+        fetch: whether to download the files from the Hub; the sizes are enough for a plan.
+
+    Raises:
+        SurroundingsError: a file or the Hub fails, or the base changed since its headers were read.
+    """
+    sizes = list_files(base.location, access)
+    sides = sort_files(sizes, base)
+    whole = [name for name in (sides.config, base.index) if name is not None]
+    names = [*base.files, *whole, *sides.copied]
+    if fetch:
+        base = replace(base, location=fetch_base(base.location, access, names=names))
+    folder = base.location.folder
+
+    def file(name: str) -> InputFile:
+        if folder is None:
+            return InputFile(Path(name), Path(), (0, 0, sizes[name], 0, 0))
+        return InputFile.look(folder / name, within=folder, header=base.files.get(name))
+
+    files = {name: file(name) for name in names}
+    texts = {name: _text(base.location, name, access) for name in whole}
+    _require_same_base(texts, sides, base)
+    return BaseFiles(base, sides, files, texts)
+
+
+def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
+    """Raise `SurroundingsError` unless config and index still describe the base."""
+    changed, place = False, base.location.label
+    if sides.config is not None:
+        changed = parse_config_file(texts[sides.config], place=place) != base.config
+    if base.index is not None:
+        document = json.loads(texts[base.index])
+        files = {name: tensor.file for name, tensor in base.tensors.items()}
+        changed |= read_weight_map(document, base.index, place=place) != files
+    if changed:
+        raise SurroundingsError(
+            f"{place} changed while it was read. Try again when nothing writes to it."
+        )
+
+
+def _text(location: Location, name: str, access: HubAccess) -> bytes:
+    """Return all bytes of a JSON file."""
+    folder = location.folder
+    file: LocalFile | RemoteFile
+    if folder is None:
+        file = open_remote(location, name, access)
+    else:
+        file = open_local(folder / name, within=folder)
+    with file:
+        return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT), pythons_numbers=True)[1]
