@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import theirwarnings
 import torch
-from safetensors.numpy import load_file
+from llamacpp import completion, gguf_base, server
 from trainedmodels import loaded, saved, trained
 
 from vera_convert import LoraOptions, to_lora
@@ -73,60 +73,12 @@ def test_mlx_gives_the_outputs_of_the_adapter(
 # --- llama.cpp -----------------------------------------------------------------------------------
 
 
-def gguf_base(base: Path, out: Path) -> Path:
-    """Write a tiny Llama as GGUF, as llama.cpp's converter does."""
-    gguf = pytest.importorskip("gguf")
-    config = json.loads((base / "config.json").read_bytes())
-    heads, pairs = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(out, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(pairs)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    words = [f"<{n}>".encode() for n in range(config["vocab_size"])]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(words)
-    writer.add_token_scores([0.0] * len(words))
-    writer.add_token_types([1] * len(words))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(base / "model.safetensors").items():
-        rows = {"q_proj.weight": heads, "k_proj.weight": pairs}
-        count = next((number for end, number in rows.items() if name.endswith(end)), 0)
-        if count:
-            halves = tensor.reshape(count, 2, -1, tensor.shape[1])
-            tensor = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))  # noqa: PLW2901
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
 def by_llama_cpp(model: Path, adapter: Path | None) -> Any:
     """The log-probabilities after each token."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.cpuparams.n_threads = 2
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
-    rows = []
+    started, rows = server(model, adapter), []
     for end in range(1, len(IDS) + 1):
-        answer = server.handle_completions(
-            {"prompt": IDS[:end], "n_predict": 1, "logprobs": 40, "cache_prompt": False}
-        )
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        (found,) = answer["choices"][0]["logprobs"]["content"]
+        answer = completion(started, prompt=IDS[:end], n_predict=1, logprobs=40)
+        (found,) = answer["logprobs"]["content"]
         row = np.full(40, np.nan)
         for each in found["top_logprobs"]:
             row[each["id"]] = each["logprob"]
