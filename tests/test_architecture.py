@@ -45,7 +45,7 @@ counting summary
 validation: validation selection values files config targets projections base checks validate
 verification: provenance options sample_text model_comparison running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
-verification: merged forms lora_config lora result verify
+verification: merged forms lora_config lora_names lora result verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

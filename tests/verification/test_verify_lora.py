@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bases import tiny_base
 from commandline import Run
 from folders import CONFIG_NAME, WEIGHTS, metadata, weights
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.conversion import to_lora
@@ -29,6 +30,7 @@ from vera_convert.verification.verify import verify
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
+KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
 Change = Callable[[dict[str, NDArray[Any]]], object]
 
 
@@ -147,6 +149,7 @@ WRONG: dict[str, tuple[Change, dict[str, object], str]] = {
     "one layer is transformed": (nothing, {"layers_to_transform": 0}, "V726"),
     "a target is excluded": (nothing, {"exclude_modules": ["q_proj"]}, "V726"),
     "r is another": (nothing, {"r": 8}, "V726"),
+    "the task is another": (nothing, {"task_type": "SEQ_CLS"}, "V726"),
     "a layer is missing": (without(Q), {}, "V722"),
     "another layer is changed": (added("model.layers.0.self_attn.o_proj", 1.0), {}, "V723"),
 }
@@ -157,6 +160,74 @@ def test_what_is_wrong_is_named(case: str, adapter: Path, lora: Path) -> None:
     change, config, code = WRONG[case]
     with np.errstate(invalid="ignore"):
         assert codes(verify(adapter, lora=changed(lora, change, **config))) == {code}
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({}, None),
+        ({"num_layers": 0}, None),  # MLX-LM takes 0 for all layers
+        ({"num_layers": 1}, "V726"),
+        ({"keys": ["self_attn.q_proj"]}, "V726"),
+        ({"keys": [*KEYS, f"model.layers.0.{KEYS[0]}"], "num_layers": 1}, "V726"),
+        ({"keys": [f"model.layers.{n}.{key}" for n in range(2) for key in KEYS]}, None),
+        ({"keys": None}, None),
+        ({"rank": 8}, "V726"),
+    ],
+    ids=str,
+)
+def test_layers_that_mlx_leaves_out_are_told(
+    config: dict[str, Any], code: str | None, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "mlx"
+    to_lora(adapter, lora, base=base, options=LoraOptions(engine=EngineName.MLX))
+    document = json.loads((lora / CONFIG_NAME).read_bytes())
+    document |= {name: config[name] for name in config.keys() & {"num_layers"}}
+    document["lora_parameters"] |= {name: config[name] for name in config.keys() & {"keys", "rank"}}
+    (lora / CONFIG_NAME).write_text(json.dumps(document))
+    assert codes(verify(adapter, lora=lora)) == ({code} if code else set())
+
+
+def test_diffusers_metadata_without_a_target_is_told(adapter: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "c", config={"_class_name": "FluxTransformer2DModel"})
+    (base / "model.safetensors").rename(base / "diffusion_pytorch_model.safetensors")
+    lora = tmp_path / "diffusers"
+    to_lora(adapter, lora, base=base, options=LoraOptions(engine=EngineName.DIFFUSERS))
+    assert verify(adapter, lora=lora).passed
+    path = lora / "pytorch_lora_weights.safetensors"
+    own = {"transformer.target_modules": ["q_proj"], "transformer.r": 4}
+    text = json.dumps({**own, "transformer.lora_alpha": 4})
+    save_file(load_file(path), path, {"format": "pt", "lora_adapter_metadata": text})
+    assert codes(verify(adapter, lora=lora)) == {"V726"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "model_type", "code"),
+    [("peft", "afmoe", "V714"), ("peft", "llama", None), ("vllm", "afmoe", None)],
+)
+def test_a_layer_that_peft_takes_for_an_expert_is_told(
+    engine: Any, model_type: str, code: str | None, tmp_path: Path
+) -> None:
+    def renamed(name: str) -> str:
+        return name.replace("self_attn.v_proj", "mlp.down_proj")
+
+    tensors: dict[str, Any] = dict.fromkeys(good_tensors())
+    tensors |= {renamed(name): tensor for name, tensor in good_tensors().items()}
+    adapter = good_adapter(
+        tmp_path / "down", tensors=tensors, target_modules=["q_proj", "down_proj"]
+    )
+    base = tiny_base(
+        tmp_path / "b",
+        tensors={f"model.layers.{n}.mlp.down_proj.weight": (8, 16) for n in range(2)},
+        config={"model_type": "llama"},
+    )
+    to_lora(adapter, tmp_path / "lora", base=base, options=LoraOptions(engine=engine))
+    (base / "config.json").write_text(json.dumps({"model_type": model_type}))
+    result = verify(adapter, lora=tmp_path / "lora", base=base)
+    assert codes(result) == ({code} if code else set())
+    if model_type == "afmoe" and importlib.util.find_spec("peft"):
+        assert result.lora is not None
+        assert result.lora.run == "PEFT does not load every layer of this LoRA"
 
 
 def test_a_layer_of_zeros_beside_the_adapters_is_right(adapter: Path, lora: Path) -> None:

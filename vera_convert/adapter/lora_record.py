@@ -95,9 +95,11 @@ def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodErr
 
 
 def _reason(record: Mapping[str, object] | None, found: str) -> str:
-    if record is not None:
-        found = f"vera-convert made this LoRA from the VeRA adapter {_source(record)}"
-    return f"{found}. To check a LoRA, run `vera-convert verify ADAPTER --lora LORA`."
+    check = "To check a LoRA, run `vera-convert verify ADAPTER --lora LORA`."
+    if record is None:
+        return f"{found}. {check}"
+    source = _source(record)
+    return f"vera-convert made this LoRA from {source}. Give that adapter instead. {check}"
 
 
 def _source(record: Mapping[str, object]) -> str:
@@ -106,5 +108,6 @@ def _source(record: Mapping[str, object]) -> str:
     fields = source if isinstance(source, Mapping) else {}
     name, commit = fields.get("repo_id") or fields.get("folder"), fields.get("commit")
     if not isinstance(name, str):
-        return "that the record does not name"
-    return f'"{printable(name)}"' + (f" at commit {printable(str(commit))}" if commit else "")
+        return "a VeRA adapter that the record does not name"
+    at = f" at commit {printable(str(commit))}" if commit else ""
+    return f'the VeRA adapter "{printable(name)}"{at}'

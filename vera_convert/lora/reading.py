@@ -26,16 +26,19 @@ from vera_convert.adapter.lora_record import (
 from vera_convert.adapter.names import PREFIX
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.file_names import CONFIG_NAME
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file
+from vera_convert.lora.engines import EngineName, Form
+from vera_convert.lora.forms import DIFFUSERS_METADATA
 from vera_convert.lora.gguf_form import restored_B
 from vera_convert.lora.gguf_reading import read_gguf
 from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
+_FORMS = {WEIGHTS_NAME: Form.PEFT, DIFFUSERS_NAME: Form.DIFFUSERS, MLX_NAME: Form.MLX}
 _PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
 _OTHER_LORAS = (
     "use_dora",
@@ -93,15 +96,28 @@ class ReadLora:
         layers: the layers, by the path of the module.
         others: tensors of no layer, by name: heads and biases.
         record: what this package recorded when it wrote the LoRA; None for another's LoRA.
-        config: PEFT's config of the LoRA; None in another form.
+        form: the files in which the LoRA lies.
+        config: the config of PEFT or MLX-LM, or Diffusers' metadata; None if there is none.
         architecture: of a GGUF file, llama.cpp's name of the base's architecture; else empty.
     """
 
     layers: Mapping[str, ReadLayer]
     others: Mapping[str, TensorData] = field(default_factory=dict)
     record: Mapping[str, object] | None = None
+    form: Form = Form.PEFT
     config: Mapping[str, object] | None = None
     architecture: str = ""
+
+    @property
+    def engine(self) -> str:
+        """The engine that the record names; PEFT without a record."""
+        return str(self.options.get("for", EngineName.PEFT))
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The options of the conversion, as the record has them."""
+        found = (self.record or {}).get("options")
+        return found if isinstance(found, Mapping) else {}
 
 
 @contextmanager
@@ -122,12 +138,11 @@ def open_lora(folder: Path) -> Iterator[ReadLora]:
             yield _in_gguf(source)
             return
         file = TensorFile(source)
-        config = None if weights == DIFFUSERS_NAME else _config(folder)
-        scaling = _scaling(config, weights, file.header.metadata)
+        metadata, form = file.header.metadata, _FORMS[weights]
+        config = _metadata(metadata) if form is Form.DIFFUSERS else _config(folder)
         tensors = {name: from_file(file, name) for name in file.header.tensors}
-        layers, others = _sorted(tensors, scaling, weights)
-        record = parse_record(file.header.metadata.get(RECORD_KEY))
-        yield ReadLora(layers, others, record, None if weights == MLX_NAME else config)
+        layers, others = _sorted(tensors, _scaling(config, form), form)
+        yield ReadLora(layers, others, parse_record(metadata.get(RECORD_KEY)), form, config)
 
 
 def _in_gguf(source: ByteSource) -> ReadLora:
@@ -135,10 +150,10 @@ def _in_gguf(source: ByteSource) -> ReadLora:
     if not _is_number(file.alpha):
         raise _unreadable(GGUF_NAME, "its alpha is no usable number")
     scaling = _Scaling(file.alpha or None, {}, rank_stabilized=False)
-    layers, others = _sorted(file.tensors, scaling, GGUF_NAME)
+    layers, others = _sorted(file.tensors, scaling, Form.GGUF)
     record = file.metadata.get(RECORD_KEY)
     record = parse_record(record) if isinstance(record, str) else None
-    return ReadLora(layers, others, record, architecture=file.architecture)
+    return ReadLora(layers, others, record, Form.GGUF, architecture=file.architecture)
 
 
 def _config(folder: Path) -> Mapping[str, object]:
@@ -149,27 +164,30 @@ def _config(folder: Path) -> Mapping[str, object]:
     return config
 
 
-def _scaling(
-    config: Mapping[str, object] | None, weights: str, metadata: Mapping[str, str]
-) -> _Scaling:
+def _metadata(metadata: Mapping[str, str]) -> Mapping[str, object] | None:
+    """Return Diffusers' metadata of a LoRA without the component's name."""
+    found = parse_record(metadata.get(DIFFUSERS_METADATA))
+    return found and {name.rpartition(".")[2]: value for name, value in found.items()}
+
+
+def _scaling(config: Mapping[str, object] | None, form: Form) -> _Scaling:
     """Return how the product of the factors is scaled."""
-    if config is None:
-        text = metadata.get("lora_adapter_metadata")
-        own = parse_record(text) or {}
-        return _Scaling.of({name.rpartition(".")[2]: value for name, value in own.items()}, None)
-    if weights == MLX_NAME:
-        parameters = config.get("lora_parameters")
+    fields = config or {}
+    if form is Form.DIFFUSERS:
+        return _Scaling.of(fields, None)
+    if form is Form.MLX:
+        parameters = fields.get("lora_parameters")
         factor = parameters.get("scale") if isinstance(parameters, dict) else None
-        if config.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
+        if fields.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
             raise _unreadable(CONFIG_NAME, "its fine_tune_type is not lora, or it has no scale")
         return _Scaling(None, {}, rank_stabilized=False, factor=float(factor))
-    if config.get("peft_type") != "LORA":
+    if fields.get("peft_type") != "LORA":
         raise _unreadable(CONFIG_NAME, "its peft_type is not LORA")
-    return _Scaling.of(config, 8)
+    return _Scaling.of(fields, 8)
 
 
 def _sorted(
-    tensors: Mapping[str, TensorData], scaling: _Scaling, weights: str
+    tensors: Mapping[str, TensorData], scaling: _Scaling, form: Form
 ) -> tuple[dict[str, ReadLayer], dict[str, TensorData]]:
     """Return the layers, and the other tensors by name."""
     found: dict[str, list[TensorData | None]] = {}
@@ -180,17 +198,17 @@ def _sorted(
             others[name] = tensor
             continue
         module = name.removesuffix(ending)
-        if weights == GGUF_NAME:
+        if form is Form.GGUF:
             module = module.removesuffix(".weight")
-        # Before the path stands the component of a pipeline.
-        is_diffusers = weights == DIFFUSERS_NAME
+        # Diffusers puts the component of the pipeline before the path.
+        is_diffusers = form is Form.DIFFUSERS
         module = module.partition(".")[2] if is_diffusers else module.removeprefix(PREFIX)
         found.setdefault(module, [None, None])[_PARTS[ending]] = tensor
     layers = {}
     for module, (lora_A, lora_B) in found.items():
         if lora_A is None or lora_B is None:
             raise _unreadable(module, "one of lora_A and lora_B is missing")
-        layer = ReadLayer(lora_A, lora_B, 1.0, transposed=weights == MLX_NAME)
+        layer = ReadLayer(lora_A, lora_B, 1.0, transposed=form is Form.MLX)
         _require_sound(module, layer)
         layers[module] = replace(layer, scaling=scaling.of_module(module, layer.rank))
     return layers, others

@@ -4,7 +4,7 @@
     deltas   lora_B lora_A with diag(b) B diag(d) A, by the relative error
     others   modules_to_save and trained biases, byte for byte
     record   the SHA-256 of the source
-    config   whether PEFT would load every tensor
+    config   whether the engine would load every tensor
 
 The error is computed from thin matrices, so no delta is formed.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,17 +31,16 @@ from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
+from vera_convert.lora.checks import peft_findings
+from vera_convert.lora.engines import Form
 from vera_convert.lora.factors import (
     Decomposition,
     Factors,
     relative_error,
     squared_norm,
 )
-from vera_convert.lora.gguf_form import PERMUTED, head_counts
-from vera_convert.lora.gguf_reading import gguf_names
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.lora.record import file_sha256
 from vera_convert.merging.adapters import AdapterSpec
@@ -52,12 +51,12 @@ from vera_convert.rules import (
     LORA_LAYER_LACKING,
     LORA_OTHER_SOURCE,
     LORA_TENSOR_DIFFERS,
-    LORA_UNREADABLE,
     Finding,
 )
 from vera_convert.text import counted, printable
 from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.lora_config import config_findings
+from vera_convert.verification.lora_names import in_transformers_order, layer_names
 from vera_convert.verification.model_comparison import ModelComparison
 from vera_convert.verification.options import VerifyOptions
 
@@ -171,102 +170,100 @@ def check_lora(
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
         first = fetched_adapter(adapter.adapter, access, adapter.revision)
-        second = fetched_adapter(lora, access, None)
-        ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
+        places = first, fetched_adapter(lora, access, None)
+        ours = stack.enter_context(open_adapter(places[0].fetched, repair=Repairs()))
         refuse_values(ours)
-        theirs = stack.enter_context(open_lora(second.fetched))
+        theirs = stack.enter_context(open_lora(places[1].fetched))
         facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
         projections = options.projections or ProjectionSource.AUTO
         pair = in_effect(ours, facts, projections=projections, variant=options.generator)
-        names = _names(theirs, ours, facts)
-        theirs = _in_transformers_order(theirs, names, facts)
-        compared = [*_compared(ours, theirs, names, pair)]
-        layers = [each for each in compared if isinstance(each, LoraLayerCheck)]
-        wrong = [each for each in compared if isinstance(each, Finding)]
-        wrong += [layer.finding() for layer in layers if not layer.passed]
-        extra = [theirs.layers[name] for name in theirs.layers.keys() - {*names.values()}]
-        wrong += _extra_layers(theirs, extra)
-        wrong += _other_tensors(ours, theirs)
-        wrong += config_findings(theirs, [name for name in names.values() if name is not None])
+        names = layer_names(theirs, ours, facts)
+        pairing = _Pairing(ours, in_transformers_order(theirs, names, facts), facts, pair, names)
+        layers, wrong = pairing.layers()
+        of_config = [*pairing.config_findings()]
         ours.check_unchanged()
+        run: LoraFolders | str = "--layers-only"
+        if not options.layers_only:
+            run = pairing.why_not_run() or _folders(
+                facts, places, access=access, may_fetch=base_options.model is not None
+            )
         return LoraCheck(
-            label=second.label,
+            label=places[1].label,
             origin=pair.origin,
-            layers=tuple(layers),
-            zeros=len(extra) - sum(map(_has_effect, extra)),
+            layers=layers,
+            zeros=len(pairing.extra) - sum(map(_has_effect, pairing.extra)),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
-            run="--layers-only"
-            if options.layers_only
-            else _folders(
-                theirs,
-                names,
-                facts,
-                places=(first, second),
-                access=access,
-                may_fetch=base_options.model is not None,
-            ),
+            run=run,
             findings=(
-                *wrong[:_MOST_FINDINGS],
+                *(*wrong, *of_config)[:_MOST_FINDINGS],
                 *_other_source(ours, theirs),
                 *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
             ),
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairing:
+    """An adapter, a LoRA, and the LoRA's name for each layer of the adapter.
+
+    Attributes:
+        adapter: the adapter.
+        lora: the LoRA.
+        facts: the base facts.
+        pair: the A and B in effect.
+        names: the LoRA's name by the adapter's module path; None if the LoRA has no such layer.
+    """
+
+    adapter: Adapter
+    lora: ReadLora
+    facts: BaseFacts
+    pair: InEffect
+    names: Mapping[str, str | None]
+
+    @property
+    def found(self) -> list[str]:
+        """The LoRA's names of the adapter's layers."""
+        return [name for name in self.names.values() if name is not None]
+
+    @property
+    def extra(self) -> list[ReadLayer]:
+        """The LoRA's layers that the adapter does not have."""
+        return [self.lora.layers[name] for name in self.lora.layers.keys() - {*self.found}]
+
+    def layers(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
+        """Compare layers, heads and biases; return the compared layers and the errors."""
+        compared = [*_compared(self.adapter, self.lora, self.names, self.pair)]
+        layers = tuple(each for each in compared if isinstance(each, LoraLayerCheck))
+        wrong = [each for each in compared if isinstance(each, Finding)]
+        wrong += [layer.finding() for layer in layers if not layer.passed]
+        wrong += _extra_layers(self.lora, self.extra)
+        return layers, [*wrong, *_other_tensors(self.adapter, self.lora)]
+
+    def config_findings(self) -> Iterator[Finding]:
+        """Yield the tensors that the engine would leave out because of the LoRA's config."""
+        return config_findings(self.lora, self.found, self.adapter.config.task_type, self.facts)
+
+    def why_not_run(self) -> str:
+        """Return the reason why PEFT cannot run this LoRA; empty if nothing is in the way."""
+        base = self.facts.base
+        if self.lora.form is not Form.PEFT:
+            return "PEFT does not load this form"
+        missing = [name for name in ("peft", "torch", "transformers") if find_spec(name) is None]
+        if missing:
+            return f"install {' and '.join(missing)} to run the LoRA in PEFT"
+        if base is None:
+            return "give --base MODEL to run the LoRA in PEFT"
+        if base.prefix or base.model_type is None or "quantization_config" in base.config:
+            return "the base is no 16-bit or 32-bit model of transformers"
+        if any(module != name for module, name in self.names.items()):
+            return "the names are those of the base's files, which PEFT does not look up"
+        if any(peft_findings(self.found, self.facts)):
+            return "PEFT does not load every layer of this LoRA"
+        return ""
+
+
 # --- layers --------------------------------------------------------------------------------------
-
-
-def _names(lora: ReadLora, adapter: Adapter, facts: BaseFacts) -> dict[str, str | None]:
-    """Return the LoRA's name for each module of the adapter; None if the LoRA has no such layer.
-
-    A LoRA has the adapter's names, those of the base's files, or llama.cpp's.
-    """
-    known = {module: [*_known_names(module, facts)] for module in adapter.layers}
-    if lora.architecture:
-        own = gguf_names(lora.architecture, lora.layers, known)
-        known = {module: [own[module]] if module in own else [] for module in known}
-    return {
-        module: next((name for name in names if name in lora.layers), None)
-        for module, names in known.items()
-    }
-
-
-def _known_names(module: str, facts: BaseFacts) -> Iterator[str]:
-    yield module
-    if facts.match is not None:
-        yield facts.match.tensors.get(module, "").removesuffix(".weight")
-        yield facts.match.strategy.rename(module) or ""
-
-
-def _in_transformers_order(
-    lora: ReadLora, names: Mapping[str, str | None], facts: BaseFacts
-) -> ReadLora:
-    """Return a LoRA of llama.cpp whose rows of q and k will be read in transformers' order.
-
-    Raises:
-        UsageError: the base, and thus the number of its heads, is unknown.
-        CheckpointError: the rows are no whole number of heads.
-    """
-    if lora.architecture != PERMUTED:
-        return lora
-    layers, place = dict(lora.layers), facts.source or "the base"
-    for module, name in names.items():
-        last = module.rpartition(".")[2]
-        if name is None or last not in ("q_proj", "k_proj"):
-            continue
-        if facts.base is None:
-            raise UsageError(
-                "llama.cpp orders the rows of q and k by the base's heads, and the base is not "
-                "known: give --base."
-            )
-        heads = head_counts(facts.base, place)[last == "k_proj"]
-        layer = lora.layers[name]
-        if layer.shape[0] % (2 * heads):
-            reason = f"its {layer.shape[0]} outputs are no whole number of heads."
-            raise CheckpointError(LORA_UNREADABLE.at(printable(name), reason))
-        layers[name] = replace(layer, heads=heads)
-    return replace(lora, layers=layers)
 
 
 def _compared(
@@ -338,8 +335,7 @@ def _recorded(lora: ReadLora) -> float | None:
 
 def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
     """Yield the heads and biases that differ from the adapter's."""
-    options = (lora.record or {}).get("options")
-    is_dropped = isinstance(options, Mapping) and options.get("drop_head") is True
+    is_dropped = lora.options.get("drop_head") is True
     for tensor in () if is_dropped else adapter.replacements:
         other = lora.others.get(tensor.name)
         if other is None:
@@ -367,27 +363,12 @@ def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
 
 
 def _folders(
-    lora: ReadLora,
-    names: Mapping[str, str | None],
-    facts: BaseFacts,
-    *,
-    places: tuple[Location, Location],
-    access: HubAccess,
-    may_fetch: bool,
+    facts: BaseFacts, places: tuple[Location, Location], *, access: HubAccess, may_fetch: bool
 ) -> LoraFolders | str:
     """Return the folders to run adapter and LoRA in, or the reason why neither is run."""
     base, location = facts.base, facts.location
-    if lora.config is None:
-        return "PEFT does not load this form"
-    missing = [name for name in ("peft", "torch", "transformers") if find_spec(name) is None]
-    if missing:
-        return f"install {' and '.join(missing)} to run the LoRA in PEFT"
     if base is None or location is None or (location.folder is None and not may_fetch):
         return "give --base MODEL to run the LoRA in PEFT"
-    if base.prefix or base.model_type is None or "quantization_config" in base.config:
-        return "the base is no 16-bit or 32-bit model of transformers"
-    if any(module != name for module, name in names.items()):
-        return "the names are those of the base's files, which PEFT does not look up"
     sides = sort_files(list_files(location, access), base)
     needed = [name for name in (sides.config, base.index) if name is not None]
     folder = fetch_base(location, access, names=[*needed, *base.files]).fetched

@@ -1,34 +1,64 @@
-"""Check that PEFT loads every tensor of a LoRA by the LoRA's config."""
+"""Check that an engine loads every tensor of a LoRA by the LoRA's config."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.base.facts import BaseFacts
 from vera_convert.base.replacements import saved_modules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
+from vera_convert.lora.checks import peft_findings
+from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.reading import ReadLora
 from vera_convert.rules import LORA_NOT_LOADED, LORA_UNREADABLE, Finding
 from vera_convert.targets.matching import is_all_linear, matching
 from vera_convert.text import counted, printable
 
+_LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 
-def config_findings(lora: ReadLora, names: Sequence[str]) -> Iterator[Finding]:
-    """Yield a finding for each kind of tensor that the config makes PEFT leave out or refuse.
+
+def config_findings(
+    lora: ReadLora, names: Sequence[str], task_type: str | None, facts: BaseFacts
+) -> Iterator[Finding]:
+    """Yield a finding for each kind of tensor that the engine would leave out or refuse.
 
     Args:
         lora: the LoRA.
         names: the layers to load.
+        task_type: the field of the VeRA adapter's config.
+        facts: the base facts.
 
     Raises:
         CheckpointError: a field of the config is malformed.
     """
     if lora.config is None:
         return
-    config = lora.config
+    if lora.form is Form.MLX:
+        yield from _mlx_findings(lora, names, facts)
+        return
+    yield from _target_findings(lora, names, lora.config)
+    if lora.form is not Form.PEFT:
+        return
+    bias, task = lora.config.get("bias", "none"), lora.config.get("task_type")
+    if bias not in ("none", "all", "lora_only"):
+        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, f"bias is {printable(str(bias))}.")
+    if task not in (None, task_type):
+        reason = f"task_type is {printable(str(task))}, and the adapter's is {task_type}."
+        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
+    yield from _left_out(lora, lora.config)
+    if lora.engine == EngineName.PEFT:
+        yield from peft_findings(names, facts)
+
+
+def _target_findings(
+    lora: ReadLora, names: Sequence[str], config: Mapping[str, object]
+) -> Iterator[Finding]:
+    """Yield the layers that the config leaves out, or gives another rank."""
     targeted = _matched(names, config, "target_modules")
     lost = [name for name in names if name not in targeted]
     excluded = _matched(names, config, "exclude_modules") if config.get("exclude_modules") else ()
@@ -36,17 +66,43 @@ def config_findings(lora: ReadLora, names: Sequence[str]) -> Iterator[Finding]:
     if lost:
         reason = f"target_modules and its limits leave out {counted(len(lost), 'layer')}."
         yield LORA_NOT_LOADED.at(printable(lost[0]), reason)
-    rank = config.get("r", 8)
-    for name in names:
-        layer = lora.layers[name]
-        if layer.rank != rank and not config.get("rank_pattern"):
-            reason = f"its rank is {layer.rank}, and r is {printable(str(rank))} in the config."
-            yield LORA_NOT_LOADED.at(printable(name), reason)
-            break
-    bias = config.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
-        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, f"bias is {printable(str(bias))}.")
-    yield from _left_out(lora, config)
+    if not config.get("rank_pattern"):
+        yield from _rank_findings(lora, names, config.get("r", 8))
+
+
+def _rank_findings(lora: ReadLora, names: Sequence[str], rank: object) -> Iterator[Finding]:
+    other = next((name for name in names if lora.layers[name].rank != rank), None)
+    if other is not None:
+        reason = (
+            f"its rank is {lora.layers[other].rank}, and the config's is {printable(str(rank))}."
+        )
+        yield LORA_NOT_LOADED.at(printable(other), reason)
+
+
+def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Iterator[Finding]:
+    """Yield the layers that MLX-LM makes no LoRA of.
+
+    MLX-LM takes `keys` for paths in the model, and for paths in each of the last `num_layers`
+    layers, where 0 stands for all layers.
+    """
+    config: Mapping[str, Any] = lora.config or {}
+    number, keys = config.get("num_layers"), _texts(config["lora_parameters"], "keys")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise _malformed("num_layers")
+    places = {name: _LAYER.fullmatch(name) for name in names}
+    known = (_LAYER.fullmatch(module) for module in (*facts.modules, *names))
+    layers = 1 + max((int(place[1]) for place in known if place), default=-1)
+    first = layers - number if number > 0 else 0
+    lost = [
+        name
+        for name, place in places.items()
+        if name not in (keys or ())
+        and not (place and int(place[1]) >= first and (keys is None or place[2] in keys))
+    ]
+    if lost:
+        reason = f"num_layers and keys leave out {counted(len(lost), 'layer')}."
+        yield LORA_NOT_LOADED.at(printable(lost[0]), reason)
+    yield from _rank_findings(lora, names, config["lora_parameters"].get("rank"))
 
 
 def _left_out(lora: ReadLora, config: Mapping[str, object]) -> Iterator[Finding]:
