@@ -47,9 +47,17 @@ class UsageError(VeraConvertError):
 
 
 class SurroundingsError(VeraConvertError):
-    """A path or repo is missing, or the disk, network, permissions or packages fail."""
+    """A path or repo is missing, or the disk, network, permissions or packages fail.
+
+    Attributes:
+        reason: the message without the remedy, for a message with a remedy of its own.
+    """
 
     status = 3
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason} {remedy}".rstrip())
+        self.reason = reason
 
 
 def mark_resumable(error: BaseException) -> None:

@@ -140,6 +140,7 @@ size                   5,416 bytes
         (tensors(lambda stored: {**stored, A: RANDOM}), "from no known generator: "),
         (tensors(lambda stored: {**stored, A: RANDOM}), "cannot be stripped"),
         (all_of(), "not read: example/tiny-llama@main is not in the local cache"),
+        (all_of(), "(this run is offline). Pass the base with --base\n"),
         (all_of(), "2 x (? -> 16)"),
         (
             fields({"base_model_name_or_path": None}),

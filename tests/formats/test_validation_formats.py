@@ -161,7 +161,7 @@ runs/bad: 3 errors, 1 note
            Remedy: Correct the shape with `vera-convert migrate --to asis`.
   note     V122  the config names no revision of the base
            adapter_config.json: revision is null.
-           Remedy: Set revision to the commit that was used in training.
+           Remedy: Set revision to the commit used in training.
 
 runs/warned: 1 warning
   warning  V110  the config has an unknown field
@@ -172,12 +172,16 @@ runs/warned: 1 warning
 gone: not read
   there is no folder gone.
 
-result            A and B                         bytes read  adapter
-good              embedded: float32-fused, key 7              runs/good
-3 errors, 1 note  stripped                                    runs/bad
-1 warning                                                     runs/warned
-good                                                  12,345  org/name@0123456789abcdef
-not read                                                      gone
+runs/good
+  good; embedded: float32-fused, key 7
+runs/bad
+  3 errors, 1 note; stripped
+runs/warned
+  1 warning
+org/name@0123456789abcdef
+  good; 12,345 bytes read
+gone
+  not read
 
 Compared with the base org/base@main (1 of them)
 Not checked: the base: mend the errors first (2 of them)
@@ -187,6 +191,15 @@ Not checked: values: --deep fetches them (1 of them)
   1 note
 `vera-convert validate --explain CODE` says why a finding matters."""
     )
+
+
+def test_a_window_that_is_too_narrow_for_the_table_shows_the_values_below_each_adapter() -> None:
+    table = "result            A and B                         bytes read  adapter\n"
+    assert table in validation_text(CALLS["many"])
+    assert table in validation_text(CALLS["many"], width=95)
+    text = validation_text(CALLS["many"], width=60)
+    assert table not in text
+    assert "org/name@0123456789abcdef\n  good; 12,345 bytes read\n" in text
 
 
 def test_one_adapter_tells_all_that_is_known_of_it() -> None:

@@ -162,7 +162,9 @@ def test_two_revisions_clash(access: HubAccess) -> None:
 @pytest.mark.usefixtures("inside")
 def test_refusals_say_what_to_do(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", ADAPTER)
-    with pytest.raises(SurroundingsError, match=r"no such repo, or it is private.*hf auth login"):
+    with pytest.raises(
+        SurroundingsError, match=r"no such repo, or the repo is private.*hf auth login"
+    ):
         locate("org/absent", kind="adapter", access=access)
     with pytest.raises(SurroundingsError, match="no such revision"):
         locate("org/name@absent", kind="adapter", access=access)
@@ -180,9 +182,9 @@ def test_refusals_say_what_to_do(server: HubServer, access: HubAccess) -> None:
 def test_a_gated_repo_is_named(server: HubServer, access: HubAccess) -> None:
     server.add("org/gated", ADAPTER, gated=True)
     location = locate("org/gated", kind="adapter", access=access)
-    with pytest.raises(SurroundingsError, match=r"is gated\. Accept its terms"):
+    with pytest.raises(SurroundingsError, match=r"is gated\. Accept the terms"):
         open_remote(location, "README.md", access)
-    with pytest.raises(SurroundingsError, match=r"is gated\. Accept its terms"):
+    with pytest.raises(SurroundingsError, match=r"is gated\. Accept the terms"):
         fetch_adapter(location, access, is_training_state=is_training_state)
 
 

@@ -275,11 +275,11 @@ def refusal(access: HubAccess) -> RefusedError:
 
 SAID = {
     Refusal.MISSING: ("no such repo", "Check the spelling"),
-    Refusal.PRIVATE: ("it is private", "log in with `hf auth login` or pass --token"),
-    Refusal.GATED: ("is gated", "Accept its terms on its page"),
+    Refusal.PRIVATE: ("the repo is private", "log in with `hf auth login` or pass --token"),
+    Refusal.GATED: ("is gated", "Accept the terms on the repo's page"),
     Refusal.DISABLED: ("has disabled the repo", "Use another copy"),
     Refusal.BAD_TOKEN: ("does not accept the token", "Make a new token"),
-    Refusal.RATE_LIMITED: ("rate limit is reached", "wait some minutes, or log in"),
+    Refusal.RATE_LIMITED: ("rate limit is reached", "Wait some minutes, or log in"),
 }
 
 

@@ -129,16 +129,17 @@ class _Resolver:
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
             is_needed = self.need is Need.VITAL or self.need.is_for_tensors
             if is_needed and isinstance(error, SurroundingsError):
-                reason = f"{error} Give a folder with the base as --base"
+                remedy = "Pass a folder with the base as --base"
                 if self.need is Need.VITAL:
-                    reason += ", or give --in-features, --out-features and --base-dtype"
-                raise SurroundingsError(f"{reason}.") from error
+                    remedy += ", or give --in-features, --out-features and --base-dtype"
+                raise SurroundingsError(error.reason, f"{remedy}.") from error
             is_of_adapter = isinstance(error, CheckpointError) and not all(
                 finding.code.startswith(("V0", "V5")) for finding in error.findings
             )
             if is_needed or is_of_adapter:
                 raise
-            return BaseFacts(source=str(error))
+            reason = error.reason if isinstance(error, SurroundingsError) else str(error)
+            return BaseFacts(source=reason)
 
     def _from_base(self, location: Location) -> BaseFacts:
         """Return the facts from a base's headers, or from its config if it has no weights."""

@@ -229,10 +229,13 @@ def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> It
         unproven.append("the rounding")
     if unproven:
         dtypes = same_on(adapter.config, own, base_facts)
-        comes_back = f"on a base loaded in {dtypes[0]}" if dtypes else "on no base of one dtype"
-        reason = (base_facts.unclear or base_facts.source).rstrip(".")
-        why = f" ({reason})" if reason else ""
-        reason = f"A and B come back {comes_back}; not proven: {' and '.join(unproven)}{why}."
+        on = f"a base loaded in {dtypes[0]}" if dtypes else "no base of one dtype"
+        why = base_facts.unclear or base_facts.source
+        reason = (
+            f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(unproven)}"
+            f"{f', because {why}' if why else '.'}"
+        )
+        reason = f"{reason.rstrip('.')}."
         yield ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 

@@ -26,7 +26,7 @@ _MOST_LISTED = 12
 def merge_text(result: Merge) -> str:
     """Return the text about a merge, or about the plan of a merge."""
     out = printable(str(result.out))
-    size = f"{result.needed:,} bytes in {len(result.files)} files"
+    size = f"{result.needed:,} bytes in {len(result.files)} files and merge-provenance.json"
     done = f"{counted(result.resumed, 'shard')} of {len(_weights(result))}"
     return labelled(
         ("wrote" if result.written else "would write", f"{out}, {size}"),

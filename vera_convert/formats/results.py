@@ -162,7 +162,7 @@ def count_text(result: Count) -> str:
     """Return the text about the parameters and bytes of VeRA and LoRA."""
     body = labelled(
         ("rank", str(result.rank)),
-        ("layers", f"{result.layers}, counted by {printable(result.source)}"),
+        ("layers", f"{result.layers}, by {printable(result.source)}"),
         *map(_group_row, result.groups),
         ("A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"),
     )
@@ -176,7 +176,7 @@ def _count_rows(result: Count) -> list[list[str]]:
         "VeRA, stripped": (vera.parameters, result.stripped_bytes),
         "LoRA": (lora.parameters, lora.file_bytes),
     }
-    rows = [["", "trainable", "file bytes"]]
+    rows = [["", "trainable parameters", "bytes of the file"]]
     rows += [[name, *(f"{number:,}" for number in pair)] for name, pair in numbers.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[row[0], *map(str.rjust, row[1:], widths[1:])] for row in rows]

@@ -14,6 +14,7 @@ from vera_convert.validation.validation import Checked, Validation
 
 _STYLES = {"error": "1;31", "warning": "1;33", "note": "36", "good": "32", "name": "1"}
 _MOST_PLACES = 5
+_BELOW = {"first": "  ", "indent": "  "}
 _INDENT = " " * 11  # below a finding's title, beyond its severity
 _COMMAND_OF_A_LOG = re.compile(r"(?m)^(\s*):(?=:)")
 
@@ -56,7 +57,7 @@ def validation_text(
         if not many or (_style(checked) != "good" and not checked.is_passed_over)
     ]
     if many:
-        parts += [_table(result, paint), "\n".join(_in_common(result, width))]
+        parts += [_table(result, paint, width), "\n".join(_in_common(result, width))]
     if many or any(result.findings):
         parts.append(_closing(result, paint, width))
     text = "\n\n".join(part for part in parts if part)
@@ -155,8 +156,11 @@ def _projections(checked: Checked, draw: str) -> str:
     return ": ".join(filter(None, (form, draw)))
 
 
-def _table(result: Validation, paint: Paint) -> str:
-    """Return one line for each adapter, with the name last because a name has any length."""
+def _table(result: Validation, paint: Paint, width: int | None) -> str:
+    """Return one line for each adapter, with the name last because a name has any length.
+
+    In a window that is too narrow for the table, each adapter's values stand below the name.
+    """
     read = any(checked.bytes_read is not None for checked in result.adapters)
     rows = [["result", "A and B", *(["bytes read"] if read else []), "adapter"]]
     for checked in result.adapters:
@@ -167,11 +171,23 @@ def _table(result: Validation, paint: Paint) -> str:
             row.append("" if checked.bytes_read is None else f"{checked.bytes_read:>10,}")
         rows.append([*row, checked.label])
     head, *lines = table(rows).split("\n")
+    if width is not None and max(map(len, (head, *lines))) > width:
+        return "\n".join(
+            line
+            for checked, (*values, label) in zip(result.adapters, rows[1:], strict=True)
+            for line in (label, *wrapped(_in_a_line(checked, values), width, **_BELOW))
+        )
     shown = [
         paint(line[: len(verdict(checked))], _style(checked)) + line[len(verdict(checked)) :]
         for line, checked in zip(lines, result.adapters, strict=True)
     ]
     return "\n".join([head, *shown])
+
+
+def _in_a_line(checked: Checked, values: list[str]) -> str:
+    """Return the values of an adapter's row as one text."""
+    size = [] if checked.bytes_read is None else [f"{checked.bytes_read:,} bytes read"]
+    return "; ".join(filter(None, (*values[:2], *size)))
 
 
 def _in_common(result: Validation, width: int | None) -> Iterator[str]:

@@ -50,8 +50,9 @@ class Location:
 def not_cached(what: str) -> SurroundingsError:
     """Return the error for a file or repo that the cache lacks in an offline run."""
     return SurroundingsError(
-        f"{what} is not in the local cache (this run is offline). Run again without "
-        "--offline and HF_HUB_OFFLINE, or download the repo first with `hf download`."
+        f"{what} is not in the local cache (this run is offline).",
+        "Run again without --offline and HF_HUB_OFFLINE, or download the repo first with "
+        "`hf download`.",
     )
 
 

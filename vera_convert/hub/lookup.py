@@ -166,7 +166,7 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
             remedy = (
                 f"A model lies in the folder {name} here; if it is the base, give --base ./{name}."
             )
-            error.args = (f"{error} {remedy}",)
+            error.args, error.reason = (f"{error} {remedy}",), f"{error.reason} {remedy}"
             raise
     raise AmbiguousBaseError(
         f"the adapter's config calls the base {name}, which is a model in a folder here and a repo "

@@ -45,8 +45,8 @@ class RefusedError(SurroundingsError):
         refusal: the reason.
     """
 
-    def __init__(self, message: str, refusal: Refusal) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, refusal: Refusal, remedy: str = "") -> None:
+        super().__init__(reason, remedy)
         self.refusal = refusal
 
 
@@ -71,11 +71,11 @@ def gave_up(what: str, tries: int, error: TryAgainError) -> OutOfReachError:
     reason = f"{what} could not be read from the Hub{times}: {error}."
     if error.limited:
         return LimitedError(
-            f"{reason} The Hub's rate limit is reached: wait some minutes, or log in with "
-            "`hf auth login`, which raises the limit.",
+            f"{reason} The Hub's rate limit is reached.",
             Refusal.RATE_LIMITED,
+            "Wait some minutes, or log in with `hf auth login`, which raises the limit.",
         )
-    return OutOfReachError(f"{reason} Check the connection, or try again later.")
+    return OutOfReachError(reason, "Check the connection, or try again later.")
 
 
 def refused(
@@ -102,7 +102,8 @@ def refused(
     refusal = _refusal(status, code, said, with_token=with_token)
     if refusal is None:
         return SurroundingsError(f"{what} could not be read from the Hub, which answers {status}.")
-    return RefusedError(f"{what} could not be read from the Hub: {_ADVICE[refusal]}.", refusal)
+    reason, _, remedy = f"{_ADVICE[refusal]}.".partition(". ")
+    return RefusedError(f"{what} could not be read from the Hub: {reason}.", refusal, remedy)
 
 
 _NOT_FOUND = {
@@ -115,26 +116,27 @@ _NOT_FOUND = {
 _ADVICE = {
     Refusal.MISSING: (
         "the Hub has no such repo. Check the spelling. A private repo looks the same to an account "
-        "that may not read it: then log in with `hf auth login` or pass --token"
+        "that may not read the repo: then log in with `hf auth login` or pass --token"
     ),
     Refusal.PRIVATE: (
-        "the Hub has no such repo, or it is private. Check the spelling; for a private one log in "
-        "with `hf auth login` or pass --token, as an account that may read it"
+        "the Hub has no such repo, or the repo is private. Check the spelling; for a private repo "
+        "log in with `hf auth login` or pass --token, as an account that may read the repo"
     ),
     Refusal.GATED: (
-        "the repo is gated. Accept its terms on its page on the Hub, then log in with "
+        "the repo is gated. Accept the terms on the repo's page on the Hub, then log in with "
         "`hf auth login` or pass --token"
     ),
     Refusal.DISABLED: (
-        "the Hub has disabled the repo, and nobody can read it. Use another copy of the model, or "
-        "ask the repo's owner"
+        "the Hub has disabled the repo, and nobody can read the repo. Use another copy of the "
+        "model, or ask the repo's owner"
     ),
     Refusal.BAD_TOKEN: (
-        "the Hub does not accept the token: it is misspelled, expired or revoked. Make a new token "
-        "in the settings of your account, then pass it with --token, set HF_TOKEN, or log in with "
-        "`hf auth login`"
+        "the Hub does not accept the token, which is misspelled, expired or revoked. Make a new "
+        "token in the settings of your account, then pass the token with --token, set HF_TOKEN, or "
+        "log in with `hf auth login`"
     ),
 }
+"""The reason and the remedy of each lasting refusal, one sentence each or more."""
 
 
 def _refusal(status: int, code: str, said: str, *, with_token: bool) -> Refusal | None:
@@ -218,8 +220,8 @@ def failure(
     if passes:
         return TryAgainError(printable(reason))
     return OutOfReachError(
-        f"{what} could not be read from the Hub: {printable(reason)}. Check the connection, and "
-        "HF_ENDPOINT if it is set."
+        f"{what} could not be read from the Hub: {printable(reason)}.",
+        "Check the connection, and HF_ENDPOINT if it is set.",
     )
 
 

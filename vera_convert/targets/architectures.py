@@ -124,10 +124,9 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
         name = families()[model_type]["default"]
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
-        reason = (
-            f"model_type is {printable(repr(model_type))}, the class {printable(repr(name))}; "
-            f"known types are {', '.join(families())}."
-        )
+        said = f"model_type is {printable(repr(model_type))}, the class {printable(repr(name))}"
+        said = "the config names no model type and no class" if name is model_type is None else said
+        reason = f"{said}; known types are {', '.join(families())}."
         raise CheckpointError(MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
     return found
 
