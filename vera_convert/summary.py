@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,47 +160,37 @@ def info(
 def _described(
     adapter: Adapter, location: Location, base_facts: BaseFacts, projections: ProjectionSource
 ) -> AdapterInfo:
-    config, stored, recorded = adapter.config, adapter.projections, adapter.fingerprint
+    config, stored, fingerprint = adapter.config, adapter.projections, adapter.fingerprint
     pair = recognized(config, stored) if stored is not None else None
-    draw = recorded.draw if recorded else None
-    inputs = _inputs(base_facts)
-    linears = {
-        module: Linear(layer.out_features, inputs[module])
-        for module, layer in adapter.layers.items()
-        if module in inputs
-    }
-    complete = len(linears) == len(adapter.layers)
-    effects = _effects(adapter, pair or recorded, base_facts)
-    forms = form_sizes(adapter, pair, base_facts, projections)
+    recorded = fingerprint.draw if fingerprint is not None else None
+    effects = _effects(adapter, pair or fingerprint, base_facts)
+    match = base_facts.match
+    inputs = {} if match is None else {name: its.in_features for name, its in match.layers.items()}
+    outputs = {module: layer.out_features for module, layer in adapter.layers.items()}
+    lambdas = [
+        each for layer in adapter.layers.values() for each in (layer.lambda_b, layer.lambda_d)
+    ]
+    linears = None
+    if outputs.keys() <= inputs.keys():
+        linears = {module: Linear(out, inputs[module]) for module, out in outputs.items()}
     return AdapterInfo(
         location=location,
-        config=adapter.config,
-        groups=layer_groups(
-            (module, layer.out_features, inputs.get(module))
-            for module, layer in adapter.layers.items()
-        ),
-        lambda_dtypes=_lambda_dtypes(adapter),
-        projections=adapter.projections,
-        draw=pair.draw if pair else draw,
-        difference=pair.recognition.difference if pair else None,
-        fingerprint=adapter.fingerprint,
+        config=config,
+        groups=layer_groups((module, out, inputs.get(module)) for module, out in outputs.items()),
+        lambda_dtypes=tuple(sorted({tensor.dtype for tensor in lambdas})),
+        projections=stored,
+        draw=pair.draw if pair is not None else recorded,
+        difference=pair.recognition.difference if pair is not None else None,
+        fingerprint=fingerprint,
         effects=effects,
         replacements=tuple(
             tensor.name
             for tensor in adapter.replacements
             if not tensor.name.endswith(".base_layer.weight")  # a copy of the base's
         ),
-        parameters=sum(layer.out_features + adapter.config.r for layer in adapter.layers.values()),
-        lora_parameters=lora_parameters(linears, rank=adapter.config.r) if complete else None,
-        sizes=Sizes(
-            as_is=adapter.weights_size,
-            stripped=forms.stripped,
-            embedded=forms.embedded,
-            lora=lora_file_bytes(linears, rank=adapter.config.r, beside=adapter.replacements)
-            if complete
-            else None,
-            merged=_merged_size(base_facts.base),
-        ),
+        parameters=sum(out + config.r for out in outputs.values()),
+        lora_parameters=None if linears is None else lora_parameters(linears, rank=config.r),
+        sizes=_sizes(adapter, pair, base_facts, projections, linears),
         base_facts=base_facts,
         findings=(
             *adapter.findings,
@@ -212,22 +202,22 @@ def _described(
     )
 
 
-def _inputs(base_facts: BaseFacts) -> dict[str, int]:
-    """Return in_features by module, as far as the base's headers were read."""
-    if base_facts.match is None:
-        return {}
-    return {module: layer.in_features for module, layer in base_facts.match.layers.items()}
-
-
-def _lambda_dtypes(adapter: Adapter) -> tuple[str, ...]:
-    return tuple(
-        sorted(
-            {
-                tensor.dtype
-                for layer in adapter.layers.values()
-                for tensor in (layer.lambda_b, layer.lambda_d)
-            }
-        )
+def _sizes(
+    adapter: Adapter,
+    pair: RecognizedPair | None,
+    base_facts: BaseFacts,
+    projections: ProjectionSource,
+    linears: Mapping[str, Linear] | None,
+) -> Sizes:
+    """Return the bytes of each form; `linears` has the adapter's layers, or is None if unknown."""
+    forms = form_sizes(adapter, pair, base_facts, projections)
+    rank, heads = adapter.config.r, adapter.replacements
+    return Sizes(
+        as_is=adapter.weights_size,
+        stripped=forms.stripped,
+        embedded=forms.embedded,
+        lora=None if linears is None else lora_file_bytes(linears, rank=rank, beside=heads),
+        merged=_merged_size(base_facts.base),
     )
 
 
