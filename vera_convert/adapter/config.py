@@ -27,6 +27,7 @@ from vera_convert.rules import (
     NOT_VERA,
     UNKNOWN_FIELD,
     Finding,
+    Severity,
 )
 from vera_convert.text import printable
 
@@ -126,14 +127,17 @@ class ConfigFile:
     """A config with the text of the file.
 
     Attributes:
-        config: the fields.
+        config: the fields, with defaults in place of the wrong fields, so that the tensors can be
+            checked too.
         text: the file's bytes.
-        findings: the warnings; errors are raised.
+        findings: the errors, one for each wrong field, and the warnings.
+        wrong: the names of the wrong fields.
     """
 
     config: VeraConfig
     text: bytes
     findings: tuple[Finding, ...] = ()
+    wrong: frozenset[str] = frozenset()
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
@@ -143,28 +147,6 @@ class ConfigFile:
     def edited(self, *, remove: frozenset[str] = frozenset(), **changes: object) -> ConfigFile:
         """Return the file with some fields set and others removed; every other byte is kept."""
         return parse_config(edited_object(self.text, changes, remove), place=CONFIG_NAME)
-
-
-class ConfigError(CheckpointError):
-    """A VeRA config has wrong fields.
-
-    Attributes:
-        sound: the config with defaults in place of the wrong fields, so that the tensors can be
-            checked too; None if the rank is not known.
-        unsound: the names of the wrong fields.
-        warnings: the warnings of the same config.
-    """
-
-    def __init__(
-        self,
-        sound: VeraConfig | None,
-        wrong: Sequence[tuple[str, Finding]],
-        warnings: Sequence[Finding],
-    ) -> None:
-        super().__init__(*(finding for _, finding in wrong))
-        self.sound = sound
-        self.unsound = frozenset(name for name, _ in wrong)
-        self.warnings = tuple(warnings)
 
 
 class OtherMethodError(CheckpointError):
@@ -180,25 +162,31 @@ class OtherMethodError(CheckpointError):
 
 
 def read_config(source: ByteSource) -> ConfigFile:
-    """Read ``adapter_config.json``.
+    """Read ``adapter_config.json``; wrong fields are findings of the result.
 
     Raises:
-        CheckpointError: with every defect; `ConfigError` if the config is of a VeRA adapter.
+        CheckpointError: the file is no JSON object, or is the config of another method.
     """
     document, text = read_json(source, limit=MAX_CONFIG_BYTES, pythons_numbers=True)
     return _from_document(document, text, source.place)
 
 
 def parse_config(text: bytes, *, place: str) -> ConfigFile:
-    """Read a config from the bytes of its file; see `read_config`."""
-    return _from_document(parse_json(text, place=place, pythons_numbers=True), text, place)
+    """Read a sound config from the bytes of its file.
+
+    Raises:
+        CheckpointError: with every defect.
+    """
+    file = _from_document(parse_json(text, place=place, pythons_numbers=True), text, place)
+    if file.wrong:
+        raise CheckpointError.of(each for each in file.findings if each.severity is Severity.ERROR)
+    return file
 
 
 def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
     if not isinstance(document, dict):
-        raise CheckpointError(
-            CONFIG_NOT_OBJECT.in_file(place, f"it holds {_json_kind(document)} at its top level.")
-        )
+        reason = f"it holds {_json_kind(document)} at its top level."
+        raise CheckpointError(CONFIG_NOT_OBJECT.in_file(place, reason))
     if len(document) > MAX_FIELDS:
         raise CheckpointError(FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
     if _is_foreign(document):
@@ -208,19 +196,16 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
         if isinstance(method, str) and method.upper() != "VERA":
             raise OtherMethodError(finding, printable(method))
         raise CheckpointError(finding)
-    unknown = tuple(
+    unknown = (
         UNKNOWN_FIELD.in_file(place, f"there is a field {printable(name)}.")
         for name in document
         if _is_unknown(name)
     )
     wrong = [*_field_findings(document, place)]
-    config = _of_fields(document, wrong)
-    wrong += _relation_findings(config, place)
-    if wrong:
-        config = _of_fields(document, wrong)
-        rank_is_wrong = any(name == "r" for name, _ in wrong)
-        raise ConfigError(None if rank_is_wrong else config, wrong, unknown)
-    return ConfigFile(config, text, unknown)
+    wrong += _relation_findings(_of_fields(document, wrong), place)
+    findings = (*(finding for _, finding in wrong), *unknown)
+    names = frozenset(name for name, _ in wrong)
+    return ConfigFile(_of_fields(document, wrong), text, findings, names)
 
 
 def _of_fields(document: Mapping[str, object], wrong: Sequence[tuple[str, Finding]]) -> VeraConfig:
@@ -295,68 +280,60 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_list_of(fits: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
+def _is_name_or_names(value: object) -> bool:
+    return value is None or _is_text(value) or _is_list_of(_is_text, value)
 
 
-def _is_text_or_null(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (_is_int, "a whole number"),
-    "target_modules": (
-        lambda value: _is_text_or_null(value) or _is_names(value),
-        "a list of names, a regular expression or null",
-    ),
-    "save_projection": (_is_bool, "true or false"),
-    "vera_dropout": (_is_number, "a number"),
-    "d_initial": (_is_number, "a number"),
-    "fan_in_fan_out": (_is_bool, "true or false"),
-    "bias": (lambda value: isinstance(value, str), "a text"),
-    "modules_to_save": (
-        lambda value: value is None or _is_names(value),
+_TYPES: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("r", "a whole number", _is_int),
+    ("target_modules", "a list of names, a regular expression or null", _is_name_or_names),
+    ("layers_pattern", "a name, a list of names or null", _is_name_or_names),
+    (
+        "modules_to_save",
         "a list of names or null",
+        lambda value: value is None or _is_list_of(_is_text, value),
     ),
-    "init_weights": (_is_bool, "true or false"),
-    "layers_to_transform": (
-        lambda value: (
-            value is None
-            or _is_int(value)
-            or (isinstance(value, list) and all(_is_int(item) for item in value))
-        ),
+    (
+        "layers_to_transform",
         "a whole number, a list of them or null",
+        lambda value: value is None or _is_int(value) or _is_list_of(_is_int, value),
     ),
-    "layers_pattern": (
-        lambda value: _is_text_or_null(value) or _is_names(value),
-        "a name, a list of names or null",
+    (
+        "save_projection fan_in_fan_out init_weights inference_mode",
+        "true or false",
+        lambda value: isinstance(value, bool),
     ),
-    "task_type": (_is_text_or_null, "a text or null"),
-    "base_model_name_or_path": (_is_text_or_null, "a text or null"),
-    "revision": (_is_text_or_null, "a text or null"),
-    "inference_mode": (_is_bool, "true or false"),
-    "auto_mapping": (
-        lambda value: value is None or isinstance(value, dict),
-        "an object or null",
+    (
+        "vera_dropout d_initial",
+        "a number",
+        lambda value: isinstance(value, float) or _is_int(value),
     ),
-    "peft_version": (_is_text_or_null, "a text or null"),
-}
+    ("bias", "a text", _is_text),
+    (
+        "task_type base_model_name_or_path revision peft_version",
+        "a text or null",
+        lambda value: value is None or _is_text(value),
+    ),
+    ("auto_mapping", "an object or null", lambda value: value is None or isinstance(value, dict)),
+)
+"""The fields, the type of their values in words, and a test of the type."""
 
 
 def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tuple[str, Finding]]:
     """Yield each field of a wrong type, with a finding."""
-    for name, (fits, expected) in _TYPES.items():
-        if name in document and not fits(document[name]):
-            reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
-            yield name, FIELD_TYPE.in_file(place, reason)
+    for names, expected, fits in _TYPES:
+        for name in names.split():
+            if name in document and not fits(document[name]):
+                reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
+                yield name, FIELD_TYPE.in_file(place, reason)
     name = "projection_prng_key"
     key = document.get(name, 0)
     if not isinstance(key, int) or isinstance(key, bool):

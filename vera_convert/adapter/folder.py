@@ -191,10 +191,9 @@ def is_vera(folder: Path) -> bool:
     """Say whether a folder holds a VeRA adapter, so that ``--force`` may replace the folder."""
     try:
         with open_local(folder / CONFIG_NAME, within=folder) as source:
-            read_config(source)
+            return not read_config(source).wrong
     except (CheckpointError, SurroundingsError):
         return False
-    return True
 
 
 def publish_adapter(

@@ -16,7 +16,6 @@ from pathlib import Path
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import (
     LORA,
-    ConfigError,
     ConfigFile,
     OtherMethodError,
     VeraConfig,
@@ -80,27 +79,37 @@ class Examined:
     """The readable parts of an adapter, sound or not; each unreadable part is a finding.
 
     Attributes:
-        config: the sound fields of the config; None if the rank is not known.
-        unsound: the names of the wrong fields.
-        file: the open weights; None if the header is wrong.
-        tensors: the tensors named by the header, repaired on request.
-        sorted: the tensors by meaning, if the config says enough.
-        fingerprint: the fingerprint, if readable.
         findings: every defect.
+        config_file: the config; None if it is no config of VeRA.
+        file: the open weights; None if the header is wrong.
+        sorted: the tensors by meaning, repaired on request; None without config or weights.
+        fingerprint: the fingerprint, if readable.
         adapter: the adapter; None if any finding is an error.
         other_method: the error, if the adapter is of another method than VeRA; nothing else is
             read then.
     """
 
-    config: VeraConfig | None
-    unsound: frozenset[str]
-    file: TensorFile | None
-    tensors: tuple[TensorData, ...]
-    sorted: SortedTensors | None
-    fingerprint: Fingerprint | None
     findings: tuple[Finding, ...]
-    adapter: Adapter | None
+    config_file: ConfigFile | None = None
+    file: TensorFile | None = None
+    sorted: SortedTensors | None = None
+    fingerprint: Fingerprint | None = None
+    adapter: Adapter | None = None
     other_method: OtherMethodError | None = None
+
+    @property
+    def config(self) -> VeraConfig | None:
+        """The sound fields of the config; None if the rank is not known."""
+        return _with_rank(self.config_file)
+
+    @property
+    def wrong_fields(self) -> frozenset[str]:
+        """The names of the wrong fields of the config."""
+        return self.config_file.wrong if self.config_file else frozenset()
+
+
+def _with_rank(file: ConfigFile | None) -> VeraConfig | None:
+    return file.config if file is not None and "r" not in file.wrong else None
 
 
 @contextmanager
@@ -118,7 +127,7 @@ def examined_folder(
     paths = {CONFIG_NAME: config or folder / CONFIG_NAME, WEIGHTS_NAME: folder / WEIGHTS_NAME}
     lora = None if paths[CONFIG_NAME].exists() else lora_without_config(folder)
     if lora is not None:
-        yield _foreign(lora)
+        yield Examined(lora.findings, other_method=lora)
         return
     findings = [*_missing_files(folder, paths[CONFIG_NAME])]
     with ExitStack() as opened:
@@ -158,23 +167,23 @@ def examine(
     """
     found = [*findings]
     try:
-        config_file, config, unsound = _config(config_source, found)
+        config_file = _config(config_source, found)
     except OtherMethodError as error:
         is_lora = error.method == LORA
-        return _foreign(lora_with_config(folder, weights_source) if is_lora else error)
+        other = lora_with_config(folder, weights_source) if is_lora else error
+        return Examined(other.findings, other_method=other)
     weights = _weights(weights_source, found)
-    tensors: Sequence[TensorData] = ()
-    by_meaning, fingerprint, adapter = None, None, None
-    if weights is not None:
-        tensors = [from_file(weights, name) for name in weights.header.tensors]
-        if repair is not None and config_file is not None:
-            tensors, config_file = repair(tensors, config_file)
-            config = config_file.config
-        if config is not None:
-            by_meaning = sort_tensors(tensors, config, values=values)
-            found += by_meaning.findings
-        fingerprint = _fingerprint(weights, config, by_meaning, found)
-    if not errors_of(found) and config_source and config_file and weights and by_meaning:
+    if weights is None:
+        return Examined(tuple(found), config_file)
+    tensors: Sequence[TensorData] = [from_file(weights, name) for name in weights.header.tensors]
+    if repair is not None and config_file is not None and not config_file.wrong:
+        tensors, config_file = repair(tensors, config_file)
+    config, by_meaning, adapter = _with_rank(config_file), None, None
+    if config is not None:
+        by_meaning = sort_tensors(tensors, config, values=values)
+        found += by_meaning.findings
+    fingerprint = _fingerprint(weights, config, by_meaning, found)
+    if not errors_of(found) and config_source and config_file and by_meaning:
         adapter = Adapter(
             folder=folder,
             config_file=config_file,
@@ -189,34 +198,21 @@ def examine(
             config_source=config_source,
             file=weights,
         )
-    return Examined(
-        config, unsound, weights, tuple(tensors), by_meaning, fingerprint, tuple(found), adapter
-    )
+    return Examined(tuple(found), config_file, weights, by_meaning, fingerprint, adapter)
 
 
-def _foreign(error: OtherMethodError) -> Examined:
-    findings = error.findings
-    return Examined(None, frozenset(), None, (), None, None, findings, None, other_method=error)
-
-
-def _config(
-    source: ByteSource | None, found: list[Finding]
-) -> tuple[ConfigFile | None, VeraConfig | None, frozenset[str]]:
-    """Read the config: the file if all is sound, the sound fields, and the wrong fields."""
+def _config(source: ByteSource | None, found: list[Finding]) -> ConfigFile | None:
     if source is None:
-        return None, None, frozenset()
+        return None
     try:
         config_file = read_config(source)
-    except ConfigError as error:
-        found += (*error.findings, *error.warnings)
-        return None, error.sound, error.unsound
     except OtherMethodError:
         raise
     except CheckpointError as error:
         found += error.findings
-        return None, None, frozenset()
+        return None
     found += config_file.findings
-    return config_file, config_file.config, frozenset()
+    return config_file
 
 
 def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | None:

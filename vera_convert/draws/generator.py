@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -30,63 +30,49 @@ from vera_convert.progress import counter
 BLOCK = 1 << 17
 """Values per step: half a megabyte of words, enough to hide the cost of the calls."""
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT16 = np.dtype(np.float16)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
 
 class Variant(StrEnum):
-    """How torch turns random words into values: default dtype, and CPU path or version."""
+    """How torch turns random words into values: default dtype, and CPU path or version.
+
+    Attributes:
+        dtype: the dtype of the values drawn.
+        bits: how many low bits of a random word make one value.
+        is_fused: whether the CPU multiplies and adds in one step, and so rounds once.
+    """
+
+    dtype: np.dtype[Any]
+    bits: int
+    is_fused: bool
 
     FLOAT32_FUSED = "float32-fused"
     """The draw of nearly every machine: x86-64 with AVX2 or later, and aarch64."""
-    FLOAT32_SEPARATE = "float32-separate"
-    FLOAT64_FUSED = "float64-fused"
-    FLOAT64_SEPARATE = "float64-separate"
-    BFLOAT16_2_11 = "bfloat16-torch2.11"
-    BFLOAT16_2_12_FUSED = "bfloat16-torch2.12-fused"
-    BFLOAT16_2_12_SEPARATE = "bfloat16-torch2.12-separate"
-    FLOAT16_2_11 = "float16-torch2.11"
-    FLOAT16_2_12_FUSED = "float16-torch2.12-fused"
-    FLOAT16_2_12_SEPARATE = "float16-torch2.12-separate"
+    FLOAT32_SEPARATE = "float32-separate", _FLOAT32, 24, False
+    FLOAT64_FUSED = "float64-fused", _FLOAT64, 53
+    FLOAT64_SEPARATE = "float64-separate", _FLOAT64, 53, False
+    BFLOAT16_2_11 = "bfloat16-torch2.11", _BFLOAT16, 8
+    BFLOAT16_2_12_FUSED = "bfloat16-torch2.12-fused", _BFLOAT16
+    BFLOAT16_2_12_SEPARATE = "bfloat16-torch2.12-separate", _BFLOAT16, 24, False
+    FLOAT16_2_11 = "float16-torch2.11", _FLOAT16, 11
+    FLOAT16_2_12_FUSED = "float16-torch2.12-fused", _FLOAT16
+    FLOAT16_2_12_SEPARATE = "float16-torch2.12-separate", _FLOAT16, 24, False
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the values drawn."""
-        return _RECIPES[self].dtype
-
-    @property
-    def bits(self) -> int:
-        """How many low bits of a random word make one value: 24, 53, 11 or 8."""
-        return _RECIPES[self].bits
-
-
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    dtype: np.dtype[Any]
-    bits: int
-    fused: bool = True
-
-    @property
-    def work(self) -> np.dtype[Any]:
-        """The dtype of the arithmetic, before the result is rounded to `dtype`."""
-        return _FLOAT64 if self.dtype == _FLOAT64 else _FLOAT32
-
-
-_RECIPES = {
-    Variant.FLOAT32_FUSED: _Recipe(_FLOAT32, 24),
-    Variant.FLOAT32_SEPARATE: _Recipe(_FLOAT32, 24, fused=False),
-    Variant.FLOAT64_FUSED: _Recipe(_FLOAT64, 53),
-    Variant.FLOAT64_SEPARATE: _Recipe(_FLOAT64, 53, fused=False),
-    Variant.BFLOAT16_2_11: _Recipe(_BFLOAT16, 8),
-    Variant.BFLOAT16_2_12_FUSED: _Recipe(_BFLOAT16, 24),
-    Variant.BFLOAT16_2_12_SEPARATE: _Recipe(_BFLOAT16, 24, fused=False),
-    Variant.FLOAT16_2_11: _Recipe(_FLOAT16, 11),
-    Variant.FLOAT16_2_12_FUSED: _Recipe(_FLOAT16, 24),
-    Variant.FLOAT16_2_12_SEPARATE: _Recipe(_FLOAT16, 24, fused=False),
-}
+    def __new__(
+        cls,
+        name: str,
+        dtype: np.dtype[Any] = _FLOAT32,
+        bits: int = 24,
+        is_fused: bool = True,  # noqa: FBT001, FBT002 -- a row of the table above
+    ) -> Self:
+        """Make a variant from a row of the table above."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.dtype, member.bits, member.is_fused = dtype, bits, is_fused
+        return member
 
 
 class Rounding(StrEnum):
@@ -102,15 +88,17 @@ class Rounding(StrEnum):
     FP8 = "fp8"
     """A base whose layers stay fp8 in memory; the cast is to float8_e4m3fn."""
 
+    @property
+    def casts(self) -> tuple[np.dtype[Any], ...]:
+        """The dtypes of the casts."""
+        return tuple(_CASTS[name] for name in self.split("+") if self is not Rounding.NONE)
 
-_CASTS: dict[Rounding, tuple[np.dtype[Any], ...]] = {
-    Rounding.NONE: (),
-    Rounding.BF16: (_BFLOAT16,),
-    Rounding.FP16: (_FLOAT16,),
-    Rounding.FP16_BF16: (_FLOAT16, _BFLOAT16),
-    Rounding.BF16_FP16: (_BFLOAT16, _FLOAT16),
-    Rounding.FP32: (_FLOAT32,),
-    Rounding.FP8: (_FLOAT8,),
+
+_CASTS: dict[str, np.dtype[Any]] = {
+    "bf16": _BFLOAT16,
+    "fp16": _FLOAT16,
+    "fp32": _FLOAT32,
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -137,18 +125,8 @@ def rounding_on_base(dtype: str) -> Rounding:
 def effective_rounding(variant: Variant, rounding: Rounding) -> Rounding:
     """Return the rounding, or `Rounding.NONE` if the casts change no value of this variant."""
     drawn = HEADER_NAMES[variant.dtype.name]
-    casts = (HEADER_NAMES[cast.name] for cast in _CASTS[rounding])
+    casts = (HEADER_NAMES[cast.name] for cast in rounding.casts)
     return Rounding.NONE if all(holds_every_value(cast, drawn) for cast in casts) else rounding
-
-
-_CAST_NAMES = {
-    Rounding.BF16: "rounded to bfloat16",
-    Rounding.FP16: "rounded to float16",
-    Rounding.FP16_BF16: "rounded to float16, then to bfloat16",
-    Rounding.BF16_FP16: "rounded to bfloat16, then to float16",
-    Rounding.FP32: "rounded to float32",
-    Rounding.FP8: "rounded to float8_e4m3fn",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +171,8 @@ class Draw:
             f"the {self.variant} draw of key {self.key} "
             f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
         )
-        cast = _CAST_NAMES.get(self.rounding)
-        return f"{phrase}, {cast}" if cast else phrase
+        casts = ", then to ".join(cast.name for cast in self.rounding.casts)
+        return f"{phrase}, rounded to {casts}" if casts else phrase
 
 
 @np.errstate(over="ignore")  # beyond the range means infinity, in torch too
@@ -205,11 +183,10 @@ def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
     the same shape, as PEFT holds A and B after a load. A float64 value is rounded to float32 and
     then to 16 bits, as in torch.
     """
-    casts = _CASTS[rounding]
-    if not casts:
+    if rounding is Rounding.NONE:
         return array
     values = array.astype(_FLOAT32, copy=False)
-    for dtype in casts:
+    for dtype in rounding.casts:
         values = values.astype(dtype, copy=False).astype(_FLOAT32, copy=False)
     return values
 
@@ -275,26 +252,27 @@ def valued(
     `fan_in` broadcasts against `centered`. Every line is one IEEE operation. The fused result is k
     times the step, because k is exact and the product is rounded once.
     """
-    recipe = _RECIPES[variant]
-    half = 1 << (recipe.bits - 1)
-    bound = np.asarray(math.sqrt(3.0) * (math.sqrt(2.0) / np.sqrt(fan_in))).astype(recipe.work)
-    if recipe.bits < 24:
-        bound = bound.astype(recipe.dtype).astype(recipe.work)
-    step = bound / recipe.work.type(half)
-    work = out if recipe.dtype == recipe.work else None
+    # The arithmetic of the 16-bit variants is in float32, and the result is rounded.
+    precise: np.dtype[Any] = _FLOAT64 if variant.dtype == _FLOAT64 else _FLOAT32
+    half = 1 << (variant.bits - 1)
+    bound = np.asarray(math.sqrt(3.0) * (math.sqrt(2.0) / np.sqrt(fan_in))).astype(precise)
+    if variant.bits < 24:
+        bound = bound.astype(variant.dtype).astype(precise)
+    step = bound / precise.type(half)
+    work = out if variant.dtype == precise else None
     values: NDArray[Any]
-    if recipe.fused:
-        values = np.multiply(centered, step, out=work, dtype=recipe.work, casting="unsafe")
+    if variant.is_fused:
+        values = np.multiply(centered, step, out=work, dtype=precise, casting="unsafe")
     else:
-        values = np.add(centered, half, out=work, dtype=recipe.work, casting="unsafe")
+        values = np.add(centered, half, out=work, dtype=precise, casting="unsafe")
         values = np.multiply(values, step, out=work)
         values = np.subtract(values, bound, out=work)
-    if recipe.dtype == recipe.work:
+    if variant.dtype == precise:
         return values
-    narrow = np.empty(values.shape, recipe.dtype) if out is None else out
+    narrow = np.empty(values.shape, variant.dtype) if out is None else out
     narrow[...] = values
-    if recipe.bits == 24:
-        _reflect(narrow, bound.astype(recipe.dtype))
+    if variant.bits == 24:
+        _reflect(narrow, bound.astype(variant.dtype))
     return narrow
 
 

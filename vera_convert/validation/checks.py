@@ -161,7 +161,7 @@ class _Check:
         self._values(examined, base_facts, is_here=folder is not None)
         if examined.config is None or examined.sorted is None:
             return
-        if examined.unsound & {"projection_prng_key", "save_projection"}:
+        if examined.wrong_fields & {"projection_prng_key", "save_projection"}:
             self.not_checked.append("the source of A and B: fix the config first.")
             return
         config, tensors, is_here = examined.config, examined.sorted, folder is not None
@@ -203,11 +203,11 @@ class _Check:
         return base_facts
 
     def _config(self, examined: Examined, config: VeraConfig, *, has_base: bool) -> None:
-        self._step("the config", lambda: config_findings(config, examined.unsound))
+        self._step("the config", lambda: config_findings(config, examined.wrong_fields))
         layers = [*examined.sorted.layers] if examined.sorted is not None else []
         if examined.sorted is not None:
             self.findings += undeclared_embeddings(config, examined.sorted.replacements)
-        if not examined.unsound.isdisjoint(TARGET_FIELDS):
+        if not examined.wrong_fields.isdisjoint(TARGET_FIELDS):
             return
         if examined.adapter is not None and not has_base:
             self.findings += uneven_findings(config, layers)
