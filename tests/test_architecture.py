@@ -43,9 +43,9 @@ lora: engines options factors plan stored peft_form peft_targets checks card rec
 lora: gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
-verification: provenance options sample_text model_comparison running expected comparator pairs
+verification: provenance sample_text model_comparison options running expected comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
-verification: merged forms lora_config lora_names lora result verify
+verification: merge_job merged forms lora_config lora_names lora result verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

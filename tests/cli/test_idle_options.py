@@ -11,7 +11,7 @@ from adapters import good_adapter
 from commandline import Run
 from merges import INDEX, filled_base
 
-from vera_convert.verification import verify as verifying
+from vera_convert.verification import model_comparison
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_shards_of_a_variant_alone_are_called_so(run: Run, adapter: Path, tmp_pa
 def test_swapped_arguments_are_told_before_a_missing_torch(
     run: Run, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "find_spec", lambda _name: None)
+    monkeypatch.setattr(model_comparison, "find_spec", lambda _name: None)
     ended = run("verify", base, "--merged", adapter)
     assert ended.status == 1
     assert "V614" in ended.err

@@ -21,6 +21,7 @@ from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
+from vera_convert.verification import model_comparison
 from vera_convert.verification import verify as verifying
 
 
@@ -194,7 +195,7 @@ def test_a_failure_has_its_status_and_one_line(
 def test_without_torch_weights_alone_are_compared(
     run: Run, adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "find_spec", lambda _name: None)
+    monkeypatch.setattr(model_comparison, "find_spec", lambda _name: None)
     ended = run(adapter, "--merged", model, "--base", base)
     assert (ended.status, ended.out) == (3, "")
     assert "pip install 'vera-convert[torch]'" in ended.err
@@ -208,7 +209,7 @@ def test_the_layers_are_shown_where_the_model_cannot_be_run(
     def unfit(*_: object, **__: object) -> None:
         raise SurroundingsError("it cannot be built.")
 
-    monkeypatch.setattr(verifying, "find_spec", lambda _name: object())
+    monkeypatch.setattr(model_comparison, "find_spec", lambda _name: object())
     monkeypatch.setattr(verifying, "run_models", unfit)
     ended = run(adapter, "--merged", model, "--base", base)
     assert (ended.status, ended.err) == (3, "error: it cannot be built.\n")

@@ -181,7 +181,7 @@ def job(
     weighted = tuple(each if isinstance(each, tuple) else (each, 1.0) for each in adapters)
     lines = None if text is None else text_lines(text, samples)
     settings = MergeSettings(**options)
-    return ModelJob(weighted, base, found, samples, lines, settings, wider=wider or {})
+    return ModelJob(weighted, base, found, 1 << 20, samples, lines, settings, wider=wider or {})
 
 
 def configured(folder: Path, copy: Path, **fields: Any) -> Path:

@@ -34,8 +34,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def job(tmp_path: Path, told: str) -> ModelJob:
-    return ModelJob((), tmp_path, tmp_path, samples=1, lines=(told,))
+def job(tmp_path: Path, told: str, weights: int = 0) -> ModelJob:
+    return ModelJob((), tmp_path, tmp_path, weights, samples=1, lines=(told,))
 
 
 def is_alive(tmp_path: Path) -> bool:
@@ -48,9 +48,7 @@ def is_alive(tmp_path: Path) -> bool:
 
 def test_the_child_s_answer_is_the_result(tmp_path: Path, scratch: Path) -> None:
     told: list[tuple[int, int]] = []
-    found = run_models(
-        job(tmp_path, "answer"), weights=1000, progress=lambda *given: told.append(given)
-    )
+    found = run_models(job(tmp_path, "answer", 1000), progress=lambda *given: told.append(given))
     memory = 4 * 2**30 + 2**26 * (os.cpu_count() or 1) + 8 * 1000
     assert found == ModelComparison(**{**RESULT, "tokens": memory})  # type: ignore[arg-type]
     assert told == [(0, 5), (1, 5)]
@@ -74,20 +72,20 @@ def test_a_child_that_fails_dies_or_hangs_is_a_clear_error(
 ) -> None:
     limits = SHORT if told == "sleep" else None
     with pytest.raises(SurroundingsError, match=said):
-        run_models(job(tmp_path, told), weights=0, limits=limits)
+        run_models(job(tmp_path, told), limits=limits)
     assert [*scratch.iterdir()] == []
     assert not is_alive(tmp_path)
 
 
 def test_a_call_at_fault_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^Leave --text out\.$"):
-        run_models(job(tmp_path, "usage"), weights=0)
+        run_models(job(tmp_path, "usage"))
 
 
 def test_limits_grow_with_the_weights(tmp_path: Path) -> None:
     times = dict.fromkeys(Stage, Limit(0.1, 0.2)) | {Stage.START: Limit(60)}
     with pytest.raises(SurroundingsError, match="longer than 1 s"):
-        run_models(job(tmp_path, "sleep"), weights=4 << 30, limits=Limits(times=times))
+        run_models(job(tmp_path, "sleep", 4 << 30), limits=Limits(times=times))
 
 
 def test_the_child_has_no_secret_no_network_and_no_module_of_the_working_directory(
@@ -96,7 +94,7 @@ def test_the_child_has_no_secret_no_network_and_no_module_of_the_working_directo
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (tmp_path / "json.py").write_text("raise SystemExit('evil')")
     monkeypatch.chdir(tmp_path)
-    run_models(job(tmp_path, "answer"), weights=0)
+    run_models(job(tmp_path, "answer"))
     environment = json.loads((tmp_path / "environment").read_text())
     assert "HF_TOKEN" not in environment
     assert environment["HF_HUB_OFFLINE"] == "1"
@@ -117,7 +115,7 @@ tempfile.tempdir = {str(scratch)!r}
 running._CHILD = "modelchildren"
 folder = Path({str(tmp_path)!r})
 with signals_raise():
-    running.run_models(ModelJob((), folder, folder, samples=1, lines=("sleep",)), weights=0)
+    running.run_models(ModelJob((), folder, folder, 0, samples=1, lines=("sleep",)))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parent = subprocess.Popen(

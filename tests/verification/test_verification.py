@@ -33,7 +33,7 @@ from vera_convert.formats.verification import verification_text
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.verification import diagnosis, pairs
+from vera_convert.verification import diagnosis, model_comparison, pairs
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.comparator import LIMIT, last_bits
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
@@ -625,7 +625,7 @@ def comparing(
         return result
 
     monkeypatch.setattr(verifying, "run_models", run_models)
-    monkeypatch.setattr(verifying, "find_spec", lambda _name: object())
+    monkeypatch.setattr(model_comparison, "find_spec", lambda _name: object())
     return asked
 
 
@@ -643,7 +643,7 @@ def test_the_model_is_run_with_the_options_of_the_merge(
     result = verify(adapter, base=str(base), merged=tmp_path / "out", options=options)
     assert result.passed
     assert result.model is COMPARED
-    ((job, given),) = asked
+    ((job, _),) = asked
     assert result.merged is not None
     assert result.merged.settings.projections is ProjectionSource.KEY
     assert result.merged.settings.base_dtype == "float32"
@@ -651,10 +651,10 @@ def test_the_model_is_run_with_the_options_of_the_merge(
         ((adapter, 0.5),),
         base,
         tmp_path / "out",
+        weights=result.merged.tensors.nbytes,
         samples=3,
         settings=result.merged.settings,
     )
-    assert given["weights"] == result.merged.tensors.nbytes
     assert schema_errors("verification", result_document(result)) == []
     text = verification_text(result)
     assert "LlamaForCausalLM in float32, 3 samples, 48 positions" in text
@@ -718,7 +718,9 @@ def test_a_model_whose_weights_are_wrong_is_not_run(
 def test_without_torch_it_is_said_how_to_do_without(
     adapter: Path, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(
+        model_comparison, "find_spec", lambda name: None if name == "torch" else object()
+    )
     with pytest.raises(SurroundingsError, match=r"needs torch\..*convert\[torch\].*--layers-only"):
         verify(adapter, base=str(base), merged=model)
     assert layers(adapter, base, model).passed

@@ -22,8 +22,6 @@ from vera_convert.verification.running import Limit, Limits, run_models
 from vera_convert.with_torch.build import blueprint
 from vera_convert.with_torch.config_fields import known_fields
 
-WEIGHTS = 1 << 20
-
 UNSET = (None, "eager")
 """An attention kernel that no config named; transformers before 5.0 says "eager" of it."""
 
@@ -164,7 +162,7 @@ def test_a_config_of_a_hundred_million_groups_ends_in_a_clear_error(
     times = dict.fromkeys(Stage, Limit(60)) | {Stage.BUILD: Limit(6)}
     limits = Limits(memory=2 << 30, times=times)
     with pytest.raises(SurroundingsError, match=r"--layers-only"):
-        run_models(job(evil, evil, adapter), weights=WEIGHTS, limits=limits)
+        run_models(job(evil, evil, adapter), limits=limits)
     assert [*scratch.iterdir()] == []
 
 
@@ -211,7 +209,6 @@ def test_a_tokenizer_that_panics_or_never_ends_is_a_clear_error_or_harmless(
     try:
         run_models(
             job(base, llama / "merged", llama / "adapter", text=text),
-            weights=WEIGHTS,
             limits=Limits(times=times),
         )
     except SurroundingsError as error:
@@ -224,7 +221,6 @@ def test_memory_is_limited(llama: Path, scratch: Path) -> None:
     with pytest.raises(SurroundingsError, match=r"--layers-only"):
         run_models(
             job(llama / "base", llama / "merged", llama / "adapter"),
-            weights=0,
             limits=limits,
         )
     assert [*scratch.iterdir()] == []

@@ -14,7 +14,7 @@ from vera_convert import LoraOptions, VerifyOptions, to_lora, verify
 from vera_convert.errors import UsageError
 from vera_convert.formats.document import result_document
 from vera_convert.formats.verification import verification_text
-from vera_convert.verification import lora as comparing
+from vera_convert.verification import model_comparison
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.with_torch.compare_lora import compare_lora
 
@@ -23,7 +23,7 @@ pytest.importorskip("peft")
 
 def compared(base: Path, adapter: Path, lora: Path) -> ModelComparison:
     """The comparison in this process, which a child makes otherwise."""
-    job = ModelJob(((adapter, 1.0),), base, lora, samples=4, is_lora=True)
+    job = ModelJob(((adapter, 1.0),), base, lora, 1 << 20, samples=4, is_lora=True)
     return compare_lora(job, lambda _stage, _done, _of: None)
 
 
@@ -92,7 +92,9 @@ def test_a_lora_that_is_not_run_says_why(llama: Path, monkeypatch: pytest.Monkey
 
     base = llama / "base"
     assert reason(base=base, options=VerifyOptions(layers_only=True)) == "--layers-only"
-    monkeypatch.setattr(comparing, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(
+        model_comparison, "find_spec", lambda name: None if name == "peft" else name
+    )
     assert reason(base=base) == "install peft to run the LoRA in PEFT"
 
 

@@ -14,7 +14,7 @@ from folders import DATA
 from vera_convert import MergeOptions, VerifyOptions, merge, verify
 from vera_convert.formats.document import result_document
 from vera_convert.formats.verification import verification_text
-from vera_convert.verification import running
+from vera_convert.verification import model_comparison, running
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
 from vera_convert.verification.provenance import MergeSettings
@@ -44,6 +44,7 @@ def compared(name: str, out: Path, package: str) -> QuantizedComparison:
         ((FIXTURES / name / "adapter", 1.0),),
         FIXTURES / name / "base",
         dequantized(name, out),
+        weights=1 << 20,
         samples=4,
         settings=MergeSettings(dequantize=True, base_dtype="bfloat16"),
         quantizer=package,
@@ -148,7 +149,7 @@ def test_the_report_says_why_the_quantized_base_is_not_run(
     def absent(package: str) -> Any:
         return None if package == "bitsandbytes" else find_spec(package)
 
-    monkeypatch.setattr(verifying, "find_spec", absent)
+    monkeypatch.setattr(model_comparison, "find_spec", absent)
     result = verified(name, tmp_path)
     assert result.passed
     assert result.model is not None
@@ -170,7 +171,7 @@ def test_a_difference_from_the_quantized_base_is_an_error(
         return replace(found, quantized=differs)
 
     monkeypatch.setattr(verifying, "run_models", differing)
-    monkeypatch.setattr(verifying, "find_spec", lambda package: package)
+    monkeypatch.setattr(model_comparison, "find_spec", lambda package: package)
     result = verified("bnb-nf4", tmp_path)
     assert [finding.code for finding in result.errors] == ["V611"]
     assert "the quantized base with the adapter in PEFT by 5.0e-01" in result.errors[0].reason

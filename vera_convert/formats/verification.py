@@ -37,19 +37,15 @@ def verification_text(result: Verification) -> str:
     if result.model is not None:
         rows += _model_rows(result.model, _MERGED_WORDS)
     elif result.merged is not None:
-        rows.append(["model", _why_not_run(result)])
+        rows.append(["model", _why_not_run(result.merged)])
     if result.model is not None or result.not_run is not None:
         rows.append(["total time", f"{result.seconds:.1f} s"])
     rows.append(["result", _verdict(result)])
     return "\n".join([table(rows), *_error_lines(result)])
 
 
-def _why_not_run(result: Verification) -> str:
-    if result.not_run is not None:
-        return f"NOT RUN: {result.not_run}"
-    if result.merged is not None and result.merged.layers_only:
-        return "not run: --layers-only"
-    return "not run: fix the errors below first"
+def _why_not_run(check: MergedCheck | LoraCheck) -> str:
+    return f"NOT RUN: {check.failure}" if check.failure is not None else f"not run: {check.run}"
 
 
 def _verdict(result: Verification) -> str:
@@ -99,7 +95,7 @@ def _lora_rows(check: LoraCheck) -> Rows:
         rows.append(["  modules_to_save", compared])
     if check.model is not None:
         return [*rows, *_model_rows(check.model, _LORA_WORDS)]
-    return [*rows, ["model", f"not run: {check.run}"]]
+    return [*rows, ["model", _why_not_run(check)]]
 
 
 # --- a merged model ------------------------------------------------------------------------------

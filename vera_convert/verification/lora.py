@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.errors import SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.checks import peft_findings
@@ -49,6 +49,7 @@ from vera_convert.rules import (
     LORA_DELTA_DIFFERS,
     LORA_LAYER_EXTRA,
     LORA_LAYER_LACKING,
+    LORA_MODEL_DIFFERS,
     LORA_OTHER_SOURCE,
     LORA_TENSOR_DIFFERS,
     Finding,
@@ -57,8 +58,8 @@ from vera_convert.text import counted, printable
 from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.lora_config import config_findings
 from vera_convert.verification.lora_names import in_transformers_order, layer_names
-from vera_convert.verification.model_comparison import ModelComparison
-from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.model_comparison import ModelComparison, ModelJob, missing_packages
+from vera_convert.verification.options import VerifyOptions, settle
 
 _MOST_FINDINGS = 50
 _LIMITS = {"F64": 1e-6, "F32": 1e-6, "BF16": 6e-3, "F16": 2e-3}
@@ -97,23 +98,6 @@ class LoraLayerCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFolders:
-    """The folders that a base, its adapter and the LoRA are run from.
-
-    Attributes:
-        adapter: the VeRA adapter.
-        base: the base.
-        lora: the LoRA.
-        weights: the bytes of the base's weights.
-    """
-
-    adapter: Path
-    base: Path
-    lora: Path
-    weights: int
-
-
-@dataclass(frozen=True, slots=True)
 class LoraCheck:
     """The comparison of a LoRA with an adapter.
 
@@ -124,9 +108,10 @@ class LoraCheck:
         zeros: how many layers without effect the LoRA alone has.
         trained_whole: how many heads and biases were compared.
         recorded: the error that the LoRA's record states; None without a record.
-        run: the folders to run the LoRA from, or the reason why the LoRA is not run.
-        model: the result of running the base with the LoRA in PEFT; None if that was not run.
+        run: the models to run, or the reason why no model is run.
         findings: errors; then warnings and notes.
+        model: the result of running the base with the LoRA in PEFT; None if that was not run.
+        failure: the error that stopped the run; None without an error.
     """
 
     label: str
@@ -135,14 +120,21 @@ class LoraCheck:
     zeros: int
     trained_whole: int
     recorded: float | None
-    run: LoraFolders | str
+    run: ModelJob | str
     findings: tuple[Finding, ...]
     model: ModelComparison | None = None
+    failure: SurroundingsError | None = None
 
     @property
     def worst(self) -> LoraLayerCheck | None:
         """The layer with the largest error; None if there is no layer."""
         return max(self.layers, key=lambda layer: layer.error, default=None)
+
+    def with_model(self, model: ModelComparison) -> LoraCheck:
+        """Return the result with that of running the models."""
+        found = [] if model.passed else [LORA_MODEL_DIFFERS.at(self.label, model.reason)]
+        findings = found if model.conclusive else []
+        return replace(self, model=model, findings=(*self.findings, *findings))
 
 
 def check_lora(
@@ -182,11 +174,9 @@ def check_lora(
         layers, wrong = pairing.layers()
         of_config = [*pairing.config_findings()]
         ours.check_unchanged()
-        run: LoraFolders | str = "--layers-only"
+        run: ModelJob | str = "--layers-only"
         if not options.layers_only:
-            run = pairing.why_not_run() or _folders(
-                facts, places, access=access, may_fetch=base_options.model is not None
-            )
+            run = pairing.why_not_run() or _job(facts, *places, base_options, options, access)
         return LoraCheck(
             label=places[1].label,
             origin=pair.origin,
@@ -249,9 +239,9 @@ class _Pairing:
         base = self.facts.base
         if self.lora.form is not Form.PEFT:
             return "PEFT does not load this form"
-        missing = [name for name in ("peft", "torch", "transformers") if find_spec(name) is None]
+        missing = missing_packages("peft", "torch", "transformers")
         if missing:
-            return f"install {' and '.join(missing)} to run the LoRA in PEFT"
+            return f"install {missing} to run the LoRA in PEFT"
         if base is None:
             return "give --base MODEL to run the LoRA in PEFT"
         if base.prefix or base.model_type is None or "quantization_config" in base.config:
@@ -362,14 +352,26 @@ def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
 # --- running -------------------------------------------------------------------------------------
 
 
-def _folders(
-    facts: BaseFacts, places: tuple[Location, Location], *, access: HubAccess, may_fetch: bool
-) -> LoraFolders | str:
-    """Return the folders to run adapter and LoRA in, or the reason why neither is run."""
+def _job(
+    facts: BaseFacts,
+    adapter: Location,
+    lora: Location,
+    base_options: BaseOptions,
+    options: VerifyOptions,
+    access: HubAccess,
+) -> ModelJob | str:
+    """Fetch the base and return the models to run, or the reason why no model is run."""
     base, location = facts.base, facts.location
-    if base is None or location is None or (location.folder is None and not may_fetch):
+    is_reachable = location is not None and (location.folder or base_options.model) is not None
+    if base is None or location is None or not is_reachable:
         return "give --base MODEL to run the LoRA in PEFT"
     sides = sort_files(list_files(location, access), base)
     needed = [name for name in (sides.config, base.index) if name is not None]
-    folder = fetch_base(location, access, names=[*needed, *base.files]).fetched
-    return LoraFolders(places[0].fetched, folder, places[1].fetched, base.weights_size)
+    return ModelJob(
+        adapters=((adapter.fetched, 1.0),),
+        base=fetch_base(location, access, names=[*needed, *base.files]).fetched,
+        found=lora.fetched,
+        weights=base.weights_size,
+        settings=settle(options, base_options, None),
+        is_lora=True,
+    )

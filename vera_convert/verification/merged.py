@@ -11,11 +11,10 @@ from pathlib import Path
 from vera_convert.arguments import Progress
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
-from vera_convert.base.quantized.recognize import method_of
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
@@ -24,12 +23,21 @@ from vera_convert.merging.model_config import config_edits
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     MERGED_IS_ADAPTER,
+    MODEL_DIFFERS,
+    MODEL_SHOWS_LITTLE,
+    MODEL_SHOWS_NOTHING,
     OTHER_BASE_MERGED,
     PROVENANCE_MISSING,
     Finding,
 )
 from vera_convert.verification.expected import without_old_head
 from vera_convert.verification.merge_inputs import GivenInputs, Merged, weight_files
+from vera_convert.verification.merge_job import merge_job
+from vera_convert.verification.model_comparison import (
+    ModelComparison,
+    ModelJob,
+    QuantizedComparison,
+)
 from vera_convert.verification.model_files import (
     config_findings,
     copied_findings,
@@ -48,31 +56,50 @@ class MergedCheck:
 
     Attributes:
         label: the name of the model, as the caller gave it.
-        folder: the folder of the model.
         base: the name of the base, with its commit on the Hub.
-        base_folder: the folder of the base.
         is_base: whether both folders are the same.
         adapters: the adapters.
         settings: the options of the merge.
-        quantizer: the base's quantization method; empty for a base that is not quantized.
         tensors: the result for the tensors.
-        layers_only: whether the model is not run.
         seconds: how long the comparison took.
+        run: the models to run, or the reason why no model is run.
         findings: errors, the worst first; then warnings and notes.
+        model: the result of running the models; None if no model was run.
+        failure: the error that stopped the run; None without an error.
     """
 
     label: str
-    folder: Path
     base: str
-    base_folder: Path
     is_base: bool
     adapters: tuple[MergedAdapter, ...]
     settings: MergeSettings
-    quantizer: str
     tensors: MergedTensors
-    layers_only: bool
     seconds: float
+    run: ModelJob | str
     findings: tuple[Finding, ...]
+    model: ModelComparison | None = None
+    failure: SurroundingsError | None = None
+
+    def with_model(self, model: ModelComparison) -> MergedCheck:
+        """Return the result with that of running the models."""
+        if isinstance(self.run, ModelJob) and self.run.not_quantized:
+            reason = self.run.not_quantized
+            model = replace(model, quantized=QuantizedComparison(not_compared=reason))
+        findings = [*self.findings]
+        if not model.passed:
+            # An inconclusive run must not fail weights that are correct and changed.
+            unclear = MODEL_SHOWS_LITTLE if self.tensors.moved else MODEL_SHOWS_NOTHING
+            rule = MODEL_DIFFERS if model.conclusive else unclear
+            findings.append(rule.at(self.label, model.reason))
+        if model.quantized is not None and not model.quantized.passed:
+            found = model.quantized
+            reason = (
+                "The merged model differs from the quantized base with the adapter in PEFT by "
+                f"{found.difference:.1e} (RMS; limit {found.threshold:.1e}: computing in "
+                f"{found.dtype})."
+            )
+            findings.append(MODEL_DIFFERS.at(self.label, reason))
+        return replace(self, model=model, findings=tuple(findings))
 
 
 def check_merged(
@@ -168,20 +195,19 @@ def _compared(
     ]
     for file in files.values():
         file.check_unchanged()
-    quantization = base.config.get("quantization_config")
     folder, base_folder = model.location.fetched, base.location.fetched
+    adapters = tuple(map(MergedAdapter.of, inputs.adapters))
     return MergedCheck(
         label=model.location.label,
-        folder=folder,
         base=base.location.label,
-        base_folder=base_folder,
         is_base=base_folder.resolve() == folder.resolve(),
-        adapters=tuple(map(MergedAdapter.of, inputs.adapters)),
+        adapters=adapters,
         settings=settings,
-        quantizer=method_of(quantization) if isinstance(quantization, dict) else "",
         tensors=tensors,
-        layers_only=options.layers_only,
         seconds=0.0,
+        run="--layers-only"
+        if options.layers_only
+        else merge_job(adapters, base, folder, settings, tensors),
         findings=tuple(dict.fromkeys(findings)),
     )
 

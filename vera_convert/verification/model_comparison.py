@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 from vera_convert.verification.provenance import MergeSettings
 
 INSTEAD = "verify --layers-only compares without building a model."
 """The advice if a model cannot be run."""
+SAMPLES = 8
+"""How many sequences both models are run on by default."""
+
+
+def missing_packages(*names: str) -> str:
+    """Return the packages that are not installed, in words; empty if all are installed."""
+    return " and ".join(name for name in names if find_spec(name.replace("-", "_")) is None)
 
 
 class Stage(StrEnum):
@@ -40,6 +48,7 @@ class ModelJob:
         adapters: the folder and the weight of each adapter, in the order of the merge.
         base: the folder of the base.
         found: the folder of the merged model, or of the LoRA.
+        weights: the bytes of the larger model's weights; the limits of a run grow with these.
         samples: how many samples to run at most.
         lines: the lines of text to run; None for token ids, or images, drawn at random.
         settings: the options of the merge.
@@ -47,17 +56,20 @@ class ModelJob:
         wider: for each merged weight that is rounded to a wider dtype than the base's, the dtype in
             safetensors' names, by the name of the tensor.
         quantizer: the package that runs the base quantized, as it is stored; empty not to run it.
+        not_quantized: why a base that the merge dequantized is not run as it is stored; else empty.
     """
 
     adapters: tuple[tuple[Path, float], ...]
     base: Path
     found: Path
-    samples: int
+    weights: int
+    samples: int = SAMPLES
     lines: tuple[str, ...] | None = None
     settings: MergeSettings = field(default_factory=MergeSettings)
     is_lora: bool = False
     wider: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = ""
+    not_quantized: str = ""
 
     @property
     def models(self) -> int:

@@ -24,10 +24,8 @@ from vera_convert.errors import UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
+from vera_convert.verification.model_comparison import SAMPLES
 from vera_convert.verification.provenance import MergeSettings, Provenance
-
-SAMPLES = 8
-"""How many sequences both models are run on by default."""
 
 
 @dataclass(frozen=True, slots=True)

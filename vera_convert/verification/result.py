@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vera_convert.errors import VeraConvertError
+from vera_convert.errors import SurroundingsError
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import short_repr
 from vera_convert.verification.forms import FormCheck
@@ -22,8 +22,6 @@ class Verification:
         form: the result for another form of the adapter; None if no other form was given.
         merged: the result for a merged model; None if no merged model was given.
         lora: the result for a LoRA; None if no LoRA was given.
-        model: the result of running the merged model; None if the model was not run.
-        not_run: why the model could not be run; None if it could.
         seconds: how long the verification took.
         findings: errors, the worst first; then warnings and notes.
     """
@@ -32,12 +30,21 @@ class Verification:
     form: FormCheck | None
     merged: MergedCheck | None
     lora: LoraCheck | None
-    model: ModelComparison | None
-    not_run: VeraConvertError | None
     seconds: float
     findings: tuple[Finding, ...]
 
     __repr__ = short_repr
+
+    @property
+    def model(self) -> ModelComparison | None:
+        """The result of running the merged model; None if the model was not run."""
+        return None if self.merged is None else self.merged.model
+
+    @property
+    def not_run(self) -> SurroundingsError | None:
+        """Why models could not be run; None if no run failed."""
+        failures = (each.failure for each in (self.merged, self.lora) if each is not None)
+        return next((each for each in failures if each is not None), None)
 
     @property
     def errors(self) -> tuple[Finding, ...]:

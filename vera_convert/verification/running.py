@@ -26,10 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from vera_convert.arguments import Progress
-from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.draws.generator import Variant
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import (
     INSTEAD,
@@ -108,7 +105,6 @@ _LOOK_EVERY = 0.1
 def run_models(
     job: ModelJob,
     *,
-    weights: int,
     progress: Progress = lambda _done, _of: None,
     limits: Limits | None = None,
 ) -> ModelComparison:
@@ -116,7 +112,6 @@ def run_models(
 
     Args:
         job: the models and how they were merged.
-        weights: the bytes of the larger model's weights; the limits grow with these.
         progress: called with the samples run so far, over all models, and their total.
         limits: the memory and the time of the child.
 
@@ -127,10 +122,10 @@ def run_models(
     limits = limits or Limits()
     with TemporaryDirectory(prefix="vera-convert-") as scratch, _started(scratch) as child:
         cores = limits.memory_per_core * (os.cpu_count() or 1)
-        memory = int(limits.memory + cores + limits.memory_factor * weights)
+        memory = int(limits.memory + cores + limits.memory_factor * job.weights)
         _send(child, {**asdict(job), "memory": memory})
         progress(0, job.models * job.samples)
-        return _Watch(child, weights, limits, progress).result()
+        return _Watch(child, job.weights, limits, progress).result()
 
 
 @contextmanager
@@ -270,28 +265,11 @@ def _document(line: bytes) -> dict[str, Any] | None:
 
 
 def job_of(document: Mapping[str, Any]) -> ModelJob:
-    """Return the job that the parent wrote to the child."""
-    settings, lines = document["settings"], document["lines"]
-    tied, generator = settings["tied"], settings["generator"]
-    typed = {
-        "projections": ProjectionSource(settings["projections"]),
-        "generator": None if generator is None else Variant(generator),
-        "tied": None if tied is None else Tied(tied),
-        "key_map": tuple((old, new) for old, new in settings["key_map"]),
-        "labels": tuple(settings["labels"]),
-        "given": frozenset(settings["given"]),
-    }
-    return ModelJob(
-        adapters=tuple((Path(folder), weight) for folder, weight in document["adapters"]),
-        base=Path(document["base"]),
-        found=Path(document["found"]),
-        samples=document["samples"],
-        lines=None if lines is None else tuple(lines),
-        settings=MergeSettings(**{**settings, **typed}),
-        is_lora=document["is_lora"],
-        wider=document["wider"],
-        quantizer=document["quantizer"],
-    )
+    """Return the job that the parent wrote to the child; its choices are plain strings."""
+    settings = MergeSettings(**document["settings"])
+    folders = {name: Path(document[name]) for name in ("base", "found")}
+    adapters = tuple((Path(folder), weight) for folder, weight in document["adapters"])
+    return ModelJob(**{**document, **folders, "adapters": adapters, "settings": settings})
 
 
 def printable_reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ def main() -> None:
     document = json.loads(sys.stdin.buffer.readline())
     answer = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print to nowhere
-    _limit(document["memory"])
+    _limit(document.pop("memory"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def say(said: Mapping[str, object]) -> None:

@@ -107,7 +107,7 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     runs.enter(Stage.MERGE)
     tied = job.settings.tied
     vera.merge(check=False, tied=tied)
-    if tied is Tied.ADD:
+    if tied == Tied.ADD:
         share_trained(vera.model)
     unrounded = run_model(vera, samples, runs.begin)
     branches, noise = difference(wrapped, unrounded), order_noise(unrounded, wide)
@@ -128,7 +128,7 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
         weights=sum(weight.numel() for weight in weights),
         branches=min(branches, noise),
         # If embedding and head share a change of one of the two, the wrapped model lacks a part.
-        calls_layers=not skips_layers or tied is Tied.ADD,
+        calls_layers=not skips_layers or tied == Tied.ADD,
         wrapped_is_merged=skips_layers,
     )
 
