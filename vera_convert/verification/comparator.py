@@ -15,7 +15,7 @@ ULP is the unit in the last place: the value of the last bit at the size of a nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,11 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
     return values.astype(dtype)
 
 
+def rounded_to(values: Array, narrow: np.dtype[Any]) -> Array:
+    """Round values to a narrower dtype, and return the result in the dtype of the values."""
+    return rounded(values, narrow).astype(values.dtype)
+
+
 # --- sums ----------------------------------------------------------------------------------------
 
 
@@ -175,74 +180,65 @@ class _Factor:
     The operand of the rows, (rows, r), is scaled block by block.
 
     Attributes:
-        term: the adapter's matrices and vectors.
+        A: (r, in or more).
+        B: (out or more, r).
         d: the vector of the rank, (r,).
         b: the vector of the outputs, times the adapter's weight.
         of_columns: the operand of the columns, (r, columns), scaled.
         norms: the norm of each column of `of_columns`.
     """
 
-    term: Term
+    A: Array
+    B: Array
     d: Array
     b: Array
     of_columns: Array
     norms: Array
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Off:
-    """The values of a block that differ from the expected values.
-
-    Attributes:
-        weights: the base's values.
-        total: the sums, in the working dtype.
-        found: the merged model's values.
-        wanted: the rounded sums.
-        places: the index of each value in the flattened block.
-    """
-
-    weights: Array
-    total: Array
-    found: Array
-    wanted: Array
-    places: Array
-
-
 class Comparator:
     """Compare blocks of one tensor, and hold the operands that all blocks share."""
 
-    def __init__(self, tensor: Expected) -> None:
+    def __init__(self, tensor: Expected, narrow: np.dtype[Any] | None = None) -> None:
+        """Prepare the operands.
+
+        Args:
+            tensor: a tensor that deltas are added to.
+            narrow: a dtype to round the vectors, A and B to; None to use the stored values.
+        """
         self.tensor = tensor
         self._stored = NUMPY_DTYPE[tensor.stored]
         operands = [dtype for term in tensor.terms for dtype in term.dtypes]
-        self.working = working_dtype(self._stored, *operands)
-        self._factors = [self._factor(term) for term in tensor.terms]
+        self.working = working_dtype(self._stored, *([] if narrow is not None else operands))
+        self._factors = [self._factor(term, narrow) for term in tensor.terms]
         # A merge may round to 16 bits by way of float32.
-        narrow = NUMPY_DTYPE[tensor.dtype].itemsize < FLOAT32.itemsize
-        self.last_bit = float(np.finfo(FLOAT32 if narrow else self.working).eps) / 2
+        is_narrow = NUMPY_DTYPE[tensor.dtype].itemsize < FLOAT32.itemsize
+        self.last_bit = float(np.finfo(FLOAT32 if is_narrow else self.working).eps) / 2
         self._moved = False
 
-    def _factor(self, term: Term) -> _Factor:
-        d, b = term.layer.vectors()
+    def _factor(self, term: Term, narrow: np.dtype[Any] | None) -> _Factor:
+        A, B, (d, b) = term.A, term.B, term.layer.vectors()
+        if narrow is not None:
+            A, B, d, b = (rounded_to(each.astype(FLOAT32), narrow) for each in (A, B, d, b))
         if term.weight != 1:
             b = b.astype(self.working) * self.working.type(term.weight)
         columns = self.tensor.matrix[1]
         if self.tensor.conv1d:
             folded = np.empty((columns, len(d)), self.working)
-            shared = scaled_B(b, term.B[:columns], out=folded).T
+            shared = scaled_B(b, B[:columns], out=folded).T
         else:
             folded = np.empty((len(d), columns), self.working)
-            shared = scaled_A(d, term.A[:, :columns], out=folded)
-        return _Factor(term, d, b, shared, _norms(shared, axis=0))
+            shared = scaled_A(d, A[:, :columns], out=folded)
+        return _Factor(A, B, d, b, shared, _norms(shared, axis=0))
 
     def _row_operand(self, factor: _Factor, first: int, last: int) -> Array:
         """Return the scaled operand of some rows, (n, r)."""
         rank = len(factor.d)
         if self.tensor.conv1d:
             folded = np.empty((rank, last - first), self.working)
-            return scaled_A(factor.d, factor.term.A[:, first:last], out=folded).T
+            return scaled_A(factor.d, factor.A[:, first:last], out=folded).T
         folded = np.empty((last - first, rank), self.working)
-        return scaled_B(factor.b[first:last], factor.term.B[first:last], out=folded)
+        return scaled_B(factor.b[first:last], factor.B[first:last], out=folded)
 
     def deltas(self, first: int, last: int) -> Iterator[Array]:
         """Yield the delta of each adapter for some rows, in the working dtype."""
@@ -253,8 +249,7 @@ class Comparator:
         """Yield each adapter's delta for some rows, with operands rounded to a narrow dtype."""
         for factor in self._factors:
             lines, shared = self._row_operand(factor, first, last), factor.of_columns
-            left, right = (rounded(each, narrow).astype(each.dtype) for each in (lines, shared))
-            yield left @ right
+            yield rounded_to(lines, narrow) @ rounded_to(shared, narrow)
 
     def transposed_deltas(self, first: int, last: int) -> Iterator[Array]:
         """Yield some rows of the transposed delta of each adapter, for a square tensor."""
@@ -290,14 +285,9 @@ class Comparator:
             result += Comparison(differs.size, moved=self._moved)
             places = np.flatnonzero(differs)
             if places.size:
-                off = _Off(
-                    weights[rows].reshape(-1)[places],
-                    total[rows].reshape(-1)[places],
-                    found[rows].reshape(-1)[places],
-                    wanted.reshape(-1)[places],
-                    places + row * columns,
-                )
-                result += self._compare_off(off, norms, first * columns)
+                blocks = (weights[rows], total[rows], found[rows], wanted)
+                off = [block.reshape(-1)[places] for block in blocks]
+                result += self._compare_off(off, norms, places + row * columns, first * columns)
         return result
 
     def _row_norms(self, first: int, last: int) -> list[Array]:
@@ -311,17 +301,21 @@ class Comparator:
             scale += of_rows[rows] * factor.norms[across]
         return scale
 
-    def _compare_off(self, off: _Off, norms: list[Array], before: int) -> Comparison:
+    def _compare_off(
+        self, off: Sequence[Array], norms: list[Array], places: Array, before: int
+    ) -> Comparison:
         """Compare the values that differ from our own rounded sum.
 
         Args:
-            off: the values.
+            off: the base's values, the sums in the working dtype, the merged model's values, and
+                the rounded sums.
             norms: for each adapter, the norms of the operand of the block's rows.
+            places: the index of each value in the flattened block.
             before: how many values of the tensor come before the block.
         """
-        sums, ours, merged = (a.astype(FLOAT64) for a in (off.total, off.wanted, off.found))
-        products = self._products(norms, off.places)
-        size = np.maximum(np.abs(off.weights.astype(FLOAT64)), np.abs(sums))
+        weights, sums, merged, ours = (each.astype(FLOAT64) for each in off)
+        products = self._products(norms, places)
+        size = np.maximum(np.abs(weights), np.abs(sums))
         dtype = self.tensor.dtype
         half = last_bits(np.maximum(np.abs(sums), np.abs(merged)), dtype) / 2
         unit = self.last_bit * np.maximum(np.maximum(size, products), _TINY)
@@ -340,7 +334,7 @@ class Comparator:
             int(np.count_nonzero(excess > LIMIT)),
             float(ulps.max()),
             float(excess[at]),
-            Worst(before + int(off.places[at]), float(merged[at]), float(ours[at])),
+            Worst(before + int(places[at]), float(merged[at]), float(ours[at])),
         )
 
 

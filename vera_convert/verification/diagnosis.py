@@ -46,20 +46,18 @@ class _Rows:
 
     Attributes:
         first: the number of the first row.
-        stored: the base's rows, as they are stored.
+        weights: the base's rows, as they are stored.
         found: the merged model's rows.
         comparator: the comparator of the tensor.
-        weights: the base's values.
         change: the difference between merged and base, in float64.
         delta: the expected difference.
         noise: for each value, half a ULP of the merged dtype, the largest error of one rounding.
     """
 
     first: int
-    stored: Array
+    weights: Array
     found: Array
     comparator: Comparator
-    weights: Array
     change: Array
     delta: Array
     noise: Array
@@ -101,13 +99,12 @@ def _rows(pair: Pair, worst: int) -> _Rows:
     step = max(1, _MOST_VALUES // columns)
     first = worst // columns // step * step
     last = min(first + step, count)
-    found, stored = pair.rows(first, last, Buffers())
+    found, weights = pair.rows(first, last, Buffers())
     comparator = Comparator(pair.expected)
-    weights = stored
     values, merged = weights.astype(FLOAT64), found.astype(FLOAT64)
     noise = last_bits(np.maximum(np.abs(values), np.abs(merged)), pair.expected.dtype) / 2
     delta = _sum(comparator.deltas(first, last), values.shape)
-    return _Rows(first, stored, found, comparator, weights, merged - values, delta, noise)
+    return _Rows(first, weights, found, comparator, merged - values, delta, noise)
 
 
 def _of_sizes(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
@@ -201,6 +198,6 @@ def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
     tensor = pair.expected
     if not is_wider(tensor.stored, tensor.dtype) or tensor.decode is not None:
         return False
-    before = rounded(rows.stored, rows.found.dtype)
+    before = rounded(rows.weights, rows.found.dtype)
     compared = rows.comparator.compare(before, rows.found, rows.first)
     return not compared.wrong and compared.values >= _FEW

@@ -176,7 +176,7 @@ def check_lora(
         ours.check_unchanged()
         run: ModelJob | str = "--layers-only"
         if not options.layers_only:
-            run = pairing.why_not_run() or _job(facts, *places, base_options, options, access)
+            run = pairing.why_not_run() or _job(facts, places, base_options, options, access)
         return LoraCheck(
             label=places[1].label,
             origin=pair.origin,
@@ -354,13 +354,20 @@ def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
 
 def _job(
     facts: BaseFacts,
-    adapter: Location,
-    lora: Location,
+    places: tuple[Location, Location],
     base_options: BaseOptions,
     options: VerifyOptions,
     access: HubAccess,
 ) -> ModelJob | str:
-    """Fetch the base and return the models to run, or the reason why no model is run."""
+    """Fetch the base and return the models to run, or the reason why no model is run.
+
+    Args:
+        facts: the base facts.
+        places: where the adapter and the LoRA lie.
+        base_options: the caller's options for the base.
+        options: the options of the comparison.
+        access: how the Hub is reached.
+    """
     base, location = facts.base, facts.location
     is_reachable = location is not None and (location.folder or base_options.model) is not None
     if base is None or location is None or not is_reachable:
@@ -368,9 +375,9 @@ def _job(
     sides = sort_files(list_files(location, access), base)
     needed = [name for name in (sides.config, base.index) if name is not None]
     return ModelJob(
-        adapters=((adapter.fetched, 1.0),),
+        adapters=((places[0].fetched, 1.0),),
         base=fetch_base(location, access, names=[*needed, *base.files]).fetched,
-        found=lora.fetched,
+        found=places[1].fetched,
         weights=base.weights_size,
         settings=settle(options, base_options, None),
         is_lora=True,

@@ -1,4 +1,7 @@
-"""Read a merged tensor and its expected source in blocks, never as a whole."""
+"""Read a merged tensor and its expected source in blocks, never as a whole.
+
+tensors, in the order of their bytes ──► runs of adjacent small tensors ──► blocks
+"""
 
 from __future__ import annotations
 
@@ -59,8 +62,8 @@ class Pair:
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of one row in the merged model."""
-        return self.expected.matrix[1] * BITS[self.found] // 8
+        """The bytes of one row in the merged model; a copied tensor is read byte by byte."""
+        return 1 if self.expected.is_copied else self.expected.matrix[1] * BITS[self.found] // 8
 
     def continues(self, other: Pair) -> bool:
         """Return whether the copied bytes follow those of another pair, in both files."""
@@ -74,19 +77,8 @@ class Pair:
             and mine.start == before.start + other.nbytes
         )
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the start and the end of each block: in bytes for copied tensors, else in rows."""
-        if self.expected.is_copied:
-            size, step = self.nbytes, _BLOCK_BYTES
-        else:
-            size, columns = self.expected.matrix
-            ranks = [len(term.A) for term in self.expected.terms]
-            step = max(1, BLOCK_VALUES // max(columns, *ranks, 1))
-        for first in range(0, size, step):
-            yield first, min(first + step, size)
-
     def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
-        """Return bytes of the merged tensor and of its source."""
+        """Return bytes of a copied tensor, or of a run of these, and of the source."""
         size = last - first
         found, source = buffers.take(0, size), buffers.take(1, size)
         with self.file.open() as file:
@@ -122,14 +114,42 @@ def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
     return narrow
 
 
-Run = tuple[Pair, ...]
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A part of a tensor, or a run of small tensors whose copied bytes are adjacent.
 
-
-def runs_of(pairs: Iterable[Pair]) -> Iterator[Run]:
-    """Yield runs of small tensors whose copied bytes are adjacent, and other tensors alone.
-
-    A run is compared in one step, and is at most as long as a block.
+    Attributes:
+        run: the tensor, or the tensors of the run.
+        first: the number of the first row.
+        last: the number of the row after the block.
     """
+
+    run: tuple[Pair, ...]
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the block in the merged model."""
+        return (self.last - self.first) * self.run[0].row_bytes
+
+
+def blocks_of(pairs: Iterable[Pair]) -> Iterator[Block]:
+    """Yield the blocks of all tensors; a run of several tensors is a single block."""
+    for run in _runs_of(pairs):
+        tensor = run[0].expected
+        if tensor.is_copied:
+            size, step = sum(pair.nbytes for pair in run), _BLOCK_BYTES
+        else:
+            size, columns = tensor.matrix
+            ranks = [len(term.A) for term in tensor.terms]
+            step = max(1, BLOCK_VALUES // max(columns, *ranks, 1))
+        for first in range(0, size, step):
+            yield Block(run, first, min(first + step, size))
+
+
+def _runs_of(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, ...]]:
+    """Yield runs of small tensors that are at most as long as a block, and other tensors alone."""
     run: list[Pair] = []
     size = 0
     for pair in pairs:
@@ -155,8 +175,8 @@ def pairs_of(
     files: Mapping[str, InputFile],
     *,
     wider_too: bool = False,
-) -> list[Pair]:
-    """Return the tensors that can be compared, in the order of their bytes on the disk.
+) -> dict[str, Pair]:
+    """Return the tensors that can be compared, by name, in the order of their bytes on the disk.
 
     Args:
         expected: the expected tensors, by name.
@@ -177,4 +197,5 @@ def pairs_of(
             due = replace(tensor, dtype=there.info.dtype, kind=kind)
         start = merged.files[there.file].data_start + there.info.start
         found.append(Pair(due, files[there.file], start, due.dtype))
-    return sorted(found, key=lambda pair: (str(pair.file.path), pair.start))
+    found.sort(key=lambda pair: (str(pair.file.path), pair.start))
+    return {pair.expected.name: pair for pair in found}

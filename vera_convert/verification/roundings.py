@@ -7,17 +7,15 @@ differ from the correct values, and no other differences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32
 from vera_convert.dtypes import NAMES
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.verification.comparator import Comparator, rounded
+from vera_convert.verification.comparator import Comparator, rounded, rounded_to
 
 Array = NDArray[Any]
 
@@ -61,9 +59,7 @@ def _procedures(
     for name, narrow in _NARROW.items():
         if written.itemsize == 2 and written != narrow:
             continue
-        coarse = Comparator(
-            replace(comparator.tensor, terms=_narrowed(comparator.tensor.terms, narrow))
-        )
+        coarse = Comparator(comparator.tensor, narrow)
         products = [*coarse.deltas(first, last)]
         native = [*coarse.deltas_in(first, last, narrow)]
         for sentence, added in (
@@ -71,7 +67,7 @@ def _procedures(
             (_DELTA_AND_VECTORS, products),
             (_NATIVE, native),
         ):
-            narrowed = [_rounded_to(delta, narrow) for delta in added]
+            narrowed = [rounded_to(delta, narrow) for delta in added]
             yield sentence.format(name), _added(weights, narrowed, written, each=True)
         yield _VECTORS.format(name), _added(weights, products, written, each=False)
 
@@ -98,38 +94,3 @@ def _added(weights: Array, deltas: Sequence[Array], written: np.dtype[Any], *, e
         if each:
             total = rounded(total, written)
     return rounded(total, written)
-
-
-def _rounded_to(values: Array, narrow: np.dtype[Any]) -> Array:
-    """Return values rounded to a narrower dtype, in their own dtype."""
-    return rounded(values, narrow).astype(values.dtype)
-
-
-def _narrowed(terms: Sequence[Term], narrow: np.dtype[Any]) -> tuple[Term, ...]:
-    return tuple(
-        replace(
-            term,
-            A=_rounded_to(term.A.astype(FLOAT32), narrow),
-            B=_rounded_to(term.B.astype(FLOAT32), narrow),
-            layer=_NarrowVectors(term, narrow),
-        )
-        for term in terms
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _NarrowVectors:
-    """The rounded vectors of a layer."""
-
-    term: Term
-    narrow: np.dtype[Any]
-
-    @property
-    def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        return FLOAT32, FLOAT32
-
-    def vectors(self) -> tuple[Array, Array]:
-        d, b = self.term.layer.vectors()
-        return _rounded_to(d.astype(FLOAT32), self.narrow), _rounded_to(
-            b.astype(FLOAT32), self.narrow
-        )

@@ -8,10 +8,8 @@ Memory holds a few blocks for each thread, and A and B, whatever the size of a t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from vera_convert.arguments import Progress
 from vera_convert.assembly.input_files import InputFile
@@ -37,7 +35,7 @@ from vera_convert.verification.comparator import (
 )
 from vera_convert.verification.diagnosis import cause
 from vera_convert.verification.expected import Expected, Kind
-from vera_convert.verification.pairs import Buffers, Pair, Run, pairs_of, runs_of
+from vera_convert.verification.pairs import Block, Buffers, Pair, blocks_of, pairs_of
 
 _MOST_FINDINGS = 50
 _MOST_CAUSES = 64
@@ -45,7 +43,6 @@ _MOST_CAUSES = 64
 
 Explain = Callable[[Sequence[str]], Mapping[str, str]]
 """Takes the names of wrong tensors, the worst first, and returns the causes of some of these."""
-Job = tuple[Run, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +160,33 @@ def check_tensors(
         SurroundingsError: a file cannot be read, or changed meanwhile.
     """
     pairs = pairs_of(expected, merged, files, wider_too=wider_too)
-    count = jobs or default_jobs()
-    comparisons = _Work(pairs, count, progress).run()
-    pairs = _rounded_before(pairs, comparisons, expected, count)
-    found = {pair.expected.name: check for pair, check in _checks(pairs, comparisons, explain)}
-    checks = tuple(found[name] for name in expected if name in found)
-    compared = MergedTensors(
-        checks,
-        (),
-        sum(pair.nbytes for pair in pairs),
-        count,
-        {c.name: c.rounded for c in checks if c.dtype != expected[c.name].dtype},
+    jobs = jobs or default_jobs()
+    comparisons = _comparisons(pairs, jobs, progress)
+    again = _in_expected_dtype(pairs, comparisons, expected)
+    for name, comparison in _comparisons(again, jobs, lambda _done, _of: None).items():
+        if not comparison.wrong:
+            pairs[name], comparisons[name] = again[name], comparison
+    causes = _causes(pairs, comparisons, explain)
+    checks = tuple(
+        TensorCheck(
+            name,
+            pair.expected.kind,
+            pair.found,
+            pair.expected.shape,
+            comparisons[name],
+            causes.get(name, ""),
+            pair.expected.dtype,
+        )
+        for name in expected
+        if (pair := pairs.get(name)) is not None
     )
+    wider = {
+        check.name: check.rounded for check in checks if check.dtype != expected[check.name].dtype
+    }
+    nbytes = sum(pair.nbytes for pair in pairs.values())
+    compared = MergedTensors(checks, (), nbytes, jobs, wider)
     kinds = [
-        [*_other_dtypes(expected, merged, compared)],
+        [*_other_dtypes(expected, merged, wider)],
         [*_other_shapes(expected, merged)],
         *_only_in_one(expected, merged),
         [check.finding() for check in compared.worst_first],
@@ -185,62 +195,41 @@ def check_tensors(
     return replace(compared, findings=tuple(listed), unlisted=sum(map(len, kinds)) - len(listed))
 
 
-def _rounded_before(
-    pairs: Sequence[Pair],
-    comparisons: dict[str, Comparison],
+def _in_expected_dtype(
+    pairs: Mapping[str, Pair],
+    comparisons: Mapping[str, Comparison],
     expected: Mapping[str, Expected],
-    jobs: int,
-) -> list[Pair]:
-    """Compare wrong tensors in a wider dtype again, with values rounded to the expected dtype.
+) -> dict[str, Pair]:
+    """Return the wrong tensors in a wider dtype, to be compared in the expected dtype.
 
-    A model that was merged in 16 bits can be saved in 32. Return the pairs, and replace the
-    comparisons, of these tensors.
+    A model that was merged in 16 bits can be saved in 32.
     """
-    again = [
-        replace(pair, expected=expected[pair.expected.name])
-        for pair in pairs
+    return {
+        name: replace(pair, expected=expected[name])
+        for name, pair in pairs.items()
         if pair.expected.kind is Kind.ADDED
-        and pair.expected.dtype != expected[pair.expected.name].dtype
-        and comparisons[pair.expected.name].wrong
+        and pair.expected.dtype != expected[name].dtype
+        and comparisons[name].wrong
+    }
+
+
+def _causes(
+    pairs: Mapping[str, Pair], comparisons: Mapping[str, Comparison], explain: Explain
+) -> dict[str, str]:
+    """Return the causes of wrong tensors with deltas, by name, if the values prove a cause."""
+    wrong = [
+        name
+        for name, pair in pairs.items()
+        if pair.expected.kind is Kind.ADDED and comparisons[name].wrong
     ]
-    if not again:
-        return [*pairs]
-    found = _Work(again, jobs, lambda _done, _of: None).run()
-    narrow = {pair.expected.name: pair for pair in again if not found[pair.expected.name].wrong}
-    comparisons.update({name: found[name] for name in narrow})
-    return [narrow.get(pair.expected.name, pair) for pair in pairs]
-
-
-def _checks(
-    pairs: Sequence[Pair], comparisons: Mapping[str, Comparison], explain: Explain
-) -> Iterator[tuple[Pair, TensorCheck]]:
-    """Yield the result for each tensor, with causes for the worst."""
-    added = [pair for pair in pairs if pair.expected.kind is Kind.ADDED]
-    wrong = [pair for pair in added if comparisons[pair.expected.name].wrong]
-    wrong.sort(key=lambda pair: -comparisons[pair.expected.name].excess)
-    causes = {**explain([pair.expected.name for pair in wrong])} if wrong else {}
-    for pair in wrong[:_MOST_CAUSES]:
-        if pair.expected.name not in causes:
-            causes[pair.expected.name] = cause(pair, comparisons[pair.expected.name])
-    for pair in pairs:
-        tensor = pair.expected
-        comparison = comparisons[tensor.name]
-        yield (
-            pair,
-            TensorCheck(
-                tensor.name,
-                tensor.kind,
-                pair.found,
-                tensor.shape,
-                comparison,
-                causes.get(tensor.name, ""),
-                tensor.dtype,
-            ),
-        )
+    wrong.sort(key=lambda name: -comparisons[name].excess)
+    causes = {**explain(wrong)} if wrong else {}
+    rest = [name for name in wrong[:_MOST_CAUSES] if name not in causes]
+    return causes | {name: cause(pairs[name], comparisons[name]) for name in rest}
 
 
 def _other_dtypes(
-    expected: Mapping[str, Expected], merged: BaseModel, compared: MergedTensors
+    expected: Mapping[str, Expected], merged: BaseModel, wider: Collection[str]
 ) -> Iterator[Finding]:
     """Yield one finding for each pair of found and expected dtype."""
     others: dict[tuple[str, str], list[str]] = {}
@@ -250,7 +239,7 @@ def _other_dtypes(
             others.setdefault((there.info.dtype, tensor.dtype), []).append(name)
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
         more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
-        rule = MERGED_TENSOR_WIDER if names[0] in compared.wider else MERGED_TENSOR_FORM
+        rule = MERGED_TENSOR_WIDER if names[0] in wider else MERGED_TENSOR_FORM
         yield rule.in_tensor(names[0], f"it{more} {found} instead of {due}.")
 
 
@@ -268,29 +257,18 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
     extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
     lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
     won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
-    notes = []
-    for buffers, said in (
-        (lost, "not stored in the merged model"),
-        (won, "not stored in the base"),
-    ):
-        if buffers:
-            place = listed(buffers, 1, noun="buffer")
-            notes.append(MERGED_BUFFER.at(place, f"{said}."))
-    buffers_of_one = {*lost, *won}
-    missing = [
-        MERGED_TENSOR_MISSING.in_tensor(
-            name, f"{merged.location.label} has no tensor of this name."
-        )
-        for name in gone
-        if name not in buffers_of_one
+    notes = [
+        MERGED_BUFFER.at(listed(names, 1, noun="buffer"), f"not stored in the {owner}.")
+        for names, owner in ((lost, "merged model"), (won, "base"))
+        if names
     ]
+    no_tensor = f"{merged.location.label} has no tensor of this name."
+    missing = [
+        MERGED_TENSOR_MISSING.in_tensor(name, no_tensor) for name in gone if name not in lost
+    ]
+    no_source = "neither the base nor an adapter has a tensor for this name."
     unknown = [
-        MERGED_TENSOR_UNKNOWN.in_tensor(
-            name,
-            "neither the base nor an adapter has a tensor for this name.",
-        )
-        for name in extra
-        if name not in buffers_of_one
+        MERGED_TENSOR_UNKNOWN.in_tensor(name, no_source) for name in extra if name not in won
     ]
     return [notes, missing, unknown]
 
@@ -320,86 +298,57 @@ def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     return last == "bias" and of_attention and is_mask
 
 
-class _Work:
-    """Compare blocks in threads, and add up the results for each tensor."""
+def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> dict[str, Comparison]:
+    """Compare all blocks in threads, and add up the results for each tensor, by name."""
+    found = {name: Comparison() for name in pairs}
+    done, total = 0, sum(pair.nbytes for pair in pairs.values())
+    lock = threading.Lock()
 
-    def __init__(self, pairs: Sequence[Pair], jobs: int, progress: Progress) -> None:
-        self._pairs = pairs
-        self._jobs = jobs
-        self._progress = progress
-        self._lock = threading.Lock()
-        self._comparisons = {pair.expected.name: Comparison() for pair in pairs}
-        self._done = 0
-        self._of = sum(pair.nbytes for pair in pairs)
-
-    def run(self) -> dict[str, Comparison]:
-        blocks = (block for run in runs_of(self._pairs) for block in _blocks(run))
-        with one_blas_thread(), WorkerPool[Job](self._jobs, self._worker) as pool:
-            pool.run(blocks, tell=lambda: self._progress(self._done, self._of))
-        return self._comparisons
-
-    def _worker(self) -> Callable[[Job], None]:
+    def worker() -> Callable[[Block], None]:
         """Return a function that compares one block, with the buffers of one thread."""
         buffers = Buffers()
         comparators: dict[str, Comparator] = {}
 
-        def work(job: Job) -> None:
-            run, first, last = job
-            if len(run) > 1:
-                comparisons = _compared_run(run, last, buffers)
-                with self._lock:
-                    self._comparisons.update(comparisons)
-                    self._done += last
-                return
-            (pair,) = run
-            tensor = pair.expected
-            if tensor.terms and tensor.name not in comparators:
-                comparators.clear()
-                comparators[tensor.name] = Comparator(tensor)
-            comparison = _compared(pair, first, last, buffers, comparators.get(tensor.name))
-            with self._lock:
-                self._comparisons[tensor.name] += comparison
-                self._done += last - first if tensor.is_copied else _bytes(pair, first, last)
+        def work(block: Block) -> None:
+            nonlocal done
+            results = [*_compared(block, buffers, comparators)]
+            with lock:
+                for pair, comparison in zip(block.run, results, strict=True):
+                    found[pair.expected.name] += comparison
+                done += block.nbytes
 
         return work
 
-
-def _blocks(run: Run) -> Iterator[Job]:
-    """Yield the blocks of a single tensor; a run of several tensors is one block of bytes."""
-    if len(run) > 1:
-        yield run, 0, sum(pair.nbytes for pair in run)
-        return
-    for first, last in run[0].blocks():
-        yield run, first, last
-
-
-def _compared_run(run: Run, size: int, buffers: Buffers) -> dict[str, Comparison]:
-    """Compare tensors whose bytes are adjacent."""
-    found, wanted = run[0].raw(0, size, buffers)
-    if np.array_equal(found, wanted):
-        return {pair.expected.name: Comparison(pair.expected.count) for pair in run}
-    comparisons, at = {}, 0
-    for pair in run:
-        bytes_of = slice(at, at + pair.nbytes)
-        comparisons[pair.expected.name] = compare_bytes(
-            found[bytes_of], wanted[bytes_of], pair.expected.dtype, 0
-        )
-        at += pair.nbytes
-    return comparisons
-
-
-def _bytes(pair: Pair, first: int, last: int) -> int:
-    return (last - first) * pair.row_bytes
+    if pairs:
+        with one_blas_thread(), WorkerPool[Block](jobs, worker) as pool:
+            pool.run(blocks_of(pairs.values()), tell=lambda: progress(done, total))
+    return found
 
 
 def _compared(
-    pair: Pair, first: int, last: int, buffers: Buffers, comparator: Comparator | None
-) -> Comparison:
+    block: Block, buffers: Buffers, comparators: dict[str, Comparator]
+) -> Iterator[Comparison]:
+    """Yield the result for each tensor of a block.
+
+    Args:
+        block: the block.
+        buffers: the buffers to read into.
+        comparators: the comparator of the tensor before, which is replaced by that of this tensor.
+    """
+    pair, first, last = block.run[0], block.first, block.last
     tensor = pair.expected
     if tensor.is_copied:
         found, wanted = pair.raw(first, last, buffers)
-        return compare_bytes(found, wanted, tensor.dtype, first)
+        end = 0
+        for each in block.run:
+            start, end = end, min(end + each.nbytes, len(found))
+            yield compare_bytes(found[start:end], wanted[start:end], each.expected.dtype, first)
+        return
     found, stored = pair.rows(first, last, buffers)
-    if comparator is None:
-        return compare_conversion(tensor, stored, found, first)
-    return comparator.compare(stored, found, first)
+    if not tensor.terms:
+        yield compare_conversion(tensor, stored, found, first)
+        return
+    if tensor.name not in comparators:
+        comparators.clear()
+        comparators[tensor.name] = Comparator(tensor)
+    yield comparators[tensor.name].compare(stored, found, first)
