@@ -505,8 +505,21 @@ def test_files_beside_the_adapter_are_carried_and_the_card_is_new(
         "chat_template.jinja",
     }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "vera-convert to-lora adapter OUT --rank 3" in card
+    assert "vera-convert to-lora adapter OUT --base MODEL --rank 3\n" in card
+    assert "an approximation of\nthe VeRA adapter" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(("engine", "name"), [("vllm", WEIGHTS), ("mlx", "adapters.safetensors")])
+def test_the_card_names_the_file_and_the_library_of_the_form(
+    engine: str, name: str, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    converted(adapter, base, tmp_path / "out", engine=engine, rank=99, projections="file")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"library_name: {'mlx' if engine == 'mlx' else 'peft'}\n" in card
+    assert f"The metadata of `{name}`" in card
+    assert f"--for {engine} --rank 99 --projections file\n" in card
+    assert "the same change of the weights as" in card
 
 
 def test_a_file_beside_the_adapter_counts_when_the_disk_is_too_small(
@@ -591,6 +604,12 @@ def test_force_replaces_a_lora_of_this_command_alone(
         converted(adapter, base, tmp_path / "out")
     converted(adapter, base, tmp_path / "out", rank=3, force=True)
     assert config_of(tmp_path / "out")["r"] == 3
+    converted(adapter, base, tmp_path / "out", engine="mlx", force=True)
+    assert "adapters.safetensors" in everything(tmp_path / "out")
+    assert WEIGHTS not in everything(tmp_path / "out")
+    (tmp_path / "out" / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes())
+    with pytest.raises(UsageError, match=f"does not write.* {WEIGHTS}"):
+        converted(adapter, base, tmp_path / "out", force=True)
     other = good_adapter(tmp_path / "other")
     with pytest.raises(UsageError, match="is no output of this command"):
         converted(adapter, base, other, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from vera_convert.adapter.config import LORA, OtherMethodError
@@ -34,15 +35,19 @@ def is_lora(folder: Path) -> bool:
 
 def lora_record(folder: Path) -> dict[str, object] | None:
     """Return the record in a folder's weights; None if this package did not write the weights."""
+    return next(iter(lora_records(folder).values()), None)
+
+
+def lora_records(folder: Path) -> dict[str, dict[str, object]]:
+    """Return the record of each file of weights that this package wrote, by the file's name."""
+    found = {}
     for name in LORA_WEIGHTS:
-        try:
+        with suppress(CheckpointError, SurroundingsError):
             with open_local(folder / name, within=folder) as source:
                 record = record_in(source)
-        except (CheckpointError, SurroundingsError):
-            continue
-        if record is not None:
-            return record
-    return None
+            if record is not None:
+                found[name] = record
+    return found
 
 
 def record_in(source: ByteSource) -> dict[str, object] | None:

@@ -6,36 +6,36 @@ import json
 import shlex
 
 from vera_convert._version import __version__
-from vera_convert.hub.lookup import Location
+from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.hub.repo_name import is_repo_id
-from vera_convert.lora.engines import EngineName
-from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.engines import EngineName, Form
+from vera_convert.lora.plan import LoraPlan
+from vera_convert.lora.record import Origin
 from vera_convert.text import printable
 
+_LIBRARIES = {Form.PEFT: "peft", Form.DIFFUSERS: "diffusers", Form.MLX: "mlx", Form.GGUF: "gguf"}
+"""The Hub's name of the library that reads a form."""
 
-def lora_card(
-    location: Location, base: str | None, options: LoraOptions, *, source_rank: int, rank: int
-) -> str:
+
+def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
     """Return the text of the card; nothing of the card tells of this machine.
 
     Args:
-        location: where the VeRA adapter lies.
-        base: the base as the adapter's config names it.
-        options: the options of the conversion.
-        source_rank: the rank of the VeRA adapter.
-        rank: the rank of the LoRA.
+        origin: the source of the LoRA.
+        plan: the LoRA.
+        weights: the name of the file of weights.
     """
-    name = location.name
+    location, config, options = origin.location, origin.adapter.config, origin.options
+    name, base = location.name, config.base_model_name_or_path
     known = base is not None and is_repo_id(base)
     fields = [f"base_model: {json.dumps(printable(base or ''))}"] if known else []
     commit = f" at commit `{location.commit}`" if location.commit else ""
-    exact = options.rank is None and options.max_error is None
-    kind = "the same change of the weights as" if exact else "an approximation of"
+    kind = "an approximation of" if plan.reduced else "the same change of the weights as"
     return "\n".join(
         [
             "---",
             *fields,
-            "library_name: peft",
+            f"library_name: {_LIBRARIES[options.target.form]}",
             "tags:",
             "- lora",
             "- vera",
@@ -43,32 +43,47 @@ def lora_card(
             "",
             f"# LoRA of {printable(name)}",
             "",
-            f"A LoRA of rank {rank} in {options.dtype}: {kind} the VeRA adapter",
-            f"`{_code(name)}`{commit} of rank {source_rank}. Made by vera-convert {__version__}:",
+            f"A LoRA of rank {plan.rank} in {options.dtype} for {options.target.title}: {kind}",
+            f"the VeRA adapter `{_code(name)}`{commit} of rank {config.r}.",
+            f"Made by vera-convert {__version__}:",
             "",
             "```",
-            _command(name, options),
+            _command(name, origin),
             "```",
             "",
-            "The metadata of `adapter_model.safetensors` records the SHA-256 of the source, the",
+            f"The metadata of `{weights}` records the SHA-256 of the source, the",
             "options, the origin of A and B, and the largest relative error of a layer's delta.",
             "",
         ]
     )
 
 
-def _command(name: str, options: LoraOptions) -> str:
+def _command(name: str, origin: Origin) -> str:
+    """Return the command with all options that decide the bytes; a local base is called MODEL."""
+    base, given = origin.base, origin.options
+    model = base.model if base.model is None or is_repo_id(base.model) else "MODEL"
+    values = {
+        "--base": model,
+        "--base-revision": base.revision,
+        "--base-dtype": base.dtype,
+        "--for": None if given.engine is EngineName.PEFT else given.engine,
+        "--dtype": None if given.dtype == "float32" else given.dtype,
+        "--rank": given.rank,
+        "--max-error": given.max_error,
+        "--projections": None if given.projections is ProjectionSource.AUTO else given.projections,
+        "--generator": given.generator,
+    }
+    flags = {
+        "--accept-error": given.accept_error,
+        "--fill-layers": given.fill_layers,
+        "--drop-head": given.drop_head,
+    }
     words = ["vera-convert", "to-lora", printable(name), "OUT"]
-    if options.engine is not EngineName.PEFT:
-        words += ["--for", options.engine]
-    if options.dtype != "float32":
-        words += ["--dtype", options.dtype]
-    if options.rank is not None:
-        words += ["--rank", str(options.rank)]
-    if options.max_error is not None:
-        words += ["--max-error", repr(options.max_error)]
-    flags = {"--fill-layers": options.fill_layers, "--drop-head": options.drop_head}
-    return shlex.join([*words, *(flag for flag, given in flags.items() if given)])
+    for option, value in values.items():
+        words += [option, str(value)] if value is not None else []
+    for old, new in base.key_map:
+        words += ["--key-map", f"{old}={new}"]
+    return shlex.join([*words, *(flag for flag, is_given in flags.items() if is_given)])
 
 
 def _code(text: str) -> str:

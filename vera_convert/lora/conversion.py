@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vera_convert.adapter.folder import SideFiles, side_files
-from vera_convert.adapter.lora_record import is_lora
+from vera_convert.adapter.lora_record import is_lora, lora_records
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.bases import Bases
@@ -241,7 +241,7 @@ class _Job:
             force=self.work.force,
             inputs=[folder, *self.base_facts.folders],
             is_own=is_lora,
-            strangers=lambda earlier: files_but(earlier, {files.weights, *written}),
+            strangers=lambda earlier: files_but(earlier, {*lora_records(earlier), *written}),
         ) as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
             require_space(weights.size + copied, staged, self.work.out)
@@ -283,14 +283,7 @@ class _Job:
         )
 
     def _card(self) -> str:
-        config = self.work.adapter.config
-        return lora_card(
-            self.work.location,
-            config.base_model_name_or_path,
-            self.origin.options,
-            source_rank=config.r,
-            rank=self.plan.rank,
-        )
+        return lora_card(self.origin, self.plan, self.files.weights)
 
     def _require_small_error(self, measured: Measured) -> None:
         """Refuse a LoRA that loses more than half of a layer's delta, unless that was accepted."""
