@@ -33,8 +33,8 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: bases layers vocabulary strategies match resizes task_classes replacements tied components
-base: facts casts dims identity resolve
+base: bases layers orientation vocabulary strategies match resizes task_classes replacements tied
+base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs collect plan

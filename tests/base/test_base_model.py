@@ -17,7 +17,8 @@ from hub_server import HubServer
 from numpy.typing import NDArray
 from safetensors.numpy import save, save_file
 
-from vera_convert.base.model import BaseModel, Orientation, read_base
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.orientation import Orientation
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.hub.lookup import HubAccess, Location, locate
 from vera_convert.targets.linear import CONV1D_LAYERS

@@ -5,8 +5,8 @@ import pytest
 from vera_convert.errors import CheckpointError
 from vera_convert.files.shards import (
     WeightFiles,
-    compare_with_index,
     find_weights,
+    index_findings,
     read_weight_map,
     require_shards,
     stray_weights,
@@ -161,9 +161,11 @@ def test_strays_of_a_component_lie_in_its_folder_or_the_root() -> None:
 def test_index_and_shards_are_compared_both_ways() -> None:
     weight_map = {"ok": "1", "absent": "1", "moved": "1", "twice": "2"}
     shards = {"1": ["ok", "twice"], "2": ["moved", "twice", "extra"]}
-    assert compare_with_index(weight_map, shards) == {
-        "absent": ["absent"],
-        "misplaced": ["moved"],
-        "unindexed": ["extra"],
-        "repeated": ["twice"],
-    }
+    findings = index_findings(weight_map, shards, place="model")
+    assert {finding.place for finding in findings} == {"model"}
+    assert [(finding.code, finding.reason) for finding in findings] == [
+        ("V508", '"absent", which the index puts into 1.'),
+        ("V509", '"moved", which the index puts into 1, and which lies in 2.'),
+        ("V510", '"extra", which lies in 2.'),
+        ("V511", '"twice", which the index puts into 2, and which lies in 1 and 2.'),
+    ]

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
@@ -122,8 +123,7 @@ class VeraConfig:
 FIELDS = frozenset(field.name for field in fields(VeraConfig))
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigFile:
+class ConfigFile(NamedTuple):
     """A config with the text of the file.
 
     Attributes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from vera_convert.adapter.config import read_config
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
@@ -164,8 +165,7 @@ def adapters_below(
             yield folder.name or "."
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterContent:
+class AdapterContent(NamedTuple):
     """The content of a new adapter's folder.
 
     Attributes:

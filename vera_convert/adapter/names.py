@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vera_convert.adapter.config import VeraConfig
@@ -73,8 +73,7 @@ class Parts(NamedTuple):
     wrappers: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(NamedTuple):
     """The facts about foreign parts shown by all names of a file together.
 
     Attributes:
@@ -87,7 +86,7 @@ class Names:
     """
 
     is_named_base: bool
-    beginnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    beginnings: Mapping[str, Sequence[str]] = MappingProxyType({})
     inner: str = ""
     copies: frozenset[str] = frozenset()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vera_convert.adapter.config import VeraConfig
@@ -51,8 +50,7 @@ def _is_of_adapter(name: str) -> bool:
     return "base_model." in name or "vera_" in name or "lora_" in name
 
 
-@dataclass(frozen=True, slots=True)
-class SortedTensors:
+class SortedTensors(NamedTuple):
     """Tensors by meaning, with every defect, errors included."""
 
     layers: Mapping[str, AdaptedLayer]

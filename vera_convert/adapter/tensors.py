@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vera_convert.files.tensorfile import TensorData
@@ -32,8 +31,7 @@ class AdaptedLayer(NamedTuple):
         return self.lambda_b.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredProjections:
+class StoredProjections(NamedTuple):
     """The stored shared pair: A of shape (r, in), B of shape (out, r)."""
 
     A: TensorData

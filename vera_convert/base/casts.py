@@ -8,7 +8,7 @@ Stored A and B already hold the values after all casts, and stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vera_convert.base.quantized.layer import NO_CAST
 from vera_convert.base.quantized.unpack import Unpacked, model_dtype
@@ -16,8 +16,7 @@ from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.dtypes import FLOATS
 
 
-@dataclass(frozen=True, slots=True)
-class Casts:
+class Casts(NamedTuple):
     """The combined effect of the casts on a base.
 
     Attributes:

@@ -30,7 +30,6 @@ keeps PEFT from adapting the layer: PEFT sizes A and B before it shortens such a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter
@@ -61,8 +60,7 @@ class Dims(NamedTuple):
         return f"{self.inputs} inputs and {self.outputs} outputs"
 
 
-@dataclass(frozen=True, slots=True)
-class SharedDims:
+class SharedDims(NamedTuple):
     """The dimensions of A and B.
 
     Attributes:
@@ -149,7 +147,7 @@ def _matched(adapter: Adapter, model: ModelLayers, own: Layers) -> _Matched:
         # Other layers of the files must not decide how PEFT shortens the list.
         known = {*own, *targets}
         linear = {name: each for name, each in model.linear.items() if name in known}
-        certain = _adapted(replace(model, linear=linear), config)
+        certain = _adapted(model._replace(linear=linear), config)
     return _Matched(
         own={name: each for name, each in certain.layers.items() if name in own},
         only_sized={name: each for name, each in certain.only_sized.items() if name not in own},

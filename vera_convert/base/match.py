@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from vera_convert.base.model import BaseModel, Orientation
+from vera_convert.base.model import BaseModel
+from vera_convert.base.orientation import Orientation
 from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.targets import refusals
 from vera_convert.base.quantized.unpack import unpacked
@@ -275,7 +276,7 @@ class _Matcher:
         rows, columns = self.base.tensors[name].info.shape
         own = Linear(columns, rows, conv1d=True) if conv1d else Linear(rows, columns)
         outputs, inputs = self._heads.get(module, (0, 0))
-        return own if inputs != own.in_features else replace(own, out_features=outputs)
+        return own if inputs != own.in_features else own._replace(out_features=outputs)
 
     def _no_matrices(self, tensors: Mapping[str, str]) -> Iterator[Finding]:
         for name in tensors.values():

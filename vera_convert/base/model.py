@@ -20,8 +20,8 @@ from vera_convert.files.reading import ByteSource, LocalFile, open_local
 from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
-    compare_with_index,
     find_weights,
+    index_findings,
     named_weights,
     read_weight_map,
     require_shards,
@@ -32,17 +32,8 @@ from vera_convert.hub.files import kept_bytes
 from vera_convert.hub.header_cache import Beginning
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
 from vera_convert.hub.range_file import RemoteFile
-from vera_convert.rules import (
-    MODEL_CONFIG_FORM,
-    STRAY_WEIGHTS,
-    TENSOR_IN_TWO_SHARDS,
-    TENSOR_MISPLACED,
-    TENSOR_NOT_IN_INDEX,
-    TENSOR_NOT_IN_SHARD,
-    Finding,
-)
-from vera_convert.targets.linear import CONV1D_LAYERS
-from vera_convert.text import and_more, printable
+from vera_convert.rules import MODEL_CONFIG_FORM, STRAY_WEIGHTS, Finding
+from vera_convert.text import printable
 
 CONFIG_LIMIT = 16 << 20
 """The most bytes of a model's config.json; class names of image models fill a megabyte."""
@@ -149,7 +140,10 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
         require_shards(set(weight_map.values()), names, place=location.label)
     files = source.read_headers(_files(weights, weight_map))
     if weight_map is not None:
-        _compare_with_index(location, weight_map, files)
+        shards = {file: header.tensors.keys() for file, header in files.items()}
+        findings = index_findings(weight_map, shards, place=location.label)
+        if findings:
+            raise CheckpointError.of(findings)
     tensors = {
         name: BaseTensor(file, info)
         for file, header in files.items()
@@ -339,95 +333,3 @@ class _Source:
                 return read_header(file)
         except CheckpointError as error:
             return error
-
-
-def _compare_with_index(
-    location: Location, weight_map: Mapping[str, str], files: Mapping[str, Header]
-) -> None:
-    shards = {file: header.tensors.keys() for file, header in files.items()}
-    differences = compare_with_index(weight_map, shards)
-    rules = {
-        "absent": TENSOR_NOT_IN_SHARD,
-        "misplaced": TENSOR_MISPLACED,
-        "unindexed": TENSOR_NOT_IN_INDEX,
-        "repeated": TENSOR_IN_TWO_SHARDS,
-    }
-    findings = [
-        rules[kind].at(
-            location.label, f"{_some(tensors)}{_files_of(tensors[0], weight_map, shards)}."
-        )
-        for kind, tensors in differences.items()
-        if tensors
-    ]
-    if findings:
-        raise CheckpointError.of(findings)
-
-
-def _files_of(
-    tensor: str, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
-) -> str:
-    """Return where the index puts a tensor, and which files hold the tensor."""
-    there = " and ".join(printable(file) for file, names in shards.items() if tensor in names)
-    said = ""
-    if tensor in weight_map:
-        said = f", which the index puts into {printable(weight_map[tensor])}"
-    if there:
-        said += f", {'and ' if said else ''}which lies in {there}"
-    return said
-
-
-def _some(names: Collection[str]) -> str:
-    return f'"{printable(next(iter(names)))}"{and_more(len(names) - 1)}'
-
-
-# --- orientation ---------------------------------------------------------------------------------
-
-
-class Orientation:
-    """Tells which weights of a base are stored as (in, out), as ``Conv1D`` stores weights.
-
-    The shape of a square weight does not tell. A bias has as many values as a layer has outputs,
-    layers of one name are stored alike, and the model type tells the rest.
-    """
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-        self._by_layer_name: dict[str, set[bool]] = {}
-        for name in base.tensors:
-            found = self._from_bias(name)
-            if found is not None:
-                self._by_layer_name.setdefault(_layer_name(name), set()).add(found)
-        parts = (part for part in base.config.values() if isinstance(part, Mapping))
-        types = (part.get("model_type") for part in (base.config, *parts))
-        self._types = {kind for kind in types if isinstance(kind, str)}
-
-    def is_conv1d(self, name: str) -> bool | None:
-        """Say whether the weight of this name is stored as (in, out); None if not known."""
-        own = self._from_bias(name)
-        if own is not None:
-            return own
-        layer = _layer_name(name)
-        kinds = self._by_layer_name.get(layer, set())
-        if len(kinds) == 1:
-            return next(iter(kinds))
-        if any(layer in CONV1D_LAYERS.get(kind, ()) for kind in self._types):
-            return True
-        # Code beside the weights may define other layers; the layers of all other models are known.
-        config = self._base.config
-        if (self._types or "_class_name" in config) and "auto_map" not in config:
-            return False
-        rows, columns = self._base.tensors[name].info.shape
-        kinds = set[bool]().union(*self._by_layer_name.values())
-        return kinds.pop() if rows == columns and len(kinds) == 1 else None
-
-    def _from_bias(self, name: str) -> bool | None:
-        bias = self._base.tensors.get(f"{name.removesuffix('.weight')}.bias")
-        shape = self._base.tensors[name].info.shape
-        if not name.endswith(".weight") or bias is None or len(shape) != 2 or shape[0] == shape[1]:
-            return None
-        length = bias.info.shape
-        return length == shape[1:] if length in (shape[:1], shape[1:]) else None
-
-
-def _layer_name(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 FAMILIES_FILE = Path(__file__).with_name("renames.toml")
 CONVERSIONS_FILE = Path(__file__).with_name("conversions.txt")
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """Model types whose layers were renamed together.
 
     Attributes:

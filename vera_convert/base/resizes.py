@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.vocabulary import vocabulary_fields
@@ -12,8 +12,7 @@ from vera_convert.rules import REPLACEMENT_SHAPE, Finding
 from vera_convert.text import printable
 
 
-@dataclass(frozen=True, slots=True)
-class Resizes:
+class Resizes(NamedTuple):
     """The vocabulary and the classifier that an adapter makes taller or shorter.
 
     Attributes:

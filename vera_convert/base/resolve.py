@@ -220,8 +220,8 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
     shapes = {module + ".weight": view.tensors[name].info.shape for module, name in tensors.items()}
     model = layers_from_shapes(shapes, model_type=base.model_type)
     # The match has each layer's orientation, and the heads stored as the embedding.
-    model = replace(
-        model, linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
+    model = model._replace(
+        linear={**model.linear, **own}, output_heads=model.output_heads | match.tied
     )
     built = BuiltLayers(base.config, own)
     dims = shared_dims(adapter, model, own, built)
@@ -308,7 +308,7 @@ def _layers_by_config(
         )
         raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
     ours = {name: module for module, name in names.items()}
-    model = replace(model, linear={ours.get(n, n): each for n, each in model.linear.items()})
+    model = model._replace(linear={ours.get(n, n): each for n, each in model.linear.items()})
     own = {module: model.linear[module] for module in adapter.layers}
     for module, linear in own.items():
         found = adapter.layers[module].out_features

@@ -19,9 +19,13 @@ from vera_convert.rules import (
     BASE_WITHOUT_WEIGHTS,
     INDEX_MALFORMED,
     SHARD_MISSING,
+    TENSOR_IN_TWO_SHARDS,
+    TENSOR_MISPLACED,
+    TENSOR_NOT_IN_INDEX,
+    TENSOR_NOT_IN_SHARD,
     Finding,
 )
-from vera_convert.text import listed, printable
+from vera_convert.text import and_more, listed, printable
 
 PIPELINE = "model_index.json"
 """A file in the root of a diffusers pipeline, whose components are folders."""
@@ -246,25 +250,47 @@ def stray_weights(
     return tuple(sorted(filter(could_be_taken, loose)))
 
 
-def compare_with_index(
-    weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]
-) -> dict[str, list[str]]:
-    """Compare an index with the tensors in the shards; the rules explain each group.
+def index_findings(
+    weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]], *, place: str
+) -> list[Finding]:
+    """Compare an index with the tensors in the shards.
+
+    Args:
+        weight_map: the index: file by tensor.
+        shards: the names of the tensors by file.
+        place: the name of the model in messages.
 
     Returns:
-        ``absent``, ``misplaced``, ``unindexed`` and ``repeated`` tensors, each in order.
+        One finding for each kind of difference, with the first tensor and the number of others.
     """
-    owners: dict[str, list[str]] = {}
+    files_of: dict[str, list[str]] = {}
     for file, tensors in shards.items():
         for tensor in tensors:
-            owners.setdefault(tensor, []).append(file)
-    return {
-        "absent": [tensor for tensor in weight_map if tensor not in owners],
-        "misplaced": [
-            tensor
-            for tensor, file in weight_map.items()
-            if tensor in owners and file not in owners[tensor]
+            files_of.setdefault(tensor, []).append(file)
+    groups = {
+        TENSOR_NOT_IN_SHARD: [name for name in weight_map if name not in files_of],
+        TENSOR_MISPLACED: [
+            name for name, file in weight_map.items() if file not in files_of.get(name, [file])
         ],
-        "unindexed": [tensor for tensor in owners if tensor not in weight_map],
-        "repeated": [tensor for tensor, files in owners.items() if len(files) > 1],
+        TENSOR_NOT_IN_INDEX: [name for name in files_of if name not in weight_map],
+        TENSOR_IN_TWO_SHARDS: [name for name, files in files_of.items() if len(files) > 1],
     }
+    return [
+        rule.at(
+            place,
+            f'"{printable(names[0])}"{and_more(len(names) - 1)}'
+            f"{_where(names[0], weight_map, files_of)}.",
+        )
+        for rule, names in groups.items()
+        if names
+    ]
+
+
+def _where(tensor: str, weight_map: Mapping[str, str], files_of: Mapping[str, list[str]]) -> str:
+    """Return where the index puts a tensor, and which files hold the tensor."""
+    places = []
+    if tensor in weight_map:
+        places.append(f"which the index puts into {printable(weight_map[tensor])}")
+    if tensor in files_of:
+        places.append(f"which lies in {' and '.join(map(printable, files_of[tensor]))}")
+    return f", {', and '.join(places)}" if places else ""

@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vera_convert.embeddings import is_output_head, is_table
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A layer that VeRA can adapt.
 
     Attributes:
@@ -25,8 +25,7 @@ class Linear:
     conv1d: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLayers:
+class ModelLayers(NamedTuple):
     """The facts of a model that the target rules need.
 
     Attributes:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
@@ -32,8 +34,7 @@ NEWEST: Version = (0, 21)
 """The PEFT whose rules hold by default."""
 
 
-@dataclass(frozen=True, slots=True)
-class Adapted:
+class Adapted(NamedTuple):
     """The layers that PEFT adapts, and the dims of A and B.
 
     Attributes:
@@ -46,7 +47,7 @@ class Adapted:
     layers: Mapping[str, Linear]
     max_in: int
     max_out: int
-    only_sized: Mapping[str, Linear] = field(default_factory=dict)
+    only_sized: Mapping[str, Linear] = MappingProxyType({})
 
 
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:

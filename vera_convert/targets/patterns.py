@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME
@@ -25,8 +25,7 @@ _MOST_MEMORY = 1 << 30
 _WALL_SECONDS = 120  # for a process that gets little of a busy machine
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(NamedTuple):
     """A regular expression from a config.
 
     Attributes:

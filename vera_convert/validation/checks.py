@@ -55,7 +55,7 @@ class CheckOptions:
 
     Attributes:
         base: the options of the base.
-        resolve_base: returns the base facts for an adapter, and the findings for the adapter on
+        check_on_base: returns the base facts for an adapter, and the findings for the adapter on
             the base; None without a base.
         access: how the Hub is reached.
         deep: whether to fetch weights, and to prove fingerprints.
@@ -63,7 +63,7 @@ class CheckOptions:
     """
 
     base: BaseOptions
-    resolve_base: Callable[[Adapter], tuple[BaseFacts, list[Finding]]] | None
+    check_on_base: Callable[[Adapter], tuple[BaseFacts, list[Finding]]] | None
     access: HubAccess
     deep: bool
     revision: str | None
@@ -184,9 +184,9 @@ class _Check:
 
     def _on_base(self, adapter: Adapter | None) -> BaseFacts:
         """Return the base facts, and add the findings for an adapter on the base."""
-        dtype, resolve_base = self.options.base.dtype, self.options.resolve_base
+        dtype, check_on_base = self.options.base.dtype, self.options.check_on_base
         base_facts = BaseFacts() if dtype is None else loaded_in(BaseFacts(), dtype)
-        if resolve_base is None:
+        if check_on_base is None:
             self.not_checked.append("the base: give --base MODEL to compare with a base.")
             return base_facts
         if adapter is None:
@@ -195,7 +195,7 @@ class _Check:
 
         def find() -> list[Finding]:
             nonlocal base_facts
-            base_facts, findings = resolve_base(adapter)
+            base_facts, findings = check_on_base(adapter)
             self.base = base_facts.source
             return findings
 

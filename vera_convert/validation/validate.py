@@ -70,12 +70,12 @@ def validate(
     check_codes((*select, *ignore))
     base_options, revision = base_options_of(base), optional(text, "revision", revision)
     access = hub_access_of(access)
-    resolve_base = None
+    check_on_base = None
     if base_options.model is not None:
         from vera_convert.validation.base import resolver  # takes half of the loading time
 
-        resolve_base = resolver(base_options, access)
-    options = CheckOptions(base_options, resolve_base, access, deep, revision)
+        check_on_base = resolver(base_options, access)
+    options = CheckOptions(base_options, check_on_base, access, deep, revision)
     checked = (
         named if isinstance(named, Checked) else check_adapter(named, options)
         for named in _named(named_adapters, recursive=recursive)
