@@ -203,10 +203,9 @@ def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None
     assert len(server.requests) == 23  # commit and files, config, index, and one for each shard
     read_base(locate("org/base", kind="base", access=access), access)
     assert len(server.requests) == 24  # what was read of a commit is kept; a branch may move
-    assert base == replace(
-        read(write_model(tmp_path / "local", shards)),
-        **{field: getattr(base, field) for field in ("location", "config", "strays", "files")},
-    )
+    local = read(write_model(tmp_path / "local", shards))
+    for field in ("tensors", "prefix", "index", "values"):
+        assert getattr(base, field) == getattr(local, field)
 
 
 @pytest.mark.parametrize(
