@@ -10,7 +10,7 @@ import pytest
 
 from vera_convert.errors import UsageError
 from vera_convert.publish import filesystem
-from vera_convert.publish.publishing import Staged, staged_folder, staged_run
+from vera_convert.publish.publishing import Output, Staged
 from vera_convert.publish.staging import Container
 
 
@@ -24,7 +24,7 @@ def own(path: Path) -> bool:
 
 def run(out: Path, *, keep: bool, continues: bool = True, stop: bool = True) -> dict[str, str]:
     """Stage a file beside those that are there already; return what was there."""
-    with suppress(StopError), staged_run(out, continues=continues, is_own=own) as staged:
+    with suppress(StopError), Output(out, is_own=own).staged_run(continues=continues) as staged:
         found = {path.name: path.read_text() for path in staged.folder.iterdir()}
         if staged.journal.exists():
             found["journal"] = staged.journal.read_text()
@@ -65,7 +65,7 @@ def test_a_run_that_does_not_continue_finds_nothing_and_leaves_nothing(tmp_path:
 
 def test_plain_staging_removes_it_too(tmp_path: Path) -> None:
     run(tmp_path / "out", keep=True)
-    with staged_folder(tmp_path / "out", is_own=own) as folder:
+    with Output(tmp_path / "out", is_own=own).staged() as folder:
         assert not [*folder.iterdir()]
     assert not hidden(tmp_path)
 
@@ -121,7 +121,7 @@ def test_what_was_moved_away_for_a_moment_is_put_back_first(tmp_path: Path) -> N
     container.old.mkdir()
     (container.old / "a").write_text("the old output")
     container.keep()
-    with suppress(StopError), staged_run(out, continues=True, force=True, is_own=own):
+    with suppress(StopError), Output(out, force=True, is_own=own).staged_run(continues=True):
         assert (out / "a").read_text() == "the old output"
         raise StopError
     assert (out / "a").read_text() == "the old output"
@@ -165,7 +165,7 @@ def test_what_the_run_synced_itself_is_not_synced_again(
         real(path, flags)
 
     monkeypatch.setattr(filesystem, "_sync", noted)
-    with staged_run(tmp_path / "out", continues=False, is_own=own) as staged:
+    with Output(tmp_path / "out", is_own=own).staged_run(continues=False) as staged:
         for name in ("a", "b"):
             (staged.folder / name).write_text(name)
         staged.synced.add(staged.folder / "a")

@@ -20,11 +20,8 @@ from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.publish import filesystem, staging
 from vera_convert.publish import publishing as publish
 from vera_convert.publish.publishing import (
-    check_out,
-    free_space,
+    Output,
     sha256_of,
-    staged_file,
-    staged_folder,
     updated_folder,
 )
 from vera_convert.publish.signals import Interrupted
@@ -69,8 +66,8 @@ def names(folder: Path) -> list[str]:
 
 
 def write(out: Path, content: Content = NEW, *, force: bool = False) -> None:
-    staged = staged_file if isinstance(content, str) else staged_folder
-    with staged(out, force=force, is_own=own) as new:
+    output = Output(out, own, force=force, is_folder=not isinstance(content, str))
+    with output.staged() as new:
         fill(new, content)
 
 
@@ -107,8 +104,8 @@ def way(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(("old", "new"), [(None, NEW), (OLD, NEW), (None, "new"), ("old", "new")])
 def test_output_appears_only_at_the_end_and_alone(old: Content, new: Content, out: Path) -> None:
     fill(out, old)
-    staged = staged_file if isinstance(new, str) else staged_folder
-    with staged(out, force=old is not None, is_own=own) as staging:
+    output = Output(out, own, force=old is not None, is_folder=not isinstance(new, str))
+    with output.staged() as staging:
         assert staging.exists() == (new == NEW)
         fill(staging, new)
         assert content_of(out) == old
@@ -154,7 +151,7 @@ def test_everything_is_on_the_disk_before_it_appears_and_its_name_before_the_end
 
 def test_a_relative_out_stays_where_it_was(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(out.parent)
-    with staged_folder(Path("out"), is_own=own) as new:
+    with Output(Path("out"), is_own=own).staged() as new:
         fill(new, NEW)
         monkeypatch.chdir(out.parent.parent)
     assert content_of(out) == NEW
@@ -218,7 +215,7 @@ def test_an_existing_out_is_refused(make: Make, new: Content, out: Path) -> None
     make(out)
     assert "exists. Choose another OUT" in refused(out, new)
     with pytest.raises(UsageError, match="exists"):
-        check_out(out, inputs=[], force=False, is_own=own)
+        Output(out, is_own=own).check()
 
 
 def test_force_is_named_only_if_it_replaces_the_existing_out(out: Path) -> None:
@@ -229,7 +226,7 @@ def test_force_is_named_only_if_it_replaces_the_existing_out(out: Path) -> None:
         (False, "OUT."),
     ):
         with pytest.raises(UsageError, match=f"{remedy}$") as caught:
-            check_out(out, inputs=[], force=False, is_own={out: is_own}.__getitem__)
+            Output(out, is_own={out: is_own}.__getitem__).check()
         assert ("--force" in str(caught.value)) == is_own
 
 
@@ -239,9 +236,9 @@ def test_force_is_named_only_if_it_replaces_the_existing_out(out: Path) -> None:
 def test_an_out_that_appears_while_the_run_works_is_refused(
     make: Make, new: Content, out: Path
 ) -> None:
-    staged = staged_file if isinstance(new, str) else staged_folder
+    output = Output(out, own, is_folder=not isinstance(new, str))
     with ExitStack() as stack:
-        fill(stack.enter_context(staged(out, is_own=own)), new)
+        fill(stack.enter_context(output.staged()), new)
         make(out)
         before = os.lstat(out)
         with pytest.raises(UsageError, match="exists"):
@@ -293,7 +290,7 @@ def test_force_replaces_nothing_strange_that_appears_while_the_run_works(
     make: Make, out: Path
 ) -> None:
     with ExitStack() as stack:
-        fill(stack.enter_context(staged_folder(out, force=True, is_own=own)), NEW)
+        fill(stack.enter_context(Output(out, force=True, is_own=own).staged()), NEW)
         make(out)
         with pytest.raises(UsageError, match="force"):
             stack.close()
@@ -365,20 +362,18 @@ def test_an_out_that_overlaps_an_input_is_refused(
     (tmp_path / "filelink").symlink_to(Path("in", "sub", "file"))
     inputs = [tmp_path / "missing", tmp_path / given]
     before = names(tmp_path), content_of(tmp_path / "in")
-    for staged in (staged_folder, staged_file):
-        with (
-            pytest.raises(UsageError, match=f"{relation} the input"),
-            staged(tmp_path / target, inputs=inputs, force=force, is_own=lambda _: True),
-        ):
+    for is_folder in (True, False):
+        output = Output(tmp_path / target, lambda _: True, force, inputs, is_folder=is_folder)
+        with pytest.raises(UsageError, match=f"{relation} the input"), output.staged():
             pytest.fail("the block was entered")
-    with pytest.raises(UsageError, match=f"{relation} the input"):
-        check_out(tmp_path / target, inputs=inputs, force=force, is_own=own)
+        with pytest.raises(UsageError, match=f"{relation} the input"):
+            output.check()
     assert (names(tmp_path), content_of(tmp_path / "in")) == before
 
 
 def test_an_out_beside_its_input_is_fine(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with staged_folder(tmp_path / "in2", inputs=[tmp_path / "in"], is_own=own) as new:
+    with Output(tmp_path / "in2", inputs=[tmp_path / "in"], is_own=own).staged() as new:
         fill(new, NEW)
     assert names(tmp_path) == ["in", "in2"]
 
@@ -400,7 +395,7 @@ def test_a_place_that_cannot_be_is_refused_before_work(
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(error, match=why),
-        staged_folder(tmp_path / target, force=True, is_own=own),
+        Output(tmp_path / target, force=True, is_own=own).staged(),
     ):
         pytest.fail("the block was entered")
     assert names(tmp_path) == ["file"]
@@ -413,7 +408,7 @@ def break_off(folder: Path) -> None:
 
 
 def test_folders_above_an_out_are_made(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "a" / "b" / "out", is_own=own) as new:
+    with Output(tmp_path / "a" / "b" / "out", is_own=own).staged() as new:
         fill(new, NEW)
     assert content_of(tmp_path / "a" / "b" / "out") == NEW
     assert names(tmp_path / "a" / "b") == ["out"]
@@ -423,7 +418,7 @@ def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path
     (tmp_path / "a").mkdir()
     with (
         pytest.raises(OSError, match="broken"),
-        staged_folder(tmp_path / "a" / "b" / "c" / "out", is_own=own) as new,
+        Output(tmp_path / "a" / "b" / "c" / "out", is_own=own).staged() as new,
     ):
         break_off(new)
     assert names(tmp_path) == ["a"]
@@ -433,14 +428,14 @@ def test_folders_that_were_made_go_with_a_failure_and_others_stay(tmp_path: Path
 def test_a_folder_that_was_made_stays_if_another_run_uses_it(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="broken"),
-        staged_folder(tmp_path / "a" / "b" / "out", is_own=own),
+        Output(tmp_path / "a" / "b" / "out", is_own=own).staged(),
     ):
         break_off(tmp_path / "a")
     assert names(tmp_path / "a") == ["a", "b"]
 
 
 def test_checking_an_out_makes_no_folder(tmp_path: Path) -> None:
-    check_out(tmp_path / "a" / "out", inputs=[], force=False, is_own=own)
+    Output(tmp_path / "a" / "out", is_own=own).check()
     assert names(tmp_path) == []
 
 
@@ -448,14 +443,14 @@ def test_checking_an_out_makes_no_folder(tmp_path: Path) -> None:
 def test_a_folder_above_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(SurroundingsError, match="a link that leads nowhere"):
-        check_out(tmp_path / "link" / "out", inputs=[], force=False, is_own=own)
+        Output(tmp_path / "link" / "out", is_own=own).check()
 
 
 @posix
 def test_a_name_that_is_too_long_is_refused_before_work(out: Path) -> None:
     with (
         pytest.raises(SurroundingsError, match="too long"),
-        staged_folder(out.with_name("n" * 256), is_own=own),
+        Output(out.with_name("n" * 256), is_own=own).staged(),
     ):
         pytest.fail("the block was entered")
 
@@ -468,7 +463,7 @@ def test_a_read_only_parent_is_refused_before_work(out: Path) -> None:
     out.parent.chmod(0o555)
     with (
         pytest.raises(SurroundingsError, match=r"denied.* that you may write to"),
-        staged_folder(out, is_own=own),
+        Output(out, is_own=own).staged(),
     ):
         pytest.fail("the block was entered")
     out.parent.chmod(0o755)
@@ -483,7 +478,7 @@ def test_an_exception_of_the_block_passes_and_leaves_nothing(
     error: BaseException, old: Content, out: Path
 ) -> None:
     def work() -> None:
-        with staged_folder(out, force=True, is_own=own) as new:
+        with Output(out, force=True, is_own=own).staged() as new:
             fill(new, NEW)
             raise error
 
@@ -507,7 +502,7 @@ def test_an_exception_of_the_block_passes_and_leaves_nothing(
     ],
 )
 def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: Path) -> None:
-    with pytest.raises(SurroundingsError) as caught, staged_folder(out, is_own=own) as new:
+    with pytest.raises(SurroundingsError) as caught, Output(out, is_own=own).staged() as new:
         raise OSError(code, os.strerror(code), str(new / "a"))
     message = str(caught.value)
     assert message.startswith(f"{out} could not be written: {os.strerror(code)}.")
@@ -518,20 +513,21 @@ def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: P
 def test_a_system_error_elsewhere_is_told_with_its_place(out: Path) -> None:
     with (
         pytest.raises(SurroundingsError, match=r"denied \(/else.where\)\."),
-        staged_folder(out, is_own=own),
+        Output(out, is_own=own).staged(),
     ):
         raise PermissionError(errno.EACCES, "Permission denied", "/else/where")
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("odd")])
 def test_an_error_that_is_not_of_writing_passes(error: OSError, out: Path) -> None:
-    with pytest.raises(type(error)) as caught, staged_folder(out, is_own=own):
+    with pytest.raises(type(error)) as caught, Output(out, is_own=own).staged():
         raise error
     assert caught.value is error
 
 
 def test_a_block_that_writes_no_file_publishes_nothing(out: Path) -> None:
-    with pytest.raises(SurroundingsError, match="No such file"), staged_file(out, is_own=own):
+    output = Output(out, own, is_folder=False)
+    with pytest.raises(SurroundingsError, match="No such file"), output.staged():
         pass
     assert content_of(out) is None
 
@@ -670,7 +666,7 @@ def texts(path):
     return {{file.read_text() for file in path.rglob("*") if file.is_file()}}
 
 def write(force):
-    with staged_folder(out, force=force, is_own=own) as new:
+    with Output(out, force=force, is_own=own).staged() as new:
         fill(new, "new")
 
 for number in range(1, 100):
@@ -720,7 +716,7 @@ WRITES_FOR_EVER = """
 number = 0
 while True:
     number += 1
-    with staged_folder(out, force=True, is_own=own) as new:
+    with Output(out, force=True, is_own=own).staged() as new:
         fill(new, str(number))
     print(flush=True)
 """
@@ -758,7 +754,7 @@ def exchanges(folder: Path) -> bool:
 def test_a_run_that_is_stopped_leaves_nothing(number: int, status: int, out: Path) -> None:
     code = """
 try:
-    with staged_folder(out, is_own=own) as new:
+    with Output(out, is_own=own).staged() as new:
         fill(new, "new")
         print(flush=True)
         time.sleep(60)
@@ -776,7 +772,7 @@ except signals.Interrupted as interruption:
 def test_a_run_that_leaves_its_block_by_no_door_leaves_nothing(out: Path) -> None:
     """An interrupt may come when Python is about to enter or leave the block's clean-up."""
     code = """
-staging = staged_folder(out, is_own=own)
+staging = Output(out, is_own=own).staged()
 fill(staging.__enter__(), "new")
 sys.exit(7)
 """
@@ -792,7 +788,7 @@ print(flush=True)
 input()
 try:
     for _ in range(int(sys.argv[3])):
-        with staged_folder(out, force=sys.argv[2] == "force", is_own=own) as new:
+        with Output(out, force=sys.argv[2] == "force", is_own=own).staged() as new:
             fill(new, str(os.getpid()))
 except errors.UsageError:
     sys.exit(2)
@@ -842,7 +838,7 @@ def test_of_many_runs_with_force_all_succeed_and_one_is_seen(out: Path) -> None:
 
 def test_a_run_spares_another_that_lives(out: Path) -> None:
     code = """
-with staged_folder(out, force=True, is_own=own) as new:
+with Output(out, force=True, is_own=own).staged() as new:
     fill(new, "theirs")
     print(flush=True)
     input()
@@ -859,7 +855,7 @@ with staged_folder(out, force=True, is_own=own) as new:
 
 
 def test_the_space_for_an_out_in_folders_to_come_is_that_of_the_nearest(tmp_path: Path) -> None:
-    assert free_space(tmp_path / "a" / "b" / "out") > 0
+    assert Output(tmp_path / "a" / "b" / "out", is_own=own).free_space > 0
     assert names(tmp_path) == []
 
 

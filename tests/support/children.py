@@ -22,7 +22,7 @@ from vera_convert.publish import staging
 from vera_convert.publish import filesystem
 from vera_convert.publish import signals
 from vera_convert.publish import publishing as publish
-from vera_convert.publish.publishing import staged_file, staged_folder
+from vera_convert.publish.publishing import Output
 
 out = Path(sys.argv[1])
 

@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vera_convert.adapter.config import read_config
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
@@ -19,6 +19,9 @@ from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.tensorfile import TensorData, write_tensors
 from vera_convert.files.walk import is_regular, walk
 from vera_convert.text import read_back_differs
+
+if TYPE_CHECKING:
+    from vera_convert.publish.publishing import Output
 
 _OF_AN_ADAPTER = frozenset(
     (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, "adapter_model.pt", "vera_config.json")
@@ -196,9 +199,7 @@ def is_vera(folder: Path) -> bool:
         return False
 
 
-def publish_adapter(
-    content: AdapterContent, out: Path, *, force: bool, inputs: Sequence[Path]
-) -> SideFiles:
+def publish_adapter(content: AdapterContent, output: Output) -> SideFiles:
     """Write an adapter's folder completely or not at all, and read every file back.
 
     Raises:
@@ -206,16 +207,11 @@ def publish_adapter(
             overlaps an input.
         SurroundingsError: the disk fails, or the input changed during the reading.
     """
-    from vera_convert.publish.publishing import files_but, staged_folder  # not for mere readers
+    from vera_convert.publish.publishing import files_but  # not for mere readers
 
     written = {*written_files(content.folder, not_fetched=content.not_fetched)}
-    with staged_folder(
-        out,
-        force=force,
-        inputs=inputs,
-        is_own=is_vera,
-        strangers=lambda folder: files_but(folder, written),
-    ) as staging:
+    output = replace(output, strangers=lambda folder: files_but(folder, written))
+    with output.staged() as staging:
         return write_adapter(content, staging)
 
 

@@ -165,7 +165,7 @@ def _report(result: Validation, options: ValidateOptions) -> None:
 
 def _write_report(out: Path, text: str, result: Validation) -> None:
     """Write a report completely or not at all; a file of the same name is replaced."""
-    from vera_convert.publish.publishing import staged_file
+    from vera_convert.publish.publishing import Output
 
     shown = printable(str(out))
     if shown == "-":
@@ -173,7 +173,8 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
     if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
         raise UsageError(f"{shown} is not a regular file, so no report is written there.")
     inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
-    with staged_file(out, force=True, inputs=inputs, is_own=lambda _: True) as path:
+    output = Output(out, lambda _: True, force=True, inputs=inputs, is_folder=False)
+    with output.staged() as path:
         path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
 
 

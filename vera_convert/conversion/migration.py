@@ -47,7 +47,7 @@ from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess, hub_access_of
-from vera_convert.publish.publishing import files_but, staged_folder
+from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import OPTION_WITHOUT_EFFECT, Finding
 from vera_convert.text import printable, short_repr
 
@@ -109,9 +109,8 @@ def migrate(
         peft_version=peft_version,
     )
     repairs = Repairs(plan.peft_version)
-    with opened(
-        adapter, out, force=force, revision=revision, access=access, repair=repairs
-    ) as work:
+    output = Output(path("out", out), is_vera, force)
+    with opened(adapter, output, revision=revision, access=access, repair=repairs) as work:
         converted, base_facts = _migrated(work.adapter, plan, repairs)
         return publish(work, converted, base_facts)
 
@@ -175,7 +174,7 @@ def migrate_tree(
         (['one'], [])
     """
     tree, out = path("tree", tree), path("out", out)
-    require_flags(force=force)
+    output = Output(out, is_tree, force)
     bases = Bases(hub_access_of(access))
     plan = _Plan.checked(
         to,
@@ -194,14 +193,10 @@ def migrate_tree(
     unreadable: dict[str, VeraConvertError] = {}
     names = tuple(adapters_below(tree, unreadable=unreadable))
     result = TreeMigration(out, {}, unreadable, tuple(_outside_adapters(tree, names)))
-    with staged_folder(
-        out,
-        force=force,
-        inputs=inputs,
-        is_own=is_tree,
-        strangers=lambda old: files_but(old, _written(tree, names)),
-        is_wanted=lambda: bool(result.done),
-    ) as staging:
+    output = replace(
+        output, inputs=inputs, strangers=lambda old: files_but(old, _written(tree, names))
+    )
+    with output.staged(is_wanted=lambda: bool(result.done)) as staging:
         for name in names:
             _migrate_below(tree, staging, name, plan, result)
         if not result.done and not result.failed:
@@ -263,15 +258,13 @@ def _migrate_below(
         with open_adapter(tree / name, repair=repairs) as adapter:
             refuse_values(adapter)
             converted, base_facts = _migrated(adapter, plan, repairs)
-            content = content_of(adapter, converted)
+            content = content_of(converted)
             side_files(tree / name)  # an unreadable file is found before anything is written
             writing = True
             (staging / name).mkdir(parents=True, exist_ok=True)
             sides = write_adapter(content, staging / name)
             label, out = printable(name), result.out / name
-            result.done[name] = reported(
-                adapter, converted, base_facts, sides, label=label, out=out
-            )
+            result.done[name] = reported(converted, base_facts, sides, label=label, out=out)
     except OtherMethodError as error:
         result.passed_over[name] = error.method
     except VeraConvertError as error:

@@ -113,6 +113,12 @@ def pair_in_effect(
     )
 
 
+def without_projections(adapter: Adapter) -> Adapter:
+    """Return the adapter as if neither A and B nor a fingerprint were stored."""
+    tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
+    return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))
+
+
 def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorData, ...]:
     """Return an adapter's tensors with this A and B in place of the stored pair and its copies."""
     replaced = {A_NAME: A, B_NAME: B}

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import MAX_RANK
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.arguments import one_of, optional, path, require_flags, whole_number
+from vera_convert.arguments import one_of, optional, path, whole_number
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.conversion.projections import check_size
+from vera_convert.conversion.projections import check_size, without_projections
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Draw, Rounding, Variant, check_key, rounding_on_base
@@ -27,7 +27,7 @@ from vera_convert.files.header import read_header
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.publish.publishing import sha256_of, staged_file
+from vera_convert.publish.publishing import Output, sha256_of
 from vera_convert.rules import Finding
 from vera_convert.text import read_back_differs, short_repr
 
@@ -92,7 +92,7 @@ def regenerate(
     key, rank = whole_number("--key", key, least=None), whole_number("--rank", rank)
     in_features = whole_number("--in-features", in_features)
     out_features = whole_number("--out-features", out_features)
-    require_flags(force=force)
+    output = Output(path("out", out), is_pair, force, is_folder=False)
     if rank > MAX_RANK:
         raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
     try:
@@ -105,7 +105,7 @@ def regenerate(
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
     drawn = Draw(variant, key, rank, in_features, out_features, cast)
-    return _write(path("out", out), drawn, drawn.matrices(), force=force)
+    return _write(output, drawn, drawn.matrices())
 
 
 def rounding_of(value: Rounding | str) -> Rounding:
@@ -151,11 +151,10 @@ def regenerate_for(
         >>> regenerate_for("adapter", "ab.safetensors").draw.key
         7
     """
-    base_options, out = base_options_of(base), path("out", out)
+    base_options = base_options_of(base)
+    output = Output(path("out", out), is_pair, force, is_folder=False)
     given = optional(one_of, "generator", Variant, generator)
-    with opened(
-        adapter, out, force=force, revision=revision, access=access, is_own=is_pair, folder=False
-    ) as work:
+    with opened(adapter, output, revision=revision, access=access) as work:
         source = work.adapter
         found = _stored_draw(source)
         need = _need(source, found)
@@ -163,7 +162,7 @@ def regenerate_for(
         drawn, pair, findings = _drawn_for(source, base_facts, found, given)
         source.check_unchanged()
         inputs = (source.folder, *base_facts.folders)
-        return _write(out, drawn, pair, force=force, inputs=inputs, findings=findings)
+        return _write(replace(output, inputs=inputs), drawn, pair, findings)
 
 
 def _drawn_for(
@@ -213,7 +212,10 @@ def _need(adapter: Adapter, found: Draw | None) -> Need:
 def _without_stored(
     adapter: Adapter, base_facts: BaseFacts, found: Draw | None
 ) -> tuple[Adapter, BaseFacts]:
-    """Forget stored projections except for the dims and, if they are a draw, the rounding."""
+    """Return the adapter without stored A and B, and the base facts with the pair's dims.
+
+    If the pair is a draw, the base facts also get the draw's rounding.
+    """
     stored = adapter.projections
     if stored is None:
         return adapter, base_facts
@@ -223,9 +225,7 @@ def _without_stored(
         out_features=base_facts.out_features or stored.out_features,
         rounding=found.rounding if found and base_facts.rounding is None else base_facts.rounding,
     )
-    dropped = {stored.A.name, stored.B.name}
-    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped)
-    return replace(adapter, projections=None, fingerprint=None, tensors=tensors), known
+    return without_projections(adapter), known
 
 
 def is_pair(path: Path) -> bool:
@@ -238,20 +238,16 @@ def is_pair(path: Path) -> bool:
 
 
 def _write(
-    out: Path,
+    output: Output,
     drawn: Draw,
     pair: tuple[NDArray[Any], NDArray[Any]],
-    *,
-    force: bool,
-    inputs: tuple[Path, ...] = (),
     findings: tuple[Finding, ...] = (),
 ) -> Regenerated:
     tensors = (from_array("vera_A", pair[0]), from_array("vera_B", pair[1]))
-    with staged_file(out, force=force, inputs=inputs, is_own=is_pair) as staging:
+    with output.staged() as staging:
         digest = write_tensors(staging, tensors, {"format": "pt"})
         if sha256_of(staging) != digest:
-            raise SurroundingsError(read_back_differs(out.name))
+            raise SurroundingsError(read_back_differs(output.path.name))
     hashes = [sha256(b"".join(tensor.blocks())).hexdigest() for tensor in tensors]
-    return Regenerated(
-        out, drawn, tensors[0].dtype, hashes[0], hashes[1], out.stat().st_size, findings
-    )
+    size = output.path.stat().st_size
+    return Regenerated(output.path, drawn, tensors[0].dtype, hashes[0], hashes[1], size, findings)

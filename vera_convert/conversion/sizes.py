@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter
@@ -18,23 +17,17 @@ from vera_convert.conversion.proof import (
     is_undecided,
 )
 from vera_convert.conversion.transforms import (
+    file_size,
     fingerprint_of,
     stored_dtype,
     without_pair,
 )
 from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError
-from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
 
 _HASHES = ("0" * 64,) * 2
 """In the place of the hashes of A and B, which decide no size."""
-
-
-def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
-    """Return the bytes of a safetensors file with these tensors."""
-    ordered = in_order(tensors)
-    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
 
 class FormSizes(NamedTuple):

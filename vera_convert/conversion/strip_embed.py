@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
@@ -23,12 +23,11 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.conversion.sizes import file_size
 from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.files.value_range import ValueRange
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, hub_access_of, locate
-from vera_convert.publish.publishing import check_out
+from vera_convert.publish.publishing import Output
 from vera_convert.rules import Finding
 from vera_convert.text import short_repr
 
@@ -99,7 +98,8 @@ def strip(
     projections = one_of("projections", ProjectionSource, projections)
     base_options = base_options_of(base)
     require_flags(accept_change=accept_change)
-    with opened(adapter, out, force=force, revision=revision, access=access) as work:
+    output = Output(path("out", out), is_vera, force)
+    with opened(adapter, output, revision=revision, access=access) as work:
         need = Need.NONE if work.adapter.projections is None else Need.HELPFUL
         base_facts = resolve_base(work.adapter, base_options, bases=Bases(work.access), need=need)
         converted = stripped(
@@ -149,7 +149,8 @@ def embed(
     projections = one_of("projections", ProjectionSource, projections)
     base_options = base_options_of(base)
     variant = optional(one_of, "generator", Variant, generator)
-    with opened(adapter, out, force=force, revision=revision, access=access) as work:
+    output = Output(path("out", out), is_vera, force)
+    with opened(adapter, output, revision=revision, access=access) as work:
         need = need_to_embed(work.adapter, base_options, projections)
         base_facts = resolve_base(work.adapter, base_options, bases=Bases(work.access), need=need)
         converted = embedded(work.adapter, base_facts, projections=projections, variant=variant)
@@ -172,56 +173,45 @@ def need_to_embed(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An opened adapter and the folder that its conversion is written to.
+    """An opened adapter and the output of its conversion.
 
     Attributes:
         location: where the adapter lies.
         adapter: the adapter.
         values: the ranges of values of the adapter's tensors, by name.
-        out: the folder to write.
-        force: whether an earlier output at `out` is replaced.
+        output: the folder or file to write.
         access: how the Hub is reached.
     """
 
     location: Location
     adapter: Adapter
     values: Mapping[str, ValueRange]
-    out: Path
-    force: bool
+    output: Output
     access: HubAccess
 
 
 @contextmanager
 def opened(
     adapter: str | Path,
-    out: str | Path,
+    output: Output,
     *,
-    force: bool,
     revision: str | None,
     access: HubAccess | None,
     repair: Repair | None = None,
-    is_own: Callable[[Path], bool] = is_vera,
-    folder: bool = True,
 ) -> Iterator[Work]:
-    """Find and open an adapter, after a check that `out` may be written."""
-    require_flags(force=force)
+    """Find and open an adapter, after a check that the output may be written."""
     access = hub_access_of(access)
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
-    out = path("out", out)
     location = locate(named, kind="adapter", access=access, revision=revision)
-    inputs = [location.folder] if location.folder else []
-    check_out(out, inputs=inputs, force=force, is_own=is_own, folder=folder)
+    replace(output, inputs=[location.folder] if location.folder else []).check()
     location = fetch_adapter(location, access, is_training_state=is_training_state)
     with open_adapter(location.fetched, repair=repair) as opened:
-        values = refuse_values(opened)
-        yield Work(location, opened, values, out, force, access)
+        yield Work(location, opened, refuse_values(opened), output, access)
 
 
-def content_of(
-    adapter: Adapter, converted: Converted, *, not_fetched: tuple[str, ...] = ()
-) -> AdapterContent:
+def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> AdapterContent:
     """Return the content of the new folder; an unchanged weights file is copied as it is."""
-    is_same = _keeps_weights(adapter, converted)
+    adapter = converted.adapter
     return AdapterContent(
         converted.tensors,
         converted.metadata,
@@ -229,53 +219,30 @@ def content_of(
         adapter.folder,
         not_fetched,
         adapter.check_unchanged,
-        adapter.file.source if is_same else None,
+        adapter.file.source if converted.keeps_weights else None,
     )
 
 
 def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversion:
     """Write a conversion and return the report."""
-    source = work.adapter
-    inputs = [source.folder, *base_facts.folders]
-    sides = publish_adapter(
-        content_of(source, converted, not_fetched=work.location.left_out),
-        work.out,
-        force=work.force,
-        inputs=inputs,
-    )
-    return reported(source, converted, base_facts, sides, label=work.location.label, out=work.out)
+    output = replace(work.output, inputs=(work.adapter.folder, *base_facts.folders))
+    sides = publish_adapter(content_of(converted, not_fetched=work.location.left_out), output)
+    return reported(converted, base_facts, sides, label=work.location.label, out=output.path)
 
 
 def reported(
-    adapter: Adapter,
-    converted: Converted,
-    base_facts: BaseFacts,
-    sides: SideFiles,
-    *,
-    label: str,
-    out: Path,
+    converted: Converted, base_facts: BaseFacts, sides: SideFiles, *, label: str, out: Path
 ) -> Conversion:
     """Return the report of a conversion that lies, or will lie, at `out`."""
-    stored = {tensor.name for tensor in converted.tensors}
     return Conversion(
         adapter=label,
         out=out,
-        embedded=A_NAME in stored,
+        embedded=any(tensor.name == A_NAME for tensor in converted.tensors),
         changes=converted.changes,
         draw=converted.draw,
         base_facts=base_facts,
         findings=converted.findings,
         side_files=sides,
-        bytes_before=adapter.weights_size,
-        bytes_after=_size_after(adapter, converted),
+        bytes_before=converted.adapter.weights_size,
+        bytes_after=converted.weights_size,
     )
-
-
-def _keeps_weights(adapter: Adapter, converted: Converted) -> bool:
-    return not converted.changes and converted.tensors is adapter.tensors
-
-
-def _size_after(adapter: Adapter, converted: Converted) -> int:
-    if _keeps_weights(adapter, converted):
-        return adapter.weights_size
-    return file_size(converted.tensors, converted.metadata)

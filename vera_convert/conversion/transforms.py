@@ -5,7 +5,7 @@ A and B are dropped only if a proof shows that PEFT or `embed` regenerates the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -31,6 +31,7 @@ from vera_convert.conversion.proof import (
 )
 from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
 from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import (
     FINGERPRINT_NOT_MET,
@@ -48,6 +49,7 @@ class Converted:
     """An adapter's content after a conversion, with the findings about this content.
 
     Attributes:
+        adapter: the adapter before the conversion.
         tensors: the tensors of the new file.
         metadata: its metadata.
         config_text: the bytes of its config.
@@ -56,6 +58,7 @@ class Converted:
         findings: warnings and notes.
     """
 
+    adapter: Adapter
     tensors: tuple[TensorData, ...]
     metadata: Mapping[str, str]
     config_text: bytes
@@ -63,10 +66,29 @@ class Converted:
     draw: Draw | None = None
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the file of weights stays as it is."""
+        return not self.changes and self.tensors is self.adapter.tensors
+
+    @property
+    def weights_size(self) -> int:
+        """The bytes of the new file of weights."""
+        if self.keeps_weights:
+            return self.adapter.weights_size
+        return file_size(self.tensors, self.metadata)
+
+
+def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of a safetensors file with these tensors."""
+    ordered = in_order(tensors)
+    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
+
 
 def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
     """Return an adapter's content unchanged."""
     return Converted(
+        adapter,
         adapter.tensors,
         adapter.metadata,
         adapter.config_file.text,
@@ -133,6 +155,7 @@ def stripped(
     hashes = _sha256(stored.A), _sha256(stored.B)
     tensors, metadata = without_pair(adapter, fingerprint_of(stored, own.draw, hashes))
     return Converted(
+        adapter,
         tensors=tensors,
         metadata=metadata,
         config_text=_with_flag(adapter, save_projection=False),
@@ -340,6 +363,7 @@ def _with_pair(
 ) -> Converted:
     metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
     return Converted(
+        adapter,
         tensors=(*adapter.tensors, pair.A, pair.B),
         metadata=metadata,
         config_text=_with_flag(adapter, save_projection=True),

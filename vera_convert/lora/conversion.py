@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert.adapter.folder import SideFiles, side_files
@@ -45,7 +45,7 @@ from vera_convert.lora.writing import (
     require_space,
 )
 from vera_convert.merging.in_effect import in_effect
-from vera_convert.publish.publishing import files_but, free_space, staged_folder
+from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import LORA_ERROR_LARGE, LORA_VANISHED, Finding, Severity
 from vera_convert.text import printable, short_repr
 
@@ -141,11 +141,10 @@ def to_lora(
     """
     settings = optional(instance, "options", LoraOptions, options) or LoraOptions()
     progress = progress_function("progress", progress)
-    base_options, out = base_options_of(base), path("out", out)
+    base_options = base_options_of(base)
+    output = Output(path("out", out), is_lora, settings.force)
     with (
-        opened(
-            adapter, out, force=settings.force, revision=revision, access=access, is_own=is_lora
-        ) as work,
+        opened(adapter, output, revision=revision, access=access) as work,
         one_blas_thread(),  # further threads of the BLAS wait longer than thin products take
     ):
         job = _planned(work, base_options, settings)
@@ -236,15 +235,14 @@ class _Job:
         """Write the LoRA whole or not at all."""
         folder, files, computed = self.work.adapter.folder, self.files, Computed(self.plan)
         weights, written = self._weights(computed), {CONFIG_NAME, CARD_NAME, *self.copied}
-        with staged_folder(
-            self.work.out,
-            force=self.work.force,
-            inputs=[folder, *self.base_facts.folders],
-            is_own=is_lora,
+        output = replace(
+            self.work.output,
+            inputs=(folder, *self.base_facts.folders),
             strangers=lambda earlier: files_but(earlier, {*lora_records(earlier), *written}),
-        ) as staged:
+        )
+        with output.staged() as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
-            require_space(weights.size + copied, staged, self.work.out)
+            require_space(weights.size + copied, staged, output.path)
             weights.write(staged / files.weights, progress, check=self.origin.options.check)
             self._require_small_error(computed.measured)
             if files.config is not None:
@@ -264,7 +262,7 @@ class _Job:
         pair, options = self.origin.pair, self.origin.options
         return LoraConversion(
             adapter=self.work.location.label,
-            out=self.work.out,
+            out=self.work.output.path,
             written=not options.dry_run,
             options=options,
             plan=self.plan,
@@ -277,7 +275,7 @@ class _Job:
             extras=self.extras,
             base_facts=self.base_facts,
             size=size,
-            free=free_space(self.work.out),
+            free=self.work.output.free_space,
             side_files=self.sides,
             findings=tuple(dict.fromkeys((*self.findings, *_measured_findings(measured)))),
         )

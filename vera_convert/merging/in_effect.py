@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.conversion.projections import ProjectionSource, without_projections
 from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import UsageError
 from vera_convert.rules import Finding
-
-_CHUNK_VALUES = 1 << 16
 
 
 class Origin(StrEnum):
@@ -72,7 +70,7 @@ def in_effect(
             drawn A and B is not known.
     """
     if projections is ProjectionSource.KEY:
-        adapter = _without_stored(adapter)
+        adapter = without_projections(adapter)
     elif (
         projections is ProjectionSource.FILE
         and adapter.projections is None
@@ -93,8 +91,3 @@ def in_effect(
     findings = tuple(finding for finding in drawn.findings if finding not in own)
     A, B = by_name[A_NAME].array(), by_name[B_NAME].array()
     return InEffect(A, B, origin, drawn.draw, findings)
-
-
-def _without_stored(adapter: Adapter) -> Adapter:
-    tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
-    return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))

@@ -28,7 +28,7 @@ from vera_convert.merging.provenance import (
     versions,
 )
 from vera_convert.merging.report import TensorReport
-from vera_convert.publish.publishing import Staged, files_but, staged_run
+from vera_convert.publish.publishing import Output, Staged, files_but
 from vera_convert.rules import RESULT_NOT_FINITE, Finding
 from vera_convert.text import printable
 
@@ -61,11 +61,18 @@ class MergeJob:
 
     Attributes:
         plan: the plan.
-        out: the folder to write.
+        out: the path of the folder to write.
     """
 
     plan: MergePlan
     out: Path
+
+    @property
+    def output(self) -> Output:
+        """The folder to write, and the conditions for its replacement."""
+        inputs = self.plan.inputs
+        force = inputs.options.force
+        return Output(self.out, is_merged, force, inputs.folders, self._strangers)
 
     @property
     def options(self) -> MergeOptions:
@@ -77,7 +84,7 @@ class MergeJob:
         """The number of threads."""
         return self.options.jobs or default_jobs()
 
-    def strangers(self, folder: Path) -> list[str]:
+    def _strangers(self, folder: Path) -> list[str]:
         """Return the files in an earlier output that neither merge wrote or writes."""
         written = {PROVENANCE_NAME, *(file.name for file in self.plan.files)}
         return files_but(folder, written | recorded_files(folder))
@@ -141,14 +148,7 @@ class MergeJob:
         self, product: str
     ) -> Iterator[tuple[Path, dict[str, Finished], Callable[[str, Finished], None]]]:
         """Yield the staging folder, the finished files, and a function for each new file."""
-        with staged_run(
-            self.out,
-            continues=self.options.resume,
-            force=self.options.force,
-            inputs=self.plan.inputs.folders,
-            is_own=is_merged,
-            strangers=self.strangers,
-        ) as staged:
+        with self.output.staged_run(continues=self.options.resume) as staged:
             journal, finished = None, dict[str, Finished]()
             if self.options.resume:
                 journal, finished = self._continued(staged, product)

@@ -31,7 +31,7 @@ from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import FilePlan, file_plan, plan_merge
 from vera_convert.merging.replaced import ReplacedTensor, constant_findings
 from vera_convert.merging.report import TensorReport, number_findings
-from vera_convert.publish.publishing import check_out, free_space
+from vera_convert.publish.publishing import Output
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import Finding
 from vera_convert.text import short_repr
@@ -129,20 +129,14 @@ def merge(
         specs = (AdapterSpec(adapter, options.weight, revision), *options.add)
         adapters = find_adapters(specs, access)
         folders = [each.folder for _, each in adapters if each.folder is not None]
-        check_out(place, inputs=folders, force=options.force, is_own=is_merged)
+        Output(place, is_merged, options.force, folders).check()
         with open_inputs(adapters, base, options, access) as inputs:
             job = MergeJob(plan_merge(inputs), place)
-            free = free_space(place)
+            free = job.output.free_space
             if not options.dry_run:
                 run = job.run(progress)
                 return _result(job, run, free, time.monotonic() - started)
-            check_out(
-                place,
-                inputs=inputs.folders,
-                force=options.force,
-                is_own=is_merged,
-                strangers=job.strangers,
-            )
+            job.output.check()
             job.require_space(free)
             return _result(job, MergeRun(), free, _estimate(job))
 

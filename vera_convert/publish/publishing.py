@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from vera_convert.arguments import require_flags
 from vera_convert.errors import SurroundingsError, UsageError, is_resumable, mark_resumable
 from vera_convert.files.walk import files_and_links
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
@@ -38,56 +39,113 @@ _TRIES = 16
 """The most tries against other runs for the same OUT; the first try is nearly always enough."""
 
 
-@contextmanager
-def staged_folder(
-    out: Path,
-    *,
-    force: bool = False,
-    inputs: Sequence[Path] = (),
-    is_own: Callable[[Path], bool],
-    strangers: Strangers = lambda _: (),
-    is_wanted: Callable[[], bool] = lambda: True,
-) -> Iterator[Path]:
-    """Yield an empty folder, which becomes `out` if the block succeeds and else is removed.
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The folder or the file that a command writes, called OUT in messages.
 
-    After the block, the function syncs all files, publishes the folder in one rename, and syncs the
-    parent. SIGINT, SIGTERM and SIGHUP leave nothing behind. A signal during the rename or later is
-    dropped, because the output is complete. Modes follow the umask. Writing threads and processes
-    must end before the block ends.
-
-    Args:
-        out: the path of the new folder.
-        force: replace an existing folder for which `is_own` returns True.
-        inputs: paths that the run reads; `out` must not be, contain or lie inside an input.
-        is_own: whether this command writes folders like the given folder.
+    Attributes:
+        path: the path of OUT.
+        is_own: returns whether this command writes folders, or files, like the given one.
+        force: replace an existing OUT for which `is_own` returns True.
+        inputs: paths that the run reads; OUT must not be, contain or lie inside an input.
         strangers: returns the files that forbid the replacement of an existing folder.
-        is_wanted: called after the block; if False is returned, the new folder is removed.
-
-    Raises:
-        UsageError: `out` exists and may not be replaced, overlaps an input, or has no name.
-        SurroundingsError: the system refused an operation, also inside the block.
-        Interrupted: a signal arrived; nothing is left behind.
+        is_folder: whether OUT is a folder; else a file.
     """
-    replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
-    with _staged(out, inputs, replacing, is_wanted=is_wanted) as staged:
-        yield staged.folder
 
+    path: Path
+    is_own: Callable[[Path], bool]
+    force: bool = False
+    inputs: Sequence[Path] = ()
+    strangers: Strangers = lambda _: ()
+    is_folder: bool = True
 
-@contextmanager
-def staged_file(
-    out: Path,
-    *,
-    force: bool = False,
-    inputs: Sequence[Path] = (),
-    is_own: Callable[[Path], bool],
-) -> Iterator[Path]:
-    """Yield a free path; the file that the block writes there becomes `out`.
+    def __post_init__(self) -> None:
+        require_flags(force=self.force)
 
-    Otherwise like `staged_folder`, for one file.
-    """
-    replacing = _Replacing(force, is_own, folder=False)
-    with _staged(out, inputs, replacing) as staged:
-        yield staged.folder
+    def check(self) -> None:
+        """Refuse an OUT before any work that a run would refuse later; `staged` checks OUT too.
+
+        Raises:
+            UsageError: OUT overlaps an input (with links resolved, even with `force`); OUT exists
+                without `force`; OUT is a link, is of another kind, or is no output of this
+                command; OUT holds files that the command would not write.
+            SurroundingsError: the parent is not a folder, or cannot be read.
+        """
+        with explained(self.path):
+            place = _real_place(self.path)
+            _refuse_overlap(place, self.inputs)
+            self.require_replaceable(place)
+
+    @property
+    def free_space(self) -> int:
+        """The free bytes for OUT, including the leftovers of killed runs for OUT.
+
+        Raises:
+            SurroundingsError: the folder of OUT cannot be read.
+        """
+        with explained(self.path):
+            place = _real_place(self.path)
+            there, _ = nearest_folder(place.parent)
+            return shutil.disk_usage(there).free + bytes_of_the_dead(place)
+
+    @contextmanager
+    def staged(self, *, is_wanted: Callable[[], bool] = lambda: True) -> Iterator[Path]:
+        """Yield an empty folder, or a free path for a file, and publish the content as OUT.
+
+        After the block, all files are synced, the content becomes OUT in one rename, and the parent
+        is synced. If the block fails, OUT does not change. SIGINT, SIGTERM and SIGHUP leave nothing
+        behind. A signal during the rename or later is dropped, because the output is complete.
+        Modes follow the umask. Writing threads and processes must end before the block ends.
+
+        Args:
+            is_wanted: called after the block; if False is returned, the content is removed.
+
+        Raises:
+            UsageError: OUT exists and may not be replaced, overlaps an input, or has no name.
+            SurroundingsError: the system refused an operation, also inside the block.
+            Interrupted: a signal arrived; nothing is left behind.
+        """
+        with _staged(self.path, self, is_wanted=is_wanted) as staged:
+            yield staged.folder
+
+    @contextmanager
+    def staged_run(self, *, continues: bool) -> Iterator[Staged]:
+        """Do the same as `staged`, for a run that another run can continue.
+
+        If the block fails or is interrupted after it set `worth_keeping`, the hidden folder stays.
+        A later run for the same OUT receives the folder if `continues` is True, and else removes
+        it.
+        """
+        with _staged(self.path, self, continues=continues) as staged:
+            yield staged
+
+    def require_replaceable(self, place: Path) -> None:
+        """Refuse an existing OUT, unless this run may replace OUT."""
+        try:
+            mode = place.lstat().st_mode
+        except FileNotFoundError:
+            return
+        shown = printable(str(place))
+        fits = stat.S_ISDIR(mode) if self.is_folder else stat.S_ISREG(mode)
+        if not self.force:
+            remedy = ", or replace it with --force" if fits and self.is_own(place) else ""
+            raise UsageError(f"{shown} exists. Choose another OUT{remedy}.")
+        if stat.S_ISLNK(mode):
+            raise UsageError(
+                f"{shown} is a link, and --force replaces no link. Give the link's target."
+            )
+        if not fits or not self.is_own(place):
+            raise UsageError(
+                f"{shown} is no output of this command, so --force does not replace it. "
+                "Choose another OUT, or move the old one away."
+            )
+        strangers = self.strangers(place) if self.is_folder else ()
+        if strangers:
+            raise UsageError(
+                f"{shown} holds files that this command does not write, which --force would "
+                f"delete: {listed(sorted(strangers), _MOST_NAMED)}. Move them away, or choose "
+                "another OUT."
+            )
 
 
 @contextmanager
@@ -102,7 +160,7 @@ def updated_folder(out: Path) -> Iterator[Path]:
         SurroundingsError: the system refused an operation, also inside the block.
         Interrupted: a signal arrived.
     """
-    with _staged(out, (), None) as staged:
+    with _staged(out, None) as staged:
         yield staged.folder
 
 
@@ -126,61 +184,6 @@ class Staged:
         """Remove all files of the folder except those named, by relative path with `/`."""
         for name in files_but(self.folder, names):
             remove_tree(self.folder / name)
-
-
-@contextmanager
-def staged_run(
-    out: Path,
-    *,
-    continues: bool,
-    force: bool = False,
-    inputs: Sequence[Path] = (),
-    is_own: Callable[[Path], bool],
-    strangers: Strangers = lambda _: (),
-) -> Iterator[Staged]:
-    """Do the same as `staged_folder`, for a run with a possible continuation by another run.
-
-    If the block fails or is interrupted after it set `worth_keeping`, the hidden folder stays. A
-    later run for the same `out` receives the folder if `continues` is True, and else removes it.
-    """
-    replacing = _Replacing(force, is_own, folder=True, strangers=strangers)
-    with _staged(out, inputs, replacing, continues=continues) as staged:
-        yield staged
-
-
-def check_out(
-    out: Path,
-    *,
-    inputs: Sequence[Path],
-    force: bool,
-    is_own: Callable[[Path], bool],
-    folder: bool = True,
-    strangers: Strangers = lambda _: (),
-) -> None:
-    """Refuse an `out` before any work that a run would refuse later; `staged_*` check `out` too.
-
-    Raises:
-        UsageError: `out` overlaps an input (with links resolved, even with `force`); `out` exists
-            without `force`; `out` is a link, is of another kind, or is no output of this
-            command; `out` holds files that the command would not write.
-        SurroundingsError: the parent is not a folder, or cannot be read.
-    """
-    with explained(out):
-        place = _real_place(out)
-        _refuse_overlap(place, inputs)
-        _Replacing(force, is_own, folder=folder, strangers=strangers).check(place)
-
-
-def free_space(out: Path) -> int:
-    """Return the free bytes for `out`, including the leftovers of killed runs for `out`.
-
-    Raises:
-        SurroundingsError: the folder of `out` cannot be read.
-    """
-    with explained(out):
-        place = _real_place(out)
-        there, _ = nearest_folder(place.parent)
-        return shutil.disk_usage(there).free + bytes_of_the_dead(place)
 
 
 def sha256_of(path: Path) -> str:
@@ -262,48 +265,6 @@ def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Replacing:
-    """Whether a run may replace an existing OUT."""
-
-    allowed: bool
-    is_own: Callable[[Path], bool]
-    folder: bool
-    strangers: Strangers = lambda _: ()
-
-    def check(self, out: Path) -> None:
-        """Refuse an existing `out`, unless this run may replace `out`."""
-        try:
-            mode = out.lstat().st_mode
-        except FileNotFoundError:
-            return
-        shown = printable(str(out))
-        fits = stat.S_ISDIR(mode) if self.folder else stat.S_ISREG(mode)
-        if not self.allowed:
-            remedy = ", or replace it with --force" if fits and self.is_own(out) else ""
-            raise UsageError(f"{shown} exists. Choose another OUT{remedy}.")
-        if stat.S_ISLNK(mode):
-            raise UsageError(
-                f"{shown} is a link, and --force replaces no link. Give the link's target."
-            )
-        if not fits or not self.is_own(out):
-            raise UsageError(
-                f"{shown} is no output of this command, so --force does not replace it. "
-                "Choose another OUT, or move the old one away."
-            )
-        if self.folder:
-            _refuse_strangers(shown, self.strangers(out))
-
-
-def _refuse_strangers(shown: str, names: Collection[str]) -> None:
-    """Refuse to replace a folder with files that the run would delete for good."""
-    if names:
-        raise UsageError(
-            f"{shown} holds files that this command does not write, which --force would delete: "
-            f"{listed(sorted(names), _MOST_NAMED)}. Move them away, or choose another OUT."
-        )
-
-
 def files_but(folder: Path, names: Collection[str]) -> list[str]:
     """Return the files and links below a folder that are not in `names`, with `/`.
 
@@ -354,22 +315,23 @@ def explained(out: Path) -> Iterator[None]:
 @contextmanager
 def _staged(
     out: Path,
-    inputs: Sequence[Path],
-    replacing: _Replacing | None,
+    output: Output | None,
     *,
     continues: bool = False,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[Staged]:
-    """Stage and publish an output. Without `replacing`, OUT is a folder that keeps other files."""
+    """Stage and publish an output. Without `output`, OUT is a folder that keeps other files."""
     container, staged = None, None
     with signals_raise(), explained(out):
         place = _real_place(out)
-        _refuse_overlap(place, inputs)  # before sweeping: nothing is removed inside an input
+        if output is not None:
+            # Before sweeping, so that nothing is removed inside an input.
+            _refuse_overlap(place, output.inputs)
         if not continues:
             with signals_held():
                 sweep_containers(place)
-        if replacing is not None:
-            replacing.check(place)
+        if output is not None:
+            output.require_replaceable(place)
         made: list[Path] = []
         try:
             with signals_held():
@@ -377,17 +339,17 @@ def _staged(
                 make = Container.continuing if continues else Container.beside
                 container = make(place)
             staged = Staged(container.new, container.journal)
-            if replacing is None or replacing.folder:
+            if output is None or output.is_folder:
                 container.new.mkdir(exist_ok=True)  # a continued run has left the folder
             yield staged
             if not is_wanted():
                 return
             sync_tree(container.new, synced=staged.synced)
             with signals_held():
-                if replacing is None:
+                if output is None:
                     _update(container.new, place)
                 else:
-                    _publish(container, place, replacing)
+                    _publish(container, place, output)
                 signals_done()  # the output is there, so the run has succeeded
                 container.remove()
         finally:
@@ -410,9 +372,9 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
             made.append(there)
 
 
-def _publish(container: Container, out: Path, replacing: _Replacing) -> None:
+def _publish(container: Container, out: Path, output: Output) -> None:
     """Move `new` to `out` in one step and sync the parent; undo the move if the sync fails."""
-    undo = _put_in_place(container, out, replacing)
+    undo = _put_in_place(container, out, output)
     try:
         sync_folder(out.parent)
     except OSError:
@@ -430,13 +392,13 @@ def _update(new: Path, out: Path) -> None:
     sync_folder(out)
 
 
-def _put_in_place(container: Container, out: Path, replacing: _Replacing) -> Callable[[], object]:
+def _put_in_place(container: Container, out: Path, output: Output) -> Callable[[], object]:
     """Give `out` the new content, and return a function for the way back."""
     for _ in range(_TRIES):
         try:
             move(container.new, out)
         except FileExistsError:
-            replacing.check(out)
+            output.require_replaceable(out)
         else:
             return lambda: out.rename(container.new)
         try:

@@ -15,7 +15,7 @@ from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
 from vera_convert.errors import UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import from_array
-from vera_convert.publish.publishing import explained, staged_folder, updated_folder
+from vera_convert.publish.publishing import Output, explained, updated_folder
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"
@@ -72,7 +72,7 @@ def write_adapters(
                 _write_adapter(staging, *adapters[name])
         return
     empty = _is_empty(out)
-    with staged_folder(out, force=force or empty, is_own=_holds_adapters_only) as staging:
+    with Output(out, _holds_adapters_only, force=force or empty).staged() as staging:
         for name, contents in adapters.items():
             folder = staging if name == DEFAULT else staging / name
             folder.mkdir(exist_ok=True)
