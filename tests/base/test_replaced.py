@@ -16,7 +16,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.formats.document import result_document
 from vera_convert.formats.merge import merge_text
 from vera_convert.merging.merge import Merge
-from vera_convert.merging.replaced import ReplacedTensor
+from vera_convert.merging.report import ReplacedTensor
 
 PREFIX = "base_model.model."
 HEAD = "lm_head.weight"
@@ -115,7 +115,7 @@ def test_large_tensors_are_compared_in_blocks(
     values[-1, -1] = 1
     adapter = replacing(tmp_path / "a", {HEAD: values}, modules_to_save=["lm_head"])
     whole = merged_with(adapter, base, tmp_path / "whole").replaced[0]
-    monkeypatch.setattr("vera_convert.merging.replaced._BLOCK_VALUES", 7)
+    monkeypatch.setattr("vera_convert.assembly.input_files._BLOCK_VALUES", 7)
     blocks = merged_with(adapter, base, tmp_path / "blocks").replaced[0]
     assert blocks.numbers is not None
     assert whole.numbers is not None

@@ -232,6 +232,15 @@ def test_an_adapter_that_is_a_module_of_the_folder_above_is_warned_about(
     assert [found.code for found in done.findings] == codes
 
 
+@pytest.mark.parametrize("listed", ["[", "{}", "[1]", '[{"path": []}]', '[{"path": {}}]', "[{}]"])
+def test_a_malformed_list_of_modules_names_no_module(
+    tmp_path: Path, adapter: Path, base: Path, listed: str
+) -> None:
+    beside(adapter, {"modules.json": listed.encode(), "1_Pooling/config.json": b"own"})
+    merged_with(adapter, base, tmp_path / "out")
+    assert everything(tmp_path / "out")["1_Pooling/config.json"] == b"own"
+
+
 def test_an_adapter_that_is_a_module_of_a_repo_is_warned_about(
     tmp_path: Path, adapter: Path, base: Path, server: HubServer
 ) -> None:

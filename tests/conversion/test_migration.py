@@ -610,7 +610,7 @@ def test_a_tree_reads_its_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read.append(location.label)
         return read_base(location, access, **more)
 
-    monkeypatch.setattr("vera_convert.base.resolve.read_base", counted)
+    monkeypatch.setattr("vera_convert.base.bases.read_base", counted)
     base = tiny_base(tmp_path / "base")
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.STRIPPED, base=str(base))
     assert len(result.done) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,6 +109,35 @@ class Numbers:
     change: float = 0.0
     loss: float = 0.0
 
+    @property
+    def changed_share(self) -> float:
+        """The share of the values that the merge changes."""
+        return self.changed / self.values if self.values else 0.0
+
+    @property
+    def relative_change(self) -> float:
+        """The norm of the delta relative to the norm of the base (Frobenius norms).
+
+        For a base of zeros, the relative change is 1 if a value was added, else 0.
+        """
+        if self.base == 0:
+            return 1.0 if self.change else 0.0
+        return math.sqrt(self.change / self.base)
+
+    @property
+    def relative_loss(self) -> float:
+        """The norm of the rounding errors relative to the norm of the delta."""
+        return math.sqrt(self.loss / self.change) if self.change else 0.0
+
+    def record(self) -> dict[str, object]:
+        """Return the numbers as members of a JSON object."""
+        return {
+            "looked_at": self.values,
+            "changed": four_digits(self.changed_share),
+            "relative_change": four_digits(self.relative_change),
+            "relative_loss": four_digits(self.relative_loss),
+        }
+
     def __add__(self, other: Numbers) -> Numbers:
         return Numbers(
             self.values + other.values,
@@ -116,6 +146,11 @@ class Numbers:
             self.change + other.change,
             self.loss + other.loss,
         )
+
+
+def four_digits(value: float) -> float:
+    """Return a number with four significant digits."""
+    return float(f"{value:.4g}")
 
 
 class NotFiniteError(ArithmeticError):

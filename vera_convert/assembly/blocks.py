@@ -54,26 +54,22 @@ class BufferSizes:
 
 def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
     """Return the buffer sizes that suffice for every block of these tensors."""
-    sizes = [_sizes_for(each) for each in sums]
-    return BufferSizes(
-        max((each.stored for each in sizes), default=0),
-        max((each.written for each in sizes), default=0),
-        max((each.product for each in sizes), default=0),
-        max((each.another for each in sizes), default=0),
-        max((each.left for each in sizes), default=0),
-        tuple(map(max, zip_longest(*(each.right for each in sizes), fillvalue=0))),
-    )
+    none = (0,) * 5
+    largest = map(max, zip_longest(none, none, *map(_sizes_for, sums), fillvalue=0))
+    stored, written, product, another, left, *right = largest
+    return BufferSizes(stored, written, product, another, left, tuple(right))
 
 
-def _sizes_for(tensor: Sum) -> BufferSizes:
+def _sizes_for(tensor: Sum) -> tuple[int, ...]:
+    """Return the sizes for one tensor, in the order of the attributes of `BufferSizes`."""
     values, size = tensor.block_rows * tensor.shape[1], tensor.working.itemsize
-    return BufferSizes(
-        stored=values * tensor.stored.itemsize,
-        written=0 if tensor.stored == tensor.written else values * tensor.written.itemsize,
-        product=values * size,
-        another=values * size if len(tensor.terms) > 1 else 0,
-        left=tensor.block_rows * tensor.rank * size,
-        right=tuple(len(term.A) * tensor.shape[1] * size for term in tensor.terms),
+    return (
+        values * tensor.stored.itemsize,
+        0 if tensor.stored == tensor.written else values * tensor.written.itemsize,
+        values * size,
+        values * size if len(tensor.terms) > 1 else 0,
+        tensor.block_rows * tensor.rank * size,
+        *(len(term.A) * tensor.shape[1] * size for term in tensor.terms),
     )
 
 

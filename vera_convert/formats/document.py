@@ -94,9 +94,9 @@ def _merged_files(merge: Any) -> list[Document]:  # noqa: ANN401 -- a record of 
 
 
 def _merged_numbers(merge: Any) -> object:  # noqa: ANN401 -- a record of a merge
-    from vera_convert.merging.report import numbers_record, total
+    from vera_convert.merging.report import total
 
-    return numbers_record(total(merge.tensors)) if merge.written else None
+    return total(merge.tensors).record() if merge.written else None
 
 
 def _short(value: float) -> float:

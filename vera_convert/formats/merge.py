@@ -10,14 +10,7 @@ from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.output import FilePlan
-from vera_convert.merging.replaced import ReplacedTensor
-from vera_convert.merging.report import (
-    changed_share,
-    relative_change,
-    relative_loss,
-    total,
-    worst,
-)
+from vera_convert.merging.report import ReplacedTensor, total, worst
 from vera_convert.text import and_more, counted, printable
 
 _MOST_LISTED = 12
@@ -55,14 +48,14 @@ def _number_rows(result: Merge) -> list[Row]:
     numbers = total(result.tensors)
     last = worst(result.tensors)
     rows: list[Row] = [("time", f"{result.seconds:.1f} s in {result.jobs} threads")]
-    if last is None or last.numbers is None:
+    if last is None:
         return rows
-    most = f"{relative_loss(last.numbers):.3g}, in {printable(last.name)}"
+    most = f"{last[1].relative_loss:.3g}, in {printable(last[0])}"
     return [
         *rows,
-        ("changed", f"{changed_share(numbers):.1%} of {numbers.values:,} sampled values"),
-        ("delta", f"{relative_change(numbers):.3g} times the norm of the weights"),
-        ("rounding error", f"{relative_loss(numbers):.3g} of the delta; largest: {most}"),
+        ("changed", f"{numbers.changed_share:.1%} of {numbers.values:,} sampled values"),
+        ("delta", f"{numbers.relative_change:.3g} times the norm of the weights"),
+        ("rounding error", f"{numbers.relative_loss:.3g} of the delta; largest: {most}"),
     ]
 
 
@@ -89,7 +82,7 @@ def _replaced_lines(result: Merge) -> list[str]:
     """Return a line for each replaced tensor, with the largest changes first."""
 
     def change(tensor: ReplacedTensor) -> float:
-        return relative_change(tensor.numbers) if tensor.numbers is not None else math.inf
+        return tensor.numbers.relative_change if tensor.numbers is not None else math.inf
 
     tensors = sorted(result.replaced, key=change, reverse=True)
     more = and_more(len(tensors) - _MOST_LISTED).lstrip()

@@ -8,12 +8,12 @@ left out    everything else, such as the adapter's card
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from vera_convert.adapter.folder import SideFiles, module_folders, side_files
+from vera_convert.adapter.folder import module_folders, side_files
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
@@ -44,9 +44,6 @@ _MODULE_FOLDER = re.compile(r"\d+_\w+")
 _TOKENIZER_LIMIT = 100_000_000
 _MOST_LABELS = 100_000
 _BLOCK = 1 << 20
-
-Reader = Callable[[str], Mapping[str, object]]
-"""Returns the value of a file by name; empty if there is no such file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,31 +126,38 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
     """
     folder = location.fetched
     sides = side_files(folder, not_fetched=location.left_out)
-    names = sides.copied
-    modules = _module_folders(location, names)
+    names, stated = sides.copied, _StatedFacts(folder, sides.copied)
+    modules = stated.modules
     tokenizer = tokenizer_files(names)
     copied = [
         name
         for name in names
-        if name not in tokenizer
-        and (_SINGLE.fullmatch(name) or ("/" in name and name.partition("/")[0] in modules))
+        if name not in tokenizer and (_SINGLE.fullmatch(name) or _is_in(modules, name))
     ]
-    taken = {*tokenizer, *copied, CARD_NAME}  # the merged model gets a card of its own
     unmerged = unmerged_weights(location, names)
-    rest = [name for name in names if name not in {*taken, *unmerged}]
+    # The merged model gets a card of its own.
+    used = {*tokenizer, *copied, *unmerged, CARD_NAME}
+    needed = [
+        name
+        for name in sides.left_out
+        if _is_in(modules, name) or PurePosixPath(name).name == "tokenizer.json"
+    ]
 
     def files(chosen: Collection[str]) -> dict[str, InputFile]:
         return {name: InputFile.look(folder / name, within=folder) for name in chosen}
 
     return AdapterFiles(
-        files(tokenizer),
-        files(copied),
-        unmerged,
-        tuple(_not_fetched(sides, modules)),
-        (*rest, *_dropped(sides, modules)),
-        _pad_token_id(location, names),
-        _labels(location, names, base),
-        _is_module(location),
+        tokenizer=files(tokenizer),
+        copied=files(copied),
+        unmerged=unmerged,
+        not_fetched=tuple(needed),
+        left_out=(
+            *(name for name in names if name not in used),
+            *(name for name in sides.left_out if name not in needed),
+        ),
+        pad_token_id=stated.pad_token_id(),
+        labels=stated.labels(base),
+        is_module=_is_module(location),
     )
 
 
@@ -164,14 +168,17 @@ def unmerged_weights(location: Location, names: Sequence[str]) -> tuple[str, ...
         location: the adapter's location, fetched.
         names: the files beside the adapter.
     """
-    tokenizer, modules = tokenizer_files(names), _module_folders(location, names)
+    tokenizer, modules = tokenizer_files(names), _StatedFacts(location.fetched, names).modules
     return tuple(
         name
         for name in names
-        if is_other_weights(name)
-        and name not in tokenizer
-        and not ("/" in name and name.partition("/")[0] in modules)
+        if is_other_weights(name) and name not in tokenizer and not _is_in(modules, name)
     )
+
+
+def _is_in(folders: Collection[str], name: str) -> bool:
+    """Say whether a file lies in one of the folders, or below."""
+    return "/" in name and name.partition("/")[0] in folders
 
 
 def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
@@ -186,10 +193,7 @@ def _is_module(location: Location) -> bool:
         above = PurePosixPath(location.subfolder).parent / MODULES_NAME
         return bool(location.subfolder) and str(above) in (location.listed or {})
     folder = location.fetched.resolve()
-    entries = _json(replace(location, folder=folder.parent), MODULES_NAME, [MODULES_NAME])
-    return isinstance(entries, list) and any(
-        isinstance(entry, dict) and entry.get("path") == folder.name for entry in entries
-    )
+    return folder.name in _StatedFacts(folder.parent, [MODULES_NAME]).listed_modules
 
 
 def _same_bytes(one: InputFile, other: InputFile) -> bool:
@@ -197,107 +201,100 @@ def _same_bytes(one: InputFile, other: InputFile) -> bool:
     if one.size != other.size or not other.path.is_absolute():
         return one.size == other.size
     with one.open() as first, other.open() as second:
-        starts = range(0, one.size, _BLOCK)
-        sizes = (min(_BLOCK, one.size - start) for start in starts)
         return all(
-            first.read_at(start, size) == second.read_at(start, size)
-            for start, size in zip(starts, sizes, strict=True)
+            first.read_at(start, min(_BLOCK, one.size - start))
+            == second.read_at(start, min(_BLOCK, one.size - start))
+            for start in range(0, one.size, _BLOCK)
         )
 
 
-def _module_folders(location: Location, names: Sequence[str]) -> frozenset[str]:
-    """Return the folders of the modules of sentence-transformers beside an adapter."""
-    folders = {name.partition("/")[0] for name in names if "/" in name}
-    listed = _json(location, MODULES_NAME, names)
-    entries = listed if isinstance(listed, list) else []
-    named = {entry.get("path") for entry in entries if isinstance(entry, dict)}
-    configured = module_folders(names)
-    return frozenset(
-        each
-        for each in folders
-        if each in named or (each in configured and _MODULE_FOLDER.fullmatch(each))
-    )
+@dataclass(frozen=True, slots=True)
+class _StatedFacts:
+    """Facts about the trained model that the files of a folder state.
 
+    Attributes:
+        folder: the folder.
+        names: the files of the folder.
+    """
 
-def _dropped(sides: SideFiles, modules: Collection[str]) -> list[str]:
-    """Return the files that no conversion copies and no model needs."""
-    needed = {*_not_fetched(sides, modules)}
-    return [name for name in sides.left_out if name not in needed]
+    folder: Path
+    names: Collection[str]
 
+    def _json(self, name: str, limit: int = CONFIG_LIMIT) -> object:
+        """Return the value of a file; None if the file is missing or malformed."""
+        if name in self.names:
+            with (
+                suppress(CheckpointError, SurroundingsError),
+                open_local(self.folder / name, within=self.folder) as source,
+            ):
+                return read_json(source, limit=limit, pythons_numbers=True)[0]
+        return None
 
-def _not_fetched(sides: SideFiles, modules: Collection[str]) -> list[str]:
-    """Return the files that the merged model needs and that were too large to be fetched."""
-    return [
-        name
-        for name in sides.left_out
-        if name.partition("/")[0] in modules or PurePosixPath(name).name == "tokenizer.json"
-    ]
-
-
-# --- what the files say --------------------------------------------------------------------------
-
-
-def _json(
-    location: Location, name: str, names: Collection[str], *, limit: int = CONFIG_LIMIT
-) -> object:
-    """Return the value of a file; None if the file is missing or malformed."""
-    folder = location.fetched
-    if name in names:
-        with (
-            suppress(CheckpointError, SurroundingsError),
-            open_local(folder / name, within=folder) as source,
-        ):
-            return read_json(source, limit=limit, pythons_numbers=True)[0]
-    return None
-
-
-def _pad_token_id(location: Location, names: Collection[str]) -> int | None:
-    """Return the id of a tokenizer's padding token; None if no file names the token."""
-
-    def read(name: str) -> dict[str, object]:
-        found = _json(location, name, names, limit=_TOKENIZER_LIMIT)
+    def _object(self, name: str) -> dict[str, object]:
+        """Return the members of a file of the tokenizer; empty if the file holds no object."""
+        found = self._json(name, _TOKENIZER_LIMIT)
         return found if isinstance(found, dict) else {}
 
-    settings = read("tokenizer_config.json")
-    token = settings.get("pad_token") or read("special_tokens_map.json").get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if isinstance(token, str):
-        numbers = _numbers_of(token, settings, read)
-        return next((each for each in numbers if type(each) is int and each >= 0), None)
-    own = read("config.json").get("pad_token_id")
-    return own if type(own) is int and own >= 0 else None
+    @property
+    def listed_modules(self) -> list[object]:
+        """The folders that the list of a sentence-transformers model names."""
+        return [entry.get("path") for entry in _objects(self._json(MODULES_NAME))]
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The folders of the modules of sentence-transformers."""
+        listed, configured = self.listed_modules, module_folders(self.names)
+        folders = {name.partition("/")[0] for name in self.names if "/" in name}
+        return frozenset(
+            each
+            for each in folders
+            if each in listed or (each in configured and _MODULE_FOLDER.fullmatch(each))
+        )
+
+    def labels(self, base: BaseModel) -> tuple[str, ...]:
+        """Return the names of a classifier's labels, if a config names the labels."""
+        config = self._json("config.json")
+        if not isinstance(config, dict) or config.get("model_type") != base.model_type:
+            return ()
+        named = config.get("id2label")
+        if not isinstance(named, dict) or len(named) > _MOST_LABELS:
+            return ()
+        found = [named.get(str(number)) for number in range(len(named))]
+        labels = tuple(each for each in found if isinstance(each, str))
+        return labels if len(labels) == len(found) == len({*labels}) else ()
+
+    def pad_token_id(self) -> int | None:
+        """Return the id of a tokenizer's padding token; None if no file names the token."""
+        settings = self._object("tokenizer_config.json")
+        token = settings.get("pad_token") or self._object("special_tokens_map.json").get(
+            "pad_token"
+        )
+        token = token.get("content") if isinstance(token, dict) else token
+        config = self._object("config.json")
+        ids = self._ids(token) if isinstance(token, str) else iter([config.get("pad_token_id")])
+        return next((each for each in ids if type(each) is int and each >= 0), None)
+
+    def _ids(self, token: str) -> Iterator[object]:
+        """Yield the ids that the files of a tokenizer give to a token, the best source first."""
+        decoder = self._object("tokenizer_config.json").get("added_tokens_decoder")
+        for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
+            if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
+                yield int(number[:20])
+        yield self._object("added_tokens.json").get(token)
+        tokenizer = self._object("tokenizer.json")
+        for entry in _objects(tokenizer.get("added_tokens")):
+            if entry.get("content") == token:
+                yield entry.get("id")
+        model = tokenizer.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            yield vocabulary.get(token)
+        for number, entry in enumerate(vocabulary if isinstance(vocabulary, list) else []):
+            if isinstance(entry, list) and entry[:1] == [token]:
+                yield number
+        yield self._object("vocab.json").get(token)
 
 
-def _numbers_of(token: str, settings: Mapping[str, object], read: Reader) -> Iterator[object]:
-    """Yield the ids that the files of a tokenizer give to a token, the most reliable file first."""
-    decoder = settings.get("added_tokens_decoder")
-    for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
-        if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
-            yield int(number[:20])
-    yield read("added_tokens.json").get(token)
-    tokenizer = read("tokenizer.json")
-    added = tokenizer.get("added_tokens")
-    for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, dict) and entry.get("content") == token:
-            yield entry.get("id")
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        yield vocabulary.get(token)
-    for number, entry in enumerate(vocabulary if isinstance(vocabulary, list) else []):
-        if isinstance(entry, list) and entry[:1] == [token]:
-            yield number
-    yield read("vocab.json").get(token)
-
-
-def _labels(location: Location, names: Collection[str], base: BaseModel) -> tuple[str, ...]:
-    """Return the labels of the trained model, if the model's config lies beside the adapter."""
-    config = _json(location, "config.json", names)
-    if not isinstance(config, dict) or config.get("model_type") != base.model_type:
-        return ()
-    named = config.get("id2label")
-    if not isinstance(named, dict) or len(named) > _MOST_LABELS:
-        return ()
-    found = [named.get(str(number)) for number in range(len(named))]
-    labels = tuple(each for each in found if isinstance(each, str))
-    return labels if len(labels) == len(found) == len({*labels}) else ()
+def _objects(value: object) -> list[dict[str, object]]:
+    """Return the objects of a JSON list; empty for any other value."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []

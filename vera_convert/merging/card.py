@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vera_convert._version import __version__
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
-from vera_convert.merging.replaced import ReplacedTensor
+from vera_convert.merging.report import ReplacedTensor
 from vera_convert.text import printable
 
 

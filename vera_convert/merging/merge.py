@@ -29,8 +29,12 @@ from vera_convert.merging.inputs import open_inputs
 from vera_convert.merging.job import MergeJob, MergeRun, is_merged
 from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import FilePlan, file_plan, plan_merge
-from vera_convert.merging.replaced import ReplacedTensor, constant_findings
-from vera_convert.merging.report import TensorReport, number_findings
+from vera_convert.merging.report import (
+    ReplacedTensor,
+    TensorReport,
+    constant_findings,
+    number_findings,
+)
 from vera_convert.publish.publishing import Output
 from vera_convert.publish.signals import signals_raise
 from vera_convert.rules import Finding

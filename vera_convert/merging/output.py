@@ -26,7 +26,7 @@ from vera_convert.merging.dequantize import dequantized_config
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.merging.plan import WeightsPlan, plan_weights
-from vera_convert.merging.replaced import ReplacedTensor, replaced_tensors
+from vera_convert.merging.report import ReplacedTensor, replaced_tensors
 from vera_convert.text import read_back_differs
 
 

@@ -1,15 +1,22 @@
-"""Report the effect of a merge on each tensor in a few numbers."""
+"""Report the effect of a merge on each tensor: the deltas, the rounding, the replaced tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
-from vera_convert.assembly.addends import Numbers
-from vera_convert.rules import DELTA_LOST, UNTRAINED, Finding
+import numpy as np
+
+from vera_convert.assembly.addends import Numbers, four_digits
+from vera_convert.assembly.input_files import StoredTensor
+from vera_convert.base.resizes import shape_text
+from vera_convert.dtypes import FLOATS
+from vera_convert.files.tensorfile import NUMPY_DTYPE
+from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.merging.inputs import MergeInputs
+from vera_convert.rules import DELTA_LOST, REPLACED_BY_CONSTANT, UNTRAINED, Finding
 from vera_convert.text import printable
 
 LOSS_LIMIT = 0.5
@@ -45,74 +52,157 @@ class TensorReport:
             "adapters": list(self.adapters),
             "kind": self.kind,
         }
-        return found | (numbers_record(self.numbers) if self.numbers is not None else {})
-
-
-def numbers_record(numbers: Numbers) -> dict[str, object]:
-    """Return numbers as members of a JSON object, with four significant digits."""
-    return {
-        "looked_at": numbers.values,
-        "changed": _short(changed_share(numbers)),
-        "relative_change": _short(relative_change(numbers)),
-        "relative_loss": _short(relative_loss(numbers)),
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def changed_share(numbers: Numbers) -> float:
-    """Return the share of the values that the merge changes."""
-    return numbers.changed / numbers.values if numbers.values else 0.0
-
-
-def relative_change(numbers: Numbers) -> float:
-    """Return the norm of the added values relative to the norm of the base (Frobenius norms).
-
-    For a base of zeros, return 1 if a value was added, else 0.
-    """
-    if numbers.base == 0:
-        return 1.0 if numbers.change else 0.0
-    return math.sqrt(numbers.change / numbers.base)
-
-
-def relative_loss(numbers: Numbers) -> float:
-    """Return the norm of the rounding errors relative to the norm of the added values."""
-    return math.sqrt(numbers.loss / numbers.change) if numbers.change else 0.0
+        return found | (self.numbers.record() if self.numbers is not None else {})
 
 
 def total(reports: Sequence[TensorReport]) -> Numbers:
     """Return the numbers of all tensors together."""
-    return reduce(add, (each.numbers for each in _added(reports) if each.numbers), Numbers())
+    return sum(_added(reports).values(), Numbers())
 
 
-def _added(reports: Sequence[TensorReport]) -> list[TensorReport]:
-    """Return the tensors to which deltas were added."""
-    return [each for each in reports if each.kind == "added" and each.numbers is not None]
+def worst(reports: Sequence[TensorReport]) -> tuple[str, Numbers] | None:
+    """Return name and numbers of the tensor with the largest relative loss."""
+    added = _added(reports).items()
+    return max(added, key=lambda item: item[1].relative_loss, default=None)
 
 
-def worst(reports: Sequence[TensorReport]) -> TensorReport | None:
-    """Return the tensor with the largest relative loss."""
-    return max(
-        _added(reports), key=lambda each: relative_loss(each.numbers or Numbers()), default=None
-    )
+def _added(reports: Sequence[TensorReport]) -> dict[str, Numbers]:
+    """Return the numbers of the tensors to which deltas were added, by name."""
+    return {
+        each.name: each.numbers
+        for each in reports
+        if each.kind == "added" and each.numbers is not None
+    }
 
 
 def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[Finding]:
     """Yield a warning if all deltas are zero, or if rounding loses most of a delta."""
     everything, last = total(reports), worst(reports)
-    if last is None or last.numbers is None:
+    if last is None:
         return
+    name, numbers = last
     if everything.values and not everything.change:
         yield UNTRAINED.at(place, f"all {everything.values:,} sampled values stay the same.")
-    elif relative_loss(last.numbers) > LOSS_LIMIT:
-        count = sum(
-            relative_loss(each.numbers or Numbers()) > LOSS_LIMIT for each in _added(reports)
-        )
+    elif numbers.relative_loss > LOSS_LIMIT:
+        count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
         reason = (
             f"in {count:,} of {len(reports):,} tensors; of all values "
-            f"{1 - changed_share(everything):.1%} stay as they were. The worst is "
-            f"{printable(last.name)}, which loses {relative_loss(last.numbers):.0%} of its delta."
+            f"{1 - everything.changed_share:.1%} stay as they were. The worst is "
+            f"{printable(name)}, which loses {numbers.relative_loss:.0%} of its delta."
         )
         yield DELTA_LOST.at(place, reason)
+
+
+# --- replaced tensors ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedTensor:
+    """One tensor of the merged model that comes from an adapter.
+
+    Attributes:
+        name: the name in the merged model.
+        adapter: the name that the caller gave the adapter.
+        shape: the shape in the merged model.
+        base_shape: the shape in the base; None if the base has no such tensor.
+        numbers: the differences from the base's values; None if the values cannot be compared.
+        constant: the value that all elements have; None if the elements differ.
+    """
+
+    name: str
+    adapter: str
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...] | None
+    numbers: Numbers | None
+    constant: float | None
+
+    @property
+    def change(self) -> str:
+        """The size of the change, in words."""
+        if self.base_shape is None:
+            return "new: the base has no such tensor"
+        sizes = "" if self.shape == self.base_shape else f"{shape_text(self.base_shape)} becomes "
+        sizes += "" if self.shape == self.base_shape else shape_text(self.shape)
+        if self.numbers is None:
+            return sizes or "replaced"
+        if not self.numbers.changed:
+            return "the base's own values"
+        change = f"changes by {self.numbers.relative_change:.3g} times its norm"
+        if not self.numbers.base:
+            change = "changes from zeros"
+        constant = "" if self.constant is None else f", all values are {self.constant:g}"
+        return (f"{sizes}; the rest {change}" if sizes else change) + constant
+
+    def record(self) -> dict[str, object]:
+        """Return the tensor as a JSON object."""
+        numbers = self.numbers
+        return {
+            "name": self.name,
+            "adapter": self.adapter,
+            "shape": list(self.shape),
+            "base_shape": None if self.base_shape is None else list(self.base_shape),
+            "relative_change": None if numbers is None else four_digits(numbers.relative_change),
+            "constant": self.constant,
+        }
+
+
+def replaced_tensors(inputs: MergeInputs, changes: Changes) -> tuple[ReplacedTensor, ...]:
+    """Return every tensor that comes from an adapter, compared with the base's tensor.
+
+    Values are compared only with a base on this machine.
+    """
+    return tuple(
+        ReplacedTensor(
+            name,
+            replacement.owner.label,
+            replacement.stored.shape,
+            inputs.base.tensor(name).shape if name in changes.replaced else None,
+            _numbers(name, replacement, inputs.base) if name in changes.replaced else None,
+            _constant(replacement.stored),
+        )
+        for name, replacement in sorted(changes.replacing.items())
+    )
+
+
+def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
+    """Yield a warning for each tensor that an adapter replaces by a constant."""
+    for tensor in tensors:
+        is_new_matrix = tensor.base_shape is None and len(tensor.shape) > 1
+        is_changed = tensor.numbers is not None and tensor.numbers.changed > 0
+        count = math.prod(tensor.shape)
+        if tensor.constant is not None and count > 1 and (is_changed or is_new_matrix):
+            reason = f"all {count:,} values of {printable(tensor.adapter)} are {tensor.constant:g}."
+            yield REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
+
+
+def _numbers(name: str, replacement: Replacement, base: BaseFiles) -> Numbers | None:
+    """Compare the values that both tensors have: all values, or the rows of the shorter tensor.
+
+    Return None if the values cannot be compared.
+    """
+    new, old = replacement.stored, base.tensor(name)
+    is_resized = new.shape != old.shape
+    if new.shape[1:] != old.shape[1:] or (is_resized and replacement.is_of_classifier):
+        return None
+    if base.model.location.folder is None or not {old.dtype, new.dtype} <= {*FLOATS}:
+        return None
+    count, dtype, total = min(new.count, old.count), NUMPY_DTYPE[old.dtype], Numbers()
+    for ours, theirs in zip(new.blocks(count), old.blocks(count), strict=True):
+        before = theirs.astype(np.float64)
+        change = ours.astype(np.float64) - before
+        changed = int((ours.astype(dtype) != theirs).sum())
+        squares = float(np.square(before).sum()), float(np.square(change).sum())
+        total += Numbers(ours.size, changed, *squares)
+    return total
+
+
+def _constant(tensor: StoredTensor) -> float | None:
+    """Return the value that all elements have; None if the elements differ or there are none."""
+    if tensor.dtype not in FLOATS:
+        return None
+    found: float | None = None
+    for block in tensor.blocks():
+        found = float(block[0]) if found is None else found
+        if not (block == block.dtype.type(found)).all():
+            return None
+    return found
