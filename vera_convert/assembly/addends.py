@@ -1,4 +1,4 @@
-"""A merged tensor as data: the stored values, the deltas added to these, and the outcome."""
+"""A merged tensor as data: the stored values, the deltas to add, and statistics of the result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vera_convert.delta import FLOAT32
 Array = NDArray[Any]
 
 BLOCK_VALUES = 1 << 21
-"""Values in a block. Half as many cost 3 % of speed, since the BLAS packs A once for each block;
-twice as many would win 1 %."""
+"""Values in a block. Blocks of half the size cost 3 % of speed, because the BLAS packs A once for
+each block. Blocks of twice the size would gain 1 %."""
 
 
 class Layer(Protocol):
@@ -27,7 +27,7 @@ class Layer(Protocol):
         """The dtypes of d and b."""
 
     def vectors(self) -> tuple[Array, Array]:
-        """Return d (r,) and b (out,), each in its own dtype."""
+        """Return d (r,) and b (out,) in the stored dtypes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +54,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sum:
-    """A tensor as the sum of its stored values and of deltas.
+    """A tensor as the sum of stored values and deltas.
 
     Attributes:
         name: the tensor's name, for messages.
@@ -64,8 +64,8 @@ class Sum:
         working: the dtype of the addition.
         conv1d: whether the tensor is stored as (in, out), so the delta is transposed.
         terms: added in this order; empty if only the dtype changes.
-        decode: for a packed weight: reads and computes the rows `first` to `last` (not included).
-            Nothing else is read then.
+        decode: reads and computes the rows `first` to `last` (not included) of a packed weight;
+            None for plain values.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Statistics of the sampled values of a merged tensor. Those of blocks can be added.
+    """Statistics of the sampled values of a merged tensor. The statistics of blocks can be added.
 
     Attributes:
         values: the number of sampled values.

@@ -36,8 +36,8 @@ class BufferSizes:
     """The bytes of each buffer of one thread.
 
     Attributes:
-        stored: for rows as they are stored.
-        written: for rows as they are written; 0 if these take the place of the stored rows.
+        stored: for stored rows.
+        written: for written rows; 0 if the written rows take the place of the stored rows.
         product: for one delta, and for the sum.
         another: for the delta of a second term.
         left: for the operand of a product that belongs to a block of rows.
@@ -53,7 +53,7 @@ class BufferSizes:
 
 
 def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
-    """Return the buffer sizes that suffice for every block of these tensors."""
+    """Return the buffer sizes that suffice for every block of the tensors."""
     none = (0,) * 5
     largest = map(max, zip_longest(none, none, *map(_sizes_for, sums), fillvalue=0))
     stored, written, product, another, left, *right = largest
@@ -93,7 +93,7 @@ class Workspace:
         self._vectors: list[tuple[Array, Array]] = []
 
     def stored_bytes(self, tensor: Sum, first: int, last: int) -> memoryview:
-        """Return the buffer for the rows `first` to `last` (not included) as they are stored."""
+        """Return the buffer for the rows `first` to `last` (not included) in the stored dtype."""
         count = (last - first) * tensor.shape[1] * tensor.stored.itemsize
         return self._stored[:count].data
 
@@ -184,7 +184,7 @@ class Workspace:
     def _add(self, base: Array, change: Array, total: Array, rounded: Array | None) -> bool:
         """Set ``total = base + change``, and set `rounded`, if given, to the rounded total.
 
-        The method works in chunks, so each step finds its values in the cache. `rounded` may share
+        The method works in chunks, so each step finds the values in the cache. `rounded` may share
         the memory of `base`.
 
         Returns:
@@ -306,7 +306,7 @@ def product_sha256(multiply: Callable[[Array, Array], Array] = np.matmul) -> str
     The order in which a BLAS adds depends on the kind of CPU. Two machines with the same hash merge
     to the same bytes.
     """
-    values = np.random.RandomState(0)  # its values never change
+    values = np.random.RandomState(0)  # NumPy promises the same values forever
     left = values.random_sample((96, 256)).astype(FLOAT32)
     right = values.random_sample((256, 160)).astype(FLOAT32)
     return sha256(np.ascontiguousarray(multiply(left, right)).data).hexdigest()

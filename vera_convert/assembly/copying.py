@@ -27,7 +27,7 @@ def write_at(target: int, at: int, data: memoryview) -> None:
     while done < len(data):
         if hasattr(os, "pwrite"):
             done += os.pwrite(target, data[done:], at + done)
-        else:  # Windows; each thread has opened the file itself and has its own position
+        else:  # Windows; each thread opens the file, so each thread has a separate position
             os.lseek(target, at + done, os.SEEK_SET)
             done += os.write(target, data[done:])
 
@@ -35,7 +35,7 @@ def write_at(target: int, at: int, data: memoryview) -> None:
 def copy_range(source: LocalFile, target: int, *, start: int, at: int, size: int) -> None:
     """Copy `size` bytes from offset `start` of a file to offset `at` of an open file.
 
-    The kernel copies if it can. File systems that share blocks then copy nothing.
+    The kernel copies if possible. File systems that share blocks then copy nothing.
     """
     done = _copied_by_the_kernel(source, target, start, at, size)
     buffer = memoryview(bytearray(min(_FALLBACK_BLOCK, size - done)))
@@ -47,7 +47,7 @@ def copy_range(source: LocalFile, target: int, *, start: int, at: int, size: int
 
 
 def _copied_by_the_kernel(source: LocalFile, target: int, start: int, at: int, size: int) -> int:
-    """Let the kernel copy, and return how many bytes it copied."""
+    """Let the kernel copy, and return the number of copied bytes."""
     done = 0
     if not hasattr(os, "copy_file_range"):
         return done
@@ -69,7 +69,7 @@ def _copied_by_the_kernel(source: LocalFile, target: int, start: int, at: int, s
 def start_writing_back(target: int, at: int, size: int) -> None:
     """Let the system start to write a range to the disk, so a later sync takes less time.
 
-    Linux starts the write-back when a program says that it no longer needs a range. Bytes that are
+    Linux starts the write-back when a program declares a range as no longer needed. Bytes that are
     not on the disk yet stay in memory.
     """
     if hasattr(os, "posix_fadvise"):

@@ -56,7 +56,7 @@ _Tasks = queue.SimpleQueue[Callable[[], None] | None]
 
 @dataclass(slots=True)
 class _PartialFile:
-    """The progress of a file: the ranges left to hash, and all ranges if they are compared."""
+    """The progress of a file: the ranges left to hash, and all ranges if the file is compared."""
 
     path: Path
     tasks: _Tasks
@@ -84,7 +84,7 @@ class Finisher:
         Args:
             hashes: compute the SHA-256 of each file while the file is written.
             compares: read each file back from the disk and compare the bytes.
-            on_finished: called for each file that is on the disk, with its name and SHA-256.
+            on_finished: called for each file that is on the disk, with the name and the SHA-256.
         """
         self._hashes = hashes
         self._compares = compares
@@ -105,7 +105,7 @@ class Finisher:
             raise
 
     def begin(self, name: str, path: Path) -> None:
-        """Announce a file, before its first range."""
+        """Announce a file, before the first range."""
         self._files[name] = _PartialFile(path, self._queues[len(self._files) % _THREADS])
 
     def written(self, name: str, part: Written) -> None:
@@ -217,7 +217,7 @@ class Finisher:
 
 
 def _compare(name: str, file: _PartialFile) -> None:
-    """Read a file back, and compare every range with its digest or its source."""
+    """Read a file back, and compare every range with the digest or the source."""
     with open_local(file.path) as target:
         for part in sorted(file.ranges):
             if part.source is not None:

@@ -43,7 +43,7 @@ class InputFile:
         Args:
             path: the path.
             within: the folder that no link in the path may lead out of.
-            header: the file's header, if it has been read before.
+            header: the file's header, if an earlier step has read the header.
 
         Raises:
             CheckpointError: the file is not regular, or a link leads out of the folder.

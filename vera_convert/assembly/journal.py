@@ -2,7 +2,7 @@
 
 The first line is a JSON object with the identity of inputs and options. Each further line describes
 a file that is on the disk. An incomplete last line is ignored. A file counts as finished only if
-its bytes still have the SHA-256 in the journal, because the disk may have lost bytes, or somebody
+the bytes still have the SHA-256 in the journal, because the disk may have lost bytes, or somebody
 may have changed the file.
 """
 

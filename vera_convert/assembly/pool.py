@@ -16,14 +16,14 @@ from vera_convert.publish.signals import signals_held
 Job = TypeVar("Job")
 
 _LOOK_EVERY = 0.1
-"""Seconds after which the waiting thread wakes: it answers a signal and reports progress."""
+"""Seconds after which the waiting thread wakes, answers a signal and reports progress."""
 _MOST_JOBS = 4
-"""The most threads by default: each thread needs its own buffers, and few disks keep up with more
+"""The most threads by default. Each thread needs separate buffers, and few disks keep up with more
 threads."""
 _BLAS_BUFFER = 33 << 20
 """The bytes of a buffer of OpenBLAS as NumPy builds it (32 MiB), and a margin for alignment."""
 _AFTER_ALL = sys.maxsize
-"""The place of a failure of the jobs' iterator: it comes after all jobs that were handed out."""
+"""The place of a failure of the jobs' iterator, after all jobs that were handed out."""
 
 
 def default_jobs() -> int:
@@ -40,8 +40,8 @@ def one_blas_thread(callers: int = 1) -> threadpool_limits:
     and Python would print and drop an exception that a signal raises there.
 
     The first product of a thread makes the BLAS allocate a buffer, which the BLAS keeps. OpenBLAS
-    ends the process if the buffer does not fit into memory, so the calling thread computes its
-    first product here, before a command writes anything.
+    ends the process if the buffer does not fit into memory, so the calling thread computes a first
+    product here, before a command writes anything.
 
     Args:
         callers: the number of threads that then compute products at the same time.
@@ -61,7 +61,7 @@ class WorkerPool(Generic[Job]):
     """Threads that prepare once, all at the same time, and then do jobs.
 
     The pool is a context manager. When the context ends, no thread is left. The pool hands jobs out
-    in order. If a job fails, the pool finishes the jobs before it and begins no job after it.
+    in order. If a job fails, the pool finishes all earlier jobs and begins no later job.
     `run` thus raises the error of the first job that fails for any number of threads.
     """
 
@@ -70,7 +70,7 @@ class WorkerPool(Generic[Job]):
 
         Args:
             size: the number of threads.
-            prepare: called once by each thread, by all threads at the same time. It returns the
+            prepare: called once by each thread, by all threads at the same time; returns the
                 function that does a job.
 
         Raises:
@@ -106,7 +106,7 @@ class WorkerPool(Generic[Job]):
         self._wait(lambda: self._jobs is None and not self._busy, tell)
 
     def close(self) -> None:
-        """Wait until each thread has finished its job, and end the threads."""
+        """Wait until each thread has finished the present job, and end the threads."""
         with signals_held():
             with self._changed:
                 self._closed = True

@@ -27,7 +27,7 @@ from vera_convert.files.reading import LocalFile
 COPY_BLOCK = 1 << 24
 """Bytes that are copied at a time."""
 JOB_BYTES = 1 << 22
-"""Bytes that one job writes, unless its first block is larger. Opening files takes time too."""
+"""Bytes that a job writes, unless the first block is larger. Opening files takes time too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +152,7 @@ def _blocks(file: NewFile) -> Iterator[_Block]:
 
 @dataclass(slots=True)
 class _Tally:
-    """The statistics of one tensor: added in the order of its blocks, in any order of arrival."""
+    """The statistics of a tensor, added in the order of the blocks, in any order of arrival."""
 
     total: Numbers = field(default_factory=Numbers)
     rows: int = 0
@@ -237,7 +237,7 @@ class Assembler:
         """Write the files into a folder and bring them to the disk.
 
         Args:
-            folder: an existing folder. Of the files to write, it holds only the finished ones.
+            folder: an existing folder, which has the finished files and no other file to write.
             finished: names of files that an earlier run finished.
             hashes: compute the SHA-256 of each file.
             progress: called about ten times a second with the number of bytes written so far.
@@ -284,7 +284,7 @@ class Assembler:
         return partial(self._work, self._device.workspace(self._sizes, self._check))
 
     def _begin(self, file: NewFile, finisher: Finisher) -> None:
-        """Create a file in its full size, so its blocks can be written in any order."""
+        """Create a file in full size, so threads can write the blocks in any order."""
         path = self._folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as target:

@@ -72,7 +72,7 @@ def default_variant(
 
 
 def draw_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts) -> Draw:
-    """Return the draw that PEFT up to 0.20 makes from the config's key, whatever is stored.
+    """Return the draw that PEFT up to 0.20 makes from the config's key instead of a stored pair.
 
     Raises:
         UsageError: neither the base nor the stored pair tells the rounding.
@@ -120,7 +120,7 @@ def without_projections(adapter: Adapter) -> Adapter:
 
 
 def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorData, ...]:
-    """Return an adapter's tensors with this A and B in place of the stored pair and its copies."""
+    """Return an adapter's tensors with A and B in place of the stored pair and of all copies."""
     replaced = {A_NAME: A, B_NAME: B}
     copies = {copy.name for copy in adapter.repeated}
     return tuple(

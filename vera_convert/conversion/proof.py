@@ -94,8 +94,7 @@ def mismatch(
     Args:
         config: the adapter's config.
         own: the stored pair, or the fingerprint of the pair that a strip dropped.
-        base_facts: the dims and the rounding of the base; the pair's own count if these are not
-            known.
+        base_facts: the dims and the rounding of the base; unknown dims are those of the pair.
     """
     if own.draw is None or not own.draw.has_key(config.projection_prng_key):
         return _not_of_the_key(config.projection_prng_key, own)

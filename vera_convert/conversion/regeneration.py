@@ -68,7 +68,7 @@ def regenerate(
     rounding: Rounding | str = Rounding.NONE,
     force: bool = False,
 ) -> Regenerated:
-    """Draw A (rank, in_features), then B (out_features, rank), and write them to a file.
+    """Draw A (rank, in_features), then B (out_features, rank), and write A and B to a file.
 
     Args:
         out: the ``.safetensors`` file to write, with tensors ``vera_A`` and ``vera_B``.
@@ -109,10 +109,10 @@ def regenerate(
 
 
 def rounding_of(value: Rounding | str) -> Rounding:
-    """Return a rounding by itself, by its string, or by the dtype of the base that rounds so.
+    """Return the rounding that a member, a member's string or the dtype of a base names.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the value names no rounding.
     """
     is_dtype = value in FLOAT_NAMES
     return one_of("rounding", Rounding, rounding_on_base(value) if is_dtype else value)
@@ -128,7 +128,7 @@ def regenerate_for(
     revision: str | None = None,
     access: HubAccess | None = None,
 ) -> Regenerated:
-    """Draw A and B of an adapter, by its key and its base, and write both to a file.
+    """Draw A and B of an adapter from the key and the base, and write A and B to a file.
 
     The dims are those of the fingerprint, else of the stored projections, else of the base.
 

@@ -37,7 +37,7 @@ class Conversion:
     """The report of a conversion.
 
     Attributes:
-        adapter: the adapter as the caller named it, with the commit on the Hub.
+        adapter: the caller's name for the adapter, with the commit on the Hub.
         out: the folder that was written.
         embedded: whether the new folder stores A and B.
         changes: one phrase for each change; empty if the adapter was only copied.
@@ -46,7 +46,7 @@ class Conversion:
         findings: warnings and notes.
         side_files: the files beside the weights, copied and left out.
         bytes_before: size of ``adapter_model.safetensors`` as read.
-        bytes_after: its size as written.
+        bytes_after: size of the new file.
     """
 
     adapter: str
@@ -79,7 +79,7 @@ def strip(
     Args:
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
-        base: the base; by default the base of the config, if it can be found and read.
+        base: the base; by default the base of the config, if that base can be read.
         projections: which A and B count if file, flag and key disagree.
         accept_change: drop A and B even if only `embed` regenerates them.
         force: replace an adapter that lies at `out`.
@@ -128,7 +128,7 @@ def embed(
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
         base: the base: a model, or dims and dtype.
-        generator: the variant, if no fingerprint names it; float32-fused by default.
+        generator: the variant, if no fingerprint names the variant; float32-fused by default.
         projections: which A and B count if file, flag and key disagree.
         force: replace an adapter that lies at `out`.
         revision: the adapter's revision on the Hub.
@@ -160,7 +160,7 @@ def embed(
 def need_to_embed(
     adapter: Adapter, base_options: BaseOptions, projections: ProjectionSource
 ) -> Need:
-    """Say how much `embed` needs the base: it is vital if nothing else records the dims."""
+    """Say how much `embed` needs the base, which is vital if nothing else records the dims."""
     if (
         projections is ProjectionSource.KEY
         and (adapter.projections or adapter.fingerprint) is not None
@@ -173,7 +173,7 @@ def need_to_embed(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An opened adapter and the output of its conversion.
+    """An opened adapter and the output of the conversion.
 
     Attributes:
         location: where the adapter lies.
@@ -210,7 +210,7 @@ def opened(
 
 
 def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> AdapterContent:
-    """Return the content of the new folder; an unchanged weights file is copied as it is."""
+    """Return the content of the new folder; an unchanged file of weights is copied."""
     adapter = converted.adapter
     return AdapterContent(
         converted.tensors,

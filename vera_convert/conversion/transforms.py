@@ -51,8 +51,8 @@ class Converted:
     Attributes:
         adapter: the adapter before the conversion.
         tensors: the tensors of the new file.
-        metadata: its metadata.
-        config_text: the bytes of its config.
+        metadata: the metadata of the new file.
+        config_text: the bytes of the new config.
         changes: one phrase for each change; empty if the adapter had this form already.
         draw: the draw that the projections are, if known.
         findings: warnings and notes.
@@ -68,7 +68,7 @@ class Converted:
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether the file of weights stays as it is."""
+        """Whether the file of weights stays the same."""
         return not self.changes and self.tensors is self.adapter.tensors
 
     @property
@@ -80,7 +80,7 @@ class Converted:
 
 
 def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
-    """Return the bytes of a safetensors file with these tensors."""
+    """Return the size of a safetensors file in bytes."""
     ordered = in_order(tensors)
     return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
@@ -208,10 +208,10 @@ def embedded(
     """Return an adapter with A and B stored, drawn as the fingerprint records or as PEFT draws.
 
     Args:
-        adapter: the adapter; if the config says that A and B are stored, it is returned unchanged.
+        adapter: the adapter, returned unchanged if the config says that A and B are stored.
         base_facts: dims and rounding of the base; with a fingerprint, neither is needed.
         projections: which projections count if file, flag and key disagree.
-        variant: the generator's variant, if no fingerprint names it.
+        variant: the generator's variant, if no fingerprint names the variant.
 
     Raises:
         CheckpointError: the drawn A and B have other hashes than the fingerprint, or the dims do
@@ -225,7 +225,7 @@ def embedded(
     recorded = adapter.fingerprint
     if recorded is not None and projections is not ProjectionSource.KEY:
         return _restored(adapter, recorded, base_facts, variant)
-    if recorded is not None:  # its dims count, even if its draw does not
+    if recorded is not None:  # the recorded dims count, even if the recorded draw does not
         base_facts = replace(
             base_facts,
             in_features=base_facts.in_features or recorded.in_features,
@@ -237,7 +237,7 @@ def embedded(
 def _announced(
     adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource, *, redrawn: bool
 ) -> Converted:
-    """Keep stored projections and make the config say that they are stored."""
+    """Keep the stored A and B, and set the config's flag for stored A and B."""
     assert adapter.projections is not None  # noqa: S101 -- the caller looked
     changes = [REPLACED_BY_KEYS] if redrawn else []
     findings = [*adapter.findings, *other_dims(adapter, base_facts)]
@@ -280,7 +280,7 @@ def _restored(
 
 
 def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
-    """Draw the pair that a fingerprint records and return it, if both hashes are equal.
+    """Draw and return the pair that a fingerprint records, if A and B have the recorded hashes.
 
     Raises:
         CheckpointError: `FINGERPRINT_NOT_MET`, or the pair is absurdly large.

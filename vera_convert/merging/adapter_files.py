@@ -48,7 +48,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The files beside an adapter, and their facts about the trained model.
+    """The files beside an adapter, and the facts about the trained model in the files.
 
     Attributes:
         tokenizer: the files of a complete tokenizer.

@@ -78,7 +78,7 @@ def read_base_files(base: BaseModel, access: HubAccess, *, fetch: bool) -> BaseF
         fetch: whether to download the files from the Hub; the sizes are enough for a plan.
 
     Raises:
-        SurroundingsError: a file or the Hub fails, or the base changed since its headers were read.
+        SurroundingsError: a file or the Hub fails, or the base changed after the headers were read.
     """
     sizes = list_files(base.location, access)
     sides = sort_files(sizes, base)

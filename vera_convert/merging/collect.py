@@ -108,7 +108,7 @@ class _Collector:
     # --- deltas ----------------------------------------------------------------------------------
 
     def add_terms(self, matched: MatchedAdapter) -> None:
-        """Add the deltas of an adapter, each to the tensors of its layer."""
+        """Add the delta of each layer of an adapter to the layer's tensors."""
         match, terms = matched.match, self.changes.terms
         for module, layer in matched.adapter.layers.items():
             names = self._targets(module, match)
@@ -283,7 +283,7 @@ class _Collector:
                 self._keep_head(embedding, head)
 
     def _share(self, embedding: str, head: str, replacement: Replacement) -> None:
-        """Let a tensor of an adapter replace both an embedding and its tied head."""
+        """Let a tensor of an adapter replace an embedding and the head tied to the embedding."""
         reason = f"--tied add replaces {printable(embedding)} and {printable(head)} alike."
         self.changes.findings.append(EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason))
         for name in (embedding, head):
@@ -322,7 +322,7 @@ def _name_of_head(module: str, match: Match) -> str:
 def _is_unused(name: str, adapter: Adapter) -> bool:
     """Say whether a tensor is the copy of an encoder-decoder's `shared`, which no layer reads.
 
-    The encoder and the decoder have embeddings of their own, and PEFT wraps only `shared`.
+    The encoder and the decoder have separate embeddings, and PEFT wraps only `shared`.
     """
     module = _module(replaced_name(name))
     is_shared = module.rpartition(".")[2] == "shared"

@@ -31,7 +31,7 @@ from vera_convert.rules import DEQUANTIZED, PART_VALUES, Finding
 from vera_convert.text import printable
 
 SIDE_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
-"""Files beside the weights that say how they are quantized."""
+"""Files beside the weights with the settings of the quantization."""
 
 _READ_BYTES = 1 << 22
 _MOST_FINDINGS = 50
@@ -77,11 +77,11 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
 
 
 def dequantized_config(text: bytes, config: Mapping[str, object]) -> bytes:
-    """Return a config's text without its settings of quantization.
+    """Return a config's text without the settings of the quantization.
 
     Args:
         text: the config's bytes.
-        config: its value.
+        config: the config's value.
     """
     for path in _paths(config):
         text = removed_member(text, path)
@@ -111,8 +111,8 @@ class Parts(ExitStack):
     """Reads ranges of the tensors of a base; a context manager that closes the files again.
 
     Args:
-        base: the base as it is.
-        files: its weight files, by name.
+        base: the base as the files hold the packed weights.
+        files: the base's weight files, by name.
     """
 
     def __init__(self, base: BaseModel, files: Mapping[str, InputFile]) -> None:
@@ -122,7 +122,7 @@ class Parts(ExitStack):
         self._opened: dict[str, LocalFile] = {}
 
     def rows(self, name: str, first: int, last: int) -> Array:
-        """Return rows `first` to `last` (not included) of a tensor, along its first axis."""
+        """Return rows `first` to `last` (not included) of a tensor, along the first axis."""
         shape = self._base.tensors[name].info.shape
         row = math.prod(shape[1:])
         return self.flat(name, first * row, last * row).reshape(last - first, *shape[1:])

@@ -64,7 +64,7 @@ class MergeInputs:
         return self.beside.over(self.base.copied)
 
     def check_unchanged(self) -> None:
-        """Raise `SurroundingsError` if an input changed after it was first read."""
+        """Raise `SurroundingsError` if an input changed after the first look."""
         for matched in self.adapters:
             matched.adapter.check_unchanged()
             matched.weights.check_unchanged()

@@ -3,10 +3,10 @@
     open and match adapters and base ──> plan files and pieces ──> run in threads
         ──> read back ──> publish in one rename ──> report
 
-The output appears only after the whole merge is read back. Peak memory depends neither on the
-number of shards and layers nor on the size of a tensor: 45 MiB, plus 4 r (in + out) bytes for A
-and B of each adapter, plus 17 MiB and 4 r w bytes for each thread, if w is the width of the widest
-adapted weight and the weights are stored in 16 bits.
+The output appears after the complete merge has been read back. Peak memory is the same for any
+number of shards and layers and for any size of a tensor. For weights of 16 bits, a merge takes
+45 MiB, plus 4 r (in + out) bytes for A and B of each adapter, plus 17 MiB and 4 r w bytes for each
+thread. The rank is r, and w is the width of the widest adapted weight.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def merge(
     access: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Merge:
-    """Write a complete model: a base with the deltas of one or more adapters in its weights.
+    """Write a complete model: a base with the deltas of one or more adapters in the weights.
 
     Args:
         adapter: a folder or a repo on the Hub.
@@ -111,11 +111,11 @@ def merge(
         options: how to merge.
         revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
-        progress: called with the bytes written so far, and with their total.
+        progress: called with the bytes written so far, and with the bytes of the output.
 
     Raises:
-        CheckpointError: adapter or base is malformed, they do not belong together, or a result is
-            not finite.
+        CheckpointError: adapter or base is malformed, an adapter does not fit the base, or a
+            result is not finite.
         UsageError: an option makes no sense; `out` exists, or overlaps an input.
         SurroundingsError: a file, a repo or the disk fails, or memory or space is short. If the
             finished shards are kept, `vera_convert.errors.is_resumable` is true for the error.

@@ -141,7 +141,7 @@ def _class_name(name: str, value: object) -> str:
 
 
 def _label_names(labels: object) -> tuple[str, ...]:
-    """Return the names of labels, each of its own."""
+    """Return the names of labels, each different from all others."""
     found = texts("--labels", labels)
     if not all(found) or len({*found}) < len(found):
         raise UsageError("--labels: give a name of its own for each label.")
@@ -156,7 +156,7 @@ def _device(device: object) -> Device:
         return CPU
     if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
         raise UsageError(f'--device is "{printable(device)}": give cpu, cuda or cuda:N.')
-    # Imported by its name at the moment of need: it needs torch, and lies above this module.
+    # Imported by name and only here, because the module needs torch and may import this module.
     compute = import_module("vera_convert.with_torch.compute")
     found: Device = compute.on_gpu(device)
     return found

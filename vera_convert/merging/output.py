@@ -169,7 +169,7 @@ def file_plan(file: NewFile) -> FilePlan:
 
 
 def check_staged(folder: Path, plan: MergePlan) -> None:
-    """Read the output again before it is published: sizes, headers, index against shards.
+    """Read the output again before the publication: sizes, headers, index against shards.
 
     Raises:
         SurroundingsError: a file does not read back as written.

@@ -128,7 +128,7 @@ class _TensorPlanner:
         base: the base.
         changes: the changes to the base.
         dtype: the dtype of all float tensors; None keeps each dtype.
-        kept: tensors of the base that keep their dtype in any case.
+        kept: tensors of the base that keep the stored dtype in any case.
     """
 
     base: BaseFiles
@@ -158,7 +158,7 @@ class _TensorPlanner:
     def _sum(
         self, name: str, tensor: StoredTensor, written: str, decoded_from: str | None
     ) -> Sum | None:
-        """Return the sum to compute for a tensor; None if the bytes stay as they are stored."""
+        """Return the sum to compute for a tensor; None if the stored bytes are copied."""
         terms = self.changes.terms.get(name, ())
         decode = None if decoded_from is None else self.base.decoder(decoded_from)
         if not terms and written == tensor.dtype and decode is None:

@@ -1,6 +1,6 @@
 """Write the provenance of a merged model: every input, option and change.
 
-The same inputs and options give the same bytes: the file has no time, no path and no number of
+The same inputs and options give the same bytes: the file leaves out times, paths and the number of
 threads. Products can differ between kinds of CPU, so the file has the hash of a small product.
 """
 

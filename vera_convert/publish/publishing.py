@@ -112,9 +112,9 @@ class Output:
     def staged_run(self, *, continues: bool) -> Iterator[Staged]:
         """Do the same as `staged`, for a run that another run can continue.
 
-        If the block fails or is interrupted after it set `worth_keeping`, the hidden folder stays.
-        A later run for the same OUT receives the folder if `continues` is True, and else removes
-        it.
+        If the block sets `worth_keeping` and then fails or is interrupted, the hidden folder stays.
+        A later run for the same OUT receives the folder if `continues` is True; any other later run
+        removes the folder.
         """
         with _staged(self.path, self, continues=continues) as staged:
             yield staged
