@@ -92,5 +92,5 @@ def test_there_is_one_and_there_are_several() -> None:
 
 
 def test_a_file_that_reads_back_differently_is_named() -> None:
-    assert read_back_differs("a\nb").startswith("a\\nb does not read back")
+    assert read_back_differs("a\nb").startswith("a\\nb reads back with other bytes")
     assert "(bytes 5 to 9), so nothing was published" in read_back_differs("a", " (bytes 5 to 9)")

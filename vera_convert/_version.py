@@ -1,3 +1,3 @@
-"""The version, said once: the package, its wheel and its metadata read it here."""
+"""The version, for the package, the wheel and the metadata."""
 
 __version__ = "0.1.0"

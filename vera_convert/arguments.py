@@ -37,10 +37,10 @@ NEWEST_PEFT = (0, 21)
 
 
 def one_of(name: str, kind: type[Choice], value: object) -> Choice:
-    """Return the member of a `StrEnum` that a caller named, by itself or by its string.
+    """Return the member of a `StrEnum` for the member or the string of a caller.
 
     Raises:
-        UsageError: there is no such member; the message names all of them.
+        UsageError: the value is unknown; the message names all members.
     """
     if isinstance(value, str):
         for member in kind:
@@ -53,7 +53,7 @@ def dtype_name(name: str, value: object) -> str:
     """Return torch's name of a dtype, from any usual spelling such as ``bf16`` or ``BF16``.
 
     Raises:
-        UsageError: it is no floating-point dtype; the message names the choices.
+        UsageError: the value is unknown; the message names the choices.
     """
     is_torch = type(value).__module__ == "torch"
     if isinstance(value, str) or is_torch:
@@ -67,7 +67,7 @@ def base_dtype_name(name: str, value: object) -> str:
     """Return torch's name of the dtype that the layers of a base have in memory.
 
     Raises:
-        UsageError: it is no such dtype; the message names the choices.
+        UsageError: the value is unknown; the message names the choices.
     """
     is_torch = type(value).__module__ == "torch"
     found = base_name(str(value)) if isinstance(value, str) or is_torch else None
@@ -80,7 +80,7 @@ def size_in_bytes(name: str, value: object) -> int:
     """Return a size in bytes: a whole number, or a text such as ``5GB``, ``500MB`` or ``0.5GiB``.
 
     Raises:
-        UsageError: it is no size, or less than one byte.
+        UsageError: the value has another form, or is less than one byte.
     """
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
@@ -96,7 +96,7 @@ def peft_version(name: str, value: object) -> tuple[int, ...]:
     """Return a version of PEFT, such as ``"0.13"`` or ``(0, 13, 2)``, as a tuple of numbers.
 
     Raises:
-        UsageError: the text is no version, or PEFT had no VeRA in that version.
+        UsageError: the text has another form, or names a PEFT without VeRA.
     """
     if isinstance(value, tuple | list) and all(type(each) is int for each in value):
         value = ".".join(map(str, value))
@@ -112,7 +112,7 @@ def whole_number(name: str, value: object, *, least: int | None = 1) -> int:
     """Return a whole number, which is at least `least`.
 
     Raises:
-        UsageError: it is another kind of value, or too small.
+        UsageError: the value is of another kind, or too small.
     """
     index = getattr(type(value), "__index__", None)
     if index is None or is_flag(value):
@@ -127,7 +127,7 @@ def number(name: str, value: object) -> float:
     """Return a finite number.
 
     Raises:
-        UsageError: it is another kind of value, or not finite.
+        UsageError: the value is of another kind, infinite or NaN.
     """
     if not is_flag(value) and not isinstance(value, str | bytes):
         try:
@@ -155,7 +155,7 @@ def text(name: str, value: object) -> str:
     """Return a text as it is.
 
     Raises:
-        UsageError: it is no text.
+        UsageError: the value is of another kind.
     """
     if not isinstance(value, str):
         raise UsageError(f"{name} is {_shown(value)}: give a text.")
@@ -166,7 +166,7 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     """Return a list of texts, which a caller may also write as one text with commas.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the value is of another kind.
     """
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -179,7 +179,7 @@ def place(name: str, value: object) -> str:
     """Return a folder, a file or a repo as the text that a command line would have.
 
     Raises:
-        UsageError: it is neither a text nor a path.
+        UsageError: the value is of another kind.
     """
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
@@ -192,7 +192,7 @@ def places(name: str, value: object) -> tuple[str, ...]:
     """Return one place or several; see `place`.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the value is of another kind.
     """
     if isinstance(value, str | os.PathLike):
         return (place(name, value),)
@@ -205,21 +205,21 @@ def path(name: str, value: object) -> Path:
     """Return a path on this machine.
 
     Raises:
-        UsageError: the value is no text and no path, or is empty, or has a NUL.
+        UsageError: the value is of another kind, is empty, or has a NUL.
     """
     found = place(name, value)
     if not found or "\0" in found:
-        raise UsageError(f"{name} is empty or has a NUL in it: give a path.")
+        raise UsageError(f"{name} is empty or contains a NUL: give a path.")
     return Path(found)
 
 
 def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
     """Split ``ADAPTER=WEIGHT`` at the last equals sign that a number follows.
 
-    The weight is None if none is written.
+    Without a number, the weight is None.
 
     Raises:
-        UsageError: the value is neither a text nor a path.
+        UsageError: the value is of another kind.
     """
     written = place(name, value)
     adapter, equals, weight = written.rpartition("=")
@@ -232,7 +232,7 @@ def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
 
 
 def instance(name: str, kind: type[Kind], value: object) -> Kind:
-    """Return a value that must be an object of one class.
+    """Return an object of a required class.
 
     Raises:
         UsageError: the value is of another class.
@@ -246,7 +246,7 @@ def function(name: str, value: Called) -> Called:
     """Return a function that is going to be called.
 
     Raises:
-        UsageError: it cannot be called.
+        UsageError: the value cannot be called.
     """
     if not callable(value):
         raise UsageError(f"{name} is {_shown(value)}: give a function.")
@@ -254,7 +254,7 @@ def function(name: str, value: Called) -> Called:
 
 
 def progress_function(name: str, value: Progress | None) -> Progress:
-    """Return the function to call with the progress; for None, a function that does nothing.
+    """Return the function to call with the progress; for None, a function without effect.
 
     Raises:
         UsageError: the value cannot be called.
@@ -267,7 +267,7 @@ def _no_progress(_done: int, _of: int) -> None:
 
 
 def optional(check: Callable[..., Checked], name: str, *rest: object) -> Checked | None:
-    """Return None for None, and else what `check` makes of the value."""
+    """Return None for None, and the result of `check` for any other value."""
     return None if rest[-1] is None else check(name, *rest)
 
 
@@ -278,7 +278,7 @@ def set_checked(record: object, **values: object) -> None:
 
 
 def _shown(value: object) -> str:
-    """Return a wrong value as a message shows it: a text as it is, else its class."""
+    """Return a wrong value for a message: a text in quotes, or else the class."""
     if isinstance(value, str):
         return f'"{printable(value)}"'
     if isinstance(value, int) and value.bit_length() > 128:

@@ -1,7 +1,7 @@
 """The dtypes of tensors, in one table: their names, their sizes, and how exact the floats are.
 
 A dtype has two names: the name in a safetensors header, such as ``BF16``, and the name that torch,
-NumPy and ml_dtypes share, such as ``bfloat16``. This module needs neither torch nor NumPy.
+NumPy and ml_dtypes share, such as ``bfloat16``. This module imports the standard library alone.
 """
 
 from __future__ import annotations

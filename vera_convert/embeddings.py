@@ -2,7 +2,7 @@
 
 The names are those of the modules that ``get_input_embeddings`` and ``get_output_embeddings`` of
 transformers return, and of models whose code lies beside their weights. PEFT saves exactly these
-two modules when the vocabulary was resized. Neither of them lies in a numbered layer of a model.
+two modules after a resize of the vocabulary. The two lie outside a model's numbered layers.
 """
 
 from __future__ import annotations

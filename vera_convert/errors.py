@@ -22,8 +22,8 @@ class CheckpointError(VeraConvertError):
     """A checkpoint is malformed, or the command would lose a part of the checkpoint.
 
     Attributes:
-        findings: every defect that was found before reading stopped; at least one.
-        of_merged: whether the defects are in a merged model that is verified, not in the adapter.
+        findings: every defect found before reading stopped; at least one.
+        of_merged: whether the defects are in a merged model, and not in the adapter.
     """
 
     status = 1
@@ -50,7 +50,7 @@ class SurroundingsError(VeraConvertError):
     """A path or repo is missing, or the disk, network, permissions or packages fail.
 
     Attributes:
-        reason: the message without the remedy, for a message with a remedy of its own.
+        reason: the message without the remedy, for a message with another remedy.
     """
 
     status = 3

@@ -23,14 +23,14 @@ class Severity(StrEnum):
     ERROR = "error"
     """The checkpoint cannot be loaded, loads wrongly, or would lose data."""
     WARNING = "warning"
-    """The checkpoint works, but not in every environment, or not as expected."""
+    """The checkpoint works, but some environments fail or give other results."""
     NOTE = "note"
     """Information; the checkpoint is correct."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of defect, with its title, reason and remedy.
+    """A kind of defect, with title, reason and remedy.
 
     Attributes:
         code: the stable code, such as ``V101``.
@@ -91,7 +91,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect in one place.
+    """A defect in a place.
 
     Attributes:
         rule: the kind of defect.

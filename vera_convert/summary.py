@@ -81,7 +81,7 @@ class AdapterInfo:
         groups: its layers, by kind and shape.
         lambda_dtypes: dtypes of the trained vectors.
         projections: shape and dtype of the stored A and B, or None.
-        draw: the draw that gave A and B; for a stripped adapter, the draw of its fingerprint.
+        draw: the draw of A and B; for a stripped adapter, the draw in the fingerprint.
         difference: the difference of the stored A and B from the nearest draw.
         fingerprint: the record that `strip` left in the file.
         effects: the A and B that each version of PEFT uses.
@@ -130,7 +130,7 @@ def info(
     Args:
         adapter: a folder or a repo on the Hub.
         base: the base, and how to read it; None for the base that the adapter's config names. If
-            that base is not found, its facts are left out.
+            the base is missing, the sizes of the base are unknown.
         projections: which A and B count if file, flag and key disagree.
         revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
@@ -241,13 +241,13 @@ def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
 
 
 def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:
-    """Warn if an adapter does not record which A and B it was trained with.
+    """Warn if an adapter lacks every record of the A and B used in training.
 
     Other trainers of VeRA exist, and their seeds give other matrices than PyTorch's.
     """
     unrecorded = adapter.config.peft_version is None
     if adapter.projections is None and adapter.fingerprint is None and unrecorded:
-        reason = "the adapter stores no A and B, no fingerprint and no version of PEFT."
+        reason = "A and B, a fingerprint and the version of PEFT are missing."
         yield unproven_draw(adapter.config, reason, place=adapter.place)
 
 

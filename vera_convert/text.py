@@ -11,14 +11,14 @@ from dataclasses import fields
 from pathlib import PurePath
 
 _LONGEST_SHOWN = 300
-# Letters and marks that Python counts as printable and a reader cannot see.
+# Letters and marks that are printable for Python and invisible for a reader.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
 
 def printable(text: str) -> str:
-    """Escape a text from a file, so that the text is one visible line of bounded length.
+    """Escape a text from a file: the result is a visible line of bounded length.
 
     Control characters, line separators, bidirectional and zero-width marks, private and unpaired
     code points become escapes as Python writes them. A text of more than 300 characters is cut, and
@@ -33,7 +33,7 @@ def printable(text: str) -> str:
 
 
 def printable_whole(text: str) -> str:
-    """Escape a text as `printable` does, but never cut it: a command or a path to be copied."""
+    """Escape a complete text as `printable` does: a command or a path to copy."""
     return (
         text if text.isprintable() and not _INVISIBLE.search(text) else "".join(map(_escaped, text))
     )
@@ -75,7 +75,7 @@ def listed(names: Iterable[str], most: int = 3, *, noun: str = "") -> str:
 
 
 def short_repr(record: object) -> str:
-    """Return the class and the plain fields of a dataclass, for `repr`: one line, never long.
+    """Return the class and the plain fields of a dataclass, for `repr`: a short line.
 
     A collection is shown by its length, and a record with a label by the label. Other records, and
     None, are left out.
@@ -98,8 +98,8 @@ def short_repr(record: object) -> str:
 def read_back_differs(name: str, where: str = "") -> str:
     """Return the message for a written file that reads back with different bytes."""
     return (
-        f"{printable(name)} does not read back as it was written{where}, so nothing was published. "
-        "The disk or its driver may be faulty: check the disk, or write to another one."
+        f"{printable(name)} reads back with other bytes than were written{where}, so nothing was "
+        "published. The disk or its driver may be faulty: check the disk, or use another disk."
     )
 
 

@@ -168,7 +168,7 @@ def test_what_comes_back_otherwise_from_the_disk_is_not_published(
         return digest
 
     monkeypatch.setattr(adapterfolder, "_copy", rotten)
-    with pytest.raises(SurroundingsError, match=r"README\.md does not read back as it was written"):
+    with pytest.raises(SurroundingsError, match=r"README\.md reads back with other bytes"):
         strip(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

@@ -75,7 +75,7 @@ def test_computed_blocks_are_compared_by_their_digests(tmp_path: Path, flipped: 
         assert finished(tmp_path, parts, compares=True) == {"file": None}
         return
     content[flipped] ^= 1
-    with pytest.raises(SurroundingsError, match="does not read back as it was written"):
+    with pytest.raises(SurroundingsError, match="reads back with other bytes"):
         finished(tmp_path, parts, content=bytes(content), compares=True)
 
 

@@ -183,7 +183,7 @@ def test_bytes_that_come_back_otherwise_stop_a_checked_run(
 
     monkeypatch.setattr("vera_convert.assembly.writer.write_at", spoilt)
     assembled(source, tmp_path / "unchecked")
-    with pytest.raises(SurroundingsError, match="does not read back as it was written"):
+    with pytest.raises(SurroundingsError, match="reads back with other bytes"):
         assembled(source, tmp_path / "out", check=True)
 
 

@@ -228,8 +228,8 @@ def test_a_report_may_lie_in_a_tree_that_is_searched(run: Run, bad: Path) -> Non
     [
         ("bad/report", 2, "lies inside the input bad"),
         ("bad/adapter_config.json", 2, "lies inside the input bad"),
-        ("good", 2, "not a regular file"),
-        ("link", 2, "not a regular file"),
+        ("good", 2, "give the name of a file"),
+        ("link", 2, "give the name of a file"),
         ("good/adapter_config.json/report", 3, "is not a folder"),
     ],
 )
@@ -282,7 +282,7 @@ def test_rules_and_explanations(run: Run, schema_errors: SchemaErrors) -> None:
     [
         ([], "name an ADAPTER"),
         (["--recursive"], "name an ADAPTER"),
-        (["good", "--json", "--format=sarif"], "cannot both go to stdout"),
+        (["good", "--json", "--format=sarif"], "both write to stdout"),
         (["good", "--format=html"], "'html' is not one of"),
         (["good", "--fail-on=note"], "'note' is not one of"),
         (["good", "--select=V999"], "is not a code"),

@@ -68,7 +68,7 @@ def test_a_range_outside_of_the_file_is_refused_before_memory_is_taken(
 def test_a_file_that_shrinks_is_noticed(letters: Path) -> None:
     with open_local(letters) as file:
         os.truncate(letters, 5)
-        with pytest.raises(SurroundingsError, match="letters changed while it was read: it shrank"):
+        with pytest.raises(SurroundingsError, match=r"letters changed .*: the file shrank"):
             file.read_at(3, 4)
 
 

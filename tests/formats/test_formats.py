@@ -132,7 +132,7 @@ size                   5,416 bytes
     ("spoil", "said"),
     [
         (bare, "Not proven: the adapter stores no fingerprint"),
-        (bare, "stripped, without a fingerprint"),
+        (bare, "stripped; a fingerprint with the sizes is missing"),
         (stripped, "stripped, with a fingerprint"),
         (stripped, "regenerates the same A and B from the key on a float32 base"),
         (drawn(Variant.FLOAT32_SEPARATE), "regenerates other A and B from the key"),

@@ -357,7 +357,7 @@ def test_an_address_of_the_hub_that_is_none_is_a_usage_error(
     address: str, access: HubAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
-    with pytest.raises(UsageError, match="HF_ENDPOINT is no web address"):
+    with pytest.raises(UsageError, match="HF_ENDPOINT must be a web address"):
         locate("org/name", kind="adapter", access=access)
 
 
@@ -405,7 +405,7 @@ def test_a_flipped_bit_is_refused_and_never_reaches_the_cache(
     server.add("org/name", FILES)
     server.damaged, server.ranges = {name}, ranges
     for _ in range(2):
-        with pytest.raises(SurroundingsError, match=f"{name}: the downloaded bytes do not have"):
+        with pytest.raises(SurroundingsError, match=f"{name}: the downloaded bytes have"):
             fetched(access)
         blobs = cache_of_repo("org/name", access) / "blobs"
         held = {path.name for path in blobs.iterdir()} if blobs.exists() else set()
@@ -439,7 +439,7 @@ def test_a_file_of_a_mirror_is_as_long_as_it_is_listed(
     server.hashes = False
     location = locate("org/name", kind="adapter", access=access)
     server.repos["org/name"].commits[location.commit or ""]["README.md"] = b"#"
-    with pytest.raises(SurroundingsError, match=r"README.md: the downloaded bytes do not have"):
+    with pytest.raises(SurroundingsError, match=r"README.md: the downloaded bytes have"):
         fetch_base(location, access, names=["README.md"])
 
 

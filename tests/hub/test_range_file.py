@@ -150,7 +150,7 @@ def test_a_file_that_is_read_whole_has_the_hash_that_is_stated(digest: str) -> N
     ):
         assert RemoteFile("x", server.ask, listed=listed).read_at(0, 2) == SMALL
         server.content = b"[]"
-        with pytest.raises(SurroundingsError, match="x: the downloaded bytes do not have the hash"):
+        with pytest.raises(SurroundingsError, match="x: the downloaded bytes have another hash"):
             RemoteFile("x", server.ask, listed=listed)
 
 
@@ -158,13 +158,13 @@ def test_a_longer_file_is_compared_once_it_is_read_whole() -> None:
     server = Server(tag=f'"{sha256(CONTENT).hexdigest()}"')
     assert RemoteFile("x", server.ask).read_at(0, len(CONTENT)) == CONTENT
     server.content = CONTENT[:-1] + b"!"
-    with pytest.raises(SurroundingsError, match="do not have the hash"):
+    with pytest.raises(SurroundingsError, match="have another hash"):
         RemoteFile("x", server.ask).read_at(0, len(CONTENT))
 
 
 def test_two_different_hashes_fit_no_file() -> None:
     server = Server(content=SMALL, tag=sha256(SMALL).hexdigest())
-    with pytest.raises(SurroundingsError, match="do not have the hash"):
+    with pytest.raises(SurroundingsError, match="have another hash"):
         RemoteFile("x", server.ask, listed=RepoFile(2, sha256(b"other").hexdigest()))
 
 

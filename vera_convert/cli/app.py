@@ -1,4 +1,4 @@
-"""The program: its commands, how it starts, and the exit status it ends with."""
+"""The program: the commands, the start, and the exit status."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that a user names; the nearest name is offered for an unknown one."""
+        """Return the command that a user names; for an unknown name, offer the nearest."""
         if args[0] not in MODULES and not args[0].startswith("-") and not ctx.resilient_parsing:
             ctx.fail(f"No such command {args[0]!r}.{did_you_mean(args[0], MODULES)}")
         return super().resolve_command(ctx, args)
@@ -169,10 +169,10 @@ def _context() -> click.Context:
 
 
 def _leave(status: int) -> None:
-    """Flush and exit; a reader that went away does not undo what was written."""
+    """Flush and exit; a closed pipe leaves the exit status as it is."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
-        # Python would flush again at exit and turn its failure into a status of its own.
+        # Python would flush again at exit, fail again, and end with another exit status.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)

@@ -19,7 +19,7 @@ NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
 """The values that an error repeats in a `validate` command, each with the flag of `validate`."""
 
 ADAPTER_HELP = "A folder, a file of the folder, or a repo: org/name[@revision][/subfolder]."
-OUT_FOLDER = "The folder to write; it must not exist, unless --force is given."
+OUT_FOLDER = "A new folder to write; with --force, an earlier output is replaced."
 
 
 def adapter_argument(name: str = "adapter", **attributes: Any) -> click.Argument:
@@ -40,7 +40,7 @@ def command(
     Args:
         options: the class of options that the function takes after the arguments.
         arguments: the arguments, in order.
-        examples: lines that a help shows as they are.
+        examples: lines of the help, shown unchanged.
     """
     names = [str(argument.name) for argument in arguments]
 

@@ -115,7 +115,7 @@ class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
 
 @command(
     RegenerateOptions,
-    out_argument("The .safetensors file to write; it must not exist, unless --force is given."),
+    out_argument("A new .safetensors file to write; with --force, an earlier output is replaced."),
     examples="""
     vera-convert regenerate ab.safetensors --for ./adapter
     vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
@@ -180,7 +180,7 @@ def _refuse_together(given: str, others: dict[str, Any]) -> None:
     clashing = [name for name, value in others.items() if value is not None]
     if clashing:
         names = ", ".join(clashing)
-        raise UsageError(f"{names} cannot go with {given}: leave one of them out.")
+        raise UsageError(f"{names} cannot go with {given}: leave one out.")
 
 
 class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
@@ -206,7 +206,7 @@ class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice
     peft_version: tuple[int, ...] | None = option(
         OUTPUT,
         "VERSION",
-        "Write a config that this version of PEFT can read, such as 0.13.",
+        "Write a config for this version of PEFT, such as 0.13.",
         type=PEFT_VERSION,
     )
 

@@ -21,7 +21,7 @@ EXIT_STATUSES = (
 """The exit statuses of every command, as a help lists them."""
 
 _MOST_COLUMNS = 22
-"""Columns of the longest name that stands beside its text, and not above the text."""
+"""Columns of the longest name beside a text; a longer name stands above the text."""
 
 _LEAST_BESIDE = 60
 """Columns of the narrowest window in which texts stand beside names."""
@@ -56,7 +56,7 @@ class Formatter(click.HelpFormatter):
         self.write(first + f"\n{indent}".join(lines) + "\n")
 
     def write_lines(self, title: str, lines: Iterable[str]) -> None:
-        """Write a section of lines that are never broken."""
+        """Write a section of unbroken lines."""
         with self.section(title):
             for line in lines:
                 self.write(f"  {line}\n")

@@ -1,4 +1,4 @@
-"""The commands that look at an adapter or a model and write nothing: info, count."""
+"""The commands without output files: info, count."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice
     )
     accept_error: bool = flag(LORA, "Write even if the relative error of a layer is above 0.5.")
     fill_layers: bool = flag(
-        LORA, "Write zeros for layers that the engine needs and ADAPTER leaves as they are."
+        LORA, "Write zeros for layers that the engine needs and ADAPTER leaves out."
     )
     drop_head: bool = flag(LORA, "Leave out modules_to_save and trained biases.")
     check: bool = flag(CHECK, "Read every written byte back, and compare.")

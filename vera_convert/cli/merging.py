@@ -54,7 +54,7 @@ class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoic
 @command(
     MergeChoices,
     adapter_argument(),
-    out_argument("The folder of the merged model; it must not exist, unless --force is given."),
+    out_argument("A new folder for the merged model; with --force, an earlier output is replaced."),
     examples="""
     vera-convert merge ./adapter ./merged --base org/model
     vera-convert merge ./adapter ./merged --add ./other=0.5 --max-shard-size 5GB
@@ -64,8 +64,7 @@ class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoic
 def merge(adapter: str, out: Path, options: MergeChoices) -> None:
     """Merge an adapter into its base model.
 
-    The model is written shard by shard, in memory that does not grow with the model, and without
-    PyTorch.
+    The model is written shard by shard, without PyTorch; a larger model takes no more memory.
     """
     from vera_convert.formats.merge import merge_text
     from vera_convert.merging.merge import merge as run
@@ -84,7 +83,7 @@ def merge(adapter: str, out: Path, options: MergeChoices) -> None:
 
 @contextmanager
 def _telling_how_to_continue() -> Iterator[None]:
-    """Name the command that continues a merge which failed or was stopped, if there is one."""
+    """If a merge failed or was stopped and can continue, print the command for this."""
     try:
         yield
     except BaseException as error:
@@ -95,7 +94,7 @@ def _telling_how_to_continue() -> Iterator[None]:
 
 
 def _without_token(arguments: Sequence[str]) -> list[str]:
-    """Return the words of a command line without the token, which is never printed."""
+    """Return the words of a command line, except the secret token."""
     kept: list[str] = []
     skips = False
     for argument in arguments:

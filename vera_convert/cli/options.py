@@ -87,7 +87,7 @@ def option(group: str, metavar: str | None, text: str, *flags: str, **attributes
 
 
 def flag(group: str, text: str, *flags: str, default: bool | None = False) -> Any:
-    """Declare an option that takes no value; the default stands if a user leaves the option out."""
+    """Declare an option without a value; the default stands if a user leaves the option out."""
     return option(group, None, text, *flags, default=default, is_flag=True)
 
 
@@ -244,8 +244,8 @@ class AcceptChoice(Options):
 
     accept_change: bool = flag(
         PROJECTIONS,
-        "Strip even if PEFT would regenerate different matrices, provided that embed can "
-        "restore the stored ones.",
+        "Strip even if PEFT would regenerate different matrices, if embed can restore "
+        "the stored matrices.",
     )
 
 

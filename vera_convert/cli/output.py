@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vera_convert.rules import Finding
 
 WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion"))
-"""Commands without an OUT: an interruption cannot leave anything of an output."""
+"""Commands without an OUT, and so without an unfinished output after an interruption."""
 
 DELAY = 2
 """Seconds that work takes before a progress bar appears."""
@@ -45,7 +45,7 @@ class NotPrintedError(SurroundingsError):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a text; a reader that went away does not undo what was done."""
+    """Print a text; a closed pipe is ignored, because the work of the command is done."""
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # closed before the program began
         return
@@ -140,7 +140,7 @@ def window() -> int:
 
 
 def fitted(text: str, width: int | None) -> str:
-    """Wrap the lines of a text that are longer than `width`, each below its first value.
+    """Wrap the lines longer than `width`, each below the first value of the line.
 
     The values go on below their label if the label is wider than half a line. Rows of a table keep
     their columns.
@@ -183,7 +183,7 @@ def progress_bar(options: CommonOptions, title: str, *, unit: str = "B") -> Iter
 
 
 def _bar(options: CommonOptions, title: str, unit: str, stack: ExitStack) -> Progress:
-    """Return a function that draws a bar; the bar vanishes when it is full, or with the stack."""
+    """Return a function that draws a bar; a full bar vanishes, as all bars of the stack do."""
     bars: list[tqdm[NoReturn]] = []
     start = time.monotonic()
     delay = 0 if options.progress else DELAY
@@ -209,7 +209,7 @@ def _bar(options: CommonOptions, title: str, unit: str, stack: ExitStack) -> Pro
 
 
 def shown_command(words: Sequence[str]) -> str:
-    """Return a command line as a shell takes it, letter by letter: nothing is cut."""
+    """Return a complete command line in the quoting of a shell."""
     import shlex
 
     return printable_whole(shlex.join(["vera-convert", *words]))

@@ -24,7 +24,7 @@ def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = Non
     """Return the line that says why a command failed.
 
     If there are several errors, the line names the first, and the `validate` command that shows the
-    others: unless `named` has no adapter, or the errors are those of a merged model.
+    others. Without an adapter in `named`, and for a merged model, the line names no command.
     """
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)

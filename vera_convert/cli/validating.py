@@ -99,13 +99,13 @@ def validate(adapters: tuple[str, ...], options: ValidateOptions) -> None:
     if not adapters:
         raise UsageError("name an ADAPTER to validate, or give --rules or --explain CODE.")
     if options.as_json and options.form not in (None, "json") and not options.output:
-        raise UsageError("--json and another --format cannot both go to stdout: give --output.")
+        raise UsageError("--json and another --format both write to stdout: give --output.")
     result = _validated(adapters, options)
     for checked in result.adapters:
         if checked.failure is not None:
             why = reason(checked.failure)
             tell("error", why if checked.label in why else f"{checked.label}: {why}")
-    _report(result, options)  # its text does not repeat a failure
+    _report(result, options)  # the text omits the failures above
     if result.status:
         raise click.exceptions.Exit(result.status)
 
@@ -169,9 +169,9 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
 
     shown = printable(str(out))
     if shown == "-":
-        raise UsageError("leave --output out: without it the report goes to stdout.")
+        raise UsageError("leave --output out: the report then goes to stdout.")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
-        raise UsageError(f"{shown} is not a regular file, so no report is written there.")
+        raise UsageError(f"{shown} is a folder, a link or a device: give the name of a file.")
     inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
     output = Output(out, lambda _: True, force=True, inputs=inputs, is_folder=False)
     with output.staged() as path:

@@ -25,14 +25,14 @@ GENERATORS = (
     "float16-torch2.12-fused",
     "float16-torch2.12-separate",
 )
-"""The values of `generator.Variant`, repeated so that `--help` need not load NumPy."""
+"""The values of `generator.Variant`, repeated because `--help` must start without NumPy."""
 
 ENGINES = ("peft", "vllm", "sglang", "tgi", "diffusers", "mlx", "gguf")
 """The values of `lora.engines.EngineName`, repeated for the same reason."""
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return a question after the known word that a mistyped word resembles; empty if none does."""
+    """Return a question with the known word nearest to a mistyped word; empty if all are far."""
     import difflib
 
     near = difflib.get_close_matches(word, [*known], n=1, cutoff=cutoff)
@@ -40,7 +40,7 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
-    """A value that a function of one argument parses."""
+    """A value, parsed by a function of one argument."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name = name
@@ -80,7 +80,7 @@ class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 
 
 
 class Dtype(Choice):
-    """A dtype in any usual spelling, such as bf16; the help lists one spelling for each dtype."""
+    """A dtype in any usual spelling, such as bf16; the help lists the spelling of torch."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -101,7 +101,9 @@ def _key_map(value: str) -> tuple[str, str]:
 def _named_base(value: str) -> tuple[str, str]:
     name, _, model = value.partition("=")
     if not name or not model:
-        raise click.BadParameter(f"{value!r} is not NAME=MODEL, such as org/model=./model.")
+        raise click.BadParameter(
+            f"{value!r} must have the form NAME=MODEL, such as org/model=./model."
+        )
     return name, model
 
 

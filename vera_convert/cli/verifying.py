@@ -66,7 +66,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
     Every tensor of the merged model is computed again and compared. Then the merged model is run on
     sample sequences, and compared with the base that has the adapter.
 
-    A merge option that is left out has the value that the merge recorded.
+    An omitted merge option has the value recorded by the merge.
     """
     from vera_convert.formats.verification import verification_text
     from vera_convert.verification.options import VerifyOptions

@@ -16,7 +16,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 """The weights of an adapter as a pickle."""
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
-"""Endings of pickled weight files; this package opens no such file."""
+"""Endings of pickled weight files, which this package never opens."""
 
 
 def is_pickle(name: str) -> bool:

@@ -4,8 +4,8 @@ The format: eight bytes with the length of the header, little-endian; the header
 one entry for each tensor (dtype, shape, and the first and last offset in the data) and texts under
 ``__metadata__``; then the data, the tensors' bytes without a gap.
 
-Reading is at least as strict as the safetensors library; where that is lax, so that two readers
-could see two different files, it is stricter.
+Reading is as strict as the safetensors library, and stricter if two readers could otherwise see two
+different files.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _parsed(
 ) -> tuple[dict[str, Any], list[TensorInfo]]:
     """Return the JSON object of a header, and the plain entries at the end as records.
 
-    Nearly every header ends in entries of the same form. One regular expression reads these in half
+    Nearly every header ends in entries of the same form. A regular expression reads these in half
     the time of the JSON parser, which then parses only the rest.
     """
     head, plain = _cut_plain(data)

@@ -1,7 +1,7 @@
 """Open and read files from strangers by position: local files, and files on a server.
 
-A local file must be regular. It is opened without blocking, read by position and never mapped into
-memory, compared with its size before memory is allocated, and checked for changes afterwards.
+A local file must be regular. The opening never blocks. Reading is by position, because a mapped
+file can shrink. The size is compared before memory is allocated; changes are detected afterwards.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class LocalFile:
             except OSError as error:
                 raise unreadable(self.place, error) from error
             if not count:
-                raise SurroundingsError(f"{self.place} changed while it was read: it shrank.")
+                raise SurroundingsError(f"{self.place} changed while it was read: the file shrank.")
             done += count
 
     def _check_range(self, offset: int, length: int) -> None:
@@ -120,7 +120,8 @@ class LocalFile:
             raise unreadable(self.place, error) from error
         if found != self.identity:
             raise SurroundingsError(
-                f"{self.place} changed while it was read. Try again when nothing writes to it."
+                f"{self.place} changed while it was read. "
+                "Try again after all writing to the file has ended."
             )
 
     def close(self) -> None:
@@ -191,8 +192,8 @@ _SEARCHED = _NO_FOLLOW | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", o
 def _opened_inside(path: Path, within: Path, place: str) -> LocalFile:
     """Open a file whose path, with every link resolved, lies inside a folder.
 
-    The path below the folder is opened name by name without following links, so a link that is
-    created after the resolution does not lead out. On Windows, which lacks such calls, the path is
+    The path below the folder is opened name by name without following links, so a link created
+    after the resolution stays harmless. On Windows, which lacks such calls, the path is
     resolved once more.
     """
     target, folder = _resolved_inside(path, within, place)
@@ -219,7 +220,7 @@ def _opened_inside(path: Path, within: Path, place: str) -> LocalFile:
 
 def _swapped(place: str) -> SurroundingsError:
     return SurroundingsError(
-        f"{place} changed while it was opened. Try again when nothing writes to it."
+        f"{place} changed while it was opened. Try again after all writing to the file has ended."
     )
 
 

@@ -30,7 +30,7 @@ from vera_convert.text import and_more, listed, printable
 PIPELINE = "model_index.json"
 """A file in the root of a diffusers pipeline, whose components are folders."""
 _MAIN_COMPONENT = re.compile(r"(transformer|unet)(_\d+)?/")
-"""The components of a pipeline that are used if no adapter decides."""
+"""The components of a pipeline to use if the adapter fits several."""
 STEMS = ("model", "diffusion_pytorch_model")
 """The stems of weight files in transformers and diffusers, in the order of preference."""
 
@@ -128,7 +128,7 @@ def find_weights(
 
 
 def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str) -> Finding | None:
-    """Return the finding about files that loaders take only on request; else None.
+    """Return the finding about files that loaders take only on request, or None.
 
     Args:
         top: all files of the folder.
@@ -208,12 +208,12 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
     """
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(INDEX_MALFORMED.at(place, "it has no weight_map with entries."))
+        raise CheckpointError(INDEX_MALFORMED.at(place, "weight_map is missing or empty."))
     folder = PurePosixPath(index).parent
     files: dict[object, str] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(SUFFIX):
-            reason = f'"{printable(tensor)}" is given no safetensors file.'
+            reason = f'"{printable(tensor)}" stands for another kind of file than safetensors.'
             raise CheckpointError(INDEX_MALFORMED.at(place, reason))
         if file not in files:
             files[file] = str(folder / clean_name(file, place=place))

@@ -72,8 +72,8 @@ def parse_json(
     Refused are a byte order mark, duplicate keys, NaN and Infinity, numbers that are absurdly long
     or overflow, unpaired surrogates, more than 64 levels, and more than four million values.
 
-    transformers and PEFT write and read configs with Python's json. For these files
-    `pythons_numbers` also accepts the numbers that Python's json accepts: ``NaN``, ``Infinity``,
+    transformers and PEFT write and read configs with Python's json. For configs,
+    `pythons_numbers` accepts all numbers of Python's json: ``NaN``, ``Infinity``,
     ``-Infinity``, ``1e400`` (infinity), ``-0``, and up to 4,300 digits. Every NaN is the one object
     `math.nan`, so two equal configs compare as equal.
 

@@ -71,7 +71,7 @@ def _explained(rule: Rule, width: int | None) -> list[str]:
 def _meaning(severity: Severity) -> str:
     return {
         Severity.ERROR: "the checkpoint cannot be loaded, loads wrongly, or would lose data",
-        Severity.WARNING: "the checkpoint works, but not in every environment, or not as expected",
+        Severity.WARNING: "the checkpoint works, but some environments fail or give other results",
         Severity.NOTE: "information; the checkpoint is correct",
     }[severity]
 

@@ -215,7 +215,7 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
     },
     "Verification": {"seconds": _milliseconds},
 }
-"""The values that are not an attribute with the name of the key, by the class of a result."""
+"""The source of each value whose attribute has another name than the key, by the result's class."""
 
 
 def result_document(result: object, **values: object) -> Document:
@@ -227,14 +227,13 @@ def result_document(result: object, **values: object) -> Document:
 def document(schema: str, result: object, **values: object) -> Document:
     """Return a result as a JSON object, with the keys of a schema and in their order.
 
-    A key takes the value given for it, else the result's attribute: the one that `VALUES` names,
-    or the attribute with the name of the key. A key that the schema does not require is left out if
-    its value is None.
+    A key takes a given value, else the source in `VALUES`, else the attribute with the name of the
+    key. An optional key is left out if the value is None.
 
     Args:
         schema: a name of `load_schema`.
         result: a record of the library.
-        values: values that the result does not have.
+        values: further values, by key.
     """
     loaded = _schema(schema)
     return _object(result, loaded, loaded, values)
@@ -281,7 +280,7 @@ def _value(value: object, schema: Schema, root: Schema) -> object:
     if "anyOf" in schema and {"type": "null"} in schema["anyOf"]:
         return _value(value, schema["anyOf"][0], root)
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)  # JSON has no NaN and no infinity
+        return value if math.isfinite(value) else str(value)  # JSON lacks NaN and infinity
     if "properties" in schema:
         return _object(value, schema, root, {})
     if "items" in schema and isinstance(value, Iterable):

@@ -13,7 +13,7 @@ from vera_convert.validation.validation import Checked, Validation
 
 _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
 _MOST_ROWS = 500
-"""Findings in a summary: GitHub drops one that is larger than 1 MiB."""
+"""Findings in a summary: GitHub drops a summary of more than 1 MiB."""
 
 
 def github_text(result: Validation) -> str:
@@ -97,11 +97,11 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
 
 
 def _code(text: str) -> str:
-    """Show a name as it is: no mention, no link, no markup."""
+    """Show a name literally, free of mentions, links and markup."""
     return f"<code>{_escaped(text)}</code>"
 
 
 def _escaped(text: str) -> str:
-    """Return a text that neither Markdown nor HTML takes for anything else."""
+    """Escape a text for Markdown and HTML."""
     one_line = " ".join(text.split())
     return re.sub(r"[^A-Za-z0-9 ,;()'/+=-]", lambda match: f"&#{ord(match[0])};", one_line)

@@ -16,8 +16,8 @@ _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def junit_text(result: Validation) -> str:
     """Return the XML, in ASCII: one suite for each adapter, one case for each finding.
 
-    A finding that fails the call is a failure. An adapter that could not be read is an error, and a
-    check that was left out is a skipped case. An adapter without findings has one passed case.
+    A finding that fails the call is a failure. An unreadable adapter is an error, and an omitted
+    check is a skipped case. An adapter without findings has one passed case.
     """
     root = Element("testsuites", name="vera-convert validate")
     for checked in result.adapters:

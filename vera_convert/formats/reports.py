@@ -1,6 +1,6 @@
-"""The formats of a validation's report: one table, from which the command line takes its choices.
+"""The formats of a validation's report: one table, which also gives the choices of `--format`.
 
-A renderer is loaded when a report is written, so that `--help` loads no renderer.
+Each renderer is loaded late, to keep `--help` fast.
 """
 
 from __future__ import annotations

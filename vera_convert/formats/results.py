@@ -138,7 +138,7 @@ def _projection_lines(result: AdapterInfo) -> tuple[str, ...]:
         return f"embedded: {shapes}", drawn
     if drawn:
         return "stripped, with a fingerprint:", drawn
-    return ("stripped, without a fingerprint: nothing records their dims",)
+    return ("stripped; a fingerprint with the sizes is missing",)
 
 
 def _effect_text(effect: Effect) -> str:

@@ -64,7 +64,7 @@ def _result(checked: Checked, finding: Finding, seen: Counter[str]) -> Document:
     place = finding.place
     physical = {
         "artifactLocation": {"uri": file_uri(checked, finding)},
-        "region": {"startLine": 1},  # GitHub demands one; nothing better is known
+        "region": {"startLine": 1},  # GitHub demands a line; the first is as good as any
     }
     return {
         "ruleId": finding.code,

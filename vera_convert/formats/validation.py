@@ -117,7 +117,7 @@ def _by_rule(findings: Iterable[Finding]) -> Iterable[list[Finding]]:
 
 
 def _rule_lines(findings: list[Finding], paint: Paint, width: int | None) -> Iterator[str]:
-    """Yield the lines of all findings of one rule; its remedy is said once."""
+    """Yield the lines of all findings of one rule, with the remedy once, at the end."""
     rule = findings[0].rule
     head = f"  {paint(f'{rule.severity:<7}', rule.severity)}  {paint(rule.code, 'name')}  "
     indent = " " * 17
@@ -132,7 +132,7 @@ def _rule_lines(findings: list[Finding], paint: Paint, width: int | None) -> Ite
 
 
 def _places(findings: list[Finding]) -> Iterator[tuple[str, str]]:
-    """Yield each place and its reason; neighbors with the same reason show it once, at the last."""
+    """Yield each place and the reason; neighbors with the same reason share one, at the last."""
     for finding, following in zip_longest(findings, findings[1:]):
         same = following is not None and following.reason == finding.reason
         yield finding.place, "," if same else f": {finding.reason}"

@@ -240,7 +240,7 @@ def _model_rows(model: ModelComparison, words: tuple[str, str, str]) -> Rows:
     ran = f"{counted(model.samples, 'sample')}, {counted(model.tokens, 'position')}"
     rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
     if math.isinf(model.largest_difference):
-        return [*rows, ["  logits", "none that could be compared"], *_reason_row(model)]
+        return [*rows, ["  logits", "NaN or infinite: not comparable"], *_reason_row(model)]
     results = "logits" if model.kl is not None else "hidden states"
     with_adapter, again, cause = words
     rounding = f"limit {model.threshold_difference:.3g}: {cause.format(model.dtype)}"

@@ -4,9 +4,9 @@ No other module imports huggingface_hub; the functions here import the library w
 because the import is slow. These parts of the library are the same from version 0.34 on, except
 that the session belongs to requests before 1.0, and to httpx or httpx2 since.
 
-Descriptions of repos and ranges of files are requested here, because huggingface_hub bounds neither
-the size of an answer nor the pauses that a server asks for. Complete files are downloaded by
-huggingface_hub.
+Descriptions of repos and ranges of files are requested here, because in huggingface_hub the size of
+an answer and the pauses that a server asks for have no bound. huggingface_hub downloads complete
+files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HubAccess:
     """Options for the access to the Hub; the defaults are those of huggingface_hub.
 
     Attributes:
-        token: the token to send; None for HF_TOKEN, or the token that `hf auth login` stored.
+        token: the token to send; None for HF_TOKEN, or the token stored by `hf auth login`.
         cache_dir: the folder of the cache.
         offline: use only the cache, as with HF_HUB_OFFLINE.
         progress: whether downloads may draw bars on a terminal.
@@ -75,7 +75,7 @@ class HubAccess:
         require_flags(offline=self.offline, progress=self.progress)
         # An HTTP library would quote a malformed header in its error, and so print the token.
         if self.token is not None and not _TOKEN.fullmatch(self.token):
-            raise UsageError("the token is empty, or has a character that no token can have.")
+            raise UsageError("the token is empty, or has an impossible character.")
 
     @property
     def is_offline(self) -> bool:
@@ -147,7 +147,7 @@ def endpoint() -> str:
 
     found = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
     if not re.fullmatch(r"https?://[^\s/?#@\[\]]+(/[^\s?#]*)?", found):
-        raise UsageError("HF_ENDPOINT is no web address: write it as `https://hub.example`.")
+        raise UsageError("HF_ENDPOINT must be a web address such as `https://hub.example`.")
     return found
 
 
@@ -170,15 +170,15 @@ def _token(access: HubAccess) -> str | None:
     token = access.token or stored
     if token is not None and not _TOKEN.fullmatch(token):
         raise RefusedError(
-            "the token in HF_TOKEN, or the token that `hf auth login` stored, has a character "
-            "that no token can have. Set HF_TOKEN anew, or log in again with `hf auth login`.",
+            "the token in HF_TOKEN, or the token stored by `hf auth login`, has an impossible "
+            "character. Set HF_TOKEN anew, or log in again with `hf auth login`.",
             Refusal.BAD_TOKEN,
         )
     return token
 
 
 def _headers(token: str | None) -> dict[str, str]:
-    # Not by build_hf_headers, which in later versions sends a request of its own.
+    # build_hf_headers of later versions sends a request of its own
     headers = {"user-agent": f"{_LIBRARY}/{__version__}", "accept-encoding": "identity"}
     return headers if token is None else {**headers, "authorization": f"Bearer {token}"}
 
@@ -351,7 +351,7 @@ def download_file(repo_id: str, name: str, *, commit: str, place: str, access: H
 
 @contextmanager
 def _bars(*, shown: bool) -> Iterator[None]:
-    """Let huggingface_hub draw no progress bars in the block, unless they are to be shown."""
+    """Hide the progress bars of huggingface_hub in the block, unless `shown`."""
     import huggingface_hub.utils
 
     utils: Any = huggingface_hub.utils

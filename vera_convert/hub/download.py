@@ -129,7 +129,7 @@ def _stored(repo: Path) -> int:
 def _without_remains(repo: Path) -> Iterator[None]:
     """Remove what a failed download leaves behind, if no later download would continue the file.
 
-    The thread of a download that is given up cannot remove its own file.
+    The thread of an abandoned download cannot remove the file.
     """
     unfinished = "*.*.incomplete"  # a name that is used once, unlike DIGEST.incomplete
     before = set((repo / "blobs").glob(unfinished))

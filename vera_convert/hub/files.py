@@ -33,7 +33,7 @@ TOKENIZER_LIMIT = 100_000_000
 def list_files(location: Location, access: HubAccess) -> dict[str, int]:
     """Return the sizes of a location's files by name, in sorted order, without hidden files.
 
-    Names are relative to the location, with `/`. A size that the Hub does not state is -1. If the
+    Names are relative to the location, with `/`. An unstated size is -1. If the
     Hub does not answer, the result lists the cached files of the commit.
 
     Raises:
@@ -129,8 +129,8 @@ def fetch_adapter(
 ) -> Location:
     """Fetch an adapter: the config, the weights of any size, and small other files.
 
-    The result names the files that are left out: pickled weights, training states, files of more
-    than 10 MB (a tokenizer of more than 100 MB), and names that some systems forbid. Hidden files
+    The result names the omitted files: pickled weights, training states, files of more than 10 MB
+    (a tokenizer of more than 100 MB), and names that some systems forbid. Hidden files
     and subfolders that are adapters are ignored.
 
     Args:
@@ -197,9 +197,7 @@ def _require_adapter(location: Location, names: Collection[str], others: Sequenc
     place = location.label
     if CONFIG_NAME not in names:
         if others and WEIGHTS_NAME not in names:
-            reason = (
-                f"it has no {CONFIG_NAME}, but its folder {printable(others[0])} is an adapter."
-            )
+            reason = f"{CONFIG_NAME} is missing; the folder {printable(others[0])} is an adapter."
             raise CheckpointError(ADAPTER_BELOW.at(place, reason))
         raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}."))
     if WEIGHTS_NAME not in names and PICKLED_NAME in names:
@@ -234,8 +232,8 @@ def _download(location: Location, names: Sequence[str], access: HubAccess) -> Pa
         if name not in absent and not is_sound(snapshot / name, cache_of_repo(repo_id, access)):
             place = printable(str((snapshot / name).resolve()))
             raise SurroundingsError(
-                f"{place} in the Hub's cache is damaged: the hash is not the hash that the Hub "
-                "states. Delete this file, and run the command again."
+                f"{place} in the Hub's cache is damaged: the Hub states another "
+                "hash. Delete this file, and run the command again."
             )
     if absent and access.is_offline:
         raise not_cached(f"{repo_id}@{commit}/{printable(str(absent[0]))}")

@@ -1,8 +1,8 @@
 """Keep the first bytes of a repo's files between runs, so a base's headers are fetched once.
 
-A commit never changes, so its files need no second request. The first bytes lie in the repo's
-folder of the Hub's cache and are removed with the folder. A stranger published these bytes, so they
-are read within bounds; damaged bytes are ignored.
+The files of a commit never change, so one request is enough. The first bytes lie in the repo's
+folder of the Hub's cache and are removed with the folder. A stranger published these bytes, so
+reading is bounded; damaged bytes are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vera_convert.files.reading import open_local
 MOST_KEPT = 16 << 20
 """The most first bytes of a file that are held in memory, and kept for the next run."""
 MOST_OF_A_REPO = 64 << 20
-"""The most bytes that are kept of one repo; the oldest are removed first."""
+"""The most kept bytes of a repo; the oldest are removed first."""
 _LONGEST_LINE = 1000
 
 Identity = tuple[str | None, str | None]
@@ -62,7 +62,7 @@ class HeaderCache:
         return Beginning(size, (commit, tag), data)
 
     def save(self, beginning: Beginning) -> None:
-        """Keep the first bytes, if possible; without them the next run only takes longer."""
+        """Keep the first bytes, if possible; otherwise the next run takes longer."""
         if len(beginning.data) > MOST_KEPT:
             return
         commit, tag = beginning.identity

@@ -106,7 +106,9 @@ def locate(
     folder = _existing_folder(text, files=(CONFIG_NAME, WEIGHTS_NAME) if kind == "adapter" else ())
     if folder is not None:
         if revision is not None:
-            raise UsageError(f"{printable(text)} is a folder here, so it has no revision.")
+            raise UsageError(
+                f"{printable(text)} is a folder here: --revision applies only to a repo on the Hub."
+            )
         return Location(printable(text), folder)
     bare = re.search("[/@]", text) is None
     if looks_like_path(text) or (bare and kind == "adapter"):
@@ -119,7 +121,7 @@ def locate(
         name = parse_repo_name(text, bare=kind == "base")
     except ValueError as error:
         raise UsageError(
-            f"{printable(text)} is no folder here, nor can it be a repo on the Hub: {error}. "
+            f"{printable(text)} is neither a folder here nor a repo on the Hub: {error}. "
             "A repo is written org/name, org/name@revision or org/name@revision/subfolder."
         ) from None
     try:
@@ -132,10 +134,10 @@ def locate(
 def base_from_config(name: str | None, revision: str | None, access: HubAccess) -> NamedBase:
     """Find the base that an adapter's config names, in the cache first.
 
-    A text that can only be a path is never followed. A name such as ``models/llama`` can be a repo
+    A text that can only be a path is ignored. A name such as ``models/llama`` can be a repo
     and a folder below the working directory. The folder is the base only if the folder holds a
-    model and the Hub (offline: the cache) has no such repo; the result then says so. A Hub that
-    does not answer decides nothing.
+    model and the Hub (offline: the cache) has no such repo; the result then says so. A silent
+    Hub decides nothing.
 
     Raises:
         AmbiguousBaseError: a model lies here under this name and on the Hub; ``--base`` decides.
@@ -201,7 +203,7 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
 
     Args:
         text: perhaps a path.
-        files: names of files that may be named instead of their folder.
+        files: names of files that stand for their folder.
     """
     if not text or "\0" in text:
         raise UsageError(
@@ -233,7 +235,7 @@ def _with_revision(name: RepoName, revision: str | None) -> RepoName:
     if revision is None:
         return name
     if not is_revision(revision):
-        raise UsageError(f"{printable(revision)} is no revision that git allows.")
+        raise UsageError(f"{printable(revision)} is an impossible name of a revision in git.")
     if name.revision not in (None, revision):
         raise UsageError(
             f"two revisions of {name.repo_id} are asked for: {name.revision} after the @ and "

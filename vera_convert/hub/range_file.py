@@ -195,7 +195,7 @@ class RemoteFile:
 def damaged(place: str) -> SurroundingsError:
     """Return the error for downloaded bytes with another hash than the Hub states."""
     return SurroundingsError(
-        f"{place}: the downloaded bytes do not have the hash that the Hub states, so the file was "
+        f"{place}: the downloaded bytes have another hash than the Hub states, so the file was "
         "damaged on its way. The bytes were not used. Run the command again; if the message comes "
         "back, a proxy or mirror alters the file."
     )

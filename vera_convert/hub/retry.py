@@ -55,7 +55,7 @@ def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
 def at_least_slowly(
     work: Callable[[], Result], transferred: Callable[[], int], *, what: str
 ) -> Result:
-    """Return the result of `work`, which runs in a thread of its own; stop waiting if it crawls.
+    """Return the result of `work`, run in a thread of its own; stop waiting for a slow server.
 
     A signal ends the wait at once, even if the thread goes on. The program can end while the thread
     runs.

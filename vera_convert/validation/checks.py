@@ -2,7 +2,7 @@
 
     files ─► config ─► tensors ─► targets ─► values ─► projections ─► base (headers alone)
 
-If an earlier step could not read the input of a step, the step is reported as not checked.
+If an earlier step failed to read the input of a step, the report lists the step as not checked.
 """
 
 from __future__ import annotations

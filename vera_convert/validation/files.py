@@ -38,7 +38,7 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
         if name in (CONFIG_NAME, WEIGHTS_NAME):
             continue  # reported by the reader
         yield LINK_NOT_CARRIED.in_file(
-            printable(name), "it leads out of the folder, or to no file."
+            printable(name), "the link leads out of the folder, or to a missing file."
         )
     yield from _left_out(sides.left_out, place)
     yield from _unread_weights(sides.copied, place)

@@ -34,7 +34,7 @@ def stored_findings(
     Args:
         config: the adapter's config.
         own: the stored pair.
-        base_facts: the facts of the base; without a base, none.
+        base_facts: the facts of the base, if there is a base.
         tallest: the length of the longest lambda_b.
     """
     damaged = damage(own, place=WEIGHTS_NAME)
@@ -64,11 +64,11 @@ def stripped_findings(
     Args:
         config: the adapter's config.
         fingerprint: the record of the dropped pair.
-        base_facts: the facts of the base; without a base, none.
+        base_facts: the facts of the base, if there is a base.
     """
     if fingerprint is None:
         by = f"PEFT {config.peft_version} wrote it" if config.peft_version else "no PEFT is named"
-        reason = f"it stores no A and B and no fingerprint of them ({by.strip()})."
+        reason = f"A and B are not stored, and a fingerprint is missing ({by})."
         yield unproven_draw(config, reason, place=WEIGHTS_NAME)
         return
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):

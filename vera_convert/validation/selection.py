@@ -102,7 +102,7 @@ def _settings(table: dict[str, Any], place: str) -> Settings:
 
 
 def check_codes(codes: Iterable[str], *, place: str = "") -> None:
-    """Raise `UsageError` for a text that is neither a code nor the beginning of a code."""
+    """Raise `UsageError` unless each text is a code or the beginning of a code."""
     before = f"{place}: " if place else ""
     for code in codes:
         if not code or not any(known.startswith(code) for known in CATALOG):

@@ -101,7 +101,7 @@ def _not_stored(
     stored = {target for layer in layers for target in endings.of(layer)}
     for target in dict.fromkeys(targets):
         if target not in stored and not saved.of(target):
-            reason = f"target_modules names {printable(target)}, and no layer of the file has it."
+            reason = f"target_modules names {printable(target)}, but the file lacks such a layer."
             yield TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
 
 

@@ -41,13 +41,13 @@ def validate(
     """Find every error of adapters, without writing a file or guessing a base.
 
     Args:
-        adapters: one or several: folders, files of an adapter (which stand for their folder), or
-            repos on the Hub, of which only config and header are read.
+        adapters: one or several: folders, files of an adapter (for the folder), or repos on the
+            Hub, of which only config and header are read.
         base: the base to compare with, by its headers; None for no base.
         recursive: search the folders for adapters.
         deep: also fetch the weights of repos, and prove fingerprints by drawing A and B.
         select: codes, or beginnings of codes, that count; empty means all.
-        ignore: codes, or beginnings of codes, that do not count.
+        ignore: codes, or beginnings of codes, to leave out.
         fail_on: the lowest severity that fails the call.
         revision: the branch, tag or commit of the adapters on the Hub.
         access: how the Hub is reached.
