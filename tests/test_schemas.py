@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+import vera_convert
+from vera_convert.formats.document import SCHEMAS
 from vera_convert.schemas import load_schema, schema_names
 
 SchemaErrors = Callable[..., list[str]]
@@ -31,6 +34,17 @@ def properties(schema: object, path: str = "") -> Iterator[tuple[str, dict[str, 
             if name == "properties":
                 yield from ((f"{path}/{key}", prop) for key, prop in value.items())
             yield from properties(value, f"{path}/{name}")
+
+
+def test_the_result_of_every_function_has_a_schema() -> None:
+    public = [getattr(vera_convert, name) for name in dir(vera_convert)]
+    results = {
+        str(inspect.signature(each).return_annotation)
+        for each in public
+        if inspect.isfunction(each)
+    }
+    assert {name for name in results if "[" not in name} <= {*SCHEMAS}
+    assert {*SCHEMAS.values()} <= {*schema_names()}
 
 
 @pytest.mark.parametrize("name", schema_names())

@@ -106,9 +106,7 @@ def locate(
     folder = _existing_folder(text, files=(CONFIG_NAME, WEIGHTS_NAME) if kind == "adapter" else ())
     if folder is not None:
         if revision is not None:
-            raise UsageError(
-                f"{printable(text)} is a folder here: --revision applies only to a repo on the Hub."
-            )
+            raise UsageError(f"{printable(text)} is a folder here, and a folder has no revision.")
         return Location(printable(text), folder)
     bare = re.search("[/@]", text) is None
     if looks_like_path(text) or (bare and kind == "adapter"):
