@@ -1,8 +1,9 @@
 """Check what a caller passes to a public function, once, where the value enters.
 
-An option with named choices takes the member or its string; a dtype takes any usual spelling; a
-size takes a number of bytes or a text such as ``5GB``. Everything else raises `UsageError`, which
-names the argument and the choices. The command line parses its options with the same functions.
+An option with named choices takes the member or the member's string; a dtype takes any usual
+spelling; a size takes a number of bytes or a text such as ``5GB``. Everything else raises
+`UsageError`, which names the argument and the choices. The command line parses options with the
+same functions.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _VERSION = re.compile(r"\d{1,4}\.\d{1,4}(\.\d{1,4})?", re.ASCII)
 
 OLDEST_PEFT = (0, 11)
-"""The first release of PEFT that has VeRA."""
+"""The first release of PEFT with VeRA."""
 NEWEST_PEFT = (0, 21)
-"""The newest release of PEFT that is known here."""
+"""The newest release of PEFT known here."""
 
 
 def one_of(name: str, kind: type[Choice], value: object) -> Choice:
@@ -152,7 +153,7 @@ def require_flags(**values: object) -> None:
 
 
 def text(name: str, value: object) -> str:
-    """Return a text as it is.
+    """Return a text unchanged.
 
     Raises:
         UsageError: the value is of another kind.
@@ -163,7 +164,7 @@ def text(name: str, value: object) -> str:
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Return a list of texts, which a caller may also write as one text with commas.
+    """Return a list of texts; a caller may also pass a text with commas.
 
     Raises:
         UsageError: the value is of another kind.
@@ -176,7 +177,7 @@ def texts(name: str, value: object) -> tuple[str, ...]:
 
 
 def place(name: str, value: object) -> str:
-    """Return a folder, a file or a repo as the text that a command line would have.
+    """Return a folder, a file or a repo as a text, as on a command line.
 
     Raises:
         UsageError: the value is of another kind.
@@ -214,7 +215,7 @@ def path(name: str, value: object) -> Path:
 
 
 def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
-    """Split ``ADAPTER=WEIGHT`` at the last equals sign that a number follows.
+    """Split ``ADAPTER=WEIGHT`` at the last equals sign, if a number follows.
 
     Without a number, the weight is None.
 
@@ -243,7 +244,7 @@ def instance(name: str, kind: type[Kind], value: object) -> Kind:
 
 
 def function(name: str, value: Called) -> Called:
-    """Return a function that is going to be called.
+    """Return a function to call later.
 
     Raises:
         UsageError: the value cannot be called.

@@ -1,6 +1,6 @@
 """The parameters and bytes of a VeRA adapter before training, compared with LoRA.
 
-Files are counted to the byte as PEFT writes them: header, names, padding and all.
+The sizes of files are exact: header, names and padding as PEFT writes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MethodSize:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """The parameters and bytes of an adapter of one rank on one model.
+    """The parameters and bytes of a planned adapter on a model.
 
     Attributes:
         source: the origin of the layers: a model class, or the tensors' headers.

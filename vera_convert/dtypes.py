@@ -1,4 +1,4 @@
-"""The dtypes of tensors, in one table: their names, their sizes, and how exact the floats are.
+"""The dtypes of tensors, in one table: names, sizes, and the precision of floats.
 
 A dtype has two names: the name in a safetensors header, such as ``BF16``, and the name that torch,
 NumPy and ml_dtypes share, such as ``bfloat16``. This module imports the standard library alone.
@@ -15,7 +15,7 @@ class Dtype(NamedTuple):
 
     Attributes:
         header: the name in a safetensors header.
-        bits: the size of one value.
+        bits: the size of a value.
         name: the name in torch, NumPy and ml_dtypes; empty if these cannot hold single values.
     """
 
@@ -73,7 +73,7 @@ PRECISION: Mapping[str, Precision] = {
 """The floating-point dtypes that weights are computed in, by header name, the widest first."""
 
 BITS: Mapping[str, int] = {dtype.header: dtype.bits for dtype in _DTYPES}
-"""Bits of one value, by header name, in the order of the safetensors library."""
+"""Bits of a value, by header name, in the order of the safetensors library."""
 
 NAMES: Mapping[str, str] = {dtype.header: dtype.name for dtype in _DTYPES if dtype.name}
 """The name in torch, NumPy and ml_dtypes, by header name."""

@@ -1,7 +1,7 @@
 """Which modules are embeddings and output heads, by their paths.
 
-The names are those of the modules that ``get_input_embeddings`` and ``get_output_embeddings`` of
-transformers return, and of models whose code lies beside their weights. PEFT saves exactly these
+The names belong to the modules that ``get_input_embeddings`` and ``get_output_embeddings`` of
+transformers return, and to models with code beside the weights. PEFT saves exactly these
 two modules after a resize of the vocabulary. The two lie outside a model's numbered layers.
 """
 

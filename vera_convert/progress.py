@@ -1,6 +1,6 @@
-"""Progress of long work on one large pair or file, told to whoever watches.
+"""Report the progress of work on a large pair or file to a watcher.
 
-Functions that draw A and B, and that write or hash a file, count bytes here. A count costs nothing
+The functions that draw A and B, write a file or hash a file count bytes here. A count costs nothing
 while nobody watches. Imports nothing of the package.
 """
 

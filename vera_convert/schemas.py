@@ -1,4 +1,4 @@
-"""The JSON Schemas that this package publishes: one for each document it reads or writes."""
+"""The JSON Schemas of this package: a schema for each document that a command reads or writes."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from vera_convert.text import short_repr
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """Which A and B one range of PEFT versions uses after a load.
+    """The A and B that a range of PEFT versions uses after a load.
 
     Attributes:
         peft: the versions.
@@ -78,7 +78,7 @@ class AdapterInfo:
     Attributes:
         location: where the adapter lies.
         config: its config.
-        groups: its layers, by kind and shape.
+        groups: the layers, by kind and shape.
         lambda_dtypes: dtypes of the trained vectors.
         projections: shape and dtype of the stored A and B, or None.
         draw: the draw of A and B; for a stripped adapter, the draw in the fingerprint.
@@ -87,7 +87,7 @@ class AdapterInfo:
         effects: the A and B that each version of PEFT uses.
         replacements: tensors that replace the base's.
         parameters: trained values in the lambdas.
-        lora_parameters: those of a LoRA of the same rank; None without a base.
+        lora_parameters: trained values of a LoRA of the same rank; None without a base.
         sizes: bytes in each form.
         base_facts: the base facts.
         findings: warnings and notes.

@@ -55,7 +55,7 @@ def _property(text: str) -> str:
 
 
 def job_summary(result: Validation) -> str:
-    """Return the adapters and the findings as two tables of Markdown."""
+    """Return a table of adapters and a table of findings in Markdown."""
     adapters = ([_code(checked.label), verdict(checked)] for checked in result.adapters)
     lines = ["### vera-convert validate", "", closing_line(result), ""]
     lines += _table(("adapter", "result"), adapters)

@@ -16,7 +16,7 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class RepoFile:
-    """One file of a repo as the Hub lists it.
+    """A file in the Hub's list of a repo.
 
     Attributes:
         size: the length in bytes; -1 if the Hub does not state the length.

@@ -159,7 +159,7 @@ def cache_root(access: HubAccess) -> Path:
 
 
 def _token(access: HubAccess) -> str | None:
-    """Return the token to send, or None.
+    """Return the token to send, if any.
 
     Raises:
         RefusedError: the token in the environment or the stored one is malformed.

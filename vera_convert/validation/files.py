@@ -74,7 +74,7 @@ def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
 
 
 def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
-    """Yield a note on weights that no PEFT reads, except modules with a config of their own."""
+    """Yield a note on weights that PEFT ignores, except modules with a separate config."""
     folders = module_folders(names)
     unread = [
         name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
