@@ -1,7 +1,6 @@
 """The program ``vera-convert``, which ``python -m vera_convert`` runs too."""
 
 import _signal  # type: ignore[import-not-found]  # `signal` would import `enum` first, and Python would handle Ctrl-C for longer
-import mmap
 import os
 
 _LEAST_MEMORY = 128 << 20
@@ -18,6 +17,7 @@ def main() -> None:
     from vera_convert.publish.signals import exit_on_signals, ignore_signals
 
     exit_on_signals()
+    _open_closed_streams()
     _require_memory()
     # OpenBLAS starts a thread for each core while NumPy is imported, with 40 MiB of addresses each,
     # and no product of this program uses more than a single thread.
@@ -30,8 +30,19 @@ def main() -> None:
         ignore_signals()
 
 
+def _open_closed_streams() -> None:
+    """Open the null device for closed standard streams, so that no output file replaces these."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
 def _require_memory() -> None:
     """End the process with status 3 if there is too little memory to import NumPy."""
+    import mmap
+
     try:
         mmap.mmap(-1, _LEAST_MEMORY).close()
     except OSError:

@@ -180,10 +180,12 @@ def place(name: str, value: object) -> str:
     """Return a folder, a file or a repo as a text, as on a command line.
 
     Raises:
-        UsageError: the value is of another kind.
+        UsageError: the value is of another kind, is empty, or has a NUL.
     """
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
+        if path in ("", b"") or "\0" in str(path):  # pathlib takes an empty text for this folder
+            raise UsageError(f"{name} is empty or contains a NUL: give a name.")
         if isinstance(path, str):
             return path
     raise UsageError(f"{name} is {_shown(value)}: give a text or a pathlib.Path.")
@@ -206,12 +208,9 @@ def path(name: str, value: object) -> Path:
     """Return a path on this machine.
 
     Raises:
-        UsageError: the value is of another kind, is empty, or has a NUL.
+        UsageError: see `place`.
     """
-    found = place(name, value)
-    if not found or "\0" in found:
-        raise UsageError(f"{name} is empty or contains a NUL: give a path.")
-    return Path(found)
+    return Path(place(name, value))
 
 
 def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:

@@ -37,6 +37,7 @@ from vera_convert.draws.generator import Rounding, Variant, draw, rounded
 from vera_convert.schemas import schema_names
 
 ROOT = Path(__file__).parents[2]
+posix = pytest.mark.skipif(os.name != "posix", reason="shells and signals of POSIX")
 SCHEMA_OF = {
     "info": "info",
     "validate": "validation",
@@ -488,6 +489,48 @@ def test_names_and_texts_are_escaped(run: Run, tmp_path: Path) -> None:
         assert "a\\u202e" in shown
 
 
+@posix
+def test_no_file_gets_the_number_of_a_closed_standard_stream(adapter: Path, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from vera_convert.__main__ import main
+null = os.stat(os.devnull).st_rdev
+try:
+    main()
+finally:
+    streams = [os.fstat(number).st_rdev == null for number in range(3)]
+    open(sys.argv[3] + ".streams", "w").write(str(streams))
+"""
+    closed = '"$@" <&- >&- 2>&-'
+    command = [sys.executable, "-c", code, "strip", str(adapter), str(tmp_path / "out")]
+    ended = subprocess.run(["sh", "-c", closed, "sh", *command], check=False)
+    assert ended.returncode == 0
+    assert (tmp_path / "out.streams").read_text() == "[True, True, True]"
+    assert (tmp_path / "out" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("validate", ""),
+        ("validate", "", "--recursive"),
+        ("info", ""),
+        ("strip", "", "out"),
+        ("migrate", "", "out", "--recursive", "--to", "asis"),
+        ("validate", "ADAPTER", "--base", ""),
+        ("validate", "ADAPTER", "--output", "", "--format", "json"),
+        ("strip", "ADAPTER", ""),
+    ],
+)
+def test_an_empty_name_never_means_the_working_directory(
+    arguments: tuple[str, ...], run: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(adapter)
+    ended = run(*(str(adapter) if word == "ADAPTER" else word for word in arguments))
+    assert ended.status == 2
+    assert "empty" in ended.err or "OUT must end in a name" in ended.err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
 def test_too_little_memory_to_import_numpy_is_said_with_status_3(adapter: Path) -> None:
     code = """
@@ -586,9 +629,6 @@ def test_a_terminal_that_lacks_a_letter_gets_its_number(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "\\u6a21\\u578b (VeRA" in ended.stdout
-
-
-posix = pytest.mark.skipif(os.name != "posix", reason="shells and signals of POSIX")
 
 
 @posix

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import click
 
-from vera_convert.cli.values import GENERATORS, KEY_MAP, Choice, Dtype
+from vera_convert.cli.values import GENERATORS, KEY_MAP, Choice, Dtype, PathOnDisk
 from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ DISPLAY = "Display options"
 TITLES = (INPUT, PROJECTIONS, METHOD, LORA, CHECK, OUTPUT, HUB, DISPLAY)
 """The groups of options, in the order in which a help lists the groups."""
 
-PATH = click.Path(path_type=Path)
+PATH = PathOnDisk(path_type=Path)
 SOURCES = Choice(("auto", "file", "key"))
 
 

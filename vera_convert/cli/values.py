@@ -65,6 +65,16 @@ class Adapter(click.ParamType):  # type: ignore[type-arg] # generic only from cl
         return [CompletionItem(incomplete, type="file")]
 
 
+class PathOnDisk(click.Path):
+    """A path on this machine; pathlib would take an empty text for the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if value == "":
+            self.fail("The path is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 8.2
     """A choice that names the nearest value when a value is mistyped."""
 

@@ -219,7 +219,8 @@ def _real_place(out: Path) -> Path:
             )
     except FileNotFoundError as error:
         raise SurroundingsError(
-            f"{shown}, in which OUT is to appear, is a link that leads nowhere. Choose another OUT."
+            f"{shown}, the folder of OUT, is a link that leads nowhere, or a removed folder. "
+            "Choose another OUT."
         ) from error
     return parent.joinpath(*missing, out.name)
 
