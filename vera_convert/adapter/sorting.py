@@ -95,9 +95,9 @@ def sort_tensors(
     findings += _unpaired(lambdas)
     findings += shape_findings(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
-    judged = any(finding.severity is Severity.ERROR for finding in findings)
+    has_errors = any(finding.severity is Severity.ERROR for finding in findings)
     findings += _presence(pair, repeated, config, renamed=bool(by_rule))
-    if projections is not None and not judged:
+    if projections is not None and not has_errors:
         findings += _copies(projections, repeated, values=values)
     findings += replacement_findings(others, layers, config, renamed=bool(by_rule))
     return SortedTensors(
@@ -253,12 +253,12 @@ def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:
     return projections.A if copy.name.endswith("vera_A") else projections.B
 
 
-def same_tensor(one: TensorData, other: TensorData) -> bool:
+def same_tensor(first: TensorData, other: TensorData) -> bool:
     """Say whether two tensors have the same dtype, shape and bytes."""
-    return _same_form(one, other) and all(
-        a == b for a, b in zip(one.blocks(), other.blocks(), strict=True)
+    return _same_form(first, other) and all(
+        a == b for a, b in zip(first.blocks(), other.blocks(), strict=True)
     )
 
 
-def _same_form(one: TensorData, other: TensorData) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape
+def _same_form(first: TensorData, other: TensorData) -> bool:
+    return first.dtype == other.dtype and first.shape == other.shape

@@ -59,9 +59,9 @@ class Pipeline:
                 errors[folder] = error
         if not found:
             raise errors[min(errors, key=_order)]
-        named = (trained_on or "").rstrip("/").rpartition("/")[2] + "/"
-        if named in found:
-            return found[named]
+        own_folder = (trained_on or "").rstrip("/").rpartition("/")[2] + "/"
+        if own_folder in found:
+            return found[own_folder]
         for folder in errors.keys() - bases.keys():
             if kind_of_component(folder) in map(kind_of_component, found):
                 raise errors[folder]

@@ -1,30 +1,31 @@
 """The dimensions of the shared A (r, inputs) and B (outputs, r): one decision for every command.
 
-PEFT sizes A and B by the widest layers that the config's targets match *in the model that PEFT
-wrapped*, adapts each of these layers and saves a pair of vectors for each. So the layers in the
-adapter's file are the layers that count; the base supplies their numbers of inputs. The base's
-files can hold further layers that the targets match. These change the dimensions only if the model
-class builds them, and then a file saved by PEFT has their vectors too.
+PEFT finds the layers that the config's targets match *in the wrapped model*. The widest of the
+layers give A and B their dimensions, and PEFT saves two vectors for each layer. The adapter's file
+therefore names the layers that count, and the base supplies the numbers of inputs.
 
-`shared_dims` calls the dimensions proven if one of these holds:
+The files of a base can hold further layers that the targets match. A further layer changes the
+dimensions only if the model class builds the layer. PEFT then saves vectors for the layer, too.
 
-1. No further layer of the base's files that the targets match is wider than the file's layers.
-2. The file stores A and B, or the fingerprint of A and B, with the dimensions of the file's layers,
-   or with those of these layers and of some of the further layers.
-3. The class leaves out every further layer that is wider: the layer's number is not below the
-   number of layers in the base's config, or the layer predicts several tokens (``mtp``).
+`shared_dims` calls the dimensions proven in three cases:
 
-If the dimensions are not proven, the file either is complete, or lacks layers that were adapted:
+1. Every further layer is at most as wide as the layers of the adapter's file.
+2. The file stores A and B, or the fingerprint of A and B. The stored dimensions fit the layers of
+   the file, with or without some of the further layers.
+3. The class leaves out every wider further layer. The layer's number is at least the number of
+   layers in the base's config, or the layer predicts several tokens (``mtp``).
 
-- The file has a hole (a layer is missing that the class builds and whose name other layers of the
-  file have). Then the file was cut, and no reading is safe: `DIMS_AMBIGUOUS` refuses the adapter
-  and names the dimensions of both readings. An adapter that stores A and B passes, because no A
-  and B are drawn; the dimensions are those that PEFT requires with the missing layers.
-- The file has no hole. Then the dimensions of the file's layers are taken, and `TARGETS_DISAGREE`
-  warns and names the dimensions of the other reading.
+In all other cases the file is either complete, or was cut after the training:
 
-Targets that are listed by full name, 20 or more of them, count even if ``layers_to_transform``
-keeps PEFT from adapting the layer: PEFT sizes A and B before it shortens such a list.
+- A file with a hole was cut. A hole is a layer that the class builds and that the file lacks,
+  although other layers of the file have the name of the hole. `DIMS_AMBIGUOUS` refuses the adapter
+  and names the dimensions with and without the hole. An adapter that stores A and B passes, because
+  nothing is drawn; PEFT requires the dimensions with the hole.
+- A file without a hole counts as complete. The layers of the file give the dimensions, and
+  `TARGETS_DISAGREE` warns and names the dimensions with the further layers.
+
+PEFT sizes A and B before it shortens a list of 20 or more full names. Each listed layer therefore
+counts, even if ``layers_to_transform`` keeps PEFT from adapting the layer.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class SharedDims(NamedTuple):
     Attributes:
         in_features: columns of A.
         out_features: rows of B.
-        adapted: the adapted layers, whose dtypes PEFT casts A and B to, in the model's order.
-        findings: warnings and notes about the layers that the dimensions come from.
+        adapted: the adapted layers, in the model's order. PEFT casts A and B to the layers' dtypes.
+        findings: warnings and notes about the layers that give the dimensions.
     """
 
     in_features: int
@@ -79,7 +80,7 @@ class SharedDims(NamedTuple):
 def shared_dims(
     adapter: Adapter, model: ModelLayers, own: Layers, built: BuiltLayers
 ) -> SharedDims:
-    """Return the dimensions of A and B; the module's docstring says when these are proven.
+    """Return the dimensions of A and B, proven or with a warning.
 
     Args:
         adapter: the adapter.
@@ -98,7 +99,7 @@ def shared_dims(
     further = {name: each for name, each in matched.further.items() if name not in counted}
     possible = {name: each for name, each in further.items() if built.has(name) is not False}
     holes = {name: each for name, each in possible.items() if built.is_missing(name)}
-    dims, is_proven = _chosen(adapter, in_file, possible, holes)
+    dims, is_proven = _dims(adapter, in_file, possible, holes)
     if holes:
         reason = f"{_lacking(holes)}; {_these(holes)} would have no effect."
         findings.append(TARGETS_DISAGREE.at(adapter.place, reason))
@@ -114,7 +115,7 @@ def _sizes(layers: Layers) -> list[Dims]:
 
 
 def _widest(sizes: Iterable[Dims]) -> Dims:
-    """Return the least dimensions that suffice for layers of all these sizes."""
+    """Return the smallest dimensions that suffice for every size."""
     inputs, outputs = zip(*sizes, strict=True)
     return Dims(max(inputs), max(outputs))
 
@@ -165,10 +166,10 @@ def _adapted(model: ModelLayers, config: VeraConfig) -> Adapted:
 
 
 def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Finding]:
-    """Warn of layers in the file that the targets do not match, so that PEFT ignores the layers.
+    """Warn of layers in the file that PEFT ignores, because the targets miss the layers.
 
     Raises:
-        CheckpointError: PEFT's A and B would be too small for these layers.
+        CheckpointError: PEFT's A and B would be too small for the ignored layers.
     """
     fewer = [name for name in own if name not in matched.own]
     if not fewer:
@@ -192,7 +193,7 @@ def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Fin
 # --- layers that only the base's files have ------------------------------------------------------
 
 
-def _chosen(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> tuple[Dims, bool]:
+def _dims(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> tuple[Dims, bool]:
     """Return the dimensions, and whether other dimensions are impossible.
 
     Args:
@@ -234,13 +235,13 @@ def _these(holes: Layers) -> str:
 
 
 def _also_matched(adapter: Adapter, further: Layers, dims: Dims, other: Dims | None) -> Finding:
-    """Return the finding on layers of the base that the targets match and the file lacks.
+    """Return the finding on further layers, which the targets match and the file lacks.
 
     Args:
         adapter: the adapter.
-        further: these layers.
+        further: the further layers.
         dims: the dimensions of A and B.
-        other: the dimensions if PEFT adapts these layers too; None if `dims` are proven.
+        other: the dimensions if PEFT adapts the further layers, too; None if `dims` are proven.
     """
     names = listed(sorted(further), 1, noun="layer")
     said = f"in the base's files the config's targets match {names} too, which the file lacks"

@@ -47,16 +47,16 @@ def disagreements(adapter: Adapter, base: BaseModel, built: BuiltLayers) -> Iter
 
 
 def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
-    named = config.base_model_name_or_path
-    if not named or not is_repo_id(named):
+    name = config.base_model_name_or_path
+    if not name or not is_repo_id(name):
         return  # the path of a model differs between machines
     # The base's _name_or_path is no help: in a tuned model the field often names the parent.
     repo = base.location.repo_id or _cached_repo(base.location)
-    if repo is not None and _last(named) != _last(repo):
-        yield f"the adapter's config names {printable(named)}, and this is {printable(repo)}"
-    elif repo is None and named.casefold() in _tuned_from(base.location):
+    if repo is not None and _last(name) != _last(repo):
+        yield f"the adapter's config names {printable(name)}, and this is {printable(repo)}"
+    elif repo is None and name.casefold() in _tuned_from(base.location):
         yield (
-            f"the adapter's config names {printable(named)}, and the README.md of this folder says "
+            f"the adapter's config names {printable(name)}, and the README.md of this folder says "
             "that its model is a finetune or merge of that model"
         )
 
@@ -102,8 +102,7 @@ def _another_class(config: VeraConfig, base: BaseModel) -> Iterator[str]:
     library, name = mapping.get("parent_library"), mapping.get("base_model_class")
     found = _CLASS_MODULE.fullmatch(library) if isinstance(library, str) else None
     types = [*model_types(base.config)]
-    named = base.config.get("architectures")
-    if found is None or not types or (isinstance(named, list) and name in named):
+    if found is None or not types or name in base.class_names:
         return
     module = _plain(found[1])
     if not any(

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
@@ -82,6 +83,13 @@ class BaseModel:
         """The config's ``model_type``, such as ``llama``."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the config's ``architectures``, such as ``LlamaForCausalLM``."""
+        found = self.config.get("architectures")
+        names = found if isinstance(found, list) else []
+        return tuple(name for name in names if isinstance(name, str))
 
     @property
     def tie_word_embeddings(self) -> bool | None:
@@ -228,6 +236,15 @@ def _files(weights: WeightFiles, weight_map: Mapping[str, str] | None) -> list[s
     return [weights.single] if weights.single is not None else []
 
 
+class _Range(NamedTuple):
+    """The bytes of a small tensor in a file."""
+
+    file: str
+    start: int
+    size: int
+    tensor: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """The files of a location, in a folder or on the Hub."""
@@ -280,49 +297,47 @@ class _Source:
 
     def read_values(self, files: Mapping[str, Header]) -> dict[str, bytes]:
         """Read the small tensors that tell the shapes of packed weights; kept for the next run."""
-        wanted = sorted(
-            (name, header.data_start + info.start, info.nbytes, info.name)
+        ranges = sorted(
+            _Range(name, header.data_start + info.start, info.nbytes, info.name)
             for name, header in files.items()
             for info in header.tensors.values()
             if tells_shape(info.name) and info.nbytes <= MAX_SHAPE_BYTES
         )
-        if not wanted:
+        if not ranges:
             return {}
-        kept = None
-        if self.location.folder is None:
-            kept = kept_bytes(self.location, repr(wanted), self.access)
-        earlier = kept.load() if kept is not None else None
-        found = earlier.data if earlier is not None else self._values(wanted)
-        if kept is not None and earlier is None:
-            kept.save(Beginning(len(found), (self.location.commit, None), found))
-        ends = [*accumulate(size for *_, size, _ in wanted)]
+        if self.location.folder is not None:
+            data = self._read(ranges)
+        else:
+            kept = kept_bytes(self.location, repr([*map(tuple, ranges)]), self.access)
+            earlier = kept.load()
+            data = earlier.data if earlier is not None else self._read(ranges)
+            if earlier is None:
+                kept.save(Beginning(len(data), (self.location.commit, None), data))
+        ends = accumulate(each.size for each in ranges)
         return {
-            name: found[end - size : end]
-            for (*_, size, name), end in zip(wanted, ends, strict=True)
+            each.tensor: data[end - each.size : end] for each, end in zip(ranges, ends, strict=True)
         }
 
-    def _values(self, wanted: Sequence[tuple[str, int, int, str]]) -> bytes:
+    def _read(self, ranges: Sequence[_Range]) -> bytes:
         """Read ranges of files, joined; ranges that lie near each other cost one request."""
-        runs: list[list[tuple[str, int, int, str]]] = []
-        for each in wanted:
-            file, start, *_ = runs[-1][-1] if runs else ("", 0)
-            if runs and file == each[0] and each[1] - start <= _NEAR:
+        runs: list[list[_Range]] = []
+        for each in ranges:
+            last = runs[-1][-1] if runs else None
+            if last is not None and last.file == each.file and each.start - last.start <= _NEAR:
                 runs[-1].append(each)
             else:
                 runs.append([each])
         with ExitStack() as stack:
             opened: dict[str, LocalFile | RemoteFile] = {}
-            for file in {each[0] for each in wanted}:
-                source: LocalFile | RemoteFile = self.open(file)
-                stack.enter_context(source)
-                opened[file] = source
+            for file in {each.file for each in ranges}:
+                opened[file] = self.open(file)
+                stack.enter_context(opened[file])
 
-            def read(run: Sequence[tuple[str, int, int, str]]) -> bytes:
-                (file, first, *_), (_, last, size, _) = run[0], run[-1]
-                data = opened[file].read_at(first, last + size - first)
-                return b"".join(
-                    data[start - first : start - first + size] for _, start, size, _ in run
-                )
+            def read(run: Sequence[_Range]) -> bytes:
+                first, last = run[0], run[-1]
+                size = last.start + last.size - first.start
+                data = opened[first.file].read_at(first.start, size)
+                return b"".join(data[each.start - first.start :][: each.size] for each in run)
 
             with ThreadPoolExecutor(_REQUESTS) as pool:
                 return b"".join(pool.map(read, runs))

@@ -56,7 +56,7 @@ class Part(NamedTuple):
 def replacing_tensors(
     adapter: Adapter, match: Match, base: BaseModel
 ) -> dict[str, tuple[TensorData, Part]]:
-    """Return the adapter's tensor, and the part of it, for each tensor that the adapter replaces.
+    """Return for each replaced tensor of the base the adapter's tensor, and the part to take.
 
     Args:
         adapter: the adapter.
@@ -86,10 +86,10 @@ def replacing_tensors(
 
 
 def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
-    """Return the base's bias that the bias of an output head is tied to; None if there is none.
+    """Return the part for a bias that shares its values with a bias of the base; else None.
 
-    Heads such as BERT's have one bias with two names, ``X.bias`` and ``X.decoder.bias``. The base
-    stores one of the names, and PEFT stores both. A module in modules_to_save has its own bias.
+    A head such as BERT's has one bias under two names, ``X.bias`` and ``X.decoder.bias``. The base
+    stores one name, and PEFT stores two. A module in modules_to_save has its own bias.
     """
     module, _, parameter = replaced_name(tensor.name).rpartition(".")
     if parameter != "bias" or saved_modules(adapter.config).of(module):
@@ -158,9 +158,9 @@ _LAYERS_OF_EXPERTS = {
 def _experts(
     paths: Iterable[str], parameter: str, shape: tuple[int, ...], base: BaseModel
 ) -> tuple[Part, ...]:
-    """Return the base's tensors in a tensor of all experts; empty if the base has none of these.
+    """Return the base's tensors in a tensor of all experts; empty if the base lacks one.
 
-    Transformers 5 stacks the experts along the first axis, and the layers of an expert along the
+    Transformers 5 stacks the experts along the first axis, and the layers of one expert along the
     second axis.
     """
     if len(shape) != 3:
@@ -192,9 +192,9 @@ def is_of_classifier(config: VeraConfig, name: str) -> bool:
 
 
 def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Finding | None:
-    """Return the finding for a tensor that the base lacks; None if the tensor is right.
+    """Return the finding for a tensor that the base lacks, or None for a head of a known class.
 
-    A new head is right if the head's class is known: a merge then names the class in the config.
+    A merge names the class of a new head in the config.
 
     Args:
         config: the adapter's config.
@@ -216,8 +216,8 @@ def incomplete_modules(
 ) -> Iterator[Finding]:
     """Yield a finding for each weight and bias that the adapter lacks of a module saved whole.
 
-    A module has the weight and the bias that the base has. Other tensors of the base can belong to
-    a quantizer.
+    The base tells whether a module has a weight and a bias. Other tensors of the base can belong
+    to a quantizer.
 
     Args:
         adapter: the adapter.
@@ -244,8 +244,8 @@ def incomplete_modules(
 def _of_another_class(name: str, stored: Collection[str]) -> bool:
     """Say whether a tensor is of a pretraining head that the adapter's model class does not build.
 
-    BERT has one or two pretraining heads, depending on the class. The adapter stores those of its
-    class.
+    BERT has one or two pretraining heads, depending on the class. The adapter stores the heads of
+    its own class.
     """
     head = _PRETRAINING_HEAD.search(name)
     return head is not None and not any(each.startswith(name[: head.end()]) for each in stored)
@@ -259,7 +259,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     read = [finding for finding in adapter.findings if finding.code == BIAS_NOT_STORED.code]
     if not read or read[0].severity is not Severity.NOTE:
         return
-    saved = saved_modules(adapter.config)  # PEFT stores these biases whatever `bias` says
+    saved = saved_modules(adapter.config)  # PEFT stores these biases with any value of `bias`
     own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
     trained = own if adapter.config.bias != "all" else None
     found = [

@@ -82,17 +82,13 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
     own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
     own |= {CARD_NAME, PROVENANCE_NAME}
     components = _components(names, base)
-    groups: dict[str, list[str]] = {"copied": [], "weights": [], "adapter": [], "unneeded": []}
-    for name in sorted(set(names) - own):
-        groups[_kind(name, base.prefix, components)].append(name)
-    config = base.prefix + "config.json"
-    return ModelFiles(
-        tuple(groups["copied"]),
-        config if config in names else None,
-        tuple(groups["weights"]),
-        tuple(groups["adapter"]),
-        tuple(groups["unneeded"]),
+    kinds = {name: _kind(name, base.prefix, components) for name in sorted(set(names) - own)}
+    copied, other_weights, adapter, unneeded = (
+        tuple(name for name, kind in kinds.items() if kind == wanted)
+        for wanted in ("copied", "weights", "adapter", "unneeded")
     )
+    config = base.prefix + "config.json"
+    return ModelFiles(copied, config if config in names else None, other_weights, adapter, unneeded)
 
 
 def _components(names: Collection[str], base: BaseModel) -> frozenset[str]:

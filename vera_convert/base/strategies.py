@@ -114,7 +114,7 @@ def nearest(module: str, base: BaseModel) -> list[str]:
     return [path for path, length in lengths.items() if length == best]
 
 
-def _common_end(one: str, other: str) -> int:
+def _common_end(first: str, other: str) -> int:
     """Count the path elements in which two paths agree, from the end."""
-    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    pairs = zip(reversed(first.split(".")), reversed(other.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

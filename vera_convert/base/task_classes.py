@@ -92,9 +92,7 @@ def class_of_head(config: VeraConfig, base: BaseModel) -> str | None:
         config: the adapter's.
         base: the base.
     """
-    named = base.config.get("architectures")
-    own = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    found = next((name for name in own if has_head_of(name, config.task_type)), None)
+    found = next((name for name in base.class_names if has_head_of(name, config.task_type)), None)
     if found is None and config.task_type is None:
         found = _described(config)
     return found or class_of_task(base.model_type, config.task_type)

@@ -82,8 +82,6 @@ def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseM
     for name, tensor in base.tensors.items():
         if is_head(name) and tensor.info.shape == shape:
             return name if base.tie_word_embeddings else None
-    named = base.config.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
-    class_name = class_of_head(adapter.config, base) or (first if isinstance(first, str) else None)
+    class_name = class_of_head(adapter.config, base) or next(iter(base.class_names), None)
     path = output_head_of(base.model_type, class_name)
     return None if path is None else f"{match.strategy.rename(path) or path}.weight"

@@ -97,11 +97,11 @@ def compared(
         yield tensor, row, rows, drawn, unequal_bits(rows, drawn)
 
 
-def unequal_bits(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+def unequal_bits(first: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     """Say where values differ in any bit; both arrays are widened first, which is exact."""
-    wide = np.float64 in (one.dtype, other.dtype)
+    wide = np.float64 in (first.dtype, other.dtype)
     dtype, pattern = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
-    left = one.astype(dtype, copy=False).view(pattern)
+    left = first.astype(dtype, copy=False).view(pattern)
     right = other.astype(dtype, copy=False).view(pattern)
     unequal: NDArray[np.bool_] = left != right
     return unequal

@@ -1,15 +1,15 @@
-"""Find the draw that a stored pair A and B is, proven bit for bit, or the nearest draw.
+"""Find the draw that equals a stored pair A and B in every bit, or the nearest draw.
 
-The first values of A and B say which draws are possible; then a comparison of every value, down to
-the sign of a zero, decides. The search tries, in this order:
+The first values of A and B narrow the search to a few possible draws. A comparison of every value,
+down to the sign of a zero, then decides. The search tries, in this order:
 
 1. the config's key at the stored dimensions,
 2. the config's key at a larger width, because the second adapter in a PEFT model stores the leading
    slices of the first adapter's matrices,
-3. every key of 0 .. 65535, at the stored width or a larger one.
+3. every key of 0 .. 65535, at the stored width or a larger width.
 
-The width shows in A alone, because the values of A scale with one over the square root of the
-width. The number of rows of B cannot show, because the leading rows do not depend on this number.
+A alone shows the width: the values of A scale with one over the square root of the width. The
+leading rows of B are equal for every number of rows, so the number of drawn rows stays unknown.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ _BY_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """The draw that a stored pair A and B is, or that the pair is nearest to.
+    """The draw that equals a stored pair A and B, or the nearest draw.
 
     Attributes:
-        nearest: the draw that the pair equals in every bit; else the draw that explains most of
-            the first values; the usual draw of the config's key if no draw explains half of them.
+        nearest: the draw that equals the pair in every bit; else the draw that explains most of
+            the first values; the usual draw of the config's key if every draw explains less than
+            half of the first values.
         difference: how the pair differs from `nearest`; None if the pair equals `nearest`.
     """
 

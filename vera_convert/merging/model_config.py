@@ -129,7 +129,7 @@ class _Editor:
             )
         if name is None:
             edits.findings += self._unknown_class()
-        shown = name or next(iter(self._architectures), "")
+        shown = name or next(iter(self.base.class_names), "")
         if base.config and (name is not None or options.labels):
             said = [*self._class(name)] if name is not None else []
             said += self._labels(shown)
@@ -170,14 +170,9 @@ class _Editor:
                 yield REPLACEMENT_NEW.in_tensor(name, reason)
 
     def _class(self, name: str) -> Iterator[str]:
-        if self._architectures != [name]:
+        if self.base.class_names != (name,):
             self.edits.members["architectures",] = [name]
             yield f"architectures is {printable(name)}"
-
-    @property
-    def _architectures(self) -> list[str]:
-        found = self.base.config.get("architectures")
-        return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
     def _missing_modules(self, name: str) -> Iterator[Finding]:
         """Yield a warning for each module of the class that neither base nor adapter stores."""

@@ -1,7 +1,10 @@
-"""Tell which layers a model's class builds, from the model's ``config.json``.
+"""Tell from a model's ``config.json`` which layers the model's class builds.
 
-The files of a model can hold layers that the class leaves out: layers for predicting several
-tokens, the tower of another modality, experts that the class fuses into one parameter.
+The files of a model can hold layers that the class leaves out. Examples are layers that predict
+several tokens, the tower of another modality, and experts that the class fuses into one parameter.
+
+A numbered path has three parts. The path ``model.layers.3.mlp.up_proj`` has the stack
+``model.layers``, the number 3 and the target ``mlp.up_proj``.
 """
 
 from __future__ import annotations
@@ -86,11 +89,11 @@ class BuiltLayers:
         return None
 
     def is_missing(self, module: str) -> bool:
-        """Say whether a layer that the file does not adapt leaves a hole in the file.
+        """Say whether a layer without vectors is a hole in the adapter's file.
 
-        A hole is a layer that the class builds, or that is not known to be left out, in one of two
-        places: between or beside adapted layers of the same name with other numbers; or, if the
-        class is known to build the layer, inside a numbered layer of which the file adapts others.
+        The class leaves no hole out. A hole lies in one of two places: among layers of the same
+        target with other numbers, which the file adapts; or in a numbered layer whose other targets
+        the file adapts, if the class is known to build the layer.
         """
         built = self.has(module)
         if built is False:
@@ -109,8 +112,8 @@ class BuiltLayers:
         if last is None:
             return None
         possible = [(stem, count) for stem, count in self._counts if count > last]
-        named = [count for stem, count in possible if stem and stem in stack]
-        return min(named or [count for stem, count in possible if not stem], default=None)
+        of_stack = [count for stem, count in possible if stem and stem in stack]
+        return min(of_stack or [count for stem, count in possible if not stem], default=None)
 
     @cached_property
     def _layers_without_keys(self) -> int:
@@ -137,7 +140,7 @@ class BuiltLayers:
 
 
 def _numbered(module: str) -> Iterator[tuple[str, int, str]]:
-    """Yield each number in a path: stack, number, rest of the path."""
+    """Yield stack, number and target for each number in a path."""
     parts = module.split(".")
     for at in range(1, len(parts) - 1):
         if parts[at].isdecimal() and len(parts[at]) < 10:

@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Endings:
-    """Names that a module's path can equal or, after a dot, end with.
+    """Names, each of which matches an equal path and every path that ends with a dot and the name.
 
-    The names are a tree of elements, the last element first, so that the cost of a search does not
-    grow with the number of names.
+    The names are a tree of elements, the last element first. A search takes as many steps as the
+    path has elements, however many names there are.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -26,7 +26,7 @@ class Endings:
         return (node[_END] for _, node in self._walk(path) if _END in node)
 
     def has(self, path: str) -> bool:
-        """Say whether a path is one of the names or ends with one."""
+        """Say whether a path equals or ends with any name."""
         node = self._tree
         for element in reversed(path.split(".")):
             if element not in node:

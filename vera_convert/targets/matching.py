@@ -1,8 +1,8 @@
 """Tell which layers of a model PEFT adapts with VeRA, and the dims of the shared A and B.
 
-The rules are those of PEFT, with the differences between releases. Module names, the kinds of
-layers and the config decide. One implementation serves `count`, the shapes of A and B, and the
-layer in torch.
+The module follows PEFT's rules, with the differences between releases. Module names, kinds of
+layers and the config decide. `count`, the shapes of A and B, and the layer in torch use this one
+implementation.
 
     target_modules ── resolve ──► names or a regex ── matching ──► adapted layers ──► A's, B's dims
      null, all-linear                    layers_to_transform, modules_to_save
@@ -53,8 +53,9 @@ class Adapted(NamedTuple):
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
     """Tell which layers of `model` PEFT adapts for `config`, and the dims of A and B.
 
-    PEFT sizes A and B before it condenses a long list of names to suffixes, and adapts layers
-    afterwards. The two differ where `layers_to_transform` is set: it acts on suffixes only.
+    PEFT first sizes A and B, then condenses a long list of names to suffixes, and then adapts
+    layers. With `layers_to_transform`, which acts on suffixes alone, the layers that give the dims
+    and the adapted layers can differ.
 
     Raises:
         CheckpointError: nothing matches, no targets are known, or a pattern is invalid or slow.
@@ -63,20 +64,18 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
     names = list(model.linear)
     targets = resolve(model, config, peft=peft)
     sized_by = matching(names, replace(config, target_modules=targets), peft=peft)
-    chosen = sized_by
+    adapted_names = sized_by
     if not isinstance(targets, str) and _limits_layers(config):
         suffixes = condensed(names, targets, peft=peft)
-        chosen = matching(names, replace(config, target_modules=suffixes), peft=peft)
-    if not chosen:
+        adapted_names = matching(names, replace(config, target_modules=suffixes), peft=peft)
+    if not adapted_names:
         wanted = printable(targets if isinstance(targets, str) else ", ".join(targets))
-        raise CheckpointError(
-            TARGETS_MATCH_NOTHING.at(
-                CONFIG_NAME,
-                f"{wanted or 'an empty list'} matches none of the {len(names)} linear layers "
-                f"({model.source}).",
-            )
+        reason = (
+            f"{wanted or 'an empty list'} matches none of the {len(names)} linear layers "
+            f"({model.source})."
         )
-    layers = {name: model.linear[name] for name in chosen}
+        raise CheckpointError(TARGETS_MATCH_NOTHING.at(CONFIG_NAME, reason))
+    layers = {name: model.linear[name] for name in adapted_names}
     return Adapted(
         layers=layers,
         max_in=max(model.linear[name].in_features for name in sized_by),

@@ -179,7 +179,7 @@ def blueprint(
         raise UnfitError(f"{place} is quantized; verify runs no quantized model. {INSTEAD}")
     config = _config(base)
     found = _classes(config)
-    wanted = [like] if like else [*_trained_on(adapters, base, config), *_architectures(base)]
+    wanted = [like] if like else [*_trained_on(adapters, base, config), *base.class_names]
     name = next((name for name in wanted if name in found), None)
     if name is None:
         listed = ", ".join(printable(str(each)) for each in wanted) or "no class"
@@ -304,16 +304,11 @@ def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> It
             yield str(described["base_model_class"])
         auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
         if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
-            yield from _architectures(base)  # any class can be trained for features
+            yield from base.class_names  # any class can be trained for features
         if auto is not None:
             names = [model.__name__ for model in _listed_by(getattr(transformers, auto), config)]
-            yield from (name for name in _architectures(base) if name in names)
+            yield from (name for name in base.class_names if name in names)
             yield from names
-
-
-def _architectures(base: BaseModel) -> list[str]:
-    names = base.config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _labels(adapters: Iterable[Adapter]) -> int | None:
