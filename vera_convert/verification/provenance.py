@@ -126,10 +126,15 @@ def read_provenance(source: ByteSource) -> Provenance:
     if len(renames) > _MOST_RENAMES:
         reader.refuse(f"options.key_map has {len(renames):,} entries.")
     base = reader.mapping(top.get("base"), "base")
+    settings = _settings(reader, options, renames)
+    try:
+        _ = settings.merge_options
+    except UsageError as error:
+        reader.refuse(f"a merge would refuse its options: {error}")
     return Provenance(
         adapters=tuple(reader.adapter(each, f"adapters[{n}]") for n, each in enumerate(listed)),
         base_headers=reader.headers(base.get("files")),
-        settings=_settings(reader, options, renames),
+        settings=settings,
     )
 
 
