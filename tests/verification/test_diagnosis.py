@@ -256,5 +256,17 @@ def test_a_merge_that_no_a_and_b_explain_keeps_its_cause(tmp_path: Path) -> None
     adapter = good_adapter(tmp_path / "adapter")
     base = filled_base(tmp_path / "base", dtype="bfloat16")
     merged_with(adapter, base, tmp_path / "out", weight=0.5)
+    (tmp_path / "out" / PROVENANCE).unlink()
     result = layers(adapter, base, tmp_path / "out", weight=1.0)
     assert all("The delta was added 0.5" in finding.reason for finding in result.errors)
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_a_weight_other_than_the_recorded_one_is_named(weight: float, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    base = filled_base(tmp_path / "base", dtype="bfloat16")
+    merged_with(adapter, base, tmp_path / "out")
+    result = layers(adapter, base, tmp_path / "out", weight=weight)
+    said = "right with the options that merge-provenance.json records, and wrong with the given "
+    assert [finding.code for finding in result.errors] == ["V601"] * 4
+    assert all(f"{said}--weight." in finding.reason for finding in result.errors)

@@ -150,7 +150,10 @@ def _explained(change: Array, delta: Array, noise: float) -> float | None:
 def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) -> str:
     """Return the cause of a change that is a multiple of the delta, or nearly the delta."""
     if abs(factor - 2) < _LEFT_OVER:
-        return "The delta was added twice: a merged model was merged again."
+        return (
+            "The delta was added twice: a merged model was merged again, or the merge had twice "
+            "this --weight."
+        )
     # The largest change of the factor by rounding alone.
     doubt = _SIGMAS * rows.noise_norm / (3 * rows.noise.size) ** 0.5
     doubt /= float(np.linalg.norm(rows.delta))

@@ -1,4 +1,4 @@
-"""Find out whether wrong tensors are right with the A and B that another PEFT uses."""
+"""Find out whether wrong tensors are right with the recorded options, or with other A and B."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SENTENCES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OtherProjections:
-    """Compare wrong tensors with the A and B that other versions of PEFT use.
+    """Compare wrong tensors with those of the recorded merge, and of other versions of PEFT.
 
     Attributes:
         given: the inputs of the merge.
@@ -40,7 +40,7 @@ class OtherProjections:
     model: BaseModel
 
     def explain(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the cause for each wrong tensor that is right with another A and B.
+        """Return the cause for each wrong tensor that is right with other options.
 
         Args:
             names: the wrong tensors, the worst first.
@@ -53,7 +53,21 @@ class OtherProjections:
                 if dtype != self.settings.base_dtype:
                     sentence += f" --base-dtype {dtype}"
                 return dict.fromkeys(self._right(settings, names), f"{sentence}.")
-        return {}
+        return self._as_recorded(names)
+
+    def _as_recorded(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the cause for each wrong tensor that is right with the options of the record."""
+        provenance = self.given.provenance
+        if provenance is None or not self.settings.given:
+            return {}
+        adapters = [replace(each, weight=None) for each in self.given.adapters]
+        merge = replace(self, given=replace(self.given, adapters=adapters))
+        options = sorted(f"--{name.replace('_', '-')}" for name in self.settings.given)
+        sentence = (
+            "It is right with the options that merge-provenance.json records, and wrong with the "
+            f"given {' and '.join(options)}."
+        )
+        return dict.fromkeys(merge._right(provenance.settings, names), sentence)
 
     def _others(self) -> Iterator[tuple[ProjectionSource, str | None]]:
         own = self.settings.base_dtype
