@@ -37,8 +37,8 @@ base: bases layers orientation vocabulary strategies match resizes task_classes 
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
-merging: in_effect dequantize base_files adapters changes options adapter_files inputs collect plan
-merging: report model_config card output provenance job merge
+merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
+merging: collect plan report model_config card output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets checks record card forms writing
 lora: gguf_reading gguf_form reading conversion
 counting summary

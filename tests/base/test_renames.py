@@ -266,9 +266,11 @@ def test_a_layer_without_a_tensor_of_its_own_is_refused_by_name(
     code: str, kind: str, files: str, memory: str
 ) -> None:
     base = base_of([files, files.replace("gate_proj", "up_proj")], model_type=kind)
-    with pytest.raises(CheckpointError) as error:
-        matched([memory], base)
-    finding = error.value.findings[0]
+    try:
+        findings = matched([memory], base).refusals
+    except CheckpointError as error:  # without another tensor of the block, the place is not proven
+        findings = [*error.findings]
+    finding = findings[0]
     assert finding.code == code
     assert files in str(finding)
     assert memory in str(finding)
@@ -324,15 +326,22 @@ def test_every_linear_layer_of_a_real_model_is_found_in_its_files(
 
 
 @needs("transformers", "5.0", "earlier releases keep the two layers in one, as the file does")
-def test_a_swiglu_of_dinov2_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_rows_of_a_swiglu_of_dinov2_are_known(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(**EYE, use_swiglu_ffn=True)
     model = transformers.Dinov2Model(config)
     model.save_pretrained(tmp_path)
     layers = {module: layer.out_features for module, layer in linear_layers(model).items()}
     base = read_base(Location("base", tmp_path), HubAccess())
-    with pytest.raises(CheckpointError, match=r"V542.*weights_in"):
-        match_modules(layers, base)
+    match = match_modules(layers, base)
+    assert match.refusals == []
+    first = {module: part.first for module, part in match.parts.items()}
+    own = {name: match.tensors[name] for name in first}
+    stored = load_file(tmp_path / "model.safetensors")
+    for module, layer in linear_layers(model).items():
+        if module in first:
+            rows = stored[own[module]][first[module] :][: layer.out_features]
+            np.testing.assert_array_equal(rows, layer.weight.detach().numpy(), err_msg=module)
     rest = {
         module: width
         for module, width in layers.items()

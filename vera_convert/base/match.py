@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from vera_convert.base.model import BaseModel
@@ -26,7 +26,7 @@ from vera_convert.base.strategies import (
     known_strategies,
     nearest,
 )
-from vera_convert.base.unsupported_layouts import other_layout
+from vera_convert.base.unsupported_layouts import Inside, Layers, other_layout
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
@@ -54,12 +54,19 @@ class Match:
         tensors: name of the base's tensor by module path, in the adapter's order.
         layers: size and orientation of each layer, by module path.
         tied: output heads without a tensor; `tensors` has the embedding's tensor for such a head.
+        parts: layers that are a part of their tensor, or several tensors, by module path.
     """
 
     strategy: Strategy
     tensors: Mapping[str, str]
     layers: Mapping[str, Linear]
     tied: frozenset[str] = frozenset()
+    parts: Mapping[str, Inside] = field(default_factory=dict)
+
+    @property
+    def refusals(self) -> list[Finding]:
+        """The reasons why a merge refuses layers; empty if every layer can be merged."""
+        return [part.finding for part in self.parts.values() if part.first is None]
 
 
 def match_modules(
@@ -158,6 +165,7 @@ class _Matcher:
         self._fan_in_fan_out = fan_in_fan_out
         self._quantization = Quantization(self.base)
         self._orientation = Orientation(self.base)
+        self._inside = Layers(self.base)
 
     def try_out(self, strategy: Strategy) -> _Trial:
         """Apply a strategy to every layer and compare names and shapes with the base."""
@@ -249,20 +257,42 @@ class _Matcher:
 
     def _try(self, strategy: Strategy, modules: Sequence[str]) -> _Trial:
         found = {module: self._weight(strategy.rename(module)) for module in modules}
-        tensors = {module: name for module, name in found.items() if name is not None}
+        parts = self._parts(strategy, [module for module, name in found.items() if name is None])
+        places = {
+            module: parts[module].tensors[0] if module in parts else found[module]
+            for module in found
+        }
+        tensors = {module: name for module, name in places.items() if name is not None}
         missing = tuple(module for module in modules if module not in tensors)
         packed = [name for name in tensors.values() if self._quantization.is_packed(name)]
-        problems = [*_clashes(tensors)]
+        problems = [*_clashes({each: name for each, name in tensors.items() if each not in parts})]
         problems += refusals(self._unpacked, packed) or self._no_matrices(tensors)
         layers: dict[str, Linear] = {}
         if not missing and not problems:
-            conv1d = self._conv1d(tensors)
+            whole = {module: name for module, name in tensors.items() if module not in parts}
+            conv1d = self._conv1d(whole)
             layers = {
-                module: self._linear(module, name, conv1d=conv1d[module])
-                for module, name in tensors.items()
+                module: self._linear(module, whole[module], conv1d=conv1d[module])
+                if module in whole
+                else Linear(self._layers[module], parts[module].in_features)
+                for module in tensors
             }
             problems = [*self._other_shapes(tensors, layers)]
-        return _Trial(Match(strategy, tensors, layers), missing, tuple(problems))
+        match = Match(strategy, tensors, layers, parts=parts)
+        return _Trial(match, missing, tuple(problems))
+
+    def _parts(self, strategy: Strategy, modules: Sequence[str]) -> dict[str, Inside]:
+        """Return the place of each layer without a tensor of its own, as far as proven."""
+        found = {
+            module: self._inside.inside(module, self._layers[module], strategy.undo)
+            for module in modules
+        }
+        packed = self._unpacked.formats
+        return {
+            module: place if packed.keys().isdisjoint(place.tensors) else replace(place, first=None)
+            for module, place in found.items()
+            if place is not None
+        }
 
     def _weight(self, path: str | None) -> str | None:
         """Return the name of a layer's weight in the base, packed or plain; None if absent."""

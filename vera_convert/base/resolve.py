@@ -51,6 +51,8 @@ from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.text import printable
 
+_MOST_NOTES = 3
+
 
 class Need(Enum):
     """How much a command needs a base that only the adapter's config names."""
@@ -160,8 +162,12 @@ class _Resolver:
             if base is None or self.need.is_for_tensors or not are_packed:
                 raise
             return _packed(self.adapter, base, error.findings)
+        if match.refusals and self.need.is_for_tensors:
+            raise CheckpointError.of(match.refusals)
         facts = _from_match(self.adapter, base, match)
-        return replace(facts, findings=(*facts.findings, *self._idle_key_maps()))
+        refusals = match.refusals[:_MOST_NOTES]
+        notes = [each.rule.as_note().at(each.place, each.reason) for each in refusals]
+        return replace(facts, findings=(*facts.findings, *notes, *self._idle_key_maps()))
 
     def _match(self, base: BaseModel) -> Match:
         adapter = self.adapter
@@ -281,11 +287,12 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     The config's targets are matched with these names. Weights that the adapter's model lacks are
     left out.
     """
-    named = {}
+    named = {module: part.tensors[0] for module, part in match.parts.items()}
+    divided = {name for part in match.parts.values() for name in part.tensors}
     for name in base.tensors:
         path = name.removesuffix(".weight")
         module = match.strategy.undo(path) if path != name else None
-        if module is not None:
+        if module is not None and name not in divided:
             named[module] = name
     return named
 

@@ -1,14 +1,14 @@
 """Known layers that a base stores joined with others, in pieces, or in another order.
 
-transformers cuts, joins and reorders such tensors when loading. A merge does not; this table lets a
-merge refuse such a layer by name.
+transformers cuts, joins and reorders such tensors when loading. A merge adds a delta to the rows of
+a layer in a tensor of equal parts, and refuses the other layers by name.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +33,41 @@ class Layout:
         files: the end of the tensor's path, or of the name if the parameter is no ``weight``.
         memory: the ends of the paths of the layers in memory.
         is_permuted: whether transformers reorders rows; False if transformers only cuts.
+        is_even: whether the layers have equal numbers of rows whenever one of them has the share
+            of the rows that equal numbers give.
     """
 
     types: frozenset[str]
     files: str
     memory: tuple[str, ...]
     is_permuted: bool = False
+    is_even: bool = False
 
 
-def _layouts(table: str, *, is_permuted: bool = False) -> tuple[Layout, ...]:
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """The place of a layer that has no tensor of its own in the base.
+
+    Attributes:
+        tensors: the tensors that hold the layer.
+        in_features: the inputs of the layer.
+        first: the layer's first row in the only tensor; None if a merge refuses the layer.
+        finding: why a merge refuses the layer.
+    """
+
+    tensors: tuple[str, ...]
+    in_features: int
+    first: int | None
+    finding: Finding
+
+
+def _layouts(table: str, *, is_permuted: bool = False, is_even: bool = False) -> tuple[Layout, ...]:
     """Read lines of ``types | files | memory``; ``{q,k,v}_proj`` stands for several names."""
     rows = (line.split("|") for line in table.splitlines() if line.strip())
     return tuple(
-        Layout(frozenset(types.split()), files.strip(), _spread(memory.strip()), is_permuted)
+        Layout(
+            frozenset(types.split()), files.strip(), _spread(memory.strip()), is_permuted, is_even
+        )
         for types, files, memory in rows
     )
 
@@ -60,7 +82,8 @@ _TABLES = tomllib.loads(
     Path(__file__).with_name("unsupported_layouts.toml").read_text(encoding="utf-8")
 )
 LAYOUTS = (
-    *_layouts(_TABLES["cut"]),
+    *_layouts(_TABLES["cut"], is_even=True),
+    *_layouts(_TABLES["uneven"]),
     *_layouts(_TABLES["reordered"], is_permuted=True),
 )
 """The tensors that transformers cuts or reorders."""
@@ -79,37 +102,90 @@ def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
         modules: paths, in the adapter, of layers without a tensor.
         base: the base.
     """
-    by_numbers = _ByNumbers(base)
-    types = set(model_types(base.config))
-    layouts = [layout for layout in LAYOUTS if types & layout.types]
+    layers = Layers(base)
     for module in {re.sub(r"\d+", "#", module): module for module in modules}.values():
-        found = (
-            _experts(module, base)
-            or _cut_out(module, layouts, by_numbers)
-            or _of_several(module, by_numbers)
-        )
+        found = _experts(module, base) or layers.finding(module)
         if found is not None:
             return found
     return None
 
 
-class _ByNumbers:
-    """Finds tensors by the end of the name, among tensors with the same layer numbers."""
+class Layers:
+    """Finds the layers that a base stores in tensors with other layers, or in several tensors."""
 
     def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        types = set(model_types(base.config))
+        self._layouts = [layout for layout in LAYOUTS if types & layout.types]
         self._names: dict[tuple[str, ...], list[str]] = {}
         for name in base.tensors:
             self._names.setdefault(_numbers(name), []).append(name)
 
-    def ending(self, end: str, *, like: str) -> str | None:
-        """Return the tensor of the same layer whose name has this end, if there is one."""
+    def finding(self, module: str) -> Finding | None:
+        """Return the reason why a merge would refuse a layer, by the end of the path alone."""
+        return next((found for _, _, found in self._candidates(module)), None)
+
+    def inside(self, module: str, outputs: int, undo: Callable[[str], str | None]) -> Inside | None:
+        """Return the place of a layer without a tensor of its own; None if no place is proven.
+
+        The end of a path does not prove that a tensor belongs to the model's part with the layer.
+        Another tensor of the same block must have the layer's block in the adapter's names.
+
+        Args:
+            module: the layer's path in the adapter.
+            outputs: the layer's outputs.
+            undo: from a path in the files to the path in the adapter.
+        """
+        block = _block(module)
+        for names, share, finding in self._candidates(module):
+            shapes = [self._base.tensors[name].info.shape for name in names]
+            near = (
+                name for name in self._names[_numbers(module)] if _block(name) == _block(names[0])
+            )
+            is_proven = any(_block(undo(name.rpartition(".")[0]) or "") == block for name in near)
+            rows = sum(shape[0] for shape in shapes if len(shape) == 2)
+            is_whole = rows == outputs if len(names) > 1 else rows >= outputs
+            if block and is_proven and is_whole and len({shape[1:] for shape in shapes}) == 1:
+                part, parts = share or (0, 0)
+                first = part * outputs if parts * outputs == rows else None
+                return Inside(names, shapes[0][1], first, finding)
+        return None
+
+    def _candidates(
+        self, module: str
+    ) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None, Finding]]:
+        """Yield tensors that can hold a layer: names, part of so many equal parts, finding."""
+        for layout in self._layouts:
+            ends = [end for end in layout.memory if f".{module}".endswith(f".{end}")]
+            for name in self._ending(layout.files, like=module) if ends else ():
+                rule = LAYER_REORDERED if layout.is_permuted else LAYER_CUT_OUT
+                reason = f'"{printable(module)}" is made from it.'
+                share = (layout.memory.index(ends[0]), len(layout.memory))
+                yield (name,), share if layout.is_even else None, rule.at(printable(name), reason)
+        start, _, last = module.rpartition(".")
+        parent = start.rpartition(".")[2]
+        parts = [
+            self._ending(f"{parent}.{part}", like=module) for part in PARTS_OF_LAYERS.get(last, ())
+        ]
+        for names in zip(*parts, strict=False) if parts else ():
+            stored = " and ".join(f'"{printable(name)}"' for name in names)
+            finding = LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
+            yield names, None, finding
+
+    def _ending(self, end: str, *, like: str) -> list[str]:
+        """Return the tensors with the same layer numbers whose names have this end."""
         ends = (f".{end}", f".{end}.weight")
-        names = self._names.get(_numbers(like), ())
-        return next((name for name in names if f".{name}".endswith(ends)), None)
+        return [name for name in self._names.get(_numbers(like), ()) if f".{name}".endswith(ends)]
 
 
 def _numbers(path: str) -> tuple[str, ...]:
     return tuple(part for part in path.split(".") if part.isdecimal())
+
+
+def _block(path: str) -> str:
+    """Return a path up to its last number; empty without a number."""
+    found = re.match(r"(.*\.)?\d+(?=\.)", path)
+    return found[0] if found else ""
 
 
 def _experts(module: str, base: BaseModel) -> Finding | None:
@@ -125,28 +201,3 @@ def _experts(module: str, base: BaseModel) -> Finding | None:
             reason = f'"{printable(module)}" is one of the experts in "{printable(name)}".'
             return EXPERTS_STACKED.at(base.location.label, reason)
     return None
-
-
-def _cut_out(module: str, layouts: Iterable[Layout], tensors: _ByNumbers) -> Finding | None:
-    """Return a finding if the layer is cut from a tensor, or reordered."""
-    for layout in layouts:
-        if f".{module}".endswith(tuple(f".{end}" for end in layout.memory)):
-            name = tensors.ending(layout.files, like=module)
-            if name is not None:
-                rule = LAYER_REORDERED if layout.is_permuted else LAYER_CUT_OUT
-                return rule.at(printable(name), f'"{printable(module)}" is made from it.')
-    return None
-
-
-def _of_several(module: str, tensors: _ByNumbers) -> Finding | None:
-    """Return a finding if several tensors are joined to the layer."""
-    start, _, last = module.rpartition(".")
-    parent = start.rpartition(".")[2]
-    names = [
-        tensors.ending(f"{parent}.{part}", like=module) for part in PARTS_OF_LAYERS.get(last, ())
-    ]
-    found = [name for name in names if name is not None]
-    if not found or len(found) != len(names):
-        return None
-    parts = " and ".join(f'"{printable(name)}"' for name in found)
-    return LAYER_OF_SEVERAL.at(printable(module), f"the base stores {parts}.")

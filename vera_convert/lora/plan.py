@@ -151,8 +151,9 @@ def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:
     """Return the path by which the engine looks a module up."""
     if base_facts.match is None or not engine.base_names:
         return module
-    tensor = base_facts.match.tensors.get(module)
-    if tensor is not None and module not in base_facts.match.tied:
+    match = base_facts.match
+    tensor = match.tensors.get(module)
+    if tensor is not None and module not in match.tied and module not in match.parts:
         return tensor.removesuffix(".weight")
     return base_facts.match.strategy.rename(module) or module
 

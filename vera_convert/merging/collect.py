@@ -6,16 +6,14 @@ only the weights that an adapter stores a copy of.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
-from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.match import Match, embedding_of_head
@@ -27,13 +25,15 @@ from vera_convert.base.replacements import (
 )
 from vera_convert.base.resizes import resizes, shape_differs
 from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
+from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, TensorFile
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, Tied
 from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.vectors import Vectors, VectorsOfPart, moved_rows
 from vera_convert.rules import (
     BASE_COPY_DIFFERS,
     EMBEDDING_SHARED,
@@ -44,21 +44,6 @@ from vera_convert.rules import (
     Finding,
 )
 from vera_convert.text import printable
-
-
-@dataclass(frozen=True, slots=True)
-class _Vectors:
-    """Reads the two vectors of a layer on demand, because all vectors together can be large."""
-
-    file: TensorFile
-    layer: AdaptedLayer
-
-    @property
-    def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        return NUMPY_DTYPE[self.layer.lambda_d.dtype], NUMPY_DTYPE[self.layer.lambda_b.dtype]
-
-    def vectors(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.file.read(self.layer.lambda_d.name), self.file.read(self.layer.lambda_b.name)
 
 
 def collect(inputs: MergeInputs) -> Changes:
@@ -103,6 +88,7 @@ class _Collector:
         self.changes = Changes()
         self.defects: list[Finding] = []
         self._outputs: dict[str, int] = {}
+        self._moved: dict[tuple[int, ...], NDArray[Any]] = {}
         self._resized_heads: list[tuple[str, Replacement]] = []
 
     # --- deltas ----------------------------------------------------------------------------------
@@ -112,18 +98,32 @@ class _Collector:
         match, terms = matched.match, self.changes.terms
         for module, layer in matched.adapter.layers.items():
             names = self._targets(module, match)
-            vectors = _Vectors(matched.adapter.file, layer)
+            vectors = Vectors(matched.adapter.file, layer)
             term = Term(matched.pair.A, matched.pair.B, vectors, matched.weight)
+            outputs = layer.out_features
+            if module in match.parts:
+                outputs = self.base.tensors[match.tensors[module]].info.shape[0]
+                term = self._term_of_part(term, vectors, match.parts[module], outputs)
             for name in names:
                 terms[name] = (*terms.get(name, ()), term)
-                first = self._outputs.setdefault(name, layer.out_features)
-                if first != layer.out_features:
-                    reason = f"one delta has {first:,} rows, another {layer.out_features:,}."
+                first = self._outputs.setdefault(name, outputs)
+                if first != outputs:
+                    reason = f"one delta has {first:,} rows, another {outputs:,}."
                     self.defects.append(REPLACEMENTS_DIFFER.in_tensor(name, reason))
                 if match.layers[module].conv1d:
                     self.changes.conv1d.add(name)
         for module, copy in matched.adapter.base_copies.items():
             self._compare_copy(module, copy, matched)
+
+    def _term_of_part(self, term: Term, vectors: Vectors, part: Inside, rows: int) -> Term:
+        """Return a delta of some rows of a tensor as a delta of all rows, 0 in the others."""
+        assert part.first is not None  # noqa: S101 -- `resolve_base` refuses the others
+        count = vectors.layer.out_features
+        key = (id(term.B), part.first, count, rows)
+        if key not in self._moved:
+            self._moved[key] = moved_rows(term.B, part.first, count, rows)
+        layer = VectorsOfPart(vectors, part.first, rows)
+        return replace(term, B=self._moved[key], layer=layer)
 
     def _targets(self, module: str, match: Match) -> list[str]:
         """Return the tensors that a layer's delta is added to; none if the caller must choose."""

@@ -48,11 +48,11 @@ class OtherProjections:
         for projections, dtype in self._others():
             settings = replace(self.settings, projections=projections, base_dtype=dtype)
             # The two worst tensors rule out most of the others.
-            if self._right(settings, names[:2]):
+            if self.right(settings, names[:2]):
                 sentence = _SENTENCES[projections]
                 if dtype != self.settings.base_dtype:
                     sentence += f" --base-dtype {dtype}"
-                return dict.fromkeys(self._right(settings, names), f"{sentence}.")
+                return dict.fromkeys(self.right(settings, names), f"{sentence}.")
         return self._as_recorded(names)
 
     def _as_recorded(self, names: Sequence[str]) -> dict[str, str]:
@@ -67,7 +67,7 @@ class OtherProjections:
             "It is right with the options that merge-provenance.json records, and wrong with the "
             f"given {' and '.join(options)}."
         )
-        return dict.fromkeys(merge._right(provenance.settings, names), sentence)
+        return dict.fromkeys(merge.right(provenance.settings, names), sentence)
 
     def _others(self) -> Iterator[tuple[ProjectionSource, str | None]]:
         own = self.settings.base_dtype
@@ -78,7 +78,7 @@ class OtherProjections:
             if dtype != own:
                 yield ProjectionSource.KEY, dtype
 
-    def _right(self, settings: MergeSettings, names: Sequence[str]) -> list[str]:
+    def right(self, settings: MergeSettings, names: Sequence[str]) -> list[str]:
         """Return the tensors that are right with these settings, if the first two are.
 
         Args:
