@@ -12,7 +12,7 @@ TORCH_FLOOR := 2.4.0
 # The libraries whose dequantized weights `make test-quantizers` compares with ours, and their imports.
 QUANTIZERS := bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 gptqmodel==7.7.0 autoawq==0.2.9 \
 	loguru==0.7.3 defuser==0.0.28 device-smi==0.5.7 dill==0.4.1 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
-	threadpoolctl==3.8.0 tokenicer==0.0.14
+	threadpoolctl==3.8.0 tokenicer==0.0.14 optimum==2.3.0
 
 # With these alone, vLLM's reader of adapters runs on the CPU; its kernels do not.
 VLLM ?=

@@ -96,6 +96,9 @@ BASE_NAMES = (*FLOAT_NAMES, "float8_e4m3fn")
 USUAL_OF_BASES = ("float32", "bfloat16", "float16")
 """The dtypes in which models are usually loaded."""
 
+DTYPES_OF_LAYERS = (*USUAL_OF_BASES, "float8_e4m3fn")
+"""The dtypes that layers of loaded models usually have; the layers of an fp8 base can stay fp8."""
+
 _NAME_OF_SPELLING = {
     spelling: NAMES[header]
     for header, precision in PRECISION.items()

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.base.facts import BaseOptions
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.counting import count
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import open_local
-from vera_convert.files.tensorfile import TensorFile, from_file, write_tensors
+from vera_convert.files.tensorfile import TensorFile, from_array, from_file, write_tensors
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 from vera_convert.summary import info
@@ -95,6 +96,94 @@ def test_validate_says_that_a_merge_can_dequantize_the_base(name: str) -> None:
     told = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     assert told["format"] in note.reason
     assert "--dequantize" in note.rule.remedy
+
+
+def with_tensors(source: Path, base: Path, changed: Tensors, left_out: str = "") -> None:
+    """Write a copy of a base with other tensors; those whose names begin as said are left out."""
+    shutil.copytree(source, base)
+    (base / "model.safetensors").unlink()
+    with open_local(source / "model.safetensors") as opened:
+        file = TensorFile(opened)
+        names = [key for key in file.header.tensors if not (left_out and key.startswith(left_out))]
+        kept = [from_file(file, key) for key in names if key not in changed]
+        more = [from_array(key, array) for key, array in changed.items()]
+        write_tensors(base / "model.safetensors", [*kept, *more], file.header.metadata)
+
+
+PLAIN = "model.layers.0.self_attn.q_proj.weight"
+
+
+def with_a_plain_layer(name: str, base: Path) -> Tensors:
+    """Write a base with one plain layer; return the expected tensors."""
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    plain = {PLAIN: expected[f"dequantized.{PLAIN}"]}
+    with_tensors(FIXTURES / name / "base", base, plain, left_out=PLAIN.removesuffix("weight"))
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bnb-nf4", ""),
+        ("torchao-int8", ""),
+        ("ct-fp8-channel", "only if the base is loaded dequantized"),
+        ("fp8-block", "only if the base is loaded dequantized"),
+        ("gptq-8bit", "random values in its place"),
+        ("awq-gemm", "random values in its place"),
+    ],
+)
+def test_the_fate_of_a_plain_layer_that_the_config_calls_quantized_is_told(
+    name: str, told: str, tmp_path: Path
+) -> None:
+    with_a_plain_layer(name, tmp_path / "base")
+    found = validate(FIXTURES / name / "adapter", base=tmp_path / "base")
+    (note,) = (finding for finding in found.findings if finding.code == "V563")
+    assert told in note.reason
+    assert ("plain" in note.reason) == bool(told)
+    assert "V556" not in {finding.code for finding in found.findings}
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4", "torchao-int8", "ct-fp8-channel"])
+def test_a_plain_layer_that_the_config_calls_quantized_is_merged_as_it_is(
+    name: str, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    expected = with_a_plain_layer(name, base)
+    merge(FIXTURES / name / "adapter", out, base=base, options=MergeOptions(dequantize=True))
+    wanted = expected[f"merged.{PLAIN}"].astype(np.float32)
+    off = np.count_nonzero(tensors_of(out)[PLAIN].astype(np.float32) != wanted)
+    assert off <= wanted.size // 1000
+
+
+def test_a_command_unpacks_a_base_once(tmp_path: Path) -> None:
+    unpacked.cache_clear()
+    merged("ct-pack-int4-asym-group32", tmp_path / "out")
+    assert unpacked.cache_info().misses == 1
+    assert unpacked.cache_info().hits > 1
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "ct-fp8-channel"])
+@pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj"])
+def test_an_fp8_value_that_is_nan_stays_nan_and_takes_no_delta(
+    name: str, layer: str, tmp_path: Path
+) -> None:
+    folder, base, out = FIXTURES / name, tmp_path / "base", tmp_path / "out"
+    key = f"model.layers.0.{layer}.weight"
+    with open_local(folder / "base/model.safetensors") as opened:
+        values = TensorFile(opened).read(key)
+    values.view(np.uint8)[1, 2:4] = 0x7F, 0xFF  # the two NaNs of float8_e4m3fn
+    with_tensors(folder / "base", base, {key: values})
+    options = MergeOptions(dequantize=True)
+    if layer == "self_attn.q_proj":
+        with pytest.raises(CheckpointError, match=rf"V530 {key}: its value at \[1, 2\]"):
+            merge(folder / "adapter", out, base=base, options=options)
+        assert not out.exists()
+        return
+    merge(folder / "adapter", out, base=base, options=options)
+    found = tensors_of(out)[key].astype(np.float32)
+    wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"].astype(np.float32)
+    wanted[1, 2:4] = np.nan
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vera_convert.conversion.projections import ProjectionSource, check_size, de
 from vera_convert.draws.comparison import difference, equals
 from vera_convert.draws.generator import Draw, effective_rounding, rounding_on_base
 from vera_convert.draws.recognition import Recognition, recognize
-from vera_convert.dtypes import USUAL_OF_BASES
+from vera_convert.dtypes import DTYPES_OF_LAYERS
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import (
     FINGERPRINT_DISAGREES,
@@ -107,12 +107,12 @@ def mismatch(
 def same_on(
     config: VeraConfig, own: RecognizedPair | Fingerprint, base_facts: BaseFacts
 ) -> tuple[str, ...]:
-    """Return the usual dtypes of bases on which PEFT regenerates the adapter's own A and B."""
+    """Return the usual dtypes of layers for which PEFT regenerates the adapter's own A and B."""
     if own.draw is None or not own.draw.has_key(config.projection_prng_key):
         return ()
     usual = default_variant(config, base_facts, own.in_features, own.out_features)
     return tuple(
-        dtype for dtype in USUAL_OF_BASES if _is_same(own, own.draw, _on_base_of(usual, dtype))
+        dtype for dtype in DTYPES_OF_LAYERS if _is_same(own, own.draw, _on_base_of(usual, dtype))
     )
 
 

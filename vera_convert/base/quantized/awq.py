@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
+    KEPT_BY_NOBODY,
     KERNELS_DECIDE,
     SCALE_DTYPES,
     Array,
@@ -85,4 +86,5 @@ FORMAT = Format(
     packed="qweight",
     undecided=KERNELS_DECIDE,
     needs_config=True,
+    plain=KEPT_BY_NOBODY,
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
+    KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
     Array,
     Decode,
@@ -348,4 +349,5 @@ FORMAT = Format(
     needs_config=True,
     dropped=_DROPPED,
     tells_shape=SHAPE,
+    plain=KEPT_IF_DEQUANTIZED,
 )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.base.quantized.layer import (
+    KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
     Array,
     Format,
@@ -128,4 +129,5 @@ FORMAT = Format(
         "to float8_e4m3fn if its layers stay fp8."
     ),
     dropped=_OF_ACTIVATIONS,
+    plain=KEPT_IF_DEQUANTIZED,
 )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vera_convert.base.quantized.layer import (
+    KEPT_BY_NOBODY,
     KERNELS_DECIDE,
     Array,
     Check,
@@ -135,4 +136,5 @@ FORMAT = Format(
     packed="qweight",
     undecided=KERNELS_DECIDE,
     needs_config=True,
+    plain=KEPT_BY_NOBODY,
 )

@@ -28,6 +28,16 @@ KERNELS_DECIDE = (
     "kernels for CPUs."
 )
 """The casts of A and B on a layer of GPTQ or AWQ."""
+KEPT_IF_DEQUANTIZED = (
+    "Some of these weights are plain. A merge keeps a plain weight; transformers keeps it only if "
+    "the base is loaded dequantized."
+)
+"""The use of a plain weight where compressed-tensors or fp8 is expected."""
+KEPT_BY_NOBODY = (
+    "Some of these weights are plain. A merge keeps a plain weight; transformers puts random "
+    "values in its place."
+)
+"""The use of a plain weight where GPTQ or AWQ is expected."""
 
 
 class PartReader(Protocol):
@@ -208,6 +218,8 @@ class Format:
         needs_config: whether the tensors mean nothing without the settings of a config.
         dropped: tensors in the layers and around them that a dequantized model does without.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
+        plain: how loaders treat a plain weight that the config calls quantized; empty if they
+            keep the weight.
     """
 
     label: str
@@ -221,6 +233,7 @@ class Format:
     needs_config: bool = False
     dropped: frozenset[str] = frozenset()
     tells_shape: str | None = None
+    plain: str = ""
 
     def has_sign(self, rest: str) -> bool:
         """Return whether the format writes a tensor of this name beside a weight."""

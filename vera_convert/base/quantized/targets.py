@@ -35,11 +35,8 @@ def refusals(base: Unpacked, weights: Iterable[str]) -> list[Finding]:
         base: the base with its packed weights.
         weights: the weights that something is added to, by their names in the view.
     """
-    names = [*weights]
-    findings = quantized_targets(base.stored, map(base.stored_name, names))
-    text = ""
-    if findings:
-        text = _what(base, names) or " With --dequantize, a merge writes a 16-bit model."
+    findings = quantized_targets(base.stored, map(base.stored_name, weights))
+    text = _obstacle(base) or " With --dequantize, a merge writes a 16-bit model."
     return [replace(each, reason=each.reason + text) for each in findings]
 
 
@@ -51,22 +48,31 @@ def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]
         weights: the weights that an adapter adds to, by their names in the view.
     """
     names = [*weights]
-    rule = TARGET_IS_QUANTIZED if base.defects or _only_claimed(base, names) else CAN_DEQUANTIZE
+    obstacle = _obstacle(base)
+    rule = TARGET_IS_QUANTIZED if obstacle else CAN_DEQUANTIZE
+    text = obstacle or _fate_of_plain(base, names)
     for finding in quantized_targets(base.stored, map(base.stored_name, names)):
-        yield rule.at(finding.place, finding.reason + _what(base, names))
+        yield rule.at(finding.place, finding.reason + text)
 
 
-def _only_claimed(base: Unpacked, names: Iterable[str]) -> bool:
-    """Return whether the config alone says that weights are quantized: the files do not."""
-    return bool(quantized_targets(base.stored, [n for n in names if n not in base.weights]))
+def _obstacle(base: Unpacked) -> str:
+    """Return why --dequantize cannot be used, in a sentence; empty if a merge can use it.
 
-
-def _what(base: Unpacked, names: Iterable[str]) -> str:
-    """Return why --dequantize is of no use here, in a sentence; empty if it supports the base."""
-    if not base.defects and _only_claimed(base, names):
+    A merge keeps a plain weight as the files hold the weight, even if the config calls the layer
+    quantized. If all weights are plain, only the config speaks of quantization.
+    """
+    if base.defects:
+        first, more = base.defects[0], len(base.defects) - 1
+        others = f" (and {more:,} more)" if more else ""
+        text = f"{first.code} {first.place}: {first.reason}{others}"
+        return f" --dequantize refuses this base: {text}"
+    if not base.weights:
         return " The files hold these layers unpacked: a loader quantizes them."
-    if not base.defects:
+    return ""
+
+
+def _fate_of_plain(base: Unpacked, names: Iterable[str]) -> str:
+    """Return how loaders treat the plain weights among layers that the config calls quantized."""
+    if not quantized_targets(base.stored, [name for name in names if name not in base.weights]):
         return ""
-    first, more = base.defects[0], len(base.defects) - 1
-    others = f" (and {more:,} more)" if more else ""
-    return f" --dequantize refuses this base: {first.code} {first.place}: {first.reason}{others}"
+    return "".join(dict.fromkeys(f" {each.plain}" for each in base.formats.values() if each.plain))
