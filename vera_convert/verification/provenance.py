@@ -6,7 +6,7 @@ An option is used only if its value has a form that this package writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -114,138 +114,124 @@ def read_provenance(source: ByteSource) -> Provenance:
         SurroundingsError: the file cannot be read.
     """
     document, _ = read_json(source, limit=PROVENANCE_LIMIT)
-    reader = _Reader(source.place)
-    top = reader.mapping(document, "the document")
-    if top.get("format") != FORMAT:
-        reader.refuse(f"its format is not {FORMAT}, the only known format.")
-    listed = reader.array(top.get("adapters"), "adapters")
-    if not 1 <= len(listed) <= _MOST_ADAPTERS:
-        reader.refuse(f"it lists {len(listed):,} adapters.")
-    options = reader.mapping(top.get("options"), "options")
-    renames = reader.array(options.get("key_map"), "options.key_map")
-    if len(renames) > _MOST_RENAMES:
-        reader.refuse(f"options.key_map has {len(renames):,} entries.")
-    base = reader.mapping(top.get("base"), "base")
-    settings = _settings(reader, options, renames)
+    top = _Record(source.place, document)
+    if top.fields.get("format") != FORMAT:
+        top.refuse(f"its format is not {FORMAT}, the only known format.")
+    adapters = top.records("adapters")
+    if not 1 <= len(adapters) <= _MOST_ADAPTERS:
+        top.refuse(f"it lists {len(adapters):,} adapters.")
+    files = top.record("base").records("files")
+    settings = _settings(top.record("options"))
     try:
         _ = settings.merge_options
     except UsageError as error:
-        reader.refuse(f"a merge would refuse its options: {error}")
+        top.refuse(f"a merge would refuse its options: {error}")
     return Provenance(
-        adapters=tuple(reader.adapter(each, f"adapters[{n}]") for n, each in enumerate(listed)),
-        base_headers=reader.headers(base.get("files")),
+        adapters=tuple(map(_adapter, adapters)),
+        base_headers={file.text("name"): file.sha256("header_sha256") for file in files},
         settings=settings,
     )
 
 
-def _settings(
-    reader: _Reader, options: Mapping[str, object], renames: Sequence[object]
-) -> MergeSettings:
+def _adapter(record: _Record) -> RecordedAdapter:
+    source = record.record("source")
+    return RecordedAdapter(
+        source.text("repo_id" if "repo_id" in source.fields else "folder"),
+        record.number("weight"),
+        record.sha256("config_sha256"),
+        record.sha256("header_sha256"),
+    )
+
+
+def _settings(options: _Record) -> MergeSettings:
+    key_map = options.texts("key_map")
+    if len(key_map) > _MOST_RENAMES:
+        options.refuse(f"options.key_map has {len(key_map):,} entries.")
     return MergeSettings(
-        projections=reader.one_of(
-            ProjectionSource, options.get("projections"), "options.projections"
-        ),
-        generator=reader.optional(Variant, options.get("generator"), "options.generator"),
-        base_dtype=reader.optional(_base_dtype, options.get("base_dtype"), "options.base_dtype"),
-        key_map=tuple(
-            reader.one_of(_rename, each, f"options.key_map[{n}]") for n, each in enumerate(renames)
-        ),
-        dtype=reader.optional(_dtype, options.get("dtype"), "options.dtype"),
-        tied=reader.optional(Tied, options.get("tied"), "options.tied"),
-        dequantize=reader.truth(options.get("dequantize"), "options.dequantize"),
-        architecture=reader.optional(str, options.get("architecture"), "options.architecture"),
-        labels=tuple(
-            reader.text(each, f"options.labels[{n}]")
-            for n, each in enumerate(reader.array(options.get("labels", []), "options.labels"))
-        ),
+        projections=options.one_of("projections", ProjectionSource),
+        generator=options.optional("generator", Variant),
+        base_dtype=options.optional("base_dtype", _member_of(BASE_NAMES)),
+        key_map=tuple(options.known("key_map", parse_key_map, each) for each in key_map),
+        dtype=options.optional("dtype", _member_of(FLOAT_NAMES)),
+        tied=options.optional("tied", Tied),
+        dequantize=options.get("dequantize", bool, "neither true nor false"),
+        architecture=options.optional("architecture", str),
+        labels=tuple(options.texts("labels")) if "labels" in options.fields else (),
         recorded=True,
     )
 
 
-def _base_dtype(text: str) -> str:
-    if text not in BASE_NAMES:
-        raise ValueError(text)
-    return text
+def _member_of(names: Collection[str]) -> Callable[[str], str]:
+    """Return a function that returns one of these names, and raises `ValueError` for others."""
 
-
-def _dtype(text: str) -> str:
-    if text not in FLOAT_NAMES:
-        raise ValueError(text)
-    return text
-
-
-def _rename(text: str) -> tuple[str, str]:
-    try:
-        return parse_key_map(text)
-    except UsageError as error:
-        raise ValueError(text) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Take values from a document, or refuse the document with the name of the wrong value."""
-
-    place: str
-
-    def refuse(self, reason: str) -> NoReturn:
-        raise CheckpointError(PROVENANCE_MALFORMED.at(self.place, reason))
-
-    def mapping(self, value: object, name: str) -> Mapping[str, object]:
-        if not isinstance(value, dict):
-            self.refuse(f"{name} is not an object.")
-        return value
-
-    def array(self, value: object, name: str) -> list[object]:
-        if not isinstance(value, list):
-            self.refuse(f"{name} is not a list.")
-        return value
-
-    def text(self, value: object, name: str) -> str:
-        if not isinstance(value, str):
-            self.refuse(f"{name} is not a text.")
-        return value
-
-    def truth(self, value: object, name: str) -> bool:
-        if not isinstance(value, bool):
-            self.refuse(f"{name} is neither true nor false.")
-        return value
-
-    def digest(self, value: object, name: str) -> str:
-        text = self.text(value, name)
-        if not _SHA256.fullmatch(text):
-            self.refuse(f"{name} is not a SHA-256.")
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
         return text
 
-    def number(self, value: object, name: str) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            self.refuse(f"{name} is not a number.")
-        return float(value)  # the reader accepts only finite numbers of bounded length
+    return parse
 
-    def one_of(self, parse: Callable[[str], Value], value: object, name: str) -> Value:
-        text = self.text(value, name)
+
+class _Record:
+    """An object of the document; a malformed value refuses the document by the value's path."""
+
+    def __init__(self, place: str, value: object, path: str = "") -> None:
+        self._place = place
+        self._path = path
+        if not isinstance(value, dict):
+            self.refuse(f"{path or 'the document'} is not an object.")
+        self.fields: Mapping[str, object] = value
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise CheckpointError(PROVENANCE_MALFORMED.at(self._place, reason))
+
+    def _path_of(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+    def get(self, key: str, kind: type[Value], otherwise: str) -> Value:
+        """Return the value of a key; a value of another type is refused in these words."""
+        value = self.fields.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.refuse(f"{self._path_of(key)} is {otherwise}.")
+        return value
+
+    def record(self, key: str) -> _Record:
+        return _Record(self._place, self.fields.get(key), self._path_of(key))
+
+    def records(self, key: str) -> list[_Record]:
+        values: list[object] = self.get(key, list, "not a list")
+        path = self._path_of(key)
+        return [_Record(self._place, value, f"{path}[{n}]") for n, value in enumerate(values)]
+
+    def texts(self, key: str) -> list[str]:
+        values: list[object] = self.get(key, list, "not a list")
+        if not all(isinstance(value, str) for value in values):
+            self.refuse(f"{self._path_of(key)} is not a list of texts.")
+        return [str(value) for value in values]
+
+    def text(self, key: str) -> str:
+        return self.get(key, str, "not a text")
+
+    def number(self, key: str) -> float:
+        # The reader accepts only finite numbers of bounded length.
+        return float(self.get(key, (int, float), "not a number"))  # type: ignore[arg-type]
+
+    def sha256(self, key: str) -> str:
+        text = self.text(key)
+        if not _SHA256.fullmatch(text):
+            self.refuse(f"{self._path_of(key)} is not a SHA-256.")
+        return text
+
+    def one_of(self, key: str, parse: Callable[[str], Value]) -> Value:
+        return self.known(key, parse, self.text(key))
+
+    def optional(self, key: str, parse: Callable[[str], Value]) -> Value | None:
+        return None if self.fields.get(key) is None else self.one_of(key, parse)
+
+    def known(self, key: str, parse: Callable[[str], Value], text: str) -> Value:
+        """Return a parsed text; refuse a text that the parser does not know."""
         try:
             return parse(text)
-        except ValueError:
-            self.refuse(f'{name} is "{printable(text)}", which is not a known value.')
-
-    def optional(self, parse: Callable[[str], Value], value: object, name: str) -> Value | None:
-        return None if value is None else self.one_of(parse, value, name)
-
-    def adapter(self, value: object, name: str) -> RecordedAdapter:
-        record = self.mapping(value, name)
-        source = self.mapping(record.get("source"), f"{name}.source")
-        called = source.get("repo_id", source.get("folder"))
-        return RecordedAdapter(
-            self.text(called, f"{name}.source"),
-            self.number(record.get("weight"), f"{name}.weight"),
-            self.digest(record.get("config_sha256"), f"{name}.config_sha256"),
-            self.digest(record.get("header_sha256"), f"{name}.header_sha256"),
-        )
-
-    def headers(self, value: object) -> dict[str, str]:
-        found = {}
-        for n, each in enumerate(self.array(value, "base.files")):
-            record = self.mapping(each, f"base.files[{n}]")
-            name = self.text(record.get("name"), f"base.files[{n}].name")
-            found[name] = self.digest(record.get("header_sha256"), f"base.files[{n}].header_sha256")
-        return found
+        except (ValueError, UsageError):
+            path = self._path_of(key)
+            self.refuse(f'{path} is "{printable(text)}", which is not a known value.')
