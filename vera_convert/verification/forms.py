@@ -34,8 +34,6 @@ from vera_convert.conversion.projections import (
     default_variant,
 )
 from vera_convert.draws.generator import (
-    Draw,
-    Variant,
     effective_rounding,
     rounded,
     rounding_on_base,
@@ -132,15 +130,17 @@ def check_form(
         ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
         theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
-        known = [
+        known, other_known = (
             resolve_base(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)
-        ]
-        known = [_with_dims_of(known[0], theirs), _with_dims_of(known[1], ours)]
-        sides = (_Side(ours, known[0], options), _Side(theirs, known[1], options))
+        )
+        sides = (
+            _Side(ours, _with_dims_of(known, theirs), options),
+            _Side(theirs, _with_dims_of(other_known, ours), options),
+        )
         effects = tuple(_effects(sides))
         wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
         wrong += _other_projections(effects, theirs)
-        findings = [*ours.findings, *theirs.findings, *known[1].findings]
+        findings = [*ours.findings, *theirs.findings, *other_known.findings]
         compared = {tensor.name for tensor in (*_trained(ours), *_trained(theirs))}
         ours.check_unchanged()
         theirs.check_unchanged()
@@ -171,10 +171,12 @@ def _trained(adapter: Adapter) -> Iterator[TensorData]:
 def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
     first = {tensor.name: tensor for tensor in _trained(ours)}
     second = {tensor.name: tensor for tensor in _trained(theirs)}
-    for name in [*first.keys() - second.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.in_tensor(name, "the other form lacks this tensor.")
-    for name in [*second.keys() - first.keys()][:_MOST_FINDINGS]:
-        yield FORM_TENSOR_MISSING.in_tensor(name, "only the other form has this tensor.")
+    for names, reason in (
+        ([*first.keys() - second.keys()], "the other form lacks this tensor."),
+        ([*second.keys() - first.keys()], "only the other form has this tensor."),
+    ):
+        for name in sorted(names)[:_MOST_FINDINGS]:
+            yield FORM_TENSOR_MISSING.in_tensor(name, reason)
     for name, tensor in first.items():
         other = second.get(name)
         if other is not None and not same_tensor(tensor, other):
@@ -194,16 +196,12 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
     for field in fields(VeraConfig):
         if field.name in _FORM_FIELDS:
             continue
-        first, second = (
-            _comparable(field.name, getattr(each.config, field.name)) for each in (ours, theirs)
-        )
+        values = [getattr(each.config, field.name) for each in (ours, theirs)]
+        first, second = (_comparable(field.name, value) for value in values)
         if first is not second and first != second:  # NaN is only identical, never equal
-            was, now = (
-                printable(repr(getattr(each.config, field.name))) for each in (ours, theirs)
-            )
-            yield FORM_CONFIG_DIFFERS.in_file(
-                CONFIG_NAME, f"{field.name} is {was} in the adapter, and {now} in the other form."
-            )
+            was, now = (printable(repr(value)) for value in values)
+            reason = f"{field.name} is {was} in the adapter, and {now} in the other form."
+            yield FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, reason)
 
 
 def _comparable(name: str, value: object) -> object:
@@ -235,19 +233,15 @@ class _Side:
         self.projections = options.projections or ProjectionSource.AUTO
         self.variant = options.generator
         self.origin = ""
+        self._recorded = adapter.projections or adapter.fingerprint
         self._here: Pair | None = None
-        self._drawn: dict[Draw, Pair] = {}
-
-    @property
-    def needs_dtype(self) -> bool:
-        """Whether the A and B in use depend on the dtype of the base."""
-        recorded = self.adapter.projections or self.adapter.fingerprint
-        return self.projections is ProjectionSource.KEY or recorded is None
+        self._drawn: Pair | None = None
 
     def here(self, dtype: str) -> Pair:
-        """Return the A and B that vera-convert uses."""
-        if self._here is None or self.needs_dtype:
-            self._require_dims()
+        """Return the A and B that vera-convert uses on a base in this dtype."""
+        needs_dtype = self.projections is ProjectionSource.KEY or self._recorded is None
+        if self._here is None or needs_dtype:
+            self._facts()  # refuses unknown dims
             known = replace(self.known, rounding=rounding_on_base(dtype))
             found = in_effect(
                 self.adapter, known, projections=self.projections, variant=self.variant
@@ -255,42 +249,29 @@ class _Side:
             self.origin, self._here = found.origin, (found.A, found.B)
         return self._here
 
-    def _require_dims(self) -> None:
-        recorded = self.adapter.projections or self.adapter.fingerprint
-        if recorded is None and None in (self.known.in_features, self.known.out_features):
-            raise UsageError(
-                "neither form records the dims of A and B, so neither can be drawn: give --base."
-            )
-
     def in_peft(self, dtype: str) -> Pair:
-        """Return the A and B that PEFT 0.21 uses."""
+        """Return the A and B that PEFT 0.21 uses on a base in this dtype."""
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
             return stored.A.array(), stored.B.array()
-        drawn = self._draw()
-        check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
-        if drawn not in self._drawn:
-            self._drawn[drawn] = drawn.matrices()
+        drawn = default_variant(self.adapter.config, self._facts(), 0, 0)  # the facts have dims
+        if self._recorded is None and self.variant is not None:
+            drawn = replace(drawn, variant=self.variant)
+        if self._drawn is None:
+            check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
+            self._drawn = drawn.matrices()
         rounding = effective_rounding(drawn.variant, rounding_on_base(dtype))
-        A, B = (rounded(matrix, rounding) for matrix in self._drawn[drawn])
+        A, B = (rounded(matrix, rounding) for matrix in self._drawn)
         return A, B
 
-    def _draw(self) -> Draw:
-        known, config = self.known, self.adapter.config
-        recorded = self.adapter.projections or self.adapter.fingerprint
-        if recorded is not None:
-            dims = recorded.in_features, recorded.out_features
-            return default_variant(self.adapter.config, known, *dims)
-        self._require_dims()
-        assert known.in_features is not None  # noqa: S101 -- required above
-        assert known.out_features is not None  # noqa: S101 -- required above
-        return Draw(
-            self.variant or Variant.FLOAT32_FUSED,
-            config.projection_prng_key,
-            config.r,
-            known.in_features,
-            known.out_features,
-        )
+    def _facts(self) -> BaseFacts:
+        """Return the base facts with the dims of A and B."""
+        facts = _with_dims_of(self.known, self.adapter)
+        if None in (facts.in_features, facts.out_features):
+            raise UsageError(
+                "neither form records the dims of A and B, so neither can be drawn: give --base."
+            )
+        return facts
 
 
 def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
