@@ -37,8 +37,7 @@ from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, buil
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.modules import modules_of, share_trained
-from vera_convert.with_torch.runs import Runs, run_base, wrapped_model
-from vera_convert.with_torch.samples import run_model
+from vera_convert.with_torch.runs import Runs, wrapped_model
 from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
 
 
@@ -56,7 +55,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
         UsageError: the models take no text, or two adapters replace the same module.
         SurroundingsError: transformers cannot build or run a model, or a file cannot be read.
     """
-    runs = Runs(tell, job)
+    runs = Runs(job, tell)
     runs.enter(Stage.BUILD)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(folder)) for folder, _ in job.adapters]
@@ -74,8 +73,8 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
         merged = blueprint(job.found, label=str(job.found), like=base.name)
         if labels is not None and labels != merged.config.num_labels:
             merged.config.num_labels = labels  # the number of labels of the adapter's head
-        model = build_model(merged).to(reference.wide)
-        outputs = run_model(model, reference.samples, runs.begin)
+        model = build_model(merged).to(runs.wide)
+        outputs = runs.outputs(model)
         found = verdict(base.name, reference, outputs)
     except UnfitError as error:
         return verdict(base.name, reference, None, f"{error}")
@@ -89,7 +88,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
 
 def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with its adapters, and our own merge before and after rounding."""
-    model, samples, wide, base = run_base(plan, job, runs)
+    model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
@@ -102,15 +101,15 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
         dtype or _dtype_of_module(name, job.wider) or stored or layer.weight.dtype
         for name, layer in layers.items()
     ]
-    vera.to(wide)
-    wrapped = run_model(vera, samples, runs.begin)
+    vera.to(runs.wide)
+    wrapped = runs.outputs(vera)
     runs.enter(Stage.MERGE)
     tied = job.settings.tied
     vera.merge(check=False, tied=tied)
     if tied == Tied.ADD:
         share_trained(vera.model)
-    unrounded = run_model(vera, samples, runs.begin)
-    branches, noise = difference(wrapped, unrounded), order_noise(unrounded, wide)
+    unrounded = runs.outputs(vera)
+    branches, noise = difference(wrapped, unrounded), order_noise(unrounded, runs.wide)
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
     weights = [layer.weight for layer in layers.values()]
     merged = vera.unload()
@@ -118,13 +117,12 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     if dtype is not None:
         _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
     return Reference(
-        samples,
         base,
         unrounded if skips_layers else wrapped,
         unrounded,
-        remerged=run_model(merged, samples, runs.begin),
-        rounding=max([wide, *rounding], key=lambda each: torch.finfo(each).eps),
-        wide=wide,
+        remerged=runs.outputs(merged),
+        rounding=max([runs.wide, *rounding], key=lambda each: torch.finfo(each).eps),
+        wide=runs.wide,
         weights=sum(weight.numel() for weight in weights),
         branches=min(branches, noise),
         # If embedding and head share a change of one of the two, the wrapped model lacks a part.

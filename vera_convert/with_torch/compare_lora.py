@@ -27,13 +27,7 @@ from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, buil
 from vera_convert.with_torch.layer import VeraLinear
 from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import modules_of
-from vera_convert.with_torch.runs import (
-    Runs,
-    loaded_by_peft,
-    run_base,
-    wrapped_model,
-)
-from vera_convert.with_torch.samples import run_model
+from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
 from vera_convert.with_torch.verdict import LORA, Reference, difference, verdict
 
 _FIELDS = (
@@ -56,7 +50,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
         UsageError: the models cannot use the text.
         SurroundingsError: transformers cannot build or run the base, or a file cannot be read.
     """
-    runs = Runs(tell, job)
+    runs = Runs(job, tell)
     runs.enter(Stage.BUILD)
     ((folder, _),) = job.adapters
     with open_adapter(folder) as adapter:
@@ -66,39 +60,37 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
         gc.collect()  # frees the first model even if its parts refer to each other
         runs.enter(Stage.BUILD)
         try:
-            model = _with_lora(build_model(plan).to(reference.wide), lora)
-            outputs = run_model(model, reference.samples, runs.begin)
-            return verdict(plan.name, reference, outputs, words=LORA)
+            model = _with_lora(build_model(plan).to(runs.wide), lora)
+            return verdict(plan.name, reference, runs.outputs(model), words=LORA)
         except UnfitError as error:
             return verdict(plan.name, reference, None, f"{error}", words=LORA)
 
 
 def _reference(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with its adapter, and the base with the LoRA's factors."""
-    model, samples, wide, base = run_base(plan, job, runs)
+    model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
-    vera = wrapped_model(model, job).to(wide)
-    wrapped = run_model(vera, samples, runs.begin)
-    layers = _layers(vera, lora, wide)
+    vera = wrapped_model(model, job).to(runs.wide)
+    wrapped = runs.outputs(vera)
+    layers = _layers(vera, lora, runs.wide)
     for layer, _, _ in layers:
         for b in layer.vera_lambda_b.values():
             b.data.zero_()
     with _branches(layers):
-        applied = run_model(vera, samples, runs.begin)
+        applied = runs.outputs(vera)
     with torch.no_grad():
         for layer, A, B in layers:
             delta = B @ A
             layer.weight.add_(delta.T if layer.conv1d else delta)
-    merged = run_model(vera, samples, runs.begin)
+    merged = runs.outputs(vera)
     dtypes = {to_tensor(each.lora_B.array()).dtype for each in lora.layers.values()}
     return Reference(
-        samples,
         base,
         wrapped,
         applied,
         applied,
         rounding=max(dtypes, key=lambda each: torch.finfo(each).eps),
-        wide=wide,
+        wide=runs.wide,
         weights=sum(layer.weight.numel() for layer, _, _ in layers),
         branches=difference(applied, merged),
         calls_layers=True,

@@ -32,7 +32,7 @@ from vera_convert.verification.model_comparison import ModelJob, QuantizedCompar
 from vera_convert.with_torch.build import Blueprint, UnfitError, as_stored, build_model, guarded
 from vera_convert.with_torch.config_fields import known_fields
 from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
-from vera_convert.with_torch.samples import Outputs, run_model
+from vera_convert.with_torch.samples import Outputs
 from vera_convert.with_torch.verdict import Reference
 
 _SIGMAS = 6.0
@@ -63,14 +63,14 @@ def compare_quantized(
         real = _real(plan, plan.packed, job)
         dtype = next(each.dtype for each in real.parameters() if each.dtype.is_floating_point)
         as_int8 = [path for path, part in real.named_modules() if _rounds_inputs(part)]
-        outputs = run_model(real, reference.samples, runs.begin)
+        outputs = runs.outputs(real)
         del real
         runs.enter(Stage.BUILD)
         vera = wrapped_model(build_model(plan).to(dtype), job)
         for path in as_int8:
             module = vera.model.get_submodule(path)
             getattr(module, "base_layer", module).register_forward_pre_hook(_int8_inputs)
-        coarse = run_model(vera, reference.samples, runs.begin)
+        coarse = runs.outputs(vera)
     except (UnfitError, SurroundingsError) as error:
         return QuantizedComparison(libraries, not_compared=str(error))
     exact = reference.wrapped

@@ -1,4 +1,4 @@
-"""Make, wrap and widen models that are run side by side, and report each run."""
+"""Make, wrap, widen and run models side by side, and report each run."""
 
 from __future__ import annotations
 
@@ -24,52 +24,45 @@ from vera_convert.with_torch.samples import Outputs, Sample, drawn_samples, run_
 
 
 class Runs:
-    """Report the stages, with the number of samples that were run on all models."""
+    """Run the models of a job on the same samples, and report each stage.
 
-    def __init__(self, tell: Tell, job: ModelJob) -> None:
+    Attributes:
+        samples: the samples; empty before the base runs.
+        wide: the dtype that models compute in, to hide no error: float32, or the base's float64.
+    """
+
+    def __init__(self, job: ModelJob, tell: Tell) -> None:
+        self.samples: list[Sample] = []
+        self.wide = torch.float32
+        self._job = job
         self._tell = tell
-        self._models = job.models
         self._done = 0
-        self.samples = 0
 
     def enter(self, stage: Stage) -> None:
-        """Report that a stage begins."""
-        self._tell(stage, self._done, self._models * self.samples)
+        """Report that a stage begins, and the number of samples that were run on all models."""
+        self._tell(stage, self._done, self._job.models * len(self.samples))
 
-    def begin(self, _sample: int) -> None:
-        """Report that a model begins a sample."""
+    def outputs(self, model: nn.Module) -> Outputs:
+        """Run a model on the samples."""
+        return run_model(model, self.samples, self._begin)
+
+    def _begin(self, _sample: int) -> None:
         self.enter(Stage.RUN)
         self._done += 1
 
-
-def run_base(
-    plan: Blueprint, job: ModelJob, runs: Runs
-) -> tuple[nn.Module, list[Sample], torch.dtype, Outputs]:
-    """Build the base and run it: the base, the samples, the dtype of all runs, and the outputs."""
-    model = build_model(plan)
-    samples = _samples_for(model, plan, job, runs)
-    wide = _wide_dtype(model)
-    with _widened(model, wide):
-        outputs = run_model(model, samples, runs.begin)
-    return model, samples, wide, outputs
-
-
-def _samples_for(model: nn.Module, plan: Blueprint, job: ModelJob, runs: Runs) -> list[Sample]:
-    """Return the samples of a job: drawn at random, or made of its lines of text."""
-    runs.enter(Stage.TEXT)
-    with guarded(f"make samples for {plan.name}"):
-        if job.lines is None:
-            samples = drawn_samples(model, job.samples)
-        else:
-            samples = text_samples(model, plan.base.location.fetched, job.lines)
-    runs.samples = len(samples)
-    return samples
-
-
-def _wide_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that models compute in, to hide no error: float32 at least."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    def base(self, plan: Blueprint) -> tuple[nn.Module, Outputs]:
+        """Build the base, make the samples, and run the base."""
+        model = build_model(plan)
+        self.enter(Stage.TEXT)
+        with guarded(f"make samples for {plan.name}"):
+            if self._job.lines is None:
+                self.samples = drawn_samples(model, self._job.samples)
+            else:
+                self.samples = text_samples(model, plan.base.location.fetched, self._job.lines)
+        if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+            self.wide = torch.float64
+        with _widened(model, self.wide):
+            return model, self.outputs(model)
 
 
 @contextmanager

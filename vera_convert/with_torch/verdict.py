@@ -6,14 +6,14 @@ Each limit is computed for this model and these samples, from the outputs of our
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vera_convert.verification.model_comparison import ModelComparison
-from vera_convert.with_torch.samples import Outputs, Sample
+from vera_convert.with_torch.samples import Outputs
 
 _ORDER_NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How much the order of summation can change an output, relative to the largest output.
@@ -34,7 +34,6 @@ class Reference:
     """The outputs that a merged model is compared with.
 
     Attributes:
-        samples: the samples.
         base: the outputs of the base alone.
         wrapped: the outputs of the base with the adapters.
         unrounded: the outputs of our own merge before rounding.
@@ -47,7 +46,6 @@ class Reference:
         wrapped_is_merged: whether `wrapped` holds the outputs of our own merge instead.
     """
 
-    samples: Sequence[Sample]
     base: Outputs
     wrapped: Outputs
     unrounded: Outputs
@@ -109,7 +107,7 @@ def verdict(
     found = ModelComparison(
         model_class=name,
         dtype=str(reference.rounding).removeprefix("torch."),
-        samples=len(reference.samples),
+        samples=len(wrapped.values),
         tokens=wrapped.positions,
         largest_difference=difference(wrapped, merged),
         remerged_difference=difference(reference.remerged, merged),
