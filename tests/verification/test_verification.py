@@ -33,12 +33,11 @@ from vera_convert.formats.verification import verification_text
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.changes import Tied
-from vera_convert.verification import diagnosis, model_comparison, pairs
+from vera_convert.verification import diagnosis, merged, model_comparison, pairs
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.comparator import LIMIT, last_bits
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.other_projections import OtherProjections
 from vera_convert.verification.result import Verification
 from vera_convert.verification.verify import verify
 
@@ -917,7 +916,7 @@ def test_memory_does_not_grow_with_a_tensor(
     monkeypatch.setattr(pairs, "_BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(diagnosis, "_MOST_VALUES", 1 << 13)
     # Drawing A and B again, to try these, takes memory as A and B are large.
-    monkeypatch.setattr(OtherProjections, "explain", lambda _self, _names: {})
+    monkeypatch.setattr(merged, "right_with_other_projections", lambda *_given: {})
     peaks = []
     for rows in (256, 4096):
         folder = tmp_path / str(rows)

@@ -40,37 +40,41 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GivenInputs:
-    """The inputs of a merge as the caller names them.
+class RepeatedMerge:
+    """A merge to compute again: the inputs as the caller names them, and the options.
 
     Attributes:
         adapters: the adapters, in the order of the merge.
         base: the base, and how to read it.
+        settings: the options of the merge.
         provenance: the record of the merge; None without a record.
         access: how the Hub is reached.
     """
 
     adapters: Sequence[AdapterSpec]
     base: BaseOptions
+    settings: MergeSettings
     provenance: Provenance | None
     access: HubAccess
 
+    @property
+    def may_be_wider(self) -> bool:
+        """Whether tensors may have a wider dtype than the base: another program saved the model."""
+        return self.settings.dtype is None and self.provenance is None
+
     @contextmanager
-    def opened(self, settings: MergeSettings) -> Iterator[Merged]:
-        """Open the inputs as a merge with these settings does.
+    def opened(self) -> Iterator[Merged]:
+        """Open the inputs as the merge does.
 
         Raises:
             CheckpointError: the adapters are malformed, or do not fit together or the base.
             UsageError: an adapter changes a tied head, and `tied` is not set.
             SurroundingsError: a file or a repo is missing or cannot be read.
         """
-        options = settings.merge_options
-        with open_inputs(
-            find_adapters(self.adapters, self.access),
-            replace(self.base, dtype=settings.base_dtype, key_map=settings.key_map),
-            options,
-            self.access,
-        ) as opened:
+        options, found = self.settings.merge_options, find_adapters(self.adapters, self.access)
+        dtype, key_map = self.settings.base_dtype, self.settings.key_map
+        base = replace(self.base, dtype=dtype, key_map=key_map)
+        with open_inputs(found, base, options, self.access) as opened:
             adapters, findings = _weighted(opened.adapters, self.adapters, self.provenance)
             inputs = replace(opened, adapters=adapters)
             if self.provenance is not None:

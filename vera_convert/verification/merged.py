@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vera_convert.arguments import Progress
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.targets import refuse_quantized
@@ -19,7 +21,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
-from vera_convert.merging.model_config import config_edits
+from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.rules import (
     BASE_IS_ADAPTER,
     MERGED_IS_ADAPTER,
@@ -30,8 +32,8 @@ from vera_convert.rules import (
     PROVENANCE_MISSING,
     Finding,
 )
-from vera_convert.verification.expected import without_old_head
-from vera_convert.verification.merge_inputs import GivenInputs, Merged, weight_files
+from vera_convert.verification.expected import Expected, without_old_head
+from vera_convert.verification.merge_inputs import Merged, RepeatedMerge, weight_files
 from vera_convert.verification.merge_job import merge_job
 from vera_convert.verification.model_comparison import (
     ModelComparison,
@@ -44,8 +46,8 @@ from vera_convert.verification.model_files import (
     file_findings,
     tie_findings,
 )
-from vera_convert.verification.options import VerifyOptions, require_all_adapters, settle
-from vera_convert.verification.other_projections import OtherProjections
+from vera_convert.verification.options import VerifyOptions, settle
+from vera_convert.verification.other_projections import right_with_other_projections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
 from vera_convert.verification.tensors import MergedTensors, check_tensors
 
@@ -127,93 +129,76 @@ def check_merged(
         SurroundingsError: a file or a repo is missing, unreadable, or changed meanwhile.
     """
     started = time.monotonic()
-    read = _read_merged(merged, access, complete=not options.layers_only)
-    provenance, settings = read.provenance, settle(options, base, read.provenance)
-    if provenance is not None:
-        require_all_adapters(options.add, provenance)
-    given = GivenInputs((adapter, *options.add), base, provenance, access)
-    with given.opened(settings) as source:
-        inputs = source.inputs
-        base_model = inputs.base.model
+    complete = not options.layers_only
+    read = _read_merged(merged, access, complete=complete)
+    settings = settle(options, base, read.provenance)
+    merge = RepeatedMerge((adapter, *options.add), base, settings, read.provenance, access)
+    with merge.opened() as source:
+        inputs, base_model = source.inputs, source.inputs.base.model
         if read.model.prefix and read.model.prefix != base_model.prefix:
             # The adapter's layers select the component of a pipeline.
-            complete, component = not options.layers_only, base_model.prefix
-            read = _read_merged(merged, access, complete=complete, component=component)
+            read = _read_merged(merged, access, complete=complete, component=base_model.prefix)
         if inputs.base.packed is None:
             refuse_quantized(unpacked(base_model), source.changes.replaced)
-        result = _compared(read, source, settings, options, given=given, progress=progress)
+        edits = config_edits(inputs, source.changes)
+        tensors = check_tensors(
+            _expected(read, source, edits),
+            read.model,
+            read.files,
+            jobs=options.jobs,
+            wider_too=merge.may_be_wider,
+            progress=progress,
+            explain=partial(right_with_other_projections, merge, read.model),
+        )
+        findings = dict.fromkeys(_findings(read, source, edits, tensors))
+        for file in read.files.values():
+            file.check_unchanged()
         inputs.check_unchanged()
-        return replace(result, seconds=time.monotonic() - started)
+        folder, adapters = (
+            read.model.location.fetched,
+            tuple(map(MergedAdapter.of, inputs.adapters)),
+        )
+        return MergedCheck(
+            label=read.model.location.label,
+            base=base_model.location.label,
+            is_base=base_model.location.fetched.resolve() == folder.resolve(),
+            adapters=adapters,
+            settings=settings,
+            tensors=tensors,
+            seconds=time.monotonic() - started,
+            run=merge_job(adapters, base_model, folder, settings, tensors)
+            if complete
+            else "--layers-only",
+            findings=tuple(findings),
+        )
 
 
-def _compared(
-    read: _ReadModel,
-    source: Merged,
-    settings: MergeSettings,
-    options: VerifyOptions,
-    *,
-    given: GivenInputs,
-    progress: Progress,
-) -> MergedCheck:
-    """Compare a merged model with its opened inputs."""
-    model, inputs, expected = read.model, source.inputs, source.expected
-    base = inputs.base.model
-    edits = config_edits(inputs, source.changes)
+def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str, Expected]:
     if read.provenance is None and ("architectures",) in edits.members:
-        expected = without_old_head(expected, model)
-    files = weight_files(model)
-    tensors = check_tensors(
-        expected,
-        model,
-        files,
-        jobs=options.jobs,
-        wider_too=settings.dtype is None and not settings.recorded,
-        progress=progress,
-        explain=OtherProjections(given, settings, model).explain,
-    )
+        return without_old_head(source.expected, read.model)
+    return source.expected
+
+
+def _findings(
+    read: _ReadModel, source: Merged, edits: ConfigEdits, tensors: MergedTensors
+) -> Iterator[Finding]:
+    """Yield all findings about a merged model, errors of the weights first."""
+    model, inputs = read.model, source.inputs
     is_copied = read.provenance is not None and not any(
         finding.rule is OTHER_BASE_MERGED for finding in source.findings
     )
-    findings = [
-        *read.findings,
-        *tensors.findings,
-        *tie_findings(model, files, base, source.changes),
-        *config_findings(
-            model,
-            base,
-            edits,
-            [matched.adapter.config.task_type for matched in inputs.adapters],
-            is_copied=is_copied,
-            dequantized=inputs.base.packed is not None,
-        ),
-        *(copied_findings(model, read.names, inputs.side_files) if is_copied else ()),
-        *source.findings,
-        *([] if read.provenance is not None else [_without_provenance(model)]),
-        *inputs.findings,
-        *source.changes.findings,
-        *edits.findings,
-    ]
-    for file in files.values():
-        file.check_unchanged()
-    folder, base_folder = model.location.fetched, base.location.fetched
-    adapters = tuple(map(MergedAdapter.of, inputs.adapters))
-    return MergedCheck(
-        label=model.location.label,
-        base=base.location.label,
-        is_base=base_folder.resolve() == folder.resolve(),
-        adapters=adapters,
-        settings=settings,
-        tensors=tensors,
-        seconds=0.0,
-        run="--layers-only"
-        if options.layers_only
-        else merge_job(adapters, base, folder, settings, tensors),
-        findings=tuple(dict.fromkeys(findings)),
-    )
-
-
-def _without_provenance(model: BaseModel) -> Finding:
-    return PROVENANCE_MISSING.at(model.location.label, f"it has no {PROVENANCE_NAME}.")
+    yield from read.findings
+    yield from tensors.findings
+    yield from tie_findings(model, read.files, inputs.base.model, source.changes)
+    yield from config_findings(model, inputs, edits, is_copied=is_copied)
+    if is_copied:
+        yield from copied_findings(model, read.names, inputs.side_files)
+    yield from source.findings
+    if read.provenance is None:
+        yield PROVENANCE_MISSING.at(model.location.label, f"it has no {PROVENANCE_NAME}.")
+    yield from inputs.findings
+    yield from source.changes.findings
+    yield from edits.findings
 
 
 # --- reading the merged model --------------------------------------------------------------------
@@ -225,12 +210,14 @@ class _ReadModel:
 
     Attributes:
         model: the headers, and the folder of the fetched files.
+        files: the weight files, by name.
         names: all files of the folder.
         provenance: the record of the merge; None without a record.
         findings: files that do not belong to a merged model.
     """
 
     model: BaseModel
+    files: Mapping[str, InputFile]
     names: Collection[str]
     provenance: Provenance | None
     findings: tuple[Finding, ...]
@@ -271,7 +258,7 @@ def _read_merged(
     needed = [name for name in (sides.config, model.index) if name is not None]
     needed += [*model.files, *(sides.copied if complete else ())]
     model = replace(model, location=fetch_base(location, access, names=needed))
-    return _ReadModel(model, names, provenance, findings)
+    return _ReadModel(model, weight_files(model), names, provenance, findings)
 
 
 def _provenance(location: Location, names: Collection[str], access: HubAccess) -> Provenance | None:

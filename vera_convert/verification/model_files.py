@@ -8,7 +8,7 @@ tie       whether head and embedding share a tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -22,6 +22,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.adapter_files import decides_outputs
 from vera_convert.merging.changes import Changes
+from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, label_count
 from vera_convert.rules import (
     ADAPTER_IN_MERGED,
@@ -119,19 +120,18 @@ def copied_findings(
             yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} is missing.")
         elif (folder / name).exists():
             own = InputFile.look(folder / name, within=folder)
-            if not _same_bytes(own, file):
+            if own.size != file.size or not _same_bytes(own, file, (0, 0), own.size):
                 yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} has other bytes.")
 
 
-def _same_bytes(one: InputFile, other: InputFile) -> bool:
-    if one.size != other.size:
-        return False
+def _same_bytes(one: InputFile, other: InputFile, starts: tuple[int, int], size: int) -> bool:
+    """Return whether two files have the same bytes from these offsets on."""
     with one.open() as first, other.open() as second:
-        return all(
-            first.read_at(at, size) == second.read_at(at, size)
-            for at in range(0, one.size, _BLOCK_BYTES)
-            for size in (min(_BLOCK_BYTES, one.size - at),)
-        )
+        for at in range(0, size, _BLOCK_BYTES):
+            length = min(_BLOCK_BYTES, size - at)
+            if first.read_at(starts[0] + at, length) != second.read_at(starts[1] + at, length):
+                return False
+    return True
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -198,13 +198,7 @@ class _Difference:
 
 
 def config_findings(
-    model: BaseModel,
-    base: BaseModel,
-    edits: ConfigEdits,
-    tasks: Iterable[str | None],
-    *,
-    is_copied: bool,
-    dequantized: bool,
+    model: BaseModel, inputs: MergeInputs, edits: ConfigEdits, *, is_copied: bool
 ) -> Iterator[Finding]:
     """Yield how the config of a merged model differs from the base's.
 
@@ -214,12 +208,11 @@ def config_findings(
 
     Args:
         model: the merged model.
-        base: the base.
+        inputs: the base and the adapters of the merge.
         edits: the changes that the adapters require.
-        tasks: PEFT's task types of the adapters.
         is_copied: whether vera-convert wrote the config.
-        dequantized: whether the merge removed the fields of the base's quantizer.
     """
+    base, tasks = inputs.base.model, [each.adapter.config.task_type for each in inputs.adapters]
     place = f"{model.location.label}/config.json"
     if not base.config:
         return
@@ -227,7 +220,7 @@ def config_findings(
         reason = "it is missing or empty, so no loader knows the model of the weights."
         yield MERGED_CONFIG_DIFFERS.at(place, reason)
         return
-    free = _FREE | frozenset(CONFIG_FIELDS if dequantized else ())
+    free = _FREE | frozenset(CONFIG_FIELDS if inputs.base.packed is not None else ())
     expected = edits.of_value(base.config)
     found = [
         each for each in _differences(expected, model.config, free) if each.path not in edits.open
@@ -241,7 +234,7 @@ def config_findings(
         if is_copied
         or (edits.sets_labels and other_labels and each.path[0] in _LABELS)
         or each.decides
-        or _is_of_another_task(each, tuple(tasks))
+        or _is_of_another_task(each, tasks)
     ]
     if wrong:
         yield MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")
@@ -326,9 +319,5 @@ def _differ(model: BaseModel, files: Mapping[str, InputFile], one: str, other: s
     if (first.info.dtype, first.info.nbytes) != (second.info.dtype, second.info.nbytes):
         return True
     starts = [model.files[each.file].data_start + each.info.start for each in (first, second)]
-    with files[first.file].open() as ours, files[second.file].open() as theirs:
-        for at in range(0, first.info.nbytes, _BLOCK_BYTES):
-            size = min(_BLOCK_BYTES, first.info.nbytes - at)
-            if ours.read_at(starts[0] + at, size) != theirs.read_at(starts[1] + at, size):
-                return True
-    return False
+    pair = files[first.file], files[second.file]
+    return not _same_bytes(*pair, (starts[0], starts[1]), first.info.nbytes)

@@ -112,7 +112,13 @@ class VerifyOptions:
 def settle(
     options: VerifyOptions, base: BaseOptions, provenance: Provenance | None
 ) -> MergeSettings:
-    """Return the options of a merge: the given options, else the recorded options."""
+    """Return the options of a merge: the given options, else the recorded options.
+
+    Raises:
+        UsageError: not as many adapters are given as were merged.
+    """
+    if provenance is not None:
+        _require_all_adapters(options.add, provenance)
     options_given: dict[str, Any] = {
         "projections": options.projections,
         "generator": options.generator,
@@ -129,13 +135,7 @@ def settle(
     return replace(recorded, **given, given=frozenset(names))
 
 
-def require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) -> None:
-    """Raise `UsageError` unless as many adapters are given as were merged.
-
-    Args:
-        given: the further adapters.
-        provenance: the record of the merge.
-    """
+def _require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) -> None:
     recorded = provenance.adapters
     if len(given) + 1 < len(recorded):
         names = ", ".join(f"--add {printable(each.name)}" for each in recorded[len(given) + 1 :])

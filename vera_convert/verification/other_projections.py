@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vera_convert.base.model import BaseModel
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import VeraConvertError
-from vera_convert.verification.merge_inputs import GivenInputs, weight_files
+from vera_convert.verification.merge_inputs import RepeatedMerge, weight_files
 from vera_convert.verification.provenance import MergeSettings
 from vera_convert.verification.tensors import check_tensors
 
@@ -25,76 +25,66 @@ _SENTENCES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OtherProjections:
-    """Compare wrong tensors with those of the recorded merge, and of other versions of PEFT.
+def right_with_other_projections(
+    merge: RepeatedMerge, model: BaseModel, names: Sequence[str]
+) -> dict[str, str]:
+    """Return the cause for each wrong tensor that is right with other A and B or options.
 
-    Attributes:
-        given: the inputs of the merge.
-        settings: the options of the merge.
+    Args:
+        merge: the merge.
         model: the merged model.
+        names: the wrong tensors, the worst first.
     """
+    for projections, dtype in _others(merge.settings):
+        settings = replace(merge.settings, projections=projections, base_dtype=dtype)
+        other = replace(merge, settings=settings)
+        # The two worst tensors rule out most of the others.
+        if _right(other, model, names[:2]):
+            sentence = _SENTENCES[projections]
+            if dtype != merge.settings.base_dtype:
+                sentence += f" --base-dtype {dtype}"
+            return dict.fromkeys(_right(other, model, names), f"{sentence}.")
+    return _right_as_recorded(merge, model, names)
 
-    given: GivenInputs
-    settings: MergeSettings
-    model: BaseModel
 
-    def explain(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the cause for each wrong tensor that is right with other options.
+def _right_as_recorded(
+    merge: RepeatedMerge, model: BaseModel, names: Sequence[str]
+) -> dict[str, str]:
+    """Return the cause for each wrong tensor that is right with the options of the record."""
+    if merge.provenance is None or not merge.settings.given:
+        return {}
+    adapters = [replace(each, weight=None) for each in merge.adapters]
+    recorded = replace(merge, adapters=adapters, settings=merge.provenance.settings)
+    options = sorted(f"--{name.replace('_', '-')}" for name in merge.settings.given)
+    sentence = (
+        "It is right with the options that merge-provenance.json records, and wrong with the "
+        f"given {' and '.join(options)}."
+    )
+    return dict.fromkeys(_right(recorded, model, names), sentence)
 
-        Args:
-            names: the wrong tensors, the worst first.
-        """
-        for projections, dtype in self._others():
-            settings = replace(self.settings, projections=projections, base_dtype=dtype)
-            # The two worst tensors rule out most of the others.
-            if self.right(settings, names[:2]):
-                sentence = _SENTENCES[projections]
-                if dtype != self.settings.base_dtype:
-                    sentence += f" --base-dtype {dtype}"
-                return dict.fromkeys(self.right(settings, names), f"{sentence}.")
-        return self._as_recorded(names)
 
-    def _as_recorded(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the cause for each wrong tensor that is right with the options of the record."""
-        provenance = self.given.provenance
-        if provenance is None or not self.settings.given:
-            return {}
-        adapters = [replace(each, weight=None) for each in self.given.adapters]
-        merge = replace(self, given=replace(self.given, adapters=adapters))
-        options = sorted(f"--{name.replace('_', '-')}" for name in self.settings.given)
-        sentence = (
-            "It is right with the options that merge-provenance.json records, and wrong with the "
-            f"given {' and '.join(options)}."
-        )
-        return dict.fromkeys(merge.right(provenance.settings, names), sentence)
+def _others(settings: MergeSettings) -> Iterator[tuple[ProjectionSource, str | None]]:
+    own = settings.base_dtype
+    for projections in (ProjectionSource.KEY, ProjectionSource.FILE):
+        if projections is not settings.projections:
+            yield projections, own
+    for dtype in USUAL_OF_BASES:
+        if dtype != own:
+            yield ProjectionSource.KEY, dtype
 
-    def _others(self) -> Iterator[tuple[ProjectionSource, str | None]]:
-        own = self.settings.base_dtype
-        for projections in (ProjectionSource.KEY, ProjectionSource.FILE):
-            if projections is not self.settings.projections:
-                yield projections, own
-        for dtype in USUAL_OF_BASES:
-            if dtype != own:
-                yield ProjectionSource.KEY, dtype
 
-    def right(self, settings: MergeSettings, names: Sequence[str]) -> list[str]:
-        """Return the tensors that are right with these settings, if the first two are.
-
-        Args:
-            settings: the options of the merge.
-            names: the tensors, the worst first.
-        """
-        try:
-            with self.given.opened(settings) as merged:
-                found = check_tensors(
-                    {name: merged.expected[name] for name in names if name in merged.expected},
-                    self.model,
-                    weight_files(self.model),
-                    wider_too=settings.dtype is None and not settings.recorded,
-                    explain=lambda wrong: dict.fromkeys(wrong, "not with these"),
-                )
-        except VeraConvertError:  # the adapter has no such A and B
-            return []
-        right = {check.name for check in found.checks if check.passed}
-        return [name for name in names if name in right] if right.issuperset(names[:2]) else []
+def _right(merge: RepeatedMerge, model: BaseModel, names: Sequence[str]) -> list[str]:
+    """Return the tensors that are right, if the first two are."""
+    try:
+        with merge.opened() as merged:
+            found = check_tensors(
+                {name: merged.expected[name] for name in names if name in merged.expected},
+                model,
+                weight_files(model),
+                wider_too=merge.may_be_wider,
+                explain=lambda wrong: dict.fromkeys(wrong, "not with these"),
+            )
+    except VeraConvertError:  # the adapter has no such A and B
+        return []
+    right = {check.name for check in found.checks if check.passed}
+    return [name for name in names if name in right] if right.issuperset(names[:2]) else []
