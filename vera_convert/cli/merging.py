@@ -43,7 +43,7 @@ class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoic
         "SIZE",
         "Write shards of at most this size, such as 5GB (default: the base's shards).",
     )
-    check: bool = flag(CHECK, "Check every value, and read the written files back.")
+    check: bool = flag(CHECK, "Read back every byte, not only headers; report on all values.")
     checksums: bool = flag(CHECK, "Record the SHA-256 of every file.")
     resume: bool = flag(
         OUTPUT, "Continue a run that failed; if this run fails, keep the finished shards."

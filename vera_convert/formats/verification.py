@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from vera_convert.formats.shared import origin_text, table
+from vera_convert.base.strategies import AS_THEY_ARE
+from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.expected import Kind
-from vera_convert.verification.forms import FormCheck
+from vera_convert.verification.forms import FormCheck, FormEffect
 from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
 from vera_convert.verification.model_comparison import ModelComparison, QuantizedComparison
@@ -20,129 +20,111 @@ from vera_convert.verification.tensors import MergedTensors, TensorCheck
 _MOST_LISTED = 12
 _MOST_OTHERS = 5
 
-Rows = list[list[str]]
-
 
 def verification_text(result: Verification) -> str:
     """Return a verification's result as text for people."""
-    rows: Rows = []
-    if result.merged is None or result.form is not None or result.lora is not None:
-        rows.append(["adapter", result.adapter])
-    if result.form is not None:
-        rows += _form_rows(result.form)
-    if result.lora is not None:
-        rows += _lora_rows(result.lora)
-    if result.merged is not None:
-        rows += _merged_rows(result.merged)
-    if result.model is not None:
-        rows += _model_rows(result.model, _MERGED_WORDS)
-    elif result.merged is not None:
-        rows.append(["model", _why_not_run(result.merged)])
-    if result.model is not None or result.not_run is not None:
-        rows.append(["total time", f"{result.seconds:.1f} s"])
-    rows.append(["result", _verdict(result)])
-    return "\n".join([table(rows), *_error_lines(result)])
-
-
-def _why_not_run(check: MergedCheck | LoraCheck) -> str:
-    return f"NOT RUN: {check.failure}" if check.failure is not None else f"not run: {check.run}"
+    is_merge_alone = result.form is None and result.lora is None
+    has_run = result.model is not None or result.not_run is not None
+    rows: list[Row] = [
+        ("adapter", None if is_merge_alone else result.adapter),
+        *([] if result.form is None else _form_rows(result.form)),
+        *([] if result.lora is None else _lora_rows(result.lora)),
+        *([] if result.merged is None else _merged_rows(result.merged)),
+        ("total time", f"{result.seconds:.1f} s" if has_run else None),
+        ("result", _verdict(result)),
+    ]
+    return "\n".join([labelled(*rows), *_error_lines(result)])
 
 
 def _verdict(result: Verification) -> str:
     if not result.wrong:
         return "verified" if result.passed else "weights verified; the model was NOT RUN"
-    tensors = len(result.merged.tensors.worst_first) if result.merged is not None else 0
+    tensors = 0 if result.merged is None else len(result.merged.tensors.worst_first)
     others = result.wrong - tensors
     said = [f"{counted(tensors, 'tensor')} differ{'s' if tensors == 1 else ''}"] if tensors else []
     said += [counted(others, "other error" if tensors else "error")] if others else []
     return f"FAILED: {', '.join(said)}"
 
 
-def _form_rows(form: FormCheck) -> Rows:
-    origins = [origin_text(origin) for origin in form.origins]
-    rows = [
-        ["other form", form.label],
-        ["trained", f"{counted(form.tensors, 'tensor')} compared byte for byte"],
-        ["A and B", f"adapter: {origins[0]}; other form: {origins[1]}"],
+def _form_rows(form: FormCheck) -> list[Row]:
+    ours, theirs = map(origin_text, form.origins)
+    return [
+        ("other form", form.label),
+        ("trained", f"{counted(form.tensors, 'tensor')} compared byte for byte"),
+        ("A and B", f"adapter: {ours}; other form: {theirs}"),
+        *((f"  {effect.dtype} base", _effect_text(effect)) for effect in form.effects),
     ]
-    for effect in form.effects:
-        here = "same" if effect.same else f"DIFFERENT: {effect.difference}"
-        in_peft = "same" if effect.same_in_peft else "different"
-        rows.append([f"  {effect.dtype} base", f"{here}; in PEFT 0.21 and later: {in_peft}"])
-    return rows
 
 
-def _lora_rows(check: LoraCheck) -> Rows:
-    right, count = sum(layer.passed for layer in check.layers), len(check.layers)
-    rows = [
-        ["LoRA", check.label],
-        ["  A and B", origin_text(check.origin)],
-        [
-            "  layers",
-            f"{right:,} of {counted(count, 'layer')} have the adapter's delta",
-        ],
+def _effect_text(effect: FormEffect) -> str:
+    in_peft = "if PEFT 0.21 or later loads the two forms"
+    if effect.same:
+        also = "also" if effect.same_in_peft else "but DIFFERENT A and B"
+        return f"same A and B, {also} {in_peft}"
+    also = "the same" if effect.same_in_peft else "also different"
+    return f"DIFFERENT A and B: {effect.difference}; {also} {in_peft}"
+
+
+def _lora_rows(check: LoraCheck) -> list[Row]:
+    worst, layers = check.worst, counted(len(check.layers), "layer")
+    right = sum(layer.passed for layer in check.layers)
+    rows: list[Row] = [
+        ("LoRA", check.label),
+        ("  A and B", origin_text(check.origin)),
+        ("  layers", f"{right:,} of {layers} have the adapter's delta"),
     ]
-    if check.worst is not None:
-        worst = check.worst
+    if worst is not None:
         error = f"{worst.error:.2g} of the delta (limit {worst.limit:.2g})"
-        rows.append(["  largest error", f"{error}, in {printable(worst.module)}"])
-    if check.zeros:
-        rows.append(
-            ["  zeros", f"{counted(check.zeros, 'layer')} of the LoRA alone, without effect"]
-        )
-    if check.trained_whole:
-        compared = f"{counted(check.trained_whole, 'tensor')} compared, byte for byte"
-        rows.append(["  modules_to_save", compared])
-    if check.model is not None:
-        return [*rows, *_model_rows(check.model, _LORA_WORDS)]
-    return [*rows, ["model", _why_not_run(check)]]
+        rows.append(("  largest error", f"{error}, in {printable(worst.module)}"))
+    zeros, whole = counted(check.zeros, "layer"), counted(check.trained_whole, "tensor")
+    return [
+        *rows,
+        ("  zeros", f"{zeros} of the LoRA alone, without effect" if check.zeros else None),
+        ("  modules_to_save", f"{whole} compared byte for byte" if check.trained_whole else None),
+        *_model_rows(check, again="without PEFT", cause="the LoRA's own error"),
+    ]
 
 
 # --- a merged model ------------------------------------------------------------------------------
 
 
-def _merged_rows(check: MergedCheck) -> Rows:
+def _merged_rows(check: MergedCheck) -> list[Row]:
     same = ", THE SAME FOLDER AS THE MERGED MODEL" if check.is_base else ""
-    rows = [["merged", check.label], ["base", check.base + same]]
+    size, jobs = check.tensors.nbytes, check.tensors.jobs
+    rows: list[Row] = [("merged", check.label), ("base", check.base + same)]
     for adapter in check.adapters:
         weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
         layers = f"{counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
-        is_plain = adapter.strategy == "names as they are"
+        is_plain = adapter.strategy == AS_THEY_ARE.name
         rows += [
-            ["adapter", f"{adapter.label}, {layers}"],
-            ["  layer names", "same as in the base" if is_plain else adapter.strategy],
-            ["  A and B", origin_text(adapter.origin)],
+            ("adapter", f"{adapter.label}, {layers}"),
+            ("  layer names", "same as in the base" if is_plain else adapter.strategy),
+            ("  A and B", origin_text(adapter.origin)),
         ]
-    rows.append(["options", _settings_text(check)])
-    rows += _tensor_rows(check.tensors.checks)
-    size, jobs = check.tensors.nbytes, check.tensors.jobs
-    rows.append(["time", f"{check.seconds:.1f} s for {size:,} bytes, {counted(jobs, 'thread')}"])
-    return rows
+    return [
+        *rows,
+        ("options", _settings_text(check)),
+        *_tensor_rows(check.tensors.checks),
+        ("time", f"{check.seconds:.1f} s for {size:,} bytes, {counted(jobs, 'thread')}"),
+        *_model_rows(check, again="re-merged", cause="rounding to {}"),
+    ]
 
 
 def _settings_text(check: MergedCheck) -> str:
     """Return the options of the merge, and the source of each."""
     settings = check.settings
-    values = {
-        "projections": settings.projections if settings.projections != "auto" else None,
+    weights = [f"{adapter.weight:g}" for adapter in check.adapters]
+    shown = {
+        "projections": settings.projections if settings.projections != "auto" else "",
         "generator": settings.generator,
         "base_dtype": settings.base_dtype,
         "dtype": settings.dtype,
         "tied": settings.tied,
+        "key_map": ", ".join(printable(f"{old}={new}") for old, new in settings.key_map),
+        "weight": " and ".join(weights) if "weight" in settings.given or weights != ["1"] else "",
     }
-    said = {
-        name: f"{name.replace('_', ' ')} {value}"
-        for name, value in values.items()
-        if value is not None
-    }
-    if settings.key_map:
-        renames = ", ".join(printable(f"{old}={new}") for old, new in settings.key_map)
-        said["key_map"] = f"key map {renames}"
-    if settings.dequantize:
-        said["dequantize"] = "dequantized"
-    weights = [f"{adapter.weight:g}" for adapter in check.adapters]
-    if "weight" in settings.given or weights != ["1"]:
-        said["weight"] = f"weight {' and '.join(weights)}"
+    said = {name: f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value}
+    said |= {"dequantize": "dequantized"} if settings.dequantize else {}
     given = [text for name, text in said.items() if name in settings.given]
     others = [text for name, text in said.items() if name not in settings.given]
     source = "recorded by the merge" if settings.recorded else "the merge recorded none"
@@ -152,30 +134,42 @@ def _settings_text(check: MergedCheck) -> str:
     return "; ".join(groups)
 
 
-def _tensor_rows(checks: Sequence[TensorCheck]) -> Rows:
-    added = [check for check in checks if check.kind is Kind.ADDED]
-    rows = []
-    if added:
-        values = sum(check.comparison.values for check in added)
-        off = sum(check.comparison.off for check in added)
-        ulps = max(check.comparison.ulps for check in added)
-        excess = max(check.comparison.excess for check in added)
-        rows += [
-            ["with a delta", f"{_verified(added)}, {values:,} values"],
-            ["  rounding", _rounding_text(off, values, ulps)],
-            ["  largest error", f"{excess:.3g} ULP (limit {LIMIT:g}) before rounding"],
-        ]
+def _tensor_rows(checks: Sequence[TensorCheck]) -> Iterator[Row]:
     for kind, words in _IN_WORDS.items():
         alike = [check for check in checks if check.kind is kind]
-        rows += [[words, _verified(alike)]] if alike else []
-    return rows
+        if not alike:
+            continue
+        passed = sum(check.passed for check in alike)
+        verified = f"{passed:,} of {counted(len(alike), 'tensor')} verified"
+        if kind is not Kind.ADDED:
+            yield words, verified
+            continue
+        values = sum(check.comparison.values for check in alike)
+        excess = max(check.comparison.excess for check in alike)
+        yield words, f"{verified}, {values:,} values"
+        yield "  rounding", _rounding_text(alike, values)
+        yield "  largest error", f"{excess:.3g} ULP (limit {LIMIT:g}) before rounding"
 
 
-def _rounding_text(off: int, values: int, ulps: float) -> str:
+_IN_WORDS = {
+    Kind.ADDED: "with a delta",
+    Kind.SAME: "same as base",
+    Kind.CONVERTED: "other dtype",
+    Kind.REPLACED: "modules_to_save",
+    Kind.NEW: "new",
+}
+
+
+def _rounding_text(checks: Sequence[TensorCheck], values: int) -> str:
+    off = sum(check.comparison.off for check in checks)
     if not off:
         return "bit-equal to our own merge"
     share = f"{off / values:.2%}" if off * 10_000 >= values else "less than 0.01%"
+    ulps = max(check.comparison.ulps for check in checks)
     return f"{share} of values differ from our own merge, by up to {ulps:.3g} ULP"
+
+
+# --- errors --------------------------------------------------------------------------------------
 
 
 def _error_lines(result: Verification) -> Iterator[str]:
@@ -195,90 +189,82 @@ def _error_lines(result: Verification) -> Iterator[str]:
 
 def _wrong_lines(tensors: MergedTensors) -> Iterator[str]:
     """Yield a line for each wrong tensor, and a single line for tensors with the same cause."""
-    wrong = tensors.worst_first
     added = sum(check.kind is Kind.ADDED for check in tensors.checks)
-    alike = Counter(check.cause for check in wrong if check.cause)
-    shown, done = 0, set[str]()
-    for check in wrong:
-        count = alike[check.cause]
-        if check.cause in done:
+    groups: dict[str, list[TensorCheck]] = {}
+    for check in tensors.worst_first:
+        groups.setdefault(check.cause or check.name, []).append(check)
+    shown = [*groups.values()]
+    for worst, *others in shown[:_MOST_LISTED]:
+        name, found = printable(worst.name), worst.comparison
+        if others:
+            layers = f"{1 + len(others):,} of {counted(added, 'layer')}"
+            yield f"WRONG {layers}: {worst.cause} The worst is {name}."
             continue
-        if shown == _MOST_LISTED:
-            rest = [each for each in wrong[wrong.index(check) :] if each.cause not in done]
-            yield and_more(len(rest), "tensor").lstrip()
-            return
-        shown += 1
-        if count > 1:
-            done.add(check.cause)
-            said = f"{check.cause} The worst is {printable(check.name)}."
-            yield f"WRONG {count:,} of {counted(added, 'layer')}: {said}"
-            continue
-        found = check.comparison
-        said = f"{found.wrong:,} of {counted(found.values, 'value')} differ. {check.cause}"
-        yield f"WRONG {printable(check.name)}: {said.rstrip()}"
+        said = f"{found.wrong:,} of {counted(found.values, 'value')} differ. {worst.cause}"
+        yield f"WRONG {name}: {said.rstrip()}"
+    rest = sum(map(len, shown[_MOST_LISTED:]))
+    if rest:
+        yield and_more(rest, "tensor").lstrip()
 
 
-_IN_WORDS = {
-    Kind.SAME: "same as base",
-    Kind.CONVERTED: "other dtype",
-    Kind.REPLACED: "modules_to_save",
-    Kind.NEW: "new",
-}
+# --- whole models --------------------------------------------------------------------------------
 
 
-def _verified(checks: Sequence[TensorCheck]) -> str:
-    passed = sum(check.passed for check in checks)
-    return f"{passed:,} of {counted(len(checks), 'tensor')} verified"
+def _model_rows(check: MergedCheck | LoraCheck, *, again: str, cause: str) -> list[Row]:
+    """Return the rows about the run of the models, or the reason why no model was run.
 
-
-_MERGED_WORDS = ("with the adapter", "re-merged", "rounding to {}")
-_LORA_WORDS = ("with the adapter", "without PEFT", "the LoRA's own error")
-"""The names of the two comparisons, and the cause that allows the first to differ."""
-
-
-def _model_rows(model: ModelComparison, words: tuple[str, str, str]) -> Rows:
+    Args:
+        check: the result for the merged model, or for the LoRA.
+        again: the label of the second comparison.
+        cause: the cause that allows the first comparison to differ; ``{}`` stands for the dtype.
+    """
+    model = check.model
+    if model is None:
+        failed = check.failure is not None
+        return [("model", f"NOT RUN: {check.failure}" if failed else f"not run: {check.run}")]
+    doubt = "  failed" if model.conclusive else "  inconclusive"
     ran = f"{counted(model.samples, 'sample')}, {counted(model.tokens, 'position')}"
-    rows = [["model", f"{printable(model.model_class)} in {model.dtype}, {ran}"]]
-    if math.isinf(model.largest_difference):
-        return [*rows, ["  logits", "NaN or infinite: not comparable"], *_reason_row(model)]
+    return [
+        ("model", f"{printable(model.model_class)} in {model.dtype}, {ran}"),
+        *(
+            [("  logits", "NaN or infinite: not comparable")]
+            if math.isinf(model.largest_difference)
+            else _difference_rows(model, again, cause.format(model.dtype))
+        ),
+        (doubt, None if model.passed else model.reason),
+    ]
+
+
+def _difference_rows(model: ModelComparison, again: str, cause: str) -> Iterator[Row]:
+    def difference(value: float, limit: float, cause: str) -> str:
+        return f"largest difference {value:.3g} (limit {limit:.3g}: {cause})"
+
     results = "logits" if model.kl is not None else "hidden states"
-    with_adapter, again, cause = words
-    rounding = f"limit {model.threshold_difference:.3g}: {cause.format(model.dtype)}"
-    order = f"limit {model.threshold_remerged:.3g}: order of summation"
-    rows.append(["  effect", f"adapter changes {results} by up to {model.effect:.3g}"])
-    compared = with_adapter if model.wrapped else "unrounded merge"
-    rows.append([f"  {compared}", _difference_text(model.largest_difference, rounding)])
-    if not model.wrapped:
-        rows.append(["", "the adapter's unmerged result differs from any merge: not compared"])
-    rows.append([f"  {again}", _difference_text(model.remerged_difference, order)])
-    if model.kl is not None and model.threshold_kl is not None:
-        rows.append(["  KL divergence", f"{model.kl:.3g} nats (limit {model.threshold_kl:.3g})"])
-    if model.top1 is not None and model.threshold_top1 is not None:
-        rows.append(["  same top token", f"{model.top1:.2%} (limit {model.threshold_top1:.2%})"])
+    yield "  effect", f"adapter changes {results} by up to {model.effect:.3g}"
+    first = difference(model.largest_difference, model.threshold_difference, cause)
+    if model.wrapped:
+        yield "  with the adapter", first
+    else:
+        why = "the adapter's unmerged result differs from any merge: not compared"
+        yield "  unrounded merge", [first, why]
+    second = difference(model.remerged_difference, model.threshold_remerged, "order of summation")
+    yield f"  {again}", second
+    if model.kl is not None:
+        limit = f"limit {model.threshold_kl:.3g}"
+        yield "  probabilities", f"diverge by {model.kl:.3g} nats of KL divergence ({limit})"
+    if model.top1 is not None:
+        limit = f"limit {model.threshold_top1:.2%}"
+        yield "  most likely", f"same token at {model.top1:.2%} of the positions ({limit})"
     if model.quantized is not None:
-        rows += _quantized_rows(model.quantized)
-    return [*rows, *_reason_row(model)]
+        yield "  quantized base", _quantized_lines(model.quantized)
 
 
-def _quantized_rows(found: QuantizedComparison) -> Rows:
+def _quantized_lines(found: QuantizedComparison) -> list[str]:
     if found.not_compared:
-        said = f"not compared, only the dequantized base was: {printable(found.not_compared)}"
-        return [["  quantized base", said]]
+        reason = printable(found.not_compared)
+        return [f"not compared, only the dequantized base was: {reason}"]
     difference = f"RMS difference {found.difference:.3g}"
     limit = f"limit {found.threshold:.3g}: computing in {found.dtype}"
     effect = f"adapter's effect {found.effect:.3g}"
     hidden = ", which the limit hides" if found.effect <= found.threshold else ""
-    return [
-        ["  quantized base", f"run by {found.libraries}"],
-        ["", f"{difference} ({limit}; {effect}{hidden})"],
-    ]
-
-
-def _difference_text(difference: float, limit: str) -> str:
-    return f"largest difference {difference:.3g} ({limit})"
-
-
-def _reason_row(model: ModelComparison) -> Rows:
-    if model.passed:
-        return []
-    return [["  failed" if model.conclusive else "  inconclusive", model.reason]]
+    return [f"run by {found.libraries}", f"{difference} ({limit}; {effect}{hidden})"]

@@ -53,7 +53,7 @@ class MergeOptions:
         device: where products are computed: ``cpu``, or with the extra torch ``cuda`` or
             ``cuda:N``.
         jobs: threads; None for one thread for each core, at most four.
-        check: check all values, and read every written file again.
+        check: read back every byte, not only sizes and headers, and report on all values.
         checksums: compute the SHA-256 of every file.
         resume: continue a failed run for the same `out`, and keep finished files if this run
             fails.
