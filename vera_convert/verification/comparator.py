@@ -4,7 +4,7 @@
             + LIMIT ULP of the working dtype      the order of summation is free
 
 The first term is the largest error of one correct rounding. The second allows the difference of two
-correct merges: a BLAS or a GPU adds r products in its own order. Each order costs a few ULP of
+correct merges: each BLAS and GPU adds r products in another order. Each order costs a few ULP of
 float32, or of float64 if an operand is in float64, at the scale of the largest value in the sum:
 the weight, the sum, or the product of the norms of the multiplied row and column. For bfloat16 the
 two terms together exceed half a ULP by a few thousandths, so an intermediate rounding shows,
@@ -31,7 +31,7 @@ from vera_convert.verification.expected import Expected
 Array = NDArray[Any]
 
 LIMIT = 16.0
-"""How many ULP of the working dtype a sum may differ by before its rounding.
+"""How many ULP of the working dtype an unrounded sum may differ by.
 
 Measured on matrices of 256 by 2,048 with ranks of 64 to 1,024, one adapter and three, and deltas
 from a ten-thousandth to three times the weights. Exact sums, another BLAS, and one product after
@@ -40,7 +40,7 @@ to 16 bits costs at least 770, however small the delta.
 """
 
 _CHUNK = 1 << 17
-"""How many values are added, rounded and compared at a time; these fit the cache of a core."""
+"""How many values are added, rounded and compared at a time: as many as fit a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Comparison:
 
 
 def compare_bytes(found: Array, wanted: Array, dtype: str, first: int) -> Comparison:
-    """Compare bytes that must be equal.
+    """Compare two blocks of bytes for equality.
 
     Args:
         found: bytes of the merged model, whole values.
@@ -119,7 +119,7 @@ def compare_bytes(found: Array, wanted: Array, dtype: str, first: int) -> Compar
 
 
 def _compare_bits(found: Array, wanted: Array, first: int) -> Comparison:
-    """Compare values that must be equal in every bit."""
+    """Compare all bits of values."""
     differs = _bits(found) != _bits(wanted)
     if not differs.any():
         return Comparison(found.size)
@@ -142,7 +142,7 @@ def _number(values: Array) -> float:
 
 
 def compare_conversion(tensor: Expected, stored: Array, found: Array, first: int) -> Comparison:
-    """Compare rows that only change their dtype: one rounding has one result.
+    """Compare rows of another dtype without a delta: rounding has a single result.
 
     Args:
         tensor: the expected tensor.
@@ -203,7 +203,7 @@ class Comparator:
         """Prepare the operands.
 
         Args:
-            tensor: a tensor that deltas are added to.
+            tensor: a tensor with deltas.
             narrow: a dtype to round the vectors, A and B to; None to use the stored values.
         """
         self.tensor = tensor
@@ -262,7 +262,7 @@ class Comparator:
         """Compare rows of the merged model with the sum of the base's rows and the deltas.
 
         Args:
-            stored: the base's rows, as they are stored.
+            stored: the base's rows, as stored.
             found: the same rows of the merged model.
             first: the number of the first row.
         """
@@ -304,7 +304,7 @@ class Comparator:
     def _compare_off(
         self, off: Sequence[Array], norms: list[Array], places: Array, before: int
     ) -> Comparison:
-        """Compare the values that differ from our own rounded sum.
+        """Compare the values with differences from our own rounded sum.
 
         Args:
             off: the base's values, the sums in the working dtype, the merged model's values, and

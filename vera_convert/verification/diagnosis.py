@@ -1,9 +1,9 @@
-"""Find the cause of a wrong tensor, if its values prove the cause.
+"""Find the cause of a wrong tensor, if the values prove the cause.
 
     rows around the worst value ──► no delta? rounded base? intermediate rounding?
                                     a multiple? transposed? other adapters? another matrix?
 
-A cause is named only if it reproduces the values of the tensor.
+A cause is named only if the cause reproduces the values of the tensor.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vera_convert.verification.roundings import intermediate_rounding
 Array = NDArray[Any]
 
 _LEFT_OVER = 0.02
-"""The share of a change that a cause may leave unexplained, beyond rounding."""
+"""The largest unexplained share of a change, beyond rounding."""
 _CLEAR = 4.0
 """How many times larger than the rounding errors a delta must be to show."""
 _SIGMAS = 5.0
 _ALL = 0.999
-"""The share of values that a cause must explain if it should explain all values."""
+"""The share of values to explain by a cause of all values."""
 _FEW = 8
-"""How many values a tensor needs to prove that it was made from another base."""
+"""How many values of a tensor are needed to prove another base."""
 _MANY_OFF = 0.1
 """The share of values that must differ for a base in a wider dtype, which changes a quarter."""
 _UNLIKE = 0.5
@@ -46,7 +46,7 @@ class _Rows:
 
     Attributes:
         first: the number of the first row.
-        weights: the base's rows, as they are stored.
+        weights: the base's rows, as stored.
         found: the merged model's rows.
         comparator: the comparator of the tensor.
         change: the difference between merged and base, in float64.
@@ -69,11 +69,11 @@ class _Rows:
 
 @np.errstate(over="ignore", invalid="ignore")
 def cause(pair: Pair, comparison: Comparison) -> str:
-    """Return a sentence that names the cause of a tensor's errors; empty if unknown.
+    """Return a sentence about the cause of a tensor's errors; empty if unknown.
 
     Args:
-        pair: a tensor that deltas are added to.
-        comparison: the result of comparing its values.
+        pair: a tensor with deltas.
+        comparison: the result of comparing the values.
     """
     rows = _rows(pair, comparison.worst.index if comparison.worst else 0)
     if not (np.isfinite(rows.found.astype(FLOAT64)).all() and np.isfinite(rows.weights).all()):
@@ -108,7 +108,7 @@ def _rows(pair: Pair, worst: int) -> _Rows:
 
 
 def _of_sizes(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
-    """Return the cause that the size and the direction of the change prove."""
+    """Return the cause by the size and the direction of the change."""
     factor = _explained(rows.change, rows.delta, rows.noise_norm)
     if factor is not None:
         return _multiple(factor, pair, rows, comparison)
@@ -170,7 +170,7 @@ def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) ->
 
 
 def _shown(factor: float, doubt: float) -> str:
-    """Return a factor with its certain digits, but never rounded to 1."""
+    """Return a factor with the certain digits, but never rounded to 1."""
     digits = int(np.clip(-np.floor(np.log10(doubt)) - 2, 2, 6))
     while round(factor, digits) == 1:
         digits += 1
@@ -192,7 +192,7 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
         return ""
     return (
         f"Every value fits a base in a wider dtype than {tensor.stored} that was rounded to this "
-        "base. If the model was merged from such a base, verify against that base."
+        "base. If the model was merged from the wider base, verify against the wider base."
     )
 
 

@@ -1,6 +1,6 @@
 """Compute the expected tensors of a merged model from the inputs and the options alone.
 
-The plan of the merge is not used, so that an error in the plan shows.
+The plan of the merge is not used, so an error in the plan shows.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ class Kind(StrEnum):
     ADDED = "added"
     """Deltas are added."""
     REPLACED = "replaced"
-    """A tensor of an adapter replaces it."""
+    """A tensor of an adapter replaces the tensor."""
     NEW = "new"
-    """An adapter brings it; the base has no such tensor."""
+    """An adapter brings the tensor; the base has none of this name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expected:
-    """One expected tensor of the merged model.
+    """An expected tensor of the merged model.
 
     Attributes:
         name: the name.
         kind: how the merge changes the tensor.
         dtype: the dtype in the merged model, in safetensors' names.
         shape: the shape.
-        source: the file that holds the values to start from.
-        start: the offset of these values in the file, in bytes.
-        stored: the dtype of these values.
+        source: the file with the values to start from.
+        start: the offset of the values in the file, in bytes.
+        stored: the dtype of the values in the file.
         terms: the deltas to add, in this order.
         conv1d: whether the tensor is stored as (in, out).
         decode: computes rows of a packed weight; None for plain values.
@@ -84,12 +84,12 @@ class Expected:
 
     @property
     def is_copied(self) -> bool:
-        """Whether its bytes are copied from its source."""
+        """Whether the bytes are copied from the source."""
         return not self.terms and self.decode is None and self.dtype == self.stored
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Its rows and columns; a tensor of another shape is one column."""
+        """The rows and columns; a tensor of another shape is a single column."""
         if len(self.shape) == 2 or (self.decode is not None and self.shape):
             return math.prod(self.shape[:-1]), self.shape[-1]
         return self.count, 1
@@ -110,7 +110,7 @@ def expected_tensors(
         changes: the changes that the adapters make to the base.
         dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
     """
-    # Quantized tensors keep their dtype.
+    # The dtype of quantized tensors stays.
     base = files.model
     stays = dtype is not None and files.packed is None
     kept = quantized_tensors(base) if stays else frozenset[str]()

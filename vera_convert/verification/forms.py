@@ -1,7 +1,7 @@
 """Compare two forms of one adapter: stripped, embedded or migrated.
 
     trained tensors   the same names, dtypes and bytes
-    config            the same fields, except those that a form changes
+    config            the same fields, except the fields of each form
     A and B           the same values in use: here, and as PEFT loads each form
 
 Each regenerated pair is drawn only once.
@@ -60,7 +60,7 @@ Array = NDArray[Any]
 Pair = tuple[Array, Array]
 
 _FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))
-"""The fields that forms of an adapter may change."""
+"""The fields in which forms of an adapter may differ."""
 _UNORDERED = frozenset(("target_modules", "modules_to_save"))
 _MOST_FINDINGS = 50
 _CHUNK_VALUES = 1 << 18
@@ -88,7 +88,7 @@ class FormCheck:
     """The result of comparing two forms of an adapter.
 
     Attributes:
-        label: the name of the other form, as the caller gave it.
+        label: the caller's name of the other form.
         origins: the source of A and B in each form: ``file``, ``fingerprint`` or ``key``.
         tensors: how many trained tensors were compared.
         effects: the comparison of A and B for each dtype of a base.
@@ -113,9 +113,9 @@ def check_form(
     """Compare another form of an adapter with the adapter.
 
     Args:
-        adapter: the adapter; a known old or damaged form is repaired while it is read.
+        adapter: the adapter; a known old or damaged form is repaired in memory.
         other: the other form, a folder or a repo on the Hub.
-        base: the base, and how to read it.
+        base: the caller's options for the base.
         options: how to verify.
         access: how the Hub is reached.
 
@@ -217,7 +217,7 @@ def _comparable(name: str, value: object) -> object:
 
 
 def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
-    """Return the base facts; dims that are unknown come from the other form."""
+    """Return the base facts; unknown dims come from the other form."""
     recorded = other.projections or other.fingerprint
     if recorded is None or known.in_features is not None:
         return known
@@ -225,7 +225,7 @@ def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
 
 
 class _Side:
-    """One form, and the A and B that it uses."""
+    """A form, with the A and B in use."""
 
     def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
@@ -306,8 +306,8 @@ def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
             return f"A and B are {shapes[0]}, then {shapes[1]}"
         if not needed[0] and first[0].shape[1] != second[0].shape[1]:
             return (
-                f"A and B are {shapes[0]}, then {shapes[1]}; give --base, so that the columns in "
-                "use are known"
+                f"A and B are {shapes[0]}, then {shapes[1]}; give --base, which tells the columns "
+                "in use"
             )
         first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
     for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):

@@ -131,7 +131,7 @@ class LoraCheck:
         return max(self.layers, key=lambda layer: layer.error, default=None)
 
     def with_model(self, model: ModelComparison) -> LoraCheck:
-        """Return the result with that of running the models."""
+        """Return this result, completed by the result of the run."""
         found = [] if model.passed else [LORA_MODEL_DIFFERS.at(self.label, model.reason)]
         findings = found if model.conclusive else []
         return replace(self, model=model, findings=(*self.findings, *findings))

@@ -1,4 +1,4 @@
-"""Open the inputs of a recorded merge again, and compare them with the record."""
+"""Open the inputs of a merge again, and compare the inputs with the record of the merge."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from vera_convert.verification.provenance import MergeSettings, Provenance, Reco
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """The inputs that a merged model must come from.
+    """The opened inputs of a merge.
 
     Attributes:
         inputs: the base, and the adapters with the weights of the merge.
         changes: the changes that the adapters make to the base.
         expected: the expected tensors, by name.
-        findings: the adapters and the base that differ from the record.
+        findings: differences between the record, and the adapters and the base.
     """
 
     inputs: MergeInputs
@@ -41,11 +41,11 @@ class Merged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RepeatedMerge:
-    """A merge to compute again: the inputs as the caller names them, and the options.
+    """A merge to compute again: the named inputs, and the options.
 
     Attributes:
         adapters: the adapters, in the order of the merge.
-        base: the base, and how to read it.
+        base: the caller's options for the base.
         settings: the options of the merge.
         provenance: the record of the merge; None without a record.
         access: how the Hub is reached.
@@ -91,8 +91,7 @@ def _changes(inputs: MergeInputs) -> Changes:
         if any(finding.rule is not HEAD_TIED for finding in error.findings):
             raise
         raise UsageError(
-            f"{error} The merged model does not record how it was merged: give the `--tied` of "
-            "the merge."
+            f"{error} The merged model has no record of the merge: give the `--tied` of the merge."
         ) from error
 
 
@@ -111,10 +110,10 @@ def weight_files(model: BaseModel) -> Mapping[str, InputFile]:
 def _weighted(
     adapters: Sequence[MatchedAdapter], given: Sequence[AdapterSpec], provenance: Provenance | None
 ) -> tuple[tuple[MatchedAdapter, ...], list[Finding]]:
-    """Return the adapters with the weights of the merge, and the adapters that differ.
+    """Return the adapters with the weights of the merge, and findings about other adapters.
 
     Hashes identify an adapter, so the order does not matter. An adapter without a recorded hash
-    takes the weight of the record that is left for its place.
+    takes the weight of the next unused record.
     """
     findings: list[Finding] = []
     records = _records(adapters, provenance)
@@ -133,7 +132,7 @@ def _weighted(
 def _records(
     adapters: Sequence[MatchedAdapter], provenance: Provenance | None
 ) -> list[RecordedAdapter | None]:
-    """Return the record of each adapter, or the record that is left for its place."""
+    """Return the record of each adapter by hash, or else the next unused record."""
     if provenance is None:
         return [None] * len(adapters)
     left = [*provenance.adapters]

@@ -63,7 +63,7 @@ def merge_job(
 def _why_not_quantized(
     method: str, adapters: Sequence[MergedAdapter], settings: MergeSettings
 ) -> str:
-    """Return the reason why a quantized base is not run as it is stored; empty if it is run."""
+    """Return the reason against a run of the stored quantized base; empty without a reason."""
     if method not in _QUANTIZERS:
         return f"the kernels of {printable(method) or 'this method'} are not run"
     missing = missing_packages(method, "peft")

@@ -1,4 +1,4 @@
-"""Compare a merged model with its base and its adapters: tensors, config, and other files."""
+"""Compare a merged model with base and adapters: tensors, config, and other files."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from vera_convert.verification.tensors import MergedTensors, check_tensors
 
 @dataclass(frozen=True, slots=True)
 class MergedCheck:
-    """The result of comparing a merged model with its base and its adapters.
+    """The result of comparing a merged model with base and adapters.
 
     Attributes:
-        label: the name of the model, as the caller gave it.
-        base: the name of the base, with its commit on the Hub.
-        is_base: whether both folders are the same.
+        label: the caller's name of the model.
+        base: the name of the base, with the commit on the Hub.
+        is_base: whether the model lies in the folder of the base.
         adapters: the adapters.
         settings: the options of the merge.
         tensors: the result for the tensors.
@@ -83,13 +83,13 @@ class MergedCheck:
     failure: SurroundingsError | None = None
 
     def with_model(self, model: ModelComparison) -> MergedCheck:
-        """Return the result with that of running the models."""
+        """Return this result, completed by the result of the run."""
         if isinstance(self.run, ModelJob) and self.run.not_quantized:
             reason = self.run.not_quantized
             model = replace(model, quantized=QuantizedComparison(not_compared=reason))
         findings = [*self.findings]
         if not model.passed:
-            # An inconclusive run must not fail weights that are correct and changed.
+            # An inconclusive run must not fail correct, changed weights.
             unclear = MODEL_SHOWS_LITTLE if self.tensors.moved else MODEL_SHOWS_NOTHING
             rule = MODEL_DIFFERS if model.conclusive else unclear
             findings.append(rule.at(self.label, model.reason))
@@ -113,15 +113,15 @@ def check_merged(
     access: HubAccess,
     progress: Progress,
 ) -> MergedCheck:
-    """Compare a merged model with its base and its adapters, tensor by tensor.
+    """Compare a merged model with base and adapters, tensor by tensor.
 
     Args:
         adapter: the first adapter.
         merged: a folder or a repo on the Hub.
-        base: the base, and how to read it.
+        base: the caller's options for the base.
         options: how to verify.
         access: how the Hub is reached.
-        progress: called with the bytes compared so far, and with their total.
+        progress: called with the compared bytes, and with the total.
 
     Raises:
         CheckpointError: a file is malformed, or the arguments do not belong together.
@@ -206,14 +206,14 @@ def _findings(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ReadModel:
-    """A merged model as it was read.
+    """A merged model as read.
 
     Attributes:
         model: the headers, and the folder of the fetched files.
         files: the weight files, by name.
         names: all files of the folder.
         provenance: the record of the merge; None without a record.
-        findings: files that do not belong to a merged model.
+        findings: files foreign to a merged model.
     """
 
     model: BaseModel
@@ -240,12 +240,12 @@ def _of_the_merged_model() -> Iterator[None]:
 def _read_merged(
     merged: str | Path, access: HubAccess, *, complete: bool, component: str = ""
 ) -> _ReadModel:
-    """Fetch a merged model, and read its headers and its provenance.
+    """Fetch a merged model, and read the headers and the provenance.
 
     Args:
         merged: a folder or a repo on the Hub.
         access: how the Hub is reached.
-        complete: fetch the files that are needed to run the model, too.
+        complete: fetch the files for a run of the model, too.
         component: the folder of the component of a pipeline; empty to look in the provenance.
     """
     location = locate(str(merged), kind="base", access=access)

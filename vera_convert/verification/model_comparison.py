@@ -1,4 +1,4 @@
-"""Describe two models to run side by side, and the result of running them. Needs no torch."""
+"""Describe two models to run side by side, and the result of the run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = 8
 
 
 def missing_packages(*names: str) -> str:
-    """Return the packages that are not installed, in words; empty if all are installed."""
+    """Return the missing packages, in words; empty if all are installed."""
     return " and ".join(name for name in names if find_spec(name.replace("-", "_")) is None)
 
 
@@ -37,26 +37,26 @@ class Stage(StrEnum):
 
 
 Tell = Callable[[Stage, int, int], None]
-"""Called when a stage begins, with the samples run so far, over all models, and their total."""
+"""Called when a stage begins, with the samples run on all models so far, and with the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelJob:
-    """A base with its adapters, and the merged model or the LoRA to compare with these.
+    """A base with adapters, and the merged model or the LoRA to compare.
 
     Attributes:
         adapters: the folder and the weight of each adapter, in the order of the merge.
         base: the folder of the base.
         found: the folder of the merged model, or of the LoRA.
-        weights: the bytes of the larger model's weights; the limits of a run grow with these.
+        weights: the bytes of the larger model's weights, which decide the limits of a run.
         samples: how many samples to run at most.
         lines: the lines of text to run; None for token ids, or images, drawn at random.
         settings: the options of the merge.
         is_lora: whether `found` is a LoRA, which PEFT loads on the base.
         wider: for each merged weight that is rounded to a wider dtype than the base's, the dtype in
             safetensors' names, by the name of the tensor.
-        quantizer: the package that runs the base quantized, as it is stored; empty not to run it.
-        not_quantized: why a base that the merge dequantized is not run as it is stored; else empty.
+        quantizer: the package that runs the quantized base as stored; empty for no such run.
+        not_quantized: the reason against a run of the quantized base as stored; else empty.
     """
 
     adapters: tuple[tuple[Path, float], ...]
@@ -79,17 +79,17 @@ class ModelJob:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedComparison:
-    """A merged model compared with its quantized base that has the adapter in PEFT.
+    """A merged model compared with the quantized base, which has the adapter in PEFT.
 
     All differences are root mean squares of differences of logits, or of last hidden states.
 
     Attributes:
-        libraries: the libraries that ran the quantized base, with their versions.
-        dtype: the dtype that the quantized base computes in; empty if it was not run.
+        libraries: the libraries of the run, with versions.
+        dtype: the dtype in which the quantized base computes; empty without a run.
         difference: the difference between the merged model and the quantized base.
-        threshold: the limit: the difference that computing in `dtype` explains.
+        threshold: the limit: the effect of computing in `dtype`.
         effect: the difference between the base alone and the base with the adapter.
-        not_compared: why the quantized base was not run; empty if it was.
+        not_compared: the reason against a run of the quantized base; else empty.
     """
 
     libraries: str = ""
@@ -101,7 +101,7 @@ class QuantizedComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within its limit, or was not measured."""
+        """Whether the difference is within the limit, or was not measured."""
         return bool(self.not_compared) or self.difference <= self.threshold
 
 
@@ -115,7 +115,7 @@ class ModelComparison:
     with the LoRA in PEFT, and "merged again" for the base with the LoRA's factors without PEFT.
 
     Attributes:
-        model_class: the class of transformers that both models are loaded as.
+        model_class: the class of both models in transformers.
         dtype: the dtype that the merged weights are rounded to, as torch calls it. The models
             compute in a wider dtype.
         samples: how many sequences, or images, were run.
@@ -124,7 +124,7 @@ class ModelComparison:
         remerged_difference: the largest difference between the merged model and a model that torch
             merged and rounded again. This shows errors that rounding hides from the number above.
         kl: the largest mean Kullback-Leibler divergence of a sample, in nats.
-        top1: the share of positions at which both give the same token the largest logit.
+        top1: the share of positions with the same token of the largest logit.
         effect: the largest difference between the base alone and the base with the adapters, which
             is the error of a merge without effect.
         threshold_difference: the limit of `largest_difference`.
@@ -135,9 +135,9 @@ class ModelComparison:
             to the embedding as well, or if the model does not call its adapted layers, the wrapped
             base computes something else; then the merged model is compared with our own merge
             before rounding.
-        conclusive: whether a failure shows that the merged model is wrong.
+        conclusive: whether a failure proves the merged model wrong.
         passed: whether the merged model computes the same as the wrapped base.
-        reason: why not; empty if it does.
+        reason: why `passed` is false; else empty.
         quantized: the comparison with the quantized base; None if the merge dequantized no base.
     """
 

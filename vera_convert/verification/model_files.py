@@ -52,7 +52,7 @@ _TAKEN_BY_DIFFUSERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
-"""The weight files in the order in which transformers, and diffusers, look for them."""
+"""The weight files in the order in which transformers, and diffusers, search."""
 
 
 def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -> Iterator[Finding]:
@@ -75,13 +75,13 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     others += [name for name in sides.adapter if config not in names]
     if others:
         yield MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
-    # The stray files that are named above are errors; the others are warnings.
+    # The stray files above are errors; the others are warnings.
     strays = tuple(name for name in model.strays if name not in taken)
     yield from replace(model, strays=strays).findings
 
 
 def _taken_before(names: Collection[str], model: BaseModel) -> list[str]:
-    """Return the files that a loader reads instead of the files that were read here."""
+    """Return the files that a loader reads instead of the files read here."""
     if named_weights(model.config) is not None:
         return []  # the config names the files that were read
     is_diffusers = bool(model.prefix) or "_class_name" in model.config
@@ -104,12 +104,12 @@ def copied_findings(
 ) -> Iterator[Finding]:
     """Yield a finding for each file of other bytes than the merge copies, or without a copy.
 
-    Files that decide no output, such as a license, may differ. Files that were not fetched are
+    Files without effect on outputs, like a license, may differ. Files that were not fetched are
     not compared.
 
     Args:
         model: the merged model.
-        names: all files of its folder.
+        names: all files of the folder.
         wanted: the files that the merge copies, by name.
     """
     folder, place = model.location.fetched, model.location.label
@@ -146,7 +146,7 @@ _FREE = frozenset(
         "transformers_weights",
     ]
 )
-"""Fields that are compared elsewhere, or that do not change the computation."""
+"""Fields without effect on the computation, or compared elsewhere."""
 _DECIDES = re.compile(
     r"model_type|is_(encoder_)?decoder|(hidden_act|activation|act_fn|feed_forward_proj).*"
     r"|.*_(activation|act|act_fn|hidden_act)|(rope|rotary|partial_rotary|alibi|position).*"
@@ -158,7 +158,7 @@ _DECIDES = re.compile(
 """The names of fields that change the computation with the same weights."""
 _LABELS = ("id2label", "label2id", "num_labels")
 _RENAMED = frozenset(("type", "rope_type"))
-"""Fields like these whose values transformers renames when it saves a model."""
+"""Fields whose values transformers renames when transformers saves a model."""
 _HEAD_OF_TASK = {
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
     "SEQ_CLS": ("ForSequenceClassification",),
@@ -171,7 +171,7 @@ _HEAD_OF_TASK = {
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """A field that differs between two configs. The value is None if a config lacks the field."""
+    """A field with different values in two configs; None stands for a missing field."""
 
     path: tuple[str, ...]
     wanted: object
@@ -191,7 +191,7 @@ class _Difference:
 
     @property
     def decides(self) -> bool:
-        """Whether both configs have the field, and its value changes the computation."""
+        """Whether both configs have the field, and the value changes the computation."""
         if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
             return False
         return any(_DECIDES.fullmatch(name) for name in self.path)

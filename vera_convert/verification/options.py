@@ -30,20 +30,20 @@ from vera_convert.verification.provenance import MergeSettings, Provenance
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """How to verify. An option that is None is read from the merged model's provenance.
+    """How to verify. None stands for the value in the merged model's provenance.
 
     Attributes:
         weight: the factor of the first adapter's deltas.
-        add: the further adapters that were merged.
+        add: the further adapters of the merge.
         projections: the source of A and B.
         generator: the variant of the generator, if no fingerprint names the variant.
-        dtype: the dtype that float tensors were converted to, such as ``bfloat16``.
-        tied: how an output head that shares its tensor with the embedding was merged.
+        dtype: the dtype of all float tensors of the merged model, like ``bfloat16``.
+        tied: how an output head that shares a tensor with the embedding was merged.
         dequantize: whether an fp8 base was converted to a 16-bit model.
         layers_only: compare only the weights; no model is run, and torch is not needed.
         samples: how many sequences both models are run on; None for `SAMPLES`.
         text: a UTF-8 file with the text to run; None for random token ids.
-        jobs: how many threads to use; None for one for each core, four at most.
+        jobs: the number of threads; None for the number of cores, four at most.
 
     Example:
         >>> VerifyOptions(samples=2).samples
@@ -89,7 +89,7 @@ class VerifyOptions:
         return SAMPLES if self.samples is None else self.samples
 
     def refuse_unused(self, *, merged: bool, lora: bool) -> None:
-        """Raise `UsageError` for an option of a merged model, or of a run, without one."""
+        """Raise `UsageError` for an option that the given comparisons do not use."""
         of_runs = {
             "--layers-only": self.layers_only or None,
             "--samples": self.samples,

@@ -1,7 +1,7 @@
 """Find out whether another adapter, or a further adapter, was added to a tensor.
 
-A delta is diag(b) B diag(d) A. Its rows are combinations of the rows of A, so a change shows the A
-and then the vectors that it was made with.
+A delta is diag(b) B diag(d) A. The rows are combinations of the rows of A, so a change
+shows the A and then the vectors of the merge.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vera_convert.verification.comparator import Comparator
 Array = NDArray[Any]
 
 _LEFT_OVER = 0.02
-"""The share of a matrix that an explanation may leave unexplained, beyond rounding."""
+"""The largest unexplained share of a matrix, beyond rounding."""
 _STEPS = 50
 _FEWEST_VECTORS = 3
 """The smallest rank at which two vectors cannot explain every combination of the rows of A."""

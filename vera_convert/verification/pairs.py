@@ -26,7 +26,7 @@ _BLOCK_BYTES = 1 << 23
 
 
 class Buffers:
-    """The buffers that one thread reads into. A buffer grows if needed, and never shrinks."""
+    """The read buffers of a thread. A buffer grows if needed, and never shrinks."""
 
     def __init__(self) -> None:
         self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
@@ -40,11 +40,11 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """One tensor of the merged model that has its expected shape.
+    """A tensor of the merged model with the expected shape.
 
     Attributes:
         expected: the expected tensor.
-        file: the file of the merged model that holds the tensor.
+        file: the file of the tensor in the merged model.
         start: the offset of the tensor in the file, in bytes.
         found: the dtype of the tensor in the file. If the dtype is wider than expected, the values
             must be values of the expected dtype.
@@ -88,7 +88,7 @@ class Pair:
         return found, source
 
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
-        """Return rows of the merged tensor and of its source, each in its own dtype."""
+        """Return rows of the merged tensor and of the source, in the stored dtypes."""
         tensor = self.expected
         stored_row, found_row = tensor.row_bytes, self.row_bytes
         count, columns = last - first, tensor.matrix[1]
@@ -108,7 +108,7 @@ class Pair:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Return values in a narrower dtype; a value that does not fit becomes NaN."""
+    """Return values in a narrower dtype; a value without an equal becomes NaN."""
     narrow = values.astype(dtype)
     narrow[narrow.astype(values.dtype) != values] = np.nan
     return narrow
@@ -176,13 +176,13 @@ def pairs_of(
     *,
     wider_too: bool = False,
 ) -> dict[str, Pair]:
-    """Return the tensors that can be compared, by name, in the order of their bytes on the disk.
+    """Return the comparable tensors by name, in the order of the bytes on the disk.
 
     Args:
         expected: the expected tensors, by name.
         merged: the merged model.
-        files: its weight files, by name.
-        wider_too: include tensors that are stored in a wider dtype, and expect that dtype.
+        files: the model's weight files, by name.
+        wider_too: include tensors with a wider dtype, and expect the wider dtype.
     """
     found = []
     for name, tensor in expected.items():

@@ -1,6 +1,6 @@
 """Read the provenance of a merged model, a file from a stranger.
 
-An option is used only if its value has a form that this package writes.
+An option counts only if the value has a form that this package writes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class RecordedAdapter:
-    """One adapter of a recorded merge.
+    """An adapter of a recorded merge.
 
     Attributes:
-        name: the repo of the adapter, or the name of its folder.
+        name: the adapter's repo, or the name of the folder.
         weight: the factor of the adapter's deltas.
         config_sha256: the SHA-256 of the adapter's config.
         header_sha256: the SHA-256 of the header of the adapter's weights.
@@ -54,15 +54,15 @@ class MergeSettings:
     Attributes:
         projections: the source of A and B.
         generator: the variant of the generator, if no fingerprint names the variant.
-        base_dtype: the dtype that the base was loaded in; None for the stored dtype.
+        base_dtype: the dtype of the loaded base; None for the stored dtype.
         key_map: pairs (OLD, NEW) that renamed modules.
-        dtype: the dtype of all float tensors, in torch's names; None if each kept its dtype.
-        tied: how a head that shares its tensor with the embedding was merged.
+        dtype: the dtype of all float tensors, in torch's names; None for the stored dtypes.
+        tied: how a head that shares a tensor with the embedding was merged.
         dequantize: whether an fp8 base was converted to a 16-bit model.
         architecture: the class of the result, if the call of the merge named the class.
         labels: the names of a classifier's labels, if the call of the merge gave names.
-        recorded: whether the options that were not given come from a provenance.
-        given: the names of the options that the caller gave, including ``weight``.
+        recorded: whether the other options come from a provenance.
+        given: the names of the caller's options, including ``weight``.
     """
 
     projections: ProjectionSource = ProjectionSource.AUTO
@@ -79,7 +79,7 @@ class MergeSettings:
 
     @property
     def merge_options(self) -> MergeOptions:
-        """The options for a merge that gives the same model."""
+        """The options of a merge with the same result."""
         return MergeOptions(
             projections=self.projections,
             generator=self.generator,
@@ -96,7 +96,7 @@ class Provenance:
     """The part of a merge's record that determines the merged model.
 
     Attributes:
-        adapters: the adapters, in the order in which their deltas were added.
+        adapters: the adapters, in the order of the merge.
         base_headers: the SHA-256 of the header of each weight file of the base, by name.
         settings: the options.
     """
@@ -110,7 +110,7 @@ def read_provenance(source: ByteSource) -> Provenance:
     """Read the provenance of a merged model.
 
     Raises:
-        CheckpointError: the provenance is malformed, or its format is unknown.
+        CheckpointError: the provenance is malformed, or of an unknown format.
         SurroundingsError: the file cannot be read.
     """
     document, _ = read_json(source, limit=PROVENANCE_LIMIT)
@@ -162,7 +162,7 @@ def _settings(options: _Record) -> MergeSettings:
 
 
 def _member_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return a function that returns one of these names, and raises `ValueError` for others."""
+    """Return a parser of known names; the parser raises `ValueError` for other texts."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -189,7 +189,7 @@ class _Record:
         return f"{self._path}.{key}" if self._path else key
 
     def get(self, key: str, kind: type[Value], otherwise: str) -> Value:
-        """Return the value of a key; a value of another type is refused in these words."""
+        """Return the value of a key; refuse a value of another type in the given words."""
         value = self.fields.get(key)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(f"{self._path_of(key)} is {otherwise}.")
@@ -229,7 +229,7 @@ class _Record:
         return None if self.fields.get(key) is None else self.one_of(key, parse)
 
     def known(self, key: str, parse: Callable[[str], Value], text: str) -> Value:
-        """Return a parsed text; refuse a text that the parser does not know."""
+        """Return a parsed text; refuse an unknown text."""
         try:
             return parse(text)
         except (ValueError, UsageError):

@@ -15,10 +15,10 @@ from vera_convert.verification.model_comparison import ModelComparison
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of comparing a conversion with its adapter.
+    """The result of comparing a conversion with the adapter.
 
     Attributes:
-        adapter: the name of the adapter, as the caller gave it.
+        adapter: the caller's name of the adapter.
         form: the result for another form of the adapter; None if no other form was given.
         merged: the result for a merged model; None if no merged model was given.
         lora: the result for a LoRA; None if no LoRA was given.
@@ -48,7 +48,7 @@ class Verification:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that are errors, the worst first."""
+        """The errors among the findings, the worst first."""
         return tuple(each for each in self.findings if each.severity is Severity.ERROR)
 
     @property

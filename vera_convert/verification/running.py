@@ -2,10 +2,10 @@
 
     job ──► child: config, tokenizer, weights, models ──► result
                 │ reports each stage
-    parent: ends the child at a limit, and removes its temporary files
+    parent: ends the child at a limit, and removes the temporary files
 
-Configs, tokenizers and weights come from strangers. Libraries that read them can use up memory, run
-for hours, or end the process; only the child ends then.
+Configs, tokenizers and weights come from strangers. A library can use up
+memory, run for hours, or end the process; then only the child ends.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Limits:
     """The memory and time of the child: for two builds, two merges, and five runs of each sample.
 
     Attributes:
-        memory: bytes for a model of any size; torch and transformers take half a GiB of these.
+        memory: bytes for a model of any size; torch and transformers take half a GiB.
         memory_per_core: bytes added for each core: libraries reserve memory for each thread.
         memory_factor: bytes added for each byte of the weights. A 16-bit model runs in 32 bits,
             and is briefly in memory twice while it is built: six times the bytes of the weights.
@@ -108,11 +108,11 @@ def run_models(
     progress: Progress = lambda _done, _of: None,
     limits: Limits | None = None,
 ) -> ModelComparison:
-    """Run the base with its adapters and the merged model in a child process, and compare them.
+    """Run the base with adapters and the merged model in a child process, and compare the outputs.
 
     Args:
-        job: the models and how they were merged.
-        progress: called with the samples run so far, over all models, and their total.
+        job: the models, and the options of the merge.
+        progress: called with the samples run on all models so far, and with the total.
         limits: the memory and the time of the child.
 
     Raises:
@@ -130,7 +130,7 @@ def run_models(
 
 @contextmanager
 def _started(scratch: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the child, and end it when the block ends."""
+    """Start the child, and end the child when the block ends."""
     if not sys.executable:
         raise SurroundingsError(f"no Python interpreter was found to run a model. {INSTEAD}")
     kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}

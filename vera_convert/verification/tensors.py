@@ -42,12 +42,12 @@ _MOST_CAUSES = 64
 """For how many wrong tensors, the worst first, a cause is looked for."""
 
 Explain = Callable[[Sequence[str]], Mapping[str, str]]
-"""Takes the names of wrong tensors, the worst first, and returns the causes of some of these."""
+"""Takes the names of wrong tensors, the worst first, and returns known causes by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """The result of comparing one tensor.
+    """The result of comparing a tensor.
 
     Attributes:
         name: the name of the tensor.
@@ -55,7 +55,7 @@ class TensorCheck:
         dtype: the dtype in the merged model, in safetensors' names.
         shape: the shape.
         comparison: the result of comparing the values.
-        cause: a sentence that names the cause of errors; empty if the values prove none.
+        cause: a sentence about the cause of errors; empty if the values prove no cause.
         rounded: the dtype that the values were rounded to, which can be narrower than `dtype`.
     """
 
@@ -125,7 +125,7 @@ class MergedTensors:
 
     @property
     def reported(self) -> list[TensorCheck]:
-        """Return every tensor but those that equal the base's tensor, as they must."""
+        """Return every tensor, except correct tensors that the merge leaves unchanged."""
         return [check for check in self.checks if check.kind is not Kind.SAME or not check.passed]
 
     @property
@@ -151,9 +151,9 @@ def check_tensors(
         expected: the expected tensors, by name.
         merged: the merged model.
         files: the model's weight files, by name.
-        jobs: how many threads to use; None for one for each core, four at most.
+        jobs: the number of threads; None for the number of cores, four at most.
         wider_too: whether a wider dtype than expected is allowed.
-        progress: called with the bytes compared so far, and with their total.
+        progress: called with the compared bytes, and with the total.
         explain: called first for the causes of wrong tensors with deltas.
 
     Raises:
@@ -231,7 +231,7 @@ def _causes(
 def _other_dtypes(
     expected: Mapping[str, Expected], merged: BaseModel, wider: Collection[str]
 ) -> Iterator[Finding]:
-    """Yield one finding for each pair of found and expected dtype."""
+    """Yield a finding for each pair of found and expected dtype."""
     others: dict[tuple[str, str], list[str]] = {}
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
@@ -279,7 +279,7 @@ _COUNTED_BUFFERS = frozenset(("position_ids", "token_type_ids", "relative_positi
 
 
 def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is a buffer that models compute, whether it is stored or not.
+    """Return whether a tensor is a buffer, which models compute even if a file has the buffer.
 
     Args:
         name: the name.
@@ -305,7 +305,7 @@ def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> di
     lock = threading.Lock()
 
     def worker() -> Callable[[Block], None]:
-        """Return a function that compares one block, with the buffers of one thread."""
+        """Return a function that compares a block, with the buffers of a thread."""
         buffers = Buffers()
         comparators: dict[str, Comparator] = {}
 
@@ -333,7 +333,7 @@ def _compared(
     Args:
         block: the block.
         buffers: the buffers to read into.
-        comparators: the comparator of the tensor before, which is replaced by that of this tensor.
+        comparators: the comparator of the current tensor by name; a new tensor replaces the old.
     """
     pair, first, last = block.run[0], block.first, block.last
     tensor = pair.expected

@@ -1,4 +1,4 @@
-"""verify: compare a conversion with the adapter that it was made from.
+"""verify: compare a conversion with the source adapter.
 
     another form ──► tensors, config, A and B in effect
     merged model ──► every tensor, by the formula ──► the whole model, against our own layer
@@ -57,15 +57,15 @@ def verify(
 
     Args:
         adapter: a folder or a repo on the Hub.
-        base: the base, and how to read it; None for the base that the adapter's config names.
+        base: the options for the base; None for the base in the adapter's config.
         other: the adapter after strip, embed or migrate.
-        merged: the model that the adapter was merged into.
-        lora: the LoRA that was made of the adapter.
+        merged: the merged model.
+        lora: the LoRA of the adapter.
         options: how to verify.
         revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
-        progress: called with the bytes of the merged model compared so far, and with their total.
-        runs: called with the samples run so far, over all models, and with their total.
+        progress: called with the compared bytes of the merged model, and with the total.
+        runs: called with the samples run on all models so far, and with the total.
 
     Raises:
         CheckpointError: a file is malformed, or the arguments do not belong together. A difference
