@@ -6,7 +6,7 @@
     model.save_pretrained("adapter")
     model = VeraModel.from_pretrained(base, "adapter")
 
-This folder is the only part of the package that imports torch.
+No other folder of the package imports torch.
 
 May import the ground and every folder but `formats` and `validation`.
 """
@@ -17,7 +17,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import SurroundingsError
 
 LOWEST_TORCH = (2, 4)
-"""The oldest PyTorch that the tests run on."""
+"""The oldest PyTorch of the tests."""
 
 try:
     import torch

@@ -177,7 +177,7 @@ class Adapters(PeftMethods):
             UsageError: the model lacks the adapter, the adapter is merged, or another would become
                 active while something is merged.
         """
-        self.named([adapter])
+        self.require_adapters([adapter])
         has_successor = self.active == (adapter,)
         self.refuse_merged("an adapter is deleted", None if has_successor else adapter)
         trained = any(tensor.requires_grad for tensor in self._trained(adapter).values())
@@ -210,16 +210,16 @@ class Adapters(PeftMethods):
         All other parameters of the model stay frozen or trainable as before.
 
         Args:
-            adapters: names, or one list of names, in the order in which branches are added.
+            adapters: names, or a list of names, in the order of the branches.
             trainable: whether gradients flow to d and b, and to the modules and biases that
                 modules_to_save and bias name.
             inference_mode: PEFT's word for the opposite of `trainable`.
 
         Raises:
-            UsageError: there is no such adapter, an adapter is merged, or two of the adapters
-                replace the same module.
+            UsageError: an adapter is missing or merged, or two of the adapters replace the same
+                module.
         """
-        names = self.named(adapters)
+        names = self.require_adapters(adapters)
         self.refuse_merged("other adapters are made active")
         activate(self.model, names, enabled=self.enabled)
         self.active = names
@@ -252,7 +252,7 @@ class Adapters(PeftMethods):
         self.enabled = on
 
     def let_train(self, adapter: str, trainable: bool) -> None:  # noqa: FBT001
-        """Let gradients flow to all parameters that an adapter trains, or stop the gradients."""
+        """Let gradients flow to all trained parameters of an adapter, or stop the gradients."""
         for tensor in self._trained(adapter).values():
             if isinstance(tensor, nn.Parameter):  # whole modules also have buffers
                 tensor.requires_grad_(trainable)
@@ -281,7 +281,7 @@ class Adapters(PeftMethods):
         self.let_train(adapter, False)  # noqa: FBT003 -- until the adapter is active
 
     def _refill(self, adapter: str, contents: Contents) -> None:
-        """Replace an adapter's values by those of a stored adapter of the same layers and rank."""
+        """Replace an adapter's values by a stored adapter's, of the same layers and rank."""
         self.refuse_merged("other values are loaded", adapter)
         layers = {p: layer for p, layer in self._layers() if adapter in layer.vera_lambda_d}
         if layers.keys() != contents.vectors.keys() or contents.config.r != self.configs[adapter].r:
@@ -317,7 +317,7 @@ class Adapters(PeftMethods):
         return layer
 
     def _check_new(self, adapter: str, config: VeraConfig) -> None:
-        """Refuse an adapter that does not fit the model's other adapters."""
+        """Refuse an adapter that clashes with the model's other adapters."""
         holders = (nn.ParameterDict(), nn.ModuleDict(), self.vera_A)
         if adapter in self.configs:
             raise UsageError(f"this model already has an adapter {adapter}.")
@@ -332,8 +332,8 @@ class Adapters(PeftMethods):
                 "only one adapter of a model can train biases: the model has one of each."
             )
 
-    def named(self, adapters: Iterable[str | Iterable[str]]) -> tuple[str, ...]:
-        """Return the adapters that names, and lists of names, stand for, each once.
+    def require_adapters(self, adapters: Iterable[str | Iterable[str]]) -> tuple[str, ...]:
+        """Return the adapters of the given names, and lists of names, each once.
 
         Raises:
             UsageError: the model lacks one of the adapters.

@@ -21,13 +21,13 @@ _TORCH = {dtype: kind for kind, dtype in _NUMPY.items()}
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor's values as an array; a contiguous CPU tensor shares its memory."""
+    """Return a tensor's values as an array; a contiguous CPU tensor shares the memory."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     array: NDArray[Any] = raw.view(_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
     return array
 
 
 def to_tensor(array: NDArray[Any]) -> Tensor:
-    """Return an array's values as a CPU tensor that shares the array's memory."""
+    """Return an array's values as a CPU tensor in the same memory."""
     raw = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return raw.view(_TORCH[array.dtype]).reshape(array.shape)

@@ -1,4 +1,4 @@
-"""Build models of transformers from a stranger's folder, without running its code or downloading.
+"""Build models of transformers from a stranger's folder; run no foreign code, download nothing.
 
     folder ── our reader ──► config, tensors ──► a class from the Auto classes ──► the model
 
@@ -53,7 +53,7 @@ _COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
 _MOST = 100_000
 """Parts of the names of fields that count something, and the largest count allowed.
 
-Configs make lists of that length when they are read, and models make as many modules.
+Configs make lists of such a length, and models make as many modules.
 """
 _COUNTS_LAYERS = re.compile(
     r"(num|n)_.*(layer|block|stage)s?|.*_layers|(.*_)?depths?|.*layers?_(count|num)|n_layer"
@@ -63,7 +63,7 @@ _MORE_LAYERS = 64
 _MORE_EXPERTS = 1024
 """How many more layers, and experts, than tensors a model can have: experts can share a tensor."""
 _EXTRA_BYTES = 1 << 28
-"""How many bytes a model can need beyond its files, for a new head or tables of positions."""
+"""How many bytes a model can need beyond the files, for a new head or tables of positions."""
 
 
 class UnfitError(SurroundingsError):
@@ -106,10 +106,10 @@ class Blueprint:
 
 @contextmanager
 def guarded(action: str, library: str = "transformers") -> Iterator[None]:
-    """Run a library silently and without network, and raise its failures as our errors.
+    """Run a library silently and without network, and raise failures as our errors.
 
     Args:
-        action: the action, for messages; it completes "transformers cannot ...".
+        action: the action, for messages that begin with "transformers cannot".
         library: the name of the library, for messages.
 
     Raises:
@@ -161,8 +161,8 @@ def blueprint(
         adapters: the adapters to wrap the model with. The class that an adapter was trained on
             takes precedence over the class in the config: the head can differ, and with the head
             the names of the layers.
-        like: the name of the class, if it is known.
-        dequantize: build the 16-bit model that a quantized base stands for.
+        like: the name of the class, if known.
+        dequantize: build the 16-bit model of a quantized base.
 
     Raises:
         CheckpointError: the folder is malformed.
@@ -193,13 +193,12 @@ def blueprint(
         config.num_labels = labels
     if type(config) is not found[name].config_class:
         config = config.get_text_config()  # of a multimodal model, only the text part is built
-    head = _resized_head(adapters, base)
-    rows = _rows(adapters, base) if head is None else len(head)
+    rows, head = _resized(adapters, base)
     return Blueprint(base, found[name], config, rows, relabeled, packed, head)
 
 
 def _config(base: BaseModel) -> Any:  # noqa: ANN401 -- a class of transformers
-    """Return the config as an object of transformers, with the fields of its class only."""
+    """Return the config as an object of transformers, with the fields of the class only."""
     import transformers
 
     kind, place = base.model_type, printable(base.location.label)
@@ -292,7 +291,7 @@ def _listed_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
 
 def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the classes that the adapters were trained on; the config's classes come first.
+    """Yield the classes of the training; the config's classes come first.
 
     The Auto class of a task can list several classes.
     """
@@ -323,23 +322,22 @@ def _labels(adapters: Iterable[Adapter]) -> int | None:
     return None
 
 
-def _rows(adapters: Iterable[Adapter], base: BaseModel) -> int | None:
-    """Return the rows of the vocabulary, if an adapter resizes the vocabulary; else None."""
+def _resized(adapters: Iterable[Adapter], base: BaseModel) -> tuple[int | None, Tensor | None]:
+    """Return the rows of a resized vocabulary, and the weight that PEFT stored for its head.
+
+    PEFT stores a weight only for an adapted head. None stands for a vocabulary of the base's size.
+    """
+    own = (embedding_rows(base),)
+    for adapter in adapters:
+        for module, copy in adapter.base_copies.items():
+            if is_output_head(module) and copy.shape[:1] != own:
+                return copy.shape[0], to_tensor(copy.array())
     for adapter in adapters:
         for tensor in adapter.replacements:
             module = replaced_name(tensor.name).rpartition(".")[0]
-            if is_embedding(module) and tensor.shape[:1] != (embedding_rows(base),):
-                return tensor.shape[0]
-    return None
-
-
-def _resized_head(adapters: Iterable[Adapter], base: BaseModel) -> Tensor | None:
-    """Return the stored weight of an adapted head with a resized vocabulary; None without one."""
-    for adapter in adapters:
-        for module, copy in adapter.base_copies.items():
-            if is_output_head(module) and copy.shape[:1] != (embedding_rows(base),):
-                return to_tensor(copy.array())
-    return None
+            if is_embedding(module) and tensor.shape[:1] != own:
+                return tensor.shape[0], None
+    return None, None
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -392,7 +390,7 @@ def as_stored(dtype: str | torch.dtype = "auto") -> dict[str, str | torch.dtype]
 
 
 def _refuse_too_large(plan: Blueprint) -> None:
-    """Raise `UnfitError` for a config that needs much more memory than the weights."""
+    """Raise `UnfitError` if the config needs much more memory than the weights."""
     with torch.device("meta"):
         model = plan.model(plan.config)
     tensors = (*model.parameters(), *model.buffers())
@@ -403,7 +401,7 @@ def _refuse_too_large(plan: Blueprint) -> None:
 
 
 def _dequantized(base: Unpacked) -> dict[str, Tensor]:
-    """Return the tensors of the 16-bit model that a quantized base stands for."""
+    """Return the tensors of the 16-bit model of a quantized base."""
     folder = base.stored.location.folder
     assert folder is not None  # noqa: S101 -- as `blueprint` made it
     files = {name: InputFile.look(folder / name, within=folder) for name in base.stored.files}

@@ -1,4 +1,4 @@
-"""Run two whole models side by side: a base wrapped with its adapters, and the merged model.
+"""Run two whole models side by side: a base wrapped with adapters, and the merged model.
 
     base ──► run ──► wrap ──► run ──► merge here ──► run ──► round ──► run ─┐
                                                                            ├──► ModelComparison
@@ -67,7 +67,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
         )
         labels = getattr(base.config, "num_labels", None)
     reference = _reference(base, job, runs)
-    gc.collect()  # frees the first model even if its parts refer to each other
+    gc.collect()  # frees the first model even with references in a circle
     runs.enter(Stage.BUILD)
     try:
         merged = blueprint(job.found, label=str(job.found), like=base.name)
@@ -87,7 +87,7 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
 
 
 def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
-    """Run the base, the base with its adapters, and our own merge before and after rounding."""
+    """Run the base, the base with adapters, and our own merge before and after rounding."""
     model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job)
@@ -134,7 +134,7 @@ def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:
     """Return the dtype of the base's stored matrices; None if there are several.
 
-    In memory transformers keeps some layers wider than they are stored and merged.
+    In memory transformers keeps some layers wider than the file and the merge.
     """
     infos = [tensor.info for tensor in plan.base.tensors.values()]
     found = {info.dtype for info in infos if len(info.shape) == 2 and info.dtype in FLOATS}
@@ -163,7 +163,7 @@ def _round_others(model: nn.Module, layers: Iterable[VeraLinear], dtype: torch.d
 
 
 def _round(tensors: Iterable[tuple[Tensor, torch.dtype]]) -> None:
-    """Round the values of tensors to a dtype; the tensors keep their own dtype."""
+    """Round the values of tensors to a dtype, and keep the dtype of the tensors."""
     for tensor, dtype in tensors:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype).to(tensor.dtype)

@@ -39,7 +39,7 @@ _FIELDS = (
 
 
 def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
-    """Compare a base with its adapter, and the same base with a LoRA that PEFT loads.
+    """Compare a base with the adapter, and the same base with the LoRA in PEFT.
 
     Args:
         job: the base, the adapter, and the LoRA's folder.
@@ -57,7 +57,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
         plan = blueprint(job.base, label=str(job.base), adapters=[adapter])
     with open_lora(job.found) as lora:
         reference = _reference(plan, lora, job, runs)
-        gc.collect()  # frees the first model even if its parts refer to each other
+        gc.collect()  # frees the first model even with references in a circle
         runs.enter(Stage.BUILD)
         try:
             model = _with_lora(build_model(plan).to(runs.wide), lora)
@@ -67,7 +67,7 @@ def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
 
 
 def _reference(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
-    """Run the base, the base with its adapter, and the base with the LoRA's factors."""
+    """Run the base, the base with the adapter, and the base with the LoRA's factors."""
     model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
     vera = wrapped_model(model, job).to(runs.wide)
@@ -93,8 +93,6 @@ def _reference(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Re
         wide=runs.wide,
         weights=sum(layer.weight.numel() for layer, _, _ in layers),
         branches=difference(applied, merged),
-        calls_layers=True,
-        wrapped_is_merged=False,
     )
 
 
@@ -112,7 +110,7 @@ def _layers(
 
 @contextmanager
 def _branches(layers: list[tuple[VeraLinear, Tensor, Tensor]]) -> Iterator[None]:
-    """Let layers add the product of the LoRA's factors to their outputs inside the block."""
+    """Let layers add the product of the LoRA's factors to the outputs inside the block."""
 
     def adds(A: Tensor, B: Tensor) -> Any:  # noqa: ANN401 -- a hook
         return lambda _module, inputs, output: output + (inputs[0] @ A.T) @ B.T

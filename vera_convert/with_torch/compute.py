@@ -22,11 +22,11 @@ def on_gpu(name: str) -> Device:
     """Return a GPU as a device of a merge.
 
     Args:
-        name: ``cuda``, or ``cuda:1`` for the second one.
+        name: ``cuda``, or ``cuda:1`` for the second GPU.
 
     Raises:
-        UsageError: the name is not that of a GPU.
-        SurroundingsError: PyTorch has no such GPU.
+        UsageError: the name stands for no GPU.
+        SurroundingsError: PyTorch does not see the GPU.
     """
     try:
         device = torch.device(name)
@@ -59,7 +59,7 @@ def on_device(device: torch.device) -> Device:
 
 
 class _DeviceWorkspace(Workspace):
-    """A workspace that adds on the device; on the CPU it holds the stored blocks."""
+    """A workspace that adds on the device, and holds the stored blocks on the CPU."""
 
     def __init__(self, sizes: BufferSizes, device: torch.device, *, all_rows: bool) -> None:
         super().__init__(BufferSizes(stored=sizes.stored, written=sizes.written), all_rows=all_rows)
@@ -68,7 +68,7 @@ class _DeviceWorkspace(Workspace):
         self._operands: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _prepare(self, tensor: Sum) -> None:
-        """Copy the vectors to the device, and scale the operand that all blocks share."""
+        """Copy the vectors to the device, and scale the shared operand of all blocks."""
         self._prepared, self._operands = None, []
         dtype, width = _torch_dtype(tensor.working), tensor.shape[1]
         for term in tensor.terms:

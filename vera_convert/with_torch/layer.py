@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -41,7 +41,7 @@ def linear_of(module: nn.Module) -> Linear | None:
 
     As in PEFT, the class decides: ``torch.nn.Linear``, the ``Conv1D`` of transformers, the
     quantized layers of `QUANTIZED`, and their subclasses. Another module with the attributes
-    ``in_features`` and ``out_features`` may compute something else, or store its weight transposed.
+    ``in_features`` and ``out_features`` may compute something else, or store a transposed weight.
     """
     if type(module) is NonDynamicallyQuantizableLinear:
         return (
@@ -263,7 +263,7 @@ class VeraLinear(nn.Module):
         )
 
     def delta(self, adapter: str) -> Tensor:
-        """Return D (out, in) of an adapter, in float32, or in float64 if its vectors are."""
+        """Return D (out, in) of an adapter, in float32, or in float64 for float64 vectors."""
         vectors = self.vera_lambda_d[adapter].detach(), self.vera_lambda_b[adapter].detach()
         d, b = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in vectors)
         A, B = self._slices(adapter, d)
@@ -271,18 +271,23 @@ class VeraLinear(nn.Module):
             return (b[:, None] * B) @ (d[:, None] * A)
 
     def merge(self, adapters: tuple[str, ...] | None = None) -> None:
-        """Add the D of each of these adapters to W, in turn; None means the active adapters.
+        """Add the D of the adapters to W, in turn; None means the active adapters.
 
-        Each sum is rounded once, to W's dtype. Adapters that are merged already are left alone.
+        Each sum is rounded once, to W's dtype. An adapter is merged only once.
 
         Raises:
             UsageError: W is quantized.
             SurroundingsError: W is on the meta device.
         """
-        chosen = self.active if adapters is None else adapters
-        chosen = tuple(name for name in chosen if name not in self.merged)
-        self._add_to_weight(self.dense_weight(), chosen)
-        self.merged += chosen
+        adapters = self.unmerged(self.active if adapters is None else adapters)
+        self._add_to_weight(self.dense_weight(), adapters)
+        self.merged += adapters
+
+    def unmerged(self, adapters: Iterable[str]) -> tuple[str, ...]:
+        """Return the adapters that the layer has and that are not merged."""
+        return tuple(
+            name for name in adapters if name in self.vera_lambda_b and name not in self.merged
+        )
 
     def unmerge(self) -> None:
         """Subtract the merged D, the last first. W is restored up to rounding, not bit for bit."""
@@ -291,18 +296,18 @@ class VeraLinear(nn.Module):
         self.merged = ()
 
     def merges_finite(self, adapters: tuple[str, ...] | None = None) -> bool:
-        """Return whether every value of W would be finite after `merge` of these adapters.
+        """Return whether every value of W would be finite after `merge` of the adapters.
 
         A bound on the largest value of the sum nearly always suffices. If the bound is too high,
         the sum is computed in a copy of W.
         """
-        chosen = self.active if adapters is None else adapters
+        adapters = self.unmerged(self.active if adapters is None else adapters)
         weight = self.dense_weight()
         limit = float(torch.finfo(weight.dtype).max) / 2 - _largest(weight)
-        if sum(self._largest_delta(adapter) for adapter in chosen) < limit:  # false for NaN
+        if sum(self._largest_delta(adapter) for adapter in adapters) < limit:  # false for NaN
             return True
         weight = weight.clone()
-        self._add_to_weight(weight, chosen)
+        self._add_to_weight(weight, adapters)
         return bool(weight.isfinite().all())
 
     def _largest_delta(self, adapter: str) -> float:

@@ -59,7 +59,7 @@ class Contents:
     """An adapter that fits a model.
 
     Attributes:
-        config: the config, as it is saved.
+        config: the config to save.
         vectors: d (r,) and b (out,) by the path of the layer, in the model's order.
         A: (r, max_in or more).
         B: (max_out or more, r).
@@ -97,26 +97,26 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
     layers = layers_of(model)
     config = _completed(config, model, layers)
     _check_named(config, model, layers.linear)
-    chosen = adapted(layers, config)
+    targets = adapted(layers, config)
     config = replace(
         config,
         target_modules=_condensed(config, model),
-        fan_in_fan_out=[*chosen.layers.values()][-1].conv1d,
+        fan_in_fan_out=[*targets.layers.values()][-1].conv1d,
     )
-    check_size(config.r, chosen.max_in, chosen.max_out, place=layers.source)
+    check_size(config.r, targets.max_in, targets.max_out, place=layers.source)
     drawn = draw(
         variant,
         key=config.projection_prng_key,
         rank=config.r,
-        in_features=chosen.max_in,
-        out_features=chosen.max_out,
+        in_features=targets.max_in,
+        out_features=targets.max_out,
     )
-    modules = {path: model.get_submodule(path) for path in chosen.layers}
+    modules = {path: model.get_submodule(path) for path in targets.layers}
     rounding = _rounding(modules.values())
     A, B = (to_tensor(rounded(matrix, rounding)) for matrix in drawn)
     vectors = {
         path: _first_vectors(config, dims.out_features, weight_dtype(modules[path]))
-        for path, dims in chosen.layers.items()
+        for path, dims in targets.layers.items()
     }
     return Contents(config, vectors, A, B)
 
@@ -201,11 +201,11 @@ def stored_contents(
 ) -> Contents:
     """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
 
-    Unlike PEFT, refuse an adapter if any of its tensors has no place in the model.
+    Unlike PEFT, refuse an adapter with a tensor that has no place in the model.
 
     Args:
         folder: the folder of the adapter.
-        model: the model to adapt; its layers can be wrapped already.
+        model: the model to adapt; layers can be wrapped already.
         config: a config to use instead of the folder's, which may be missing.
         projections: the source of A and B if file, flag and key disagree.
         variant: the variant of the generator, if A and B are drawn and no fingerprint names it.
@@ -311,7 +311,7 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
 
 
 def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that replace the model's own, by the model's names."""
+    """Return the replacements of the model's own tensors, by the model's names."""
     found: dict[str, Tensor] = {}
     wrong: list[Finding] = []
     copies = {*adapter.base_copies.values()}

@@ -12,7 +12,7 @@ the adapter's name at the end.
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -53,7 +53,7 @@ class VeraModel(Adapters):
 
     Attributes:
         model: the model.
-        configs: the config of each adapter, as it is saved.
+        configs: the config of each adapter, as saved.
         active: the adapters in the forward pass, in the order in which the branches are added.
         enabled: whether the active adapters are switched on.
         findings: warnings and notes for each loaded adapter.
@@ -68,7 +68,7 @@ class VeraModel(Adapters):
         variant: Variant = Variant.FLOAT32_FUSED,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Wrap a model. With a config, add an adapter (see `add_adapter`) and make it active.
+        """Wrap a model. With a config, add an active adapter (see `add_adapter`).
 
         The adapter is trainable unless the config's ``inference_mode`` is true, as in PEFT.
         """
@@ -153,8 +153,8 @@ class VeraModel(Adapters):
 
         Args:
             check: check first that all merged values are finite; otherwise change nothing.
-            tied: how to merge into an adapted head that shares its weight with the embedding.
-            adapters: the adapters to merge instead of the active ones.
+            tied: how to merge into an adapted head that shares a weight with the embedding.
+            adapters: the adapters to merge instead of the active adapters.
 
         Raises:
             CheckpointError: a merged value would not be finite.
@@ -162,36 +162,29 @@ class VeraModel(Adapters):
                 there is no such adapter.
             SurroundingsError: a weight is on the meta device.
         """
-        chosen = self.active if adapters is None else self.named([adapters])
+        merged = self.active if adapters is None else self.require_adapters([adapters])
         tied = None if tied is None else one_of("tied", Tied, tied)
         if not self.enabled:
             raise UsageError("the adapters are switched off: enable the adapters before merging.")
-        merged = {
-            path: (layer, own)
-            for path, layer in self._layers()
-            if (
-                own := tuple(
-                    n for n in chosen if n in layer.vera_lambda_b and n not in layer.merged
-                )
-            )
-        }
-        for layer, _ in merged.values():
+        layers = {path: layer for path, layer in self._layers() if layer.unmerged(merged)}
+        for layer in layers.values():
             layer.dense_weight()
         names = names_of_weights(self.model)
-        shared = [path for path, (layer, _) in merged.items() if len(_names(names, layer)) > 1]
+        names_of = {path: names.get(id(layer.weight), []) for path, layer in layers.items()}
+        shared = [path for path in layers if len(names_of[path]) > 1]
         if shared and tied is None:
             raise UsageError(
-                f"{' and '.join(_names(names, merged[shared[0]][0]))} are one tensor. Choose: "
+                f"{' and '.join(names_of[shared[0]])} are one tensor. Choose: "
                 "Tied.UNTIE gives the layer a new tensor, Tied.ADD changes the shared tensor."
             )
-        for path, (layer, own) in merged.items():
-            if check and not layer.merges_finite(own):
+        for path, layer in layers.items():
+            if check and not layer.merges_finite(merged):
                 reason = "the merged weight would have infinite values or NaN."
                 raise CheckpointError(VALUE_NOT_FINITE.at(printable(path), reason))
         if shared and tied is Tied.UNTIE:
-            untie(self.model, [merged[path][0] for path in shared])
-        for layer, own in merged.values():
-            layer.merge(own)
+            untie(self.model, [layers[path] for path in shared])
+        for layer in layers.values():
+            layer.merge(merged)
 
     def unmerge(self) -> None:
         """Subtract the merged deltas. This restores the weights up to rounding, not bit for bit."""
@@ -241,10 +234,13 @@ class VeraModel(Adapters):
             SurroundingsError: the disk fails, or the model is on the meta device.
         """
         check_pefts_arguments("save_pretrained", of_peft)
-        chosen = self.named([self.configs if selected_adapters is None else selected_adapters])
-        if not chosen:
+        names = self.configs if selected_adapters is None else selected_adapters
+        adapters = {
+            name: (self.configs[name], self.adapter_state_dict(name))
+            for name in self.require_adapters([names])
+        }
+        if not adapters:
             raise UsageError("this model has no adapter to save, or none is selected.")
-        adapters = {name: (self.configs[name], self.adapter_state_dict(name)) for name in chosen}
         for _, tensors in adapters.values():
             for key, tensor in tensors.items():
                 check_has_values(tensor, key)
@@ -260,8 +256,3 @@ class VeraModel(Adapters):
             tensors[A_NAME] = getattr(self.vera_A, adapter)
             tensors[B_NAME] = getattr(self.vera_B, adapter)
         return {key: tensor.detach() for key, tensor in tensors.items()}
-
-
-def _names(names: Mapping[int, list[str]], layer: VeraLinear) -> list[str]:
-    """Return every name of a layer's weight."""
-    return names.get(id(layer.weight), [])

@@ -62,9 +62,9 @@ class TrainedWhole(nn.Module):
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module once, with its path before anything was wrapped.
+    """Yield each module once, with the path in the unwrapped model.
 
-    A wrapped layer is yielded as its wrapper, without the modules inside the wrapper.
+    For a wrapped layer the wrapper is yielded, without the modules inside.
     """
     seen: set[int] = set()
 
@@ -185,7 +185,7 @@ def activate(model: nn.Module, adapters: tuple[str, ...], *, enabled: bool) -> N
 
 
 def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Return all names of each parameter, by its `id`; a tied parameter has several."""
+    """Return all names of each parameter, by `id`; a tied parameter has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name.replace(".base_layer.", "."))
@@ -193,7 +193,7 @@ def names_of_weights(model: nn.Module) -> dict[int, list[str]]:
 
 
 def share_trained(model: nn.Module) -> None:
-    """Give an embedding and its tied output head the values of the one that is trained whole.
+    """Give a tied embedding and output head the values of the module that is trained whole.
 
     No layer of an encoder-decoder reads the copy of `shared`, so a merge leaves the copy out.
     """

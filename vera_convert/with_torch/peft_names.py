@@ -231,7 +231,7 @@ class PeftMethods(nn.Module):
         requires_grad: bool = True,  # noqa: FBT001, FBT002 -- as in PEFT
     ) -> None:
         """Let gradients flow to the parameters of these adapters, or stop the gradients."""
-        for name in self.named([adapter_names]):
+        for name in self.require_adapters([adapter_names]):
             self.let_train(name, requires_grad)
 
     def disable_adapter(self) -> AbstractContextManager[None]:

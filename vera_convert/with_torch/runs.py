@@ -28,7 +28,7 @@ class Runs:
 
     Attributes:
         samples: the samples; empty before the base runs.
-        wide: the dtype that models compute in, to hide no error: float32, or the base's float64.
+        wide: the dtype of all computation, to hide no error: float32, or the base's float64.
     """
 
     def __init__(self, job: ModelJob, tell: Tell) -> None:
@@ -39,7 +39,7 @@ class Runs:
         self._done = 0
 
     def enter(self, stage: Stage) -> None:
-        """Report that a stage begins, and the number of samples that were run on all models."""
+        """Report the beginning of a stage, and the number of runs so far."""
         self._tell(stage, self._done, self._job.models * len(self.samples))
 
     def outputs(self, model: nn.Module) -> Outputs:
@@ -67,7 +67,7 @@ class Runs:
 
 @contextmanager
 def _widened(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
-    """Let a model compute in a wider dtype inside the block, and restore its dtypes afterwards."""
+    """Let a model compute in a wider dtype inside the block, and restore the dtypes afterwards."""
     before = {name: tensor.dtype for name, tensor in _parameters_and_buffers(model)}
     model.to(wide)
     try:

@@ -125,7 +125,7 @@ def text_samples(model: nn.Module, folder: Path, lines: Iterable[str]) -> list[S
 
 @contextmanager
 def _copied_tokenizer(folder: Path) -> Iterator[Path]:
-    """Check a tokenizer's files, and copy them to a temporary folder for transformers.
+    """Check a tokenizer's files, and copy the files to a temporary folder for transformers.
 
     In the original folder, transformers would follow links, and file names in the tokenizer's
     config, to other folders.
@@ -154,7 +154,7 @@ def _copied_tokenizer(folder: Path) -> Iterator[Path]:
 
 
 def _without_files(document: object) -> bytes:
-    """Return a config without the fields that name files or code."""
+    """Return a config without names of files or code."""
     fields = document if isinstance(document, Mapping) else {}
     kept = {
         name: value
@@ -221,7 +221,7 @@ def run_model(
     samples: Sequence[Sample],
     begin: Callable[[int], None] = lambda _place: None,
 ) -> Outputs:
-    """Run a model on each sample, and keep up to `_KEPT_VALUES` values of its outputs.
+    """Run a model on each sample, and keep up to `_KEPT_VALUES` output values.
 
     Args:
         model: the model.

@@ -19,11 +19,11 @@ from vera_convert.publish.publishing import Output, explained, updated_folder
 from vera_convert.with_torch.arrays import to_array
 
 DEFAULT = "default"
-"""The name of the adapter that is saved in the folder itself."""
+"""The name of the adapter in the folder itself."""
 
 
 def config_text(config: VeraConfig) -> bytes:
-    """Return the bytes of ``adapter_config.json`` as PEFT writes them.
+    """Return the bytes of ``adapter_config.json`` as PEFT writes the file.
 
     ``peft_version`` names the PEFT that wrote a file, and is never added to a config.
     """

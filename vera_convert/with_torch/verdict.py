@@ -1,4 +1,4 @@
-"""Decide whether a merged model computes the same as its base with the adapters.
+"""Decide whether a merged model computes the same as the base with the adapters.
 
 Each limit is computed for this model and these samples, from the outputs of our own merge.
 """
@@ -31,18 +31,18 @@ _STRAYS = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """The outputs that a merged model is compared with.
+    """The outputs to compare a merged model with.
 
     Attributes:
         base: the outputs of the base alone.
         wrapped: the outputs of the base with the adapters.
         unrounded: the outputs of our own merge before rounding.
         remerged: the outputs of our own merge after rounding.
-        rounding: the coarsest dtype that an adapted weight was rounded to.
-        wide: the dtype that all models compute in.
+        rounding: the coarsest dtype of a rounded, adapted weight.
+        wide: the dtype of all computation.
         weights: how many adapted weights there are.
         branches: the largest difference between wrapped and merged, unrounded.
-        calls_layers: whether the model calls its adapted layers.
+        calls_layers: whether the model calls the adapted layers.
         wrapped_is_merged: whether `wrapped` holds the outputs of our own merge instead.
     """
 
@@ -54,8 +54,8 @@ class Reference:
     wide: torch.dtype
     weights: int
     branches: float
-    calls_layers: bool
-    wrapped_is_merged: bool
+    calls_layers: bool = True
+    wrapped_is_merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def verdict(
 
 
 def order_noise(outputs: Outputs, wide: torch.dtype) -> float:
-    """Return how much the order of summation alone can change these outputs."""
+    """Return how much the order of summation alone can change the outputs."""
     return _ORDER_NOISE[wide] * (outputs.largest if outputs.are_finite else 0.0)
 
 
