@@ -154,10 +154,8 @@ def check_merged(
         for file in read.files.values():
             file.check_unchanged()
         inputs.check_unchanged()
-        folder, adapters = (
-            read.model.location.fetched,
-            tuple(map(MergedAdapter.of, inputs.adapters)),
-        )
+        folder = read.model.location.fetched
+        adapters = tuple(map(MergedAdapter.of, inputs.adapters))
         return MergedCheck(
             label=read.model.location.label,
             base=base_model.location.label,

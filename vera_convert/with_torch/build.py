@@ -38,17 +38,9 @@ from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
 from vera_convert.with_torch.arrays import to_tensor
+from vera_convert.with_torch.auto_classes import classes_of, trained_on
 from vera_convert.with_torch.config_fields import known_fields
 
-_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""The Auto class for each of PEFT's task types."""
 _COUNTED = ("layer", "depth", "block", "stage", "expert", "label")
 _MOST = 100_000
 """Parts of the names of fields that count something, and the largest count allowed.
@@ -178,8 +170,8 @@ def blueprint(
     if "quantization_config" in base.config and packed is None:
         raise UnfitError(f"{place} is quantized; verify runs no quantized model. {INSTEAD}")
     config = _config(base)
-    found = _classes(config)
-    wanted = [like] if like else [*_trained_on(adapters, base, config), *base.class_names]
+    found = classes_of(config)
+    wanted = [like] if like else [*trained_on(adapters, base, config), *base.class_names]
     name = next((name for name in wanted if name in found), None)
     if name is None:
         listed = ", ".join(printable(str(each)) for each in wanted) or "no class"
@@ -268,46 +260,6 @@ def _code_text(base: BaseModel) -> str:
     if not base.config.get("auto_map"):
         return ""
     return " The model brings its own code, which is never run."
-
-
-def _classes(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the classes that the Auto classes list for a config's type, by name."""
-    from transformers.models.auto import modeling_auto
-
-    found: dict[str, Any] = {}
-    for name in dir(modeling_auto):
-        auto = getattr(modeling_auto, name)
-        if name.startswith("AutoModel") and isinstance(auto, type):
-            found |= {model.__name__: model for model in _listed_by(auto, config)}
-    return found
-
-
-def _listed_by(auto: Any, config: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    mapping = getattr(auto, "_model_mapping", None)
-    if mapping is None or type(config) not in mapping:
-        return ()
-    given = mapping[type(config)]
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
-
-
-def _trained_on(adapters: Iterable[Adapter], base: BaseModel, config: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the classes of the training; the config's classes come first.
-
-    The Auto class of a task can list several classes.
-    """
-    import transformers
-
-    for adapter in adapters:
-        described = adapter.config.auto_mapping or {}
-        if described.get("base_model_class"):
-            yield str(described["base_model_class"])
-        auto = _CLASS_OF_TASK.get(adapter.config.task_type or "")
-        if auto == "AutoModel" and all(f"{name}.weight" in base.tensors for name in adapter.layers):
-            yield from base.class_names  # any class can be trained for features
-        if auto is not None:
-            names = [model.__name__ for model in _listed_by(getattr(transformers, auto), config)]
-            yield from (name for name in base.class_names if name in names)
-            yield from names
 
 
 def _labels(adapters: Iterable[Adapter]) -> int | None:
