@@ -207,7 +207,7 @@ class Comparator:
             narrow: a dtype to round the vectors, A and B to; None to use the stored values.
         """
         self.tensor = tensor
-        self._stored = NUMPY_DTYPE[tensor.stored]
+        self._stored = NUMPY_DTYPE[tensor.source.dtype]
         operands = [dtype for term in tensor.terms for dtype in term.dtypes]
         self.working = working_dtype(self._stored, *([] if narrow is not None else operands))
         self._factors = [self._factor(term, narrow) for term in tensor.terms]

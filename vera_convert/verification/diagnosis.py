@@ -84,7 +84,7 @@ def cause(pair: Pair, comparison: Comparison) -> str:
         pair, rows
     ):
         return (
-            f"The base, in {pair.expected.stored}, was rounded to {pair.expected.dtype} "
+            f"The base, in {pair.expected.source.dtype}, was rounded to {pair.expected.dtype} "
             f"before the delta was added: verify against a base in {pair.expected.dtype}."
         )
     sentence = intermediate_rounding(rows.comparator, rows.weights, rows.found, rows.first)
@@ -182,16 +182,16 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
 
     The wider base differs by at most half a ULP.
     """
-    tensor = pair.expected
-    if tensor.stored not in SIXTEEN_BIT or tensor.decode is not None:
+    stored = pair.expected.source.dtype
+    if stored not in SIXTEEN_BIT or pair.expected.decode is not None:
         return ""
-    base = last_bits(np.abs(rows.weights.astype(FLOAT64)), tensor.stored) / 2
+    base = last_bits(np.abs(rows.weights.astype(FLOAT64)), stored) / 2
     off = np.abs(rows.change - rows.delta)
     fits = np.mean(off <= (rows.noise + base) * (1 + 2**-10)) >= _ALL
     if not fits or comparison.wrong < _MANY_OFF * comparison.values:
         return ""
     return (
-        f"Every value fits a base in a wider dtype than {tensor.stored} that was rounded to this "
+        f"Every value fits a base in a wider dtype than {stored} that was rounded to this "
         "base. If the model was merged from the wider base, verify against the wider base."
     )
 
@@ -199,7 +199,7 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
 def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
     """Return whether the rows are right for a base rounded to the dtype of the merged model."""
     tensor = pair.expected
-    if not is_wider(tensor.stored, tensor.dtype) or tensor.decode is not None:
+    if not is_wider(tensor.source.dtype, tensor.dtype) or tensor.decode is not None:
         return False
     before = rounded(rows.weights, rows.found.dtype)
     compared = rows.comparator.compare(before, rows.found, rows.first)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
-from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import quantized_tensors
-from vera_convert.dtypes import BITS, FLOATS
+from vera_convert.dtypes import FLOATS
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.changes import Changes, Replacement
+from vera_convert.merging.changes import Changes
 
 Array = NDArray[Any]
 
@@ -57,10 +57,7 @@ class Expected:
         name: the name.
         kind: how the merge changes the tensor.
         dtype: the dtype in the merged model, in safetensors' names.
-        shape: the shape.
-        source: the file with the values to start from.
-        start: the offset of the values in the file, in bytes.
-        stored: the dtype of the values in the file.
+        source: the stored values to start from.
         terms: the deltas to add, in this order.
         conv1d: whether the tensor is stored as (in, out).
         decode: computes rows of a packed weight; None for plain values.
@@ -69,35 +66,27 @@ class Expected:
     name: str
     kind: Kind
     dtype: str
-    shape: tuple[int, ...]
-    source: InputFile
-    start: int
-    stored: str
+    source: StoredTensor
     terms: tuple[Term, ...] = ()
     conv1d: bool = False
     decode: Callable[[int, int], Array] | None = None
 
     @property
-    def count(self) -> int:
-        """The number of values."""
-        return math.prod(self.shape)
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.source.shape
 
     @property
     def is_copied(self) -> bool:
         """Whether the bytes are copied from the source."""
-        return not self.terms and self.decode is None and self.dtype == self.stored
+        return not self.terms and self.decode is None and self.dtype == self.source.dtype
 
     @property
     def matrix(self) -> tuple[int, int]:
         """The rows and columns; a tensor of another shape is a single column."""
         if len(self.shape) == 2 or (self.decode is not None and self.shape):
             return math.prod(self.shape[:-1]), self.shape[-1]
-        return self.count, 1
-
-    @property
-    def row_bytes(self) -> int:
-        """The bytes of one row in the source."""
-        return self.matrix[1] * BITS[self.stored] // 8
+        return self.source.count, 1
 
 
 def expected_tensors(
@@ -110,37 +99,25 @@ def expected_tensors(
         changes: the changes that the adapters make to the base.
         dtype: the dtype of all float tensors, in safetensors' names; None keeps each dtype.
     """
-    # The dtype of quantized tensors stays.
     base = files.model
-    stays = dtype is not None and files.packed is None
-    kept = quantized_tensors(base) if stays else frozenset[str]()
-    starts = {**{name: name for name in base.tensors}, **changes.heads}
+    converts = dtype is not None and files.packed is None
+    # The dtype of quantized tensors stays.
+    kept = quantized_tensors(base) if converts else frozenset[str]()
     found = {}
-    for name, stored in starts.items():
-        tensor, replacement = files.tensor(stored), changes.replaced.get(name)
-        written, terms = _written(tensor.dtype, dtype), changes.terms.get(name, ())
+    for name, stored in {**{name: name for name in base.tensors}, **changes.heads}.items():
+        own, replacement = files.tensor(stored), changes.replaced.get(name)
+        written = _written(own.dtype, dtype)
         if replacement is not None:
-            found[name] = _of_adapter(name, replacement, Kind.REPLACED, written, terms)
+            found[name] = _expected(name, Kind.REPLACED, replacement.stored, written, changes)
             continue
-        written = tensor.dtype if stored in kept else written
-        decode = files.decoder(stored)
-        is_same = written == tensor.dtype and decode is None
-        found[name] = Expected(
-            name,
-            Kind.ADDED if terms else Kind.SAME if is_same else Kind.CONVERTED,
-            written,
-            tensor.shape,
-            tensor.file,
-            tensor.start,
-            tensor.dtype,
-            terms,
-            conv1d=name in changes.conv1d,
-            decode=decode,
-        )
+        written = own.dtype if stored in kept else written
+        tensor = _expected(name, Kind.SAME, own, written, changes)
+        tensor = replace(tensor, decode=files.decoder(stored))
+        is_converted = tensor.kind is Kind.SAME and not tensor.is_copied
+        found[name] = replace(tensor, kind=Kind.CONVERTED) if is_converted else tensor
     for name, replacement in changes.new.items():
         written = _written(replacement.stored.dtype, dtype)
-        terms = changes.terms.get(name, ())
-        found[name] = _of_adapter(name, replacement, Kind.NEW, written, terms)
+        found[name] = _expected(name, Kind.NEW, replacement.stored, written, changes)
     return found
 
 
@@ -149,13 +126,13 @@ def _written(stored: str, dtype: str | None) -> str:
     return dtype if dtype is not None and stored in FLOATS else stored
 
 
-def _of_adapter(
-    name: str, replacement: Replacement, kind: Kind, written: str, terms: tuple[Term, ...]
+def _expected(
+    name: str, kind: Kind, source: StoredTensor, written: str, changes: Changes
 ) -> Expected:
-    """Return a tensor that an adapter brings, with the deltas on a resized head."""
-    stored, kind = replacement.stored, Kind.ADDED if terms else kind
-    place = stored.shape, stored.file, stored.start, stored.dtype
-    return Expected(name, kind, written, *place, terms)
+    """Return a tensor that begins with stored values; `kind` is that of a tensor without deltas."""
+    terms = changes.terms.get(name, ())
+    kind = Kind.ADDED if terms else kind
+    return Expected(name, kind, written, source, terms, conv1d=name in changes.conv1d)
 
 
 def without_old_head(expected: Mapping[str, Expected], merged: BaseModel) -> dict[str, Expected]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import BaseModel
 from vera_convert.dtypes import BITS, FLOATS, holds_every_value
 from vera_convert.files.tensorfile import NUMPY_DTYPE
@@ -31,11 +31,21 @@ class Buffers:
     def __init__(self) -> None:
         self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
-    def take(self, number: int, size: int) -> NDArray[np.uint8]:
-        """Return the first `size` bytes of buffer 0 or 1."""
+    def read(self, number: int, tensor: StoredTensor, first: int, size: int) -> NDArray[np.uint8]:
+        """Read bytes of a stored tensor into buffer 0 or 1."""
         if self._held[number].size < size:
             self._held[number] = np.empty(size, np.uint8)
-        return self._held[number][:size]
+        raw = self._held[number][:size]
+        with tensor.file.open() as file:
+            file.read_into(tensor.start + first, raw.data)
+        return raw
+
+    def rows(self, number: int, tensor: StoredTensor, rows: tuple[int, int], columns: int) -> Array:
+        """Read rows of a stored tensor into buffer 0 or 1, and return the rows in their dtype."""
+        first, last = rows
+        size = columns * BITS[tensor.dtype] // 8
+        raw = self.read(number, tensor, first * size, (last - first) * size)
+        return raw.view(NUMPY_DTYPE[tensor.dtype]).reshape(last - first, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,26 +54,24 @@ class Pair:
 
     Attributes:
         expected: the expected tensor.
-        file: the file of the tensor in the merged model.
-        start: the offset of the tensor in the file, in bytes.
-        found: the dtype of the tensor in the file. If the dtype is wider than expected, the values
-            must be values of the expected dtype.
+        found: the stored tensor. If the dtype is wider than expected, the values must be values of
+            the expected dtype.
     """
 
     expected: Expected
-    file: InputFile
-    start: int
-    found: str
+    found: StoredTensor
 
     @property
     def nbytes(self) -> int:
         """The bytes of the tensor in the merged model."""
-        return self.expected.count * BITS[self.found] // 8
+        return self.found.count * BITS[self.found.dtype] // 8
 
     @property
     def row_bytes(self) -> int:
         """The bytes of one row in the merged model; a copied tensor is read byte by byte."""
-        return 1 if self.expected.is_copied else self.expected.matrix[1] * BITS[self.found] // 8
+        return (
+            1 if self.expected.is_copied else self.expected.matrix[1] * BITS[self.found.dtype] // 8
+        )
 
     def continues(self, other: Pair) -> bool:
         """Return whether the copied bytes follow those of another pair, in both files."""
@@ -71,39 +79,26 @@ class Pair:
         return (
             mine.is_copied
             and before.is_copied
-            and self.file is other.file
-            and mine.source is before.source
-            and self.start == other.start + other.nbytes
-            and mine.start == before.start + other.nbytes
+            and self.found.file is other.found.file
+            and mine.source.file is before.source.file
+            and self.found.start == other.found.start + other.nbytes
+            and mine.source.start == before.source.start + other.nbytes
         )
 
     def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
         """Return bytes of a copied tensor, or of a run of these, and of the source."""
-        size = last - first
-        found, source = buffers.take(0, size), buffers.take(1, size)
-        with self.file.open() as file:
-            file.read_into(self.start + first, found.data)
-        with self.expected.source.open() as file:
-            file.read_into(self.expected.start + first, source.data)
-        return found, source
+        found = buffers.read(0, self.found, first, last - first)
+        return found, buffers.read(1, self.expected.source, first, last - first)
 
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
         """Return rows of the merged tensor and of the source, in the stored dtypes."""
-        tensor = self.expected
-        stored_row, found_row = tensor.row_bytes, self.row_bytes
-        count, columns = last - first, tensor.matrix[1]
-        found = buffers.take(0, count * found_row)
-        with self.file.open() as file:
-            file.read_into(self.start + first * found_row, found.data)
-        merged = found.view(NUMPY_DTYPE[self.found]).reshape(count, columns)
-        if self.found != tensor.dtype:
-            merged = _narrowed(merged, NUMPY_DTYPE[tensor.dtype])
+        tensor, columns = self.expected, self.expected.matrix[1]
+        found = buffers.rows(0, self.found, (first, last), columns)
+        if self.found.dtype != tensor.dtype:
+            found = _narrowed(found, NUMPY_DTYPE[tensor.dtype])
         if tensor.decode is not None:
-            return merged, tensor.decode(first, last)
-        source = buffers.take(1, count * stored_row)
-        with tensor.source.open() as file:
-            file.read_into(tensor.start + first * stored_row, source.data)
-        return merged, source.view(NUMPY_DTYPE[tensor.stored]).reshape(count, columns)
+            return found, tensor.decode(first, last)
+        return found, buffers.rows(1, tensor.source, (first, last), columns)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -196,6 +191,7 @@ def pairs_of(
             kind = Kind.CONVERTED if tensor.kind is Kind.SAME else tensor.kind
             due = replace(tensor, dtype=there.info.dtype, kind=kind)
         start = merged.files[there.file].data_start + there.info.start
-        found.append(Pair(due, files[there.file], start, due.dtype))
-    found.sort(key=lambda pair: (str(pair.file.path), pair.start))
+        stored = StoredTensor(files[there.file], start, there.info.dtype, there.info.shape)
+        found.append(Pair(due, stored))
+    found.sort(key=lambda pair: (str(pair.found.file.path), pair.found.start))
     return {pair.expected.name: pair for pair in found}

@@ -171,7 +171,7 @@ def check_tensors(
         TensorCheck(
             name,
             pair.expected.kind,
-            pair.found,
+            pair.found.dtype,
             pair.expected.shape,
             comparisons[name],
             causes.get(name, ""),
