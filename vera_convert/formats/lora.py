@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.lora.conversion import LoraConversion
-from vera_convert.lora.stored import SAMPLED_ROWS
+from vera_convert.lora.stored import SAMPLED_COLUMNS, SAMPLED_ROWS
 from vera_convert.text import and_more, listed, printable, printable_whole
 
 _MOST_LISTED = 12
@@ -58,7 +58,7 @@ def _error(result: LoraConversion) -> str:
         return "none"
     worst = max(result.measured.errors, key=lambda module: result.measured.errors[module])
     where = (
-        f", measured on up to {SAMPLED_ROWS} outputs of each layer"
+        f", measured on up to {SAMPLED_ROWS} outputs and {SAMPLED_COLUMNS} inputs of each layer"
         if not result.plan.reduced
         else ""
     )

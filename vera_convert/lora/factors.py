@@ -69,6 +69,10 @@ class Factors:
         """Return the operands of these outputs alone."""
         return Factors(self.A, self.B[rows], self.d, self.b[rows])
 
+    def inputs(self, columns: slice) -> Factors:
+        """Return the operands of these inputs alone."""
+        return Factors(self.A[:, columns], self.B, self.d, self.b)
+
     def lora_B(self) -> Float64:  # noqa: N802 -- the matrix is called B
         """Return lora_B (out, r) in float64."""
         found = np.empty((self.out_features, self.rank))
@@ -82,12 +86,12 @@ class Factors:
         """Yield the rows and the values of each block of lora_B, in one buffer for all blocks."""
         rows = max(1, values // max(1, self.rank))
         buffer = np.empty((min(rows, self.out_features), self.rank), np.float64)
-        d = self.d.astype(np.float64)
+        b, d = self.b.astype(np.float64), self.d.astype(np.float64)
         for first in range(0, self.out_features, rows):
             place = slice(first, min(first + rows, self.out_features))
             block = buffer[: place.stop - first]
             np.multiply(self.B[place], d, out=block, dtype=np.float64)
-            yield place, np.multiply(block, self.b[place, None], out=block)
+            yield place, np.multiply(block, b[place, None], out=block)
 
 
 # --- balancing for float16 -----------------------------------------------------------------------

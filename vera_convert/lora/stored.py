@@ -28,6 +28,8 @@ Array = NDArray[Any]
 
 SAMPLED_ROWS = 16
 """Outputs of a layer on which the rounding of exact factors is measured."""
+SAMPLED_COLUMNS = 512
+"""Inputs of a layer on which that is measured."""
 _HALF = 0x8000
 _LOW = 0xFFFF
 
@@ -53,7 +55,7 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
     """Return the factors of one layer in the rank and dtype of a plan, and measure their error.
 
     The error compares the stored delta with the adapter's: on every output of an approximated
-    layer, and else on 16 outputs, spread evenly.
+    layer, and else on up to 16 outputs and 512 inputs, spread evenly.
 
     Raises:
         CheckpointError: a value is too large for the dtype.
@@ -80,23 +82,34 @@ def _require_finite(*matrices: Array) -> None:
 
 def _exact(factors: Factors, dtype: str) -> StoredLayer:
     """Return the exact factors, rounded; for float16, each row of rank is balanced."""
-    kind = NUMPY_DTYPE[dtype]
     powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
-    lora_A, lora_B, lost = np.empty(factors.A.shape, kind), _empty_B(factors, factors.rank, kind), 0
-    if factors.A.dtype == kind and not powers.any():
-        lora_A[:] = factors.A
-    else:
-        for row, values in enumerate(factors.A):
-            exact = np.ldexp(values.astype(np.float64), powers[row])
-            lora_A[row] = rounded_once(exact, dtype)
-            lost += _vanished(exact, lora_A[row])
+    lora_A, lost = _exact_A(factors, powers, dtype)
+    lora_B = _empty_B(factors, factors.rank, lora_A.dtype)
     for place, block in factors.lora_B_blocks():
         exact = np.ldexp(block, -powers, out=block) if powers.any() else block
         lora_B[place] = rounded_once(exact, dtype)
+        _require_finite(lora_B[place])  # now, while the block is in the core's cache
         lost += _vanished(exact, lora_B[place])
-    _require_finite(lora_A, lora_B)
-    error = rounding_error(factors, lora_A, lora_B, _sample(factors.b), powers)
+    inputs = slice(None, None, -(-factors.in_features // SAMPLED_COLUMNS))
+    sample = factors.inputs(inputs)
+    error = rounding_error(sample, lora_A[:, inputs], lora_B, _sample(factors.b), powers)
     return StoredLayer(lora_A, lora_B, error, lost / max(1, lora_A.size + lora_B.size))
+
+
+def _exact_A(  # noqa: N802 -- the matrix is called A
+    factors: Factors, powers: NDArray[np.int64], dtype: str
+) -> tuple[Array, int]:
+    """Return lora_A, and how many of its values float16 rounds to 0; A itself is never copied."""
+    kind, lost = NUMPY_DTYPE[dtype], 0
+    if factors.A.dtype == kind and not powers.any():
+        return factors.A, lost
+    lora_A = np.empty(factors.A.shape, kind)
+    for row, values in enumerate(factors.A):
+        exact = np.ldexp(values.astype(np.float64), powers[row])
+        lora_A[row] = rounded_once(exact, dtype)
+        lost += _vanished(exact, lora_A[row])
+    _require_finite(lora_A)
+    return lora_A, lost
 
 
 def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
