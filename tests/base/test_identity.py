@@ -136,6 +136,26 @@ def test_every_command_that_reads_a_base_says_it(stripped: bool, tmp_path: Path)
         assert codes.count("V558") == codes.count("V559") == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "differs"),
+    [
+        ({}, True),
+        ({"num_mel_attn_blocks": 2}, False),
+        ({"num_mel_attn_blocks": 3}, True),
+        ({"vision_config": {"deepstack_visual_indexes": [5, 11]}}, False),
+        ({"vision_config": {"depths": [2, 2, 6]}}, True),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 2}, True),
+    ],
+    ids=str,
+)
+def test_a_stack_as_long_as_a_number_in_the_config_is_complete(
+    fields: dict[str, object], differs: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    config = {**SIZES, "num_hidden_layers": 1, **fields}
+    assert told(adapter, tiny_base(tmp_path / "base", config=config)) == ["V559"] * differs
+
+
 def test_a_config_that_counts_other_stacks_alone_says_nothing(tmp_path: Path) -> None:
     # Funnel counts the layers of its decoder; the encoder's are a list of sizes.
     adapter = good_adapter(tmp_path / "adapter")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
 from vera_convert.adapter.adapter import Adapter
@@ -30,18 +30,21 @@ _TUNED = frozenset(("finetune", "merge"))
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
 
 
-def disagreements(adapter: Adapter, base: BaseModel, built: BuiltLayers) -> Iterator[Finding]:
+def disagreements(
+    adapter: Adapter, base: BaseModel, built: BuiltLayers, modules: Iterable[str]
+) -> Iterator[Finding]:
     """Warn if the adapter's config names another base, and if the base's config fits other weights.
 
     Args:
         adapter: the adapter.
         base: the base, which has the adapter's layers.
         built: which layers the base's config says are built.
+        modules: module paths of the base's layers, as the adapter's model names them.
     """
     other = [*_another_name(adapter.config, base), *_another_class(adapter.config, base)]
     if other:
         yield OTHER_BASE.at(base.location.label, f"{'; '.join(other)}.")
-    sizes = [*_other_sizes(base), *_too_few_layers(built)]
+    sizes = [*_other_sizes(base), *_too_few_layers(built, modules)]
     if sizes:
         yield BASE_MISDESCRIBED.at(base.location.label, f"{'; '.join(sizes)}.")
 
@@ -150,8 +153,8 @@ def _embeddings(base: BaseModel) -> Iterator[tuple[str, int, int]]:
             yield name, *shape
 
 
-def _too_few_layers(built: BuiltLayers) -> Iterator[str]:
-    beyond = built.beyond()
+def _too_few_layers(built: BuiltLayers, modules: Iterable[str]) -> Iterator[str]:
+    beyond = built.beyond(modules)
     if beyond is not None:
         stack, last, count = beyond
         yield (

@@ -249,7 +249,7 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
         modules=frozenset(tensors),
         findings=(
             *base.findings,
-            *disagreements(adapter, view, built),
+            *disagreements(adapter, view, built, tensors.keys() | own.keys()),
             *dims.findings,
             *unclear,
             *lost_biases(adapter, match, view),

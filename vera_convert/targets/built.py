@@ -22,6 +22,8 @@ _COUNT = re.compile(
     r"|(?:num_|num_local_|n_routed_)(?P<experts>experts)"
 )
 """Fields of a config that give the number of layers or experts."""
+_OTHER_NUMBER = re.compile(r"(?:.*_)?(?:attention|key_value)_heads|n_heads?|.*_id")
+"""Fields of a config with numbers that are never a number of layers."""
 _MOST_DEPTH = 4
 _MOST_PARTS = 200
 _NOT_LOADED = re.compile(r"mtp(_.*)?")
@@ -77,14 +79,31 @@ class BuiltLayers:
     def _is_not_loaded(self, element: str) -> bool:
         return element not in self._elements and _NOT_LOADED.fullmatch(element) is not None
 
-    def beyond(self) -> tuple[str, int, int] | None:
-        """Return an adapted layer beyond the number of layers: stack, number, number built."""
+    def beyond(self, modules: Iterable[str]) -> tuple[str, int, int] | None:
+        """Return an adapted layer beyond the number of layers: stack, number, number built.
+
+        The number of a stack's layers can stand in a field that only the stack's class knows, such
+        as `num_mel_attn_blocks`. A stack as long as some number in the config is a complete stack.
+
+        Args:
+            modules: module paths of all layers in the base's files.
+        """
         counts = [(stem, count) for stem, count in self._counts if stem != "experts"]
-        for stack, last in self._last.items():
-            is_first = not any(element.isdecimal() for element in stack.split("."))
-            is_counted = any(stem in stack for stem, _ in counts)  # Funnel counts its decoder alone
-            most = max((count for _, count in counts), default=0)
-            if is_counted and is_first and last >= most:
+        most = max((count for _, count in counts), default=0)
+        candidates = {
+            stack: last
+            for stack, last in self._last.items()
+            if last >= most
+            and not any(element.isdecimal() for element in stack.split("."))
+            and any(stem in stack for stem, _ in counts)  # Funnel counts its decoder alone
+        }
+        if not candidates:
+            return None
+        lengths = _lengths(self._config)
+        stored = [each for module in modules for each in _numbered(module)]
+        for stack, last in candidates.items():
+            length = 1 + max(number for path, number, _ in stored if path == stack)
+            if length not in lengths:
                 return stack, last, most
         return None
 
@@ -153,6 +172,18 @@ def _layer_counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
             hit = _COUNT.fullmatch(name)
             if hit is not None and type(value) is int and value > 0:
                 yield hit["stem"] or hit["experts"] or scope, value
+
+
+def _lengths(config: Mapping[str, object]) -> set[int]:
+    """Return every number in a config that can be the length of a stack, and each list's length."""
+    values = [
+        value
+        for _, part in _parts(config)
+        for name, value in part.items()
+        if _OTHER_NUMBER.fullmatch(name) is None
+    ]
+    lists = {len(value) for value in values if isinstance(value, list)}
+    return lists | {value for value in values if type(value) is int}
 
 
 def parts_of_config(config: Mapping[str, object]) -> list[Mapping[str, object]]:
