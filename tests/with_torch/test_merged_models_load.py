@@ -424,6 +424,55 @@ def test_a_resized_vocabulary_loads_as_it_was_trained(tmp_path: Path, tied: bool
     assert result.passed, [str(each) for each in result.findings]
 
 
+HEADS_WITH_BIAS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "RoFormerForMaskedLM": ("RoFormerConfig", {**ENCODER, "embedding_size": 16}, "query"),
+    "BertForMaskedLM": ("BertConfig", ENCODER, "query"),
+    "AlbertForMaskedLM": ("AlbertConfig", {**ENCODER, "embedding_size": 16}, "query"),
+    "RobertaForMaskedLM": ("RobertaConfig", ENCODER, "query"),
+    "ModernBertForMaskedLM": ("ModernBertConfig", {**ENCODER, "decoder_bias": True}, "Wo"),
+}
+
+
+def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mapping[str, Any]:
+    """Save a base, and an adapter on the base with a resized vocabulary; return PEFT's merge."""
+    config, fields, target = HEADS_WITH_BIAS[name]
+    torch.manual_seed(0)
+    kind = of_transformers(name)
+    fields = {**fields, "pad_token_id": 0}
+    kind(of_transformers(config)(**fields)).save_pretrained(folder / "base")
+    model = kind.from_pretrained(folder / "base")
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = peft.get_peft_model(model, peft.VeraConfig(r=6, target_modules=[target], **options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=True)
+    merged: Mapping[str, Any] = adapted.merge_and_unload().state_dict()
+    return merged
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("rows", [48, 36])
+@pytest.mark.parametrize("name", HEADS_WITH_BIAS)
+def test_the_bias_of_a_resized_head_is_resized_with_the_head(
+    name: str, rows: int, bias: str, tmp_path: Path
+) -> None:
+    theirs = merged_by_peft(name, tmp_path, rows, bias=bias)
+    merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    loader = of_transformers(name)
+    model, info = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ours = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, values in theirs.items():
+        torch.testing.assert_close(ours[key], values, msg=key)
+    options = VerifyOptions(layers_only=True)
+    result = verify(
+        tmp_path / "adapter", base=tmp_path / "base", merged=tmp_path / "out", options=options
+    )
+    assert result.passed, [str(each) for each in result.findings]
+
+
 def test_a_vocabulary_that_is_resized_in_part_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)

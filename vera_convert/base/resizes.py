@@ -26,6 +26,9 @@ class Resizes(NamedTuple):
     findings: tuple[Finding, ...]
 
 
+_BIAS_OF_LOGITS = "final_logits_bias"
+"""The end of the name of a buffer (1, vocabulary), which BART and similar models store."""
+
 NO_RESIZES = Resizes(None, None, ())
 
 
@@ -49,10 +52,9 @@ def resizes(
         own = base.tensors[name].info.shape if name in base.tensors else shape
         if own == shape:
             continue
-        module = name.rpartition(".")[0]
         if own[1:] != shape[1:] or not own:
             wrong[name] = ""
-        elif is_output_head(module) or is_embedding(module):
+        elif _is_of_vocabulary(name, base):
             words[name] = (own[0], shape[0])
         elif name in heads:
             labels[name] = (own[0], shape[0])
@@ -93,13 +95,24 @@ def _why_not_resized(
         return ", and not all embeddings and output heads are resized alike"
     old, new = next(iter(words.values()))
     for name, tensor in base.tensors.items():
-        module = name.rpartition(".")[0]
-        is_table = is_embedding(module) or is_output_head(module)
-        if is_table and tensor.info.shape[:1] == (old,) and shapes.get(name, ())[:1] != (new,):
+        is_old = _is_of_vocabulary(name, base) and tensor.info.shape[:1] == (old,)
+        if is_old and shapes.get(name, ())[:1] != (new,):
             return f", and {printable(name)} has {old:,} rows that the adapter does not replace"
+        if name.endswith(_BIAS_OF_LOGITS) and tensor.info.shape[-1:] == (old,):
+            return f", and {printable(name)} has {old:,} values, which PEFT does not save"
     if not vocabulary_fields(base, old):
         return f", and no vocab_size of the base's config is {old:,}"
     return None
+
+
+def _is_of_vocabulary(name: str, base: BaseModel) -> bool:
+    """Say whether a tensor has a row for each token: an embedding, or an output head's tensor.
+
+    The files of BERT and of similar models name the bias of the head ``X.decoder`` ``X.bias``.
+    """
+    module, _, parameter = name.rpartition(".")
+    heads = [module, f"{module}.decoder"] if parameter == "bias" else [module]
+    return is_embedding(module) or any(is_output_head(head, base.model_type) for head in heads)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -16,10 +16,10 @@ from vera_convert.embeddings import is_output_head, output_head_of
 from vera_convert.files.tensorfile import TensorData
 
 
-def is_head(target: str) -> bool:
+def is_head(target: str, base: BaseModel) -> bool:
     """Say whether a tensor is the weight of an output head."""
     module, _, parameter = target.rpartition(".")
-    return is_output_head(module) and parameter == "weight"
+    return is_output_head(module, base.model_type) and parameter == "weight"
 
 
 def is_tied_head(target: str, base: BaseModel) -> bool:
@@ -28,7 +28,7 @@ def is_tied_head(target: str, base: BaseModel) -> bool:
     A config that does not say whether the two are tied leaves the answer to the stored tensors.
     """
     tied = base.tie_word_embeddings
-    return is_head(target) and bool(tied if target in base.tensors else tied is not False)
+    return is_head(target, base) and bool(tied if target in base.tensors else tied is not False)
 
 
 def lone_embeddings(
@@ -53,20 +53,21 @@ def lone_embeddings(
         if len(shape) != 2 or shared_embedding(base, *shape) != embedding:
             continue
         head = _head_of(shape, adapter, match, base)
-        if head is not None and head not in replaced and not is_saved_twice(tensor, adapter):
+        if head is not None and head not in replaced and not is_saved_twice(tensor, adapter, base):
             yield embedding, head
 
 
-def is_saved_twice(tensor: TensorData, adapter: Adapter) -> bool:
+def is_saved_twice(tensor: TensorData, adapter: Adapter, base: BaseModel) -> bool:
     """Say whether the adapter stores the same values as embedding and as output head.
 
     Args:
         tensor: the embedding, or the head.
         adapter: the adapter.
+        base: the base.
     """
-    is_of_head = is_output_head(_module(tensor))
+    is_of_head = is_output_head(_module(tensor), base.model_type)
     return any(
-        is_output_head(_module(other)) != is_of_head and same_tensor(tensor, other)
+        is_output_head(_module(other), base.model_type) != is_of_head and same_tensor(tensor, other)
         for other in adapter.replacements
     )
 
@@ -80,7 +81,7 @@ def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseM
     if base.tie_word_embeddings is False:
         return None
     for name, tensor in base.tensors.items():
-        if is_head(name) and tensor.info.shape == shape:
+        if is_head(name, base) and tensor.info.shape == shape:
             return name if base.tie_word_embeddings else None
     class_name = class_of_head(adapter.config, base) or next(iter(base.class_names), None)
     path = output_head_of(base.model_type, class_name)

@@ -176,7 +176,9 @@ class _Collector:
         adapter = matched.adapter
         found = replacing_tensors(adapter, matched.match, self.base)
         # Embeddings come first, because the check of a head depends on the embedding.
-        for target, (tensor, part) in sorted(found.items(), key=lambda item: is_head(item[0])):
+        for target, (tensor, part) in sorted(
+            found.items(), key=lambda item: is_head(item[0], self.base)
+        ):
             replacement = Replacement.of(matched, tensor, part)
             if _is_unused(tensor.name, adapter):
                 reason = "the merged model keeps the base's values."

@@ -165,7 +165,7 @@ class _Editor:
         """Yield a warning for each new tensor for which no class is known."""
         for name, replacement in self.changes.new.items():
             module = replaced_name(replacement.tensor.name).rpartition(".")[0]
-            if not (is_output_head(module) and self.changes.unties):
+            if not (is_output_head(module, self.base.model_type) and self.changes.unties):
                 reason = "the base has no such tensor, and no class with this tensor is known."
                 yield REPLACEMENT_NEW.in_tensor(name, reason)
 

@@ -83,7 +83,7 @@ class BuiltLayers:
         """Return an adapted layer beyond the number of layers: stack, number, number built.
 
         The number of a stack's layers can stand in a field that only the stack's class knows, such
-        as `num_mel_attn_blocks`. A stack as long as some number in the config is a complete stack.
+        as ``num_mel_attn_blocks``. A stack as long as a number in the config is complete.
 
         Args:
             modules: module paths of all layers in the base's files.

@@ -112,7 +112,7 @@ def _tied_pairs(
         reason = f"PEFT keeps the head {printable(head)}, and the base uses this tensor for both."
         yield HEAD_SHARED.at(printable(embedding), reason)
     for target, tensor in replaced.items():
-        if is_tied_head(target, base) and not is_saved_twice(tensor, adapter):
+        if is_tied_head(target, base) and not is_saved_twice(tensor, adapter, base):
             reason = "the adapter stores a head of its own, and the base uses the embedding."
             yield HEAD_SHARED.at(printable(target), reason)
 
@@ -126,7 +126,8 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         return
     tensors = {target: tensor for target, (tensor, _) in replacing.items()}
     for target, tensor in tensors.items():
-        is_lm_head = is_output_head(replaced_name(tensor.name).rpartition(".")[0])
+        module = replaced_name(tensor.name).rpartition(".")[0]
+        is_lm_head = is_output_head(module, base.model_type)
         if target not in base.tensors and not is_lm_head:
             found = brought(adapter.config, tensor.name, target, base)
             yield from [found] if found is not None else []

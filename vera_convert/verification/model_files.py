@@ -307,7 +307,7 @@ def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str
     """Yield the stored heads with other values than the embedding."""
     for name, tensor in model.tensors.items():
         shape = tensor.info.shape
-        if len(shape) != 2 or not is_output_head(name.removesuffix(".weight")):
+        if len(shape) != 2 or not is_output_head(name.removesuffix(".weight"), model.model_type):
             continue
         embedding = shared_embedding(model, shape[0], shape[1])
         if embedding is not None and _differ(model, files, name, embedding):
