@@ -222,3 +222,9 @@ def test_the_ends_of_paths_among_the_targets_name_the_groups() -> None:
         paths[0]: {"Linear", "self_attn.q_proj"},
         paths[1]: {"Linear", "re:.*gate_proj$", paths[1]},
     }
+
+
+def test_a_path_of_very_many_elements_is_compared_soon() -> None:
+    path = ".".join("a" * 200_000)
+    section = {"config_groups": {"group": {"targets": ["a.a", "b.a"]}}}
+    assert fitting_targets(section, [path]) == {path: {"a.a"}}

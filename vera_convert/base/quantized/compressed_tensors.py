@@ -197,10 +197,8 @@ def _zero_point(layer: Layer, scheme: Scheme, grid: tuple[int, int]) -> str:
 
 def _unpacked_rows(read: PartReader, name: str, first: int, last: int, bits: int) -> Array:
     """Return rows of zero points that are packed along the rows."""
-    # An element can begin in the middle of a word, unless the bits divide 32.
-    start = first * bits // 32 if 32 % bits == 0 else 0
-    words = read.rows(name, start, -(-last * bits // 32))
-    skipped = first - start * 32 // bits
+    words = read.rows(name, first // 32 * bits, -(-last * bits // 32))
+    skipped = first % 32  # every 32 elements fill whole words
     return _signed(stream(words.T, bits, skipped, skipped + last - first).T, bits)
 
 

@@ -320,10 +320,11 @@ def fitting_targets(
     classes = {text for text in targets if _CLASS.fullmatch(text)}
     expressions = tuple(sorted(text for text in targets if text.startswith("re:")))
     hits = _hits(expressions, tuple(paths))
+    lengths = {text.count(".") + 1 for text in targets}
     found = {}
     for path in paths:
         elements = path.split(".")
-        ends = {".".join(elements[start:]) for start in range(len(elements))}
+        ends = {".".join(elements[-length:]) for length in lengths}
         found[path] = frozenset(classes | (ends & targets) | hits.get(path, {*expressions}))
     return found
 

@@ -32,6 +32,8 @@ from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import printable
 
 _MOST_FINDINGS = 50
+_LONGEST_ROW = 1 << 20
+"""The most values of a row: a merge holds a few whole rows in memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,6 +195,9 @@ class _Reader:
                 reason = (
                     "the model's class stores this weight as (in, out), the quantizer (out, in)."
                 )
+            elif max(weight.shape[1:]) > _LONGEST_ROW:
+                reason = f"its shape is {[*weight.shape]}; rows of up to {_LONGEST_ROW:,} values "
+                reason += "are read."
             if reason:
                 reason = f"{fitting.label}: {reason}"
                 self.defects.append(NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
