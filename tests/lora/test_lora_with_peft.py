@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import theirwarnings
+from safetensors.numpy import load_file, save_file
 from trainedmodels import KINDS, TARGETS, loaded, saved, trained
 
+from vera_convert import BaseOptions, VerifyOptions, verify
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.options import LoraOptions
 
@@ -89,6 +92,27 @@ def test_targets_of_any_form_adapt_the_same_layers(targets: Any, tmp_path: Path)
     adapted = {key.split(".lora_")[0] for key, _ in model.named_parameters() if ".lora_" in key}
     stored = peft.utils.load_peft_weights(str(tmp_path / "lora"))
     assert len(adapted) == len(stored) / 2
+
+
+def test_a_key_map_gives_the_names_of_the_given_base(tmp_path: Path) -> None:
+    """Another model's names lead PEFT to no layer: it would warn, and the LoRA have no effect."""
+    name = "LlamaForCausalLM"
+    base = saved(tmp_path / "base", name, "float32")
+    adapter = trained(tmp_path / "vera", base, name, targets=["q_proj", "up_proj"], stored=True)
+    shutil.copytree(adapter, tmp_path / "other")
+    weights = tmp_path / "other" / "adapter_model.safetensors"
+    tensors = {
+        key.replace("model.layers", "model.other.layers"): tensor
+        for key, tensor in load_file(weights).items()
+    }
+    save_file(tensors, weights, {"format": "pt"})
+    mapped = BaseOptions(str(base), key_map=[("model.other", "model")])
+    to_lora(tmp_path / "other", tmp_path / "lora", base=mapped)
+    vera, lora = (logits(name, base, each) for each in (adapter, tmp_path / "lora"))
+    assert (vera - logits(name, base)).abs().max() > 0.01
+    assert (vera - lora).abs().max() < 1e-5
+    options = VerifyOptions(layers_only=True)
+    assert verify(tmp_path / "other", base=mapped, lora=tmp_path / "lora", options=options).passed
 
 
 def test_zeros_in_filled_layers_change_nothing(tmp_path: Path) -> None:

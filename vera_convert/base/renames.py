@@ -42,12 +42,14 @@ class Strategy:
         undo: from the path in the files to the path in the adapter; None if the adapter's model has
             no such layer.
         key_map: the OLD=NEW that does the same; empty if there is none.
+        is_given: whether the user gave the key map: the base's model has the new names.
     """
 
     name: str
     rename: Callable[[str], str | None]
     undo: Callable[[str], str | None]
     key_map: str = ""
+    is_given: bool = False
 
 
 def release_names(base: BaseModel) -> Iterator[Strategy]:

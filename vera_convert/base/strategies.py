@@ -74,7 +74,7 @@ def key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:
     """Return the strategy that replaces the leading path `old` by `new`."""
     text = printable(f"{old}={new}")
     rename, undo = partial(moved, old, new), partial(_moved_back, old, new)
-    return Strategy(name or f"--key-map {text}", rename, undo, text)
+    return Strategy(name or f"--key-map {text}", rename, undo, text, is_given=not name)
 
 
 def moved(old: str, new: str, module: str) -> str:

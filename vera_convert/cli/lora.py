@@ -18,7 +18,10 @@ from vera_convert.cli.options import (
     option,
 )
 from vera_convert.cli.output import progress_bar, show
-from vera_convert.cli.values import ENGINES, Choice, Dtype
+from vera_convert.cli.values import Choice, Dtype
+from vera_convert.lora.engines import EngineName
+
+_ENGINES = tuple(name.value for name in EngineName)
 
 
 class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice):
@@ -27,10 +30,10 @@ class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice
     engine: str = option(
         LORA,
         "ENGINE",
-        f"The engine that will load the LoRA: {listed_choices(ENGINES)}.",
+        f"The engine that will load the LoRA: {listed_choices(_ENGINES)}.",
         "--for",
         default="peft",
-        type=Choice(ENGINES),
+        type=Choice(_ENGINES),
     )
     rank: int | None = option(
         LORA,

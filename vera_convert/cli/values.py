@@ -27,9 +27,6 @@ GENERATORS = (
 )
 """The values of `generator.Variant`, repeated because `--help` must start without NumPy."""
 
-ENGINES = ("peft", "vllm", "sglang", "tgi", "diffusers", "mlx", "gguf")
-"""The values of `lora.engines.EngineName`, repeated for the same reason."""
-
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return a question with the known word nearest to a mistyped word; empty if all are far."""

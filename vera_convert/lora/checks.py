@@ -109,7 +109,7 @@ def engine_findings(
     yield from _name_findings(plan, engine, base_facts)
     yield from _kind_findings(plan, engine)
     if engine.renames_targets:
-        yield from peft_findings([layer.written for layer in plan.layers], base_facts)
+        yield from peft_findings([layer.module for layer in plan.layers], base_facts)
     if options.drop_head:
         if extras.tensors:
             names = listed(each.name for each in extras.tensors)
@@ -218,7 +218,7 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
     """Yield the layers of a LoRA that PEFT does not load because of the model's type.
 
     Args:
-        modules: the paths of the LoRA's layers, as PEFT's model has them.
+        modules: the paths of the LoRA's layers, as the adapter's model has them.
         base_facts: the base facts; without a base nothing is found.
     """
     model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""

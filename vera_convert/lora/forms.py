@@ -18,7 +18,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.lora.engines import Engine, Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
-from vera_convert.lora.plan import LoraLayer, LoraPlan
+from vera_convert.lora.plan import LoraLayer, LoraPlan, has_base_names
 from vera_convert.rules import LORA_BASE_UNKNOWN
 from vera_convert.targets.linear import kind_of
 
@@ -75,7 +75,7 @@ def files_of(
         CheckpointError: the component of a pipeline is not known.
     """
     modules, naming = base_facts.modules, "as in the adapter"
-    if engine.base_names and base_facts.base is not None:
+    if base_facts.base is not None and has_base_names(engine, base_facts):
         modules = frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
         naming = "as in the base's files"
     if engine.form is Form.MLX:

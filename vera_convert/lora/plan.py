@@ -149,13 +149,22 @@ def _layers(
 
 def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:
     """Return the path by which the engine looks a module up."""
-    if base_facts.match is None or not engine.base_names:
-        return module
     match = base_facts.match
+    if match is None or not has_base_names(engine, base_facts):
+        return module
     tensor = match.tensors.get(module)
     if tensor is not None and module not in match.tied and module not in match.parts:
         return tensor.removesuffix(".weight")
-    return base_facts.match.strategy.rename(module) or module
+    return match.strategy.rename(module) or module
+
+
+def has_base_names(engine: Engine, base_facts: BaseFacts) -> bool:
+    """Say whether a LoRA has the names of the base's files, and not the adapter's.
+
+    With a key map, the adapter's names are those of another model, and no engine has them.
+    """
+    match = base_facts.match
+    return engine.base_names or (match is not None and match.strategy.is_given)
 
 
 def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine) -> list[str]:
