@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from adapters import good_adapter, good_tensors
+from bases import tiny_base
 
+from vera_convert.base.facts import BaseOptions
+from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.counting import count
 from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.summary import info
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.linear import LayerGroup, Linear, ModelLayers, layers_from_shapes
 
@@ -197,7 +203,46 @@ def test_sizes_are_those_of_pefts_own_files(
 
     vera = {"r": 4, "target_modules": in_pefts_form}
     assert result.vera.file_bytes == written("embedded", peft.VeraConfig(**vera))
-    assert result.stripped_bytes == written(
-        "stripped", peft.VeraConfig(**vera, save_projection=False)
-    )
+    facts = BaseOptions(in_features=result.max_in, out_features=result.max_out, dtype=dtype)
+    done = strip(tmp_path / "embedded", tmp_path / "stripped", base=facts)
+    assert result.stripped_bytes == (done.out / "adapter_model.safetensors").stat().st_size
     assert result.lora.file_bytes == written("lora", peft.LoraConfig(**vera))
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"peft_type": "VERA", "r": 4}, "this is the config of an adapter"),
+        ({"r": 4, "architectures": []}, "the config names no model type and no class"),
+        ({"model_type": "new"}, "the model type is new; known types"),
+        ({"architectures": ["New"]}, "the class is New; known types"),
+        ({"model_type": "a", "architectures": ["B"]}, "the model type is a and the class is B;"),
+    ],
+    ids=str,
+)
+def test_an_unknown_config_is_described_in_words(document: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=r"V560") as error:
+        count(document, rank=4)
+    assert words in str(error.value)
+    assert "None" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("rank", [4, 300])
+def test_the_sizes_are_those_of_the_files_of_embed_and_strip(
+    dtype: str, rank: int, tmp_path: Path
+) -> None:
+    base = tiny_base(tmp_path / "base", dtype=dtype)
+    vectors = {
+        name: np.ones(rank, np.float32) for name in good_tensors() if name.endswith("lambda_d")
+    }
+    adapter = good_adapter(
+        tmp_path / "adapter", stripped=True, tensors=vectors, r=rank, projection_prng_key=0
+    )
+    embedded = embed(adapter, tmp_path / "embedded", base=base).out
+    stripped = strip(embedded, tmp_path / "stripped", base=base).out
+    result = count(base, rank=rank, targets=["q_proj", "v_proj"])
+    described = info(embedded, base=base).sizes
+    sizes = [(each / "adapter_model.safetensors").stat().st_size for each in (embedded, stripped)]
+    assert [result.vera.file_bytes, result.stripped_bytes] == sizes
+    assert [described.embedded, described.stripped] == sizes

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
+from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256, Fingerprint, to_text
 from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.layers import layers_of_base, layers_of_config_file
+from vera_convert.draws.generator import Variant, effective_rounding, rounding_on_base
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
@@ -55,7 +57,7 @@ class Count:
         max_in: columns of A, which is (r, max_in).
         max_out: rows of B, which is (max_out, r).
         vera: VeRA, with A and B in the file (PEFT's default).
-        stripped_bytes: size of the file without A and B (`save_projection` false).
+        stripped_bytes: size of the file that `strip` makes of VeRA's file, with the fingerprint.
         lora: LoRA of the same rank on the same layers.
     """
 
@@ -112,7 +114,10 @@ def count(
     chosen = adapted(model, config)
     heads = tuple(_copied_heads(model, chosen, targets))
     embedded = _file_bytes((*_vera_tensors(chosen, rank, projections=True), *heads))
-    stripped = _file_bytes((*_vera_tensors(chosen, rank, projections=False), *heads))
+    stripped = _file_bytes(
+        (*_vera_tensors(chosen, rank, projections=False), *heads),
+        {**_METADATA, METADATA_KEY: to_text(_fingerprint(chosen, config, model.dtype))},
+    )
     beside = _file_bytes((*_lora_tensors(chosen.layers, rank), *heads))
     vera = vera_parameters(chosen.layers, rank=rank)
     lora = lora_parameters(chosen.layers, rank=rank)
@@ -221,9 +226,32 @@ def lora_file_bytes(
     return _file_bytes((*_lora_tensors(layers, rank), *beside))
 
 
-def _file_bytes(tensors: Iterable[Entry]) -> int:
+def _file_bytes(tensors: Iterable[Entry], metadata: Mapping[str, str] = _METADATA) -> int:
     infos = list(tensors)
-    return len(header_bytes(infos, _METADATA)) + sum(info.nbytes for info in infos)
+    return len(header_bytes(infos, metadata)) + sum(info.nbytes for info in infos)
+
+
+def _fingerprint(chosen: Adapted, config: VeraConfig, dtype: str) -> Fingerprint:
+    """Return a fingerprint of the length of the one that `strip` records.
+
+    Args:
+        chosen: the adapted layers.
+        config: the adapter's config.
+        dtype: the dtype of the base (safetensors' name).
+    """
+    return Fingerprint(
+        variant=Variant.FLOAT32_FUSED,
+        key=config.projection_prng_key,
+        rank=config.r,
+        in_features=chosen.max_in,
+        out_features=chosen.max_out,
+        drawn_in_features=chosen.max_in,
+        drawn_out_features=chosen.max_out,
+        rounding=effective_rounding(Variant.FLOAT32_FUSED, rounding_on_base(dtype)),
+        dtype="F32",
+        sha256_A=NO_SHA256,
+        sha256_B=NO_SHA256,
+    )
 
 
 def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo:

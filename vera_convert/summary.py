@@ -60,7 +60,7 @@ class Sizes:
         as_is: the file now.
         stripped: after `strip`; None if `strip` would refuse.
         embedded: after `embed`.
-        lora: the exact LoRA in float32.
+        lora: a LoRA of the same rank in float32, as PEFT writes it; `to-lora` adds a record.
         merged: the base's weights with the delta added.
     """
 

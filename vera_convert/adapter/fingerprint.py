@@ -22,6 +22,8 @@ from vera_convert.text import printable
 METADATA_KEY = "vera_convert.projection"
 FORMAT = 1
 MAX_FEATURES = (1 << 32) - 1
+NO_SHA256 = "0" * 64
+"""In the place of a hash, for the size of a fingerprint alone."""
 _SMALL = 1 << 18
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vera_convert.base.model import read_base, read_config_file, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
+from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
@@ -31,7 +32,9 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         return layers_from_config(config)
     view = unpacked(base).view
     shapes = {name: tensor.info.shape for name, tensor in view.tensors.items()}
-    return layers_from_shapes(shapes, model_type=base.model_type)
+    layers = layers_from_shapes(shapes, model_type=base.model_type)
+    dtypes = (view.tensors[f"{module}.weight"].info.dtype for module in layers.linear)
+    return layers._replace(dtype=next(filter(FLOATS.__contains__, dtypes), layers.dtype))
 
 
 def layers_of_config_file(path: Path) -> ModelLayers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.fingerprint import METADATA_KEY
+from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
@@ -26,8 +26,7 @@ from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
 
-_HASHES = ("0" * 64,) * 2
-"""In the place of the hashes of A and B, which decide no size."""
+_HASHES = (NO_SHA256, NO_SHA256)
 
 
 class FormSizes(NamedTuple):

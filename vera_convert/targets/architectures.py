@@ -124,11 +124,20 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
         name = families()[model_type]["default"]
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
-        said = f"model_type is {printable(repr(model_type))}, the class {printable(repr(name))}"
-        said = "the config names no model type and no class" if name is model_type is None else said
-        reason = f"{said}; known types are {', '.join(families())}."
+        reason = f"{_names_in(document)}; known types are {', '.join(families())}."
         raise CheckpointError(MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
     return found
+
+
+def _names_in(document: Mapping[str, object]) -> str:
+    """Return the model type and the class of a config in words."""
+    if "peft_type" in document:
+        return "this is the config of an adapter, and the config of a model is needed"
+    listed, model_type = document.get("architectures"), document.get("model_type")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    given = [("the model type", model_type), ("the class", name)]
+    known = [f"{what} is {printable(str(value))}" for what, value in given if value is not None]
+    return " and ".join(known) or "the config names no model type and no class"
 
 
 # --- layers and sizes ----------------------------------------------------------------------------
