@@ -30,7 +30,14 @@ ATTENTION = [
 MODULES = [*ATTENTION, *DENSE, *EXPERTS, *SHARED, *TOWER]
 
 
-def convert(adapted: list[str], folder: Path, **options: Any) -> LoraConversion:
+def convert(
+    adapted: list[str],
+    folder: Path,
+    *,
+    modules: list[str] = MODULES,
+    model_type: str = "some_moe",
+    **options: Any,
+) -> LoraConversion:
     """Convert an adapter of some modules of a model with a dense layer, experts and a tower."""
     tensors: dict[str, Any] = dict.fromkeys(good_tensors())
     tensors |= {name: t for name, t in good_tensors().items() if name.startswith("base_model.vera")}
@@ -39,8 +46,8 @@ def convert(adapted: list[str], folder: Path, **options: Any) -> LoraConversion:
         tensors[f"base_model.model.{module}.vera_lambda_d"] = np.ones(RANK, np.float32)
     adapter = good_adapter(folder / "adapter", tensors=tensors, target_modules=sorted(adapted))
     shapes: dict[str, Any] = dict.fromkeys(TENSORS)
-    shapes |= {f"{module}.weight": (HIDDEN, HIDDEN) for module in (*MODULES, *adapted)}
-    base = tiny_base(folder / "base", tensors=shapes, config={"model_type": "some_moe"})
+    shapes |= {f"{module}.weight": (HIDDEN, HIDDEN) for module in (*modules, *adapted)}
+    base = tiny_base(folder / "base", tensors=shapes, config={"model_type": model_type})
     return to_lora(adapter, folder / "out", base=base, options=LoraOptions(**options))
 
 
@@ -96,3 +103,26 @@ def test_sglang_keeps_one_lora_for_each_name_in_a_layer(tmp_path: Path) -> None:
     twice = [SHARED[2], "model.layers.1.self_attn.down_proj"]
     refused(twice, tmp_path / "twice", r"V705 .*same name", engine="sglang")
     assert convert(twice, tmp_path / "vllm", engine="vllm").written
+
+
+# --- attention with a compressed cache of keys and values ---
+
+LATENT = [
+    f"model.layers.0.self_attn.{name}" for name in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+]
+
+
+def test_sglang_refuses_q_in_a_model_without_v(tmp_path: Path) -> None:
+    refused(
+        LATENT[:1], tmp_path / "q", r"V705 .*q_proj.*no v_proj", engine="sglang", modules=LATENT
+    )
+    assert convert(LATENT[1:], tmp_path / "kv", engine="sglang", modules=LATENT).written
+    assert convert(LATENT, tmp_path / "vllm", engine="vllm", modules=LATENT).written
+
+
+def test_mlx_splits_the_module_of_keys_and_values_in_most_models(tmp_path: Path) -> None:
+    lost = r'V705 .*kv_b_proj: in a model of type "deepseek_v3" MLX-LM has several'
+    v3: dict[str, Any] = {"engine": "mlx", "modules": LATENT, "model_type": "deepseek_v3"}
+    refused(LATENT, tmp_path / "all", lost, **v3)
+    assert convert(LATENT[:2], tmp_path / "rest", **v3).written
+    assert convert(LATENT, tmp_path / "v2", **{**v3, "model_type": "deepseek_v2"}).written

@@ -107,6 +107,7 @@ def engine_findings(
     engine = options.target
     yield from _rank_findings(plan, engine, place)
     yield from _name_findings(plan, engine, base_facts)
+    yield from _model_findings(plan, engine, base_facts)
     yield from _kind_findings(plan, engine)
     if engine.renames_targets:
         yield from peft_findings([layer.module for layer in plan.layers], base_facts)
@@ -168,8 +169,37 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
         yield LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
 
 
+def _model_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
+    """Yield the layers that the engine does not take in models of the base's kind."""
+    modules = [layer.module for layer in plan.layers]
+    model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""
+    there = {*base_facts.modules, *modules}
+    for last, other in engine.needed_in_base.items():
+        alone = [
+            module
+            for module in _called(last, modules)
+            if f"{module.removesuffix(last)}{other}" not in there
+        ]
+        yield from _left_out(
+            alone if base_facts.modules else (),
+            f"the base has no {other} beside the layer, and {engine.title} refuses {last} then",
+        )
+    for last, types in engine.whole_in.items():
+        split = model_type and model_type not in types
+        yield from _left_out(
+            _called(last, modules) if split else (),
+            f'in a model of type "{printable(model_type)}" {engine.title} has several modules in '
+            "place of the layer",
+        )
+
+
+def _called(last: str, modules: Sequence[str]) -> list[str]:
+    """Return the modules whose path ends with a name."""
+    return [module for module in modules if module.rpartition(".")[2] == last]
+
+
 def _left_out(names: Sequence[str], reason: str) -> Iterator[Finding]:
-    """Yield the error that an engine would silently leave layers out."""
+    """Yield the error that an engine would refuse layers, or silently leave them out."""
     if names:
         yield LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
 

@@ -65,6 +65,10 @@ class Engine:
         whole_experts: whether routed experts must all be adapted, each with all projections.
         one_of_a_kind: whether two modules of a layer with the same last name overwrite each other.
         partners: the modules that must be adapted beside a module, by the last part of its path.
+        needed_in_base: the module without which the engine refuses a module of the same path, by
+            the last parts of both paths.
+        whole_in: the types of models in which the engine keeps a module whole, by the last part of
+            the module's path; in other models the engine has several modules in its place.
         known_modules: the pattern of the module paths that the engine looks up; None for any.
         heads: the names of modules that may be replaced whole; None for any module.
         biases: whether trained biases are taken.
@@ -85,6 +89,8 @@ class Engine:
     whole_experts: bool = False
     one_of_a_kind: bool = False
     partners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needed_in_base: Mapping[str, str] = field(default_factory=dict)
+    whole_in: Mapping[str, frozenset[str]] = field(default_factory=dict)
     known_modules: re.Pattern[str] | None = None
     heads: frozenset[str] | None = frozenset()
     biases: bool = False
@@ -133,6 +139,7 @@ ENGINES: Mapping[EngineName, Engine] = {
             "v_proj": ("q_proj",),
             "up_proj": ("gate_proj",),
         },
+        needed_in_base={"q_proj": "v_proj"},
         # The config names w1, w2 and w3, and SGLang wraps experts by gate_up_proj and down_proj.
         known_modules=re.compile(
             _TEXT_MODEL + r"(layers\.[0-9]+\.(?!.*experts\.[0-9]+\.w[123]$).+|lm_head)"
@@ -158,9 +165,10 @@ ENGINES: Mapping[EngineName, Engine] = {
     ),
     EngineName.MLX: Engine(
         "MLX-LM",
-        "MLX-LM 0.32.2: tuner/utils.py, tuner/lora.py",
+        "MLX-LM 0.32.2: tuner/utils.py, tuner/lora.py, models/deepseek_v3.py",
         form=Form.MLX,
         base_names=True,
+        whole_in={"kv_b_proj": frozenset(("deepseek_v2", "minicpm3", "youtu_llm"))},
         # MLX-LM stacks routed experts in one module.
         known_modules=re.compile(
             r"(language_model\.)?model\.layers\.[0-9]+\.(?!.*experts\.[0-9]+\.).+|lm_head"
