@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +33,22 @@ def off_by(found: Array, wanted: Array) -> int:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addends, "BLOCK_VALUES", 64)
     monkeypatch.setattr(blocks, "_CHUNK_VALUES", 10)
+
+
+@pytest.mark.parametrize("parts", [[(0, 6)], [(5, 12)], [(11, 17)], [(0, 3), (9, 13)]])
+@pytest.mark.parametrize("dtype", ["f4", "f2", BFLOAT16, "f8"], ids=str)
+def test_rows_that_no_term_changes_keep_their_bits(
+    dtype: Any, parts: list[tuple[int, int]]
+) -> None:
+    stored = np.full((17, 11), -0.0).astype(dtype)
+    terms = [replace(term(17, 11, seed=n), rows=slice(*part)) for n, part in enumerate(parts)]
+    working = working_dtype(stored.dtype)
+    tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, working, terms=tuple(terms))
+    found, _ = worked(tensor, stored.copy())
+    changed = {row for part in parts for row in range(*part)}
+    for row in range(17):
+        is_kept = found[row].tobytes() == stored[row].tobytes()
+        assert is_kept == (row not in changed), row
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_a_tensor_is_the_rounded_sum(dtype: Any, conv1d: bool, count: int) -> No
         assert np.allclose(found, wanted, rtol=0, atol=3e-6 if dtype == "f4" else 1e-14)
     assert numbers.values == stored.size
     assert numbers.change == pytest.approx(float((change**2).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", BFLOAT16, "f8"], ids=str)
+def test_rows_that_no_term_changes_keep_their_bits(dtype: Any) -> None:
+    stored = np.full((17, 11), -0.0).astype(dtype)
+    part = replace(term(17, 11, seed=1), rows=slice(5, 12))
+    working = working_dtype(stored.dtype)
+    tensor = Sum("w", stored.shape, stored.dtype, stored.dtype, working, terms=(part,))
+    found, _ = worked(tensor, stored)
+    for row in range(17):
+        is_kept = found[row].tobytes() == stored[row].tobytes()
+        assert is_kept == (row not in range(5, 12)), row
 
 
 def test_the_output_can_have_another_dtype_and_the_input_a_decoder() -> None:

@@ -39,12 +39,15 @@ class Term:
         B: (out or more, r).
         layer: reads d and b.
         weight: the factor of the whole delta.
+        rows: the rows of the tensor that the delta changes; None for all rows. The merged model
+            has all other rows bit for bit.
     """
 
     A: Array
     B: Array
     layer: Layer
     weight: float = 1.0
+    rows: slice | None = None
 
     @property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:

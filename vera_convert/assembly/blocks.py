@@ -143,6 +143,8 @@ class Workspace:
         for index in range(len(tensor.terms)):
             product = _values(self._another, tensor.working, stored.shape) if index else total
             self._multiply(tensor, index, rows, product)
+            for kept in other_rows(tensor.terms[index].rows, rows):
+                product[kept] = -0.0
             change += product[looked_at]
             is_last = index == len(tensor.terms) - 1
             finite = self._add(
@@ -236,6 +238,21 @@ class Workspace:
 def _values(buffer: NDArray[np.uint8], dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """Return the beginning of a buffer as an array."""
     return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def other_rows(changed: slice | None, block: slice) -> tuple[slice, ...]:
+    """Return the rows of a block that a delta leaves alone, counted from the block's first row.
+
+    There the delta is set to -0.0, because ``x + -0.0`` has the bits of any finite x.
+
+    Args:
+        changed: the rows of the tensor that the delta changes; None for all rows.
+        block: the rows of the tensor in the block.
+    """
+    if changed is None:
+        return ()
+    before, after = (max(0, each - block.start) for each in (changed.start, changed.stop))
+    return slice(before), slice(after, None)
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -123,7 +123,8 @@ class _Collector:
         if key not in self._moved:
             self._moved[key] = moved_rows(term.B, part.first, count, rows)
         layer = VectorsOfPart(vectors, part.first, rows)
-        return replace(term, B=self._moved[key], layer=layer)
+        changed = slice(part.first, part.first + count)
+        return replace(term, B=self._moved[key], layer=layer, rows=changed)
 
     def _targets(self, module: str, match: Match) -> list[str]:
         """Return the tensors that a layer's delta is added to; none if the caller must choose."""

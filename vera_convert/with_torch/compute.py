@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vera_convert.assembly.addends import Sum
-from vera_convert.assembly.blocks import BufferSizes, Device, Workspace, product_sha256, weighted
+from vera_convert.assembly.blocks import (
+    BufferSizes,
+    Device,
+    Workspace,
+    other_rows,
+    product_sha256,
+    weighted,
+)
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
@@ -94,11 +101,13 @@ class _DeviceWorkspace(Workspace):
     ) -> tuple[Array, bool]:
         total = to_tensor(stored).to(self._device).to(_torch_dtype(tensor.working))
         change = torch.zeros_like(total[sampled])
-        for vector, matrix, shared in self._operands:
+        for term, (vector, matrix, shared) in zip(tensor.terms, self._operands, strict=True):
             if tensor.conv1d:
                 delta = (vector[:, None] * matrix[:, rows]).T @ shared.T
             else:
                 delta = (vector[rows, None] * matrix[rows]) @ shared
+            for kept in other_rows(term.rows, rows):
+                delta[kept] = -0.0
             change += delta[sampled]
             total += delta
         if tensor.written.itemsize < 4:
