@@ -1,4 +1,4 @@
-"""The model card of a LoRA that was made from a VeRA adapter."""
+"""The model card of a LoRA made from a VeRA adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vera_convert.lora.record import Origin
 from vera_convert.text import printable
 
 _LIBRARIES = {Form.PEFT: "peft", Form.DIFFUSERS: "diffusers", Form.MLX: "mlx", Form.GGUF: "gguf"}
-"""The Hub's name of the library that reads a form."""
+"""The Hub's name of the library for a form."""
 
 
 def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
@@ -59,7 +59,7 @@ def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
 
 
 def _command(name: str, origin: Origin) -> str:
-    """Return the command with all options that decide the bytes; a local base is called MODEL."""
+    """Return the command with all options behind the bytes; a local base is called MODEL."""
     base, given = origin.base, origin.options
     model = base.model if base.model is None or is_repo_id(base.model) else "MODEL"
     values = {

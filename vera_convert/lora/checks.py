@@ -1,4 +1,4 @@
-"""Find errors and doubts about the adapter, and parts that the engine refuses or leaves out."""
+"""Find errors and doubts about the adapter, and parts refused or left out by the engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from vera_convert.text import counted, listed, printable
 
 
 def extras_of(adapter: Adapter) -> Extras:
-    """Sort the tensors of an adapter that are no vectors into heads and biases."""
+    """Sort the tensors of an adapter, vectors aside, into heads and biases."""
     saved = saved_modules(adapter.config)
     heads = [each for each in adapter.replacements if _names_of(each, saved)]
     biases = [each for each in adapter.replacements if not _names_of(each, saved)]
@@ -66,7 +66,7 @@ def adapter_findings(
         work: the opened adapter.
         base_facts: the base facts.
         sides: the files beside the adapter.
-        copied: those of the files that go with the LoRA.
+        copied: the files beside the adapter copied with the LoRA.
 
     Raises:
         CheckpointError: a copied tokenizer has a token without a row in the embedding.
@@ -95,7 +95,7 @@ def _embedding_rows(adapter: Adapter, base_facts: BaseFacts) -> int | None:
 def engine_findings(
     plan: LoraPlan, extras: Extras, options: LoraOptions, base_facts: BaseFacts, *, place: str
 ) -> Iterator[Finding]:
-    """Yield what is wrong with a LoRA for its engine, and what the user should know.
+    """Yield the faults of a LoRA for its engine, and facts for the user.
 
     Args:
         plan: the LoRA.
@@ -170,7 +170,7 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
 
 
 def _model_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
-    """Yield the layers that the engine does not take in models of the base's kind."""
+    """Yield the layers refused by the engine in models of the base's kind."""
     modules = [layer.module for layer in plan.layers]
     model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""
     there = {*base_facts.modules, *modules}
@@ -199,7 +199,7 @@ def _called(last: str, modules: Sequence[str]) -> list[str]:
 
 
 def _left_out(names: Sequence[str], reason: str) -> Iterator[Finding]:
-    """Yield the error that an engine would refuse layers, or silently leave them out."""
+    """Yield the error that an engine would refuse layers or silently leave layers out."""
     if names:
         yield LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
 
@@ -218,7 +218,7 @@ def _overwritten(names: Sequence[str]) -> list[str]:
 
 
 def _absent_elsewhere(plan: LoraPlan, base_facts: BaseFacts) -> list[str]:
-    """Return the modules of kinds that another layer of the base lacks."""
+    """Return the modules of kinds missing in another layer of the base."""
     modules = base_facts.modules
     layers: dict[str, set[str]] = {}
     for module in modules:
@@ -248,7 +248,7 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
     """Yield the layers of a LoRA that PEFT does not load because of the model's type.
 
     Args:
-        modules: the paths of the LoRA's layers, as the adapter's model has them.
+        modules: the paths of the LoRA's layers, in the adapter's model.
         base_facts: the base facts; without a base nothing is found.
     """
     model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""

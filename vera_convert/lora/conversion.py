@@ -1,4 +1,4 @@
-"""to-lora: write a VeRA adapter as the LoRA adapter that does the same.
+"""to-lora: write a VeRA adapter as the LoRA adapter with the same effect.
 
 The steps:
 
@@ -70,11 +70,11 @@ class LoraConversion:
         measured: the error of each layer.
         origin: where A and B come from.
         draw: which draw A and B are, if they were drawn.
-        extras: the heads and biases that are stored with the LoRA.
+        extras: the heads and biases stored with the LoRA.
         base_facts: the base facts.
         size: bytes of the file of weights.
-        free: bytes that were free for the output.
-        side_files: the files beside the adapter's weights, by what became of them.
+        free: bytes free for the output.
+        side_files: the files beside the adapter's weights: copied, or left out.
         findings: warnings and notes.
     """
 
@@ -152,7 +152,7 @@ def to_lora(
 
 
 def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _Job:
-    """Plan a conversion, or refuse the adapter with all errors that can be told before writing."""
+    """Plan a conversion, or refuse the adapter with all errors known before writing."""
     adapter = work.adapter
     base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL)
     pair = in_effect(
@@ -181,7 +181,7 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
 
 
 def _copied(sides: SideFiles, form: Form) -> tuple[str, ...]:
-    """Return the files of the adapter's folder that go with the LoRA."""
+    """Return the files of the adapter's folder to copy with the LoRA."""
     is_like_peft = form in (Form.PEFT, Form.MLX)
     return tuple(name for name in sides.copied if is_like_peft and name != CARD_NAME)
 
@@ -209,7 +209,7 @@ def _files(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """A planned conversion that is measured or carried out."""
+    """A planned conversion, to measure or to carry out."""
 
     work: Work
     base_facts: BaseFacts
@@ -284,7 +284,7 @@ class _Job:
         return lora_card(self.origin, self.plan, self.files.weights)
 
     def _require_small_error(self, measured: Measured) -> None:
-        """Refuse a LoRA that loses more than half of a layer's delta, unless that was accepted."""
+        """Refuse a LoRA if a layer loses more than half of the delta, unless the user accepts the loss."""
         errors = measured.errors
         large = {module: error for module, error in errors.items() if error > ERROR_LIMIT}
         if large and not self.origin.options.accept_error:

@@ -1,4 +1,4 @@
-"""The rules of each engine for a LoRA, in one table that was read in the engines' own sources.
+"""The rules of each engine for a LoRA, in one table, read in the engines' own sources.
 
 Every other module asks this table, so a new release of an engine changes this module alone.
 """
@@ -43,7 +43,7 @@ def is_in_tower(module: str) -> bool:
 
 
 def experts_of(module: str) -> str:
-    """Return the path of the routed experts that a module belongs to; empty if there is none."""
+    """Return the path of the routed experts around a module; empty without experts."""
     found = _EXPERT.fullmatch(module)
     return found[1] if found else ""
 
@@ -55,25 +55,25 @@ class Engine:
     Attributes:
         title: how messages call the engine.
         checked: the release in which the rules were read, and where.
-        form: the files that the engine reads.
-        base_names: whether the engine looks modules up by their names in the base's files;
-            otherwise by their names in memory, which are the adapter's.
-        ranks: the ranks that a server can be started for, ascending; empty if any rank will do.
+        form: the engine's files.
+        base_names: whether the engine looks modules up by name in the base's files;
+            otherwise by name in memory, as the adapter does.
+        ranks: the ranks for which a server can be started, ascending; empty if any rank will do.
         fast_rank: the rank up to which the engine's own kernels work; 0 if there is no limit.
         every_layer: whether a kind of layer is dropped unless each of the model's layers has a
             LoRA of this kind.
         whole_experts: whether routed experts must all be adapted, each with all projections.
         one_of_a_kind: whether two modules of a layer with the same last name overwrite each other.
-        partners: the modules that must be adapted beside a module, by the last part of its path.
+        partners: the modules to adapt beside a module, by the last part of the module's path.
         needed_in_base: the module without which the engine refuses a module of the same path, by
             the last parts of both paths.
         whole_in: the types of models in which the engine keeps a module whole, by the last part of
             the module's path; in other models the engine has several modules in its place.
-        known_modules: the pattern of the module paths that the engine looks up; None for any.
-        heads: the names of modules that may be replaced whole; None for any module.
+        known_modules: the pattern of the engine's module paths; None for any path.
+        heads: the names of modules to replace whole; None for any module.
         biases: whether trained biases are taken.
         conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
-        tied_head: whether an output head that shares the embedding's tensor can be adapted.
+        tied_head: whether an output head with the embedding's tensor can be adapted.
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
         tower: the further argument without which layers of a vision or audio tower are left out.
@@ -187,4 +187,4 @@ ENGINES: Mapping[EngineName, Engine] = {
         start="--lora {path}/adapter.gguf",
     ),
 }
-"""The engines, by the name that `--for` takes."""
+"""The engines, by the name for `--for`."""

@@ -1,4 +1,4 @@
-"""The formulas of a LoRA that equals a VeRA layer, with NumPy alone.
+"""The formulas of a LoRA equal to a VeRA layer, with NumPy alone.
 
     VeRA:  dy = diag(b) B diag(d) A x            A (r, in), B (out, r), d (r), b (out)
     LoRA:  dy = (lora_alpha / r) lora_B lora_A x     lora_A (r, in), lora_B (out, r)
@@ -25,9 +25,9 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 _CACHED_VALUES = 1 << 16
-"""Values of lora_B that are computed at a time: their float64 copy stays in a core's cache."""
+"""Values of lora_B computed at a time: the float64 copy stays in a core's cache."""
 PRODUCT_VALUES = 1 << 19
-"""Values of a block that is multiplied by a matrix."""
+"""Values of a block multiplied by a matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Factors:
     """The four operands of one VeRA layer, sliced to the layer's size.
 
     Attributes:
-        A: (r, in), in the dtype that it is stored in.
+        A: (r, in), in the stored dtype.
         B: (out, r).
         d: (r,).
         b: (out,).
@@ -184,9 +184,9 @@ class Decomposition:
         return cls(inputs, gram, np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1])
 
     def truncated(self, rank: int) -> tuple[Float64, Float64]:
-        """Return two matrices P (k, r) and Q (r, k) that make the best delta of rank k, k <= n.
+        """Return two matrices P (k, r) and Q (r, k) for the best delta of rank k, k <= n.
 
-        lora_A of that delta is ``P @ A``, and lora_B is ``lora_B @ Q``.
+        lora_A of the best delta is ``P @ A``, and lora_B is ``lora_B @ Q``.
         """
         roots, vectors = np.sqrt(self.values[:rank]), self.vectors[:, :rank]
         left = roots[:, None] * (vectors.T @ self.inputs.basis)
@@ -310,7 +310,7 @@ def rounding_error(
         lora_A: (r, in), as stored.
         lora_B: (out, r), as stored.
         rows: the outputs to measure.
-        powers: the powers of two that balance the factors (r,).
+        powers: the powers of two to balance the factors (r,).
     """
     sample = factors.outputs(rows)
     exact, stored = sample.lora_B(), lora_B[rows].astype(np.float64)
@@ -319,7 +319,7 @@ def rounding_error(
         return 0.0
     if powers.any():
         stored = np.ldexp(stored, powers)
-    # float32 has the digits that an error needs, and b can be too small for its exponents.
+    # float32 has enough digits for an error, and b can be too small for its exponents.
     A = factors.A.astype(np.float32, copy=False)
     change = ((exact - stored) / scale).astype(np.float32) @ A
     if lora_A.dtype != factors.A.dtype or powers.any():

@@ -33,7 +33,7 @@ class FormFiles:
         weights: the name of the weights.
         naming: how the form names layers, for people.
         prefix: what stands before the path of a module in the name of a tensor.
-        below: the part of `prefix` that belongs to the name of a layer.
+        below: the part of `prefix` in the name of a layer.
         endings: what stands after the path, for lora_A and lora_B.
         transposed: whether the factors are stored as (in, rank) and (rank, out).
         metadata: metadata of the weights beside the record.
@@ -68,7 +68,7 @@ def files_of(
         engine: the engine.
         config: the VeRA adapter's.
         plan: the LoRA.
-        extras: the heads and biases that are stored with the LoRA.
+        extras: the heads and biases stored with the LoRA.
         base_facts: the base facts.
 
     Raises:
@@ -150,13 +150,13 @@ def _mlx_config(config: VeraConfig, plan: LoraPlan, modules: Collection[str]) ->
 
 
 def _layer_count(modules: Collection[str]) -> int:
-    """Return how many layers a model has by the paths of its modules."""
+    """Return how many layers a model has by the paths of the modules."""
     found = (re.search(r"(?:^|\.)layers\.(\d{1,6})\.", module) for module in modules)
     return 1 + max((int(each[1]) for each in found if each is not None), default=-1)
 
 
 def mlx_keys(written: Sequence[str], modules: Collection[str]) -> list[str]:
-    """Return the paths that MLX-LM makes LoRA layers of.
+    """Return the paths of MLX-LM's LoRA layers.
 
     A path inside a layer stands for that module in every layer. Full paths are written if some
     layers lack the module, or if the model's modules are not known.

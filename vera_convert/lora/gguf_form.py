@@ -59,7 +59,7 @@ class GgufModel:
     Attributes:
         architecture: llama.cpp's name of the architecture.
         heads: the number of attention heads, and of heads of keys and values.
-        names: llama.cpp's name of each layer's weight, by the module that the LoRA writes.
+        names: llama.cpp's name of each layer's weight, by the module's name in the LoRA.
     """
 
     architecture: str
@@ -84,7 +84,7 @@ class GgufModel:
 
 
 def restored_B(stored: Array, heads: int) -> Array:  # noqa: N802 -- a matrix
-    """Return lora_B with its rows in transformers' order, from that of llama.cpp."""
+    """Return lora_B with the rows in transformers' order, from llama.cpp's order."""
     neighbors = stored.reshape(heads, -1, 2, stored.shape[1])
     return np.ascontiguousarray(neighbors.swapaxes(1, 2).reshape(stored.shape))
 
@@ -93,7 +93,7 @@ def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
     """Return the numbers of attention heads, and of heads of keys and values, of a base.
 
     Raises:
-        CheckpointError: the base is not known, or its config gives no usable numbers.
+        CheckpointError: the base is not known, or the config gives no usable numbers.
     """
     config = {} if base is None else base.config
     heads = config.get("num_attention_heads")
@@ -157,7 +157,7 @@ class GgufWeights:
 
     @property
     def size(self) -> int:
-        """The bytes of the file; its beginning is written to a temporary folder and measured."""
+        """The bytes of the file; the beginning is written to a temporary folder and measured."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / GGUF_NAME
             self._begun(path).close()
@@ -208,7 +208,7 @@ class GgufWeights:
             yield f"{name}b", (layer.shape.out_features, rank)
 
     def _begun(self, path: Path) -> Any:  # noqa: ANN401 -- the package has no types
-        """Write all that stands before the values, and return the package's writer."""
+        """Write everything before the values, and return the package's writer."""
         gguf, plan = gguf_package(), self.computed.plan
         writer = gguf.GGUFWriter(path, self.model.architecture)
         writer.add_string("general.type", "adapter")

@@ -35,7 +35,7 @@ _DTYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A GGUF file: texts and numbers of its metadata, and its tensors by name."""
+    """A GGUF file: texts and numbers of the metadata, and the tensors by name."""
 
     metadata: Mapping[str, object]
     tensors: Mapping[str, TensorData]
@@ -47,7 +47,7 @@ class GgufFile:
 
     @property
     def alpha(self) -> float:
-        """The factor of a product, times its rank; 0 for a factor of 1."""
+        """The factor of a product, times the rank; 0 for a factor of 1."""
         found = self.metadata.get("adapter.lora.alpha", 0.0)
         return found if isinstance(found, float) else math.nan
 
@@ -103,7 +103,7 @@ def _unreadable(place: str, reason: str) -> CheckpointError:
 
 
 class _Cursor:
-    """Take values from the bytes of a header, one after the other."""
+    """Take values from the bytes of a header, in order."""
 
     def __init__(self, data: bytes, place: str) -> None:
         self._data = data
@@ -119,7 +119,7 @@ class _Cursor:
         return self._data[self.at - length : self.at]
 
     def bounded(self, count: int, size: int) -> int:
-        """Return a count of items of at least `size` bytes, if the rest can hold that many."""
+        """Return a count of items of at least `size` bytes, if the rest can hold all items."""
         if count * size > len(self._data) - self.at:
             self.refuse("its header is cut off, or too large")
         return count
@@ -179,7 +179,7 @@ def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
 def gguf_names(
     architecture: str, stored: Iterable[str], candidates: Mapping[str, Iterable[str]]
 ) -> dict[str, str]:
-    """Return llama.cpp's name for each module that the architecture has.
+    """Return llama.cpp's name for each module of the architecture.
 
     Args:
         architecture: llama.cpp's name of the architecture.

@@ -29,7 +29,7 @@ class LoraOptions:
     """The options of a conversion to LoRA.
 
     Attributes:
-        engine: the engine that the LoRA is for.
+        engine: the engine of the LoRA.
         dtype: the dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
         rank: the rank of the LoRA; None for the exact LoRA.
         max_error: the largest relative error of a layer's delta; the smallest rank that keeps to
@@ -42,7 +42,7 @@ class LoraOptions:
         generator: how A and B are drawn if no fingerprint says so.
         check: read the written weights back and compare every byte.
         dry_run: plan and measure, and write nothing.
-        force: replace a LoRA that this command wrote.
+        force: replace a LoRA of this command.
 
     Example:
         >>> LoraOptions(engine="vllm", rank=64).rank
@@ -79,7 +79,7 @@ class LoraOptions:
 
     @property
     def target(self) -> Engine:
-        """The engine that the LoRA is for."""
+        """The engine of the LoRA."""
         return ENGINES[self.engine]
 
     @property
@@ -88,7 +88,7 @@ class LoraOptions:
         return DTYPES[self.dtype]
 
     def record(self, base: BaseOptions) -> Mapping[str, object]:
-        """Return the options that decide the bytes of the output, as a JSON object."""
+        """Return the options behind the bytes of the output, as a JSON object."""
         return {
             "for": self.engine,
             "dtype": self.dtype,

@@ -14,12 +14,12 @@ from vera_convert.targets.matching import matching
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """Trained tensors of an adapter that are no vectors.
+    """Trained tensors of an adapter, vectors aside.
 
     Attributes:
         heads: the tensors of modules_to_save.
         biases: the trained biases.
-        saved: the names of those modules, as modules_to_save has them.
+        saved: the names of the heads in modules_to_save.
     """
 
     heads: tuple[TensorData, ...] = ()
@@ -35,13 +35,13 @@ class Extras:
 def config_text(
     config: VeraConfig, plan: LoraPlan, extras: Extras, *, modules: Collection[str]
 ) -> bytes:
-    """Return the bytes of ``adapter_config.json``, in the order and layout that PEFT writes.
+    """Return the bytes of ``adapter_config.json``, in PEFT's order and layout.
 
     Args:
         config: the VeRA adapter's.
         plan: the LoRA.
-        extras: the heads and biases that are stored with the LoRA.
-        modules: every module with a weight, by the names that the LoRA uses; empty if not known.
+        extras: the heads and biases stored with the LoRA.
+        modules: every module with a weight, by the LoRA's names; empty if not known.
     """
     written = [layer.written for layer in plan.layers]
     targets, limits = target_names(written, modules, config)
@@ -81,7 +81,7 @@ def target_names(
 ) -> tuple[list[str], bool]:
     """Return names that match exactly the converted modules, by PEFT's rule for a list.
 
-    A name matches a module that is called so, or whose path ends with a dot and the name. The
+    A name matches a module of this name, and a module whose path ends with a dot and the name. The
     adapter's own list is kept if the list matches exactly the converted modules. Otherwise the
     shortest path endings that match no other module are taken, and full names if no ending is short
     enough.
@@ -92,7 +92,7 @@ def target_names(
         config: the VeRA adapter's.
 
     Returns:
-        The names, and whether the config's ``layers_to_transform`` goes with them.
+        The names, and whether the config's ``layers_to_transform`` goes with the names.
     """
     wanted, own = frozenset(written), config.target_modules
     everything = sorted({*written, *modules})
@@ -118,7 +118,7 @@ def _endings(module: str) -> Iterator[str]:
 
 
 def _shortest(module: str, others: Collection[str]) -> str:
-    """Return the shortest ending that no other module has and that begins with no index."""
+    """Return the shortest ending without a leading index that no other module has."""
     endings = (
         end
         for end in _endings(module)

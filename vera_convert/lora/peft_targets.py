@@ -1,4 +1,4 @@
-"""Layers that PEFT loads for a VeRA adapter, and not for a LoRA: PEFT decides by the model's type.
+"""Layers loaded by PEFT for VeRA, and not for a LoRA: PEFT decides by the model's type.
 
 Read in PEFT 0.21.2 (utils/transformers_weight_conversion.py, tuners/tuners_utils.py) beside
 transformers 5.24. PEFT compares the last part of a target, so a longer target changes nothing.
@@ -59,7 +59,7 @@ def lost_to_experts(
 ) -> list[str]:
     """Return the modules whose LoRA PEFT takes for a part of the model's fused experts, and loses.
 
-    The LoRA of experts themselves, as transformers 4 names them, is loaded if each expert of a
+    The LoRA of experts under the names of transformers 4 is loaded if each expert of a
     layer has one. The LoRA of gate and up is loaded only beside one of down.
 
     Args:

@@ -1,4 +1,4 @@
-"""A LoRA as data before a byte is written: its layers, their names, one rank, its size."""
+"""A LoRA as data before a byte is written: layers, names, rank, size."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LoraLayer:
         module: the layer's path in the adapter's model.
         written: the layer's path in the LoRA.
         shape: outputs and inputs of the layer in the base, and whether the layer is a Conv1D.
-        vectors: the layer's d and b; None for a layer that is filled with zeros.
+        vectors: the layer's d and b; None for a layer of zeros.
         pair: the A and B in effect.
-        tied: whether the layer is an output head that shares the embedding's tensor.
+        tied: whether the layer is an output head with the embedding's tensor.
     """
 
     module: str
@@ -56,13 +56,13 @@ class LoraPlan:
 
     Attributes:
         layers: every layer, in the adapter's order, and then the layers of zeros.
-        rank: the one rank of all layers, which is also lora_alpha.
-        rows: the rows of A that the exact LoRA keeps; every layer multiplies the others by 0.
-        reduced: whether `rank` is below the number of those rows, so layers are approximated.
-        exact_rank: a rank that represents every layer exactly up to rounding.
+        rank: the rank of every layer, which is also lora_alpha.
+        rows: the rows of A in the exact LoRA; every layer multiplies the others by 0.
+        reduced: whether `rank` is below the number of `rows`, so layers are approximated.
+        exact_rank: a rank at which every layer is exact up to rounding.
         dtype: the dtype of the factors, as safetensors names it.
-        missing: modules that the engine wants beside the adapted ones and that are not written.
-        inputs: the input sides that were computed so far, by the number of inputs.
+        missing: unwritten modules that the engine wants beside the adapted modules.
+        inputs: the input sides computed so far, by the number of inputs.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -85,7 +85,7 @@ class LoraPlan:
 
     @property
     def filled(self) -> int:
-        """The number of layers that are written as zeros."""
+        """The number of layers of zeros."""
         return sum(layer.vectors is None for layer in self.layers)
 
 
@@ -161,14 +161,14 @@ def _written(module: str, base_facts: BaseFacts, engine: Engine) -> str:
 def has_base_names(engine: Engine, base_facts: BaseFacts) -> bool:
     """Say whether a LoRA has the names of the base's files, and not the adapter's.
 
-    With a key map, the adapter's names are those of another model, and no engine has them.
+    With a key map, the adapter has another model's names, which no engine looks up.
     """
     match = base_facts.match
     return engine.base_names or (match is not None and match.strategy.is_given)
 
 
 def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine) -> list[str]:
-    """Return the modules without a LoRA that the engine needs beside the adapted ones."""
+    """Return the modules without a LoRA that the engine needs beside the adapted modules."""
     own = {layer.module for layer in layers}
     wanted = {
         f"{path}.{name}".lstrip(".")
@@ -191,7 +191,7 @@ def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine)
 
 
 def _shape(module: str, layers: Sequence[LoraLayer], base_facts: BaseFacts) -> Linear | None:
-    """Return the shape of a layer that the adapter does not have; None if it cannot be told."""
+    """Return the shape of a layer outside the adapter; None if nothing tells the shape."""
     conv1d = any(layer.shape.conv1d for layer in layers if kind_of(layer.module) == kind_of(module))
     base, match = base_facts.base, base_facts.match
     path = match.strategy.rename(module) if match is not None else None
@@ -224,9 +224,9 @@ def _filled(
 
 
 def _used_rows(layers: Iterable[LoraLayer], rank: int) -> tuple[NDArray[np.intp], int]:
-    """Return the rows of A that any layer uses, and how many of them one layer uses at most.
+    """Return the rows of A in use by any layer, and the most rows in use by a single layer.
 
-    A row is left out only if every layer leaves the row out: lora_A stays the same in all layers.
+    A row is left out only if every layer leaves the row out, so lora_A is the same in all layers.
     If no layer uses any, the first row is kept, because a LoRA has a rank.
     """
     used, most = np.zeros(rank, bool), 1
@@ -244,7 +244,7 @@ def _rank_for(
     error: float,
     inputs: dict[int, Inputs],
 ) -> int:
-    """Return the smallest rank that keeps to a relative error in every layer."""
+    """Return the smallest rank at which every layer keeps to a relative error."""
     needed = 1
     for layer in layers:
         if layer.vectors is None:

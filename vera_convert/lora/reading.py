@@ -1,4 +1,4 @@
-"""A LoRA that lies on disk, whoever wrote the LoRA: the factors of each layer, read when asked for.
+"""A LoRA on disk, by any writer: the factors of each layer, read when asked for.
 
 Nothing but the files' own words is trusted: shapes and dtypes are checked before values are read.
 """
@@ -58,8 +58,8 @@ class ReadLayer:
     Attributes:
         lora_A: (rank, in), or (in, rank) if transposed.
         lora_B: (out, rank), or (rank, out) if transposed.
-        scaling: the factor of their product.
-        transposed: whether the factors are stored as MLX-LM has them.
+        scaling: the factor of the product.
+        transposed: whether the factors are stored in MLX-LM's orientation.
         heads: if not 0, the rows of lora_B lie in llama.cpp's order for so many heads.
     """
 
@@ -110,19 +110,19 @@ class ReadLora:
 
     @property
     def engine(self) -> str:
-        """The engine that the record names; PEFT without a record."""
+        """The engine in the record; PEFT without a record."""
         return str(self.options.get("for", EngineName.PEFT))
 
     @property
     def options(self) -> Mapping[str, object]:
-        """The options of the conversion, as the record has them."""
+        """The options of the conversion, from the record."""
         found = (self.record or {}).get("options")
         return found if isinstance(found, Mapping) else {}
 
 
 @contextmanager
 def open_lora(folder: Path) -> Iterator[ReadLora]:
-    """Open the LoRA in a folder; its tensors can be read until the context ends.
+    """Open the LoRA in a folder; the tensors can be read until the context ends.
 
     Raises:
         CheckpointError: the files are malformed, or are of no LoRA.

@@ -1,6 +1,6 @@
-"""The provenance of a LoRA, which is stored in the metadata of its weights.
+"""The provenance of a LoRA, stored in the metadata of the weights.
 
-The same inputs and options give the same record: there is no time in it, and no path.
+The same inputs and options give the same record, without times and paths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The factors of a LoRA as they are stored: one rank, one dtype, each value rounded once."""
+"""The stored factors of a LoRA: of equal rank and dtype, each value rounded once."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Array = NDArray[Any]
 SAMPLED_ROWS = 16
 """Outputs of a layer on which the rounding of exact factors is measured."""
 SAMPLED_COLUMNS = 512
-"""Inputs of a layer on which that is measured."""
+"""Inputs of a layer on which the rounding of exact factors is measured."""
 _HALF = 0x8000
 _LOW = 0xFFFF
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredLayer:
-    """The factors of one layer as they are written.
+    """The written factors of a layer.
 
     Attributes:
         lora_A: (rank, in).
         lora_B: (out, rank).
         error: the relative Frobenius error of the layer's delta; 0 for a delta of zeros.
-        vanished: the share of the values of both factors that float16 rounds to 0.
+        vanished: the share of both factors' values rounded to 0 by float16.
     """
 
     lora_A: Array  # noqa: N815 -- the matrix is called A
@@ -52,7 +52,7 @@ class StoredLayer:
 
 
 def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
-    """Return the factors of one layer in the rank and dtype of a plan, and measure their error.
+    """Return a layer's factors in the rank and dtype of a plan, and measure the error.
 
     The error compares the stored delta with the adapter's: on every output of an approximated
     layer, and else on up to 16 outputs and 512 inputs, spread evenly.
@@ -99,7 +99,7 @@ def _exact(factors: Factors, dtype: str) -> StoredLayer:
 def _exact_A(  # noqa: N802 -- the matrix is called A
     factors: Factors, powers: NDArray[np.int64], dtype: str
 ) -> tuple[Array, int]:
-    """Return lora_A, and how many of its values float16 rounds to 0; A itself is never copied."""
+    """Return lora_A, and how many values float16 rounds to 0; A itself is never copied."""
     kind, lost = NUMPY_DTYPE[dtype], 0
     if factors.A.dtype == kind and not powers.any():
         return factors.A, lost
@@ -113,7 +113,7 @@ def _exact_A(  # noqa: N802 -- the matrix is called A
 
 
 def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
-    """Return the best factors of the plan's rank, and measure their error on every output."""
+    """Return the best factors of the plan's rank, and measure the error on every output."""
     found = Decomposition.of(factors, plan.inputs)
     left, right = found.truncated(plan.rank)
     exact = product(left, factors.A)
@@ -152,7 +152,7 @@ def _vanished(exact: Float64, stored: Array) -> int:
 
 
 def _sample(b: Array) -> NDArray[np.intp]:
-    """Return outputs that the layer changes, 16 at most, spread evenly."""
+    """Return up to 16 outputs with a change by the layer, spread evenly."""
     changed = np.flatnonzero(b)
     count = min(len(changed), SAMPLED_ROWS)
     return changed[np.linspace(0, max(len(changed) - 1, 0), count).astype(np.intp)]

@@ -27,11 +27,11 @@ _BLOCK = 1 << 20
 
 @dataclass(slots=True)
 class Measured:
-    """The measurements that were taken while layers were computed.
+    """The measurements taken while layers were computed.
 
     Attributes:
         errors: the relative error of each layer's delta, by the adapter's module path.
-        vanished: the share of values that float16 rounds to 0, likewise.
+        vanished: the share of values rounded to 0 by float16, likewise.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Measured:
 
 
 class Computed:
-    """Computes the factors of layers; the layer computed last is kept, because it has two tensors.
+    """Computes the factors of layers; the last layer is kept, because a layer has two tensors.
 
     Attributes:
         plan: the LoRA.
@@ -145,7 +145,7 @@ class SafetensorsWeights:
         return in_order([*self._factors(), *self.others])
 
     def _factors(self) -> Iterator[TensorData]:
-        """Yield the two tensors of each layer; the factors are computed when they are written."""
+        """Yield the two tensors of each layer; the factors are computed on writing."""
         plan = self.computed.plan
         for layer in plan.layers:
             sizes = (plan.rank, layer.shape.in_features), (layer.shape.out_features, plan.rank)
@@ -172,7 +172,7 @@ def _digest(source: ByteSource, start: int) -> bytes:
 
 
 def copy_side_files(folder: Path, names: Sequence[str], staged: Path) -> None:
-    """Copy files of the adapter's folder byte for byte, and read them back.
+    """Copy files of the adapter's folder byte for byte, and read the copies back.
 
     Raises:
         CheckpointError: a file leads out of the folder.
