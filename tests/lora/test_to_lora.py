@@ -623,6 +623,23 @@ def test_a_chosen_layer_list_of_the_config_stays(base: Path, tmp_path: Path) -> 
     assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
+def test_each_adapter_in_a_folder_becomes_a_lora_with_its_own_fields(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "many").mkdir()
+    for name, size in (("first", 1.0), ("second", 2.0)):
+        tensors = {
+            key: tensor * np.float32(size)
+            for key, tensor in good_tensors().items()
+            if key.endswith("lambda_b")
+        }
+        fields: dict[str, Any] = {"revision": f"v-{name}", "task_type": "CAUSAL_LM"}
+        adapter = good_adapter(tmp_path / "many" / name, tensors=tensors, **fields)
+        converted(adapter, base, tmp_path / name)
+        assert fields.items() <= config_of(tmp_path / name).items()
+        assert max(errors(tmp_path / name, {**good_tensors(), **tensors})) < 1e-7
+
+
 @pytest.mark.parametrize("targets", [r".*\.(q|v)_proj", None], ids=["regex", "null"])
 def test_targets_that_are_no_list_become_the_shortest_one(
     targets: str | None, base: Path, tmp_path: Path

@@ -284,7 +284,7 @@ class _Job:
         return lora_card(self.origin, self.plan, self.files.weights)
 
     def _require_small_error(self, measured: Measured) -> None:
-        """Refuse a LoRA if a layer loses more than half of the delta, unless the user accepts the loss."""
+        """Refuse a LoRA if a layer loses half of the delta, unless the user accepts the loss."""
         errors = measured.errors
         large = {module: error for module, error in errors.items() if error > ERROR_LIMIT}
         if large and not self.origin.options.accept_error:
