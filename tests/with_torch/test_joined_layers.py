@@ -13,7 +13,16 @@ import torch
 from releases import has, of_transformers
 from theirwarnings import OF_PEFT
 
-from vera_convert import VerifyOptions, embed, merge, strip, to_lora, validate, verify
+from vera_convert import (
+    CheckpointError,
+    VerifyOptions,
+    embed,
+    merge,
+    strip,
+    to_lora,
+    validate,
+    verify,
+)
 
 pytestmark = OF_PEFT
 
@@ -49,6 +58,21 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
         ["gate_proj", "up_proj"],
     ),
 }
+
+
+def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_path: Path) -> None:
+    name, config, fields, targets = KINDS["joined layers alone"]
+    model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"
+    model_class(of_transformers(config)(**fields)).save_pretrained(base)
+    wanted = peft.VeraConfig(r=4, target_modules=targets, bias="all")
+    adapted = peft.get_peft_model(model_class.from_pretrained(base), wanted)
+    adapted.save_pretrained(adapter)
+    checked = validate(adapter, base=base, select=["V5"])
+    assert checked.passed
+    assert {each.code for each in checked.findings} == {"V542"}
+    assert strip(adapter, tmp_path / "stripped", base=base).out.is_dir()
+    with pytest.raises(CheckpointError, match=r"V542 .*gate_proj\.bias.*join this bias"):
+        merge(adapter, tmp_path / "merged", base=base)
 
 
 @pytest.mark.parametrize("kind", KINDS)

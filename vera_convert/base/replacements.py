@@ -15,6 +15,7 @@ from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import release_names
 from vera_convert.base.task_classes import class_of_head
+from vera_convert.base.unsupported_layouts import other_layout
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
@@ -204,11 +205,29 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
     """
     module = replaced_name(name).rpartition(".")[0]
     if not saved_modules(config).of(module):
-        return REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
+        found = unknown_tensor(name, target, base)
+        is_unknown = found.rule is REPLACEMENT_UNKNOWN  # else PEFT loads the adapter on this base
+        return found if is_unknown else found.rule.as_note().at(found.place, found.reason)
     if class_of_head(config, base) is not None:
         return None
     reason = "the base has no such tensor, and no class with this tensor is known."
     return REPLACEMENT_NEW.in_tensor(target, reason)
+
+
+def unknown_tensor(name: str, target: str, base: BaseModel) -> Finding:
+    """Return the finding that a merge cannot place a tensor, such as a bias that the base joins.
+
+    Args:
+        name: the tensor's name in the adapter's file.
+        target: the tensor's name in the base.
+        base: the base.
+    """
+    module = replaced_name(name).rpartition(".")[0]
+    layout = other_layout([module], base) if name.endswith(".bias") else None
+    if layout is None:
+        return REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
+    reason = "the base's files join this bias with others, and a merge cannot divide biases yet."
+    return layout.rule.at(printable(target), reason)
 
 
 def incomplete_modules(

@@ -22,6 +22,7 @@ from vera_convert.base.replacements import (
     incomplete_modules,
     replacing_tensors,
     saved_modules,
+    unknown_tensor,
 )
 from vera_convert.base.resizes import resizes, shape_differs
 from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
@@ -223,13 +224,12 @@ class _Collector:
         name = replacement.tensor.name
         module = _module(replaced_name(name))
         if not saved_modules(replacement.owner.adapter.config).of(module):
-            reason = f"{printable(name)} would replace it."
+            self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
+            self.defects.append(REPLACEMENT_UNKNOWN.at(printable(target), reason))
         else:
             self._record(target, replacement)
-            return
-        self.defects.append(REPLACEMENT_UNKNOWN.at(printable(target), reason))
 
     # --- tied heads ------------------------------------------------------------------------------
 
