@@ -151,6 +151,14 @@ def test_a_packed_base_is_a_warning_where_nothing_is_added_to_it(
     assert run("validate", adapter, "--base", base, "--fail-on", "warning").status == 1
 
 
+WAYS_OUT = (
+    "to-lora",
+    "original 16-bit or 32-bit model with --base",
+    "differs slightly from the model of the training",
+    "quantizer's own tool",
+)
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_a_merge_into_a_packed_base_is_refused_by_the_method(
     name: str, tmp_path: Path, run: Run
@@ -159,7 +167,25 @@ def test_a_merge_into_a_packed_base_is_refused_by_the_method(
     ended = run("merge", adapter, tmp_path / "out", "--base", base)
     assert ended.status == 1
     assert f"V550 {base}: 4 of 4 layers are quantized ({PACKED[name][0]})" in ended.err
-    assert "16-bit or 32-bit model" in ended.err
+    told = " ".join(ended.err.split())
+    for way in WAYS_OUT:
+        assert way in told
+    assert not (tmp_path / "out").exists()
+
+
+SUPPORTED = ("gptq", "awq", "bnb4", "pack_quantized", "torchao")
+
+
+@pytest.mark.parametrize("name", [name for name in PACKED if name not in SUPPORTED])
+def test_dequantize_refuses_a_method_by_name_and_names_the_ways_out(
+    name: str, tmp_path: Path, run: Run
+) -> None:
+    base, adapter = packed_base(tmp_path / "base", name), good_adapter(tmp_path / "adapter")
+    ended = run("merge", adapter, tmp_path / "out", "--base", base, "--dequantize")
+    assert ended.status == 1
+    told = " ".join(ended.err.split())
+    for text in ("V554", PACKED[name][0], *WAYS_OUT):
+        assert text in told
     assert not (tmp_path / "out").exists()
 
 
