@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,61 @@ def test_an_fp8_value_that_is_nan_stays_nan_and_takes_no_delta(
     wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"].astype(np.float32)
     wanted[1, 2:4] = np.nan
     np.testing.assert_array_equal(found, wanted)
+
+
+def half_nf4(key: str, parts: Tensors, _row: int) -> Tensors:
+    """A weight of float16 whose first block is larger than float16 can hold."""
+    state = f"{key}.quant_state.bitsandbytes__nf4"
+    text = parts[state].tobytes().replace(b"bfloat16", b"float16")
+    absmax = parts[f"{key}.absmax"].copy()
+    absmax[1] = 1e6
+    return {state: np.frombuffer(text, np.uint8), f"{key}.absmax": absmax}
+
+
+def large_gptq(key: str, parts: Tensors, row: int) -> Tensors:
+    """A scale with which most codes of an output are larger than float16 can hold."""
+    scales = parts[f"{key.removesuffix('weight')}scales"].copy()
+    scales[:, row] = 65504
+    return {f"{key.removesuffix('weight')}scales": scales}
+
+
+@pytest.mark.parametrize(("name", "enlarge"), [("bnb-nf4", half_nf4), ("gptq-8bit", large_gptq)])
+@pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj"])
+def test_a_value_that_overflows_as_in_the_library_is_kept_and_takes_no_delta(
+    name: str, enlarge: Callable[[str, Tensors, int], Tensors], layer: str, tmp_path: Path
+) -> None:
+    folder, base, out = FIXTURES / name, tmp_path / "base", tmp_path / "out"
+    key, row = f"model.layers.0.{layer}.weight", 1
+    parts = load_file(folder / "base/model.safetensors")
+    with_tensors(folder / "base", base, enlarge(key, parts, row))
+    options = MergeOptions(dequantize=True)
+    given = BaseOptions(str(base), dtype="float16")
+    if layer == "self_attn.q_proj":
+        with pytest.raises(CheckpointError, match=rf"V530 {key}: its value at \[1, "):
+            merge(folder / "adapter", out, base=given, options=options)
+        assert not out.exists()
+        return
+    merge(folder / "adapter", out, base=given, options=options)
+    found = tensors_of(out)[key].astype(np.float32)
+    wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"].astype(np.float32)
+    is_large = np.isinf(found)
+    assert is_large[row].any()
+    assert not np.delete(is_large, row, axis=0).any()
+    np.testing.assert_array_equal(np.sign(found[is_large]), np.sign(wanted[is_large]))
+
+
+def test_an_expert_that_overflows_as_in_the_library_is_kept(tmp_path: Path) -> None:
+    name, key = "mxfp4-gpt-oss-noproj", "model.layers.0.mlp.experts.down_proj"
+    base, out = tmp_path / "base", tmp_path / "out"
+    with open_local(FIXTURES / name / "base/model.safetensors") as opened:
+        scales = TensorFile(opened).read(f"{key}_scales").copy()
+    scales[0, 0, 0] = 254
+    with_tensors(FIXTURES / name / "base", base, {f"{key}_scales": scales})
+    merge(FIXTURES / name / "adapter", out, base=base, options=MergeOptions(dequantize=True))
+    found = tensors_of(out)[key].astype(np.float32)
+    wanted = load_file(FIXTURES / name / "expected.safetensors")[f"dequantized.{key}"]
+    assert np.isinf(found[0, :32, 0]).any()
+    np.testing.assert_array_equal(np.sign(found), np.sign(wanted.astype(np.float32)))
 
 
 def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: Path) -> None:
