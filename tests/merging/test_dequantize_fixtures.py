@@ -155,6 +155,49 @@ def test_a_plain_layer_that_the_config_calls_quantized_is_merged_as_it_is(
     assert off <= wanted.size // 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("bnb-nf4", "llm_int8_skip_modules"),
+        ("torchao-int8", "modules_to_not_convert"),
+        ("ct-fp8-channel", "ignore"),
+        ("fp8-block", "modules_to_not_convert"),
+        ("awq-gemm", "modules_to_not_convert"),
+    ],
+)
+def test_a_layer_that_the_config_skips_is_plain_and_is_merged(
+    name: str, field: str, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    expected = with_a_plain_layer(name, base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"][field] = [PLAIN.removesuffix(".weight")]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    given = BaseOptions(str(base), dtype="bfloat16")
+    found = validate(FIXTURES / name / "adapter", base=given)
+    (note,) = (finding for finding in found.findings if finding.code == "V563")
+    assert "plain" not in note.reason
+    merge(FIXTURES / name / "adapter", out, base=given, options=MergeOptions(dequantize=True))
+    tensors = tensors_of(out)
+    with open_local(base / "model.safetensors") as opened:
+        stored = TensorFile(opened).read(PLAIN).astype(np.float32)
+    changed = np.count_nonzero(tensors[PLAIN].astype(np.float32) != stored)
+    assert changed > stored.size // 2
+    other = "model.layers.0.mlp.up_proj.weight"
+    np.testing.assert_array_equal(values(tensors[other]), values(expected[f"dequantized.{other}"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_shards_hold_the_same_bytes(name: str, tmp_path: Path) -> None:
+    whole = merged(name, tmp_path / "whole")
+    sharded = merged(name, tmp_path / "shards", max_shard_size=20_000)
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 2
+    assert whole.keys() == sharded.keys()
+    for key, tensor in whole.items():
+        assert sharded[key].dtype == tensor.dtype
+        assert sharded[key].tobytes() == tensor.tobytes()
+
+
 def test_a_command_unpacks_a_base_once(tmp_path: Path) -> None:
     unpacked.cache_clear()
     merged("ct-pack-int4-asym-group32", tmp_path / "out")
