@@ -255,6 +255,9 @@ def test_a_lower_rank_is_the_best_one_and_its_errors_are_stated(
     result = converted(adapter, base, tmp_path / "out", rank=3)
     found = errors(tmp_path / "out", good_tensors())
     assert [result.measured.errors[m] for m in modules()] == pytest.approx(found, rel=1e-6)
+    for name, tensor in weights(tmp_path / "out").items():
+        if name.endswith("lora_A.weight"):  # a singular vector has no sign of its own
+            assert (tensor[range(3), np.abs(tensor).argmax(axis=1)] > 0).all()
     for module, error in zip(modules(), found, strict=True):
         values = np.linalg.svd(delta(good_tensors(), module, HIDDEN), compute_uv=False)
         best = np.sqrt(np.square(values[3:]).sum() / np.square(values).sum())
