@@ -1,7 +1,7 @@
 """The catalog of rules: every defect that vera-convert can find, each with a stable code.
 
-The texts stand in ``rules.toml``. Code imports a rule by the name that the rule has in this file:
-``from vera_convert.rules import FILE_EMPTY``. A reader that finds a defect raises `CheckpointError`
+The texts stand in ``rules.toml``. Code names a rule as this file does: ``rules.FILE_EMPTY``, after
+``from vera_convert import rules``. A reader that finds a defect raises `CheckpointError`
 with the `Finding`, and every command shows the finding in the same words.
 """
 

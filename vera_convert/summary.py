@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
@@ -31,7 +32,7 @@ from vera_convert.draws.comparison import Difference
 from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
-from vera_convert.rules import PROJECTIONS_IGNORED, Finding
+from vera_convert.rules import Finding
 from vera_convert.targets.linear import LayerGroup, Linear, layer_groups
 from vera_convert.text import short_repr
 
@@ -237,7 +238,9 @@ def _ignored(adapter: Adapter, effects: Iterable[Effect]) -> Iterable[Finding]:
     """Warn if PEFT up to 0.20 ignores the stored A and B on every base."""
     stored = adapter.projections is not None and adapter.config.save_projection
     if stored and any(effect.same_on == () for effect in effects):
-        yield PROJECTIONS_IGNORED.at(adapter.place, "PEFT regenerates other matrices from the key.")
+        yield rules.PROJECTIONS_IGNORED.at(
+            adapter.place, "PEFT regenerates other matrices from the key."
+        )
 
 
 def _unknown_origin(adapter: Adapter) -> Iterable[Finding]:

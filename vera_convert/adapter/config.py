@@ -13,23 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.json_edit import edited_object
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import parse_json, read_json
-from vera_convert.rules import (
-    CONFIG_NOT_OBJECT,
-    FIELD_RANGE,
-    FIELD_TYPE,
-    FIELD_VALUE,
-    KEY_INVALID,
-    LAYERS_PATTERN_ALONE,
-    NOT_VERA,
-    UNKNOWN_FIELD,
-    Finding,
-    Severity,
-)
+from vera_convert.rules import Finding, Severity
 from vera_convert.text import printable
 
 LORA = "LORA"
@@ -186,18 +176,21 @@ def parse_config(text: bytes, *, place: str) -> ConfigFile:
 def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
     if not isinstance(document, dict):
         reason = f"it holds {_json_kind(document)} at its top level."
-        raise CheckpointError(CONFIG_NOT_OBJECT.in_file(place, reason))
+        raise CheckpointError(rules.CONFIG_NOT_OBJECT.in_file(place, reason))
     if len(document) > MAX_FIELDS:
-        raise CheckpointError(FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
+        raise CheckpointError(rules.FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
     if _is_foreign(document):
-        finding, method = NOT_VERA.in_file(place, _what_else(document)), document.get("peft_type")
+        finding, method = (
+            rules.NOT_VERA.in_file(place, _what_else(document)),
+            document.get("peft_type"),
+        )
         if "peft_type" not in document and document.get("fine_tune_type") == "lora":
             method = LORA  # as MLX-LM writes its LoRAs
         if isinstance(method, str) and method.upper() != "VERA":
             raise OtherMethodError(finding, printable(method))
         raise CheckpointError(finding)
     unknown = (
-        UNKNOWN_FIELD.in_file(place, f"there is a field {printable(name)}.")
+        rules.UNKNOWN_FIELD.in_file(place, f"there is a field {printable(name)}.")
         for name in document
         if _is_unknown(name)
     )
@@ -333,15 +326,15 @@ def _field_findings(document: Mapping[str, object], place: str) -> Iterator[tupl
         for name in names.split():
             if name in document and not fits(document[name]):
                 reason = f"{name} is {_json_kind(document[name])} where {expected} is expected."
-                yield name, FIELD_TYPE.in_file(place, reason)
+                yield name, rules.FIELD_TYPE.in_file(place, reason)
     name = "projection_prng_key"
     key = document.get(name, 0)
     if not isinstance(key, int) or isinstance(key, bool):
         shown, kind = printable(json.dumps(key)), _json_kind(key)
         said = shown if shown == kind else f"{shown}, {kind}"
-        yield name, KEY_INVALID.in_file(place, f"{name} is {said}.")
+        yield name, rules.KEY_INVALID.in_file(place, f"{name} is {said}.")
     elif key not in KEY_RANGE:
-        yield name, KEY_INVALID.in_file(place, f"{name} is {_shown(key)}.")
+        yield name, rules.KEY_INVALID.in_file(place, f"{name} is {_shown(key)}.")
 
 
 def _shown(number: float) -> str:
@@ -355,10 +348,10 @@ def _absurd_lists(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding
         value = getattr(config, field)
         items = value if isinstance(value, tuple) else (value,)
         if len(items) > MAX_LISTED:
-            yield field, FIELD_RANGE.in_file(place, f"{field} has {len(items):,} entries.")
+            yield field, rules.FIELD_RANGE.in_file(place, f"{field} has {len(items):,} entries.")
         if any(isinstance(item, str) and len(item) > MAX_NAME for item in items):
             reason = f"{field} has an entry of over {MAX_NAME:,} letters."
-            yield field, FIELD_RANGE.in_file(place, reason)
+            yield field, rules.FIELD_RANGE.in_file(place, reason)
 
 
 def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Finding]]:
@@ -366,24 +359,27 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Fi
     yield from _absurd_lists(config, place)
     if not 1 <= config.r <= MAX_RANK:
         reason = f"r is {_shown(config.r)}; a rank is from 1 to {MAX_RANK}."
-        yield "r", FIELD_RANGE.in_file(place, reason)
+        yield "r", rules.FIELD_RANGE.in_file(place, reason)
     # PEFT loads NaN: such a dropout does nothing, and the stored lambda_d replaces d_initial.
     if config.vera_dropout < 0 or config.vera_dropout > 1:
         reason = f"vera_dropout is {_shown(config.vera_dropout)}; a probability is from 0 to 1."
-        yield "vera_dropout", FIELD_RANGE.in_file(place, reason)
+        yield "vera_dropout", rules.FIELD_RANGE.in_file(place, reason)
     if isinstance(config.d_initial, int) and abs(config.d_initial) > sys.float_info.max:
         reason = f"d_initial is {_shown(config.d_initial)}, which no float holds."
-        yield "d_initial", FIELD_RANGE.in_file(place, reason)
+        yield "d_initial", rules.FIELD_RANGE.in_file(place, reason)
     # PEFT from 0.18 on takes any "*_only" for the biases of adapted layers.
     if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
         reason = f'bias is "{printable(config.bias)}"; PEFT knows none, all and vera_only.'
-        yield "bias", FIELD_VALUE.in_file(place, reason)
+        yield "bias", rules.FIELD_VALUE.in_file(place, reason)
     if config.task_type is not None and config.task_type not in TASK_TYPES:
         known = ", ".join(TASK_TYPES)
         reason = f'task_type is "{printable(config.task_type)}"; PEFT knows {known} and null.'
-        yield "task_type", FIELD_VALUE.in_file(place, reason)
+        yield "task_type", rules.FIELD_VALUE.in_file(place, reason)
     if config.layers_pattern and config.layers_to_transform is None:
-        yield "layers_pattern", LAYERS_PATTERN_ALONE.in_file(place, "layers_to_transform is null.")
+        yield (
+            "layers_pattern",
+            rules.LAYERS_PATTERN_ALONE.in_file(place, "layers_to_transform is null."),
+        )
 
 
 def peft_release(version: str | None) -> tuple[int, int] | None:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from vera_convert import rules
 from vera_convert.adapter.config import KEY_RANGE, MAX_RANK, VeraConfig
 from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
-from vera_convert.rules import FINGERPRINT_DISAGREES, FINGERPRINT_MALFORMED, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 METADATA_KEY = "vera_convert.projection"
@@ -93,7 +94,7 @@ def from_text(text: str, *, place: str) -> Fingerprint:
     except CheckpointError as error:
         reason = error.findings[0].reason
     if reason is not None or not isinstance(document, dict):
-        raise CheckpointError(FINGERPRINT_MALFORMED.at(place, reason or ""))
+        raise CheckpointError(rules.FINGERPRINT_MALFORMED.at(place, reason or ""))
     values = {name: document[name] for name in _CHECKS}
     values["variant"] = Variant(values["variant"])
     values["rounding"] = Rounding(values["rounding"])
@@ -166,11 +167,11 @@ def disagreement(
         ("rank", fingerprint.rank, config.r),
     ):
         if recorded != actual:
-            return FINGERPRINT_DISAGREES.at(
+            return rules.FINGERPRINT_DISAGREES.at(
                 place, f"the fingerprint says {name} {recorded}, the config {actual}."
             )
     if fingerprint.out_features < longest_b:
-        return FINGERPRINT_DISAGREES.at(
+        return rules.FINGERPRINT_DISAGREES.at(
             place,
             f"the fingerprint gives B {fingerprint.out_features} rows, "
             f"but a layer has {longest_b} outputs.",

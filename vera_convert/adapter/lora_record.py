@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.config import LORA, OtherMethodError
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import ByteSource, open_local
-from vera_convert.rules import NOT_VERA
 from vera_convert.text import printable
 
 RECORD_KEY = "vera_convert.lora"
@@ -82,7 +82,7 @@ def lora_without_config(folder: Path) -> OtherMethodError | None:
             return None
         found = f"{DIFFUSERS_NAME} is a LoRA for Diffusers"
     place = printable(str(folder))
-    return OtherMethodError(NOT_VERA.at(place, _reason(record, found)), LORA)
+    return OtherMethodError(rules.NOT_VERA.at(place, _reason(record, found)), LORA)
 
 
 def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodError:
@@ -96,7 +96,9 @@ def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodErr
         record = record_in(weights) if weights is not None else lora_record(folder)
     except (CheckpointError, SurroundingsError):
         record = None
-    return OtherMethodError(NOT_VERA.in_file(CONFIG_NAME, _reason(record, "this is a LoRA")), LORA)
+    return OtherMethodError(
+        rules.NOT_VERA.in_file(CONFIG_NAME, _reason(record, "this is a LoRA")), LORA
+    )
 
 
 def _reason(record: Mapping[str, object] | None, found: str) -> str:

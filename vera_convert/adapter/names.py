@@ -15,15 +15,9 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.rules import (
-    ADAPTER_NAME_LEFT,
-    OTHER_VERA,
-    PREFIX_MISSING,
-    UNKNOWN_TENSOR,
-    WRAPPER_IN_NAMES,
-    Rule,
-)
+from vera_convert.rules import Rule
 
 PREFIX = "base_model.model."
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
@@ -160,15 +154,15 @@ class Names(NamedTuple):
         """Return the rule broken by a tensor's name, or None if the name has a known meaning."""
         parts = self.parts(name)
         if parts.front or parts.wrappers:
-            return WRAPPER_IN_NAMES
+            return rules.WRAPPER_IN_NAMES
         has_prefix = name.startswith(PREFIX) or name in (A_NAME, B_NAME)
         if _OTHER_VERA.search(name if has_prefix else f".{name}"):
-            return OTHER_VERA
+            return rules.OTHER_VERA
         if name.startswith((PREFIX, "base_model.vera_")) and self.without_adapter(name)[1]:
-            return ADAPTER_NAME_LEFT
+            return rules.ADAPTER_NAME_LEFT
         if not has_prefix:
             is_bare = "base_model" not in name.split(".") and _OF_VERA.search(name)
-            return PREFIX_MISSING if is_bare else UNKNOWN_TENSOR
+            return rules.PREFIX_MISSING if is_bare else rules.UNKNOWN_TENSOR
         return None if name in self.copies else _strange(name)
 
 
@@ -182,7 +176,7 @@ def _strange(name: str) -> Rule | None:
     elements = name.removeprefix(PREFIX).split(".")
     alone = len(elements) == 1 and elements[0] in LAMBDAS
     inside = elements[:-1] if elements[-1] in (*LAMBDAS, "vera_A", "vera_B") else elements
-    return UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
+    return rules.UNKNOWN_TENSOR if alone or any(map(_STRANGE.fullmatch, inside)) else None
 
 
 def _wraps(config: VeraConfig) -> bool:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import (
     LORA,
@@ -28,15 +29,7 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource, open_local, too_large
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights
-from vera_convert.rules import (
-    ADAPTER_AS_MODEL,
-    ADAPTER_BELOW,
-    CONFIG_MISSING,
-    MODEL_FOLDER,
-    WEIGHTS_MISSING,
-    Finding,
-    Severity,
-)
+from vera_convert.rules import Finding, Severity
 from vera_convert.text import listed, printable
 
 Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData], ConfigFile]]
@@ -273,30 +266,34 @@ def _no_config(folder: Path, place: str) -> Finding:
         raise SurroundingsError(f"cannot list {place}: {error.strerror or error}.") from error
     below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     if WEIGHTS_NAME not in names and below:
-        return ADAPTER_BELOW.at(place, f"it holds adapters in subfolders only ({listed(below)}).")
+        return rules.ADAPTER_BELOW.at(
+            place, f"it holds adapters in subfolders only ({listed(below)})."
+        )
     if WEIGHTS_NAME not in names and "config.json" in names:
-        return MODEL_FOLDER.at(place, f"there is a model's config.json and no {CONFIG_NAME}.")
+        return rules.MODEL_FOLDER.at(place, f"there is a model's config.json and no {CONFIG_NAME}.")
     if CONFIG_NAME in names:
-        return CONFIG_MISSING.at(place, f"{CONFIG_NAME} is a link that leads nowhere.")
+        return rules.CONFIG_MISSING.at(place, f"{CONFIG_NAME} is a link that leads nowhere.")
     hint = ", but a vera_config.json, which is PaddleNLP's" if "vera_config.json" in names else ""
-    return CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}{hint}.")
+    return rules.CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}{hint}.")
 
 
 def _no_weights(folder: Path, place: str) -> Finding:
     """Return the finding for missing weights, or for weights under the name of a model."""
     reason = f"there is no {WEIGHTS_NAME}"
     if os.path.lexists(folder / WEIGHTS_NAME):
-        return WEIGHTS_MISSING.at(place, f"{WEIGHTS_NAME} is a link that leads nowhere.")
+        return rules.WEIGHTS_MISSING.at(place, f"{WEIGHTS_NAME} is a link that leads nowhere.")
     if any(folder.glob("adapter_model*-of-*.safetensors")):
         reason += (
             ", and the tensors lie in several files. PEFT loads a single file: join them into one."
         )
-        return WEIGHTS_MISSING.at(place, reason)
+        return rules.WEIGHTS_MISSING.at(place, reason)
     try:
         with open_local(folder / _MODEL_WEIGHTS, within=folder) as source:
             names = [*TensorFile(source).header.tensors]
     except (CheckpointError, SurroundingsError):
         names = []
     if any(".vera_lambda_" in name for name in names):
-        return ADAPTER_AS_MODEL.at(place, f"{reason}, but {_MODEL_WEIGHTS} holds vectors of VeRA.")
-    return WEIGHTS_MISSING.at(place, f"{reason}.")
+        return rules.ADAPTER_AS_MODEL.at(
+            place, f"{reason}, but {_MODEL_WEIGHTS} holds vectors of VeRA."
+        )
+    return rules.WEIGHTS_MISSING.at(place, f"{reason}.")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from vera_convert import rules
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX, Names
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import NAME_TAKEN_TWICE, PROJECTIONS_DIFFER
 from vera_convert.text import printable
 
 _OF_INNER_MODEL = re.compile(r"model\.model\.(?:layers|encoder|decoder)\.")
@@ -72,7 +72,7 @@ def _renamed(
     for name, tensor in zip(names, tensors, strict=True):
         if name in seen:
             reason = f"another tensor would become {printable(name)} as well."
-            raise CheckpointError(NAME_TAKEN_TWICE.in_tensor(tensor.name, reason))
+            raise CheckpointError(rules.NAME_TAKEN_TWICE.in_tensor(tensor.name, reason))
         seen.add(name)
     renamed = [
         tensor if name == tensor.name else tensor._replace(name=name)
@@ -180,7 +180,7 @@ def _require_equal(first: TensorData, copies: Iterable[TensorData]) -> None:
     for copy in copies:
         if not same_tensor(first, copy):
             reason = f"it differs from {printable(first.name)}."
-            raise CheckpointError(PROJECTIONS_DIFFER.in_tensor(copy.name, reason))
+            raise CheckpointError(rules.PROJECTIONS_DIFFER.in_tensor(copy.name, reason))
 
 
 def _for_reader(

@@ -6,20 +6,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from vera_convert import rules
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import (
-    BIAS_NOT_STORED,
-    MODULE_TO_SAVE_MISSING,
-    TOKEN_ROWS,
-    UNDECLARED_TENSOR,
-    UNKNOWN_TENSOR,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _BASE_BIAS = ".base_layer.bias"
@@ -109,7 +103,7 @@ def replacement_findings(
         if _is_token_rows(tensor.name):
             rows = f"{tensor.shape[0]:,} rows" if tensor.shape else "a value"
             reason = f"it holds {rows} of an embedding, trained with trainable_token_indices."
-            yield TOKEN_ROWS.in_tensor(tensor.name, reason)
+            yield rules.TOKEN_ROWS.in_tensor(tensor.name, reason)
         elif names:
             saved[module] = names
         else:
@@ -118,7 +112,7 @@ def replacement_findings(
     if not renamed:
         yield from _incomplete_modules(saved, layers, config)
         if config.bias != "none" and not bias_stored:
-            rule = BIAS_NOT_STORED
+            rule = rules.BIAS_NOT_STORED
             rule = rule.as_note() if _saves_biases(config.peft_version) else rule
             reason = f'bias is "{printable(config.bias)}", and the file holds no bias.'
             yield rule.in_file(WEIGHTS_NAME, reason)
@@ -133,14 +127,14 @@ def _undeclared(
     is_adapted = module in layers
     if parameter == "bias" and is_adapted and not tensor.name.endswith(_BASE_BIAS):
         reason = f"PEFT looks for {printable(PREFIX + module)}{_BASE_BIAS}, not this name."
-        yield UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
+        yield rules.UNKNOWN_TENSOR.in_tensor(tensor.name, reason)
         return
     trains_bias = config.bias == "all" or (config.bias != "none" and is_adapted)
     is_explained = parameter == "bias" and trains_bias
     is_explained |= parameter in ("weight", "bias") and may_be_resized(module)
     if not is_explained:
         reason = f"it replaces {printable(name)} of the base model."
-        yield UNDECLARED_TENSOR.in_tensor(tensor.name, reason)
+        yield rules.UNDECLARED_TENSOR.in_tensor(tensor.name, reason)
 
 
 def _saves_biases(peft_version: str | None) -> bool:
@@ -166,12 +160,12 @@ def _incomplete_modules(
     stored = frozenset().union(*saved.values())
     reason = "the file stores no tensor of this module."
     for name in sorted(declared - _KNOWN_HEADS - stored):
-        rule = MODULE_TO_SAVE_MISSING.as_warning() if stored else MODULE_TO_SAVE_MISSING
+        rule = rules.MODULE_TO_SAVE_MISSING.as_warning() if stored else rules.MODULE_TO_SAVE_MISSING
         yield rule.at(printable(name), reason)
     heads = declared & _KNOWN_HEADS  # a model has at most a single head
     is_classifier = config.task_type == "SEQ_CLS"
     if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
-        rule = MODULE_TO_SAVE_MISSING
+        rule = rules.MODULE_TO_SAVE_MISSING
         if is_classifier and any(map(_HEAD_PERHAPS_UNKNOWN.search, layers)):
             rule = rule.as_warning()
             reason += " This is right only if the model's head has another name."

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, LAMBDAS, PREFIX, Names
 from vera_convert.adapter.saved_modules import replacement_findings
@@ -17,26 +18,7 @@ from vera_convert.adapter.shapes import shape_findings
 from vera_convert.adapter.tensors import AdaptedLayer, StoredProjections
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import (
-    ADAPTER_NAME_LEFT,
-    LAMBDA_UNPAIRED,
-    MODEL_AS_ADAPTER,
-    NO_LAMBDAS,
-    ONE_PROJECTION,
-    OTHER_VERA,
-    PREFIX_MISSING,
-    PREFIX_MIXED,
-    PROJECTIONS_DIFFER,
-    PROJECTIONS_MISSING,
-    PROJECTIONS_PER_LAYER,
-    PROJECTIONS_REPEATED,
-    PROJECTIONS_UNANNOUNCED,
-    SEVERAL_ADAPTERS,
-    WRAPPER_IN_NAMES,
-    Finding,
-    Rule,
-    Severity,
-)
+from vera_convert.rules import Finding, Rule, Severity
 from vera_convert.text import listed, printable
 
 _PLAIN_LAMBDA = re.compile(
@@ -80,7 +62,7 @@ def sort_tensors(
     """
     if tensors and not any(_is_of_adapter(tensor.name) for tensor in tensors):
         reason = f"no tensor belongs to an adapter; {printable(tensors[0].name)} is a model's."
-        finding = MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, reason)
+        finding = rules.MODEL_AS_ADAPTER.in_file(WEIGHTS_NAME, reason)
         return SortedTensors({}, None, (), (), (finding,))
     names = Names.of((tensor.name for tensor in tensors), config)
     by_rule, lambdas, pair, repeated, others, unread = _by_name(tensors, names)
@@ -91,7 +73,7 @@ def sort_tensors(
         if len(both) == 2
     }
     if not lambdas and not by_rule:
-        findings.append(NO_LAMBDAS.in_file(WEIGHTS_NAME, "it holds no lambda."))
+        findings.append(rules.NO_LAMBDAS.in_file(WEIGHTS_NAME, "it holds no lambda."))
     findings += _unpaired(lambdas)
     findings += shape_findings(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
@@ -143,25 +125,25 @@ def _misnamed_findings(by_rule: Mapping[Rule, Sequence[str]], names: Names) -> I
     """Yield one finding for each broken rule of names."""
     for rule, broken in by_rule.items():
         place = listed(broken, 1)
-        if rule is WRAPPER_IN_NAMES and names.begin_alike:
+        if rule is rules.WRAPPER_IN_NAMES and names.begin_alike:
             yield rule.at(place, _foreign_reason(broken, names))
-        elif rule is ADAPTER_NAME_LEFT:
+        elif rule is rules.ADAPTER_NAME_LEFT:
             adapters = sorted(
                 frozenset().union(*(names.without_adapter(name)[1] for name in broken))
             )
             which = printable(", ".join(adapters))
             if len(adapters) > 1:
-                yield SEVERAL_ADAPTERS.at(place, f"the adapters are {which}.")
+                yield rules.SEVERAL_ADAPTERS.at(place, f"the adapters are {which}.")
             else:
                 yield rule.at(place, f'the name carries the adapter\'s name "{which}".')
-        elif rule in (WRAPPER_IN_NAMES, PREFIX_MISSING) and not names.begin_alike:
+        elif rule in (rules.WRAPPER_IN_NAMES, rules.PREFIX_MISSING) and not names.begin_alike:
             groups = (
                 f"{len(group)} names of vectors begin with "
                 + (f'"{printable(beginning)}"' if beginning else "the path of the layer")
                 + f", such as {printable(group[0])}"
                 for beginning, group in names.beginnings.items()
             )
-            yield PREFIX_MIXED.at(place, f"{'; '.join(groups)}.")
+            yield rules.PREFIX_MIXED.at(place, f"{'; '.join(groups)}.")
         else:
             yield rule.at(place, _name_reason(rule))
 
@@ -187,13 +169,13 @@ def _misnamed_targets(names: Names, config: VeraConfig) -> Iterator[Finding]:
         broken = [each for each in layers or () if names.parts(each).wrappers]
         if broken and isinstance(layers, tuple):
             place = f"adapter_config.json, {field}: {printable(broken[0])}"
-            yield WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names), file=CONFIG_NAME)
+            yield rules.WRAPPER_IN_NAMES.at(place, _foreign_reason(broken, names), file=CONFIG_NAME)
 
 
 def _name_reason(rule: Rule) -> str:
     return {
-        PREFIX_MISSING: f"the name does not begin with {PREFIX}",
-        OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
+        rules.PREFIX_MISSING: f"the name does not begin with {PREFIX}",
+        rules.OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
     }.get(rule, "the name is none that PEFT writes for VeRA.")
 
 
@@ -202,7 +184,7 @@ def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Findi
         if len(both) == 1:
             (present,) = both
             absent = "vera_lambda_d" if present == "vera_lambda_b" else "vera_lambda_b"
-            yield LAMBDA_UNPAIRED.at(printable(module), f"it has {present} but no {absent}.")
+            yield rules.LAMBDA_UNPAIRED.at(printable(module), f"it has {present} but no {absent}.")
 
 
 # --- projections ---------------------------------------------------------------------------------
@@ -220,17 +202,17 @@ def _presence(
     if len(pair) == 1:
         (present,) = pair
         absent = "vera_B" if present == "vera_A" else "vera_A"
-        yield ONE_PROJECTION.in_file(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
+        yield rules.ONE_PROJECTION.in_file(WEIGHTS_NAME, f"it holds {present} but no {absent}.")
     elif not pair and repeated:
-        yield PROJECTIONS_PER_LAYER.in_tensor(
+        yield rules.PROJECTIONS_PER_LAYER.in_tensor(
             repeated[0].name, f"{len(repeated)} such tensors, but no {A_NAME}."
         )
     elif not pair and config.save_projection:
-        yield PROJECTIONS_MISSING.at(
+        yield rules.PROJECTIONS_MISSING.at(
             WEIGHTS_NAME, f"save_projection is true, but there is no {A_NAME}."
         )
     elif pair and not config.save_projection:
-        yield PROJECTIONS_UNANNOUNCED.at(
+        yield rules.PROJECTIONS_UNANNOUNCED.at(
             WEIGHTS_NAME, "save_projection is false, but A and B are stored."
         )
 
@@ -241,11 +223,11 @@ def _copies(
     same = same_tensor if values else _same_form
     unequal = [copy for copy in repeated if not same(copy, shared_twin(copy, projections))]
     for copy in unequal:
-        yield PROJECTIONS_DIFFER.in_tensor(copy.name, "it differs from the shared matrix.")
+        yield rules.PROJECTIONS_DIFFER.in_tensor(copy.name, "it differs from the shared matrix.")
     if repeated and not unequal:
         compared = "" if values else "; their values were not compared"
         reason = f"{len(repeated)} copies of A and B are stored{compared}."
-        yield PROJECTIONS_REPEATED.in_tensor(repeated[0].name, reason)
+        yield rules.PROJECTIONS_REPEATED.in_tensor(repeated[0].name, reason)
 
 
 def shared_twin(copy: TensorData, projections: StoredProjections) -> TensorData:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.dtypes import PRECISION
@@ -14,14 +15,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.files.value_range import ValueRange, value_ranges
-from vera_convert.rules import (
-    LAYERS_UNTRAINED,
-    PROJECTION_CONSTANT,
-    UNTRAINED,
-    VALUE_ABSURD,
-    VALUE_NOT_FINITE,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 LARGEST = 1e6
@@ -40,13 +34,13 @@ def value_errors(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator[
     """
     for name, extent in found.items():
         if extent.not_finite is not None:
-            yield VALUE_NOT_FINITE.in_tensor(name, _where(file, name, extent.not_finite))
+            yield rules.VALUE_NOT_FINITE.in_tensor(name, _where(file, name, extent.not_finite))
     for name, extent in found.items():
         # Any name of A or B counts, because a repaired adapter is checked here too.
         is_shared = _SHARED.fullmatch(name) is not None
         if is_shared and extent.is_constant and file.header.tensors[name].shape != (1, 1):
             reason = f"all its values are the same, of magnitude {extent.magnitude:.3g}."
-            yield PROJECTION_CONSTANT.in_tensor(name, reason)
+            yield rules.PROJECTION_CONSTANT.in_tensor(name, reason)
 
 
 def _where(file: TensorFile, name: str, place: int) -> str:
@@ -69,7 +63,7 @@ def absurd_values(file: TensorFile, found: Mapping[str, ValueRange]) -> Iterator
         magnitude = extent.magnitude
         least = _least(file.header.tensors[name].dtype) if ".vera_" in name else 0.0
         if magnitude > LARGEST or 0 < magnitude < least:
-            yield VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
+            yield rules.VALUE_ABSURD.in_tensor(name, f"its largest value is {magnitude:.3g}.")
 
 
 def _least(dtype: str) -> float:
@@ -91,15 +85,15 @@ def untrained_layers(
     d = [found[layer.lambda_d.name] for layer in layers]
     if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
         reason = "every lambda_b is one, as before training where init_weights is false."
-        yield UNTRAINED.in_file(WEIGHTS_NAME, reason)
+        yield rules.UNTRAINED.in_file(WEIGHTS_NAME, reason)
     for vector, vectors in (("lambda_b", b), ("lambda_d", d)):
         zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]
         if len(zero) == len(layers):
-            yield UNTRAINED.in_file(WEIGHTS_NAME, f"every {vector} is zero.")
+            yield rules.UNTRAINED.in_file(WEIGHTS_NAME, f"every {vector} is zero.")
         elif zero:
             example = printable(zero[0].module)
             reason = f"{vector} is zero in {len(zero)} of {len(layers)} layers, such as {example}."
-            yield LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
+            yield rules.LAYERS_UNTRAINED.in_file(WEIGHTS_NAME, reason)
 
 
 def refuse_values(adapter: Adapter) -> dict[str, ValueRange]:

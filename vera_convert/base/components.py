@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from vera_convert import rules
 from vera_convert.base.bases import Bases
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel, listed_components
 from vera_convert.errors import CheckpointError
 from vera_convert.files.shards import component_folders, kind_of_component
 from vera_convert.hub.lookup import Location, list_files
-from vera_convert.rules import BASE_AMBIGUOUS, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _MAIN = ("transformer", "unet")
@@ -98,7 +99,7 @@ class Pipeline:
             f"the adapter's layers fit {' and '.join(shown)}, and the adapter does not name the "
             f"component that it was trained on. Choose with {ways}."
         )
-        return BASE_AMBIGUOUS.at(self.location.label, reason)
+        return rules.BASE_AMBIGUOUS.at(self.location.label, reason)
 
 
 def _order(folder: str) -> tuple[bool, str]:

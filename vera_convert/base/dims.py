@@ -33,16 +33,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import (
-    DIMS_AMBIGUOUS,
-    PROJECTIONS_TOO_NARROW,
-    TARGETS_DISAGREE,
-    TARGETS_MATCH_NOTHING,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.matching import Adapted, adapted
@@ -102,7 +97,7 @@ def shared_dims(
     dims, is_proven = _dims(adapter, in_file, possible, holes)
     if holes:
         reason = f"{_lacking(holes)}; {_these(holes)} would have no effect."
-        findings.append(TARGETS_DISAGREE.at(adapter.place, reason))
+        findings.append(rules.TARGETS_DISAGREE.at(adapter.place, reason))
     elif further:
         other = None if is_proven else _widest([in_file, *_sizes(possible)])
         findings.append(_also_matched(adapter, further, dims, other))
@@ -160,7 +155,7 @@ def _adapted(model: ModelLayers, config: VeraConfig) -> Adapted:
     try:
         return adapted(model, config)
     except CheckpointError as error:
-        if error.findings[0].rule is not TARGETS_MATCH_NOTHING:
+        if error.findings[0].rule is not rules.TARGETS_MATCH_NOTHING:
             raise
         return Adapted({}, 0, 0)
 
@@ -182,12 +177,12 @@ def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Fin
                 f"the layers that target_modules matches have up to {given}, those of the adapter "
                 f"{needed}."
             )
-            raise CheckpointError(PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
+            raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
     reason = (
         f"the config's targets match {len(matched.own)} of the {len(own)} layers that the file "
         f"adapts; PEFT leaves {printable(min(fewer))} unadapted."
     )
-    yield TARGETS_DISAGREE.at(adapter.place, reason)
+    yield rules.TARGETS_DISAGREE.at(adapter.place, reason)
 
 
 # --- layers that only the base's files have ------------------------------------------------------
@@ -221,7 +216,7 @@ def _dims(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> t
             f"{_lacking(holes)}. A and B have {in_file} without {_these(holes)}, and {with_holes} "
             f"with {_these(holes)}."
         )
-        raise CheckpointError(DIMS_AMBIGUOUS.at(adapter.place, reason))
+        raise CheckpointError(rules.DIMS_AMBIGUOUS.at(adapter.place, reason))
     return with_holes, False
 
 
@@ -247,9 +242,9 @@ def _also_matched(adapter: Adapter, further: Layers, dims: Dims, other: Dims | N
     said = f"in the base's files the config's targets match {names} too, which the file lacks"
     if other is None:
         reason = f"{said}. A and B have {dims} all the same."
-        return TARGETS_DISAGREE.as_note().at(adapter.place, reason)
+        return rules.TARGETS_DISAGREE.as_note().at(adapter.place, reason)
     reason = (
         f"{said}. A and B have {dims}, as PEFT draws them for the layers that the file adapts. "
         f"If the model class builds the other layers too, PEFT draws A and B with {other}."
     )
-    return TARGETS_DISAGREE.at(adapter.place, reason)
+    return rules.TARGETS_DISAGREE.at(adapter.place, reason)

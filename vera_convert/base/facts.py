@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vera_convert import rules
 from vera_convert.arguments import base_dtype_name, optional, place, set_checked, text, whole_number
 from vera_convert.draws.generator import Rounding, rounding_on_base
 from vera_convert.errors import UsageError
-from vera_convert.rules import ROUNDING_UNCLEAR, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
@@ -186,6 +187,6 @@ def loaded_in(facts: BaseFacts, dtype: str) -> BaseFacts:
         facts: the facts from the headers.
         dtype: the name of torch or of safetensors.
     """
-    settled = tuple(f for f in facts.findings if f.rule is not ROUNDING_UNCLEAR)
+    settled = tuple(f for f in facts.findings if f.rule is not rules.ROUNDING_UNCLEAR)
     rounding = rounding_on_base(dtype)
     return replace(facts, rounding=rounding, roundings=(), unclear="", findings=settled)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.base.model import BaseModel
@@ -16,7 +17,7 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
-from vera_convert.rules import BASE_MISDESCRIBED, OTHER_BASE, Finding
+from vera_convert.rules import Finding
 from vera_convert.targets.architectures import LARGEST_SIZE
 from vera_convert.targets.built import BuiltLayers, parts_of_config
 from vera_convert.text import printable
@@ -43,10 +44,10 @@ def disagreements(
     """
     other = [*_another_name(adapter.config, base), *_another_class(adapter.config, base)]
     if other:
-        yield OTHER_BASE.at(base.location.label, f"{'; '.join(other)}.")
+        yield rules.OTHER_BASE.at(base.location.label, f"{'; '.join(other)}.")
     sizes = [*_other_sizes(base), *_too_few_layers(built, modules)]
     if sizes:
-        yield BASE_MISDESCRIBED.at(base.location.label, f"{'; '.join(sizes)}.")
+        yield rules.BASE_MISDESCRIBED.at(base.location.label, f"{'; '.join(sizes)}.")
 
 
 def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:

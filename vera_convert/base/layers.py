@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.base.model import read_base, read_config_file, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.dtypes import FLOATS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
-from vera_convert.rules import BASE_WITHOUT_WEIGHTS
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.linear import ModelLayers, layers_from_shapes
 
@@ -27,7 +27,7 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         base = read_base(location, access)
     except CheckpointError as error:
         config = read_model_config(location, access)
-        if error.findings[0].rule is not BASE_WITHOUT_WEIGHTS or config is None:
+        if error.findings[0].rule is not rules.BASE_WITHOUT_WEIGHTS or config is None:
             raise
         return layers_from_config(config)
     view = unpacked(base).view

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
+from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.orientation import Orientation
 from vera_convert.base.quantized.recognize import Quantization
@@ -30,13 +31,7 @@ from vera_convert.base.unsupported_layouts import Inside, Layers, other_layout
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import (
-    NAMES_AMBIGUOUS,
-    NAMES_DIFFER,
-    NOT_A_MATRIX,
-    SHAPES_DIFFER,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.linear import Linear
 from vera_convert.text import printable
 
@@ -217,7 +212,7 @@ class _Matcher:
         if own or mapped:
             fitting = " and ".join(trial.match.strategy.name for trial in [*own, *mapped])
             reason = f"all {len(self._layers):,} layers fit with each of: {fitting}."
-            raise CheckpointError(NAMES_AMBIGUOUS.at(self.base.location.label, reason))
+            raise CheckpointError(rules.NAMES_AMBIGUOUS.at(self.base.location.label, reason))
         return max((plain, *known, *given), key=lambda trial: len(trial.match.tensors))
 
     def refusal(self, trial: _Trial) -> list[Finding]:
@@ -253,7 +248,7 @@ class _Matcher:
             reason += (
                 " If the model class built this layer anew, no file holds its starting weights."
             )
-        return [NAMES_DIFFER.at(base.location.label, reason)]
+        return [rules.NAMES_DIFFER.at(base.location.label, reason)]
 
     def _try(self, strategy: Strategy, modules: Sequence[str]) -> _Trial:
         found = {module: self._weight(strategy.rename(module)) for module in modules}
@@ -312,7 +307,7 @@ class _Matcher:
         for name in tensors.values():
             shape = self.base.tensors[name].info.shape
             if len(shape) != 2:
-                yield NOT_A_MATRIX.in_tensor(
+                yield rules.NOT_A_MATRIX.in_tensor(
                     name, f"its shape is {shape}: {_kind_of_weight(name, shape)}."
                 )
 
@@ -327,7 +322,7 @@ class _Matcher:
             elif self._widest is not None and inputs > self._widest:
                 reason = f"it has {inputs:,} inputs and vera_A has {self._widest:,} columns."
             if reason:
-                yield SHAPES_DIFFER.at(printable(tensors[module]), reason)
+                yield rules.SHAPES_DIFFER.at(printable(tensors[module]), reason)
 
     def _conv1d(self, tensors: Mapping[str, str]) -> dict[str, bool]:
         """Say for each module whether its tensor is stored as (in, out)."""
@@ -349,7 +344,7 @@ def _clashes(tensors: Mapping[str, str]) -> Iterator[Finding]:
         first = owner.setdefault(name, module)
         if first != module:
             reason = f'"{printable(first)}" and "{printable(module)}" both match this tensor.'
-            yield NAMES_DIFFER.in_tensor(name, reason)
+            yield rules.NAMES_DIFFER.in_tensor(name, reason)
 
 
 _CONVOLUTIONS = {3: "nn.Conv1d", 4: "nn.Conv2d", 5: "nn.Conv3d"}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
@@ -33,7 +34,7 @@ from vera_convert.hub.files import kept_bytes
 from vera_convert.hub.header_cache import Beginning
 from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
 from vera_convert.hub.range_file import RemoteFile
-from vera_convert.rules import MODEL_CONFIG_FORM, STRAY_WEIGHTS, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 CONFIG_LIMIT = 16 << 20
@@ -106,7 +107,7 @@ class BaseModel:
         """Warnings about the base."""
         place = self.location.label
         return tuple(
-            STRAY_WEIGHTS.at(place, f"{printable(name)} is left out.") for name in self.strays
+            rules.STRAY_WEIGHTS.at(place, f"{printable(name)} is left out.") for name in self.strays
         )
 
     @property
@@ -214,7 +215,7 @@ def parse_config_file(text: bytes, *, place: str) -> Mapping[str, object]:
 
 def _config_of(document: object, place: str) -> Mapping[str, object]:
     if not isinstance(document, dict):
-        raise CheckpointError(MODEL_CONFIG_FORM.at(place, "the config is no JSON object."))
+        raise CheckpointError(rules.MODEL_CONFIG_FORM.at(place, "the config is no JSON object."))
     return {name: _with_floats(value) for name, value in document.items()}
 
 

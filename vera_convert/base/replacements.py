@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
@@ -20,15 +21,7 @@ from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import (
-    BIAS_NOT_STORED,
-    MODULE_TO_SAVE_MISSING,
-    REPLACEMENT_CLASH,
-    REPLACEMENT_NEW,
-    REPLACEMENT_UNKNOWN,
-    Finding,
-    Severity,
-)
+from vera_convert.rules import Finding, Severity
 from vera_convert.text import listed, printable
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -106,7 +99,7 @@ def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseMod
 
 def _clash(target: str, first: str, second: str) -> Finding:
     reason = f'"{printable(first)}" and "{printable(second)}" both replace this tensor.'
-    return REPLACEMENT_CLASH.in_tensor(target, reason)
+    return rules.REPLACEMENT_CLASH.in_tensor(target, reason)
 
 
 def match_replacements(
@@ -206,12 +199,14 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
     module = replaced_name(name).rpartition(".")[0]
     if not saved_modules(config).of(module):
         found = unknown_tensor(name, target, base)
-        is_unknown = found.rule is REPLACEMENT_UNKNOWN  # else PEFT loads the adapter on this base
+        is_unknown = (
+            found.rule is rules.REPLACEMENT_UNKNOWN
+        )  # else PEFT loads the adapter on this base
         return found if is_unknown else found.rule.as_note().at(found.place, found.reason)
     if class_of_head(config, base) is not None:
         return None
     reason = "the base has no such tensor, and no class with this tensor is known."
-    return REPLACEMENT_NEW.in_tensor(target, reason)
+    return rules.REPLACEMENT_NEW.in_tensor(target, reason)
 
 
 def unknown_tensor(name: str, target: str, base: BaseModel) -> Finding:
@@ -225,7 +220,7 @@ def unknown_tensor(name: str, target: str, base: BaseModel) -> Finding:
     module = replaced_name(name).rpartition(".")[0]
     layout = other_layout([module], base) if name.endswith(".bias") else None
     if layout is None:
-        return REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
+        return rules.REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
     reason = "the base's files join this bias with others, and a merge cannot divide biases yet."
     return layout.rule.at(printable(target), reason)
 
@@ -257,7 +252,7 @@ def incomplete_modules(
         is_due = is_built and parameter in ("weight", "bias") and any(map(saved.of, paths))
         if is_due and name not in stored and not _of_another_class(name, stored):
             reason = "the base has it, and PEFT saves the module whole, but the adapter lacks it."
-            yield MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
+            yield rules.MODULE_TO_SAVE_MISSING.in_tensor(name, reason)
 
 
 def _of_another_class(name: str, stored: Collection[str]) -> bool:
@@ -275,7 +270,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
 
     PEFT 0.20 and earlier never saved biases; the reader of the adapter warns of those files.
     """
-    read = [finding for finding in adapter.findings if finding.code == BIAS_NOT_STORED.code]
+    read = [finding for finding in adapter.findings if finding.code == rules.BIAS_NOT_STORED.code]
     if not read or read[0].severity is not Severity.NOTE:
         return
     saved = saved_modules(adapter.config)  # PEFT stores these biases with any value of `bias`
@@ -291,4 +286,4 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     ]
     if found:
         reason = f"the base has {listed(found, 1)}, and the file holds no bias."
-        yield BIAS_NOT_STORED.in_file(WEIGHTS_NAME, reason)
+        yield rules.BIAS_NOT_STORED.in_file(WEIGHTS_NAME, reason)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.vocabulary import vocabulary_fields
 from vera_convert.embeddings import is_embedding, is_output_head
-from vera_convert.rules import REPLACEMENT_SHAPE, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -82,7 +83,7 @@ def shape_differs(name: str, shape: tuple[int, ...], base: BaseModel, more: str 
     """
     own = base.tensors[name].info.shape
     reason = f"the adapter's is {shape_text(shape)}, the base's {shape_text(own)}{more}."
-    return REPLACEMENT_SHAPE.in_tensor(name, reason)
+    return rules.REPLACEMENT_SHAPE.in_tensor(name, reason)
 
 
 def _why_not_resized(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.base.bases import Bases
 from vera_convert.base.casts import casts_on
@@ -34,18 +35,7 @@ from vera_convert.hub.lookup import (
     Location,
     list_files,
 )
-from vera_convert.rules import (
-    BASE_IN_FOLDER,
-    BASE_WITHOUT_WEIGHTS,
-    BODY_NOT_LOADED,
-    NAMES_DIFFER,
-    OPTION_WITHOUT_EFFECT,
-    QUANTIZED_TARGET,
-    ROUNDING_UNCLEAR,
-    SHAPES_DIFFER,
-    TARGET_IS_QUANTIZED,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
@@ -126,7 +116,7 @@ class _Resolver:
             facts = self._from_base(named.location)
             if not named.reason:
                 return facts
-            inside = BASE_IN_FOLDER.at(self.adapter.place, named.reason)
+            inside = rules.BASE_IN_FOLDER.at(self.adapter.place, named.reason)
             return replace(facts, findings=(inside, *facts.findings))
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
             is_needed = self.need is Need.VITAL or self.need.is_for_tensors
@@ -154,11 +144,11 @@ class _Resolver:
                 base = self.bases.read(location)
                 match = self._match(base)
         except CheckpointError as error:
-            if error.findings[0].rule is BASE_WITHOUT_WEIGHTS:
+            if error.findings[0].rule is rules.BASE_WITHOUT_WEIGHTS:
                 return self._from_config(location, error)
             if base is not None and self.need is Need.DEQUANTIZED:
                 unpacked(base).refuse_defects()  # which can be why no layer fits
-            are_packed = all(each.rule is QUANTIZED_TARGET for each in error.findings)
+            are_packed = all(each.rule is rules.QUANTIZED_TARGET for each in error.findings)
             if base is None or self.need.is_for_tensors or not are_packed:
                 raise
             return _packed(self.adapter, base, error.findings)
@@ -174,7 +164,7 @@ class _Resolver:
         strange = class_without_body(adapter.config, base)
         if strange is not None and all(path.startswith("transformer.") for path in adapter.layers):
             reason = f"{printable(strange)} looks for layers named transformer, the base has model."
-            raise CheckpointError(BODY_NOT_LOADED.at(base.location.label, reason))
+            raise CheckpointError(rules.BODY_NOT_LOADED.at(base.location.label, reason))
         return match_modules(
             {module: layer.out_features for module, layer in adapter.layers.items()},
             base,
@@ -189,7 +179,7 @@ class _Resolver:
         for old, new in self.options.key_map:
             if old and not any(f"{path}.".startswith(f"{old}.") for path in self.adapter.layers):
                 reason = f"no module of the adapter begins with {old}."
-                yield OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
+                yield rules.OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
 
     def _from_config(self, location: Location, error: CheckpointError) -> BaseFacts:
         """Return the dims from the config of a known model type, for a base without weights."""
@@ -232,7 +222,7 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
     built = BuiltLayers(base.config, own)
     dims = shared_dims(adapter, model, own, built)
     casts = casts_on(whole, (match.tensors[module] for module in dims.adapted))
-    unclear = [ROUNDING_UNCLEAR.at(base.location.label, casts.reason)] if casts.reason else []
+    unclear = [rules.ROUNDING_UNCLEAR.at(base.location.label, casts.reason)] if casts.reason else []
     if whole.formats and adapter.projections is not None:
         unclear = []  # A and B are stored: nothing is drawn on a quantized base
     return BaseFacts(
@@ -262,7 +252,7 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
 
     The tensors do not tell the sizes of the layers; the config of a known type does.
     """
-    warnings = [TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
+    warnings = [rules.TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
     label = base.location.label
     return BaseFacts(
         source=f"{label} packs the adapted layers, so their sizes are not known",
@@ -313,7 +303,7 @@ def _layers_by_config(
             f"{len(absent)} of {len(names)} layers have no counterpart, such as "
             f'"{printable(absent[0])}".'
         )
-        raise CheckpointError(NAMES_DIFFER.at(f"{location.label}/config.json", reason))
+        raise CheckpointError(rules.NAMES_DIFFER.at(f"{location.label}/config.json", reason))
     ours = {name: module for module, name in names.items()}
     model = model._replace(linear={ours.get(n, n): each for n, each in model.linear.items()})
     own = {module: model.linear[module] for module in adapter.layers}
@@ -321,7 +311,7 @@ def _layers_by_config(
         found = adapter.layers[module].out_features
         if found != linear.out_features:
             reason = f"lambda_b has {found} values, the layer {linear.out_features} outputs."
-            raise CheckpointError(SHAPES_DIFFER.at(printable(module), reason))
+            raise CheckpointError(rules.SHAPES_DIFFER.at(printable(module), reason))
     return model, own
 
 

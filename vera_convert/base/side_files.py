@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from vera_convert import rules
 from vera_convert.adapter.folder import is_strange, is_training_state
 from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError
@@ -14,7 +15,7 @@ from vera_convert.files.json_edit import edited_member, edited_object
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.shards import PIPELINE
 from vera_convert.files.strict_json import read_json
-from vera_convert.rules import ADAPTER_IN_BASE, TOKENIZER_TOO_LARGE, WEIGHTS_LEFT_OUT, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 PROVENANCE_NAME = "merge-provenance.json"
@@ -65,8 +66,8 @@ class ModelFiles:
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield one warning for each kind of files that is left out."""
         for rule, names in (
-            (WEIGHTS_LEFT_OUT, self.other_weights),
-            (ADAPTER_IN_BASE, self.adapter),
+            (rules.WEIGHTS_LEFT_OUT, self.other_weights),
+            (rules.ADAPTER_IN_BASE, self.adapter),
         ):
             if names:
                 yield rule.at(place, f"{', '.join(map(printable, names))}.")
@@ -177,7 +178,7 @@ def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: 
     largest = max((token for name in sources for token in _tokens(name, sources[name])), default=-1)
     if rows is not None and largest >= rows:
         reason = f"its largest token is {largest:,}, the embedding has {rows:,} rows."
-        raise CheckpointError(TOKENIZER_TOO_LARGE.at(place, reason))
+        raise CheckpointError(rules.TOKENIZER_TOO_LARGE.at(place, reason))
 
 
 def _tokens(name: str, source: ByteSource) -> Iterator[int]:

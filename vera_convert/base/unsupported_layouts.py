@@ -12,15 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import model_types
-from vera_convert.rules import (
-    EXPERTS_STACKED,
-    LAYER_CUT_OUT,
-    LAYER_OF_SEVERAL,
-    LAYER_REORDERED,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -158,7 +153,7 @@ class Layers:
         for layout in self._layouts:
             ends = [end for end in layout.memory if f".{module}".endswith(f".{end}")]
             for name in self._ending(layout.files, like=module) if ends else ():
-                rule = LAYER_REORDERED if layout.is_permuted else LAYER_CUT_OUT
+                rule = rules.LAYER_REORDERED if layout.is_permuted else rules.LAYER_CUT_OUT
                 reason = f'"{printable(module)}" is made from it.'
                 share = (layout.memory.index(ends[0]), len(layout.memory))
                 yield (name,), share if layout.is_even else None, rule.at(printable(name), reason)
@@ -169,7 +164,7 @@ class Layers:
         ]
         for names in zip(*parts, strict=False) if parts else ():
             stored = " and ".join(f'"{printable(name)}"' for name in names)
-            finding = LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
+            finding = rules.LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
             yield names, None, finding
 
     def _ending(self, end: str, *, like: str) -> list[str]:
@@ -199,5 +194,5 @@ def _experts(module: str, base: BaseModel) -> Finding | None:
         is_stack = len(tensor.info.shape) == 3 and re.search(r"experts|(in|out)put_linear", name)
         if is_stack and _numbers(name) == numbers:
             reason = f'"{printable(module)}" is one of the experts in "{printable(name)}".'
-            return EXPERTS_STACKED.at(base.location.label, reason)
+            return rules.EXPERTS_STACKED.at(base.location.label, reason)
     return None

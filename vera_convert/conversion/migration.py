@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import OtherMethodError
 from vera_convert.adapter.folder import (
@@ -48,7 +49,7 @@ from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.publish.publishing import Output, files_but
-from vera_convert.rules import OPTION_WITHOUT_EFFECT, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable, short_repr
 
 
@@ -318,7 +319,7 @@ def _newer_peft(version: tuple[int, ...] | None) -> Iterator[Finding]:
     if version is not None and version[:2] > NEWEST_PEFT:
         newest, given = (".".join(map(str, each)) for each in (NEWEST_PEFT, version))
         reason = f"{given} is newer than {newest}, the newest PEFT known here."
-        yield OPTION_WITHOUT_EFFECT.at("--peft-version", reason)
+        yield rules.OPTION_WITHOUT_EFFECT.at("--peft-version", reason)
 
 
 def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> Converted:

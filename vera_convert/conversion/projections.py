@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
@@ -24,7 +25,6 @@ from vera_convert.draws.generator import (
 from vera_convert.draws.recognition import recognize
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, from_array
-from vera_convert.rules import PROJECTIONS_TOO_LARGE
 
 
 class ProjectionSource(StrEnum):
@@ -43,7 +43,7 @@ def check_size(rank: int, in_features: int, out_features: int, *, place: str) ->
     needed = 8 * rank * (in_features + out_features)
     if needed > MAX_PROJECTION_BYTES:
         raise CheckpointError(
-            PROJECTIONS_TOO_LARGE.at(
+            rules.PROJECTIONS_TOO_LARGE.at(
                 place,
                 f"r = {rank} with {in_features} inputs and {out_features} outputs would take "
                 f"{needed:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}.",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
@@ -24,20 +25,7 @@ from vera_convert.draws.generator import Draw, effective_rounding, rounding_on_b
 from vera_convert.draws.recognition import Recognition, recognize
 from vera_convert.dtypes import DTYPES_OF_LAYERS
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import (
-    FINGERPRINT_DISAGREES,
-    NOT_A_DRAW,
-    OTHER_DIMS,
-    OTHER_DRAW,
-    OTHER_KEY,
-    PROJECTIONS_CONTRADICT,
-    PROJECTIONS_DAMAGED,
-    ROUNDING_UNPROVEN,
-    UNPROVEN_DRAW,
-    UNPROVEN_ROWS,
-    Finding,
-    Rule,
-)
+from vera_convert.rules import Finding, Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +89,7 @@ def mismatch(
     possible = _regenerated(config, own, own.draw, base_facts)
     if any(_is_same(own, own.draw, draw) for draw in possible):
         return None
-    return Mismatch(OTHER_DRAW, _how_different(own, own.draw, possible[0]))
+    return Mismatch(rules.OTHER_DRAW, _how_different(own, own.draw, possible[0]))
 
 
 def same_on(
@@ -150,11 +138,11 @@ def _not_of_the_key(key: int, own: RecognizedPair | Fingerprint) -> Mismatch:
             f"A and B are the draw of key {own.draw.key}; the config's key is {key}. With "
             f"projection_prng_key {own.draw.key} every PEFT would use them."
         )
-        return Mismatch(OTHER_KEY, reason)
+        return Mismatch(rules.OTHER_KEY, reason)
     assert isinstance(own, RecognizedPair)  # noqa: S101 -- a fingerprint has a draw
     found = own.recognition.difference
     detail = f" {found.description}." if found else ""
-    return Mismatch(NOT_A_DRAW, f"no variant of key {key} gives A and B.{detail}")
+    return Mismatch(rules.NOT_A_DRAW, f"no variant of key {key} gives A and B.{detail}")
 
 
 def _how_different(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> str:
@@ -185,12 +173,12 @@ def accepted_mismatch(
     """
     found = mismatch(adapter.config, own, base_facts)
     if found is not None and is_undecided(adapter, projections):
-        raise CheckpointError(PROJECTIONS_CONTRADICT.at(adapter.place, found.reason))
-    if found is not None and found.rule is not OTHER_DRAW:
+        raise CheckpointError(rules.PROJECTIONS_CONTRADICT.at(adapter.place, found.reason))
+    if found is not None and found.rule is not rules.OTHER_DRAW:
         raise CheckpointError(found.rule.at(adapter.place, found.reason))
     if base_facts.in_features is None and own.out_features > adapter.longest_b:
         reason = f"vera_B has {own.out_features} rows, the longest lambda_b {adapter.longest_b}."
-        raise CheckpointError(UNPROVEN_ROWS.at(adapter.place, reason))
+        raise CheckpointError(rules.UNPROVEN_ROWS.at(adapter.place, reason))
     return found.reason if found else None
 
 
@@ -206,7 +194,7 @@ def damage(own: RecognizedPair, *, place: str) -> Finding | None:
     if found is None or 16 * found.count > own.A.size + own.B.size:
         return None
     reason = f"they are {own.recognition.nearest.description}, but {found.description}."
-    return PROJECTIONS_DAMAGED.at(place, reason)
+    return rules.PROJECTIONS_DAMAGED.at(place, reason)
 
 
 def unproven_draw(config: VeraConfig, reason: str, *, place: str) -> Finding:
@@ -215,7 +203,7 @@ def unproven_draw(config: VeraConfig, reason: str, *, place: str) -> Finding:
     The finding is a note if PEFT wrote the adapter, because A and B are then drawn as PEFT draws
     them. Other trainers have other draws.
     """
-    rule = UNPROVEN_DRAW.as_note() if config.written_by_peft else UNPROVEN_DRAW
+    rule = rules.UNPROVEN_DRAW.as_note() if config.written_by_peft else rules.UNPROVEN_DRAW
     return rule.at(place, reason)
 
 
@@ -235,7 +223,7 @@ def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> It
             f"{f', because {why}' if why else '.'}"
         )
         reason = f"{reason.rstrip('.')}."
-        yield ROUNDING_UNPROVEN.at(adapter.place, reason)
+        yield rules.ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 
 def other_dims(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
@@ -253,6 +241,6 @@ def unfit_dims(
     dims = f"{own.in_features} inputs and {own.out_features} outputs"
     if isinstance(own, Fingerprint):
         reason = f"the fingerprint gives A and B for {dims}; {base_facts.dims_text}."
-        yield FINGERPRINT_DISAGREES.at(place, reason)
+        yield rules.FINGERPRINT_DISAGREES.at(place, reason)
     else:
-        yield OTHER_DIMS.at(place, f"they are for {dims}; {base_facts.dims_text}.")
+        yield rules.OTHER_DIMS.at(place, f"they are for {dims}; {base_facts.dims_text}.")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
 from vera_convert.adapter.names import A_NAME, B_NAME
@@ -33,13 +34,7 @@ from vera_convert.draws.generator import Draw, Rounding, Variant, effective_roun
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import (
-    FINGERPRINT_NOT_MET,
-    OTHER_DRAW,
-    PROJECTION_TYPES_DIFFER,
-    PROJECTIONS_TOO_NARROW,
-    Finding,
-)
+from vera_convert.rules import Finding
 
 REPLACED_BY_KEYS = "replaced A and B by the draw of the config's key"
 
@@ -143,7 +138,7 @@ def stripped(
     change = accepted_mismatch(adapter, own, base_facts, projections)
     require_one_dtype(adapter, stored)
     if change is not None and not accept_change:
-        raise CheckpointError(OTHER_DRAW.at(adapter.place, change))
+        raise CheckpointError(rules.OTHER_DRAW.at(adapter.place, change))
     assert own.draw is not None  # noqa: S101 -- another pair was refused
     warned = () if change is not None else unproven(adapter, own, base_facts)
     changes = [REPLACED_BY_KEYS] if adapter is not original else []
@@ -169,7 +164,7 @@ def require_one_dtype(adapter: Adapter, stored: StoredProjections) -> None:
     """Refuse A and B of two dtypes, because a fingerprint records one dtype."""
     if stored.A.dtype != stored.B.dtype:
         reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
-        raise CheckpointError(PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
+        raise CheckpointError(rules.PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
 
 
 def fingerprint_of(stored: StoredProjections, draw: Draw, hashes: tuple[str, str]) -> Fingerprint:
@@ -298,7 +293,7 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
         found = _sha256(tensor)
         if found != recorded:
             reason = f"{name} has SHA-256 {found[:16]}…, the fingerprint says {recorded[:16]}…."
-            raise CheckpointError(FINGERPRINT_NOT_MET.at(place, reason))
+            raise CheckpointError(rules.FINGERPRINT_NOT_MET.at(place, reason))
     return pair
 
 
@@ -324,7 +319,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
         reason = (
             f"B would have {base_facts.out_features} rows; a layer has {adapter.longest_b} outputs."
         )
-        raise CheckpointError(PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
+        raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
     drawn = Draw(
         variant,
         adapter.config.projection_prng_key,

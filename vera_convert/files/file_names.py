@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 from pathlib import PurePosixPath
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import NAME_UNSAFE
 from vera_convert.text import printable
 
 CONFIG_NAME = "adapter_config.json"
@@ -47,5 +47,7 @@ def clean_name(name: str, *, place: str) -> PurePosixPath:
     elif "" in parts or "." in parts:
         reason = "has an empty part or '.' in it"
     if reason:
-        raise CheckpointError(NAME_UNSAFE.in_file(place, f'the name "{printable(name)}" {reason}.'))
+        raise CheckpointError(
+            rules.NAME_UNSAFE.in_file(place, f'the name "{printable(name)}" {reason}.')
+        )
     return PurePosixPath(name)

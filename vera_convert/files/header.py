@@ -18,37 +18,12 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
+from vera_convert import rules
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import parse_json
-from vera_convert.rules import (
-    DATA_CUT_OFF,
-    DATA_HOLE,
-    DATA_OVERLAP,
-    DATA_TRAILING,
-    DTYPE_UNKNOWN,
-    ENTRY_FIELD_MISSING,
-    ENTRY_FIELD_UNKNOWN,
-    ENTRY_FORM,
-    FILE_EMPTY,
-    HEADER_CUT_OFF,
-    HEADER_START,
-    HEADER_TOO_LONG,
-    LENGTH_MISSING,
-    LFS_POINTER,
-    METADATA_FORM,
-    OFFSETS_FORM,
-    OFFSETS_SPAN,
-    OTHER_FORMAT,
-    PICKLE_RENAMED,
-    SHAPE_FORM,
-    SHAPE_OVERFLOW,
-    SHAPE_PARTIAL_BYTE,
-    TENSOR_NAME_ABSURD,
-    Finding,
-    Rule,
-)
+from vera_convert.rules import Finding, Rule
 from vera_convert.text import printable
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
@@ -142,7 +117,7 @@ def read_header(source: ByteSource) -> Header:
     for info in tensors:
         if len(info.name) > _LONGEST_NAME or info.name.count(".") > _DEEPEST_NAME:
             reason = f"its {len(info.name):,} letters have {info.name.count('.'):,} dots."
-            defects.add(TENSOR_NAME_ABSURD, reason, info.name)
+            defects.add(rules.TENSOR_NAME_ABSURD, reason, info.name)
     for info in plain:
         for rule, reason in _wrong_size(info):
             defects.add(rule, reason, info.name)
@@ -182,10 +157,10 @@ class _Defects:
 def _read_raw(source: ByteSource) -> bytes:
     """Return the bytes of length and header, after a comparison with the file's size."""
     if source.size == 0:
-        raise CheckpointError(FILE_EMPTY.in_file(source.place, "has no bytes."))
+        raise CheckpointError(rules.FILE_EMPTY.in_file(source.place, "has no bytes."))
     if source.size < 8:
         raise CheckpointError(
-            LENGTH_MISSING.in_file(source.place, f"has {source.size} bytes only.")
+            rules.LENGTH_MISSING.in_file(source.place, f"has {source.size} bytes only.")
         )
     raw = source.read_at(0, min(source.size, _FIRST_READ))
     length = int.from_bytes(raw[:8], "little")
@@ -194,26 +169,26 @@ def _read_raw(source: ByteSource) -> bytes:
         _refuse_length(source, raw, length)
     if raw[8:9] != b"{" or not length:
         found = f"begins with {printable(repr(raw[8:9])[1:])}." if length else "has no bytes."
-        raise CheckpointError(HEADER_START.in_file(source.place, f"the header {found}"))
+        raise CheckpointError(rules.HEADER_START.in_file(source.place, f"the header {found}"))
     if end > len(raw):
         raw += source.read_at(len(raw), end - len(raw))
     return raw[:end]
 
 
 _MAGIC: Mapping[bytes, tuple[Rule, str]] = {
-    b"version https://git-lfs": (LFS_POINTER, "a Git LFS pointer"),
-    b"PK\x03\x04": (PICKLE_RENAMED, "a zip archive, as torch.save writes it"),
-    b"\x80\x02": (PICKLE_RENAMED, "a pickle"),
-    b"\x80\x03": (PICKLE_RENAMED, "a pickle"),
-    b"\x80\x04": (PICKLE_RENAMED, "a pickle"),
-    b"\x80\x05": (PICKLE_RENAMED, "a pickle"),
-    b"GGUF": (OTHER_FORMAT, "a GGUF file"),
-    b"\x89HDF": (OTHER_FORMAT, "an HDF5 file"),
-    b"\x93NUMPY": (OTHER_FORMAT, "a NumPy array"),
-    b"\x1f\x8b": (OTHER_FORMAT, "compressed with gzip"),
-    b"\x28\xb5\x2f\xfd": (OTHER_FORMAT, "compressed with zstandard"),
-    b"<": (OTHER_FORMAT, "a web page"),
-    b"{": (OTHER_FORMAT, "JSON text"),
+    b"version https://git-lfs": (rules.LFS_POINTER, "a Git LFS pointer"),
+    b"PK\x03\x04": (rules.PICKLE_RENAMED, "a zip archive, as torch.save writes it"),
+    b"\x80\x02": (rules.PICKLE_RENAMED, "a pickle"),
+    b"\x80\x03": (rules.PICKLE_RENAMED, "a pickle"),
+    b"\x80\x04": (rules.PICKLE_RENAMED, "a pickle"),
+    b"\x80\x05": (rules.PICKLE_RENAMED, "a pickle"),
+    b"GGUF": (rules.OTHER_FORMAT, "a GGUF file"),
+    b"\x89HDF": (rules.OTHER_FORMAT, "an HDF5 file"),
+    b"\x93NUMPY": (rules.OTHER_FORMAT, "a NumPy array"),
+    b"\x1f\x8b": (rules.OTHER_FORMAT, "compressed with gzip"),
+    b"\x28\xb5\x2f\xfd": (rules.OTHER_FORMAT, "compressed with zstandard"),
+    b"<": (rules.OTHER_FORMAT, "a web page"),
+    b"{": (rules.OTHER_FORMAT, "JSON text"),
 }
 
 
@@ -222,11 +197,11 @@ def _refuse_length(source: ByteSource, raw: bytes, length: int) -> None:
     claim = f"the length of the header is given as {length:,} bytes"
     if length <= MAX_HEADER_BYTES:
         reason = f"{claim}, but the file has {source.size:,} bytes."
-        raise CheckpointError(HEADER_CUT_OFF.in_file(source.place, reason))
+        raise CheckpointError(rules.HEADER_CUT_OFF.in_file(source.place, reason))
     for magic, (rule, what) in _MAGIC.items():
         if raw.startswith(magic):
             raise CheckpointError(rule.in_file(source.place, f"is {what}."))
-    raise CheckpointError(HEADER_TOO_LONG.in_file(source.place, f"{claim}."))
+    raise CheckpointError(rules.HEADER_TOO_LONG.in_file(source.place, f"{claim}."))
 
 
 _NUMBER = "(0|[1-9][0-9]{0,17})"
@@ -284,11 +259,13 @@ def _cut_plain(data: bytes) -> tuple[bytes, list[TensorInfo]]:
 
 def _metadata(value: object, defects: _Defects) -> dict[str, str]:
     if not isinstance(value, dict):
-        defects.add(METADATA_FORM, f"{_METADATA_KEY} is {_kind(value)}.")
+        defects.add(rules.METADATA_FORM, f"{_METADATA_KEY} is {_kind(value)}.")
         return {}
     for key, text in value.items():
         if not isinstance(text, str):
-            defects.add(METADATA_FORM, f'its key "{printable(key)}" has {_kind(text)} as value.')
+            defects.add(
+                rules.METADATA_FORM, f'its key "{printable(key)}" has {_kind(text)} as value.'
+            )
     return value
 
 
@@ -314,21 +291,21 @@ def _tensors(document: Mapping[str, Any], defects: _Defects) -> list[TensorInfo]
 def _wrong_fields(entry: object) -> Iterator[tuple[Rule, str]]:
     """Yield each defect of the fields of an entry."""
     if not isinstance(entry, dict):
-        yield ENTRY_FORM, f"is {_kind(entry)}."
+        yield rules.ENTRY_FORM, f"is {_kind(entry)}."
         return
     if entry.keys() != _FIELDS:
         for field in sorted(_FIELDS - entry.keys()):
-            yield ENTRY_FIELD_MISSING, f"has no {field}."
+            yield rules.ENTRY_FIELD_MISSING, f"has no {field}."
         for field in [key for key in entry if key not in _FIELDS][:1]:
-            yield ENTRY_FIELD_UNKNOWN, f'has the field "{printable(field)}".'
+            yield rules.ENTRY_FIELD_UNKNOWN, f'has the field "{printable(field)}".'
     dtype, shape = entry.get("dtype", "U8"), entry.get("shape", [])
     if not isinstance(dtype, str) or dtype not in BITS:
-        yield DTYPE_UNKNOWN, f"its dtype is {_text(dtype)}."
+        yield rules.DTYPE_UNKNOWN, f"its dtype is {_text(dtype)}."
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        yield SHAPE_FORM, f"its shape is {_text(shape)}."
+        yield rules.SHAPE_FORM, f"its shape is {_text(shape)}."
     offsets = entry.get("data_offsets", [0, 0])
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        yield OFFSETS_FORM, f"its data_offsets are {_text(offsets)}."
+        yield rules.OFFSETS_FORM, f"its data_offsets are {_text(offsets)}."
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
@@ -353,12 +330,12 @@ def _wrong_size(info: TensorInfo) -> Iterator[tuple[Rule, str]]:
     shape = "x".join(map(str, info.shape))
     # An empty tensor can have huge dimensions: the product overflows before the 0 is met.
     if math.prod(size or 1 for size in info.shape) * BITS[info.dtype] >= 1 << 63:
-        yield SHAPE_OVERFLOW, f"its shape is {printable(shape)}."
+        yield rules.SHAPE_OVERFLOW, f"its shape is {printable(shape)}."
     elif bits % 8:
-        yield SHAPE_PARTIAL_BYTE, f"{shape} values of {info.dtype} are {bits:,} bits."
+        yield rules.SHAPE_PARTIAL_BYTE, f"{shape} values of {info.dtype} are {bits:,} bits."
     elif bits != info.nbytes * 8:
         needed = f"{shape or 'one'} {info.dtype} needs {bits // 8:,} bytes"
-        yield OFFSETS_SPAN, f"{needed}, its data_offsets span {info.nbytes:,}."
+        yield rules.OFFSETS_SPAN, f"{needed}, its data_offsets span {info.nbytes:,}."
 
 
 def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -> None:
@@ -368,12 +345,14 @@ def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -
         if info.start != end:
             before = f'"{printable(last)}" ends' if last else "the data begins"
             reason = f"begins at byte {info.start:,}; {before} at byte {end:,}."
-            defects.add(DATA_OVERLAP if info.start < end else DATA_HOLE, reason, info.name)
+            defects.add(
+                rules.DATA_OVERLAP if info.start < end else rules.DATA_HOLE, reason, info.name
+            )
         if info.end >= end:
             end, last = info.end, info.name
     sizes = f"the tensors take {end:,} bytes, the file has {size:,} for them."
     if end != size:
-        defects.add(DATA_CUT_OFF if end > size else DATA_TRAILING, sizes)
+        defects.add(rules.DATA_CUT_OFF if end > size else rules.DATA_TRAILING, sizes)
 
 
 # --- writing a header ----------------------------------------------------------------------------

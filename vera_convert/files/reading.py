@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, Self
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.rules import FILE_TOO_LARGE, LINK_OUTSIDE, NOT_REGULAR, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def _swapped(place: str) -> SurroundingsError:
 
 def too_large(source: ByteSource, limit: int) -> Finding:
     """Return the finding that a source has more than `limit` bytes."""
-    return FILE_TOO_LARGE.in_file(
+    return rules.FILE_TOO_LARGE.in_file(
         source.place, f"has {source.size:,} bytes; the limit is {limit:,}."
     )
 
@@ -254,7 +255,7 @@ def _require_regular(found: os.stat_result, place: str) -> None:
         stat.S_ISSOCK: "a socket",
     }
     kind = next((name for test, name in kinds.items() if test(found.st_mode)), "a device")
-    raise CheckpointError(NOT_REGULAR.in_file(place, f"is {kind}."))
+    raise CheckpointError(rules.NOT_REGULAR.in_file(place, f"is {kind}."))
 
 
 def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
@@ -272,7 +273,7 @@ def _resolved_inside(path: Path, within: Path, place: str) -> tuple[Path, Path]:
     blobs = _cached_blobs(target, folder)
     if blobs is not None:
         return target, blobs
-    raise CheckpointError(LINK_OUTSIDE.in_file(place, f"leads to {printable(str(target))}."))
+    raise CheckpointError(rules.LINK_OUTSIDE.in_file(place, f"leads to {printable(str(target))}."))
 
 
 def _cached_blobs(target: Path, folder: Path) -> Path | None:

@@ -7,24 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, clean_name, is_pickle
-from vera_convert.rules import (
-    BASE_AMBIGUOUS,
-    BASE_FOR_MISTRAL,
-    BASE_IS_ADAPTER,
-    BASE_ONLY_VARIANT,
-    BASE_OTHER_FORMAT,
-    BASE_PICKLED,
-    BASE_WITHOUT_WEIGHTS,
-    INDEX_MALFORMED,
-    SHARD_MISSING,
-    TENSOR_IN_TWO_SHARDS,
-    TENSOR_MISPLACED,
-    TENSOR_NOT_IN_INDEX,
-    TENSOR_NOT_IN_SHARD,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed, printable
 
 PIPELINE = "model_index.json"
@@ -123,7 +109,9 @@ def find_weights(
     if indexes or len(singles) > 1 or (lone is not None and int(lone[1]) != 1):
         found = ", ".join(map(printable, (indexes or singles)[:3]))
         found += ", …" if len(indexes or singles) > 3 else ""
-        raise CheckpointError(BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all."))
+        raise CheckpointError(
+            rules.BASE_AMBIGUOUS.at(place, f"there is {found}, and no index for all.")
+        )
     return WeightFiles(prefix, None, prefix + singles[0])
 
 
@@ -136,13 +124,15 @@ def _for_other_loaders(top: Collection[str], found: Sequence[str], *, place: str
         place: the folder's name for messages.
     """
     if all(map(_MISTRAL.fullmatch, found)):
-        return BASE_FOR_MISTRAL.at(place, f"there is {listed(found, 1)}, and no model.safetensors.")
+        return rules.BASE_FOR_MISTRAL.at(
+            place, f"there is {listed(found, 1)}, and no model.safetensors."
+        )
     if not all(map(_VARIANT.fullmatch, found)):
         return None
     variants = sorted({match[1] for name in top if (match := _VARIANT.fullmatch(name))})
     names = " and ".join(f'"{printable(variant)}"' for variant in variants[:3])
     said = f"only the variant {names}" if len(variants) == 1 else f"only the variants {names}"
-    return BASE_ONLY_VARIANT.at(place, f"there is {said}: {listed(found, 1)}.")
+    return rules.BASE_ONLY_VARIANT.at(place, f"there is {said}: {listed(found, 1)}.")
 
 
 def named_weights(config: Mapping[str, object]) -> str | None:
@@ -159,7 +149,7 @@ def _named(named: str, names: Collection[str], *, place: str) -> WeightFiles:
     """Return the file or index in a config."""
     file = str(clean_name(named, place=f"{place}/config.json"))
     if file not in names:
-        raise CheckpointError(SHARD_MISSING.at(place, f"{printable(file)} is not there."))
+        raise CheckpointError(rules.SHARD_MISSING.at(place, f"{printable(file)} is not there."))
     is_index = file.endswith(INDEX_SUFFIX)
     return WeightFiles("", file if is_index else None, None if is_index else file)
 
@@ -168,7 +158,7 @@ def _main_component(names: Collection[str], place: str) -> str:
     found = [folder for folder in component_folders(names) if _MAIN_COMPONENT.fullmatch(folder)]
     if len(found) > 1:
         reason = f"the pipeline has {' and '.join(map(printable, found))}."
-        raise CheckpointError(BASE_AMBIGUOUS.at(place, reason))
+        raise CheckpointError(rules.BASE_AMBIGUOUS.at(place, reason))
     return found[0] if found else ""
 
 
@@ -182,17 +172,19 @@ def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
 def _why_none(top: Collection[str], place: str, below: Sequence[str] = ()) -> Finding:
     """Return the finding about a folder without safetensors weights."""
     if CONFIG_NAME in top:
-        return BASE_IS_ADAPTER.at(place, f"there is {CONFIG_NAME} and no model.")
+        return rules.BASE_IS_ADAPTER.at(place, f"there is {CONFIG_NAME} and no model.")
     pickled = sorted(name for name in top if is_pickle(name) and not name.startswith(_TRAINING))
     if pickled:
-        return BASE_PICKLED.at(place, f"there is {printable(pickled[0])} and no safetensors file.")
+        return rules.BASE_PICKLED.at(
+            place, f"there is {printable(pickled[0])} and no safetensors file."
+        )
     other = sorted(name for name in top if name.lower().endswith(_OTHER_FORMATS))
     if other:
-        return BASE_OTHER_FORMAT.at(place, f"there is {printable(other[0])}.")
+        return rules.BASE_OTHER_FORMAT.at(place, f"there is {printable(other[0])}.")
     if below:
         reason = f"the weights lie in {listed(below)}: pass {place}/{printable(below[0])}."
-        return BASE_WITHOUT_WEIGHTS.at(place, reason)
-    return BASE_WITHOUT_WEIGHTS.at(place, "there is no model.safetensors and no index.")
+        return rules.BASE_WITHOUT_WEIGHTS.at(place, reason)
+    return rules.BASE_WITHOUT_WEIGHTS.at(place, "there is no model.safetensors and no index.")
 
 
 def read_weight_map(document: object, index: str, *, place: str) -> dict[str, str]:
@@ -208,13 +200,13 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
     """
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(INDEX_MALFORMED.at(place, "weight_map is missing or empty."))
+        raise CheckpointError(rules.INDEX_MALFORMED.at(place, "weight_map is missing or empty."))
     folder = PurePosixPath(index).parent
     files: dict[object, str] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(SUFFIX):
             reason = f'"{printable(tensor)}" stands for another kind of file than safetensors.'
-            raise CheckpointError(INDEX_MALFORMED.at(place, reason))
+            raise CheckpointError(rules.INDEX_MALFORMED.at(place, reason))
         if file not in files:
             files[file] = str(folder / clean_name(file, place=place))
     return {tensor: files[file] for tensor, file in weight_map.items()}
@@ -225,7 +217,8 @@ def require_shards(files: Collection[str], names: Collection[str], *, place: str
     missing = sorted(set(files).difference(names))
     if missing:
         raise CheckpointError.of(
-            SHARD_MISSING.at(place, f"{printable(file)} is not there.") for file in missing[:50]
+            rules.SHARD_MISSING.at(place, f"{printable(file)} is not there.")
+            for file in missing[:50]
         )
 
 
@@ -268,12 +261,12 @@ def index_findings(
         for tensor in tensors:
             files_of.setdefault(tensor, []).append(file)
     groups = {
-        TENSOR_NOT_IN_SHARD: [name for name in weight_map if name not in files_of],
-        TENSOR_MISPLACED: [
+        rules.TENSOR_NOT_IN_SHARD: [name for name in weight_map if name not in files_of],
+        rules.TENSOR_MISPLACED: [
             name for name, file in weight_map.items() if file not in files_of.get(name, [file])
         ],
-        TENSOR_NOT_IN_INDEX: [name for name in files_of if name not in weight_map],
-        TENSOR_IN_TWO_SHARDS: [name for name, files in files_of.items() if len(files) > 1],
+        rules.TENSOR_NOT_IN_INDEX: [name for name in files_of if name not in weight_map],
+        rules.TENSOR_IN_TWO_SHARDS: [name for name, files in files_of.items() if len(files) > 1],
     }
     return [
         rule.at(

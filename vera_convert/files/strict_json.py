@@ -9,21 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import NoReturn
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, too_large
-from vera_convert.rules import (
-    FILE_EMPTY,
-    JSON_BOM,
-    JSON_DUPLICATE_KEY,
-    JSON_NESTING,
-    JSON_NOT_FINITE,
-    JSON_NOT_UTF8,
-    JSON_NUMBER,
-    JSON_SURROGATE,
-    JSON_SYNTAX,
-    JSON_TOO_MANY,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _DEEPEST = 64
@@ -54,7 +43,7 @@ def read_json(
     if source.size > limit:
         raise CheckpointError(too_large(source, limit))
     if source.size == 0:
-        raise CheckpointError(FILE_EMPTY.in_file(source.place, "has no bytes."))
+        raise CheckpointError(rules.FILE_EMPTY.in_file(source.place, "has no bytes."))
     data = source.read_at(0, source.size)
     source.check_unchanged()
     return parse_json(data, place=source.place, pythons_numbers=pythons_numbers), data
@@ -99,7 +88,7 @@ def parse_json(
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise CheckpointError(JSON_SYNTAX.in_file(place, f"{where}: {error.msg}.")) from None
+        raise CheckpointError(rules.JSON_SYNTAX.in_file(place, f"{where}: {error.msg}.")) from None
     if re.search(rb"\\u[dD][89a-fA-F]", data):
         _check_surrogates(value, place)
     if duplicates is not None:
@@ -111,12 +100,12 @@ def parse_json(
 
 def _decoded(data: bytes, place: str) -> str:
     if data.startswith(codecs.BOM_UTF8):
-        raise CheckpointError(JSON_BOM.in_file(place, "begins with the bytes EF BB BF."))
+        raise CheckpointError(rules.JSON_BOM.in_file(place, "begins with the bytes EF BB BF."))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         reason = f"byte {error.start:,} (0x{data[error.start]:02X}) is not UTF-8."
-        raise CheckpointError(JSON_NOT_UTF8.in_file(place, reason)) from None
+        raise CheckpointError(rules.JSON_NOT_UTF8.in_file(place, reason)) from None
 
 
 def _check_structure(data: bytes, place: str) -> None:
@@ -129,12 +118,12 @@ def _check_structure(data: bytes, place: str) -> None:
     bare = bare.translate(_ONE_BRACKET, _NO_STRUCTURE).replace(b'""', b"")
     if bare.count(b'"') > _MOST_QUOTES:
         raise CheckpointError(
-            JSON_TOO_MANY.in_file(place, "has millions of texts full of brackets.")
+            rules.JSON_TOO_MANY.in_file(place, "has millions of texts full of brackets.")
         )
     outside = b"".join(bare.split(b'"')[::2])
     if len(outside) > _MOST_VALUES:
         reason = f"has {len(outside):,} brackets and commas; the limit is {_MOST_VALUES:,}."
-        raise CheckpointError(JSON_TOO_MANY.in_file(place, reason))
+        raise CheckpointError(rules.JSON_TOO_MANY.in_file(place, reason))
     import numpy as np  # here, since --help reads no JSON
 
     brackets = np.frombuffer(outside.replace(b",", b""), np.int8)
@@ -142,7 +131,7 @@ def _check_structure(data: bytes, place: str) -> None:
     depth = int(steps.cumsum(dtype=np.int32).max(initial=0))
     if depth > _DEEPEST:
         raise CheckpointError(
-            JSON_NESTING.in_file(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
+            rules.JSON_NESTING.in_file(place, f"has {depth:,} levels; the limit is {_DEEPEST}.")
         )
 
 
@@ -164,7 +153,7 @@ class _Hooks:
             last = {key: place for place, (key, _) in enumerate(pairs)}
             twice = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
             reason = f'the key "{printable(twice)}" stands twice in one object.'
-            self.duplicates.append(JSON_DUPLICATE_KEY.in_file(self.place, reason))
+            self.duplicates.append(rules.JSON_DUPLICATE_KEY.in_file(self.place, reason))
         return made
 
     def make_integer(self, digits: str) -> int:
@@ -181,10 +170,10 @@ class _Hooks:
 
     def _refuse_number(self, digits: str) -> NoReturn:
         shown = digits if len(digits) <= 24 else f"{digits[:20]}… ({len(digits):,} characters)"
-        raise CheckpointError(JSON_NUMBER.in_file(self.place, f"holds the number {shown}."))
+        raise CheckpointError(rules.JSON_NUMBER.in_file(self.place, f"holds the number {shown}."))
 
     def make_constant(self, name: str) -> float:
-        raise CheckpointError(JSON_NOT_FINITE.in_file(self.place, f"holds {name}."))
+        raise CheckpointError(rules.JSON_NOT_FINITE.in_file(self.place, f"holds {name}."))
 
 
 class _PythonsNumbers(_Hooks):
@@ -211,7 +200,7 @@ def _check_surrogates(value: object, place: str) -> None:
     for text in _texts(value):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             reason = f'the text "{printable(text)}" has an unpaired surrogate.'
-            raise CheckpointError(JSON_SURROGATE.in_file(place, reason))
+            raise CheckpointError(rules.JSON_SURROGATE.in_file(place, reason))
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -14,13 +14,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
 from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource
 from vera_convert.progress import counter
-from vera_convert.rules import BOTH_KINDS, PICKLE_ONLY, TENSOR_DTYPE, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 __all__ = [
@@ -86,7 +87,9 @@ class TensorFile:
         dtype = NUMPY_DTYPE.get(info.dtype)
         if dtype is None:
             reason = f"its dtype is {info.dtype}, which NumPy lacks."
-            raise CheckpointError(TENSOR_DTYPE.in_tensor(info.name, reason, file=self.source.place))
+            raise CheckpointError(
+                rules.TENSOR_DTYPE.in_tensor(info.name, reason, file=self.source.place)
+            )
         raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
         self.source.read_into(self.header.data_start + info.start + skip, raw.data)
         self.source.check_unchanged()
@@ -101,8 +104,8 @@ def pickled_weights(folder: Path) -> Finding | None:
     beside = (folder / WEIGHTS_NAME).exists()
     found = f"there is {printable(min(names))}"
     if beside:
-        return BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
-    return PICKLE_ONLY.at(printable(folder.name), f"{found}, and no {WEIGHTS_NAME}.")
+        return rules.BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
+    return rules.PICKLE_ONLY.at(printable(folder.name), f"{found}, and no {WEIGHTS_NAME}.")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class TensorData(NamedTuple):
         dtype = NUMPY_DTYPE.get(self.dtype)
         if dtype is None:
             reason = f"its dtype is {self.dtype}, which NumPy lacks."
-            raise CheckpointError(TENSOR_DTYPE.at(f'tensor "{printable(self.name)}"', reason))
+            raise CheckpointError(rules.TENSOR_DTYPE.at(f'tensor "{printable(self.name)}"', reason))
         raw = np.empty(self.nbytes, np.uint8)
         done = 0
         for block in self.blocks():

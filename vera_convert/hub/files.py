@@ -9,6 +9,7 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, clean_name
 from vera_convert.files.reading import LocalFile, open_local
@@ -21,7 +22,6 @@ from vera_convert.hub.header_cache import HeaderCache
 from vera_convert.hub.location import Location, inside, not_cached, on_hub
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.hub.refusals import OutOfReachError
-from vera_convert.rules import ADAPTER_BELOW, CONFIG_MISSING, PICKLE_ONLY, WEIGHTS_MISSING
 from vera_convert.text import printable
 
 SIDE_FILE_LIMIT = 10_000_000
@@ -198,12 +198,12 @@ def _require_adapter(location: Location, names: Collection[str], others: Sequenc
     if CONFIG_NAME not in names:
         if others and WEIGHTS_NAME not in names:
             reason = f"{CONFIG_NAME} is missing; the folder {printable(others[0])} is an adapter."
-            raise CheckpointError(ADAPTER_BELOW.at(place, reason))
-        raise CheckpointError(CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}."))
+            raise CheckpointError(rules.ADAPTER_BELOW.at(place, reason))
+        raise CheckpointError(rules.CONFIG_MISSING.at(place, f"there is no {CONFIG_NAME}."))
     if WEIGHTS_NAME not in names and PICKLED_NAME in names:
-        raise CheckpointError(PICKLE_ONLY.at(place, f"there is {PICKLED_NAME} alone."))
+        raise CheckpointError(rules.PICKLE_ONLY.at(place, f"there is {PICKLED_NAME} alone."))
     if WEIGHTS_NAME not in names:
-        raise CheckpointError(WEIGHTS_MISSING.at(place, f"there is no {WEIGHTS_NAME}."))
+        raise CheckpointError(rules.WEIGHTS_MISSING.at(place, f"there is no {WEIGHTS_NAME}."))
 
 
 def fetch_base(location: Location, access: HubAccess, *, names: Collection[str]) -> Location:

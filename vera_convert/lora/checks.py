@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import SideFiles
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
@@ -24,21 +25,7 @@ from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
-from vera_convert.rules import (
-    LORA_BIAS_REFUSED,
-    LORA_CONV1D_REFUSED,
-    LORA_FUSED_EXPERTS,
-    LORA_HEAD_ELSEWHERE,
-    LORA_HEAD_LEFT_OUT,
-    LORA_HEAD_REFUSED,
-    LORA_LAYERS_MISSING,
-    LORA_MAMBA_REFUSED,
-    LORA_NAME_UNKNOWN,
-    LORA_RANK_SLOW,
-    LORA_RANK_TOO_HIGH,
-    LORA_TOWER,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.linear import kind_of
 from vera_convert.text import counted, listed, printable
 
@@ -115,7 +102,7 @@ def engine_findings(
         if extras.tensors:
             names = listed(each.name for each in extras.tensors)
             reason = f"{counted(len(extras.tensors), 'tensor')} left out: {names}."
-            yield LORA_HEAD_LEFT_OUT.at(place, reason)
+            yield rules.LORA_HEAD_LEFT_OUT.at(place, reason)
     else:
         yield from _extra_findings(extras, engine, place)
 
@@ -128,10 +115,10 @@ def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Findi
             reason += f" --rank {plan.exact_rank} is exact up to rounding."
         else:
             reason += f" With --rank {highest} --dry-run, the error of the best LoRA is shown."
-        yield LORA_RANK_TOO_HIGH.at(place, reason)
+        yield rules.LORA_RANK_TOO_HIGH.at(place, reason)
     elif engine.fast_rank and plan.rank > engine.fast_rank:
         reason = f"the LoRA's rank is {plan.rank}; {engine.title} is fast up to {engine.fast_rank}."
-        yield LORA_RANK_SLOW.at(place, reason)
+        yield rules.LORA_RANK_SLOW.at(place, reason)
 
 
 def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
@@ -160,13 +147,13 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
             f"{engine.title} loads the LoRA of the layer only with {engine.tower}, and for few "
             f"kinds of models{_also(towers)}."
         )
-        yield LORA_TOWER.at(printable(towers[0]), reason)
+        yield rules.LORA_TOWER.at(printable(towers[0]), reason)
     if plan.missing:
         reason = (
             f"{engine.title} needs a LoRA of this layer beside the adapted ones"
             f"{_also(plan.missing)}."
         )
-        yield LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
+        yield rules.LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
 
 
 def _model_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
@@ -201,7 +188,7 @@ def _called(last: str, modules: Sequence[str]) -> list[str]:
 def _left_out(names: Sequence[str], reason: str) -> Iterator[Finding]:
     """Yield the error that an engine would refuse layers or silently leave layers out."""
     if names:
-        yield LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
+        yield rules.LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
 
 
 def _overwritten(names: Sequence[str]) -> list[str]:
@@ -237,11 +224,11 @@ def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
     conv1d = [layer.module for layer in plan.layers if layer.shape.conv1d]
     if conv1d and not engine.conv1d:
         reason = f"the layer is a Conv1D{_also(conv1d)}."
-        yield LORA_CONV1D_REFUSED.at(printable(conv1d[0]), reason)
+        yield rules.LORA_CONV1D_REFUSED.at(printable(conv1d[0]), reason)
     tied = [layer.module for layer in plan.layers if layer.tied]
     if tied and not engine.tied_head:
         reason = f"{engine.title} has no such layer: its tensor is the embedding's."
-        yield LORA_NAME_UNKNOWN.at(printable(tied[0]), reason)
+        yield rules.LORA_NAME_UNKNOWN.at(printable(tied[0]), reason)
 
 
 def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Finding]:
@@ -259,13 +246,13 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
             f'in a model of type "{model_type}" PEFT takes the target "{name}" for the fused '
             f"experts, and does not load this layer{_also(lost)}."
         )
-        yield LORA_FUSED_EXPERTS.at(printable(lost[0]), reason)
+        yield rules.LORA_FUSED_EXPERTS.at(printable(lost[0]), reason)
     refused = refused_in_mamba(modules, model_type)
     if refused:
         reason = (
             f'PEFT refuses a LoRA of this layer in a model of type "{model_type}"{_also(refused)}.'
         )
-        yield LORA_MAMBA_REFUSED.at(printable(refused[0]), reason)
+        yield rules.LORA_MAMBA_REFUSED.at(printable(refused[0]), reason)
 
 
 def _also(names: Sequence[str]) -> str:
@@ -280,11 +267,11 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
             wrong = sorted(modules)[1:]  # one head is all that any engine takes
         if wrong:
             reason = f"{engine.title} does not load a module of modules_to_save{_also(wrong)}."
-            yield LORA_HEAD_REFUSED.at(printable(wrong[0]), reason)
+            yield rules.LORA_HEAD_REFUSED.at(printable(wrong[0]), reason)
     if extras.biases and not engine.biases:
         first = printable(extras.biases[0].name)
         reason = f"{engine.title} does not load trained biases, such as {first}."
-        yield LORA_BIAS_REFUSED.at(place, reason)
+        yield rules.LORA_BIAS_REFUSED.at(place, reason)
     if extras.tensors and engine.heads is None:
         refusing = [each for each in ENGINES.values() if each.heads is not None]
         titles = ", ".join(each.title for each in refusing)
@@ -292,4 +279,4 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         reason = (
             f"{first} is in modules_to_save. These engines take few such tensors or none: {titles}."
         )
-        yield LORA_HEAD_ELSEWHERE.at(place, reason)
+        yield rules.LORA_HEAD_ELSEWHERE.at(place, reason)

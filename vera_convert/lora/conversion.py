@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.lora_record import is_lora, lora_records
 from vera_convert.arguments import instance, optional, path, progress_function
@@ -46,7 +47,7 @@ from vera_convert.lora.writing import (
 )
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.publish.publishing import Output, files_but
-from vera_convert.rules import LORA_ERROR_LARGE, LORA_VANISHED, Finding, Severity
+from vera_convert.rules import Finding, Severity
 from vera_convert.text import printable, short_repr
 
 CARD_NAME = "README.md"
@@ -195,7 +196,7 @@ def _measured_findings(measured: Measured) -> list[Finding]:
         f"in {len(lost):,} of {len(measured.vanished):,} layers; most in {printable(worst)}, "
         f"{lost[worst]:.2%} of the values."
     )
-    return [LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
+    return [rules.LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
 
 
 def _files(
@@ -293,4 +294,4 @@ class _Job:
                 f"at rank {self.plan.rank} the relative error is {large[worst]:.2f} here, "
                 f"and above {ERROR_LIMIT} in {len(large):,} of {len(errors):,} layers."
             )
-            raise CheckpointError(LORA_ERROR_LARGE.at(printable(worst), reason))
+            raise CheckpointError(rules.LORA_ERROR_LARGE.at(printable(worst), reason))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.lora_record import DIFFUSERS_NAME, MLX_NAME
 from vera_convert.adapter.names import PREFIX
@@ -19,7 +20,6 @@ from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.lora.engines import Engine, Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
 from vera_convert.lora.plan import LoraLayer, LoraPlan, has_base_names
-from vera_convert.rules import LORA_BASE_UNKNOWN
 from vera_convert.targets.linear import kind_of
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -114,7 +114,7 @@ def component_of(base_facts: BaseFacts) -> str:
         return "transformer"
     folder = base.location.folder if base is not None else None
     reason = "nothing says which component of a pipeline the base is."
-    raise CheckpointError(LORA_BASE_UNKNOWN.at(folder.name if folder else "the base", reason))
+    raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(folder.name if folder else "the base", reason))
 
 
 def _diffusers_metadata(

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.adapter.lora_record import GGUF_NAME, RECORD_KEY
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel
@@ -28,7 +29,6 @@ from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.writing import Computed, Progress
-from vera_convert.rules import LORA_BASE_UNKNOWN, LORA_NAME_UNKNOWN
 from vera_convert.text import printable, read_back_differs
 
 ARCHITECTURES = {
@@ -100,7 +100,7 @@ def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
     pairs = config.get("num_key_value_heads", heads)
     if not (_is_size(heads) and _is_size(pairs)):
         reason = "its config gives no numbers of heads."
-        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, reason))
+        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
     return heads, pairs
 
 
@@ -120,11 +120,13 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     kind = base.model_type if base is not None else None
     if base is None or kind not in ARCHITECTURES:
         reason = f"its model_type is {printable(kind or 'not known')}."
-        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, reason))
+        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
     heads, pairs = head_counts(base, place)
     count = base.config.get("num_hidden_layers")
     if not _is_size(count):
-        raise CheckpointError(LORA_BASE_UNKNOWN.at(place, "its config gives no number of layers."))
+        raise CheckpointError(
+            rules.LORA_BASE_UNKNOWN.at(place, "its config gives no number of layers.")
+        )
     architecture, gguf = ARCHITECTURES[kind], gguf_package()
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known[architecture], count)
@@ -132,12 +134,12 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     for layer in plan.layers:
         if names[layer.written] is None:
             reason = "llama.cpp has no such layer in a model of this kind."
-            raise CheckpointError(LORA_NAME_UNKNOWN.at(printable(layer.written), reason))
+            raise CheckpointError(rules.LORA_NAME_UNKNOWN.at(printable(layer.written), reason))
         last, out = layer.written.rpartition(".")[2], layer.shape.out_features
         rows = {"q_proj": 2 * heads, "k_proj": 2 * pairs}.get(last, 1)
         if architecture == PERMUTED and out % rows:
             reason = f"its {out} outputs are no whole number of heads."
-            raise CheckpointError(LORA_BASE_UNKNOWN.at(printable(layer.module), reason))
+            raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(printable(layer.module), reason))
     return GgufModel(architecture, (heads, pairs), names)
 
 

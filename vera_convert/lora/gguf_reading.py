@@ -17,10 +17,10 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _MOST_HEADER = 1 << 26
@@ -99,7 +99,7 @@ def _blocks(source: ByteSource, start: int, size: int) -> Iterator[bytes]:
 
 
 def _unreadable(place: str, reason: str) -> CheckpointError:
-    return CheckpointError(LORA_UNREADABLE.at(place, f"{reason}."))
+    return CheckpointError(rules.LORA_UNREADABLE.at(place, f"{reason}."))
 
 
 class _Cursor:

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.lora_record import (
     DIFFUSERS_NAME,
     GGUF_NAME,
@@ -34,7 +35,6 @@ from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.forms import DIFFUSERS_METADATA
 from vera_convert.lora.gguf_form import restored_B
 from vera_convert.lora.gguf_reading import read_gguf
-from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
@@ -228,7 +228,7 @@ def _require_sound(module: str, layer: ReadLayer) -> None:
 
 
 def _unreadable(place: str, reason: str) -> CheckpointError:
-    return CheckpointError(LORA_UNREADABLE.at(printable(place), f"{reason}."))
+    return CheckpointError(rules.LORA_UNREADABLE.at(printable(place), f"{reason}."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.lora.factors import (
@@ -21,7 +22,6 @@ from vera_convert.lora.factors import (
     rounding_error,
 )
 from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.rules import LORA_OVERFLOW
 from vera_convert.text import printable
 
 Array = NDArray[Any]
@@ -71,7 +71,9 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
             return _approximated(factors, plan)
         return _padded(_exact(factors.select(used), plan.dtype), plan.rank)
     except OverflowError as error:
-        raise CheckpointError(LORA_OVERFLOW.at(printable(layer.module), f"{error}.")) from error
+        raise CheckpointError(
+            rules.LORA_OVERFLOW.at(printable(layer.module), f"{error}.")
+        ) from error
 
 
 def _require_finite(*matrices: Array) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from vera_convert import rules
 from vera_convert.adapter.folder import module_folders, side_files
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
@@ -21,13 +22,7 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
-from vera_convert.rules import (
-    FILE_NOT_FETCHED,
-    FILE_OF_ADDED,
-    MODULES_ABOVE,
-    TRAINED_NOT_MERGED,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 MODULES_NAME = "modules.json"
@@ -78,11 +73,13 @@ class AdapterFiles:
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield a warning for each file that is not merged or not fetched."""
         if self.is_module:
-            yield MODULES_ABOVE.at(place, f"{MODULES_NAME} of the folder above lists the adapter.")
+            yield rules.MODULES_ABOVE.at(
+                place, f"{MODULES_NAME} of the folder above lists the adapter."
+            )
         yield from unmerged_findings(self.unmerged, place)
         for name in self.not_fetched:
             reason = f"{printable(name)} is too large to be fetched beside an adapter."
-            yield FILE_NOT_FETCHED.at(place, reason)
+            yield rules.FILE_NOT_FETCHED.at(place, reason)
 
     def unused(self, place: str, written: Mapping[str, InputFile]) -> Iterator[Finding]:
         """Yield a warning for each file of an added adapter that the merged model lacks.
@@ -93,7 +90,7 @@ class AdapterFiles:
         """
         for name, file in self.in_model.items():
             if name not in written or not _same_bytes(file, written[name]):
-                yield FILE_OF_ADDED.at(place, f"{printable(name)} is not copied.")
+                yield rules.FILE_OF_ADDED.at(place, f"{printable(name)} is not copied.")
 
     def over(self, base: Mapping[str, InputFile]) -> dict[str, InputFile]:
         """Return the files beside the merged model: the base's, with the adapter's in front.
@@ -184,7 +181,7 @@ def _is_in(folders: Collection[str], name: str) -> bool:
 def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
     """Yield a warning for each file of weights beside an adapter that the result lacks."""
     for name in names:
-        yield TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not converted.")
+        yield rules.TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not converted.")
 
 
 def _is_module(location: Location) -> bool:

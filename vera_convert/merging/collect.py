@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
@@ -35,15 +36,7 @@ from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, Tied
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.vectors import Vectors, VectorsOfPart, moved_rows
-from vera_convert.rules import (
-    BASE_COPY_DIFFERS,
-    EMBEDDING_SHARED,
-    EMBEDDING_UNUSED,
-    HEAD_TIED,
-    REPLACEMENT_UNKNOWN,
-    REPLACEMENTS_DIFFER,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -110,7 +103,7 @@ class _Collector:
                 first = self._outputs.setdefault(name, outputs)
                 if first != outputs:
                     reason = f"one delta has {first:,} rows, another {outputs:,}."
-                    self.defects.append(REPLACEMENTS_DIFFER.in_tensor(name, reason))
+                    self.defects.append(rules.REPLACEMENTS_DIFFER.in_tensor(name, reason))
                 if match.layers[module].conv1d:
                     self.changes.conv1d.add(name)
         for module, copy in matched.adapter.base_copies.items():
@@ -135,7 +128,7 @@ class _Collector:
             return [name]
         if self.tied is None:
             reason = f'the layer "{printable(module)}" shares {printable(name)} with the embedding.'
-            self.defects.append(HEAD_TIED.at(self.base.location.label, reason))
+            self.defects.append(rules.HEAD_TIED.at(self.base.location.label, reason))
             return []
         if self.tied is Tied.ADD:
             return [*dict.fromkeys((embedding, name))]
@@ -159,10 +152,10 @@ class _Collector:
             reason = (
                 f"the stored weight has shape {list(copy.shape)}, the base's {list(own.shape)}."
             )
-            self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
+            self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif not _are_same_values(replacement.stored, own):
             reason = f"the stored values differ from {printable(stored)} of the base."
-            self.defects.append(BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
+            self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
             embedding = embedding_of_head(module, match, self.base)
             is_untied = self.tied is Tied.UNTIE and module in match.tied
@@ -184,7 +177,7 @@ class _Collector:
             replacement = Replacement.of(matched, tensor, part)
             if _is_unused(tensor.name, adapter):
                 reason = "the merged model keeps the base's values."
-                self.changes.findings.append(EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
+                self.changes.findings.append(rules.EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
             elif target in self.changes.terms:
                 self._refuse_delta(target, replacement)
             elif is_tied_head(target, self.base):
@@ -205,7 +198,7 @@ class _Collector:
                 f"{first.owner.label} and {replacement.owner.label} replace this tensor by "
                 "different values."
             )
-            self.defects.append(REPLACEMENTS_DIFFER.in_tensor(target, reason))
+            self.defects.append(rules.REPLACEMENTS_DIFFER.in_tensor(target, reason))
 
     def _refuse_delta(self, target: str, replacement: Replacement) -> None:
         """Refuse a replacement of a tensor that a delta is added to."""
@@ -214,10 +207,10 @@ class _Collector:
             term.A is own for term in self.changes.terms[target]
         ):
             reason = "the adapter replaces the embedding, and changes the head by a delta."
-            self.defects.append(HEAD_TIED.at(printable(target), reason))
+            self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
             return
         reason = "one delta is added to this tensor, and one tensor replaces this tensor."
-        self.defects.append(REPLACEMENTS_DIFFER.in_tensor(target, reason))
+        self.defects.append(rules.REPLACEMENTS_DIFFER.in_tensor(target, reason))
 
     def _bring(self, target: str, replacement: Replacement) -> None:
         """Record a tensor that the base lacks, unless no loader would use the tensor."""
@@ -227,7 +220,7 @@ class _Collector:
             self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
-            self.defects.append(REPLACEMENT_UNKNOWN.at(printable(target), reason))
+            self.defects.append(rules.REPLACEMENT_UNKNOWN.at(printable(target), reason))
         else:
             self._record(target, replacement)
 
@@ -249,7 +242,7 @@ class _Collector:
         else:
             other = "" if own is None else ", which differs from its embedding"
             reason = f"the adapter stores an output head of its own{other}."
-            self.defects.append(HEAD_TIED.at(printable(target), reason))
+            self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
 
     def _embedding_of(self, head: Replacement) -> str | None:
         """Return the embedding that the base ties to a head; None if there is none.
@@ -279,7 +272,7 @@ class _Collector:
                 continue
             if self.tied is None:
                 reason = f"the adapter replaces {printable(embedding)} alone; PEFT keeps the head."
-                self.defects.append(HEAD_TIED.at(printable(head), reason))
+                self.defects.append(rules.HEAD_TIED.at(printable(head), reason))
             elif self.tied is Tied.ADD:
                 self._share(embedding, head, replaced[embedding])
             else:
@@ -288,7 +281,9 @@ class _Collector:
     def _share(self, embedding: str, head: str, replacement: Replacement) -> None:
         """Let a tensor of an adapter replace an embedding and the head tied to the embedding."""
         reason = f"--tied add replaces {printable(embedding)} and {printable(head)} alike."
-        self.changes.findings.append(EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason))
+        self.changes.findings.append(
+            rules.EMBEDDING_SHARED.in_tensor(replacement.tensor.name, reason)
+        )
         for name in (embedding, head):
             if name in self.base.tensors:
                 self._record(name, replacement)

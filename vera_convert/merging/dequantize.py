@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.layer import Array, PackedWeight
@@ -27,7 +28,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import LocalFile
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.rules import DEQUANTIZED, PART_VALUES, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 SIDE_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
@@ -45,7 +46,7 @@ def dequantized_finding(packed: Unpacked, place: str) -> Finding:
         f"{len(packed.weights):,} weights ({kinds}) become {packed.dtype}; {count:,} scales "
         "and other parts are left out."
     )
-    return DEQUANTIZED.at(place, reason)
+    return rules.DEQUANTIZED.at(place, reason)
 
 
 def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
@@ -68,7 +69,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
                     last = min(first + step, math.prod(info.shape))
                     reason = check(parts.flat(name, first, last))
                     if reason is not None:
-                        findings.append(PART_VALUES.at(printable(name), reason))
+                        findings.append(rules.PART_VALUES.at(printable(name), reason))
                         break
             if len(findings) > _MOST_FINDINGS:
                 break

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
@@ -28,7 +29,7 @@ from vera_convert.merging.base_files import BaseFiles, read_base_files
 from vera_convert.merging.dequantize import dequantized_finding
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.merging.options import MergeOptions
-from vera_convert.rules import OPTION_WITHOUT_EFFECT, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -191,7 +192,7 @@ def _base_findings(files: BaseFiles, packed: Unpacked, options: MergeOptions) ->
         yield dequantized_finding(packed, label)
         return
     if options.dequantize:
-        yield OPTION_WITHOUT_EFFECT.at("--dequantize", f"{label} has no quantized weights.")
+        yield rules.OPTION_WITHOUT_EFFECT.at("--dequantize", f"{label} has no quantized weights.")
     elsewhere = quantized_elsewhere(packed.stored)
     if elsewhere is not None:
         yield elsewhere

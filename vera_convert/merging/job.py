@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.assembly.addends import NotFiniteError, Numbers
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.journal import Journal, finished_files
@@ -29,7 +30,7 @@ from vera_convert.merging.provenance import (
 )
 from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Output, Staged, files_but
-from vera_convert.rules import RESULT_NOT_FINITE, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
@@ -253,4 +254,4 @@ def _not_finite(error: NotFiniteError) -> Finding:
     row, column = error.index
     where = f"at [{row}, {column}]" if error.tensor.terms else f"{row:,}"
     reason = f"its value {where} would not be finite."
-    return RESULT_NOT_FINITE.in_tensor(error.tensor.name, reason)
+    return rules.RESULT_NOT_FINITE.in_tensor(error.tensor.name, reason)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vera_convert import rules
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
@@ -20,13 +21,7 @@ from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.rules import (
-    HEAD_CLASS_WRITTEN,
-    HEAD_MODULE_MISSING,
-    HEAD_WITHOUT_PADDING,
-    REPLACEMENT_NEW,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 CONFIG_NAME = "config.json"
@@ -136,7 +131,7 @@ class _Editor:
             said += self._padding(shown, rows)
             if said:
                 edits.findings.append(
-                    HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}.")
+                    rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}.")
                 )
         edits.findings += self._missing_modules(name or trained or shown)
         self._refuse_other_labels()
@@ -167,7 +162,7 @@ class _Editor:
             module = replaced_name(replacement.tensor.name).rpartition(".")[0]
             if not (is_output_head(module, self.base.model_type) and self.changes.unties):
                 reason = "the base has no such tensor, and no class with this tensor is known."
-                yield REPLACEMENT_NEW.in_tensor(name, reason)
+                yield rules.REPLACEMENT_NEW.in_tensor(name, reason)
 
     def _class(self, name: str) -> Iterator[str]:
         if self.base.class_names != (name,):
@@ -183,7 +178,7 @@ class _Editor:
                 reason = (
                     f"the class {printable(name)} has it, but neither base nor adapter stores it."
                 )
-                yield HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
+                yield rules.HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
 
     # --- labels ----------------------------------------------------------------------------------
 
@@ -247,7 +242,7 @@ class _Editor:
             self.edits.open.add(path)
         if token is None and own is None:
             reason = "neither the base's config nor a file beside the adapter names one."
-            self.edits.findings.append(HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason))
+            self.edits.findings.append(rules.HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason))
 
     def _vocabulary(self) -> int | None:
         """Set the size of a resized vocabulary, and return the rows of the embedding."""
@@ -257,7 +252,7 @@ class _Editor:
         for path in vocabulary_fields(self.base, old):
             self.edits.members[path] = new
         reason = f"vocab_size is {new:,} where the base has {old:,}."
-        self.edits.findings.append(HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason))
+        self.edits.findings.append(rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason))
         return new
 
 

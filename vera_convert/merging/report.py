@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.assembly.addends import Numbers, four_digits
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.resizes import shape_text
@@ -16,7 +17,7 @@ from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Changes, Replacement
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.rules import DELTA_LOST, REPLACED_BY_CONSTANT, UNTRAINED, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 LOSS_LIMIT = 0.5
@@ -82,7 +83,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
         return
     name, numbers = last
     if everything.values and not everything.change:
-        yield UNTRAINED.at(place, f"all {everything.values:,} sampled values stay the same.")
+        yield rules.UNTRAINED.at(place, f"all {everything.values:,} sampled values stay the same.")
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
         reason = (
@@ -90,7 +91,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
             f"{1 - everything.changed_share:.1%} stay as they were. The worst is "
             f"{printable(name)}, which loses {numbers.relative_loss:.0%} of its delta."
         )
-        yield DELTA_LOST.at(place, reason)
+        yield rules.DELTA_LOST.at(place, reason)
 
 
 # --- replaced tensors ----------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
         count = math.prod(tensor.shape)
         if tensor.constant is not None and count > 1 and (is_changed or is_new_matrix):
             reason = f"all {count:,} values of {printable(tensor.adapter)} are {tensor.constant:g}."
-            yield REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
+            yield rules.REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
 
 
 def _numbers(name: str, replacement: Replacement, base: BaseFiles) -> Numbers | None:

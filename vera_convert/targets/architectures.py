@@ -17,9 +17,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vera_convert import rules
 from vera_convert.dtypes import HEADER_NAMES, float_name
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import MODEL_FIELD_INVALID, MODEL_TYPE_UNKNOWN
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.text import printable
 
@@ -65,7 +65,7 @@ def _dtype(document: Mapping[str, object]) -> str:
 
 
 def _invalid(reason: str) -> CheckpointError:
-    return CheckpointError(MODEL_FIELD_INVALID.at(_PLACE, reason))
+    return CheckpointError(rules.MODEL_FIELD_INVALID.at(_PLACE, reason))
 
 
 # --- the table of classes ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
         reason = f"{_names_in(document)}; known types are {', '.join(families())}."
-        raise CheckpointError(MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
+        raise CheckpointError(rules.MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
     return found
 
 

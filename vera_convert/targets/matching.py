@@ -16,14 +16,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
-from vera_convert.rules import (
-    TARGET_REGEX_INVALID,
-    TARGETS_MATCH_NOTHING,
-    TARGETS_UNKNOWN,
-)
 from vera_convert.targets.endings import Endings
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.patterns import Pattern, search
@@ -74,7 +70,7 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
             f"{wanted or 'an empty list'} matches none of the {len(names)} linear layers "
             f"({model.source})."
         )
-        raise CheckpointError(TARGETS_MATCH_NOTHING.at(CONFIG_NAME, reason))
+        raise CheckpointError(rules.TARGETS_MATCH_NOTHING.at(CONFIG_NAME, reason))
     layers = {name: model.linear[name] for name in adapted_names}
     return Adapted(
         layers=layers,
@@ -132,7 +128,7 @@ def resolve(
             known = (
                 f"its model_type is {printable(kind)}" if kind else "its model_type is not known"
             )
-            raise CheckpointError(TARGETS_UNKNOWN.at(CONFIG_NAME, f"{known}."))
+            raise CheckpointError(rules.TARGETS_UNKNOWN.at(CONFIG_NAME, f"{known}."))
         targets = DEFAULT_TARGETS[kind]
     if is_all_linear(targets):
         return _all_linear(model, config.task_type, peft=peft)
@@ -298,7 +294,7 @@ def _number(text: str, *, peft: Version) -> int | None:
     if peft >= (0, 21):
         return None
     raise CheckpointError(
-        TARGET_REGEX_INVALID.at(
+        rules.TARGET_REGEX_INVALID.at(
             CONFIG_NAME,
             "layers_pattern has a group of its own, which PEFT before 0.21 takes for the index.",
         )

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME
-from vera_convert.rules import TARGET_REGEX_INVALID, TARGET_REGEX_SLOW
 from vera_convert.text import printable
 
 LIMIT_SECONDS = 2
@@ -86,7 +86,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         return [[None] * len(names) for _ in patterns]
     if len(patterns) * len(names) > MOST_MATCHES:
         reason = f"{len(patterns):,} expressions would be compared with {len(names):,} names."
-        raise CheckpointError(TARGET_REGEX_SLOW.at(CONFIG_NAME, reason))
+        raise CheckpointError(rules.TARGET_REGEX_SLOW.at(CONFIG_NAME, reason))
     asked = [(pattern.text, pattern.full, pattern.group) for pattern in patterns]
     started, _, answer = _run_child(json.dumps([names, asked])).partition(" ")
     if not started:
@@ -96,7 +96,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         )
     if not answer:
         raise CheckpointError.of(
-            TARGET_REGEX_SLOW.at(
+            rules.TARGET_REGEX_SLOW.at(
                 CONFIG_NAME,
                 f"{pattern.field} holds {printable(pattern.text)}, which took more than "
                 f"{LIMIT_SECONDS} seconds on {len(names)} names.",
@@ -105,7 +105,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         )
     found: list[list[str | None] | str] = json.loads(answer)
     invalid = [
-        TARGET_REGEX_INVALID.at(
+        rules.TARGET_REGEX_INVALID.at(
             CONFIG_NAME, f"{pattern.field} holds {printable(pattern.text)}: {printable(result)}."
         )
         for pattern, result in zip(patterns, found, strict=True)

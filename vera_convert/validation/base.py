@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import side_files
 from vera_convert.adapter.saved_modules import replaced_name
@@ -32,12 +33,7 @@ from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.rules import (
-    HEAD_SHARED,
-    NAMES_RENAMED,
-    ORIENTATION_WRONG,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -79,7 +75,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     whole = unpacked(base_facts.base)
     base = whole.view
     if match.strategy.name != AS_THEY_ARE.name:
-        yield NAMES_RENAMED.at(
+        yield rules.NAMES_RENAMED.at(
             base.location.label, f"they fit after this change: {match.strategy.name}."
         )
     yield from _orientation(adapter, match)
@@ -96,7 +92,7 @@ def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
     if all(match.layers[module].conv1d != said for module in adapter.layers):
         kinds = "plain linear layers" if said else "Conv1D layers"
         reason = f"fan_in_fan_out is {str(said).lower()}, but the layers are {kinds}."
-        yield ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
+        yield rules.ORIENTATION_WRONG.in_file(CONFIG_NAME, reason)
 
 
 def _tied_pairs(
@@ -107,14 +103,14 @@ def _tied_pairs(
         shared = embedding_of_head(module, match, base)
         if shared is not None:
             reason = f"the base uses {printable(shared)} for both."
-            yield HEAD_SHARED.at(printable(module), reason)
+            yield rules.HEAD_SHARED.at(printable(module), reason)
     for embedding, head in lone_embeddings(adapter, match, base, replaced):
         reason = f"PEFT keeps the head {printable(head)}, and the base uses this tensor for both."
-        yield HEAD_SHARED.at(printable(embedding), reason)
+        yield rules.HEAD_SHARED.at(printable(embedding), reason)
     for target, tensor in replaced.items():
         if is_tied_head(target, base) and not is_saved_twice(tensor, adapter, base):
             reason = "the adapter stores a head of its own, and the base uses the embedding."
-            yield HEAD_SHARED.at(printable(target), reason)
+            yield rules.HEAD_SHARED.at(printable(target), reason)
 
 
 def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:

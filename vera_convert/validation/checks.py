@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
@@ -36,7 +37,7 @@ from vera_convert.hub.lookup import (
     open_remote,
 )
 from vera_convert.hub.range_file import RemoteFile
-from vera_convert.rules import FILE_UNREADABLE, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
@@ -89,7 +90,7 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
         check.findings += error.findings
     except SurroundingsError as error:
         if isinstance(error.__cause__, PermissionError):
-            check.findings.append(FILE_UNREADABLE.at(label, str(error)))
+            check.findings.append(rules.FILE_UNREADABLE.at(label, str(error)))
             check.not_checked.append("the contents of unreadable files.")
         else:
             check.failure = error

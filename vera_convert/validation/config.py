@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.repo_name import is_repo_id, is_revision
-from vera_convert.rules import (
-    BASE_IS_PATH,
-    BASE_UNNAMED,
-    EMBEDDING_UNDECLARED,
-    FIELD_BY_VERSION,
-    REVISION_INVALID,
-    REVISION_MISSING,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
@@ -35,17 +28,17 @@ def config_findings(
     if {"base_model_name_or_path", "revision"} & {*unsound}:
         pass
     elif not name:
-        yield BASE_UNNAMED.in_file(CONFIG_NAME, "base_model_name_or_path is empty.")
+        yield rules.BASE_UNNAMED.in_file(CONFIG_NAME, "base_model_name_or_path is empty.")
     elif not is_repo_id(name):
         reason = f"base_model_name_or_path is {printable(name)}, which is not a repo on the Hub."
-        yield BASE_IS_PATH.in_file(CONFIG_NAME, reason)
+        yield rules.BASE_IS_PATH.in_file(CONFIG_NAME, reason)
     elif config.revision is not None and not is_revision(config.revision):
         reason = f"revision is {printable(config.revision)}, which is not a valid revision in git."
-        yield REVISION_INVALID.in_file(CONFIG_NAME, reason)
+        yield rules.REVISION_INVALID.in_file(CONFIG_NAME, reason)
     elif config.revision is None:
-        yield REVISION_MISSING.in_file(CONFIG_NAME, f"revision is null; the base is {name}.")
+        yield rules.REVISION_MISSING.in_file(CONFIG_NAME, f"revision is null; the base is {name}.")
     for reason in _by_version(config):
-        yield FIELD_BY_VERSION.in_file(CONFIG_NAME, reason)
+        yield rules.FIELD_BY_VERSION.in_file(CONFIG_NAME, reason)
 
 
 def _by_version(config: VeraConfig) -> Iterator[str]:
@@ -77,4 +70,4 @@ def undeclared_embeddings(
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter == "weight" and may_be_resized(module) and not saved.of(module):
             reason = f"it replaces {printable(replaced_name(tensor.name))} of the base model."
-            yield EMBEDDING_UNDECLARED.in_tensor(tensor.name, reason)
+            yield rules.EMBEDDING_UNDECLARED.in_tensor(tensor.name, reason)

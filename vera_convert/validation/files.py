@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.adapter.folder import (
     is_of_other_model,
     is_strange,
@@ -13,14 +14,7 @@ from vera_convert.adapter.folder import (
     side_files,
 )
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle
-from vera_convert.rules import (
-    BOTH_KINDS,
-    LINK_NOT_CARRIED,
-    STRANGE_FILES,
-    TRAINING_STATE,
-    UNREAD_WEIGHTS,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable, there_are
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
@@ -37,7 +31,7 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
     for name in sides.outside:
         if name in (CONFIG_NAME, WEIGHTS_NAME):
             continue  # reported by the reader
-        yield LINK_NOT_CARRIED.in_file(
+        yield rules.LINK_NOT_CARRIED.in_file(
             printable(name), "the link leads out of the folder, or to a missing file."
         )
     yield from _left_out(sides.left_out, place)
@@ -50,7 +44,7 @@ def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
         name for name in names if name.startswith("adapter_model.") and is_pickle(name)
     )
     if pickled:
-        yield BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
+        yield rules.BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
     beside = frozenset(names) - {CONFIG_NAME, WEIGHTS_NAME}
     modules = module_folders(beside)
     is_dropped = {name: _is_dropped(name, modules) for name in sorted(beside)}
@@ -66,8 +60,8 @@ def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
     """Yield a note on files of a training run, and a note on foreign files."""
     names = [name for name in names if not name.startswith("adapter_model.bin")]
     for rule, chosen in (
-        (TRAINING_STATE, [name for name in names if is_training_state(name)]),
-        (STRANGE_FILES, [name for name in names if not is_training_state(name)]),
+        (rules.TRAINING_STATE, [name for name in names if is_training_state(name)]),
+        (rules.STRANGE_FILES, [name for name in names if not is_training_state(name)]),
     ):
         if chosen:
             yield rule.at(place, f"{there_are(chosen)}.")
@@ -80,4 +74,4 @@ def _unread_weights(names: Collection[str], place: str) -> Iterator[Finding]:
         name for name in names if name.endswith(_WEIGHTS) and name.rpartition("/")[0] not in folders
     ]
     if unread:
-        yield UNREAD_WEIGHTS.at(place, f"{there_are(unread)}.")
+        yield rules.UNREAD_WEIGHTS.at(place, f"{there_are(unread)}.")

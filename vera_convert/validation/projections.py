@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.base.facts import BaseFacts
@@ -16,14 +17,7 @@ from vera_convert.conversion.proof import (
 )
 from vera_convert.draws.generator import Rounding
 from vera_convert.files.file_names import WEIGHTS_NAME
-from vera_convert.rules import (
-    OTHER_DIMS,
-    PROJECTIONS_CONTRADICT,
-    PROJECTIONS_IGNORED,
-    PROJECTIONS_ROUNDED,
-    REDRAWN_OTHERWISE,
-    Finding,
-)
+from vera_convert.rules import Finding
 
 
 def stored_findings(
@@ -43,17 +37,23 @@ def stored_findings(
         yield damaged
     elif base_facts.out_features is None and own.out_features > tallest:
         reason = f"vera_B has {own.out_features} rows, the longest lambda_b {tallest} values."
-        yield OTHER_DIMS.in_file(WEIGHTS_NAME, reason)
+        yield rules.OTHER_DIMS.in_file(WEIGHTS_NAME, reason)
     elif unfit:
         yield from unfit
     else:
         found = mismatch(config, own, base_facts)
         if found is not None:
-            rule = PROJECTIONS_IGNORED if config.save_projection else PROJECTIONS_CONTRADICT
+            rule = (
+                rules.PROJECTIONS_IGNORED
+                if config.save_projection
+                else rules.PROJECTIONS_CONTRADICT
+            )
             yield rule.in_file(WEIGHTS_NAME, found.reason)
         is_rounded = own.draw is not None and own.draw.rounding is not Rounding.NONE
         if own.draw is not None and is_rounded and base_facts.rounding is None:
-            yield PROJECTIONS_ROUNDED.in_file(WEIGHTS_NAME, f"they are {own.draw.description}.")
+            yield rules.PROJECTIONS_ROUNDED.in_file(
+                WEIGHTS_NAME, f"they are {own.draw.description}."
+            )
 
 
 def stripped_findings(
@@ -77,4 +77,4 @@ def stripped_findings(
     yield from unfit
     found = None if unfit else mismatch(config, fingerprint, base_facts)
     if found is not None:
-        yield REDRAWN_OTHERWISE.in_file(WEIGHTS_NAME, found.reason)
+        yield rules.REDRAWN_OTHERWISE.in_file(WEIGHTS_NAME, found.reason)

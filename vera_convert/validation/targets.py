@@ -10,18 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
-from vera_convert.rules import (
-    LAYERS_UNEVEN,
-    TARGET_NOT_STORED,
-    TARGETS_BY_VERSION,
-    TARGETS_DISAGREE,
-    TARGETS_MATCH_NOTHING,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.endings import Endings
 from vera_convert.targets.matching import NEWEST, is_all_linear, matching
 from vera_convert.text import printable
@@ -57,13 +51,15 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
     unmatched = [layer for layer in layers if layer not in matched]
     if alone and not matched:
         reason = f"of the {len(layers)} layers that the file adapts, such as "
-        yield TARGETS_MATCH_NOTHING.in_file(CONFIG_NAME, f"{reason}{printable(layers[0])}, none.")
+        yield rules.TARGETS_MATCH_NOTHING.in_file(
+            CONFIG_NAME, f"{reason}{printable(layers[0])}, none."
+        )
     elif alone and unmatched:
         reason = (
             f"the targets match {len(newest)} of the {len(layers)} adapted layers; PEFT leaves out "
             f"{printable(unmatched[0])}."
         )
-        yield TARGETS_DISAGREE.in_file(CONFIG_NAME, reason)
+        yield rules.TARGETS_DISAGREE.in_file(CONFIG_NAME, reason)
     if not isinstance(targets, str):
         yield from _by_version(config, layers, newest)
         yield from _not_stored(config, targets, layers) if alone else ()
@@ -90,7 +86,7 @@ def _by_version(
     if differing:
         said = ", ".join(f"PEFT {release} adapts {count}" for release, count in differing.items())
         reason = f"of {len(layers)} layers, {said}; PEFT 0.21 and later adapt {len(newest)}."
-        yield TARGETS_BY_VERSION.in_file(CONFIG_NAME, reason)
+        yield rules.TARGETS_BY_VERSION.in_file(CONFIG_NAME, reason)
 
 
 def _not_stored(
@@ -102,7 +98,7 @@ def _not_stored(
     for target in dict.fromkeys(targets):
         if target not in stored and not saved.of(target):
             reason = f"target_modules names {printable(target)}, but the file lacks such a layer."
-            yield TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
+            yield rules.TARGET_NOT_STORED.in_file(WEIGHTS_NAME, reason)
 
 
 def uneven_findings(config: VeraConfig, layers: Iterable[str]) -> Iterator[Finding]:
@@ -126,4 +122,4 @@ def uneven_findings(config: VeraConfig, layers: Iterable[str]) -> Iterator[Findi
         lacking = {target: len(found) for target, found in targets.items() if found != every}
         for target, count in lacking.items():
             reason = f"{printable(target)} is adapted in {count} of {len(every)} layers."
-            yield LAYERS_UNEVEN.at(printable(name), reason)
+            yield rules.LAYERS_UNEVEN.at(printable(name), reason)

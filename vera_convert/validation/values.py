@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.adapter.values import absurd_values, untrained_layers, value_errors
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange
-from vera_convert.rules import PRODUCT_OVERFLOWS, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 LARGEST_FLOAT16 = 65504.0
@@ -63,4 +64,4 @@ def _overflow(
         if max(d * A, b * B, rank * b * B * d * A) > LARGEST_FLOAT16:
             dtype = "the base is loaded in float16" if on_float16 else "both are in float16"
             reason = f"the largest of b is {b:.3g}, of d {d:.3g}; {dtype}."
-            yield PRODUCT_OVERFLOWS.at(printable(layer.module), reason)
+            yield rules.PRODUCT_OVERFLOWS.at(printable(layer.module), reason)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import is_training_state
@@ -45,14 +46,7 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import in_effect
-from vera_convert.rules import (
-    FORM_CONFIG_DIFFERS,
-    FORM_PROJECTIONS_DEPEND,
-    FORM_PROJECTIONS_DIFFER,
-    FORM_TENSOR_DIFFERS,
-    FORM_TENSOR_MISSING,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.options import VerifyOptions
 
@@ -176,11 +170,11 @@ def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
         ([*second.keys() - first.keys()], "only the other form has this tensor."),
     ):
         for name in sorted(names)[:_MOST_FINDINGS]:
-            yield FORM_TENSOR_MISSING.in_tensor(name, reason)
+            yield rules.FORM_TENSOR_MISSING.in_tensor(name, reason)
     for name, tensor in first.items():
         other = second.get(name)
         if other is not None and not same_tensor(tensor, other):
-            yield FORM_TENSOR_DIFFERS.in_tensor(name, _tensor_difference(tensor, other))
+            yield rules.FORM_TENSOR_DIFFERS.in_tensor(name, _tensor_difference(tensor, other))
 
 
 def _tensor_difference(tensor: TensorData, other: TensorData) -> str:
@@ -201,7 +195,7 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
         if first is not second and first != second:  # NaN is only identical, never equal
             was, now = (printable(repr(value)) for value in values)
             reason = f"{field.name} is {was} in the adapter, and {now} in the other form."
-            yield FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, reason)
+            yield rules.FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, reason)
 
 
 def _comparable(name: str, value: object) -> object:
@@ -337,10 +331,10 @@ def _difference(first: Array, second: Array) -> str:
 def _other_projections(effects: tuple[FormEffect, ...], other: Adapter) -> Iterator[Finding]:
     same = [effect.dtype for effect in effects if effect.same]
     if not same:
-        yield FORM_PROJECTIONS_DIFFER.at(other.place, f"{effects[0].difference}.")
+        yield rules.FORM_PROJECTIONS_DIFFER.at(other.place, f"{effects[0].difference}.")
         return
     differing = [e.dtype for e in effects if not (e.same and e.same_in_peft)]
     if differing:
         agree = [effect.dtype for effect in effects if effect.dtype not in differing]
         bases = f"only on a base in {' or '.join(agree)}" if agree else "on no base"
-        yield FORM_PROJECTIONS_DEPEND.at(other.place, f"A and B are the same {bases}.")
+        yield rules.FORM_PROJECTIONS_DEPEND.at(other.place, f"A and B are the same {bases}.")

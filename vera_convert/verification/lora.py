@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
@@ -45,15 +46,7 @@ from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.lora.record import file_sha256
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect
-from vera_convert.rules import (
-    LORA_DELTA_DIFFERS,
-    LORA_LAYER_EXTRA,
-    LORA_LAYER_LACKING,
-    LORA_MODEL_DIFFERS,
-    LORA_OTHER_SOURCE,
-    LORA_TENSOR_DIFFERS,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import counted, printable
 from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.lora_config import config_findings
@@ -94,7 +87,7 @@ class LoraLayerCheck:
     def finding(self) -> Finding:
         """Return the finding that the error is not allowed."""
         reason = f"the relative error is {self.error:.3g}; {self.limit:.3g} is allowed."
-        return LORA_DELTA_DIFFERS.at(printable(self.module), reason)
+        return rules.LORA_DELTA_DIFFERS.at(printable(self.module), reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +125,7 @@ class LoraCheck:
 
     def with_model(self, model: ModelComparison) -> LoraCheck:
         """Return this result, completed by the result of the run."""
-        found = [] if model.passed else [LORA_MODEL_DIFFERS.at(self.label, model.reason)]
+        found = [] if model.passed else [rules.LORA_MODEL_DIFFERS.at(self.label, model.reason)]
         findings = found if model.conclusive else []
         return replace(self, model=model, findings=(*self.findings, *findings))
 
@@ -263,7 +256,7 @@ def _compared(
     recorded = _recorded(lora)
     for module, name in names.items():
         if name is None:
-            yield LORA_LAYER_LACKING.at(printable(module), "the LoRA has no such layer.")
+            yield rules.LORA_LAYER_LACKING.at(printable(module), "the LoRA has no such layer.")
             continue
         layer, vectors = lora.layers[name], adapter.layers[module]
         out, width = layer.shape
@@ -272,7 +265,7 @@ def _compared(
                 f"the LoRA's layer has {width} inputs and {out} outputs; the adapter's has "
                 f"{vectors.out_features} outputs and {pair.A.shape[1]} inputs at most."
             )
-            yield LORA_DELTA_DIFFERS.at(printable(module), reason)
+            yield rules.LORA_DELTA_DIFFERS.at(printable(module), reason)
             continue
         b, d = vectors.lambda_b.array(), vectors.lambda_d.array()
         ours = Factors(pair.A[:, :width], pair.B[:out], d, b)
@@ -303,7 +296,7 @@ def _extra_layers(lora: ReadLora, extra: Sequence[ReadLayer]) -> Iterator[Findin
     if acting:
         first = min(name for name, layer in lora.layers.items() if layer in acting)
         reason = f"the adapter has no such layer; {counted(len(acting), 'layer')} in all."
-        yield LORA_LAYER_EXTRA.at(printable(first), reason)
+        yield rules.LORA_LAYER_EXTRA.at(printable(first), reason)
 
 
 def _has_effect(layer: ReadLayer) -> bool:
@@ -329,11 +322,11 @@ def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
     for tensor in () if is_dropped else adapter.replacements:
         other = lora.others.get(tensor.name)
         if other is None:
-            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA lacks this tensor.")
+            yield rules.LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA lacks this tensor.")
         elif not same_tensor(tensor, other):
-            yield LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA has other values.")
+            yield rules.LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA has other values.")
     for name in lora.others.keys() - {tensor.name for tensor in adapter.replacements}:
-        yield LORA_TENSOR_DIFFERS.in_tensor(name, "only the LoRA has this tensor.")
+        yield rules.LORA_TENSOR_DIFFERS.in_tensor(name, "only the LoRA has this tensor.")
 
 
 def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
@@ -346,7 +339,7 @@ def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
     others = [name for key, (name, own) in hashes.items() if record.get(key, own) != own]
     if others:
         reason = f"the SHA-256 of {' and of '.join(others)} differs from the LoRA's record."
-        yield LORA_OTHER_SOURCE.at(adapter.folder.name, reason)
+        yield rules.LORA_OTHER_SOURCE.at(adapter.folder.name, reason)
 
 
 # --- running -------------------------------------------------------------------------------------

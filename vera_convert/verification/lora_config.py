@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.facts import BaseFacts
@@ -15,7 +16,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.lora.checks import peft_findings
 from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.reading import ReadLora
-from vera_convert.rules import LORA_NOT_LOADED, LORA_UNREADABLE, Finding
+from vera_convert.rules import Finding
 from vera_convert.targets.matching import is_all_linear, matching
 from vera_convert.text import counted, printable
 
@@ -46,10 +47,10 @@ def config_findings(
         return
     bias, task = lora.config.get("bias", "none"), lora.config.get("task_type")
     if bias not in ("none", "all", "lora_only"):
-        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, f"bias is {printable(str(bias))}.")
+        yield rules.LORA_NOT_LOADED.in_file(CONFIG_NAME, f"bias is {printable(str(bias))}.")
     if task not in (None, task_type):
         reason = f"task_type is {printable(str(task))}, and the adapter's is {task_type}."
-        yield LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
+        yield rules.LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
     yield from _left_out(lora, lora.config)
     if lora.engine == EngineName.PEFT:
         yield from peft_findings(names, facts)
@@ -65,7 +66,7 @@ def _target_findings(
     lost += [name for name in names if name in excluded]
     if lost:
         reason = f"target_modules and its limits leave out {counted(len(lost), 'layer')}."
-        yield LORA_NOT_LOADED.at(printable(lost[0]), reason)
+        yield rules.LORA_NOT_LOADED.at(printable(lost[0]), reason)
     if not config.get("rank_pattern"):
         yield from _rank_findings(lora, names, config.get("r", 8))
 
@@ -76,7 +77,7 @@ def _rank_findings(lora: ReadLora, names: Sequence[str], rank: object) -> Iterat
         reason = (
             f"its rank is {lora.layers[other].rank}, and the config's is {printable(str(rank))}."
         )
-        yield LORA_NOT_LOADED.at(printable(other), reason)
+        yield rules.LORA_NOT_LOADED.at(printable(other), reason)
 
 
 def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Iterator[Finding]:
@@ -101,7 +102,7 @@ def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Ite
     ]
     if lost:
         reason = f"num_layers and keys leave out {counted(len(lost), 'layer')}."
-        yield LORA_NOT_LOADED.at(printable(lost[0]), reason)
+        yield rules.LORA_NOT_LOADED.at(printable(lost[0]), reason)
     yield from _rank_findings(lora, names, config["lora_parameters"].get("rank"))
 
 
@@ -119,7 +120,7 @@ def _left_out(lora: ReadLora, config: Mapping[str, object]) -> Iterator[Finding]
         is_bias = parameter == "bias" and config.get("bias", "none") != "none"
         if not is_bias and not saved.of(module):
             reason = "neither modules_to_save nor bias names this tensor."
-            yield LORA_NOT_LOADED.in_tensor(name, reason)
+            yield rules.LORA_NOT_LOADED.in_tensor(name, reason)
 
 
 def _matched(names: Sequence[str], config: Mapping[str, object], field: str) -> frozenset[str]:
@@ -161,4 +162,4 @@ def _numbers(config: Mapping[str, object], field: str) -> tuple[int, ...] | None
 
 
 def _malformed(field: str) -> CheckpointError:
-    return CheckpointError(LORA_UNREADABLE.in_file(CONFIG_NAME, f"{field} is malformed."))
+    return CheckpointError(rules.LORA_UNREADABLE.in_file(CONFIG_NAME, f"{field} is malformed."))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.base.facts import BaseFacts
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.gguf_form import PERMUTED, head_counts
 from vera_convert.lora.gguf_reading import gguf_names
 from vera_convert.lora.reading import ReadLora
-from vera_convert.rules import LORA_UNREADABLE
 from vera_convert.text import printable
 
 
@@ -62,6 +62,6 @@ def in_transformers_order(
         layer = lora.layers[name]
         if layer.shape[0] % (2 * heads):
             reason = f"its {layer.shape[0]} outputs are no whole number of heads."
-            raise CheckpointError(LORA_UNREADABLE.at(printable(name), reason))
+            raise CheckpointError(rules.LORA_UNREADABLE.at(printable(name), reason))
         layers[name] = replace(layer, heads=heads)
     return replace(lora, layers=layers)

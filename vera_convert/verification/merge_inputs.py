@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from vera_convert import rules
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel
@@ -16,7 +17,7 @@ from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adap
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.collect import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
-from vera_convert.rules import HEAD_TIED, OTHER_ADAPTER_MERGED, OTHER_BASE_MERGED, Finding
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.expected import Expected, expected_tensors
 from vera_convert.verification.provenance import MergeSettings, Provenance, RecordedAdapter
@@ -88,7 +89,7 @@ def _changes(inputs: MergeInputs) -> Changes:
     try:
         return collect(inputs)
     except CheckpointError as error:
-        if any(finding.rule is not HEAD_TIED for finding in error.findings):
+        if any(finding.rule is not rules.HEAD_TIED for finding in error.findings):
             raise
         raise UsageError(
             f"{error} The merged model has no record of the merge: give the `--tied` of the merge."
@@ -125,7 +126,7 @@ def _weighted(
         weighted.append(replace(matched, weight=weight))
         if record is not None and _hashes(matched) != (record.config_sha256, record.header_sha256):
             reason = f'"{printable(record.name)}" was merged instead.'
-            findings.append(OTHER_ADAPTER_MERGED.at(matched.label, reason))
+            findings.append(rules.OTHER_ADAPTER_MERGED.at(matched.label, reason))
     return tuple(weighted), findings
 
 
@@ -155,4 +156,4 @@ def _other_base(base: BaseModel, provenance: Provenance) -> Iterator[Finding]:
     if headers != dict(provenance.base_headers):
         names = {*headers.items()} ^ {*provenance.base_headers.items()}
         reason = f"{printable(min(names)[0])} differs from the recorded file."
-        yield OTHER_BASE_MERGED.at(base.location.label, reason)
+        yield rules.OTHER_BASE_MERGED.at(base.location.label, reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from vera_convert import rules
 from vera_convert.arguments import Progress
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
@@ -22,16 +23,7 @@ from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
 from vera_convert.merging.model_config import ConfigEdits, config_edits
-from vera_convert.rules import (
-    BASE_IS_ADAPTER,
-    MERGED_IS_ADAPTER,
-    MODEL_DIFFERS,
-    MODEL_SHOWS_LITTLE,
-    MODEL_SHOWS_NOTHING,
-    OTHER_BASE_MERGED,
-    PROVENANCE_MISSING,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.verification.expected import Expected, without_old_head
 from vera_convert.verification.merge_inputs import Merged, RepeatedMerge, weight_files
 from vera_convert.verification.merge_job import merge_job
@@ -90,8 +82,8 @@ class MergedCheck:
         findings = [*self.findings]
         if not model.passed:
             # An inconclusive run must not fail correct, changed weights.
-            unclear = MODEL_SHOWS_LITTLE if self.tensors.moved else MODEL_SHOWS_NOTHING
-            rule = MODEL_DIFFERS if model.conclusive else unclear
+            unclear = rules.MODEL_SHOWS_LITTLE if self.tensors.moved else rules.MODEL_SHOWS_NOTHING
+            rule = rules.MODEL_DIFFERS if model.conclusive else unclear
             findings.append(rule.at(self.label, model.reason))
         if model.quantized is not None and not model.quantized.passed:
             found = model.quantized
@@ -100,7 +92,7 @@ class MergedCheck:
                 f"{found.difference:.1e} (RMS; limit {found.threshold:.1e}: computing in "
                 f"{found.dtype})."
             )
-            findings.append(MODEL_DIFFERS.at(self.label, reason))
+            findings.append(rules.MODEL_DIFFERS.at(self.label, reason))
         return replace(self, model=model, findings=tuple(findings))
 
 
@@ -183,7 +175,7 @@ def _findings(
     """Yield all findings about a merged model, errors of the weights first."""
     model, inputs = read.model, source.inputs
     is_copied = read.provenance is not None and not any(
-        finding.rule is OTHER_BASE_MERGED for finding in source.findings
+        finding.rule is rules.OTHER_BASE_MERGED for finding in source.findings
     )
     yield from read.findings
     yield from tensors.findings
@@ -193,7 +185,7 @@ def _findings(
         yield from copied_findings(model, read.names, inputs.side_files)
     yield from source.findings
     if read.provenance is None:
-        yield PROVENANCE_MISSING.at(model.location.label, f"it has no {PROVENANCE_NAME}.")
+        yield rules.PROVENANCE_MISSING.at(model.location.label, f"it has no {PROVENANCE_NAME}.")
     yield from inputs.findings
     yield from source.changes.findings
     yield from edits.findings
@@ -227,8 +219,8 @@ def _of_the_merged_model() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        if error.findings[0].rule is BASE_IS_ADAPTER:
-            finding = MERGED_IS_ADAPTER.at(error.findings[0].place, error.findings[0].reason)
+        if error.findings[0].rule is rules.BASE_IS_ADAPTER:
+            finding = rules.MERGED_IS_ADAPTER.at(error.findings[0].place, error.findings[0].reason)
             error = CheckpointError(finding)
         error.of_merged = True
         raise error from None

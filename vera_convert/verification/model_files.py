@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from vera_convert import rules
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
@@ -24,16 +25,7 @@ from vera_convert.merging.adapter_files import decides_outputs
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, label_count
-from vera_convert.rules import (
-    ADAPTER_IN_MERGED,
-    LOADED_INSTEAD,
-    MERGED_CONFIG_DIFFERS,
-    MERGED_CONFIG_RESAVED,
-    MERGED_FILE_DIFFERS,
-    MERGED_OTHER_WEIGHTS,
-    MERGED_TIE,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed, printable
 
 _MOST_NAMED = 8
@@ -67,14 +59,14 @@ def file_findings(names: Collection[str], model: BaseModel, sides: ModelFiles) -
     taken = _taken_before(names, model)
     for name in taken:
         reason = f"a loader reads {printable(name)} instead of {printable(_own(model))}."
-        yield LOADED_INSTEAD.at(place, reason)
+        yield rules.LOADED_INSTEAD.at(place, reason)
     config = model.prefix + CONFIG_NAME
     if config in names:
-        yield ADAPTER_IN_MERGED.at(place, f"there is {printable(config)}.")
+        yield rules.ADAPTER_IN_MERGED.at(place, f"there is {printable(config)}.")
     others = [name for name in sides.other_weights if name not in taken]
     others += [name for name in sides.adapter if config not in names]
     if others:
-        yield MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
+        yield rules.MERGED_OTHER_WEIGHTS.at(place, f"there is {_some(others)}.")
     # The stray files above are errors; the others are warnings.
     strays = tuple(name for name in model.strays if name not in taken)
     yield from replace(model, strays=strays).findings
@@ -117,11 +109,11 @@ def copied_findings(
         if not decides_outputs(name, wanted):
             continue
         if name not in names:
-            yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} is missing.")
+            yield rules.MERGED_FILE_DIFFERS.at(place, f"{printable(name)} is missing.")
         elif (folder / name).exists():
             own = InputFile.look(folder / name, within=folder)
             if own.size != file.size or not _same_bytes(own, file, (0, 0), own.size):
-                yield MERGED_FILE_DIFFERS.at(place, f"{printable(name)} has other bytes.")
+                yield rules.MERGED_FILE_DIFFERS.at(place, f"{printable(name)} has other bytes.")
 
 
 def _same_bytes(one: InputFile, other: InputFile, starts: tuple[int, int], size: int) -> bool:
@@ -218,7 +210,7 @@ def config_findings(
         return
     if not model.config:
         reason = "it is missing or empty, so no loader knows the model of the weights."
-        yield MERGED_CONFIG_DIFFERS.at(place, reason)
+        yield rules.MERGED_CONFIG_DIFFERS.at(place, reason)
         return
     free = _FREE | frozenset(CONFIG_FIELDS if inputs.base.packed is not None else ())
     expected = edits.of_value(base.config)
@@ -237,10 +229,12 @@ def config_findings(
         or _is_of_another_task(each, tasks)
     ]
     if wrong:
-        yield MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")
+        yield rules.MERGED_CONFIG_DIFFERS.at(place, f"{_listed(wrong)}.")
     rest = [each for each in found if each not in wrong and not each.is_default]
     if rest:
-        yield MERGED_CONFIG_RESAVED.at(place, f"{_some(['.'.join(e.path) for e in rest])} differ.")
+        yield rules.MERGED_CONFIG_RESAVED.at(
+            place, f"{_some(['.'.join(e.path) for e in rest])} differ."
+        )
 
 
 def _differences(
@@ -293,14 +287,14 @@ def tie_findings(
     if is_known and found != wanted:
         value = "missing" if found is None else str(found).lower()
         reason = f"tie_word_embeddings is {value} instead of {str(wanted).lower()}."
-        yield MERGED_TIE.at(place, reason)
+        yield rules.MERGED_TIE.at(place, reason)
     elif wanted is None and found:
         for head in _own_heads(model, files):
             reason = (
                 f"tie_word_embeddings is true, the base does not set the field, and "
                 f"{printable(head)} differs from the embedding."
             )
-            yield MERGED_TIE.at(place, reason)
+            yield rules.MERGED_TIE.at(place, reason)
 
 
 def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from vera_convert import rules
 from vera_convert.base.facts import parse_key_map
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
@@ -20,7 +21,6 @@ from vera_convert.files.strict_json import read_json
 from vera_convert.merging.changes import Tied
 from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
-from vera_convert.rules import PROVENANCE_MALFORMED
 from vera_convert.text import printable
 
 _MOST_ADAPTERS = 1_000
@@ -183,7 +183,7 @@ class _Record:
         self.fields: Mapping[str, object] = value
 
     def refuse(self, reason: str) -> NoReturn:
-        raise CheckpointError(PROVENANCE_MALFORMED.at(self._place, reason))
+        raise CheckpointError(rules.PROVENANCE_MALFORMED.at(self._place, reason))
 
     def _path_of(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key

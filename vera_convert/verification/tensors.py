@@ -11,20 +11,12 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vera_convert import rules
 from vera_convert.arguments import Progress
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
-from vera_convert.rules import (
-    MERGED_BUFFER,
-    MERGED_TENSOR_CHANGED,
-    MERGED_TENSOR_FORM,
-    MERGED_TENSOR_MISSING,
-    MERGED_TENSOR_UNKNOWN,
-    MERGED_TENSOR_WIDER,
-    MERGED_WEIGHT_WRONG,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed
 from vera_convert.verification.comparator import (
     LIMIT,
@@ -91,8 +83,8 @@ class TensorCheck:
         if self.kind is Kind.ADDED:
             reason = f"{count}, by up to {found.ulps:.3g} ULP; {values}."
             reason += f" {self.cause}" if self.cause else ""
-            return MERGED_WEIGHT_WRONG.in_tensor(self.name, reason)
-        return MERGED_TENSOR_CHANGED.in_tensor(self.name, f"{count}; {values}.")
+            return rules.MERGED_WEIGHT_WRONG.in_tensor(self.name, reason)
+        return rules.MERGED_TENSOR_CHANGED.in_tensor(self.name, f"{count}; {values}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +231,7 @@ def _other_dtypes(
             others.setdefault((there.info.dtype, tensor.dtype), []).append(name)
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
         more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
-        rule = MERGED_TENSOR_WIDER if names[0] in wider else MERGED_TENSOR_FORM
+        rule = rules.MERGED_TENSOR_WIDER if names[0] in wider else rules.MERGED_TENSOR_FORM
         yield rule.in_tensor(names[0], f"it{more} {found} instead of {due}.")
 
 
@@ -248,7 +240,7 @@ def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterat
         there = merged.tensors.get(name)
         if there is not None and there.info.shape != tensor.shape:
             reason = f"its shape is {list(there.info.shape)} instead of {list(tensor.shape)}."
-            yield MERGED_TENSOR_FORM.in_tensor(name, reason)
+            yield rules.MERGED_TENSOR_FORM.in_tensor(name, reason)
 
 
 def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[list[Finding]]:
@@ -258,17 +250,17 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
     lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
     won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
     notes = [
-        MERGED_BUFFER.at(listed(names, 1, noun="buffer"), f"not stored in the {owner}.")
+        rules.MERGED_BUFFER.at(listed(names, 1, noun="buffer"), f"not stored in the {owner}.")
         for names, owner in ((lost, "merged model"), (won, "base"))
         if names
     ]
     no_tensor = f"{merged.location.label} has no tensor of this name."
     missing = [
-        MERGED_TENSOR_MISSING.in_tensor(name, no_tensor) for name in gone if name not in lost
+        rules.MERGED_TENSOR_MISSING.in_tensor(name, no_tensor) for name in gone if name not in lost
     ]
     no_source = "neither the base nor an adapter has a tensor for this name."
     unknown = [
-        MERGED_TENSOR_UNKNOWN.in_tensor(name, no_source) for name in extra if name not in won
+        rules.MERGED_TENSOR_UNKNOWN.in_tensor(name, no_source) for name in extra if name not in won
     ]
     return [notes, missing, unknown]
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from vera_convert import rules
 from vera_convert.arguments import Progress, instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import (
@@ -26,7 +27,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
-from vera_convert.rules import MERGED_IS_ADAPTER, Severity
+from vera_convert.rules import Severity
 from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.lora import LoraCheck, check_lora
@@ -153,7 +154,7 @@ def _refuse_adapter(merged: str) -> None:
     folder = Path(merged)
     if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         reason = "there is adapter_config.json and no model."
-        error = CheckpointError(MERGED_IS_ADAPTER.at(printable(merged), reason))
+        error = CheckpointError(rules.MERGED_IS_ADAPTER.at(printable(merged), reason))
         error.of_merged = True
         raise error
 

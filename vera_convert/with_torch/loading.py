@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
@@ -33,15 +34,7 @@ from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.merging.in_effect import in_effect
-from vera_convert.rules import (
-    BASE_COPY_DIFFERS,
-    NAMES_DIFFER,
-    PROJECTIONS_TOO_NARROW,
-    REPLACEMENT_SHAPE,
-    REPLACEMENT_UNKNOWN,
-    SHAPES_DIFFER,
-    Finding,
-)
+from vera_convert.rules import Finding
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers
 from vera_convert.targets.matching import adapted, condensed, matching, resolve
@@ -235,7 +228,7 @@ def stored_contents(
             reason = (
                 f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
             )
-            raise CheckpointError(PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
+            raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
         for _ in adapter.layers:
             torch.randn(adapter.config.r)  # PEFT draws d before reading d: see `_first_vectors`
         return Contents(
@@ -294,10 +287,10 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
             f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}"'
             f"{kind}, are no linear layers of it."
         )
-        raise CheckpointError(NAMES_DIFFER.at(layers.source, reason))
+        raise CheckpointError(rules.NAMES_DIFFER.at(layers.source, reason))
     matched = {path: layers.linear[path] for path in adapter.layers}
     wrong = [
-        SHAPES_DIFFER.at(
+        rules.SHAPES_DIFFER.at(
             printable(path),
             f"lambda_b has {adapter.layers[path].out_features} values, the layer "
             f"{dims.out_features} outputs.",
@@ -319,14 +312,16 @@ def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tens
         name, place = replaced_name(tensor.name), printable(tensor.name)
         target = own.get(name)
         if target is None:
-            wrong.append(REPLACEMENT_UNKNOWN.at(place, f"the model has no {printable(name)}."))
+            wrong.append(
+                rules.REPLACEMENT_UNKNOWN.at(place, f"the model has no {printable(name)}.")
+            )
         elif tuple(target.shape) != tensor.shape:
             reason = f"its shape is {list(tensor.shape)}, the model's {list(target.shape)}."
-            wrong.append(REPLACEMENT_SHAPE.at(place, reason))
+            wrong.append(rules.REPLACEMENT_SHAPE.at(place, reason))
         elif tensor not in copies:
             found[name] = to_tensor(tensor.array())
         elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
-            wrong.append(BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
+            wrong.append(rules.BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
     if wrong:
         raise CheckpointError.of(wrong)
     return found

@@ -19,13 +19,13 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX
 from vera_convert.arguments import one_of
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.changes import Tied
-from vera_convert.rules import VALUE_NOT_FINITE
 from vera_convert.text import printable
 from vera_convert.with_torch.adapters import Adapters
 from vera_convert.with_torch.layer import VeraLinear, check_has_values
@@ -180,7 +180,7 @@ class VeraModel(Adapters):
         for path, layer in layers.items():
             if check and not layer.merges_finite(merged):
                 reason = "the merged weight would have infinite values or NaN."
-                raise CheckpointError(VALUE_NOT_FINITE.at(printable(path), reason))
+                raise CheckpointError(rules.VALUE_NOT_FINITE.at(printable(path), reason))
         if shared and tied is Tied.UNTIE:
             untie(self.model, [layers[path] for path in shared])
         for layer in layers.values():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_BY_NOBODY,
     KERNELS_DECIDE,
@@ -23,7 +24,6 @@ from vera_convert.base.quantized.layer import (
     texts_of,
 )
 from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 from vera_convert.text import printable
 
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -69,13 +69,15 @@ def _check_settings(layer: Layer) -> None:
     bits = texts_of(settings, ("bits", "w_bit")) - {"4"}
     if bits:
         reason = f"{printable(min(bits))} bits are not supported, only 4."
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
     versions = texts_of(settings, ("version", "format", "checkpoint_format")) - {"gemm"}
     if versions:
         reason = f'the version "{printable(min(versions))}" is not supported, only gemm: the '
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason + "others pack in another order.")
+        raise layer.error(
+            rules.NOT_DEQUANTIZABLE, "qweight", reason + "others pack in another order."
+        )
     if "g_idx" in layer.tensors:
-        raise layer.error(PART_MALFORMED, "g_idx", "AWQ has no such part: this may be GPTQ.")
+        raise layer.error(rules.PART_MALFORMED, "g_idx", "AWQ has no such part: this may be GPTQ.")
 
 
 FORMAT = Format(

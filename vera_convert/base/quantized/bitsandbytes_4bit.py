@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     Array,
     Check,
@@ -33,7 +34,6 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table, pieces
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
-from vera_convert.rules import PART_MALFORMED, PART_MISSING
 from vera_convert.text import printable
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -161,7 +161,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     rest = next((each for each in layer.tensors if each.startswith(STATE)), None)
     if rest is None:
-        raise layer.error(PART_MISSING, f"{STATE}nf4", "it says how the weight is packed.")
+        raise layer.error(rules.PART_MISSING, f"{STATE}nf4", "it says how the weight is packed.")
     state = _state(layer, rest)
     count = state.shape[0] * state.shape[1]
     _check_codes(layer, count)
@@ -192,12 +192,12 @@ def _check_codes(layer: Layer, count: int) -> None:
     """
     weight = layer.tensors.get("weight")
     if weight is None:
-        raise layer.error(PART_MISSING, "weight", f"{count:,} values of 4 bits are needed.")
+        raise layer.error(rules.PART_MISSING, "weight", f"{count:,} values of 4 bits are needed.")
     is_column = weight.shape[1:] == (1,) and weight.dtype in _STORAGE
     if not is_column or weight.nbytes != (count + 1) // 2:
         reason = f"its values are {[*weight.shape]} of {weight.dtype}"
         reason += f"; {count:,} values of 4 bits are needed."
-        raise layer.error(PART_MALFORMED, "weight", reason)
+        raise layer.error(rules.PART_MALFORMED, "weight", reason)
 
 
 def _table(values: Array, kind: str) -> str | None:
@@ -213,7 +213,7 @@ def _state(layer: Layer, rest: str) -> State:
     """
 
     def wrong(reason: str) -> LayerError:
-        return layer.error(PART_MALFORMED, rest, reason)
+        return layer.error(rules.PART_MALFORMED, rest, reason)
 
     text = layer.values.get(rest)
     if text is None or layer.tensors[rest].dtype != "U8" or len(layer.tensors[rest].shape) != 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
@@ -39,7 +40,6 @@ from vera_convert.base.quantized.packing import (
     stream,
     widened,
 )
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 from vera_convert.text import printable
 
 SHAPE = "weight_shape"
@@ -102,7 +102,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         found = layer.settings.get(field_name)
         is_dense = field_name == "sparsity_config" and found in ({"format": "dense"}, None)
         if found not in (None, {}) and not is_dense:
-            raise layer.error(NOT_DEQUANTIZABLE, main, f"a {field_name} is not supported.")
+            raise layer.error(rules.NOT_DEQUANTIZABLE, main, f"a {field_name} is not supported.")
     schemes = _schemes(layer, main)
     found_weights: list[PackedWeight] = []
     errors: list[LayerError] = []
@@ -115,7 +115,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         raise errors[0]
     if len(found_weights) != 1:
         reason = "several groups of the config fit the layer."
-        raise layer.error(NOT_DEQUANTIZABLE, main, reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
     yield found_weights[0]
 
 
@@ -125,7 +125,7 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
     columns, bits = _columns(layer, rows), scheme.bits
     if words != -(-columns * bits // 32):
         reason = f"{words:,} words of a row do not hold {columns:,} values of {bits} bits."
-        raise layer.error(PART_MALFORMED, "weight_packed", reason)
+        raise layer.error(rules.PART_MALFORMED, "weight_packed", reason)
     main = layer.name("weight_packed")
 
     def codes(read: PartReader, first: int, last: int) -> Array:
@@ -137,7 +137,9 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
 def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, columns = layer.main("weight", ("F8_E4M3",) if scheme.is_float else ("I8",))
     if scheme.is_float and not scheme.symmetric:
-        raise layer.error(NOT_DEQUANTIZABLE, "weight", "zero points of fp8 are not supported.")
+        raise layer.error(
+            rules.NOT_DEQUANTIZABLE, "weight", "zero points of fp8 are not supported."
+        )
     main = layer.name("weight")
 
     def values(read: PartReader, first: int, last: int) -> Array:
@@ -210,7 +212,7 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
     rows, half = layer.main("weight_packed", ("U8",))
     if half % 8 or (scheme.group or 16) != 16:
         reason = f"{half * 2:,} inputs are no multiple of a group of 16."
-        raise layer.error(NOT_DEQUANTIZABLE, "weight_packed", reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "weight_packed", reason)
     scale = layer.part("weight_scale", ("F8_E4M3",), (rows, half // 8))
     overall = layer.part("weight_global_scale", ("F32",), (1,))
     main = layer.name("weight_packed")
@@ -239,7 +241,7 @@ def _columns(layer: Layer, rows: int) -> int:
     sizes = np.frombuffer(text, "<i8" if info.dtype == "I64" else "<i4").tolist()
     if len(sizes) != 2 or sizes[0] != rows or not 0 < sizes[1] < 1 << 40:
         reason = f"it says {sizes}; weight_packed has {rows:,} rows."
-        raise layer.error(PART_MALFORMED, SHAPE, reason)
+        raise layer.error(rules.PART_MALFORMED, SHAPE, reason)
     return int(sizes[1])
 
 
@@ -268,7 +270,7 @@ def _grid(
             height, width = scheme.block
             return (-(-rows // height), -(-columns // width)), scheme.block
     reason = f'the strategy "{printable(scheme.strategy)}" does not fit {columns:,} inputs.'
-    raise layer.error(NOT_DEQUANTIZABLE, main, reason)
+    raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def _schemes(layer: Layer, main: str) -> list[Scheme]:
     """
 
     def wrong(reason: str) -> LayerError:
-        return layer.error(NOT_DEQUANTIZABLE, main, reason)
+        return layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
 
     groups = layer.settings.get("config_groups")
     named = [*groups.values()] if isinstance(groups, Mapping) else []

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
@@ -25,7 +26,6 @@ from vera_convert.base.quantized.layer import (
     sizes,
 )
 from vera_convert.base.quantized.packing import FLOAT32, scaled
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -62,24 +62,24 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     found = layer.tensors.get("weight")
     if found is not None and found.dtype not in DTYPES:
-        raise layer.error(NOT_DEQUANTIZABLE, "weight", f"its dtype is {found.dtype}.")
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "weight", f"its dtype is {found.dtype}.")
     shape = layer.main("weight", DTYPES)
     rests = [rest for rest in SCALES if rest in layer.tensors]
     if not rests:
         reason = f"the weight is {layer.tensors['weight'].dtype}, and has no scale."
-        raise layer.error(PART_MISSING, "weight", reason)
+        raise layer.error(rules.PART_MISSING, "weight", reason)
     if len(rests) > 1:
-        raise layer.error(PART_MALFORMED, rests[1], f"{rests[0]} lies there as well.")
+        raise layer.error(rules.PART_MALFORMED, rests[1], f"{rests[0]} lies there as well.")
     scale = layer.tensors[rests[0]]
     block = _block(shape, scale.shape, _block_size(layer.settings))
     if block is None or scale.dtype not in SCALE_DTYPES:
         reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
-        raise layer.error(PART_MALFORMED, rests[0], reason)
+        raise layer.error(rules.PART_MALFORMED, rests[0], reason)
     if (rests[0], scale.dtype) in _AMBIGUOUS and not layer.settings.get("quant_method"):
         reason = (
             f"the config names no quant_method, and each rounds the product with a {scale.dtype} "
         )
-        raise layer.error(NOT_DEQUANTIZABLE, rests[0], reason + "scale in another way.")
+        raise layer.error(rules.NOT_DEQUANTIZABLE, rests[0], reason + "scale in another way.")
     weight, name = layer.name("weight"), layer.name(rests[0])
     across = -(-shape[1] // block[1])
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_BY_NOBODY,
     KERNELS_DECIDE,
@@ -28,7 +29,6 @@ from vera_convert.base.quantized.layer import (
     whole,
 )
 from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED
 from vera_convert.text import printable
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
@@ -67,7 +67,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     inputs = words * 32 // bits
     if outputs * bits % 32:
         reason = f"{outputs:,} outputs of {bits} bits fill no words of 32."
-        raise layer.error(PART_MALFORMED, "qweight", reason)
+        raise layer.error(rules.PART_MALFORMED, "qweight", reason)
     groups = group_count(layer, inputs)
     qweight = layer.part("qweight", ("I32",), (words, outputs))
     qzeros = layer.part("qzeros", ("I32",), (groups, outputs * bits // 32))
@@ -118,7 +118,7 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     if isinstance(meta, Mapping) and not _UNSAFE.isdisjoint(filled(meta)):
         reason = "the config's meta has a rotation or an adapter, which changes the weights."
     if reason or bits is None:
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
     return bits, _VERSIONS[versions.pop()]
 
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.files.header import TensorInfo
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING, Finding, Rule
+from vera_convert.rules import Finding, Rule
 from vera_convert.text import printable
 
 Array = NDArray[Any]
@@ -141,11 +142,13 @@ class Layer:
         """
         info = self.tensors.get(rest)
         if info is None:
-            raise self.error(PART_MISSING, rest, f"the layer needs it in the shape {[*shape]}.")
+            raise self.error(
+                rules.PART_MISSING, rest, f"the layer needs it in the shape {[*shape]}."
+            )
         if info.dtype not in dtypes or info.shape != shape:
             wanted = f"{[*shape]} of {' or '.join(dtypes)}"
             reason = f"its shape is {[*info.shape]} of {info.dtype}; {wanted} is needed."
-            raise self.error(PART_MALFORMED, rest, reason)
+            raise self.error(rules.PART_MALFORMED, rest, reason)
         return self.name(rest)
 
     def main(self, rest: str, dtypes: tuple[str, ...], dimensions: int = 2) -> tuple[int, ...]:
@@ -156,11 +159,11 @@ class Layer:
         """
         info = self.tensors.get(rest)
         if info is None:
-            raise self.error(PART_MISSING, rest, "the layer has no such tensor.")
+            raise self.error(rules.PART_MISSING, rest, "the layer has no such tensor.")
         if info.dtype not in dtypes or len(info.shape) != dimensions or 0 in info.shape:
             reason = f"its shape is {[*info.shape]} of {info.dtype}; "
             reason += f"{dimensions} dimensions of {' or '.join(dtypes)} are needed."
-            raise self.error(PART_MALFORMED, rest, reason)
+            raise self.error(rules.PART_MALFORMED, rest, reason)
         return info.shape
 
     def refuse_others(
@@ -180,7 +183,7 @@ class Layer:
             if rest in known or rest in dropped:
                 found.append(self.name(rest))
             elif rest != "bias":
-                raise self.error(NOT_DEQUANTIZABLE, rest, "the format has no such part.")
+                raise self.error(rules.NOT_DEQUANTIZABLE, rest, "the format has no such part.")
         return tuple(found)
 
 
@@ -278,11 +281,11 @@ def group_count(layer: Layer, inputs: int) -> int:
     """
     size = whole(layer.settings, "group_size")
     if size is None or size < -1 or size == 0:
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")
     size = inputs if size == -1 else size
     if inputs % size:
         reason = f"{inputs:,} inputs are no multiple of the group size, {size:,}."
-        raise layer.error(NOT_DEQUANTIZABLE, "qweight", reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
     return inputs // size
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     Array,
     Decode,
@@ -23,7 +24,6 @@ from vera_convert.base.quantized.layer import (
     cast_to_model,
 )
 from vera_convert.base.quantized.packing import BFLOAT16, E2M1, looked_up, pair_table
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MISSING
 
 _PAIRS = pair_table(E2M1, high_first=False)
 _POWERS = np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32)
@@ -96,10 +96,10 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     stems = [m[1] for rest in layer.tensors if (m := re.fullmatch("(.+)_(?:blocks|scales)", rest))]
     for rest in layer.tensors:
         if not re.fullmatch(".+_(blocks|scales|bias)", rest):
-            raise layer.error(NOT_DEQUANTIZABLE, rest, "the format has no such part.")
+            raise layer.error(rules.NOT_DEQUANTIZABLE, rest, "the format has no such part.")
     for stem in dict.fromkeys(stems):
         if f"{stem}_blocks" not in layer.tensors:
-            raise layer.error(PART_MISSING, f"{stem}_blocks", "its scales are there.")
+            raise layer.error(rules.PART_MISSING, f"{stem}_blocks", "its scales are there.")
         shape = layer.main(f"{stem}_blocks", ("U8",), 4)
         experts, outputs, groups, _ = shape
         blocks = layer.part(f"{stem}_blocks", ("U8",), (experts, outputs, groups, 16))

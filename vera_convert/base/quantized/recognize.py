@@ -13,6 +13,7 @@ from fnmatch import translate
 from functools import lru_cache
 from itertools import islice
 
+from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import refused
 from vera_convert.base.quantized.formats import FORMATS
@@ -20,7 +21,7 @@ from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.rules import QUANTIZED_ELSEWHERE, QUANTIZED_TARGET, Finding
+from vera_convert.rules import Finding
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
@@ -65,7 +66,7 @@ def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
     for name, (kind, reason) in Quantization(base).of_all(names).items():
         found.setdefault(kind, []).append((name, reason))
     return [
-        QUANTIZED_TARGET.at(
+        rules.QUANTIZED_TARGET.at(
             base.location.label,
             f"{len(those)} of {len(names)} layers are quantized ({kind}), such as "
             f'"{printable(those[0][0])}": {those[0][1]}.',
@@ -81,7 +82,7 @@ def quantized_elsewhere(base: BaseModel) -> Finding | None:
     if not kinds:
         return None
     shown = " and ".join(f'{kind}, such as "{printable(name)}"' for kind, name in kinds.items())
-    return QUANTIZED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
+    return rules.QUANTIZED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
 
 
 def quantized_tensors(base: BaseModel) -> frozenset[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from vera_convert import rules
 from vera_convert.base.quantized.recognize import quantized_elsewhere, quantized_targets
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.errors import CheckpointError
-from vera_convert.rules import CAN_DEQUANTIZE, TARGET_IS_QUANTIZED, Finding
+from vera_convert.rules import Finding
 
 __all__ = ["quantized_elsewhere", "refuse_quantized", "target_findings"]
 
@@ -49,7 +50,7 @@ def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]
     """
     names = [*weights]
     obstacle = _obstacle(base)
-    rule = TARGET_IS_QUANTIZED if obstacle else CAN_DEQUANTIZE
+    rule = rules.TARGET_IS_QUANTIZED if obstacle else rules.CAN_DEQUANTIZE
     text = obstacle or _fate_of_plain(base, names)
     for finding in quantized_targets(base.stored, map(base.stored_name, names)):
         yield rule.at(finding.place, finding.reason + text)

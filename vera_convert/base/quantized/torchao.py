@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     SCALE_DTYPES,
     Array,
@@ -24,7 +25,6 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import FLOAT_OF, scaled
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, PART_MISSING
 from vera_convert.text import printable
 
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
@@ -49,10 +49,12 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     rows, columns = layer.main(QDATA, _CLASSES[kind])
     block, dtype = sizes(data.get("block_size"), 2), _dtype(data.get("dtype"))
     if dtype is None:
-        raise layer.error(NOT_DEQUANTIZABLE, QDATA, "the header names no dtype that is known.")
+        raise layer.error(
+            rules.NOT_DEQUANTIZABLE, QDATA, "the header names no dtype that is known."
+        )
     if block is None or block[0] != 1 or columns % block[1]:
         reason = "the header's block_size is no part of one row."
-        raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, QDATA, reason)
     shape = rows, columns // block[1]
     scale = layer.part(SCALE, SCALE_DTYPES, shape)
     checks: dict[str, Check] = {scale: finite}
@@ -63,7 +65,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     known = tuple(rest for rest in (QDATA, SCALE, ZERO) if rest in layer.tensors)
     if {rest.removeprefix("_weight_") for rest in known} != {*parts}:
         reason = f"the header names {', '.join(map(printable, parts))}."
-        raise layer.error(PART_MISSING, QDATA, reason)
+        raise layer.error(rules.PART_MISSING, QDATA, reason)
     q = layer.name(QDATA)
 
     def decode(read: PartReader, first: int, last: int) -> Array:
@@ -86,19 +88,21 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
         LayerError: it names none, or a class that is not supported.
     """
     if layer.metadata is None:
-        raise layer.error(PART_MISSING, QDATA, "the header of the file says nothing of it.")
+        raise layer.error(rules.PART_MISSING, QDATA, "the header of the file says nothing of it.")
     try:
         document = parse_json(layer.metadata[:MAX_TEXT].encode(), place=QDATA)
     except CheckpointError:
         document = None
     if not isinstance(document, dict):
-        raise layer.error(PART_MALFORMED, QDATA, "what the header says of it is no JSON object.")
+        raise layer.error(
+            rules.PART_MALFORMED, QDATA, "what the header says of it is no JSON object."
+        )
     kind, data, parts = (document.get(k) for k in ("_type", "_data", "_tensor_data_names"))
     if not isinstance(kind, str) or kind not in _CLASSES:
         reason = f'the class "{printable(str(kind))}" is not supported.'
-        raise layer.error(NOT_DEQUANTIZABLE, QDATA, reason)
+        raise layer.error(rules.NOT_DEQUANTIZABLE, QDATA, reason)
     if not isinstance(data, dict) or not isinstance(parts, list):
-        raise layer.error(PART_MALFORMED, QDATA, "the header names neither data nor parts.")
+        raise layer.error(rules.PART_MALFORMED, QDATA, "the header names neither data nor parts.")
     return kind, data, [str(part) for part in parts]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from vera_convert import rules
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer import Format, Layer, LayerError, PackedWeight
@@ -27,7 +28,7 @@ from vera_convert.base.renames import model_types
 from vera_convert.dtypes import BITS, FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
-from vera_convert.rules import NOT_DEQUANTIZABLE, PART_MALFORMED, Finding
+from vera_convert.rules import Finding
 from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import printable
 
@@ -200,7 +201,7 @@ class _Reader:
                 reason += "are read."
             if reason:
                 reason = f"{fitting.label}: {reason}"
-                self.defects.append(NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
+                self.defects.append(rules.NOT_DEQUANTIZABLE.in_tensor(weight.name, reason))
 
     def _format(self, infos: Mapping[str, TensorInfo]) -> Format | None:
         """Return the format of a layer; None if the layer's format is not supported."""
@@ -241,7 +242,7 @@ class _Reader:
         kind = " and ".join(dict.fromkeys(said)) or kind_of_siblings(rest) or "packed values"
         where = printable(f"{path}.{rest}" if path else rest)
         silent = "" if said else ", and the base's config does not say how it is quantized"
-        return NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}{silent}.")
+        return rules.NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}{silent}.")
 
 
 def _of_activations(
@@ -266,7 +267,7 @@ def _other_dtypes(
         dtype = tensor.info.dtype
         plain = dtype in FLOATS or (dtype in ("BOOL", "I64", "I32") and "weight" not in rest)
         if name not in dropped and path not in packed and not plain:
-            yield NOT_DEQUANTIZABLE.at(printable(name), f"its dtype is {dtype}.")
+            yield rules.NOT_DEQUANTIZABLE.at(printable(name), f"its dtype is {dtype}.")
 
 
 def _check_biases(layer: Layer, weights: Sequence[PackedWeight]) -> None:
@@ -279,12 +280,12 @@ def _check_biases(layer: Layer, weights: Sequence[PackedWeight]) -> None:
     for rest, info in layer.tensors.items():
         if layer.name(rest) not in parts and info.dtype not in FLOATS:
             reason = f"its dtype is {info.dtype}; the format does not pack biases."
-            raise layer.error(PART_MALFORMED, rest, reason)
+            raise layer.error(rules.PART_MALFORMED, rest, reason)
     bias = layer.tensors.get("bias")
     outputs = weights[0].shape[0]
     if bias is not None and bias.shape != (outputs,):
         reason = f"its shape is {[*bias.shape]}, and the layer has {outputs:,} outputs."
-        raise layer.error(PART_MALFORMED, "bias", reason)
+        raise layer.error(rules.PART_MALFORMED, "bias", reason)
 
 
 def _view(
