@@ -23,14 +23,15 @@ class CheckpointError(VeraConvertError):
 
     Attributes:
         findings: every defect found before reading stopped; at least one.
-        of_merged: whether the defects are in a merged model, and not in the adapter.
+        validate_shows_all: whether `validate` shows these defects of the adapter too; False for the
+            defects of a merged model, and for the rules of an engine.
     """
 
     status = 1
 
     def __init__(self, first: Finding, *more: Finding) -> None:
         self.findings: tuple[Finding, ...] = (first, *more)
-        self.of_merged = False
+        self.validate_shows_all = True
         super().__init__(str(first))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from adapters import HIDDEN, RANK, good_adapter, good_tensors
 from bases import TENSORS, tiny_base
+from commandline import Run
 
 from vera_convert.errors import CheckpointError
 from vera_convert.lora.conversion import LoraConversion, to_lora
@@ -126,3 +128,15 @@ def test_mlx_splits_the_module_of_keys_and_values_in_most_models(tmp_path: Path)
     refused(LATENT, tmp_path / "all", lost, **v3)
     assert convert(LATENT[:2], tmp_path / "rest", **v3).written
     assert convert(LATENT, tmp_path / "v2", **{**v3, "model_type": "deepseek_v2"}).written
+
+
+def test_the_other_errors_of_an_engine_are_in_the_json_and_not_in_validate(
+    run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(CheckpointError):
+        convert(TOWER + DENSE[:1], folder, engine="tgi")
+    words = ["to-lora", folder / "adapter", tmp_path / "out", "--base", folder / "base"]
+    ended = run(*words, "--for", "tgi", "--json")
+    assert re.search(r"V7\d\d .*\(and \d+ more: --json lists all\)$", ended.err, re.MULTILINE)
+    assert len(ended.document["findings"]) > 1

@@ -23,13 +23,15 @@ from vera_convert.text import and_more, printable, printable_whole
 def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = None) -> str:
     """Return the line that says why a command failed.
 
-    If there are several errors, the line names the first, and the `validate` command that shows the
-    others. Without an adapter in `named`, and for a merged model, the line names no command.
+    If there are several errors, the line names the first, and the `validate` command or the option
+    that shows the others.
     """
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)
     more = and_more(len(error.findings) - 1).lstrip()
-    if named and named.get("adapter") and not error.of_merged:
+    if not error.validate_shows_all:
+        more += ": --json lists all"
+    elif named and named.get("adapter"):
         more += f": {_validate_command(named)}"
     return f"{error} ({more})"
 

@@ -164,17 +164,20 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
     sides = side_files(adapter.folder, not_fetched=work.location.left_out)
     copied = _copied(sides, settings.target.form)
     place = work.location.label
+    of_engine = [*engine_findings(plan, extras, settings, base_facts, place=place)]
     findings = [
         *adapter.findings,
         *base_facts.findings,
         *pair.findings,
         *other_dims(adapter, base_facts),
         *adapter_findings(work, base_facts, sides, copied),
-        *engine_findings(plan, extras, settings, base_facts, place=place),
+        *of_engine,
     ]
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
-        raise CheckpointError.of(errors)
+        error = CheckpointError.of(errors)
+        error.validate_shows_all = errors[-1] not in of_engine
+        raise error
     extras = Extras() if settings.drop_head else extras
     origin = Origin(work.location, adapter, pair, settings, base_options)
     files = _files(work, base_facts, plan, extras, settings.target)

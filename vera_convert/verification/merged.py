@@ -222,7 +222,7 @@ def _of_the_merged_model() -> Iterator[None]:
         if error.findings[0].rule is rules.BASE_IS_ADAPTER:
             finding = rules.MERGED_IS_ADAPTER.at(error.findings[0].place, error.findings[0].reason)
             error = CheckpointError(finding)
-        error.of_merged = True
+        error.validate_shows_all = False
         raise error from None
 
 

@@ -155,7 +155,7 @@ def _refuse_adapter(merged: str) -> None:
     if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         reason = "there is adapter_config.json and no model."
         error = CheckpointError(rules.MERGED_IS_ADAPTER.at(printable(merged), reason))
-        error.of_merged = True
+        error.validate_shows_all = False
         raise error
 
 
