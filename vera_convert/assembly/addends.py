@@ -67,8 +67,8 @@ class Sum:
         working: the dtype of the addition.
         conv1d: whether the tensor is stored as (in, out), so the delta is transposed.
         terms: added in this order; empty if only the dtype changes.
-        decode: reads and computes the rows `first` to `last` (not included) of a packed weight;
-            None for plain values.
+        decode: reads and computes the rows `first` to `last` (not included) of a packed weight or
+            of a resized bias; None for plain values.
     """
 
     name: str

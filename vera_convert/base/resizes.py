@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from vera_convert import rules
@@ -28,7 +28,7 @@ class Resizes(NamedTuple):
 
 
 _BIAS_OF_LOGITS = "final_logits_bias"
-"""The end of the name of a buffer (1, vocabulary), which BART and similar models store."""
+"""The last part of the name of a buffer (1, vocabulary), which BART and similar models store."""
 
 NO_RESIZES = Resizes(None, None, ())
 
@@ -99,11 +99,25 @@ def _why_not_resized(
         is_old = _is_of_vocabulary(name, base) and tensor.info.shape[:1] == (old,)
         if is_old and shapes.get(name, ())[:1] != (new,):
             return f", and {printable(name)} has {old:,} rows that the adapter does not replace"
-        if name.endswith(_BIAS_OF_LOGITS) and tensor.info.shape[-1:] == (old,):
-            return f", and {printable(name)} has {old:,} values, which PEFT does not save"
     if not vocabulary_fields(base, old):
         return f", and no vocab_size of the base's config is {old:,}"
     return None
+
+
+def biases_of_logits(found: Resizes, base: BaseModel) -> Iterator[tuple[str, int]]:
+    """Yield each bias of the logits that is resized with the vocabulary, and the new length.
+
+    PEFT does not save this buffer. The ``resize_token_embeddings`` of transformers cuts the buffer,
+    or appends zeros, so the merge does so too.
+    """
+    if found.vocabulary is not None:
+        old, new = found.vocabulary
+        yield from ((name, new) for name in base.tensors if _is_bias_of_logits(name, old, base))
+
+
+def _is_bias_of_logits(name: str, rows: int, base: BaseModel) -> bool:
+    is_named_so = name.rpartition(".")[2] == _BIAS_OF_LOGITS
+    return is_named_so and base.tensors[name].info.shape == (1, rows)
 
 
 def _is_of_vocabulary(name: str, base: BaseModel) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.replacements import Part, is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
 from vera_convert.dtypes import BITS
-from vera_convert.files.tensorfile import TensorData
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.rules import Finding
 
@@ -52,6 +56,39 @@ class Replacement:
         return is_of_classifier(self.owner.adapter.config, self.tensor.name)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ResizedBias:
+    """The bias of the logits (1, vocabulary) after the vocabulary is resized.
+
+    Attributes:
+        own: the base's tensor.
+        count: the number of values in the merged model.
+    """
+
+    own: StoredTensor
+    count: int
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The base's tensor with the new shape."""
+        return replace(self.own, shape=self.matrix)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The new rows and columns."""
+        return 1, self.count
+
+    def __call__(self, first: int, last: int) -> NDArray[Any]:
+        """Return the rows `first` to `last` (not included): the base's values, cut or with zeros.
+
+        The dtype is the base's.
+        """
+        values = np.zeros(self.matrix, NUMPY_DTYPE[self.own.dtype])
+        kept = min(self.own.count, self.count)
+        values[0, :kept] = np.concatenate([*self.own.blocks(kept)])
+        return values[first:last]
+
+
 @dataclass(slots=True, eq=False)
 class Changes:
     """All changes to a base, by the names of the tensors.
@@ -64,6 +101,7 @@ class Changes:
         heads: names of untied heads, each with the embedding whose values the head starts from.
         unties: whether the config must say that head and embedding are two tensors.
         resizes: the vocabulary and the classifier that the adapters resize.
+        resized_biases: biases of the logits that the merge resizes with the vocabulary.
         findings: warnings.
     """
 
@@ -74,6 +112,7 @@ class Changes:
     heads: dict[str, str] = field(default_factory=dict)
     unties: bool = False
     resizes: Resizes = NO_RESIZES
+    resized_biases: dict[str, ResizedBias] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property

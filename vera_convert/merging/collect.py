@@ -25,7 +25,7 @@ from vera_convert.base.replacements import (
     saved_modules,
     unknown_tensor,
 )
-from vera_convert.base.resizes import resizes, shape_differs
+from vera_convert.base.resizes import biases_of_logits, resizes, shape_differs
 from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
 from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
@@ -33,7 +33,7 @@ from vera_convert.embeddings import is_embedding
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.merging.changes import Changes, Replacement, Tied
+from vera_convert.merging.changes import Changes, Replacement, ResizedBias, Tied
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.vectors import Vectors, VectorsOfPart, moved_rows
 from vera_convert.rules import Finding
@@ -65,6 +65,10 @@ def collect(inputs: MergeInputs) -> Changes:
     defects = [*collector.defects, *changes.resizes.findings]
     if defects:
         raise CheckpointError.of(defects)
+    changes.resized_biases = {
+        name: ResizedBias(inputs.base.tensor(name), count)
+        for name, count in biases_of_logits(changes.resizes, inputs.base.model)
+    }
     return changes
 
 

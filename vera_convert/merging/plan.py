@@ -23,8 +23,8 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import INDEX_SUFFIX, SUFFIX, named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.changes import Changes
-from vera_convert.merging.dequantize import dequantized_metadata
+from vera_convert.merging.changes import Changes, ResizedBias
+from vera_convert.merging.dequantize import Decoder, dequantized_metadata
 from vera_convert.merging.inputs import MergeInputs
 
 
@@ -146,27 +146,29 @@ class _TensorPlanner:
         """
         replacement = self.changes.replaced.get(name) or self.changes.new.get(name)
         own = None if in_base is None else self.base.tensor(in_base)
-        stored = own if replacement is None else replacement.stored
+        resized = self.changes.resized_biases.get(name)
+        source = replacement or resized
+        stored = own if source is None else source.stored
         assert stored is not None  # noqa: S101 -- a new tensor comes from an adapter
         written = (own or stored).dtype
         is_kept = replacement is None and in_base in self.kept
         if self.dtype is not None and written in FLOATS and not is_kept:
             written = self.dtype
-        decoded_from = in_base if replacement is None else None
-        return PlannedTensor(name, written, stored, self._sum(name, stored, written, decoded_from))
+        packed = None if in_base is None or replacement else self.base.decoder(in_base)
+        total = self._sum(name, stored, written, resized or packed)
+        return PlannedTensor(name, written, stored, total)
 
     def _sum(
-        self, name: str, tensor: StoredTensor, written: str, decoded_from: str | None
+        self, name: str, tensor: StoredTensor, written: str, decode: ResizedBias | Decoder | None
     ) -> Sum | None:
         """Return the sum to compute for a tensor; None if the stored bytes are copied."""
         terms = self.changes.terms.get(name, ())
-        decode = None if decoded_from is None else self.base.decoder(decoded_from)
         if not terms and written == tensor.dtype and decode is None:
             return None
         stored = NUMPY_DTYPE[tensor.dtype]
         rows, columns = tensor.shape if terms else (tensor.count, 1)
         if decode is not None:
-            rows, columns = decode.weight.matrix
+            rows, columns = decode.matrix
         dtypes = [dtype for term in terms for dtype in term.dtypes]
         return Sum(
             name,

@@ -60,7 +60,7 @@ class Expected:
         source: the stored values to start from.
         terms: the deltas to add, in this order.
         conv1d: whether the tensor is stored as (in, out).
-        decode: computes rows of a packed weight; None for plain values.
+        decode: computes rows of a packed weight or of a resized bias; None for plain values.
     """
 
     name: str
@@ -111,8 +111,10 @@ def expected_tensors(
             found[name] = _expected(name, Kind.REPLACED, replacement.stored, written, changes)
             continue
         written = own.dtype if stored in kept else written
-        tensor = _expected(name, Kind.SAME, own, written, changes)
-        tensor = replace(tensor, decode=files.decoder(stored))
+        resized = changes.resized_biases.get(name)
+        source = own if resized is None else resized.stored
+        tensor = _expected(name, Kind.SAME, source, written, changes)
+        tensor = replace(tensor, decode=resized or files.decoder(stored))
         is_converted = tensor.kind is Kind.SAME and not tensor.is_copied
         found[name] = replace(tensor, kind=Kind.CONVERTED) if is_converted else tensor
     for name, replacement in changes.new.items():
