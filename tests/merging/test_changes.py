@@ -117,7 +117,7 @@ def test_a_bias_that_the_base_does_not_have_is_refused(tmp_path: Path, base: Pat
 BIAS_NAMES = ("bias", "decoder.bias")
 
 
-@pytest.mark.parametrize("head", ["cls.predictions", "lm_head", "predictions"])
+@pytest.mark.parametrize("head", ["cls.predictions", "lm_head", "predictions", "mmm_text_head"])
 @pytest.mark.parametrize("in_base", BIAS_NAMES)
 @pytest.mark.parametrize("in_adapter", [BIAS_NAMES, ("bias",), ("decoder.bias",)])
 def test_the_bias_of_a_head_has_two_names(

@@ -82,15 +82,16 @@ def replacing_tensors(
 def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
     """Return the part for a bias that shares its values with a bias of the base; else None.
 
-    A head such as BERT's has one bias under two names, ``X.bias`` and ``X.decoder.bias``. The base
-    stores one name, and PEFT stores two. A module in modules_to_save has its own bias.
+    A head such as BERT's or FLAVA's has one bias under two names, ``X.bias`` and
+    ``X.decoder.bias``. The base stores one name, and PEFT stores two. A module in modules_to_save
+    has its own bias.
     """
     module, _, parameter = replaced_name(tensor.name).rpartition(".")
     if parameter != "bias" or saved_modules(adapter.config).of(module):
         return None
     parent, _, last = module.rpartition(".")
     other = parent if last == "decoder" else f"{module}.decoder"
-    if not other or not is_output_head(max(module, other, key=len)):
+    if not other:
         return None
     name = f"{PREFIX}{other}.bias"
     (part,) = match_replacements({name: tensor.shape}, match, base)[name]
