@@ -75,6 +75,26 @@ def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_pa
         merge(adapter, tmp_path / "merged", base=base)
 
 
+def test_trained_biases_of_renamed_norms_replace_those_of_the_base(tmp_path: Path) -> None:
+    name, config, fields, _ = KINDS["names of another release"]
+    model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"
+    model_class(of_transformers(config)(**fields)).save_pretrained(base)
+    wanted = peft.VeraConfig(r=4, target_modules=["o_proj"], bias="all")
+    adapted = peft.get_peft_model(model_class.from_pretrained(base), wanted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(adapter)
+    theirs = adapted.merge_and_unload().state_dict()
+    checked = validate(adapter, base=base, select=["V4", "V5"])
+    assert checked.passed, [str(each) for each in checked.findings]
+    merge(adapter, tmp_path / "merged", base=base)
+    ours = model_class.from_pretrained(tmp_path / "merged").state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, values in theirs.items():
+        torch.testing.assert_close(ours[key], values, msg=key)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_in_one_tensor_are_merged_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
     name, config, fields, targets = KINDS[kind]
