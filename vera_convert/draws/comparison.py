@@ -20,10 +20,10 @@ class Difference:
         tensor: ``vera_A``, or ``vera_B`` if only B differs.
         index: row and column of the first difference.
         found: the stored value there.
-        expected: the drawn one.
+        expected: the drawn value there.
         largest: the largest absolute difference in A and B; infinite beside a NaN or an infinity,
             zero if only signs of zeros differ.
-        count: the number of values that differ in A and B.
+        count: the number of different values in A and B.
     """
 
     tensor: str
@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def description(self) -> str:
-        """One sentence that describes the difference, for people."""
+        """A sentence about the difference, for people."""
         row, column = self.index
         values = "one value differs" if self.count == 1 else f"{self.count:,} values differ"
         return (
@@ -81,7 +81,7 @@ def equals(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> bool:
 
 
 def check_shapes(A: NDArray[Any], B: NDArray[Any]) -> None:
-    """Raise `ValueError` if the shapes are not those of A (r, in) and B (out, r)."""
+    """Raise `ValueError` unless the shapes are (r, in) for A and (out, r) for B."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.size or not B.size:
         raise ValueError(f"A {A.shape} and B {B.shape} are not of shapes (r, in) and (out, r)")
 
@@ -98,7 +98,7 @@ def compared(
 
 
 def unequal_bits(first: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Say where values differ in any bit; both arrays are widened first, which is exact."""
+    """Say where values differ in any bit; the arrays are first widened, exactly."""
     wide = np.float64 in (first.dtype, other.dtype)
     dtype, pattern = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
     left = first.astype(dtype, copy=False).view(pattern)

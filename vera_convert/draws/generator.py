@@ -3,7 +3,7 @@
     key -> MT19937 words -> k, the low bits of a word, centered on zero -> k times a step: A, then B
 
 PEFT fills both matrices with Kaiming-uniform values in [-t, t), where t depends on the number of
-columns alone. One generator fills A and then B, row by row, so the width of A decides every value
+columns alone. The same generator fills A, then B, row by row, so the width of A decides every value
 of B. The value that torch makes of a word depends on torch's default dtype while the adapter was
 wrapped, on the CPU (multiply and add fused, or rounded separately) and, for the 16-bit dtypes, on
 torch's version. These are the ten variants.
@@ -41,8 +41,8 @@ class Variant(StrEnum):
 
     Attributes:
         dtype: the dtype of the values drawn.
-        bits: how many low bits of a random word make one value.
-        is_fused: whether the CPU multiplies and adds in one step, and so rounds once.
+        bits: the number of low bits of a random word in each value.
+        is_fused: whether the CPU multiplies and adds in a single step, and so rounds once.
     """
 
     dtype: np.dtype[Any]
@@ -131,14 +131,14 @@ def effective_rounding(variant: Variant, rounding: Rounding) -> Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw of A and B: everything that decides the values.
+    """A draw of A and B: everything that decides the values.
 
     Attributes:
         variant: how torch turned random words into values.
         key: the seed; keys that agree modulo 2^32 give the same draw.
         rank: rows of A, columns of B.
-        in_features: columns of A as it was drawn.
-        out_features: rows of B as it was drawn.
+        in_features: columns of the drawn A.
+        out_features: rows of the drawn B.
         rounding: the casts after the draw.
     """
 
@@ -166,7 +166,7 @@ class Draw:
 
     @property
     def description(self) -> str:
-        """One phrase that names the draw, for people."""
+        """A phrase with the name of the draw, for people."""
         phrase = (
             f"the {self.variant} draw of key {self.key} "
             f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
@@ -177,7 +177,7 @@ class Draw:
 
 @np.errstate(over="ignore")  # beyond the range means infinity, in torch too
 def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
-    """Return the values as they are after these casts (to nearest, ties to even).
+    """Return the values after the casts of a rounding (to nearest, ties to even).
 
     With `Rounding.NONE` the result is the array itself, in its own dtype; else a float32 array of
     the same shape, as PEFT holds A and B after a load. A float64 value is rounded to float32 and
@@ -192,7 +192,7 @@ def rounded(array: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
 
 
 def check_key(key: object) -> int:
-    """Return the key if torch's generator takes it as a seed.
+    """Return the key if torch's generator takes the key as a seed.
 
     Raises:
         ValueError: the key is a boolean or no integer, or lies outside -2^63 .. 2^64-1.
@@ -206,7 +206,7 @@ def check_key(key: object) -> int:
 
 
 class Source:
-    """The generator of one key, which gives the values in torch's order."""
+    """The generator of a key: values in torch's order."""
 
     def __init__(self, variant: Variant, *, key: int) -> None:
         self.variant = variant
@@ -224,7 +224,7 @@ class Source:
         Args:
             out: the array.
             fan_in: the number of columns of the whole matrix.
-            count: called with the bytes of each part that is filled.
+            count: called with the bytes of each filled part.
         """
         flat = out.reshape(-1)
         for start in range(0, flat.size, BLOCK):
@@ -235,7 +235,7 @@ class Source:
     def centered(self, count: int) -> NDArray[Any]:
         """Return the next `count` centered integers k, -2^(bits-1) <= k < 2^(bits-1)."""
         half = 1 << (self.variant.bits - 1)
-        # Narrower integer types would cut several values out of one word; torch never does.
+        # Narrower integer types would cut several values out of a word; torch never does.
         dtype = np.int64 if self.variant.bits > 32 else np.int32
         return self._words.randint(-half, half, count, dtype=dtype)
 
@@ -247,9 +247,9 @@ def valued(
     fan_in: int | NDArray[Any],
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return the values that torch makes of centered integers, in the variant's dtype.
+    """Return torch's values for centered integers, in the variant's dtype.
 
-    `fan_in` broadcasts against `centered`. Every line is one IEEE operation. The fused result is k
+    `fan_in` broadcasts against `centered`. Every line is an IEEE operation. The fused result is k
     times the step, because k is exact and the product is rounded once.
     """
     # The arithmetic of the 16-bit variants is in float32, and the result is rounded.
@@ -277,7 +277,7 @@ def valued(
 
 
 def _reflect(values: NDArray[Any], bound: NDArray[Any]) -> None:
-    """Replace each value that was rounded up to the excluded bound by minus the bound."""
+    """Replace each value rounded up to the excluded bound by minus the bound."""
     patterns = values.view(np.uint16)
     reached = patterns == bound.view(np.uint16)
     if reached.any():
@@ -292,7 +292,7 @@ def draw(
     Both matrices have the variant's dtype. The function takes a few megabytes beside the result.
 
     Raises:
-        ValueError: a key that torch refuses, or a dimension below one.
+        ValueError: torch refuses the key, or a dimension is below 1.
     """
     if min(rank, in_features, out_features) < 1:
         dims = rank, in_features, out_features
@@ -312,7 +312,7 @@ def redrawn(
     """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
 
     Each item is ``vera_A`` or ``vera_B``, the number of the first row, and the rounded rows. An
-    item has about `block` values, but at least one row of the drawn width.
+    item has about `block` values, but at least a row of the drawn width.
     """
     source = Source(draw.variant, key=draw.key)
     values = draw.rank * (draw.in_features + out_features)
@@ -331,8 +331,8 @@ def redrawn(
 def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
     """Return the first `count` random words (at most 227) of many keys at once: (count, len(keys)).
 
-    The state is filled only as far as these words need, and then twisted and tempered, for all
-    keys in step. Thousands of keys take milliseconds; one by one, the keys would take seconds.
+    The function fills the state only as far as the words need, then twists and tempers the state,
+    for all keys in step. Thousands of keys take milliseconds; in turn, the keys would take seconds.
     """
     near = np.empty((count + 1, keys.size), np.uint32)
     far = np.empty((count, keys.size), np.uint32)
@@ -357,7 +357,7 @@ def first_words(keys: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
 
 
 def centered_words(variant: Variant, words: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Return the centered integers that a variant makes of words, of one or two rows each."""
+    """Return a variant's centered integers for words; a value takes one or two rows."""
     wide = words.astype(np.int64)
     if variant.bits > 32:
         wide = ((wide[0::2] & 0x1FFFFF) << 32) | wide[1::2]

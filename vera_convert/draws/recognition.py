@@ -8,7 +8,7 @@ down to the sign of a zero, then decides. The search tries, in this order:
    slices of the first adapter's matrices,
 3. every key of 0 .. 65535, at the stored width or a larger width.
 
-A alone shows the width: the values of A scale with one over the square root of the width. The
+A alone shows the width: the values of A scale with 1 over the square root of the width. The
 leading rows of B are equal for every number of rows, so the number of drawn rows stays unknown.
 """
 
@@ -46,37 +46,37 @@ SEARCHED_KEYS = range(1 << 16)
 """The keys that a search tries beside the config's key."""
 
 _TOLERANCE = 2.0**-6
-"""The largest relative error of a bound computed from one value; 16-bit rounding errs less."""
+"""The largest relative error of a bound computed from a single value; 16-bit rounding errs less."""
 
 _KEYS_AT_ONCE = 1 << 12
-"""The number of keys that are tried together; the generator of each key takes kilobytes."""
+"""The number of keys to try together; the generator of each key takes kilobytes."""
 
 _CLUE = 8
-"""The number of first values that a key must explain; by chance, one key in 2^40 does."""
+"""The number of first values for a key to explain; by chance, 1 key in 2^40 explains all."""
 
 _PLAUSIBLE = 0.5
 """A draw that explains more than this share of values is the origin of a damaged pair."""
 
 _PROBE = 64
-"""The number of values, or one row, that are compared at each of two places to try a draw."""
+"""The number of values, or a row, to compare at each of two places to try a draw."""
 
 _ROW = 256
-"""The number of values of the first row that the width is estimated from."""
+"""The number of values of the first row for the estimate of the width."""
 
 _FARTHEST = 4096
 """The largest distance of a width from the estimate."""
 
 _WIDEST = 1 << 20
-"""The largest width that is tried, ten times the width of the largest known layers."""
+"""The largest width to try, ten times the width of the largest known layers."""
 
 _MOST_VALUES = 1 << 30
-"""The largest A that is drawn for a trial, so that a file cannot cost hours of work."""
+"""The largest A to draw for a trial: a limit to the work that a file can cost."""
 
 _BY_BITS = {
     bits: [variant for variant in Variant if variant.bits == bits]
     for bits in dict.fromkeys(variant.bits for variant in Variant)
 }
-"""The variants by the number of bits; the variants of one number make the same integers."""
+"""The variants by the number of bits; variants with equal bits make the same integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def recognize(A: NDArray[Any], B: NDArray[Any], *, key: int, search: bool = True
             of `SEARCHED_KEYS`.
 
     Raises:
-        ValueError: the shapes are not those of a pair, or torch refuses the key.
+        ValueError: the shapes do not belong to a pair, or torch refuses the key.
     """
     check_shapes(A, B)
     usual = _draw_for(A, B, Variant.FLOAT32_FUSED, key=check_key(key), width=A.shape[1])
@@ -166,9 +166,9 @@ def _best_hypotheses(
 
 
 def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[float, Draw]]:
-    """Yield the draw under each rounding, with the share of first values that it explains.
+    """Yield the draw under each rounding, with the share of first values that the draw explains.
 
-    The values are those of two blocks, and so of several rows or of both matrices, because the
+    The values come from two blocks, and so from several rows or from A and B, because the
     first row alone says little about the width.
     """
     blocks = list(islice(compared(A, B, draw, block=_PROBE), 2))
@@ -182,7 +182,7 @@ def _scored(A: NDArray[Any], B: NDArray[Any], draw: Draw) -> Iterator[tuple[floa
 
 
 def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[float, Draw]]:
-    """Return the scored draws of one key at the widths that fit the first row of A best."""
+    """Return the scored draws of a key at the widths that fit the first row of A best."""
     row = A[0, :_ROW].astype(np.float64)
     limits = A.shape[1], min(_WIDEST, _MOST_VALUES // A.shape[0])
     scored: list[tuple[float, Draw]] = []
@@ -201,7 +201,7 @@ def _at_any_width(A: NDArray[Any], B: NDArray[Any], key: int) -> list[tuple[floa
 def _conceivable_widths(
     row: NDArray[np.float64], centered: NDArray[Any], variant: Variant, *, limits: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Return the widths of A that are possible for this row; none if the key does not fit.
+    """Return the possible widths of A for the row; empty if the key does not fit.
 
     The bound is sqrt(6 / width), and each value gives the bound up to the value's rounding. The
     median over the larger values is right even if some values are damaged.
@@ -213,7 +213,7 @@ def _conceivable_widths(
     bound = float(np.median(bounds)) if bounds.size else 0.0
     agreeing = np.abs(bounds - bound) < _TOLERANCE * bound
     related = np.count_nonzero(agreeing) > _PLAUSIBLE * bounds.size
-    # No width is below one, so no bound is above the square root of six.
+    # Every width is at least 1, so every bound is at most the square root of 6.
     if not related or not 6.0 / (2 * _WIDEST) <= min(bound, 4.0) ** 2 <= 6.0 * 1.5:
         return np.arange(0)
     width = round(6.0 / bound**2)
@@ -235,7 +235,7 @@ def _fitting(row: NDArray[np.float64], drawn: NDArray[Any], widths: NDArray[np.i
 
 @np.errstate(invalid="ignore")
 def searched_keys(A: NDArray[Any], B: NDArray[Any]) -> list[int]:
-    """Return the keys of `SEARCHED_KEYS` that are possible for the first values of the pair.
+    """Return the possible keys of `SEARCHED_KEYS` for the first values of the pair.
 
     All values of a draw, divided by the centered integers, give the same factor up to the last
     bits, for every variant, rounding and width.

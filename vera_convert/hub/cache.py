@@ -28,7 +28,7 @@ def snapshot_of(repo_id: str, commit: str, access: HubAccess) -> Path:
 
 
 def cached_commit(name: RepoName, access: HubAccess) -> str | None:
-    """Return the cached commit of a revision; None if the cache holds no file of the commit."""
+    """Return the cached commit of a revision; None if the cache lacks the commit."""
     commit = name.revision or "main"
     if not COMMIT.fullmatch(commit):
         ref = cache_of_repo(name.repo_id, access).joinpath("refs", *commit.split("/"))

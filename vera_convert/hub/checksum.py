@@ -19,8 +19,8 @@ class RepoFile:
     """A file in the Hub's list of a repo.
 
     Attributes:
-        size: the length in bytes; -1 if the Hub does not state the length.
-        digest: the SHA-256 of the content, or the hash of git's blob; empty if not stated.
+        size: the length in bytes; -1 if the Hub omits the length.
+        digest: the SHA-256 of the content, or the hash of git's blob; empty if the Hub omits both.
     """
 
     size: int = -1
@@ -28,7 +28,7 @@ class RepoFile:
 
 
 def digest_of(tag: object) -> str:
-    """Return the digest in an entity tag or a field of a listing; empty if there is none."""
+    """Return the digest in an entity tag or a field of a listing; empty if absent."""
     text = tag.removeprefix("W/").strip('"').removeprefix("sha256:") if isinstance(tag, str) else ""
     return text if _DIGEST.fullmatch(text) else ""
 

@@ -48,7 +48,7 @@ _BLOCK = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """Options for the access to the Hub; the defaults are those of huggingface_hub.
+    """Options for the access to the Hub, with the defaults of huggingface_hub.
 
     Attributes:
         token: the token to send; None for HF_TOKEN, or the token stored by `hf auth login`.
@@ -73,7 +73,7 @@ class HubAccess:
             cache_dir=optional(path, "cache_dir", self.cache_dir),
         )
         require_flags(offline=self.offline, progress=self.progress)
-        # An HTTP library would quote a malformed header in its error, and so print the token.
+        # An HTTP library would quote a malformed header in the error, and so print the token.
         if self.token is not None and not _TOKEN.fullmatch(self.token):
             raise UsageError("the token is empty, or has an impossible character.")
 
@@ -95,7 +95,7 @@ def hub_access_of(value: object) -> HubAccess:
 
 @dataclass(frozen=True, slots=True)
 class RepoInfo:
-    """A repo at one commit: the commit, and its files by name."""
+    """A repo at a commit: the commit, and the repo's files by name."""
 
     commit: str
     files: Mapping[str, RepoFile]
@@ -193,7 +193,7 @@ def repo_info(repo_id: str, revision: str | None, access: HubAccess) -> RepoInfo
 
     Raises:
         OutOfReachError: no answer.
-        RefusedError: no such repo or revision, or no access.
+        RefusedError: the repo or revision is missing, or access is denied.
     """
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     url = f"{endpoint()}/api/models/{repo_id}{at}?blobs=true"
@@ -225,7 +225,7 @@ def asking_for(repo_id: str, filename: str, *, commit: str, place: str, access: 
 def _get(url: str, headers: Mapping[str, str], *, what: str, most: int, skip: int = 0) -> Answer:
     """Send one request, and return the answer with up to `most` bytes of the body.
 
-    If the server sends the complete file instead of a range, `skip` bytes come before these.
+    If the server sends the complete file instead of a range, `skip` bytes come before the range.
 
     Raises:
         TryAgainError: a temporary failure.
@@ -278,7 +278,7 @@ def _checked(response: _Response, what: str, *, with_token: bool) -> Answer:
 
 
 def _explanation(response: _Response) -> str:
-    """Return the error text of a refusal; empty if there is none."""
+    """Return the error text of a refusal, or an empty text."""
     if "x-error-message" in response.headers:
         return response.headers["x-error-message"]
     body = bytearray()
@@ -292,8 +292,8 @@ def _explanation(response: _Response) -> str:
 
 
 def _read(response: _Response, data: bytearray, limit: int) -> None:
-    """Add up to `limit` bytes of the body to `data` as they arrive."""
-    # requests would decode a compressed body, but such an answer is refused
+    """Add up to `limit` bytes of the body to `data` on arrival."""
+    # requests would decode a compressed body, but a compressed answer is refused
     raw = getattr(response, "iter_raw", None) or partial(response.iter_content, _BLOCK)
     for block in raw():
         data += block[: limit - len(data)]
@@ -402,4 +402,4 @@ _REDACTING = _Redacting()
 
 def _keep_secrets_from_logs() -> None:
     for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_REDACTING)  # a second time does nothing
+        handler.addFilter(_REDACTING)  # a second time is harmless

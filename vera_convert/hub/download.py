@@ -1,4 +1,4 @@
-"""Download complete files of a repo at one commit into the Hub's cache, and compare their hashes.
+"""Download complete files of a repo at one commit into the Hub's cache, and compare the hashes.
 
 huggingface_hub downloads the files, by Xet if possible. Whether huggingface_hub or another program
 stored a file, the hash is compared before the file is used. A large file is hashed once (about a
@@ -47,8 +47,8 @@ def download(
 
     Raises:
         OutOfReachError: no answer.
-        SurroundingsError: no such file, or no access; the bytes have another hash than the Hub
-            states; the disk is full.
+        SurroundingsError: the file is missing, or access is denied; the bytes have another hash
+            than the Hub states; the disk is full.
     """
     repo = cache_of_repo(repo_id, access)
     known = [listed.get(str(name), RepoFile()) for name in names]
@@ -129,7 +129,7 @@ def _stored(repo: Path) -> int:
 def _without_remains(repo: Path) -> Iterator[None]:
     """Remove what a failed download leaves behind, if no later download would continue the file.
 
-    The thread of an abandoned download cannot remove the file.
+    The thread of an abandoned download leaves the file in place.
     """
     unfinished = "*.*.incomplete"  # a name that is used once, unlike DIGEST.incomplete
     before = set((repo / "blobs").glob(unfinished))

@@ -37,7 +37,7 @@ def list_files(location: Location, access: HubAccess) -> dict[str, int]:
     Hub does not answer, the result lists the cached files of the commit.
 
     Raises:
-        SurroundingsError: the folder is missing or cannot be read; gated, no network.
+        SurroundingsError: the folder is missing or unreadable; the repo is gated; no network.
     """
     if location.folder is not None:
         return file_sizes(location.folder)
@@ -88,13 +88,13 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
     """Open a file of a repo for reading by position: the cached file, else range requests.
 
     Args:
-        location: a repo at its commit.
+        location: a repo at a commit.
         filename: the path relative to the location, with `/`.
         access: the access to the Hub.
 
     Raises:
         CheckpointError: the name leads out of the repo.
-        SurroundingsError: the file is missing, or cannot be read.
+        SurroundingsError: the file is missing or unreadable.
     """
     repo_id, commit = on_hub(location)
     name = inside(location, filename)
@@ -113,7 +113,7 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
 
 
 def kept_bytes(location: Location, key: str, access: HubAccess) -> HeaderCache:
-    """Return the place where runs keep the bytes that `key` describes, of a repo at its commit."""
+    """Return the place where runs keep the bytes that `key` describes, of a repo at a commit."""
     repo_id, commit = on_hub(location)
     return _header_cache(repo_id, commit, f"\0{key}", access)
 

@@ -43,7 +43,7 @@ class HeaderCache:
     path: Path
 
     def load(self) -> Beginning | None:
-        """Return the kept bytes; None if nothing was kept, or if the bytes are damaged."""
+        """Return the kept bytes; None if the bytes are missing or damaged."""
         try:
             limit = MOST_KEPT + _LONGEST_LINE
             with open_local(self.path, within=self.path.parent, limit=limit) as file:
@@ -89,7 +89,7 @@ class HeaderCache:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file of the cache in one step, with its folder."""
+    """Write a small file of the cache in a single step, with the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.parent / f"{uuid.uuid4().hex}.incomplete"
     try:

@@ -1,10 +1,10 @@
 """Find the location that a user names: a folder here, or a repo on the Hub at one commit.
 
-The rest of the package asks this module for locations and their files. Each further way to use the
-Hub, such as pushing a result, gets a module of its own beside `download`, built on the requests of
+The rest of the package asks this module for locations and files. Each further way to use the Hub,
+such as pushing a result, gets a separate module beside `download`, built on the requests of
 `client`.
 
-With ``--offline`` or HF_HUB_OFFLINE nothing here opens a socket: only the local cache is read.
+With ``--offline`` or HF_HUB_OFFLINE this module reads only the local cache, and opens no socket.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def locate(
 
     Raises:
         UsageError: the text is malformed or names a file, or a revision is given for a folder.
-        SurroundingsError: no such folder, repo or revision; gated, offline or no network.
+        SurroundingsError: the folder, repo or revision is missing; gated, offline or no network.
     """
     folder = _existing_folder(text, files=(CONFIG_NAME, WEIGHTS_NAME) if kind == "adapter" else ())
     if folder is not None:
@@ -139,7 +139,7 @@ def base_from_config(name: str | None, revision: str | None, access: HubAccess) 
 
     Raises:
         AmbiguousBaseError: a model lies here under this name and on the Hub; ``--base`` decides.
-        SurroundingsError: no such repo or revision; gated, offline or no network.
+        SurroundingsError: the repo or revision is missing; gated, offline or no network.
     """
     if not name:
         return NamedBase(None, "the adapter's config names no base")
@@ -197,11 +197,11 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
-    """Return the folder at the path `text`; None if there is nothing.
+    """Return the folder at the path `text`; None if there is no folder.
 
     Args:
         text: perhaps a path.
-        files: names of files that stand for their folder.
+        files: names of files that stand for the file's folder.
     """
     if not text or "\0" in text:
         raise UsageError(

@@ -1,6 +1,6 @@
 """Read a file on a server by range requests: a header costs kilobytes instead of gigabytes.
 
-The caller passes the function that sends a request, so this module does not depend on the Hub. The
+The caller passes the function that sends a request, so this module is independent of the Hub. The
 size, the commit and the entity tag must be the same in every answer. If a file is read completely,
 the hash is compared with the Hub's; for a part of a file, the Hub states no hash.
 """
@@ -76,7 +76,7 @@ class RemoteFile:
             kept: keeps the first bytes between runs.
 
         Raises:
-            SurroundingsError: the file cannot be read, or is not the listed file.
+            SurroundingsError: the file is unreadable, or differs from the listed file.
         """
         self.place = place
         self._ask = ask
@@ -97,7 +97,7 @@ class RemoteFile:
 
         Raises:
             ValueError: the range lies outside the file.
-            SurroundingsError: the bytes cannot be read, or the file changed.
+            SurroundingsError: the bytes are unreadable, or the file changed.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"bytes {offset} to {offset + length} of {self.size}")

@@ -55,7 +55,7 @@ class OutOfReachError(SurroundingsError):
 
 
 class TooSlowError(OutOfReachError):
-    """The server sends nearly nothing."""
+    """The server sends very few bytes."""
 
 
 class LimitedError(OutOfReachError, RefusedError):
@@ -195,7 +195,7 @@ def _known(cause: BaseException) -> tuple[bool, str] | None:
 def failure(
     what: str, error: BaseException, *, with_token: bool
 ) -> TryAgainError | SurroundingsError:
-    """Return the error for an error of huggingface_hub, without secrets in the text."""
+    """Return the error for an error of huggingface_hub; the text leaves secrets out."""
     name = type(error).__name__
     reason = redacted(f"{name}: {error}".rstrip(": "))
     passes = not isinstance(error, ValueError)

@@ -30,7 +30,7 @@ LEAST = 256 << 10
 
 
 def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
-    """Return the result of `attempt`, repeated while it raises `TryAgainError`.
+    """Return the result of `attempt`, repeated while `attempt` raises `TryAgainError`.
 
     Args:
         attempt: the function to try.
@@ -55,7 +55,7 @@ def until_answered(attempt: Callable[[], Result], *, what: str) -> Result:
 def at_least_slowly(
     work: Callable[[], Result], transferred: Callable[[], int], *, what: str
 ) -> Result:
-    """Return the result of `work`, run in a thread of its own; stop waiting for a slow server.
+    """Return the result of `work`, run in a separate thread; stop waiting for a slow server.
 
     A signal ends the wait at once, even if the thread goes on. The program can end while the thread
     runs.

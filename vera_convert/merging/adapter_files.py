@@ -33,7 +33,7 @@ _SINGLE = re.compile(
     r"|(video_|image_)?(pre)?processor_config\.json|feature_extractor_config\.json"
     r"|config_sentence_transformers\.json|sentence_\w+_config\.json|modules\.json"
 )
-"""Files that decide how the model is used; each replaces the base's file of that name."""
+"""Files that decide how the model is used; each replaces the base's file of the same name."""
 _MODULE_FOLDER = re.compile(r"\d+_\w+")
 """The name of a module's folder in sentence-transformers, such as ``1_Pooling``."""
 _TOKENIZER_LIMIT = 100_000_000
@@ -47,10 +47,10 @@ class AdapterFiles:
 
     Attributes:
         tokenizer: the files of a complete tokenizer.
-        copied: the other files that are copied.
+        copied: the other files to copy.
         unmerged: weights that a merge does not understand.
         not_fetched: files that the merged model needs, too large to be fetched beside an adapter.
-        left_out: files that do not belong to a model.
+        left_out: files outside a model.
         pad_token_id: the token that fills up short texts; None if no file names the token.
         labels: the names of a classifier's labels; empty if no file names labels.
         is_module: whether the folder above lists the adapter as a module.
@@ -71,7 +71,7 @@ class AdapterFiles:
         return {**self.tokenizer, **self.copied}
 
     def findings(self, place: str) -> Iterator[Finding]:
-        """Yield a warning for each file that is not merged or not fetched."""
+        """Yield a warning for each unmerged file and each file too large to fetch."""
         if self.is_module:
             yield rules.MODULES_ABOVE.at(
                 place, f"{MODULES_NAME} of the folder above lists the adapter."
@@ -132,7 +132,7 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         if name not in tokenizer and (_SINGLE.fullmatch(name) or _is_in(modules, name))
     ]
     unmerged = unmerged_weights(location, names)
-    # The merged model gets a card of its own.
+    # The merge writes a new card for the merged model.
     used = {*tokenizer, *copied, *unmerged, CARD_NAME}
     needed = [
         name
@@ -185,7 +185,7 @@ def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
 
 
 def _is_module(location: Location) -> bool:
-    """Return whether the folder above is a sentence-transformers model with this module."""
+    """Return whether the folder above is a sentence-transformers model with the module."""
     if location.repo_id is not None:
         above = PurePosixPath(location.subfolder).parent / MODULES_NAME
         return bool(location.subfolder) and str(above) in (location.listed or {})

@@ -28,7 +28,7 @@ from vera_convert.merging.in_effect import InEffect
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """One adapter as a caller names it.
+    """An adapter as a caller names the adapter.
 
     Attributes:
         adapter: a folder or a repo on the Hub.
@@ -72,13 +72,13 @@ def adapter_specs(value: object) -> tuple[AdapterSpec, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchedAdapter:
-    """One open adapter of a merge, matched with the base.
+    """An open adapter of a merge, matched with the base.
 
     Attributes:
         location: where the adapter lies, fetched.
         adapter: the open adapter.
         match: the base's tensor for each layer of the adapter.
-        pair: the A and B that are in effect.
+        pair: the A and B in effect.
         weight: the factor of the adapter's deltas.
         weights: the adapter's file of weights.
     """
@@ -108,7 +108,7 @@ class MatchedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """One adapter of a merged model, for a report.
+    """An adapter of a merged model, for a report.
 
     Attributes:
         label: the name that the caller gave the adapter, with the commit on the Hub.
@@ -152,7 +152,7 @@ def find_adapters(
 
     Raises:
         UsageError: a spec is malformed, or names a revision of a folder.
-        SurroundingsError: there is no such folder or repo.
+        SurroundingsError: a folder or repo is missing.
     """
     return tuple(
         (spec, locate(str(spec.adapter), kind="adapter", access=access, revision=spec.revision))

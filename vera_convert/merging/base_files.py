@@ -25,7 +25,7 @@ class BaseFiles:
     """A base with its files.
 
     Attributes:
-        model: the base; for a dequantized base, the 16-bit model that the packed weights stand for.
+        model: the base; for a dequantized base, the 16-bit model of the packed weights.
         sides: the files beside the weights, sorted into copied and left out.
         files: every file that a merge reads, by name.
         texts: the bytes of config and index, by name; a base may lack both.
@@ -58,7 +58,7 @@ class BaseFiles:
         return Decoder(self.packed.stored, self.files, weight)
 
     def dequantized(self, packed: Unpacked) -> BaseFiles:
-        """Return the files of the 16-bit model that packed weights stand for.
+        """Return the files of the 16-bit model of packed weights.
 
         Raises:
             CheckpointError: a part of a weight holds a value that no quantizer writes.

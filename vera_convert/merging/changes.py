@@ -20,7 +20,7 @@ from vera_convert.rules import Finding
 
 
 class Tied(StrEnum):
-    """How to merge into an output head that shares one tensor with the embedding."""
+    """How to merge into an output head that shares a tensor with the embedding."""
 
     ADD = "add"
     """Change the shared tensor, and so the embedding, as PEFT does."""
@@ -35,7 +35,7 @@ class Replacement:
     Attributes:
         owner: the adapter.
         tensor: the complete tensor of the adapter.
-        stored: the part of the tensor that becomes one tensor of the merged model.
+        stored: the part of the tensor that becomes a tensor of the merged model.
     """
 
     owner: MatchedAdapter
@@ -52,7 +52,7 @@ class Replacement:
 
     @property
     def is_of_classifier(self) -> bool:
-        """Whether the tensor belongs to a classifier, and not to an embedding or an output head."""
+        """Whether the tensor belongs to a classifier, not to an embedding or output head."""
         return is_of_classifier(self.owner.adapter.config, self.tensor.name)
 
 
@@ -79,7 +79,7 @@ class ResizedBias:
         return 1, self.count
 
     def __call__(self, first: int, last: int) -> NDArray[Any]:
-        """Return the rows `first` to `last` (not included): the base's values, cut or with zeros.
+        """Return the rows `first` to `last` (exclusive): the base's values, cut or with zeros.
 
         The dtype is the base's.
         """

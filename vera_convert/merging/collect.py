@@ -45,7 +45,7 @@ def collect(inputs: MergeInputs) -> Changes:
 
     Raises:
         CheckpointError: an adapter contradicts the base or another adapter; with all findings.
-        UsageError: the head to untie has no known name.
+        UsageError: the head to untie lacks a known name.
     """
     collector = _Collector(inputs)
     for matched in inputs.adapters:
@@ -125,7 +125,7 @@ class _Collector:
         return replace(term, B=self._moved[key], layer=layer, rows=changed)
 
     def _targets(self, module: str, match: Match) -> list[str]:
-        """Return the tensors that a layer's delta is added to; none if the caller must choose."""
+        """Return the tensors that a layer's delta changes; empty if the caller must choose."""
         name = match.tensors[module]
         embedding = embedding_of_head(module, match, self.base)
         if embedding is None:
@@ -235,7 +235,7 @@ class _Collector:
         embedding = self._embedding_of(replacement)
         own = self.changes.replaced.get(embedding or "")
         if own is not None and same_tensor(own.tensor, replacement.tensor):
-            # The adapter saved one tensor under both names: the two were tied in training.
+            # The adapter saved one tensor under two names: the training tied head and embedding.
             if target in self.base.tensors:
                 self._record(target, replacement)
         elif self.tied is Tied.UNTIE:
@@ -249,7 +249,7 @@ class _Collector:
             self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
 
     def _embedding_of(self, head: Replacement) -> str | None:
-        """Return the embedding that the base ties to a head; None if there is none.
+        """Return the embedding that the base ties to a head; None if the base lacks such an embedding.
 
         If the adapter also replaces the embedding, the head may have another number of rows.
         """

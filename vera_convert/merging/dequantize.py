@@ -53,11 +53,11 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
     """Read the scales and the other small parts of all weights, and refuse unsafe values.
 
     Args:
-        packed: the base with its packed weights.
+        packed: the base with packed weights.
         files: the base's weight files, by name.
 
     Raises:
-        CheckpointError: with every part that holds a value which no quantizer writes.
+        CheckpointError: with every part that holds a value that no quantizer writes.
     """
     base, findings = packed.stored, list[Finding]()
     with Parts(base, files) as parts:
@@ -78,7 +78,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
 
 
 def dequantized_config(text: bytes, config: Mapping[str, object]) -> bytes:
-    """Return a config's text without the settings of the quantization.
+    """Return a config's text, less the settings of the quantization.
 
     Args:
         text: the config's bytes.
@@ -123,13 +123,13 @@ class Parts(ExitStack):
         self._opened: dict[str, LocalFile] = {}
 
     def rows(self, name: str, first: int, last: int) -> Array:
-        """Return rows `first` to `last` (not included) of a tensor, along the first axis."""
+        """Return rows `first` to `last` (exclusive) of a tensor, along the first axis."""
         shape = self._base.tensors[name].info.shape
         row = math.prod(shape[1:])
         return self.flat(name, first * row, last * row).reshape(last - first, *shape[1:])
 
     def columns(self, name: str, first: int, last: int) -> Array:
-        """Return columns `first` to `last` (not included) of a matrix."""
+        """Return columns `first` to `last` (exclusive) of a matrix."""
         info = self._base.tensors[name].info
         (rows, columns), dtype = info.shape, NUMPY_DTYPE[info.dtype]
         if (first, last) == (0, columns):
@@ -146,12 +146,12 @@ class Parts(ExitStack):
         return out
 
     def flat(self, name: str, first: int, last: int) -> Array:
-        """Return elements `first` to `last` (not included) of a tensor in row-major order."""
+        """Return elements `first` to `last` (exclusive) of a tensor in row-major order."""
         dtype = NUMPY_DTYPE[self._base.tensors[name].info.dtype]
         return self.raw(name, first * dtype.itemsize, last * dtype.itemsize).view(dtype)
 
     def raw(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
-        """Return bytes `first` to `last` (not included) of a tensor."""
+        """Return bytes `first` to `last` (exclusive) of a tensor."""
         tensor = self._base.tensors[name]
         start = self._base.files[tensor.file].data_start + tensor.info.start
         if tensor.file not in self._opened:
@@ -181,6 +181,6 @@ class Decoder:
         return self.weight.matrix
 
     def __call__(self, first: int, last: int) -> Array:
-        """Return the rows `first` to `last` (not included), in the dtype of the library."""
+        """Return the rows `first` to `last` (exclusive), in the dtype of the library."""
         with Parts(self.base, self.files) as parts, np.errstate(all="ignore"):
             return self.weight.decode(parts, first, last)

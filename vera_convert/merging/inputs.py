@@ -55,7 +55,7 @@ class MergeInputs:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders that are read, which no output may touch."""
+        """The folders of the inputs; the output must stay outside."""
         locations = (*(each.location for each in self.adapters), self.base.model.location)
         return tuple(each.folder for each in locations if each.folder is not None)
 

@@ -90,14 +90,14 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
 
 
 class _Editor:
-    """Sets the members of one config after the other.
+    """Sets the members of a config in turn.
 
     Attributes:
         base: the base.
         changes: the changes to the base's tensors.
         heads: the tensors of a classifier that adapters replace or add.
         count: the number of the classifier's labels; None if the number is not known.
-        edits: the members that are set.
+        edits: the new members.
     """
 
     def __init__(self, inputs: MergeInputs, changes: Changes) -> None:

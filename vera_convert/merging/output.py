@@ -57,7 +57,7 @@ class MergePlan:
 
 
 def plan_merge(inputs: MergeInputs) -> MergePlan:
-    """Plan a merge, and refuse inputs that do not fit together."""
+    """Plan a merge, and refuse inputs that clash."""
     base = inputs.base
     changes = collect(inputs)
     _check_tokenizer(inputs, changes)
@@ -129,13 +129,13 @@ def _copied(name: str, file: InputFile) -> NewFile:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One file of the output, in numbers.
+    """A file of the output, in numbers.
 
     Attributes:
         name: relative to the output folder, with `/`.
         size: the file's size in bytes.
-        copied: bytes that are copied from an input.
-        computed: bytes of tensors that are computed.
+        copied: bytes copied from an input.
+        computed: bytes of computed tensors.
         tensors: the number of computed tensors.
         products: floating-point operations of the products.
     """

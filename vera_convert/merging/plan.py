@@ -30,7 +30,7 @@ from vera_convert.merging.inputs import MergeInputs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedTensor:
-    """One tensor of the output.
+    """A tensor of the output.
 
     Attributes:
         name: the tensor's name.
@@ -122,7 +122,7 @@ def _tensors_by_file(inputs: MergeInputs, changes: Changes) -> dict[str, list[Pl
 
 @dataclass(frozen=True, slots=True)
 class _TensorPlanner:
-    """Plans one tensor after the other.
+    """Plans the tensors in turn.
 
     Attributes:
         base: the base.

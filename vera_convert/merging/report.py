@@ -26,7 +26,7 @@ LOSS_LIMIT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """One tensor that adapters change.
+    """A tensor that adapters change.
 
     Attributes:
         name: the tensor's name.
@@ -99,7 +99,7 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class ReplacedTensor:
-    """One tensor of the merged model that comes from an adapter.
+    """A tensor of the merged model from an adapter.
 
     Attributes:
         name: the name in the merged model.
@@ -107,7 +107,7 @@ class ReplacedTensor:
         shape: the shape in the merged model.
         base_shape: the shape in the base; None if the base has no such tensor.
         numbers: the differences from the base's values; None if the values cannot be compared.
-        constant: the value that all elements have; None if the elements differ.
+        constant: the common value of all elements; None if the elements differ.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The two vectors of adapted layers, read on demand: all vectors together can be large.
 
-A layer can be some rows of a tensor. Its b and B then have zeros in the other rows, so that
+A layer can be some rows of a tensor. The layer's b and B then have zeros in the other rows, so that
 the delta of the layer is a delta of the whole tensor.
 """
 

@@ -1,1 +1,1 @@
-"""Quantized bases: which layers are packed, in which format, and the weights they stand for."""
+"""Quantized bases: the packed layers, their formats, and the weights of the unpacked model."""

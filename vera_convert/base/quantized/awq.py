@@ -1,4 +1,4 @@
-"""AWQ in the layout "gemm", 4 bits: codes packed along the outputs, in an order of its own.
+"""AWQ in the layout "gemm", 4 bits: codes packed along the outputs, in AWQ's own order.
 
 W[out, in] = float16(float16(scales[g, out]) * (q - zero[g, out])),   g = in // group size
 """
@@ -27,7 +27,7 @@ from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
 from vera_convert.text import printable
 
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""The field of a word that holds each of its eight outputs."""
+"""The field of a word for each of the eight outputs in the word."""
 
 
 def codes(words: Array) -> Array:
@@ -53,7 +53,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         inside = slice(first - begin * 8, last - begin * 8)
         q = codes(read.columns(qweight, begin, end))[:, inside]
         zeros = codes(read.columns(qzeros, begin, end))[:, inside]
-        factors = read.columns(scales, first, last).astype(FLOAT16)  # as the library loads them
+        factors = read.columns(scales, first, last).astype(FLOAT16)  # the library loads float16
         width = inputs // groups
         q = np.ascontiguousarray(q.T)
         return scaled(q, factors.T, zeros.T, width=width, dtypes=(FLOAT16,))

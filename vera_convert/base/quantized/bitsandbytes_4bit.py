@@ -67,14 +67,14 @@ _BLOCK_SIZES = frozenset(1 << n for n in range(5, 13))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a ``quant_state`` says.
+    """The contents of a ``quant_state``.
 
     Attributes:
         kind: ``nf4`` or ``fp4``.
-        block: values that share one absmax.
-        dtype: of the dequantized weight, as safetensors names it.
+        block: the number of values with a common absmax.
+        dtype: the dtype of the dequantized weight, by safetensors' name.
         shape: of the weight.
-        offset: what is added to a nested absmax; None if absmax is not nested.
+        offset: the summand of a nested absmax; None if absmax is plain float32.
     """
 
     kind: str
@@ -89,7 +89,7 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
 
     Args:
         packed: (n,) bytes, two codes each.
-        absmax: of each block that the codes lie in.
+        absmax: the largest value of each block of the codes.
         state: the table, the length of a block, and the dtype.
         count: how many values; the last block can be short.
     """
@@ -110,13 +110,13 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
 def nested_absmax(
     codes: NDArray[np.uint8], table: Array, scales: Array, offset: float, first: int
 ) -> NDArray[np.float32]:
-    """Return absmax from its own 8-bit codes, from block number `first` on.
+    """Return absmax from 8-bit codes, from block number `first` on.
 
     Args:
         codes: (n,).
         table: the float32 value of each of the 256 codes.
-        scales: the factor of every 256 codes, from the one of code `first` on.
-        offset: what is added.
+        scales: the factor of every 256 codes, from the factor of code `first` on.
+        offset: the summand of each product.
         first: the number of the first code.
     """
     start = first // _NESTED_BLOCK * _NESTED_BLOCK
@@ -126,13 +126,13 @@ def nested_absmax(
 
 
 def _decoder(state: State, weight: str, absmax: str, nested: Sequence[str]) -> Decode:
-    """Return the function that computes rows of a weight.
+    """Return the decoder of a weight: a function from row numbers to rows.
 
     Args:
         state: how the weight is packed.
         weight: the tensor of the codes.
         absmax: the tensor of the largest values.
-        nested: the table and the scales of nested largest values; empty if these are not nested.
+        nested: the table and the scales of nested largest values; empty for plain float32 values.
     """
     (rows, columns), block = state.shape, state.block
 
@@ -188,7 +188,7 @@ def _check_codes(layer: Layer, count: int) -> None:
     """Check that the packed values are bytes in one column, as many as `count` values need.
 
     Raises:
-        LayerError: they are missing, or have another shape or dtype.
+        LayerError: the packed values are missing, or have another shape or dtype.
     """
     weight = layer.tensors.get("weight")
     if weight is None:
@@ -206,7 +206,7 @@ def _table(values: Array, kind: str) -> str | None:
 
 
 def _state(layer: Layer, rest: str) -> State:
-    """Return what the ``quant_state`` of a layer says.
+    """Return the contents of the ``quant_state`` of a layer.
 
     Raises:
         LayerError: the state is cut, no JSON, or says something unknown.
@@ -243,7 +243,7 @@ def _state(layer: Layer, rest: str) -> State:
 
 
 def _nested_offset(document: Mapping[str, object]) -> float | None:
-    """Return what is added to a nested absmax; None if that part of a state is not understood."""
+    """Return the summand of a nested absmax; None if the nested fields of a state are unknown."""
     offset = document.get("nested_offset")
     sizes = document.get("nested_blocksize"), document.get("nested_dtype")
     if isinstance(offset, bool) or sizes != (_NESTED_BLOCK, "float32"):

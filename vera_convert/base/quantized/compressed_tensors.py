@@ -51,7 +51,7 @@ _LAYOUTS = {
     "int-quantized": _ONE_BYTE,
     "nvfp4-pack-quantized": _NVFP4,
 }
-"""How the formats that are supported lay out a weight."""
+"""The layouts of a weight in the supported formats."""
 _PAIRS = pair_table(E2M1, high_first=False)
 _DROPPED = frozenset(
     """
@@ -59,10 +59,10 @@ _DROPPED = frozenset(
     k_scale v_scale q_scale
     """.split()  # noqa: SIM905 - words read best as a text
 )
-"""Scales of the values between layers: of no use in a model that is not quantized."""
+"""Scales of the values between layers: a dequantized model leaves these scales out."""
 _MOST_GROUPS = 64
 _UNORDERED = (None, False, "weight", "static")
-"""Values of ``actorder`` with which groups are neighboring inputs."""
+"""Values of ``actorder`` under which each group consists of neighboring inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class Scheme:
         layout: one of the layouts of `_LAYOUTS`.
         bits: of a value.
         strategy: ``tensor``, ``channel``, ``group``, ``block`` or ``tensor_group``.
-        group: inputs that share one scale; None if the strategy is none of groups.
-        block: rows and columns that share one scale; None if the strategy is none of blocks.
-        symmetric: whether there are no zero points.
+        group: the number of inputs for each scale; None if the strategy has no groups.
+        block: the rows and columns for each scale; None if the strategy has no blocks.
+        symmetric: whether the weight lacks zero points.
         is_float: whether values are floats, not integers.
     """
 
@@ -161,8 +161,8 @@ def _on_grid(
         layer: the layer.
         scheme: how the layer is quantized.
         shape: outputs and inputs.
-        values: reads rows before they are scaled.
-        known: the parts that were checked, the packed values first.
+        values: reads rows before the multiplication by the scales.
+        known: the checked parts, the packed values first.
     """
     grid, block = _grid(layer, scheme, shape, known[0])
     scale = _scale(layer, grid)
@@ -198,7 +198,7 @@ def _zero_point(layer: Layer, scheme: Scheme, grid: tuple[int, int]) -> str:
 
 
 def _unpacked_rows(read: PartReader, name: str, first: int, last: int, bits: int) -> Array:
-    """Return rows of zero points that are packed along the rows."""
+    """Return rows of zero points from words packed along the rows."""
     words = read.rows(name, first // 32 * bits, -(-last * bits // 32))
     skipped = first % 32  # every 32 elements fill whole words
     return _signed(stream(words.T, bits, skipped, skipped + last - first).T, bits)
@@ -257,7 +257,7 @@ def _scale(layer: Layer, grid: tuple[int, int]) -> str:
 def _grid(
     layer: Layer, scheme: Scheme, shape: tuple[int, int], main: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return rows and columns of scales, and the rows and columns that one scale is for."""
+    """Return rows and columns of scales, and the rows and columns of a block for each scale."""
     rows, columns = shape
     match scheme.strategy:
         case "tensor":
@@ -280,7 +280,7 @@ def _schemes(layer: Layer, main: str) -> list[Scheme]:
     """Return the different schemes that the config can mean for a layer.
 
     Raises:
-        LayerError: there is none, or one that is not supported.
+        LayerError: the config lacks a scheme for the layer, or a scheme is not supported.
     """
 
     def wrong(reason: str) -> LayerError:

@@ -1,4 +1,4 @@
-"""The formats that are dequantized. A new format is a module and a line here."""
+"""The supported formats. A new format is a module and a line here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TELL_SHAPE = re.compile(
     "|".join(rf"(?:.*\.)?{each.tells_shape}" for each in FORMATS if each.tells_shape)
 )
 MAX_SHAPE_BYTES = 4096
-"""The most bytes of a tensor that tells a shape; real ones have 16 to 200."""
+"""The most bytes of a tensor that tells a shape; real tensors have 16 to 200 bytes."""
 
 
 def tells_shape(name: str) -> bool:

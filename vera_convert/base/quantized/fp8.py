@@ -2,8 +2,8 @@
 
     W = w8 * scale        in float32
 
-Blocks are those of the config (128 by 128 if it is silent); the last blocks may be cut off by the
-edge of the matrix.
+The config gives the size of a block (128 by 128 by default); the edge of the matrix may cut the
+last blocks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from vera_convert.base.quantized.packing import FLOAT32, scaled
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale_inv", "weight_scale")
-"""The factors of a weight. The first is the inverse of the factor that the weight was scaled by."""
+"""The factors of a weight. The first is the inverse of the quantizer's own factor."""
 _AMBIGUOUS = frozenset((("weight_scale", "BF16"), ("weight_scale", "F16")))
-"""Scales that compressed-tensors writes too, and multiplies in their own dtype."""
+"""Scales of compressed-tensors too, where the product is in the dtype of the scales."""
 _OF_ACTIVATIONS = frozenset(
     ("input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 )
-"""Scales of the values between layers: of no use in a model that is not quantized."""
+"""Scales of the values between layers: a dequantized model leaves these scales out."""
 _BLOCK = (128, 128)
 
 
@@ -46,7 +46,7 @@ def dequantized(
 
     Args:
         stored: (n, columns), of any float dtype.
-        factors: one for each block that the rows lie in, (blocks, blocks across).
+        factors: (blocks, blocks across), a factor for each block of the rows.
         first: the number of the first row within its block.
         block: rows and columns of a block; the last block of a row may be narrower.
     """
@@ -96,7 +96,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 def _block(
     weight: tuple[int, ...], scales: tuple[int, ...], size: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Return the rows and columns that one scale is for; None if the shapes do not tell."""
+    """Return the rows and columns for each scale; None if the shapes leave the block open."""
     rows, columns = weight
     if all(count == 1 for count in scales):
         return rows, columns

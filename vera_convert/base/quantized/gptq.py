@@ -1,4 +1,4 @@
-"""GPTQ with 4 or 8 bits: codes packed along the inputs, one scale and zero for each group.
+"""GPTQ with 4 or 8 bits: codes packed along the inputs, a scale and a zero for each group.
 
     W[out, in] = float16(scales[g, out] * (q - zero[g, out])),   g = g_idx[in]
 
@@ -33,9 +33,9 @@ from vera_convert.text import printable
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
 _VERSIONS = {"gptq": True, "gptq_v2": False}
-"""Whether a version of the files stores zeros less one."""
+"""Whether a version of the files stores zeros less 1."""
 _VERSION_FIELDS = ("checkpoint_format", "format")
-"""The old and the new name of the field that names the version; libraries read either first."""
+"""The old and the new name of the version field; libraries differ in the name read first."""
 _UNSAFE = frozenset(("rotation", "adapter", "eora"))
 
 
@@ -45,7 +45,7 @@ def dequantized(q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
     Args:
         q: (n, in), codes.
         scales: (n, groups), float16.
-        zeros: (n, groups), the zero points, as they are subtracted.
+        zeros: (n, groups), the zero points, ready for subtraction.
         groups: (in,), the group of each input.
     """
     size = len(groups) // scales.shape[1]
@@ -96,10 +96,10 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
 
 def _settings(layer: Layer) -> tuple[int, bool]:
-    """Return the bits of a code, and whether zeros are stored less one.
+    """Return the bits of a code, and whether the files store zeros less 1.
 
     Raises:
-        LayerError: the config says anything that is not known to be safe.
+        LayerError: the config holds a setting outside the known safe settings.
     """
     settings = layer.settings
     bits = whole(settings, "bits")

@@ -1,8 +1,8 @@
-"""A quantized layer as data: its tensors in the base's files, and the weight they stand for.
+"""A quantized layer as data: the tensors in the base's files, and the resulting weight.
 
 A format reads a `Layer` (names, dtypes, shapes, settings) and returns a `PackedWeight`: the name
 and shape of the weight, the checks of its parts, and a function that computes blocks of rows.
-Nothing but headers and a few small tensors is read before a merge starts.
+Before a merge starts, only headers and a few small tensors are read.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ class PartReader(Protocol):
     """Reads ranges of a packed weight's tensors."""
 
     def rows(self, name: str, first: int, last: int) -> Array:
-        """Return rows `first` to `last` (not included) of a tensor, along its first axis."""
+        """Return rows `first` to `last` (exclusive) of a tensor, along the first axis."""
 
     def columns(self, name: str, first: int, last: int) -> Array:
-        """Return columns `first` to `last` (not included) of a matrix."""
+        """Return columns `first` to `last` (exclusive) of a matrix."""
 
     def flat(self, name: str, first: int, last: int) -> Array:
-        """Return elements `first` to `last` (not included) of a tensor in row-major order."""
+        """Return elements `first` to `last` (exclusive) of a tensor in row-major order."""
 
     def raw(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
-        """Return bytes `first` to `last` (not included) of a tensor."""
+        """Return bytes `first` to `last` (exclusive) of a tensor."""
 
 
 Decode = Callable[[PartReader, int, int], Array]
-"""Computes the rows `first` to `last` (not included) of a weight, in the library's own dtype."""
+"""Computes the rows `first` to `last` (exclusive) of a weight, in the library's own dtype."""
 Check = Callable[[Array], str | None]
-"""Says why values of a part are unsafe; None if they are safe."""
+"""Says why values of a part are unsafe; None if the values are safe."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """One quantized weight.
+    """A quantized weight.
 
     Attributes:
-        name: the weight's name in a model that is not quantized.
-        shape: the weight's shape there.
+        name: the weight's name in a dequantized model.
+        shape: the weight's shape in a dequantized model.
         main: the tensor that holds the packed values.
-        parts: all tensors that are left out of a dequantized model, `main` among them.
+        parts: all tensors that a dequantized model leaves out, `main` included.
         decode: computes rows of the weight; a weight of more than two dimensions is taken as the
             matrix of its last dimension.
-        checks: the check of each part whose values can be unsafe, by the part's name.
+        checks: the check of each part with possibly unsafe values, by the part's name.
     """
 
     name: str
@@ -104,15 +104,15 @@ class LayerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The tensors of one quantized layer.
+    """The tensors of a quantized layer.
 
     Attributes:
         path: the layer's path in the base's files.
-        tensors: its tensors, by the rest of their names, such as ``qweight``.
-        settings: what the config says of the quantization.
-        dtype: the float dtype of the model as its config names it, up to F32.
-        values: the bytes of the small tensors that tell a shape, by the rest of their names.
-        metadata: what the file's header says of the layer's weight, beside the tensors.
+        tensors: the layer's tensors, by the name below the path, such as ``qweight``.
+        settings: the quantization settings of the config.
+        dtype: the float dtype of the model by its config, up to F32.
+        values: the bytes of the small tensors that tell a shape, by the name below the path.
+        metadata: the entry for the layer's weight in the metadata of the file's header.
         label: the name of the format, for messages.
         targets: the targets of the config's groups that fit the path.
     """
@@ -127,7 +127,7 @@ class Layer:
     targets: frozenset[str] = frozenset()
 
     def name(self, rest: str) -> str:
-        """Return the whole name of one of the layer's tensors."""
+        """Return the whole name of a tensor of the layer."""
         return f"{self.path}.{rest}" if self.path else rest
 
     def error(self, rule: Rule, rest: str, reason: str) -> LayerError:
@@ -135,7 +135,7 @@ class Layer:
         return LayerError(rule.at(printable(self.name(rest)), f"{self.label}: {reason}"))
 
     def part(self, rest: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
-        """Return the name of a tensor after a look at its dtype and shape.
+        """Return the name of a tensor after a check of the dtype and the shape.
 
         Raises:
             LayerError: the tensor is missing, or has another dtype or shape.
@@ -152,7 +152,7 @@ class Layer:
         return self.name(rest)
 
     def main(self, rest: str, dtypes: tuple[str, ...], dimensions: int = 2) -> tuple[int, ...]:
-        """Return the shape of the packed values after a look at their dtype.
+        """Return the shape of the packed values after a check of the dtype.
 
         Raises:
             LayerError: the tensor is missing, empty, or has another dtype or number of dimensions.
@@ -173,10 +173,10 @@ class Layer:
 
         Args:
             known: the parts that the format read.
-            dropped: parts of no use in a dequantized model, which may be there.
+            dropped: optional parts, useless in a dequantized model.
 
         Raises:
-            LayerError: the layer has another tensor, which the format does not know.
+            LayerError: the layer has a tensor outside the format.
         """
         found = []
         for rest in self.tensors:
@@ -195,7 +195,7 @@ NO_CAST = ""
 
 
 def cast_to_model(_settings: Mapping[str, object], dtype: str) -> str:
-    """Return the dtype of the model: PEFT casts A and B to it."""
+    """Return the dtype of the model: PEFT casts A and B to the model's dtype."""
     return dtype
 
 
@@ -206,7 +206,7 @@ def cast_to_nothing(_settings: Mapping[str, object], _dtype: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way in which weights are quantized.
+    """A format of quantized weights.
 
     Attributes:
         label: the format's name for people.
@@ -216,12 +216,12 @@ class Format:
             path of the layer.
         packed: the name of the packed values, without the path of the layer.
         dtypes: the dtypes of packed values that are called ``weight``.
-        cast: the cast of A and B on a layer of this format; None if the base does not decide.
-        undecided: the casts that are possible and when each happens, if `cast` is None.
-        needs_config: whether the tensors mean nothing without the settings of a config.
-        dropped: tensors in the layers and around them that a dequantized model does without.
+        cast: the cast of A and B on a layer of the format; None if the base leaves the cast open.
+        undecided: the possible casts and when each happens, if `cast` is None.
+        needs_config: whether the tensors have a meaning only with the settings of a config.
+        dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
-        plain: how loaders treat a plain weight that the config calls quantized; empty if they
+        plain: how loaders treat a plain weight that the config calls quantized; empty if loaders
             keep the weight.
     """
 
@@ -239,11 +239,11 @@ class Format:
     plain: str = ""
 
     def has_sign(self, rest: str) -> bool:
-        """Return whether the format writes a tensor of this name beside a weight."""
+        """Return whether the format writes a tensor of the name beside a weight."""
         return re.fullmatch(self.signs, rest) is not None
 
     def owns(self, rest: str, dtype: str) -> bool:
-        """Return whether a tensor of a layer can be one of this format's."""
+        """Return whether a tensor of a layer can belong to the format."""
         return (rest == "weight" and dtype in self.dtypes) or self.has_sign(rest)
 
 
@@ -251,22 +251,22 @@ class Format:
 
 
 def whole(settings: Mapping[str, object], field_name: str) -> int | None:
-    """Return a whole number of the settings; None if there is none."""
+    """Return a setting if the setting is a whole number; else None."""
     found = settings.get(field_name)
     return found if type(found) is int else None
 
 
 def texts_of(settings: Mapping[str, object], names: Iterable[str]) -> set[str]:
-    """Return the different values of several settings as texts, without upper case.
+    """Return the different values of several settings as texts in lower case.
 
-    Settings that are absent, null or empty are left out.
+    The result leaves out absent, null and empty settings.
     """
     found = (settings.get(name) for name in names)
     return {str(value).lower() for value in found if value not in (None, "")}
 
 
 def sizes(value: object, count: int) -> tuple[int, ...] | None:
-    """Return a list of `count` whole numbers from 1 up; None if the value is no such list."""
+    """Return a list of `count` whole numbers from 1 up; None for any other value."""
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
     found = tuple(each for each in value if type(each) is int and each > 0)

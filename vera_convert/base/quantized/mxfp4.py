@@ -73,7 +73,7 @@ class _Parts(NamedTuple):
 
 
 def _decoder(parts: _Parts) -> Decode:
-    """Return the function that computes rows (expert, input); each is a column of the blocks."""
+    """Return the function that computes rows (expert, input): a row is a column of the blocks."""
 
     def rows(read: PartReader, first: int, last: int) -> Array:
         inputs, found = parts.groups * 32, []

@@ -1,4 +1,4 @@
-"""Small integers out of bytes and words, as the formats pack them."""
+"""Small integers out of bytes and words, in the packings of the formats."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FLOAT32 = np.dtype(np.float32)
 _CACHED_VALUES = 1 << 16
 
 FLOAT_OF = {"BF16": BFLOAT16, "F16": FLOAT16, "F32": FLOAT32}
-"""NumPy's dtype by safetensors' name, of the dtypes that libraries dequantize to."""
+"""NumPy's dtype by safetensors' name, for the dtypes of dequantized weights."""
 
 E2M1 = np.array(
     [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32
 )
-"""The sixteen values of a 4-bit float with two bits of exponent and one of mantissa."""
+"""The sixteen values of a 4-bit float with two exponent bits and a mantissa bit."""
 
 
 def pair_table(values: NDArray[Any], *, high_first: bool) -> NDArray[np.uint64]:
@@ -31,7 +31,7 @@ def pair_table(values: NDArray[Any], *, high_first: bool) -> NDArray[np.uint64]:
         high_first: whether the high half of a byte is the first of the two.
 
     Returns:
-        (256,): two float32 values each, as the bits of one integer.
+        (256,): two float32 values each, as the bits of a 64-bit integer.
     """
     codes = np.arange(256)
     first, second = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
@@ -45,13 +45,13 @@ def looked_up(packed: NDArray[np.uint8], table: NDArray[np.uint64]) -> NDArray[n
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows to compute one after the other: each fits the cache of a core."""
+    """Yield slices of rows for successive computation: each slice fits the cache of a core."""
     step = max(1, _CACHED_VALUES // max(columns, 1))
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def widened(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Return values as float32, those of 8-bit floats by a table: faster than one by one."""
+    """Return values as float32; for 8-bit floats, a table is faster than single conversions."""
     if values.dtype.itemsize != 1 or values.dtype.kind in "iub":
         return values.astype(np.float32)  # a copy, which callers change
     table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
@@ -73,7 +73,7 @@ def scaled(
     Args:
         q: (n, columns), integers or floats.
         scales: (n, groups) or (1, groups).
-        zeros: as `scales`; None if there are none.
+        zeros: as `scales`; None for packed values with scales alone.
         width: columns of a group; the last group may be narrower.
         dtypes: the dtypes that the library rounds to; the last is the dtype of the result.
     """
@@ -118,13 +118,13 @@ def fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def stream(words: NDArray[Any], bits: int, first: int, last: int) -> NDArray[np.uint8]:
-    """Return elements of dense streams of bits, which can cross the borders of words.
+    """Return elements of dense streams of bits; elements can cross the borders of words.
 
     Args:
         words: (rows, columns), each row a stream of 32-bit words, lowest bit first.
         bits: of an element, 1 to 8.
-        first: the number of the first element that is wanted.
-        last: the number of the element after the last one.
+        first: the number of the first element to return.
+        last: the number after the last element to return.
 
     Returns:
         (rows, last - first).

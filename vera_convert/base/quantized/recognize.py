@@ -1,7 +1,7 @@
-"""Tell which layers of a base are quantized, from the base's files and its config.
+"""Recognize the quantized layers of a base by the base's files and config.
 
-Each source alone is enough to refuse: files can be quantized without a word in the config, and a
-loader can quantize 16-bit files because the config says so.
+Each source alone is enough to refuse: files can be quantized while the config is silent, and a
+loader can quantize 16-bit files because of the config.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
 CONFIG_FIELDS = ("quantization_config", "compression_config")
-"""Members of a config, or of a part of it, that say how it is quantized."""
+"""Members of a config, or of a part of the config, with settings of the quantization."""
 
 _METHODS = {each.method: each.label for each in FORMATS} | refused.METHODS
 """The name of a method for people, by its ``quant_method``; bitsandbytes has two."""
@@ -44,22 +44,22 @@ _KEPT_FIELDS = (
 _PACKED = tuple(
     dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
-"""Names that quantizers give to packed values, whose shape is not the layer's."""
+"""Names that quantizers give to packed values of another shape than the layer's."""
 _CLASS = re.compile(r"[A-Z]\w*")
 """The name of a class of layers, such as Linear."""
 _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
-"""Parts of a quantized layer that have a ``weight`` of their own."""
+"""Parts of a quantized layer with a ``weight`` below the part's own name."""
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 _SHAPED = FLOATS | _FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
-"""Dtypes that hold one value in each element, so that a weight's shape is the layer's."""
+"""Dtypes with one value in each element: the weight's shape is the layer's shape."""
 
 
 def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
-    """Return an error for each way in which any of these tensors of a base is quantized.
+    """Return an error for each kind of quantization among the given tensors of a base.
 
     Args:
         base: the base.
-        tensors: names of weights that something is to be added to.
+        tensors: names of the weights for the addition.
     """
     names = [*dict.fromkeys(tensors)]
     found: dict[str, list[tuple[str, str]]] = {}
@@ -96,7 +96,7 @@ def quantized_tensors(base: BaseModel) -> frozenset[str]:
 
 @lru_cache(maxsize=1024)
 def kind_of_siblings(name: str) -> str | None:
-    """Return which quantizer writes a tensor of this name beside a weight; None if it is of none.
+    """Return the quantizer that writes a tensor of the name beside a weight, or None.
 
     Args:
         name: without the path of the layer, such as ``weight_scale``.
@@ -111,7 +111,7 @@ def kind_of_siblings(name: str) -> str | None:
 
 
 def layer_of(name: str) -> tuple[str, str]:
-    """Split a tensor's name into the path of its layer and the rest.
+    """Split a tensor's name into the path of the layer and the rest.
 
     The parts of a weight keep the word weight: ``a.b`` and ``weight.absmax``.
     """
@@ -138,7 +138,7 @@ class Quantization:
                 self._signs.setdefault(path, (rest, kind))
 
     def packed_weight(self, path: str) -> str | None:
-        """Return what a layer without a ``weight`` has instead, if the layer is quantized.
+        """Return the packed part of a quantized layer that lacks a ``weight``.
 
         Args:
             path: the layer's, in the base's files.
@@ -149,7 +149,7 @@ class Quantization:
         return next((name for name in names if name in self._base.tensors), None)
 
     def is_packed(self, name: str) -> bool:
-        """Say whether the shape of a weight is not that of its layer."""
+        """Say whether a weight and the weight's layer differ in shape."""
         path, rest = layer_of(name)
         dtype = self._base.tensors[name].info.dtype
         if rest != "weight" or dtype not in _SHAPED:
@@ -163,7 +163,7 @@ class Quantization:
         return is_transposed or f"{path}.weight_scales" in self._base.tensors
 
     def of_all(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-        """Return kind and reason by name, for those that are quantized."""
+        """Return kind and reason by name, for the quantized weights."""
         by_config = self._by_config(names)
         found = {}
         for name in names:
@@ -176,7 +176,7 @@ class Quantization:
         return found
 
     def by_tensors(self, name: str) -> Iterator[tuple[str, str]]:
-        """Yield kind and reason for each sign of it in the files."""
+        """Yield kind and reason for each sign of quantization in the files."""
         path, rest = layer_of(name)
         sign = self._signs.get(path)
         dtype = self._base.tensors[name].info.dtype
@@ -188,7 +188,7 @@ class Quantization:
             yield kind_of_siblings(rest) or sign[1], f"{printable(sign[0])} {where}"
 
     def _by_config(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the method by name for those that the config says are quantized."""
+        """Return the method by name, for the weights that the config calls quantized."""
         claims = [*islice(dict.fromkeys(_claims(self._base.config)), _MOST_CLAIMS + 1)]
         # Norms and biases have one dimension. A packed weight can have one too.
         names = [
@@ -204,7 +204,7 @@ class Quantization:
         patterns = dict.fromkeys(pattern for claim in claims for pattern in claim.patterns)
         every = [*dict.fromkeys(other for others in known.values() for other in others)]
         fitting = _fitting(patterns, every)
-        if fitting is None:  # it takes too long to tell: taken as quantized
+        if fitting is None:  # the search takes too long: taken as quantized
             return dict.fromkeys(names, claims[0].method)
         found: dict[str, str] = {}
         for name in names:
@@ -222,10 +222,10 @@ class _Claim:
     """A config's statement that modules are quantized.
 
     Attributes:
-        method: what the method is called.
-        kept: names of modules that are left alone: paths or parts of them, with ``*``, or regular
+        method: the method's name.
+        kept: names of modules that stay plain: paths or parts of paths, with ``*``, or regular
             expressions.
-        named: names of those that are quantized, likewise; None if they are all.
+        named: names of the quantized modules, likewise; None if all modules are quantized.
         takes_heads: whether output heads are quantized too.
     """
 
@@ -240,10 +240,10 @@ class _Claim:
         return self.kept | (self.named or frozenset())
 
     def covers(self, names: Iterable[str], fits: frozenset[str]) -> bool:
-        """Say whether a module is quantized that different releases know by these names.
+        """Say whether a module is quantized, given the module's names in different releases.
 
         Args:
-            names: those of the module.
+            names: the names of the module.
             fits: the patterns that fit any of the names.
         """
         if not self.takes_heads and any(map(_is_kept_by_default, names)):
@@ -254,7 +254,7 @@ class _Claim:
 
 
 def sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """Yield the parts of a config that say how the model is quantized."""
+    """Yield the parts of a config with settings of the model's quantization."""
     for name, part in config.items():
         if not isinstance(part, Mapping):
             continue
@@ -265,7 +265,7 @@ def sections(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 
 
 def method_of(section: Mapping[str, object]) -> str:
-    """Return the method that a section of a config names, as the formats call it."""
+    """Return the method that a section of a config names, in the spelling of the formats."""
     if section.get("load_in_4bit") or section.get("load_in_8bit"):
         return "bitsandbytes"
     return str(section.get("quant_method") or "").lower().replace("compressed_", "compressed-")
@@ -281,7 +281,7 @@ def method_label(section: Mapping[str, object]) -> str:
 
 
 def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
-    """Yield the claims of a config and its parts."""
+    """Yield the claims of a config and of the config's parts."""
     yield from map(_claim, sections(config))
 
 
@@ -292,12 +292,12 @@ def _claim(config: Mapping[str, object]) -> _Claim:
 
 
 def _named(config: Mapping[str, object]) -> frozenset[str] | None:
-    """Return the modules that are quantized, where a config lists them."""
+    """Return the quantized modules, where a config lists the modules."""
     if config.get("quant_method") == "mxfp4":
         return frozenset(("experts",))
     found = [*_texts(config.get("modules_in_block_to_quantize"))]
     found += _targets(config)
-    # "Linear" and the like are classes, which cover more than a name can tell.
+    # "Linear" and the like are classes: a class covers more than a name can tell.
     is_class = any(map(_CLASS.fullmatch, found))
     return frozenset(found) if found and not is_class else None
 
@@ -315,7 +315,7 @@ def fitting_targets(
     """Return the targets of a section's groups that fit each path of a layer.
 
     A target is a class of layers, the end of a path, or an expression ``re:...``. If an expression
-    is invalid or too slow, all fit: the shapes tell which group is right.
+    is invalid or too slow, all targets fit: the shapes tell the right group.
     """
     targets = {*_targets(section)}
     classes = {text for text in targets if _CLASS.fullmatch(text)}
@@ -332,9 +332,9 @@ def fitting_targets(
 
 @lru_cache(maxsize=4)
 def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]]:
-    """Return the expressions that fit each path; empty if one is invalid, or takes too long.
+    """Return the expressions that fit each path; empty if any is invalid or slow.
 
-    All are compared in one process, because the start of a process takes a tenth of a second.
+    A single process compares all names, because the start of a process takes a tenth of a second.
     """
     patterns = [Pattern("quantization_config", text.removeprefix("re:")) for text in expressions]
     try:
@@ -350,7 +350,7 @@ def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, 
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in a value, which may be one, or a list of texts or of lists."""
+    """Yield the texts in a value: a text, or a list of texts or of lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -359,9 +359,9 @@ def _texts(value: object) -> Iterator[str]:
 
 
 _MOST_CLAIMS = 32
-"""The most different statements of a config that are read: each is compared with each layer."""
+"""The most different statements to read of a config: the work grows with the layers."""
 _MOST_LOOKUPS = 20_000_000
-"""The most parts of names that are looked up among plain patterns: some seconds of work."""
+"""The most parts of names to look up among plain patterns: some seconds of work."""
 
 
 def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]] | None:
@@ -371,7 +371,7 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
     others are under the limits of `patterns.search`.
 
     Returns:
-        None if that takes too long, or if a pattern is no regular expression.
+        None if the search takes too long, or if a pattern is an invalid regular expression.
     """
     plain: dict[str, list[str]] = {}
     expressions = {}
@@ -404,7 +404,7 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
 
 
 def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:
-    """Yield each part of a name that has as many elements as one of `sizes`."""
+    """Yield each part of a name with a number of elements among `sizes`."""
     elements = name.split(".")
     for size in sizes:
         for start in range(len(elements) - size + 1):
@@ -417,5 +417,5 @@ def _of_wildcards(text: str) -> str:
 
 
 def _is_kept_by_default(module: str) -> bool:
-    """Say whether quantizers leave a module alone unless they are told otherwise."""
+    """Say whether quantizers leave a module plain by default."""
     return is_output_head(module) or is_table(module)

@@ -1,4 +1,4 @@
-"""The methods that are known by name and cannot be dequantized here."""
+"""The methods that the package knows by name and refuses to dequantize."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SIGNS = (
     (r"dqweight|act_global_scale|(forward|backward)_hadamard_matrix", "FP-Quant"),
     (r"qbiases|biases", "MLX or Metal"),
 )
-"""Patterns of names beside a layer's weight that only these quantizers write."""
+"""Patterns of names beside a layer's weight that only the refused quantizers write."""
 
 PACKED = (
     *("W_q", "codes", "packed_weight", "weight._data", "weight._data._data", "dense_weights"),
     *("centroids.weight", "indices"),
 )
-"""Names that these quantizers give to packed values."""
+"""Names of packed values in the files of the refused quantizers."""
 
 TRANSPOSED = ("EETQ",)
 """Methods that store one value in each element, but as (in, out)."""

@@ -1,4 +1,4 @@
-"""Quantized layers among those that an adapter changes: refused, or noted."""
+"""Quantized layers among the layers that an adapter changes: refused, or noted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["quantized_elsewhere", "refuse_quantized", "target_findings"]
 
 
 def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
-    """Refuse a merge into quantized weights that are not dequantized.
+    """Refuse a merge into weights that stay quantized.
 
     Args:
         base: the base with its packed weights.
-        weights: the weights that something is added to, by their names in the view.
+        weights: the weights that an addition changes, by the names in the view.
 
     Raises:
         CheckpointError: with a finding for each kind of quantization.
@@ -30,11 +30,11 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
 
 
 def refusals(base: Unpacked, weights: Iterable[str]) -> list[Finding]:
-    """Return an error for each way in which weights are quantized, with the use of --dequantize.
+    """Return an error for each kind of quantized weight, with the use of --dequantize.
 
     Args:
         base: the base with its packed weights.
-        weights: the weights that something is added to, by their names in the view.
+        weights: the weights that an addition changes, by the names in the view.
     """
     findings = quantized_targets(base.stored, map(base.stored_name, weights))
     text = _obstacle(base) or " With --dequantize, a merge writes a 16-bit model."
@@ -42,11 +42,11 @@ def refusals(base: Unpacked, weights: Iterable[str]) -> list[Finding]:
 
 
 def target_findings(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
-    """Yield a note if `merge --dequantize` can merge into these weights, or else a warning.
+    """Yield a note if `merge --dequantize` can merge into the weights, or else a warning.
 
     Args:
         base: the base with its packed weights.
-        weights: the weights that an adapter adds to, by their names in the view.
+        weights: the weights that an adapter changes, by the names in the view.
     """
     names = [*weights]
     obstacle = _obstacle(base)

@@ -1,8 +1,8 @@
-"""torchao, weights alone: int8, int4 (one in each int8) and float8, with one scale for each group.
+"""torchao, weights alone: int8, int4 (a value in each int8) and float8, with a scale per group.
 
     W = cast(float32(q - zero) * float32(scale))
 
-The header of the file names the class of each weight, which decides how it is laid out.
+The header of the file names the class of each weight; the class decides the layout.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CLASSES = {
     "IntxUnpackedToInt8Tensor": ("I8",),
     "Float8Tensor": ("F8_E4M3", "F8_E5M2"),
 }
-"""The classes that are supported, with the dtypes of their values."""
+"""The supported classes, with the dtypes of the values."""
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_TEXT = 16_384
-"""The most characters that are read of a header's entry for one weight."""
+"""The most characters to read of a header's entry for a weight."""
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -85,7 +85,7 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
     """Return the class, the data and the parts that the header names for a weight.
 
     Raises:
-        LayerError: it names none, or a class that is not supported.
+        LayerError: the header names no class, or a class that is not supported.
     """
     if layer.metadata is None:
         raise layer.error(rules.PART_MISSING, QDATA, "the header of the file says nothing of it.")

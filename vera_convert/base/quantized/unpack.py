@@ -1,8 +1,8 @@
-"""A quantized base as the model that it stands for: its weights by name and shape, still packed.
+"""A quantized base as the dequantized model: weights by name and shape, with packed values.
 
-    config ──► method ──► layers ──► parts, checked ──► weights ──► the base without its parts
+    config ──► method ──► layers ──► parts, checked ──► weights ──► the base without the parts
 
-Only headers are looked at, and the few small tensors that tell a shape.
+The module reads only headers, and the few small tensors that tell a shape.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _LONGEST_ROW = 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unpacked:
-    """A base with the weights that its quantized layers stand for.
+    """A base with the weights of the quantized layers.
 
     Attributes:
-        stored: the base as its files hold it.
-        view: the base with each quantized weight that can be dequantized in place of its parts: by
-            the name, the shape and the dtype of a model that is not quantized.
-        weights: these weights, by name.
-        formats: the format of each of these weights, by name.
-        settings: what the config says of the quantization.
-        dtype: the dtype of a dequantized weight, as safetensors names it.
-        defects: why the base cannot be dequantized; empty if it can.
+        stored: the base of the files.
+        view: the base with each weight that can be dequantized in place of the weight's parts: by
+            the name, the shape and the dtype in a dequantized model.
+        weights: the weights that can be dequantized, by name.
+        formats: the format of each of `weights`, by name.
+        settings: the quantization settings of the config.
+        dtype: the dtype of a dequantized weight, by safetensors' name.
+        defects: the obstacles to dequantizing the base; empty if the base can be dequantized.
     """
 
     stored: BaseModel
@@ -88,9 +88,9 @@ class Unpacked:
 
 @lru_cache(maxsize=8)
 def unpacked(base: BaseModel) -> Unpacked:
-    """Return a base with its packed weights by the names and shapes that they stand for.
+    """Return a base with packed weights by the names and shapes of the dequantized model.
 
-    A command asks several times for the same base.
+    The cache helps because a command asks several times for the same base.
     """
     layers = _layers(base)
     packed = {path: infos for path, infos in layers.items() if any(map(_is_sign, infos.items()))}
@@ -124,7 +124,7 @@ def model_dtype(config: Mapping[str, object]) -> str:
 
 
 def _dtypes(config: Mapping[str, object]) -> Iterator[str]:
-    """Yield the dtypes that a config and its parts name, as safetensors names them."""
+    """Yield the dtypes that a config and the config's parts name, by safetensors' names."""
     for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         for field_name in ("dtype", "torch_dtype"):
             named = part.get(field_name)
@@ -137,7 +137,7 @@ def _dtypes(config: Mapping[str, object]) -> Iterator[str]:
 
 
 def _layers(base: BaseModel) -> dict[str, dict[str, TensorInfo]]:
-    """Return the tensors of each layer, by the rest of their names."""
+    """Return the tensors of each layer, by the name below the layer's path."""
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in base.tensors.items():
         path, rest = layer_of(name)
@@ -146,18 +146,18 @@ def _layers(base: BaseModel) -> dict[str, dict[str, TensorInfo]]:
 
 
 def _is_sign(part: tuple[str, TensorInfo]) -> bool:
-    """Say whether a tensor shows that its layer is quantized."""
+    """Say whether a tensor is the sign of a quantized layer."""
     rest, info = part
     return kind_of_siblings(rest) is not None or (rest == "weight" and info.dtype not in FLOATS)
 
 
 class _Reader:
-    """Reads layers one by one, and keeps what is wrong with them."""
+    """Reads layers in turn, and keeps the defects of the layers."""
 
     def __init__(self, base: BaseModel, paths: Sequence[str]) -> None:
         self.base = base
         self.dtype = result_dtype(base.config)
-        # A float32 model is written in 16 bits, but its weights are not rounded before the delta.
+        # A float32 model is written in 16 bits, but rounding waits until after the delta.
         self.model_dtype = model_dtype(base.config).replace("F64", "F32")
         self.weights: dict[str, PackedWeight] = {}
         self.formats: dict[str, Format] = {}
@@ -168,12 +168,12 @@ class _Reader:
         self.targets = fitting_targets(self.settings, paths)
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
-        # A quantizer's bias and shape say nothing here: only the model's class transposes.
+        # Only the model's class tells a transposed layer: a quantizer's bias and shape are silent.
         types = model_types(base.config)
         self.conv1d = frozenset[str]().union(*(CONV1D_LAYERS.get(kind, ()) for kind in types))
 
     def read(self, path: str, infos: Mapping[str, TensorInfo]) -> None:
-        """Read the weights of one layer."""
+        """Read the weights of a layer."""
         fitting = self._format(infos)
         if fitting is None:
             self.defects.append(self._refusal(path, infos))
@@ -211,7 +211,7 @@ class _Reader:
             if any(each.owns(rest, info.dtype) for rest, info in infos.items())
             and (each.method in self.methods if self.methods else not each.needs_config)
         ]
-        if len(own) > 1:  # the names of its parts tell more than the dtype of its weight
+        if len(own) > 1:  # part names tell more than the dtype of the weight
             own = [each for each in own if any(each.owns(rest, "") for rest in infos)]
         return own[0] if len(own) == 1 and self.is_clear else None
 
@@ -250,7 +250,7 @@ def _of_activations(
     packed: Mapping[str, Mapping[str, TensorInfo]],
     used: Sequence[Format],
 ) -> Iterator[str]:
-    """Yield the scales of activations in quantized layers and in the modules that hold these."""
+    """Yield the scales of activations in quantized layers and in the modules around the layers."""
     dropped = frozenset[str]().union(*(each.dropped for each in used))
     around = {*packed} | {path.rpartition(".")[0] for path in packed}
     for path, infos in layers.items():
@@ -261,7 +261,7 @@ def _of_activations(
 def _other_dtypes(
     base: BaseModel, dropped: set[str], packed: Mapping[str, object]
 ) -> Iterator[Finding]:
-    """Yield a finding for each tensor that is neither a part nor plain values."""
+    """Yield a finding for each tensor outside the parts and the plain values."""
     for name, tensor in base.tensors.items():
         path, rest = layer_of(name)
         dtype = tensor.info.dtype
@@ -291,7 +291,7 @@ def _check_biases(layer: Layer, weights: Sequence[PackedWeight]) -> None:
 def _view(
     base: BaseModel, weights: Mapping[str, PackedWeight], dropped: set[str], dtype: str
 ) -> BaseModel:
-    """Return a base with weights in place of their parts, in the order of its tensors."""
+    """Return a base with weights in place of the parts, in the order of the base's tensors."""
     by_main = {weight.main: weight for weight in weights.values()}
     tensors = {}
     for name, tensor in base.tensors.items():
