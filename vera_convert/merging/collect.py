@@ -249,7 +249,7 @@ class _Collector:
             self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
 
     def _embedding_of(self, head: Replacement) -> str | None:
-        """Return the embedding that the base ties to a head; None if the base lacks such an embedding.
+        """Return the embedding that the base ties to a head; None if there is none.
 
         If the adapter also replaces the embedding, the head may have another number of rows.
         """
