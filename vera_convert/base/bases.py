@@ -20,14 +20,14 @@ class Bases:
         self._found: dict[tuple[object, ...], Any] = {}
 
     def located(self, model: str, revision: str | None) -> Location:
-        """Find a base that a caller names; see `hub.lookup.locate`."""
+        """Find a base by a caller's name or path; see `hub.lookup.locate`."""
         return self._once(
             ("located", model, revision),
             lambda: locate(model, kind="base", access=self.access, revision=revision),
         )
 
     def named(self, name: str | None, revision: str | None) -> NamedBase:
-        """Find a base that a config names; see `hub.lookup.base_from_config`."""
+        """Find a base by the name in a config; see `hub.lookup.base_from_config`."""
         return self._once(
             ("named", name, revision), lambda: base_from_config(name, revision, self.access)
         )

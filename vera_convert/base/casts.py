@@ -1,7 +1,8 @@
-"""The dtypes that PEFT casts A and B to on a base, after drawing both from the key.
+"""The dtypes of PEFT's casts of A and B on a base, after drawing A and B from the key.
 
-PEFT casts A and B once for each wrapped layer, in the order of the model. The dtype is that of the
-layer's weight; for a quantized layer it is the dtype of the computation. Integers cause no cast.
+PEFT casts A and B once for each wrapped layer, in the order of the model. The dtype of a plain
+layer's weight is the dtype of the cast; a quantized layer gives the dtype of the computation.
+Integer weights leave A and B uncast.
 Stored A and B already hold the values after all casts, and stay as they are.
 """
 
@@ -20,9 +21,9 @@ class Casts(NamedTuple):
     """The combined effect of the casts on a base.
 
     Attributes:
-        rounding: the rounding of the values; None if the base does not decide.
-        possible: if the base does not decide, the roundings that are possible; empty if all are.
-        reason: why the base does not decide; empty if it does.
+        rounding: the rounding of the values; None if the base leaves the rounding open.
+        possible: the possible roundings if `rounding` is None; empty if all roundings are possible.
+        reason: why the base leaves the rounding open; empty if the base decides.
     """
 
     rounding: Rounding | None
@@ -31,11 +32,11 @@ class Casts(NamedTuple):
 
 
 def casts_on(base: Unpacked, names: Iterable[str]) -> Casts:
-    """Return the casts of A and B when PEFT wraps these weights of a base.
+    """Return the casts of A and B when PEFT wraps the weights `names` of a base.
 
     Args:
-        base: the base with its packed weights.
-        names: the adapted weights, by their names in the view.
+        base: the base with the packed weights.
+        names: the adapted weights, by the names in the view.
     """
     dtypes: set[str] = set()
     for name in dict.fromkeys(names):

@@ -1,10 +1,10 @@
-"""The component of a diffusers pipeline that an adapter was trained on.
+"""Find the component of a diffusers pipeline for an adapter.
 
-A pipeline holds several models, each in a folder, and an adapter's file does not name the model.
-The layers decide: an adapter fits the component that has a tensor of the right shape for each
-layer of the adapter. Wan 2.2 has two transformers with equal layers, and other pipelines have two
-equal text encoders. Such an adapter is refused, because a guess could add the deltas to the wrong
-model.
+A pipeline holds several models, each in a folder, and an adapter's file leaves the model unnamed.
+The layers decide: an adapter fits the component with a tensor of the right shape for each layer of
+the adapter. Wan 2.2 has two transformers with equal layers, and other pipelines have two
+equal text encoders. An adapter with several fitting components is refused, because a guess could
+add the deltas to the wrong model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _MAIN = ("transformer", "unet")
-"""Kinds of components that most adapters are trained on; an error there is reported first."""
+"""The usual components for an adapter; an error in a usual component is reported first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,15 @@ class Pipeline:
     def component_of(
         self, find: Callable[[BaseModel], Match], trained_on: str | None
     ) -> tuple[BaseModel, Match]:
-        """Return the one component that has an adapter's layers, and the match of the layers.
+        """Return the only component with an adapter's layers, and the match of the layers.
 
         Args:
             find: finds the adapter's layers in a component, or raises `CheckpointError`.
-            trained_on: the base's name in the adapter's config. A path that ends with a component's
+            trained_on: the base's name in the adapter's config. A path ending with a component's
                 folder decides between equal components.
 
         Raises:
-            CheckpointError: no component has the layers, or several components have the layers.
+            CheckpointError: no component or several components have the layers.
         """
         bases, errors = self._read_all()
         found: dict[str, tuple[BaseModel, Match]] = {}
@@ -72,7 +72,7 @@ class Pipeline:
         return next(iter(found.values()))
 
     def _read_all(self) -> tuple[dict[str, BaseModel], dict[str, CheckpointError]]:
-        """Read every component that has weights, and collect the errors of malformed components."""
+        """Read every component with weights, and collect the errors of malformed components."""
         bases, errors = {}, {}
         for folder in component_folders(list_files(self.location, self.bases.access)):
             try:
@@ -82,7 +82,7 @@ class Pipeline:
         return bases, errors
 
     def _absent_equals(self, found: Mapping[str, object]) -> frozenset[str]:
-        """Return the listed components without weights here, of a kind that fits the adapter."""
+        """Return the listed components without weights here, of a kind in `found`."""
         present = component_folders(list_files(self.location, self.bases.access))
         kinds = {kind_of_component(folder) for folder in found}
         listed = listed_components(self.location, self.bases.access)

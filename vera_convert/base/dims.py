@@ -1,26 +1,26 @@
-"""The dimensions of the shared A (r, inputs) and B (outputs, r): one decision for every command.
+"""The dimensions of the shared A (r, inputs) and B (outputs, r): the same for every command.
 
-PEFT finds the layers that the config's targets match *in the wrapped model*. The widest of the
+PEFT matches the config's targets with the layers *of the wrapped model*. The widest of the
 layers give A and B their dimensions, and PEFT saves two vectors for each layer. The adapter's file
-therefore names the layers that count, and the base supplies the numbers of inputs.
+therefore names the relevant layers, and the base supplies the numbers of inputs.
 
-The files of a base can hold further layers that the targets match. A further layer changes the
-dimensions only if the model class builds the layer. PEFT then saves vectors for the layer, too.
+The files of a base can hold further layers, also matched by the targets. A further layer changes
+the dimensions only if the model class builds the layer. PEFT then saves vectors for the layer, too.
 
 `shared_dims` calls the dimensions proven in three cases:
 
 1. Every further layer is at most as wide as the layers of the adapter's file.
 2. The file stores A and B, or the fingerprint of A and B. The stored dimensions fit the layers of
-   the file, with or without some of the further layers.
+   the file, alone or together with some of the further layers.
 3. The class leaves out every wider further layer. The layer's number is at least the number of
    layers in the base's config, or the layer predicts several tokens (``mtp``).
 
 In all other cases the file is either complete, or was cut after the training:
 
-- A file with a hole was cut. A hole is a layer that the class builds and that the file lacks,
+- A file with a hole was cut. A hole is a layer built by the class and absent from the file,
   although other layers of the file have the name of the hole. `DIMS_AMBIGUOUS` refuses the adapter
-  and names the dimensions with and without the hole. An adapter that stores A and B passes, because
-  nothing is drawn; PEFT requires the dimensions with the hole.
+  and names the dimensions with the hole and without the hole. An adapter with stored A and B
+  passes, because nothing is drawn; PEFT requires the dimensions with the hole.
 - A file without a hole counts as complete. The layers of the file give the dimensions, and
   `TARGETS_DISAGREE` warns and names the dimensions with the further layers.
 
@@ -63,7 +63,7 @@ class SharedDims(NamedTuple):
         in_features: columns of A.
         out_features: rows of B.
         adapted: the adapted layers, in the model's order. PEFT casts A and B to the layers' dtypes.
-        findings: warnings and notes about the layers that give the dimensions.
+        findings: warnings and notes about the layers behind the dimensions.
     """
 
     in_features: int
@@ -80,12 +80,12 @@ def shared_dims(
     Args:
         adapter: the adapter.
         model: the linear layers of the base's files or of a model, by the adapter's names.
-        own: the layers of `model` that the adapter's file adapts.
+        own: the layers of `model` with vectors in the adapter's file.
         built: which layers the model's class builds.
 
     Raises:
         CheckpointError: the targets match narrower layers than the file adapts, or the file has
-            holes that could change the dimensions.
+            holes with a possible effect on the dimensions.
     """
     matched = _matched(adapter, model, own)
     findings = [*_unmatched(adapter, own, matched)]
@@ -110,7 +110,7 @@ def _sizes(layers: Layers) -> list[Dims]:
 
 
 def _widest(sizes: Iterable[Dims]) -> Dims:
-    """Return the smallest dimensions that suffice for every size."""
+    """Return the smallest dimensions with room for every size."""
     inputs, outputs = zip(*sizes, strict=True)
     return Dims(max(inputs), max(outputs))
 
@@ -119,15 +119,15 @@ def _suffice(dims: Dims, size: Dims) -> bool:
     return _widest([dims, size]) == dims
 
 
-# --- the layers that the config's targets match --------------------------------------------------
+# --- the matches of the config's targets ---------------------------------------------------------
 
 
 class _Matched(NamedTuple):
     """The layers that the config's targets match.
 
     Attributes:
-        own: layers that the file adapts.
-        only_sized: layers that the config lists by full name and PEFT does not adapt.
+        own: layers with vectors in the file.
+        only_sized: layers in the config's list of full names, left out by PEFT when adapting.
         further: other layers, by the names and shapes in the base's files.
     """
 
@@ -161,7 +161,7 @@ def _adapted(model: ModelLayers, config: VeraConfig) -> Adapted:
 
 
 def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Finding]:
-    """Warn of layers in the file that PEFT ignores, because the targets miss the layers.
+    """Warn of layers in the file if the targets miss the layers, so PEFT ignores the vectors.
 
     Raises:
         CheckpointError: PEFT's A and B would be too small for the ignored layers.
@@ -185,7 +185,7 @@ def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Fin
     yield rules.TARGETS_DISAGREE.at(adapter.place, reason)
 
 
-# --- layers that only the base's files have ------------------------------------------------------
+# --- layers of the base's files alone ------------------------------------------------------------
 
 
 def _dims(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> tuple[Dims, bool]:
@@ -193,12 +193,12 @@ def _dims(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> t
 
     Args:
         adapter: the adapter.
-        in_file: the dimensions of the layers that the file adapts.
-        possible: further layers that the model's class may build.
-        holes: those of `possible` that the file should have.
+        in_file: the dimensions of the layers in the adapter's file.
+        possible: further layers, perhaps built by the model's class.
+        holes: the layers of `possible` expected in the file.
 
     Raises:
-        CheckpointError: the file lacks layers that could change the dimensions.
+        CheckpointError: the file lacks layers with a possible effect on the dimensions.
     """
     if _widest([in_file, *_sizes(possible)]) == in_file:
         return in_file, True
@@ -207,7 +207,7 @@ def _dims(adapter: Adapter, in_file: Dims, possible: Layers, holes: Layers) -> t
     if record is not None:
         dims = Dims(record.in_features, record.out_features)
         inside = [size for size in _sizes(possible) if _suffice(dims, size)]
-        # PEFT requires stored A and B that suit every adapted layer, with or without vectors.
+        # PEFT requires stored A and B to suit every adapted layer, even a layer without vectors.
         least = in_file if adapter.projections is None else with_holes
         if _widest([in_file, *inside]) == dims and _suffice(dims, least):
             return dims, True
@@ -230,7 +230,7 @@ def _these(holes: Layers) -> str:
 
 
 def _also_matched(adapter: Adapter, further: Layers, dims: Dims, other: Dims | None) -> Finding:
-    """Return the finding on further layers, which the targets match and the file lacks.
+    """Return the finding on further layers, matched by the targets and absent from the file.
 
     Args:
         adapter: the adapter.

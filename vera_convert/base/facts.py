@@ -1,6 +1,6 @@
-"""The caller's options for a base, and the facts of a base that decide A and B.
+"""The caller's options for a base, and the facts of a base for A and B.
 
-This module has the records alone and loads fast; `resolve` fills the facts in.
+The module has the records alone and loads fast; `resolve` fills the facts in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vera_convert.targets.linear import Linear
 
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
-"""A path of a module, or nothing."""
+"""A path of a module, or the empty text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class BaseOptions:
     Attributes:
         model: a folder or a repo on the Hub.
         revision: branch, tag or commit of the repo; None for the revision of the adapter's config.
-        dtype: the dtype in which the base is loaded, such as ``bfloat16``.
-        in_features: columns of A, if no base is given.
-        out_features: rows of B, if no base is given.
-        key_map: pairs (OLD, NEW) that rename leading paths of the adapter's modules.
-        places: pairs (NAME, MODEL), or a mapping: the base MODEL for configs that name NAME.
+        dtype: the dtype of the loaded base, for example ``bfloat16``.
+        in_features: columns of A, in place of a base.
+        out_features: rows of B, in place of a base.
+        key_map: pairs (OLD, NEW) for renaming leading paths of the adapter's modules.
+        places: pairs (NAME, MODEL), or a mapping: the base MODEL for configs with the name NAME.
 
     Example:
         >>> BaseOptions("org/model", dtype="bf16").dtype
@@ -83,7 +83,7 @@ def key_maps(value: object) -> tuple[tuple[str, str], ...]:
     """Return the renames of a key map: pairs (OLD, NEW), or texts ``OLD=NEW``.
 
     Raises:
-        UsageError: an item is neither a pair nor a text.
+        UsageError: an item has another type than pair or text.
     """
     if isinstance(value, str):
         value = (value,)
@@ -128,21 +128,22 @@ def base_options_of(base: BaseOptions | str | Path | None) -> BaseOptions:
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """The facts of a base that decide A and B; None means "not known".
+    """The facts of a base for A and B; None means "unknown".
 
     Attributes:
         in_features: columns of A.
         out_features: rows of B.
         rounding: the rounding of drawn values to the base's dtype.
         roundings: the possible roundings if `rounding` is None; empty if all are possible.
-        unclear: why the base does not decide the rounding; empty if it does, or is not known.
+        unclear: why the base leaves the rounding open; empty for a decided rounding or an unknown
+            base.
         source: the source of the facts, or the reason why facts are missing, for people.
         location: where the base lies.
         base: the base's headers, if read.
         match: the base's tensor for each adapted layer, if the headers were read.
         layers: the size of each adapted layer, by the adapter's module path; empty if the base's
-            layers were not read.
-        modules: every module with a weight, as the adapter's model names it; empty likewise.
+            layers are unread.
+        modules: every module with a weight, by the names of the adapter's model; empty likewise.
         findings: warnings about the base.
     """
 
@@ -175,13 +176,13 @@ class BaseFacts:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders that were read, which no output may touch."""
+        """The folders of the base; outputs must stay outside."""
         folder = self.location.folder if self.location else None
         return (folder,) if folder else ()
 
 
 def loaded_in(facts: BaseFacts, dtype: str) -> BaseFacts:
-    """Return the facts of a base that is loaded in `dtype` instead of the dtypes of the headers.
+    """Return the facts of a base loaded in `dtype` instead of the dtypes of the headers.
 
     Args:
         facts: the facts from the headers.

@@ -1,4 +1,4 @@
-"""Compare a base with the model that an adapter's config names, and with the base's own config."""
+"""Compare a base with the model named in an adapter's config, and with the base's own config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")
 _CARD = "README.md"
 _MOST_OF_CARD = 1 << 16
 _TUNED = frozenset(("finetune", "merge"))
-"""The relations of a model card to its ``base_model`` that mean other weights."""
+"""The relations of a model card to the ``base_model`` after a change of the weights."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
 
 
@@ -38,9 +38,9 @@ def disagreements(
 
     Args:
         adapter: the adapter.
-        base: the base, which has the adapter's layers.
-        built: which layers the base's config says are built.
-        modules: module paths of the base's layers, as the adapter's model names them.
+        base: the base with the adapter's layers.
+        built: the layers built by the class, according to the base's config.
+        modules: module paths of the base's layers, by the names of the adapter's model.
     """
     other = [*_another_name(adapter.config, base), *_another_class(adapter.config, base)]
     if other:
@@ -54,7 +54,7 @@ def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
     name = config.base_model_name_or_path
     if not name or not is_repo_id(name):
         return  # the path of a model differs between machines
-    # The base's _name_or_path is no help: in a tuned model the field often names the parent.
+    # The base's _name_or_path proves little: in a tuned model the field often names the parent.
     repo = base.location.repo_id or _cached_repo(base.location)
     if repo is not None and _last(name) != _last(repo):
         yield f"the adapter's config names {printable(name)}, and this is {printable(repo)}"
@@ -66,7 +66,7 @@ def _another_name(config: VeraConfig, base: BaseModel) -> Iterator[str]:
 
 
 def _tuned_from(location: Location) -> frozenset[str]:
-    """Return the models, in lower case, whose weights a folder's model card says were changed."""
+    """Return the parents of a tuned model, in lower case, from the folder's model card."""
     folder = location.folder
     if folder is None:
         return frozenset()
@@ -83,7 +83,7 @@ def _tuned_from(location: Location) -> frozenset[str]:
         if line[:1] not in (" ", "-"):
             key, _, value = line.partition(":")
         fields.setdefault(key, set()).add(value.strip(" -'\"").casefold())
-    # A card without a relation can belong to a mirror, whose weights are the same.
+    # A card without a relation can belong to a mirror with the same weights.
     is_tuned = not _TUNED.isdisjoint(fields.get("base_model_relation", ()))
     return frozenset(fields.get("base_model", ())) if is_tuned else frozenset()
 
@@ -121,7 +121,7 @@ def _plain(name: str) -> str:
 
 
 def _other_sizes(base: BaseModel) -> Iterator[str]:
-    """Yield the sizes of the embedding that no field of the base's config states."""
+    """Yield the embedding sizes absent from every field of the base's config."""
     fields: dict[str, object] = {}
     for part in parts_of_config(base.config):
         fields = {**part, **fields}  # fields of the model before fields of a part

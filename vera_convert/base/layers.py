@@ -16,11 +16,11 @@ from vera_convert.targets.linear import ModelLayers, layers_from_shapes
 
 
 def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
-    """Return a model's layers from the headers, or from the config if the model has no weights.
+    """Return a model's layers from the headers, or from the config if weights are absent.
 
     Raises:
-        CheckpointError: the model is malformed, or the config's model type is not known.
-        SurroundingsError: the model cannot be found or read.
+        CheckpointError: the model is malformed, or the config's model type is unknown.
+        SurroundingsError: finding or reading the model fails.
     """
     location = locate(model, kind="base", access=access, revision=revision)
     try:
@@ -41,8 +41,8 @@ def layers_of_config_file(path: Path) -> ModelLayers:
     """Return a model's layers from a ``config.json``.
 
     Raises:
-        CheckpointError: the config is malformed, or the model type is not known.
-        SurroundingsError: the file cannot be read.
+        CheckpointError: the config is malformed, or the model type is unknown.
+        SurroundingsError: reading the file fails.
     """
     with open_local(path) as source:
         return layers_from_config(read_config_file(source))

@@ -1,7 +1,7 @@
-"""Match the layers of an adapter with the tensors of a base: all layers by one strategy, or none.
+"""Match the layers of an adapter with the tensors of a base: one strategy for all layers.
 
-A strategy fits only if every layer then has exactly one tensor, no two layers have the same tensor,
-and every shape agrees. The strategies are tried in this order:
+A strategy fits only if the strategy gives every layer exactly one tensor, different layers have
+different tensors, and every shape agrees. The strategies are tried in this order:
 
     names as they are ──► prefixes, renames ──► --key-map ──► the same with a tied head ──► refused
 """
@@ -48,8 +48,8 @@ class Match:
         strategy: leads from the path of a layer in the adapter to the path in the base's files.
         tensors: name of the base's tensor by module path, in the adapter's order.
         layers: size and orientation of each layer, by module path.
-        tied: output heads without a tensor; `tensors` has the embedding's tensor for such a head.
-        parts: layers that are a part of their tensor, or several tensors, by module path.
+        tied: output heads without a tensor; `tensors` has the embedding's tensor for a tied head.
+        parts: layers stored as a part of a tensor, or as several tensors, by module path.
     """
 
     strategy: Strategy
@@ -77,12 +77,12 @@ def match_modules(
 
     Args:
         layers: length of lambda_b by module path.
-        base: the base; the tensors of the match are those of its view, see `unpacked`.
-        widest: columns of A, the most inputs of any layer; None if not known.
-        fan_in_fan_out: the field of the adapter's config, for a square tensor whose orientation
-            neither the base nor another layer tells.
+        base: the base; the match names tensors of the base's view, see `unpacked`.
+        widest: columns of A, the most inputs of any layer; None if unknown.
+        fan_in_fan_out: the field of the adapter's config, for a square tensor if base and
+            other layers leave the orientation open.
         key_map: pairs (OLD, NEW) from the user, used if no known strategy fits.
-        copies: the shapes of the base's weights that the adapter stores for adapted layers, by
+        copies: the shapes of the base's weights in the adapter's file, for adapted layers, by
             module path. An output head has the shape of the copy, because the training can have
             resized the vocabulary.
 
@@ -109,9 +109,9 @@ def match_modules(
 
 
 def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
-    """Return the embedding whose tensor an adapted output head shares; None if there is none.
+    """Return the embedding with the tensor of an adapted output head; None if absent.
 
-    A base can store head and embedding as two tensors although a loader uses one tensor for both.
+    A base can store head and embedding as two tensors although a loader uses a single tensor.
     """
     if module in match.tied:
         return match.tensors[module]
@@ -120,12 +120,12 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     return None
 
 
-# --- trying them ---------------------------------------------------------------------------------
+# --- trying strategies ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """The result of a strategy: a match of the layers that have a tensor, and the problems."""
+    """The result of a strategy: a match of the layers with a tensor, and the problems."""
 
     match: Match
     missing: tuple[str, ...]
@@ -137,7 +137,7 @@ class _Trial:
 
 
 class _Matcher:
-    """Tries strategies on the layers of one adapter and one base.
+    """Tries strategies on the layers of an adapter and a base.
 
     Attributes:
         base: the base, with packed weights by the names and shapes of plain weights.
@@ -167,9 +167,9 @@ class _Matcher:
         return self._try(strategy, [*self._layers])
 
     def with_tied_head(self, trial: _Trial) -> _Trial:
-        """Return the trial with the embedding in place of a missing output head that is tied.
+        """Return the trial with the embedding in place of a missing, tied output head.
 
-        A trial that lacks another layer, or whose head has no embedding, is returned as it is.
+        A trial stays the same if another layer is missing or the head lacks an embedding.
         """
         heads = tuple(filter(is_output_head, self._layers))
         if trial.missing != heads or len(heads) != 1 or self.base.tie_word_embeddings is False:
@@ -192,10 +192,10 @@ class _Matcher:
         return replace(rest, match=match)
 
     def choose(self, plain: _Trial, known: Sequence[_Trial], given: Sequence[_Trial]) -> _Trial:
-        """Return the complete trial, or the trial with most matches if no trial is complete.
+        """Return the complete trial, or else the trial with most matches.
 
         Args:
-            plain: the trial of the names as they are, which alone counts if no layer is missing.
+            plain: the trial of unchanged names; counts alone if every layer has a tensor.
             known: the trials of known strategies.
             given: the trials of the user's key maps.
 
@@ -216,7 +216,7 @@ class _Matcher:
         return max((plain, *known, *given), key=lambda trial: len(trial.match.tensors))
 
     def refusal(self, trial: _Trial) -> list[Finding]:
-        """Explain why no strategy fits: counts, one unmatched name of each side, key maps."""
+        """Explain why no strategy fits: counts, an unmatched name of each side, key maps."""
         if not trial.missing:
             return [*trial.problems[:_MOST_FINDINGS]]
         base, module, tensors = self.base, trial.missing[0], trial.match.tensors
@@ -277,7 +277,7 @@ class _Matcher:
         return _Trial(match, missing, tuple(problems))
 
     def _parts(self, strategy: Strategy, modules: Sequence[str]) -> dict[str, Inside]:
-        """Return the place of each layer without a tensor of its own, as far as proven."""
+        """Return the proven places of layers inside shared tensors or in several tensors."""
         found = {
             module: self._inside.inside(module, self._layers[module], strategy.undo)
             for module in modules
@@ -297,7 +297,7 @@ class _Matcher:
         return name if name in self.base.tensors else self._quantization.packed_weight(path)
 
     def _linear(self, module: str, name: str, *, conv1d: bool = False) -> Linear:
-        """Return the layer that matches a tensor of the base."""
+        """Return the size and orientation of a layer from a tensor of the base."""
         rows, columns = self.base.tensors[name].info.shape
         own = Linear(columns, rows, conv1d=True) if conv1d else Linear(rows, columns)
         outputs, inputs = self._heads.get(module, (0, 0))
@@ -325,14 +325,14 @@ class _Matcher:
                 yield rules.SHAPES_DIFFER.at(printable(tensors[module]), reason)
 
     def _conv1d(self, tensors: Mapping[str, str]) -> dict[str, bool]:
-        """Say for each module whether its tensor is stored as (in, out)."""
+        """Say for each module whether the module's tensor is stored as (in, out)."""
         found: dict[str, bool | None] = {}
         for module, name in tensors.items():
             rows, columns = self.base.tensors[name].info.shape
             found[module] = self._orientation.is_conv1d(name)
             if found[module] is None and rows != columns:
                 found[module] = self._layers[module] == columns and module not in self._heads
-        # If neither the base nor a shape tells, the layer is stored as the other layers are.
+        # If base and shape leave the orientation open, the layer is stored like the other layers.
         kinds = {each for each in found.values() if each is not None}
         usual = kinds.pop() if len(kinds) == 1 else self._fan_in_fan_out
         return {module: usual if each is None else each for module, each in found.items()}
@@ -351,7 +351,7 @@ _CONVOLUTIONS = {3: "nn.Conv1d", 4: "nn.Conv2d", 5: "nn.Conv3d"}
 
 
 def _kind_of_weight(name: str, shape: Sequence[int]) -> str:
-    """Return the kind of layer that a weight of other than two dimensions probably belongs to."""
+    """Return the probable kind of layer behind a weight of other than two dimensions."""
     if len(shape) == 3 and "expert" in name:
         return "the weights of several experts in one tensor"
     if len(shape) in _CONVOLUTIONS:
@@ -360,7 +360,7 @@ def _kind_of_weight(name: str, shape: Sequence[int]) -> str:
 
 
 def _complete(trials: Iterable[_Trial]) -> list[_Trial]:
-    """Return the complete trials, one for each distinct choice of tensors."""
+    """Return the complete trials with distinct choices of tensors."""
     found: list[_Trial] = []
     for trial in trials:
         tensors = trial.match.tensors
@@ -370,7 +370,7 @@ def _complete(trials: Iterable[_Trial]) -> list[_Trial]:
 
 
 def _shared_block(module: str, base: BaseModel) -> str | None:
-    """Return the tensor of the block that several layers share, as in Zamba2; None without it."""
+    """Return the tensor of a block shared by several layers, as in Zamba2; None if absent."""
     if "shared" not in module:
         return None
     path = re.compile(re.sub(r"\d+", r"\\d+", re.escape(f"{module}.weight")))

@@ -1,7 +1,7 @@
-"""Read a base model from its headers: names, shapes, dtypes and files, but no values.
+"""Read a base model from its headers: names, shapes, dtypes and files.
 
-A model is one safetensors file, or shards under an index, of transformers or diffusers, in a folder
-or on the Hub. On the Hub, a range request of some kilobytes reads the header of a file.
+A model is a single safetensors file, or shards under an index, of transformers or diffusers, in a
+folder or on the Hub. On the Hub, a range request of some kilobytes reads the header of a file.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from vera_convert.text import printable
 CONFIG_LIMIT = 16 << 20
 """The most bytes of a model's config.json; class names of image models fill a megabyte."""
 INDEX_LIMIT = 100_000_000
-"""The most bytes of an index, which is as large as all headers together."""
+"""The most bytes of an index; an index is as large as all headers together."""
 _REQUESTS = 8
 _NEAR = 32 << 10
-"""The bytes between two small tensors that cost less than a second request."""
+"""Reading so many bytes between two small tensors costs less than a second request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,14 @@ class BaseModel:
 
     Attributes:
         location: where the base lies.
-        config: the ``config.json``; empty if there is none.
+        config: the ``config.json``; empty if absent.
         files: header of each weight file, by name relative to the location, sorted.
-        tensors: by name, in the order of the files and their headers.
-        prefix: the component's folder inside a pipeline, such as ``transformer/``; empty for a
+        tensors: by name, in the order of the files, then of each header.
+        prefix: the component's folder inside a pipeline, like ``transformer/``; empty for a
             model.
-        index: the name of the shards' index, if there is one.
-        strays: safetensors files that are no weights of the base.
-        values: the bytes of the small tensors that tell the shapes of packed weights, by name.
+        index: the name of the shards' index, if present.
+        strays: safetensors files beside the base's weights.
+        values: the bytes of the small tensors with the shapes of packed weights, by name.
     """
 
     location: Location
@@ -81,20 +81,20 @@ class BaseModel:
 
     @property
     def model_type(self) -> str | None:
-        """The config's ``model_type``, such as ``llama``."""
+        """The config's ``model_type``, for example ``llama``."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes in the config's ``architectures``, such as ``LlamaForCausalLM``."""
+        """The classes in the config's ``architectures``, for example ``LlamaForCausalLM``."""
         found = self.config.get("architectures")
         names = found if isinstance(found, list) else []
         return tuple(name for name in names if isinstance(name, str))
 
     @property
     def tie_word_embeddings(self) -> bool | None:
-        """Whether the config ties the output head to the embedding; None if no field says."""
+        """Whether the config ties the output head to the embedding; None if left open."""
         parts = (part for part in self.config.values() if isinstance(part, Mapping))
         for part in (self.config, *parts):
             found = part.get("tie_word_embeddings")
@@ -126,11 +126,11 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     Args:
         location: where the base lies.
         access: how the Hub is reached.
-        component: the folder of a pipeline's component, such as ``transformer_2/``; empty for a
+        component: the folder of a pipeline's component, like ``transformer_2/``; empty for a
             model, and for the main component of a pipeline.
 
     Raises:
-        CheckpointError: there are no safetensors weights, a file is malformed, or shards are
+        CheckpointError: safetensors weights are absent, a file is malformed, or shards are
             missing or belong to another save.
         SurroundingsError: a file cannot be read.
     """
@@ -166,9 +166,9 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
 
 
 def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
-    """Return the folders of the components that a pipeline's index lists, each with a `/`.
+    """Return the folders of the components in a pipeline's index, each with a `/`.
 
-    A malformed index lists no component.
+    A malformed index gives an empty set.
 
     Raises:
         SurroundingsError: the index cannot be read.
@@ -185,7 +185,7 @@ def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
 
 
 def read_model_config(location: Location, access: HubAccess) -> Mapping[str, object] | None:
-    """Return a model's ``config.json``; None if there is none.
+    """Return a model's ``config.json``; None if absent.
 
     Raises:
         CheckpointError: the config is malformed.
@@ -260,7 +260,7 @@ class _Source:
         return open_local(folder / name, within=folder)
 
     def has(self, name: str, names: Collection[str]) -> bool:
-        """Say whether a name exists; `open` refuses a name that is no regular file.
+        """Say whether a name exists; `open` refuses anything but a regular file.
 
         Args:
             name: the name of a file.
@@ -297,7 +297,7 @@ class _Source:
         return dict(zip(names, headers, strict=True))
 
     def read_values(self, files: Mapping[str, Header]) -> dict[str, bytes]:
-        """Read the small tensors that tell the shapes of packed weights; kept for the next run."""
+        """Read the small tensors with the shapes of packed weights; kept for the next run."""
         ranges = sorted(
             _Range(name, header.data_start + info.start, info.nbytes, info.name)
             for name, header in files.items()
@@ -320,7 +320,7 @@ class _Source:
         }
 
     def _read(self, ranges: Sequence[_Range]) -> bytes:
-        """Read ranges of files, joined; ranges that lie near each other cost one request."""
+        """Read ranges of files, joined; a single request reads ranges near each other."""
         runs: list[list[_Range]] = []
         for each in ranges:
             last = runs[-1][-1] if runs else None

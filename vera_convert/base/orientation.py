@@ -11,8 +11,8 @@ from vera_convert.targets.linear import CONV1D_LAYERS
 class Orientation:
     """Tells which weights of a base are stored as (in, out), as ``Conv1D`` stores weights.
 
-    The shape of a square weight does not tell. A bias has as many values as a layer has outputs,
-    layers of one name are stored alike, and the model type tells the rest.
+    The shape of a square weight leaves the orientation open. A bias has as many values as
+    a layer has outputs. Layers of the same name are stored alike. The model type tells the rest.
     """
 
     def __init__(self, base: BaseModel) -> None:
@@ -27,7 +27,7 @@ class Orientation:
         self._types = {kind for kind in types if isinstance(kind, str)}
 
     def is_conv1d(self, name: str) -> bool | None:
-        """Say whether the weight of this name is stored as (in, out); None if not known."""
+        """Say whether the weight `name` is stored as (in, out); None if unknown."""
         own = self._from_bias(name)
         if own is not None:
             return own

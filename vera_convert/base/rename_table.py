@@ -1,8 +1,8 @@
 """Read the tables of renamed layers: families by hand, and whole models generated from classes.
 
 ``renames.toml`` has the families, and says how a family is written. ``conversions.txt`` has the
-tables of whole models. Both files hold plain renames only; `unsupported_layouts` has the tensors
-that are cut, joined or reordered too.
+tables of whole models. The two files hold plain renames only; `unsupported_layouts` has the cut,
+joined or reordered tensors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Family(NamedTuple):
 
     Attributes:
         name: how output and messages call the family.
-        since: the release of transformers that brought the names in memory.
+        since: the first release of transformers with the names in memory.
         types: the ``model_type`` of the config, or of a part of the config.
-        also: types whose parts have these names if the config does not say the part's type.
+        also: types with the same names in parts, if the config omits the part's type.
         renames: parts of a path in the files and in memory, applied in order.
-        tolerated: further forms that files have; no layer is renamed to such a form.
-        optional: whether some classes of these types keep the names of the files.
+        tolerated: further forms in files; a layer is never renamed to a further form.
+        optional: whether some classes of `types` keep the names of the files.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _pairs(table: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def conversions() -> Mapping[str, Sequence[Mapping[str, str]]]:
-    """Return for each model type one table for each class: path in memory by path in the files."""
+    """Return for each model type a table for each class: path in memory by path in the files."""
     found: dict[str, list[dict[str, str]]] = {}
     kind = ""
     for line in CONVERSIONS_FILE.read_text(encoding="utf-8").splitlines():

@@ -1,7 +1,7 @@
-"""Resolve the base of an adapter: find and read the base, and derive the facts that decide A and B.
+"""Resolve the base of an adapter: find and read the base, and derive the facts behind A and B.
 
 PEFT casts A and B to the dtype of each adapted layer in turn, and the widest layers give the
-dimensions of A and B. An adapter alone records neither.
+dimensions of A and B. An adapter without stored A and B leaves dtypes and inputs open.
 """
 
 from __future__ import annotations
@@ -45,41 +45,41 @@ _MOST_NOTES = 3
 
 
 class Need(Enum):
-    """How much a command needs a base that only the adapter's config names."""
+    """How much a command needs a base if only the adapter's config names the base."""
 
     NONE = auto()
-    """The base is not looked up."""
+    """The command skips the search for the base."""
     HELPFUL = auto()
-    """The command goes on without a base that cannot be found or read."""
+    """The command goes on if the search for the base, or reading the base, fails."""
     VITAL = auto()
     """The command needs the base, or the base's dims from the caller."""
     WHOLE = auto()
-    """The command needs the base's tensors; dims are not enough."""
+    """The command needs the base's tensors; dims alone are too little."""
     DEQUANTIZED = auto()
-    """The command needs the base's tensors, and dequantizes those that are quantized."""
+    """The command needs the base's tensors, and dequantizes quantized tensors."""
 
     @property
     def is_for_tensors(self) -> bool:
-        """Whether dims are not enough."""
+        """Whether dims alone are too little."""
         return self in (Need.WHOLE, Need.DEQUANTIZED)
 
 
 def resolve_base(
     adapter: Adapter, base_options: BaseOptions, *, bases: Bases, need: Need
 ) -> BaseFacts:
-    """Return the facts of the base that an adapter belongs to.
+    """Return the facts of an adapter's base.
 
     Args:
         adapter: the adapter.
-        base_options: the caller's options; a base that the options name must be found.
+        base_options: the caller's options; a base in the options must be found.
         bases: the bases of this run.
-        need: how much the command needs a base that only the config names.
+        need: how much the command needs a base if only the config names the base.
 
     Raises:
         CheckpointError: the base is malformed, or the adapter does not fit the base.
         UsageError: options clash, or the base is ambiguous.
-        SurroundingsError: a base that the caller names, or that the command needs, cannot be
-            found or read.
+        SurroundingsError: finding or reading the base fails, and the caller names the base or the
+            command needs the base.
     """
     facts = _Resolver(adapter, base_options, bases, need).facts()
     return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
@@ -106,7 +106,7 @@ class _Resolver:
         return BaseFacts() if self.need is Need.NONE else self._from_name()
 
     def _from_name(self) -> BaseFacts:
-        """Read the base that the config names, or return the reason why there is none."""
+        """Read the base named by the config, or return the reason why facts are missing."""
         config = self.adapter.config
         revision = self.options.revision or config.revision
         try:
@@ -134,7 +134,7 @@ class _Resolver:
             return BaseFacts(source=reason)
 
     def _from_base(self, location: Location) -> BaseFacts:
-        """Return the facts from a base's headers, or from its config if it has no weights."""
+        """Return the facts from a base's headers, or from the config if weights are absent."""
         base: BaseModel | None = None
         try:
             if component_folders(list_files(location, self.bases.access)):
@@ -147,7 +147,7 @@ class _Resolver:
             if error.findings[0].rule is rules.BASE_WITHOUT_WEIGHTS:
                 return self._from_config(location, error)
             if base is not None and self.need is Need.DEQUANTIZED:
-                unpacked(base).refuse_defects()  # which can be why no layer fits
+                unpacked(base).refuse_defects()  # a defect can be why layers do not fit
             are_packed = all(each.rule is rules.QUANTIZED_TARGET for each in error.findings)
             if base is None or self.need.is_for_tensors or not are_packed:
                 raise
@@ -175,7 +175,7 @@ class _Resolver:
         )
 
     def _idle_key_maps(self) -> Iterator[Finding]:
-        """Yield a warning for each --key-map that no module of the adapter matches."""
+        """Yield a warning for each --key-map without a match among the adapter's modules."""
         for old, new in self.options.key_map:
             if old and not any(f"{path}.".startswith(f"{old}.") for path in self.adapter.layers):
                 reason = f"no module of the adapter begins with {old}."
@@ -208,7 +208,7 @@ def _from_options(options: BaseOptions) -> BaseFacts:
 
 
 def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
-    """Return the facts of a base whose tensors match the adapter's layers."""
+    """Return the facts of a base, given the match with the adapter's layers."""
     own = match.layers
     whole = unpacked(base)
     view = whole.view
@@ -224,7 +224,7 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
     casts = casts_on(whole, (match.tensors[module] for module in dims.adapted))
     unclear = [rules.ROUNDING_UNCLEAR.at(base.location.label, casts.reason)] if casts.reason else []
     if whole.formats and adapter.projections is not None:
-        unclear = []  # A and B are stored: nothing is drawn on a quantized base
+        unclear = []  # A and B are stored, so PEFT draws neither on a quantized base
     return BaseFacts(
         dims.in_features,
         dims.out_features,
@@ -248,9 +248,9 @@ def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:
 
 
 def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> BaseFacts:
-    """Return the facts of a base whose adapted layers are packed.
+    """Return the facts of a base with packed adapted layers.
 
-    The tensors do not tell the sizes of the layers; the config of a known type does.
+    The config of a known type tells the sizes of the layers; packed tensors hide the sizes.
     """
     warnings = [rules.TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
     label = base.location.label
@@ -264,7 +264,7 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
 
 
 def _layers_of_type(adapter: Adapter, base: BaseModel) -> Mapping[str, Linear]:
-    """Return the size of each adapted layer by the config of a known type; empty if one differs."""
+    """Return the size of each adapted layer from the config of a known type; else empty."""
     try:
         return _layers_by_config(adapter, base.config, base.location)[1]
     except VeraConvertError:
@@ -274,8 +274,8 @@ def _layers_of_type(adapter: Adapter, base: BaseModel) -> Mapping[str, Linear]:
 def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     """Return the base's weights by module path, in the names of the adapter's model.
 
-    The config's targets are matched with these names. Weights that the adapter's model lacks are
-    left out.
+    The config's targets are matched with the adapter's names. The result leaves out weights
+    outside the adapter's model.
     """
     named = {module: part.tensors[0] for module, part in match.parts.items()}
     divided = {name for part in match.parts.values() for name in part.tensors}
@@ -293,7 +293,7 @@ def _layers_by_config(
     """Return the layers of a known model type by the adapter's names, and the adapted layers.
 
     Raises:
-        CheckpointError: the type is not known, or a layer of the adapter is absent or differs.
+        CheckpointError: the type is unknown, or a layer of the adapter is absent or differs.
     """
     model = layers_from_config(config)
     names = {module: _name_of(module, model) for module in adapter.layers}
@@ -316,7 +316,7 @@ def _layers_by_config(
 
 
 def _name_of(module: str, model: ModelLayers) -> str | None:
-    """Return the model's name of a layer, with or without a prefix."""
+    """Return the model's name of a layer; the two names may differ by a prefix."""
     if module in model.linear:
         return module
     found = [

@@ -26,9 +26,9 @@ _OTHER_WEIGHTS = re.compile(
     r"|safetensors)(\.index\.json)?",
     re.IGNORECASE,
 )
-"""Weights in another form, which a loader could prefer, and the indexes of such weights."""
+"""Weights in another form, perhaps preferred by a loader, and the indexes of the weights."""
 _OTHER_FOLDERS = frozenset(("onnx", "openvino", "original", "coreml", "onnxruntime", "flax"))
-"""Folders in which repos offer the same weights in another form."""
+"""Folders of repos for the same weights in another form."""
 _ADAPTER = re.compile(r"adapter_config\.json|adapter_model\..*")
 
 _TOKENIZER = re.compile(
@@ -40,9 +40,9 @@ _TOKENIZER_ITSELF = re.compile(
     r"tokenizer\.json|tokenizer\..*model.*|vocab\..*|.*\.(spm|tiktoken)|spiece\.model"
     r"|sentencepiece.*\.model|tekken\.json"
 )
-"""The files of a tokenizer of which a complete tokenizer has at least one."""
+"""The main files of a tokenizer; a complete tokenizer has at least one main file."""
 _TOKENS_LIMIT = 100_000_000
-_LONGEST_ID = 20  # digits; a longer number is no row of an embedding
+_LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ModelFiles:
 
     Attributes:
         copied: files copied byte for byte; config and index are listed apart.
-        config: the model's ``config.json``, if there is one.
+        config: the model's ``config.json``, if present.
         other_weights: the same weights in other forms, left out.
         adapter: files of an adapter beside the base, left out.
         unneeded: files of a training run or a download, left out.
@@ -64,7 +64,7 @@ class ModelFiles:
     unneeded: tuple[str, ...] = ()
 
     def findings(self, place: str) -> Iterator[Finding]:
-        """Yield one warning for each kind of files that is left out."""
+        """Yield a warning for each left-out kind of files, except unneeded files."""
         for rule, names in (
             (rules.WEIGHTS_LEFT_OUT, self.other_weights),
             (rules.ADAPTER_IN_BASE, self.adapter),
@@ -77,8 +77,8 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
     """Sort the files of a base by their names.
 
     Args:
-        names: the names of all files that are not hidden.
-        base: the base, whose weight files, index and config are not sorted.
+        names: the names of all visible files.
+        base: the base; the base's weight files, index and config stay unsorted.
     """
     own = {*base.files, *base.strays, base.index, base.prefix + "config.json"}
     own |= {CARD_NAME, PROVENANCE_NAME}
@@ -93,9 +93,9 @@ def sort_files(names: Collection[str], base: BaseModel) -> ModelFiles:
 
 
 def _components(names: Collection[str], base: BaseModel) -> frozenset[str]:
-    """Return the folders of other models, which are copied whole.
+    """Return the folders of other models; a merge copies the folders whole.
 
-    These are the other components of a pipeline, and every folder with a ``config.json``.
+    The result holds the other components of a pipeline, and every folder with a ``config.json``.
     """
     folders = {
         str(PurePosixPath(name).parent) for name in names if name.endswith(("/config.json",))
@@ -122,12 +122,12 @@ def _kind(name: str, prefix: str, components: Collection[str]) -> str:
 
 
 def is_other_weights(name: str) -> bool:
-    """Say whether a file's name is that of weights in any form, or of an index of weights."""
+    """Say whether a file has the name of weights in any form, or of an index of weights."""
     return _OTHER_WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
 
 
 def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
-    """Return the files of a tokenizer; empty if the tokenizer is not complete."""
+    """Return the files of a tokenizer; empty if the tokenizer is incomplete."""
     found = [name for name in sorted(names) if _TOKENIZER.fullmatch(name)]
     is_whole = any(_TOKENIZER_ITSELF.fullmatch(name) for name in found)
     return tuple(found) if is_whole else ()
@@ -150,7 +150,7 @@ def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
     Args:
         text: the config's bytes.
         config: the config's value.
-        dtype: torch's name, such as ``bfloat16``.
+        dtype: torch's name, for example ``bfloat16``.
     """
     for field in ("torch_dtype", "dtype"):
         if isinstance(config.get(field), str):
@@ -168,12 +168,12 @@ def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: 
     """Refuse a tokenizer with a token beyond the rows of the embedding.
 
     Args:
-        sources: the tokenizer's files by name; the files that list added tokens are read.
-        rows: rows of the merged model's embedding; None if not known.
+        sources: the tokenizer's files by name; the files with lists of added tokens are read.
+        rows: rows of the merged model's embedding; None if unknown.
         place: the adapter's name in messages.
 
     Raises:
-        CheckpointError: a token has no row.
+        CheckpointError: a token lacks a row.
     """
     largest = max((token for name in sources for token in _tokens(name, sources[name])), default=-1)
     if rows is not None and largest >= rows:

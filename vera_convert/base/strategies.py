@@ -1,8 +1,8 @@
 """Strategies: how the path of a layer in an adapter becomes the path in a base's files.
 
 The keys of an adapter follow the names in memory of the library that trained the adapter. The files
-of a base keep their own names. A strategy adds or removes a prefix, follows the renames between
-releases of transformers, or does both; a key map is a strategy that the user gives.
+of a base can have other names. A strategy adds or removes a prefix, follows the renames between
+releases of transformers, or does the two together; a key map is a strategy from the user.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASE_PREFIXES = frozenset(
     vilt vit vit_mae wav2vec2 wavlm
     """.split()  # noqa: SIM905 - words read best as a text
 )
-"""Prefixes that transformers' classes with a head put before the model, beside the model type."""
+"""Prefixes before the model in transformers' classes with a head, beside the model type."""
 
 
 AS_THEY_ARE = Strategy("names as they are", str, str)
@@ -44,7 +44,7 @@ def known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strateg
 
 
 def _both(first: Strategy, second: Strategy) -> Strategy:
-    """Return the strategy that applies the second to the result of the first."""
+    """Return the strategy of applying the second to the result of the first."""
 
     def rename(module: str) -> str | None:
         between = first.rename(module)
@@ -60,7 +60,7 @@ def _both(first: Strategy, second: Strategy) -> Strategy:
 def _prefixes(
     layers: Iterable[str], in_base: AbstractSet[str], base: BaseModel
 ) -> Iterator[Strategy]:
-    """Yield the prefixes that a class with a head adds to the names of the model below the head."""
+    """Yield strategies to add or remove the prefix of the model below a head."""
     own = {(kind or "").replace("-", "_") for kind in model_types(base.config)}
     known = (BASE_PREFIXES | own) - {""}
     in_adapter = {module.partition(".")[0] for module in layers}
@@ -71,7 +71,7 @@ def _prefixes(
 
 
 def key_map_strategy(old: str, new: str, *, name: str = "") -> Strategy:
-    """Return the strategy that replaces the leading path `old` by `new`."""
+    """Return the strategy of replacing the leading path `old` by `new`."""
     text = printable(f"{old}={new}")
     rename, undo = partial(moved, old, new), partial(_moved_back, old, new)
     return Strategy(name or f"--key-map {text}", rename, undo, text, is_given=not name)
@@ -95,7 +95,7 @@ def _moved_back(old: str, new: str, path: str) -> str | None:
 
 
 def hints(module: str, base: BaseModel) -> Iterator[Strategy]:
-    """Yield the key maps that bring `module` to a tensor with the longest end in common."""
+    """Yield the key maps from `module` to the tensors with the longest end in common."""
     for path in nearest(module, base):
         shared = _common_end(path, module)
         ours, theirs = module.split("."), path.split(".")
@@ -104,7 +104,7 @@ def hints(module: str, base: BaseModel) -> Iterator[Strategy]:
 
 
 def nearest(module: str, base: BaseModel) -> list[str]:
-    """Return the matrices of the base whose paths share the longest end with `module`."""
+    """Return the base's matrices with the longest path end in common with `module`."""
     lengths = {
         name.removesuffix(".weight"): _common_end(name.removesuffix(".weight"), module)
         for name, tensor in base.tensors.items()
@@ -115,6 +115,6 @@ def nearest(module: str, base: BaseModel) -> list[str]:
 
 
 def _common_end(first: str, other: str) -> int:
-    """Count the path elements in which two paths agree, from the end."""
+    """Count the equal path elements of two paths, from the end."""
     pairs = zip(reversed(first.split(".")), reversed(other.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,4 +1,4 @@
-"""Name the class of transformers that has the head of a task, for each type of model.
+"""Name the class of transformers with the head of a task, for each type of model.
 
 The table lies in ``task_classes.txt``.
 """
@@ -29,11 +29,11 @@ _ENDINGS = {
 
 
 class _Classes(NamedTuple):
-    """The classes of one model type.
+    """The classes of a model type.
 
     Attributes:
         stem: the beginning of the class names.
-        needed: for each task's letter the modules that a base and an adapter can lack.
+        needed: for each task's letter the needed modules, perhaps absent from base and adapter.
     """
 
     stem: str
@@ -56,11 +56,11 @@ def _classes() -> Mapping[str, _Classes]:
 
 
 def class_of_task(model_type: str | None, task: str | None) -> str | None:
-    """Return the class of transformers for a task of PEFT; None if there is none.
+    """Return the class of transformers for a task of PEFT; None if unknown.
 
     Args:
         model_type: the field of the model's config.
-        task: PEFT's name of the task, such as ``SEQ_CLS``.
+        task: PEFT's name of the task, for example ``SEQ_CLS``.
     """
     known = _classes().get(model_type or "")
     letters = _LETTERS.get(task or "", "")
@@ -69,12 +69,12 @@ def class_of_task(model_type: str | None, task: str | None) -> str | None:
 
 
 def has_head_of(name: str, task: str | None) -> bool:
-    """Say whether a class of this name has the head of a task of PEFT, by its ending."""
+    """Say whether the class `name` has the head of a task of PEFT, by the ending of the name."""
     return name.endswith(tuple(_ENDINGS[each] for each in _LETTERS.get(task or "", ())) or ("?",))
 
 
 def needed_modules(model_type: str | None, name: str) -> tuple[str, ...]:
-    """Return the modules of a class that both the base and the adapter may lack.
+    """Return the modules needed by a class, perhaps absent from base and adapter.
 
     Args:
         model_type: the field of the model's config.
@@ -86,7 +86,7 @@ def needed_modules(model_type: str | None, name: str) -> tuple[str, ...]:
 
 
 def class_of_head(config: VeraConfig, base: BaseModel) -> str | None:
-    """Return the class of transformers that has an adapter's head; None if no class is named.
+    """Return the class of transformers with an adapter's head; None if unknown.
 
     Args:
         config: the adapter's.
@@ -99,7 +99,7 @@ def class_of_head(config: VeraConfig, base: BaseModel) -> str | None:
 
 
 def _described(config: VeraConfig) -> str | None:
-    """Return the class that PEFT recorded of the model, if transformers has that class."""
+    """Return the model's class as recorded by PEFT, if the class is part of transformers."""
     described = config.auto_mapping or {}
     name, library = (described.get(key) for key in ("base_model_class", "parent_library"))
     is_known = isinstance(library, str) and re.match(r"transformers(\.|\Z)", library)
@@ -109,7 +109,7 @@ def _described(config: VeraConfig) -> str | None:
 def class_without_body(config: VeraConfig, base: BaseModel) -> str | None:
     """Return the class of an adapter if the class loads none of the base's layers, else None.
 
-    For a decoder such as Llama, transformers has a class for question answering that names the body
+    For a decoder like Llama, transformers' class for question answering names the body
     "transformer". The files of the base name the body "model", and no loader translates the name.
 
     Args:

@@ -1,4 +1,4 @@
-"""Find the output head and the embedding that share one tensor."""
+"""Find an output head and an embedding with a shared tensor."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def is_head(target: str, base: BaseModel) -> bool:
 
 
 def is_tied_head(target: str, base: BaseModel) -> bool:
-    """Say whether a tensor is the weight of a head for which a loader uses the embedding.
+    """Say whether a tensor is the weight of a head, and a loader uses the embedding instead.
 
-    A config that does not say whether the two are tied leaves the answer to the stored tensors.
+    If the config's field for tied embeddings is absent, the stored tensors decide.
     """
     tied = base.tie_word_embeddings
     return is_head(target, base) and bool(tied if target in base.tensors else tied is not False)
@@ -34,10 +34,10 @@ def is_tied_head(target: str, base: BaseModel) -> bool:
 def lone_embeddings(
     adapter: Adapter, match: Match, base: BaseModel, replaced: Mapping[str, TensorData]
 ) -> Iterator[tuple[str, str]]:
-    """Yield each embedding that the adapter replaces alone, with the name of the tied head.
+    """Yield each embedding replaced alone by the adapter, with the name of the tied head.
 
     PEFT trains a copy of each module in modules_to_save, and the head keeps the base's values. An
-    embedding that PEFT saved for another reason is loaded into the tensor that both share.
+    embedding saved by PEFT for another reason is loaded into the tensor of embedding and head.
 
     Args:
         adapter: the adapter.
@@ -77,7 +77,7 @@ def _module(tensor: TensorData) -> str:
 
 
 def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseModel) -> str | None:
-    """Return the name of the head that shares an embedding of this shape; None without a head."""
+    """Return the name of the head tied to an embedding of `shape`; None without a tied head."""
     if base.tie_word_embeddings is False:
         return None
     for name, tensor in base.tensors.items():

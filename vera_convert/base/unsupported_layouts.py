@@ -1,6 +1,6 @@
 """Known layers that a base stores joined with others, in pieces, or in another order.
 
-transformers cuts, joins and reorders such tensors when loading. A merge adds a delta to the rows of
+transformers cuts, joins and reorders the tensors when loading. A merge adds a delta to the rows of
 a layer in a tensor of equal parts, and refuses the other layers by name.
 """
 
@@ -21,15 +21,15 @@ from vera_convert.text import printable
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A tensor in the files that transformers turns into several layers, or reorders.
+    """A tensor in the files, cut into several layers or reordered by transformers.
 
     Attributes:
         types: the model types.
-        files: the end of the tensor's path, or of the name if the parameter is no ``weight``.
+        files: the end of the tensor's path, or of the name of a parameter beside ``weight``.
         memory: the ends of the paths of the layers in memory.
         is_permuted: whether transformers reorders rows; False if transformers only cuts.
-        is_even: whether the layers have equal numbers of rows whenever one of them has the share
-            of the rows that equal numbers give.
+        is_even: whether the layers have equal numbers of rows whenever any layer has an equal share
+            of the rows.
     """
 
     types: frozenset[str]
@@ -41,10 +41,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """The place of a layer that has no tensor of its own in the base.
+    """The place of a layer inside a tensor with other layers, or in several tensors.
 
     Attributes:
-        tensors: the tensors that hold the layer.
+        tensors: the tensors with the rows of the layer.
         in_features: the inputs of the layer.
         first: the layer's first row in the only tensor; None if a merge refuses the layer.
         finding: why a merge refuses the layer.
@@ -81,17 +81,17 @@ LAYOUTS = (
     *_layouts(_TABLES["uneven"]),
     *_layouts(_TABLES["reordered"], is_permuted=True),
 )
-"""The tensors that transformers cuts or reorders."""
+"""The tensors cut or reordered by transformers."""
 
 PARTS_OF_LAYERS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
-"""Layers in memory that files hold as several tensors, by the last part of the path."""
+"""Layers in memory, stored in files as several tensors, by the last part of the path."""
 
 
 def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
-    """Return the known reason why the base has no tensor for a layer; None if no layout is known.
+    """Return the known reason why the base lacks a layer's tensor; None for an unknown layout.
 
     Args:
         modules: paths, in the adapter, of layers without a tensor.
@@ -106,7 +106,7 @@ def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
 
 
 class Layers:
-    """Finds the layers that a base stores in tensors with other layers, or in several tensors."""
+    """Finds the layers stored by a base in tensors with other layers, or in several tensors."""
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
@@ -121,9 +121,9 @@ class Layers:
         return next((found for _, _, found in self._candidates(module)), None)
 
     def inside(self, module: str, outputs: int, undo: Callable[[str], str | None]) -> Inside | None:
-        """Return the place of a layer without a tensor of its own; None if no place is proven.
+        """Return the proven place of a layer in shared or several tensors; None without proof.
 
-        The end of a path does not prove that a tensor belongs to the model's part with the layer.
+        The end of a path leaves open whether tensor and layer belong to the same part of the model.
         Another tensor of the same block must have the layer's block in the adapter's names.
 
         Args:
@@ -149,7 +149,7 @@ class Layers:
     def _candidates(
         self, module: str
     ) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None, Finding]]:
-        """Yield tensors that can hold a layer: names, part of so many equal parts, finding."""
+        """Yield possible tensors of a layer: names, part of so many equal parts, finding."""
         for layout in self._layouts:
             ends = [end for end in layout.memory if f".{module}".endswith(f".{end}")]
             for name in self._ending(layout.files, like=module) if ends else ():
@@ -168,7 +168,7 @@ class Layers:
             yield names, None, finding
 
     def _ending(self, end: str, *, like: str) -> list[str]:
-        """Return the tensors with the same layer numbers whose names have this end."""
+        """Return the tensors with the layer numbers of `like` and with the end `end`."""
         ends = (f".{end}", f".{end}.weight")
         return [name for name in self._names.get(_numbers(like), ()) if f".{name}".endswith(ends)]
 
@@ -178,15 +178,15 @@ def _numbers(path: str) -> tuple[str, ...]:
 
 
 def _block(path: str) -> str:
-    """Return a path up to its last number; empty without a number."""
+    """Return a path up to the last number; empty for a path without a number."""
     found = re.match(r"(.*\.)?\d+(?=\.)", path)
     return found[0] if found else ""
 
 
 def _experts(module: str, base: BaseModel) -> Finding | None:
-    """Return a finding if one tensor holds all experts of a layer."""
+    """Return a finding if a single tensor holds all experts of a layer."""
     start, experts, rest = module.rpartition(".experts.")
-    # experts.0.up_proj, or experts.up_projs.0 where each name has a list of its own
+    # experts.0.up_proj, or experts.up_projs.0 where each name has a separate list
     if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
         return None
     numbers = _numbers(start)

@@ -1,4 +1,4 @@
-"""The vocabulary of a base: the embedding, its rows, and the config's fields for its size."""
+"""The vocabulary of a base: the embedding, the rows, and the config's fields for the size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vera_convert.embeddings import is_embedding
 
 
 def embedding_rows(base: BaseModel) -> int | None:
-    """Return the number of rows of the base's embedding; None if no single number is known."""
+    """Return the number of rows of the base's embedding; None if unknown or ambiguous."""
     rows = {
         tensor.info.shape[0]
         for name, tensor in base.tensors.items()
@@ -19,7 +19,7 @@ def embedding_rows(base: BaseModel) -> int | None:
 
 
 def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = None) -> str | None:
-    """Return the one embedding that an output head can share; None if there is no such or several.
+    """Return the embedding to share with an output head; None if absent or ambiguous.
 
     Args:
         base: the base.
@@ -40,7 +40,7 @@ def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = Non
 
 
 def vocabulary_fields(base: BaseModel, rows: int) -> list[tuple[str, ...]]:
-    """Return the paths of the config's fields that give the vocabulary this size."""
+    """Return the paths of the config's ``vocab_size`` fields with the value `rows`."""
     found: list[tuple[str, ...]] = []
     if base.config.get("vocab_size") == rows:
         found.append(("vocab_size",))
