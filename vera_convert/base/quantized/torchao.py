@@ -85,7 +85,7 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
     """Return the class, the data and the parts that the header names for a weight.
 
     Raises:
-        LayerError: the header names no class, or a class that is not supported.
+        LayerError: the header lacks a class, data or parts, or the class is not supported.
     """
     if layer.metadata is None:
         raise layer.error(rules.PART_MISSING, QDATA, "the header of the file says nothing of it.")
