@@ -229,7 +229,7 @@ def test_defects_of_the_merged_model_do_not_lead_to_the_adapter(
     ended = run(adapter, "--merged", tmp_path / "out", "--base", base, "--layers-only")
     assert ended.status == 1
     assert ended.err.startswith("error: V507 ")
-    assert ended.err.endswith("(and 1 more)\n")
+    assert ended.err.endswith("(and 1 more: --json lists all)\n")
 
 
 def test_an_interruption_says_nothing_of_an_output_where_there_is_none(

@@ -422,7 +422,7 @@ def test_a_flipped_bit_in_a_file_that_is_read_by_range_is_refused_once_it_is_rea
     server.add("org/name", FILES)
     server.damaged = {"adapter_config.json"}
     location = locate("org/name", kind="adapter", access=access)
-    with pytest.raises(SurroundingsError, match="do not have the hash"):
+    with pytest.raises(SurroundingsError, match="another hash than the Hub states"):
         open_remote(location, "adapter_config.json", access)
 
 
@@ -489,7 +489,7 @@ def test_a_file_is_as_long_as_it_is_listed(server: HubServer, access: HubAccess)
     location = locate("org/name", kind="adapter", access=access)
     commit = location.commit or ""
     server.repos["org/name"].commits[commit]["README.md"] = b"#"
-    with pytest.raises(SurroundingsError, match=r"README.md: .* the hash that the Hub states"):
+    with pytest.raises(SurroundingsError, match=r"README.md: .* another hash than the Hub states"):
         fetch_base(location, access, names=["README.md"])
 
 
