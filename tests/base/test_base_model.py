@@ -202,7 +202,7 @@ def test_a_hub_base_costs_its_headers(server: HubServer, tmp_path: Path) -> None
     assert server.bytes_served < 20 * 33_000 + 10_000
     assert len(server.requests) == 23  # commit and files, config, index, and one for each shard
     read_base(locate("org/base", kind="base", access=access), access)
-    assert len(server.requests) == 24  # what was read of a commit is kept; a branch may move
+    assert len(server.requests) == 24  # headers of a commit are kept; the branch may move
     local = read(write_model(tmp_path / "local", shards))
     for field in ("tensors", "prefix", "index", "values"):
         assert getattr(base, field) == getattr(local, field)

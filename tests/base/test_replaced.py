@@ -52,7 +52,7 @@ def test_every_replaced_tensor_is_told_with_the_size_of_its_change(tmp_path: Pat
     document = json.loads(json.dumps(result_document(done)))
     (listed,) = document["replaced"]
     assert listed["relative_change"] == pytest.approx(wanted, rel=1e-3)
-    # Numbers of what is added are not mixed with these.
+    # The numbers of the deltas stay apart from those of replaced tensors.
     alone = merged_with(good_adapter(tmp_path / "b"), base, tmp_path / "alone")
     assert document["numbers"] == result_document(alone)["numbers"]
 

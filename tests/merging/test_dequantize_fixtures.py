@@ -205,26 +205,37 @@ def test_a_command_unpacks_a_base_once(tmp_path: Path) -> None:
     assert unpacked.cache_info().hits > 1
 
 
+def assert_no_delta(folder: Path, base: Path | BaseOptions, out: Path, match: str) -> None:
+    """Assert that a merge of the fixture's adapter is refused, and writes nothing."""
+    with pytest.raises(CheckpointError, match=match):
+        merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True))
+    assert not out.exists()
+
+
+def found_and_wanted(
+    folder: Path, base: Path | BaseOptions, out: Path, key: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Merge the fixture's adapter; return a dequantized weight, and the weight of the library."""
+    merge(folder / "adapter", out, base=base, options=MergeOptions(dequantize=True))
+    wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"]
+    return tensors_of(out)[key].astype(np.float32), wanted.astype(np.float32)
+
+
 @pytest.mark.parametrize("name", ["fp8-block", "ct-fp8-channel"])
 @pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj"])
 def test_an_fp8_value_that_is_nan_stays_nan_and_takes_no_delta(
     name: str, layer: str, tmp_path: Path
 ) -> None:
-    folder, base, out = FIXTURES / name, tmp_path / "base", tmp_path / "out"
+    folder, base = FIXTURES / name, tmp_path / "base"
     key = f"model.layers.0.{layer}.weight"
     with open_local(folder / "base/model.safetensors") as opened:
         values = TensorFile(opened).read(key)
     values.view(np.uint8)[1, 2:4] = 0x7F, 0xFF  # the two NaNs of float8_e4m3fn
     with_tensors(folder / "base", base, {key: values})
-    options = MergeOptions(dequantize=True)
     if layer == "self_attn.q_proj":
-        with pytest.raises(CheckpointError, match=rf"V530 {key}: its value at \[1, 2\]"):
-            merge(folder / "adapter", out, base=base, options=options)
-        assert not out.exists()
+        assert_no_delta(folder, base, tmp_path / "out", rf"V530 {key}: its value at \[1, 2\]")
         return
-    merge(folder / "adapter", out, base=base, options=options)
-    found = tensors_of(out)[key].astype(np.float32)
-    wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"].astype(np.float32)
+    found, wanted = found_and_wanted(folder, base, tmp_path / "out", key)
     wanted[1, 2:4] = np.nan
     np.testing.assert_array_equal(found, wanted)
 
@@ -250,20 +261,15 @@ def large_gptq(key: str, parts: Tensors, row: int) -> Tensors:
 def test_a_value_that_overflows_as_in_the_library_is_kept_and_takes_no_delta(
     name: str, enlarge: Callable[[str, Tensors, int], Tensors], layer: str, tmp_path: Path
 ) -> None:
-    folder, base, out = FIXTURES / name, tmp_path / "base", tmp_path / "out"
+    folder, base = FIXTURES / name, tmp_path / "base"
     key, row = f"model.layers.0.{layer}.weight", 1
     parts = load_file(folder / "base/model.safetensors")
     with_tensors(folder / "base", base, enlarge(key, parts, row))
-    options = MergeOptions(dequantize=True)
     given = BaseOptions(str(base), dtype="float16")
     if layer == "self_attn.q_proj":
-        with pytest.raises(CheckpointError, match=rf"V530 {key}: its value at \[1, "):
-            merge(folder / "adapter", out, base=given, options=options)
-        assert not out.exists()
+        assert_no_delta(folder, given, tmp_path / "out", rf"V530 {key}: its value at \[1, ")
         return
-    merge(folder / "adapter", out, base=given, options=options)
-    found = tensors_of(out)[key].astype(np.float32)
-    wanted = load_file(folder / "expected.safetensors")[f"dequantized.{key}"].astype(np.float32)
+    found, wanted = found_and_wanted(folder, given, tmp_path / "out", key)
     is_large = np.isinf(found)
     assert is_large[row].any()
     assert not np.delete(is_large, row, axis=0).any()
@@ -272,16 +278,14 @@ def test_a_value_that_overflows_as_in_the_library_is_kept_and_takes_no_delta(
 
 def test_an_expert_that_overflows_as_in_the_library_is_kept(tmp_path: Path) -> None:
     name, key = "mxfp4-gpt-oss-noproj", "model.layers.0.mlp.experts.down_proj"
-    base, out = tmp_path / "base", tmp_path / "out"
-    with open_local(FIXTURES / name / "base/model.safetensors") as opened:
+    folder, base = FIXTURES / name, tmp_path / "base"
+    with open_local(folder / "base/model.safetensors") as opened:
         scales = TensorFile(opened).read(f"{key}_scales").copy()
     scales[0, 0, 0] = 254
-    with_tensors(FIXTURES / name / "base", base, {f"{key}_scales": scales})
-    merge(FIXTURES / name / "adapter", out, base=base, options=MergeOptions(dequantize=True))
-    found = tensors_of(out)[key].astype(np.float32)
-    wanted = load_file(FIXTURES / name / "expected.safetensors")[f"dequantized.{key}"]
+    with_tensors(folder / "base", base, {f"{key}_scales": scales})
+    found, wanted = found_and_wanted(folder, base, tmp_path / "out", key)
     assert np.isinf(found[0, :32, 0]).any()
-    np.testing.assert_array_equal(np.sign(found), np.sign(wanted.astype(np.float32)))
+    np.testing.assert_array_equal(np.sign(found), np.sign(wanted))
 
 
 def test_the_refusal_of_a_packed_base_names_dequantize_where_it_helps(tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def ended_well(ended: Ended) -> Ended:
     return ended
 
 
+def changed_base(name: str, change: Callable[[Weights], None], folder: Path) -> Path:
+    """Write a copy of a fixture's base with changed weights; return the copy's folder."""
+    base = Path(shutil.copytree(FIXTURES / name / "base", folder))
+    weights = read(base)
+    change(weights)
+    write(weights, base)
+    return base
+
+
 def assert_refused(name: str, base: Path, run: Run, out: Path) -> Ended:
     """All commands end; a merge is refused with a code, and writes nothing."""
     adapter = FIXTURES / name / "adapter"
@@ -189,10 +198,7 @@ def assert_refused(name: str, base: Path, run: Run, out: Path) -> Ended:
 def test_a_hostile_base_is_refused_with_a_code(
     name: str, change: Callable[[Weights], None], tmp_path: Path, run: Run
 ) -> None:
-    base = Path(shutil.copytree(FIXTURES / name / "base", tmp_path / "base"))
-    weights = read(base)
-    change(weights)
-    write(weights, base)
+    base = changed_base(name, change, tmp_path / "base")
     assert_refused(name, base, run, tmp_path / "out")
 
 
@@ -253,10 +259,7 @@ def wide_experts(weights: Weights) -> None:
 def test_a_row_that_no_memory_holds_is_refused(
     name: str, widen: Callable[[Weights], None], tmp_path: Path, run: Run
 ) -> None:
-    base = Path(shutil.copytree(FIXTURES / name / "base", tmp_path / "base"))
-    weights = read(base)
-    widen(weights)
-    write(weights, base)
+    base = changed_base(name, widen, tmp_path / "base")
     ended = assert_refused(name, base, run, tmp_path / "out")
     assert "V554" in ended.err
     assert "rows of up to 1,048,576 values" in " ".join(ended.err.split())

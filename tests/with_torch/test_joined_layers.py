@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -60,13 +60,44 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
 }
 
 
-def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_path: Path) -> None:
-    name, config, fields, targets = KINDS["joined layers alone"]
-    model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"
+class Trained(NamedTuple):
+    """A model of transformers in ``base``, and an adapter that PEFT wrote for it in ``adapter``."""
+
+    base: Path
+    adapter: Path
+    model_class: Any
+    merged: Mapping[str, torch.Tensor]
+    """The state of the model that PEFT merged."""
+
+
+def trained(kind: str, folder: Path, **wanted: Any) -> Trained:
+    """Write a model and its adapter with random values in every tensor that PEFT trains."""
+    name, config, fields, targets = KINDS[kind]
+    model_class, base, adapter = of_transformers(name), folder / "base", folder / "adapter"
+    torch.manual_seed(0)
     model_class(of_transformers(config)(**fields)).save_pretrained(base)
-    wanted = peft.VeraConfig(r=4, target_modules=targets, bias="all")
-    adapted = peft.get_peft_model(model_class.from_pretrained(base), wanted)
+    peft_config = peft.VeraConfig(**{"r": 4, "target_modules": targets, **wanted})
+    adapted = peft.get_peft_model(model_class.from_pretrained(base), peft_config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
     adapted.save_pretrained(adapter)
+    return Trained(base, adapter, model_class, adapted.merge_and_unload().state_dict())
+
+
+def assert_merged_as_peft(model: Trained, out: Path) -> None:
+    """Validate the adapter, merge it to `out`, and compare every tensor with PEFT's merge."""
+    checked = validate(model.adapter, base=model.base, select=["V4", "V5"])
+    assert checked.passed, [str(each) for each in checked.findings]
+    merge(model.adapter, out, base=model.base)
+    ours = model.model_class.from_pretrained(out).state_dict()
+    assert ours.keys() == model.merged.keys()
+    for key, values in model.merged.items():
+        torch.testing.assert_close(ours[key], values, msg=key)
+
+
+def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_path: Path) -> None:
+    base, adapter, *_ = trained("joined layers alone", tmp_path, bias="all")
     checked = validate(adapter, base=base, select=["V5"])
     assert checked.passed
     assert {each.code for each in checked.findings} == {"V542"}
@@ -76,45 +107,15 @@ def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_pa
 
 
 def test_trained_biases_of_renamed_norms_replace_those_of_the_base(tmp_path: Path) -> None:
-    name, config, fields, _ = KINDS["names of another release"]
-    model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"
-    model_class(of_transformers(config)(**fields)).save_pretrained(base)
-    wanted = peft.VeraConfig(r=4, target_modules=["o_proj"], bias="all")
-    adapted = peft.get_peft_model(model_class.from_pretrained(base), wanted)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-    adapted.save_pretrained(adapter)
-    theirs = adapted.merge_and_unload().state_dict()
-    checked = validate(adapter, base=base, select=["V4", "V5"])
-    assert checked.passed, [str(each) for each in checked.findings]
-    merge(adapter, tmp_path / "merged", base=base)
-    ours = model_class.from_pretrained(tmp_path / "merged").state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, values in theirs.items():
-        torch.testing.assert_close(ours[key], values, msg=key)
+    model = trained("names of another release", tmp_path, target_modules=["o_proj"], bias="all")
+    assert_merged_as_peft(model, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_in_one_tensor_are_merged_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
-    name, config, fields, targets = KINDS[kind]
-    model_class, base, adapter = of_transformers(name), tmp_path / "base", tmp_path / "adapter"
-    torch.manual_seed(0)
-    model_class(of_transformers(config)(**fields)).save_pretrained(base)
-    wanted = peft.VeraConfig(r=4, target_modules=targets)
-    adapted = peft.get_peft_model(model_class.from_pretrained(base), wanted)
-    for key, parameter in adapted.named_parameters():
-        if "vera_lambda" in key:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-    adapted.save_pretrained(adapter)
-    theirs = adapted.merge_and_unload().state_dict()
-    checked = validate(adapter, base=base, select=["V4", "V5"])
-    assert checked.passed, [str(each) for each in checked.findings]
-    merge(adapter, tmp_path / "merged", base=base)
-    ours = model_class.from_pretrained(tmp_path / "merged").state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, values in theirs.items():
-        torch.testing.assert_close(ours[key], values, msg=key)
+    model = trained(kind, tmp_path)
+    base, adapter = model.base, model.adapter
+    assert_merged_as_peft(model, tmp_path / "merged")
     options = VerifyOptions(layers_only=True)
     assert verify(adapter, merged=tmp_path / "merged", base=base, options=options).passed
     strip(adapter, tmp_path / "stripped", base=base)
@@ -122,7 +123,7 @@ def test_layers_in_one_tensor_are_merged_as_peft_merges_them(kind: str, tmp_path
     weights = "adapter_model.safetensors"
     assert (done.out / weights).read_bytes() == (adapter / weights).read_bytes()
     to_lora(adapter, tmp_path / "lora", base=base)
-    plain = model_class.from_pretrained(base)
+    plain = model.model_class.from_pretrained(base)
     lora = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").merge_and_unload().state_dict()
-    for key, values in theirs.items():
+    for key, values in model.merged.items():
         torch.testing.assert_close(lora[key], values, msg=key, rtol=1e-4, atol=1e-5)

@@ -94,9 +94,7 @@ def _said(layer: Layer) -> tuple[str, Mapping[str, object], list[str]]:
     except CheckpointError:
         document = None
     if not isinstance(document, dict):
-        raise layer.error(
-            rules.PART_MALFORMED, QDATA, "what the header says of it is no JSON object."
-        )
+        raise layer.error(rules.PART_MALFORMED, QDATA, "its text in the header is no JSON object.")
     kind, data, parts = (document.get(k) for k in ("_type", "_data", "_tensor_data_names"))
     if not isinstance(kind, str) or kind not in _CLASSES:
         reason = f'the class "{printable(str(kind))}" is not supported.'
