@@ -10,8 +10,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vera_convert.formats.document import result_document
-
 if TYPE_CHECKING:
     from vera_convert.validation.validation import Validation
 
@@ -41,4 +39,6 @@ def report_text(result: Validation, form: str) -> str:
 
 def json_text(result: Validation) -> str:
     """Return the report as a JSON document (schema ``validation``)."""
+    from vera_convert.formats.document import result_document
+
     return json.dumps(result_document(result), indent=2)

@@ -156,10 +156,15 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
         yield rules.LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
 
 
+def _model_type(base_facts: BaseFacts) -> str:
+    """Return the model_type of the base; empty if not known."""
+    return (base_facts.base.model_type if base_facts.base is not None else None) or ""
+
+
 def _model_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
     """Yield the layers refused by the engine in models of the base's kind."""
     modules = [layer.module for layer in plan.layers]
-    model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""
+    model_type = _model_type(base_facts)
     there = {*base_facts.modules, *modules}
     for last, other in engine.needed_in_base.items():
         alone = [
@@ -238,7 +243,7 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
         modules: the paths of the LoRA's layers, in the adapter's model.
         base_facts: the base facts; without a base nothing is found.
     """
-    model_type = (base_facts.base.model_type if base_facts.base is not None else None) or ""
+    model_type = _model_type(base_facts)
     lost = lost_to_experts(modules, base_facts.modules, model_type)
     if lost:
         name = lost[0].rpartition(".")[2]

@@ -239,6 +239,7 @@ class _Job:
         """Write the LoRA whole or not at all."""
         folder, files, computed = self.work.adapter.folder, self.files, Computed(self.plan)
         weights, written = self._weights(computed), {CONFIG_NAME, CARD_NAME, *self.copied}
+        size = weights.size
         output = replace(
             self.work.output,
             inputs=(folder, *self.base_facts.folders),
@@ -246,7 +247,7 @@ class _Job:
         )
         with output.staged() as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
-            require_space(weights.size + copied, staged, output.path)
+            require_space(size + copied, staged, output.path)
             weights.write(staged / files.weights, progress, check=self.origin.options.check)
             self._require_small_error(computed.measured)
             if files.config is not None:
@@ -254,7 +255,7 @@ class _Job:
             (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
             copy_side_files(folder, self.copied, staged)
             self.work.adapter.check_unchanged()
-        return self._result(computed.measured, weights.size)
+        return self._result(computed.measured, size)
 
     def _weights(self, computed: Computed) -> Weights:
         record = record_of(self.origin, self.plan)

@@ -169,7 +169,8 @@ class GgufWeights:
 
     def write(self, path: Path, progress: Progress, *, check: bool) -> None:
         """Write the file, and read back the header, and with `check` every byte."""
-        plan, written, done, total = self.computed.plan, hashlib.sha256(), 0, self.size
+        plan, written, total = self.computed.plan, hashlib.sha256(), self.size
+        done = total - plan.nbytes
         writer = self._begun(path)
         for layer in plan.layers:
             found = self.computed.of(layer)
@@ -203,11 +204,10 @@ class GgufWeights:
 
     def _infos(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield name and shape of each tensor, in the order of the file."""
-        rank = self.computed.plan.rank
-        for layer in self.computed.plan.layers:
-            name = f"{self.model.names[layer.written]}.weight.lora_"
-            yield f"{name}a", (rank, layer.shape.in_features)
-            yield f"{name}b", (layer.shape.out_features, rank)
+        plan = self.computed.plan
+        for layer in plan.layers:
+            for part, shape in zip("ab", plan.shapes(layer), strict=True):
+                yield f"{self.model.name(layer)}.weight.lora_{part}", shape
 
     def _begun(self, path: Path) -> Any:  # noqa: ANN401 -- the package has no types
         """Write everything before the values, and return the package's writer."""
@@ -230,6 +230,6 @@ class GgufWeights:
         """Write the record again, with the error."""
         first = self._text(0.0).encode()
         with path.open("r+b") as file:
-            start = file.read(len(first) + _ALIGNMENT * 128).index(first)
+            start = file.read(len(first) + 4096).index(first)
             file.seek(start)
             file.write(self._text(self.computed.measured.worst).encode())

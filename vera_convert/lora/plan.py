@@ -83,6 +83,10 @@ class LoraPlan:
         )
         return values * BITS[self.dtype] // 8
 
+    def shapes(self, layer: LoraLayer) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of lora_A and lora_B of a layer."""
+        return (self.rank, layer.shape.in_features), (layer.shape.out_features, self.rank)
+
     @property
     def filled(self) -> int:
         """The number of layers of zeros."""

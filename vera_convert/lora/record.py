@@ -78,9 +78,9 @@ def metadata_with(
     return {"format": "pt", **others, **own}
 
 
-def file_sha256(source: ByteSource) -> str:
-    """Return the SHA-256 of a file, as hex."""
+def file_sha256(source: ByteSource, start: int = 0) -> str:
+    """Return the SHA-256 of a file from a byte on, as hex."""
     digest = sha256()
-    for start in range(0, source.size, _BLOCK):
-        digest.update(source.read_at(start, min(_BLOCK, source.size - start)))
+    for place in range(start, source.size, _BLOCK):
+        digest.update(source.read_at(place, min(_BLOCK, source.size - place)))
     return digest.hexdigest()

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
-from vera_convert.files.reading import ByteSource, open_local
+from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import Array, TensorData, from_array
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.lora.record import metadata_with
+from vera_convert.lora.record import file_sha256, metadata_with
 from vera_convert.lora.stored import StoredLayer, stored_layer
 from vera_convert.publish.publishing import sha256_of
 from vera_convert.text import printable, read_back_differs
@@ -134,7 +134,7 @@ class SafetensorsWeights:
             same = source.size == total and source.read_at(0, len(header)) == header
             same = same and read_header(source).data_start == len(header)
             if check and same:
-                same = _digest(source, len(header)) == written.digest()
+                same = file_sha256(source, len(header)) == written.hexdigest()
         if not same:
             raise SurroundingsError(read_back_differs(path.name))
 
@@ -148,8 +148,8 @@ class SafetensorsWeights:
         """Yield the two tensors of each layer; the factors are computed on writing."""
         plan = self.computed.plan
         for layer in plan.layers:
-            sizes = (plan.rank, layer.shape.in_features), (layer.shape.out_features, plan.rank)
-            for number, (name, size) in enumerate(zip(self.files.names(layer), sizes, strict=True)):
+            named = zip(self.files.names(layer), plan.shapes(layer), strict=True)
+            for number, (name, size) in enumerate(named):
                 shape = size[::-1] if self.files.transposed else size
                 yield TensorData(name, plan.dtype, shape, self._bytes_of(layer, number))
 
@@ -162,13 +162,6 @@ class SafetensorsWeights:
             yield from from_array("", matrix.T if self.files.transposed else matrix).blocks()
 
         return blocks
-
-
-def _digest(source: ByteSource, start: int) -> bytes:
-    digest = hashlib.sha256()
-    for place in range(start, source.size, _BLOCK):
-        digest.update(source.read_at(place, min(_BLOCK, source.size - place)))
-    return digest.digest()
 
 
 def copy_side_files(folder: Path, names: Sequence[str], staged: Path) -> None:
