@@ -222,6 +222,7 @@ def test_an_unknown_model_is_refused(document: dict[str, Any]) -> None:
         ("t5", {"feed_forward_proj": 3}),
         ("t5", {"num_layers": MAX_LAYERS + 1}),
         ("bert", {"intermediate_size": []}),
+        ("bert", {"architectures": ["BertModel"], "vocab_size": -1}),
         ("vit", {"num_labels": -2}),
     ],
 )
@@ -230,3 +231,9 @@ def test_an_absurd_field_is_refused(model_type: str, change: dict[str, Any]) -> 
         layers_from_config({"model_type": model_type, **change})
     assert [finding.code for finding in caught.value.findings] == ["V561"]
     assert caught.value.findings[0].place == "config.json"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "roberta", "vit"])
+def test_a_field_without_a_name_changes_nothing(model_type: str) -> None:
+    plain = layers_from_config({"model_type": model_type})
+    assert layers_from_config({"model_type": model_type, "": 5}) == plain

@@ -42,6 +42,8 @@ def layers_from_config(document: Mapping[str, object]) -> ModelLayers:
     model = _class_of(document)
     family = families()[model.model_type]
     sizes = _Sizes(document, family["sizes"])
+    if family["tables"]:
+        sizes["vocabulary"]  # an absurd size is refused, whether or not a head has the size
     body = {model.prefix + path: layer for path, layer in _body(family, model.words, sizes)}
     heads = {
         path: Linear(sizes[rows], sizes["hidden"])
@@ -124,18 +126,16 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
         name = families()[model_type]["default"]
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
-        reason = f"{_names_in(document)}; known types are {', '.join(families())}."
+        reason = f"{_names_in(document, name)}; known types are {', '.join(families())}."
         raise CheckpointError(rules.MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
     return found
 
 
-def _names_in(document: Mapping[str, object]) -> str:
-    """Return the model type and the class of a config in words."""
+def _names_in(document: Mapping[str, object], name: object) -> str:
+    """Return the model type and the class `name` of a config in words."""
     if "peft_type" in document:
         return "this is the config of an adapter, and the config of a model is needed"
-    listed, model_type = document.get("architectures"), document.get("model_type")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    given = [("the model type", model_type), ("the class", name)]
+    given = [("the model type", document.get("model_type")), ("the class", name)]
     known = [f"{what} is {printable(str(value))}" for what, value in given if value is not None]
     return " and ".join(known) or "the config names no model type and no class"
 
@@ -181,7 +181,7 @@ def _words_of_config(document: Mapping[str, object], used: set[str]) -> Iterator
 
 
 class _Sizes(dict[str, int]):
-    """The sizes of a model by name or expression, each read from the config when first needed."""
+    """The sizes of a model by name or expression; all but the labels are read when first needed."""
 
     def __init__(self, document: Mapping[str, object], fields: Mapping[str, Any]) -> None:
         super().__init__(one=1, two=2)
@@ -192,8 +192,8 @@ class _Sizes(dict[str, int]):
         self["labels"] = len(named) if isinstance(named, dict) else self._read(labels)
 
     def __missing__(self, name: str) -> int:
-        field = self._fields.get(name)
-        self[name] = self._computed(name) if field is None else self._read(field)
+        size = self._fields.get(name, name)
+        self[name] = self._computed(size) if isinstance(size, str) else self._read(size)
         return self[name]
 
     def _computed(self, expression: str) -> int:
@@ -209,7 +209,7 @@ class _Sizes(dict[str, int]):
 
     def _read(self, spec: Mapping[str, Any]) -> int:
         """Return the whole number from 1 up that a field of the config gives."""
-        name, other = spec.get("field", ""), spec.get("other")
+        name, other = spec["field"], spec.get("other")
         if other in self.document and name not in self.document:
             name = other
         value = self.document.get(name, spec.get("default"))
