@@ -50,7 +50,7 @@ THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-demo: .venv/demo.stamp ## Show all commands on a trained adapter
+demo: .venv/demo.stamp ## Check, convert, merge and verify a trained adapter
 	@bash examples/demo.sh $(BIN)/python
 
 test: lint ## Lint, check types and run the tests; needs no network after the set-up
