@@ -8,7 +8,7 @@ with the `Finding`, and every command shows the finding in the same words.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
@@ -123,8 +123,17 @@ class Finding:
         """The severity of the rule."""
         return self.rule.severity
 
+    def as_note(self) -> Finding:
+        """Return this finding for a case in which nothing is wrong."""
+        return replace(self, rule=self.rule.as_note())
+
     def __str__(self) -> str:
         return f"{self.code} {self.place}: {self.reason} {self.rule.remedy}"
+
+
+def errors_of(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the errors among findings."""
+    return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
 # --- the file ------------------------------------------------------------------------------------

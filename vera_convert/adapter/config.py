@@ -19,7 +19,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.json_edit import edited_object
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import parse_json, read_json
-from vera_convert.rules import Finding, Severity
+from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable
 
 LORA = "LORA"
@@ -169,7 +169,7 @@ def parse_config(text: bytes, *, place: str) -> ConfigFile:
     """
     file = _from_document(parse_json(text, place=place, pythons_numbers=True), text, place)
     if file.wrong:
-        raise CheckpointError.of(each for each in file.findings if each.severity is Severity.ERROR)
+        raise CheckpointError.of(errors_of(file.findings))
     return file
 
 
@@ -180,10 +180,8 @@ def _from_document(document: object, text: bytes, place: str) -> ConfigFile:
     if len(document) > MAX_FIELDS:
         raise CheckpointError(rules.FIELD_RANGE.in_file(place, f"it has {len(document):,} fields."))
     if _is_foreign(document):
-        finding, method = (
-            rules.NOT_VERA.in_file(place, _what_else(document)),
-            document.get("peft_type"),
-        )
+        finding = rules.NOT_VERA.in_file(place, _what_else(document))
+        method = document.get("peft_type")
         if "peft_type" not in document and document.get("fine_tune_type") == "lora":
             method = LORA  # as MLX-LM writes its LoRAs
         if isinstance(method, str) and method.upper() != "VERA":
@@ -376,10 +374,8 @@ def _relation_findings(config: VeraConfig, place: str) -> Iterator[tuple[str, Fi
         reason = f'task_type is "{printable(config.task_type)}"; PEFT knows {known} and null.'
         yield "task_type", rules.FIELD_VALUE.in_file(place, reason)
     if config.layers_pattern and config.layers_to_transform is None:
-        yield (
-            "layers_pattern",
-            rules.LAYERS_PATTERN_ALONE.in_file(place, "layers_to_transform is null."),
-        )
+        reason = "layers_to_transform is null."
+        yield "layers_pattern", rules.LAYERS_PATTERN_ALONE.in_file(place, reason)
 
 
 def peft_release(version: str | None) -> tuple[int, int] | None:

@@ -29,7 +29,7 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource, open_local, too_large
 from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pickled_weights
-from vera_convert.rules import Finding, Severity
+from vera_convert.rules import Finding, errors_of
 from vera_convert.text import listed, printable
 
 Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData], ConfigFile]]
@@ -60,11 +60,6 @@ def open_adapter(
         if found.adapter is None:
             raise CheckpointError.of(errors_of(found.findings))
         yield found.adapter
-
-
-def errors_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the errors among findings."""
-    return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
 class Examined(NamedTuple):

@@ -18,7 +18,7 @@ from vera_convert.adapter.shapes import shape_findings
 from vera_convert.adapter.tensors import AdaptedLayer, StoredProjections
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.rules import Finding, Rule, Severity
+from vera_convert.rules import Finding, Rule, errors_of
 from vera_convert.text import listed, printable
 
 _PLAIN_LAMBDA = re.compile(
@@ -77,7 +77,7 @@ def sort_tensors(
     findings += _unpaired(lambdas)
     findings += shape_findings(layers, pair, others, config)
     projections = StoredProjections(pair["vera_A"], pair["vera_B"]) if len(pair) == 2 else None
-    has_errors = any(finding.severity is Severity.ERROR for finding in findings)
+    has_errors = bool(errors_of(findings))
     findings += _presence(pair, repeated, config, renamed=bool(by_rule))
     if projections is not None and not has_errors:
         findings += _copies(projections, repeated, values=values)

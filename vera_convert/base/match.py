@@ -96,8 +96,11 @@ def match_modules(
     }
     matcher = _Matcher(layers, base, heads, widest=widest, fan_in_fan_out=fan_in_fan_out)
     plain = matcher.try_out(AS_THEY_ARE)
-    known = [*map(matcher.try_out, known_strategies(layers, matcher.base))] if plain.missing else []
-    given = [matcher.try_out(key_map_strategy(*pair)) for pair in dict.fromkeys(key_map)]
+    known: list[_Trial] = []
+    given: list[_Trial] = []
+    if plain.missing:
+        known = [*map(matcher.try_out, known_strategies(layers, matcher.base))]
+        given = [matcher.try_out(key_map_strategy(*pair)) for pair in dict.fromkeys(key_map)]
     found = matcher.choose(plain, known, given)
     if found.is_complete:
         return found.match
@@ -178,11 +181,14 @@ class _Matcher:
         embedding = shared_embedding(self.base, self._layers[head], widest=self._widest)
         if embedding is None and head in self._heads:
             embedding = shared_embedding(self.base, None, widest=self._heads[head][1])
-        if embedding is None or self._linear(head, embedding).out_features != self._layers[head]:
+        if embedding is None:
+            return trial
+        linear = self._linear(head, embedding)
+        if linear.out_features != self._layers[head]:
             return trial
         rest = self._try(trial.match.strategy, [name for name in self._layers if name != head])
         tensors = {**rest.match.tensors, head: embedding}
-        layers = {**rest.match.layers, head: self._linear(head, embedding)}
+        layers = {**rest.match.layers, head: linear}
         match = replace(
             rest.match,
             tensors={name: tensors[name] for name in self._layers},
@@ -260,11 +266,11 @@ class _Matcher:
         tensors = {module: name for module, name in places.items() if name is not None}
         missing = tuple(module for module in modules if module not in tensors)
         packed = [name for name in tensors.values() if self._quantization.is_packed(name)]
-        problems = [*_clashes({each: name for each, name in tensors.items() if each not in parts})]
+        whole = {module: name for module, name in tensors.items() if module not in parts}
+        problems = [*_clashes(whole)]
         problems += refusals(self._unpacked, packed) or self._no_matrices(tensors)
         layers: dict[str, Linear] = {}
         if not missing and not problems:
-            whole = {module: name for module, name in tensors.items() if module not in parts}
             conv1d = self._conv1d(whole)
             layers = {
                 module: self._linear(module, whole[module], conv1d=conv1d[module])

@@ -200,10 +200,9 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
     module = replaced_name(name).rpartition(".")[0]
     if not saved_modules(config).of(module):
         found = unknown_tensor(name, target, base)
-        is_unknown = (
-            found.rule is rules.REPLACEMENT_UNKNOWN
-        )  # else PEFT loads the adapter on this base
-        return found if is_unknown else found.rule.as_note().at(found.place, found.reason)
+        if found.rule is rules.REPLACEMENT_UNKNOWN:
+            return found
+        return found.as_note()  # PEFT loads the adapter on this base
     if class_of_head(config, base) is not None:
         return None
     reason = "the base has no such tensor, and no class with this tensor is known."

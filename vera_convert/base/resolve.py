@@ -155,8 +155,7 @@ class _Resolver:
         if match.refusals and self.need.is_for_tensors:
             raise CheckpointError.of(match.refusals)
         facts = _from_match(self.adapter, base, match)
-        refusals = match.refusals[:_MOST_NOTES]
-        notes = [each.rule.as_note().at(each.place, each.reason) for each in refusals]
+        notes = [each.as_note() for each in match.refusals[:_MOST_NOTES]]
         return replace(facts, findings=(*facts.findings, *notes, *self._idle_key_maps()))
 
     def _match(self, base: BaseModel) -> Match:

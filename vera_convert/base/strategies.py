@@ -35,7 +35,7 @@ def known_strategies(layers: Iterable[str], base: BaseModel) -> Iterator[Strateg
     """Yield prefixes, renames between releases of transformers, and prefixes before renames."""
     names = {name.partition(".")[0] for name in base.tensors}
     yield from _prefixes(layers, names, base)
-    paths = [name.rpartition(".")[0] for name in base.tensors]
+    paths = {name.rpartition(".")[0] for name in base.tensors}
     for renames in release_names(base):
         yield renames
         names = {(renames.undo(path) or "").partition(".")[0] for path in paths}

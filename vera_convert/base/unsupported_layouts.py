@@ -162,7 +162,7 @@ class Layers:
         parts = [
             self._ending(f"{parent}.{part}", like=module) for part in PARTS_OF_LAYERS.get(last, ())
         ]
-        for names in zip(*parts, strict=False) if parts else ():
+        for names in zip(*parts, strict=False):
             stored = " and ".join(f'"{printable(name)}"' for name in names)
             finding = rules.LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
             yield names, None, finding

@@ -91,7 +91,7 @@ class Rounding(StrEnum):
     @property
     def casts(self) -> tuple[np.dtype[Any], ...]:
         """The dtypes of the casts."""
-        return tuple(_CASTS[name] for name in self.split("+") if self is not Rounding.NONE)
+        return () if self is Rounding.NONE else tuple(_CASTS[name] for name in self.split("+"))
 
 
 _CASTS: dict[str, np.dtype[Any]] = {

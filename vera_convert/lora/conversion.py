@@ -47,7 +47,7 @@ from vera_convert.lora.writing import (
 )
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.publish.publishing import Output, files_but
-from vera_convert.rules import Finding, Severity
+from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable, short_repr
 
 CARD_NAME = "README.md"
@@ -173,7 +173,7 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         *adapter_findings(work, base_facts, sides, copied),
         *of_engine,
     ]
-    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    errors = errors_of(findings)
     if errors:
         error = CheckpointError.of(errors)
         error.validate_shows_all = errors[-1] not in of_engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vera_convert.errors import SurroundingsError
-from vera_convert.rules import Finding, Severity
+from vera_convert.rules import Finding, errors_of
 from vera_convert.text import short_repr
 from vera_convert.verification.forms import FormCheck
 from vera_convert.verification.lora import LoraCheck
@@ -49,7 +49,7 @@ class Verification:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The errors among the findings, the worst first."""
-        return tuple(each for each in self.findings if each.severity is Severity.ERROR)
+        return tuple(errors_of(self.findings))
 
     @property
     def wrong(self) -> int:

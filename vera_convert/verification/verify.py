@@ -27,7 +27,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
-from vera_convert.rules import Severity
+from vera_convert.rules import Severity, errors_of
 from vera_convert.text import printable
 from vera_convert.verification.forms import check_form
 from vera_convert.verification.lora import LoraCheck, check_lora
@@ -138,7 +138,7 @@ class _Run:
         """Return the check with the result of the run, or with the reason why nothing ran."""
         if isinstance(check.run, str):
             return check
-        if any(finding.severity is Severity.ERROR for finding in check.findings):
+        if errors_of(check.findings):
             return replace(check, run="fix the errors below first")
         job = replace(check.run, samples=self._samples, lines=self._lines)
         try:
