@@ -54,8 +54,7 @@ class BufferSizes:
 
 def buffer_sizes_for(sums: Sequence[Sum]) -> BufferSizes:
     """Return the buffer sizes that suffice for every block of the tensors."""
-    none = (0,) * 5
-    largest = map(max, zip_longest(none, none, *map(_sizes_for, sums), fillvalue=0))
+    largest = map(max, zip_longest((0,) * 5, *map(_sizes_for, sums), fillvalue=0))
     stored, written, product, another, left, *right = largest
     return BufferSizes(stored, written, product, another, left, tuple(right))
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from vera_convert.assembly.copying import OPEN_FLAGS, forget, start_writing_back
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.reading import open_local, same_bytes
 from vera_convert.publish.signals import signals_held
 from vera_convert.text import read_back_differs
 
@@ -223,17 +223,9 @@ def _compare(name: str, file: _PartialFile) -> None:
             if part.source is not None:
                 source, start = part.source
                 with source.open() as original:
-                    same = _same(target, part.at, original, start, part.size)
+                    same = same_bytes(target, part.at, original, start, part.size)
             else:
                 same = digest_of(target.read_at(part.at, part.size)) == part.digest
             if not same:
                 where = f" (bytes {part.at:,} to {part.at + part.size:,})"
                 raise SurroundingsError(read_back_differs(name, where))
-
-
-def _same(one: LocalFile, at: int, other: LocalFile, start: int, size: int) -> bool:
-    return all(
-        one.read_at(at + done, min(_READ_BLOCK, size - done))
-        == other.read_at(start + done, min(_READ_BLOCK, size - done))
-        for done in range(0, size, _READ_BLOCK)
-    )

@@ -217,12 +217,11 @@ def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> It
     if unproven:
         dtypes = same_on(adapter.config, own, base_facts)
         on = f"a base loaded in {dtypes[0]}" if dtypes else "no base of one dtype"
-        why = base_facts.unclear or base_facts.source
+        source = (base_facts.unclear or base_facts.source).rstrip(".")
+        why = f" ({source})" if source else ""
         reason = (
-            f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(unproven)}"
-            f"{f', because {why}' if why else '.'}"
+            f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(unproven)}{why}."
         )
-        reason = f"{reason.rstrip('.')}."
         yield rules.ROUNDING_UNPROVEN.at(adapter.place, reason)
 
 

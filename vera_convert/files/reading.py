@@ -49,6 +49,7 @@ _OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY", "O_NOINHERIT"):
     _OPEN_FLAGS |= getattr(os, _flag, 0)
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_BLOCK = 1 << 20
 _LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB at once, Linux reads less
 
 
@@ -140,6 +141,23 @@ class LocalFile:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+
+def same_bytes(first: ByteSource, at: int, second: ByteSource, start: int, size: int) -> bool:
+    """Return whether bytes of two files are equal.
+
+    Args:
+        first: a file.
+        at: the offset in the first file.
+        second: another file.
+        start: the offset in the second file.
+        size: the number of bytes.
+    """
+    return all(
+        first.read_at(at + done, min(_BLOCK, size - done))
+        == second.read_at(start + done, min(_BLOCK, size - done))
+        for done in range(0, size, _BLOCK)
+    )
 
 
 def open_local(

@@ -144,12 +144,12 @@ def _mlx_config(config: VeraConfig, plan: LoraPlan, modules: Collection[str]) ->
             "scale": 1.0,
         },
         "model": config.base_model_name_or_path,
-        "num_layers": _layer_count(modules or written),
+        "num_layers": layer_count(modules or written),
     }
     return json.dumps(document, indent=2, sort_keys=True).encode()
 
 
-def _layer_count(modules: Collection[str]) -> int:
+def layer_count(modules: Collection[str]) -> int:
     """Return how many layers a model has by the paths of the modules."""
     found = (re.search(r"(?:^|\.)layers\.(\d{1,6})\.", module) for module in modules)
     return 1 + max((int(each[1]) for each in found if each is not None), default=-1)

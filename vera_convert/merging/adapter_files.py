@@ -19,7 +19,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import open_local
+from vera_convert.files.reading import open_local, same_bytes
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.rules import Finding
@@ -38,7 +38,6 @@ _MODULE_FOLDER = re.compile(r"\d+_\w+")
 """The name of a module's folder in sentence-transformers, such as ``1_Pooling``."""
 _TOKENIZER_LIMIT = 100_000_000
 _MOST_LABELS = 100_000
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def adapter_files(location: Location, base: BaseModel) -> AdapterFiles:
         for name in names
         if name not in tokenizer and (_SINGLE.fullmatch(name) or _is_in(modules, name))
     ]
-    unmerged = unmerged_weights(location, names)
+    unmerged = _unmerged(names, tokenizer, modules)
     # The merge writes a new card for the merged model.
     used = {*tokenizer, *copied, *unmerged, CARD_NAME}
     needed = [
@@ -165,7 +164,12 @@ def unmerged_weights(location: Location, names: Sequence[str]) -> tuple[str, ...
         location: the adapter's location, fetched.
         names: the files beside the adapter.
     """
-    tokenizer, modules = tokenizer_files(names), _StatedFacts(location.fetched, names).modules
+    return _unmerged(names, tokenizer_files(names), _StatedFacts(location.fetched, names).modules)
+
+
+def _unmerged(
+    names: Sequence[str], tokenizer: Collection[str], modules: Collection[str]
+) -> tuple[str, ...]:
     return tuple(
         name
         for name in names
@@ -198,11 +202,7 @@ def _same_bytes(one: InputFile, other: InputFile) -> bool:
     if one.size != other.size or not other.path.is_absolute():
         return one.size == other.size
     with one.open() as first, other.open() as second:
-        return all(
-            first.read_at(start, min(_BLOCK, one.size - start))
-            == second.read_at(start, min(_BLOCK, one.size - start))
-            for start in range(0, one.size, _BLOCK)
-        )
+        return same_bytes(first, 0, second, 0, one.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +267,15 @@ class _StatedFacts:
             "pad_token"
         )
         token = token.get("content") if isinstance(token, dict) else token
-        config = self._object("config.json")
-        ids = self._ids(token) if isinstance(token, str) else iter([config.get("pad_token_id")])
+        if isinstance(token, str):
+            ids = self._ids(token, settings)
+        else:
+            ids = iter([self._object("config.json").get("pad_token_id")])
         return next((each for each in ids if type(each) is int and each >= 0), None)
 
-    def _ids(self, token: str) -> Iterator[object]:
+    def _ids(self, token: str, settings: Mapping[str, object]) -> Iterator[object]:
         """Yield the ids that the files of a tokenizer give to a token, the best source first."""
-        decoder = self._object("tokenizer_config.json").get("added_tokens_decoder")
+        decoder = settings.get("added_tokens_decoder")
         for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
             if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
                 yield int(number[:20])

@@ -162,8 +162,7 @@ class _Collector:
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
             embedding = embedding_of_head(module, match, self.base)
-            is_untied = self.tied is Tied.UNTIE and module in match.tied
-            head = _name_of_head(module, match) if is_untied else stored
+            head = _name_of_head(module, match) if self.tied is Tied.UNTIE else stored
             self._resized_heads += [
                 (name, replacement) for name in dict.fromkeys((head, embedding or head))
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,13 +117,14 @@ def open_inputs(
             )
         )
         beside = [adapter_files(location, files.model) for location in locations]
-        inputs = MergeInputs(options, base, adapters, files, beside[0], ())
+        written = beside[0].over(files.copied)
         findings = [
             *_base_findings(files, packed, options),
             *_adapter_findings(adapters, facts, beside),
-            *_unused_findings(inputs, beside),
+            *_unused_findings(adapters, beside, written),
         ]
-        yield replace(inputs, findings=tuple(dict.fromkeys(findings)))
+        unique = tuple(dict.fromkeys(findings))
+        yield MergeInputs(options, base, adapters, files, beside[0], unique)
 
 
 def _resolve_all(
@@ -209,7 +210,11 @@ def _adapter_findings(
         yield from other_dims(matched.adapter, base_facts)
 
 
-def _unused_findings(inputs: MergeInputs, beside: Sequence[AdapterFiles]) -> Iterator[Finding]:
+def _unused_findings(
+    adapters: Sequence[MatchedAdapter],
+    beside: Sequence[AdapterFiles],
+    written: Mapping[str, InputFile],
+) -> Iterator[Finding]:
     """Yield a warning for each file of an added adapter that the merged model lacks."""
-    for matched, files in zip(inputs.adapters[1:], beside[1:], strict=True):
-        yield from files.unused(matched.label, inputs.side_files)
+    for matched, files in zip(adapters[1:], beside[1:], strict=True):
+        yield from files.unused(matched.label, written)

@@ -47,7 +47,7 @@ class MergeOptions:
         max_shard_size: the most bytes of a shard, or a text such as ``5GB``; None keeps the base's
             shards.
         tied: how to merge into an output head that shares one tensor with the embedding.
-        dequantize: make a base whose weights are fp8 a 16-bit model.
+        dequantize: make a 16-bit model of a quantized base.
         architecture: the class of the result, if neither base nor adapter names a head's class.
         labels: the names of a classifier's labels, in order.
         device: where products are computed: ``cpu``, or with the extra torch ``cuda`` or

@@ -174,7 +174,7 @@ def check_lora(
             label=places[1].label,
             origin=pair.origin,
             layers=layers,
-            zeros=len(pairing.extra) - sum(map(_has_effect, pairing.extra)),
+            zeros=sum(not _has_effect(layer) for layer in pairing.extra),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
             run=run,

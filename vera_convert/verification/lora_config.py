@@ -15,6 +15,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.lora.checks import peft_findings
 from vera_convert.lora.engines import EngineName, Form
+from vera_convert.lora.forms import layer_count
 from vera_convert.lora.reading import ReadLora
 from vera_convert.rules import Finding
 from vera_convert.targets.matching import is_all_linear, matching
@@ -91,9 +92,7 @@ def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Ite
     if not isinstance(number, int) or isinstance(number, bool):
         raise _malformed("num_layers")
     places = {name: _LAYER.fullmatch(name) for name in names}
-    known = (_LAYER.fullmatch(module) for module in (*facts.modules, *names))
-    layers = 1 + max((int(place[1]) for place in known if place), default=-1)
-    first = layers - number if number > 0 else 0
+    first = layer_count({*facts.modules, *names}) - number if number > 0 else 0
     lost = [
         name
         for name, place in places.items()

@@ -140,7 +140,7 @@ def check_merged(
             jobs=options.jobs,
             wider_too=merge.may_be_wider,
             progress=progress,
-            explain=partial(right_with_other_projections, merge, read.model),
+            explain=partial(right_with_other_projections, merge, read.model, read.files),
         )
         findings = dict.fromkeys(_findings(read, source, edits, tensors))
         for file in read.files.values():

@@ -20,6 +20,7 @@ from vera_convert.base.side_files import ModelFiles
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.file_names import CONFIG_NAME
+from vera_convert.files.reading import same_bytes
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.adapter_files import decides_outputs
 from vera_convert.merging.changes import Changes
@@ -29,7 +30,6 @@ from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed, printable
 
 _MOST_NAMED = 8
-_BLOCK_BYTES = 1 << 23
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -119,11 +119,7 @@ def copied_findings(
 def _same_bytes(one: InputFile, other: InputFile, starts: tuple[int, int], size: int) -> bool:
     """Return whether two files have the same bytes from these offsets on."""
     with one.open() as first, other.open() as second:
-        for at in range(0, size, _BLOCK_BYTES):
-            length = min(_BLOCK_BYTES, size - at)
-            if first.read_at(starts[0] + at, length) != second.read_at(starts[1] + at, length):
-                return False
-    return True
+        return same_bytes(first, starts[0], second, starts[1], size)
 
 
 # --- the config ----------------------------------------------------------------------------------

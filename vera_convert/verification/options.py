@@ -39,7 +39,7 @@ class VerifyOptions:
         generator: the variant of the generator, if no fingerprint names the variant.
         dtype: the dtype of all float tensors of the merged model, like ``bfloat16``.
         tied: how an output head that shares a tensor with the embedding was merged.
-        dequantize: whether an fp8 base was converted to a 16-bit model.
+        dequantize: whether a quantized base was converted to a 16-bit model.
         layers_only: compare only the weights; no model is run, and torch is not needed.
         samples: how many sequences both models are run on; None for `SAMPLES`.
         text: a UTF-8 file with the text to run; None for random token ids.

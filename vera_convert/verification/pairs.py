@@ -91,7 +91,7 @@ class Pair:
         return found, buffers.read(1, self.expected.source, first, last - first)
 
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
-        """Return rows of the merged tensor and of the source, in the stored dtypes."""
+        """Return rows of the merged tensor in the expected dtype, and the source's decoded rows."""
         tensor, columns = self.expected, self.expected.matrix[1]
         found = buffers.rows(0, self.found, (first, last), columns)
         if self.found.dtype != tensor.dtype:

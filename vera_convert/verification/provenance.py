@@ -58,7 +58,7 @@ class MergeSettings:
         key_map: pairs (OLD, NEW) that renamed modules.
         dtype: the dtype of all float tensors, in torch's names; None for the stored dtypes.
         tied: how a head that shares a tensor with the embedding was merged.
-        dequantize: whether an fp8 base was converted to a 16-bit model.
+        dequantize: whether a quantized base was converted to a 16-bit model.
         architecture: the class of the result, if the call of the merge named the class.
         labels: the names of a classifier's labels, if the call of the merge gave names.
         recorded: whether the other options come from a provenance.

@@ -247,8 +247,9 @@ def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[li
     """Return notes on buffers, then findings for missing tensors, then for unknown tensors."""
     gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
     extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
-    lost = [n for n, t in gone.items() if t.kind in _UNCHANGED and is_buffer(n, t.dtype, t.shape)]
-    won = [n for n, info in extra.items() if is_buffer(n, info.dtype, info.shape)]
+    same = {name: tensor for name, tensor in gone.items() if tensor.kind in _UNCHANGED}
+    lost = {name: t for name, t in same.items() if is_buffer(name, t.dtype, t.shape)}
+    won = {name: info for name, info in extra.items() if is_buffer(name, info.dtype, info.shape)}
     notes = [
         rules.MERGED_BUFFER.at(listed(names, 1, noun="buffer"), f"not stored in the {owner}.")
         for names, owner in ((lost, "merged model"), (won, "base"))
