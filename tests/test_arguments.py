@@ -123,9 +123,9 @@ def choices(kind: type[StrEnum]) -> Ways:
 
 
 FLAG = Ways(wrong=("no", 1, object()), names="True or False")
-PLACE = Ways(((Path("a"), "a"),), (5, b"a", object(), ["a"]), "pathlib")
+PLACE = Ways(((Path("a"), "a"),), (5, b"a", object(), ["a"], "", "a\0"), "pathlib|empty|NUL")
 OUT = Ways(wrong=(5, None, b"a", object(), "", "a\0"), names="out")
-TEXT = Ways(wrong=(5, b"a", object()), names="text")
+TEXT = Ways(wrong=(5, b"a", object(), ""), names="text|empty")
 WHOLE = Ways(wrong=("eight", 1.5, True, object(), 0, -1), names="whole number")
 NUMBER = Ways(((2, 2.0),), ("two", float("nan"), float("inf"), object(), True), "finite number")
 DTYPE = Ways(
@@ -151,7 +151,7 @@ VERSION = Ways(
     "0.13|0.11",
 )
 ACCESS = Ways(wrong=("token", object(), {}), names="HubAccess")
-BASE = Ways(wrong=(5, b"a", object(), ["a"]), names="base")
+BASE = Ways(wrong=(5, b"a", object(), ["a"], ""), names="base")
 KEY_MAP = Ways(
     (((("a", "b"),), ("a=b",), "a=b", {"a": "b"}),),
     ("a", 5, [5], [("a",)], [("a", 5)], ["a b=c"], object()),
@@ -169,9 +169,11 @@ ARGUMENTS: dict[str, Ways] = {
     "accept_change": FLAG,
     "accept_error": FLAG,
     "access": ACCESS,
-    "adapter": Ways(wrong=(5, None, b"a", object(), ["a"]), names="pathlib"),
-    "adapters": Ways(wrong=(5, None, b"a", object(), [5]), names="pathlib"),
-    "architecture": Ways(wrong=(5, b"a", object(), "a b", ""), names="text|class"),
+    "adapter": Ways(wrong=(5, None, b"a", object(), ["a"], ""), names="pathlib|adapter is empty"),
+    "adapters": Ways(
+        wrong=(5, None, b"a", object(), [5], "", [""]), names="pathlib|adapters is empty"
+    ),
+    "architecture": Ways(wrong=(5, b"a", object(), "a b", ""), names="text|class|empty"),
     "base": BASE,
     "base_dtype": DTYPE,
     "cache_dir": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "cache_dir"),
@@ -194,25 +196,27 @@ ARGUMENTS: dict[str, Ways] = {
     "key": Ways(wrong=("seven", 1.5, True, object()), names="whole number"),
     "key_map": KEY_MAP,
     "labels": Ways(
-        ((["a", "b"], ("a", "b"), "a,b"),), (5, [5], ["a", "a"], [""], object()), "text|label"
+        ((["a", "b"], ("a", "b"), "a,b"),),
+        (5, [5], ["a", "a"], [""], "", ",", object()),
+        "text|label|empty",
     ),
     "layers_only": FLAG,
-    "lora": Ways(wrong=(5, b"a", object()), names="pathlib"),
+    "lora": Ways(wrong=(5, b"a", object(), ""), names="pathlib|lora is empty"),
     "max_error": Ways(((0, 0.0),), ("half", -0.1, 1, float("nan"), object()), "number|share"),
     "max_shard_size": SIZE,
-    "model": Ways(wrong=(5, b"a", object(), ["a"]), names="pathlib"),
+    "model": Ways(wrong=(5, b"a", object(), ["a"], ""), names="pathlib|model is empty"),
     "name": Ways(wrong=("banana", 5), names="adapter_config"),
     "offline": FLAG,
     "options": Ways(wrong=("fast", object(), {}), names="Options"),
-    "other": Ways(wrong=(5, b"a", object()), names="pathlib"),
-    "merged": Ways(wrong=(5, b"a", object()), names="pathlib"),
+    "other": Ways(wrong=(5, b"a", object(), ""), names="pathlib|other is empty"),
+    "merged": Ways(wrong=(5, b"a", object(), ""), names="pathlib|merged is empty"),
     "out": OUT,
     "out_features": WHOLE,
     "peft_version": VERSION,
     "places": Ways(
         (({"a": "b"}, (("a", "b"),), [["a", Path("b")]]),),
-        ("a=b", 5, [5], [("a",)], [("a", 5)], {5: "b"}),
-        "NAME=MODEL|text|pathlib",
+        ("a=b", 5, [5], [("a",)], [("a", 5)], {5: "b"}, {"": "b"}, {"a": ""}),
+        "NAME=MODEL|text|pathlib|--base-for is empty",
     ),
     "progress": FLAG,
     "projections": MEANT,
@@ -224,7 +228,9 @@ ARGUMENTS: dict[str, Ways] = {
     "samples": WHOLE,
     "select": CODES,
     "targets": Ways(
-        ((["q_proj", "v_proj"], "q_proj,v_proj"),), (5, [5], ["banana"], object()), "text|q_proj"
+        ((["q_proj", "v_proj"], "q_proj,v_proj"),),
+        (5, [5], ["banana"], "", ",", [""], object()),
+        "text|q_proj|empty",
     ),
     "text": Ways(((Path("a"), "a"),), (5, b"a", object(), ""), "text"),
     "tied": choices(Tied),

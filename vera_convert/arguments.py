@@ -152,14 +152,21 @@ def require_flags(**values: object) -> None:
             raise UsageError(f"{name} is {_shown(value)}: give True or False.")
 
 
+def require_content(name: str, value: object) -> None:
+    """Raise `UsageError` for an empty text, which a shell passes for an unset variable."""
+    if value in ("", b""):
+        raise UsageError(f"{name} is empty: give a value.")
+
+
 def text(name: str, value: object) -> str:
     """Return a text unchanged.
 
     Raises:
-        UsageError: the value is of another kind.
+        UsageError: the value is of another kind, or empty.
     """
     if not isinstance(value, str):
         raise UsageError(f"{name} is {_shown(value)}: give a text.")
+    require_content(name, value)
     return value
 
 
@@ -167,13 +174,15 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     """Return a list of texts; a caller may also pass a text with commas.
 
     Raises:
-        UsageError: the value is of another kind.
+        UsageError: the value is of another kind, a text without any name, or has an empty item.
     """
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        require_content(name, ",".join(parts))
+        return parts
     if isinstance(value, bytes | Mapping) or not isinstance(value, Sequence | set | frozenset):
         raise UsageError(f"{name} is {_shown(value)}: give a list of texts.")
-    return tuple(text(name, each) for each in value)
+    return tuple(text(f"an item of {name}", each) for each in value)
 
 
 def place(name: str, value: object) -> str:
@@ -184,8 +193,9 @@ def place(name: str, value: object) -> str:
     """
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
-        if path in ("", b"") or "\0" in str(path):  # pathlib takes an empty text for this folder
-            raise UsageError(f"{name} is empty or contains a NUL: give a name.")
+        require_content(name, path)  # pathlib would take an empty text for the working directory
+        if "\0" in str(path):
+            raise UsageError(f"{name} contains a NUL character: give the name without the NUL.")
         if isinstance(path, str):
             return path
     raise UsageError(f"{name} is {_shown(value)}: give a text or a pathlib.Path.")

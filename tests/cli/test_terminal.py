@@ -18,6 +18,7 @@ from commandline import COMMANDS, Run
 from vera_convert.cli.app import program
 from vera_convert.cli.options import TITLES, CommonOptions
 from vera_convert.cli.output import fitted, progress_bar
+from vera_convert.cli.values import name_of
 
 WITH_OPTIONS = [name for name in COMMANDS if name != "completion"]
 
@@ -119,6 +120,45 @@ def test_nothing_is_offered_where_nothing_is_near(run: Run) -> None:
 def test_sizes_are_taken_as_people_write_them(size: str, run: Run) -> None:
     ended = run("merge", "./gone", "./out", "--max-shard-size", size)
     assert ended.status == 3
+
+
+# --- empty values --------------------------------------------------------------------------------
+
+
+def takers_of_text() -> list[tuple[str, str]]:
+    """Return every argument and every option with a value, by its command."""
+    return [
+        (command, name_of(parameter))
+        for command, made in COMMANDS.items()
+        for parameter in made.params
+        if not getattr(parameter, "is_flag", False)
+    ]
+
+
+@pytest.mark.parametrize(("command", "name"), takers_of_text())
+def test_an_empty_value_is_refused_by_the_name_that_a_user_types(
+    command: str, name: str, run: Run
+) -> None:
+    arguments = [each for each in COMMANDS[command].params if isinstance(each, click.Argument)]
+    words = ["" if name_of(each) == name else "x" for each in arguments]
+    words += [name, ""] if name.startswith("--") else []
+    ended = run(command, *words)
+    assert ended.status == 2
+    assert ended.err == f"error: {name} is empty: give a value.\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["validate", "x", "--select", ","],
+        ["validate", "x", "--ignore", " , "],
+        ["validate", "--explain", ","],
+        ["count", "--base", "x", "--rank", "4", "--target", ","],
+        ["merge", "x", "y", "--labels", ","],
+    ],
+)
+def test_a_list_without_a_name_is_empty(words: list[str], run: Run) -> None:
+    assert run(*words)[1:] == ("", f"error: {words[-2]} is empty: give a value.\n")
 
 
 # --- completion ----------------------------------------------------------------------------------

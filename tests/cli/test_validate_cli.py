@@ -287,7 +287,7 @@ def test_rules_and_explanations(run: Run, schema_errors: SchemaErrors) -> None:
         (["good", "--fail-on=note"], "'note' is not one of"),
         (["good", "--select=V999"], "is not a code"),
         (["good", "--ignore=V2180"], "Did you mean V218?"),
-        (["good", "--ignore="], "is not a code"),
+        (["good", "--ignore="], "--ignore is empty"),
         (["--explain=V21x"], "Did you mean V"),
         (["--rules", "good"], "stand alone"),
         (["--explain=V218", "good"], "stand alone"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,8 +96,9 @@ def key_maps(value: object) -> tuple[tuple[str, str], ...]:
 def _written(rename: object) -> str:
     """Return a rename as ``OLD=NEW``."""
     if isinstance(rename, tuple | list):
-        old, new = map(partial(text, "--key-map"), rename) if len(rename) == 2 else ("", "")
-        return f"{old}={new}"
+        if len(rename) != 2 or not all(isinstance(side, str) for side in rename):
+            raise UsageError("--key-map: a pair has two texts, (OLD, NEW).")
+        return "=".join(rename)
     return text("--key-map", rename)
 
 

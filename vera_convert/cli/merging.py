@@ -28,7 +28,7 @@ from vera_convert.errors import is_resumable
 class MergeChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, MergeChoice, ForceChoice):
     """Options of `merge`."""
 
-    labels: str = option(METHOD, "A,B,...", "Names of the labels of a classifier.", default="")
+    labels: str | None = option(METHOD, "A,B,...", "Names of the labels of a classifier.")
     architecture: str | None = option(
         METHOD, "CLASS", "Class of the merged model, if the adapter adds an output head."
     )

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import click
 
-from vera_convert.cli.values import GENERATORS, KEY_MAP, Choice, Dtype, PathOnDisk
+from vera_convert.arguments import require_content
+from vera_convert.cli.values import GENERATORS, KEY_MAP, Choice, Dtype, name_of
 from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ DISPLAY = "Display options"
 TITLES = (INPUT, PROJECTIONS, METHOD, LORA, CHECK, OUTPUT, HUB, DISPLAY)
 """The groups of options, in the order in which a help lists the groups."""
 
-PATH = PathOnDisk(path_type=Path)
+PATH = click.Path(path_type=Path)
 SOURCES = Choice(("auto", "file", "key"))
 
 
@@ -44,7 +45,17 @@ class Declared(NamedTuple):
     attributes: dict[str, Any]
 
 
-class Option(click.Option):
+class Filled(click.Parameter):
+    """A parameter without empty values, so that an unset variable of a shell is an error."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value as the parameter's type has the value; refuse an empty text."""
+        for each in value if isinstance(value, list | tuple) else (value,):
+            require_content(name_of(self), each)
+        return super().type_cast_value(ctx, value)
+
+
+class Option(Filled, click.Option):
     """An option that a help lists in a group."""
 
     group = ""
@@ -114,7 +125,9 @@ class CommonOptions(Options):
     """The access to the Hub, and the output on the terminal: options of every command."""
 
     token: str | None = option(HUB, "TOKEN", "Access token for the Hub (default: HF_TOKEN).")
-    cache_dir: str | None = option(HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).")
+    cache_dir: Path | None = option(
+        HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).", type=PATH
+    )
     offline: bool = flag(HUB, "Read repos from the cache alone; open no connection.")
     as_json: bool = flag(DISPLAY, "Print the result as one JSON document.", "--json")
     quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
@@ -135,7 +148,7 @@ class CommonOptions(Options):
 
         return HubAccess(
             token=self.token,
-            cache_dir=Path(self.cache_dir) if self.cache_dir else None,
+            cache_dir=self.cache_dir,
             offline=self.offline,
             progress=self.progress is not False and not self.quiet,
         )

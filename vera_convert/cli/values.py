@@ -9,9 +9,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from vera_convert.arguments import base_dtype_name, dtype_name, peft_version
+from vera_convert.arguments import base_dtype_name, dtype_name, peft_version, texts
 from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import UsageError
+from vera_convert.text import printable
 
 GENERATORS = (
     "float32-fused",
@@ -36,10 +37,16 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
-    """A value, parsed by a function of one argument."""
+def name_of(parameter: click.Parameter) -> str:
+    """Return the name of an option or argument, as a user types the option or reads the usage."""
+    is_option = isinstance(parameter, click.Option)
+    return max(parameter.opts, key=len) if is_option else parameter.human_readable_name.strip(".")
 
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+
+class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
+    """A value, parsed by a function of the option's name and the text."""
+
+    def __init__(self, name: str, parse: Callable[[str, str], object]) -> None:
         self.name = name
         self.parse = parse
 
@@ -47,7 +54,9 @@ class Parsed(click.ParamType):  # type: ignore[type-arg] # generic only from cli
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
         """Return the parsed value; a default comes parsed already."""
-        return self.parse(value) if isinstance(value, str) else value
+        if not isinstance(value, str) or param is None:
+            return value
+        return self.parse(name_of(param), value)
 
 
 class Adapter(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4
@@ -60,16 +69,6 @@ class Adapter(click.ParamType):  # type: ignore[type-arg] # generic only from cl
     ) -> list[CompletionItem]:
         """Leave the completion to the shell's own completion of paths."""
         return [CompletionItem(incomplete, type="file")]
-
-
-class PathOnDisk(click.Path):
-    """A path on this machine; pathlib would take an empty text for the working directory."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
-        if value == "":
-            self.fail("The path is empty.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 8.2
@@ -99,31 +98,27 @@ class Dtype(Choice):
         return super().convert(value, param, ctx)
 
 
-def _key_map(value: str) -> tuple[str, str]:
+def _key_map(_option: str, value: str) -> tuple[str, str]:
     from vera_convert.base.facts import parse_key_map
 
     return parse_key_map(value)
 
 
-def _named_base(value: str) -> tuple[str, str]:
+def _named_base(option: str, value: str) -> tuple[str, str]:
     name, _, model = value.partition("=")
     if not name or not model:
-        raise click.BadParameter(
-            f"{value!r} must have the form NAME=MODEL, such as org/model=./model."
+        raise UsageError(
+            f"{option} is {printable(value)}: give NAME=MODEL, such as org/model=./model."
         )
     return name, model
 
 
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _codes(value: str) -> tuple[str, ...]:
-    return tuple(code.strip().upper() for code in value.split(","))
+def _codes(option: str, value: str) -> tuple[str, ...]:
+    return tuple(code.upper() for code in texts(option, value))
 
 
 KEY_MAP = Parsed("OLD=NEW", _key_map)
 NAMED_BASE = Parsed("NAME=MODEL", _named_base)
-NAMES = Parsed("NAME[,NAME]", _names)
+NAMES = Parsed("NAME[,NAME]", texts)
 CODES = Parsed("CODE[,CODE]", _codes)
-PEFT_VERSION = Parsed("VERSION", lambda value: peft_version("--peft-version", value))
+PEFT_VERSION = Parsed("VERSION", peft_version)

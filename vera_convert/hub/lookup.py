@@ -203,10 +203,6 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
         text: perhaps a path.
         files: names of files that stand for the file's folder.
     """
-    if not text or "\0" in text:
-        raise UsageError(
-            "the name of a folder or repo is empty, or has a NUL in it: give another name."
-        )
     if text.startswith(SCHEME):
         return None
     for path in dict.fromkeys((text, os.path.expanduser(text))):  # noqa: PTH111 - Path's can raise

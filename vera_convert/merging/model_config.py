@@ -22,7 +22,7 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.rules import Finding
-from vera_convert.text import printable
+from vera_convert.text import counted, printable
 
 CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(
@@ -120,7 +120,8 @@ class _Editor:
         name = options.architecture or (trained if self.heads else None)
         if options.labels and len(options.labels) != self.count:
             raise UsageError(
-                f"--labels names {len(options.labels)} labels, and the adapter {self._what_it_has}."
+                f"--labels has {counted(len(options.labels), 'name')}, and the adapter "
+                f"{self._what_it_has}."
             )
         if name is None:
             edits.findings += self._unknown_class()
