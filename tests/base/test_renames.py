@@ -296,6 +296,48 @@ def test_an_expert_of_a_stack_is_refused_by_name(stack: str) -> None:
         matched(layers, base)
 
 
+@pytest.mark.parametrize(
+    ("stack", "shape", "layer", "size"),
+    [
+        ("experts.gate_up_proj", (4, 48, 32), "gate_proj", (24, 32)),
+        ("experts.gate_up_proj", (4, 32, 48), "up_proj", (24, 32)),
+        ("experts.gate_up_proj", (4, 48, 48), "w3", (24, 48)),
+        ("experts.down_proj", (4, 32, 24), "w2", (32, 24)),
+        ("experts.down_proj", (4, 24, 32), "down_proj", (32, 24)),
+        ("experts.up_proj.weight", (4, 24, 32), "up_proj", (24, 32)),
+        ("input_linear.weight", (4, 48, 32), "gate_proj", (24, 32)),
+        ("output_linear.weight", (4, 32, 24), "down_proj", (32, 24)),
+    ],
+)
+def test_a_stack_tells_the_size_of_an_expert_s_layer(
+    stack: str, shape: tuple[int, ...], layer: str, size: tuple[int, int]
+) -> None:
+    name, module = f"layers.1.mlp.{stack}", f"layers.1.mlp.experts.3.{layer}"
+    tensors = {name: BaseTensor("m", TensorInfo(name, "F32", shape, 0, 0))}
+    base = BaseModel(base_of([]).location, {}, {}, tensors)
+    match = match_modules({module: size[0]}, base)
+    assert match.tensors == {module: name}
+    assert match.layers[module][:2] == size
+    (finding,) = match.refusals
+    assert finding.code == "V544"
+
+
+@pytest.mark.parametrize(
+    ("module", "outputs"),
+    [
+        ("layers.1.mlp.experts.3.up_proj", 25),  # no axis of this size
+        ("layers.1.mlp.experts.4.up_proj", 24),  # the stack has four experts
+        ("layers.1.mlp.experts.3.down_proj", 24),  # another kind of layer
+        ("other.layers.1.mlp.experts.3.up_proj", 24),  # another part of the model
+    ],
+)
+def test_a_stack_that_does_not_fit_a_layer_proves_no_size(module: str, outputs: int) -> None:
+    name = "layers.1.mlp.experts.gate_up_proj"
+    tensors = {name: BaseTensor("m", TensorInfo(name, "F32", (4, 48, 32), 0, 0))}
+    with pytest.raises(CheckpointError, match="V544"):
+        match_modules({module: outputs}, BaseModel(base_of([]).location, {}, {}, tensors))
+
+
 def test_experts_that_are_stored_one_by_one_fit_as_they_are() -> None:
     experts = [f"model.layers.0.block_sparse_moe.experts.{n}.w{m}" for n in (0, 1) for m in (1, 2)]
     match = matched(experts, base_of(experts, model_type="mixtral"))

@@ -268,7 +268,7 @@ class _Matcher:
         packed = [name for name in tensors.values() if self._quantization.is_packed(name)]
         whole = {module: name for module, name in tensors.items() if module not in parts}
         problems = [*_clashes(whole)]
-        problems += refusals(self._unpacked, packed) or self._no_matrices(tensors)
+        problems += refusals(self._unpacked, packed) or self._no_matrices(whole)
         layers: dict[str, Linear] = {}
         if not missing and not problems:
             conv1d = self._conv1d(whole)

@@ -23,6 +23,7 @@ from vera_convert.base.model import BaseModel, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import lost_biases
 from vera_convert.base.task_classes import class_without_body
+from vera_convert.base.unsupported_layouts import experts_beside
 from vera_convert.errors import (
     CheckpointError,
     SurroundingsError,
@@ -276,7 +277,11 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     The config's targets are matched with the adapter's names. The result leaves out weights
     outside the adapter's model.
     """
-    named = {module: part.tensors[0] for module, part in match.parts.items()}
+    named = {
+        each: part.tensors[0]
+        for module, part in match.parts.items()
+        for each in (experts_beside(module, part.experts) if part.experts else (module,))
+    }
     divided = {name for part in match.parts.values() for name in part.tensors}
     for name in base.tensors:
         path = name.removesuffix(".weight")

@@ -48,12 +48,14 @@ class Inside:
         in_features: the inputs of the layer.
         first: the layer's first row in the only tensor; None if a merge refuses the layer.
         finding: why a merge refuses the layer.
+        experts: how many layers of the same name the tensor stacks; 0 if the tensor is no stack.
     """
 
     tensors: tuple[str, ...]
     in_features: int
     first: int | None
     finding: Finding
+    experts: int = 0
 
 
 def _layouts(table: str, *, is_permuted: bool = False, is_even: bool = False) -> tuple[Layout, ...]:
@@ -99,7 +101,8 @@ def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
     """
     layers = Layers(base)
     for module in {re.sub(r"\d+", "#", module): module for module in modules}.values():
-        found = _experts(module, base) or layers.finding(module)
+        stacks = [*_stacks(module, base)]
+        found = _stacked(module, stacks[0], base) if stacks else layers.finding(module)
         if found is not None:
             return found
     return None
@@ -144,7 +147,7 @@ class Layers:
                 part, parts = share or (0, 0)
                 first = part * outputs if parts * outputs == rows else None
                 return Inside(names, shapes[0][1], first, finding)
-        return None
+        return _expert(module, outputs, self._base, undo)
 
     def _candidates(
         self, module: str
@@ -183,16 +186,70 @@ def _block(path: str) -> str:
     return found[0] if found else ""
 
 
-def _experts(module: str, base: BaseModel) -> Finding | None:
-    """Return a finding if a single tensor holds all experts of a layer."""
+_DOWN = re.compile(r"(?:^|[._])(?:down|w2|fc2|output)(?:$|[._])")
+_TWO_LAYERS = re.compile(r"gate_up|input_linear")
+"""The name of a stack in which each expert has the rows of two layers, gate and up."""
+
+
+def _expert(
+    module: str, outputs: int, base: BaseModel, undo: Callable[[str], str | None]
+) -> Inside | None:
+    """Return the proven place of an expert's layer in a stack of experts; None without proof.
+
+    The first axis of a stack counts the experts. Models differ in the order of the other two, so
+    the length of lambda_b tells which axis is the outputs.
+
+    Args:
+        module: the layer's path in the adapter.
+        outputs: the layer's outputs.
+        base: the base.
+        undo: from a path in the files to the path in the adapter.
+    """
+    for name in _stacks(module, base):
+        experts, *axes = base.tensors[name].info.shape
+        rows = outputs * (2 if _TWO_LAYERS.search(name) else 1)
+        is_same_block = _layer_of(undo(name.rpartition(".")[0]) or "") == _layer_of(module)
+        is_same_kind = bool(_DOWN.search(name)) == bool(_DOWN.search(module))
+        if is_same_block and is_same_kind and rows in axes and _number_of_expert(module) < experts:
+            inputs = axes[1 - axes.index(rows)]
+            return Inside((name,), inputs, None, _stacked(module, name, base), experts)
+    return None
+
+
+def experts_beside(module: str, experts: int) -> Iterator[str]:
+    """Yield the paths of the layers with the name of `module` in all experts of a stack.
+
+    >>> [*experts_beside("layers.1.experts.1.up_proj", 2)]
+    ['layers.1.experts.0.up_proj', 'layers.1.experts.1.up_proj']
+    """
+    start, middle, rest = module.rpartition(".experts.")
+    number = _number_of_expert(module)
+    for each in range(experts):
+        yield start + middle + re.sub(rf"(?<![^.]){number}(?![^.])", str(each), rest, count=1)
+
+
+def _layer_of(module: str) -> str:
+    """Return the path of the layer with the experts of a module."""
+    return _block(module.partition(".experts")[0] + ".")
+
+
+def _number_of_expert(module: str) -> int:
+    return int(_numbers(module.rpartition(".experts.")[2])[0])
+
+
+def _stacks(module: str, base: BaseModel) -> Iterator[str]:
+    """Yield the tensors that can stack all experts of a layer, if `module` is in an expert."""
     start, experts, rest = module.rpartition(".experts.")
     # experts.0.up_proj, or experts.up_projs.0 where each name has a separate list
     if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
-        return None
+        return
     numbers = _numbers(start)
     for name, tensor in base.tensors.items():
         is_stack = len(tensor.info.shape) == 3 and re.search(r"experts|(in|out)put_linear", name)
         if is_stack and _numbers(name) == numbers:
-            reason = f'"{printable(module)}" is one of the experts in "{printable(name)}".'
-            return rules.EXPERTS_STACKED.at(base.location.label, reason)
-    return None
+            yield name
+
+
+def _stacked(module: str, stack: str, base: BaseModel) -> Finding:
+    reason = f'"{printable(module)}" is one of the experts in "{printable(stack)}".'
+    return rules.EXPERTS_STACKED.at(base.location.label, reason)

@@ -205,14 +205,14 @@ class _Pairing:
     names: Mapping[str, str | None]
 
     @property
-    def found(self) -> list[str]:
-        """The LoRA's names of the adapter's layers."""
-        return [name for name in self.names.values() if name is not None]
+    def found(self) -> dict[str, str]:
+        """The LoRA's names of the adapter's layers, by the adapter's module path."""
+        return {module: name for module, name in self.names.items() if name is not None}
 
     @property
     def extra(self) -> list[ReadLayer]:
         """The LoRA's layers that the adapter does not have."""
-        return [self.lora.layers[name] for name in self.lora.layers.keys() - {*self.found}]
+        return [self.lora.layers[name] for name in self.lora.layers.keys() - {*self.found.values()}]
 
     def layers(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
         """Compare layers, heads and biases; return the compared layers and the errors."""
@@ -241,7 +241,7 @@ class _Pairing:
             return "the base is no 16-bit or 32-bit model of transformers"
         if any(module != name for module, name in self.names.items()):
             return "the names are those of the base's files, which PEFT does not look up"
-        if any(peft_findings(self.found, self.facts)):
+        if any(peft_findings([*self.found], self.facts)):
             return "PEFT does not load every layer of this LoRA"
         return ""
 

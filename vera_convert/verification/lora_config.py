@@ -25,13 +25,13 @@ _LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 
 
 def config_findings(
-    lora: ReadLora, names: Sequence[str], task_type: str | None, facts: BaseFacts
+    lora: ReadLora, loaded: Mapping[str, str], task_type: str | None, facts: BaseFacts
 ) -> Iterator[Finding]:
     """Yield a finding for each kind of tensor that the engine would leave out or refuse.
 
     Args:
         lora: the LoRA.
-        names: the layers to load.
+        loaded: the LoRA's name of each layer to load, by the adapter's module path.
         task_type: the field of the VeRA adapter's config.
         facts: the base facts.
 
@@ -40,6 +40,7 @@ def config_findings(
     """
     if lora.config is None:
         return
+    names = [*loaded.values()]
     if lora.form is Form.MLX:
         yield from _mlx_findings(lora, names, facts)
         return
@@ -54,7 +55,7 @@ def config_findings(
         yield rules.LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
     yield from _left_out(lora, lora.config)
     if lora.engine == EngineName.PEFT:
-        yield from peft_findings(names, facts)
+        yield from peft_findings([*loaded], facts)
 
 
 def _target_findings(
