@@ -38,14 +38,14 @@ base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
-merging: collect plan report model_config card output provenance job merge
+merging: tensors collect plan report model_config card output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets checks record card forms writing
 lora: gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
-verification: provenance sample_text model_comparison options running expected comparator pairs
+verification: provenance sample_text model_comparison options running comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
-verification: merge_job merged forms lora_config lora_names lora result verify
+verification: merged forms lora_config lora_names lora result verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

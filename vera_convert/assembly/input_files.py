@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.dtypes import BITS
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import Header
-from vera_convert.files.reading import LocalFile, open_local
+from vera_convert.files.reading import LocalFile, open_local, same_bytes
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 
 _BLOCK_VALUES = 1 << 18
@@ -76,6 +77,11 @@ class InputFile:
         """Raise `SurroundingsError` if the file has changed since the first look."""
         self.open().close()
 
+    def same_bytes(self, other: InputFile, size: int, *, starts: tuple[int, int] = (0, 0)) -> bool:
+        """Return whether this file and another have the same `size` bytes from `starts` on."""
+        with self.open() as first, other.open() as second:
+            return same_bytes(first, starts[0], second, starts[1], size)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
@@ -97,6 +103,11 @@ class StoredTensor:
     def count(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.count * BITS[self.dtype] // 8
 
     def blocks(self, count: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield all values, or the first `count` values, in blocks of bounded size."""

@@ -19,7 +19,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
 from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.reading import open_local, same_bytes
+from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import Location
 from vera_convert.rules import Finding
@@ -201,8 +201,7 @@ def _same_bytes(one: InputFile, other: InputFile) -> bool:
     """Say whether two files have the same bytes; a file that is only planned has only a size."""
     if one.size != other.size or not other.path.is_absolute():
         return one.size == other.size
-    with one.open() as first, other.open() as second:
-        return same_bytes(first, 0, second, 0, one.size)
+    return one.same_bytes(other, one.size)
 
 
 @dataclass(frozen=True, slots=True)

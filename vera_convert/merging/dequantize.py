@@ -175,11 +175,6 @@ class Decoder:
     files: Mapping[str, InputFile]
     weight: PackedWeight
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The rows and columns of the weight."""
-        return self.weight.matrix
-
     def __call__(self, first: int, last: int) -> Array:
         """Return the rows `first` to `last` (exclusive), in the dtype of the library."""
         with Parts(self.base, self.files) as parts, np.errstate(all="ignore"):

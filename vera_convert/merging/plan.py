@@ -12,54 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from vera_convert.assembly.addends import Sum
-from vera_convert.assembly.input_files import InputFile, StoredTensor
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile, Piece
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.delta import working_dtype
-from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.files.header import Header, header_bytes, in_order
 from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import INDEX_SUFFIX, SUFFIX, named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.changes import Changes, ResizedBias
-from vera_convert.merging.dequantize import Decoder, dequantized_metadata
+from vera_convert.merging.changes import Changes
+from vera_convert.merging.dequantize import dequantized_metadata
 from vera_convert.merging.inputs import MergeInputs
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedTensor:
-    """A tensor of the output.
-
-    Attributes:
-        name: the tensor's name.
-        dtype: the dtype in the output.
-        stored: the values to start from.
-        total: the sum to compute; None if the stored bytes are copied.
-    """
-
-    name: str
-    dtype: str
-    stored: StoredTensor
-    total: Sum | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        return self.stored.shape
-
-    @property
-    def nbytes(self) -> int:
-        """The tensor's size in the output, in bytes."""
-        return self.stored.count * BITS[self.dtype] // 8
-
-    def piece(self, at: int) -> Piece:
-        """Return the tensor as a piece of a file that begins at position `at`."""
-        source, start = self.stored.file, self.stored.start
-        if self.total is None:
-            return CopiedRange(source, start, self.nbytes, at)
-        return Computed(source, start, self.total, at)
+from vera_convert.merging.tensors import MergedTensor, merged_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +39,7 @@ class WeightsPlan:
 
     files: tuple[NewFile, ...]
     headers: Mapping[str, bytes]
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[MergedTensor, ...]
 
 
 def plan_weights(inputs: MergeInputs, changes: Changes) -> WeightsPlan:
@@ -98,88 +63,41 @@ def plan_weights(inputs: MergeInputs, changes: Changes) -> WeightsPlan:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def _tensors_by_file(inputs: MergeInputs, changes: Changes) -> dict[str, list[PlannedTensor]]:
+def _tensors_by_file(inputs: MergeInputs, changes: Changes) -> dict[str, list[MergedTensor]]:
     """Return the tensors for each of the base's files: first the file's own, then new tensors.
 
     An untied head goes to the file of the embedding, any other new tensor to the last file.
     """
     base = inputs.base.model
-    dtype = inputs.options.header_dtype
-    # A quantized tensor has no meaning in another dtype, so the tensor keeps the dtype.
-    stay = dtype is not None and inputs.base.packed is None
-    planner = _TensorPlanner(
-        inputs.base, changes, dtype, quantized_tensors(base) if stay else frozenset()
-    )
-    found: dict[str, list[PlannedTensor]] = {file: [] for file in base.files}
+    merged = merged_tensors(inputs.base, changes, dtype=inputs.options.header_dtype)
+    found: dict[str, list[MergedTensor]] = {file: [] for file in base.files}
     for name, tensor in sorted(base.tensors.items(), key=lambda item: item[1].info.start):
-        found[tensor.file].append(planner.tensor(name, name))
+        found[tensor.file].append(merged[name])
     for head, embedding in changes.heads.items():
-        found[base.tensors[embedding].file].append(planner.tensor(head, embedding))
+        found[base.tensors[embedding].file].append(merged[head])
     for name in changes.new:
-        found[[*base.files][-1]].append(planner.tensor(name, None))
+        found[[*base.files][-1]].append(merged[name])
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorPlanner:
-    """Plans the tensors in turn.
-
-    Attributes:
-        base: the base.
-        changes: the changes to the base.
-        dtype: the dtype of all float tensors; None keeps each dtype.
-        kept: tensors of the base that keep the stored dtype in any case.
-    """
-
-    base: BaseFiles
-    changes: Changes
-    dtype: str | None
-    kept: frozenset[str]
-
-    def tensor(self, name: str, in_base: str | None) -> PlannedTensor:
-        """Return a tensor of the output.
-
-        Args:
-            name: the name in the output.
-            in_base: the base's tensor with the values or, for a replaced tensor, with the dtype;
-                None if the base has no such tensor.
-        """
-        replacement = self.changes.replaced.get(name) or self.changes.new.get(name)
-        own = None if in_base is None else self.base.tensor(in_base)
-        resized = self.changes.resized_biases.get(name)
-        source = replacement or resized
-        stored = own if source is None else source.stored
-        assert stored is not None  # noqa: S101 -- a new tensor comes from an adapter
-        written = (own or stored).dtype
-        is_kept = replacement is None and in_base in self.kept
-        if self.dtype is not None and written in FLOATS and not is_kept:
-            written = self.dtype
-        packed = None if in_base is None or replacement else self.base.decoder(in_base)
-        total = self._sum(name, stored, written, resized or packed)
-        return PlannedTensor(name, written, stored, total)
-
-    def _sum(
-        self, name: str, tensor: StoredTensor, written: str, decode: ResizedBias | Decoder | None
-    ) -> Sum | None:
-        """Return the sum to compute for a tensor; None if the stored bytes are copied."""
-        terms = self.changes.terms.get(name, ())
-        if not terms and written == tensor.dtype and decode is None:
-            return None
-        stored = NUMPY_DTYPE[tensor.dtype]
-        rows, columns = tensor.shape if terms else (tensor.count, 1)
-        if decode is not None:
-            rows, columns = decode.matrix
-        dtypes = [dtype for term in terms for dtype in term.dtypes]
-        return Sum(
-            name,
-            (rows, columns),
-            stored,
-            NUMPY_DTYPE[written],
-            working_dtype(stored, *dtypes),
-            conv1d=name in self.changes.conv1d,
-            terms=terms,
-            decode=decode,
-        )
+def _piece(tensor: MergedTensor, at: int) -> Piece:
+    """Return a tensor as a piece of a file that begins at position `at`."""
+    source, start, stored = tensor.stored.file, tensor.stored.start, tensor.stored.dtype
+    if tensor.is_copied:
+        return CopiedRange(source, start, tensor.nbytes, at)
+    dtypes = [dtype for term in tensor.terms for dtype in term.dtypes]
+    is_matrix = bool(tensor.terms) or tensor.decode is not None
+    total = Sum(
+        tensor.name,
+        tensor.matrix if is_matrix else (tensor.stored.count, 1),
+        NUMPY_DTYPE[stored],
+        NUMPY_DTYPE[tensor.dtype],
+        working_dtype(NUMPY_DTYPE[stored], *dtypes),
+        conv1d=tensor.conv1d,
+        terms=tensor.terms,
+        decode=tensor.decode,
+    )
+    return Computed(source, start, total, at)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -190,7 +108,7 @@ class _Shard:
     """The tensors of one file, and the base's file with the same tensors if there is one."""
 
     name: str
-    tensors: list[PlannedTensor]
+    tensors: list[MergedTensor]
     old_name: str | None = None
 
 
@@ -215,7 +133,7 @@ def _file(shard: _Shard, base: BaseFiles) -> tuple[NewFile, bytes]:
     return NewFile(shard.name, head, tuple(pieces)), head
 
 
-def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
+def _fits(tensors: Sequence[MergedTensor], old: Header) -> bool:
     """Say whether a header still describes the tensors: names, dtypes and shapes."""
     return len(tensors) == len(old.tensors) and all(
         info is not None and (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
@@ -224,7 +142,7 @@ def _fits(tensors: Sequence[PlannedTensor], old: Header) -> bool:
     )
 
 
-def _pieces(tensors: Iterable[PlannedTensor], at: int) -> list[Piece]:
+def _pieces(tensors: Iterable[MergedTensor], at: int) -> list[Piece]:
     """Return the pieces of a file; copied ranges that also follow each other in the source are one.
 
     Args:
@@ -233,7 +151,7 @@ def _pieces(tensors: Iterable[PlannedTensor], at: int) -> list[Piece]:
     """
     pieces: list[Piece] = []
     for tensor in tensors:
-        piece, last = tensor.piece(at), pieces[-1] if pieces else None
+        piece, last = _piece(tensor, at), pieces[-1] if pieces else None
         if (
             isinstance(piece, CopiedRange)
             and isinstance(last, CopiedRange)
@@ -261,7 +179,7 @@ def _are_all_of(source: InputFile, pieces: Sequence[Piece]) -> bool:
 
 
 def _kept_shards(
-    base: BaseModel, tensors: Mapping[str, list[PlannedTensor]]
+    base: BaseModel, tensors: Mapping[str, list[MergedTensor]]
 ) -> tuple[list[_Shard], str | None]:
     """Return the base's shards, and the name of the index."""
     kept = {file: each for file, each in tensors.items() if each or not base.files[file].tensors}
@@ -274,10 +192,10 @@ def _kept_shards(
 
 
 def _new_shards(
-    base: BaseModel, tensors: Mapping[str, list[PlannedTensor]], limit: int
+    base: BaseModel, tensors: Mapping[str, list[MergedTensor]], limit: int
 ) -> tuple[list[_Shard], str | None]:
     """Distribute all tensors, in the base's order, over shards of at most `limit` bytes."""
-    parts: list[list[PlannedTensor]] = [[]]
+    parts: list[list[MergedTensor]] = [[]]
     size = 0
     for tensor in (tensor for each in tensors.values() for tensor in each):
         if parts[-1] and size + tensor.nbytes > limit:

@@ -26,7 +26,7 @@ from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B, working_dtype
 from vera_convert.dtypes import PRECISION
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.verification.expected import Expected
+from vera_convert.merging.tensors import MergedTensor
 
 Array = NDArray[Any]
 
@@ -141,7 +141,7 @@ def _number(values: Array) -> float:
 # --- conversions ---------------------------------------------------------------------------------
 
 
-def compare_conversion(tensor: Expected, stored: Array, found: Array, first: int) -> Comparison:
+def compare_conversion(tensor: MergedTensor, stored: Array, found: Array, first: int) -> Comparison:
     """Compare rows of another dtype without a delta: rounding has a single result.
 
     Args:
@@ -199,7 +199,7 @@ class _Factor:
 class Comparator:
     """Compare blocks of one tensor, and hold the operands that all blocks share."""
 
-    def __init__(self, tensor: Expected, narrow: np.dtype[Any] | None = None) -> None:
+    def __init__(self, tensor: MergedTensor, narrow: np.dtype[Any] | None = None) -> None:
         """Prepare the operands.
 
         Args:
@@ -207,7 +207,7 @@ class Comparator:
             narrow: a dtype to round the vectors, A and B to; None to use the stored values.
         """
         self.tensor = tensor
-        self._stored = NUMPY_DTYPE[tensor.source.dtype]
+        self._stored = NUMPY_DTYPE[tensor.stored.dtype]
         operands = [dtype for term in tensor.terms for dtype in term.dtypes]
         self.working = working_dtype(self._stored, *([] if narrow is not None else operands))
         self._factors = [self._factor(term, narrow) for term in tensor.terms]

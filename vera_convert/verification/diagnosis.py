@@ -84,7 +84,7 @@ def cause(pair: Pair, comparison: Comparison) -> str:
         pair, rows
     ):
         return (
-            f"The base, in {pair.expected.source.dtype}, was rounded to {pair.expected.dtype} "
+            f"The base, in {pair.expected.stored.dtype}, was rounded to {pair.expected.dtype} "
             f"before the delta was added: verify against a base in {pair.expected.dtype}."
         )
     sentence = intermediate_rounding(rows.comparator, rows.weights, rows.found, rows.first)
@@ -182,7 +182,7 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
 
     The wider base differs by at most half a ULP.
     """
-    stored = pair.expected.source.dtype
+    stored = pair.expected.stored.dtype
     if stored not in SIXTEEN_BIT or pair.expected.decode is not None:
         return ""
     base = last_bits(np.abs(rows.weights.astype(FLOAT64)), stored) / 2
@@ -199,7 +199,7 @@ def _of_wider_base(pair: Pair, rows: _Rows, comparison: Comparison) -> str:
 def _holds_for_rounded(pair: Pair, rows: _Rows) -> bool:
     """Return whether the rows are right for a base rounded to the dtype of the merged model."""
     tensor = pair.expected
-    if not is_wider(tensor.source.dtype, tensor.dtype) or tensor.decode is not None:
+    if not is_wider(tensor.stored.dtype, tensor.dtype) or tensor.decode is not None:
         return False
     before = rounded(rows.weights, rows.found.dtype)
     compared = rows.comparator.compare(before, rows.found, rows.first)

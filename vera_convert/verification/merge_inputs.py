@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from vera_convert import rules
-from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError, UsageError
@@ -17,9 +16,9 @@ from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adap
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.collect import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
+from vera_convert.merging.tensors import MergedTensor, merged_tensors
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-from vera_convert.verification.expected import Expected, expected_tensors
 from vera_convert.verification.provenance import MergeSettings, Provenance, RecordedAdapter
 
 
@@ -30,14 +29,18 @@ class Merged:
     Attributes:
         inputs: the base, and the adapters with the weights of the merge.
         changes: the changes that the adapters make to the base.
-        expected: the expected tensors, by name.
         findings: differences between the record, and the adapters and the base.
     """
 
     inputs: MergeInputs
     changes: Changes
-    expected: dict[str, Expected]
     findings: tuple[Finding, ...]
+
+    @property
+    def expected(self) -> dict[str, MergedTensor]:
+        """The expected tensors of the merged model, by name."""
+        inputs = self.inputs
+        return merged_tensors(inputs.base, self.changes, dtype=inputs.options.header_dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,9 +83,7 @@ class RepeatedMerge:
             inputs = replace(opened, adapters=adapters)
             if self.provenance is not None:
                 findings += _other_base(inputs.base.model, self.provenance)
-            changes = _changes(inputs)
-            expected = expected_tensors(inputs.base, changes, dtype=options.header_dtype)
-            yield Merged(inputs, changes, expected, tuple(findings))
+            yield Merged(inputs, _changes(inputs), tuple(findings))
 
 
 def _changes(inputs: MergeInputs) -> Changes:
@@ -94,15 +95,6 @@ def _changes(inputs: MergeInputs) -> Changes:
         raise UsageError(
             f"{error} The merged model has no record of the merge: give the `--tied` of the merge."
         ) from error
-
-
-def weight_files(model: BaseModel) -> Mapping[str, InputFile]:
-    """Return the weight files of a fetched model, by name."""
-    folder = model.location.fetched
-    return {
-        name: InputFile.look(folder / name, within=folder, header=header)
-        for name, header in model.files.items()
-    }
 
 
 # --- the record ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,23 +14,29 @@ from vera_convert.arguments import Progress
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.quantized.recognize import method_of
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.draws.generator import Rounding, rounding_on_base
+from vera_convert.dtypes import BASE_NAMES
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
+from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.model_config import ConfigEdits, config_edits
+from vera_convert.merging.tensors import Kind, MergedTensor
 from vera_convert.rules import Finding
-from vera_convert.verification.expected import Expected, without_old_head
-from vera_convert.verification.merge_inputs import Merged, RepeatedMerge, weight_files
-from vera_convert.verification.merge_job import merge_job
+from vera_convert.text import printable
+from vera_convert.verification.merge_inputs import Merged, RepeatedMerge
 from vera_convert.verification.model_comparison import (
     ModelComparison,
     ModelJob,
     QuantizedComparison,
+    missing_packages,
 )
 from vera_convert.verification.model_files import (
     config_findings,
@@ -42,6 +48,20 @@ from vera_convert.verification.options import VerifyOptions, settle
 from vera_convert.verification.other_projections import right_with_other_projections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
 from vera_convert.verification.tensors import MergedTensors, check_tensors
+
+_HEADS = frozenset(
+    """
+    cls lm_head pooler predictions generator_predictions generator_lm_head lm_loss embed_out
+    discriminator_predictions vocab_transform vocab_layer_norm vocab_projector classifier score
+    qa_outputs
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""The names of heads and poolers in transformers' classes, which other classes lack."""
+_QUANTIZERS = ("bitsandbytes", "compressed-tensors", "torchao")
+"""The methods whose packages, of the same names, run on a CPU."""
+_DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
+    rounding_on_base(name): name for name in BASE_NAMES if name != "float64"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +155,14 @@ def check_merged(
         edits = config_edits(inputs, source.changes)
         tensors = check_tensors(
             _expected(read, source, edits),
-            read.model,
             read.files,
             jobs=options.jobs,
             wider_too=merge.may_be_wider,
             progress=progress,
-            explain=partial(right_with_other_projections, merge, read.model, read.files),
+            explain=partial(right_with_other_projections, merge, read.files),
         )
         findings = dict.fromkeys(_findings(read, source, edits, tensors))
-        for file in read.files.values():
+        for file in read.files.files.values():
             file.check_unchanged()
         inputs.check_unchanged()
         folder = read.model.location.fetched
@@ -156,17 +175,29 @@ def check_merged(
             settings=settings,
             tensors=tensors,
             seconds=time.monotonic() - started,
-            run=merge_job(adapters, base_model, folder, settings, tensors)
+            run=_job(adapters, base_model, folder, settings, tensors)
             if complete
             else "--layers-only",
             findings=tuple(findings),
         )
 
 
-def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str, Expected]:
-    if read.provenance is None and ("architectures",) in edits.members:
-        return without_old_head(source.expected, read.model)
-    return source.expected
+def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str, MergedTensor]:
+    """Return the expected tensors, by name.
+
+    transformers saves no head that the class lacks, so the base's own head may be missing from a
+    merged model of another class.
+    """
+    expected = source.expected
+    if read.provenance is not None or ("architectures",) not in edits.members:
+        return expected
+    return {
+        name: each
+        for name, each in expected.items()
+        if name in read.model.tensors
+        or each.kind not in (Kind.SAME, Kind.CONVERTED)
+        or _HEADS.isdisjoint(name.split(".")[:2])
+    }
 
 
 def _findings(
@@ -179,7 +210,7 @@ def _findings(
     )
     yield from read.findings
     yield from tensors.findings
-    yield from tie_findings(model, read.files, inputs.base.model, source.changes)
+    yield from tie_findings(read.files, inputs.base.model, source.changes)
     yield from config_findings(model, inputs, edits, is_copied=is_copied)
     if is_copied:
         yield from copied_findings(model, read.names, inputs.side_files)
@@ -191,6 +222,62 @@ def _findings(
     yield from edits.findings
 
 
+# --- the models to run ---------------------------------------------------------------------------
+
+
+def _job(
+    adapters: Sequence[MergedAdapter],
+    base: BaseModel,
+    merged: Path,
+    settings: MergeSettings,
+    tensors: MergedTensors,
+) -> ModelJob:
+    """Return the models to run for a merged model whose weights are right.
+
+    Args:
+        adapters: the adapters, in the order of the merge.
+        base: the base.
+        merged: the folder of the merged model.
+        settings: the options of the merge.
+        tensors: the result of comparing the weights.
+    """
+    job = ModelJob(
+        adapters=tuple((adapter.folder, adapter.weight) for adapter in adapters),
+        base=base.location.fetched,
+        found=merged,
+        weights=tensors.nbytes,
+        settings=settings,
+        wider=tensors.wider,
+    )
+    if not settings.dequantize:
+        return job
+    quantization, draw = base.config.get("quantization_config"), adapters[0].draw
+    method = method_of(quantization) if isinstance(quantization, dict) else ""
+    if draw is not None and settings.base_dtype is None:
+        # The base is run dequantized, where PEFT would round A and B otherwise.
+        rounded = replace(settings, base_dtype=_DTYPE_OF_ROUNDING.get(draw.rounding))
+        job = replace(job, settings=rounded)
+    reason = _why_not_quantized(method, adapters, settings)
+    return replace(job, quantizer="" if reason else method, not_quantized=reason)
+
+
+def _why_not_quantized(
+    method: str, adapters: Sequence[MergedAdapter], settings: MergeSettings
+) -> str:
+    """Return the reason against a run of the stored quantized base; empty without a reason."""
+    if method not in _QUANTIZERS:
+        return f"the kernels of {printable(method) or 'this method'} are not run"
+    missing = missing_packages(method, "peft")
+    if missing:
+        return f"{missing} not installed"
+    if len(adapters) != 1 or adapters[0].weight != 1:
+        return "PEFT loads a single adapter of weight 1"
+    auto = settings.projections is ProjectionSource.AUTO and settings.generator is None
+    if not auto or settings.base_dtype is not None or settings.tied is not None:
+        return "the options of the merge differ from PEFT's loading"
+    return ""
+
+
 # --- reading the merged model --------------------------------------------------------------------
 
 
@@ -199,18 +286,21 @@ class _ReadModel:
     """A merged model as read.
 
     Attributes:
-        model: the headers, and the folder of the fetched files.
-        files: the weight files, by name.
+        files: the headers, and the fetched weight files.
         names: all files of the folder.
         provenance: the record of the merge; None without a record.
         findings: files foreign to a merged model.
     """
 
-    model: BaseModel
-    files: Mapping[str, InputFile]
+    files: BaseFiles
     names: Collection[str]
     provenance: Provenance | None
     findings: tuple[Finding, ...]
+
+    @property
+    def model(self) -> BaseModel:
+        """The headers, and the folder of the fetched files."""
+        return self.files.model
 
 
 @contextmanager
@@ -248,7 +338,12 @@ def _read_merged(
     needed = [name for name in (sides.config, model.index) if name is not None]
     needed += [*model.files, *(sides.copied if complete else ())]
     model = replace(model, location=fetch_base(location, access, names=needed))
-    return _ReadModel(model, weight_files(model), names, provenance, findings)
+    folder = model.location.fetched
+    files = {
+        name: InputFile.look(folder / name, within=folder, header=header)
+        for name, header in model.files.items()
+    }
+    return _ReadModel(BaseFiles(model, sides, files, {}), names, provenance, findings)
 
 
 def _provenance(location: Location, names: Collection[str], access: HubAccess) -> Provenance | None:

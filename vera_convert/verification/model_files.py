@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from vera_convert import rules
-from vera_convert.assembly.input_files import InputFile
+from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head
 from vera_convert.files.file_names import CONFIG_NAME
-from vera_convert.files.reading import same_bytes
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.adapter_files import decides_outputs
+from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, label_count
@@ -112,14 +112,8 @@ def copied_findings(
             yield rules.MERGED_FILE_DIFFERS.at(place, f"{printable(name)} is missing.")
         elif (folder / name).exists():
             own = InputFile.look(folder / name, within=folder)
-            if own.size != file.size or not _same_bytes(own, file, (0, 0), own.size):
+            if own.size != file.size or not own.same_bytes(file, own.size):
                 yield rules.MERGED_FILE_DIFFERS.at(place, f"{printable(name)} has other bytes.")
-
-
-def _same_bytes(one: InputFile, other: InputFile, starts: tuple[int, int], size: int) -> bool:
-    """Return whether two files have the same bytes from these offsets on."""
-    with one.open() as first, other.open() as second:
-        return same_bytes(first, starts[0], second, starts[1], size)
 
 
 # --- the config ----------------------------------------------------------------------------------
@@ -265,27 +259,24 @@ def _listed(differences: Collection[_Difference]) -> str:
 # --- head and embedding --------------------------------------------------------------------------
 
 
-def tie_findings(
-    model: BaseModel, files: Mapping[str, InputFile], base: BaseModel, changes: Changes
-) -> Iterator[Finding]:
+def tie_findings(merged: BaseFiles, base: BaseModel, changes: Changes) -> Iterator[Finding]:
     """Yield a finding if a loader would wrongly tie, or not tie, head and embedding.
 
     Args:
-        model: the merged model.
-        files: the model's weight files, by name.
+        merged: the merged model.
         base: the base.
         changes: the changes that the adapters make to the base.
     """
     wanted = False if changes.unties else base.tie_word_embeddings
-    found = model.tie_word_embeddings
-    place = f"{model.location.label}/config.json"
+    found = merged.model.tie_word_embeddings
+    place = f"{merged.model.location.label}/config.json"
     is_known = changes.unties or None not in (wanted, found)
     if is_known and found != wanted:
         value = "missing" if found is None else str(found).lower()
         reason = f"tie_word_embeddings is {value} instead of {str(wanted).lower()}."
         yield rules.MERGED_TIE.at(place, reason)
     elif wanted is None and found:
-        for head in _own_heads(model, files):
+        for head in _own_heads(merged):
             reason = (
                 f"tie_word_embeddings is true, the base does not set the field, and "
                 f"{printable(head)} differs from the embedding."
@@ -293,21 +284,19 @@ def tie_findings(
             yield rules.MERGED_TIE.at(place, reason)
 
 
-def _own_heads(model: BaseModel, files: Mapping[str, InputFile]) -> Iterator[str]:
+def _own_heads(merged: BaseFiles) -> Iterator[str]:
     """Yield the stored heads with other values than the embedding."""
+    model = merged.model
     for name, tensor in model.tensors.items():
         shape = tensor.info.shape
         if len(shape) != 2 or not is_output_head(name.removesuffix(".weight"), model.model_type):
             continue
         embedding = shared_embedding(model, shape[0], shape[1])
-        if embedding is not None and _differ(model, files, name, embedding):
+        if embedding is not None and _differ(merged.tensor(name), merged.tensor(embedding)):
             yield name
 
 
-def _differ(model: BaseModel, files: Mapping[str, InputFile], one: str, other: str) -> bool:
-    first, second = model.tensors[one], model.tensors[other]
-    if (first.info.dtype, first.info.nbytes) != (second.info.dtype, second.info.nbytes):
+def _differ(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.nbytes) != (other.dtype, other.nbytes):
         return True
-    starts = [model.files[each.file].data_start + each.info.start for each in (first, second)]
-    pair = files[first.file], files[second.file]
-    return not _same_bytes(*pair, (starts[0], starts[1]), first.info.nbytes)
+    return not one.file.same_bytes(other.file, one.nbytes, starts=(one.start, other.start))

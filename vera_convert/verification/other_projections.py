@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vera_convert.assembly.input_files import InputFile
-from vera_convert.base.model import BaseModel
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.errors import VeraConvertError
+from vera_convert.merging.base_files import BaseFiles
 from vera_convert.verification.merge_inputs import RepeatedMerge
 from vera_convert.verification.provenance import MergeSettings
 from vera_convert.verification.tensors import check_tensors
@@ -27,36 +26,29 @@ _SENTENCES = {
 
 
 def right_with_other_projections(
-    merge: RepeatedMerge,
-    model: BaseModel,
-    files: Mapping[str, InputFile],
-    names: Sequence[str],
+    merge: RepeatedMerge, merged: BaseFiles, names: Sequence[str]
 ) -> dict[str, str]:
     """Return the cause for each wrong tensor that is right with other A and B or options.
 
     Args:
         merge: the merge.
-        model: the merged model.
-        files: the model's weight files by name.
+        merged: the merged model.
         names: the wrong tensors, the worst first.
     """
     for projections, dtype in _others(merge.settings):
         settings = replace(merge.settings, projections=projections, base_dtype=dtype)
         other = replace(merge, settings=settings)
         # The two worst tensors rule out most of the others.
-        if _right(other, model, files, names[:2]):
+        if _right(other, merged, names[:2]):
             sentence = _SENTENCES[projections]
             if dtype != merge.settings.base_dtype:
                 sentence += f" --base-dtype {dtype}"
-            return dict.fromkeys(_right(other, model, files, names), f"{sentence}.")
-    return _right_as_recorded(merge, model, files, names)
+            return dict.fromkeys(_right(other, merged, names), f"{sentence}.")
+    return _right_as_recorded(merge, merged, names)
 
 
 def _right_as_recorded(
-    merge: RepeatedMerge,
-    model: BaseModel,
-    files: Mapping[str, InputFile],
-    names: Sequence[str],
+    merge: RepeatedMerge, merged: BaseFiles, names: Sequence[str]
 ) -> dict[str, str]:
     """Return the cause for each wrong tensor that is right with the options of the record."""
     if merge.provenance is None or not merge.settings.given:
@@ -68,7 +60,7 @@ def _right_as_recorded(
         "It is right with the options that merge-provenance.json records, and wrong with the "
         f"given {' and '.join(options)}."
     )
-    return dict.fromkeys(_right(recorded, model, files, names), sentence)
+    return dict.fromkeys(_right(recorded, merged, names), sentence)
 
 
 def _others(settings: MergeSettings) -> Iterator[tuple[ProjectionSource, str | None]]:
@@ -81,19 +73,14 @@ def _others(settings: MergeSettings) -> Iterator[tuple[ProjectionSource, str | N
             yield ProjectionSource.KEY, dtype
 
 
-def _right(
-    merge: RepeatedMerge,
-    model: BaseModel,
-    files: Mapping[str, InputFile],
-    names: Sequence[str],
-) -> list[str]:
+def _right(merge: RepeatedMerge, merged: BaseFiles, names: Sequence[str]) -> list[str]:
     """Return the tensors that are right, if the first two are."""
     try:
-        with merge.opened() as merged:
+        with merge.opened() as source:
+            expected = source.expected
             found = check_tensors(
-                {name: merged.expected[name] for name in names if name in merged.expected},
-                model,
-                files,
+                {name: expected[name] for name in names if name in expected},
+                merged,
                 wider_too=merge.may_be_wider,
                 explain=lambda wrong: dict.fromkeys(wrong, "not with these"),
             )

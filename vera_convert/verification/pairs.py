@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.input_files import InputFile, StoredTensor
-from vera_convert.base.model import BaseModel
+from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.dtypes import BITS, FLOATS, holds_every_value
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.verification.expected import Expected, Kind
+from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.tensors import Kind, MergedTensor
 
 Array = NDArray[Any]
 
@@ -58,13 +58,8 @@ class Pair:
             the expected dtype.
     """
 
-    expected: Expected
+    expected: MergedTensor
     found: StoredTensor
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the tensor in the merged model."""
-        return self.found.count * BITS[self.found.dtype] // 8
 
     @property
     def row_bytes(self) -> int:
@@ -80,15 +75,15 @@ class Pair:
             mine.is_copied
             and before.is_copied
             and self.found.file is other.found.file
-            and mine.source.file is before.source.file
-            and self.found.start == other.found.start + other.nbytes
-            and mine.source.start == before.source.start + other.nbytes
+            and mine.stored.file is before.stored.file
+            and self.found.start == other.found.start + other.found.nbytes
+            and mine.stored.start == before.stored.start + other.found.nbytes
         )
 
     def raw(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
         """Return bytes of a copied tensor, or of a run of these, and of the source."""
         found = buffers.read(0, self.found, first, last - first)
-        return found, buffers.read(1, self.expected.source, first, last - first)
+        return found, buffers.read(1, self.expected.stored, first, last - first)
 
     def rows(self, first: int, last: int, buffers: Buffers) -> tuple[Array, Array]:
         """Return rows of the merged tensor in the expected dtype, and the source's decoded rows."""
@@ -98,7 +93,7 @@ class Pair:
             found = _narrowed(found, NUMPY_DTYPE[tensor.dtype])
         if tensor.decode is not None:
             return found, tensor.decode(first, last)
-        return found, buffers.rows(1, tensor.source, (first, last), columns)
+        return found, buffers.rows(1, tensor.stored, (first, last), columns)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -134,7 +129,7 @@ def blocks_of(pairs: Iterable[Pair]) -> Iterator[Block]:
     for run in _runs_of(pairs):
         tensor = run[0].expected
         if tensor.is_copied:
-            size, step = sum(pair.nbytes for pair in run), _BLOCK_BYTES
+            size, step = sum(pair.found.nbytes for pair in run), _BLOCK_BYTES
         else:
             size, columns = tensor.matrix
             ranks = [len(term.A) for term in tensor.terms]
@@ -148,13 +143,13 @@ def _runs_of(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, ...]]:
     run: list[Pair] = []
     size = 0
     for pair in pairs:
-        if run and size + pair.nbytes <= _BLOCK_BYTES and pair.continues(run[-1]):
+        if run and size + pair.found.nbytes <= _BLOCK_BYTES and pair.continues(run[-1]):
             run.append(pair)
-            size += pair.nbytes
+            size += pair.found.nbytes
             continue
         if run:
             yield tuple(run)
-        run, size = [pair], pair.nbytes
+        run, size = [pair], pair.found.nbytes
     if run:
         yield tuple(run)
 
@@ -165,23 +160,18 @@ def is_wider(found: str, due: str) -> bool:
 
 
 def pairs_of(
-    expected: Mapping[str, Expected],
-    merged: BaseModel,
-    files: Mapping[str, InputFile],
-    *,
-    wider_too: bool = False,
+    expected: Mapping[str, MergedTensor], merged: BaseFiles, *, wider_too: bool = False
 ) -> dict[str, Pair]:
     """Return the comparable tensors by name, in the order of the bytes on the disk.
 
     Args:
         expected: the expected tensors, by name.
         merged: the merged model.
-        files: the model's weight files, by name.
         wider_too: include tensors with a wider dtype, and expect the wider dtype.
     """
     found = []
     for name, tensor in expected.items():
-        there = merged.tensors.get(name)
+        there = merged.model.tensors.get(name)
         if there is None or there.info.shape != tensor.shape:
             continue
         due = tensor
@@ -190,8 +180,6 @@ def pairs_of(
                 continue
             kind = Kind.CONVERTED if tensor.kind is Kind.SAME else tensor.kind
             due = replace(tensor, dtype=there.info.dtype, kind=kind)
-        start = merged.files[there.file].data_start + there.info.start
-        stored = StoredTensor(files[there.file], start, there.info.dtype, there.info.shape)
-        found.append(Pair(due, stored))
+        found.append(Pair(due, merged.tensor(name)))
     found.sort(key=lambda pair: (str(pair.found.file.path), pair.found.start))
     return {pair.expected.name: pair for pair in found}

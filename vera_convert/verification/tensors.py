@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from vera_convert import rules
 from vera_convert.arguments import Progress
-from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
+from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.tensors import Kind, MergedTensor
 from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed
 from vera_convert.verification.comparator import (
@@ -26,7 +27,6 @@ from vera_convert.verification.comparator import (
     compare_conversion,
 )
 from vera_convert.verification.diagnosis import cause
-from vera_convert.verification.expected import Expected, Kind
 from vera_convert.verification.pairs import Block, Buffers, Pair, blocks_of, pairs_of
 
 _MOST_FINDINGS = 50
@@ -128,9 +128,8 @@ class MergedTensors:
 
 
 def check_tensors(
-    expected: Mapping[str, Expected],
-    merged: BaseModel,
-    files: Mapping[str, InputFile],
+    expected: Mapping[str, MergedTensor],
+    merged: BaseFiles,
     *,
     jobs: int | None = None,
     wider_too: bool = False,
@@ -142,7 +141,6 @@ def check_tensors(
     Args:
         expected: the expected tensors, by name.
         merged: the merged model.
-        files: the model's weight files, by name.
         jobs: the number of threads; None for the number of cores, four at most.
         wider_too: whether a wider dtype than expected is allowed.
         progress: called with the compared bytes, and with the total.
@@ -151,7 +149,7 @@ def check_tensors(
     Raises:
         SurroundingsError: a file cannot be read, or changed meanwhile.
     """
-    pairs = pairs_of(expected, merged, files, wider_too=wider_too)
+    pairs = pairs_of(expected, merged, wider_too=wider_too)
     jobs = jobs or default_jobs()
     comparisons = _comparisons(pairs, jobs, progress)
     again = _in_expected_dtype(pairs, comparisons, expected)
@@ -175,12 +173,12 @@ def check_tensors(
     wider = {
         check.name: check.rounded for check in checks if check.dtype != expected[check.name].dtype
     }
-    nbytes = sum(pair.nbytes for pair in pairs.values())
+    nbytes = sum(pair.found.nbytes for pair in pairs.values())
     compared = MergedTensors(checks, (), nbytes, jobs, wider)
     kinds = [
-        [*_other_dtypes(expected, merged, wider)],
-        [*_other_shapes(expected, merged)],
-        *_only_in_one(expected, merged),
+        [*_other_dtypes(expected, merged.model, wider)],
+        [*_other_shapes(expected, merged.model)],
+        *_only_in_one(expected, merged.model),
         [check.finding() for check in compared.worst_first],
     ]
     listed = [finding for kind in kinds for finding in kind[:_MOST_FINDINGS]]
@@ -190,7 +188,7 @@ def check_tensors(
 def _in_expected_dtype(
     pairs: Mapping[str, Pair],
     comparisons: Mapping[str, Comparison],
-    expected: Mapping[str, Expected],
+    expected: Mapping[str, MergedTensor],
 ) -> dict[str, Pair]:
     """Return the wrong tensors in a wider dtype, to be compared in the expected dtype.
 
@@ -221,7 +219,7 @@ def _causes(
 
 
 def _other_dtypes(
-    expected: Mapping[str, Expected], merged: BaseModel, wider: Collection[str]
+    expected: Mapping[str, MergedTensor], merged: BaseModel, wider: Collection[str]
 ) -> Iterator[Finding]:
     """Yield a finding for each pair of found and expected dtype."""
     others: dict[tuple[str, str], list[str]] = {}
@@ -235,7 +233,7 @@ def _other_dtypes(
         yield rule.in_tensor(names[0], f"it{more} {found} instead of {due}.")
 
 
-def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterator[Finding]:
+def _other_shapes(expected: Mapping[str, MergedTensor], merged: BaseModel) -> Iterator[Finding]:
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
         if there is not None and there.info.shape != tensor.shape:
@@ -243,7 +241,7 @@ def _other_shapes(expected: Mapping[str, Expected], merged: BaseModel) -> Iterat
             yield rules.MERGED_TENSOR_FORM.in_tensor(name, reason)
 
 
-def _only_in_one(expected: Mapping[str, Expected], merged: BaseModel) -> list[list[Finding]]:
+def _only_in_one(expected: Mapping[str, MergedTensor], merged: BaseModel) -> list[list[Finding]]:
     """Return notes on buffers, then findings for missing tensors, then for unknown tensors."""
     gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
     extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
@@ -294,7 +292,7 @@ def is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
 def _comparisons(pairs: Mapping[str, Pair], jobs: int, progress: Progress) -> dict[str, Comparison]:
     """Compare all blocks in threads, and add up the results for each tensor, by name."""
     found = {name: Comparison() for name in pairs}
-    done, total = 0, sum(pair.nbytes for pair in pairs.values())
+    done, total = 0, sum(pair.found.nbytes for pair in pairs.values())
     lock = threading.Lock()
 
     def worker() -> Callable[[Block], None]:
@@ -334,7 +332,7 @@ def _compared(
         found, wanted = pair.raw(first, last, buffers)
         end = 0
         for each in block.run:
-            start, end = end, min(end + each.nbytes, len(found))
+            start, end = end, min(end + each.found.nbytes, len(found))
             yield compare_bytes(found[start:end], wanted[start:end], each.expected.dtype, first)
         return
     found, stored = pair.rows(first, last, buffers)
