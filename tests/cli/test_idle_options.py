@@ -11,6 +11,7 @@ from adapters import good_adapter
 from commandline import Run
 from merges import INDEX, filled_base
 
+from vera_convert import merge, strip
 from vera_convert.verification import model_comparison
 
 
@@ -24,25 +25,100 @@ def base(tmp_path: Path) -> Path:
     return filled_base(tmp_path / "base")
 
 
+IDLE: tuple[tuple[str, str, str], ...] = (
+    ("info A --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("validate A --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("strip A OUT --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("embed S OUT --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("migrate A OUT --to asis", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("regenerate OUT --for S", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("to-lora A OUT --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("merge A OUT --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
+    ("verify A --merged M --base B --layers-only", "--key-map no.where=m", "--key-map no.where=m"),
+    ("embed A OUT --base B", "--generator float64-fused", "--generator"),
+    ("to-lora A OUT --base B", "--generator float64-fused", "--generator"),
+    ("merge A OUT --base B", "--generator float64-fused", "--generator"),
+    ("verify A --merged M --base B --layers-only", "--generator float64-fused", "--generator"),
+    ("merge A OUT --base B", "--dequantize", "--dequantize"),
+    ("verify A --merged M --base B --layers-only", "--dequantize", "--dequantize"),
+    ("merge A OUT --base B", "--tied add", "--tied"),
+    ("verify A --merged M --base B --layers-only", "--tied untie", "--tied"),
+    ("migrate A OUT --to asis", "--base-for other/name=B", "--base-for other/name=B"),
+    ("migrate T OUT --to asis --recursive", "--base-for other/name=B", "--base-for other/name=B"),
+    ("migrate A OUT --to asis", "--peft-version 9.9", "--peft-version"),
+    ("to-lora A OUT --base B", "--fill-layers", "--fill-layers"),
+    ("to-lora A OUT --base B", "--drop-head", "--drop-head"),
+    ("to-lora A OUT --base B", "--rank 5", "--rank 5"),
+)
+"""Calls, each with an option that finds nothing to act on, and the place of the warning.
+
+Permissions (such as --force), filters (--select), limits (--max-error), assertions about the base
+(--base-dtype) and choices between equal results (--projections) are never reported.
+"""
+
+
+@pytest.mark.parametrize(("call", "option", "place"), IDLE)
+def test_an_option_that_finds_nothing_to_act_on_is_told(
+    call: str, option: str, place: str, run: Run, tmp_path: Path
+) -> None:
+    words = {"A": "adapter", "S": "stripped", "B": "base", "M": "merged", "T": "tree"}
+    good_adapter(tmp_path / "adapter")
+    good_adapter(tmp_path / "tree" / "one")
+    filled_base(tmp_path / "base")
+    strip(tmp_path / "adapter", tmp_path / "stripped", base=tmp_path / "base")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    arguments = [str(tmp_path / words.get(w, "out")) if w.isupper() else w for w in call.split()]
+    plain = run(*arguments)
+    assert (plain.status, "V564" in plain.err + plain.out) == (0, False)
+    written = content(tmp_path / "out")
+    remove(tmp_path / "out")
+    ended = run(*arguments, *option.split())
+    assert ended.status == 0
+    told = ended.err + ended.out
+    assert (told.count("V564"), f"{place}: " in told) == (1, True)
+    assert content(tmp_path / "out") == written
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Return the bytes of the model's or adapter's own files; the records name the options."""
+    files = [out] if out.is_file() else [*out.rglob("*config.json"), *out.rglob("*.safetensors")]
+    return {file.name: without_header(file) for file in files}
+
+
+def without_header(file: Path) -> bytes:
+    """Return the bytes of a file; of a safetensors file, those of the tensors."""
+    raw = file.read_bytes()
+    return raw if file.suffix == ".json" else raw[8 + int.from_bytes(raw[:8], "little") :]
+
+
+def remove(out: Path) -> None:
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
-    ("options", "place"),
+    "call",
     [
-        (["--key-map", "nothing.here=model"], "--key-map nothing.here=model"),
-        (["--dequantize"], "--dequantize"),
+        "to-lora A OUT --base B --rank 4",
+        "to-lora A OUT --base B --rank 2 --accept-error",
+        "merge A OUT --base B --add S --generator float32-fused",
+        "embed S OUT --generator float32-fused",
+        "migrate T OUT --to asis --recursive --base-for example/tiny-llama=B",
     ],
 )
-def test_an_option_of_merge_without_an_effect_is_told(
-    options: list[str], place: str, run: Run, adapter: Path, base: Path
+def test_an_option_with_an_effect_or_that_agrees_is_no_warning(
+    call: str, run: Run, tmp_path: Path
 ) -> None:
-    tmp_path = adapter.parent
-    ended = run("merge", adapter, tmp_path / "out", "--base", base, *options)
-    assert ended.status == 0
-    assert f"warning: V564 {place}: " in ended.err
-    assert "V555" not in ended.err
-    plain = run("merge", adapter, tmp_path / "plain", "--base", base)
-    assert plain.err == ""
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    words = {"A": "adapter", "S": "stripped", "B": "base", "T": "tree"}
+    good_adapter(tmp_path / "adapter")
+    good_adapter(tmp_path / "tree" / "one")
+    filled_base(tmp_path / "base")
+    strip(tmp_path / "adapter", tmp_path / "stripped", base=tmp_path / "base")
+    arguments = [str(tmp_path / words.get(w, "out")) if w.isupper() else w for w in call.split()]
+    ended = run(*arguments)
+    assert (ended.status, "V564" in ended.err) == (0, False)
 
 
 def test_a_key_map_that_matches_is_no_warning(run: Run, adapter: Path, base: Path) -> None:

@@ -194,10 +194,12 @@ def test_the_sizes_of_a_known_model_are_taken_from_its_config_alone(
 
 
 def test_without_a_base_the_user_is_asked_for_it(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"needs the number of inputs .* Name the base with --base"
-    ):
+    missing = r"tiny-llama@main is not in the local cache .*\. Pass the base with --base\.$"
+    with pytest.raises(SurroundingsError, match=missing):
         converted(adapter, None, tmp_path / "out")
+    nameless = good_adapter(tmp_path / "nameless", base_model_name_or_path=None)
+    with pytest.raises(UsageError, match=r"config names no base\. Pass the base with --base\.$"):
+        converted(nameless, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -671,9 +673,10 @@ def test_the_command_reports_what_it_wrote(
     assert (document["rank"], document["exact"], document["dtype"]) == (3, False, "bfloat16")
 
 
-def test_the_command_asks_for_the_base_with_status_2(
+def test_a_base_that_is_not_found_is_told_as_by_merge(
     run: Run, adapter: Path, tmp_path: Path
 ) -> None:
     ended = run("to-lora", adapter, tmp_path / "out", "--offline")
-    assert ended.status == 2
-    assert "--base" in ended.err
+    assert ended.status == 3
+    assert ended.err.endswith("Pass the base with --base.\n")
+    assert run("merge", adapter, tmp_path / "out", "--offline") == ended

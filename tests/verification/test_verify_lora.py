@@ -317,7 +317,7 @@ def test_rows_in_transformers_order_are_wrong_in_gguf(
 
 
 def test_the_heads_of_a_gguf_must_be_known(adapter: Path, gguf_lora: Path) -> None:
-    with pytest.raises(UsageError, match="give --base"):
+    with pytest.raises(UsageError, match=r"Pass the base with --base\."):
         verify(adapter, lora=gguf_lora.parent)
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from vera_convert.hub.lookup import Location
     from vera_convert.targets.linear import Linear
 
+BASE_REMEDY = "Pass the base with --base."
+"""The remedy of every message about a base that was not found or not named."""
+
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 """A path of a module, or the empty text."""
 
@@ -173,6 +176,11 @@ class BaseFacts:
         if self.location is None:
             return f"{self.in_features} inputs and {self.out_features} outputs are needed"
         return f"{self.source} has {self.in_features} inputs and {self.out_features} outputs"
+
+    @property
+    def idle_options(self) -> tuple[Finding, ...]:
+        """The warnings about options that have no effect, also for an unused base."""
+        return tuple(f for f in self.findings if f.rule is rules.OPTION_WITHOUT_EFFECT)
 
     @property
     def folders(self) -> tuple[Path, ...]:

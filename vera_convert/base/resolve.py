@@ -16,7 +16,7 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.casts import casts_on
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
-from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_model_config
@@ -54,15 +54,22 @@ class Need(Enum):
     """The command goes on if the search for the base, or reading the base, fails."""
     VITAL = auto()
     """The command needs the base, or the base's dims from the caller."""
+    SIZES = auto()
+    """The command needs the size of each adapted layer; dims alone are too little."""
     WHOLE = auto()
-    """The command needs the base's tensors; dims alone are too little."""
+    """The command needs the base's tensors; sizes alone are too little."""
     DEQUANTIZED = auto()
     """The command needs the base's tensors, and dequantizes quantized tensors."""
 
     @property
     def is_for_tensors(self) -> bool:
-        """Whether dims alone are too little."""
+        """Whether sizes alone are too little."""
         return self in (Need.WHOLE, Need.DEQUANTIZED)
+
+    @property
+    def is_for_layers(self) -> bool:
+        """Whether dims alone are too little."""
+        return self is Need.SIZES or self.is_for_tensors
 
 
 def resolve_base(
@@ -83,6 +90,8 @@ def resolve_base(
             command needs the base.
     """
     facts = _Resolver(adapter, base_options, bases, need).facts()
+    idle = idle_key_maps(base_options.key_map, [adapter])
+    facts = replace(facts, findings=(*facts.findings, *idle))
     return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
 
 
@@ -113,6 +122,8 @@ class _Resolver:
         try:
             named = self.bases.named(config.base_model_name_or_path, revision)
             if named.location is None:
+                if self.need.is_for_layers:
+                    raise UsageError(f"{named.reason.rstrip('.')}. {BASE_REMEDY}")
                 return BaseFacts(source=named.reason)
             facts = self._from_base(named.location)
             if not named.reason:
@@ -120,12 +131,11 @@ class _Resolver:
             inside = rules.BASE_IN_FOLDER.at(self.adapter.place, named.reason)
             return replace(facts, findings=(inside, *facts.findings))
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
-            is_needed = self.need is Need.VITAL or self.need.is_for_tensors
+            is_needed = self.need is Need.VITAL or self.need.is_for_layers
             if is_needed and isinstance(error, SurroundingsError):
-                remedy = "Pass a folder with the base as --base"
-                if self.need is Need.VITAL:
-                    remedy += ", or give --in-features, --out-features and --base-dtype"
-                raise SurroundingsError(error.reason, f"{remedy}.") from error
+                or_dims = " Or give --in-features, --out-features and --base-dtype."
+                remedy = f"{BASE_REMEDY}{or_dims if self.need is Need.VITAL else ''}"
+                raise SurroundingsError(error.reason, remedy) from error
             is_of_adapter = isinstance(error, CheckpointError) and not all(
                 finding.code.startswith(("V0", "V5")) for finding in error.findings
             )
@@ -145,7 +155,8 @@ class _Resolver:
                 base = self.bases.read(location)
                 match = self._match(base)
         except CheckpointError as error:
-            if error.findings[0].rule is rules.BASE_WITHOUT_WEIGHTS:
+            has_no_weights = error.findings[0].rule is rules.BASE_WITHOUT_WEIGHTS
+            if has_no_weights and not self.need.is_for_tensors:
                 return self._from_config(location, error)
             if base is not None and self.need is Need.DEQUANTIZED:
                 unpacked(base).refuse_defects()  # a defect can be why layers do not fit
@@ -157,7 +168,7 @@ class _Resolver:
             raise CheckpointError.of(match.refusals)
         facts = _from_match(self.adapter, base, match)
         notes = [each.as_note() for each in match.refusals[:_MOST_NOTES]]
-        return replace(facts, findings=(*facts.findings, *notes, *self._idle_key_maps()))
+        return replace(facts, findings=(*facts.findings, *notes))
 
     def _match(self, base: BaseModel) -> Match:
         adapter = self.adapter
@@ -173,13 +184,6 @@ class _Resolver:
             key_map=self.options.key_map,
             copies={module: copy.shape for module, copy in adapter.base_copies.items()},
         )
-
-    def _idle_key_maps(self) -> Iterator[Finding]:
-        """Yield a warning for each --key-map without a match among the adapter's modules."""
-        for old, new in self.options.key_map:
-            if old and not any(f"{path}.".startswith(f"{old}.") for path in self.adapter.layers):
-                reason = f"no module of the adapter begins with {old}."
-                yield rules.OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
 
     def _from_config(self, location: Location, error: CheckpointError) -> BaseFacts:
         """Return the dims from the config of a known model type, for a base without weights."""
@@ -197,6 +201,17 @@ class _Resolver:
             modules=frozenset(model.linear),
             findings=dims.findings,
         )
+
+
+def idle_key_maps(
+    key_map: Sequence[tuple[str, str]], adapters: Sequence[Adapter]
+) -> Iterator[Finding]:
+    """Yield a warning for each --key-map without a match among the modules of all adapters."""
+    for old, new in key_map:
+        layers = (path for adapter in adapters for path in adapter.layers)
+        if old and not any(f"{path}.".startswith(f"{old}.") for path in layers):
+            reason = f"no module of the adapter begins with {old}."
+            yield rules.OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
 
 
 def _from_options(options: BaseOptions) -> BaseFacts:

@@ -258,6 +258,7 @@ def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> N
 def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:
     from vera_convert.formats.results import tree_text
 
+    warn(result.findings)
     for name, conversion in result.done.items():
         warn(conversion.findings, f"{printable(name)}: ")
     for name, error in result.failed.items():

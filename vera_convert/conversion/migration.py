@@ -113,7 +113,8 @@ def migrate(
     output = Output(path("out", out), is_vera, force)
     with opened(adapter, output, revision=revision, access=access, repair=repairs) as work:
         converted, base_facts = _migrated(work.adapter, plan, repairs)
-        return publish(work, converted, base_facts)
+        findings = (*converted.findings, *plan.idle_places())
+        return publish(work, replace(converted, findings=findings), base_facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class TreeMigration:
         failed: the errors of the adapters that could not be migrated, by path.
         outside: files and links that lie outside all adapters and are not copied.
         passed_over: the method of each adapter of another method than VeRA, by path.
+        findings: warnings about the options.
     """
 
     out: Path
@@ -133,6 +135,7 @@ class TreeMigration:
     failed: dict[str, VeraConvertError]
     outside: tuple[str, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
     __repr__ = short_repr
 
@@ -202,7 +205,8 @@ def migrate_tree(
             _migrate_below(tree, staging, name, plan, result)
         if not result.done and not result.failed:
             raise SurroundingsError(_nothing_below(tree, result))
-    return result
+    # The config of a failed adapter may be the one with the name.
+    return result if result.failed else replace(result, findings=tuple(plan.idle_places()))
 
 
 def _nothing_below(tree: Path, result: TreeMigration) -> str:
@@ -217,7 +221,10 @@ def _nothing_below(tree: Path, result: TreeMigration) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The checked options of a migration, the same for every adapter."""
+    """The checked options of a migration, the same for every adapter.
+
+    `bases_named` collects the names that the configs have for their bases.
+    """
 
     to: Mode
     base: BaseOptions
@@ -225,6 +232,15 @@ class _Plan:
     projections: ProjectionSource
     accept_change: bool
     peft_version: tuple[int, ...] | None
+    bases_named: set[str | None] = field(default_factory=set)
+
+    def idle_places(self) -> Iterator[Finding]:
+        """Yield a warning for each --base-for whose name no migrated config has."""
+        for name, model in self.base.places:
+            if name not in self.bases_named:
+                reason = f"no migrated adapter's config calls the base {printable(name)}."
+                place = printable(f"--base-for {name}={model}")
+                yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
 
     @classmethod
     def checked(
@@ -299,6 +315,7 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
 
 def _migrated(adapter: Adapter, plan: _Plan, repairs: Repairs) -> tuple[Converted, BaseFacts]:
     """Bring a repaired adapter to the wanted mode, and name every change."""
+    plan.bases_named.add(adapter.config.base_model_name_or_path)
     base_facts = resolve_base(adapter, plan.base, bases=plan.bases, need=_need(adapter, plan))
     adapter, cut = _cut(adapter, base_facts)
     if plan.to is Mode.ASIS:

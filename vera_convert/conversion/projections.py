@@ -71,13 +71,25 @@ def default_variant(
     )
 
 
-def draw_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFacts) -> Draw:
+def draw_of_key(
+    adapter: Adapter,
+    stored: StoredProjections,
+    base_facts: BaseFacts,
+    variant: Variant | None = None,
+) -> Draw:
     """Return the draw that PEFT up to 0.20 makes from the config's key instead of a stored pair.
+
+    Args:
+        adapter: the adapter.
+        stored: the stored pair.
+        base_facts: dims and rounding of the base.
+        variant: the generator's variant; None for the variant of nearly every machine.
 
     Raises:
         UsageError: neither the base nor the stored pair tells the rounding.
     """
     usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
+    usual = replace(usual, variant=variant or usual.variant)
     if base_facts.rounding is not None:
         return replace(usual, rounding=effective_rounding(usual.variant, base_facts.rounding))
     found = recognize(stored.A.array(), stored.B.array(), key=usual.key, search=False).draw
@@ -90,11 +102,15 @@ def draw_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseFac
 
 
 def pair_in_effect(
-    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+    adapter: Adapter,
+    base_facts: BaseFacts,
+    projections: ProjectionSource,
+    variant: Variant | None = None,
 ) -> Adapter:
     """Return the adapter with the draw of the key in place of a stored pair that differs.
 
-    Nothing changes unless `projections` is `ProjectionSource.KEY`.
+    Nothing changes unless `projections` is `ProjectionSource.KEY`. `variant` is the generator's, as
+    in `draw_of_key`.
 
     Raises:
         UsageError: neither the base nor the stored pair tells the rounding.
@@ -102,7 +118,7 @@ def pair_in_effect(
     stored = adapter.projections
     if stored is None or projections is not ProjectionSource.KEY:
         return adapter
-    drawn = draw_of_key(adapter, stored, base_facts)
+    drawn = draw_of_key(adapter, stored, base_facts, variant)
     check_size(drawn.rank, drawn.in_features, drawn.out_features, place=adapter.place)
     has_dims = (drawn.in_features, drawn.out_features) == (stored.in_features, stored.out_features)
     if has_dims and equals(stored.A.array(), stored.B.array(), drawn):

@@ -191,7 +191,8 @@ def _drawn_for(
         A[:, : shapes[A_NAME][1]].astype(kind, copy=False),
         B[: shapes[B_NAME][0]].astype(kind, copy=False),
     )
-    return drawn, pair, adapter.findings if drawn == found else converted.findings
+    findings = adapter.findings if drawn == found else converted.findings
+    return drawn, pair, tuple(dict.fromkeys((*findings, *base_facts.idle_options)))
 
 
 def _stored_draw(adapter: Adapter) -> Draw | None:

@@ -241,7 +241,7 @@ def reported(
         changes=converted.changes,
         draw=converted.draw,
         base_facts=base_facts,
-        findings=converted.findings,
+        findings=tuple(dict.fromkeys((*converted.findings, *base_facts.idle_options))),
         side_files=sides,
         bytes_before=converted.adapter.weights_size,
         bytes_after=converted.weights_size,

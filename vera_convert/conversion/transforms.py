@@ -38,6 +38,11 @@ from vera_convert.rules import Finding
 
 REPLACED_BY_KEYS = "replaced A and B by the draw of the config's key"
 
+IDLE_GENERATOR = rules.OPTION_WITHOUT_EFFECT.at(
+    "--generator", "A and B are stored, so neither is regenerated."
+)
+"""The warning if a caller names a generator and nothing is drawn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Converted:
@@ -214,9 +219,11 @@ def embedded(
         UsageError: neither the base nor an option gives dims or rounding.
     """
     original = adapter
-    adapter = pair_in_effect(adapter, base_facts, projections)
+    adapter = pair_in_effect(adapter, base_facts, projections, variant)
     if adapter.projections is not None:
-        return _announced(adapter, base_facts, projections, redrawn=adapter is not original)
+        kept = _announced(adapter, base_facts, projections, redrawn=adapter is not original)
+        is_idle = projections is not ProjectionSource.KEY and variant is not None
+        return replace(kept, findings=(*kept.findings, IDLE_GENERATOR)) if is_idle else kept
     recorded = adapter.fingerprint
     if recorded is not None and projections is not ProjectionSource.KEY:
         return _restored(adapter, recorded, base_facts, variant)

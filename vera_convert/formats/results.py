@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vera_convert.base.facts import BaseFacts
+from vera_convert.base.facts import BASE_REMEDY, BaseFacts
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
@@ -46,7 +46,7 @@ def location_text(base_facts: BaseFacts) -> str:
     was_read = base_facts.in_features is not None or base_facts.base is not None
     if was_read:
         return base_facts.source
-    remedy = "" if "--" in base_facts.source else ". Pass the base with --base"
+    remedy = "" if "--" in base_facts.source else f". {BASE_REMEDY.rstrip('.')}"
     return f"not read: {base_facts.source.rstrip('.')}{remedy}"
 
 

@@ -9,7 +9,7 @@ The steps:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import Work, opened
+from vera_convert.conversion.transforms import IDLE_GENERATOR
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
@@ -45,7 +46,7 @@ from vera_convert.lora.writing import (
     copy_side_files,
     require_space,
 )
-from vera_convert.merging.in_effect import in_effect
+from vera_convert.merging.in_effect import InEffect, in_effect
 from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable, short_repr
@@ -155,7 +156,7 @@ def to_lora(
 def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _Job:
     """Plan a conversion, or refuse the adapter with all errors known before writing."""
     adapter = work.adapter
-    base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.HELPFUL)
+    base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.SIZES)
     pair = in_effect(
         adapter, base_facts, projections=settings.projections, variant=settings.generator
     )
@@ -172,6 +173,7 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         *other_dims(adapter, base_facts),
         *adapter_findings(work, base_facts, sides, copied),
         *of_engine,
+        *_idle_options(settings, plan, extras, pair),
     ]
     errors = errors_of(findings)
     if errors:
@@ -182,6 +184,29 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
     origin = Origin(work.location, adapter, pair, settings, base_options)
     files = _files(work, base_facts, plan, extras, settings.target)
     return _Job(work, base_facts, plan, extras, origin, files, sides, copied, findings)
+
+
+def _idle_options(
+    options: LoraOptions, plan: LoraPlan, extras: Extras, pair: InEffect
+) -> Iterator[Finding]:
+    """Yield a warning for each option that finds nothing to act on in the adapter."""
+    reasons = {
+        "--fill-layers": options.fill_layers
+        and not plan.filled
+        and not plan.missing
+        and f"{options.target.title} needs no layer that ADAPTER leaves out.",
+        "--drop-head": options.drop_head
+        and not extras.tensors
+        and "ADAPTER has no modules_to_save and no trained biases.",
+        f"--rank {options.rank}": options.rank is not None
+        and options.rank > plan.rank
+        and f"the LoRA of rank {plan.rank} is exact.",
+    }
+    for place, reason in reasons.items():
+        if reason:
+            yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
+    if options.generator is not None and pair.draw is None:
+        yield IDLE_GENERATOR
 
 
 def _copied(sides: SideFiles, form: Form) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def component_of(base_facts: BaseFacts) -> str:
     if "Transformer" in name:
         return "transformer"
     folder = base.location.folder if base is not None else None
-    reason = "nothing says which component of a pipeline the base is."
+    reason = "the folder and the config do not say which component of a pipeline the base is."
     raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(folder.name if folder else "the base", reason))
 
 

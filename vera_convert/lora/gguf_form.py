@@ -99,7 +99,7 @@ def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
     heads = config.get("num_attention_heads")
     pairs = config.get("num_key_value_heads", heads)
     if not (_is_size(heads) and _is_size(pairs)):
-        reason = "its config gives no numbers of heads."
+        reason = "its config gives no usable numbers of heads."
         raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
     return heads, pairs
 
@@ -118,14 +118,17 @@ def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:
     base = base_facts.base
     place = base_facts.source or "the base"
     kind = base.model_type if base is not None else None
-    if base is None or kind not in ARCHITECTURES:
-        reason = f"its model_type is {printable(kind or 'not known')}."
+    if base is None:
+        raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, "its weights are missing."))
+    if kind not in ARCHITECTURES:
+        known_types = f"to-lora knows llama.cpp's names for {', '.join(sorted(ARCHITECTURES))}."
+        reason = f"its model_type is {printable(kind or 'missing')}; {known_types}"
         raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(place, reason))
     heads, pairs = head_counts(base, place)
     count = base.config.get("num_hidden_layers")
     if not _is_size(count):
         raise CheckpointError(
-            rules.LORA_BASE_UNKNOWN.at(place, "its config gives no number of layers.")
+            rules.LORA_BASE_UNKNOWN.at(place, "its config gives no usable number of layers.")
         )
     architecture, gguf = ARCHITECTURES[kind], gguf_package()
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

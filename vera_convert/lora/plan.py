@@ -105,7 +105,7 @@ def plan_lora(
         options: the options of the conversion.
 
     Raises:
-        UsageError: the layers' numbers of inputs are not known.
+        UsageError: the base packs layers, and nothing else tells the sizes of the layers.
     """
     layers = [*_layers(adapter, base_facts, pair, options.target)]
     missing = _missing(layers, base_facts, options.target)
@@ -140,10 +140,9 @@ def _layers(
 ) -> Iterator[LoraLayer]:
     unknown = [module for module in adapter.layers if module not in base_facts.layers]
     if unknown:
-        why = base_facts.source.rstrip(".") or "no base is named"
         raise UsageError(
-            "a LoRA needs the number of inputs of each adapted layer, such as "
-            f'"{printable(unknown[0])}", which is not known: {why}. Name the base with --base.'
+            f"{base_facts.source}, and a LoRA needs the size of each adapted layer, such as "
+            f'"{printable(unknown[0])}". Pass the model before its quantization with --base.'
         )
     for module, vectors in adapter.layers.items():
         written = _written(module, base_facts, engine)

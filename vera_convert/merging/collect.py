@@ -56,6 +56,9 @@ def collect(inputs: MergeInputs) -> Changes:
     for matched in inputs.adapters:
         collector.part_pairs(matched)
     changes = collector.changes
+    if inputs.options.tied is not None and not collector.meets_tied_head:
+        reason = "the adapter changes no output head that is tied to the embedding."
+        changes.findings.append(rules.OPTION_WITHOUT_EFFECT.at("--tied", reason))
     replacing = changes.replacing
     changes.resizes = resizes(
         {name: each.stored.shape for name, each in replacing.items()},
@@ -82,12 +85,19 @@ class _Collector:
     def __init__(self, inputs: MergeInputs) -> None:
         self.files = inputs.base
         self.base = inputs.base.model
-        self.tied = inputs.options.tied
+        self._choice = inputs.options.tied
+        self.meets_tied_head = False
         self.changes = Changes()
         self.defects: list[Finding] = []
         self._outputs: dict[str, int] = {}
         self._moved: dict[tuple[int, ...], NDArray[Any]] = {}
         self._resized_heads: list[tuple[str, Replacement]] = []
+
+    @property
+    def tied(self) -> Tied | None:
+        """The caller's choice for tied heads, asked for only if a change meets a tied head."""
+        self.meets_tied_head = True
+        return self._choice
 
     # --- deltas ----------------------------------------------------------------------------------
 
@@ -162,7 +172,8 @@ class _Collector:
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
             embedding = embedding_of_head(module, match, self.base)
-            head = _name_of_head(module, match) if self.tied is Tied.UNTIE else stored
+            unties = embedding is not None and self.tied is Tied.UNTIE
+            head = _name_of_head(module, match) if unties else stored
             self._resized_heads += [
                 (name, replacement) for name in dict.fromkeys((head, embedding or head))
             ]

@@ -18,8 +18,9 @@ from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.targets import quantized_elsewhere, refuse_quantized
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
-from vera_convert.base.resolve import Need, resolve_base
+from vera_convert.base.resolve import Need, idle_key_maps, resolve_base
 from vera_convert.conversion.proof import other_dims
+from vera_convert.conversion.transforms import IDLE_GENERATOR
 from vera_convert.errors import UsageError
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter
 from vera_convert.hub.repo_name import SCHEME
@@ -119,9 +120,11 @@ def open_inputs(
         beside = [adapter_files(location, files.model) for location in locations]
         written = beside[0].over(files.copied)
         findings = [
-            *_base_findings(files, packed, options),
+            *_base_findings(files, packed),
             *_adapter_findings(adapters, facts, beside),
             *_unused_findings(adapters, beside, written),
+            *_idle_options(files, adapters, options),
+            *idle_key_maps(base.key_map, opened),
         ]
         unique = tuple(dict.fromkeys(findings))
         yield MergeInputs(options, base, adapters, files, beside[0], unique)
@@ -146,8 +149,7 @@ def _resolve_all(
 
 
 def _base_of(facts: BaseFacts) -> BaseModel:
-    if facts.base is None:
-        raise UsageError(f"a merge needs the base, and {facts.source}. Pass the base with --base.")
+    assert facts.base is not None  # noqa: S101 -- else `resolve_base` raised an error
     return facts.base
 
 
@@ -186,14 +188,12 @@ def _matched(
 # --- findings ------------------------------------------------------------------------------------
 
 
-def _base_findings(files: BaseFiles, packed: Unpacked, options: MergeOptions) -> Iterator[Finding]:
+def _base_findings(files: BaseFiles, packed: Unpacked) -> Iterator[Finding]:
     label = files.model.location.label
     yield from files.sides.findings(label)
     if files.packed is not None:
         yield dequantized_finding(packed, label)
         return
-    if options.dequantize:
-        yield rules.OPTION_WITHOUT_EFFECT.at("--dequantize", f"{label} has no quantized weights.")
     elsewhere = quantized_elsewhere(packed.stored)
     if elsewhere is not None:
         yield elsewhere
@@ -205,9 +205,21 @@ def _adapter_findings(
     for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
         yield from files.findings(matched.label)
         yield from matched.adapter.findings
-        yield from base_facts.findings
+        # An option can have an effect on another adapter: see `_idle_options`.
+        yield from (f for f in base_facts.findings if f.rule is not rules.OPTION_WITHOUT_EFFECT)
         yield from matched.pair.findings
         yield from other_dims(matched.adapter, base_facts)
+
+
+def _idle_options(
+    files: BaseFiles, adapters: Sequence[MatchedAdapter], options: MergeOptions
+) -> Iterator[Finding]:
+    """Yield a warning for each option that finds nothing to act on, in the base or an adapter."""
+    if options.dequantize and files.packed is None:
+        reason = f"{files.model.location.label} has no quantized weights."
+        yield rules.OPTION_WITHOUT_EFFECT.at("--dequantize", reason)
+    if options.generator is not None and all(each.pair.draw is None for each in adapters):
+        yield IDLE_GENERATOR
 
 
 def _unused_findings(

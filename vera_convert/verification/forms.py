@@ -27,7 +27,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.bases import Bases
-from vera_convert.base.facts import BaseFacts, BaseOptions
+from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import (
     ProjectionSource,
@@ -263,7 +263,8 @@ class _Side:
         facts = _with_dims_of(self.known, self.adapter)
         if None in (facts.in_features, facts.out_features):
             raise UsageError(
-                "neither form records the dims of A and B, so neither can be drawn: give --base."
+                "the dims of A and B are unknown, because neither form records the dims. "
+                f"{BASE_REMEDY}"
             )
         return facts
 

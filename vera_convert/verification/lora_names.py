@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.base.facts import BaseFacts
+from vera_convert.base.facts import BASE_REMEDY, BaseFacts
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.lora.gguf_form import PERMUTED, head_counts
 from vera_convert.lora.gguf_reading import gguf_names
@@ -56,7 +56,7 @@ def in_transformers_order(
         if facts.base is None:
             raise UsageError(
                 "llama.cpp orders the rows of q and k by the base's heads, and the base is not "
-                "known: give --base."
+                f"known. {BASE_REMEDY}"
             )
         heads = head_counts(facts.base, place)[last == "k_proj"]
         layer = lora.layers[name]

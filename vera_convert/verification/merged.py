@@ -44,7 +44,7 @@ from vera_convert.verification.model_files import (
     file_findings,
     tie_findings,
 )
-from vera_convert.verification.options import VerifyOptions, settle
+from vera_convert.verification.options import VerifyOptions, given_alone, settle
 from vera_convert.verification.other_projections import right_with_other_projections
 from vera_convert.verification.provenance import MergeSettings, Provenance, read_provenance
 from vera_convert.verification.tensors import MergedTensors, check_tensors
@@ -161,7 +161,7 @@ def check_merged(
             progress=progress,
             explain=partial(right_with_other_projections, merge, read.files),
         )
-        findings = dict.fromkeys(_findings(read, source, edits, tensors))
+        findings = dict.fromkeys(_findings(read, source, edits, tensors, settings))
         for file in read.files.files.values():
             file.check_unchanged()
         inputs.check_unchanged()
@@ -201,7 +201,11 @@ def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str,
 
 
 def _findings(
-    read: _ReadModel, source: Merged, edits: ConfigEdits, tensors: MergedTensors
+    read: _ReadModel,
+    source: Merged,
+    edits: ConfigEdits,
+    tensors: MergedTensors,
+    settings: MergeSettings,
 ) -> Iterator[Finding]:
     """Yield all findings about a merged model, errors of the weights first."""
     model, inputs = read.model, source.inputs
@@ -217,8 +221,8 @@ def _findings(
     yield from source.findings
     if read.provenance is None:
         yield rules.PROVENANCE_MISSING.at(model.location.label, f"it has no {PROVENANCE_NAME}.")
-    yield from inputs.findings
-    yield from source.changes.findings
+    yield from given_alone(inputs.findings, settings)
+    yield from given_alone(source.changes.findings, settings)
     yield from edits.findings
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vera_convert import rules
 from vera_convert.arguments import (
     dtype_name,
     number,
@@ -23,6 +24,7 @@ from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
+from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import SAMPLES
 from vera_convert.verification.provenance import MergeSettings, Provenance
@@ -133,6 +135,15 @@ def settle(
     names = {*given, *(["weight"] if any(each is not None for each in weights) else [])}
     recorded = MergeSettings() if provenance is None else provenance.settings
     return replace(recorded, **given, given=frozenset(names))
+
+
+def given_alone(findings: Iterable[Finding], settings: MergeSettings) -> Iterator[Finding]:
+    """Yield findings, except those about a recorded option that the caller does not give."""
+    given = tuple(f"--{name.replace('_', '-')}" for name in settings.given)
+    for finding in findings:
+        is_idle = finding.rule is rules.OPTION_WITHOUT_EFFECT
+        if not is_idle or finding.place.startswith(given):
+            yield finding
 
 
 def _require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) -> None:

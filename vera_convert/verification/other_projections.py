@@ -15,12 +15,12 @@ from vera_convert.verification.tensors import check_tensors
 
 _SENTENCES = {
     ProjectionSource.KEY: (
-        "It is right with A and B drawn from the key, as PEFT 0.11 to 0.20 merges: verify with "
-        "--projections key"
+        "The tensor is right with A and B drawn from the key, as PEFT 0.11 to 0.20 merges: verify "
+        "with --projections key"
     ),
     ProjectionSource.FILE: (
-        "It is right with the stored A and B, as PEFT 0.21 merges if save_projection is true: "
-        "verify with --projections file"
+        "The tensor is right with the stored A and B, as PEFT 0.21 merges if save_projection is "
+        "true: verify with --projections file"
     ),
 }
 
@@ -57,8 +57,8 @@ def _right_as_recorded(
     recorded = replace(merge, adapters=adapters, settings=merge.provenance.settings)
     options = sorted(f"--{name.replace('_', '-')}" for name in merge.settings.given)
     sentence = (
-        "It is right with the options that merge-provenance.json records, and wrong with the "
-        f"given {' and '.join(options)}."
+        "The tensor is right with the options that merge-provenance.json records: leave out "
+        f"{' and '.join(options)}."
     )
     return dict.fromkeys(_right(recorded, merged, names), sentence)
 
