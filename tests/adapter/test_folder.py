@@ -11,9 +11,10 @@ from adapters import good_adapter
 from folders import everything
 
 from vera_convert.adapter import folder as adapterfolder
-from vera_convert.adapter.folder import is_training_state, is_vera, side_files
+from vera_convert.adapter.folder import is_vera, side_files
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.files.file_names import is_training_state
 from vera_convert.files.reading import LocalFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")

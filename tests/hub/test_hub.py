@@ -17,7 +17,7 @@ from vera_convert.hub.lookup import (
     fetch_base,
     list_files,
     locate,
-    open_remote,
+    open_file,
 )
 
 SECRET = "hf_SecretToken"  # noqa: S105 - of the stand-in
@@ -34,10 +34,6 @@ ADAPTER = {
     "checkpoint-1/adapter_config.json": b"{}",
     "checkpoint-1/adapter_model.safetensors": b"other",
 }
-
-
-def is_training_state(name: str) -> bool:
-    return name == "optimizer.pt"
 
 
 @pytest.fixture
@@ -173,9 +169,9 @@ def test_refusals_say_what_to_do(server: HubServer, access: HubAccess) -> None:
         list_files(location, access)
     location = locate("org/name", kind="adapter", access=access)
     with pytest.raises(SurroundingsError, match="no such file"):
-        open_remote(location, "absent.json", access)
+        open_file(location, "absent.json", access)
     with pytest.raises(CheckpointError, match="V005"):
-        open_remote(location, "../x", access)
+        open_file(location, "../x", access)
 
 
 @pytest.mark.usefixtures("inside")
@@ -183,9 +179,9 @@ def test_a_gated_repo_is_named(server: HubServer, access: HubAccess) -> None:
     server.add("org/gated", ADAPTER, gated=True)
     location = locate("org/gated", kind="adapter", access=access)
     with pytest.raises(SurroundingsError, match=r"is gated\. Accept the terms"):
-        open_remote(location, "README.md", access)
+        open_file(location, "README.md", access)
     with pytest.raises(SurroundingsError, match=r"is gated\. Accept the terms"):
-        fetch_adapter(location, access, is_training_state=is_training_state)
+        fetch_adapter(location, access)
 
 
 @pytest.mark.usefixtures("inside", "server")
@@ -212,10 +208,10 @@ def test_the_same_token_goes_to_adapter_and_base(
             locate(name, kind="adapter", access=HubAccess(cache_dir=tmp_path / "cache"))
     server.authorizations.clear()
     adapter = locate("org/adapter", kind="adapter", access=access)
-    fetch_adapter(adapter, access, is_training_state=is_training_state)
+    fetch_adapter(adapter, access)
     base = base_from_config("org/base", None, access).location
     assert base is not None
-    open_remote(base, "README.md", access)
+    open_file(base, "README.md", access)
     assert set(server.authorizations) == {f"Bearer {SECRET}"}
     assert SECRET not in repr(access) + "".join(capfd.readouterr())
 
@@ -235,7 +231,7 @@ def test_the_token_stays_on_the_hub(server: HubServer, tmp_path: Path) -> None:
         storage.repos = server.repos
         server.elsewhere = storage
         location = locate("org/name", kind="adapter", access=access)
-        with open_remote(location, "adapter_model.safetensors", access) as file:
+        with open_file(location, "adapter_model.safetensors", access) as file:
             assert file.size == 21_000_000
             assert (
                 file.read_at(20_000_000, 4) == ADAPTER["adapter_model.safetensors"][-1_000_000:][:4]
@@ -253,7 +249,7 @@ def test_a_file_is_read_by_range_at_its_commit(server: HubServer, access: HubAcc
     location = locate("org/name/sub", kind="base", access=access)
     server.add("org/name", {"sub/a b#.txt": b"newer"})
     server.bytes_served = 0
-    with open_remote(location, "a b#.txt", access) as file:
+    with open_file(location, "a b#.txt", access) as file:
         assert file.size == 1_024_000
         assert file.read_at(1_000_001, 3) == bytes([65, 66, 67])
         assert file.place == f"{location.label}/a b#.txt"
@@ -265,7 +261,7 @@ def test_a_hub_without_ranges_is_read_too(server: HubServer, access: HubAccess) 
     server.ranges = False
     server.add("org/name", {"x": b"head" + bytes(30_000_000)})
     location = locate("org/name", kind="base", access=access)
-    with open_remote(location, "x", access) as file:
+    with open_file(location, "x", access) as file:
         assert (file.size, file.read_at(0, 4)) == (30_000_004, b"head")
     assert server.bytes_served < 15_000_000
 
@@ -276,7 +272,7 @@ def test_another_commit_than_asked_for_is_refused(server: HubServer, access: Hub
     location = locate("org/name", kind="base", access=access)
     server.repos["org/name"].refs[location.commit or ""] = server.add("org/name", {"x": b"2"})
     with pytest.raises(SurroundingsError, match="sent it from commit"):
-        open_remote(location, "x", access)
+        open_file(location, "x", access)
 
 
 # --- whole files ---------------------------------------------------------------------------------
@@ -289,7 +285,7 @@ def test_an_adapter_is_fetched_with_what_lies_beside_it(
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
     assert "x.safetensors" not in list_files(location, access)
-    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access)
     assert fetched.folder is not None
     found = {
         str(path.relative_to(fetched.folder)): path.read_bytes()
@@ -304,14 +300,14 @@ def test_an_adapter_is_fetched_with_what_lies_beside_it(
     )
     assert found == {name: ADAPTER[name] for name in expected}
     assert fetched.left_out == ("big.bin", "optimizer.pt", "runs/of:host")
-    assert fetch_adapter(fetched, access, is_training_state=is_training_state) is fetched
+    assert fetch_adapter(fetched, access) is fetched
 
 
 @pytest.mark.usefixtures("inside")
 def test_an_adapter_in_a_subfolder_is_fetched_alone(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", ADAPTER)
     location = locate("org/name/checkpoint-1", kind="adapter", access=access)
-    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access)
     assert fetched.folder is not None
     assert (fetched.folder / "adapter_model.safetensors").read_bytes() == b"other"
     assert not (fetched.folder.parent / "adapter_config.json").exists()
@@ -333,7 +329,7 @@ def test_a_repo_that_is_no_adapter_is_refused_before_anything_is_fetched(
     server.add("org/name", dict.fromkeys(files, b"{}"))
     location = locate("org/name", kind="adapter", access=access)
     with pytest.raises(CheckpointError, match=reason):
-        fetch_adapter(location, access, is_training_state=is_training_state)
+        fetch_adapter(location, access)
     assert not any("/resolve/" in path for path in server.paths())
 
 
@@ -344,7 +340,7 @@ def test_the_tokenizer_of_a_large_vocabulary_is_fetched(
     large = {"tokenizer.json": ADAPTER["big.bin"], "other.json": ADAPTER["big.bin"]}
     server.add("org/name", {**ADAPTER, **large})
     location = locate("org/name", kind="adapter", access=access)
-    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access)
     assert fetched.folder is not None
     assert (fetched.folder / "tokenizer.json").stat().st_size == SIDE_FILE_LIMIT + 1
     assert "other.json" in fetched.left_out
@@ -357,7 +353,7 @@ def test_a_file_of_unknown_size_is_not_taken_for_small(
     server.sizes = False
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
-    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access)
     assert "README.md" in fetched.left_out
     assert fetched.folder is not None
     assert (fetched.folder / "adapter_model.safetensors").exists()
@@ -370,7 +366,7 @@ def test_a_repo_that_moves_while_it_is_fetched_is_read_at_the_commit_that_was_fo
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
     server.add("org/name", ADAPTER | {"adapter_config.json": b"[]"})
-    fetched = fetch_adapter(location, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(location, access)
     assert (fetched.fetched / "adapter_config.json").read_bytes() == b"{}"
 
 
@@ -393,7 +389,7 @@ def test_offline_the_cache_serves_without_a_socket(
 ) -> None:
     commit = server.add("org/name", ADAPTER)
     online = locate("org/name", kind="adapter", access=access)
-    fetched = fetch_adapter(online, access, is_training_state=is_training_state)
+    fetched = fetch_adapter(online, access)
 
     def refuse(*_: object) -> None:
         pytest.fail("a socket was opened")
@@ -406,16 +402,16 @@ def test_offline_the_cache_serves_without_a_socket(
     for text in ("org/name", "org/name@main", f"org/name@{commit}"):
         location = locate(text, kind="adapter", access=access)
         assert location.commit == commit
-        again = fetch_adapter(location, access, is_training_state=is_training_state)
+        again = fetch_adapter(location, access)
         assert again.folder == fetched.folder
         assert "README.md" in list_files(location, access)
-        with open_remote(location, "README.md", access) as file:
+        with open_file(location, "README.md", access) as file:
             assert file.read_at(0, 6) == b"# card"
     for text in ("org/absent", "org/name@v2"):
         with pytest.raises(SurroundingsError, match="not in the local cache"):
             locate(text, kind="adapter", access=access)
     with pytest.raises(SurroundingsError, match="not in the local cache"):
-        open_remote(location, "big.bin", access)
+        open_file(location, "big.bin", access)
     with pytest.raises(SurroundingsError, match="not in the local cache"):
         fetch_base(location, access, names=["big.bin"])
 
@@ -424,9 +420,9 @@ def test_offline_the_cache_serves_without_a_socket(
 def test_a_cached_file_is_not_asked_for_again(server: HubServer, access: HubAccess) -> None:
     server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
-    fetch_adapter(location, access, is_training_state=is_training_state)
+    fetch_adapter(location, access)
     server.requests.clear()
-    with open_remote(location, "adapter_model.safetensors", access) as file:
+    with open_file(location, "adapter_model.safetensors", access) as file:
         assert file.size == 21_000_000
     assert server.requests == []
 
@@ -437,7 +433,7 @@ def test_what_is_cached_serves_when_the_hub_is_out_of_reach(
 ) -> None:
     commit = server.add("org/name", ADAPTER)
     location = locate("org/name", kind="adapter", access=access)
-    fetch_adapter(location, access, is_training_state=is_training_state)
+    fetch_adapter(location, access)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert locate("org/name", kind="adapter", access=access).commit == commit
     assert "README.md" in list_files(location, access)

@@ -28,7 +28,7 @@ from vera_convert.hub.lookup import (
     fetch_base,
     list_files,
     locate,
-    open_remote,
+    open_file,
 )
 from vera_convert.hub.redaction import redacted
 from vera_convert.hub.refusals import LimitedError, OutOfReachError, Refusal, RefusedError
@@ -78,14 +78,10 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def is_training_state(_name: str) -> bool:
-    return False
-
-
 def fetched(access: HubAccess) -> dict[str, bytes]:
     """Locate and fetch the adapter; returns its files."""
     location = locate("org/name", kind="adapter", access=access)
-    folder = fetch_adapter(location, access, is_training_state=is_training_state).fetched
+    folder = fetch_adapter(location, access).fetched
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -126,7 +122,7 @@ def test_a_fault_that_passes_is_survived_at_every_range(
     server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
     server.failures = [fault]
-    with open_remote(location, "adapter_model.safetensors", access) as file:
+    with open_file(location, "adapter_model.safetensors", access) as file:
         server.failures = [fault]
         assert file.read_at(400_000, 1000) == WEIGHTS[400_000:401_000]
         server.failures = [fault, fault]
@@ -155,7 +151,7 @@ def test_a_fault_that_does_not_pass_ends_after_a_bounded_number_of_tries(
         with pytest.raises(OutOfReachError, match=r"org/name could not be read .* in 5 tries"):
             locate("org/name", kind="adapter", access=access)
         with pytest.raises(OutOfReachError, match=r"README.md could not be read .* in 5 tries"):
-            open_remote(location, "README.md", access)
+            open_file(location, "README.md", access)
         assert pauses == [0.5, 1.0, 2.0, 4.0] * 2
 
 
@@ -208,7 +204,7 @@ def test_a_server_that_trickles_is_given_up(
     with pytest.raises(OutOfReachError, match=rf"^org/name {slow}"):
         repo_info("org/name", None, access)
     with pytest.raises(OutOfReachError, match=rf"README.md {slow}"):
-        open_remote(location, "README.md", access)
+        open_file(location, "README.md", access)
     with pytest.raises(OutOfReachError, match=rf"README.md {slow}"):
         fetch_base(location, access, names=["README.md"])
     assert len(server.failures) >= 6  # nothing is tried again; the download asks for the reason
@@ -425,7 +421,7 @@ def test_a_flipped_bit_in_a_file_that_is_read_by_range_is_refused_once_it_is_rea
     server.damaged = {"adapter_config.json"}
     location = locate("org/name", kind="adapter", access=access)
     with pytest.raises(SurroundingsError, match="another hash than the Hub states"):
-        open_remote(location, "adapter_config.json", access)
+        open_file(location, "adapter_config.json", access)
 
 
 def test_a_mirror_that_states_no_hash_is_believed(server: HubServer, access: HubAccess) -> None:
@@ -605,7 +601,7 @@ def test_a_repos_description_is_asked_for_once(server: HubServer, access: HubAcc
     commit = server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
     assert list_files(location, access)["README.md"] == 6
-    fetch_adapter(location, access, is_training_state=is_training_state)
+    fetch_adapter(location, access)
     asked = [path for path in server.paths() if path.startswith("/api/")]
     assert asked == ["/api/models/org/name"]
     pinned = locate(f"org/name@{commit}", kind="adapter", access=access)
@@ -626,7 +622,7 @@ def test_the_first_request_for_weights_takes_at_most_32_kibibytes(
 ) -> None:
     server.add("org/name", FILES)
     location = locate("org/name", kind="adapter", access=access)
-    open_remote(location, "adapter_model.safetensors", access)
+    open_file(location, "adapter_model.safetensors", access)
     span = server.requests[-1][2]
     assert span is not None
     first, last = span.removeprefix("bytes=").split("-")
@@ -642,7 +638,7 @@ def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
     location = locate("org/name", kind="base", access=access)
     kept = cache_of_repo("org/name", access) / "vera-convert"
     for n in range(9):
-        open_remote(location, f"{n}.safetensors", access)
+        open_file(location, f"{n}.safetensors", access)
         assert sum(path.stat().st_size for path in kept.iterdir()) <= 100_000
     for path in kept.iterdir():
         data = path.read_bytes()
@@ -657,7 +653,7 @@ def test_what_was_kept_of_a_commit_is_bounded_and_a_damaged_one_counts_as_none(
         ):
             path.write_bytes(damaged)
             server.requests.clear()
-            with open_remote(location, "8.safetensors", access) as file:
+            with open_file(location, "8.safetensors", access) as file:
                 assert file.read_at(0, 100) == WEIGHTS[:100]
             assert len(server.requests) <= 1
         path.unlink()
@@ -670,7 +666,7 @@ def test_the_cache_is_one_that_huggingface_hub_understands(
 
     commit = server.add("org/name", FILES)
     server.add("org/headers", FILES)
-    open_remote(locate("org/headers", kind="base", access=access), "README.md", access)
+    open_file(locate("org/headers", kind="base", access=access), "README.md", access)
     assert fetched(access) == FILES
     assert access.cache_dir is not None
     for revision in ("main", commit):

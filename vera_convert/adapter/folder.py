@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vera_convert.adapter.config import read_config
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
-from vera_convert.files.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME
+from vera_convert.files.file_names import (
+    CONFIG_NAME,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    is_strange,
+    is_training_state,
+)
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import ByteSource, open_local
+from vera_convert.files.reading import ByteSource, blocks, file_sha256, open_local
 from vera_convert.files.tensorfile import TensorData, write_tensors
 from vera_convert.files.walk import is_regular, walk
 from vera_convert.text import read_back_differs
@@ -28,41 +34,12 @@ _OF_AN_ADAPTER = frozenset(
 )
 """Names by which a folder is known as the folder of an adapter."""
 
-_TRAINING_STATE = re.compile(
-    r"(adapter_model|training_args)\.bin"
-    r"|(optimizer|scheduler|scaler)(_\d+)?\.(bin|pt|pth|safetensors)"
-    r"|rng_state(_\d+)?\.(pt|pth)|random_states_\d+\.pkl"
-    r"|.*_(optim|model)_states\.pt|.*\.distcp"
-    r"|trainer_state\.json|trainer_log\.jsonl|events\.out\.tfevents\..*|latest|zero_to_fp32\.py"
-)
-"""Names of pickled weights, and of the states and logs of a training run."""
-_TRAINING_FOLDERS = frozenset(("wandb", "mlruns", "lightning_logs"))
-"""Folders into which training runs write their logs."""
-_STRANGE = re.compile(
-    r".*[:\uf03a](Zone\.Identifier|com\.dropbox\..*|mshield)|Thumbs\.db|desktop\.ini|.*\.pyc"
-)
-"""Names of files added to a folder by an operating system; U+F03A is WSL's colon."""
-_STRANGE_FOLDERS = frozenset(("__MACOSX", "__pycache__"))
 _OTHER_MODEL = re.compile(
     r"(pytorch_|tf_|flax_|rust_|diffusion_pytorch_)?model([-_.].*)?"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
     r"|consolidated.*\.(pth|safetensors)|.*\.(gguf|ggml)"
 )
 """Names of the weights of a complete model, which a loader could take for the base."""
-
-
-def is_training_state(name: str) -> bool:
-    """Say whether a file comes from a training run and is never copied, by the relative path."""
-    path = PurePosixPath(name)
-    in_logs = not _TRAINING_FOLDERS.isdisjoint(path.parts[:-1])
-    return in_logs or _TRAINING_STATE.fullmatch(path.name) is not None
-
-
-def is_strange(name: str) -> bool:
-    """Say whether an operating system or Python added a file, by the relative path."""
-    path = PurePosixPath(name)
-    in_folder = not _STRANGE_FOLDERS.isdisjoint(path.parts[:-1])
-    return in_folder or _STRANGE.fullmatch(path.name) is not None
 
 
 def module_folders(names: Collection[str]) -> frozenset[str]:
@@ -258,25 +235,18 @@ def _copy(source: ByteSource, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = sha256()
     with target.open("xb") as sink:
-        for block in _blocks(source):
+        for block in blocks(source):
             digest.update(block)
             sink.write(block)
     return digest.hexdigest()
-
-
-def _blocks(source: ByteSource, length: int = 1 << 20) -> Iterator[bytes]:
-    for start in range(0, source.size, length):
-        yield source.read_at(start, min(length, source.size - start))
 
 
 def _read_back(folder: Path, written: Mapping[str, str]) -> None:
     """Read every file again and compare the hashes."""
     for name, expected in written.items():
         with open_local(folder / name) as source:
-            digest = sha256()
-            for block in _blocks(source):
-                digest.update(block)
+            found = file_sha256(source)
             if name == WEIGHTS_NAME:
                 read_header(source)
-        if digest.hexdigest() != expected:
+        if found != expected:
             raise SurroundingsError(read_back_differs(name))

@@ -18,7 +18,7 @@ from vera_convert import rules
 from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import Header, TensorInfo, read_header
-from vera_convert.files.reading import ByteSource, LocalFile, open_local
+from vera_convert.files.reading import ByteSource, LocalFile
 from vera_convert.files.shards import (
     PIPELINE,
     WeightFiles,
@@ -32,7 +32,7 @@ from vera_convert.files.shards import (
 from vera_convert.files.strict_json import NOT_FINITE, parse_json, read_json
 from vera_convert.hub.files import kept_bytes
 from vera_convert.hub.header_cache import Beginning
-from vera_convert.hub.lookup import HubAccess, Location, list_files, open_remote
+from vera_convert.hub.lookup import HubAccess, Location, list_files, open_file
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -254,10 +254,7 @@ class _Source:
     access: HubAccess
 
     def open(self, name: str) -> LocalFile | RemoteFile:
-        folder = self.location.folder
-        if folder is None:
-            return open_remote(self.location, name, self.access)
-        return open_local(folder / name, within=folder)
+        return open_file(self.location, name, self.access)
 
     def has(self, name: str, names: Collection[str]) -> bool:
         """Say whether a name exists; `open` refuses anything but a regular file.

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vera_convert import rules
-from vera_convert.adapter.folder import is_strange, is_training_state
 from vera_convert.base.model import BaseModel
-from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import is_strange, is_training_state
 from vera_convert.files.json_edit import edited_member, edited_object
-from vera_convert.files.reading import ByteSource
 from vera_convert.files.shards import PIPELINE
-from vera_convert.files.strict_json import read_json
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
@@ -41,8 +38,6 @@ _TOKENIZER_ITSELF = re.compile(
     r"|sentencepiece.*\.model|tekken\.json"
 )
 """The main files of a tokenizer; a complete tokenizer has at least one main file."""
-_TOKENS_LIMIT = 100_000_000
-_LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,44 +154,3 @@ def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
             if isinstance(part, Mapping) and isinstance(part.get(field), str):
                 text = edited_member(text, (name, field), dtype)
     return text
-
-
-# --- the adapter's tokenizer ---------------------------------------------------------------------
-
-
-def check_tokens(sources: Mapping[str, ByteSource], rows: int | None, *, place: str) -> None:
-    """Refuse a tokenizer with a token beyond the rows of the embedding.
-
-    Args:
-        sources: the tokenizer's files by name; the files with lists of added tokens are read.
-        rows: rows of the merged model's embedding; None if unknown.
-        place: the adapter's name in messages.
-
-    Raises:
-        CheckpointError: a token lacks a row.
-    """
-    largest = max((token for name in sources for token in _tokens(name, sources[name])), default=-1)
-    if rows is not None and largest >= rows:
-        reason = f"its largest token is {largest:,}, the embedding has {rows:,} rows."
-        raise CheckpointError(rules.TOKENIZER_TOO_LARGE.at(place, reason))
-
-
-def _tokens(name: str, source: ByteSource) -> Iterator[int]:
-    """Yield the ids of the added tokens in a file of a tokenizer."""
-    if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
-        return
-    document, _ = read_json(source, limit=_TOKENS_LIMIT, pythons_numbers=True)
-    if not isinstance(document, dict):
-        return
-    found: list[object] = []
-    if name == "added_tokens.json":
-        found += document.values()
-    elif name == "tokenizer_config.json":
-        decoder = document.get("added_tokens_decoder")
-        keys = decoder if isinstance(decoder, dict) else {}
-        found += [int(key[:_LONGEST_ID]) for key in keys if key.isdecimal()]
-    else:
-        added = document.get("added_tokens")
-        entries = added if isinstance(added, list) else []
-        found += [entry.get("id") for entry in entries if isinstance(entry, dict)]
-    yield from (token for token in found if isinstance(token, int))

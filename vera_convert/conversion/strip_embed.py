@@ -11,7 +11,6 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import (
     AdapterContent,
     SideFiles,
-    is_training_state,
     is_vera,
     publish_adapter,
 )
@@ -204,7 +203,7 @@ def opened(
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
     replace(output, inputs=[location.folder] if location.folder else []).check()
-    location = fetch_adapter(location, access, is_training_state=is_training_state)
+    location = fetch_adapter(location, access)
     with open_adapter(location.fetched, repair=repair) as opened:
         yield Work(location, opened, refuse_values(opened), output, access)
 

@@ -12,7 +12,8 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -141,6 +142,20 @@ class LocalFile:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+
+def blocks(source: ByteSource, start: int = 0) -> Iterator[bytes]:
+    """Yield the bytes of a file from `start` on, in blocks of a MiB."""
+    for place in range(start, source.size, _BLOCK):
+        yield source.read_at(place, min(_BLOCK, source.size - place))
+
+
+def file_sha256(source: ByteSource, start: int = 0) -> str:
+    """Return the SHA-256 of a file from a byte on, as hex."""
+    digest = sha256()
+    for block in blocks(source, start):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def same_bytes(first: ByteSource, at: int, second: ByteSource, start: int, size: int) -> bool:

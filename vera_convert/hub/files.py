@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
@@ -11,7 +11,13 @@ from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.files.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, clean_name
+from vera_convert.files.file_names import (
+    CONFIG_NAME,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    clean_name,
+    is_training_state,
+)
 from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.walk import file_sizes
 from vera_convert.hub.cache import cache_of_repo, remember_commit, snapshot_of
@@ -84,11 +90,11 @@ def _below(subfolder: str, names: Mapping[str, int]) -> dict[str, int]:
     return {name: relative[name] for name in sorted(shown)}
 
 
-def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
-    """Open a file of a repo for reading by position: the cached file, else range requests.
+def open_file(location: Location, filename: str, access: HubAccess) -> LocalFile | RemoteFile:
+    """Open a file for reading by position: in a folder or in the cache, else by range requests.
 
     Args:
-        location: a repo at a commit.
+        location: a folder, or a repo at a commit.
         filename: the path relative to the location, with `/`.
         access: the access to the Hub.
 
@@ -96,6 +102,8 @@ def open_remote(location: Location, filename: str, access: HubAccess) -> LocalFi
         CheckpointError: the name leads out of the repo.
         SurroundingsError: the file is missing or unreadable.
     """
+    if location.folder is not None:
+        return open_local(location.folder / filename, within=location.folder)
     repo_id, commit = on_hub(location)
     name = inside(location, filename)
     snapshot = snapshot_of(repo_id, commit, access)
@@ -124,9 +132,7 @@ def _header_cache(repo_id: str, commit: str, name: str, access: HubAccess) -> He
     return HeaderCache(cache_of_repo(repo_id, access) / "vera-convert" / key.hexdigest())
 
 
-def fetch_adapter(
-    location: Location, access: HubAccess, *, is_training_state: Callable[[str], bool]
-) -> Location:
+def fetch_adapter(location: Location, access: HubAccess) -> Location:
     """Fetch an adapter: the config, the weights of any size, and small other files.
 
     The result names the omitted files: pickled weights, training states, files of more than 10 MB
@@ -136,7 +142,6 @@ def fetch_adapter(
     Args:
         location: a folder, which is returned unchanged, or a repo.
         access: the access to the Hub.
-        is_training_state: whether a file, given by relative path, belongs to a training run.
 
     Raises:
         CheckpointError: config or weights are missing.

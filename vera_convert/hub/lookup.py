@@ -30,7 +30,7 @@ from vera_convert.hub.files import (
     fetch_base,
     fetch_weights,
     list_files,
-    open_remote,
+    open_file,
 )
 from vera_convert.hub.location import Location, not_cached
 from vera_convert.hub.refusals import OutOfReachError, Refusal, RefusedError
@@ -57,7 +57,7 @@ __all__ = (
     "hub_access_of",
     "list_files",
     "locate",
-    "open_remote",
+    "open_file",
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -13,11 +12,8 @@ from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.values import absurd_values, untrained_layers
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.replacements import saved_modules
-from vera_convert.base.side_files import check_tokens, tokenizer_files
-from vera_convert.base.vocabulary import embedding_rows
+from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.strip_embed import Work
-from vera_convert.embeddings import is_embedding
-from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
@@ -63,20 +59,7 @@ def adapter_findings(
     yield from absurd_values(adapter.file, work.values)
     yield from untrained_layers(layers, work.values, starts_at_one=not adapter.config.init_weights)
     yield from unmerged_findings(unmerged_weights(work.location, sides.copied), label)
-    with ExitStack() as stack:
-        tokenizer = {
-            name: stack.enter_context(open_local(adapter.folder / name, within=adapter.folder))
-            for name in tokenizer_files(copied)
-        }
-        check_tokens(tokenizer, _embedding_rows(adapter, base_facts), place=label)
-
-
-def _embedding_rows(adapter: Adapter, base_facts: BaseFacts) -> int | None:
-    """Return the rows of the trained model's embedding; None if the rows are not known."""
-    for tensor in adapter.replacements:
-        if is_embedding(replaced_name(tensor.name).rpartition(".")[0]) and len(tensor.shape) == 2:
-            return tensor.shape[0]
-    return embedding_rows(base_facts.base) if base_facts.base is not None else None
+    check_own_tokens(adapter, copied, base_facts.base, place=label)
 
 
 def engine_findings(

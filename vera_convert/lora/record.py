@@ -14,14 +14,12 @@ from vera_convert._version import __version__
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.base.facts import BaseOptions
-from vera_convert.files.reading import ByteSource
+from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.in_effect import InEffect
 from vera_convert.merging.provenance import source_of
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +74,3 @@ def metadata_with(
     shown = f"{error if error >= 1e-99 else 0.0:.2e}"
     own = {RECORD_KEY: json.dumps({**record, "relative_error": shown})}
     return {"format": "pt", **others, **own}
-
-
-def file_sha256(source: ByteSource, start: int = 0) -> str:
-    """Return the SHA-256 of a file from a byte on, as hex."""
-    digest = sha256()
-    for place in range(start, source.size, _BLOCK):
-        digest.update(source.read_at(place, min(_BLOCK, source.size - place)))
-    return digest.hexdigest()

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
-from vera_convert.files.reading import open_local
+from vera_convert.files.reading import file_sha256, open_local
 from vera_convert.files.tensorfile import Array, TensorData, from_array
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
-from vera_convert.lora.record import file_sha256, metadata_with
+from vera_convert.lora.record import metadata_with
 from vera_convert.lora.stored import StoredLayer, stored_layer
 from vera_convert.publish.publishing import sha256_of
 from vera_convert.text import printable, read_back_differs

@@ -12,11 +12,9 @@ from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.base.side_files import ModelFiles, sort_files
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.reading import LocalFile, open_local
 from vera_convert.files.shards import read_weight_map
 from vera_convert.files.strict_json import read_json
-from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, open_remote
-from vera_convert.hub.range_file import RemoteFile
+from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, open_file
 from vera_convert.merging.dequantize import SIDE_FILES, Decoder, check_values
 
 
@@ -94,7 +92,11 @@ def read_base_files(base: BaseModel, access: HubAccess, *, fetch: bool) -> BaseF
         return InputFile.look(folder / name, within=folder, header=base.files.get(name))
 
     files = {name: file(name) for name in names}
-    texts = {name: _text(base.location, name, access) for name in whole}
+    texts = {}
+    for name in whole:
+        with open_file(base.location, name, access) as source:
+            limit = max(CONFIG_LIMIT, INDEX_LIMIT)
+            texts[name] = read_json(source, limit=limit, pythons_numbers=True)[1]
     _require_same_base(texts, sides, base)
     return BaseFiles(base, sides, files, texts)
 
@@ -112,15 +114,3 @@ def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
         raise SurroundingsError(
             f"{place} changed while it was read. Try again when nothing writes to it."
         )
-
-
-def _text(location: Location, name: str, access: HubAccess) -> bytes:
-    """Return all bytes of a JSON file."""
-    folder = location.folder
-    file: LocalFile | RemoteFile
-    if folder is None:
-        file = open_remote(location, name, access)
-    else:
-        file = open_local(folder / name, within=folder)
-    with file:
-        return read_json(file, limit=max(CONFIG_LIMIT, INDEX_LIMIT), pythons_numbers=True)[1]

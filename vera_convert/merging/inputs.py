@@ -9,7 +9,6 @@ from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.input_files import InputFile
@@ -97,10 +96,7 @@ def open_inputs(
         SurroundingsError: a file, a repo or the disk fails.
     """
     with ExitStack() as stack:
-        locations = [
-            fetch_adapter(location, access, is_training_state=is_training_state)
-            for _, location in found
-        ]
+        locations = [fetch_adapter(location, access) for _, location in found]
         opened = [stack.enter_context(open_adapter(each.fetched)) for each in locations]
         for adapter in opened:
             refuse_values(adapter)

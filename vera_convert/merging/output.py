@@ -11,8 +11,8 @@ from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
 from vera_convert.base.model import read_base
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
-from vera_convert.base.side_files import CARD_NAME, check_tokens, of_dtype, untied
-from vera_convert.base.vocabulary import embedding_rows
+from vera_convert.base.side_files import CARD_NAME, of_dtype, untied
+from vera_convert.base.vocabulary import check_tokens, embedding_rows
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import open_local

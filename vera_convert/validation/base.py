@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -23,14 +22,12 @@ from vera_convert.base.replacements import (
 )
 from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.base.side_files import check_tokens, tokenizer_files
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings
-from vera_convert.base.vocabulary import embedding_rows
-from vera_convert.embeddings import is_embedding, is_output_head
+from vera_convert.base.vocabulary import check_own_tokens
+from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
-from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.rules import Finding
@@ -84,7 +81,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     elsewhere = None if quantized else quantized_elsewhere(whole.stored)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, base)
-    yield from _tokens(adapter, _rows(adapter, base))
+    yield from _tokens(adapter, base)
 
 
 def _orientation(adapter: Adapter, match: Match) -> Iterator[Finding]:
@@ -138,25 +135,11 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
     yield from incomplete_modules(adapter, match, base, replacing)
 
 
-def _rows(adapter: Adapter, base: BaseModel) -> int | None:
-    """Return the rows of the adapter's embedding, or else of the base's."""
-    for tensor in adapter.replacements:
-        module = replaced_name(tensor.name).rpartition(".")[0]
-        if is_embedding(module) and len(tensor.shape) == 2:
-            return tensor.shape[0]
-    return embedding_rows(base)
-
-
-def _tokens(adapter: Adapter, rows: int | None) -> Iterator[Finding]:
+def _tokens(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
     """Yield a finding if the adapter's tokenizer has more tokens than the embedding has rows."""
     folder = adapter.folder
     names = side_files(folder).copied if folder.is_dir() else ()  # the files that a merge copies
-    with ExitStack() as opened:
-        try:
-            sources = {
-                name: opened.enter_context(open_local(folder / name, within=folder))
-                for name in tokenizer_files(names)
-            }
-            check_tokens(sources, rows, place=WEIGHTS_NAME)
-        except CheckpointError as error:
-            yield from error.findings
+    try:
+        check_own_tokens(adapter, names, base, place=WEIGHTS_NAME)
+    except CheckpointError as error:
+        yield from error.findings

@@ -34,7 +34,7 @@ from vera_convert.hub.lookup import (
     adapter_files,
     fetch_weights,
     locate,
-    open_remote,
+    open_file,
 )
 from vera_convert.hub.range_file import RemoteFile
 from vera_convert.rules import Finding
@@ -140,8 +140,8 @@ class _Check:
             return
         self.findings += names_findings(adapter_files(location, access), place=location.label)
         with (
-            open_remote(location, CONFIG_NAME, access) as config,
-            open_remote(location, WEIGHTS_NAME, access) as weights,
+            open_file(location, CONFIG_NAME, access) as config,
+            open_file(location, WEIGHTS_NAME, access) as weights,
         ):
             yield examine(_REMOTE, config, weights, values=False)
             self.bytes_read = _bytes_read((config, weights))

@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from vera_convert import rules
-from vera_convert.adapter.folder import (
-    is_of_other_model,
+from vera_convert.adapter.folder import is_of_other_model, module_folders, side_files
+from vera_convert.files.file_names import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    is_pickle,
     is_strange,
     is_training_state,
-    module_folders,
-    side_files,
 )
-from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle
 from vera_convert.rules import Finding
 from vera_convert.text import printable, there_are
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
@@ -150,7 +149,7 @@ def check_form(
 def fetched_adapter(text: str | Path, access: HubAccess, revision: str | None) -> Location:
     """Find an adapter and fetch every file that the adapter needs."""
     location = locate(str(text), kind="adapter", access=access, revision=revision)
-    return fetch_adapter(location, access, is_training_state=is_training_state)
+    return fetch_adapter(location, access)
 
 
 # --- tensors and config --------------------------------------------------------------------------

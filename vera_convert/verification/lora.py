@@ -33,6 +33,7 @@ from vera_convert.base.side_files import sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.checks import peft_findings
 from vera_convert.lora.engines import Form
@@ -43,7 +44,6 @@ from vera_convert.lora.factors import (
     squared_norm,
 )
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
-from vera_convert.lora.record import file_sha256
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect
 from vera_convert.rules import Finding

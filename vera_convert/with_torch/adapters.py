@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.folder import is_training_state
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.arguments import one_of
 from vera_convert.conversion.projections import ProjectionSource
@@ -146,7 +145,7 @@ class Adapters(PeftMethods):
         access = access or HubAccess()
         name = str(folder) if subfolder is None else f"{folder}/{subfolder}"
         place = locate(name, kind="adapter", access=access, revision=revision)
-        place = fetch_adapter(place, access, is_training_state=is_training_state)
+        place = fetch_adapter(place, access)
         contents = stored_contents(
             place.fetched,
             self.model,

@@ -8,7 +8,6 @@ weights that a config names, and would load adapters and pickles from the folder
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from vera_convert.adapter.config import SAVED_BY_TASK
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.quantized.layer import PackedWeight
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding, is_output_head
@@ -33,7 +33,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.merging.dequantize import Decoder, Parts
+from vera_convert.merging.dequantize import Decoder
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import INSTEAD
 from vera_convert.verification.running import printable_reason
@@ -311,7 +311,7 @@ def build_model(plan: Blueprint) -> nn.Module:
         model: nn.Module = plan.model.from_pretrained(
             None,
             config=plan.config,
-            state_dict=_tensors(plan.base) if plan.packed is None else _dequantized(plan.packed),
+            state_dict=_tensors(plan),
             **(as_stored() if plan.packed is None else as_stored(torch.float32)),
             attn_implementation="eager",
             local_files_only=True,
@@ -352,31 +352,23 @@ def _refuse_too_large(plan: Blueprint) -> None:
         raise _too_large(plan.place)
 
 
-def _dequantized(base: Unpacked) -> dict[str, Tensor]:
-    """Return the tensors of the 16-bit model of a quantized base."""
-    folder = base.stored.location.folder
-    assert folder is not None  # noqa: S101 -- as `blueprint` made it
-    files = {name: InputFile.look(folder / name, within=folder) for name in base.stored.files}
-    base.refuse_defects()
+def _tensors(plan: Blueprint) -> dict[str, Tensor]:
+    """Return the tensors of a base; the packed weights of a quantized base are dequantized."""
+    stored, weights = plan.base, dict[str, PackedWeight]()
+    if plan.packed is not None:
+        plan.packed.refuse_defects()
+        stored, weights = plan.packed.stored, dict(plan.packed.weights)
+    folder = stored.location.fetched
+    names = plan.base.tensors.keys() - weights.keys()
     found: dict[str, Tensor] = {}
-    with Parts(base.stored, files) as parts:
-        for name, tensor in base.view.tensors.items():
-            weight = base.weights.get(name)
-            if weight is None:
-                values = parts.flat(name, 0, math.prod(tensor.info.shape))
-            else:
-                decode = Decoder(base.stored, files, weight)
-                values = decode(0, weight.matrix[0])  # rounded only after the merge
-            found[name] = to_tensor(values.reshape(tensor.info.shape))
-    return found
-
-
-def _tensors(base: BaseModel) -> dict[str, Tensor]:
-    folder = base.location.folder
-    assert folder is not None  # noqa: S101 -- as `blueprint` made it
-    found: dict[str, Tensor] = {}
-    for name in base.files:
-        with open_local(folder / name, within=folder) as source:
+    for shard in stored.files:
+        with open_local(folder / shard, within=folder) as source:
             file = TensorFile(source)
-            found |= {tensor: to_tensor(file.read(tensor)) for tensor in file.header.tensors}
+            found |= {
+                name: to_tensor(file.read(name)) for name in file.header.tensors if name in names
+            }
+    files = {shard: InputFile.look(folder / shard, within=folder) for shard in stored.files}
+    for name, weight in weights.items():
+        values = Decoder(stored, files, weight)(0, weight.matrix[0])
+        found[name] = to_tensor(values.reshape(plan.base.tensors[name].info.shape))
     return found
