@@ -456,9 +456,12 @@ def test_codes_are_selected_and_ignored_by_their_beginnings(good: Path) -> None:
     assert codes(good, ignore=["V2", "V110"]) == ["V121"]
 
 
-@pytest.mark.parametrize("code", ["", "W1", "V999", "v101"])
-def test_what_is_no_code_is_refused(good: Path, code: str) -> None:
-    with pytest.raises(UsageError, match="not a code"):
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("", "is empty"), ("W1", "not a code"), ("V999", "not a code"), ("v101", "not a code")],
+)
+def test_what_is_no_code_is_refused(good: Path, code: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
         validate([good], select=[code])
 
 
