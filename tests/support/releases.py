@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -31,6 +32,12 @@ def of_transformers(name: str) -> Any:
     if not hasattr(transformers, name):
         pytest.skip(f"needs a later transformers than {transformers.__version__}: one with {name}")
     return getattr(transformers, name)
+
+
+def resize_vocabulary(model: Any, rows: int) -> None:
+    """Resize the embeddings of a model; new rows get no mean of the old ones, if the class asks."""
+    asks = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
+    model.resize_token_embeddings(rows, **({"mean_resizing": False} if asks else {}))
 
 
 AS_STORED: dict[str, Any] = {"dtype" if has("transformers", "4.56") else "torch_dtype": "auto"}

@@ -11,6 +11,7 @@ import theirwarnings
 import torch
 import torchmodels
 import transformers
+from releases import resize_vocabulary
 from safetensors.numpy import load_file, save_file
 
 from vera_convert import BaseOptions, MergeOptions, Tied, merge, verify
@@ -38,7 +39,7 @@ def by_peft(base: Path, folder: Path, *, rows: int | None = None, **fields: Any)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
     if rows is not None:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+        resize_vocabulary(model, rows)
     config = peft.VeraConfig(r=4, task_type="CAUSAL_LM", **fields)
     adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import DATA
+from releases import of_transformers
 
 from vera_convert import MergeOptions, VerifyOptions, merge, verify
 from vera_convert.formats.document import result_document
@@ -149,6 +150,8 @@ def test_the_report_says_why_the_quantized_base_is_not_run(
     def absent(package: str) -> Any:
         return None if package == "bitsandbytes" else find_spec(package)
 
+    if "gpt-oss" in name:
+        of_transformers("GptOssConfig")
     monkeypatch.setattr(model_comparison, "find_spec", absent)
     result = verified(name, tmp_path)
     assert result.passed

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from merges import merged_with
-from releases import needs, of_transformers
+from releases import has, needs, of_transformers, resize_vocabulary
 from safetensors.torch import load_file, save_file
 from theirwarnings import OF_PEFT
 
@@ -397,7 +397,7 @@ def test_a_resized_vocabulary_loads_as_it_was_trained(tmp_path: Path, tied: bool
     def resized() -> Any:
         torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        model.resize_token_embeddings(46, mean_resizing=False)
+        resize_vocabulary(model, 46)
         return model
 
     wanted = peft.VeraConfig(
@@ -440,6 +440,7 @@ LOGITS_WITH_BIAS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "MarianMTModel": ("MarianConfig", BART, "q_proj"),
 }
 """Classes with a buffer ``final_logits_bias``, which PEFT does not save."""
+LOST_BIASES = ("AlbertForMaskedLM", "RobertaForMaskedLM")
 
 
 def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mapping[str, Any]:
@@ -453,7 +454,7 @@ def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mappin
         model.final_logits_bias.normal_()
     model.save_pretrained(folder / "base")
     model = kind.from_pretrained(folder / "base")
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    resize_vocabulary(model, rows)
     adapted = peft.get_peft_model(model, peft.VeraConfig(r=6, target_modules=[target], **options))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -469,6 +470,8 @@ def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mappin
 def test_the_bias_of_a_resized_head_is_resized_with_the_head(
     name: str, rows: int, bias: str, tmp_path: Path
 ) -> None:
+    if bias == "all" and name in LOST_BIASES and not has("transformers", "5.0"):
+        pytest.skip("needs transformers 5.0: 4.48 loses the bias of this head, saved by itself too")
     theirs = merged_by_peft(name, tmp_path, rows, bias=bias)
     merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     loader = of_transformers(name)
