@@ -1,8 +1,11 @@
 """Time the conversion of 7B-sized adapters to LoRA beside `cp` and PEFT's own conversion.
 
 The base is only a config. Each side runs as a process of its own, measured in CPU seconds. `cp`
-copies the written bytes and syncs the copy to the disk. PEFT's `save_as_lora`, which needs torch,
-forms the delta of each layer; one layer of each shape is converted, less a run without conversion.
+copies the written bytes and syncs the copy to the disk. The exact conversion and `cp` run in turn;
+the table shows the median of each figure. PEFT's `save_as_lora`, which needs torch, forms the delta
+of each layer; one layer of each shape is converted, less a run without conversion.
+
+Python keeps compiled modules in a temporary folder, whatever PYTHONDONTWRITEBYTECODE says.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -66,7 +71,10 @@ def write_adapter(folder: Path, targets: tuple[str, ...], rank: int, layers: int
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def measured(command: list[str]) -> tuple[float, float, float]:
+Figures = tuple[float, ...]
+
+
+def measured(command: list[str]) -> Figures:
     """Run a command; return its seconds, its CPU seconds and its peak memory in MiB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -75,6 +83,20 @@ def measured(command: list[str]) -> tuple[float, float, float]:
         raise SystemExit(f"{' '.join(command)} failed")
     seconds = time.perf_counter() - start
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def medians(sides: dict[str, list[str]], rounds: int, folder: Path) -> dict[str, Figures]:
+    """Run the commands in turn, each into an empty place; return the median of each figure."""
+    runs: dict[str, list[Figures]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        shutil.rmtree(folder / "exact", ignore_errors=True)
+        (folder / "copy").unlink(missing_ok=True)
+        for side, command in sides.items():
+            runs[side].append(measured(command))
+    return {
+        side: tuple(statistics.median(run[i] for run in each) for i in range(3))
+        for side, each in runs.items()
+    }
 
 
 PEFTS = """
@@ -106,10 +128,11 @@ def compare(folder: Path, targets: tuple[str, ...], rank: int, given: argparse.N
     (folder / "base" / "config.json").write_text(json.dumps(config))
     program = [sys.executable, "-m", "vera_convert", "to-lora", str(folder / "vera")]
     base = ["--base", str(folder / "base"), "--quiet"]
-    found = {"exact": measured([*program, str(folder / "exact"), *base])}
+    exact = [*program, str(folder / "exact"), *base]
     weights = folder / "exact" / "adapter_model.safetensors"
     copy = f'cp "{weights}" "{folder / "copy"}" && sync "{folder / "copy"}"'
-    found["cp"] = measured(["bash", "-c", copy])
+    measured([*exact, "--dry-run"])  # compiles what has no .pyc yet
+    found = medians({"exact": exact, "cp": ["bash", "-c", copy]}, given.rounds, folder)
     low = ["--rank", str(given.low), "--accept-error"]
     found[f"rank {given.low}"] = measured([*program, str(folder / "low"), *base, *low])
     both = sum(path.stat().st_size for path in (folder / "vera").iterdir()) / 2**20
@@ -129,12 +152,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="*", default=[256])
     parser.add_argument("--low", type=int, default=64, help="the rank of the approximation")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peft", action="store_true", help="time PEFT's conversion, too")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     given = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for rank in given.rank:
         for name, targets in CASES.items():
             with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
+                os.environ["PYTHONPYCACHEPREFIX"] = str(Path(temporary, "compiled"))
                 print(f"rank {rank}, {name}, {given.layers} layers: ", end="", flush=True)
                 compare(Path(temporary), targets, rank, given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert import rules
+from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.lora.factors import (
@@ -51,11 +53,16 @@ class StoredLayer:
     vanished: float = 0.0
 
 
-def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
+def stored_layer(layer: LoraLayer, plan: LoraPlan, room: NDArray[np.uint8]) -> StoredLayer:
     """Return a layer's factors in the rank and dtype of a plan, and measure the error.
 
     The error compares the stored delta with the adapter's: on every output of an approximated
     layer, and else on up to 16 outputs and 512 inputs, spread evenly.
+
+    Args:
+        layer: the layer.
+        plan: the plan.
+        room: bytes for lora_B, `room_for` the plan.
 
     Raises:
         CheckpointError: a value is too large for the dtype.
@@ -66,10 +73,10 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan) -> StoredLayer:
     used = np.flatnonzero(factors.d)
     try:
         if not plan.reduced:
-            return _exact(factors, plan.dtype)
+            return _exact(factors, plan.dtype, room)
         if len(used) > plan.rank:
-            return _approximated(factors, plan)
-        return _padded(_exact(factors.select(used), plan.dtype), plan.rank)
+            return _approximated(factors, plan, room)
+        return _padded(_exact(factors.select(used), plan.dtype, room), plan.rank)
     except OverflowError as error:
         raise CheckpointError(
             rules.LORA_OVERFLOW.at(printable(layer.module), f"{error}.")
@@ -82,14 +89,14 @@ def _require_finite(*matrices: Array) -> None:
             raise OverflowError(f"a value of its LoRA is too large for {matrix.dtype}")
 
 
-def _exact(factors: Factors, dtype: str) -> StoredLayer:
+def _exact(factors: Factors, dtype: str, room: NDArray[np.uint8]) -> StoredLayer:
     """Return the exact factors, rounded; for float16, each row of rank is balanced."""
     powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
     lora_A, lost = _exact_A(factors, powers, dtype)
-    lora_B = _empty_B(factors, factors.rank, lora_A.dtype)
+    lora_B = _empty_B(factors, factors.rank, lora_A.dtype, room)
     for place, block in factors.lora_B_blocks():
         exact = np.ldexp(block, -powers, out=block) if powers.any() else block
-        lora_B[place] = rounded_once(exact, dtype)
+        rounded_once(exact, dtype, lora_B[place])
         _require_finite(lora_B[place])  # now, while the block is in the core's cache
         lost += _vanished(exact, lora_B[place])
     inputs = slice(None, None, -(-factors.in_features // SAMPLED_COLUMNS))
@@ -108,13 +115,13 @@ def _exact_A(  # noqa: N802 -- the matrix is called A
     lora_A = np.empty(factors.A.shape, kind)
     for row, values in enumerate(factors.A):
         exact = np.ldexp(values.astype(np.float64), powers[row])
-        lora_A[row] = rounded_once(exact, dtype)
+        rounded_once(exact, dtype, lora_A[row])
         lost += _vanished(exact, lora_A[row])
     _require_finite(lora_A)
     return lora_A, lost
 
 
-def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
+def _approximated(factors: Factors, plan: LoraPlan, room: NDArray[np.uint8]) -> StoredLayer:
     """Return the best factors of the plan's rank, and measure the error on every output."""
     found = Decomposition.of(factors, plan.inputs)
     left, right = found.truncated(plan.rank)
@@ -124,10 +131,10 @@ def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
     exact, right = exact * signs[:, None], right * signs
     lora_A = rounded_once(exact, plan.dtype)
     lost = _vanished(exact, lora_A)
-    lora_B = _empty_B(factors, len(left), lora_A.dtype)
+    lora_B = _empty_B(factors, len(left), lora_A.dtype, room)
     for place, block in factors.lora_B_blocks(PRODUCT_VALUES):
         exact = block @ right
-        lora_B[place] = rounded_once(exact, plan.dtype)
+        rounded_once(exact, plan.dtype, lora_B[place])
         lost += _vanished(exact, lora_B[place])
     _require_finite(lora_A, lora_B)
     error = relative_error(factors, found.size, lora_A, lora_B)
@@ -135,8 +142,17 @@ def _approximated(factors: Factors, plan: LoraPlan) -> StoredLayer:
     return _padded(StoredLayer(lora_A, lora_B, error, vanished), plan.rank)
 
 
-def _empty_B(factors: Factors, rank: int, kind: np.dtype[Any]) -> Array:  # noqa: N802
-    return np.empty((factors.out_features, rank), kind)
+def room_for(plan: LoraPlan) -> NDArray[np.uint8]:
+    """Return memory for the largest lora_B. New memory for each layer would take longer to get."""
+    outputs = max(layer.shape.out_features for layer in plan.layers)
+    return np.empty(outputs * plan.rank * BITS[plan.dtype] // 8, np.uint8)
+
+
+def _empty_B(  # noqa: N802 -- the matrix is called B
+    factors: Factors, rank: int, kind: np.dtype[Any], room: NDArray[np.uint8]
+) -> Array:
+    shape = (factors.out_features, rank)
+    return room[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
 
 
 def _padded(layer: StoredLayer, rank: int) -> StoredLayer:
@@ -160,20 +176,28 @@ def _sample(b: Array) -> NDArray[np.intp]:
     return changed[np.linspace(0, max(len(changed) - 1, 0), count).astype(np.intp)]
 
 
-def rounded_once(values: Float64, dtype: str) -> Array:
+def rounded_once(values: Float64, dtype: str, out: Array | None = None) -> Array:
     """Return float64 values in a narrower dtype, each rounded to nearest, ties to even, once.
 
     ml_dtypes rounds float64 to bfloat16 by way of float32, which rounds twice. A float32 value that
     lies halfway between two bfloat16 values although the float64 value does not is therefore moved
     by one unit towards the float64 value first.
+
+    Args:
+        values: the values.
+        dtype: the narrower dtype, as safetensors names it.
+        out: filled and returned, if given.
     """
+    out = np.empty(values.shape, NUMPY_DTYPE[dtype]) if out is None else out
     with np.errstate(over="ignore", under="ignore"):
         if dtype != "BF16":
-            return values.astype(NUMPY_DTYPE[dtype])
+            np.copyto(out, values, casting="same_kind")
+            return out
         narrow = values.astype(np.float32)
-    halfway = (narrow.view(np.uint32) & _LOW) == _HALF
-    tied = np.flatnonzero(halfway & (narrow.astype(np.float64) != values))
     flat, exact = narrow.reshape(-1), values.reshape(-1)
-    towards = np.where(exact[tied] > flat[tied], np.inf, -np.inf).astype(np.float32)
-    flat[tied] = np.nextafter(flat[tied], towards)
-    return narrow.astype(NUMPY_DTYPE["BF16"])
+    halfway = np.flatnonzero((flat.view(np.uint32) & _LOW) == _HALF)
+    near, exact = flat[halfway], exact[halfway]
+    towards = np.where(exact > near, np.inf, -np.inf).astype(np.float32)
+    flat[halfway] = np.where(exact == near, near, np.nextafter(near, towards))
+    out[...] = narrow
+    return out

@@ -12,11 +12,11 @@ from typing import Protocol
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import file_sha256, open_local
-from vera_convert.files.tensorfile import Array, TensorData, from_array
+from vera_convert.files.tensorfile import Array, TensorData, array_blocks
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.stored import StoredLayer, stored_layer
+from vera_convert.lora.stored import StoredLayer, room_for, stored_layer
 from vera_convert.publish.publishing import sha256_of
 from vera_convert.text import printable, read_back_differs
 
@@ -55,6 +55,7 @@ class Computed:
         self.measured = Measured()
         self.plan = plan
         self._last: tuple[str, StoredLayer] | None = None
+        self._room = room_for(plan)
 
     def of(self, layer: LoraLayer) -> StoredLayer:
         """Return the factors of a layer.
@@ -64,7 +65,7 @@ class Computed:
         """
         if self._last is None or self._last[0] != layer.module:
             self._last = None  # two layers would take twice the memory
-            found = stored_layer(layer, self.plan)
+            found = stored_layer(layer, self.plan, self._room)
             if layer.vectors is not None:
                 self.measured.errors[layer.module] = found.error
                 self.measured.vanished[layer.module] = found.vanished
@@ -159,7 +160,7 @@ class SafetensorsWeights:
         def blocks() -> Iterator[bytes | memoryview]:
             found = self.computed.of(layer)
             matrix: Array = (found.lora_A, found.lora_B)[number]
-            yield from from_array("", matrix.T if self.files.transposed else matrix).blocks()
+            yield from array_blocks(matrix.T if self.files.transposed else matrix)
 
         return blocks
 
