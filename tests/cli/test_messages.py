@@ -20,8 +20,11 @@ from vera_convert.errors import mark_resumable
 from vera_convert.hub.repo_name import RepoName, parse_repo_name
 from vera_convert.summary import info
 from vera_convert.validation.validate import validate
+from vera_convert.verification import model_comparison
 
 HOST = "https://huggingface.co"
+KEY = 2**64
+"""The least key that torch refuses."""
 
 
 @pytest.mark.parametrize(
@@ -257,3 +260,65 @@ def test_an_interrupted_merge_says_what_is_left_and_no_more(
     assert ended.status == 130
     assert ("this continues: vera-convert merge" in ended.err) is kept
     assert ("no output is left" in ended.err) is not kept
+
+
+# --- one sentence for each wrong value -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["count", "--rank", "4", "--config", "FOLDER"],
+            "--config FOLDER is a folder: give the config.json, or the folder with --base.",
+        ),
+        (
+            [
+                "regenerate",
+                "x",
+                "--rank=4",
+                "--in-features=4",
+                "--out-features=4",
+                f"--key={2**64}",
+            ],
+            f"--key is {KEY}: give a whole number from -2^63 to 2^64 - 1.",
+        ),
+        (
+            ["regenerate", "x", "--rank=0", "--in-features=4", "--out-features=4"],
+            "--rank is 0: give a whole number from 1 on.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_right_ones(
+    words: list[str], says: str, run: Run, tmp_path: Path
+) -> None:
+    ended = run(*(word.replace("FOLDER", str(tmp_path)) for word in words))
+    assert (ended.status, ended.err) == (2, f"error: {says.replace('FOLDER', str(tmp_path))}\n")
+
+
+def test_a_gpu_without_torch_is_told_with_the_option(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "torch" or name.startswith("vera_convert.with_torch"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ended = run("merge", "a", tmp_path / "out", "--device", "cuda")
+    assert ended.status == 3
+    assert ended.err.startswith("error: --device cuda needs PyTorch. PyTorch cannot be imported")
+    assert ended.err.endswith("pip install 'vera-convert[torch]'.\n")
+
+
+def test_missing_packages_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_comparison, "find_spec", lambda _name: None)
+    found = [model_comparison.missing_packages(*names) for names in ((), ("a",), "ab", "abc")]
+    assert found == ["", "a", "a and b", "a, b and c"]
+
+
+def test_a_broken_base_leaves_further_checks_that_are_named(run: Run, tmp_path: Path) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    ended = run("validate", adapter, "--base", base)
+    assert ended.status == 1
+    assert "not checked  the further checks on the base: fix the errors first.\n" in ended.out

@@ -35,4 +35,6 @@ except SurroundingsError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "needs PyTorch 2.4 or later, and PyTorch 2.3.1+cpu is installed" in run.stdout
+    assert (
+        "PyTorch 2.3.1+cpu is installed, and vera-convert needs PyTorch 2.4 or later." in run.stdout
+    )

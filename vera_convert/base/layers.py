@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.base.model import read_base, read_config_file, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.dtypes import FLOATS
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, locate
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.linear import ModelLayers, layers_from_shapes
+from vera_convert.text import printable
 
 
 def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
@@ -42,7 +44,13 @@ def layers_of_config_file(path: Path) -> ModelLayers:
 
     Raises:
         CheckpointError: the config is malformed, or the model type is unknown.
+        UsageError: the path leads to a folder.
         SurroundingsError: reading the file fails.
     """
+    if os.path.isdir(path):  # noqa: PTH112 -- Path's own can raise
+        shown = printable(str(path))
+        raise UsageError(
+            f"--config {shown} is a folder: give the config.json, or the folder with --base."
+        )
     with open_local(path) as source:
         return layers_from_config(read_config_file(source))

@@ -97,6 +97,12 @@ def option(group: str, metavar: str | None, text: str, *flags: str, **attributes
     return Declared(group, flags, {"metavar": metavar, "help": text, **attributes})
 
 
+def retold(options: type[Options], name: str, text: str) -> Any:
+    """Return an option of a class with another text in the help."""
+    declared: Declared = vars(options)[name]
+    return declared._replace(attributes={**declared.attributes, "help": text})
+
+
 def flag(group: str, text: str, *flags: str, default: bool | None = False) -> Any:
     """Declare an option without a value; the default stands if a user leaves the option out."""
     return option(group, None, text, *flags, default=default, is_flag=True)
@@ -262,8 +268,13 @@ class AcceptChoice(Options):
     )
 
 
+TIED_CHOICES = (
+    "add changes the embedding too, as PEFT's merge does; untie gives the head a tensor of its own"
+)
+
+
 class MergeChoice(Options):
-    """How a merge is computed; `verify` takes an option left out from the merge's record."""
+    """How a merge is computed; `verify` asks how the merge was computed."""
 
     weight: float | None = option(
         METHOD, "W", "Scale the adapter's delta by this factor (default: 1).", type=float
@@ -277,8 +288,7 @@ class MergeChoice(Options):
     tied: str | None = option(
         METHOD,
         None,
-        "How to merge into an output head tied to the embedding: add changes the embedding "
-        "too, as PEFT's merge does; untie gives the head a tensor of its own.",
+        f"How to merge into an output head tied to the embedding: {TIED_CHOICES}.",
         type=Choice(("add", "untie")),
     )
     dequantize: bool | None = flag(
@@ -287,7 +297,8 @@ class MergeChoice(Options):
     dtype: str | None = option(
         METHOD,
         "DTYPE",
-        "Write float tensors in this dtype (default: keep the dtype of each tensor).",
+        f"Write float tensors in this dtype: {', '.join(FLOAT_NAMES)} (default: keep the dtype of "
+        "each tensor).",
         type=Dtype(FLOAT_NAMES),
     )
     jobs: int | None = option(

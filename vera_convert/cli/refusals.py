@@ -28,12 +28,18 @@ def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = Non
     """
     if not isinstance(error, CheckpointError) or len(error.findings) == 1:
         return str(error)
-    more = and_more(len(error.findings) - 1).lstrip()
     if not error.validate_shows_all:
-        more += ": --json lists all"
-    elif named and named.get("adapter"):
+        return with_number_of_others(error, len(error.findings))
+    more = and_more(len(error.findings) - 1).lstrip()
+    if named and named.get("adapter"):
         more += f": {_validate_command(named)}"
     return f"{error} ({more})"
+
+
+def with_number_of_others(first: object, number: int) -> str:
+    """Return the first of several errors; with the number of the others, --json is named."""
+    more = and_more(number - 1).lstrip()
+    return f"{first} ({more}: --json lists all)" if more else str(first)
 
 
 def _validate_command(named: Mapping[str, str | None]) -> str:

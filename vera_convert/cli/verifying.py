@@ -13,25 +13,53 @@ from vera_convert.cli.options import (
     PATH,
     PROJECTIONS,
     SOURCES,
+    TIED_CHOICES,
     AdapterOptions,
     GeneratorChoice,
     MergeChoice,
     flag,
     option,
+    retold,
 )
 from vera_convert.cli.output import progress_bar, show, tell
+from vera_convert.cli.refusals import with_number_of_others
+from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError
-from vera_convert.text import and_more
 
 
 class VerifyChoices(AdapterOptions, GeneratorChoice, MergeChoice):
     """Options of `verify`; an option left out has the value that the merge recorded."""
 
     other: str | None = option(
-        INPUT, "OTHER", "The stripped, embedded or migrated adapter.", "--adapter"
+        INPUT, "OTHER", "The stripped, embedded or migrated adapter to check.", "--adapter"
     )
-    merged: str | None = option(INPUT, "MODEL", "The model that ADAPTER was merged into.")
-    lora: str | None = option(INPUT, "LORA", "The LoRA that to-lora made of ADAPTER.")
+    merged: str | None = option(INPUT, "MODEL", "The merged model to check.")
+    lora: str | None = option(INPUT, "LORA", "The LoRA to check.")
+    weight: float | None = retold(
+        MergeChoice, "weight", "The factor of the adapter's delta (default: as recorded, else 1)."
+    )
+    add: tuple[str, ...] = retold(
+        MergeChoice,
+        "add",
+        "Another adapter of the merge, and the factor W (default: as recorded, else 1).",
+    )
+    tied: str | None = retold(
+        MergeChoice,
+        "tied",
+        "How an output head tied to the embedding was merged (default: as recorded): "
+        f"{TIED_CHOICES}.",
+    )
+    dequantize: bool | None = retold(
+        MergeChoice,
+        "dequantize",
+        "The merge turned a quantized base into a 16-bit model (default: as recorded).",
+    )
+    dtype: str | None = retold(
+        MergeChoice,
+        "dtype",
+        f"The dtype of the merged float tensors: {', '.join(FLOAT_NAMES)} (default: as recorded, "
+        "else the dtype of each tensor in the base).",
+    )
     projections: str | None = option(
         PROJECTIONS,
         "SOURCE",
@@ -66,7 +94,8 @@ def verify(adapter: str, options: VerifyChoices) -> None:
     Every tensor of the merged model is computed again and compared. Then the merged model is run on
     sample sequences, and compared with the base that has the adapter.
 
-    An omitted merge option has the value recorded by the merge.
+    The merge options tell how MODEL was merged; an omitted option has the value that the merge
+    recorded in MODEL.
     """
     from vera_convert.formats.verification import verification_text
     from vera_convert.verification.options import VerifyOptions
@@ -88,8 +117,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
         )
     show(options, result, verification_text)
     if result.errors:
-        more = f" ({and_more(result.wrong - 1).lstrip()})" if result.wrong > 1 else ""
-        tell("error", f"{result.errors[0]}{more}")
+        tell("error", with_number_of_others(result.errors[0], result.wrong))
         raise click.exceptions.Exit(CheckpointError.status)
     if result.not_run is not None:
         tell("error", str(result.not_run))

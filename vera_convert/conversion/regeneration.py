@@ -19,7 +19,7 @@ from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import check_size, without_projections
 from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
-from vera_convert.draws.generator import Draw, Rounding, Variant, check_key, rounding_on_base
+from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
 from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
@@ -95,11 +95,10 @@ def regenerate(
     output = Output(path("out", out), is_pair, force, is_folder=False)
     if rank > MAX_RANK:
         raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
+    if not -(2**63) <= key < 2**64:
+        raise UsageError(f"--key is {key}: give a whole number from -2^63 to 2^64 - 1.")
     try:
-        check_key(key)
         check_size(rank, in_features, out_features, place="the options")
-    except ValueError as error:
-        raise UsageError(f"--key: {error}") from error
     except CheckpointError as error:
         raise UsageError(error.findings[0].reason) from error
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:

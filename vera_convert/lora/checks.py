@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -21,7 +21,7 @@ from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
-from vera_convert.rules import Finding
+from vera_convert.rules import Finding, Rule
 from vera_convert.targets.linear import kind_of
 from vera_convert.text import counted, listed, printable
 
@@ -131,12 +131,8 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
             f"kinds of models{_also(towers)}."
         )
         yield rules.LORA_TOWER.at(printable(towers[0]), reason)
-    if plan.missing:
-        reason = (
-            f"{engine.title} needs a LoRA of this layer beside the adapted ones"
-            f"{_also(plan.missing)}."
-        )
-        yield rules.LORA_LAYERS_MISSING.at(printable(plan.missing[0]), reason)
+    reason = f"{engine.title} needs a LoRA of this layer beside the adapted ones."
+    yield from _at_each(plan.missing, rules.LORA_LAYERS_MISSING, reason)
 
 
 def _model_type(base_facts: BaseFacts) -> str:
@@ -174,9 +170,14 @@ def _called(last: str, modules: Sequence[str]) -> list[str]:
 
 
 def _left_out(names: Sequence[str], reason: str) -> Iterator[Finding]:
-    """Yield the error that an engine would refuse layers or silently leave layers out."""
-    if names:
-        yield rules.LORA_NAME_UNKNOWN.at(printable(names[0]), f"{reason}{_also(names)}.")
+    """Yield the error that an engine would refuse a layer or silently leave the layer out."""
+    yield from _at_each(names, rules.LORA_NAME_UNKNOWN, f"{reason}.")
+
+
+def _at_each(names: Iterable[str], rule: Rule, reason: str) -> Iterator[Finding]:
+    """Yield a finding for each layer, so that a JSON document lists every layer."""
+    for name in names:
+        yield rule.at(printable(name), reason)
 
 
 def _overwritten(names: Sequence[str]) -> list[str]:
@@ -210,9 +211,8 @@ def _absent_elsewhere(plan: LoraPlan, base_facts: BaseFacts) -> list[str]:
 
 def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
     conv1d = [layer.module for layer in plan.layers if layer.shape.conv1d]
-    if conv1d and not engine.conv1d:
-        reason = f"the layer is a Conv1D{_also(conv1d)}."
-        yield rules.LORA_CONV1D_REFUSED.at(printable(conv1d[0]), reason)
+    if not engine.conv1d:
+        yield from _at_each(conv1d, rules.LORA_CONV1D_REFUSED, "the layer is a Conv1D.")
     tied = [layer.module for layer in plan.layers if layer.tied]
     if tied and not engine.tied_head:
         reason = f"{engine.title} has no such layer: its tensor is the embedding's."
@@ -232,15 +232,11 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
         name = lost[0].rpartition(".")[2]
         reason = (
             f'in a model of type "{model_type}" PEFT takes the target "{name}" for the fused '
-            f"experts, and does not load this layer{_also(lost)}."
+            "experts, and does not load this layer."
         )
-        yield rules.LORA_FUSED_EXPERTS.at(printable(lost[0]), reason)
-    refused = refused_in_mamba(modules, model_type)
-    if refused:
-        reason = (
-            f'PEFT refuses a LoRA of this layer in a model of type "{model_type}"{_also(refused)}.'
-        )
-        yield rules.LORA_MAMBA_REFUSED.at(printable(refused[0]), reason)
+        yield from _at_each(lost, rules.LORA_FUSED_EXPERTS, reason)
+    reason = f'PEFT refuses a LoRA of this layer in a model of type "{model_type}".'
+    yield from _at_each(refused_in_mamba(modules, model_type), rules.LORA_MAMBA_REFUSED, reason)
 
 
 def _also(names: Sequence[str]) -> str:
@@ -253,9 +249,8 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         wrong = sorted(each for each in modules if each.rpartition(".")[2] not in engine.heads)
         if not wrong and len(modules) > 1:
             wrong = sorted(modules)[1:]  # one head is all that any engine takes
-        if wrong:
-            reason = f"{engine.title} does not load a module of modules_to_save{_also(wrong)}."
-            yield rules.LORA_HEAD_REFUSED.at(printable(wrong[0]), reason)
+        reason = f"{engine.title} does not load this module of modules_to_save."
+        yield from _at_each(wrong, rules.LORA_HEAD_REFUSED, reason)
     if extras.biases and not engine.biases:
         first = printable(extras.biases[0].name)
         reason = f"{engine.title} does not load trained biases, such as {first}."

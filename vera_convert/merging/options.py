@@ -25,7 +25,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.dtypes import HEADER_NAMES
-from vera_convert.errors import UsageError
+from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
@@ -157,6 +157,9 @@ def _device(device: object) -> Device:
     if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
         raise UsageError(f'--device is "{printable(device)}": give cpu, cuda or cuda:N.')
     # Imported by name and only here, because the module needs torch and may import this module.
-    compute = import_module("vera_convert.with_torch.compute")
+    try:
+        compute = import_module("vera_convert.with_torch.compute")
+    except SurroundingsError as error:
+        raise SurroundingsError(f"--device {device} needs PyTorch. {error}") from error
     found: Device = compute.on_gpu(device)
     return found

@@ -196,7 +196,11 @@ class _Check:
 
         def find() -> list[Finding]:
             nonlocal base_facts
-            base_facts, findings = check_on_base(adapter)
+            try:
+                base_facts, findings = check_on_base(adapter)
+            except CheckpointError:
+                self.not_checked.append("the further checks on the base: fix the errors first.")
+                raise
             self.base = base_facts.source
             return findings
 

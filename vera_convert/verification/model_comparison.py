@@ -18,7 +18,8 @@ SAMPLES = 8
 
 def missing_packages(*names: str) -> str:
     """Return the missing packages, in words; empty if all are installed."""
-    return " and ".join(name for name in names if find_spec(name.replace("-", "_")) is None)
+    missing = [name for name in names if find_spec(name.replace("-", "_")) is None]
+    return " and ".join(filter(None, (", ".join(missing[:-1]), *missing[-1:])))
 
 
 class Stage(StrEnum):
