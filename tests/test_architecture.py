@@ -39,7 +39,8 @@ conversion: projections proof transforms sizes strip_embed regeneration migratio
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
 merging: tensors collect plan report model_config card output provenance job merge
-lora: engines options factors plan stored peft_form peft_targets checks record card forms writing
+lora: engines options factors plan stored peft_form peft_targets pipeline_component
+lora: checks record card forms writing
 lora: gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate

@@ -13,7 +13,7 @@ import torch
 from llamacpp import completion, gguf_base, server
 from trainedmodels import loaded, saved, trained
 
-from vera_convert import LoraOptions, to_lora
+from vera_convert import CheckpointError, LoraOptions, to_lora
 
 peft = pytest.importorskip("peft")
 pytestmark = theirwarnings.OF_PEFT
@@ -191,7 +191,7 @@ WAN = {
 COMPONENTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "FluxTransformer2DModel": (FLUX, "transformer", ["to_q", "to_v", "to_out.0", "proj_mlp"]),
     "UNet2DConditionModel": (UNET, "unet", ["to_q", "to_k", "to_v", "to_out.0"]),
-    "WanTransformer3DModel": (WAN, "transformer", ["to_q", "to_v", "to_out.0", "ffn.net.2"]),
+    "WanTransformer3DModel": (WAN, "transformer_2", ["to_q", "to_v", "to_out.0", "ffn.net.2"]),
 }
 
 
@@ -322,3 +322,54 @@ def test_a_whole_pipeline_loads_fuses_and_unloads_the_adapter(tmp_path: Path) ->
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
     assert np.abs(picture(pipeline) - before).max() < 1e-5
+
+
+def hidden_states(text_encoder: Any) -> Any:
+    """The last hidden states of eight tokens."""
+    with torch.no_grad():
+        return text_encoder.eval()(torch.tensor([IDS])).last_hidden_state
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["component", "pipeline"])
+def test_a_pipeline_loads_the_adapter_of_its_text_encoder(whole: bool, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    import transformers
+
+    stable_diffusion(tmp_path / "pipeline")
+    place = tmp_path / "pipeline" / "text_encoder"
+    other = transformers.CLIPTextModel.from_pretrained(place)
+    model = with_vera(other, ["q_proj", "v_proj", "fc1"])
+    model.save_pretrained(tmp_path / "vera")
+    expected = hidden_states(model.base_model.model)
+    base = tmp_path / "pipeline" if whole else place
+    lora = converted(tmp_path / "vera", base, tmp_path / "lora", "diffusers")
+    missing = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+    kind = diffusers.StableDiffusionPipeline
+    pipeline = kind.from_pretrained(tmp_path / "pipeline", **missing)
+    before = hidden_states(pipeline.text_encoder)
+    pipeline.load_lora_weights(str(lora))
+    assert (before - expected).abs().max() > 0.01
+    assert (hidden_states(pipeline.text_encoder) - expected).abs().max() < 1e-5
+    pipeline.unload_lora_weights()
+    assert torch.equal(hidden_states(pipeline.text_encoder), before)
+
+
+def test_a_text_encoder_of_another_kind_loads_the_adapter_itself(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    place = tmp_path / "text_encoder_2"
+    kind = transformers.T5EncoderModel
+    kind(transformers.T5Config(**sizes, vocab_size=100)).save_pretrained(place)
+    model = with_vera(kind.from_pretrained(place), ["q", "v", "wo"])
+    model.save_pretrained(tmp_path / "vera")
+    expected = hidden_states(model.base_model.model)
+    with pytest.raises(CheckpointError, match=r"V705 .*text_encoder_2\.load_adapter\(LORA\)"):
+        converted(tmp_path / "vera", place, tmp_path / "lora", "diffusers")
+    lora = converted(tmp_path / "vera", place, tmp_path / "lora", "peft")
+    plain = kind.from_pretrained(place)
+    before = hidden_states(plain)
+    plain.load_adapter(str(lora))
+    assert (before - expected).abs().max() > 0.01
+    assert (hidden_states(plain) - expected).abs().max() < 1e-5

@@ -145,9 +145,22 @@ def test_the_place_in_a_pipeline_names_the_component(tmp_path: Path) -> None:
     component(tmp_path / "pipe" / "transformer_2", "WanTransformer3DModel")
     index = {"_class_name": "P", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-    converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
-    found = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert all(name.startswith("transformer_2.model.layers.") for name in found)
+    for number, base in enumerate((tmp_path / "pipe", tmp_path / "pipe" / "transformer_2")):
+        out = tmp_path / f"out{number}"
+        done = converted(adapter, base, out, engine="diffusers")
+        found = load_file(out / "pytorch_lora_weights.safetensors")
+        assert all(name.startswith("transformer_2.model.layers.") for name in found)
+        assert "V717" in [finding.rule.code for finding in done.findings]
+
+
+def test_a_text_encoder_that_a_pipeline_does_not_adapt_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    base = tiny_base(tmp_path / "text_encoder", config={"model_type": "t5"})
+    with pytest.raises(CheckpointError, match=r'V705 .*the type "t5".* --for peft'):
+        converted(adapter, base, tmp_path / "out", engine="diffusers")
+    base = tiny_base(tmp_path / "text_encoder_2", config={"model_type": "clip_text_model"})
+    done = converted(adapter, base, tmp_path / "out", engine="diffusers")
+    assert done.naming == "as in the adapter, under text_encoder_2"
 
 
 def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:

@@ -10,15 +10,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.lora_record import DIFFUSERS_NAME, MLX_NAME
 from vera_convert.adapter.names import PREFIX
 from vera_convert.base.facts import BaseFacts
-from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.lora.engines import Engine, Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
+from vera_convert.lora.pipeline_component import component_of
 from vera_convert.lora.plan import LoraLayer, LoraPlan, has_base_names
 from vera_convert.targets.linear import kind_of
 
@@ -93,28 +92,6 @@ def files_of(
 
 
 # --- Diffusers -----------------------------------------------------------------------------------
-
-
-def component_of(base_facts: BaseFacts) -> str:
-    """Return the attribute of a pipeline under which Diffusers has the base.
-
-    The base's folder in a pipeline decides; of a component alone, the class.
-
-    Raises:
-        CheckpointError: neither tells.
-    """
-    base = base_facts.base
-    if base is not None and base.prefix:
-        return base.prefix.rstrip("/")
-    found = base.config.get("_class_name") if base is not None else None
-    name = found if isinstance(found, str) else ""
-    if name.startswith("UNet"):
-        return "unet"
-    if "Transformer" in name:
-        return "transformer"
-    folder = base.location.folder if base is not None else None
-    reason = "the folder and the config do not say which component of a pipeline the base is."
-    raise CheckpointError(rules.LORA_BASE_UNKNOWN.at(folder.name if folder else "the base", reason))
 
 
 def _diffusers_metadata(
