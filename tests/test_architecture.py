@@ -23,30 +23,30 @@ text rules errors schemas dtypes delta embeddings progress
 files: reading file_names strict_json walk json_edit header tensorfile value_range shards
 arguments
 draws: generator comparison recognition
-publish: signals filesystem staging publishing
+publish: signals filesystem place staging publishing
 hub: repo_name redaction checksum refusals retry header_cache range_file client cache download
 hub: location files lookup
-adapter: config fingerprint names tensors lora_record shapes saved_modules sorting folder
-adapter: adapter values opening repairs
+adapter: config fingerprint names adapter lora_record saved_modules sorting folder
+adapter: values opening repairs
 targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: recognize unpack targets
-base: bases layers orientation vocabulary strategies match resizes task_classes replacements tied
+base: bases orientation vocabulary strategies match resizes task_classes replacements tied
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
-merging: tensors collect plan report model_config card output provenance job merge
+merging: tensors collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets pipeline_component
 lora: checks record card forms writing
 lora: gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
-verification: provenance sample_text model_comparison options running comparator pairs
+verification: provenance model_comparison options running comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
-verification: merged forms lora_config lora_names lora result verify
+verification: merged forms lora_config lora_names lora verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch

@@ -41,7 +41,7 @@ from vera_convert.validation.validate import validate as validate
 from vera_convert.validation.validation import Checked as Checked
 from vera_convert.validation.validation import Validation as Validation
 from vera_convert.verification.options import VerifyOptions as VerifyOptions
-from vera_convert.verification.result import Verification as Verification
+from vera_convert.verification.verify import Verification as Verification
 from vera_convert.verification.verify import verify as verify
 
 __all__: list[str]  # noqa: PYI035 -- the names above

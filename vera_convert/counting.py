@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vera_convert import rules
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
 from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256, Fingerprint, to_text
 from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
-from vera_convert.base.layers import layers_of_base, layers_of_config_file
+from vera_convert.base.model import read_base, read_config_file, read_model_config
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.draws.generator import Variant, effective_rounding, rounding_on_base
-from vera_convert.dtypes import BITS
-from vera_convert.errors import UsageError
+from vera_convert.dtypes import BITS, FLOATS
+from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
-from vera_convert.hub.lookup import HubAccess, hub_access_of
+from vera_convert.files.reading import open_local
+from vera_convert.hub.lookup import HubAccess, hub_access_of, locate
 from vera_convert.targets.architectures import layers_from_config
-from vera_convert.targets.linear import LayerGroup, Linear, ModelLayers, layer_groups
+from vera_convert.targets.linear import (
+    LayerGroup,
+    Linear,
+    ModelLayers,
+    layer_groups,
+    layers_from_shapes,
+)
 from vera_convert.targets.matching import Adapted, adapted, is_all_linear
 from vera_convert.text import listed, printable, short_repr
 
@@ -281,3 +291,45 @@ def _copied_heads(
         for name in model.output_heads & chosen.layers.keys():
             shape = (chosen.layers[name].out_features, chosen.layers[name].in_features)
             yield _tensor(f"{PREFIX}{name}.base_layer.weight", shape, model.dtype)
+
+
+# --- layers of a model ----------------------------------------------------------------------------
+
+
+def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
+    """Return a model's layers from the headers, or from the config if weights are absent.
+
+    Raises:
+        CheckpointError: the model is malformed, or the config's model type is unknown.
+        SurroundingsError: finding or reading the model fails.
+    """
+    location = locate(model, kind="base", access=access, revision=revision)
+    try:
+        base = read_base(location, access)
+    except CheckpointError as error:
+        config = read_model_config(location, access)
+        if error.findings[0].rule is not rules.BASE_WITHOUT_WEIGHTS or config is None:
+            raise
+        return layers_from_config(config)
+    view = unpacked(base).view
+    shapes = {name: tensor.info.shape for name, tensor in view.tensors.items()}
+    layers = layers_from_shapes(shapes, model_type=base.model_type)
+    dtypes = (view.tensors[f"{module}.weight"].info.dtype for module in layers.linear)
+    return layers._replace(dtype=next(filter(FLOATS.__contains__, dtypes), layers.dtype))
+
+
+def layers_of_config_file(path: Path) -> ModelLayers:
+    """Return a model's layers from a ``config.json``.
+
+    Raises:
+        CheckpointError: the config is malformed, or the model type is unknown.
+        UsageError: the path leads to a folder.
+        SurroundingsError: reading the file fails.
+    """
+    if os.path.isdir(path):  # noqa: PTH112 -- Path's own can raise
+        shown = printable(str(path))
+        raise UsageError(
+            f"--config {shown} is a folder: give the config.json, or the folder with --base."
+        )
+    with open_local(path) as source:
+        return layers_from_config(read_config_file(source))

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.arguments import one_of, optional, place, text
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of

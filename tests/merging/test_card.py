@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vera_convert._version import __version__
 from vera_convert.hub.lookup import Location
-from vera_convert.merging.card import model_card
+from vera_convert.merging.output import model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -15,7 +15,7 @@ from releases import AS_STORED, has
 
 from vera_convert.verification.model_comparison import ModelJob
 from vera_convert.verification.provenance import MergeSettings
-from vera_convert.verification.sample_text import text_lines
+from vera_convert.verification.verify import text_lines
 from vera_convert.with_torch import VeraConfig, VeraModel
 
 

@@ -19,8 +19,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.delta import delta, merged
 from vera_convert.draws.generator import Variant, draw
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.result import Verification
-from vera_convert.verification.verify import verify
+from vera_convert.verification.verify import Verification, verify
 
 Array = NDArray[Any]
 Q, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qv")

@@ -20,9 +20,8 @@ from vera_convert.delta import merged as merged_weight
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.formats.verification import verification_text
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import is_buffer
-from vera_convert.verification.verify import verify
+from vera_convert.verification.verify import Verification, verify
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -38,8 +38,7 @@ from vera_convert.verification import verify as verifying
 from vera_convert.verification.comparator import LIMIT, last_bits
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.result import Verification
-from vera_convert.verification.verify import verify
+from vera_convert.verification.verify import Verification, verify
 
 SchemaErrors = Callable[..., list[str]]
 PREFIX = "base_model.model."

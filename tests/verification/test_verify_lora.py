@@ -25,8 +25,7 @@ from vera_convert.lora.gguf_form import GgufModel
 from vera_convert.lora.options import LoraOptions
 from vera_convert.rules import Severity
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.result import Verification
-from vera_convert.verification.verify import verify
+from vera_convert.verification.verify import Verification, verify
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

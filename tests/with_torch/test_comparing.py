@@ -36,7 +36,7 @@ from vera_convert import (
 )
 from vera_convert.delta import delta, merged
 from vera_convert.verification.model_comparison import ModelComparison
-from vera_convert.verification.sample_text import text_lines
+from vera_convert.verification.verify import text_lines
 from vera_convert.with_torch import VeraConfig, VeraModel, build, compare, runs, samples
 from vera_convert.with_torch.compare import compare_models
 

@@ -19,7 +19,7 @@ from vera_convert.verification import model_comparison, running
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
 from vera_convert.verification.provenance import MergeSettings
-from vera_convert.verification.result import Verification
+from vera_convert.verification.verify import Verification
 from vera_convert.with_torch import compare_quantized as comparing
 from vera_convert.with_torch.build import Blueprint, UnfitError, build_model
 from vera_convert.with_torch.compare import compare_models

@@ -7,9 +7,9 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from vera_convert import rules
+from vera_convert.adapter.adapter import AdaptedLayer
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, peft_release
 from vera_convert.adapter.names import PREFIX
-from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.embeddings import may_be_resized
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import TensorData

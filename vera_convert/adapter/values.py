@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import AdaptedLayer
+from vera_convert.adapter.adapter import AdaptedLayer, Adapter
 from vera_convert.dtypes import PRECISION
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME

@@ -70,8 +70,8 @@ def count(options: CountOptions) -> None:
     The numbers of a LoRA of the same rank are shown for comparison. --base or --config gives the
     model; only the headers of the weights are read.
     """
-    from vera_convert.base.layers import layers_of_base, layers_of_config_file
     from vera_convert.counting import count as run
+    from vera_convert.counting import layers_of_base, layers_of_config_file
     from vera_convert.formats.results import count_text
 
     if options.base is not None and options.config is None:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.config import OtherMethodError
 from vera_convert.adapter.folder import (
     adapters_below,
@@ -20,7 +20,6 @@ from vera_convert.adapter.folder import (
 )
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import Repairs
-from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import NEWEST_PEFT, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of

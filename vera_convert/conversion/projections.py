@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import MAX_PROJECTION_BYTES, Adapter, StoredProjections
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.draws.comparison import equals
 from vera_convert.draws.generator import (

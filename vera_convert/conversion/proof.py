@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.names import A_NAME
-from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, check_size, default_variant
 from vera_convert.draws.comparison import difference, equals

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_pair
 from vera_convert.conversion.proof import (

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.adapter.tensors import StoredProjections
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import (
     ProjectionSource,

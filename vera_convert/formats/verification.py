@@ -14,8 +14,8 @@ from vera_convert.verification.forms import FormCheck, FormEffect
 from vera_convert.verification.lora import LoraCheck
 from vera_convert.verification.merged import MergedCheck
 from vera_convert.verification.model_comparison import ModelComparison, QuantizedComparison
-from vera_convert.verification.result import Verification
 from vera_convert.verification.tensors import MergedTensors, TensorCheck
+from vera_convert.verification.verify import Verification
 
 _MOST_LISTED = 12
 _MOST_OTHERS = 5

@@ -28,7 +28,7 @@ from vera_convert.arguments import instance, optional, path, require_flags, set_
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.hub.checksum import RepoFile, digest_of
 from vera_convert.hub.range_file import MOST_WITHOUT_RANGES, Answer, Ask
-from vera_convert.hub.redaction import redacted
+from vera_convert.hub.redaction import keep_secrets_from_logs
 from vera_convert.hub.refusals import Refusal, RefusedError, failure, refused
 from vera_convert.hub.repo_name import COMMIT
 from vera_convert.hub.retry import at_least_slowly, until_answered
@@ -231,7 +231,7 @@ def _get(url: str, headers: Mapping[str, str], *, what: str, most: int, skip: in
         TryAgainError: a temporary failure.
         SurroundingsError: a lasting failure.
     """
-    _keep_secrets_from_logs()
+    keep_secrets_from_logs()
     logger.info("requesting %s", what)
     data = bytearray()
 
@@ -333,7 +333,7 @@ def download_file(repo_id: str, name: str, *, commit: str, place: str, access: H
     """
     from huggingface_hub import hf_hub_download
 
-    _keep_secrets_from_logs()
+    keep_secrets_from_logs()
     logger.info("downloading %s", place)
     token = _token(access)
     with _bars(shown=access.progress), failures_of(place, with_token=token is not None):
@@ -384,22 +384,3 @@ def failures_of(what: str, *, with_token: bool = False) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, http) as error:  # hf_xet raises RuntimeError
         # Without the cause, because text and traceback may hold signed addresses.
         raise failure(what, error, with_token=with_token) from None
-
-
-class _Redacting(logging.Filter):
-    """Removes secrets from log lines: huggingface_hub logs addresses with signatures."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted(record.getMessage()), ()
-        if record.exc_info:
-            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
-            record.exc_info = None
-        return True
-
-
-_REDACTING = _Redacting()
-
-
-def _keep_secrets_from_logs() -> None:
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_REDACTING)  # a second time is harmless

@@ -1,7 +1,8 @@
-"""Remove secrets from the texts of HTTP libraries: tokens, and signed addresses."""
+"""Remove secrets from the texts and the logs of HTTP libraries: tokens, and signed addresses."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -27,3 +28,23 @@ def redacted(text: str, *secrets: str | None) -> str:
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
     return text
+
+
+class _Redacting(logging.Filter):
+    """Removes secrets from log lines: huggingface_hub logs addresses with signatures."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
+        return True
+
+
+_REDACTING = _Redacting()
+
+
+def keep_secrets_from_logs() -> None:
+    """Let no handler of huggingface_hub write a secret."""
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_REDACTING)  # a second time is harmless

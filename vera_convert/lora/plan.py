@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.tensors import AdaptedLayer
+from vera_convert.adapter.adapter import AdaptedLayer, Adapter
 from vera_convert.base.facts import BaseFacts
 from vera_convert.dtypes import BITS
 from vera_convert.errors import UsageError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.adapter.tensors import AdaptedLayer
+from vera_convert.adapter.adapter import AdaptedLayer
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 
 

@@ -25,6 +25,7 @@ from vera_convert.arguments import require_flags
 from vera_convert.errors import SurroundingsError, UsageError, is_resumable, mark_resumable
 from vera_convert.files.walk import files_and_links
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
+from vera_convert.publish.place import nearest_folder, real_place, refuse_overlap
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
 from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
 from vera_convert.text import listed, printable
@@ -72,8 +73,8 @@ class Output:
             SurroundingsError: the parent is not a folder, or cannot be read.
         """
         with explained(self.path):
-            place = _real_place(self.path)
-            _refuse_overlap(place, self.inputs)
+            place = real_place(self.path)
+            refuse_overlap(place, self.inputs)
             self.require_replaceable(place)
 
     @property
@@ -84,7 +85,7 @@ class Output:
             SurroundingsError: the folder of OUT cannot be read.
         """
         with explained(self.path):
-            place = _real_place(self.path)
+            place = real_place(self.path)
             there, _ = nearest_folder(place.parent)
             return shutil.disk_usage(there).free + bytes_of_the_dead(place)
 
@@ -192,80 +193,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Checks before work -------------------------------------------------------------------------------
-
-
-def _real_place(out: Path) -> Path:
-    """Return `out` with the links of the parent resolved, with the last name unchanged.
-
-    Folders above `out` may be missing; `_staged` creates them.
-    """
-    if out.name in ("", "..") or "\0" in out.name:
-        raise UsageError(f"OUT must end in a name of its own; {printable(str(out))} does not.")
-    if "\0" in str(out):
-        raise UsageError("OUT cannot be a path: a null character stands in it.")
-    there, missing = nearest_folder(out.parent)
-    shown = printable(str(there))
-    if ".." in missing:
-        raise UsageError(
-            f"OUT leads through the folder {shown}/{printable(missing[0])}, which does not exist, "
-            "and out of it again. Write OUT without the two dots."
-        )
-    try:
-        parent = Path(os.path.realpath(there, strict=True))
-        if not parent.is_dir():
-            raise SurroundingsError(
-                f"{shown}, in which OUT is to appear, is not a folder. Choose another OUT."
-            )
-    except FileNotFoundError as error:
-        raise SurroundingsError(
-            f"{shown}, the folder of OUT, is a link that leads nowhere, or a removed folder. "
-            "Choose another OUT."
-        ) from error
-    return parent.joinpath(*missing, out.name)
-
-
-def nearest_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the nearest existing path, and the missing names below."""
-    missing: list[str] = []
-    while not os.path.lexists(folder) and folder != folder.parent:
-        missing.insert(0, folder.name)
-        folder = folder.parent
-    return folder, tuple(missing)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return device and inode of a file or folder; None if there is nothing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    real_out = Path(os.path.realpath(out))
-    out_itself = _identity(real_out)
-    around_out = [_identity(folder) for folder in real_out.parents]
-    for given in inputs:
-        real_input = Path(os.path.realpath(given))
-        itself = _identity(real_input)
-        if itself is None:
-            continue  # the reader of this input reports this
-        if itself == out_itself:
-            relation = "is"
-        elif itself in around_out:
-            relation = "lies inside"
-        elif out_itself and out_itself in map(_identity, real_input.parents):
-            relation = "contains"
-        else:
-            continue
-        raise UsageError(
-            f"OUT {printable(str(out))} {relation} the input {printable(str(given))}, "
-            "which is never written to. Choose another OUT."
-        )
-
-
 def files_but(folder: Path, names: Collection[str]) -> list[str]:
     """Return the files and links below a folder that are not in `names`, with `/`.
 
@@ -324,10 +251,10 @@ def _staged(
     """Stage and publish an output. Without `output`, OUT is a folder that keeps other files."""
     container, staged = None, None
     with signals_raise(), explained(out):
-        place = _real_place(out)
+        place = real_place(out)
         if output is not None:
             # Before sweeping, so that nothing is removed inside an input.
-            _refuse_overlap(place, output.inputs)
+            refuse_overlap(place, output.inputs)
         if not continues:
             with signals_held():
                 sweep_containers(place)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import MAX_PROJECTION_BYTES, MAX_WIDTH, Adapter, StoredProjections
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
 from vera_convert.adapter.sorting import SortedTensors
-from vera_convert.adapter.tensors import MAX_PROJECTION_BYTES, MAX_WIDTH, StoredProjections
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.conversion.proof import recognized
 from vera_convert.draws.generator import Draw, Rounding

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from vera_convert import rules
+from vera_convert.adapter.adapter import AdaptedLayer
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
-from vera_convert.adapter.tensors import AdaptedLayer
 from vera_convert.adapter.values import absurd_values, untrained_layers, value_errors
 from vera_convert.files.tensorfile import TensorFile
 from vera_convert.files.value_range import ValueRange

@@ -9,8 +9,10 @@ Nothing is written. Each difference is a finding of the result.
 
 from __future__ import annotations
 
+import codecs
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,19 +26,69 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.file_names import CONFIG_NAME
+from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.publish.signals import signals_raise
-from vera_convert.rules import Severity, errors_of
-from vera_convert.text import printable
-from vera_convert.verification.forms import check_form
+from vera_convert.rules import Finding, Severity, errors_of
+from vera_convert.text import printable, short_repr
+from vera_convert.verification.forms import FormCheck, check_form
 from vera_convert.verification.lora import LoraCheck, check_lora
 from vera_convert.verification.merged import MergedCheck, check_merged
-from vera_convert.verification.model_comparison import missing_packages
+from vera_convert.verification.model_comparison import ModelComparison, missing_packages
 from vera_convert.verification.options import VerifyOptions
-from vera_convert.verification.result import Verification
 from vera_convert.verification.running import run_models
-from vera_convert.verification.sample_text import text_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result of comparing a conversion with the adapter.
+
+    Attributes:
+        adapter: the caller's name of the adapter.
+        form: the result for another form of the adapter; None if no other form was given.
+        merged: the result for a merged model; None if no merged model was given.
+        lora: the result for a LoRA; None if no LoRA was given.
+        seconds: how long the verification took.
+        findings: errors, the worst first; then warnings and notes.
+    """
+
+    adapter: str
+    form: FormCheck | None
+    merged: MergedCheck | None
+    lora: LoraCheck | None
+    seconds: float
+    findings: tuple[Finding, ...]
+
+    __repr__ = short_repr
+
+    @property
+    def model(self) -> ModelComparison | None:
+        """The result of running the merged model; None if the model was not run."""
+        return None if self.merged is None else self.merged.model
+
+    @property
+    def not_run(self) -> SurroundingsError | None:
+        """Why models could not be run; None if no run failed."""
+        failures = (each.failure for each in (self.merged, self.lora) if each is not None)
+        return next((each for each in failures if each is not None), None)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The errors among the findings, the worst first."""
+        return tuple(errors_of(self.findings))
+
+    @property
+    def wrong(self) -> int:
+        """How many errors there are, wrong tensors without a finding of their own included."""
+        unlisted = self.merged.tensors.unlisted if self.merged is not None else 0
+        return len(self.errors) + unlisted
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison was made, and none found an error."""
+        return not self.errors and self.not_run is None
+
 
 Check = TypeVar("Check", MergedCheck, LoraCheck)
 
@@ -167,3 +219,41 @@ def _require_torch() -> None:
             f"running a whole model needs {missing}. Install with: "
             "pip install 'vera-convert[torch]', or compare the weights alone with --layers-only."
         )
+
+
+# --- the text to run ------------------------------------------------------------------------------
+
+
+_MOST_BYTES = 1 << 20
+_MOST_LETTERS = 4096
+"""How many bytes of the file, and how many letters of each line, are read."""
+
+
+def text_lines(path: Path, count: int) -> tuple[str, ...]:
+    """Return the first lines of a UTF-8 text that are not empty.
+
+    Args:
+        path: the text. Long lines and long files are cut.
+        count: how many lines to return at most.
+
+    Raises:
+        UsageError: the file is not UTF-8, or has no line with text.
+        SurroundingsError: the file is missing or cannot be read.
+    """
+    place = printable(str(path))
+    if not path.is_file():
+        raise SurroundingsError(f"--text {place}: there is no such file.")
+    with open_local(path) as file:
+        raw = file.read_at(0, min(file.size, _MOST_BYTES))
+        is_complete = file.size <= _MOST_BYTES
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=is_complete)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--text {place} is not UTF-8: {error.reason} at byte {error.start}."
+        ) from error
+    stripped = (line.strip()[:_MOST_LETTERS] for line in text.splitlines())
+    lines = tuple(islice((line for line in stripped if line), count))
+    if not lines:
+        raise UsageError(f"--text {place} has no line with text.")
+    return lines
