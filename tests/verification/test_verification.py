@@ -459,7 +459,7 @@ def test_given_options_override_the_recorded_ones(
     assert codes(layers(adapter, base, tmp_path / "out")) == []
     result = layers(adapter, base, tmp_path / "out", weight=1.0)
     assert codes(result) == ["V601"] * 4
-    assert "wrong with the given --weight." in str(result.findings[0])
+    assert "merge-provenance.json records: leave out --weight." in str(result.findings[0])
     (finding,) = layers(adapter, base, tmp_path / "out", dtype="float16").findings
     assert (finding.code, finding.reason) == ("V605", "it and 16 more are F32 instead of F16.")
     (tmp_path / "out" / PROVENANCE).unlink()
