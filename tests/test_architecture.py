@@ -41,7 +41,7 @@ merging: in_effect dequantize base_files adapters changes options adapter_files 
 merging: tensors collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets pipeline_component
 lora: checks record card forms writing
-lora: gguf_reading gguf_form reading conversion
+lora: sizes gguf_reading gguf_form reading conversion
 counting summary
 validation: validation selection values files config targets projections base checks validate
 verification: provenance model_comparison options running comparator pairs

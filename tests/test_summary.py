@@ -15,13 +15,19 @@ from adapters import KEY, RANK, good_adapter
 from bases import tiny_base
 from defects import Spoiler
 from folders import DATA, WEIGHTS, base_of
-from safetensors.numpy import load_file, save
+from merges import filled_base
 
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
+from vera_convert.lora import conversion
+from vera_convert.lora.conversion import to_lora
+from vera_convert.lora.engines import EngineName
+from vera_convert.lora.options import LoraOptions
+from vera_convert.merging.merge import merge
+from vera_convert.merging.options import MergeOptions
 from vera_convert.summary import AdapterInfo, info
 
 FIXTURES = DATA / "fixtures"
@@ -156,24 +162,53 @@ def test_sizes_are_those_that_would_be_written(path: Path, tmp_path: Path) -> No
         assert found.sizes.stripped == done.bytes_after
     done = embed(folder, tmp_path / "embedded", base=base_of(folder))
     assert found.sizes.embedded == done.bytes_after
-    model = Path(str(base_of(folder).model)) / "model.safetensors"
-    assert found.sizes.merged == model.stat().st_size
-    assert found.sizes.lora == len(save(as_lora(found, folder), {"format": "pt"}))
+    merged = merge(folder, tmp_path / "merged", base=base_of(folder))
+    assert found.sizes.merged == sum(
+        file.size for file in merged.files if "safetensors" in file.name
+    )
+    for source in ProjectionSource if found.projections is not None else [ProjectionSource.AUTO]:
+        described = info(folder, base=base_of(folder), projections=source)
+        options = LoraOptions(projections=source)
+        lora = to_lora(folder, tmp_path / f"lora-{source}", base=base_of(folder), options=options)
+        assert described.sizes.lora == lora.size == (lora.out / WEIGHTS).stat().st_size
 
 
-def as_lora(found: AdapterInfo, folder: Path) -> dict[str, Any]:
-    """The tensors of a LoRA in the place of an adapter: zeros, and the heads that it has."""
-    assert found.base_facts.match is not None
-    rank, stored = found.config.r, load_file(folder / WEIGHTS)
-    factors = {}
-    for module, layer in found.base_facts.match.layers.items():
-        factors[f"base_model.model.{module}.lora_A.weight"] = np.zeros(
-            (rank, layer.in_features), "f4"
+@pytest.mark.parametrize("engine", EngineName)
+def test_a_dry_run_of_a_lora_states_the_size_that_is_written(
+    engine: EngineName, tmp_path: Path
+) -> None:
+    if engine is EngineName.GGUF:
+        pytest.importorskip("gguf")
+    config = {"num_attention_heads": 2, "num_hidden_layers": 2, "_class_name": "ATransformer"}
+    base = tiny_base(tmp_path / "base", config={"model_type": "llama", **config})
+    adapter, out = good_adapter(tmp_path / "adapter"), tmp_path / "out"
+    planned = to_lora(adapter, out, base=base, options=LoraOptions(engine, dry_run=True))
+    assert not out.exists()
+    written = to_lora(adapter, out, base=base, options=LoraOptions(engine))
+    (file,) = (file for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    assert planned.size == written.size == file.stat().st_size
+
+
+def test_a_dry_run_reads_no_weight_to_state_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
+    monkeypatch.setattr(conversion, "file_sha256", None)
+    options = LoraOptions(dry_run=True)
+    assert to_lora(adapter, tmp_path / "out", base=base, options=options).size > 0
+
+
+def test_a_dry_run_of_a_merge_states_the_sizes_that_are_written(tmp_path: Path) -> None:
+    adapter, base, out = good_adapter(tmp_path / "a"), filled_base(tmp_path / "b"), tmp_path / "out"
+    for options in ({}, {"max_shard_size": 6000}, {"dtype": "bfloat16"}):
+        planned = merge(
+            adapter, out, base=base, options=MergeOptions(dry_run=True, force=True, **options)
         )
-        factors[f"base_model.model.{module}.lora_B.weight"] = np.zeros(
-            (layer.out_features, rank), "f4"
-        )
-    return factors | {name: stored[name] for name in found.replacements}
+        merge(adapter, out, base=base, options=MergeOptions(force=True, **options))
+        written = {file.name: file.stat().st_size for file in out.iterdir()}
+        del written["merge-provenance.json"]
+        assert {file.name: file.size for file in planned.files} == written
+        assert planned.needed == sum(written.values())
 
 
 @pytest.mark.parametrize(

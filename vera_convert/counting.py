@@ -223,19 +223,6 @@ def _near(model: ModelLayers, target: str) -> str:
 # --- files, as PEFT writes them ------------------------------------------------------------------
 
 
-def lora_file_bytes(
-    layers: Mapping[str, Linear], *, rank: int, beside: Iterable[Entry] = ()
-) -> int:
-    """Return the size of ``adapter_model.safetensors`` of a LoRA in float32 on these layers.
-
-    Args:
-        layers: the adapted layers.
-        rank: of its factors.
-        beside: other tensors in the file, such as heads.
-    """
-    return _file_bytes((*_lora_tensors(layers, rank), *beside))
-
-
 def _file_bytes(tensors: Iterable[Entry], metadata: Mapping[str, str] = _METADATA) -> int:
     infos = list(tensors)
     return len(header_bytes(infos, metadata)) + sum(info.nbytes for info in infos)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,11 +26,12 @@ from vera_convert.conversion.proof import (
     unproven_draw,
 )
 from vera_convert.conversion.sizes import form_sizes
-from vera_convert.counting import lora_file_bytes, lora_parameters
+from vera_convert.counting import lora_parameters
 from vera_convert.draws.comparison import Difference
 from vera_convert.draws.generator import Draw
 from vera_convert.dtypes import USUAL_OF_BASES
 from vera_convert.hub.lookup import HubAccess, Location, fetch_weights, hub_access_of, locate
+from vera_convert.lora.sizes import lora_size
 from vera_convert.rules import Finding
 from vera_convert.targets.linear import LayerGroup, Linear, layer_groups
 from vera_convert.text import short_repr
@@ -60,7 +61,7 @@ class Sizes:
         as_is: the file now.
         stripped: after `strip`; None if `strip` would refuse.
         embedded: after `embed`.
-        lora: a LoRA of the same rank in float32, as PEFT writes it; `to-lora` adds a record.
+        lora: the exact LoRA in float32 that `to-lora` writes for PEFT.
         merged: the base's weights with the delta added.
     """
 
@@ -152,13 +153,18 @@ def info(
     location = fetch_weights(location, access)
     with open_adapter(location.fetched) as opened:
         base_facts = resolve_base(opened, base_options, bases=Bases(access), need=Need.HELPFUL)
-        described = _described(opened, location, base_facts, projections)
+        lora = lora_size(opened, location, base_facts, base_options, projections)
+        described = _described(opened, location, base_facts, projections, lora)
         opened.check_unchanged()
     return described
 
 
 def _described(
-    adapter: Adapter, location: Location, base_facts: BaseFacts, projections: ProjectionSource
+    adapter: Adapter,
+    location: Location,
+    base_facts: BaseFacts,
+    projections: ProjectionSource,
+    lora: int | None,
 ) -> AdapterInfo:
     config, stored, fingerprint = adapter.config, adapter.projections, adapter.fingerprint
     pair = recognized(config, stored) if stored is not None else None
@@ -190,7 +196,7 @@ def _described(
         ),
         parameters=sum(out + config.r for out in outputs.values()),
         lora_parameters=None if linears is None else lora_parameters(linears, rank=config.r),
-        sizes=_sizes(adapter, pair, base_facts, projections, linears),
+        sizes=_sizes(adapter, pair, base_facts, projections, lora),
         base_facts=base_facts,
         findings=(
             *adapter.findings,
@@ -207,16 +213,15 @@ def _sizes(
     pair: RecognizedPair | None,
     base_facts: BaseFacts,
     projections: ProjectionSource,
-    linears: Mapping[str, Linear] | None,
+    lora: int | None,
 ) -> Sizes:
-    """Return the bytes of each form; `linears` has the adapter's layers, or is None if unknown."""
+    """Return the bytes of each form; `lora` is the size of the LoRA."""
     forms = form_sizes(adapter, pair, base_facts, projections)
-    rank, heads = adapter.config.r, adapter.replacements
     return Sizes(
         as_is=adapter.weights_size,
         stripped=forms.stripped,
         embedded=forms.embedded,
-        lora=None if linears is None else lora_file_bytes(linears, rank=rank, beside=heads),
+        lora=lora,
         merged=_merged_size(base_facts.base),
     )
 

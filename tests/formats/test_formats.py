@@ -122,7 +122,7 @@ trainable              320 parameters in b and d (a LoRA of this rank: 2,944)
 size                   5,416 bytes
   stripped             3,600 bytes
   embedded             5,416 bytes
-  as LoRA              13,776 bytes
+  as LoRA              14,440 bytes
   merged               94,760 bytes"""
     )
 

@@ -18,7 +18,11 @@ from folders import CONFIG_NAME, WEIGHTS, everything, metadata, weights
 from numpy.typing import NDArray
 
 from vera_convert.adapter.lora_record import RECORD_KEY
+from vera_convert.base.facts import BaseOptions
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.hub.lookup import Location
+from vera_convert.hub.repo_name import RepoName, parse_repo_name
+from vera_convert.lora.card import lora_card
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.engines import ENGINES, EngineName
 from vera_convert.lora.options import LoraOptions
@@ -512,6 +516,25 @@ def test_files_beside_the_adapter_are_carried_and_the_card_is_new(
     assert "vera-convert to-lora adapter OUT --base MODEL --rank 3\n" in card
     assert "an approximation of\nthe VeRA adapter" in card
     assert str(tmp_path) not in card
+
+
+def test_the_command_of_the_card_names_repos_by_commit_and_subfolder() -> None:
+    adapter = SimpleNamespace(config=SimpleNamespace(base_model_name_or_path="org/base", r=4))
+    found: Any = SimpleNamespace(
+        location=Location("org/vera", None, "org/vera", "a" * 40, "one"),
+        adapter=adapter,
+        options=LoraOptions(rank=3),
+        base=BaseOptions("org/base", revision="main", key_map=[("a", "b")]),
+    )
+    plan: Any = SimpleNamespace(rank=3, reduced=True)
+    base = Location("org/base", None, "org/base", "b" * 40)
+    command = (
+        f"vera-convert to-lora org/vera@{'a' * 40}/one OUT --base org/base@{'b' * 40} --rank 3 "
+        "--key-map a=b\n"
+    )
+    assert command in lora_card(found, plan, WEIGHTS, base=base)
+    named = parse_repo_name(f"org/vera@{'a' * 40}/one", bare=False)
+    assert named == RepoName("org/vera", "a" * 40, "one")
 
 
 @pytest.mark.parametrize(("engine", "name"), [("vllm", WEIGHTS), ("mlx", "adapters.safetensors")])

@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_a_card_of_repos_names_them_with_their_commits() -> None:
     base = Location("base", None, "org/base", COMMIT)
     adapters = [
-        (Location("one", None, "org/one", COMMIT), 1.0),
+        (Location("one", None, "org/one", COMMIT, "sub"), 1.0),
         (Location("two", Path("/folders/two")), -0.5),
     ]
     assert (
@@ -38,7 +38,7 @@ beside this card names every input, option and change.
 | | name | revision | weight |
 | --- | --- | --- | --- |
 | Base | `org/base` | `{COMMIT}` |  |
-| Adapter | `org/one` | `{COMMIT}` | 1.0 |
+| Adapter | `org/one/sub` | `{COMMIT}` | 1.0 |
 | Adapter | `two` |  | -0.5 |
 """
     )

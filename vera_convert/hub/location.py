@@ -42,6 +42,13 @@ class Location:
         return self.folder
 
     @property
+    def address(self) -> str | None:
+        """The repo with its commit and subfolder, as a command line takes it; None for a folder."""
+        if self.repo_id is None:
+            return None
+        return "/".join(filter(None, (f"{self.repo_id}@{self.commit}", self.subfolder)))
+
+    @property
     def name(self) -> str:
         """The repo, or the name of the folder without the path to the folder."""
         return self.repo_id or (self.folder or Path()).resolve().name

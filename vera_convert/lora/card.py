@@ -7,6 +7,7 @@ import shlex
 
 from vera_convert._version import __version__
 from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.plan import LoraPlan
@@ -17,18 +18,19 @@ _LIBRARIES = {Form.PEFT: "peft", Form.DIFFUSERS: "diffusers", Form.MLX: "mlx", F
 """The Hub's name of the library for a form."""
 
 
-def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
+def lora_card(origin: Origin, plan: LoraPlan, weights: str, *, base: Location | None) -> str:
     """Return the text of the card; nothing of the card tells of this machine.
 
     Args:
         origin: the source of the LoRA.
         plan: the LoRA.
         weights: the name of the file of weights.
+        base: where the base lies.
     """
     location, config, options = origin.location, origin.adapter.config, origin.options
-    name, base = location.name, config.base_model_name_or_path
-    known = base is not None and is_repo_id(base)
-    fields = [f"base_model: {json.dumps(printable(base or ''))}"] if known else []
+    name, trained_on = location.name, config.base_model_name_or_path
+    known = trained_on is not None and is_repo_id(trained_on)
+    fields = [f"base_model: {json.dumps(printable(trained_on or ''))}"] if known else []
     commit = f" at commit `{location.commit}`" if location.commit else ""
     kind = "an approximation of" if plan.reduced else "the same change of the weights as"
     return "\n".join(
@@ -48,7 +50,7 @@ def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
             f"Made by vera-convert {__version__}:",
             "",
             "```",
-            _command(name, origin),
+            _command(origin, base),
             "```",
             "",
             f"The metadata of `{weights}` records the SHA-256 of the source, the",
@@ -58,14 +60,15 @@ def lora_card(origin: Origin, plan: LoraPlan, weights: str) -> str:
     )
 
 
-def _command(name: str, origin: Origin) -> str:
-    """Return the command with all options behind the bytes; a local base is called MODEL."""
-    base, given = origin.base, origin.options
-    model = base.model if base.model is None or is_repo_id(base.model) else "MODEL"
+def _command(origin: Origin, base: Location | None) -> str:
+    """Return the command with all options behind the bytes.
+
+    Repos are named with their commits. A folder with the base is called MODEL.
+    """
+    given, location = origin.options, origin.location
     values = {
-        "--base": model,
-        "--base-revision": base.revision,
-        "--base-dtype": base.dtype,
+        "--base": base and (base.address or "MODEL"),
+        "--base-dtype": origin.base.dtype,
         "--for": None if given.engine is EngineName.PEFT else given.engine,
         "--dtype": None if given.dtype == "float32" else given.dtype,
         "--rank": given.rank,
@@ -78,10 +81,10 @@ def _command(name: str, origin: Origin) -> str:
         "--fill-layers": given.fill_layers,
         "--drop-head": given.drop_head,
     }
-    words = ["vera-convert", "to-lora", printable(name), "OUT"]
+    words = ["vera-convert", "to-lora", printable(location.address or location.name), "OUT"]
     for option, value in values.items():
         words += [option, str(value)] if value is not None else []
-    for old, new in base.key_map:
+    for old, new in origin.base.key_map:
         words += ["--key-map", f"{old}={new}"]
     return shlex.join([*words, *(flag for flag, is_given in flags.items() if is_given)])
 

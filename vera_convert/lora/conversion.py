@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert import rules
+from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.adapter.folder import SideFiles, side_files
 from vera_convert.adapter.lora_record import is_lora, lora_records
 from vera_convert.arguments import instance, optional, path, progress_function
@@ -27,6 +28,7 @@ from vera_convert.conversion.transforms import IDLE_GENERATOR
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
 from vera_convert.lora.checks import adapter_findings, engine_findings, extras_of
@@ -253,7 +255,7 @@ class _Job:
     def measure(self, progress: Progress) -> LoraConversion:
         """Compute every layer and write nothing."""
         computed = Computed(self.plan)
-        size, layers = self._weights(computed).size, self.plan.layers
+        size, layers = self._weights(computed, NO_SHA256).size, self.plan.layers
         for number, layer in enumerate(layers, 1):
             computed.of(layer)
             progress(size * number // len(layers), size)
@@ -263,7 +265,9 @@ class _Job:
     def write(self, progress: Progress) -> LoraConversion:
         """Write the LoRA whole or not at all."""
         folder, files, computed = self.work.adapter.folder, self.files, Computed(self.plan)
-        weights, written = self._weights(computed), {CONFIG_NAME, CARD_NAME, *self.copied}
+        source_sha256 = file_sha256(self.work.adapter.file.source)
+        weights = self._weights(computed, source_sha256)
+        written = {CONFIG_NAME, CARD_NAME, *self.copied}
         size = weights.size
         output = replace(
             self.work.output,
@@ -282,8 +286,8 @@ class _Job:
             self.work.adapter.check_unchanged()
         return self._result(computed.measured, size)
 
-    def _weights(self, computed: Computed) -> Weights:
-        record = record_of(self.origin, self.plan)
+    def _weights(self, computed: Computed, source_sha256: str) -> Weights:
+        record = record_of(self.origin, self.plan, source_sha256=source_sha256)
         if isinstance(self.files, GgufModel):
             return GgufWeights(self.files, record, computed)
         return SafetensorsWeights(self.files, self.extras.tensors, record, computed)
@@ -311,7 +315,8 @@ class _Job:
         )
 
     def _card(self) -> str:
-        return lora_card(self.origin, self.plan, self.files.weights)
+        base = self.base_facts.location
+        return lora_card(self.origin, self.plan, self.files.weights, base=base)
 
     def _require_small_error(self, measured: Measured) -> None:
         """Refuse a LoRA if a layer loses half of the delta, unless the user accepts the loss."""

@@ -14,7 +14,6 @@ from vera_convert._version import __version__
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.lora_record import RECORD_KEY
 from vera_convert.base.facts import BaseOptions
-from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
@@ -41,14 +40,20 @@ class Origin:
     base: BaseOptions
 
 
-def record_of(origin: Origin, plan: LoraPlan) -> dict[str, object]:
-    """Return the record of a LoRA, but for its error."""
+def record_of(origin: Origin, plan: LoraPlan, *, source_sha256: str) -> dict[str, object]:
+    """Return the record of a LoRA, but for its error.
+
+    Args:
+        origin: the source of the LoRA.
+        plan: the LoRA.
+        source_sha256: the SHA-256 of the adapter's weights; `NO_SHA256` to measure the record.
+    """
     adapter, pair = origin.adapter, origin.pair
     return {
         "format": 1,
         "vera_convert": __version__,
         "source": source_of(origin.location),
-        "source_sha256": file_sha256(adapter.file.source),
+        "source_sha256": source_sha256,
         "config_sha256": sha256(adapter.config_file.text).hexdigest(),
         "source_rank": adapter.config.r,
         "rank": plan.rank,

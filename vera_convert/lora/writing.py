@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import file_sha256, open_local
@@ -55,7 +58,7 @@ class Computed:
         self.measured = Measured()
         self.plan = plan
         self._last: tuple[str, StoredLayer] | None = None
-        self._room = room_for(plan)
+        self._room: NDArray[np.uint8] | None = None
 
     def of(self, layer: LoraLayer) -> StoredLayer:
         """Return the factors of a layer.
@@ -65,6 +68,7 @@ class Computed:
         """
         if self._last is None or self._last[0] != layer.module:
             self._last = None  # two layers would take twice the memory
+            self._room = room_for(self.plan) if self._room is None else self._room
             found = stored_layer(layer, self.plan, self._room)
             if layer.vectors is not None:
                 self.measured.errors[layer.module] = found.error

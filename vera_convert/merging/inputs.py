@@ -151,10 +151,7 @@ def _base_of(facts: BaseFacts) -> BaseModel:
 
 def _name(location: Location) -> str:
     """Return the text that names a location for a later `locate`."""
-    if location.folder is not None:
-        return str(location.folder)
-    subfolder = f"/{location.subfolder}" if location.subfolder else ""
-    return f"{SCHEME}{location.repo_id}@{location.commit}{subfolder}"
+    return str(location.folder) if location.folder else f"{SCHEME}{location.address}"
 
 
 def _is_dequantized(packed: Unpacked, facts: Sequence[BaseFacts], options: MergeOptions) -> bool:

@@ -260,7 +260,8 @@ def _replaced(tensors: Sequence[ReplacedTensor], several: str) -> list[str]:
 
 
 def _row(kind: str, location: Location, weight: str) -> str:
-    return f"| {kind} | {_code(location.name)} | {_code(location.commit or '')} | {weight} |"
+    name = "/".join(filter(None, (location.name, location.subfolder)))
+    return f"| {kind} | {_code(name)} | {_code(location.commit or '')} | {weight} |"
 
 
 def _quoted(text: str) -> str:

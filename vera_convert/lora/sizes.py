@@ -1,0 +1,73 @@
+"""The size of the LoRA that `to-lora` writes of an adapter, without computing the LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.fingerprint import NO_SHA256
+from vera_convert.base.facts import BaseFacts, BaseOptions
+from vera_convert.conversion.projections import ProjectionSource
+from vera_convert.draws.generator import Draw, Variant, effective_rounding
+from vera_convert.hub.lookup import Location
+from vera_convert.lora.checks import extras_of
+from vera_convert.lora.forms import files_of
+from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.plan import plan_lora
+from vera_convert.lora.record import Origin, record_of
+from vera_convert.lora.writing import Computed, SafetensorsWeights
+from vera_convert.merging.in_effect import InEffect
+from vera_convert.merging.in_effect import Origin as PairOrigin
+
+
+def lora_size(
+    adapter: Adapter,
+    location: Location,
+    base_facts: BaseFacts,
+    base_options: BaseOptions,
+    projections: ProjectionSource,
+) -> int | None:
+    """Return the bytes of the weights that `to-lora` writes for PEFT, exact and in float32.
+
+    Args:
+        adapter: the adapter.
+        location: where the adapter lies.
+        base_facts: the facts of the base.
+        base_options: the caller's options for the base, which the file records.
+        projections: which A and B count if file, flag and key disagree.
+
+    Returns:
+        The bytes; None if the sizes of the layers or the rounding of A and B are not known.
+    """
+    pair = _pair(adapter, base_facts, projections)
+    if pair is None or not adapter.layers.keys() <= base_facts.layers.keys():
+        return None
+    options = LoraOptions(projections=projections)
+    plan, extras = plan_lora(adapter, base_facts, pair, options), extras_of(adapter)
+    files = files_of(options.target, adapter.config, plan, extras, base_facts)
+    origin = Origin(location, adapter, pair, options, base_options)
+    record = record_of(origin, plan, source_sha256=NO_SHA256)
+    return SafetensorsWeights(files, extras.tensors, record, Computed(plan)).size
+
+
+def _pair(
+    adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource
+) -> InEffect | None:
+    """Return the origin of the A and B in effect, with a matrix of the right rank and no values."""
+    nothing = np.empty((adapter.config.r, 0), np.float32)
+    found = InEffect(nothing, nothing.T, PairOrigin.KEY)
+    if projections is not ProjectionSource.KEY:
+        if adapter.projections is not None:
+            return replace(found, origin=PairOrigin.FILE)
+        if adapter.fingerprint is not None:
+            draw = adapter.fingerprint.draw
+            return replace(found, origin=PairOrigin.FINGERPRINT, draw=draw)
+    inputs, outputs = base_facts.in_features, base_facts.out_features
+    if inputs is None or outputs is None or base_facts.rounding is None:
+        return None
+    variant, config = Variant.FLOAT32_FUSED, adapter.config
+    rounding = effective_rounding(variant, base_facts.rounding)
+    draw = Draw(variant, config.projection_prng_key, config.r, inputs, outputs, rounding)
+    return replace(found, draw=draw)
