@@ -1,6 +1,6 @@
 """A VeRA adapter as a record: config, lambdas by layer, A and B, and replaced tensors.
 
-An `Adapter` has no error, so the code that takes an `Adapter` needs no further checks.
+Every `Adapter` is sound: all checks are done before an `Adapter` exists.
 """
 
 from __future__ import annotations

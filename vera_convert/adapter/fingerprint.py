@@ -134,7 +134,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def _defect(document: object) -> str | None:
-    """Describe the defect of a fingerprint's JSON in one sentence; None if there is no defect."""
+    """Describe the defect of a fingerprint's JSON in one sentence; None for a sound record."""
     if not isinstance(document, dict):
         return "it is not a JSON object."
     if not _between(FORMAT, FORMAT)[0](document.get("format")):

@@ -138,7 +138,7 @@ def adapters_below(
             such error is raised.
 
     Raises:
-        SurroundingsError: the folder cannot be listed; without `unreadable`, also a subfolder.
+        SurroundingsError: listing the folder fails; without `unreadable`, also a subfolder.
     """
     for folder in walk(tree, failed=unreadable):
         if any(entry.name in _OF_AN_ADAPTER for entry in folder.entries):

@@ -34,7 +34,7 @@ def is_lora(folder: Path) -> bool:
 
 
 def lora_record(folder: Path) -> dict[str, object] | None:
-    """Return the record in a folder's weights; None if this package did not write the weights."""
+    """Return the record in a folder's weights; None for weights of another program."""
     return next(iter(lora_records(folder).values()), None)
 
 
@@ -54,7 +54,7 @@ def record_in(source: ByteSource) -> dict[str, object] | None:
     """Return the record in a file of weights; None if there is none.
 
     Raises:
-        CheckpointError: the file is neither GGUF nor sound safetensors.
+        CheckpointError: the file is malformed, or has another format than safetensors and GGUF.
         SurroundingsError: the file cannot be read.
     """
     beginning = source.read_at(0, min(source.size, _GGUF_BEGINNING))
@@ -66,7 +66,7 @@ def record_in(source: ByteSource) -> dict[str, object] | None:
 
 
 def parse_record(text: str | None) -> dict[str, object] | None:
-    """Return a record from the metadata of weights; None if the text is no record."""
+    """Return a record from the metadata of weights; None for any other text."""
     try:
         record = json.loads(text or "null")
     except (ValueError, RecursionError):

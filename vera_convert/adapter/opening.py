@@ -52,7 +52,7 @@ def open_adapter(
 
     Raises:
         CheckpointError: with every defect of config and tensors at once.
-        SurroundingsError: no such folder, or a file cannot be read.
+        SurroundingsError: the folder is missing, or reading a file fails.
     """
     with examined_folder(folder, repair=repair, config=config) as found:
         if found.other_method is not None:
@@ -67,7 +67,7 @@ class Examined(NamedTuple):
 
     Attributes:
         findings: every defect.
-        config_file: the config; None if it is no config of VeRA.
+        config_file: the config; None for a config of another method.
         file: the open weights; None if the header is wrong.
         sorted: the tensors by meaning, repaired on request; None without config or weights.
         fingerprint: the fingerprint, if readable.
@@ -86,7 +86,7 @@ class Examined(NamedTuple):
 
     @property
     def config(self) -> VeraConfig | None:
-        """The sound fields of the config; None if the rank is not known."""
+        """The sound fields of the config; None for an unknown rank."""
         return _with_rank(self.config_file)
 
     @property
@@ -107,7 +107,7 @@ def examined_folder(
 
     Raises:
         CheckpointError: a repair cannot be made.
-        SurroundingsError: no such folder, or a file cannot be read.
+        SurroundingsError: the folder is missing, or reading a file fails.
     """
     if not folder.is_dir():
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")

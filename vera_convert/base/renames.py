@@ -55,7 +55,7 @@ class Strategy:
 def release_names(base: BaseModel) -> Iterator[Strategy]:
     """Yield a strategy for each set of names that releases of transformers use for a base's layers.
 
-    There is no strategy if no release renames a layer, if the config names no known model type, or
+    Nothing is yielded if no release renames a layer, if the config names no known model type, or
     if two layers would get the same name.
     """
     paths = _Paths(name.rpartition(".")[0] for name in base.tensors)

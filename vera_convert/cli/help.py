@@ -63,7 +63,7 @@ class Formatter(click.HelpFormatter):
 
 
 class Context(click.Context):
-    """What click knows while a command runs; a help is written by `Formatter`."""
+    """The context of a running command; `Formatter` writes the help."""
 
     def make_formatter(self) -> Formatter:
         """Return a formatter for lines as wide as the window."""

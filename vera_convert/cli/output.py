@@ -1,4 +1,4 @@
-"""What a command prints: results and documents to stdout; findings and progress to stderr."""
+"""Print results and documents to stdout, and findings and progress to stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vera_convert.rules import Finding
 
 WRITES_NOTHING = frozenset(("info", "validate", "verify", "count", "completion"))
-"""Commands without an OUT, and so without an unfinished output after an interruption."""
+"""Commands that only print; an interruption leaves the disk as before."""
 
 DELAY = 2
 """Seconds that work takes before a progress bar appears."""

@@ -91,7 +91,7 @@ def migrate(
         access: how the Hub is reached.
 
     Raises:
-        CheckpointError: the adapter cannot be migrated without loss.
+        CheckpointError: the migration would lose something.
         UsageError: dims or dtype are not known; `out` exists, or overlaps the adapter.
         SurroundingsError: a file, a repo or the disk fails.
 
@@ -154,7 +154,7 @@ def migrate_tree(
     """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
 
     The other adapters are migrated even if one fails. An adapter of another method is passed over.
-    Links to folders are not followed, and files outside all adapters are not copied.
+    Only the files of adapters are copied, and links to folders stay unfollowed.
 
     Args:
         tree: the folder, on this machine.

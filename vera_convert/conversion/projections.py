@@ -85,7 +85,7 @@ def draw_of_key(
         variant: the generator's variant; None for the variant of nearly every machine.
 
     Raises:
-        UsageError: neither the base nor the stored pair tells the rounding.
+        UsageError: the base and the stored pair both leave the rounding open.
     """
     usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
     usual = replace(usual, variant=variant or usual.variant)
@@ -112,7 +112,7 @@ def pair_in_effect(
     in `draw_of_key`.
 
     Raises:
-        UsageError: neither the base nor the stored pair tells the rounding.
+        UsageError: the base and the stored pair both leave the rounding open.
     """
     stored = adapter.projections
     if stored is None or projections is not ProjectionSource.KEY:
@@ -129,7 +129,7 @@ def pair_in_effect(
 
 
 def without_projections(adapter: Adapter) -> Adapter:
-    """Return the adapter as if neither A and B nor a fingerprint were stored."""
+    """Return the adapter with A, B and the fingerprint removed."""
     tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
     return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))
 

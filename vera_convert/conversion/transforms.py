@@ -97,7 +97,7 @@ def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
 
 
 def already_stripped(adapter: Adapter) -> Converted:
-    """Return an adapter without projections unchanged.
+    """Return a stripped adapter unchanged.
 
     Raises:
         CheckpointError: `FINGERPRINT_NOT_MET`, if the check takes no time.
@@ -124,7 +124,7 @@ def stripped(
     """Return an adapter without A and B, if the key is proven to regenerate both.
 
     Args:
-        adapter: the adapter; an adapter without projections is returned unchanged.
+        adapter: the adapter; a stripped adapter is returned unchanged.
         base_facts: the facts of the base that the adapter will be loaded on.
         projections: which projections count if file, flag and key disagree.
         accept_change: drop A and B even if PEFT would draw others; `embedded` restores the pair.
@@ -215,7 +215,7 @@ def embedded(
     Raises:
         CheckpointError: the drawn A and B have other hashes than the fingerprint, or the dims do
             not fit the adapter.
-        UsageError: neither the base nor an option gives dims or rounding.
+        UsageError: the dims or the rounding are unknown.
     """
     original = adapter
     adapter = pair_in_effect(adapter, base_facts, projections, variant)

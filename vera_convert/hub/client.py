@@ -382,5 +382,5 @@ def failures_of(what: str, *, with_token: bool = False) -> Iterator[None]:
             f"{what} could not be read from the Hub: huggingface_hub is set to be offline."
         ) from None
     except (OSError, RuntimeError, ValueError, http) as error:  # hf_xet raises RuntimeError
-        # Without the cause, because text and traceback may hold signed addresses.
+        # The cause is dropped, because text and traceback may hold signed addresses.
         raise failure(what, error, with_token=with_token) from None

@@ -127,7 +127,7 @@ def _stored(repo: Path) -> int:
 
 @contextlib.contextmanager
 def _without_remains(repo: Path) -> Iterator[None]:
-    """Remove what a failed download leaves behind, if no later download would continue the file.
+    """Remove what a failed download leaves behind, unless a later download continues the file.
 
     The thread of an abandoned download leaves the file in place.
     """

@@ -145,7 +145,7 @@ def fetch_adapter(location: Location, access: HubAccess) -> Location:
 
     Raises:
         CheckpointError: config or weights are missing.
-        SurroundingsError: a file is missing, or cannot be downloaded.
+        SurroundingsError: a file is missing, or the download fails.
     """
     if location.folder is not None:
         return location
@@ -220,7 +220,7 @@ def fetch_base(location: Location, access: HubAccess, *, names: Collection[str])
         names: the files to fetch, named as by `list_files`; at least one.
 
     Raises:
-        SurroundingsError: a file is missing, or cannot be downloaded.
+        SurroundingsError: a file is missing, or the download fails.
     """
     if location.folder is not None:
         return location

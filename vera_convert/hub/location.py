@@ -17,7 +17,7 @@ class Location:
 
     Attributes:
         label: the name for messages; printable.
-        folder: the folder with the files; None before the files are fetched.
+        folder: the folder with the files; None until the files are fetched.
         repo_id: the repo on the Hub; None for a folder.
         commit: the commit, forty hexadecimal digits.
         subfolder: the folder inside the repo, with `/`; empty for the root.

@@ -4,7 +4,7 @@ The rest of the package asks this module for locations and files. Each further w
 such as pushing a result, gets a separate module beside `download`, built on the requests of
 `client`.
 
-With ``--offline`` or HF_HUB_OFFLINE this module reads only the local cache, and opens no socket.
+With ``--offline`` or HF_HUB_OFFLINE this module reads the local cache alone.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class NamedBase:
     """The base that an adapter's config names.
 
     Attributes:
-        location: the base; None if the name is not followed.
-        reason: why the name is not followed; or why the base is a folder here.
+        location: the base; None if the name leads to no usable base.
+        reason: why `location` is None; or why the base is a folder here.
     """
 
     location: Location | None
@@ -92,12 +92,12 @@ def locate(
 
     Args:
         text: a folder, or ``org/name[@revision][/subfolder]``, also after ``hf://``.
-        kind: only a base may be a repo without an organization, such as ``gpt2``.
+        kind: a base may lack the organization, such as ``gpt2``; an adapter must have one.
         access: the access to the Hub.
         revision: branch, tag or commit, from a separate option.
 
     Returns:
-        A folder; or a repo at a resolved commit, of which no file is fetched yet.
+        A folder; or a repo at a resolved commit, whose files are still to fetch.
 
     Raises:
         UsageError: the text is malformed or names a file, or a revision is given for a folder.

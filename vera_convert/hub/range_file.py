@@ -31,7 +31,7 @@ class Answer:
     """A server's answer to a request for some bytes.
 
     Attributes:
-        status: 200 (the complete file), 206 (a part) or 416 (no such part).
+        status: 200 (the complete file), 206 (a part) or 416 (a part beyond the end).
         headers: the headers of the last server, with names in lower case.
         identity: the commit and the entity tag, which must be the same in all answers.
         data: the body: for status 200, from the first byte of the file; may be cut off.

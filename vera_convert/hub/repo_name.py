@@ -101,7 +101,7 @@ def parse_repo_name(text: str, *, bare: bool) -> RepoName:
 
 
 def _as_address(text: str) -> str | None:
-    """Return the web address that `text` stands for; None if `text` is no address."""
+    """Return the web address that `text` stands for; None for any other text."""
     cloned = re.fullmatch(r"(?:ssh://)?git@([\w.-]+)[:/](.+)", text)
     if cloned is not None:
         return f"https://{cloned[1]}/{cloned[2]}"

@@ -46,7 +46,7 @@ def resolver(
         access: how the Hub is reached.
 
     Raises:
-        SurroundingsError: the base cannot be read; raised once, and not for each adapter.
+        SurroundingsError: reading the base fails; raised once for all adapters.
     """
     bases = Bases(access)
     assert base_options.model is not None  # noqa: S101 -- the caller checked

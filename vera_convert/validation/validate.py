@@ -54,7 +54,7 @@ def validate(
 
     Raises:
         UsageError: a code is unknown, or an adapter's name is malformed.
-        SurroundingsError: the base cannot be read, or a searched folder holds no adapter.
+        SurroundingsError: reading the base fails, or a searched folder holds no adapter.
 
     Example:
         >>> found = validate("adapter", base="base")

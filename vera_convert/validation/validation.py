@@ -20,7 +20,7 @@ class Checked:
         path: the folder as given, with ``/``; None for a repo on the Hub.
         findings: the selected findings, in the order of the catalog.
         draw: the draw of A and B, stored or by the fingerprint; None if unknown.
-        embedded: whether A and B are stored; None if the file cannot be read.
+        embedded: whether A and B are stored; None for an unreadable file.
         base: the compared base; empty without a base.
         not_checked: the missing checks, each with the reason in a sentence.
         bytes_read: how many bytes of a repo on the Hub were read; None for a folder.

@@ -8,7 +8,7 @@ correct merges: each BLAS and GPU adds r products in another order. Each order c
 float32, or of float64 if an operand is in float64, at the scale of the largest value in the sum:
 the weight, the sum, or the product of the norms of the multiplied row and column. For bfloat16 the
 two terms together exceed half a ULP by a few thousandths, so an intermediate rounding shows,
-whatever the dtype of the base.
+for every dtype of the base.
 
 ULP is the unit in the last place: the value of the last bit at the size of a number.
 """

@@ -2,7 +2,7 @@
 
     headers ──► expected tensors ──► blocks of rows, in threads ──► a result for each tensor
 
-Memory holds a few blocks for each thread, and A and B, whatever the size of a tensor.
+Memory holds a few blocks for each thread, and A and B, for a tensor of any size.
 """
 
 from __future__ import annotations

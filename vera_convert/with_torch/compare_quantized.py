@@ -113,7 +113,7 @@ def _real(plan: Blueprint, packed: Unpacked, job: ModelJob) -> nn.Module:
     for module in model.modules():
         _refuse_known_errors(getattr(module, "weight", None))
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # This kernel of bitsandbytes computes in bfloat16, whatever the compute dtype is.
+            # This kernel of bitsandbytes computes in bfloat16, for every compute dtype.
             module.support_avx512bf16_for_cpu = False
     ((adapter_folder, _),) = job.adapters
     with open_adapter(adapter_folder) as adapter:
