@@ -1,7 +1,7 @@
 """The names of an adapter's tensors, and the foreign parts of such names.
 
-PEFT finds a tensor by the whole name. If a name has a foreign part, or lacks a part, PEFT ignores
-the tensor without an error, and the adapter has no effect.
+PEFT finds a tensor by the whole name. If a name has a foreign or a missing part, PEFT silently
+ignores the tensor, and the layer stays as in the base.
 
     thinker.base_model.model.model._fsdp_wrapped_module.layers.0.q_proj.vera_lambda_b.default
     └ front                        └ wrapper                                          └ adapter

@@ -178,7 +178,8 @@ else:
         try:
             _sync(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            # Some network and FUSE file systems cannot sync folders: a power cut can undo the rename.
+            # Some network and FUSE file systems cannot sync folders; a power cut can
+            # undo the rename there.
             if error.errno not in (errno.EINVAL, errno.EBADF):
                 raise
 
