@@ -15,7 +15,7 @@ from commandline import Run
 
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.quantized.recognize import quantized_targets
+from vera_convert.base.quantized.targets import quantized_targets
 from vera_convert.base.renames import model_types, release_names
 from vera_convert.base.replacements import match_replacements
 from vera_convert.base.strategies import AS_THEY_ARE

@@ -9,13 +9,12 @@ import pytest
 
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.quantized.recognize import (
-    Quantization,
+from vera_convert.base.quantized.recognize import Quantization, quantized_tensors
+from vera_convert.base.quantized.targets import (
     quantized_elsewhere,
     quantized_targets,
-    quantized_tensors,
+    refuse_quantized,
 )
-from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo

@@ -13,7 +13,6 @@ from fnmatch import translate
 from functools import lru_cache
 from itertools import islice
 
-from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import refused
 from vera_convert.base.quantized.formats import FORMATS
@@ -21,7 +20,6 @@ from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
 from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.rules import Finding
 from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
@@ -52,37 +50,6 @@ _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 _SHAPED = FLOATS | _FP8 | {"I8", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BOOL"}
 """Dtypes with one value in each element: the weight's shape is the layer's shape."""
-
-
-def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
-    """Return an error for each kind of quantization among the given tensors of a base.
-
-    Args:
-        base: the base.
-        tensors: names of the weights for the addition.
-    """
-    names = [*dict.fromkeys(tensors)]
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, (kind, reason) in Quantization(base).of_all(names).items():
-        found.setdefault(kind, []).append((name, reason))
-    return [
-        rules.QUANTIZED_TARGET.at(
-            base.location.label,
-            f"{len(those)} of {len(names)} layers are quantized ({kind}), such as "
-            f'"{printable(those[0][0])}": {those[0][1]}.',
-        )
-        for kind, those in found.items()
-    ]
-
-
-def quantized_elsewhere(base: BaseModel) -> Finding | None:
-    """Return a note if any tensor of a base is quantized."""
-    quantization = Quantization(base)
-    kinds = {kind: name for name in base.tensors for kind, _ in quantization.by_tensors(name)}
-    if not kinds:
-        return None
-    shown = " and ".join(f'{kind}, such as "{printable(name)}"' for kind, name in kinds.items())
-    return rules.QUANTIZED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
 
 
 def quantized_tensors(base: BaseModel) -> frozenset[str]:
@@ -332,20 +299,25 @@ def fitting_targets(
 
 @lru_cache(maxsize=4)
 def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]]:
-    """Return the expressions that fit each path; empty if any is invalid or slow.
+    """Return the expressions that fit each path; empty if any is invalid or slow."""
+    return _found({text: text.removeprefix("re:") for text in expressions}, paths) or {}
+
+
+def _found(expressions: Mapping[str, str], names: Sequence[str]) -> dict[str, set[str]] | None:
+    """Return the keys of the expressions that fit each name; None if any is invalid or slow.
 
     A single process compares all names, because the start of a process takes a tenth of a second.
     """
-    patterns = [Pattern("quantization_config", text.removeprefix("re:")) for text in expressions]
+    patterns = [Pattern("quantization_config", text) for text in expressions.values()]
     try:
-        results = search(patterns, paths)
+        results = search(patterns, names)
     except (CheckpointError, SurroundingsError):
-        return {}
-    found: dict[str, set[str]] = {path: set() for path in paths}
-    for expression, hits in zip(expressions, results, strict=True):
-        for path, hit in zip(paths, hits, strict=True):
+        return None
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for key, hits in zip(expressions, results, strict=True):
+        for name, hit in zip(names, hits, strict=True):
             if hit is not None:
-                found[path].add(expression)
+                found[name].add(key)
     return found
 
 
@@ -378,29 +350,23 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
     for pattern in patterns:
         text = pattern.removeprefix("re:")
         if text != pattern or re.search(r"[\\^$+(\[|]", text):
-            expressions[pattern] = Pattern("quantization_config", text)
+            expressions[pattern] = text
             continue
         text = text.removesuffix(".weight").strip(".")
         if "*" in text:
-            expressions[pattern] = Pattern("quantization_config", _of_wildcards(text))
+            expressions[pattern] = _of_wildcards(text)
         else:
             plain.setdefault(text, []).append(pattern)
     sizes = {text.count(".") + 1 for text in plain}
     if len(sizes) * sum(name.count(".") + 1 for name in names) > _MOST_LOOKUPS:
         return None
-    try:
-        results = search([*expressions.values()], names)
-    except (CheckpointError, SurroundingsError):
+    found = _found(expressions, names)
+    if found is None:
         return None
-    found = {
-        name: {each for part in _parts(name, sizes) for each in plain.get(part, ())}
-        for name in names
+    return {
+        name: frozenset(fits).union(*(plain.get(part, ()) for part in _parts(name, sizes)))
+        for name, fits in found.items()
     }
-    for pattern, hits in zip(expressions, results, strict=True):
-        for name, hit in zip(names, hits, strict=True):
-            if hit is not None:
-                found[name].add(pattern)
-    return {name: frozenset(fits) for name, fits in found.items()}
 
 
 def _parts(name: str, sizes: Iterable[int]) -> Iterator[str]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from vera_convert import rules
-from vera_convert.base.quantized.recognize import quantized_elsewhere, quantized_targets
+from vera_convert.base.model import BaseModel
+from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import Finding
-
-__all__ = ["quantized_elsewhere", "refuse_quantized", "target_findings"]
+from vera_convert.text import printable
 
 
 def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
@@ -77,3 +77,34 @@ def _fate_of_plain(base: Unpacked, names: Iterable[str]) -> str:
     if not quantized_targets(base.stored, [name for name in names if name not in base.weights]):
         return ""
     return "".join(dict.fromkeys(f" {each.plain}" for each in base.formats.values() if each.plain))
+
+
+def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
+    """Return an error for each kind of quantization among the given tensors of a base.
+
+    Args:
+        base: the base.
+        tensors: names of the weights for the addition.
+    """
+    names = [*dict.fromkeys(tensors)]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (kind, reason) in Quantization(base).of_all(names).items():
+        found.setdefault(kind, []).append((name, reason))
+    return [
+        rules.QUANTIZED_TARGET.at(
+            base.location.label,
+            f"{len(those)} of {len(names)} layers are quantized ({kind}), such as "
+            f'"{printable(those[0][0])}": {those[0][1]}.',
+        )
+        for kind, those in found.items()
+    ]
+
+
+def quantized_elsewhere(base: BaseModel) -> Finding | None:
+    """Return a note if any tensor of a base is quantized."""
+    quantization = Quantization(base)
+    kinds = {kind: name for name in base.tensors for kind, _ in quantization.by_tensors(name)}
+    if not kinds:
+        return None
+    shown = " and ".join(f'{kind}, such as "{printable(name)}"' for kind, name in kinds.items())
+    return rules.QUANTIZED_ELSEWHERE.at(base.location.label, f"it holds {shown}.")
