@@ -41,6 +41,12 @@ class CheckpointError(VeraConvertError):
         return cls(first, *more)
 
 
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise a `CheckpointError` with the findings, if there are any."""
+    if found := [*findings]:
+        raise CheckpointError.of(found)
+
+
 class UsageError(VeraConvertError):
     """An argument or option is wrong: options conflict, one is missing, or OUT exists."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from vera_convert import rules
 from vera_convert.adapter.adapter import AdaptedLayer, Adapter
 from vera_convert.dtypes import PRECISION
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import refuse
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorFile
 from vera_convert.files.value_range import ValueRange, value_ranges
@@ -98,7 +98,5 @@ def untrained_layers(
 def refuse_values(adapter: Adapter) -> dict[str, ValueRange]:
     """Return the ranges of an adapter's values, or raise `CheckpointError` with every error."""
     found = value_ranges(adapter.file)
-    findings = [*value_errors(adapter.file, found)]
-    if findings:
-        raise CheckpointError.of(findings)
+    refuse(value_errors(adapter.file, found))
     return found

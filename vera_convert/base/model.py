@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from vera_convert import rules
 from vera_convert.base.quantized.formats import MAX_SHAPE_BYTES, tells_shape
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, refuse
 from vera_convert.files.header import Header, TensorInfo, read_header
 from vera_convert.files.reading import ByteSource, LocalFile
 from vera_convert.files.shards import (
@@ -150,9 +150,7 @@ def read_base(location: Location, access: HubAccess, *, component: str = "") -> 
     files = source.read_headers(_files(weights, weight_map))
     if weight_map is not None:
         shards = {file: header.tensors.keys() for file, header in files.items()}
-        findings = index_findings(weight_map, shards, place=location.label)
-        if findings:
-            raise CheckpointError.of(findings)
+        refuse(index_findings(weight_map, shards, place=location.label))
     tensors = {
         name: BaseTensor(file, info)
         for file, header in files.items()
@@ -282,14 +280,12 @@ class _Source:
         else:
             with ThreadPoolExecutor(_REQUESTS) as pool:
                 results = list(pool.map(self._header, names))
-        findings = [
+        refuse(
             found
             for result in results
             if isinstance(result, CheckpointError)
             for found in result.findings
-        ]
-        if findings:
-            raise CheckpointError.of(findings)
+        )
         headers = (result for result in results if isinstance(result, Header))
         return dict(zip(names, headers, strict=True))
 

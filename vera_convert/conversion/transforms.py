@@ -30,7 +30,7 @@ from vera_convert.conversion.proof import (
     unproven_draw,
 )
 from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, UsageError, refuse
 from vera_convert.files.header import header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding
@@ -272,9 +272,7 @@ def _restored(
             f"the adapter's fingerprint says that A and B were drawn as {fingerprint.variant}; "
             f"leave --generator {variant} out."
         )
-    unfit = [*unfit_dims(fingerprint, base_facts, place=place)]
-    if unfit:
-        raise CheckpointError.of(unfit)
+    refuse(unfit_dims(fingerprint, base_facts, place=place))
     pair = prove(fingerprint, place=place)
     proof = "proven identical by the fingerprint"
     return _with_pair(adapter, pair, fingerprint.draw, proof, ())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vera_convert import rules
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, refuse
 from vera_convert.files.file_names import CONFIG_NAME, clean_name, is_pickle
 from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed, printable
@@ -215,11 +215,9 @@ def read_weight_map(document: object, index: str, *, place: str) -> dict[str, st
 def require_shards(files: Collection[str], names: Collection[str], *, place: str) -> None:
     """Raise `CheckpointError` with each file of an index that is missing in `names`."""
     missing = sorted(set(files).difference(names))
-    if missing:
-        raise CheckpointError.of(
-            rules.SHARD_MISSING.at(place, f"{printable(file)} is not there.")
-            for file in missing[:50]
-        )
+    refuse(
+        rules.SHARD_MISSING.at(place, f"{printable(file)} is not there.") for file in missing[:50]
+    )
 
 
 def stray_weights(

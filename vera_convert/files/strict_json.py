@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from vera_convert import rules
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, refuse
 from vera_convert.files.reading import ByteSource, too_large
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -93,8 +93,8 @@ def parse_json(
         _check_surrogates(value, place)
     if duplicates is not None:
         duplicates += hooks.duplicates
-    elif hooks.duplicates:
-        raise CheckpointError.of(hooks.duplicates)
+    else:
+        refuse(hooks.duplicates)
     return value
 
 

@@ -30,7 +30,7 @@ from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
 from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias, Tied
@@ -65,9 +65,7 @@ def collect(inputs: MergeInputs) -> Changes:
         inputs.base.model,
         heads=[name for name, each in replacing.items() if each.is_of_classifier],
     )
-    defects = [*collector.defects, *changes.resizes.findings]
-    if defects:
-        raise CheckpointError.of(defects)
+    refuse((*collector.defects, *changes.resizes.findings))
     changes.resized_biases = {
         name: ResizedBias(inputs.base.tensor(name), count)
         for name, count in biases_of_logits(changes.resizes, inputs.base.model)

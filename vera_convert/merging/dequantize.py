@@ -24,7 +24,7 @@ from vera_convert.base.quantized.layer import Array, PackedWeight
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.dtypes import BITS
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import refuse
 from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import LocalFile
 from vera_convert.files.tensorfile import NUMPY_DTYPE
@@ -73,8 +73,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
                         break
             if len(findings) > _MOST_FINDINGS:
                 break
-    if findings:
-        raise CheckpointError.of(findings[:_MOST_FINDINGS])
+    refuse(findings[:_MOST_FINDINGS])
 
 
 def dequantized_config(text: bytes, config: Mapping[str, object]) -> bytes:

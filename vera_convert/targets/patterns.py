@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vera_convert import rules
-from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.errors import CheckpointError, SurroundingsError, refuse
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.text import printable
 
@@ -111,8 +111,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         for pattern, result in zip(patterns, found, strict=True)
         if isinstance(result, str)
     ]
-    if invalid:
-        raise CheckpointError.of(invalid)
+    refuse(invalid)
     return [result for result in found if not isinstance(result, str)]
 
 

@@ -31,7 +31,7 @@ from vera_convert.conversion.projections import ProjectionSource, check_size
 from vera_convert.conversion.proof import other_dims
 from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base
 from vera_convert.dtypes import NAMES, SIXTEEN_BIT
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, UsageError, refuse
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.merging.in_effect import in_effect
 from vera_convert.rules import Finding
@@ -298,8 +298,7 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
         for path, dims in matched.items()
         if adapter.layers[path].out_features != dims.out_features
     ]
-    if wrong:
-        raise CheckpointError.of(wrong)
+    refuse(wrong)
     return matched
 
 
@@ -322,6 +321,5 @@ def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tens
             found[name] = to_tensor(tensor.array())
         elif (tensor.array().astype(to_array(target).dtype) != to_array(target)).any():
             wrong.append(rules.BASE_COPY_DIFFERS.at(place, "its values differ from the model's."))
-    if wrong:
-        raise CheckpointError.of(wrong)
+    refuse(wrong)
     return found

@@ -9,7 +9,7 @@ from vera_convert import rules
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import Quantization
 from vera_convert.base.quantized.unpack import Unpacked
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import refuse
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
@@ -24,9 +24,7 @@ def refuse_quantized(base: Unpacked, weights: Iterable[str]) -> None:
     Raises:
         CheckpointError: with a finding for each kind of quantization.
     """
-    findings = refusals(base, weights)
-    if findings:
-        raise CheckpointError.of(findings)
+    refuse(refusals(base, weights))
 
 
 def refusals(base: Unpacked, weights: Iterable[str]) -> list[Finding]:

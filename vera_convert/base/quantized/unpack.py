@@ -26,7 +26,7 @@ from vera_convert.base.quantized.recognize import (
 )
 from vera_convert.base.renames import model_types
 from vera_convert.dtypes import BITS, FLOATS, HEADER_NAMES, SIXTEEN_BIT, float_name
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import refuse
 from vera_convert.files.header import TensorInfo
 from vera_convert.rules import Finding
 from vera_convert.targets.linear import CONV1D_LAYERS
@@ -77,8 +77,7 @@ class Unpacked:
         Raises:
             CheckpointError: with the first of the defects.
         """
-        if self.defects:
-            raise CheckpointError.of(self.defects[:_MOST_FINDINGS])
+        refuse(self.defects[:_MOST_FINDINGS])
 
     def stored_name(self, name: str) -> str:
         """Return the tensor of the base that holds the values of a weight of the view."""
