@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -322,3 +324,25 @@ def test_a_broken_base_leaves_further_checks_that_are_named(run: Run, tmp_path: 
     ended = run("validate", adapter, "--base", base)
     assert ended.status == 1
     assert "not checked  the further checks on the base: fix the errors first.\n" in ended.out
+
+
+@pytest.mark.parametrize("command", ["strip", "to-lora"])
+def test_names_that_differ_in_case_alone_are_no_loss_on_a_disk_that_ignores_case(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    for name in ("tokenizer.json", "Tokenizer.json"):
+        (adapter / name).write_text("{}")
+    opened = Path.open
+
+    def open_ignoring_case(path: Path, mode: str = "r", *rest: Any, **more: Any) -> IO[Any]:
+        beside = {each.name.casefold() for each in path.parent.iterdir()}
+        if "x" in mode and path.name.casefold() in beside:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", open_ignoring_case)
+    ended = run(command, adapter, tmp_path / "out", "--base", base)
+    assert ended.status == 3
+    assert "Two files have this name, in upper and in lower case" in ended.err
+    assert {each.name for each in tmp_path.iterdir()} == {"adapter", "base"}

@@ -348,3 +348,20 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         with suppress(CheckpointError, SurroundingsError):
             open_local(tmp_path / name, within=tmp_path).close()
     assert len([*Path("/dev/fd").iterdir()]) == before
+
+
+def test_a_failed_close_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"data")
+    source, closed, close = open_local(tmp_path / "file"), list[int](), os.close
+
+    def failing(number: int) -> None:
+        closed.append(number)
+        close(number)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        source.close()
+    source.close()
+    monkeypatch.undo()
+    assert len(closed) == 1

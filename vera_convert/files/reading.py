@@ -130,8 +130,8 @@ class LocalFile:
     def close(self) -> None:
         """Close the file; a second call has no effect."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            closing, self._fd = self._fd, -1  # a failed close also frees the number for other files
+            os.close(closing)
 
     def __enter__(self) -> Self:
         return self

@@ -215,6 +215,11 @@ _REMEDIES = {
     errno.EXDEV: "It belongs to another file system or an image's layer. Choose another OUT.",
 }
 
+_TWINS = (
+    "Two files have this name, in upper and in lower case, and the file system of OUT keeps one "
+    "alone. Rename one, or choose an OUT on another disk."
+)
+
 
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
@@ -228,9 +233,12 @@ def explained(out: Path) -> Iterator[None]:
             raise
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         where = "" if not name or TAG in name else f" ({printable(name)})"
+        remedy = _REMEDIES.get(error.errno, "")
+        if error.errno == errno.EEXIST and TAG in name:  # each file is written under a new name
+            where, remedy = f" ({printable(Path(name).name)})", _TWINS
         explained = SurroundingsError(
-            f"{printable(str(out))} could not be written: {error.strerror}{where}. "
-            f"{_REMEDIES.get(error.errno, '')}".rstrip()
+            f"{printable(str(out))} could not be written: "
+            f"{error.strerror}{where}. {remedy}".rstrip()
         )
         if is_resumable(error):
             mark_resumable(explained)
