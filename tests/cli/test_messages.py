@@ -200,7 +200,7 @@ def test_a_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path: Path, r
 
 @pytest.mark.parametrize("path", ["experts.0.up_proj", "experts.up_projs.0"])
 def test_an_expert_of_a_stack_is_called_one(path: str, tmp_path: Path, run: Run) -> None:
-    stack = {"model.layers.0.mlp.experts.gate_up_proj": (2, 16, 24)}
+    stack = {"model.layers.0.mlp.experts.gate_up_proj": (2, 16, 16)}
     base = filled_base(tmp_path / "base", tensors=stack)
     lambdas = {
         f"base_model.model.model.layers.0.mlp.{path}.vera_lambda_b": np.ones(8, "f4"),
