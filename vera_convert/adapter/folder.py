@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -48,15 +48,19 @@ def module_folders(names: Collection[str]) -> frozenset[str]:
     return frozenset(str(path.parent) for path in paths)
 
 
-def is_of_other_model(name: str, modules: Collection[str]) -> bool:
-    """Say whether a file holds weights of a complete model, and not of a module of the adapter.
+def is_left_out(name: str, modules: Collection[str]) -> bool:
+    """Say whether a file beside an adapter is never copied.
+
+    Such a file comes from a training run or an operating system, or holds weights of a complete
+    model, and not of a module of the adapter.
 
     Args:
         name: the relative path of the file.
         modules: the folders of modules; see `module_folders`.
     """
     path = PurePosixPath(name)
-    return str(path.parent) not in modules and _OTHER_MODEL.fullmatch(path.name) is not None
+    is_model = str(path.parent) not in modules and _OTHER_MODEL.fullmatch(path.name) is not None
+    return is_model or is_training_state(name) or is_strange(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def side_files(folder: Path, *, not_fetched: Collection[str] = ()) -> SideFiles:
     for name in names:
         if name in not_fetched:
             continue
-        if is_training_state(name) or is_strange(name) or is_of_other_model(name, modules):
+        if is_left_out(name, modules):
             left_out.append(name)
         elif name not in (CONFIG_NAME, WEIGHTS_NAME):
             try:
@@ -209,11 +213,8 @@ def write_adapter(content: AdapterContent, folder: Path) -> SideFiles:
         if content.weights is None
         else _copy(content.weights, path),
     }
-    for name in sides.copied:  # in turn, because the number of open files is limited
-        with open_local(content.folder / name, within=content.folder) as source:
-            written[name] = _copy(source, folder / name)
-            source.check_unchanged()
     _read_back(folder, written)
+    copy_files(content.folder, sides.copied, folder)
     content.check_unchanged()
     return sides
 
@@ -230,9 +231,23 @@ def _require_space(content: AdapterContent, sides: SideFiles, folder: Path) -> N
         )
 
 
+def copy_files(folder: Path, names: Iterable[str], target: Path) -> None:
+    """Copy files byte for byte from a folder into another, and read the copies back.
+
+    Raises:
+        CheckpointError: a file leads out of the folder.
+        SurroundingsError: a file changed while it was read, or came back otherwise.
+    """
+    for name in names:  # in turn, because the number of open files is limited
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_local(folder / name, within=folder) as source:
+            written = _copy(source, target / name)
+            source.check_unchanged()
+        _read_back(target, {name: written})
+
+
 def _copy(source: ByteSource, target: Path) -> str:
     """Copy a file and return the SHA-256 of its bytes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     digest = sha256()
     with target.open("xb") as sink:
         for block in blocks(source):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.adapter.fingerprint import NO_SHA256
-from vera_convert.adapter.folder import SideFiles, side_files
+from vera_convert.adapter.folder import SideFiles, copy_files, side_files
 from vera_convert.adapter.lora_record import is_lora, lora_records
 from vera_convert.arguments import instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
@@ -45,7 +45,6 @@ from vera_convert.lora.writing import (
     Progress,
     SafetensorsWeights,
     Weights,
-    copy_side_files,
     require_space,
 )
 from vera_convert.merging.in_effect import InEffect, in_effect
@@ -282,7 +281,7 @@ class _Job:
             if files.config is not None:
                 (staged / CONFIG_NAME).write_bytes(files.config)
             (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
-            copy_side_files(folder, self.copied, staged)
+            copy_files(folder, self.copied, staged)
             self.work.adapter.check_unchanged()
         return self._result(computed.measured, size)
 

@@ -20,12 +20,10 @@ from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.stored import StoredLayer, room_for, stored_layer
-from vera_convert.publish.publishing import sha256_of
 from vera_convert.text import printable, read_back_differs
 
 Progress = Callable[[int, int], None]
 """Told now and then how many bytes are written, and of how many."""
-_BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
@@ -167,28 +165,6 @@ class SafetensorsWeights:
             yield from array_blocks(matrix.T if self.files.transposed else matrix)
 
         return blocks
-
-
-def copy_side_files(folder: Path, names: Sequence[str], staged: Path) -> None:
-    """Copy files of the adapter's folder byte for byte, and read the copies back.
-
-    Raises:
-        CheckpointError: a file leads out of the folder.
-        SurroundingsError: a file changed while it was read, or came back otherwise.
-    """
-    for name in names:
-        target = staged / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open_local(folder / name, within=folder) as source:
-            digest = hashlib.sha256()
-            with target.open("xb") as sink:
-                for start in range(0, source.size, _BLOCK):
-                    block = source.read_at(start, min(_BLOCK, source.size - start))
-                    digest.update(block)
-                    sink.write(block)
-            source.check_unchanged()
-        if sha256_of(target) != digest.hexdigest():
-            raise SurroundingsError(read_back_differs(name))
 
 
 def require_space(needed: int, folder: Path, out: Path) -> None:

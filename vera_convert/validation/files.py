@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from vera_convert import rules
-from vera_convert.adapter.folder import is_of_other_model, module_folders, side_files
+from vera_convert.adapter.folder import is_left_out, module_folders, side_files
 from vera_convert.files.file_names import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     is_pickle,
-    is_strange,
     is_training_state,
 )
 from vera_convert.rules import Finding
@@ -47,13 +46,9 @@ def names_findings(names: Collection[str], *, place: str) -> Iterator[Finding]:
         yield rules.BOTH_KINDS.at(place, f"there is {printable(min(pickled))}, which is not used.")
     beside = frozenset(names) - {CONFIG_NAME, WEIGHTS_NAME}
     modules = module_folders(beside)
-    is_dropped = {name: _is_dropped(name, modules) for name in sorted(beside)}
-    yield from _left_out([name for name, is_one in is_dropped.items() if is_one], place)
-    yield from _unread_weights([name for name, is_one in is_dropped.items() if not is_one], place)
-
-
-def _is_dropped(name: str, modules: Collection[str]) -> bool:
-    return is_training_state(name) or is_strange(name) or is_of_other_model(name, modules)
+    left_out = [name for name in sorted(beside) if is_left_out(name, modules)]
+    yield from _left_out(left_out, place)
+    yield from _unread_weights(sorted(beside.difference(left_out)), place)
 
 
 def _left_out(names: Iterable[str], place: str) -> Iterator[Finding]:
