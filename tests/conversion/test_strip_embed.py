@@ -343,13 +343,13 @@ def test_an_input_that_changes_meanwhile_is_noticed(
     run: Callable[..., Conversion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    finish = adapterfolder.publish_adapter
+    finish = adapterfolder.write_adapter
 
     def change_and_finish(*args: Any, **kwargs: Any) -> object:
         fields({"r": RANK})(folder)
         return finish(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "publish_adapter", change_and_finish)
+    monkeypatch.setattr(conversion, "write_adapter", change_and_finish)
     with pytest.raises(SurroundingsError, match="changed while it was read"):
         run(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

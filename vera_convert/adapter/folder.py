@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vera_convert.adapter.config import read_config
 from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
@@ -25,9 +25,6 @@ from vera_convert.files.reading import ByteSource, blocks, file_sha256, open_loc
 from vera_convert.files.tensorfile import TensorData, write_tensors
 from vera_convert.files.walk import is_regular, walk
 from vera_convert.text import read_back_differs
-
-if TYPE_CHECKING:
-    from vera_convert.publish.publishing import Output
 
 _OF_AN_ADAPTER = frozenset(
     (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, "adapter_model.pt", "vera_config.json")
@@ -178,22 +175,6 @@ def is_vera(folder: Path) -> bool:
             return not read_config(source).wrong
     except (CheckpointError, SurroundingsError):
         return False
-
-
-def publish_adapter(content: AdapterContent, output: Output) -> SideFiles:
-    """Write an adapter's folder completely or not at all, and read every file back.
-
-    Raises:
-        UsageError: OUT exists and may not be replaced, holds files that are not written again, or
-            overlaps an input.
-        SurroundingsError: the disk fails, or the input changed during the reading.
-    """
-    from vera_convert.publish.publishing import files_but  # not for mere readers
-
-    written = {*written_files(content.folder, not_fetched=content.not_fetched)}
-    output = replace(output, strangers=lambda folder: files_but(folder, written))
-    with output.staged() as staging:
-        return write_adapter(content, staging)
 
 
 def written_files(folder: Path, *, not_fetched: Collection[str] = ()) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from vera_convert.adapter.folder import (
     AdapterContent,
     SideFiles,
     is_vera,
-    publish_adapter,
+    write_adapter,
+    written_files,
 )
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
@@ -26,7 +27,7 @@ from vera_convert.conversion.transforms import Converted, embedded, stripped
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.files.value_range import ValueRange
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, hub_access_of, locate
-from vera_convert.publish.publishing import Output
+from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import Finding
 from vera_convert.text import short_repr
 
@@ -223,9 +224,22 @@ def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> Ad
 
 
 def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversion:
-    """Write a conversion and return the report."""
-    output = replace(work.output, inputs=(work.adapter.folder, *base_facts.folders))
-    sides = publish_adapter(content_of(converted, not_fetched=work.location.left_out), output)
+    """Write a conversion completely or not at all, read it back, and return the report.
+
+    Raises:
+        UsageError: OUT exists and may not be replaced, holds files that are not written again, or
+            overlaps an input.
+        SurroundingsError: the disk fails, or the input changed during the reading.
+    """
+    content = content_of(converted, not_fetched=work.location.left_out)
+    written = {*written_files(content.folder, not_fetched=content.not_fetched)}
+    output = replace(
+        work.output,
+        inputs=(content.folder, *base_facts.folders),
+        strangers=lambda folder: files_but(folder, written),
+    )
+    with output.staged() as staging:
+        sides = write_adapter(content, staging)
     return reported(converted, base_facts, sides, label=work.location.label, out=output.path)
 
 
