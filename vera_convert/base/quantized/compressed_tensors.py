@@ -8,17 +8,17 @@ Then the library casts to the dtype of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.base.quantized.layer import (
     KEPT_IF_DEQUANTIZED,
     SCALE_DTYPES,
     Array,
-    Decode,
     Format,
     Layer,
     LayerError,
@@ -36,7 +36,7 @@ from vera_convert.base.quantized.packing import (
     FLOAT_OF,
     looked_up,
     pair_table,
-    scaled,
+    scaled_rows,
     stream,
     widened,
 )
@@ -53,6 +53,8 @@ _LAYOUTS = {
 }
 """The layouts of a weight in the supported formats."""
 _PAIRS = pair_table(E2M1, high_first=False)
+_INTEGER_PAIRS = pair_table(np.arange(-8, 8), high_first=False)
+"""Both values of a byte with two codes of 4 bits."""
 _DROPPED = frozenset(
     """
     input_global_scale input_scale input_zero_point output_scale output_zero_point
@@ -61,6 +63,8 @@ _DROPPED = frozenset(
 )
 """Scales of the values between layers: a dequantized model leaves these scales out."""
 _MOST_GROUPS = 64
+_Rows = Callable[[slice], NDArray[np.float32]]
+"""Returns some of the rows that were read, before the multiplication by the scales."""
 _UNORDERED = (None, False, "weight", "static")
 """Values of ``actorder`` under which each group consists of neighboring inputs."""
 
@@ -128,8 +132,12 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
         raise layer.error(rules.PART_MALFORMED, "weight_packed", reason)
     main = layer.name("weight_packed")
 
-    def codes(read: PartReader, first: int, last: int) -> Array:
-        return _signed(stream(read.rows(main, first, last), bits, 0, columns), bits)
+    def codes(read: PartReader, first: int, last: int) -> _Rows:
+        packed = read.rows(main, first, last)
+        if bits == 4:
+            octets = packed.view(np.uint8)
+            return lambda part: looked_up(octets[part], _INTEGER_PAIRS)[:, :columns]
+        return lambda part: widened(_signed(stream(packed[part], bits, 0, columns), bits))
 
     return _on_grid(layer, scheme, (rows, columns), codes, ("weight_packed", SHAPE))
 
@@ -142,8 +150,9 @@ def _one_byte(layer: Layer, scheme: Scheme) -> PackedWeight:
         )
     main = layer.name("weight")
 
-    def values(read: PartReader, first: int, last: int) -> Array:
-        return read.rows(main, first, last)
+    def values(read: PartReader, first: int, last: int) -> _Rows:
+        stored = read.rows(main, first, last)
+        return lambda part: widened(stored[part])
 
     return _on_grid(layer, scheme, (rows, columns), values, ("weight",))
 
@@ -152,7 +161,7 @@ def _on_grid(
     layer: Layer,
     scheme: Scheme,
     shape: tuple[int, int],
-    values: Decode,
+    values: Callable[[PartReader, int, int], _Rows],
     known: tuple[str, ...],
 ) -> PackedWeight:
     """Return a weight of integers or fp8, with a scale for each block of a grid.
@@ -181,7 +190,8 @@ def _on_grid(
             zeros = _unpacked_rows(read, zero, begin, end, bits) if bits else on_grid(zero)
             zeros = zeros[of_rows]
         dtypes = factors.dtype, FLOAT_OF[layer.dtype]
-        return scaled(values(read, first, last), factors, zeros, width=block[1], dtypes=dtypes)
+        q, size = values(read, first, last), (last - first, shape[1])
+        return scaled_rows(q, size, factors, zeros, width=block[1], dtypes=dtypes)
 
     more = ("weight_scale",) if zero is None else ("weight_scale", "weight_zero_point")
     parts = layer.refuse_others((*known, *more), _DROPPED)
@@ -219,8 +229,14 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
 
     def decode(read: PartReader, first: int, last: int) -> Array:
         factors = widened(read.rows(scale, first, last)) / read.flat(overall, 0, 1)
-        values = looked_up(read.rows(main, first, last), _PAIRS)
-        return scaled(values, factors, width=16, dtypes=(BFLOAT16, FLOAT_OF[layer.dtype]))
+        packed = read.rows(main, first, last)
+        return scaled_rows(
+            lambda part: looked_up(packed[part], _PAIRS),
+            (last - first, half * 2),
+            factors,
+            width=16,
+            dtypes=(BFLOAT16, FLOAT_OF[layer.dtype]),
+        )
 
     return PackedWeight(
         layer.name("weight"),

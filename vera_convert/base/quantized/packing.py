@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -66,23 +66,40 @@ def scaled(
     width: int,
     dtypes: Sequence[np.dtype[Any]],
 ) -> NDArray[Any]:
+    """Return what `scaled_rows` returns for q as stored: (n, columns), integers or floats."""
+    return scaled_rows(
+        lambda part: widened(q[part]), q.shape, scales, zeros, width=width, dtypes=dtypes
+    )
+
+
+def scaled_rows(
+    q: Callable[[slice], NDArray[np.float32]],
+    shape: tuple[int, ...],
+    scales: NDArray[Any],
+    zeros: NDArray[Any] | None = None,
+    *,
+    width: int,
+    dtypes: Sequence[np.dtype[Any]],
+) -> NDArray[Any]:
     """Return (q - zeros) * scales, computed in float32 and rounded to each of `dtypes` in turn.
 
     A product of two 16-bit floats is exact in float32, and so is rounded only once.
 
     Args:
-        q: (n, columns), integers or floats.
+        q: returns some rows of q as a new array; all steps find these rows in the core's cache.
+        shape: n and columns.
         scales: (n, groups) or (1, groups).
         zeros: as `scales`; None for packed values with scales alone.
         width: columns of a group; the last group may be narrower.
         dtypes: the dtypes that the library rounds to; the last is the dtype of the result.
     """
-    out = np.empty(q.shape, dtypes[-1])
-    scales = np.broadcast_to(scales, (len(q), scales.shape[1]))
+    rows, columns = shape
+    out = np.empty((rows, columns), dtypes[-1])
+    scales = np.broadcast_to(scales, (rows, scales.shape[1]))
     zeros = None if zeros is None else np.broadcast_to(zeros, scales.shape)
-    whole = q.shape[1] // width
-    for part in pieces(*q.shape):
-        values = widened(q[part])
+    whole = columns // width
+    for part in pieces(rows, columns):
+        values: NDArray[Any] = q(part)
         inner = values[:, : whole * width].reshape(len(values), whole, width)
         rest = values[:, whole * width :]
         if zeros is not None:
@@ -92,7 +109,7 @@ def scaled(
         factors = scales[part].astype(np.float32)
         inner *= factors[:, :whole, None]
         rest *= factors[:, whole:]
-        for dtype in dtypes:
+        for dtype in dtypes[:-1]:
             values = values.astype(dtype, copy=False)
         out[part] = values
     return out
