@@ -165,6 +165,14 @@ def test_any_name_will_do(name: str, tmp_path: Path) -> None:
     assert names(tmp_path) == [name]
 
 
+def test_a_message_about_a_staged_file_names_out(out: Path) -> None:
+    with pytest.raises(SurroundingsError) as caught, Output(out, own).staged() as new:  # noqa: PT012
+        fill(new, NEW)
+        raise SurroundingsError(f"{new / 'a'} cannot be read: Input/output error.", "Try again.")
+    assert str(caught.value) == f"{out / 'a'} cannot be read: Input/output error. Try again."
+    assert names(out.parent) == []
+
+
 def test_sha256_of(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

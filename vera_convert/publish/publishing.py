@@ -277,7 +277,8 @@ def _staged(
             staged = Staged(container.new, container.journal)
             if output is None or output.is_folder:
                 container.new.mkdir(exist_ok=True)  # a continued run has left the folder
-            yield staged
+            with _out_in_messages(container.new, out):
+                yield staged
             if not is_wanted():
                 return
             sync_tree(container.new, synced=staged.synced)
@@ -296,6 +297,17 @@ def _staged(
             for folder in reversed(made):  # folders with OUT or a kept run stay
                 with suppress(OSError):
                     folder.rmdir()
+
+
+@contextmanager
+def _out_in_messages(staged: Path, out: Path) -> Iterator[None]:
+    """Name OUT in a message about a staged file, which is gone when a user reads the message."""
+    try:
+        yield
+    except SurroundingsError as error:
+        text = str(error).replace(printable(str(staged)), printable(str(out)))
+        error.args = (text, *error.args[1:])
+        raise
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
