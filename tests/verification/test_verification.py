@@ -461,7 +461,10 @@ def test_given_options_override_the_recorded_ones(
     assert codes(result) == ["V601"] * 4
     assert "merge-provenance.json records: leave out --weight." in str(result.findings[0])
     (finding,) = layers(adapter, base, tmp_path / "out", dtype="float16").findings
-    assert (finding.code, finding.reason) == ("V605", "it and 16 more are F32 instead of F16.")
+    assert (finding.code, finding.reason) == (
+        "V605",
+        "the tensor and 16 more are F32 instead of F16.",
+    )
     (tmp_path / "out" / PROVENANCE).unlink()
     assert codes(layers(adapter, base, tmp_path / "out", weight=0.5)) == ["V608"]
 

@@ -230,7 +230,7 @@ def _other_dtypes(
     for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
         more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
         rule = rules.MERGED_TENSOR_WIDER if names[0] in wider else rules.MERGED_TENSOR_FORM
-        yield rule.in_tensor(names[0], f"it{more} {found} instead of {due}.")
+        yield rule.in_tensor(names[0], f"the tensor{more} {found} instead of {due}.")
 
 
 def _other_shapes(expected: Mapping[str, MergedTensor], merged: BaseModel) -> Iterator[Finding]:
