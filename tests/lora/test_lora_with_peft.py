@@ -143,5 +143,33 @@ def test_a_rank_above_a_layers_outputs_is_exact(tmp_path: Path) -> None:
         assert (vera - logits(name, base, tmp_path / lora)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rows", [46, 38])
+def test_a_resized_vocabulary_goes_along(rows: int, tmp_path: Path) -> None:
+    """PEFT stores a resized embedding although no field of the config names the embedding."""
+    name = "LlamaForCausalLM"
+    base = saved(tmp_path / "base", name, "float32")
+
+    def resized() -> Any:
+        model = loaded(name, base)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        return model
+
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"], modules_to_save=None)
+    adapted = peft.get_peft_model(resized(), config)
+    for parameter in adapted.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    adapted.save_pretrained(tmp_path / "adapter")
+    lora = to_lora(tmp_path / "adapter", tmp_path / "lora", base=base).out
+    checked = verify(tmp_path / "adapter", lora=lora, base=base)
+    assert checked.passed, [str(each) for each in checked.findings]
+    vera, ours = (
+        peft.PeftModel.from_pretrained(resized(), each).merge_and_unload().state_dict()
+        for each in (tmp_path / "adapter", lora)
+    )
+    assert vera["lm_head.weight"].shape[0] == rows
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(vera[key], ours[key])
+
+
 def test_every_model_here_is_one_of_those_that_are_merged() -> None:
     assert {name for name, _, _ in CASES} <= {*KINDS}

@@ -257,14 +257,6 @@ def test_heads_are_compared_byte_for_byte(base: Path, tmp_path: Path) -> None:
     assert verify(adapter, lora=tmp_path / "dropped").passed
 
 
-def test_a_head_that_the_config_does_not_name_is_told(base: Path, tmp_path: Path) -> None:
-    head = {f"{PREFIX}score.weight": np.ones((3, 16), np.float32)}
-    adapter = good_adapter(tmp_path / "head", tensors=head, modules_to_save=["score"])
-    to_lora(adapter, tmp_path / "lora", base=base)
-    wrong = changed(tmp_path / "lora", nothing, modules_to_save=None)
-    assert codes(verify(adapter, lora=wrong)) == {"V726"}
-
-
 def test_a_tensor_that_only_the_lora_has_is_told(adapter: Path, lora: Path) -> None:
     bias = {f"{PREFIX}{Q}.lora_B.bias": np.ones(16, np.float32)}
     wrong = changed(lora, lambda tensors: tensors.update(bias), bias="all")

@@ -8,9 +8,7 @@ from typing import Any
 
 from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.facts import BaseFacts
-from vera_convert.base.replacements import saved_modules
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.lora.checks import peft_findings
@@ -53,7 +51,6 @@ def config_findings(
     if task not in (None, task_type):
         reason = f"task_type is {printable(str(task))}, and the adapter's is {task_type}."
         yield rules.LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
-    yield from _left_out(lora, lora.config)
     if lora.engine == EngineName.PEFT:
         yield from peft_findings([*loaded], facts)
 
@@ -104,23 +101,6 @@ def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Ite
         reason = f"num_layers and keys leave out {counted(len(lost), 'layer')}."
         yield rules.LORA_NOT_LOADED.at(printable(lost[0]), reason)
     yield from _rank_findings(lora, names, config["lora_parameters"].get("rank"))
-
-
-def _left_out(lora: ReadLora, config: Mapping[str, object]) -> Iterator[Finding]:
-    """Yield the heads and biases that the config does not name."""
-    task = config.get("task_type")
-    saved = saved_modules(
-        VeraConfig(
-            modules_to_save=_texts(config, "modules_to_save"),
-            task_type=task if isinstance(task, str) else None,
-        )
-    )
-    for name in lora.others:
-        module, _, parameter = replaced_name(name).rpartition(".")
-        is_bias = parameter == "bias" and config.get("bias", "none") != "none"
-        if not is_bias and not saved.of(module):
-            reason = "neither modules_to_save nor bias names this tensor."
-            yield rules.LORA_NOT_LOADED.in_tensor(name, reason)
 
 
 def _matched(names: Sequence[str], config: Mapping[str, object], field: str) -> frozenset[str]:
