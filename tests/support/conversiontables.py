@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,11 @@ from transformers import conversion_mapping
 from transformers import core_model_loading as loading
 from transformers.models.auto import modeling_auto
 
+from vera_convert.adapter.names import PREFIX
 from vera_convert.base import renames
 from vera_convert.base.match import match_modules
 from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.base.replacements import match_replacements
 from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
@@ -123,29 +126,52 @@ class Walk:
         renames: template in memory by template in the files, of classes whose layers are found in
             no other way; by model type, and by whether the class has no head.
         wrong: why the layers of a class are not found in its files, by the class's name.
+        lost: the other tensors of a class that are not found in its files: name in the files by
+            name in memory, by the class's name.
     """
 
     met: set[str] = field(default_factory=set)
     renames: dict[tuple[str, bool], list[dict[str, str]]] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def in_files(model: Any) -> dict[str, str]:
-    """Return the path in the files of each linear layer that is only renamed, by its path."""
+def in_files(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the name in the files of each tensor that is only renamed, by its name in memory."""
     steps = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
     steps = [step for step in steps if not isinstance(step, loading.PrefixChange)]
     back = [step.reverse_transform() for step in reversed(steps)]
     plain = [step for step in back if isinstance(step, loading.WeightRenaming)]
     others = [step for step in back if isinstance(step, loading.WeightConverter)]
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     found = {}
-    for name in sorted(linear, key=loading.dot_natural_key):
-        _, converted = loading.apply_converters(f"{name}.weight", others)
+    for name in sorted(names, key=loading.dot_natural_key):
+        _, converted = loading.apply_converters(name, others)
         if converted is None:
-            path = loading.apply_renamings(f"{name}.weight", plain)
-            if path.endswith(".weight"):
-                found[name] = path.removesuffix(".weight")
+            found[name] = loading.apply_renamings(name, plain)
     return found
+
+
+def linear_in_files(model: Any) -> dict[str, str]:
+    """Return the path in the files of each linear layer that is only renamed, by its path."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = in_files(model, [f"{name}.weight" for name in linear])
+    return {
+        name.removesuffix(".weight"): path.removesuffix(".weight")
+        for name, path in found.items()
+        if path.endswith(".weight")
+    }
+
+
+def others_in_files(model: Any, layers: Collection[str]) -> dict[str, str]:
+    """Return the name in the files of each other tensor, by its name in memory.
+
+    The tensors of a template have names alike, so a few of each are enough.
+    """
+    some: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        if name.removesuffix(".weight") not in layers:
+            some.setdefault(NUMBER.sub("#", name), []).append(name)
+    return in_files(model, {name for each in some.values() for name in (*each[:2], each[-1])})
 
 
 def walk() -> Walk:
@@ -163,17 +189,42 @@ def walk() -> Walk:
 
 def _compare(model: Any, result: Walk) -> None:
     name, config = type(model).__name__, model.config.to_dict()
-    clear = _clear(in_files(model))
+    clear = _clear(linear_in_files(model))
     layers = {module: path for module, (path, _, _) in clear.items()}
+    others = others_in_files(model, layers)
     with patch.object(renames, "conversions", dict):
         found = not mismatch(layers, config)
-    if found:
-        return
-    table = {files: memory for _, files, memory in clear.values() if files != memory}
-    _add(table, result.renames.setdefault((model.config.model_type, name.endswith("Model")), []))
-    reason = mismatch(layers, config)
+    table = {} if found else {files: memory for _, files, memory in clear.values()}
+    tables = result.renames.setdefault((model.config.model_type, name.endswith("Model")), [])
+    with patch.object(renames, "conversions", lambda: {model.config.model_type: [table]}):
+        lost = not_found(others, layers, config)
+    more = {files: memory for _, files, memory in _clear(_paths(lost)).values()}
+    table = {files: memory for files, memory in (table | more).items() if files != memory}
+    if table:
+        _add(table, tables)
+    reason = "" if found else mismatch(layers, config)
     if reason:
         result.wrong[name] = reason
+    lost = not_found(lost, layers, config)
+    if lost:
+        result.lost[name] = lost
+
+
+def _paths(tensors: Mapping[str, str]) -> dict[str, str]:
+    """Return the paths of the modules for tensors whose last part stays, and names for the rest."""
+    pairs = {(_module(memory), _module(files)) for memory, files in tensors.items()}
+    in_memory, on_disk = (Counter(side) for side in zip(*pairs, strict=True)) if pairs else ({}, {})
+    found: dict[str, str] = {}
+    for memory, files in tensors.items():
+        module, path = _module(memory), _module(files)
+        is_alone = bool(module and path) and in_memory[module] == on_disk[path] == 1
+        keeps_last = memory.removeprefix(module) == files.removeprefix(path)
+        found |= {module: path} if is_alone and keeps_last else {memory: files}
+    return found
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
@@ -207,15 +258,42 @@ def _clear(layers: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
     return {memory: each for memory, each in found.items() if len(several[each[1]]) == 1}
 
 
-def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
-    """Return why a layer of a model is not found in the files; an empty text if all are found."""
-    tensors = {
-        f"{path}.weight": BaseTensor("m", TensorInfo(f"{path}.weight", "F32", (8, 8), 0, 0))
-        for path in layers.values()
-    }
-    base = BaseModel(Location("base", None), config, {}, tensors)
+def not_found(
+    others: Mapping[str, str], layers: Mapping[str, str], config: Mapping[str, object]
+) -> dict[str, str]:
+    """Return the tensors beside the layers that an adapter's merge would not find in the files."""
+    base = _base(layers, config, others.values())
     try:
         match = match_modules(dict.fromkeys(layers, 8), base)
+    except CheckpointError:
+        return {}
+    keys = {f"{PREFIX}{name}": path for name, path in others.items()}
+    try:
+        found = match_replacements(dict.fromkeys(keys, (8,)), match, base)
+    except CheckpointError as error:
+        return {"": str(error)}
+    lost = {key: path for key, path in keys.items() if found[key][0].target != path}
+    return {key.removeprefix(PREFIX): path for key, path in lost.items()}
+
+
+def _base(
+    layers: Mapping[str, str], config: Mapping[str, object], others: Iterable[str] = ()
+) -> BaseModel:
+    shapes = {
+        **dict.fromkeys(others, (8,)),
+        **{f"{path}.weight": (8, 8) for path in layers.values()},
+    }
+    tensors = {
+        name: BaseTensor("m", TensorInfo(name, "F32", shape, 0, 0))
+        for name, shape in shapes.items()
+    }
+    return BaseModel(Location("base", None), config, {}, tensors)
+
+
+def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
+    """Return why a layer of a model is not found in the files; an empty text if all are found."""
+    try:
+        match = match_modules(dict.fromkeys(layers, 8), _base(layers, config))
     except CheckpointError as error:
         return str(error)
     for module, path in layers.items():
@@ -237,8 +315,9 @@ def file_text(walked: Walk) -> str:
     release = transformers.__version__
     return f"""# Renames of whole models that renames.toml does not state, one table for each class.
 # Generated by tests/support/conversiontables.py from transformers {release}; do not edit.
-# A line without an indent is a model type. The lines below hold the path of a linear layer in the
-# files and the path in memory, with # for the number of a layer.
+# A line without an indent is a model type. The lines below hold the path of a module in the files
+# and the path in memory, with # for the number of a layer; or the names of a tensor, if the last
+# part of the name differs too.
 {text}
 """
 

@@ -58,6 +58,40 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
         ["gate_proj", "up_proj"],
     ),
 }
+SWIN: Mapping[str, Any] = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "window_size": 2,
+}
+RENAMED: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
+    "norms of a known family": (
+        "SegformerModel",
+        "SegformerConfig",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [8, 16],
+            "patch_sizes": [3, 3],
+            "strides": [2, 2],
+            "num_attention_heads": [1, 2],
+            "mlp_ratios": [2, 2],
+        },
+        ["q_proj", "fc2"],
+    ),
+    "a table of biases": ("SwinModel", "SwinConfig", SWIN, ["q_proj", "fc2"]),
+    "biases of the layers": (
+        "VideoMAEModel",
+        "VideoMAEConfig",
+        {**WIDTHS, "image_size": 16, "patch_size": 8, "num_frames": 4},
+        ["query", "value"],
+    ),
+    "norms of another release": (*KINDS["names of another release"][:3], ["o_proj"]),
+}
+"""Models whose files have other names for trained biases."""
 
 
 class Trained(NamedTuple):
@@ -72,7 +106,7 @@ class Trained(NamedTuple):
 
 def trained(kind: str, folder: Path, **wanted: Any) -> Trained:
     """Write a model and its adapter with random values in every tensor that PEFT trains."""
-    name, config, fields, targets = KINDS[kind]
+    name, config, fields, targets = {**KINDS, **RENAMED}[kind]
     model_class, base, adapter = of_transformers(name), folder / "base", folder / "adapter"
     torch.manual_seed(0)
     model_class(of_transformers(config)(**fields)).save_pretrained(base)
@@ -106,9 +140,10 @@ def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_pa
         merge(adapter, tmp_path / "merged", base=base)
 
 
-def test_trained_biases_of_renamed_norms_replace_those_of_the_base(tmp_path: Path) -> None:
-    model = trained("names of another release", tmp_path, target_modules=["o_proj"], bias="all")
-    assert_merged_as_peft(model, tmp_path / "merged")
+@pytest.mark.parametrize("bias", ["vera_only", "all"])
+@pytest.mark.parametrize("kind", RENAMED)
+def test_renamed_biases_replace_those_of_the_base(kind: str, bias: str, tmp_path: Path) -> None:
+    assert_merged_as_peft(trained(kind, tmp_path, bias=bias), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", KINDS)

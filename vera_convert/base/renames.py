@@ -58,13 +58,25 @@ def release_names(base: BaseModel) -> Iterator[Strategy]:
     Nothing is yielded if no release renames a layer, if the config names no known model type, or
     if two layers would get the same name.
     """
-    paths = _Paths(name.rpartition(".")[0] for name in base.tensors)
+    paths = _Paths(_renamable(base))
     for naming in _namings(base, paths.templates):
         in_memory = paths.renamed(naming.names)
         on_disk = {name: path for path, name in in_memory.items()}
         if len(on_disk) == len(in_memory):
             rename = partial(_path_on_disk, on_disk, in_memory, naming.like_files)
             yield Strategy(naming.title, rename, in_memory.get)
+
+
+def _renamable(base: BaseModel) -> Iterator[str]:
+    """Yield the path of each module, and the name of each tensor beside weights and biases.
+
+    Some classes rename such a tensor to the bias of a layer.
+    """
+    for name in base.tensors:
+        module, _, last = name.rpartition(".")
+        yield module
+        if last not in ("weight", "bias"):
+            yield name
 
 
 def _path_on_disk(

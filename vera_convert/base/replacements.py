@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from vera_convert import rules
@@ -130,9 +131,12 @@ def match_replacements(
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
         module = re.sub(r"(^|\.)base_layer$", "", module)
         paths = [path for rename in strategies if (path := rename(module)) is not None]
-        there = (".".join(filter(None, (path, parameter))) for path in paths)
         plain = ".".join(filter(None, (module, parameter)))
-        target = next(filter(base.tensors.__contains__, there), plain)
+        there = chain(
+            (".".join(filter(None, (path, parameter))) for path in paths),
+            (rename(plain) for rename in strategies),  # some classes rename the parameter too
+        )
+        target = next((path for path in there if path in base.tensors), None) or plain
         parts = () if target in base.tensors else _experts(paths, parameter, shape, base)
         found[name] = parts or (Part(target, shape),)
         for part in found[name]:

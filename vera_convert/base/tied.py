@@ -72,6 +72,31 @@ def is_saved_twice(tensor: TensorData, adapter: Adapter, base: BaseModel) -> boo
     )
 
 
+_STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
+_OF_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
+"""The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
+
+
+def embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each embedding in a stack of an encoder-decoder, and the embedding stored for both.
+
+    The classes of transformers 5 tie these embeddings by the field that ties the head, too. A model
+    without tied head therefore needs each embedding under its own name.
+    """
+    for name in base.tensors:
+        path, weight, _ = name.rpartition(".weight")
+        start, dot, last = path.rpartition(".")
+        own = _OF_STACK.get(last) if weight else None
+        if path.endswith("decoder.embed_tokens") and base.model_type == "fsmt":
+            start, own = start.removesuffix("decoder").rstrip("."), last
+            dot = "." if start else ""
+        for stack in _STACKS if own else ():
+            copy = f"{start}{dot}{stack}.{own}.weight"
+            is_stack = any(each.startswith(f"{start}{dot}{stack}.") for each in base.tensors)
+            if is_stack and copy not in base.tensors:
+                yield copy, name
+
+
 def _module(tensor: TensorData) -> str:
     return replaced_name(tensor.name).rpartition(".")[0]
 

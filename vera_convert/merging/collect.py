@@ -26,7 +26,7 @@ from vera_convert.base.replacements import (
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, resizes, shape_differs
-from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings
+from vera_convert.base.tied import embeddings_of_stacks, is_head, is_tied_head, lone_embeddings
 from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
@@ -55,6 +55,7 @@ def collect(inputs: MergeInputs) -> Changes:
     collector.resize_heads()
     for matched in inputs.adapters:
         collector.part_pairs(matched)
+    collector.separate_stacks()
     changes = collector.changes
     if inputs.options.tied is not None and not collector.meets_tied_head:
         reason = "the adapter changes no output head that is tied to the embedding."
@@ -316,6 +317,24 @@ class _Collector:
         else:
             self.changes.unties = True
             self.changes.heads[head] = embedding
+
+    def separate_stacks(self) -> None:
+        """Store each embedding of an encoder-decoder whose head is untied."""
+        changes = self.changes
+        if not changes.unties:
+            return
+        if self.base.model_type == "switch_transformers":
+            raise UsageError(
+                "--tied untie: SwitchTransformers scales the decoder's output only while head and "
+                "embedding are one tensor. Give --tied add to change both, as PEFT does on merging."
+            )
+        for copy, embedding in embeddings_of_stacks(self.base):
+            if copy in changes.new:
+                continue
+            if embedding in changes.replaced:
+                changes.new[copy] = changes.replaced[embedding]
+            else:
+                changes.heads[copy] = embedding
 
 
 def _module(name: str) -> str:

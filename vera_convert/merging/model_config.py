@@ -76,6 +76,9 @@ class ConfigEdits:
         return edited
 
 
+_SCALED_IF_TIED = ("t5", "umt5", "longt5", "pop2piano")
+
+
 def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     """Return the members of the base's config that the adapters of a merge change.
 
@@ -135,7 +138,16 @@ class _Editor:
                     rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}.")
                 )
         edits.findings += self._missing_modules(name or trained or shown)
+        edits.findings += self._scaled_outputs()
         self._refuse_other_labels()
+
+    def _scaled_outputs(self) -> Iterator[Finding]:
+        """Keep the scaling of the decoder's output, which the T5 family reads from the tie."""
+        config, field = self.base.config, "scale_decoder_outputs"
+        is_scaled = self.base.model_type in _SCALED_IF_TIED and config.get(field) is not False
+        if self.changes.unties and is_scaled:
+            self.edits.members[field,] = True
+            yield rules.OUTPUTS_SCALED.in_file(CONFIG_NAME, f"{field} is true.")
 
     @property
     def _what_it_has(self) -> str:
@@ -159,9 +171,12 @@ class _Editor:
 
     def _unknown_class(self) -> Iterator[Finding]:
         """Yield a warning for each new tensor for which no class is known."""
+        known = {*self.changes.replaced.values()}  # an embedding can be stored for each stack
         for name, replacement in self.changes.new.items():
             module = replaced_name(replacement.tensor.name).rpartition(".")[0]
-            if not (is_output_head(module, self.base.model_type) and self.changes.unties):
+            if replacement not in known and not (
+                is_output_head(module, self.base.model_type) and self.changes.unties
+            ):
                 reason = "the base has no such tensor, and no class with this tensor is known."
                 yield rules.REPLACEMENT_NEW.in_tensor(name, reason)
 

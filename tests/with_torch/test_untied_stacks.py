@@ -1,0 +1,130 @@
+"""Encoder-decoders whose head is untied: the merged model computes what PEFT computes."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from releases import has, of_transformers
+from theirwarnings import OF_PEFT
+
+from vera_convert import MergeOptions, UsageError, VerifyOptions, merge, verify
+from vera_convert.merging.changes import Tied
+
+pytestmark = OF_PEFT
+
+if not has("transformers", "5.0"):
+    pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
+
+BART: Mapping[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "vocab_size": 40,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5: Mapping[str, Any] = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "decoder_start_token_id": 0,
+}
+KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
+    "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
+    "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
+    "T5ForConditionalGeneration": ("T5Config", T5, ["q", "lm_head"]),
+    "FSMTForConditionalGeneration": (
+        "FSMTConfig",
+        {**BART, "langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40},
+        ["q_proj", "output_projection"],
+    ),
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 38, (2, 6), generator=generator)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+    return found
+
+
+def trained(kind: str, folder: Path, **wanted: Any) -> torch.Tensor:
+    """Write a base, and an adapter with random vectors; return the logits of PEFT."""
+    config, fields, targets = KINDS[kind]
+    torch.manual_seed(0)
+    model = of_transformers(kind)(of_transformers(config)(**fields))
+    model.save_pretrained(folder / "base")
+    path = folder / "base" / "config.json"
+    document = json.loads(path.read_bytes())
+    document.pop("scale_decoder_outputs", None)  # published configs of T5 lack this field
+    path.write_text(json.dumps(document))
+    peft_config = peft.VeraConfig(**{"r": 4, "target_modules": targets, **wanted})
+    adapted = peft.get_peft_model(model, peft_config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(folder / "adapter")
+    return logits(adapted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untied_encoder_decoder_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
+    wanted = trained(kind, tmp_path)
+    options = MergeOptions(tied=Tied.UNTIE)
+    done = merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=options)
+    assert ("V579" in {each.code for each in done.findings}) == kind.startswith("T5")
+    model, told = of_transformers(kind).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"]
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+    checked = verify(
+        tmp_path / "adapter",
+        merged=tmp_path / "out",
+        base=tmp_path / "base",
+        options=VerifyOptions(tied=Tied.UNTIE),
+    )
+    assert checked.passed, [str(each) for each in checked.findings]
+
+
+def test_a_head_of_the_adapter_s_own_is_untied_with_the_stacks(tmp_path: Path) -> None:
+    kind = "BartForConditionalGeneration"
+    wanted = trained(kind, tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    options = MergeOptions(tied=Tied.UNTIE)
+    merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=options)
+    model = of_transformers(kind).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_switch_transformers_cannot_be_untied(tmp_path: Path) -> None:
+    name = "SwitchTransformersForConditionalGeneration"
+    torch.manual_seed(0)
+    fields = {**T5, "num_experts": 2, "expert_capacity": 8}
+    model = of_transformers(name)(of_transformers("SwitchTransformersConfig")(**fields))
+    model.save_pretrained(tmp_path / "base")
+    config = peft.VeraConfig(r=4, target_modules=["q", "lm_head"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    for tied, error in ((Tied.UNTIE, True), (Tied.ADD, False)):
+        out, options = tmp_path / tied, MergeOptions(tied=tied)
+        if error:
+            with pytest.raises(UsageError, match=r"SwitchTransformers scales.*--tied add"):
+                merge(tmp_path / "adapter", out, base=tmp_path / "base", options=options)
+        else:
+            assert merge(tmp_path / "adapter", out, base=tmp_path / "base", options=options).written
