@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from theirwarnings import OF_PEFT
 from torch import nn
 
+from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.merging.merge import merge
 from vera_convert.rules import Severity
@@ -249,6 +250,19 @@ def test_findings_name_the_layers_that_the_class_does_not_build(one: Kind, tmp_p
     (checked,) = validate([tmp_path / "embedded"], base=base, select=["V4"]).adapters
     told = {finding.code: finding.severity for finding in checked.findings}
     assert told == ({"V411": Severity.NOTE} if one.severity else {})
+
+
+def test_the_shapes_in_peft_settle_the_sizes(tmp_path: Path) -> None:
+    one = KINDS["mixture of experts"]
+    base, adapter = make(one, tmp_path, stored=False)
+    model = peft.PeftModel.from_pretrained(one.load(base), adapter)
+    A, B = model.base_model.vera_A["default"], model.base_model.vera_B["default"]
+    sizes = BaseOptions(in_features=A.shape[1], out_features=B.shape[0], dtype="float32")
+    done = embed(adapter, tmp_path / "embedded", base=sizes)
+    assert torch.equal(load_file(done.out / "adapter_model.safetensors")["base_model.vera_A"], A)
+    for each, severity in ((adapter, Severity.WARNING), (done.out, Severity.NOTE)):
+        (checked,) = validate([each], base=base, select=["V411"]).adapters
+        assert [finding.severity for finding in checked.findings] == [severity]
 
 
 @pytest.mark.parametrize("one", KINDS.values(), ids=KINDS)
