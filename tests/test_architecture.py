@@ -38,7 +38,7 @@ base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
-merging: tensors collect plan report model_config output provenance job merge
+merging: collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets pipeline_component
 lora: checks record card forms writing
 lora: sizes gguf_reading gguf_form reading conversion

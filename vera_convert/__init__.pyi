@@ -26,10 +26,10 @@ from vera_convert.lora.conversion import LoraConversion as LoraConversion
 from vera_convert.lora.conversion import to_lora as to_lora
 from vera_convert.lora.options import LoraOptions as LoraOptions
 from vera_convert.merging.adapters import AdapterSpec as AdapterSpec
-from vera_convert.merging.changes import Tied as Tied
 from vera_convert.merging.merge import Merge as Merge
 from vera_convert.merging.merge import merge as merge
 from vera_convert.merging.options import MergeOptions as MergeOptions
+from vera_convert.merging.options import Tied as Tied
 from vera_convert.rules import Finding as Finding
 from vera_convert.rules import Rule as Rule
 from vera_convert.rules import Severity as Severity

@@ -20,7 +20,7 @@ from vera_convert.cli.app import main
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.merging.adapters import AdapterSpec
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.verification import model_comparison
 from vera_convert.verification import verify as verifying
 

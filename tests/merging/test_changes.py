@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.adapters import AdapterSpec
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.validation.validate import validate
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify

@@ -14,7 +14,7 @@ from releases import has, needs
 from smallmodels import TINY
 from trainedmodels import HEADS, KINDS, TARGETS, loaded, saved, trained
 
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

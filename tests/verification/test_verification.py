@@ -32,7 +32,7 @@ from vera_convert.formats.document import result_document
 from vera_convert.formats.verification import verification_text
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.verification import diagnosis, merged, model_comparison, pairs
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.comparator import LIMIT, last_bits

@@ -29,7 +29,7 @@ from vera_convert import (
     strip,
 )
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel
 
 LLAMA = VeraConfig(r=4, target_modules=("q_proj", "v_proj"), init_weights=False)

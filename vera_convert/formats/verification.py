@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.formats.shared import Row, labelled, origin_text
-from vera_convert.merging.tensors import Kind
+from vera_convert.merging.changes import Kind
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.forms import FormCheck, FormEffect

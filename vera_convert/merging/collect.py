@@ -33,8 +33,9 @@ from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.merging.changes import Changes, Replacement, ResizedBias, Tied
+from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
+from vera_convert.merging.options import Tied
 from vera_convert.merging.vectors import Vectors, VectorsOfPart, moved_rows
 from vera_convert.rules import Finding
 from vera_convert.text import printable

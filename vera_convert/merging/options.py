@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import import_module
 
 from vera_convert.arguments import (
@@ -27,8 +28,16 @@ from vera_convert.draws.generator import Variant
 from vera_convert.dtypes import HEADER_NAMES
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
-from vera_convert.merging.changes import Tied
 from vera_convert.text import printable
+
+
+class Tied(StrEnum):
+    """How to merge into an output head that shares a tensor with the embedding."""
+
+    ADD = "add"
+    """Change the shared tensor, and so the embedding, as PEFT does."""
+    UNTIE = "untie"
+    """Give the head a separate tensor, and say so in the config."""
 
 
 @dataclass(frozen=True, slots=True)

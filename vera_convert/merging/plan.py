@@ -21,10 +21,9 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.files.shards import INDEX_SUFFIX, SUFFIX, named_weights
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.changes import Changes
+from vera_convert.merging.changes import Changes, MergedTensor, merged_tensors
 from vera_convert.merging.dequantize import dequantized_metadata
 from vera_convert.merging.inputs import MergeInputs
-from vera_convert.merging.tensors import MergedTensor, merged_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)

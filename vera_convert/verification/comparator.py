@@ -26,7 +26,7 @@ from vera_convert.assembly.addends import Term
 from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B, working_dtype
 from vera_convert.dtypes import PRECISION
 from vera_convert.files.tensorfile import NUMPY_DTYPE
-from vera_convert.merging.tensors import MergedTensor
+from vera_convert.merging.changes import MergedTensor
 
 Array = NDArray[Any]
 

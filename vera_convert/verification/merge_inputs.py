@@ -13,10 +13,9 @@ from vera_convert.base.model import BaseModel
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.adapters import AdapterSpec, MatchedAdapter, find_adapters
-from vera_convert.merging.changes import Changes
+from vera_convert.merging.changes import Changes, MergedTensor, merged_tensors
 from vera_convert.merging.collect import collect
 from vera_convert.merging.inputs import MergeInputs, open_inputs
-from vera_convert.merging.tensors import MergedTensor, merged_tensors
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.provenance import MergeSettings, Provenance, RecordedAdapter

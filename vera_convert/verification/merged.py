@@ -27,8 +27,8 @@ from vera_convert.files.shards import component_folders
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files, locate
 from vera_convert.merging.adapters import AdapterSpec, MergedAdapter
 from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.changes import Kind, MergedTensor
 from vera_convert.merging.model_config import ConfigEdits, config_edits
-from vera_convert.merging.tensors import Kind, MergedTensor
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.merge_inputs import Merged, RepeatedMerge

@@ -23,7 +23,7 @@ from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import SAMPLES

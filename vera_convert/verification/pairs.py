@@ -16,7 +16,7 @@ from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.dtypes import BITS, FLOATS, holds_every_value
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.tensors import Kind, MergedTensor
+from vera_convert.merging.changes import Kind, MergedTensor
 
 Array = NDArray[Any]
 

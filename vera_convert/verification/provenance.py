@@ -18,8 +18,7 @@ from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.strict_json import read_json
-from vera_convert.merging.changes import Tied
-from vera_convert.merging.options import MergeOptions
+from vera_convert.merging.options import MergeOptions, Tied
 from vera_convert.merging.provenance import FORMAT, PROVENANCE_LIMIT
 from vera_convert.text import printable
 

@@ -16,7 +16,7 @@ from vera_convert.arguments import Progress
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
 from vera_convert.merging.base_files import BaseFiles
-from vera_convert.merging.tensors import Kind, MergedTensor
+from vera_convert.merging.changes import Kind, MergedTensor
 from vera_convert.rules import Finding
 from vera_convert.text import and_more, listed
 from vera_convert.verification.comparator import (

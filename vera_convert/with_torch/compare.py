@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.dtypes import FLOATS, NAMES
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
 from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model
 from vera_convert.with_torch.compare_quantized import compare_quantized

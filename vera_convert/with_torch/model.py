@@ -25,7 +25,7 @@ from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX
 from vera_convert.arguments import one_of
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.text import printable
 from vera_convert.with_torch.adapters import Adapters
 from vera_convert.with_torch.layer import VeraLinear, check_has_values

@@ -21,7 +21,7 @@ from torch import nn
 
 from vera_convert.adapter.config import FIELDS, VeraConfig
 from vera_convert.errors import UsageError
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 from vera_convert.text import printable
 
 _NO_PROMPTS = "a VeRA adapter has no prompts"
