@@ -186,7 +186,7 @@ class MergedTensor:
 def merged_tensors(
     files: BaseFiles, changes: Changes, *, dtype: str | None = None
 ) -> dict[str, MergedTensor]:
-    """Return every tensor of a merged model, by name.
+    """Return every tensor of a merged model, by name: a merge writes them, `verify` expects them.
 
     Args:
         files: the base and its files.

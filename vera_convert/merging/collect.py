@@ -18,6 +18,8 @@ from vera_convert.adapter.sorting import same_tensor
 from vera_convert.assembly.addends import Term
 from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.match import Match, embedding_of_head
+from vera_convert.base.quantized.targets import refuse_quantized
+from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
     Part,
     incomplete_modules,
@@ -45,7 +47,8 @@ def collect(inputs: MergeInputs) -> Changes:
     """Collect the changes of all adapters, and refuse changes that contradict each other.
 
     Raises:
-        CheckpointError: an adapter contradicts the base or another adapter; with all findings.
+        CheckpointError: an adapter contradicts the base or another adapter, or replaces a tensor
+            that stays quantized; with all findings.
         UsageError: the head to untie lacks a known name.
     """
     collector = _Collector(inputs)
@@ -68,6 +71,8 @@ def collect(inputs: MergeInputs) -> Changes:
         heads=[name for name, each in replacing.items() if each.is_of_classifier],
     )
     refuse((*collector.defects, *changes.resizes.findings))
+    if inputs.base.packed is None:
+        refuse_quantized(unpacked(inputs.base.model), changes.replaced)
     changes.resized_biases = {
         name: ResizedBias(inputs.base.tensor(name), count)
         for name, count in biases_of_logits(changes.resizes, inputs.base.model)

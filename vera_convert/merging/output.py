@@ -12,8 +12,6 @@ from vera_convert._version import __version__
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
 from vera_convert.base.model import read_base
-from vera_convert.base.quantized.targets import refuse_quantized
-from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import CARD_NAME, of_dtype, untied
 from vera_convert.base.vocabulary import check_tokens, embedding_rows
 from vera_convert.errors import SurroundingsError
@@ -65,8 +63,6 @@ def plan_merge(inputs: MergeInputs) -> MergePlan:
     changes = collect(inputs)
     _check_tokenizer(inputs, changes)
     edits = config_edits(inputs, changes)
-    if base.packed is None:
-        refuse_quantized(unpacked(base.model), changes.replaced)
     weights = plan_weights(inputs, changes)
     replaced = replaced_tensors(inputs, changes)
     files = [*weights.files]

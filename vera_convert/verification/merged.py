@@ -15,8 +15,6 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.recognize import method_of
-from vera_convert.base.quantized.targets import refuse_quantized
-from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.side_files import PROVENANCE_NAME, sort_files
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, rounding_on_base
@@ -150,8 +148,6 @@ def check_merged(
         if read.model.prefix and read.model.prefix != base_model.prefix:
             # The adapter's layers select the component of a pipeline.
             read = _read_merged(merged, access, complete=complete, component=base_model.prefix)
-        if inputs.base.packed is None:
-            refuse_quantized(unpacked(base_model), source.changes.replaced)
         edits = config_edits(inputs, source.changes)
         tensors = check_tensors(
             _expected(read, source, edits),
@@ -167,6 +163,7 @@ def check_merged(
         inputs.check_unchanged()
         folder = read.model.location.fetched
         adapters = tuple(map(MergedAdapter.of, inputs.adapters))
+        job = _job(adapters, base_model, folder, settings, tensors)
         return MergedCheck(
             label=read.model.location.label,
             base=base_model.location.label,
@@ -175,9 +172,7 @@ def check_merged(
             settings=settings,
             tensors=tensors,
             seconds=time.monotonic() - started,
-            run=_job(adapters, base_model, folder, settings, tensors)
-            if complete
-            else "--layers-only",
+            run=job if complete else "--layers-only",
             findings=tuple(findings),
         )
 
