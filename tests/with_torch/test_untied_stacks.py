@@ -15,7 +15,7 @@ from releases import has, of_transformers
 from theirwarnings import OF_PEFT
 
 from vera_convert import MergeOptions, UsageError, VerifyOptions, merge, verify
-from vera_convert.merging.changes import Tied
+from vera_convert.merging.options import Tied
 
 pytestmark = OF_PEFT
 
