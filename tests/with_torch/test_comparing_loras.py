@@ -16,7 +16,7 @@ from vera_convert.formats.document import result_document
 from vera_convert.formats.verification import verification_text
 from vera_convert.verification import model_comparison
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob
-from vera_convert.with_torch.compare_lora import compare_lora
+from vera_convert.with_torch.compare import compare_lora
 
 pytest.importorskip("peft")
 

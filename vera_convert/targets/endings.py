@@ -27,14 +27,7 @@ class Endings:
 
     def has(self, path: str) -> bool:
         """Say whether a path equals or ends with any name."""
-        node = self._tree
-        for element in reversed(path.split(".")):
-            if element not in node:
-                return False
-            node = node[element]
-            if _END in node:
-                return True
-        return False
+        return any(_END in node for _, node in self._walk(path))
 
     def suffixes(self, path: str) -> Iterator[str]:
         """Yield the endings that a path shares with any name, the shortest first."""

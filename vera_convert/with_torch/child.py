@@ -35,8 +35,7 @@ def main() -> None:
         say({"stage": stage, "done": done, "of": of})
 
     try:
-        from vera_convert.with_torch.compare import compare_models
-        from vera_convert.with_torch.compare_lora import compare_lora
+        from vera_convert.with_torch.compare import compare_lora, compare_models
 
         job = job_of(document)
         compared = compare_lora(job, tell) if job.is_lora else compare_models(job, tell)

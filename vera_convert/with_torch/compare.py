@@ -1,8 +1,12 @@
-"""Run two whole models side by side: a base wrapped with adapters, and the merged model.
+"""Run two whole models side by side: a base wrapped with adapters, and a merged model or a LoRA.
 
     base ──► run ──► wrap ──► run ──► merge here ──► run ──► round ──► run ─┐
                                                                            ├──► ModelComparison
     merged model, after the base is freed ──► run ──────────────────────────┘
+
+    base ──► run ──► wrap ──► run ──► LoRA's factors instead ──► run ───────┐
+                                                                           ├──► ModelComparison
+    base, built again ──► PEFT loads the LoRA ──► run ──────────────────────┘
 
 All models compute in float32, or in float64 if the weights are in float64: the errors of 16-bit
 arithmetic would hide the errors of a merge. A correct merge into 16 bits still differs by the
@@ -22,23 +26,28 @@ model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.dtypes import FLOATS, NAMES
+from vera_convert.lora.reading import ReadLora, open_lora
 from vera_convert.merging.options import Tied
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
+from vera_convert.with_torch.arrays import to_tensor
 from vera_convert.with_torch.build import Blueprint, UnfitError, blueprint, build_model
 from vera_convert.with_torch.compare_quantized import compare_quantized
 from vera_convert.with_torch.layer import VeraLinear
+from vera_convert.with_torch.model import VeraModel
 from vera_convert.with_torch.modules import modules_of, share_trained
-from vera_convert.with_torch.runs import Runs, wrapped_model
-from vera_convert.with_torch.verdict import Reference, difference, order_noise, verdict
+from vera_convert.with_torch.runs import Runs, loaded_by_peft, wrapped_model
+from vera_convert.with_torch.samples import Outputs
+from vera_convert.with_torch.verdict import LORA, Reference, difference, order_noise, verdict
 
 
 def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) -> ModelComparison:
@@ -66,27 +75,34 @@ def compare_models(job: ModelJob, tell: Tell = lambda _stage, _done, _of: None) 
             dequantize=job.settings.dequantize,
         )
         labels = getattr(base.config, "num_labels", None)
-    reference = _reference(base, job, runs)
-    gc.collect()  # frees the first model even with references in a circle
-    runs.enter(Stage.BUILD)
-    try:
+    reference = _reference_of_merge(base, job, runs)
+
+    def build() -> nn.Module:
         merged = blueprint(job.found, label=str(job.found), like=base.name)
         if labels is not None and labels != merged.config.num_labels:
             merged.config.num_labels = labels  # the number of labels of the adapter's head
-        model = build_model(merged).to(runs.wide)
-        outputs = runs.outputs(model)
-        found = verdict(base.name, reference, outputs)
-    except UnfitError as error:
-        return verdict(base.name, reference, None, f"{error}")
-    if not job.quantizer or not found.passed:
+        return build_model(merged).to(runs.wide)
+
+    outputs, failure = _run(build, runs)
+    found = verdict(base.name, reference, outputs, failure)
+    if outputs is None or not job.quantizer or not found.passed:
         return found
-    del model
     gc.collect()
     quantized = compare_quantized(base, job, reference, outputs, runs)
     return replace(found, quantized=quantized)
 
 
-def _reference(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
+def _run(build: Callable[[], nn.Module], runs: Runs) -> tuple[Outputs | None, str]:
+    """Build and run the compared model; return the outputs, or why the model cannot be run."""
+    gc.collect()  # frees the first model even with references in a circle
+    runs.enter(Stage.BUILD)
+    try:
+        return runs.outputs(build()), ""
+    except UnfitError as error:
+        return None, f"{error}"
+
+
+def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference:
     """Run the base, the base with adapters, and our own merge before and after rounding."""
     model, base = runs.base(plan)
     runs.enter(Stage.MERGE)
@@ -167,3 +183,107 @@ def _round(tensors: Iterable[tuple[Tensor, torch.dtype]]) -> None:
     for tensor, dtype in tensors:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+
+
+# --- a LoRA ---------------------------------------------------------------------------------------
+
+
+_FIELDS = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "fan_in_fan_out", "bias", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "task_type"),
+)
+"""The fields of PEFT's config that a plain LoRA needs; PEFT gets no other field."""
+
+
+def compare_lora(job: ModelJob, tell: Tell) -> ModelComparison:
+    """Compare a base with the adapter, and the same base with the LoRA in PEFT.
+
+    The LoRA's factors, applied without PEFT, give the limits: PEFT may differ from these by the
+    order of summation alone, and from the adapter also by the error of the LoRA, which the
+    comparison of the files has checked.
+
+    Args:
+        job: the base, the adapter, and the LoRA's folder.
+        tell: called at the start of each stage.
+
+    Raises:
+        CheckpointError: the adapter, the LoRA or the base is malformed.
+        UsageError: the models cannot use the text.
+        SurroundingsError: transformers cannot build or run the base, or a file cannot be read.
+    """
+    runs = Runs(job, tell)
+    runs.enter(Stage.BUILD)
+    ((folder, _),) = job.adapters
+    with open_adapter(folder) as adapter:
+        plan = blueprint(job.base, label=str(job.base), adapters=[adapter])
+    with open_lora(job.found) as lora:
+        reference = _reference_of_lora(plan, lora, job, runs)
+        outputs, failure = _run(lambda: _with_lora(build_model(plan).to(runs.wide), lora), runs)
+        return verdict(plan.name, reference, outputs, failure, words=LORA)
+
+
+def _reference_of_lora(plan: Blueprint, lora: ReadLora, job: ModelJob, runs: Runs) -> Reference:
+    """Run the base, the base with the adapter, and the base with the LoRA's factors."""
+    model, base = runs.base(plan)
+    runs.enter(Stage.MERGE)
+    vera = wrapped_model(model, job).to(runs.wide)
+    wrapped = runs.outputs(vera)
+    layers = _layers(vera, lora, runs.wide)
+    for layer, _, _ in layers:
+        for b in layer.vera_lambda_b.values():
+            b.data.zero_()
+    with _branches(layers):
+        applied = runs.outputs(vera)
+    with torch.no_grad():
+        for layer, A, B in layers:
+            delta = B @ A
+            layer.weight.add_(delta.T if layer.conv1d else delta)
+    merged = runs.outputs(vera)
+    dtypes = {to_tensor(each.lora_B.array()).dtype for each in lora.layers.values()}
+    return Reference(
+        base,
+        wrapped,
+        applied,
+        applied,
+        rounding=max(dtypes, key=lambda each: torch.finfo(each).eps),
+        wide=runs.wide,
+        weights=sum(layer.weight.numel() for layer, _, _ in layers),
+        branches=difference(applied, merged),
+    )
+
+
+def _layers(
+    vera: VeraModel, lora: ReadLora, wide: torch.dtype
+) -> list[tuple[VeraLinear, Tensor, Tensor]]:
+    """Return the layers of the adapter with the LoRA's factors, scaled."""
+    found = []
+    for path, module in modules_of(vera.model):
+        if isinstance(module, VeraLinear) and path in lora.layers:
+            A, B = lora.layers[path].factors()
+            found.append((module, to_tensor(A).to(wide), to_tensor(B).to(wide)))
+    return found
+
+
+@contextmanager
+def _branches(layers: list[tuple[VeraLinear, Tensor, Tensor]]) -> Iterator[None]:
+    """Let layers add the product of the LoRA's factors to the outputs inside the block."""
+
+    def adds(A: Tensor, B: Tensor) -> Any:  # noqa: ANN401 -- a hook
+        return lambda _module, inputs, output: output + (inputs[0] @ A.T) @ B.T
+
+    hooks = [layer.register_forward_hook(adds(A, B)) for layer, A, B in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_lora(model: nn.Module, lora: ReadLora) -> nn.Module:
+    """Return a model into which PEFT has loaded a LoRA."""
+    config: Mapping[str, Any] = lora.config or {}
+    fields = {name: config[name] for name in _FIELDS if config.get(name) is not None}
+    stored = [each for layer in lora.layers.values() for each in (layer.lora_A, layer.lora_B)]
+    tensors = [*stored, *lora.others.values()]
+    return loaded_by_peft(model, "LoraConfig", fields, tensors)
