@@ -136,6 +136,14 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
+def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Return groups of findings that differ in the place alone, in the order of their firsts."""
+    groups: dict[tuple[Rule, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.rule, finding.reason), []).append(finding)
+    return [*groups.values()]
+
+
 # --- the file ------------------------------------------------------------------------------------
 
 _TEXTS = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")

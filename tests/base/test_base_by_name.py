@@ -47,6 +47,8 @@ def test_a_folder_here_is_the_base_where_the_hub_has_none_and_that_is_said(
     assert ended.status == 0
     assert "V557" in ended.err
     assert "models/llama" in ended.out
+    quiet = run(*(word if word != "out" else "quiet" for word in command), "--offline", "-q")
+    assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
     named = run(*(word if word != "out" else "named" for word in command), "--base", "models/llama")
     assert named.status == 0
     assert "V557" not in named.err

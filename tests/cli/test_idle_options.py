@@ -77,6 +77,8 @@ def test_an_option_that_finds_nothing_to_act_on_is_told(
     told = ended.err + ended.out
     assert (told.count("V564"), f"{place}: " in told) == (1, True)
     assert content(tmp_path / "out") == written
+    remove(tmp_path / "out")
+    assert run(*arguments, *option.split(), "--json").out.count('"V564"') == 1
 
 
 def content(out: Path) -> dict[str, bytes]:

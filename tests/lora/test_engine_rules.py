@@ -25,7 +25,7 @@ EXPERTS = [
 SHARED = [
     f"model.layers.1.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
 ]
-TOWER = ["vision_tower.encoder.layers.0.self_attn.q_proj"]
+TOWER = [f"vision_tower.encoder.layers.{n}.self_attn.q_proj" for n in range(2)]
 ATTENTION = [
     f"model.layers.{n}.self_attn.{name}" for n in range(2) for name in ("q_proj", "v_proj")
 ]
@@ -95,12 +95,13 @@ def test_tgi_drops_a_kind_that_a_layer_of_the_base_lacks(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("engine", ["sglang", "tgi", "mlx"])
 def test_a_vision_tower_is_no_part_of_the_text_model(engine: str, tmp_path: Path) -> None:
-    refused(TOWER, tmp_path, r"V705 vision_tower\.encoder\.layers\.0", engine=engine)
+    refused(TOWER, tmp_path, r"V705 vision_tower\.encoder\.layers\.0", layers=2, engine=engine)
 
 
 def test_vllm_loads_a_vision_tower_only_on_request(tmp_path: Path) -> None:
     done = convert([*TOWER, *ATTENTION], tmp_path / "tower", engine="vllm")
-    assert [finding.code for finding in done.findings if finding.code > "V7"] == ["V716"]
+    found = [(each.code, each.place) for each in done.findings if each.code > "V7"]
+    assert found == [("V716", name) for name in TOWER]
     assert done.server_arguments.startswith("--enable-tower-connector-lora --enable-lora ")
     done = convert(ATTENTION, tmp_path / "text", engine="vllm")
     assert not [finding for finding in done.findings if finding.code > "V7"]
@@ -146,3 +147,11 @@ def test_the_other_errors_of_an_engine_are_in_the_json_and_not_in_validate(
     ended = run(*words, "--for", "tgi", "--json")
     assert re.search(r"V7\d\d .*\(and \d+ more: --json lists all\)$", ended.err, re.MULTILINE)
     assert len(ended.document["findings"]) > 1
+
+
+def test_warnings_that_differ_in_the_layer_alone_are_one_line(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    convert(TOWER, folder, engine="vllm")
+    words = ["to-lora", folder / "adapter", tmp_path / "out", "--base", folder / "base"]
+    ended = run(*words, "--for", "vllm")
+    assert ended.err.count("V716") == ended.err.count(f"V716 {TOWER[0]} and 1 more: ") == 1

@@ -109,7 +109,7 @@ def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> 
     other = {n: t[::-1].copy() for n, t in good_tensors().items() if n.endswith("lambda_b")}
     result = verify(good_adapter(tmp_path / "other", tensors=other), lora=lora)
     assert codes(result) == {"V721"}
-    assert result.wrong == 4
+    assert len(result.errors) == 4
 
 
 def scaled(name: str, factor: float) -> Change:
@@ -159,6 +159,16 @@ def test_what_is_wrong_is_named(case: str, adapter: Path, lora: Path) -> None:
     change, config, code = WRONG[case]
     with np.errstate(invalid="ignore"):
         assert codes(verify(adapter, lora=changed(lora, change, **config))) == {code}
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["fc1"]}, {"r": 8}], ids=str)
+def test_each_layer_that_peft_does_not_load_is_named(
+    config: dict[str, Any], adapter: Path, lora: Path
+) -> None:
+    result = verify(adapter, lora=changed(lora, nothing, **config))
+    places = [each.place for each in result.errors if each.code == "V726"]
+    assert result.lora is not None
+    assert places == [layer.name for layer in result.lora.layers]
 
 
 @pytest.mark.parametrize(

@@ -258,9 +258,9 @@ def _show_conversion(name: str, options: CommonOptions, result: Conversion) -> N
 def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None:
     from vera_convert.formats.results import tree_text
 
-    warn(result.findings)
+    warn(result.findings, options)
     for name, conversion in result.done.items():
-        warn(conversion.findings, f"{printable(name)}: ")
+        warn(conversion.findings, options, f"{printable(name)}: ")
     for name, error in result.failed.items():
         tell("error", f"{printable(name)}: {reason(error, {'adapter': f'{tree}/{name}'})}")
     print_result(options, result, tree_text)

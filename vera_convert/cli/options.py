@@ -138,7 +138,10 @@ class CommonOptions(Options):
     as_json: bool = flag(DISPLAY, "Print the result as one JSON document.", "--json")
     quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
     verbose: bool = flag(
-        DISPLAY, "Print each request to the Hub and each written file to stderr.", "-v", "--verbose"
+        DISPLAY,
+        "Print each request to the Hub and each file read or written to stderr.",
+        "-v",
+        "--verbose",
     )
     progress: bool | None = flag(
         DISPLAY,

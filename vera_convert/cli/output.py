@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -16,7 +17,8 @@ import click
 from vera_convert.cli.options import CommonOptions
 from vera_convert.errors import SurroundingsError
 from vera_convert.progress import watched
-from vera_convert.text import printable_whole, wrapped
+from vera_convert.rules import alike
+from vera_convert.text import and_more, printable_whole, wrapped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -85,15 +87,20 @@ def show(
         text: the function that writes the record for people.
         values: values of the JSON document that the record lacks.
     """
-    warn(getattr(result, "findings", ()))
+    warn(getattr(result, "findings", ()), options)
     print_result(options, result, text, **values)
 
 
-def warn(findings: Sequence[Finding], before: str = "") -> None:
-    """Print warnings and notes to stderr."""
-    for finding in findings:
-        if finding.severity != "error":
-            tell(finding.severity, f"{before}{finding}")
+def warn(findings: Sequence[Finding], options: CommonOptions, before: str = "") -> None:
+    """Print warnings to stderr, and notes without --quiet.
+
+    Findings that differ in the place alone share a line.
+    """
+    shown_severities = ("warning",) if options.quiet else ("warning", "note")
+    for first, *others in alike(findings):
+        if first.severity in shown_severities:
+            shown = replace(first, place=first.place + and_more(len(others)))
+            tell(first.severity, f"{before}{shown}")
 
 
 def print_result(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.changes import Kind
+from vera_convert.rules import alike
 from vera_convert.text import and_more, counted, printable
 from vera_convert.verification.comparator import LIMIT
 from vera_convert.verification.forms import FormCheck, FormEffect
@@ -37,10 +38,10 @@ def verification_text(result: Verification) -> str:
 
 
 def _verdict(result: Verification) -> str:
-    if not result.wrong:
+    if not result.errors:
         return "verified" if result.passed else "weights verified; the model was NOT RUN"
     tensors = 0 if result.merged is None else len(result.merged.tensors.worst_first)
-    others = result.wrong - tensors
+    others = len(result.errors) - tensors
     said = [f"{counted(tensors, 'tensor')} differ{'s' if tensors == 1 else ''}"] if tensors else []
     said += [counted(others, "other error" if tensors else "error")] if others else []
     return f"FAILED: {', '.join(said)}"
@@ -177,12 +178,12 @@ def _error_lines(result: Verification) -> Iterator[str]:
     tensors = result.merged.tensors if result.merged is not None else None
     wrong = tensors.worst_first if tensors is not None else []
     of_tensors = {check.finding() for check in wrong}
-    others = [each for each in result.errors if each not in of_tensors][:_MOST_OTHERS]
-    for finding in others:
-        yield f"WRONG {finding.code} {finding.place}: {finding.reason}"
-    more = result.wrong - len(wrong) - len(others)
-    if more:
-        yield and_more(more, "error").lstrip()
+    shown = alike(each for each in result.errors if each not in of_tensors)
+    for first, *others in shown[:_MOST_OTHERS]:
+        yield f"WRONG {first.code} {first.place}{and_more(len(others))}: {first.reason}"
+    rest = sum(map(len, shown[_MOST_OTHERS:]))
+    if rest:
+        yield and_more(rest, "error").lstrip()
     if tensors is not None:
         yield from _wrong_lines(tensors)
 

@@ -128,12 +128,12 @@ def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Ite
             "the LoRA of all layers",
         )
     towers = [name for name in written if is_in_tower(name)]
-    if engine.tower and towers:
+    if engine.tower:
         reason = (
-            f"{engine.title} loads the LoRA of the layer only with {engine.tower}, and for few "
-            f"kinds of models{_also(towers)}."
+            f"{engine.title} loads the LoRA of this layer only with {engine.tower}, and for few "
+            "kinds of models."
         )
-        yield rules.LORA_TOWER.at(printable(towers[0]), reason)
+        yield from _at_each(towers, rules.LORA_TOWER, reason)
     reason = f"{engine.title} needs a LoRA of this layer beside the adapted ones."
     yield from _at_each(plan.missing, rules.LORA_LAYERS_MISSING, reason)
 
@@ -217,9 +217,10 @@ def _kind_findings(plan: LoraPlan, engine: Engine) -> Iterator[Finding]:
     if not engine.conv1d:
         yield from _at_each(conv1d, rules.LORA_CONV1D_REFUSED, "the layer is a Conv1D.")
     tied = [layer.module for layer in plan.layers if layer.tied]
-    if tied and not engine.tied_head:
-        reason = f"{engine.title} has no such layer: its tensor is the embedding's."
-        yield rules.LORA_NAME_UNKNOWN.at(printable(tied[0]), reason)
+    if not engine.tied_head:
+        yield from _left_out(
+            tied, f"{engine.title} has no such layer: its tensor is the embedding's"
+        )
 
 
 def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Finding]:
@@ -240,10 +241,6 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
         yield from _at_each(lost, rules.LORA_FUSED_EXPERTS, reason)
     reason = f'PEFT refuses a LoRA of this layer in a model of type "{model_type}".'
     yield from _at_each(refused_in_mamba(modules, model_type), rules.LORA_MAMBA_REFUSED, reason)
-
-
-def _also(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
 
 
 def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Finding]:

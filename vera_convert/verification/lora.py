@@ -11,7 +11,7 @@ The error is computed from thin matrices, so no delta is formed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -47,14 +47,13 @@ from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect
 from vera_convert.rules import Finding
-from vera_convert.text import counted, printable
+from vera_convert.text import printable
 from vera_convert.verification.forms import fetched_adapter
 from vera_convert.verification.lora_config import config_findings
 from vera_convert.verification.lora_names import in_transformers_order, layer_names
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, missing_packages
 from vera_convert.verification.options import VerifyOptions, settle
 
-_MOST_FINDINGS = 50
 _LIMITS = {"F64": 1e-6, "F32": 1e-6, "BF16": 6e-3, "F16": 2e-3}
 """The relative error that rounding to a dtype explains."""
 _SLACK = 1.05
@@ -174,12 +173,13 @@ def check_lora(
             label=places[1].label,
             origin=pair.origin,
             layers=layers,
-            zeros=sum(not _has_effect(layer) for layer in pairing.extra),
+            zeros=sum(not _has_effect(layer) for layer in pairing.extra.values()),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
             run=run,
             findings=(
-                *(*wrong, *of_config)[:_MOST_FINDINGS],
+                *wrong,
+                *of_config,
                 *_other_source(ours, theirs),
                 *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
             ),
@@ -210,9 +210,10 @@ class _Pairing:
         return {module: name for module, name in self.names.items() if name is not None}
 
     @property
-    def extra(self) -> list[ReadLayer]:
-        """The LoRA's layers that the adapter does not have."""
-        return [self.lora.layers[name] for name in self.lora.layers.keys() - {*self.found.values()}]
+    def extra(self) -> dict[str, ReadLayer]:
+        """The LoRA's layers that the adapter does not have, by the LoRA's name."""
+        found = {*self.found.values()}
+        return {name: layer for name, layer in self.lora.layers.items() if name not in found}
 
     def layers(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
         """Compare layers, heads and biases; return the compared layers and the errors."""
@@ -220,7 +221,7 @@ class _Pairing:
         layers = tuple(each for each in compared if isinstance(each, LoraLayerCheck))
         wrong = [each for each in compared if isinstance(each, Finding)]
         wrong += [layer.finding() for layer in layers if not layer.passed]
-        wrong += _extra_layers(self.lora, self.extra)
+        wrong += _extra_layers(self.extra)
         return layers, [*wrong, *_other_tensors(self.adapter, self.lora)]
 
     def config_findings(self) -> Iterator[Finding]:
@@ -290,13 +291,11 @@ def _error_of_rank(ours: Factors, rank: int) -> float:
     return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
 
 
-def _extra_layers(lora: ReadLora, extra: Sequence[ReadLayer]) -> Iterator[Finding]:
-    """Yield a finding for the layers that the adapter lacks, if any has an effect."""
-    acting = [layer for layer in extra if _has_effect(layer)]
-    if acting:
-        first = min(name for name, layer in lora.layers.items() if layer in acting)
-        reason = f"the adapter has no such layer; {counted(len(acting), 'layer')} in all."
-        yield rules.LORA_LAYER_EXTRA.at(printable(first), reason)
+def _extra_layers(extra: Mapping[str, ReadLayer]) -> Iterator[Finding]:
+    """Yield a finding for each layer that the adapter lacks and that has an effect."""
+    for name, layer in extra.items():
+        if _has_effect(layer):
+            yield rules.LORA_LAYER_EXTRA.at(printable(name), "the adapter has no such layer.")
 
 
 def _has_effect(layer: ReadLayer) -> bool:
@@ -325,8 +324,10 @@ def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
             yield rules.LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA lacks this tensor.")
         elif not same_tensor(tensor, other):
             yield rules.LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA has other values.")
-    for name in lora.others.keys() - {tensor.name for tensor in adapter.replacements}:
-        yield rules.LORA_TENSOR_DIFFERS.in_tensor(name, "only the LoRA has this tensor.")
+    own = {tensor.name for tensor in adapter.replacements}
+    for name in lora.others:
+        if name not in own:
+            yield rules.LORA_TENSOR_DIFFERS.in_tensor(name, "only the LoRA has this tensor.")
 
 
 def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from vera_convert.lora.forms import layer_count
 from vera_convert.lora.reading import ReadLora
 from vera_convert.rules import Finding
 from vera_convert.targets.matching import is_all_linear, matching
-from vera_convert.text import counted, printable
+from vera_convert.text import printable
 
 _LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 
@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 def config_findings(
     lora: ReadLora, loaded: Mapping[str, str], task_type: str | None, facts: BaseFacts
 ) -> Iterator[Finding]:
-    """Yield a finding for each kind of tensor that the engine would leave out or refuse.
+    """Yield a finding for each tensor that the engine would leave out or refuse.
 
     Args:
         lora: the LoRA.
@@ -60,23 +60,21 @@ def _target_findings(
 ) -> Iterator[Finding]:
     """Yield the layers that the config leaves out, or gives another rank."""
     targeted = _matched(names, config, "target_modules")
-    lost = [name for name in names if name not in targeted]
     excluded = _matched(names, config, "exclude_modules") if config.get("exclude_modules") else ()
-    lost += [name for name in names if name in excluded]
-    if lost:
-        reason = f"target_modules and its limits leave out {counted(len(lost), 'layer')}."
-        yield rules.LORA_NOT_LOADED.at(printable(lost[0]), reason)
+    for name in names:
+        if name not in targeted or name in excluded:
+            reason = "target_modules and its limits leave out this layer."
+            yield rules.LORA_NOT_LOADED.at(printable(name), reason)
     if not config.get("rank_pattern"):
         yield from _rank_findings(lora, names, config.get("r", 8))
 
 
 def _rank_findings(lora: ReadLora, names: Sequence[str], rank: object) -> Iterator[Finding]:
-    other = next((name for name in names if lora.layers[name].rank != rank), None)
-    if other is not None:
-        reason = (
-            f"its rank is {lora.layers[other].rank}, and the config's is {printable(str(rank))}."
-        )
-        yield rules.LORA_NOT_LOADED.at(printable(other), reason)
+    for name in names:
+        own = lora.layers[name].rank
+        if own != rank:
+            reason = f"its rank is {own}, and the config's is {printable(str(rank))}."
+            yield rules.LORA_NOT_LOADED.at(printable(name), reason)
 
 
 def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Iterator[Finding]:
@@ -91,15 +89,11 @@ def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Ite
         raise _malformed("num_layers")
     places = {name: _LAYER.fullmatch(name) for name in names}
     first = layer_count({*facts.modules, *names}) - number if number > 0 else 0
-    lost = [
-        name
-        for name, place in places.items()
-        if name not in (keys or ())
-        and not (place and int(place[1]) >= first and (keys is None or place[2] in keys))
-    ]
-    if lost:
-        reason = f"num_layers and keys leave out {counted(len(lost), 'layer')}."
-        yield rules.LORA_NOT_LOADED.at(printable(lost[0]), reason)
+    for name, place in places.items():
+        is_of_last = place and int(place[1]) >= first and (keys is None or place[2] in keys)
+        if name not in (keys or ()) and not is_of_last:
+            reason = "num_layers and keys leave out this layer."
+            yield rules.LORA_NOT_LOADED.at(printable(name), reason)
     yield from _rank_findings(lora, names, config["lora_parameters"].get("rank"))
 
 

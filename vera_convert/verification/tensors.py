@@ -18,7 +18,7 @@ from vera_convert.base.model import BaseModel
 from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Kind, MergedTensor
 from vera_convert.rules import Finding
-from vera_convert.text import and_more, listed
+from vera_convert.text import listed
 from vera_convert.verification.comparator import (
     LIMIT,
     Comparator,
@@ -29,7 +29,6 @@ from vera_convert.verification.comparator import (
 from vera_convert.verification.diagnosis import cause
 from vera_convert.verification.pairs import Block, Buffers, Pair, blocks_of, pairs_of
 
-_MOST_FINDINGS = 50
 _MOST_CAUSES = 64
 """For how many wrong tensors, the worst first, a cause is looked for."""
 
@@ -98,7 +97,6 @@ class MergedTensors:
         jobs: how many threads were used.
         wider: for each tensor with a wider dtype than expected, the dtype that its values were
             rounded to, by name.
-        unlisted: how many wrong tensors have no finding, because `findings` is limited.
         limit: the largest allowed `Comparison.excess`.
     """
 
@@ -107,7 +105,6 @@ class MergedTensors:
     nbytes: int
     jobs: int
     wider: Mapping[str, str]
-    unlisted: int = 0
     limit: float = LIMIT
 
     @property
@@ -175,14 +172,13 @@ def check_tensors(
     }
     nbytes = sum(pair.found.nbytes for pair in pairs.values())
     compared = MergedTensors(checks, (), nbytes, jobs, wider)
-    kinds = [
-        [*_other_dtypes(expected, merged.model, wider)],
-        [*_other_shapes(expected, merged.model)],
+    findings = (
+        *_other_dtypes(expected, merged.model, wider),
+        *_other_shapes(expected, merged.model),
         *_only_in_one(expected, merged.model),
-        [check.finding() for check in compared.worst_first],
-    ]
-    listed = [finding for kind in kinds for finding in kind[:_MOST_FINDINGS]]
-    return replace(compared, findings=tuple(listed), unlisted=sum(map(len, kinds)) - len(listed))
+        *(check.finding() for check in compared.worst_first),
+    )
+    return replace(compared, findings=findings)
 
 
 def _in_expected_dtype(
@@ -221,16 +217,12 @@ def _causes(
 def _other_dtypes(
     expected: Mapping[str, MergedTensor], merged: BaseModel, wider: Collection[str]
 ) -> Iterator[Finding]:
-    """Yield a finding for each pair of found and expected dtype."""
-    others: dict[tuple[str, str], list[str]] = {}
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
         if there is not None and there.info.dtype != tensor.dtype:
-            others.setdefault((there.info.dtype, tensor.dtype), []).append(name)
-    for (found, due), names in sorted(others.items(), key=lambda item: -len(item[1])):
-        more = f"{and_more(len(names) - 1)} are" if len(names) > 1 else " is"
-        rule = rules.MERGED_TENSOR_WIDER if names[0] in wider else rules.MERGED_TENSOR_FORM
-        yield rule.in_tensor(names[0], f"the tensor{more} {found} instead of {due}.")
+            rule = rules.MERGED_TENSOR_WIDER if name in wider else rules.MERGED_TENSOR_FORM
+            reason = f"the dtype is {there.info.dtype} instead of {tensor.dtype}."
+            yield rule.in_tensor(name, reason)
 
 
 def _other_shapes(expected: Mapping[str, MergedTensor], merged: BaseModel) -> Iterator[Finding]:
@@ -241,27 +233,25 @@ def _other_shapes(expected: Mapping[str, MergedTensor], merged: BaseModel) -> It
             yield rules.MERGED_TENSOR_FORM.in_tensor(name, reason)
 
 
-def _only_in_one(expected: Mapping[str, MergedTensor], merged: BaseModel) -> list[list[Finding]]:
-    """Return notes on buffers, then findings for missing tensors, then for unknown tensors."""
+def _only_in_one(expected: Mapping[str, MergedTensor], merged: BaseModel) -> Iterator[Finding]:
+    """Yield notes on buffers, then findings for missing tensors, then for unknown tensors."""
     gone = {name: tensor for name, tensor in expected.items() if name not in merged.tensors}
     extra = {name: t.info for name, t in merged.tensors.items() if name not in expected}
     same = {name: tensor for name, tensor in gone.items() if tensor.kind in _UNCHANGED}
     lost = {name: t for name, t in same.items() if is_buffer(name, t.dtype, t.shape)}
     won = {name: info for name, info in extra.items() if is_buffer(name, info.dtype, info.shape)}
-    notes = [
-        rules.MERGED_BUFFER.at(listed(names, 1, noun="buffer"), f"not stored in the {owner}.")
-        for names, owner in ((lost, "merged model"), (won, "base"))
-        if names
-    ]
+    for names, owner in ((lost, "merged model"), (won, "base")):
+        if names:
+            place = listed(names, 1, noun="buffer")
+            yield rules.MERGED_BUFFER.at(place, f"not stored in the {owner}.")
     no_tensor = f"{merged.location.label} has no tensor of this name."
-    missing = [
-        rules.MERGED_TENSOR_MISSING.in_tensor(name, no_tensor) for name in gone if name not in lost
-    ]
+    for name in gone:
+        if name not in lost:
+            yield rules.MERGED_TENSOR_MISSING.in_tensor(name, no_tensor)
     no_source = "neither the base nor an adapter has a tensor for this name."
-    unknown = [
-        rules.MERGED_TENSOR_UNKNOWN.in_tensor(name, no_source) for name in extra if name not in won
-    ]
-    return [notes, missing, unknown]
+    for name in extra:
+        if name not in won:
+            yield rules.MERGED_TENSOR_UNKNOWN.in_tensor(name, no_source)
 
 
 _UNCHANGED = (Kind.SAME, Kind.CONVERTED)

@@ -79,12 +79,6 @@ class Verification:
         return tuple(errors_of(self.findings))
 
     @property
-    def wrong(self) -> int:
-        """How many errors there are, wrong tensors without a finding of their own included."""
-        unlisted = self.merged.tensors.unlisted if self.merged is not None else 0
-        return len(self.errors) + unlisted
-
-    @property
     def passed(self) -> bool:
         """Whether every comparison was made, and none found an error."""
         return not self.errors and self.not_run is None
