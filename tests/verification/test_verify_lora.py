@@ -109,7 +109,7 @@ def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> 
     other = {n: t[::-1].copy() for n, t in good_tensors().items() if n.endswith("lambda_b")}
     result = verify(good_adapter(tmp_path / "other", tensors=other), lora=lora)
     assert codes(result) == {"V721"}
-    assert len(result.errors) == 4
+    assert result.wrong == 4
 
 
 def scaled(name: str, factor: float) -> Change:

@@ -117,7 +117,7 @@ def verify(adapter: str, options: VerifyChoices) -> None:
         )
     show(options, result, verification_text)
     if result.errors:
-        tell("error", with_number_of_others(result.errors[0], len(result.errors)))
+        tell("error", with_number_of_others(result.errors[0], result.wrong))
         raise click.exceptions.Exit(CheckpointError.status)
     if result.not_run is not None:
         tell("error", str(result.not_run))

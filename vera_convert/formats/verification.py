@@ -38,10 +38,10 @@ def verification_text(result: Verification) -> str:
 
 
 def _verdict(result: Verification) -> str:
-    if not result.errors:
+    if not result.wrong:
         return "verified" if result.passed else "weights verified; the model was NOT RUN"
     tensors = 0 if result.merged is None else len(result.merged.tensors.worst_first)
-    others = len(result.errors) - tensors
+    others = result.wrong - tensors
     said = [f"{counted(tensors, 'tensor')} differ{'s' if tensors == 1 else ''}"] if tensors else []
     said += [counted(others, "other error" if tensors else "error")] if others else []
     return f"FAILED: {', '.join(said)}"

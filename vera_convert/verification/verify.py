@@ -79,6 +79,11 @@ class Verification:
         return tuple(errors_of(self.findings))
 
     @property
+    def wrong(self) -> int:
+        """How many errors there are."""
+        return len(self.errors)
+
+    @property
     def passed(self) -> bool:
         """Whether every comparison was made, and none found an error."""
         return not self.errors and self.not_run is None
