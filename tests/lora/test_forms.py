@@ -163,6 +163,42 @@ def test_a_text_encoder_that_a_pipeline_does_not_adapt_is_refused(tmp_path: Path
     assert done.naming == "as in the adapter, under text_encoder_2"
 
 
+@pytest.mark.parametrize(
+    ("name", "passes"), [("HunyuanVideoPipeline", False), ("StableDiffusionXLPipeline", True)]
+)
+def test_the_class_of_the_pipeline_says_whether_clip_is_adapted(
+    name: str, passes: bool, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    tiny_base(tmp_path / "pipe" / "text_encoder_2", config={"model_type": "clip_text_model"})
+    index = {"_class_name": name, "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    if passes:
+        done = converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
+        assert not [each for each in done.findings if each.code > "V7"]
+        return
+    with pytest.raises(CheckpointError, match=r"V705 .*HunyuanVideoPipeline loads .*--for peft"):
+        converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
+
+
+def test_a_component_that_loads_no_lora_is_refused(tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    base = component(tmp_path / "transformer", "PixArtTransformer2DModel")
+    lost = r"V705 .*PixArtTransformer2DModel.*PeftModel\.from_pretrained\(pipeline\.transformer"
+    with pytest.raises(CheckpointError, match=lost):
+        converted(adapter, base, tmp_path / "out", engine="diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["prior", "downloaded"])
+def test_a_prior_is_loaded_under_its_own_name(folder: str, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    base = component(tmp_path / folder, "PriorTransformer")
+    done = converted(adapter, base, tmp_path / "out", engine="diffusers")
+    assert done.naming == "as in the adapter, under prior"
+    assert [each.code for each in done.findings if each.code > "V7"] == ["V717"]
+
+
 def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"V713"):

@@ -171,15 +171,29 @@ def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
     Raises:
         SurroundingsError: the index cannot be read.
     """
-    try:
-        document = _Source(location, access).read_config(PIPELINE)
-    except CheckpointError:
-        return frozenset()
     return frozenset(
         f"{name}/"
-        for name, value in document.items()
+        for name, value in _pipeline_index(location, access).items()
         if isinstance(value, list) and all(isinstance(each, str) for each in value)
     )
+
+
+def pipeline_class(location: Location, access: HubAccess) -> str:
+    """Return the class that a pipeline's index names; empty if the index names none.
+
+    Raises:
+        SurroundingsError: the index cannot be read.
+    """
+    found = _pipeline_index(location, access).get("_class_name")
+    return found if isinstance(found, str) else ""
+
+
+def _pipeline_index(location: Location, access: HubAccess) -> Mapping[str, object]:
+    """Return the index of a pipeline; empty if the index is malformed."""
+    try:
+        return _Source(location, access).read_config(PIPELINE)
+    except CheckpointError:
+        return {}
 
 
 def read_model_config(location: Location, access: HubAccess) -> Mapping[str, object] | None:

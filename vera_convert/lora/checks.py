@@ -15,11 +15,10 @@ from vera_convert.base.replacements import saved_modules
 from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.strip_embed import Work
 from vera_convert.files.tensorfile import TensorData
-from vera_convert.lora.engines import ENGINES, Engine, Form, experts_of, is_in_tower
+from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
-from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
 from vera_convert.rules import Finding, Rule
@@ -80,8 +79,6 @@ def engine_findings(
     yield from _name_findings(plan, engine, base_facts)
     yield from _model_findings(plan, engine, base_facts)
     yield from _kind_findings(plan, engine)
-    if engine.form is Form.DIFFUSERS:
-        yield from component_findings(plan, base_facts)
     if engine.renames_targets:
         yield from peft_findings([layer.module for layer in plan.layers], base_facts)
     if options.drop_head:

@@ -37,6 +37,7 @@ from vera_convert.lora.forms import FormFiles, files_of
 from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
+from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan, plan_lora
 from vera_convert.lora.record import Origin, record_of
 from vera_convert.lora.writing import (
@@ -167,6 +168,8 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
     copied = _copied(sides, settings.target.form)
     place = work.location.label
     of_engine = [*engine_findings(plan, extras, settings, base_facts, place=place)]
+    if settings.target.form is Form.DIFFUSERS:
+        of_engine += component_findings(plan, base_facts, work.access)
     findings = [
         *adapter.findings,
         *base_facts.findings,

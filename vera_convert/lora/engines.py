@@ -160,7 +160,7 @@ ENGINES: Mapping[EngineName, Engine] = {
     ),
     EngineName.DIFFUSERS: Engine(
         "Diffusers",
-        "Diffusers 0.42.1: loaders/peft.py, utils/peft_utils.py",
+        "Diffusers 0.42.1: loaders/lora_pipeline.py, loaders/lora_base.py, loaders/peft.py",
         form=Form.DIFFUSERS,
     ),
     EngineName.MLX: Engine(

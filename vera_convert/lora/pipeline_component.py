@@ -1,8 +1,9 @@
 """Find the component of a pipeline under whose name Diffusers looks up a LoRA.
 
-Read in Diffusers 0.42.1, loaders/lora_pipeline.py and loaders/lora_base.py: load_lora_weights of
-a pipeline takes the names below unet, transformer, text_encoder and text_encoder_2, and
-passes over all other names with a line in the log. Of text encoders, it knows CLIP's.
+Read in Diffusers 0.42.1, loaders/lora_pipeline.py, lora_base.py and peft.py: load_lora_weights of a
+pipeline takes the names below the components that the pipeline's class lists, and passes over all
+other names with a line in the log. Of text encoders, Diffusers knows CLIP's. A component of a class
+that is a PeftAdapterMixin loads a LoRA itself.
 """
 
 from __future__ import annotations
@@ -12,14 +13,36 @@ from collections.abc import Iterator
 
 from vera_convert import rules
 from vera_convert.base.facts import BaseFacts
+from vera_convert.base.model import BaseModel, pipeline_class
 from vera_convert.errors import CheckpointError
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 _USUAL = re.compile(r"(unet|transformer|text_encoder)(_\d)?")
-_LOADED_WITH_THE_PIPELINE = ("unet", "transformer", "text_encoder", "text_encoder_2")
+_LOADED_WITH_THE_PIPELINE = frozenset(
+    """
+    connectors text_conditioner text_encoder text_encoder_2 transformer transformer_ref unet
+    """.split()  # noqa: SIM905 - words read best as a text
+)
 _TEXT_ENCODERS = ("clip", "clip_text_model")
+_TRANSFORMER_ALONE = re.compile(r"(HiDreamImage|HunyuanSkyreels|HunyuanVideo|Kandinsky5)\w*")
+"""Classes of pipelines with a text encoder of CLIP, and a loader for the transformer alone."""
+_WITHOUT_A_LOADER = frozenset(
+    """
+    AllegroTransformer3DModel AudioLDM2UNet2DConditionModel CogView3PlusTransformer2DModel
+    DiTTransformer2DModel DreamLiteTransformer2DModel EasyAnimateTransformer3DModel
+    HunyuanDiT2DModel I2VGenXLUNet JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel
+    Kandinsky3UNet LatteTransformer3DModel LongCatAudioDiTTransformer LuminaNextDiT2DModel
+    MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel PRXTransformer2DModel
+    PixArtTransformer2DModel SanaWMTransformer3DModel StableAudio3DiTModel StableAudioDiTModel
+    StableCascadeUNet T5FilmDecoder Transformer2DModel TransformerTemporalModel UNet1DModel
+    UNet2DModel UNet3DConditionModel UNetControlNetXSModel UNetSpatioTemporalConditionModel
+    UniDiffuserModel
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""Classes of components that are no PeftAdapterMixin."""
 
 
 def component_of(base_facts: BaseFacts) -> str:
@@ -39,10 +62,11 @@ def component_of(base_facts: BaseFacts) -> str:
     folder = base.location.subfolder.rpartition("/")[2] or base.location.name
     if _USUAL.fullmatch(folder):
         return folder
-    found = base.config.get("_class_name")
-    name = found if isinstance(found, str) else ""
+    name = _class_name(base_facts)
     if name.startswith("UNet"):
         return "unet"
+    if "Prior" in name:
+        return "prior"
     if "Transformer" in name:
         return "transformer"
     raise _unknown(folder)
@@ -53,25 +77,57 @@ def _unknown(place: str) -> CheckpointError:
     return CheckpointError(rules.LORA_BASE_UNKNOWN.at(printable(place), reason))
 
 
-def component_findings(plan: LoraPlan, base_facts: BaseFacts) -> Iterator[Finding]:
+def _class_name(base_facts: BaseFacts) -> str:
+    """Return the class of Diffusers that a component's config names; empty for any other base."""
+    found = base_facts.base.config.get("_class_name") if base_facts.base is not None else None
+    return found if isinstance(found, str) else ""
+
+
+def component_findings(
+    plan: LoraPlan, base_facts: BaseFacts, access: HubAccess
+) -> Iterator[Finding]:
     """Yield what a pipeline does with a LoRA of its component, if it does not load the LoRA.
+
+    Args:
+        plan: the LoRA.
+        base_facts: the base facts.
+        access: how the Hub is reached, for the index of the pipeline.
 
     Raises:
         CheckpointError: the component is not known.
+        SurroundingsError: the index of the pipeline cannot be read.
     """
-    component = component_of(base_facts)
-    model_type = base_facts.base.model_type if base_facts.base is not None else None
-    if component.startswith("text_encoder") and model_type not in _TEXT_ENCODERS:
+    component, base = component_of(base_facts), base_facts.base
+    shown, kind = printable(component), _class_name(base_facts)
+    reason = ""
+    if component.startswith("text_encoder"):
+        reason = _of_text_encoder(shown, base, access) if base is not None else ""
+    elif kind in _WITHOUT_A_LOADER:
         reason = (
-            f"Diffusers loads a LoRA into text encoders of CLIP alone, and {printable(component)} "
-            f'has the type "{printable(model_type or "")}". With --for peft, the model itself '
-            f"loads the LoRA: pipeline.{printable(component)}.load_adapter(LORA)."
+            f"Diffusers loads no LoRA into a {kind}. With --for peft, PEFT loads the LoRA: "
+            f"PeftModel.from_pretrained(pipeline.{shown}, LORA)."
         )
-        yield rules.LORA_NAME_UNKNOWN.at(printable(plan.layers[0].written), reason)
     elif component not in _LOADED_WITH_THE_PIPELINE:
-        shown = printable(component)
-        reason = (
+        way = (
             f"load_lora_weights of a pipeline passes over a LoRA of {shown}. Load it with "
             f'pipeline.{shown}.load_lora_adapter(LORA, prefix="{shown}", use_safetensors=True).'
         )
-        yield rules.LORA_COMPONENT_APART.at(shown, reason)
+        yield rules.LORA_COMPONENT_APART.at(shown, way)
+    if reason:
+        yield rules.LORA_NAME_UNKNOWN.at(printable(plan.layers[0].written), reason)
+
+
+def _of_text_encoder(shown: str, base: BaseModel, access: HubAccess) -> str:
+    """Return why a pipeline loads no LoRA into a text encoder; empty if the pipeline loads one."""
+    pipeline = pipeline_class(base.location, access) if base.prefix else ""
+    if base.model_type not in _TEXT_ENCODERS:
+        reason = (
+            f"Diffusers loads a LoRA into text encoders of CLIP alone, and {shown} "
+            f'has the type "{printable(base.model_type or "")}".'
+        )
+    elif _TRANSFORMER_ALONE.fullmatch(pipeline):
+        reason = f"a {printable(pipeline)} loads a LoRA into its transformer alone."
+    else:
+        return ""
+    way = f"the model itself loads the LoRA: pipeline.{shown}.load_adapter(LORA)."
+    return f"{reason} With --for peft, {way}"
