@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from adapters import good_adapter
+from commandline import Run
 from merges import filled_base
 
 import vera_convert
@@ -372,6 +373,20 @@ def test_a_record_takes_every_choice_both_ways(name: str, field: str) -> None:
         assert others == [first] * (len(alike) - 1)
         found = getattr(first, field)
         assert all(type(getattr(other, field)) is type(found) for other in others)
+
+
+def test_a_message_names_the_parameter_in_python_and_the_flag_on_the_command_line(
+    inputs: Inputs, run: Run
+) -> None:
+    with pytest.raises(UsageError, match=r"^rank is 0: "):
+        vera_convert.LoraOptions(rank=0)
+    with pytest.raises(UsageError, match=r"^max_error is 2: "):
+        vera_convert.LoraOptions(max_error=2)
+    with pytest.raises(UsageError, match=r"^an item of labels is empty: "):
+        MergeOptions(labels=["a", ""])
+    call = ("to-lora", inputs.adapter, inputs.folder / "lora", "--base", inputs.base)
+    assert "error: --rank is 0: " in run(*call, "--rank", "0").err
+    assert "error: --max-error is 2: " in run(*call, "--max-error", "2").err
 
 
 def test_further_adapters_are_records_or_texts() -> None:

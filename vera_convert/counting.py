@@ -115,9 +115,9 @@ def count(
         >>> count("base", rank=4, targets="q_proj,v_proj").vera.parameters
         64
     """
-    rank, targets = whole_number("--rank", rank), texts("targets", targets)
+    rank, targets = whole_number("rank", rank), texts("targets", targets)
     if rank > MAX_RANK:
-        raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
+        raise UsageError(f"rank is {rank}: give a rank up to {MAX_RANK}.")
     if not isinstance(model, ModelLayers):
         model = _layers(model, revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))

@@ -845,7 +845,7 @@ def test_trained_tensors_are_the_same_byte_for_byte(tmp_path: Path, adapter: Pat
     }
     said = {finding.place: finding.reason for finding in result.errors}
     assert "the value at [5] is" in said[b]
-    assert "it is F32 [4], in the other form F16 [4]" in said[d]
+    assert "the tensor is F32 [4], in the other form F16 [4]" in said[d]
 
 
 def test_the_order_of_names_in_a_config_says_nothing(tmp_path: Path, adapter: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
 from vera_convert.cli.values import Adapter
+from vera_convert.errors import UsageError
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
 """The values that an error repeats in a `validate` command, each with the flag of `validate`."""
 
 ADAPTER_HELP = "A folder, a file of the folder, or a repo: org/name[@revision][/subfolder]."
+_PARAMETER = re.compile(r"^(an item of )?(\w+)(?= is |: )")
+"""The parameter in a message of `vera_convert.arguments`."""
 OUT_FOLDER = "A new folder to write; with --force, an earlier output is replaced."
 
 
@@ -52,7 +57,7 @@ def command(
             if parsed["verbose"]:
                 _log_everything()
             given_options = options(**parsed)
-            with progress_of_parts(given_options):
+            with _naming_flags(made()), progress_of_parts(given_options):
                 function(*given, given_options)
 
         @cache
@@ -71,6 +76,19 @@ def command(
         return made
 
     return decorate
+
+
+@contextmanager
+def _naming_flags(command: click.Command) -> Iterator[None]:
+    """Let an error of the library name the flag, where the library names a parameter."""
+    try:
+        yield
+    except UsageError as error:
+        flags = {str(each.name): max(each.opts, key=len) for each in command.params}
+        found = _PARAMETER.match(str(error))
+        if found is not None and found[2] in flags:
+            error.args = (str(error).replace(found[2], flags[found[2]], 1),)
+        raise
 
 
 def _log_everything() -> None:

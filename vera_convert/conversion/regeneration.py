@@ -89,14 +89,14 @@ def regenerate(
         'F32'
     """
     variant, cast = one_of("generator", Variant, generator), rounding_of(rounding)
-    key, rank = whole_number("--key", key, least=None), whole_number("--rank", rank)
-    in_features = whole_number("--in-features", in_features)
-    out_features = whole_number("--out-features", out_features)
+    key, rank = whole_number("key", key, least=None), whole_number("rank", rank)
+    in_features = whole_number("in_features", in_features)
+    out_features = whole_number("out_features", out_features)
     output = Output(path("out", out), is_pair, force, is_folder=False)
     if rank > MAX_RANK:
-        raise UsageError(f"--rank is {rank}: give a rank up to {MAX_RANK}.")
+        raise UsageError(f"rank is {rank}: give a rank up to {MAX_RANK}.")
     if not -(2**63) <= key < 2**64:
-        raise UsageError(f"--key is {key}: give a whole number from -2^63 to 2^64 - 1.")
+        raise UsageError(f"key is {key}: give a whole number from -2^63 to 2^64 - 1.")
     try:
         check_size(rank, in_features, out_features, place="the options")
     except CheckpointError as error:

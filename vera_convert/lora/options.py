@@ -67,12 +67,12 @@ class LoraOptions:
         require_flags(**{name: getattr(self, name) for name in flags})
         set_checked(
             self,
-            engine=one_of("--for", EngineName, self.engine),
+            engine=one_of("engine", EngineName, self.engine),
             dtype=_stored_dtype(self.dtype),
-            rank=optional(whole_number, "--rank", self.rank),
-            max_error=optional(_share, "--max-error", self.max_error),
-            projections=one_of("--projections", ProjectionSource, self.projections),
-            generator=optional(one_of, "--generator", Variant, self.generator),
+            rank=optional(whole_number, "rank", self.rank),
+            max_error=optional(_share, "max_error", self.max_error),
+            projections=one_of("projections", ProjectionSource, self.projections),
+            generator=optional(one_of, "generator", Variant, self.generator),
         )
         if self.rank is not None and self.max_error is not None:
             raise UsageError("--rank and --max-error exclude each other: give one of them.")
@@ -104,9 +104,9 @@ class LoraOptions:
 
 
 def _stored_dtype(value: object) -> str:
-    found = dtype_name("--dtype", value)
+    found = dtype_name("dtype", value)
     if found not in DTYPES:
-        raise UsageError(f"--dtype is {found}: a LoRA can be stored in {', '.join(DTYPES)}.")
+        raise UsageError(f"dtype is {found}: a LoRA can be stored in {', '.join(DTYPES)}.")
     return found
 
 

@@ -49,7 +49,7 @@ class AdapterSpec:
         set_checked(
             self,
             adapter=place("adapter", self.adapter),
-            weight=optional(number, "--weight", self.weight),
+            weight=optional(number, "weight", self.weight),
             revision=optional(text, "revision", self.revision),
         )
 

@@ -97,17 +97,17 @@ class MergeOptions:
         require_flags(**{name: getattr(self, name) for name in flags})
         set_checked(
             self,
-            weight=number("--weight", self.weight),
+            weight=number("weight", self.weight),
             add=adapter_specs(self.add),
-            projections=one_of("--projections", ProjectionSource, self.projections),
-            generator=optional(one_of, "--generator", Variant, self.generator),
-            dtype=optional(dtype_name, "--dtype", self.dtype),
-            max_shard_size=optional(size_in_bytes, "--max-shard-size", self.max_shard_size),
-            tied=optional(one_of, "--tied", Tied, self.tied),
-            architecture=optional(_class_name, "--architecture", self.architecture),
+            projections=one_of("projections", ProjectionSource, self.projections),
+            generator=optional(one_of, "generator", Variant, self.generator),
+            dtype=optional(dtype_name, "dtype", self.dtype),
+            max_shard_size=optional(size_in_bytes, "max_shard_size", self.max_shard_size),
+            tied=optional(one_of, "tied", Tied, self.tied),
+            architecture=optional(_class_name, "architecture", self.architecture),
             labels=_label_names(self.labels),
             device=_device(self.device),
-            jobs=optional(whole_number, "--jobs", self.jobs),
+            jobs=optional(whole_number, "jobs", self.jobs),
         )
 
     @property
@@ -151,20 +151,20 @@ def _class_name(name: str, value: object) -> str:
 
 def _label_names(labels: object) -> tuple[str, ...]:
     """Return the names of labels, each different from all others."""
-    found = texts("--labels", labels)
+    found = texts("labels", labels)
     if not all(found) or len({*found}) < len(found):
-        raise UsageError("--labels: give a name of its own for each label.")
+        raise UsageError("labels: give a name of its own for each label.")
     return found
 
 
 def _device(device: object) -> Device:
     """Return a device by itself or by its name; a GPU needs the extra torch."""
     if not isinstance(device, str):
-        return instance("--device", Device, device)
+        return instance("device", Device, device)
     if device == CPU.name:
         return CPU
     if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
-        raise UsageError(f'--device is "{printable(device)}": give cpu, cuda or cuda:N.')
+        raise UsageError(f'device is "{printable(device)}": give cpu, cuda or cuda:N.')
     # Imported by name and only here, because the module needs torch and may import this module.
     try:
         compute = import_module("vera_convert.with_torch.compute")

@@ -55,7 +55,6 @@ Pair = tuple[Array, Array]
 _FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))
 """The fields in which forms of an adapter may differ."""
 _UNORDERED = frozenset(("target_modules", "modules_to_save"))
-_MOST_FINDINGS = 50
 _CHUNK_VALUES = 1 << 18
 
 
@@ -165,10 +164,10 @@ def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
     first = {tensor.name: tensor for tensor in _trained(ours)}
     second = {tensor.name: tensor for tensor in _trained(theirs)}
     for names, reason in (
-        ([*first.keys() - second.keys()], "the other form lacks this tensor."),
-        ([*second.keys() - first.keys()], "only the other form has this tensor."),
+        (first.keys() - second.keys(), "the other form lacks this tensor."),
+        (second.keys() - first.keys(), "only the other form has this tensor."),
     ):
-        for name in sorted(names)[:_MOST_FINDINGS]:
+        for name in sorted(names):
             yield rules.FORM_TENSOR_MISSING.in_tensor(name, reason)
     for name, tensor in first.items():
         other = second.get(name)
@@ -179,7 +178,7 @@ def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
 def _tensor_difference(tensor: TensorData, other: TensorData) -> str:
     if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
         return (
-            f"it is {tensor.dtype} {list(tensor.shape)}, in the other form "
+            f"the tensor is {tensor.dtype} {list(tensor.shape)}, in the other form "
             f"{other.dtype} {list(other.shape)}."
         )
     return f"{_difference(tensor.array(), other.array()) or 'the bytes differ'}."

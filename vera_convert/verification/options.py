@@ -70,15 +70,15 @@ class VerifyOptions:
             require_flags(dequantize=self.dequantize)
         set_checked(
             self,
-            weight=optional(number, "--weight", self.weight),
+            weight=optional(number, "weight", self.weight),
             add=adapter_specs(self.add),
-            projections=optional(one_of, "--projections", ProjectionSource, self.projections),
-            generator=optional(one_of, "--generator", Variant, self.generator),
-            dtype=optional(dtype_name, "--dtype", self.dtype),
-            tied=optional(one_of, "--tied", Tied, self.tied),
-            samples=optional(whole_number, "--samples", self.samples),
+            projections=optional(one_of, "projections", ProjectionSource, self.projections),
+            generator=optional(one_of, "generator", Variant, self.generator),
+            dtype=optional(dtype_name, "dtype", self.dtype),
+            tied=optional(one_of, "tied", Tied, self.tied),
+            samples=optional(whole_number, "samples", self.samples),
             text=optional(path, "text", self.text),
-            jobs=optional(whole_number, "--jobs", self.jobs),
+            jobs=optional(whole_number, "jobs", self.jobs),
         )
         runs = {"--samples": self.samples, "--text": self.text}
         names = [name for name, value in runs.items() if value is not None]
