@@ -993,9 +993,9 @@ def test_the_merge_s_own_sums_are_not_asked() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"samples": 0}, "--samples"),
-        ({"jobs": 0}, "--jobs"),
-        ({"dtype": "int8"}, "--dtype"),
+        ({"samples": 0}, "^samples is 0"),
+        ({"jobs": 0}, "^jobs is 0"),
+        ({"dtype": "int8"}, "^dtype is"),
         ({"weight": float("nan")}, "finite"),
         ({"add": ("x=inf",)}, "finite"),
         ({"weight": 2.0, "tied": Tied.ADD}, "--weight, --tied: only for a merged model"),

@@ -224,9 +224,10 @@ def _measured_findings(measured: Measured) -> list[Finding]:
     if not lost:
         return []
     worst = max(lost, key=lambda module: lost[module])
+    share = f"{lost[worst]:.2%}" if lost[worst] >= 1e-4 else "less than 0.01%"
     reason = (
-        f"in {len(lost):,} of {len(measured.vanished):,} layers; most in {printable(worst)}, "
-        f"{lost[worst]:.2%} of the values."
+        f"in {len(lost):,} of {len(measured.vanished):,} layers, float16 rounds values to 0; most "
+        f"in {printable(worst)}, {share} of the values."
     )
     return [rules.LORA_VANISHED.in_file(WEIGHTS_NAME, reason)]
 
