@@ -39,7 +39,7 @@ conversion: projections proof transforms sizes strip_embed regeneration migratio
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
 merging: collect plan report model_config output provenance job merge
-lora: engines options factors plan stored peft_form peft_targets pipeline_component
+lora: engines options factors plan stored peft_form peft_targets head_copies pipeline_component
 lora: checks record card forms writing
 lora: sizes gguf_reading gguf_form reading conversion
 counting summary

@@ -57,7 +57,9 @@ def by_mlx(base: Path, adapter: Path | None) -> Any:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["layers.1.mlp.up_proj", "q_proj"]], ids=str)
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["layers.1.mlp.up_proj", "q_proj"], ["lm_head", "o_proj"]], ids=str
+)
 def test_mlx_gives_the_outputs_of_the_adapter(
     targets: Any, llama: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -86,10 +88,12 @@ def by_llama_cpp(model: Path, adapter: Path | None) -> Any:
     return np.stack(rows)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "k_proj"]], ids=str)
 def test_llama_cpp_gives_the_outputs_of_the_adapter(
-    llama: tuple[Path, Path], tmp_path: Path
+    targets: Any, llama: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    base, adapter = llama
+    base, _ = llama
+    adapter = trained(tmp_path / "vera", base, LLAMA, targets=targets, stored=True)
     lora = converted(adapter, base, tmp_path / "lora", "gguf")
     model = gguf_base(base, tmp_path / "base.gguf")
     plain, expected = by_llama_cpp(model, None), log_probabilities(base, adapter)

@@ -120,6 +120,17 @@ class StoredTensor:
                     source.read_at(self.start + first * dtype.itemsize, size), dtype
                 )
 
+    def is_copied_by(self, copy: StoredTensor) -> bool:
+        """Say whether the values of a copy, rounded to this tensor's dtype, are this tensor's.
+
+        If the number of rows differs, the rows of the shorter tensor are compared.
+        """
+        dtype, count = NUMPY_DTYPE[self.dtype], min(copy.count, self.count)
+        return all(
+            theirs.astype(dtype).tobytes() == ours.tobytes()
+            for theirs, ours in zip(copy.blocks(count), self.blocks(count), strict=True)
+        )
+
 
 def _has(file: LocalFile, header: Header) -> bool:
     """Return whether a file still has this header, and the size that the header implies."""

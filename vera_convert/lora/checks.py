@@ -27,13 +27,19 @@ from vera_convert.text import counted, listed, printable
 
 
 def extras_of(adapter: Adapter) -> Extras:
-    """Sort the tensors of an adapter, vectors aside, into heads and biases."""
-    saved = saved_modules(adapter.config)
-    heads = [each for each in adapter.replacements if _names_of(each, saved)]
-    biases = [each for each in adapter.replacements if not _names_of(each, saved)]
+    """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
+    saved, copies = saved_modules(adapter.config), [*adapter.base_copies.values()]
+    trained = [each for each in adapter.replacements if each not in copies]
+    biases = [each for each in trained if _is_bias(each) and not _names_of(each, saved)]
+    heads = [each for each in trained if each not in biases]
     stored = {name for each in heads for name in _names_of(each, saved)}
     declared = adapter.config.modules_to_save or ()
-    return Extras(tuple(heads), tuple(biases), tuple(dict.fromkeys((*declared, *sorted(stored)))))
+    names = tuple(dict.fromkeys((*declared, *sorted(stored))))
+    return Extras(tuple(heads), tuple(biases), names, tuple(copies))
+
+
+def _is_bias(tensor: TensorData) -> bool:
+    return tensor.name.rpartition(".")[2] == "bias"
 
 
 def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
@@ -246,7 +252,7 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         wrong = sorted(each for each in modules if each.rpartition(".")[2] not in engine.heads)
         if not wrong and len(modules) > 1:
             wrong = sorted(modules)[1:]  # one head is all that any engine takes
-        reason = f"{engine.title} does not load this module of modules_to_save."
+        reason = f"{engine.title} does not load this module, which the adapter stores whole."
         yield from _at_each(wrong, rules.LORA_HEAD_REFUSED, reason)
     if extras.biases and not engine.biases:
         first = printable(extras.biases[0].name)
@@ -256,7 +262,5 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         refusing = [each for each in ENGINES.values() if each.heads is not None]
         titles = ", ".join(each.title for each in refusing)
         first = printable(extras.tensors[0].name)
-        reason = (
-            f"{first} is in modules_to_save. These engines take few such tensors or none: {titles}."
-        )
+        reason = f"{first} is stored whole. These engines take few such tensors or none: {titles}."
         yield rules.LORA_HEAD_ELSEWHERE.at(place, reason)

@@ -35,6 +35,7 @@ from vera_convert.lora.checks import adapter_findings, engine_findings, extras_o
 from vera_convert.lora.engines import Engine, Form, is_in_tower
 from vera_convert.lora.forms import FormFiles, files_of
 from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
+from vera_convert.lora.head_copies import copy_findings
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.pipeline_component import component_findings
@@ -170,6 +171,8 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
     of_engine = [*engine_findings(plan, extras, settings, base_facts, place=place)]
     if settings.target.form is Form.DIFFUSERS:
         of_engine += component_findings(plan, base_facts, work.access)
+    if settings.target.heads is not None:
+        of_engine += copy_findings(adapter, base_facts, settings.target.title)
     findings = [
         *adapter.findings,
         *base_facts.findings,
@@ -184,7 +187,9 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         error = CheckpointError.of(errors)
         error.validate_shows_all = errors[-1] not in of_engine
         raise error
-    extras = Extras() if settings.drop_head else extras
+    if settings.target.heads is not None:
+        extras = replace(extras, copies=())
+    extras = Extras(copies=extras.copies) if settings.drop_head else extras
     origin = Origin(work.location, adapter, pair, settings, base_options)
     files = _files(work, base_facts, plan, extras, settings.target)
     return _Job(work, base_facts, plan, extras, origin, files, sides, copied, findings)
@@ -293,7 +298,7 @@ class _Job:
         record = record_of(self.origin, self.plan, source_sha256=source_sha256)
         if isinstance(self.files, GgufModel):
             return GgufWeights(self.files, record, computed)
-        return SafetensorsWeights(self.files, self.extras.tensors, record, computed)
+        return SafetensorsWeights(self.files, self.extras.stored, record, computed)
 
     def _result(self, measured: Measured, size: int) -> LoraConversion:
         pair, options = self.origin.pair, self.origin.options

@@ -14,22 +14,29 @@ from vera_convert.targets.matching import matching
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """Trained tensors of an adapter, vectors aside.
+    """The tensors of an adapter in place of the base's.
 
     Attributes:
-        heads: the tensors of modules_to_save.
+        heads: the tensors of modules_to_save, and embeddings.
         biases: the trained biases.
         saved: the names of the heads in modules_to_save.
+        copies: the base's weights of adapted heads.
     """
 
     heads: tuple[TensorData, ...] = ()
     biases: tuple[TensorData, ...] = ()
     saved: tuple[str, ...] = ()
+    copies: tuple[TensorData, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorData, ...]:
         """Heads and biases."""
         return (*self.heads, *self.biases)
+
+    @property
+    def stored(self) -> tuple[TensorData, ...]:
+        """The tensors that a LoRA stores for PEFT."""
+        return (*self.tensors, *self.copies)
 
 
 def config_text(

@@ -49,7 +49,7 @@ def lora_size(
     files = files_of(options.target, adapter.config, plan, extras, base_facts)
     origin = Origin(location, adapter, pair, options, base_options)
     record = record_of(origin, plan, source_sha256=NO_SHA256)
-    return SafetensorsWeights(files, extras.tensors, record, Computed(plan)).size
+    return SafetensorsWeights(files, extras.stored, record, Computed(plan)).size
 
 
 def _pair(

@@ -16,7 +16,6 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.assembly.addends import Term
-from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
@@ -33,7 +32,7 @@ from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
-from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
+from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
@@ -172,7 +171,7 @@ class _Collector:
                 f"the stored weight has shape {list(copy.shape)}, the base's {list(own.shape)}."
             )
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
-        elif not _are_same_values(replacement.stored, own):
+        elif not own.is_copied_by(replacement.stored):
             reason = f"the stored values differ from {printable(stored)} of the base."
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
@@ -362,15 +361,3 @@ def _is_unused(name: str, adapter: Adapter) -> bool:
     module = _module(replaced_name(name))
     is_shared = module.rpartition(".")[2] == "shared"
     return is_shared and bool(saved_modules(adapter.config).of(module))
-
-
-def _are_same_values(copy: StoredTensor, own: StoredTensor) -> bool:
-    """Say whether the values of a copy, rounded to the base's dtype, are the base's own values.
-
-    If the number of rows differs, the rows of the shorter tensor are compared.
-    """
-    dtype, count = NUMPY_DTYPE[own.dtype], min(copy.count, own.count)
-    return all(
-        theirs.astype(dtype).tobytes() == ours.tobytes()
-        for theirs, ours in zip(copy.blocks(count), own.blocks(count), strict=True)
-    )

@@ -36,7 +36,7 @@ from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.checks import peft_findings
-from vera_convert.lora.engines import Form
+from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.factors import (
     Decomposition,
     Factors,
@@ -318,8 +318,11 @@ def _recorded(lora: ReadLora) -> float | None:
 def _other_tensors(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
     """Yield the heads and biases that differ from the adapter's."""
     is_dropped = lora.options.get("drop_head") is True
+    copies = [] if lora.engine == EngineName.PEFT else [*adapter.base_copies.values()]
     for tensor in () if is_dropped else adapter.replacements:
         other = lora.others.get(tensor.name)
+        if other is None and tensor in copies:
+            continue  # engines other than PEFT have the base's weight
         if other is None:
             yield rules.LORA_TENSOR_DIFFERS.in_tensor(tensor.name, "the LoRA lacks this tensor.")
         elif not same_tensor(tensor, other):
