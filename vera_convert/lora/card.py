@@ -11,23 +11,23 @@ from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
 from vera_convert.lora.engines import EngineName, Form
 from vera_convert.lora.plan import LoraPlan
-from vera_convert.lora.record import Origin
+from vera_convert.lora.record import LoraSource
 from vera_convert.text import printable
 
 _LIBRARIES = {Form.PEFT: "peft", Form.DIFFUSERS: "diffusers", Form.MLX: "mlx", Form.GGUF: "gguf"}
 """The Hub's name of the library for a form."""
 
 
-def lora_card(origin: Origin, plan: LoraPlan, weights: str, *, base: Location | None) -> str:
+def lora_card(source: LoraSource, plan: LoraPlan, weights: str, *, base: Location | None) -> str:
     """Return the text of the card; nothing of the card tells of this machine.
 
     Args:
-        origin: the source of the LoRA.
+        source: the source of the LoRA.
         plan: the LoRA.
         weights: the name of the file of weights.
         base: where the base lies.
     """
-    location, config, options = origin.location, origin.adapter.config, origin.options
+    location, config, options = source.location, source.adapter.config, source.options
     name, trained_on = location.name, config.base_model_name_or_path
     known = trained_on is not None and is_repo_id(trained_on)
     fields = [f"base_model: {json.dumps(printable(trained_on or ''))}"] if known else []
@@ -50,7 +50,7 @@ def lora_card(origin: Origin, plan: LoraPlan, weights: str, *, base: Location | 
             f"Made by vera-convert {__version__}:",
             "",
             "```",
-            _command(origin, base),
+            _command(source, base),
             "```",
             "",
             f"The metadata of `{weights}` records the SHA-256 of the source, the",
@@ -60,15 +60,15 @@ def lora_card(origin: Origin, plan: LoraPlan, weights: str, *, base: Location | 
     )
 
 
-def _command(origin: Origin, base: Location | None) -> str:
+def _command(source: LoraSource, base: Location | None) -> str:
     """Return the command with all options behind the bytes.
 
     Repos are named with their commits. A folder with the base is called MODEL.
     """
-    given, location = origin.options, origin.location
+    given, location = source.options, source.location
     values = {
         "--base": base and (base.address or "MODEL"),
-        "--base-dtype": origin.base.dtype,
+        "--base-dtype": source.base.dtype,
         "--for": None if given.engine is EngineName.PEFT else given.engine,
         "--dtype": None if given.dtype == "float32" else given.dtype,
         "--rank": given.rank,
@@ -84,7 +84,7 @@ def _command(origin: Origin, base: Location | None) -> str:
     words = ["vera-convert", "to-lora", printable(location.address or location.name), "OUT"]
     for option, value in values.items():
         words += [option, str(value)] if value is not None else []
-    for old, new in origin.base.key_map:
+    for old, new in source.base.key_map:
         words += ["--key-map", f"{old}={new}"]
     return shlex.join([*words, *(flag for flag, is_given in flags.items() if is_given)])
 

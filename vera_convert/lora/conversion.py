@@ -40,7 +40,7 @@ from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan, plan_lora
-from vera_convert.lora.record import Origin, record_of
+from vera_convert.lora.record import LoraSource, record_of
 from vera_convert.lora.writing import (
     Computed,
     Measured,
@@ -190,9 +190,9 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
     if settings.target.heads is not None:
         extras = replace(extras, copies=())
     extras = Extras(copies=extras.copies) if settings.drop_head else extras
-    origin = Origin(work.location, adapter, pair, settings, base_options)
+    source = LoraSource(work.location, adapter, pair, settings, base_options)
     files = _files(work, base_facts, plan, extras, settings.target)
-    return _Job(work, base_facts, plan, extras, origin, files, sides, copied, findings)
+    return _Job(work, base_facts, plan, extras, source, files, sides, copied, findings)
 
 
 def _idle_options(
@@ -254,7 +254,7 @@ class _Job:
     base_facts: BaseFacts
     plan: LoraPlan
     extras: Extras
-    origin: Origin
+    source: LoraSource
     files: FormFiles | GgufModel
     sides: SideFiles
     copied: tuple[str, ...]
@@ -285,7 +285,7 @@ class _Job:
         with output.staged() as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
             require_space(size + copied, staged, output.path)
-            weights.write(staged / files.weights, progress, check=self.origin.options.check)
+            weights.write(staged / files.weights, progress, check=self.source.options.check)
             self._require_small_error(computed.measured)
             if files.config is not None:
                 (staged / CONFIG_NAME).write_bytes(files.config)
@@ -295,13 +295,13 @@ class _Job:
         return self._result(computed.measured, size)
 
     def _weights(self, computed: Computed, source_sha256: str) -> Weights:
-        record = record_of(self.origin, self.plan, source_sha256=source_sha256)
+        record = record_of(self.source, self.plan, source_sha256=source_sha256)
         if isinstance(self.files, GgufModel):
             return GgufWeights(self.files, record, computed)
         return SafetensorsWeights(self.files, self.extras.stored, record, computed)
 
     def _result(self, measured: Measured, size: int) -> LoraConversion:
-        pair, options = self.origin.pair, self.origin.options
+        pair, options = self.source.pair, self.source.options
         return LoraConversion(
             adapter=self.work.location.label,
             out=self.work.output.path,
@@ -324,13 +324,13 @@ class _Job:
 
     def _card(self) -> str:
         base = self.base_facts.location
-        return lora_card(self.origin, self.plan, self.files.weights, base=base)
+        return lora_card(self.source, self.plan, self.files.weights, base=base)
 
     def _require_small_error(self, measured: Measured) -> None:
         """Refuse a LoRA if a layer loses half of the delta, unless the user accepts the loss."""
         errors = measured.errors
         large = {module: error for module, error in errors.items() if error > ERROR_LIMIT}
-        if large and not self.origin.options.accept_error:
+        if large and not self.source.options.accept_error:
             worst = max(large, key=lambda module: large[module])
             reason = (
                 f"at rank {self.plan.rank} the relative error is {large[worst]:.2f} here, "

@@ -22,7 +22,7 @@ from vera_convert.merging.provenance import source_of
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class LoraSource:
     """The source of a LoRA.
 
     Attributes:
@@ -40,19 +40,19 @@ class Origin:
     base: BaseOptions
 
 
-def record_of(origin: Origin, plan: LoraPlan, *, source_sha256: str) -> dict[str, object]:
+def record_of(source: LoraSource, plan: LoraPlan, *, source_sha256: str) -> dict[str, object]:
     """Return the record of a LoRA, but for its error.
 
     Args:
-        origin: the source of the LoRA.
+        source: the source of the LoRA.
         plan: the LoRA.
         source_sha256: the SHA-256 of the adapter's weights; `NO_SHA256` to measure the record.
     """
-    adapter, pair = origin.adapter, origin.pair
+    adapter, pair = source.adapter, source.pair
     return {
         "format": 1,
         "vera_convert": __version__,
-        "source": source_of(origin.location),
+        "source": source_of(source.location),
         "source_sha256": source_sha256,
         "config_sha256": sha256(adapter.config_file.text).hexdigest(),
         "source_rank": adapter.config.r,
@@ -62,7 +62,7 @@ def record_of(origin: Origin, plan: LoraPlan, *, source_sha256: str) -> dict[str
             "origin": pair.origin,
             "draw": asdict(pair.draw) if pair.draw is not None else None,
         },
-        "options": dict(origin.options.record(origin.base)),
+        "options": dict(source.options.record(source.base)),
     }
 
 

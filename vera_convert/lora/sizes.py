@@ -16,10 +16,9 @@ from vera_convert.lora.checks import extras_of
 from vera_convert.lora.forms import files_of
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import plan_lora
-from vera_convert.lora.record import Origin, record_of
+from vera_convert.lora.record import LoraSource, record_of
 from vera_convert.lora.writing import Computed, SafetensorsWeights
-from vera_convert.merging.in_effect import InEffect
-from vera_convert.merging.in_effect import Origin as PairOrigin
+from vera_convert.merging.in_effect import InEffect, Origin
 
 
 def lora_size(
@@ -47,8 +46,8 @@ def lora_size(
     options = LoraOptions(projections=projections)
     plan, extras = plan_lora(adapter, base_facts, pair, options), extras_of(adapter)
     files = files_of(options.target, adapter.config, plan, extras, base_facts)
-    origin = Origin(location, adapter, pair, options, base_options)
-    record = record_of(origin, plan, source_sha256=NO_SHA256)
+    source = LoraSource(location, adapter, pair, options, base_options)
+    record = record_of(source, plan, source_sha256=NO_SHA256)
     return SafetensorsWeights(files, extras.stored, record, Computed(plan)).size
 
 
@@ -57,13 +56,13 @@ def _pair(
 ) -> InEffect | None:
     """Return the origin of the A and B in effect, with a matrix of the right rank and no values."""
     nothing = np.empty((adapter.config.r, 0), np.float32)
-    found = InEffect(nothing, nothing.T, PairOrigin.KEY)
+    found = InEffect(nothing, nothing.T, Origin.KEY)
     if projections is not ProjectionSource.KEY:
         if adapter.projections is not None:
-            return replace(found, origin=PairOrigin.FILE)
+            return replace(found, origin=Origin.FILE)
         if adapter.fingerprint is not None:
             draw = adapter.fingerprint.draw
-            return replace(found, origin=PairOrigin.FINGERPRINT, draw=draw)
+            return replace(found, origin=Origin.FINGERPRINT, draw=draw)
     inputs, outputs = base_facts.in_features, base_facts.out_features
     if inputs is None or outputs is None or base_facts.rounding is None:
         return None

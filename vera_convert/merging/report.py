@@ -33,7 +33,7 @@ class TensorReport:
         dtype: the dtype in the merged model, in safetensors' names.
         shape: the tensor's shape.
         adapters: indexes of the adapters that change the tensor, from 0.
-        kind: ``added``, ``replaced``, ``new`` or ``converted``.
+        kind: ``added``, ``replaced`` or ``new``.
         numbers: the changes of the checked values; None if no value was added or compared.
     """
 
@@ -87,8 +87,8 @@ def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
         reason = (
-            f"in {count:,} of {len(reports):,} tensors; of all values "
-            f"{1 - everything.changed_share:.1%} stay as they were. The worst is "
+            f"rounding loses more than half of the delta in {count:,} of {len(reports):,} tensors; "
+            f"{1 - everything.changed_share:.1%} of all values stay as they were. The worst is "
             f"{printable(name)}, which loses {numbers.relative_loss:.0%} of its delta."
         )
         yield rules.DELTA_LOST.at(place, reason)
