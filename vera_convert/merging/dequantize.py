@@ -57,7 +57,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
         files: the base's weight files, by name.
 
     Raises:
-        CheckpointError: with every part that holds a value that no quantizer writes.
+        CheckpointError: with the first 50 parts that hold a value that no quantizer writes.
     """
     base, findings = packed.stored, list[Finding]()
     with Parts(base, files) as parts:

@@ -192,7 +192,8 @@ class _Editor:
         for module in needed_modules(self.base.model_type, name):
             if not any(path == module or path.endswith(f".{module}") for path in stored):
                 reason = (
-                    f"the class {printable(name)} has it, but neither base nor adapter stores it."
+                    f"the class {printable(name)} has this module, and neither base nor adapter "
+                    "stores the module."
                 )
                 yield rules.HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
 
@@ -257,7 +258,7 @@ class _Editor:
         if token is None:
             self.edits.open.add(path)
         if token is None and own is None:
-            reason = "neither the base's config nor a file beside the adapter names one."
+            reason = "neither the base's config nor a file beside the adapter names the token."
             self.edits.findings.append(rules.HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason))
 
     def _vocabulary(self) -> int | None:
