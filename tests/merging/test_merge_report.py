@@ -56,7 +56,7 @@ def test_what_drowns_is_warned_of() -> None:
     assert codes(SOME, LOST) == ["V537"]
     (finding,) = number_findings([report("a", SOME), report("b", LOST)], place="base")
     assert "in 1 of 2 tensors" in finding.reason
-    assert "87.5% stay as they were" in finding.reason
+    assert "87.5% of all values stay as they were" in finding.reason
     assert "b, which loses 100% of its delta" in finding.reason
 
 
