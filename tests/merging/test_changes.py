@@ -269,6 +269,19 @@ def test_a_head_that_is_stored_beside_its_embedding_is_tied_too(tmp_path: Path) 
     assert np.allclose(found["model.embed_tokens.weight"], head_of(adapter, base), atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [None, *Tied])
+def test_a_head_with_values_of_its_own_is_never_tied(tmp_path: Path, tied: Tied | None) -> None:
+    adapter, base = on_the_head(tmp_path / "a"), filled_base(tmp_path / "base", config=TIED)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 2}, path)
+    merged_with(adapter, base, tmp_path / "out", tied=tied)
+    assert_same(tensors_of(tmp_path / "out"), wanted({adapter: 1.0}, base), within=1e-6)
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_bytes())["tie_word_embeddings"] is False
+    )
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_the_head_s_own_base_weight_is_compared_and_not_merged(
     tmp_path: Path, tied: Path, same: bool

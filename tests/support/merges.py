@@ -24,13 +24,18 @@ INDEX = "model.safetensors.index.json"
 
 
 def filled_base(folder: Path, *, shards: int = 1, **changes: Any) -> Path:
-    """Write `bases.tiny_base` with random values, in one file or in shards with an index."""
+    """Write `bases.tiny_base` with random values, in one file or in shards with an index.
+
+    A head that the config ties to the embedding has the embedding's values.
+    """
     single = tiny_base(folder, **changes) / "model.safetensors"
     values = np.random.default_rng(1)
     tensors = {
         name: zeros + values.normal(0, 0.1, zeros.shape).astype(zeros.dtype)
         for name, zeros in load_file(single).items()
     }
+    if changes.get("config", {}).get("tie_word_embeddings") and "lm_head.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     single.unlink()
     if shards == 1:
         save_file(tensors, single, {"format": "pt"})

@@ -11,6 +11,8 @@ from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.base.side_files import ModelFiles, sort_files
+from vera_convert.base.tied import is_head
+from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.shards import read_weight_map
 from vera_convert.files.strict_json import read_json
@@ -114,3 +116,20 @@ def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
         raise SurroundingsError(
             f"{place} changed while it was read. Try again when nothing writes to it."
         )
+
+
+def stores_own_head(files: BaseFiles) -> bool:
+    """Say whether a base stores a head whose values differ from those of the embedding.
+
+    transformers 5 never ties such a head, whatever the config says. The config of a T5 1.1 that
+    transformers 5 saved says that the two are tied.
+    """
+    base = files.model
+    for name, tensor in base.tensors.items():
+        shape = tensor.info.shape
+        if len(shape) != 2 or not is_head(name, base):
+            continue
+        embedding = shared_embedding(base, *shape)
+        if embedding is not None and base.tensors[embedding].info.shape == shape:
+            return not files.tensor(embedding).is_copied_by(files.tensor(name))
+    return False

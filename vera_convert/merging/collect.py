@@ -7,6 +7,7 @@ only the weights that an adapter stores a copy of.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
+from vera_convert.merging.base_files import stores_own_head
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
@@ -99,9 +101,19 @@ class _Collector:
 
     @property
     def tied(self) -> Tied | None:
-        """The caller's choice for tied heads, asked for only if a change meets a tied head."""
+        """The caller's choice for tied heads, asked for only if a change meets a tied head.
+
+        A head with values of its own stays a separate tensor, whatever the caller chooses.
+        """
+        if self._has_own_head:
+            self.meets_tied_head = self._choice is not Tied.ADD
+            return Tied.UNTIE
         self.meets_tied_head = True
         return self._choice
+
+    @cached_property
+    def _has_own_head(self) -> bool:
+        return stores_own_head(self.files)
 
     # --- deltas ----------------------------------------------------------------------------------
 
@@ -329,6 +341,9 @@ class _Collector:
         if not changes.unties:
             return
         if self.base.model_type == "switch_transformers":
+            if self._has_own_head:
+                changes.unties = False  # the config stays, and with it the scaled output
+                return
             raise UsageError(
                 "--tied untie: SwitchTransformers scales the decoder's output only while head and "
                 "embedding are one tensor. Give --tied add to change both, as PEFT does on merging."

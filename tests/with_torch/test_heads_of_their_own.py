@@ -1,0 +1,132 @@
+"""A base with a head of its own whose config calls the head tied to the embedding."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from releases import has, of_transformers
+from theirwarnings import OF_PEFT
+
+from vera_convert import MergeOptions, merge
+from vera_convert.merging.options import Tied
+
+pytestmark = OF_PEFT
+
+if not has("transformers", "5.0"):
+    pytest.skip(
+        "needs transformers 5.0, which compares head and embedding", allow_module_level=True
+    )
+
+T5: Mapping[str, Any] = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "decoder_start_token_id": 0,
+}
+BART: Mapping[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+LLAMA: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+}
+SWITCH = {**T5, "num_experts": 2, "expert_capacity": 8}
+KINDS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "T5ForConditionalGeneration": ("T5Config", T5, "q"),
+    "MT5ForConditionalGeneration": ("MT5Config", T5, "q"),
+    "UMT5ForConditionalGeneration": ("UMT5Config", T5, "q"),
+    "LongT5ForConditionalGeneration": ("LongT5Config", T5, "q"),
+    "SwitchTransformersForConditionalGeneration": (
+        "SwitchTransformersConfig",
+        SWITCH,
+        "q",
+    ),
+    "BartForConditionalGeneration": ("BartConfig", BART, "q_proj"),
+    "LlamaForCausalLM": ("LlamaConfig", LLAMA, "q_proj"),
+}
+CHANGED = {"a delta of the head": (["lm_head"], None), "a head": ([], ["lm_head"])}
+
+
+def logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 38, (2, 6), generator=generator)
+    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids, **more).logits
+    return found
+
+
+def write_base(kind: str, folder: Path) -> None:
+    """Write a model with a head of its own, and a config that calls the head tied."""
+    config, fields, _ = KINDS[kind]
+    torch.manual_seed(0)
+    model = of_transformers(kind)(of_transformers(config)(**fields, tie_word_embeddings=False))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 16) * 0.3)
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    document = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**document, "tie_word_embeddings": True}))
+
+
+def loaded(kind: str, folder: Path) -> Any:
+    return of_transformers(kind).from_pretrained(folder)
+
+
+def trained(kind: str, changed: str, folder: Path) -> torch.Tensor:
+    """Write an adapter with random vectors; return the logits of PEFT."""
+    model = loaded(kind, folder / "base")
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    targets, saved = CHANGED[changed]
+    layers = [KINDS[kind][2], *targets]
+    config = peft.VeraConfig(r=4, target_modules=layers, modules_to_save=saved)
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted.save_pretrained(folder / "adapter")
+    again = loaded(kind, folder / "base")
+    return logits(peft.PeftModel.from_pretrained(again, folder / "adapter"))
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_the_base_s_own_stays_separate(kind: str, changed: str, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_base(kind, base)
+    wanted = trained(kind, changed, tmp_path)
+    merge(tmp_path / "adapter", out, base=base)
+    torch.testing.assert_close(logits(loaded(kind, out)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_add_has_no_effect_on_a_head_of_the_base_s_own(tmp_path: Path) -> None:
+    kind, base, out = "T5ForConditionalGeneration", tmp_path / "base", tmp_path / "out"
+    write_base(kind, base)
+    wanted = trained(kind, "a head", tmp_path)
+    done = merge(tmp_path / "adapter", out, base=base, options=MergeOptions(tied=Tied.ADD))
+    assert "V564" in {each.code for each in done.findings}
+    torch.testing.assert_close(logits(loaded(kind, out)), wanted, rtol=1e-4, atol=1e-5)
