@@ -1,0 +1,30 @@
+"""The values of a base that decide a merge."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from vera_convert.base.model import BaseModel, BaseTensor
+from vera_convert.files.header import TensorInfo
+from vera_convert.hub.lookup import Location
+from vera_convert.merging.base_files import BaseFiles, stores_own_head
+
+
+@pytest.mark.parametrize("packed", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_packed_head_or_embedding_is_a_tensor_of_its_own(
+    packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {
+        name: BaseTensor("m", TensorInfo(name, "BF16", (32, 16), 0, 0))
+        for name in ("lm_head.weight", "model.embed_tokens.weight")
+    }
+    model = BaseModel(Location("base", None), {"tie_word_embeddings": True}, {}, tensors)
+    sides: Any = Mock()
+    files = BaseFiles(model, sides, {}, {})
+    monkeypatch.setattr(
+        BaseFiles, "decoder", lambda _files, name: object() if name == packed else None
+    )
+    assert stores_own_head(files)
