@@ -185,7 +185,7 @@ def _is_in(folders: Collection[str], name: str) -> bool:
 def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
     """Yield a warning for each file of weights beside an adapter that the result lacks."""
     for name in names:
-        yield rules.TRAINED_NOT_MERGED.at(place, f"{printable(name)} is not converted.")
+        yield rules.TRAINED_NOT_MERGED.at(place, f"{printable(name)} is left out.")
 
 
 def _is_module(location: Location) -> bool:

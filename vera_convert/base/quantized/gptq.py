@@ -106,7 +106,7 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     versions = texts_of(settings, _VERSION_FIELDS) or {"gptq"}
     reason = ""
     if bits not in _ONES:
-        reason = f"{printable(str(settings.get('bits')))} bits are not supported, only 4 and 8."
+        reason = f"bits is {printable(repr(settings.get('bits')))}; 4 and 8 are supported."
     elif settings.get("is_marlin_format") or not versions <= _VERSIONS.keys():
         others = versions - _VERSIONS.keys() or {"marlin"}
         reason = f'the format "{printable(min(others))}" is not supported, only gptq and gptq_v2.'
