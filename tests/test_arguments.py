@@ -438,3 +438,11 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 def test_a_version_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"0\.1[13]"):
         peft_version("peft_version", text)
+
+
+def test_a_folder_with_the_name_of_an_option_keeps_its_name(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert "error: base is a folder here" in run("info", "base", "--revision", "main").err

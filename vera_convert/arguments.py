@@ -2,8 +2,8 @@
 
 An option with named choices takes the member or the member's string; a dtype takes any usual
 spelling; a size takes a number of bytes or a text such as ``5GB``. Everything else raises
-`UsageError`, which names the argument and the choices. The command line parses options with the
-same functions.
+`ParameterError`, a `UsageError` that names the argument and the choices. The command line parses
+options with the same functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vera_convert.dtypes import BASE_NAMES, FLOAT_NAMES, base_name, float_name
-from vera_convert.errors import UsageError
+from vera_convert.errors import ParameterError
 from vera_convert.text import printable
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -47,7 +47,7 @@ def one_of(name: str, kind: type[Choice], value: object) -> Choice:
         for member in kind:
             if value == member.value:
                 return member
-    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(kind)}.")
+    raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(kind)}.")
 
 
 def dtype_name(name: str, value: object) -> str:
@@ -61,7 +61,7 @@ def dtype_name(name: str, value: object) -> str:
         found = float_name(str(value))
         if found is not None:
             return found
-    raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(FLOAT_NAMES)}.")
+    raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(FLOAT_NAMES)}.")
 
 
 def base_dtype_name(name: str, value: object) -> str:
@@ -73,7 +73,7 @@ def base_dtype_name(name: str, value: object) -> str:
     is_torch = type(value).__module__ == "torch"
     found = base_name(str(value)) if isinstance(value, str) or is_torch else None
     if found is None:
-        raise UsageError(f"{name} is {_shown(value)}: give one of {', '.join(BASE_NAMES)}.")
+        raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(BASE_NAMES)}.")
     return found
 
 
@@ -86,7 +86,7 @@ def size_in_bytes(name: str, value: object) -> int:
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
         if match is None or not (match[2] or match[4]) or (match[3] and not match[2]):
-            raise UsageError(f"{name} is {_shown(value)}: give a size such as 5GB or 500MB.")
+            raise ParameterError(name, f"is {_shown(value)}: give a size such as 5GB or 500MB.")
         factor = (1024 if match[3] else 1000) ** _UNITS.get((match[2] or "").lower(), 0)
         whole, _, decimals = match[1].partition(".")
         value = int(whole + decimals) * factor // 10 ** len(decimals)
@@ -102,10 +102,10 @@ def peft_version(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, tuple | list) and all(type(each) is int for each in value):
         value = ".".join(map(str, value))
     if not isinstance(value, str) or not _VERSION.fullmatch(value):
-        raise UsageError(f"{name} is {_shown(value)}: give a version such as 0.13 or 0.13.2.")
+        raise ParameterError(name, f"is {_shown(value)}: give a version such as 0.13 or 0.13.2.")
     version = tuple(map(int, value.split(".")))
     if version < OLDEST_PEFT:
-        raise UsageError(f"{name} is {value}: PEFT has VeRA since 0.11, so give 0.11 or later.")
+        raise ParameterError(name, f"is {value}: PEFT has VeRA since 0.11, so give 0.11 or later.")
     return version
 
 
@@ -117,10 +117,10 @@ def whole_number(name: str, value: object, *, least: int | None = 1) -> int:
     """
     index = getattr(type(value), "__index__", None)
     if index is None or is_flag(value):
-        raise UsageError(f"{name} is {_shown(value)}: give a whole number.")
+        raise ParameterError(name, f"is {_shown(value)}: give a whole number.")
     number: int = index(value)
     if least is not None and number < least:
-        raise UsageError(f"{name} is {number}: give a whole number from {least} on.")
+        raise ParameterError(name, f"is {number}: give a whole number from {least} on.")
     return number
 
 
@@ -137,7 +137,7 @@ def number(name: str, value: object) -> float:
             converted = math.nan
         if math.isfinite(converted):
             return converted
-    raise UsageError(f"{name} is {_shown(value)}: give a finite number.")
+    raise ParameterError(name, f"is {_shown(value)}: give a finite number.")
 
 
 def is_flag(value: object) -> bool:
@@ -149,13 +149,13 @@ def require_flags(**values: object) -> None:
     """Raise `UsageError` unless each of these arguments is True or False."""
     for name, value in values.items():
         if not is_flag(value):
-            raise UsageError(f"{name} is {_shown(value)}: give True or False.")
+            raise ParameterError(name, f"is {_shown(value)}: give True or False.")
 
 
 def require_content(name: str, value: object) -> None:
     """Raise `UsageError` for an empty text, which a shell passes for an unset variable."""
     if value in ("", b""):
-        raise UsageError(f"{name} is empty: give a value.")
+        raise ParameterError(name, "is empty: give a value.")
 
 
 def text(name: str, value: object) -> str:
@@ -165,7 +165,7 @@ def text(name: str, value: object) -> str:
         UsageError: the value is of another kind, or empty.
     """
     if not isinstance(value, str):
-        raise UsageError(f"{name} is {_shown(value)}: give a text.")
+        raise ParameterError(name, f"is {_shown(value)}: give a text.")
     require_content(name, value)
     return value
 
@@ -181,7 +181,7 @@ def texts(name: str, value: object) -> tuple[str, ...]:
         require_content(name, ",".join(parts))
         return parts
     if isinstance(value, bytes | Mapping) or not isinstance(value, Sequence | set | frozenset):
-        raise UsageError(f"{name} is {_shown(value)}: give a list of texts.")
+        raise ParameterError(name, f"is {_shown(value)}: give a list of texts.")
     return tuple(text(f"an item of {name}", each) for each in value)
 
 
@@ -195,10 +195,10 @@ def place(name: str, value: object) -> str:
         path = os.fspath(value)
         require_content(name, path)  # pathlib would take an empty text for the working directory
         if "\0" in str(path):
-            raise UsageError(f"{name} contains a NUL character: give the name without the NUL.")
+            raise ParameterError(name, "contains a NUL character: give the name without the NUL.")
         if isinstance(path, str):
             return path
-    raise UsageError(f"{name} is {_shown(value)}: give a text or a pathlib.Path.")
+    raise ParameterError(name, f"is {_shown(value)}: give a text or a pathlib.Path.")
 
 
 def places(name: str, value: object) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def places(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str | os.PathLike):
         return (place(name, value),)
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
-        raise UsageError(f"{name} is {_shown(value)}: give a text, a pathlib.Path, or a list.")
+        raise ParameterError(name, f"is {_shown(value)}: give a text, a pathlib.Path, or a list.")
     return tuple(place(name, each) for each in value)
 
 
@@ -248,7 +248,7 @@ def instance(name: str, kind: type[Kind], value: object) -> Kind:
         UsageError: the value is of another class.
     """
     if not isinstance(value, kind):
-        raise UsageError(f"{name} is {_shown(value)}: give a {kind.__name__}.")
+        raise ParameterError(name, f"is {_shown(value)}: give a {kind.__name__}.")
     return value
 
 
@@ -259,7 +259,7 @@ def function(name: str, value: Called) -> Called:
         UsageError: the value cannot be called.
     """
     if not callable(value):
-        raise UsageError(f"{name} is {_shown(value)}: give a function.")
+        raise ParameterError(name, f"is {_shown(value)}: give a function.")
     return value
 
 

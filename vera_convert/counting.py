@@ -22,7 +22,7 @@ from vera_convert.base.model import read_base, read_config_file, read_model_conf
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.draws.generator import Variant, effective_rounding, rounding_on_base
 from vera_convert.dtypes import BITS, FLOATS
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, ParameterError, UsageError
 from vera_convert.files.header import Entry, TensorInfo, header_bytes
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, hub_access_of, locate
@@ -117,7 +117,7 @@ def count(
     """
     rank, targets = whole_number("rank", rank), texts("targets", targets)
     if rank > MAX_RANK:
-        raise UsageError(f"rank is {rank}: give a rank up to {MAX_RANK}.")
+        raise ParameterError("rank", f"is {rank}: give a rank up to {MAX_RANK}.")
     if not isinstance(model, ModelLayers):
         model = _layers(model, revision, access)
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))

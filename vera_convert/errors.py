@@ -53,6 +53,20 @@ class UsageError(VeraConvertError):
     status = 2
 
 
+class ParameterError(UsageError):
+    """The value of a single parameter is wrong.
+
+    Attributes:
+        parameter: the name of the parameter, or of the option on the command line.
+        reason: the rest of the message, which begins with a verb.
+    """
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter} {reason}")
+        self.parameter = parameter
+        self.reason = reason
+
+
 class SurroundingsError(VeraConvertError):
     """A path or repo is missing, or the disk, network, permissions or packages fail.
 

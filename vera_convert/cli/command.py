@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,15 +14,13 @@ import click
 from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
-from vera_convert.cli.values import Adapter
-from vera_convert.errors import UsageError
+from vera_convert.cli.values import Adapter, name_of
+from vera_convert.errors import ParameterError
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
 """The values that an error repeats in a `validate` command, each with the flag of `validate`."""
 
 ADAPTER_HELP = "A folder, a file of the folder, or a repo: org/name[@revision][/subfolder]."
-_PARAMETER = re.compile(r"^(an item of )?(\w+)(?= is |: )")
-"""The parameter in a message of `vera_convert.arguments`."""
 OUT_FOLDER = "A new folder to write; with --force, an earlier output is replaced."
 
 
@@ -83,11 +80,9 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
     """Let an error of the library name the flag, where the library names a parameter."""
     try:
         yield
-    except UsageError as error:
-        flags = {str(each.name): max(each.opts, key=len) for each in command.params}
-        found = _PARAMETER.match(str(error))
-        if found is not None and found[2] in flags:
-            error.args = (str(error).replace(found[2], flags[found[2]], 1),)
+    except ParameterError as error:
+        flags = {each.name: name_of(each) for each in command.params}
+        error.args = (f"{flags.get(error.parameter, error.parameter)} {error.reason}",)
         raise
 
 

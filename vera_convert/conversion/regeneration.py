@@ -22,7 +22,7 @@ from vera_convert.conversion.transforms import embedded
 from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
 from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES
-from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
+from vera_convert.errors import CheckpointError, ParameterError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import open_local
 from vera_convert.files.tensorfile import from_array, write_tensors
@@ -94,9 +94,9 @@ def regenerate(
     out_features = whole_number("out_features", out_features)
     output = Output(path("out", out), is_pair, force, is_folder=False)
     if rank > MAX_RANK:
-        raise UsageError(f"rank is {rank}: give a rank up to {MAX_RANK}.")
+        raise ParameterError("rank", f"is {rank}: give a rank up to {MAX_RANK}.")
     if not -(2**63) <= key < 2**64:
-        raise UsageError(f"key is {key}: give a whole number from -2^63 to 2^64 - 1.")
+        raise ParameterError("key", f"is {key}: give a whole number from -2^63 to 2^64 - 1.")
     try:
         check_size(rank, in_features, out_features, place="the options")
     except CheckpointError as error:

@@ -17,7 +17,7 @@ from vera_convert.arguments import (
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
-from vera_convert.errors import UsageError
+from vera_convert.errors import ParameterError, UsageError
 from vera_convert.lora.engines import ENGINES, Engine, EngineName
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -106,12 +106,12 @@ class LoraOptions:
 def _stored_dtype(value: object) -> str:
     found = dtype_name("dtype", value)
     if found not in DTYPES:
-        raise UsageError(f"dtype is {found}: a LoRA can be stored in {', '.join(DTYPES)}.")
+        raise ParameterError("dtype", f"is {found}: a LoRA can be stored in {', '.join(DTYPES)}.")
     return found
 
 
 def _share(name: str, value: object) -> float:
     share = number(name, value)
     if not 0 <= share < 1:
-        raise UsageError(f"{name} is {share:g}: give a share of the delta, from 0 to below 1.")
+        raise ParameterError(name, f"is {share:g}: give a share of the delta, from 0 to below 1.")
     return share

@@ -18,7 +18,7 @@ from vera_convert.arguments import (
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match
 from vera_convert.draws.generator import Draw
-from vera_convert.errors import UsageError
+from vera_convert.errors import ParameterError
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile
@@ -63,7 +63,9 @@ def adapter_specs(value: object) -> tuple[AdapterSpec, ...]:
         UsageError: the value is no list, or an item is malformed.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UsageError("add: give a list of adapters, each a text or an AdapterSpec.")
+        raise ParameterError(
+            "add", "is no list: give a list of adapters, each a text or an AdapterSpec."
+        )
     return tuple(
         each if isinstance(each, AdapterSpec) else AdapterSpec(*adapter_and_weight("add", each))
         for each in value

@@ -131,8 +131,7 @@ def stores_own_head(files: BaseFiles) -> bool:
             continue
         embedding = shared_embedding(base, *shape)
         if embedding is not None and base.tensors[embedding].info.shape == shape:
-            is_packed = any(
-                map(files.decoder, (name, embedding))
-            )  # packed apart, so not one tensor
+            # A packed weight has tensors of its own.
+            is_packed = any(map(files.decoder, (name, embedding)))
             return is_packed or not files.tensor(embedding).is_copied_by(files.tensor(name))
     return False

@@ -26,7 +26,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.dtypes import HEADER_NAMES
-from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.errors import ParameterError, SurroundingsError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.text import printable
 
@@ -142,9 +142,10 @@ def _class_name(name: str, value: object) -> str:
     """Return the name of a class."""
     found = text(name, value)
     if not found.isidentifier():
-        raise UsageError(
-            f"{name} is {printable(found)}: give the name of a class, such as "
-            "LlamaForSequenceClassification."
+        raise ParameterError(
+            name,
+            f"is {printable(found)}: give the name of a class, such as "
+            "LlamaForSequenceClassification.",
         )
     return found
 
@@ -152,8 +153,8 @@ def _class_name(name: str, value: object) -> str:
 def _label_names(labels: object) -> tuple[str, ...]:
     """Return the names of labels, each different from all others."""
     found = texts("labels", labels)
-    if not all(found) or len({*found}) < len(found):
-        raise UsageError("labels: give a name of its own for each label.")
+    if len({*found}) < len(found):
+        raise ParameterError("labels", "has a name twice: give a name of its own for each label.")
     return found
 
 
@@ -164,7 +165,7 @@ def _device(device: object) -> Device:
     if device == CPU.name:
         return CPU
     if re.fullmatch(r"cuda(:\d{1,4})?", device, re.ASCII) is None:
-        raise UsageError(f'device is "{printable(device)}": give cpu, cuda or cuda:N.')
+        raise ParameterError("device", f'is "{printable(device)}": give cpu, cuda or cuda:N.')
     # Imported by name and only here, because the module needs torch and may import this module.
     try:
         compute = import_module("vera_convert.with_torch.compute")
