@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +22,7 @@ def test_a_packed_head_or_embedding_is_a_tensor_of_its_own(
         name: BaseTensor("m", TensorInfo(name, "BF16", (32, 16), 0, 0))
         for name in ("lm_head.weight", "model.embed_tokens.weight")
     }
-    model = BaseModel(Location("base", None), {"tie_word_embeddings": True}, {}, tensors)
+    model = BaseModel(Location("base", Path()), {"tie_word_embeddings": True}, {}, tensors)
     sides: Any = Mock()
     files = BaseFiles(model, sides, {}, {})
     monkeypatch.setattr(

@@ -10,6 +10,7 @@ import pytest
 from adapters import good_adapter
 from bases import tiny_base
 from folders import everything
+from heads import PREFIX, TIED, on_the_head
 from hub_server import HubServer
 from merges import assert_same, filled_base, tensors_of, wanted
 
@@ -22,7 +23,7 @@ from vera_convert.hub.location import Location
 from vera_convert.merging.adapter_files import adapter_files
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import Merge, merge
-from vera_convert.merging.options import MergeOptions
+from vera_convert.merging.options import MergeOptions, Tied
 
 
 @pytest.fixture
@@ -90,6 +91,22 @@ def test_a_dry_run_reads_headers_alone(
     ranges = [span for _, path, span in server.requests if path in fetched]
     assert len(ranges) == len(weights)
     assert None not in ranges
+
+
+@pytest.mark.parametrize("tied", Tied)
+def test_a_dry_run_does_not_compare_a_head_and_an_embedding_on_the_hub(
+    server: HubServer, tmp_path: Path, tied: Tied
+) -> None:
+    server.add("org/base", everything(filled_base(tmp_path / "tied", config=TIED)))
+    merged(tmp_path, on_the_head(tmp_path / "head"), "org/base", dry_run=True, tied=tied)
+
+
+def test_a_dry_run_does_not_compare_a_copy_of_the_head_on_the_hub(
+    server: HubServer, tmp_path: Path, base: Path
+) -> None:
+    own = {f"{PREFIX}lm_head.base_layer.weight": tensors_of(base)["lm_head.weight"]}
+    server.add("org/base", everything(base))
+    merged(tmp_path, on_the_head(tmp_path / "head", **own), "org/base", dry_run=True)
 
 
 def test_what_was_merged_once_is_merged_offline(

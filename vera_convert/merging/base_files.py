@@ -44,6 +44,11 @@ class BaseFiles:
         left_out: Collection[str] = SIDE_FILES if self.packed is not None else ()
         return {name: self.files[name] for name in self.sides.copied if name not in left_out}
 
+    @property
+    def has_values(self) -> bool:
+        """Whether the weights lie here; a dry run has only the headers of a base on the Hub."""
+        return self.model.location.folder is not None
+
     def tensor(self, name: str) -> StoredTensor:
         """Return the place of a tensor's values, or of the result's shape for a packed weight."""
         tensor = self.model.tensors[name]
@@ -63,7 +68,7 @@ class BaseFiles:
         Raises:
             CheckpointError: a part of a weight holds a value that no quantizer writes.
         """
-        if self.model.location.folder is not None:
+        if self.has_values:
             check_values(packed, self.files)
         model = replace(packed.view, location=self.model.location)
         return replace(self, model=model, packed=packed)
@@ -122,9 +127,11 @@ def stores_own_head(files: BaseFiles) -> bool:
     """Say whether a base stores a head whose values differ from those of the embedding.
 
     transformers 5 never ties such a head, whatever the config says. The config of a T5 1.1 that
-    transformers 5 saved says that the two are tied.
+    transformers 5 saved says that the two are tied. Without the values, the config decides.
     """
     base = files.model
+    if not files.has_values:
+        return False
     for name, tensor in base.tensors.items():
         shape = tensor.info.shape
         if len(shape) != 2 or not is_head(name, base):

@@ -185,7 +185,7 @@ def _numbers(name: str, replacement: Replacement, base: BaseFiles) -> Numbers | 
     is_resized = new.shape != old.shape
     if new.shape[1:] != old.shape[1:] or (is_resized and replacement.is_of_classifier):
         return None
-    if base.model.location.folder is None or not {old.dtype, new.dtype} <= {*FLOATS}:
+    if not base.has_values or not {old.dtype, new.dtype} <= {*FLOATS}:
         return None
     count, dtype, total = min(new.count, old.count), NUMPY_DTYPE[old.dtype], Numbers()
     for ours, theirs in zip(new.blocks(count), old.blocks(count), strict=True):
