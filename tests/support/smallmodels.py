@@ -15,6 +15,31 @@ TINY = {
     "num_hidden_layers": 2,
 }
 LLM = {**TINY, "num_key_value_heads": 1, "vocab_size": 40, "head_dim": 8}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "decoder_start_token_id": 0,
+}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "vocab_size": 40,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
 EYE = {**TINY, "image_size": 16, "patch_size": 8}
 QWEN_EYE = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from releases import AS_STORED, of_transformers
-from smallmodels import EYE, LLM, MODELS, TINY
+from smallmodels import EYE, LLM, MODELS, T5, TINY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,10 +24,7 @@ KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "BertForSequenceClassification": ("BertConfig", {**TINY, "vocab_size": 40}),
     "RobertaForSequenceClassification": ("RobertaConfig", {**TINY, "vocab_size": 40}),
-    "T5ForConditionalGeneration": (
-        "T5Config",
-        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40},
-    ),
+    "T5ForConditionalGeneration": ("T5Config", T5),
     "ViTForImageClassification": ("ViTConfig", EYE),
 }
 HEADS = {
@@ -81,3 +78,19 @@ def trained(
             parameter.data = (torch.randn(parameter.shape) * size).to(parameter.dtype)
     model.save_pretrained(folder)
     return folder
+
+
+def randomized(adapted: Any) -> Any:
+    """A model of PEFT, with random values for everything that it trains."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    return adapted
+
+
+def logits(model: Any) -> Any:
+    """The logits of a causal model or an encoder-decoder for two sequences of random tokens."""
+    ids = torch.randint(3, 38, (2, 6), generator=torch.Generator().manual_seed(3))
+    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, **more).logits

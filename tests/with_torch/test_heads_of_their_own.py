@@ -12,7 +12,9 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
+from smallmodels import BART, T5
 from theirwarnings import OF_PEFT
+from trainedmodels import logits, randomized
 
 from vera_convert import MergeOptions, merge
 from vera_convert.merging.options import Tied
@@ -24,29 +26,6 @@ if not has("transformers", "5.0"):
         "needs transformers 5.0, which compares head and embedding", allow_module_level=True
     )
 
-T5: Mapping[str, Any] = {
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "vocab_size": 40,
-    "decoder_start_token_id": 0,
-}
-BART: Mapping[str, Any] = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
 LLAMA: Mapping[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -72,15 +51,6 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
 CHANGED = {"a delta of the head": (["lm_head"], None), "a head": ([], ["lm_head"])}
 
 
-def logits(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 38, (2, 6), generator=generator)
-    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=ids, **more).logits
-    return found
-
-
 def write_base(kind: str, folder: Path) -> None:
     """Write a model with a head of its own, and a config that calls the head tied."""
     config, fields, _ = KINDS[kind]
@@ -97,18 +67,14 @@ def loaded(kind: str, folder: Path) -> Any:
     return of_transformers(kind).from_pretrained(folder)
 
 
-def trained(kind: str, changed: str, folder: Path) -> torch.Tensor:
+def trained(kind: str, changed: str, folder: Path) -> Any:
     """Write an adapter with random vectors; return the logits of PEFT."""
     model = loaded(kind, folder / "base")
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     targets, saved = CHANGED[changed]
     layers = [KINDS[kind][2], *targets]
     config = peft.VeraConfig(r=4, target_modules=layers, modules_to_save=saved)
-    adapted = peft.get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-    adapted.save_pretrained(folder / "adapter")
+    randomized(peft.get_peft_model(model, config)).save_pretrained(folder / "adapter")
     again = loaded(kind, folder / "base")
     return logits(peft.PeftModel.from_pretrained(again, folder / "adapter"))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from releases import has, of_transformers
 from theirwarnings import OF_PEFT
+from trainedmodels import randomized
 
 from vera_convert import (
     CheckpointError,
@@ -112,10 +113,7 @@ def trained(kind: str, folder: Path, **wanted: Any) -> Trained:
     model_class(of_transformers(config)(**fields)).save_pretrained(base)
     peft_config = peft.VeraConfig(**{"r": 4, "target_modules": targets, **wanted})
     adapted = peft.get_peft_model(model_class.from_pretrained(base), peft_config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-    adapted.save_pretrained(adapter)
+    randomized(adapted).save_pretrained(adapter)
     return Trained(base, adapter, model_class, adapted.merge_and_unload().state_dict())
 
 

@@ -15,7 +15,9 @@ import transformers
 from merges import merged_with
 from releases import has, needs, of_transformers, resize_vocabulary
 from safetensors.torch import load_file, save_file
+from smallmodels import T5
 from theirwarnings import OF_PEFT
+from trainedmodels import randomized
 
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.merging.merge import Merge
@@ -46,8 +48,6 @@ ENCODER = {
     "max_position_embeddings": 32,
 }
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
-T5["decoder_start_token_id"] = 0
 SIGHT = {**ENCODER, "image_size": 8, "patch_size": 4}
 XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "vocab_size": 40}
 BART = {
@@ -456,10 +456,7 @@ def merged_by_peft(name: str, folder: Path, rows: int, **options: Any) -> Mappin
     model = kind.from_pretrained(folder / "base")
     resize_vocabulary(model, rows)
     adapted = peft.get_peft_model(model, peft.VeraConfig(r=6, target_modules=[target], **options))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.3
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=True)
+    randomized(adapted).save_pretrained(folder / "adapter", save_embedding_layers=True)
     merged: Mapping[str, Any] = adapted.merge_and_unload().state_dict()
     return merged
 

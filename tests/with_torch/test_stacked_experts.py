@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from smallmodels import LLM
 from theirwarnings import OF_PEFT
 from torch import nn
+from trainedmodels import randomized
 
 from vera_convert import (
     BaseOptions,
@@ -89,10 +90,7 @@ class Bases:
         linear = {key: each for key, each in tensors.items() if each.ndim == 2 and "emb" not in key}
         peft_config = peft.VeraConfig(r=4, target_modules=["q_proj", *targets])
         adapted = peft.get_peft_model(tree(linear), peft_config)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = torch.randn(parameter.shape) * 0.3
-        adapted.save_pretrained(self.adapter)
+        randomized(adapted).save_pretrained(self.adapter)
 
     def state(self, base: Path, lora: Path | None = None) -> Mapping[str, torch.Tensor]:
         """Return the state of the model from a folder, with a LoRA that PEFT merges."""

@@ -12,7 +12,9 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
+from smallmodels import BART, T5
 from theirwarnings import OF_PEFT
+from trainedmodels import logits, randomized
 
 from vera_convert import MergeOptions, UsageError, VerifyOptions, merge, verify
 from vera_convert.merging.options import Tied
@@ -22,31 +24,6 @@ pytestmark = OF_PEFT
 if not has("transformers", "5.0"):
     pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
 
-BART: Mapping[str, Any] = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "vocab_size": 40,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "forced_eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5: Mapping[str, Any] = {
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "vocab_size": 40,
-    "decoder_start_token_id": 0,
-}
 KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
     "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
@@ -59,15 +36,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
 }
 
 
-def logits(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 38, (2, 6), generator=generator)
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
-    return found
-
-
-def trained(kind: str, folder: Path, **wanted: Any) -> torch.Tensor:
+def trained(kind: str, folder: Path, **wanted: Any) -> Any:
     """Write a base, and an adapter with random vectors; return the logits of PEFT."""
     config, fields, targets = KINDS[kind]
     torch.manual_seed(0)
@@ -78,10 +47,7 @@ def trained(kind: str, folder: Path, **wanted: Any) -> torch.Tensor:
     document.pop("scale_decoder_outputs", None)  # published configs of T5 lack this field
     path.write_text(json.dumps(document))
     peft_config = peft.VeraConfig(**{"r": 4, "target_modules": targets, **wanted})
-    adapted = peft.get_peft_model(model, peft_config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.3
+    adapted = randomized(peft.get_peft_model(model, peft_config))
     adapted.save_pretrained(folder / "adapter")
     return logits(adapted)
 
