@@ -120,6 +120,12 @@ class Adapter:
         return {module: tensor for module, tensor in found.items() if module in self.layers}
 
     @property
+    def trained_replacements(self) -> tuple[TensorData, ...]:
+        """The tensors in place of the base's, without PEFT's copies of the base's weights."""
+        copies = {*self.base_copies.values()}
+        return tuple(each for each in self.replacements if each not in copies)
+
+    @property
     def place(self) -> str:
         """The name of the weights file in messages."""
         return WEIGHTS_NAME

@@ -61,8 +61,7 @@ def replacing_tensors(
     Raises:
         CheckpointError: two tensors replace the same tensor.
     """
-    copies = {*adapter.base_copies.values()}
-    tensors = {each.name: each for each in adapter.replacements if each not in copies}
+    tensors = {each.name: each for each in adapter.trained_replacements}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matched = match_replacements(shapes, match, base)
     found = {

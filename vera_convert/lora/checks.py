@@ -28,14 +28,18 @@ from vera_convert.text import counted, listed, printable
 
 def extras_of(adapter: Adapter) -> Extras:
     """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
-    saved, copies = saved_modules(adapter.config), [*adapter.base_copies.values()]
-    trained = [each for each in adapter.replacements if each not in copies]
-    biases = [each for each in trained if _is_bias(each) and not _names_of(each, saved)]
-    heads = [each for each in trained if each not in biases]
-    stored = {name for each in heads for name in _names_of(each, saved)}
+    saved = saved_modules(adapter.config)
+    modules = {each: _names_of(each, saved) for each in adapter.trained_replacements}
+    biases = [each for each, names in modules.items() if _is_bias(each) and not names]
+    heads = [each for each, names in modules.items() if names or not _is_bias(each)]
+    stored = {name for names in modules.values() for name in names}
     declared = adapter.config.modules_to_save or ()
-    names = tuple(dict.fromkeys((*declared, *sorted(stored))))
-    return Extras(tuple(heads), tuple(biases), names, tuple(copies))
+    return Extras(
+        tuple(heads),
+        tuple(biases),
+        saved=tuple(dict.fromkeys((*declared, *sorted(stored)))),
+        copies=tuple(adapter.base_copies.values()),
+    )
 
 
 def _is_bias(tensor: TensorData) -> bool:

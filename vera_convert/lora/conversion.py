@@ -173,6 +173,7 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         of_engine += component_findings(plan, base_facts, work.access)
     if settings.target.heads is not None:
         of_engine += copy_findings(adapter, base_facts, settings.target.title)
+        extras = replace(extras, copies=())
     findings = [
         *adapter.findings,
         *base_facts.findings,
@@ -187,8 +188,6 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         error = CheckpointError.of(errors)
         error.validate_shows_all = errors[-1] not in of_engine
         raise error
-    if settings.target.heads is not None:
-        extras = replace(extras, copies=())
     extras = Extras(copies=extras.copies) if settings.drop_head else extras
     source = LoraSource(work.location, adapter, pair, settings, base_options)
     files = _files(work, base_facts, plan, extras, settings.target)

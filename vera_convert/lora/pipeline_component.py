@@ -54,15 +54,13 @@ def component_of(base_facts: BaseFacts) -> str:
     Raises:
         CheckpointError: neither tells.
     """
-    base = base_facts.base
-    if base is None:
-        raise _unknown("the base")
+    base = _base_of(base_facts)
     if base.prefix:
         return base.prefix.rstrip("/")
     folder = base.location.subfolder.rpartition("/")[2] or base.location.name
     if _USUAL.fullmatch(folder):
         return folder
-    name = _class_name(base_facts)
+    name = _class_name(base)
     if name.startswith("UNet"):
         return "unet"
     if "Prior" in name:
@@ -72,14 +70,20 @@ def component_of(base_facts: BaseFacts) -> str:
     raise _unknown(folder)
 
 
+def _base_of(base_facts: BaseFacts) -> BaseModel:
+    if base_facts.base is None:
+        raise _unknown("the base")
+    return base_facts.base
+
+
 def _unknown(place: str) -> CheckpointError:
     reason = "the folder and the config do not say which component of a pipeline the base is."
     return CheckpointError(rules.LORA_BASE_UNKNOWN.at(printable(place), reason))
 
 
-def _class_name(base_facts: BaseFacts) -> str:
+def _class_name(base: BaseModel) -> str:
     """Return the class of Diffusers that a component's config names; empty for any other base."""
-    found = base_facts.base.config.get("_class_name") if base_facts.base is not None else None
+    found = base.config.get("_class_name")
     return found if isinstance(found, str) else ""
 
 
@@ -97,11 +101,11 @@ def component_findings(
         CheckpointError: the component is not known.
         SurroundingsError: the index of the pipeline cannot be read.
     """
-    component, base = component_of(base_facts), base_facts.base
-    shown, kind = printable(component), _class_name(base_facts)
+    component, base = component_of(base_facts), _base_of(base_facts)
+    shown, kind = printable(component), _class_name(base)
     reason = ""
     if component.startswith("text_encoder"):
-        reason = _of_text_encoder(shown, base, access) if base is not None else ""
+        reason = _of_text_encoder(shown, base, access)
     elif kind in _WITHOUT_A_LOADER:
         reason = (
             f"Diffusers loads no LoRA into a {kind}. With --for peft, PEFT loads the LoRA: "
