@@ -53,6 +53,14 @@ class Location:
         """The repo, or the name of the folder without the path to the folder."""
         return self.repo_id or (self.folder or Path()).resolve().name
 
+    @property
+    def record(self) -> dict[str, object]:
+        """The place without paths of this machine: repo and commit, or the folder's name."""
+        if self.repo_id is None:
+            return {"folder": self.name}
+        found: dict[str, object] = {"repo_id": self.repo_id, "commit": self.commit}
+        return found | ({"subfolder": self.subfolder} if self.subfolder else {})
+
 
 def not_cached(what: str) -> SurroundingsError:
     """Return the error for a file or repo that the cache lacks in an offline run."""

@@ -6,15 +6,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.folder import SideFiles
-from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.values import absurd_values, untrained_layers
 from vera_convert.base.facts import BaseFacts
-from vera_convert.base.replacements import saved_modules
 from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.strip_embed import Work
-from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
@@ -24,30 +21,6 @@ from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weigh
 from vera_convert.rules import Finding, Rule
 from vera_convert.targets.linear import kind_of
 from vera_convert.text import counted, listed, printable
-
-
-def extras_of(adapter: Adapter) -> Extras:
-    """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
-    saved = saved_modules(adapter.config)
-    modules = {each: _names_of(each, saved) for each in adapter.trained_replacements}
-    biases = [each for each, names in modules.items() if _is_bias(each) and not names]
-    heads = [each for each, names in modules.items() if names or not _is_bias(each)]
-    stored = {name for names in modules.values() for name in names}
-    declared = adapter.config.modules_to_save or ()
-    return Extras(
-        tuple(heads),
-        tuple(biases),
-        saved=tuple(dict.fromkeys((*declared, *sorted(stored)))),
-        copies=tuple(adapter.base_copies.values()),
-    )
-
-
-def _is_bias(tensor: TensorData) -> bool:
-    return tensor.name.rpartition(".")[2] == "bias"
-
-
-def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
-    return saved.of(replaced_name(tensor.name).rpartition(".")[0])
 
 
 def adapter_findings(

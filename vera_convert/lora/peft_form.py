@@ -6,7 +6,10 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
+from vera_convert.base.replacements import saved_modules
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.targets.matching import matching
@@ -37,6 +40,30 @@ class Extras:
     def stored(self) -> tuple[TensorData, ...]:
         """The tensors that a LoRA stores for PEFT."""
         return (*self.tensors, *self.copies)
+
+
+def extras_of(adapter: Adapter) -> Extras:
+    """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
+    saved = saved_modules(adapter.config)
+    modules = {each: _names_of(each, saved) for each in adapter.trained_replacements}
+    biases = [each for each, names in modules.items() if _is_bias(each) and not names]
+    heads = [each for each, names in modules.items() if names or not _is_bias(each)]
+    stored = {name for names in modules.values() for name in names}
+    declared = adapter.config.modules_to_save or ()
+    return Extras(
+        tuple(heads),
+        tuple(biases),
+        saved=tuple(dict.fromkeys((*declared, *sorted(stored)))),
+        copies=tuple(adapter.base_copies.values()),
+    )
+
+
+def _is_bias(tensor: TensorData) -> bool:
+    return tensor.name.rpartition(".")[2] == "bias"
+
+
+def _names_of(tensor: TensorData, saved: SavedModules) -> frozenset[str]:
+    return saved.of(replaced_name(tensor.name).rpartition(".")[0])
 
 
 def config_text(

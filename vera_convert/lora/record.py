@@ -18,7 +18,6 @@ from vera_convert.hub.lookup import Location
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.in_effect import InEffect
-from vera_convert.merging.provenance import source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def record_of(source: LoraSource, plan: LoraPlan, *, source_sha256: str) -> dict
     return {
         "format": 1,
         "vera_convert": __version__,
-        "source": source_of(source.location),
+        "source": source.location.record,
         "source_sha256": source_sha256,
         "config_sha256": sha256(adapter.config_file.text).hexdigest(),
         "source_rank": adapter.config.r,

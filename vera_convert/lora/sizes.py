@@ -12,9 +12,9 @@ from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Draw, Variant, effective_rounding
 from vera_convert.hub.lookup import Location
-from vera_convert.lora.checks import extras_of
 from vera_convert.lora.forms import files_of
 from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.peft_form import extras_of
 from vera_convert.lora.plan import plan_lora
 from vera_convert.lora.record import LoraSource, record_of
 from vera_convert.lora.writing import Computed, SafetensorsWeights

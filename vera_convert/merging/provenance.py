@@ -22,7 +22,6 @@ from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
-from vera_convert.hub.lookup import Location
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.inputs import MergeInputs
@@ -43,14 +42,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def source_of(location: Location) -> dict[str, object]:
-    """Return the name of an input on any machine: repo and commit, or the folder without a path."""
-    if location.repo_id is None:
-        return {"folder": location.name}
-    found: dict[str, object] = {"repo_id": location.repo_id, "commit": location.commit}
-    return found | ({"subfolder": location.subfolder} if location.subfolder else {})
-
-
 def input_records(inputs: MergeInputs) -> dict[str, object]:
     """Return the records of the base, the adapters and the options."""
     return {
@@ -64,7 +55,7 @@ def _adapter_record(matched: MatchedAdapter) -> dict[str, object]:
     config, pair = matched.adapter.config, matched.pair
     drawn = asdict(pair.draw) if pair.draw is not None else None
     return {
-        "source": source_of(matched.location),
+        "source": matched.location.record,
         "weight": matched.weight,
         "rank": config.r,
         "layers": len(matched.adapter.layers),
@@ -78,7 +69,7 @@ def _adapter_record(matched: MatchedAdapter) -> dict[str, object]:
 
 def _base_record(base: BaseFiles) -> dict[str, object]:
     return {
-        "source": source_of(base.model.location),
+        "source": base.model.location.record,
         "files": [
             {
                 "name": name,
