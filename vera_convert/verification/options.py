@@ -139,10 +139,9 @@ def settle(
 
 def given_alone(findings: Iterable[Finding], settings: MergeSettings) -> Iterator[Finding]:
     """Yield findings, except those about a recorded option that the caller does not give."""
-    given = tuple(f"--{name.replace('_', '-')}" for name in settings.given)
     for finding in findings:
         is_idle = finding.rule is rules.OPTION_WITHOUT_EFFECT
-        if not is_idle or finding.place.startswith(given):
+        if not is_idle or finding.place.startswith(settings.given_flags):
             yield finding
 
 

@@ -55,10 +55,9 @@ def _right_as_recorded(
         return {}
     adapters = [replace(each, weight=None) for each in merge.adapters]
     recorded = replace(merge, adapters=adapters, settings=merge.provenance.settings)
-    options = sorted(f"--{name.replace('_', '-')}" for name in merge.settings.given)
     sentence = (
         "The tensor is right with the options that merge-provenance.json records: leave out "
-        f"{' and '.join(options)}."
+        f"{' and '.join(merge.settings.given_flags)}."
     )
     return dict.fromkeys(_right(recorded, merged, names), sentence)
 

@@ -77,6 +77,11 @@ class MergeSettings:
     given: frozenset[str] = frozenset()
 
     @property
+    def given_flags(self) -> tuple[str, ...]:
+        """The caller's options as on the command line, sorted."""
+        return tuple(sorted(f"--{name.replace('_', '-')}" for name in self.given))
+
+    @property
     def merge_options(self) -> MergeOptions:
         """The options of a merge with the same result."""
         return MergeOptions(
