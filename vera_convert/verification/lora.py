@@ -164,6 +164,7 @@ def check_lora(
         names = layer_names(theirs, ours, facts)
         pairing = _Pairing(ours, in_transformers_order(theirs, names, facts), facts, pair, names)
         layers, wrong = pairing.layers()
+        acting = sum(finding.rule is rules.LORA_LAYER_EXTRA for finding in wrong)
         of_config = [*pairing.config_findings()]
         ours.check_unchanged()
         run: ModelJob | str = "--layers-only"
@@ -173,7 +174,7 @@ def check_lora(
             label=places[1].label,
             origin=pair.origin,
             layers=layers,
-            zeros=sum(not _has_effect(layer) for layer in pairing.extra.values()),
+            zeros=len(pairing.extra) - acting,
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
             run=run,
