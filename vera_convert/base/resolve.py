@@ -292,11 +292,11 @@ def _as_adapter_names_them(base: BaseModel, match: Match) -> dict[str, str]:
     The config's targets are matched with the adapter's names. The result leaves out weights
     outside the adapter's model.
     """
-    named = {
-        each: part.tensors[0]
-        for module, part in match.parts.items()
-        for each in (experts_beside(module, part.experts) if part.experts else (module,))
-    }
+    named: dict[str, str] = {}
+    for layer, part in match.parts.items():
+        if layer not in named:  # the first expert of a stack has named all others
+            beside = experts_beside(layer, part.experts) if part.experts else (layer,)
+            named |= dict.fromkeys(beside, part.tensors[0])
     divided = {name for part in match.parts.values() for name in part.tensors}
     for name in base.tensors:
         path = name.removesuffix(".weight")

@@ -91,6 +91,10 @@ PARTS_OF_LAYERS = {
 }
 """Layers in memory, stored in files as several tensors, by the last part of the path."""
 
+_DOWN = re.compile(r"(?:^|[._])(?:down|w2|fc2|output)(?:$|[._])")
+_TWO_LAYERS = re.compile(r"gate_up|input_linear")
+"""The name of a stack in which each expert has the rows of two layers, gate and up."""
+
 
 def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
     """Return the known reason why the base lacks a layer's tensor; None for an unknown layout.
@@ -101,7 +105,7 @@ def other_layout(modules: Iterable[str], base: BaseModel) -> Finding | None:
     """
     layers = Layers(base)
     for module in {re.sub(r"\d+", "#", module): module for module in modules}.values():
-        stacks = [*_stacks(module, base)]
+        stacks = [*layers.stacks(module)]
         found = _stacked(module, stacks[0], base) if stacks else layers.finding(module)
         if found is not None:
             return found
@@ -147,7 +151,38 @@ class Layers:
                 part, parts = share or (0, 0)
                 first = part * outputs if parts * outputs == rows else None
                 return Inside(names, shapes[0][1], first, finding)
-        return _expert(module, outputs, self._base, undo)
+        return self._expert(module, outputs, undo)
+
+    def _expert(
+        self, module: str, outputs: int, undo: Callable[[str], str | None]
+    ) -> Inside | None:
+        """Return the proven place of an expert's layer in a stack of experts; None without proof.
+
+        The first axis of a stack counts the experts. Models differ in the order of the other two,
+        so the length of lambda_b tells which axis is the outputs. The arguments are those of
+        `inside`.
+        """
+        for name in self.stacks(module):
+            experts, *axes = self._base.tensors[name].info.shape
+            rows = outputs * (2 if _TWO_LAYERS.search(name) else 1)
+            is_same_block = _layer_of(undo(name.rpartition(".")[0]) or "") == _layer_of(module)
+            is_same_kind = bool(_DOWN.search(name)) == bool(_DOWN.search(module))
+            is_there = _number_of_expert(module) < experts
+            if is_same_block and is_same_kind and rows in axes and is_there:
+                inputs = axes[1 - axes.index(rows)]
+                return Inside((name,), inputs, None, _stacked(module, name, self._base), experts)
+        return None
+
+    def stacks(self, module: str) -> Iterator[str]:
+        """Yield the tensors that can stack all experts of a layer, if `module` is in an expert."""
+        start, experts, rest = module.rpartition(".experts.")
+        # experts.0.up_proj, or experts.up_projs.0 where each name has a separate list
+        if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
+            return
+        for name in self._names.get(_numbers(start), ()):
+            shape = self._base.tensors[name].info.shape
+            if len(shape) == 3 and re.search(r"experts|(in|out)put_linear", name):
+                yield name
 
     def _candidates(
         self, module: str
@@ -186,36 +221,6 @@ def _block(path: str) -> str:
     return found[0] if found else ""
 
 
-_DOWN = re.compile(r"(?:^|[._])(?:down|w2|fc2|output)(?:$|[._])")
-_TWO_LAYERS = re.compile(r"gate_up|input_linear")
-"""The name of a stack in which each expert has the rows of two layers, gate and up."""
-
-
-def _expert(
-    module: str, outputs: int, base: BaseModel, undo: Callable[[str], str | None]
-) -> Inside | None:
-    """Return the proven place of an expert's layer in a stack of experts; None without proof.
-
-    The first axis of a stack counts the experts. Models differ in the order of the other two, so
-    the length of lambda_b tells which axis is the outputs.
-
-    Args:
-        module: the layer's path in the adapter.
-        outputs: the layer's outputs.
-        base: the base.
-        undo: from a path in the files to the path in the adapter.
-    """
-    for name in _stacks(module, base):
-        experts, *axes = base.tensors[name].info.shape
-        rows = outputs * (2 if _TWO_LAYERS.search(name) else 1)
-        is_same_block = _layer_of(undo(name.rpartition(".")[0]) or "") == _layer_of(module)
-        is_same_kind = bool(_DOWN.search(name)) == bool(_DOWN.search(module))
-        if is_same_block and is_same_kind and rows in axes and _number_of_expert(module) < experts:
-            inputs = axes[1 - axes.index(rows)]
-            return Inside((name,), inputs, None, _stacked(module, name, base), experts)
-    return None
-
-
 def experts_beside(module: str, experts: int) -> Iterator[str]:
     """Yield the paths of the layers with the name of `module` in all experts of a stack.
 
@@ -235,19 +240,6 @@ def _layer_of(module: str) -> str:
 
 def _number_of_expert(module: str) -> int:
     return int(_numbers(module.rpartition(".experts.")[2])[0])
-
-
-def _stacks(module: str, base: BaseModel) -> Iterator[str]:
-    """Yield the tensors that can stack all experts of a layer, if `module` is in an expert."""
-    start, experts, rest = module.rpartition(".experts.")
-    # experts.0.up_proj, or experts.up_projs.0 where each name has a separate list
-    if not experts or not any(part.isdecimal() for part in rest.split(".")[:2]):
-        return
-    numbers = _numbers(start)
-    for name, tensor in base.tensors.items():
-        is_stack = len(tensor.info.shape) == 3 and re.search(r"experts|(in|out)put_linear", name)
-        if is_stack and _numbers(name) == numbers:
-            yield name
 
 
 def _stacked(module: str, stack: str, base: BaseModel) -> Finding:
