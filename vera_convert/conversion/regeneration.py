@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import MAX_RANK
+from vera_convert.adapter.config import KEY_RANGE, MAX_RANK
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.arguments import one_of, optional, path, whole_number
 from vera_convert.base.bases import Bases
@@ -95,7 +95,7 @@ def regenerate(
     output = Output(path("out", out), is_pair, force, is_folder=False)
     if rank > MAX_RANK:
         raise ParameterError("rank", f"is {rank}: give a rank up to {MAX_RANK}.")
-    if not -(2**63) <= key < 2**64:
+    if key not in KEY_RANGE:
         raise ParameterError("key", f"is {key}: give a whole number from -2^63 to 2^64 - 1.")
     try:
         check_size(rank, in_features, out_features, place="the options")

@@ -9,8 +9,8 @@ import numpy as np
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.draws.generator import Draw, Variant, effective_rounding
+from vera_convert.conversion.projections import ProjectionSource, default_variant
+from vera_convert.draws.generator import effective_rounding
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.forms import files_of
 from vera_convert.lora.options import LoraOptions
@@ -66,7 +66,6 @@ def _pair(
     inputs, outputs = base_facts.in_features, base_facts.out_features
     if inputs is None or outputs is None or base_facts.rounding is None:
         return None
-    variant, config = Variant.FLOAT32_FUSED, adapter.config
-    rounding = effective_rounding(variant, base_facts.rounding)
-    draw = Draw(variant, config.projection_prng_key, config.r, inputs, outputs, rounding)
-    return replace(found, draw=draw)
+    usual = default_variant(adapter.config, base_facts, inputs, outputs)
+    rounding = effective_rounding(usual.variant, base_facts.rounding)
+    return replace(found, draw=replace(usual, rounding=rounding))
