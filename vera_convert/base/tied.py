@@ -84,9 +84,11 @@ def embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
     without tied head therefore needs each embedding under its own name.
     """
     for name in base.tensors:
-        path, weight, _ = name.rpartition(".weight")
+        path, _, parameter = name.rpartition(".")
+        if parameter != "weight":
+            continue
         start, dot, last = path.rpartition(".")
-        own = _OF_STACK.get(last) if weight else None
+        own = _OF_STACK.get(last)
         if path.endswith("decoder.embed_tokens") and base.model_type == "fsmt":
             start, own = start.removesuffix("decoder").rstrip("."), last
             dot = "." if start else ""
