@@ -99,9 +99,8 @@ class _Collector:
         self._moved: dict[tuple[int, ...], NDArray[Any]] = {}
         self._resized_heads: list[tuple[str, Replacement]] = []
 
-    @property
-    def tied(self) -> Tied | None:
-        """The caller's choice for tied heads, asked for only if a change meets a tied head.
+    def _meet_tied_head(self) -> Tied | None:
+        """Note that a change meets a tied head, and return the caller's choice for the head.
 
         A head with values of its own stays a separate tensor, whatever the caller chooses.
         """
@@ -156,11 +155,12 @@ class _Collector:
         embedding = embedding_of_head(module, match, self.base)
         if embedding is None:
             return [name]
-        if self.tied is None:
+        tied = self._meet_tied_head()
+        if tied is None:
             reason = f'the layer "{printable(module)}" shares {printable(name)} with the embedding.'
             self.defects.append(rules.HEAD_TIED.at(self.base.location.label, reason))
             return []
-        if self.tied is Tied.ADD:
+        if tied is Tied.ADD:
             return [*dict.fromkeys((embedding, name))]
         self.changes.unties = True
         head = _name_of_head(module, match)
@@ -189,7 +189,7 @@ class _Collector:
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
             embedding = embedding_of_head(module, match, self.base)
-            unties = embedding is not None and self.tied is Tied.UNTIE
+            unties = embedding is not None and self._meet_tied_head() is Tied.UNTIE
             head = _name_of_head(module, match) if unties else stored
             self._resized_heads += [
                 (name, replacement) for name in dict.fromkeys((head, embedding or head))
@@ -265,10 +265,12 @@ class _Collector:
             # The adapter saved one tensor under two names: the training tied head and embedding.
             if target in self.base.tensors:
                 self._record(target, replacement)
-        elif self.tied is Tied.UNTIE:
+            return
+        tied = self._meet_tied_head()
+        if tied is Tied.UNTIE:
             self.changes.unties = True
             self._record(target, replacement)
-        elif self.tied is Tied.ADD and embedding is not None and own is None:
+        elif tied is Tied.ADD and embedding is not None and own is None:
             self._share(embedding, target, replacement)
         else:
             other = "" if own is None else ", which differs from its embedding"
@@ -301,10 +303,11 @@ class _Collector:
         for embedding, head in lone_embeddings(matched.adapter, matched.match, self.base, own):
             if head in replaced or head in self.changes.new:
                 continue
-            if self.tied is None:
+            tied = self._meet_tied_head()
+            if tied is None:
                 reason = f"the adapter replaces {printable(embedding)} alone; PEFT keeps the head."
                 self.defects.append(rules.HEAD_TIED.at(printable(head), reason))
-            elif self.tied is Tied.ADD:
+            elif tied is Tied.ADD:
                 self._share(embedding, head, replaced[embedding])
             else:
                 self._keep_head(embedding, head)
