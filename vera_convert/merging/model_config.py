@@ -13,6 +13,7 @@ from typing import Any
 
 from vera_convert import rules
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
 from vera_convert.base.vocabulary import embedding_rows, vocabulary_fields
@@ -36,7 +37,13 @@ _DEFAULT_LABELS = 2
 """The number of labels that transformers assumes if a config has no labels."""
 
 
-@dataclass(slots=True)
+_SCALED_IF_TIED = ("t5", "umt5", "longt5", "pop2piano")
+
+Member = tuple[str, ...]
+"""The path of a member of a config: the names of the objects around the member, and its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigEdits:
     """Members of a config that a merge sets, and the findings about the members.
 
@@ -47,10 +54,10 @@ class ConfigEdits:
         findings: notes and warnings.
     """
 
-    members: dict[tuple[str, ...], object] = field(default_factory=dict)
-    labels_given: bool = False
-    open: set[tuple[str, ...]] = field(default_factory=set)
-    findings: list[Finding] = field(default_factory=list)
+    members: Mapping[Member, object]
+    labels_given: bool
+    open: frozenset[Member]
+    findings: tuple[Finding, ...]
 
     @property
     def sets_labels(self) -> bool:
@@ -76,7 +83,21 @@ class ConfigEdits:
         return edited
 
 
-_SCALED_IF_TIED = ("t5", "umt5", "longt5", "pop2piano")
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """One decision about a config.
+
+    Attributes:
+        members: the values by path.
+        phrase: the decision in words, for the note on the class; empty if the note lacks it.
+        open: members that a missing file beside the adapter would decide.
+        findings: notes and warnings of the decision's own.
+    """
+
+    members: Mapping[Member, object] = field(default_factory=dict)
+    phrase: str = ""
+    open: frozenset[Member] = frozenset()
+    findings: tuple[Finding, ...] = ()
 
 
 def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
@@ -87,190 +108,205 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
             the config can give the number.
         UsageError: the number of given labels differs from the classifier's.
     """
-    editor = _Editor(inputs, changes)
-    editor.edit()
-    return editor.edits
+    base, options = inputs.base.model, inputs.options
+    head = _Head.of(inputs, changes)
+    if options.labels and len(options.labels) != head.labels:
+        given = counted(len(options.labels), "name")
+        raise UsageError(f"--labels has {given}, and the adapter {head.in_words}.")
+    name = options.architecture or (head.trained_class if head.names else None)
+    shown = name or next(iter(base.class_names), "")
+    of_class: list[_Edit] = []
+    if base.config and (name is not None or options.labels):
+        own = _class(base, name)
+        of_class = [own, _labels(inputs, head, shown, own), _padding(inputs, changes, head, shown)]
+    edits = [_vocabulary(base, changes), *of_class, _scaled_outputs(base, changes)]
+    findings = [finding for each in edits for finding in each.findings]
+    if name is None:
+        findings += _unknown_class(base, changes)
+    findings += _missing_modules(base, changes, name or head.trained_class or shown)
+    said = "; ".join(each.phrase for each in of_class if each.phrase)
+    if said:
+        findings.append(rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{said}."))
+    found = ConfigEdits(
+        {path: value for each in edits for path, value in each.members.items()},
+        bool(options.labels),
+        frozenset[Member]().union(*(each.open for each in edits)),
+        tuple(findings),
+    )
+    _require_count(found, base, changes)
+    return found
 
 
-class _Editor:
-    """Sets the members of a config in turn.
+def _require_count(edits: ConfigEdits, base: BaseModel, changes: Changes) -> None:
+    """Refuse a resized classifier if the config does not give a loader the number of labels."""
+    resized = changes.resizes.labels
+    if resized is None or label_count(edits.of_value(base.config)) == resized[1]:
+        return
+    more = ", and no class is known whose labels config.json could count"
+    raise CheckpointError.of(
+        shape_differs(name, each.stored.shape, base, more)
+        for name, each in changes.replaced.items()
+        if each.is_of_classifier and each.stored.shape != base.tensors[name].info.shape
+    )
+
+
+# --- the class -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The classifier that adapters replace or add.
 
     Attributes:
-        base: the base.
-        changes: the changes to the base's tensors.
-        heads: the tensors of a classifier that adapters replace or add.
-        count: the number of the classifier's labels; None if the number is not known.
-        edits: the new members.
+        names: the names of the classifier's tensors; empty without a classifier.
+        labels: the number of labels; None if the number is not known.
+        trained_class: the class that the adapter was trained with; None if the class is not known.
     """
 
-    def __init__(self, inputs: MergeInputs, changes: Changes) -> None:
-        self.base = inputs.base.model
-        self.changes = changes
-        self.heads = {
-            name: each for name, each in changes.replacing.items() if each.is_of_classifier
-        }
-        self.count = self._label_count()
-        self.edits = ConfigEdits(labels_given=bool(inputs.options.labels))
-        self._inputs = inputs
+    names: tuple[str, ...]
+    labels: int | None
+    trained_class: str | None
 
-    def edit(self) -> None:
-        """Set all members, and add the findings."""
-        base, edits, options = self.base, self.edits, self._inputs.options
-        rows = self._vocabulary()
-        first = self._inputs.adapters[0].adapter.config
-        owner = next((each.owner.adapter.config for each in self.heads.values()), first)
-        trained = class_of_head(owner, base)
-        name = options.architecture or (trained if self.heads else None)
-        if options.labels and len(options.labels) != self.count:
-            raise UsageError(
-                f"--labels has {counted(len(options.labels), 'name')}, and the adapter "
-                f"{self._what_it_has}."
-            )
-        if name is None:
-            edits.findings += self._unknown_class()
-        shown = name or next(iter(self.base.class_names), "")
-        if base.config and (name is not None or options.labels):
-            said = [*self._class(name)] if name is not None else []
-            said += self._labels(shown)
-            said += self._padding(shown, rows)
-            if said:
-                edits.findings.append(
-                    rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{'; '.join(said)}.")
-                )
-        edits.findings += self._missing_modules(name or trained or shown)
-        edits.findings += self._scaled_outputs()
-        self._refuse_other_labels()
-
-    def _scaled_outputs(self) -> Iterator[Finding]:
-        """Keep the scaling of the decoder's output, which the T5 family reads from the tie."""
-        config, field = self.base.config, "scale_decoder_outputs"
-        is_scaled = self.base.model_type in _SCALED_IF_TIED and config.get(field) is not False
-        if self.changes.unties and is_scaled:
-            self.edits.members[field,] = True
-            yield rules.OUTPUTS_SCALED.in_file(CONFIG_NAME, f"{field} is true.")
+    @classmethod
+    def of(cls, inputs: MergeInputs, changes: Changes) -> _Head:
+        """Find the classifier among the changes of a merge."""
+        base = inputs.base.model
+        heads = {name: each for name, each in changes.replacing.items() if each.is_of_classifier}
+        owner = next((each.owner for each in heads.values()), inputs.adapters[0])
+        trained_class = class_of_head(owner.adapter.config, base)
+        shapes = {name: each.stored.shape for name, each in heads.items()}
+        return cls((*heads,), _last_outputs(shapes, base), trained_class)
 
     @property
-    def _what_it_has(self) -> str:
-        if self.count is None:
+    def in_words(self) -> str:
+        """The end of a sentence about the adapter."""
+        if self.labels is None:
             return "brings no classifier"
-        return f"has a classifier of {self.count} labels"
+        return f"has a classifier of {self.labels} labels"
 
-    def _refuse_other_labels(self) -> None:
-        """Refuse a resized classifier if the config does not give a loader the number of labels."""
-        base, resized = self.base, self.changes.resizes.labels
-        if resized is None or label_count(self.edits.of_value(base.config)) == resized[1]:
-            return
-        more = ", and no class is known whose labels config.json could count"
-        raise CheckpointError.of(
-            shape_differs(name, each.stored.shape, base, more)
-            for name, each in self.changes.replaced.items()
-            if each.is_of_classifier and each.stored.shape != base.tensors[name].info.shape
-        )
 
-    # --- the class -------------------------------------------------------------------------------
+def _last_outputs(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> int | None:
+    """Return the number of outputs of a head's last layer; None if that layer is not known."""
+    outputs = {
+        name.rpartition(".")[0]: shape[0]
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) >= 2 and not _is_of_body(name, shape, base)
+    }
+    if len(outputs) > 1:
+        named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
+        outputs = {path: outputs[path] for path in named}
+    return outputs.popitem()[1] if len(outputs) == 1 else None
 
-    def _unknown_class(self) -> Iterator[Finding]:
-        """Yield a warning for each new tensor for which no class is known."""
-        known = {*self.changes.replaced.values()}  # an embedding can be stored for each stack
-        for name, replacement in self.changes.new.items():
-            module = replaced_name(replacement.tensor.name).rpartition(".")[0]
-            if replacement not in known and not (
-                is_output_head(module, self.base.model_type) and self.changes.unties
-            ):
-                reason = "the base has no such tensor, and no class with this tensor is known."
-                yield rules.REPLACEMENT_NEW.in_tensor(name, reason)
 
-    def _class(self, name: str) -> Iterator[str]:
-        if self.base.class_names != (name,):
-            self.edits.members["architectures",] = [name]
-            yield f"architectures is {printable(name)}"
+def _is_of_body(name: str, shape: tuple[int, ...], base: BaseModel) -> bool:
+    """Say whether the base has such a layer, which the config does not count as labels."""
+    tensor = base.tensors.get(name)
+    is_same = tensor is not None and tensor.info.shape == shape
+    return is_same and shape[0] != label_count(base.config)
 
-    def _missing_modules(self, name: str) -> Iterator[Finding]:
-        """Yield a warning for each module of the class that neither base nor adapter stores."""
-        tensors = (*self.base.tensors, *self.changes.new)
-        stored = {tensor.rpartition(".")[0] for tensor in tensors}
-        for module in needed_modules(self.base.model_type, name):
-            if not any(path == module or path.endswith(f".{module}") for path in stored):
-                reason = (
-                    f"the class {printable(name)} has this module, and neither base nor adapter "
-                    "stores the module."
-                )
-                yield rules.HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
 
-    # --- labels ----------------------------------------------------------------------------------
+def _class(base: BaseModel, name: str | None) -> _Edit:
+    if name is None or base.class_names == (name,):
+        return _Edit()
+    return _Edit({("architectures",): [name]}, f"architectures is {printable(name)}")
 
-    def _label_count(self) -> int | None:
-        """Return the number of outputs of a head's last layer; None if that layer is not known."""
-        outputs = {
-            name.rpartition(".")[0]: each.stored.shape[0]
-            for name, each in self.heads.items()
-            if name.endswith(".weight")
-            and len(each.stored.shape) >= 2
-            and not self._is_of_body(name, each.stored.shape)
-        }
-        if len(outputs) > 1:
-            named = (path for path in outputs if path.rpartition(".")[2] in _OUTPUTS)
-            outputs = {path: outputs[path] for path in named}
-        return outputs.popitem()[1] if len(outputs) == 1 else None
 
-    def _is_of_body(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Say whether the base has such a layer, which the config does not count as labels."""
-        tensor = self.base.tensors.get(name)
-        is_same = tensor is not None and tensor.info.shape == shape
-        return is_same and shape[0] != label_count(self.base.config)
+def _unknown_class(base: BaseModel, changes: Changes) -> Iterator[Finding]:
+    """Yield a warning for each new tensor for which no class is known."""
+    known = {*changes.replaced.values()}  # an embedding can be stored for each stack
+    for name, replacement in changes.new.items():
+        module = replaced_name(replacement.tensor.name).rpartition(".")[0]
+        is_untied = changes.unties and is_output_head(module, base.model_type)
+        if replacement not in known and not is_untied:
+            reason = "the base has no such tensor, and no class with this tensor is known."
+            yield rules.REPLACEMENT_NEW.in_tensor(name, reason)
 
-    def _labels(self, name: str) -> Iterator[str]:
-        """Set the names of the labels, unless the base's config is right."""
-        count, config, members = self.count, self.base.config, self.edits.members
-        if count is None or not name.endswith((*_CLASSIFIERS, *_QUESTIONS)):
-            return
-        labels = self._inputs.options.labels or self._inputs.beside.labels
-        old = config.get("id2label")
-        is_new = ("architectures",) in members and old is None and name.endswith(_CLASSIFIERS)
-        is_named = len(labels) == count
-        if not is_named and label_count(config) == count and not is_new:
-            return
-        names = [*labels] if is_named else [f"LABEL_{n}" for n in range(count)]
-        wanted = {str(n): label for n, label in enumerate(names)}
-        if wanted == old:
-            return
-        members["id2label",] = wanted
-        members["label2id",] = {label: n for n, label in enumerate(names)}
-        if "num_labels" in config:
-            members["num_labels",] = count
-        how = "" if is_named else ", named LABEL_0 and so on (--labels names them)"
-        yield f"there {'is 1 label' if count == 1 else f'are {count:,} labels'}{how}"
 
-    # --- padding and vocabulary ------------------------------------------------------------------
+def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[Finding]:
+    """Yield a warning for each module of the class that neither base nor adapter stores."""
+    stored = {tensor.rpartition(".")[0] for tensor in (*base.tensors, *changes.new)}
+    for module in needed_modules(base.model_type, name):
+        if not any(path == module or path.endswith(f".{module}") for path in stored):
+            reason = (
+                f"the class {printable(name)} has this module, and neither base nor adapter "
+                "stores the module."
+            )
+            yield rules.HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
 
-    def _padding(self, name: str, rows: int | None) -> Iterator[str]:
-        """Set the padding token of a class that classifies by the last token of a text."""
-        is_last = any(each.rpartition(".")[0].rpartition(".")[2] == "score" for each in self.heads)
-        if not name.endswith(_OF_TEXTS) or not is_last:
-            return
-        part = self.base.config.get("text_config")
-        path = ("text_config", "pad_token_id") if isinstance(part, dict) else ("pad_token_id",)
-        own = (part if isinstance(part, dict) else self.base.config).get("pad_token_id")
-        token = self._inputs.beside.pad_token_id
-        if token is not None and token != own and (rows is None or 0 <= token < rows):
-            self.edits.members[path] = token
-            yield f"pad_token_id is {token}, as beside the adapter"
-        if token is None:
-            self.edits.open.add(path)
-        if token is None and own is None:
-            reason = "neither the base's config nor a file beside the adapter names the token."
-            self.edits.findings.append(rules.HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason))
 
-    def _vocabulary(self) -> int | None:
-        """Set the size of a resized vocabulary, and return the rows of the embedding."""
-        if self.changes.resizes.vocabulary is None:
-            return embedding_rows(self.base)
-        old, new = self.changes.resizes.vocabulary
-        for path in vocabulary_fields(self.base, old):
-            self.edits.members[path] = new
-        reason = f"vocab_size is {new:,} where the base has {old:,}."
-        self.edits.findings.append(rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason))
-        return new
+# --- labels and padding --------------------------------------------------------------------------
+
+
+def _labels(inputs: MergeInputs, head: _Head, name: str, of_class: _Edit) -> _Edit:
+    """Set the names of the labels, unless the base's config is right."""
+    count, config = head.labels, inputs.base.model.config
+    if count is None or not name.endswith((*_CLASSIFIERS, *_QUESTIONS)):
+        return _Edit()
+    labels = inputs.options.labels or inputs.beside.labels
+    old = config.get("id2label")
+    is_new = bool(of_class.members) and old is None and name.endswith(_CLASSIFIERS)
+    is_named = len(labels) == count
+    if not is_named and label_count(config) == count and not is_new:
+        return _Edit()
+    names = [*labels] if is_named else [f"LABEL_{n}" for n in range(count)]
+    wanted = {str(n): label for n, label in enumerate(names)}
+    if wanted == old:
+        return _Edit()
+    members: dict[Member, object] = {
+        ("id2label",): wanted,
+        ("label2id",): {label: n for n, label in enumerate(names)},
+    }
+    if "num_labels" in config:
+        members["num_labels",] = count
+    how = "" if is_named else ", named LABEL_0 and so on (--labels names them)"
+    are = "is 1 label" if count == 1 else f"are {count:,} labels"
+    return _Edit(members, f"there {are}{how}")
+
+
+def _padding(inputs: MergeInputs, changes: Changes, head: _Head, name: str) -> _Edit:
+    """Set the padding token of a class that classifies by the last token of a text."""
+    by_last = any(each.rpartition(".")[0].rpartition(".")[2] == "score" for each in head.names)
+    if not name.endswith(_OF_TEXTS) or not by_last:
+        return _Edit()
+    base = inputs.base.model
+    part = base.config.get("text_config")
+    path = ("text_config", "pad_token_id") if isinstance(part, dict) else ("pad_token_id",)
+    own = (part if isinstance(part, dict) else base.config).get("pad_token_id")
+    token = inputs.beside.pad_token_id
+    if token is None:
+        reason = "neither the base's config nor a file beside the adapter names the token."
+        missing = rules.HEAD_WITHOUT_PADDING.in_file(CONFIG_NAME, reason)
+        return _Edit(open=frozenset([path]), findings=() if own is not None else (missing,))
+    resized = changes.resizes.vocabulary
+    rows = embedding_rows(base) if resized is None else resized[1]
+    if token == own or (rows is not None and not 0 <= token < rows):
+        return _Edit()
+    return _Edit({path: token}, f"pad_token_id is {token}, as beside the adapter")
+
+
+# --- the vocabulary ------------------------------------------------------------------------------
+
+
+def _vocabulary(base: BaseModel, changes: Changes) -> _Edit:
+    """Set the size of a resized vocabulary."""
+    if changes.resizes.vocabulary is None:
+        return _Edit()
+    old, new = changes.resizes.vocabulary
+    reason = f"vocab_size is {new:,} where the base has {old:,}."
+    note = rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, reason)
+    return _Edit(dict.fromkeys(vocabulary_fields(base, old), new), findings=(note,))
+
+
+def _scaled_outputs(base: BaseModel, changes: Changes) -> _Edit:
+    """Keep the scaling of the decoder's output, which the T5 family reads from the tie."""
+    name = "scale_decoder_outputs"
+    is_scaled = base.model_type in _SCALED_IF_TIED and base.config.get(name) is not False
+    if not (changes.unties and is_scaled):
+        return _Edit()
+    return _Edit(
+        {(name,): True},
+        findings=(rules.OUTPUTS_SCALED.in_file(CONFIG_NAME, f"{name} is true."),),
+    )
 
 
 def label_count(config: Mapping[str, object]) -> int:
