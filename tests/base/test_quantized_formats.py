@@ -613,7 +613,7 @@ def test_two_groups_of_a_config_that_both_fit_a_layer_are_refused() -> None:
             "b": {"targets": ["re:.*"], "weights": group},
         },
     }
-    layer = replace(layer_of(arrays, settings), targets=frozenset(("Linear", "re:.*")))
+    layer = replace(layer_of(arrays, settings), targets=("Linear", "re:.*"))
     assert refused(compressed_tensors.weights, layer) == "V554"
 
 

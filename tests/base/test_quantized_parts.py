@@ -210,21 +210,63 @@ def test_the_expressions_of_a_config_are_compared_in_one_process(
     assert len(started) == 1
 
 
-def test_the_ends_of_paths_among_the_targets_name_the_groups() -> None:
-    paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]
+def with_groups(base: BaseModel, *more: Mapping[str, object]) -> BaseModel:
+    """A base of compressed-tensors with more groups in the config, before the base's own."""
+    section = base.config["quantization_config"]
+    assert isinstance(section, Mapping)
+    groups = {f"more {number}": group for number, group in enumerate(more)}
+    settings = {**section, "config_groups": {**groups, **section["config_groups"]}}
+    return replace(base, config={**base.config, "quantization_config": settings})
+
+
+CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+SURPLUS: tuple[Mapping[str, object], ...] = (
+    {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8}},
+    {"targets": ["Embedding"], "format": "mxfp4-pack-quantized", "weights": CHANNEL},
+    {"targets": ["re:.*experts.*"], "format": "marlin-24", "weights": CHANNEL},
+    {"targets": ["q_proj"], "format": "dense", "weights": None},
+    {"targets": ["Conv2d"], "weights": {**CHANNEL, "actorder": "group"}},
+    {"targets": "Linear"},
+)
+
+
+@pytest.mark.parametrize("number", range(len(SURPLUS)))
+def test_a_group_of_other_layers_does_not_matter(number: int) -> None:
+    found = unpacked(with_groups(base_of("ct-pack-int8-channel-noproj"), SURPLUS[number]))
+    assert found.defects == ()
+    assert len(found.weights) == 7
+
+
+@pytest.mark.parametrize("target", ["re:model.*q_proj", "model.layers.0.self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "group", [{"weights": {**CHANNEL, "num_bits": 4}}, {"format": "mxfp4", "weights": CHANNEL}]
+)
+def test_the_group_that_names_a_layer_decides(target: str, group: Mapping[str, object]) -> None:
+    base = base_of("ct-pack-int8-channel-noproj")
+    found = unpacked(with_groups(base, {"targets": [target], **group}))
+    assert {finding.code for finding in found.defects} <= {"V553", "V554"}
+    named = {finding.place for finding in found.defects}
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in named
+    assert all("q_proj" in place for place in named)
+
+
+def test_a_path_goes_before_an_expression_and_an_expression_before_a_class() -> None:
+    paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "lm_head"]
     groups = {
         "a": {"targets": ["Linear", "self_attn.q_proj", "re:.*gate_proj$", 5]},
-        "b": {"targets": ["attn.q_proj", paths[1]]},
+        "b": {"targets": ["re:.*_proj", paths[0], "re:head"]},
         "c": None,
     }
-    found = fitting_targets({"config_groups": groups}, paths)
-    assert found == {
-        paths[0]: {"Linear", "self_attn.q_proj"},
-        paths[1]: {"Linear", "re:.*gate_proj$", paths[1]},
+    base = base_of("ct-pack-int8-channel-noproj")
+    assert fitting_targets(base, {"config_groups": groups}, paths) == {
+        paths[0]: (paths[0],),
+        paths[1]: ("re:.*_proj",),
+        paths[2]: ("Linear",),
     }
 
 
 def test_a_path_of_very_many_elements_is_compared_soon() -> None:
     path = ".".join("a" * 200_000)
-    section = {"config_groups": {"group": {"targets": ["a.a", "b.a"]}}}
-    assert fitting_targets(section, [path]) == {path: {"a.a"}}
+    section = {"config_groups": {"group": {"targets": ["a.a", path]}}}
+    base = base_of("ct-pack-int8-channel-noproj")
+    assert fitting_targets(base, section, [path]) == {path: (path,)}

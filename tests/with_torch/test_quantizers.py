@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from packedlayers import decoded
+from packedlayers import decoded, layer_of
+from torchmodels import built
 
+from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import awq, bitsandbytes_4bit, compressed_tensors, gptq, torchao
+from vera_convert.base.quantized.recognize import fitting_targets
 from vera_convert.draws.generator import Rounding, rounded
+from vera_convert.hub.lookup import Location
 
 torch = pytest.importorskip("torch")
 
@@ -118,6 +123,43 @@ def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int
     }
     found = decoded(compressed_tensors.weights, arrays, config)
     np.testing.assert_array_equal(found.astype(np.float64), array(wanted).astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (["Linear"], ["re:.*q_proj$"], ["model.layers.0.self_attn.q_proj"]),
+        (["model.layers.0.self_attn.q_proj"], ["re:.*proj"], ["re:.*q_proj"], ["Linear"]),
+        (["Embedding", "re:.*up_proj"], ["Linear"], ["q_proj"]),
+        (["re:layers"], ["re:model.layers.1"], ["re:.*", "LlamaAttention"]),
+        (["Linear"], ["re:lm_head"], ["Linear"]),
+    ],
+)
+def test_the_groups_of_compressed_tensors(targets: tuple[list[str], ...]) -> None:
+    quantization = library("compressed_tensors.quantization")
+    # The bits tell which group the library gave to a layer.
+    groups = {
+        f"{bits}": {"targets": names, "weights": {"num_bits": bits, "strategy": "channel"}}
+        for bits, names in enumerate(targets, 2)
+    }
+    model = built("llama")
+    config = quantization.QuantizationConfig(config_groups=groups, format="pack-quantized")
+    quantization.apply_quantization_config(model, config, show_progress=False)
+    theirs = {
+        name: str(module.quantization_scheme.weights.num_bits)
+        for name, module in model.named_modules()
+        if hasattr(module, "quantization_scheme")
+    }
+    assert len(theirs) >= 7
+    base = BaseModel(Location("base", None), {"model_type": "llama"}, {}, {})
+    settings = {"config_groups": groups}
+    for name, decisive in fitting_targets(base, settings, [*theirs]).items():
+        layer = replace(layer_of({}, settings), targets=decisive)
+        found = [key for key in groups if groups[key] in compressed_tensors.groups_of(layer, "")]
+        if decisive == ("Linear",) or not {"Linear", "Embedding"} & {*decisive}:
+            assert found == [theirs[name]], name
+        else:  # a file does not tell the class: the shapes do
+            assert theirs[name] in found, name
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])

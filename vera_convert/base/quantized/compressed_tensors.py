@@ -8,7 +8,7 @@ Then the library casts to the dtype of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,24 +103,24 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     """
     main = "weight_packed" if "weight_packed" in layer.tensors else "weight"
     for field_name in ("sparsity_config", "transform_config"):
-        found = layer.settings.get(field_name)
-        is_dense = field_name == "sparsity_config" and found in ({"format": "dense"}, None)
-        if found not in (None, {}) and not is_dense:
+        setting = layer.settings.get(field_name)
+        is_dense = field_name == "sparsity_config" and setting == {"format": "dense"}
+        if setting not in (None, {}) and not is_dense:
             raise layer.error(rules.NOT_DEQUANTIZABLE, main, f"a {field_name} is not supported.")
-    schemes = _schemes(layer, main)
-    found_weights: list[PackedWeight] = []
+    found: dict[Scheme, PackedWeight] = {}
     errors: list[LayerError] = []
-    for scheme in schemes:
+    for group in groups_of(layer, main):
         try:
-            found_weights.append(_READERS[scheme.layout](layer, scheme))
+            scheme = _scheme(layer, main, group)
+            found[scheme] = _READERS[scheme.layout](layer, scheme)
         except LayerError as error:
             errors.append(error)
-    if errors and not found_weights:
+    if not found:
         raise errors[0]
-    if len(found_weights) != 1:
+    if len(found) > 1:
         reason = "several groups of the config fit the layer."
         raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
-    yield found_weights[0]
+    yield from found.values()
 
 
 def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
@@ -292,66 +292,64 @@ def _grid(
 # --- the config ----------------------------------------------------------------------------------
 
 
-def _schemes(layer: Layer, main: str) -> list[Scheme]:
-    """Return the different schemes that the config can mean for a layer.
+def groups_of(layer: Layer, main: str) -> Iterable[object]:
+    """Return the groups of the config that can mean a layer.
+
+    Of two groups with the same target, the library takes the last.
 
     Raises:
-        LayerError: the config lacks a scheme for the layer, or a scheme is not supported.
+        LayerError: the config has no groups, or too many.
+    """
+    groups = layer.settings.get("config_groups")
+    named = groups if isinstance(groups, Mapping) else {}
+    reason = "" if named else "the config names no groups of layers."
+    if len(named) > _MOST_GROUPS:
+        reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
+    if reason:
+        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
+    of_targets: dict[object, str] = {}
+    for key, group in named.items():
+        targets = group.get("targets") if isinstance(group, Mapping) else None
+        if isinstance(targets, list):
+            of_targets |= {text: key for text in targets if isinstance(text, str)}
+    found = {of_targets[text] for text in layer.targets if text in of_targets}
+    return [group for key, group in named.items() if key in found or not found]
+
+
+def _scheme(layer: Layer, main: str, group: object) -> Scheme:
+    """Return the scheme of a group of the config.
+
+    Raises:
+        LayerError: the scheme is not supported.
     """
 
     def wrong(reason: str) -> LayerError:
         return layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
 
-    groups = layer.settings.get("config_groups")
-    named = [*groups.values()] if isinstance(groups, Mapping) else []
-    if not named:
-        raise wrong("the config names no groups of layers.")
-    if len(named) > _MOST_GROUPS:
-        reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
-        raise wrong(reason)
-    covering = [group for group in named if isinstance(group, Mapping) and _covers(group, layer)]
-    schemes = []
-    for group in covering or named:
-        weight = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weight, Mapping):
-            raise wrong("a group of the config says nothing of weights.")
-        name = str(group.get("format") or layer.settings.get("format"))
-        if name not in _LAYOUTS:
-            raise wrong(f'the format "{printable(name)}" is not supported.')
-        if weight.get("actorder") not in _UNORDERED:
-            raise wrong("an order of the inputs (actorder) is not supported.")
-        scheme = _scheme(_LAYOUTS[name], weight)
-        if scheme is None:
-            raise wrong("the config's settings of the weights are not supported.")
-        schemes.append(scheme)
-    return [*dict.fromkeys(schemes)]
-
-
-def _covers(group: Mapping[str, object], layer: Layer) -> bool:
-    """Say whether a group's targets name the layer, or a class of layers."""
-    targets = group.get("targets")
-    texts = (each for each in targets if isinstance(each, str)) if isinstance(targets, list) else ()
-    return not layer.targets.isdisjoint(texts)
-
-
-def _scheme(layout: str, weight: Mapping[str, object]) -> Scheme | None:
-    """Return a scheme; None if a setting is not supported."""
+    weight = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(group, Mapping) or not isinstance(weight, Mapping):
+        raise wrong("a group of the config says nothing of weights.")
+    name = str(group.get("format") or layer.settings.get("format"))
+    if name not in _LAYOUTS:
+        raise wrong(f'the format "{printable(name)}" is not supported.')
+    if weight.get("actorder") not in _UNORDERED:
+        raise wrong("an order of the inputs (actorder) is not supported.")
     bits, strategy = whole(weight, "num_bits"), weight.get("strategy")
-    group = whole(weight, "group_size")
+    size = whole(weight, "group_size")
     if strategy is None:
-        strategy = "tensor" if group is None else "channel" if group == -1 else "group"
-    kind = weight.get("type", "int")
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    layout, kind = _LAYOUTS[name], weight.get("type", "int")
     fits = {
         _PACKED: kind == "int" and bits is not None and 2 <= bits <= 8,
         _ONE_BYTE: kind in ("int", "float") and bits == 8,
         _NVFP4: kind == "float" and bits == 4,
     }[layout]
     if not fits or bits is None or not isinstance(strategy, str):
-        return None
+        raise wrong("the config's settings of the weights are not supported.")
     found = sizes(weight.get("block_structure"), 2)
     block = None if found is None else (found[0], found[1])
     symmetric = weight.get("symmetric", True) is True
-    return Scheme(layout, bits, strategy, group, block, symmetric, kind == "float")
+    return Scheme(layout, bits, strategy, size, block, symmetric, kind == "float")
 
 
 FORMAT = Format(

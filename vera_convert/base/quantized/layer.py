@@ -114,7 +114,7 @@ class Layer:
         values: the bytes of the small tensors that tell a shape, by the name below the path.
         metadata: the entry for the layer's weight in the metadata of the file's header.
         label: the name of the format, for messages.
-        targets: the targets of the config's groups that fit the path.
+        targets: the targets of the config's groups that decide about the layer.
     """
 
     path: str
@@ -124,7 +124,7 @@ class Layer:
     values: Mapping[str, bytes] = field(default_factory=dict)
     metadata: str | None = None
     label: str = ""
-    targets: frozenset[str] = frozenset()
+    targets: tuple[str, ...] = ()
 
     def name(self, rest: str) -> str:
         """Return the whole name of a tensor of the layer."""

@@ -277,30 +277,37 @@ def _targets(section: Mapping[str, object]) -> Iterator[str]:
 
 
 def fitting_targets(
-    section: Mapping[str, object], paths: Sequence[str]
-) -> Mapping[str, frozenset[str]]:
-    """Return the targets of a section's groups that fit each path of a layer.
+    base: BaseModel, section: Mapping[str, object], paths: Sequence[str]
+) -> Mapping[str, tuple[str, ...]]:
+    """Return the targets of a section's groups that decide about each layer.
 
-    A target is a class of layers, the end of a path, or an expression ``re:...``. If an expression
-    is invalid or too slow, all targets fit: the shapes tell the right group.
+    A target is a path, an expression ``re:...``, or a class of layers. compressed-tensors takes a
+    path before an expression, and both before a class. A file tells no class: without another
+    target, all classes are returned, and the shapes tell the right group. So they do if an
+    expression is invalid or too slow: then no target is returned.
     """
     targets = {*_targets(section)}
     classes = {text for text in targets if _CLASS.fullmatch(text)}
+    if classes == targets:
+        return dict.fromkeys(paths, tuple(classes))
+    names = other_names(base, paths)
+    every = dict.fromkeys(name for others in names.values() for name in others)
     expressions = tuple(sorted(text for text in targets if text.startswith("re:")))
-    hits = _hits(expressions, tuple(paths))
-    lengths = {text.count(".") + 1 for text in targets}
+    hits = _hits(expressions, tuple(every))
+    if hits is None:
+        return dict.fromkeys(paths, ())
     found = {}
-    for path in paths:
-        elements = path.split(".")
-        ends = {".".join(elements[-length:]) for length in lengths}
-        found[path] = frozenset(classes | (ends & targets) | hits.get(path, {*expressions}))
+    for path, others in names.items():
+        exact = targets.intersection(others)
+        best = exact or {text for name in others for text in hits[name]}
+        found[path] = (min(best),) if best else tuple(classes)
     return found
 
 
 @lru_cache(maxsize=4)
-def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]]:
-    """Return the expressions that fit each path; empty if any is invalid or slow."""
-    return _found({text: text.removeprefix("re:") for text in expressions}, paths) or {}
+def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]] | None:
+    """Return the expressions that fit each path; None if any is invalid or slow."""
+    return _found({text: text.removeprefix("re:") for text in expressions}, paths)
 
 
 def _found(expressions: Mapping[str, str], names: Sequence[str]) -> dict[str, set[str]] | None:

@@ -164,7 +164,7 @@ class _Reader:
         self.used: list[Format] = []
         found = [each for each in sections(base.config) if method_of(each)]
         self.settings = found[0] if found else next(sections(base.config), {})
-        self.targets = fitting_targets(self.settings, paths)
+        self.targets = fitting_targets(base, self.settings, paths)
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
         # Only the model's class tells a transposed layer: a quantizer's bias and shape are silent.
