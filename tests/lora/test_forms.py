@@ -11,12 +11,15 @@ import pytest
 from adapters import RANK, good_adapter, good_tensors
 from bases import tiny_base
 from folders import everything
+from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.adapter.lora_record import is_lora
 from vera_convert.errors import CheckpointError
+from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.conversion import LoraConversion, to_lora
+from vera_convert.lora.engines import EngineName
 from vera_convert.lora.forms import mlx_keys
 from vera_convert.lora.gguf_form import GgufModel
 from vera_convert.lora.options import LoraOptions
@@ -167,18 +170,26 @@ def test_a_text_encoder_that_a_pipeline_does_not_adapt_is_refused(tmp_path: Path
     ("name", "passes"), [("HunyuanVideoPipeline", False), ("StableDiffusionXLPipeline", True)]
 )
 def test_the_class_of_the_pipeline_says_whether_clip_is_adapted(
-    name: str, passes: bool, tmp_path: Path
+    name: str, passes: bool, server: HubServer, tmp_path: Path
 ) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    options = LoraOptions(engine=EngineName.DIFFUSERS)
     tiny_base(tmp_path / "pipe" / "text_encoder_2", config={"model_type": "clip_text_model"})
     index = {"_class_name": name, "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
-    if passes:
-        done = converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
+    server.add("org/pipe", everything(tmp_path / "pipe"))
+    access = HubAccess(cache_dir=tmp_path / "cache", progress=False)
+    folder, on_hub = tmp_path / "pipe", "hf://org/pipe@main"
+    bases: tuple[Path | str, ...] = (folder, on_hub)
+    bases += (folder / "text_encoder_2", f"{on_hub}/text_encoder_2")
+    for number, base in enumerate(bases):
+        out, lost = tmp_path / f"out{number}", r"V705 .*HunyuanVideoPipeline loads .*--for peft"
+        if not passes:
+            with pytest.raises(CheckpointError, match=lost):
+                to_lora(adapter, out, base=base, options=options, access=access)
+            continue
+        done = to_lora(adapter, out, base=base, options=options, access=access)
         assert not [each for each in done.findings if each.code > "V7"]
-        return
-    with pytest.raises(CheckpointError, match=r"V705 .*HunyuanVideoPipeline loads .*--for peft"):
-        converted(adapter, tmp_path / "pipe", tmp_path / "out", engine="diffusers")
 
 
 def test_a_component_that_loads_no_lora_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -178,14 +178,29 @@ def listed_components(location: Location, access: HubAccess) -> frozenset[str]:
     )
 
 
-def pipeline_class(location: Location, access: HubAccess) -> str:
-    """Return the class that a pipeline's index names; empty if the index names none.
+def pipeline_class(base: BaseModel, access: HubAccess) -> str:
+    """Return the class of the pipeline that a base is a component of; empty if no index names one.
 
     Raises:
         SurroundingsError: the index cannot be read.
     """
-    found = _pipeline_index(location, access).get("_class_name")
+    pipeline = base.location if base.prefix else _around(base.location, access)
+    found = _pipeline_index(pipeline, access).get("_class_name") if pipeline is not None else ""
     return found if isinstance(found, str) else ""
+
+
+def _around(component: Location, access: HubAccess) -> Location | None:
+    """Return the pipeline around the folder of a component; None without an index there."""
+    if component.repo_id is None:
+        around = component.fetched.resolve().parent
+        found = replace(component, label=printable(str(around)), folder=around)
+        return found if (around / PIPELINE).is_file() else None
+    if not component.subfolder:
+        return None
+    outer, _, name = component.subfolder.rpartition("/")
+    label = component.label.removesuffix(f"/{name}")
+    found = replace(component, label=label, folder=None, subfolder=outer)
+    return found if PIPELINE in list_files(found, access) else None
 
 
 def _pipeline_index(location: Location, access: HubAccess) -> Mapping[str, object]:

@@ -123,13 +123,12 @@ def component_findings(
 
 def _of_text_encoder(shown: str, base: BaseModel, access: HubAccess) -> str:
     """Return why a pipeline loads no LoRA into a text encoder; empty if the pipeline loads one."""
-    pipeline = pipeline_class(base.location, access) if base.prefix else ""
     if base.model_type not in _TEXT_ENCODERS:
         reason = (
             f"Diffusers loads a LoRA into text encoders of CLIP alone, and {shown} "
             f'has the type "{printable(base.model_type or "")}".'
         )
-    elif _TRANSFORMER_ALONE.fullmatch(pipeline):
+    elif _TRANSFORMER_ALONE.fullmatch(pipeline := pipeline_class(base, access)):
         reason = f"a {printable(pipeline)} loads a LoRA into its transformer alone."
     else:
         return ""
