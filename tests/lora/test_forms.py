@@ -201,13 +201,33 @@ def test_a_component_that_loads_no_lora_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("folder", ["prior", "downloaded"])
-def test_a_prior_is_loaded_under_its_own_name(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "kind", "attribute"),
+    [
+        ("prior", "PriorTransformer", "prior"),
+        ("downloaded", "PriorTransformer", "prior"),
+        ("downloaded", "ControlNetModel", "controlnet"),
+        ("downloaded", "FluxControlNetModel", "controlnet"),
+        ("downloaded", "AutoencoderKL", "vae"),
+    ],
+)
+def test_a_component_apart_is_loaded_under_its_own_name(
+    folder: str, kind: str, attribute: str, tmp_path: Path
+) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
-    base = component(tmp_path / folder, "PriorTransformer")
+    base = component(tmp_path / folder, kind)
     done = converted(adapter, base, tmp_path / "out", engine="diffusers")
-    assert done.naming == "as in the adapter, under prior"
-    assert [each.code for each in done.findings if each.code > "V7"] == ["V717"]
+    assert done.naming == f"as in the adapter, under {attribute}"
+    found = [each for each in done.findings if each.code > "V7"]
+    assert [each.code for each in found] == ["V717"]
+    assert f'pipeline.{attribute}.load_lora_adapter(LORA, prefix="{attribute}"' in found[0].reason
+
+
+@pytest.mark.parametrize("kind", ["CosmosControlNetModel", "SparseControlNetModel"])
+def test_a_controlnet_without_a_loader_is_refused(kind: str, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    with pytest.raises(CheckpointError, match=rf"V705 .*into a {kind}\."):
+        converted(adapter, component(tmp_path / "c", kind), tmp_path / "out", engine="diffusers")
 
 
 def test_a_component_that_nothing_names_is_refused(tmp_path: Path) -> None:

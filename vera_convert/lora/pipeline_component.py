@@ -32,17 +32,27 @@ _TRANSFORMER_ALONE = re.compile(r"(HiDreamImage|HunyuanSkyreels|HunyuanVideo|Kan
 _WITHOUT_A_LOADER = frozenset(
     """
     AllegroTransformer3DModel AudioLDM2UNet2DConditionModel CogView3PlusTransformer2DModel
-    DiTTransformer2DModel DreamLiteTransformer2DModel EasyAnimateTransformer3DModel
-    HunyuanDiT2DModel I2VGenXLUNet JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel
-    Kandinsky3UNet LatteTransformer3DModel LongCatAudioDiTTransformer LuminaNextDiT2DModel
+    ControlNetUnionModel CosmosControlNetModel DiTTransformer2DModel DreamLiteTransformer2DModel
+    EasyAnimateTransformer3DModel HunyuanDiT2DControlNetModel HunyuanDiT2DModel I2VGenXLUNet
+    JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel Kandinsky3UNet
+    LatteTransformer3DModel LongCatAudioDiTTransformer LuminaNextDiT2DModel
     MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel PRXTransformer2DModel
-    PixArtTransformer2DModel SanaWMTransformer3DModel StableAudio3DiTModel StableAudioDiTModel
-    StableCascadeUNet T5FilmDecoder Transformer2DModel TransformerTemporalModel UNet1DModel
-    UNet2DModel UNet3DConditionModel UNetControlNetXSModel UNetSpatioTemporalConditionModel
-    UniDiffuserModel
+    PixArtTransformer2DModel SanaWMTransformer3DModel SparseControlNetModel StableAudio3DiTModel
+    StableAudioDiTModel StableCascadeUNet T5FilmDecoder Transformer2DModel TransformerTemporalModel
+    UNet1DModel UNet2DModel UNet3DConditionModel UNetControlNetXSModel
+    UNetSpatioTemporalConditionModel UniDiffuserModel
     """.split()  # noqa: SIM905 - words read best as a text
 )
 """Classes of components that are no PeftAdapterMixin."""
+_ATTRIBUTES = {
+    r"UNet\w*": "unet",
+    r"\w*Prior\w*": "prior",
+    r"\w*ControlNet\w*": "controlnet",
+    r"\w*Transformer\w*|UVit2DModel": "transformer",
+    r"AutoencoderKL|AutoencoderKLFlux2": "vae",
+    r"AnimaTextConditioner": "text_conditioner",
+}
+"""The attribute of a pipeline that has a component, by the component's class; the first counts."""
 
 
 def component_of(base_facts: BaseFacts) -> str:
@@ -61,12 +71,9 @@ def component_of(base_facts: BaseFacts) -> str:
     if _USUAL.fullmatch(folder):
         return folder
     name = _class_name(base)
-    if name.startswith("UNet"):
-        return "unet"
-    if "Prior" in name:
-        return "prior"
-    if "Transformer" in name:
-        return "transformer"
+    for classes, attribute in _ATTRIBUTES.items():
+        if re.fullmatch(classes, name):
+            return attribute
     raise _unknown(folder)
 
 
