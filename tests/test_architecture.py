@@ -32,7 +32,7 @@ targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
-base.quantized: recognize unpack targets
+base.quantized: layer_settings recognize unpack targets
 base: bases orientation vocabulary strategies match resizes task_classes replacements tied
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes strip_embed regeneration migration

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from folders import DATA
 
 from vera_convert.base.model import BaseModel, BaseTensor, read_base
-from vera_convert.base.quantized.recognize import fitting_targets, layer_of
+from vera_convert.base.quantized.layer_settings import settings_by_layer
+from vera_convert.base.quantized.recognize import layer_of
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
@@ -27,6 +29,12 @@ OPTIONAL = {"g_idx", "weight_format"}
 def base_of(name: str) -> BaseModel:
     folder = FIXTURES / name / "base"
     return read_base(Location("base", folder), HubAccess(offline=True))
+
+
+def section_of(base: BaseModel) -> Mapping[str, Any]:
+    section = base.config["quantization_config"]
+    assert isinstance(section, Mapping)
+    return section
 
 
 def parts_of(base: BaseModel) -> tuple[str, ...]:
@@ -189,8 +197,7 @@ def test_the_expressions_of_a_config_are_compared_in_one_process(
     expression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = base_of("ct-pack-int8-channel-noproj")
-    section = base.config["quantization_config"]
-    assert isinstance(section, Mapping)
+    section = section_of(base)
     (group,) = section["config_groups"].values()
     targets = [f"re:.*x{number}$" for number in range(5)]
     other = {**group, "targets": targets, "weights": {**group["weights"], "num_bits": 4}}
@@ -212,8 +219,7 @@ def test_the_expressions_of_a_config_are_compared_in_one_process(
 
 def with_groups(base: BaseModel, *more: Mapping[str, object]) -> BaseModel:
     """A base of compressed-tensors with more groups in the config, before the base's own."""
-    section = base.config["quantization_config"]
-    assert isinstance(section, Mapping)
+    section = section_of(base)
     groups = {f"more {number}": group for number, group in enumerate(more)}
     settings = {**section, "config_groups": {**groups, **section["config_groups"]}}
     return replace(base, config={**base.config, "quantization_config": settings})
@@ -254,19 +260,82 @@ def test_a_path_goes_before_an_expression_and_an_expression_before_a_class() -> 
     paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "lm_head"]
     groups = {
         "a": {"targets": ["Linear", "self_attn.q_proj", "re:.*gate_proj$", 5]},
-        "b": {"targets": ["re:.*_proj", paths[0], "re:head"]},
+        "b": {"targets": ["re:.*proj", paths[0], "re:head"]},
         "c": None,
+        "d": {"targets": ["Embedding"]},
+        "e": {"targets": ["re:.*gate_proj$"]},
     }
     base = base_of("ct-pack-int8-channel-noproj")
-    assert fitting_targets(base, {"config_groups": groups}, paths) == {
-        paths[0]: (paths[0],),
-        paths[1]: ("re:.*_proj",),
-        paths[2]: ("Linear",),
-    }
+    found = settings_by_layer(base, {"config_groups": groups, "ignore": []}, paths)
+    wanted = {paths[0]: "b", paths[1]: "e", paths[2]: "ad"}
+    for path, keys in wanted.items():
+        assert found[path] == {"config_groups": {key: groups[key] for key in keys}, "ignore": []}
 
 
 def test_a_path_of_very_many_elements_is_compared_soon() -> None:
     path = ".".join("a" * 200_000)
-    section = {"config_groups": {"group": {"targets": ["a.a", path]}}}
+    settings = {"config_groups": {"group": {"targets": ["a.a", path]}, "other": {}}}
     base = base_of("ct-pack-int8-channel-noproj")
-    assert fitting_targets(base, section, [path]) == {path: (path,)}
+    found = settings_by_layer(base, settings, [path])
+    assert found == {path: {"config_groups": {"group": {"targets": ["a.a", path]}}}}
+
+
+# --- the rules of gptqmodel ----------------------------------------------------------------------
+
+
+def with_rules(base: BaseModel, rules: object) -> BaseModel:
+    settings = {**section_of(base), "dynamic": rules}
+    return replace(base, config={**base.config, "quantization_config": settings})
+
+
+def of_8_bits(base: BaseModel, ending: str) -> BaseModel:
+    """A base of 4 bits whose layers with the ending have 8 bits."""
+    other = base_of("gptq-8bit").tensors
+    mixed = {
+        name: other[name] if layer_of(name)[0].endswith(ending) else tensor
+        for name, tensor in base.tensors.items()
+    }
+    return replace(base, tensors=mixed)
+
+
+def test_rules_give_some_layers_other_bits() -> None:
+    base = of_8_bits(base_of("gptq-4bit-v1"), "down_proj")
+    assert {finding.code for finding in unpacked(base).defects} == {"V553"}
+    wide = {"bits": 8, "group_size": section_of(base_of("gptq-8bit"))["group_size"]}
+    for rules in (
+        {"+:.*down_proj": wide},
+        {r".*\.mlp\.down_proj$": wide, ".*": {}, "-:.*down_proj": {}},
+        {r"^model\.layers\.0\.mlp\.down_proj$": wide},
+    ):
+        found = unpacked(with_rules(base, rules))
+        assert found.defects == ()
+        assert len(found.weights) == 7
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"-:.*q_proj": {}},
+        {"-:.*q_proj": {}, ".*q_proj": {"bits": 4}},
+        {"+:.*q_proj": {"bits": 8}},
+        {".*q_proj": {"bits": 3}},
+        {".*q_proj": {"group_size": None}},
+        {".*q_proj": {"group_size": 0}},
+        {".*q_proj": None},
+        {"model.*self_attn.q": {"group_size": 8}},
+    ],
+)
+@pytest.mark.parametrize("name", ["gptq-4bit-v1", "awq-gemm"])
+def test_a_rule_that_contradicts_a_layer_is_refused(name: str, rules: Mapping[str, object]) -> None:
+    found = unpacked(with_rules(base_of(name), rules))
+    assert {finding.code for finding in found.defects} <= {"V553", "V554"}
+    places = {finding.place for finding in found.defects}
+    assert places
+    assert all("q_proj" in place for place in places)
+
+
+@pytest.mark.parametrize("rules", [{"(": {"bits": 4}}, {"(.|.)+#": {}}, ["-:.*"], "none"])
+def test_rules_that_nobody_can_evaluate_are_refused(rules: object) -> None:
+    found = unpacked(with_rules(base_of("gptq-4bit-v1"), rules))
+    assert {finding.code for finding in found.defects} == {"V554"}
+    assert "dynamic" in found.defects[0].reason

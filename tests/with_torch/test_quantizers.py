@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,16 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from packedlayers import decoded, layer_of
+from packedlayers import decoded
 from torchmodels import built
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import awq, bitsandbytes_4bit, compressed_tensors, gptq, torchao
-from vera_convert.base.quantized.recognize import fitting_targets
+from vera_convert.base.quantized.layer_settings import settings_by_layer
 from vera_convert.draws.generator import Rounding, rounded
 from vera_convert.hub.lookup import Location
 
 torch = pytest.importorskip("torch")
+
+BASE = BaseModel(Location("base", None), {"model_type": "llama"}, {}, {})
 
 
 def library(name: str) -> Any:
@@ -151,15 +152,43 @@ def test_the_groups_of_compressed_tensors(targets: tuple[list[str], ...]) -> Non
         if hasattr(module, "quantization_scheme")
     }
     assert len(theirs) >= 7
-    base = BaseModel(Location("base", None), {"model_type": "llama"}, {}, {})
-    settings = {"config_groups": groups}
-    for name, decisive in fitting_targets(base, settings, [*theirs]).items():
-        layer = replace(layer_of({}, settings), targets=decisive)
-        found = [key for key in groups if groups[key] in compressed_tensors.groups_of(layer, "")]
-        if decisive == ("Linear",) or not {"Linear", "Embedding"} & {*decisive}:
-            assert found == [theirs[name]], name
-        else:  # a file does not tell the class: the shapes do
-            assert theirs[name] in found, name
+    ours = settings_by_layer(BASE, {"config_groups": groups}, [*theirs])
+    for name, settings in ours.items():
+        found = settings["config_groups"]
+        assert isinstance(found, dict)
+        if any("Embedding" in group["targets"] for group in found.values()):
+            assert theirs[name] in found, name  # a file does not tell the class: the shapes do
+        else:
+            assert [*found] == [theirs[name]], name
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"-:.*q_proj": {}, ".*": {"bits": 8}},
+        {"+:.*q_proj": {"bits": 8, "group_size": 64, "mse": 2.0}, "-:.*": {}},
+        {
+            r"^model\.layers\.0\.mlp\.up_proj$": {"bits": 2},
+            r".*\.layers\.0\..*": {"desc_act": True},
+        },
+        {r"-:^lm_head$": {}, r".*up_proj": {"sym": False}, r"^model\.layers\.0\.mlp\.up_proj$": {}},
+        {"layers": {"bits": 8}, "+:model.layers.1": {"bits": 3}, "-:model.layers.10": {}},
+    ],
+)
+def test_the_rules_of_gptqmodel(rules: dict[str, dict[str, object]]) -> None:
+    theirs = library("gptqmodel.quantization.config").dynamic_get
+    names = [
+        f"model.layers.{layer}.{name}"
+        for layer in (0, 1, 10)
+        for name in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    settings = {"bits": 4, "group_size": 128, "desc_act": False, "dynamic": rules}
+    ours = settings_by_layer(BASE, settings, [*names, "lm_head"])
+    for name, found in ours.items():
+        rule = theirs(rules, name)
+        assert ("dynamic" in found) == (rule is False), name
+        for key in ("bits", "group_size", "desc_act", "sym") if rule is not False else ():
+            assert found.get(key) == theirs(rules, name, key, settings.get(key)), name
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])

@@ -8,7 +8,7 @@ Then the library casts to the dtype of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,9 +107,16 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         is_dense = field_name == "sparsity_config" and setting == {"format": "dense"}
         if setting not in (None, {}) and not is_dense:
             raise layer.error(rules.NOT_DEQUANTIZABLE, main, f"a {field_name} is not supported.")
+    groups = layer.settings.get("config_groups")
+    named = [*groups.values()] if isinstance(groups, Mapping) else []
+    reason = "" if named else "the config names no groups of layers."
+    if len(named) > _MOST_GROUPS:
+        reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
+    if reason:
+        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
     found: dict[Scheme, PackedWeight] = {}
     errors: list[LayerError] = []
-    for group in groups_of(layer, main):
+    for group in named:
         try:
             scheme = _scheme(layer, main, group)
             found[scheme] = _READERS[scheme.layout](layer, scheme)
@@ -290,30 +297,6 @@ def _grid(
 
 
 # --- the config ----------------------------------------------------------------------------------
-
-
-def groups_of(layer: Layer, main: str) -> Iterable[object]:
-    """Return the groups of the config that can mean a layer.
-
-    Of two groups with the same target, the library takes the last.
-
-    Raises:
-        LayerError: the config has no groups, or too many.
-    """
-    groups = layer.settings.get("config_groups")
-    named = groups if isinstance(groups, Mapping) else {}
-    reason = "" if named else "the config names no groups of layers."
-    if len(named) > _MOST_GROUPS:
-        reason = f"the config has {len(named):,} config_groups; up to {_MOST_GROUPS} are read."
-    if reason:
-        raise layer.error(rules.NOT_DEQUANTIZABLE, main, reason)
-    of_targets: dict[object, str] = {}
-    for key, group in named.items():
-        targets = group.get("targets") if isinstance(group, Mapping) else None
-        if isinstance(targets, list):
-            of_targets |= {text: key for text in targets if isinstance(text, str)}
-    found = {of_targets[text] for text in layer.targets if text in of_targets}
-    return [group for key, group in named.items() if key in found or not found]
 
 
 def _scheme(layer: Layer, main: str, group: object) -> Scheme:

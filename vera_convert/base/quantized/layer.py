@@ -109,12 +109,11 @@ class Layer:
     Attributes:
         path: the layer's path in the base's files.
         tensors: the layer's tensors, by the name below the path, such as ``qweight``.
-        settings: the quantization settings of the config.
+        settings: the quantization settings of the layer.
         dtype: the float dtype of the model by its config, up to F32.
         values: the bytes of the small tensors that tell a shape, by the name below the path.
         metadata: the entry for the layer's weight in the metadata of the file's header.
         label: the name of the format, for messages.
-        targets: the targets of the config's groups that decide about the layer.
     """
 
     path: str
@@ -124,7 +123,6 @@ class Layer:
     values: Mapping[str, bytes] = field(default_factory=dict)
     metadata: str | None = None
     label: str = ""
-    targets: tuple[str, ...] = ()
 
     def name(self, rest: str) -> str:
         """Return the whole name of a tensor of the layer."""
@@ -277,8 +275,12 @@ def group_count(layer: Layer, inputs: int) -> int:
     """Return the number of groups of inputs in a layer of GPTQ or AWQ.
 
     Raises:
-        LayerError: the config's group size does not divide the inputs.
+        LayerError: the config's group size does not divide the inputs, or the config excludes the
+            layer.
     """
+    if layer.settings.get("dynamic"):
+        reason = "the config's dynamic leaves the layer plain, or holds something unknown."
+        raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", reason)
     size = whole(layer.settings, "group_size")
     if size is None or size < -1 or size == 0:
         raise layer.error(rules.NOT_DEQUANTIZABLE, "qweight", "the config names no group_size.")

@@ -16,11 +16,15 @@ from itertools import islice
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import refused
 from vera_convert.base.quantized.formats import FORMATS
+from vera_convert.base.quantized.layer_settings import (
+    fitting_expressions,
+    is_class,
+    targets_of,
+    texts,
+)
 from vera_convert.base.renames import other_names
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_output_head, is_table
-from vera_convert.errors import CheckpointError, SurroundingsError
-from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
 CONFIG_FIELDS = ("quantization_config", "compression_config")
@@ -43,8 +47,6 @@ _PACKED = tuple(
     dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
 """Names that quantizers give to packed values of another shape than the layer's."""
-_CLASS = re.compile(r"[A-Z]\w*")
-"""The name of a class of layers, such as Linear."""
 _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
 """Parts of a quantized layer with a ``weight`` below the part's own name."""
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
@@ -253,7 +255,10 @@ def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
 
 
 def _claim(config: Mapping[str, object]) -> _Claim:
-    kept = [text for field in _KEPT_FIELDS for text in _texts(config.get(field))]
+    kept = [text for field in _KEPT_FIELDS for text in texts(config.get(field))]
+    rules = config.get("dynamic")
+    for rule in rules if isinstance(rules, Mapping) else ():
+        kept += [f"re:{rule[2:]}"] if rule.startswith("-:") else []
     label = method_label(config)
     return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
 
@@ -262,79 +267,12 @@ def _named(config: Mapping[str, object]) -> frozenset[str] | None:
     """Return the quantized modules, where a config lists the modules."""
     if config.get("quant_method") == "mxfp4":
         return frozenset(("experts",))
-    found = [*_texts(config.get("modules_in_block_to_quantize"))]
-    found += _targets(config)
-    # "Linear" and the like are classes: a class covers more than a name can tell.
-    is_class = any(map(_CLASS.fullmatch, found))
-    return frozenset(found) if found and not is_class else None
-
-
-def _targets(section: Mapping[str, object]) -> Iterator[str]:
-    """Yield the targets of a section's groups."""
-    groups = section.get("config_groups")
+    found = [*texts(config.get("modules_in_block_to_quantize"))]
+    groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
-        yield from _texts(group.get("targets") if isinstance(group, Mapping) else None)
-
-
-def fitting_targets(
-    base: BaseModel, section: Mapping[str, object], paths: Sequence[str]
-) -> Mapping[str, tuple[str, ...]]:
-    """Return the targets of a section's groups that decide about each layer.
-
-    A target is a path, an expression ``re:...``, or a class of layers. compressed-tensors takes a
-    path before an expression, and both before a class. A file tells no class: without another
-    target, all classes are returned, and the shapes tell the right group. So they do if an
-    expression is invalid or too slow: then no target is returned.
-    """
-    targets = {*_targets(section)}
-    classes = {text for text in targets if _CLASS.fullmatch(text)}
-    if classes == targets:
-        return dict.fromkeys(paths, tuple(classes))
-    names = other_names(base, paths)
-    every = dict.fromkeys(name for others in names.values() for name in others)
-    expressions = tuple(sorted(text for text in targets if text.startswith("re:")))
-    hits = _hits(expressions, tuple(every))
-    if hits is None:
-        return dict.fromkeys(paths, ())
-    found = {}
-    for path, others in names.items():
-        exact = targets.intersection(others)
-        best = exact or {text for name in others for text in hits[name]}
-        found[path] = (min(best),) if best else tuple(classes)
-    return found
-
-
-@lru_cache(maxsize=4)
-def _hits(expressions: tuple[str, ...], paths: tuple[str, ...]) -> Mapping[str, set[str]] | None:
-    """Return the expressions that fit each path; None if any is invalid or slow."""
-    return _found({text: text.removeprefix("re:") for text in expressions}, paths)
-
-
-def _found(expressions: Mapping[str, str], names: Sequence[str]) -> dict[str, set[str]] | None:
-    """Return the keys of the expressions that fit each name; None if any is invalid or slow.
-
-    A single process compares all names, because the start of a process takes a tenth of a second.
-    """
-    patterns = [Pattern("quantization_config", text) for text in expressions.values()]
-    try:
-        results = search(patterns, names)
-    except (CheckpointError, SurroundingsError):
-        return None
-    found: dict[str, set[str]] = {name: set() for name in names}
-    for key, hits in zip(expressions, results, strict=True):
-        for name, hit in zip(names, hits, strict=True):
-            if hit is not None:
-                found[name].add(key)
-    return found
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in a value: a text, or a list of texts or of lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+        found += targets_of(group)
+    # "Linear" and the like are classes: a class covers more than a name can tell.
+    return frozenset(found) if found and not any(map(is_class, found)) else None
 
 
 _MOST_CLAIMS = 32
@@ -367,7 +305,7 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
     sizes = {text.count(".") + 1 for text in plain}
     if len(sizes) * sum(name.count(".") + 1 for name in names) > _MOST_LOOKUPS:
         return None
-    found = _found(expressions, names)
+    found = fitting_expressions(expressions, names)
     if found is None:
         return None
     return {

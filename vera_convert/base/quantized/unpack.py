@@ -16,8 +16,8 @@ from vera_convert import rules
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer import Format, Layer, LayerError, PackedWeight
+from vera_convert.base.quantized.layer_settings import settings_by_layer
 from vera_convert.base.quantized.recognize import (
-    fitting_targets,
     kind_of_siblings,
     layer_of,
     method_label,
@@ -164,7 +164,7 @@ class _Reader:
         self.used: list[Format] = []
         found = [each for each in sections(base.config) if method_of(each)]
         self.settings = found[0] if found else next(sections(base.config), {})
-        self.targets = fitting_targets(base, self.settings, paths)
+        self.of_layers = settings_by_layer(base, self.settings, paths)
         self.methods = {*map(method_of, found)}
         self.is_clear = all(each == self.settings for each in found)
         # Only the model's class tells a transposed layer: a quantizer's bias and shape are silent.
@@ -227,12 +227,11 @@ class _Reader:
         return Layer(
             path,
             infos,
-            self.settings,
+            self.of_layers[path],
             self.model_dtype,
             values,
             said.pop() if len(said) == 1 else None,
             fitting.label,
-            self.targets[path],
         )
 
     def _refusal(self, path: str, infos: Mapping[str, TensorInfo]) -> Finding:
