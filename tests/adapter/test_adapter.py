@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -402,17 +402,28 @@ def test_a_copy_of_a_saved_head_without_the_plain_name_is_refused(
         pass
 
 
-def test_the_biases_of_a_saved_head_are_stored_three_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("inside", "copies"),
+    [
+        ("", ("modules_to_save.", "original_module.")),
+        ("dense.", ("modules_to_save.default.dense.", "original_module.dense.")),
+        ("0.default.", ("modules_to_save.mine.0.default.", "original_module.0.default.")),
+    ],
+)
+def test_the_biases_of_a_saved_head_are_stored_three_times(
+    tmp_path: Path, inside: str, copies: Sequence[str]
+) -> None:
     """So PEFT writes them with bias "all"; all three pass, and one replaces the base's."""
     bias = np.zeros(2, np.float32)
+    plain = (f"{inside}bias", f"{inside}weight")
     head = {
         f"base_model.model.classifier.{name}": bias
-        for name in ("bias", "modules_to_save.bias", "original_module.bias", "weight")
+        for name in (*plain, *(f"{copy}bias" for copy in copies))
     }
     folder = good_adapter(
         tmp_path / "adapter", tensors=head, bias="all", modules_to_save=["classifier", "score"]
     )
     with open_adapter(folder) as adapter:
         replacing = {tensor.name.rpartition("classifier.")[2] for tensor in adapter.replacements}
-        assert replacing == {"weight", "bias"}
+        assert replacing == {*plain}
         assert head.keys() <= {tensor.name for tensor in adapter.tensors}

@@ -118,13 +118,21 @@ def test_a_model_with_an_infinite_number_in_its_config_merges_as_by_peft(
 
 
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
-def test_trained_biases_are_merged_as_by_peft(bias: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        ("BertForSequenceClassification", "original_module.bias"),
+        ("RobertaForSequenceClassification", "modules_to_save.default.dense.bias"),
+    ],
+)
+def test_trained_biases_are_merged_as_by_peft(
+    name: str, copy: str, bias: str, tmp_path: Path
+) -> None:
     """With bias "all" PEFT stores a saved head's bias three times, and reads one of them."""
-    name = "BertForSequenceClassification"
     base = saved(tmp_path / "base", name, "float32")
     adapter = trained(tmp_path / "adapter", base, name, targets=["query"], stored=True, bias=bias)
     stored = tensors_of(adapter)
-    assert ("base_model.model.classifier.original_module.bias" in stored) == (bias == "all")
+    assert (f"base_model.model.classifier.{copy}" in stored) == (bias == "all")
     expected = by_peft(name, base, adapter, tmp_path / "theirs")
     merged_with(adapter, base, tmp_path / "ours")
     assert_same(tensors_of(tmp_path / "ours"), expected, within=3e-7)

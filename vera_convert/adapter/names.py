@@ -22,9 +22,10 @@ from vera_convert.rules import Rule
 PREFIX = "base_model.model."
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
-_COPY = re.compile(r"\.(?:modules_to_save|original_module)(?=\.(?:weight|bias)$)")
+_COPY = re.compile(r"\.(?:original_module|modules_to_save(?:\.[^.]+(?=.*\.))?)(?=\.)")
 """PEFT writes each tensor of a module that is saved whole three times, and reads the tensor with
-the plain name: with bias "all" each bias, and with a resized vocabulary embedding and head."""
+the plain name: with bias "all" each bias, and with a resized vocabulary embedding and head. Only a
+tensor of a module inside the saved one keeps the adapter's name after modules_to_save."""
 
 _WRAPPER = re.compile(r"_(?:\w*_)?(?:mod|module|wrapped|wrapper|callable)")
 """Attributes in which wrappers keep the wrapped module: torch.compile's _orig_mod and
@@ -135,6 +136,8 @@ class Names(NamedTuple):
 
     def without_adapter(self, name: str) -> tuple[str, frozenset[str]]:
         """Return a tensor's name without the adapter's names, and the removed names."""
+        if name in self.copies:
+            return name, frozenset()
         found = set()
         match = _NAME_AT_END.fullmatch(name)
         if match is not None:
@@ -167,9 +170,9 @@ class Names(NamedTuple):
 
 
 def _is_copy(name: str, stored: Collection[str]) -> bool:
-    """Say whether PEFT wrote a tensor as a copy; the plain name of a weight must be stored too."""
+    """Say whether PEFT wrote a tensor as a copy; the plain name must be stored too."""
     plain = _COPY.sub("", name)
-    return plain != name and (name.endswith(".bias") or plain in stored)
+    return plain != name and plain in stored and not _OF_VERA.search(name)
 
 
 def _strange(name: str) -> Rule | None:
