@@ -189,7 +189,7 @@ def test_a_layer_without_a_word_in_the_config_is_refused_with_the_reason() -> No
     first, *_ = unpacked(replace(base, config=config)).defects
     assert first.code == "V554"
     assert "GPTQ or AWQ" in first.reason
-    assert "the base's config does not say how it is quantized" in first.reason
+    assert "the base's config does not say how the layer is quantized" in first.reason
 
 
 @pytest.mark.parametrize("expression", ["re:.*proj$", "re:(", "re:(a|a)+$"])

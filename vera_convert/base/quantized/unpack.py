@@ -239,8 +239,10 @@ class _Reader:
         said = [*map(method_label, sections(self.base.config))]
         kind = " and ".join(dict.fromkeys(said)) or kind_of_siblings(rest) or "packed values"
         where = printable(f"{path}.{rest}" if path else rest)
-        silent = "" if said else ", and the base's config does not say how it is quantized"
-        return rules.NOT_DEQUANTIZABLE.at(where, f"{kind}: its dtype is {info.dtype}{silent}.")
+        reason = f"no supported format has this tensor with the dtype {info.dtype}."
+        if not said:
+            reason = "the base's config does not say how the layer is quantized."
+        return rules.NOT_DEQUANTIZABLE.at(where, f"{kind}: {reason}")
 
 
 def _of_activations(
