@@ -50,7 +50,7 @@ def check_size(rank: int, in_features: int, out_features: int, *, place: str) ->
         )
 
 
-def default_variant(
+def usual_draw(
     config: VeraConfig, base_facts: BaseFacts, in_features: int, out_features: int
 ) -> Draw:
     """Return the draw that PEFT makes on nearly every machine, before rounding.
@@ -87,7 +87,7 @@ def draw_of_key(
     Raises:
         UsageError: the base and the stored pair both leave the rounding open.
     """
-    usual = default_variant(adapter.config, base_facts, stored.in_features, stored.out_features)
+    usual = usual_draw(adapter.config, base_facts, stored.in_features, stored.out_features)
     usual = replace(usual, variant=variant or usual.variant)
     if base_facts.rounding is not None:
         return replace(usual, rounding=effective_rounding(usual.variant, base_facts.rounding))

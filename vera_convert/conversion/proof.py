@@ -18,7 +18,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
 from vera_convert.adapter.names import A_NAME
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import ProjectionSource, check_size, default_variant
+from vera_convert.conversion.projections import ProjectionSource, check_size, usual_draw
 from vera_convert.draws.comparison import difference, equals
 from vera_convert.draws.generator import Draw, effective_rounding, rounding_on_base
 from vera_convert.draws.recognition import Recognition, recognize
@@ -97,7 +97,7 @@ def same_on(
     """Return the usual dtypes of layers for which PEFT regenerates the adapter's own A and B."""
     if own.draw is None or not own.draw.has_key(config.projection_prng_key):
         return ()
-    usual = default_variant(config, base_facts, own.in_features, own.out_features)
+    usual = usual_draw(config, base_facts, own.in_features, own.out_features)
     return tuple(
         dtype for dtype in DTYPES_OF_LAYERS if _is_same(own, own.draw, _on_base_of(usual, dtype))
     )
@@ -112,7 +112,7 @@ def _regenerated(
     config: VeraConfig, own: RecognizedPair | Fingerprint, draw: Draw, base_facts: BaseFacts
 ) -> list[Draw]:
     """Return the draws that PEFT can make on this base: several if the rounding is not certain."""
-    usual = default_variant(config, base_facts, own.in_features, own.out_features)
+    usual = usual_draw(config, base_facts, own.in_features, own.out_features)
     roundings = base_facts.roundings or (draw.rounding,)
     if base_facts.rounding is not None:
         roundings = (base_facts.rounding,)

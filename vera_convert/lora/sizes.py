@@ -9,7 +9,7 @@ import numpy as np
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.conversion.projections import ProjectionSource, default_variant
+from vera_convert.conversion.projections import ProjectionSource, usual_draw
 from vera_convert.draws.generator import effective_rounding
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.forms import files_of
@@ -66,6 +66,6 @@ def _pair(
     inputs, outputs = base_facts.in_features, base_facts.out_features
     if inputs is None or outputs is None or base_facts.rounding is None:
         return None
-    usual = default_variant(adapter.config, base_facts, inputs, outputs)
+    usual = usual_draw(adapter.config, base_facts, inputs, outputs)
     rounding = effective_rounding(usual.variant, base_facts.rounding)
     return replace(found, draw=replace(usual, rounding=rounding))

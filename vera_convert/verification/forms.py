@@ -31,7 +31,7 @@ from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import (
     ProjectionSource,
     check_size,
-    default_variant,
+    usual_draw,
 )
 from vera_convert.draws.generator import (
     effective_rounding,
@@ -246,7 +246,7 @@ class _Side:
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
             return stored.A.array(), stored.B.array()
-        drawn = default_variant(self.adapter.config, self._facts(), 0, 0)  # the facts have dims
+        drawn = usual_draw(self.adapter.config, self._facts(), 0, 0)  # the facts have dims
         if self._recorded is None and self.variant is not None:
             drawn = replace(drawn, variant=self.variant)
         if self._drawn is None:
