@@ -196,7 +196,7 @@ def test_each_unknown_field_is_told_once_and_kept() -> None:
     file = parsed(foo_config=None, bar=3)
     assert [finding.code for finding in file.findings] == ["V110", "V110"]
     assert file.unknown_fields == ("foo_config", "bar")
-    assert set(json.loads(file.edited(save_projection=False).text)) >= {"foo_config", "bar"}
+    assert set(json.loads(file.edited({"save_projection": False}).text)) >= {"foo_config", "bar"}
 
 
 # --- editing -------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_an_edit_changes_nothing_beside(
 
 def test_an_edited_config_of_peft_differs_in_one_word(fixtures: Path) -> None:
     text = (fixtures / "0.21.2/llama_fp32_proj/adapter_config.json").read_bytes()
-    edited = parse_config(text, place="adapter_config.json").edited(save_projection=False)
+    edited = parse_config(text, place="adapter_config.json").edited({"save_projection": False})
     assert edited.text == text.replace(b'"save_projection": true', b'"save_projection": false')
     assert edited.text != text
     assert edited.config.save_projection is False

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.opening import examined_folder, open_adapter
-from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.repairs import repaired, with_proper_names
 from vera_convert.adapter.sorting import sort_tensors
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.strip_embed import embed, strip
@@ -253,8 +253,7 @@ def test_whatever_the_remedy_promises_migrate_does(
     if len(set(names)) != len(names):
         return
     codes = {finding.code for finding in sort_tensors(tensors, config).findings}
-    repairs = Repairs()
-    mended = repairs._with_proper_names(tensors, config)
+    mended, _ = with_proper_names(tensors, config)
     after = {finding.code for finding in sort_tensors(mended, config).findings}
     assert not after or not after <= MENDED_BY_MIGRATE
     if base and codes <= MENDED_BY_MIGRATE and {*manglings} <= {*ADDITIONS}:
@@ -264,7 +263,6 @@ def test_whatever_the_remedy_promises_migrate_does(
 
 def test_repairs_of_sound_names_change_nothing(tmp_path: Path) -> None:
     assert CONFIG["base_model_name_or_path"]
-    repairs = Repairs()
-    with open_adapter(good_adapter(tmp_path / "adapter"), repair=repairs) as adapter:
+    with open_adapter(good_adapter(tmp_path / "adapter"), repair=repaired) as adapter:
         assert {tensor.name for tensor in adapter.tensors} >= {f"{LAYER}q_proj.vera_lambda_b"}
-    assert repairs.changes == []
+        assert adapter.changes == ()

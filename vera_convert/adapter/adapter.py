@@ -75,6 +75,7 @@ class Adapter:
         repeated: copies of A and B stored with layers, equal to the shared pair.
         replacements: tensors that replace base tensors (heads, biases, embeddings).
         fingerprint: the record of the projections dropped by vera-convert.
+        changes: the repairs made on reading, a phrase for each; empty if nothing was repaired.
         findings: warnings and notes.
         config_source: the open config file, for `check_unchanged`.
         file: the open weights file.
@@ -89,6 +90,7 @@ class Adapter:
     repeated: tuple[TensorData, ...]
     replacements: tuple[TensorData, ...]
     fingerprint: Fingerprint | None
+    changes: tuple[str, ...]
     findings: tuple[Finding, ...]
     config_source: ByteSource
     file: TensorFile

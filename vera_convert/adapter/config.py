@@ -134,7 +134,9 @@ class ConfigFile(NamedTuple):
         """The fields of the file unknown to VeraConfig, in the file's order."""
         return tuple(name for name in json.loads(self.text) if _is_unknown(name))
 
-    def edited(self, *, remove: frozenset[str] = frozenset(), **changes: object) -> ConfigFile:
+    def edited(
+        self, changes: Mapping[str, object], remove: frozenset[str] = frozenset()
+    ) -> ConfigFile:
         """Return the file with some fields set and others removed; every other byte is kept."""
         return parse_config(edited_object(self.text, changes, remove), place=CONFIG_NAME)
 

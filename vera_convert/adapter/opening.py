@@ -32,11 +32,20 @@ from vera_convert.files.tensorfile import TensorData, TensorFile, from_file, pic
 from vera_convert.rules import Finding, errors_of
 from vera_convert.text import listed, printable
 
-Repair = Callable[[Sequence[TensorData], ConfigFile], tuple[Sequence[TensorData], ConfigFile]]
-
 _MODEL_WEIGHTS = "model.safetensors"
 MAX_WEIGHTS_BYTES = 64 << 30
 """Three times the embedding and the head of the largest models in float32."""
+
+
+class Repaired(NamedTuple):
+    """The tensors and the config after a repair, with a phrase for each change."""
+
+    tensors: Sequence[TensorData]
+    config_file: ConfigFile
+    changes: tuple[str, ...]
+
+
+Repair = Callable[[Sequence[TensorData], ConfigFile], Repaired]
 
 
 @contextmanager
@@ -163,8 +172,9 @@ def examine(
     if weights is None:
         return Examined(tuple(found), config_file)
     tensors: Sequence[TensorData] = [from_file(weights, name) for name in weights.header.tensors]
+    changes: tuple[str, ...] = ()
     if repair is not None and config_file is not None and not config_file.wrong:
-        tensors, config_file = repair(tensors, config_file)
+        tensors, config_file, changes = repair(tensors, config_file)
     config, by_meaning, adapter = _with_rank(config_file), None, None
     if config is not None:
         by_meaning = sort_tensors(tensors, config, values=values)
@@ -181,6 +191,7 @@ def examine(
             repeated=by_meaning.repeated,
             replacements=by_meaning.replacements,
             fingerprint=fingerprint,
+            changes=changes,
             findings=tuple(found),
             config_source=config_source,
             file=weights,

@@ -1,19 +1,19 @@
 """Repair known old and damaged forms of an adapter without any loss.
 
-Each repair takes tensors and returns tensors with one phrase that names the change. A second repair
-changes nothing more. Unknown forms are left to the reader, which refuses them.
+Each step returns the repaired part and a phrase that names the change, empty if nothing changed. A
+second repair changes nothing more. Unknown forms are left to the reader, which refuses them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from vera_convert import rules
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX, Names
+from vera_convert.adapter.opening import Repaired
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
@@ -25,40 +25,42 @@ OLDEST_WITH_UNKNOWN_FIELDS = (0, 14)
 """Older releases of PEFT raise TypeError on an unknown field, such as `peft_version`."""
 
 
-@dataclass(slots=True)
-class Repairs:
-    """The repairs of one adapter, as `open_adapter` applies them.
+def repaired(
+    tensors: Sequence[TensorData],
+    config_file: ConfigFile,
+    *,
+    peft_version: tuple[int, ...] | None = None,
+) -> Repaired:
+    """Return an adapter's tensors and config after all repairs, with a phrase for each change.
 
-    Attributes:
-        peft_version: the oldest PEFT to read the config, such as (0, 13); None: any.
-        changes: after the call, one phrase for each change.
+    Args:
+        tensors: the tensors as stored.
+        config_file: the config as stored.
+        peft_version: the oldest PEFT to read the config, such as (0, 13); None for any.
+
+    Raises:
+        CheckpointError: two tensors would get the same name, or copies of A or B differ.
     """
+    tensors, changes = with_proper_names(tensors, config_file.config)
+    for step in (_as_vectors, _projections_once):
+        tensors, change = step(tensors)
+        changes.append(change)
+    for edit in (_without_wrappers_in_config, partial(_for_reader, peft_version)):
+        config_file, change = edit(config_file)
+        changes.append(change)
+    return Repaired(tensors, config_file, tuple(filter(None, changes)))
 
-    peft_version: tuple[int, ...] | None = None
-    changes: list[str] = field(default_factory=list)
 
-    def __call__(
-        self, tensors: Sequence[TensorData], config_file: ConfigFile
-    ) -> tuple[Sequence[TensorData], ConfigFile]:
-        """Return the repaired tensors and config; every change is named in `changes`."""
-        tensors = self._with_proper_names(tensors, config_file.config)
-        for step in (_as_vectors, _projections_once):
-            tensors, change = step(tensors)
-            self.changes += [change] if change else []
-        for edit in (_without_wrappers_in_config, partial(_for_reader, self.peft_version)):
-            config_file, change = edit(config_file)
-            self.changes += [change] if change else []
-        return tensors, config_file
-
-    def _with_proper_names(
-        self, tensors: Sequence[TensorData], config: VeraConfig
-    ) -> Sequence[TensorData]:
-        """Return the tensors under PEFT's names, if the names are clear."""
-        for repair in (_without_foreign_parts, _without_adapter_name, _with_prefix):
-            names = Names.of((tensor.name for tensor in tensors), config)
-            tensors, change = repair(tensors, names)
-            self.changes += [change] if change else []
-        return tensors
+def with_proper_names(
+    tensors: Sequence[TensorData], config: VeraConfig
+) -> tuple[Sequence[TensorData], list[str]]:
+    """Return the tensors under PEFT's names, if the names are clear, and what each step changed."""
+    changes = []
+    for step in (_without_foreign_parts, _without_adapter_name, _with_prefix):
+        names = Names.of((tensor.name for tensor in tensors), config)
+        tensors, change = step(tensors, names)
+        changes.append(change)
+    return tensors, changes
 
 
 def _renamed(
@@ -138,9 +140,8 @@ def _without_wrappers_in_config(config_file: ConfigFile) -> tuple[ConfigFile, st
             changes[field_name] = list(dict.fromkeys(filter(None, proper)))
     if not changes:
         return config_file, ""
-    return config_file.edited(
-        remove=frozenset(), **changes
-    ), f"removed wrappers' names from {' and '.join(changes)}"
+    said = f"removed wrappers' names from {' and '.join(changes)}"
+    return config_file.edited(changes), said
 
 
 def _as_vectors(tensors: Sequence[TensorData]) -> tuple[Sequence[TensorData], str]:
@@ -193,5 +194,5 @@ def _for_reader(
     if not removed:
         return config_file, ""
     names = ", ".join(map(printable, sorted(removed)))
-    edited = config_file.edited(remove=frozenset(removed))
+    edited = config_file.edited({}, remove=frozenset(removed))
     return edited, f"removed config fields that old PEFT refuses: {names}"

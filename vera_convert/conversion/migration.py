@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from vera_convert import rules
@@ -18,8 +19,8 @@ from vera_convert.adapter.folder import (
     write_adapter,
     written_files,
 )
-from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.opening import Repair, open_adapter
+from vera_convert.adapter.repairs import repaired
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import NEWEST_PEFT, one_of, optional, path, require_flags
 from vera_convert.arguments import peft_version as version_of
@@ -108,10 +109,9 @@ def migrate(
         accept_change=accept_change,
         peft_version=peft_version,
     )
-    repairs = Repairs(plan.peft_version)
     output = Output(path("out", out), is_vera, force)
-    with opened(adapter, output, revision=revision, access=access, repair=repairs) as work:
-        converted, base_facts = _migrated(work.adapter, plan, repairs)
+    with opened(adapter, output, revision=revision, access=access, repair=plan.repair) as work:
+        converted, base_facts = _migrated(work.adapter, plan)
         findings = (*converted.findings, *plan.idle_places())
         return publish(work, replace(converted, findings=findings), base_facts)
 
@@ -233,6 +233,11 @@ class _Plan:
     peft_version: tuple[int, ...] | None
     bases_named: set[str | None] = field(default_factory=set)
 
+    @property
+    def repair(self) -> Repair:
+        """The repair of each adapter as it is read."""
+        return partial(repaired, peft_version=self.peft_version)
+
     def idle_places(self) -> Iterator[Finding]:
         """Yield a warning for each --base-for whose name no migrated config has."""
         for name, model in self.base.places:
@@ -268,12 +273,11 @@ def _migrate_below(
     tree: Path, staging: Path, name: str, plan: _Plan, result: TreeMigration
 ) -> None:
     """Migrate the adapter called `name` below `tree` to the same place below `staging`."""
-    repairs = Repairs(plan.peft_version)
     writing = False
     try:
-        with open_adapter(tree / name, repair=repairs) as adapter:
+        with open_adapter(tree / name, repair=plan.repair) as adapter:
             refuse_values(adapter)
-            converted, base_facts = _migrated(adapter, plan, repairs)
+            converted, base_facts = _migrated(adapter, plan)
             content = content_of(converted)
             side_files(tree / name)  # an unreadable file is found before anything is written
             writing = True
@@ -312,7 +316,7 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
             yield file
 
 
-def _migrated(adapter: Adapter, plan: _Plan, repairs: Repairs) -> tuple[Converted, BaseFacts]:
+def _migrated(adapter: Adapter, plan: _Plan) -> tuple[Converted, BaseFacts]:
     """Bring a repaired adapter to the wanted mode, and name every change."""
     plan.bases_named.add(adapter.config.base_model_name_or_path)
     base_facts = resolve_base(adapter, plan.base, bases=plan.bases, need=_need(adapter, plan))
@@ -325,7 +329,7 @@ def _migrated(adapter: Adapter, plan: _Plan, repairs: Repairs) -> tuple[Converte
         converted = stripped(
             adapter, base_facts, projections=plan.projections, accept_change=plan.accept_change
         )
-    changes = (*repairs.changes, *cut, *converted.changes)
+    changes = (*adapter.changes, *cut, *converted.changes)
     findings = (*converted.findings, *_newer_peft(plan.peft_version))
     return replace(converted, changes=changes, findings=findings), base_facts
 

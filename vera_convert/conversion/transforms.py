@@ -111,7 +111,7 @@ def already_stripped(adapter: Adapter) -> Converted:
 def _with_flag(adapter: Adapter, *, save_projection: bool) -> bytes:
     if adapter.config.save_projection == save_projection:
         return adapter.config_file.text
-    return adapter.config_file.edited(save_projection=save_projection).text
+    return adapter.config_file.edited({"save_projection": save_projection}).text
 
 
 def stripped(

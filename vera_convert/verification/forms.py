@@ -23,7 +23,7 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.repairs import repaired
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions
@@ -119,7 +119,7 @@ def check_form(
     with ExitStack() as stack:
         first = fetched_adapter(adapter.adapter, access, adapter.revision)
         second = fetched_adapter(other, access, None)
-        ours = stack.enter_context(open_adapter(first.fetched, repair=Repairs()))
+        ours = stack.enter_context(open_adapter(first.fetched, repair=repaired))
         theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
         known, other_known = (

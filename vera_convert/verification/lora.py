@@ -22,7 +22,7 @@ import numpy as np
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.opening import open_adapter
-from vera_convert.adapter.repairs import Repairs
+from vera_convert.adapter.repairs import repaired
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.adapter.values import refuse_values
 from vera_convert.assembly.pool import one_blas_thread
@@ -155,7 +155,7 @@ def check_lora(
         stack.enter_context(one_blas_thread())
         first = fetched_adapter(adapter.adapter, access, adapter.revision)
         places = first, fetched_adapter(lora, access, None)
-        ours = stack.enter_context(open_adapter(places[0].fetched, repair=Repairs()))
+        ours = stack.enter_context(open_adapter(places[0].fetched, repair=repaired))
         refuse_values(ours)
         theirs = stack.enter_context(open_lora(places[1].fetched))
         facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
