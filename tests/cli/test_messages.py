@@ -267,6 +267,9 @@ def test_an_interrupted_merge_says_what_is_left_and_no_more(
 # --- one sentence for each wrong value -----------------------------------------------------------
 
 
+SIZES = ("--rank=4", "--in-features=4", "--out-features=4")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -275,19 +278,24 @@ def test_an_interrupted_merge_says_what_is_left_and_no_more(
             "--config FOLDER is a folder: give the config.json, or the folder with --base.",
         ),
         (
-            [
-                "regenerate",
-                "x",
-                "--rank=4",
-                "--in-features=4",
-                "--out-features=4",
-                f"--key={2**64}",
-            ],
+            ["regenerate", "x", *SIZES, f"--key={2**64}"],
             f"--key is {KEY}: give a whole number from -2^63 to 2^64 - 1.",
         ),
         (
             ["regenerate", "x", "--rank=0", "--in-features=4", "--out-features=4"],
             "--rank is 0: give a whole number from 1 on.",
+        ),
+        (
+            ["regenerate", "x", "--in-features=4"],
+            "--rank, --out-features must be given, or --for ADAPTER.",
+        ),
+        (
+            ["regenerate", "x", "--for=a", "--round=bf16", "--key=0"],
+            "--key, --round cannot go with --for: leave one out.",
+        ),
+        (
+            ["regenerate", "x", *SIZES, "--base=b", "--key-map=a=b"],
+            "--base, --key-map cannot go with --rank: leave one out.",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -81,9 +81,19 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
     try:
         yield
     except ParameterError as error:
-        flags = {each.name: name_of(each) for each in command.params}
-        error.args = (f"{flags.get(error.parameter, error.parameter)} {error.reason}",)
+        name = _flags(command).get(error.parameter, error.parameter)
+        error.args = (f"{name} {error.reason}",)
         raise
+
+
+def flags_of(names: Iterable[str]) -> str:
+    """Return the flags of options of the running command, as a list for a message."""
+    flags = _flags(click.get_current_context().command)
+    return ", ".join(flags[name] for name in names)
+
+
+def _flags(command: click.Command) -> dict[str, str]:
+    return {str(each.name): name_of(each) for each in command.params}
 
 
 def _log_everything() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vera_convert.cli.command import OUT_FOLDER, adapter_argument, command, out_argument
+from vera_convert.cli.command import OUT_FOLDER, adapter_argument, command, flags_of, out_argument
 from vera_convert.cli.options import (
     INPUT,
     OUTPUT,
@@ -25,14 +26,13 @@ from vera_convert.cli.options import (
 )
 from vera_convert.cli.output import print_result, show, tell, warn
 from vera_convert.cli.refusals import reason
-from vera_convert.cli.values import GENERATORS, NAMED_BASE, PEFT_VERSION, Choice, Dtype
+from vera_convert.cli.values import NAMED_BASE, PEFT_VERSION, Choice, Dtype
 from vera_convert.errors import UsageError
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import TreeMigration
-    from vera_convert.conversion.regeneration import Regenerated
     from vera_convert.conversion.strip_embed import Conversion
 
 
@@ -113,6 +113,11 @@ class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
     )
 
 
+_OF_DRAW = ("rank", "in_features", "out_features", "key", "rounding")
+_OF_ADAPTER = ("base", "base_revision", "base_dtype", "key_map", "revision")
+"""The options of `regenerate` without --for ADAPTER, and those with it."""
+
+
 @command(
     RegenerateOptions,
     out_argument("A new .safetensors file to write; with --force, an earlier output is replaced."),
@@ -126,60 +131,28 @@ def regenerate(out: Path, options: RegenerateOptions) -> None:
 
     Give --rank, --in-features and --out-features, or --for ADAPTER.
     """
+    from vera_convert.conversion.regeneration import regenerate as run
+    from vera_convert.conversion.regeneration import regenerate_for
     from vera_convert.formats.results import regenerated_text
 
-    result = _regenerated(out, options)
+    of_draw = options.given(*_OF_DRAW)
+    generator = options.given("generator")
+    if options.adapter is not None:
+        _refuse_together("--for", of_draw)
+        inputs = options.inputs()
+        result = regenerate_for(options.adapter, out, force=options.force, **generator, **inputs)
+    else:
+        missing = [name for name in ("rank", "in_features", "out_features") if name not in of_draw]
+        if missing:
+            raise UsageError(f"{flags_of(missing)} must be given, or --for ADAPTER.")
+        _refuse_together("--rank", options.given(*_OF_ADAPTER))
+        result = run(out, force=options.force, **generator, **of_draw)
     show(options, result, regenerated_text)
 
 
-def _regenerated(out: Path, options: RegenerateOptions) -> Regenerated:
-    from vera_convert.conversion.regeneration import regenerate as run
-    from vera_convert.conversion.regeneration import regenerate_for
-
-    of_draw = {
-        "--rank": options.rank,
-        "--in-features": options.in_features,
-        "--out-features": options.out_features,
-        "--key": options.key,
-        "--round": options.rounding,
-    }
-    of_adapter = {
-        "--base": options.base,
-        "--base-revision": options.base_revision,
-        "--base-dtype": options.base_dtype,
-        "--key-map": options.key_map or None,
-        "--revision": options.revision,
-    }
-    if options.adapter is not None:
-        _refuse_together("--for", of_draw)
-        return regenerate_for(
-            options.adapter,
-            out,
-            generator=options.generator,
-            force=options.force,
-            **options.inputs(),
-        )
-    rank, in_features, out_features = options.rank, options.in_features, options.out_features
-    if rank is None or in_features is None or out_features is None:
-        missing = [name for name, value in [*of_draw.items()][:3] if value is None]
-        raise UsageError(f"{', '.join(missing)} must be given, or --for ADAPTER.")
-    _refuse_together("--rank", of_adapter)
-    return run(
-        out,
-        rank=rank,
-        in_features=in_features,
-        out_features=out_features,
-        key=options.key or 0,
-        generator=options.generator or GENERATORS[0],
-        rounding=options.rounding or "none",
-        force=options.force,
-    )
-
-
-def _refuse_together(given: str, others: dict[str, Any]) -> None:
-    clashing = [name for name, value in others.items() if value is not None]
-    if clashing:
-        names = ", ".join(clashing)
+def _refuse_together(given: str, others: Iterable[str]) -> None:
+    """Refuse options of one way to regenerate beside `given`, an option of the other way."""
+    if names := flags_of(others):
         raise UsageError(f"{names} cannot go with {given}: leave one out.")
 
 

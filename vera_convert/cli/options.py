@@ -67,6 +67,12 @@ class Options:
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return the values that a user gave for these options, by the option's name."""
+        return {
+            name: getattr(self, name) for name in names if getattr(self, name) not in (None, ())
+        }
+
     def shared_with(self, record: type[Any]) -> dict[str, Any]:
         """Return the values that a user gave for the fields of a dataclass, by the field's name."""
         return {
