@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save, save_file
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files import header
-from vera_convert.files.header import TensorInfo
+from vera_convert.files.header import TensorInfo, header_bytes, read_header
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
 from vera_convert.files.tensorfile import (
@@ -33,9 +33,7 @@ from vera_convert.files.tensorfile import (
     TensorFile,
     from_array,
     from_file,
-    header_bytes,
     pickled_weights,
-    read_header,
     write_tensors,
 )
 from vera_convert.rules import CONFIG_MISSING, WEIGHTS_MISSING

@@ -18,27 +18,11 @@ from vera_convert import rules
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
-from vera_convert.files.header import Header, TensorInfo, header_bytes, in_order, read_header
+from vera_convert.files.header import Header, header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource
 from vera_convert.progress import counter
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-
-__all__ = [
-    "NUMPY_DTYPE",
-    "Array",
-    "Header",
-    "TensorData",
-    "TensorFile",
-    "TensorInfo",
-    "array_blocks",
-    "from_array",
-    "from_file",
-    "header_bytes",
-    "pickled_weights",
-    "read_header",
-    "write_tensors",
-]
 
 Array = NDArray[Any]
 """An array of any dtype that a tensor can have."""
@@ -75,7 +59,16 @@ class TensorFile:
     def read(self, name: str) -> Array:
         """Return a tensor as a new array in C order, with the stored dtype."""
         info = self.header.tensors[name]
-        return self._array(info, 0, info.shape)
+        dtype = NUMPY_DTYPE.get(info.dtype)
+        if dtype is None:
+            reason = f"its dtype is {info.dtype}, which NumPy lacks."
+            raise CheckpointError(
+                rules.TENSOR_DTYPE.in_tensor(name, reason, file=self.source.place)
+            )
+        raw = np.empty(info.nbytes, np.uint8)
+        self.source.read_into(self.header.data_start + info.start, raw.data)
+        self.source.check_unchanged()
+        return raw.view(dtype).reshape(info.shape)
 
     def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
         """Yield a tensor's bytes in blocks of `size`; each block overwrites the block before."""
@@ -86,18 +79,6 @@ class TensorFile:
             self.source.read_into(self.header.data_start + info.start + start, block)
             yield block
         self.source.check_unchanged()
-
-    def _array(self, info: TensorInfo, skip: int, shape: tuple[int, ...]) -> Array:
-        dtype = NUMPY_DTYPE.get(info.dtype)
-        if dtype is None:
-            reason = f"its dtype is {info.dtype}, which NumPy lacks."
-            raise CheckpointError(
-                rules.TENSOR_DTYPE.in_tensor(info.name, reason, file=self.source.place)
-            )
-        raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        self.source.read_into(self.header.data_start + info.start + skip, raw.data)
-        self.source.check_unchanged()
-        return raw.view(dtype).reshape(shape)
 
 
 def pickled_weights(folder: Path) -> Finding | None:
