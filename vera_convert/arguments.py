@@ -269,11 +269,11 @@ def progress_function(name: str, value: Progress | None) -> Progress:
     Raises:
         UsageError: the value cannot be called.
     """
-    return _no_progress if value is None else function(name, value)
+    return no_progress if value is None else function(name, value)
 
 
-def _no_progress(_done: int, _of: int) -> None:
-    """Do nothing."""
+def no_progress(_done: int, _of: int) -> None:
+    """Do nothing with the progress of a call that nobody watches."""
 
 
 def optional(check: Callable[..., Checked], name: str, *rest: object) -> Checked | None:

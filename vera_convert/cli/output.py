@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from vera_convert.arguments import Progress, no_progress
 from vera_convert.cli.options import CommonOptions
 from vera_convert.errors import SurroundingsError
 from vera_convert.progress import watched
@@ -35,7 +36,6 @@ _COLORS = {"error": "1;31", "warning": "1;33", "note": "36"}
 _LABEL = re.compile(r"\s*\S(?:\S| (?! ))*  +|\s+")
 """The label of a line, with the spaces behind the label."""
 
-Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 
@@ -186,7 +186,7 @@ def progress_bar(options: CommonOptions, title: str, *, unit: str = "B") -> Iter
     """
     with ExitStack() as stack:
         is_shown = _shows_progress(options)
-        yield _bar(options, title, unit, stack) if is_shown else lambda _done, _of: None
+        yield _bar(options, title, unit, stack) if is_shown else no_progress
 
 
 def _bar(options: CommonOptions, title: str, unit: str, stack: ExitStack) -> Progress:

@@ -17,7 +17,7 @@ from vera_convert import rules
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.adapter.folder import SideFiles, copy_files, side_files
 from vera_convert.adapter.lora_record import is_lora, lora_records
-from vera_convert.arguments import instance, optional, path, progress_function
+from vera_convert.arguments import Progress, instance, optional, path, progress_function
 from vera_convert.assembly.pool import one_blas_thread
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
@@ -44,7 +44,6 @@ from vera_convert.lora.record import LoraSource, record_of
 from vera_convert.lora.writing import (
     Computed,
     Measured,
-    Progress,
     SafetensorsWeights,
     Weights,
     require_space,

@@ -19,6 +19,7 @@ import numpy as np
 
 from vera_convert import rules
 from vera_convert.adapter.lora_record import GGUF_NAME, RECORD_KEY
+from vera_convert.arguments import Progress
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel
 from vera_convert.dtypes import BITS
@@ -28,7 +29,7 @@ from vera_convert.files.tensorfile import Array
 from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.writing import Computed, Progress
+from vera_convert.lora.writing import Computed
 from vera_convert.text import printable, read_back_differs
 
 ARCHITECTURES = {

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.arguments import Progress
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import file_sha256, open_local
@@ -21,9 +22,6 @@ from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.stored import StoredLayer, room_for, stored_layer
 from vera_convert.text import printable, read_back_differs
-
-Progress = Callable[[int, int], None]
-"""Told now and then how many bytes are written, and of how many."""
 
 
 @dataclass(slots=True)

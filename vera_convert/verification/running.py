@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from vera_convert.arguments import Progress
+from vera_convert.arguments import Progress, no_progress
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
 from vera_convert.verification.model_comparison import (
@@ -105,7 +105,7 @@ _LOOK_EVERY = 0.1
 def run_models(
     job: ModelJob,
     *,
-    progress: Progress = lambda _done, _of: None,
+    progress: Progress = no_progress,
     limits: Limits | None = None,
 ) -> ModelComparison:
     """Run the base with adapters and the merged model in a child process, and compare the outputs.

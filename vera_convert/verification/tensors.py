@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vera_convert import rules
-from vera_convert.arguments import Progress
+from vera_convert.arguments import Progress, no_progress
 from vera_convert.assembly.pool import WorkerPool, default_jobs, one_blas_thread
 from vera_convert.base.model import BaseModel
 from vera_convert.merging.base_files import BaseFiles
@@ -130,7 +130,7 @@ def check_tensors(
     *,
     jobs: int | None = None,
     wider_too: bool = False,
-    progress: Progress = lambda _done, _of: None,
+    progress: Progress = no_progress,
     explain: Explain = lambda _names: {},
 ) -> MergedTensors:
     """Compare every tensor of a merged model with the expected tensor.
@@ -150,7 +150,7 @@ def check_tensors(
     jobs = jobs or default_jobs()
     comparisons = _comparisons(pairs, jobs, progress)
     again = _in_expected_dtype(pairs, comparisons, expected)
-    for name, comparison in _comparisons(again, jobs, lambda _done, _of: None).items():
+    for name, comparison in _comparisons(again, jobs, no_progress).items():
         if not comparison.wrong:
             pairs[name], comparisons[name] = again[name], comparison
     causes = _causes(pairs, comparisons, explain)
