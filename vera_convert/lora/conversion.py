@@ -197,21 +197,14 @@ def _idle_options(
     options: LoraOptions, plan: LoraPlan, extras: Extras, pair: InEffect
 ) -> Iterator[Finding]:
     """Yield a warning for each option that finds nothing to act on in the adapter."""
-    reasons = {
-        "--fill-layers": options.fill_layers
-        and not plan.filled
-        and not plan.missing
-        and f"{options.target.title} needs no layer that ADAPTER leaves out.",
-        "--drop-head": options.drop_head
-        and not extras.tensors
-        and "ADAPTER has no modules_to_save and no trained biases.",
-        f"--rank {options.rank}": options.rank is not None
-        and options.rank > plan.rank
-        and f"the LoRA of rank {plan.rank} is exact.",
-    }
-    for place, reason in reasons.items():
-        if reason:
-            yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
+    idle = rules.OPTION_WITHOUT_EFFECT
+    if options.fill_layers and not (plan.filled or plan.missing):
+        reason = f"{options.target.title} needs no layer that ADAPTER leaves out."
+        yield idle.at("--fill-layers", reason)
+    if options.drop_head and not extras.tensors:
+        yield idle.at("--drop-head", "ADAPTER has no modules_to_save and no trained biases.")
+    if options.rank is not None and options.rank > plan.rank:
+        yield idle.at(f"--rank {options.rank}", f"the LoRA of rank {plan.rank} is exact.")
     if options.generator is not None and pair.draw is None:
         yield IDLE_GENERATOR
 
@@ -261,7 +254,7 @@ class _Job:
     def measure(self, progress: Progress) -> LoraConversion:
         """Compute every layer and write nothing."""
         computed = Computed(self.plan)
-        size, layers = self._weights(computed, NO_SHA256).size, self.plan.layers
+        size, layers = self._weights(computed, NO_SHA256).file_size(), self.plan.layers
         for number, layer in enumerate(layers, 1):
             computed.of(layer)
             progress(size * number // len(layers), size)
@@ -274,7 +267,7 @@ class _Job:
         source_sha256 = file_sha256(self.work.adapter.file.source)
         weights = self._weights(computed, source_sha256)
         written = {CONFIG_NAME, CARD_NAME, *self.copied}
-        size = weights.size
+        size = weights.file_size()
         output = replace(
             self.work.output,
             inputs=(folder, *self.base_facts.folders),

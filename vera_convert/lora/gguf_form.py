@@ -161,9 +161,8 @@ class GgufWeights:
     record: Mapping[str, object]
     computed: Computed
 
-    @property
-    def size(self) -> int:
-        """The bytes of the file; the beginning is written to a temporary folder and measured."""
+    def file_size(self) -> int:
+        """Return the bytes of the file; the beginning is written to a temporary folder."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / GGUF_NAME
             self._begun(path).close()
@@ -173,7 +172,7 @@ class GgufWeights:
 
     def write(self, path: Path, progress: Progress, *, check: bool) -> None:
         """Write the file, and read back the header, and with `check` every byte."""
-        plan, written, total = self.computed.plan, hashlib.sha256(), self.size
+        plan, written, total = self.computed.plan, hashlib.sha256(), self.file_size()
         done = total - plan.nbytes
         writer = self._begun(path)
         for layer in plan.layers:

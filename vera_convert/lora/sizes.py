@@ -48,7 +48,7 @@ def lora_size(
     files = files_of(options.target, adapter.config, plan, extras, base_facts)
     source = LoraSource(location, adapter, pair, options, base_options)
     record = record_of(source, plan, source_sha256=NO_SHA256)
-    return SafetensorsWeights(files, extras.stored, record, Computed(plan)).size
+    return SafetensorsWeights(files, extras.stored, record, Computed(plan)).file_size()
 
 
 def _pair(

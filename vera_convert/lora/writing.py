@@ -80,9 +80,8 @@ class Weights(Protocol):
     does not depend on the error, so the beginning is written twice.
     """
 
-    @property
-    def size(self) -> int:
-        """The bytes of the file."""
+    def file_size(self) -> int:
+        """Return the bytes of the file, without computing a layer."""
 
     def write(self, path: Path, progress: Progress, *, check: bool) -> None:
         """Write the file, and read back the header, and with `check` every byte.
@@ -109,9 +108,8 @@ class SafetensorsWeights:
     record: Mapping[str, object]
     computed: Computed
 
-    @property
-    def size(self) -> int:
-        """The bytes of the file."""
+    def file_size(self) -> int:
+        """Return the bytes of the file, without computing a layer."""
         tensors = self._tensors()
         return len(self._header(tensors, 0.0)) + sum(tensor.nbytes for tensor in tensors)
 
@@ -119,7 +117,7 @@ class SafetensorsWeights:
         """Write the file, and read back the header, and with `check` every byte."""
         tensors, written = self._tensors(), hashlib.sha256()
         header = self._header(tensors, 0.0)
-        done, total = len(header), len(header) + sum(tensor.nbytes for tensor in tensors)
+        done, total = len(header), self.file_size()
         with path.open("xb") as sink:
             sink.write(header)
             for tensor in tensors:
