@@ -56,12 +56,7 @@ def dtype_name(name: str, value: object) -> str:
     Raises:
         UsageError: the value is unknown; the message names the choices.
     """
-    is_torch = type(value).__module__ == "torch"
-    if isinstance(value, str) or is_torch:
-        found = float_name(str(value))
-        if found is not None:
-            return found
-    raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(FLOAT_NAMES)}.")
+    return _dtype(name, value, float_name, FLOAT_NAMES)
 
 
 def base_dtype_name(name: str, value: object) -> str:
@@ -70,10 +65,16 @@ def base_dtype_name(name: str, value: object) -> str:
     Raises:
         UsageError: the value is unknown; the message names the choices.
     """
-    is_torch = type(value).__module__ == "torch"
-    found = base_name(str(value)) if isinstance(value, str) or is_torch else None
+    return _dtype(name, value, base_name, BASE_NAMES)
+
+
+def _dtype(
+    name: str, value: object, read: Callable[[str], str | None], choices: Sequence[str]
+) -> str:
+    is_named = isinstance(value, str) or type(value).__module__ == "torch"
+    found = read(str(value)) if is_named else None
     if found is None:
-        raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(BASE_NAMES)}.")
+        raise ParameterError(name, f"is {_shown(value)}: give one of {', '.join(choices)}.")
     return found
 
 
