@@ -266,11 +266,9 @@ class Comparator:
             found: the same rows of the merged model.
             first: the number of the first row.
         """
-        weights = stored
-        total: Array | None = None
+        total = stored
         for delta in self.deltas(first, first + len(stored)):
-            total = np.add(weights if total is None else total, delta, dtype=self.working)
-        assert total is not None  # noqa: S101 -- there are terms
+            total = np.add(total, delta, dtype=self.working)
         norms = self._row_norms(first, first + len(stored))
         columns = stored.shape[1]
         step = max(1, _CHUNK // columns)
@@ -280,12 +278,12 @@ class Comparator:
             wanted = rounded(total[rows], found.dtype)
             differs = (_bits(found[rows]) != _bits(wanted)).reshape(-1)
             if not self._moved:  # one changed value is enough
-                before = rounded(weights[rows], found.dtype)
+                before = rounded(stored[rows], found.dtype)
                 self._moved = bool((found[rows] != before).any())
             result += Comparison(differs.size, moved=self._moved)
             places = np.flatnonzero(differs)
             if places.size:
-                blocks = (weights[rows], total[rows], found[rows], wanted)
+                blocks = (stored[rows], total[rows], found[rows], wanted)
                 off = [block.reshape(-1)[places] for block in blocks]
                 result += self._compare_off(off, norms, places + row * columns, first * columns)
         return result
