@@ -98,8 +98,8 @@ def test_a_tree_is_migrated_around_them(
 ) -> None:
     ended = run("migrate", mixed, tmp_path / "out", "--recursive", "--to", "asis")
     assert ended.status == 0
-    assert "2 of LORA: lora/a, lora/b" in ended.out
-    assert "1 of PROMPT_TUNING: prompt" in ended.out
+    assert "2 adapters of LORA: lora/a, lora/b" in ended.out
+    assert "1 adapter of PROMPT_TUNING: prompt" in ended.out
     assert "wrote 2 of 2 adapters" in ended.out
     written = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("*/*"))
     assert written == [Path("vera/a"), Path("vera/b")]

@@ -273,7 +273,9 @@ def test_regenerate_for_an_adapter(
     out = tmp_path / "pair.safetensors"
     ended = run("regenerate", out, "--for", adapter, *options)
     assert ended.status == status
-    assert ("note: V410" in ended.err) is warns
+    assert ("V410" in ended.err) is warns
+    has_others = warns and "base_model.vera_A" in weights(adapter)
+    assert ("the adapter stores other A and B" in ended.err) is has_others
     if status == 0:
         stored = weights(adapter)
         expected = stored[A] if A in stored and not warns else good[A]
@@ -550,8 +552,8 @@ main()
     ("error", "said"),
     [
         (MemoryError(), "not enough memory"),
-        (OSError(28, "No space left on device", "out\x1b"), "No space left on device"),
-        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(28, "No space left on device", "out\x1b"), "x1b: No space left on device."),
+        (PermissionError(13, "Permission denied"), "error: Permission denied."),
         (ImportError("lib.so: failed to map\x1b"), "The memory may be too small"),
         (RuntimeError("can't start new thread"), "no thread could be started"),
         (RuntimeError("odd\x1b"), "bug in vera-convert"),

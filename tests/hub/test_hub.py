@@ -101,7 +101,7 @@ def test_what_is_malformed_is_a_usage_error(text: str, access: HubAccess) -> Non
 
 def test_a_file_is_a_usage_error(inside: Path, access: HubAccess) -> None:
     (inside / "weights.safetensors").touch()
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is a file"):
         locate("weights.safetensors", kind="adapter", access=access)
 
 

@@ -20,7 +20,7 @@ def report(name: str, numbers: Numbers | None) -> TensorReport:
 
 def codes(*numbers: Numbers | None) -> list[str]:
     reports = [report(f"w{n}", each) for n, each in enumerate(numbers)]
-    return [finding.code for finding in number_findings(reports, place="base")]
+    return [finding.code for finding in number_findings(reports, [1.0], place="base")]
 
 
 def test_shares_are_those_of_norms() -> None:
@@ -54,7 +54,7 @@ def test_the_worst_is_the_one_that_loses_most() -> None:
 def test_what_drowns_is_warned_of() -> None:
     assert codes(SOME) == []
     assert codes(SOME, LOST) == ["V537"]
-    (finding,) = number_findings([report("a", SOME), report("b", LOST)], place="base")
+    (finding,) = number_findings([report("a", SOME), report("b", LOST)], [1.0], place="base")
     assert "in 1 of 2 tensors" in finding.reason
     assert "87.5% of all values stay as they were" in finding.reason
     assert "b, which loses 100% of its delta" in finding.reason
@@ -63,5 +63,7 @@ def test_what_drowns_is_warned_of() -> None:
 def test_an_adapter_that_does_nothing_is_warned_of() -> None:
     assert codes(NONE, NONE) == ["V303"]
     assert codes(NONE, SOME) == []
+    (finding,) = number_findings([report("a", NONE)], [0.0, 0.0], place="base")
+    assert "because the weight of every adapter is 0" in finding.reason
     assert codes() == []
     assert codes(None) == []

@@ -291,6 +291,13 @@ register(
     by=stripping(tensors={f"{'long_name_' * 6}.weight": (16, 16)}),
 )
 register("V132", {"targets_match_nothing": {}}, fields, by=sizing)
+register("V132", {"targets_are_misspelled": {"target_modules": ["w_proj"]}}, fields, by=stripping())
+register(
+    "V132",
+    {"targets_match_no_layer_of_a_base": {"target_modules": ["w_proj"]}},
+    fields,
+    by=validating(tensors={"further.weight": (8, 8)}),
+)
 register(
     "V133",
     {"targets_are_null_on_a_new_model": {"target_modules": None}},
@@ -600,9 +607,6 @@ register(
     by=stripping(),
 )
 register(
-    "V411", {"config_matches_no_layer": {"target_modules": ["w_proj"]}}, fields, by=stripping()
-)
-register(
     "V412",
     {"rows_are_too_few": bare},
     lambda spoil: spoil,
@@ -666,6 +670,11 @@ def weights_are_a_models(folder: Path) -> None:
 @spoiled("V015")
 def weights_are_called_as_a_models(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "model.safetensors")
+
+
+@spoiled("V016", by=validating())
+def folder_to_check_is_a_models(folder: Path) -> None:
+    folder_is_a_models(folder)
 
 
 @spoiled("V016")

@@ -841,7 +841,7 @@ hostile(
     everywhere(
         ACCEPT,
         validate=reject("V132"),
-        **dict.fromkeys(("strip", "merge", "to_lora"), warn("V411")),
+        **dict.fromkeys(("strip", "merge", "to_lora"), warn("V132")),
     ),
     {
         "layers_are_a_trillion_of_millions": fields({"layers_to_transform": 10**18}),

@@ -102,11 +102,8 @@ def lora_with_config(folder: Path, weights: ByteSource | None) -> OtherMethodErr
 
 
 def _reason(record: Mapping[str, object] | None, found: str) -> str:
-    check = "To check a LoRA, run `vera-convert verify ADAPTER --lora LORA`."
-    if record is None:
-        return f"{found}. {check}"
-    source = _source(record)
-    return f"vera-convert made this LoRA from {source}. Give that adapter instead. {check}"
+    made = f"vera-convert made this LoRA from {_source(record)}" if record is not None else found
+    return f"{made}; `vera-convert verify ADAPTER --lora LORA` checks a LoRA."
 
 
 def _source(record: Mapping[str, object]) -> str:

@@ -178,9 +178,13 @@ def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Fin
                 f"{needed}."
             )
             raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
+    elif not matched.only_sized:
+        reason = f"the config's targets match none of the {len(own)} layers that the file adapts."
+        yield rules.TARGETS_MATCH_NOTHING.as_warning().at(adapter.place, reason)
+        return
     reason = (
         f"the config's targets match {len(matched.own)} of the {len(own)} layers that the file "
-        f"adapts; PEFT leaves {printable(min(fewer))} unadapted."
+        f"adapts; PEFT leaves layers such as {printable(min(fewer))} unadapted."
     )
     yield rules.TARGETS_DISAGREE.at(adapter.place, reason)
 

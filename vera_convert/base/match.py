@@ -230,9 +230,10 @@ class _Matcher:
         if layout is not None:
             return [layout]
         closest = next(iter(nearest(module, base)), "")
+        strategy = trial.match.strategy.name
+        under = "" if strategy == AS_THEY_ARE.name else f", with {strategy}"
         reason = (
-            f"the base has tensors for {len(tensors)} of {len(self._layers)} layers "
-            f"({trial.match.strategy.name}). "
+            f"the base has tensors for {len(tensors)} of {len(self._layers)} layers{under}. "
             f'The adapter\'s "{printable(module)}" has none; the base has '
             f'"{printable(closest)}.weight".'
         )

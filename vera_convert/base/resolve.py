@@ -133,7 +133,10 @@ class _Resolver:
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
             is_needed = self.need is Need.VITAL or self.need.is_for_layers
             if is_needed and isinstance(error, SurroundingsError):
-                or_dims = " Or give --in-features, --out-features and --base-dtype."
+                or_dims = (
+                    " Or run `vera-convert embed` with --in-features, --out-features and "
+                    "--base-dtype."
+                )
                 remedy = f"{BASE_REMEDY}{or_dims if self.need is Need.VITAL else ''}"
                 raise SurroundingsError(error.reason, remedy) from error
             is_of_adapter = isinstance(error, CheckpointError) and not all(
@@ -219,7 +222,11 @@ def _from_options(options: BaseOptions) -> BaseFacts:
         raise UsageError("give either --base or --in-features and --out-features, not both.")
     if options.in_features is None or options.out_features is None:
         raise UsageError("--in-features and --out-features belong together: give both.")
-    return BaseFacts(options.in_features, options.out_features, source="the given size")
+    return BaseFacts(
+        options.in_features,
+        options.out_features,
+        source="the sizes given with --in-features and --out-features",
+    )
 
 
 def _from_match(adapter: Adapter, base: BaseModel, match: Match) -> BaseFacts:

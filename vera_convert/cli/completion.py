@@ -48,7 +48,7 @@ def completion() -> Command:
         help="""Print a script that completes commands in a shell.
 
         With the script, the Tab key completes commands, options, values and paths. Add the line
-        for your shell to the file named behind the #.""",
+        for your shell to the file named after the #.""",
         examples=(
             'eval "$(vera-convert completion bash)"    # ~/.bashrc',
             'eval "$(vera-convert completion zsh)"     # ~/.zshrc, below compinit',

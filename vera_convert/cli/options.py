@@ -197,7 +197,7 @@ class AdapterOptions(CommonOptions):
     key_map: tuple[tuple[str, str], ...] = option(
         INPUT,
         "OLD=NEW",
-        "Replace the path OLD at the start of the adapter's module names by NEW.",
+        "If the adapter's module names do not fit the base, replace their beginning OLD by NEW.",
         type=KEY_MAP,
         multiple=True,
     )

@@ -73,7 +73,9 @@ def explained(error: Exception) -> VeraConvertError:
             "(ulimit -u)."
         )
     if isinstance(error, OSError):
-        return SurroundingsError(printable(redacted(str(error))))
+        place = f"{error.filename}: " if error.filename else ""
+        said = (error.strerror or str(error)).removesuffix(".")
+        return SurroundingsError(printable(redacted(f"{place}{said}.")))
     return SurroundingsError(
         f"this is a bug in vera-convert; please report it with the output of --debug: "
         f"{type(error).__name__}: {printable(redacted(str(error)))}"

@@ -135,7 +135,7 @@ def _not_of_the_key(key: int, own: RecognizedPair | Fingerprint) -> Mismatch:
     if own.draw is not None:
         reason = (
             f"A and B are the draw of key {own.draw.key}; the config's key is {key}. With "
-            f"projection_prng_key {own.draw.key} every PEFT would use them."
+            f"projection_prng_key {own.draw.key} every PEFT would use the stored matrices."
         )
         return Mismatch(rules.OTHER_KEY, reason)
     assert isinstance(own, RecognizedPair)  # noqa: S101 -- a fingerprint has a draw
@@ -146,7 +146,9 @@ def _not_of_the_key(key: int, own: RecognizedPair | Fingerprint) -> Mismatch:
 
 def _how_different(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> str:
     state = "stored" if isinstance(own, RecognizedPair) else "dropped"
-    reason = f"{state} is {draw.description}; PEFT regenerates {regenerated.description}"
+    is_only_rounded = replace(draw, rounding=regenerated.rounding) == regenerated
+    other = f"the same draw, {regenerated.cast}" if is_only_rounded else regenerated.description
+    reason = f"the {state} A and B are {draw.description}; PEFT regenerates {other}"
     if not isinstance(own, RecognizedPair):
         return f"{reason}."
     if regenerated.in_features < own.in_features or regenerated.out_features < own.out_features:
@@ -217,7 +219,7 @@ def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> It
         dtypes = same_on(adapter.config, own, base_facts)
         on = f"a base loaded in {dtypes[0]}" if dtypes else "no base of one dtype"
         source = (base_facts.unclear or base_facts.source).rstrip(".")
-        why = f" ({source})" if source else ""
+        why = f"; {source}" if source else ""
         reason = (
             f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(unproven)}{why}."
         )

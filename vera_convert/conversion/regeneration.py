@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import KEY_RANGE, MAX_RANK
 from vera_convert.adapter.names import A_NAME, B_NAME
@@ -191,6 +192,9 @@ def _drawn_for(
         B[: shapes[B_NAME][0]].astype(kind, copy=False),
     )
     findings = adapter.findings if drawn == found else converted.findings
+    if adapter.projections is not None and found is None:
+        reason = f"the adapter stores other A and B than OUT, which has {drawn.description}."
+        findings = (*adapter.findings, rules.UNPROVEN_DRAW.at(adapter.place, reason))
     return drawn, pair, tuple(dict.fromkeys((*findings, *base_facts.idle_options)))
 
 

@@ -307,7 +307,8 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         raise UsageError(
             "A and B cannot be drawn from the adapter alone, because the widest layer of the base "
-            f"decides their size{why}. Give --base, or --in-features and --out-features."
+            f"decides their size{why}. Give --base, or run "
+            "`vera-convert embed` with --in-features and --out-features."
         )
     if base_facts.rounding is None and base_facts.unclear:
         raise UsageError(
@@ -336,7 +337,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
         drawn = replace(drawn, rounding=Rounding.FP32)  # float32 cannot hold the further bits
-    reason = f"A and B were regenerated: {drawn.description}. No fingerprint proves them."
+    reason = f"A and B were regenerated: {drawn.description}. No fingerprint proves these matrices."
     finding = unproven_draw(adapter.config, reason, place=adapter.place)
     return _with_pair(
         adapter, pair, drawn, "not proven: there is no fingerprint", (*base_facts.findings, finding)

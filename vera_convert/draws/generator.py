@@ -171,8 +171,13 @@ class Draw:
             f"the {self.variant} draw of key {self.key} "
             f"for r = {self.rank}, {self.in_features} inputs, {self.out_features} outputs"
         )
+        return phrase if self.rounding is Rounding.NONE else f"{phrase}, {self.cast}"
+
+    @property
+    def cast(self) -> str:
+        """The rounding as a phrase, for people."""
         casts = ", then to ".join(cast.name for cast in self.rounding.casts)
-        return f"{phrase}, rounded to {casts}" if casts else phrase
+        return f"rounded to {casts}" if casts else "not rounded"
 
 
 @np.errstate(over="ignore")  # beyond the range means infinity, in torch too

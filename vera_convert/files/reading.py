@@ -202,7 +202,7 @@ def open_local(
         raise unreadable(place, error) from error
     if limit is not None and file.size > limit:
         raise CheckpointError(too_large(file, limit))
-    logger.info("reading %s (%d bytes)", path, file.size)
+    logger.info("reading %s (%s bytes)", path, f"{file.size:,}")
     return file
 
 

@@ -87,10 +87,10 @@ def pickled_weights(folder: Path) -> Finding | None:
     if not names:
         return None
     beside = (folder / WEIGHTS_NAME).exists()
-    found = f"there is {printable(min(names))}"
+    found, place = f"there is {printable(min(names))}", printable(str(folder))
     if beside:
-        return rules.BOTH_KINDS.at(printable(folder.name), f"{found}, which is not used.")
-    return rules.PICKLE_ONLY.at(printable(folder.name), f"{found}, and no {WEIGHTS_NAME}.")
+        return rules.BOTH_KINDS.at(place, f"{found}, which is not used.")
+    return rules.PICKLE_ONLY.at(place, f"{found}, and no {WEIGHTS_NAME}.")
 
 
 # --- writing -------------------------------------------------------------------------------------

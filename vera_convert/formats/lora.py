@@ -63,7 +63,7 @@ def _error(result: LoraConversion) -> str:
         else ""
     )
     error = f"{result.measured.worst:.2g} of the delta in {result.options.dtype}"
-    return f"at most {error}{where}; most in {printable(worst)}"
+    return f"at most {error}{where}; largest in {printable(worst)}"
 
 
 def _error_rows(result: LoraConversion) -> list[Row]:

@@ -12,7 +12,7 @@ from vera_convert.errors import CheckpointError
 from vera_convert.formats.shared import Row, labelled, table
 from vera_convert.summary import AdapterInfo, Effect
 from vera_convert.targets.linear import LayerGroup
-from vera_convert.text import listed, printable
+from vera_convert.text import counted, listed, printable
 
 # --- strip, embed, migrate -----------------------------------------------------------------------
 
@@ -62,7 +62,8 @@ def tree_text(result: TreeMigration) -> str:
         rows.append((printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"))
     for method in sorted({*result.passed_over.values()}):
         names = [name for name, its in result.passed_over.items() if its == method]
-        rows.append(("passed over", f"{len(names)} of {method}: {listed(names, 6)}"))
+        said = f"{counted(len(names), 'adapter')} of {method}: {listed(names, 6)}"
+        rows.append(("passed over", said))
     outside = listed(result.outside, 6)
     rows.append(("in no adapter", outside and f"left out: {outside}"))
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"

@@ -58,12 +58,11 @@ def _form_rows(form: FormCheck) -> list[Row]:
 
 
 def _effect_text(effect: FormEffect) -> str:
-    in_peft = "if PEFT 0.21 or later loads the two forms"
+    peft = "PEFT 0.21 and later"
     if effect.same:
-        also = "also" if effect.same_in_peft else "but DIFFERENT A and B"
-        return f"same A and B, {also} {in_peft}"
-    also = "the same" if effect.same_in_peft else "also different"
-    return f"DIFFERENT A and B: {effect.difference}; {also} {in_peft}"
+        return "same A and B" if effect.same_in_peft else f"same A and B here, DIFFERENT in {peft}"
+    in_peft = f"the same in {peft}" if effect.same_in_peft else f"different in {peft} too"
+    return f"DIFFERENT A and B: {effect.difference}; {in_peft}"
 
 
 def _lora_rows(check: LoraCheck) -> list[Row]:

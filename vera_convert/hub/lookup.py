@@ -218,9 +218,7 @@ def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
         if stat.S_ISREG(found.st_mode) and Path(path).name in files:
             return Path(path).parent
         if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(
-                f"{printable(text)} is no folder. Pass the folder that holds the file."
-            )
+            raise UsageError(f"{printable(text)} is a file. Pass the folder that holds the file.")
         return Path(path)
     return None
 

@@ -154,7 +154,7 @@ def _result(job: MergeJob, run: MergeRun, free: int, seconds: float) -> Merge:
         *plan.changes.findings,
         *plan.edits.findings,
         *constant_findings(plan.replaced),
-        *number_findings(run.tensors, place=label),
+        *number_findings(run.tensors, [each.weight for each in inputs.adapters], place=label),
     ]
     return Merge(
         base=label,

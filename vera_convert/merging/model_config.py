@@ -181,8 +181,8 @@ class _Head:
     def in_words(self) -> str:
         """The end of a sentence about the adapter."""
         if self.labels is None:
-            return "brings no classifier"
-        return f"has a classifier of {self.labels} labels"
+            return "has no classifier: leave --labels out"
+        return f"has a classifier of {self.labels} labels: give {self.labels} names"
 
 
 def _last_outputs(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> int | None:

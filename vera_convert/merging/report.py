@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,14 +76,24 @@ def _added(reports: Sequence[TensorReport]) -> dict[str, Numbers]:
     }
 
 
-def number_findings(reports: Sequence[TensorReport], *, place: str) -> Iterator[Finding]:
-    """Yield a warning if all deltas are zero, or if rounding loses most of a delta."""
+def number_findings(
+    reports: Sequence[TensorReport], weights: Iterable[float], *, place: str
+) -> Iterator[Finding]:
+    """Yield a warning if all deltas are zero, or if rounding loses most of a delta.
+
+    Args:
+        reports: the merged tensors.
+        weights: the factor of each adapter's delta.
+        place: the base, for people.
+    """
     everything, last = total(reports), worst(reports)
     if last is None:
         return
     name, numbers = last
     if everything.values and not everything.change:
-        yield rules.UNTRAINED.at(place, f"all {everything.values:,} sampled values stay the same.")
+        why = "" if any(weights) else ", because the weight of every adapter is 0"
+        reason = f"all {everything.values:,} sampled values stay the same{why}."
+        yield rules.UNTRAINED.at(place, reason)
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
         reason = (

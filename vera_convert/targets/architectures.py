@@ -126,18 +126,18 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
         name = families()[model_type]["default"]
     found = classes().get(name) if isinstance(name, str) else None
     if found is None or model_type not in (None, found.model_type):
-        reason = f"{_names_in(document, name)}; known types are {', '.join(families())}."
-        raise CheckpointError(rules.MODEL_TYPE_UNKNOWN.at(_PLACE, reason))
+        raise CheckpointError(rules.MODEL_TYPE_UNKNOWN.at(_PLACE, _why_unknown(document, name)))
     return found
 
 
-def _names_in(document: Mapping[str, object], name: object) -> str:
-    """Return the model type and the class `name` of a config in words."""
+def _why_unknown(document: Mapping[str, object], name: object) -> str:
+    """Return a sentence with the model type and the class `name` of a config."""
     if "peft_type" in document:
-        return "this is the config of an adapter, and the config of a model is needed"
+        return "this is the config of an adapter, not of a model."
     given = [("the model type", document.get("model_type")), ("the class", name)]
     known = [f"{what} is {printable(str(value))}" for what, value in given if value is not None]
-    return " and ".join(known) or "the config names no model type and no class"
+    said = " and ".join(known) or "the config names no model type and no class"
+    return f"{said}; known types are {', '.join(families())}."
 
 
 # --- layers and sizes ----------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
         raise CheckpointError.of(
             rules.TARGET_REGEX_SLOW.at(
                 CONFIG_NAME,
-                f"{pattern.field} holds {printable(pattern.text)}, which took more than "
+                f'{pattern.field} holds "{printable(pattern.text)}", which took more than '
                 f"{LIMIT_SECONDS} seconds on {len(names)} names.",
             )
             for pattern in patterns
@@ -106,7 +106,7 @@ def search(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str |
     found: list[list[str | None] | str] = json.loads(answer)
     invalid = [
         rules.TARGET_REGEX_INVALID.at(
-            CONFIG_NAME, f"{pattern.field} holds {printable(pattern.text)}: {printable(result)}."
+            CONFIG_NAME, f'{pattern.field} holds "{printable(pattern.text)}": {printable(result)}.'
         )
         for pattern, result in zip(patterns, found, strict=True)
         if isinstance(result, str)

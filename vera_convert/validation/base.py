@@ -54,7 +54,10 @@ def resolver(
 
     def resolved(adapter: Adapter) -> tuple[BaseFacts, list[Finding]]:
         base_facts = resolve_base(adapter, base_options, bases=bases, need=Need.NONE)
-        return base_facts, [*base_facts.findings, *base_findings(adapter, base_facts)]
+        # The check of the targets reports an error if these match no layer.
+        reported = rules.TARGETS_MATCH_NOTHING.code
+        others = (each for each in base_facts.findings if each.code != reported)
+        return base_facts, [*others, *base_findings(adapter, base_facts)]
 
     return resolved
 

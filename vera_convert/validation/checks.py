@@ -154,7 +154,8 @@ class _Check:
             return
         self.embedded = _is_embedded(examined)
         base_facts = self._on_base(examined.adapter)
-        if folder is not None:
+        is_model = rules.MODEL_FOLDER in {finding.rule for finding in examined.findings}
+        if folder is not None and not is_model:
             self._step("the other files", lambda: folder_findings(folder))
         if examined.config is not None:
             self._config(examined, examined.config, has_base=base_facts.base is not None)
@@ -238,7 +239,7 @@ class _Check:
         if stored is None or not is_here:
             return
         if _are_unfit(stored, config):
-            self.not_checked.append("the source of A and B: fix their errors first.")
+            self.not_checked.append("the source of A and B: fix the errors of A and B first.")
             return
         pair = recognized(config, stored)
         self.draw = pair.draw

@@ -67,8 +67,9 @@ def stripped_findings(
         base_facts: the facts of the base, if there is a base.
     """
     if fingerprint is None:
-        by = f"PEFT {config.peft_version} wrote it" if config.peft_version else "no PEFT is named"
-        reason = f"A and B are not stored, and a fingerprint is missing ({by})."
+        version = config.peft_version
+        by = f"PEFT {version} wrote the adapter" if version else "the config names no PEFT"
+        reason = f"the file stores neither A and B nor a fingerprint; {by}."
         yield unproven_draw(config, reason, place=WEIGHTS_NAME)
         return
     if fingerprint.rank != config.r or not fingerprint.draw.has_key(config.projection_prng_key):

@@ -49,15 +49,16 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
         return
     matched = {*newest}
     unmatched = [layer for layer in layers if layer not in matched]
-    if alone and not matched:
-        reason = f"of the {len(layers)} layers that the file adapts, such as "
-        yield rules.TARGETS_MATCH_NOTHING.in_file(
-            CONFIG_NAME, f"{reason}{printable(layers[0])}, none."
+    if not matched:
+        reason = (
+            f"the config's targets match none of the {len(layers)} layers that the file adapts, "
+            f"such as {printable(layers[0])}."
         )
+        yield rules.TARGETS_MATCH_NOTHING.in_file(CONFIG_NAME, reason)
     elif alone and unmatched:
         reason = (
             f"the targets match {len(newest)} of the {len(layers)} adapted layers; PEFT leaves out "
-            f"{printable(unmatched[0])}."
+            f"layers such as {printable(unmatched[0])}."
         )
         yield rules.TARGETS_DISAGREE.in_file(CONFIG_NAME, reason)
     if not isinstance(targets, str):

@@ -296,11 +296,11 @@ def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
     if shapes[0] != shapes[1]:
         other_rank = len(first[0]) != len(second[0])
         if other_rank or columns < needed[0] or rows < needed[1]:
-            return f"A and B are {shapes[0]}, then {shapes[1]}"
+            return f"A and B are {shapes[0]} in one form, {shapes[1]} in the other"
         if not needed[0] and first[0].shape[1] != second[0].shape[1]:
             return (
-                f"A and B are {shapes[0]}, then {shapes[1]}; give --base, which tells the columns "
-                "in use"
+                f"A and B are {shapes[0]} in one form, {shapes[1]} in the other; give --base, "
+                "which tells the columns in use"
             )
         first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
     for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):
@@ -323,7 +323,7 @@ def _difference(first: Array, second: Array) -> str:
         if differs.any():
             place = np.unravel_index(int(np.argmax(differs)), differs.shape)
             index = [start + int(place[0]), *map(int, place[1:])]
-            return f"the value at {index} is {one[place]}, then {other[place]}"
+            return f"the value at {index} is {one[place]} in one form, {other[place]} in the other"
     return ""
 
 

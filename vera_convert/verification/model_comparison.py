@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vera_convert.verification.provenance import MergeSettings
 
-INSTEAD = "verify --layers-only compares without building a model."
+INSTEAD = "To compare the weights alone, run verify with --layers-only."
 """The advice if a model cannot be run."""
 SAMPLES = 8
 """How many sequences both models are run on by default."""

@@ -83,7 +83,7 @@ class VerifyOptions:
         runs = {"--samples": self.samples, "--text": self.text}
         names = [name for name, value in runs.items() if value is not None]
         if self.layers_only and names:
-            raise UsageError(f"{', '.join(names)}: --layers-only runs no model.")
+            raise UsageError(f"{', '.join(names)}: --layers-only runs no model. Leave one out.")
 
     @property
     def samples_to_run(self) -> int:
@@ -155,6 +155,6 @@ def _require_all_adapters(given: Sequence[AdapterSpec], provenance: Provenance) 
         )
     if len(given) + 1 > len(recorded):
         raise UsageError(
-            f"{len(given) + 1} adapters are given, and {len(recorded)} merged: leave out the "
-            "adapters that were not merged."
+            f"{len(given) + 1} adapters are given, and {len(recorded)} merged, as "
+            "merge-provenance.json records: leave out the adapters that were not merged."
         )

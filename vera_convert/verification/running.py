@@ -274,4 +274,4 @@ def job_of(document: Mapping[str, Any]) -> ModelJob:
 
 def printable_reason(error: BaseException) -> str:
     """Return the first line of a library's error message."""
-    return printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(". "))
+    return printable(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: "))

@@ -240,6 +240,8 @@ def text_lines(path: Path, count: int) -> tuple[str, ...]:
         SurroundingsError: the file is missing or cannot be read.
     """
     place = printable(str(path))
+    if path.is_dir():
+        raise UsageError(f"--text {place} is a folder: give a text file.")
     if not path.is_file():
         raise SurroundingsError(f"--text {place}: there is no such file.")
     with open_local(path) as file:

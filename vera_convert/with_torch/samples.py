@@ -102,7 +102,7 @@ def text_samples(model: nn.Module, folder: Path, lines: Iterable[str]) -> list[S
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise UsageError(f"--text: {type(model).__name__} takes no text. Leave the option out.")
     with (
-        guarded(f"load the tokenizer of {printable(str(folder))}"),
+        guarded(f"load the tokenizer of {printable(str(folder))}, which --text needs"),
         _copied_tokenizer(folder) as copy,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -195,7 +195,7 @@ def _doubts(found: ModelComparison, reference: Reference, words: Words) -> Itera
         )
     if difference(reference.remerged, reference.base) <= found.threshold_remerged:
         yield (
-            f"The adapters change the outputs for these samples by at most {found.effect:.1e}, so "
+            f"The adapters change the outputs for these samples by at most {found.effect:.3g}, so "
             f"a {words.result} without effect would pass too."
         )
 
