@@ -10,6 +10,7 @@ import pytest
 from adapters import good_adapter
 from bases import tiny_base
 
+from vera_convert.base.identity import MORE_ROWS
 from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.merging.merge import merge
 from vera_convert.rules import Severity
@@ -121,6 +122,17 @@ def test_other_sizes_that_still_fit_are_told_once(
     )
     nested = {"model_type": "x", "text_config": {**SIZES, **config}}
     assert told(adapter, tiny_base(tmp_path / "nested", config=nested)) == ["V559"] * differs
+
+
+@pytest.mark.parametrize("kind", sorted(MORE_ROWS))
+def test_an_embedding_with_more_rows_than_the_class_has_tokens_says_nothing(
+    kind: str, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    config = {**SIZES, "vocab_size": 64}
+    assert told(adapter, tiny_base(tmp_path / "a", config={**config, "model_type": kind})) == []
+    nested = {"model_type": "x", "text_config": {**config, "model_type": kind}}
+    assert told(adapter, tiny_base(tmp_path / "b", config=nested)) == []
 
 
 @pytest.mark.parametrize("stripped", [True, False])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vera_convert.base.identity import MORE_ROWS
 from vera_convert.embeddings import is_embedding, is_output_head, may_be_resized, output_head_of
 
 transformers = pytest.importorskip("transformers")
@@ -87,3 +88,29 @@ def test_embeddings_are_recognized_by_their_names_only(name: str) -> None:
 @pytest.mark.parametrize("name", ["LlamaModel", "BertForSequenceClassification", "ViTModel"])
 def test_a_class_without_an_output_head_has_no_path_of_one(name: str) -> None:
     assert output_head_of(getattr(transformers, name).config_class.model_type, name) is None
+
+
+MORE_ROWS_IN = {
+    "csm_depth_decoder_model": "CsmDepthDecoderModel",
+    "kyutai_speech_to_text": "KyutaiSpeechToTextForConditionalGeneration",
+    "mllama_text_model": "MllamaTextModel",
+    "molmo2_text": "Molmo2TextModel",
+    "moshi": "MoshiModel",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MORE_ROWS))
+def test_a_class_whose_embedding_is_said_to_have_more_rows_has_more(kind: str) -> None:
+    found = getattr(transformers, MORE_ROWS_IN[kind], None)
+    if found is None:
+        pytest.skip("this release of transformers does not have the class")
+    config = found.config_class(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = found(config)
+    rows = {
+        tensor.shape[0]
+        for name, tensor in model.state_dict().items()
+        if is_embedding(name.rpartition(".")[0])
+    }
+    assert max(rows) > config.vocab_size
+    assert found.config_class.model_type == kind

@@ -28,6 +28,16 @@ _CARD = "README.md"
 _MOST_OF_CARD = 1 << 16
 _TUNED = frozenset(("finetune", "merge"))
 """The relations of a model card to the ``base_model`` after a change of the weights."""
+MORE_ROWS = frozenset(
+    (
+        "csm_depth_decoder_model",
+        "kyutai_speech_to_text",
+        "mllama_text_model",
+        "moshi",
+        "molmo2_text",
+    )
+)
+"""The types of models, or of their parts, that build an embedding of more rows than vocab_size."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "dim")
 
 
@@ -137,10 +147,11 @@ def _other_sizes(base: BaseModel) -> Iterator[str]:
         if type(value) is int and 0 < value < LARGEST_SIZE  # any other value is no size
     }
     width = next((name for name in _WIDTHS if name in sizes), None)
+    states_rows = "vocab_size" in sizes and MORE_ROWS.isdisjoint(model_types(base.config))
     for name, rows, columns in _embeddings(base):
         if width is not None and columns not in numbers:
             yield f"{width} is {sizes[width]}, and {printable(name)} has {columns:,} columns"
-        if "vocab_size" in sizes and rows not in numbers:
+        if states_rows and rows not in numbers:
             said = f"vocab_size is {sizes['vocab_size']}"
             yield f"{said}, and {printable(name)} has {rows:,} rows"
 
