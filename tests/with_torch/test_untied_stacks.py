@@ -1,4 +1,8 @@
-"""Encoder-decoders whose head is untied: the merged model computes what PEFT computes."""
+"""Models whose head is untied: the merged model computes what PEFT computes.
+
+The field that unties the head also unties the stacks of an encoder-decoder, and the bias of a head
+with two names.
+"""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -12,7 +16,7 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
-from smallmodels import BART, T5
+from smallmodels import BART, T5, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import logits, randomized
 
@@ -24,6 +28,7 @@ pytestmark = OF_PEFT
 if not has("transformers", "5.0"):
     pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
 
+WORDS: Mapping[str, Any] = {**TINY, "vocab_size": 40, "pad_token_id": 1}
 KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
     "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
@@ -32,6 +37,13 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
         "FSMTConfig",
         {**BART, "langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40},
         ["q_proj", "output_projection"],
+    ),
+    "BertForMaskedLM": ("BertConfig", WORDS, ["query", "decoder"]),
+    "EsmForMaskedLM": ("EsmConfig", {**WORDS, "mask_token_id": 39}, ["query", "decoder"]),
+    "LukeForMaskedLM": (
+        "LukeConfig",
+        {**WORDS, "entity_vocab_size": 9, "entity_emb_size": 8},
+        ["query", "lm_head.decoder"],
     ),
 }
 
@@ -53,13 +65,13 @@ def trained(kind: str, folder: Path, **wanted: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_untied_encoder_decoder_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
+def test_an_untied_model_computes_what_peft_computes(kind: str, tmp_path: Path) -> None:
     wanted = trained(kind, tmp_path)
     options = MergeOptions(tied=Tied.UNTIE)
     done = merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=options)
     assert ("V579" in {each.code for each in done.findings}) == kind.startswith("T5")
     model, told = of_transformers(kind).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["missing_keys"]
+    assert (told["missing_keys"], told["unexpected_keys"]) == (set(), set())
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
     checked = verify(
         tmp_path / "adapter",

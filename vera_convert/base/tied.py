@@ -77,12 +77,41 @@ _OF_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
 """The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
 
 
-def embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
-    """Yield each embedding in a stack of an encoder-decoder, and the embedding stored for both.
+_COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
+    "luke": {
+        "lm_head.bias": "lm_head.decoder.bias",
+        "entity_predictions.decoder.weight": "luke.entity_embeddings.entity_embeddings.weight",
+    },
+    "neomme": {
+        "unembedding_projection.weight": "model.embed_tokens.embedding_projection.weight",
+    },
+}
+"""Further tensors that a class ties with the head, by model type: the stored name by the other."""
+_DECODERS_WITHOUT_BIAS = frozenset(("bridgetower", "esm", "lxmert"))
+"""Model types whose layer ``X.decoder`` has no bias: the head ``X`` adds its own bias."""
 
-    The classes of transformers 5 tie these embeddings by the field that ties the head, too. A model
-    without tied head therefore needs each embedding under its own name.
+
+def copies_of_untied(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each tensor that a base leaves out while its head is tied, and the equal stored tensor.
+
+    The field that ties the head also ties the embeddings in the stacks of an encoder-decoder, in
+    transformers 5, and the two names of a head's bias. A model without tied head therefore needs
+    each tensor under its own name.
     """
+    yield from _embeddings_of_stacks(base)
+    copies = {
+        f"{head}.decoder.bias": f"{head}.bias"
+        for head in (name.removesuffix(".bias") for name in base.tensors)
+        if is_output_head(f"{head}.decoder", base.model_type)
+        and base.model_type not in _DECODERS_WITHOUT_BIAS
+    }
+    for copy, name in {**copies, **_COPIES_BY_TYPE.get(base.model_type or "", {})}.items():
+        if name in base.tensors and copy not in base.tensors:
+            yield copy, name
+
+
+def _embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each embedding in a stack of an encoder-decoder, and the embedding stored for both."""
     for name in base.tensors:
         path, _, parameter = name.rpartition(".")
         if parameter != "weight":

@@ -93,7 +93,8 @@ class Changes:
         conv1d: tensors that are stored as (in, out).
         replaced: tensors of the base that an adapter replaces.
         new: tensors of an adapter that the base lacks.
-        heads: names of untied heads, each with the embedding whose values the head starts from.
+        heads: names of untied heads and of other tensors that are no longer tied, each with the
+            base's tensor whose values the new tensor starts from.
         unties: whether the config must say that head and embedding are two tensors.
         resizes: the vocabulary and the classifier that the adapters resize.
         resized_biases: biases of the logits that the merge resizes with the vocabulary.

@@ -28,7 +28,7 @@ from vera_convert.base.replacements import (
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, resizes, shape_differs
-from vera_convert.base.tied import embeddings_of_stacks, is_head, is_tied_head, lone_embeddings
+from vera_convert.base.tied import copies_of_untied, is_head, is_tied_head, lone_embeddings
 from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_embedding
@@ -60,7 +60,7 @@ def collect(inputs: MergeInputs) -> Changes:
     collector.resize_heads()
     for matched in inputs.adapters:
         collector.part_pairs(matched)
-    collector.separate_stacks()
+    collector.separate_copies()
     changes = collector.changes
     if inputs.options.tied is not None and not collector.meets_tied_head:
         reason = "the adapter changes no output head that is tied to the embedding."
@@ -339,8 +339,8 @@ class _Collector:
             self.changes.unties = True
             self.changes.heads[head] = embedding
 
-    def separate_stacks(self) -> None:
-        """Store each embedding of an encoder-decoder whose head is untied."""
+    def separate_copies(self) -> None:
+        """Store each tensor that a class ties by the field of the untied head."""
         changes = self.changes
         if not changes.unties:
             return
@@ -352,13 +352,13 @@ class _Collector:
                 "--tied untie: SwitchTransformers scales the decoder's output only while head and "
                 "embedding are one tensor. Give --tied add to change both, as PEFT does on merging."
             )
-        for copy, embedding in embeddings_of_stacks(self.base):
+        for copy, stored in copies_of_untied(self.base):
             if copy in changes.new:
                 continue
-            if embedding in changes.replaced:
-                changes.new[copy] = changes.replaced[embedding]
+            if stored in changes.replaced:
+                changes.new[copy] = changes.replaced[stored]
             else:
-                changes.heads[copy] = embedding
+                changes.heads[copy] = stored
 
 
 def _module(name: str) -> str:
