@@ -9,9 +9,10 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any
 from unittest.mock import patch
 
@@ -152,26 +153,14 @@ def in_files(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def linear_in_files(model: Any) -> dict[str, str]:
-    """Return the path in the files of each linear layer that is only renamed, by its path."""
+    """Return the name in the files of the weight of each linear layer, by the name in memory."""
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    found = in_files(model, [f"{name}.weight" for name in linear])
-    return {
-        name.removesuffix(".weight"): path.removesuffix(".weight")
-        for name, path in found.items()
-        if path.endswith(".weight")
-    }
+    return in_files(model, [f"{name}.weight" for name in linear])
 
 
-def others_in_files(model: Any, layers: Collection[str]) -> dict[str, str]:
-    """Return the name in the files of each other tensor, by its name in memory.
-
-    The tensors of a template have names alike, so a few of each are enough.
-    """
-    some: dict[str, list[str]] = {}
-    for name in model.state_dict():
-        if name.removesuffix(".weight") not in layers:
-            some.setdefault(NUMBER.sub("#", name), []).append(name)
-    return in_files(model, {name for each in some.values() for name in (*each[:2], each[-1])})
+def others_in_files(model: Any, weights: Collection[str]) -> dict[str, str]:
+    """Return the name in the files of each other tensor, by its name in memory."""
+    return in_files(model, model.state_dict().keys() - weights)
 
 
 def walk() -> Walk:
@@ -189,37 +178,43 @@ def walk() -> Walk:
 
 def _compare(model: Any, result: Walk) -> None:
     name, config = type(model).__name__, model.config.to_dict()
-    clear = _clear(linear_in_files(model))
-    layers = {module: path for module, (path, _, _) in clear.items()}
-    others = others_in_files(model, layers)
+    kind = model.config.model_type
+    weights = linear_in_files(model)
+    others = others_in_files(model, weights)
+    paths = _paths(weights | others)
+    rows = _rows(set(paths.values()))
+
+    def rows_of(tensors: Iterable[str]) -> dict[str, str]:
+        found = (rows.get(paths[tensor], ("", "")) for tensor in tensors)
+        return {files: memory for memory, files in found if files != memory}
+
     with patch.object(renames, "conversions", dict):
-        found = not mismatch(layers, config)
-    table = {} if found else {files: memory for _, files, memory in clear.values()}
-    tables = result.renames.setdefault((model.config.model_type, name.endswith("Model")), [])
-    with patch.object(renames, "conversions", lambda: {model.config.model_type: [table]}):
-        lost = not_found(others, layers, config)
-    more = {files: memory for _, files, memory in _clear(_paths(lost)).values()}
-    table = {files: memory for files, memory in (table | more).items() if files != memory}
+        table = rows_of(weights) if mismatch(weights, config) else {}
+    with patch.object(renames, "conversions", lambda: {kind: [table]}):
+        table |= rows_of(not_found(others, weights, config))
     if table:
-        _add(table, tables)
-    reason = "" if found else mismatch(layers, config)
+        _add(table, result.renames.setdefault((kind, name.endswith("Model")), []))
+    reason = mismatch(weights, config)
     if reason:
         result.wrong[name] = reason
-    lost = not_found(lost, layers, config)
+    lost = not_found(others, weights, config)
     if lost:
         result.lost[name] = lost
 
 
-def _paths(tensors: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of the modules for tensors whose last part stays, and names for the rest."""
+def _paths(tensors: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the two paths of each tensor's module, or the two names of the tensor.
+
+    A module has a path of its own if all of its tensors, and no others, keep their last part.
+    """
     pairs = {(_module(memory), _module(files)) for memory, files in tensors.items()}
     in_memory, on_disk = (Counter(side) for side in zip(*pairs, strict=True)) if pairs else ({}, {})
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for memory, files in tensors.items():
         module, path = _module(memory), _module(files)
         is_alone = bool(module and path) and in_memory[module] == on_disk[path] == 1
         keeps_last = memory.removeprefix(module) == files.removeprefix(path)
-        found |= {module: path} if is_alone and keeps_last else {memory: files}
+        found[memory] = (module, path) if is_alone and keeps_last else (memory, files)
     return found
 
 
@@ -237,34 +232,59 @@ def _add(table: dict[str, str], tables: list[dict[str, str]]) -> None:
     tables.append(table)
 
 
-def _clear(layers: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
-    """Return path in the files and both templates of each layer, as far as templates tell layers.
+def _rows(pairs: Collection[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return for each pair of a path in memory and a path in the files the two templates.
 
-    A number of a path that the other path has not is a name, and no number of a layer. A table of
-    templates can have such a name in memory, and none in the files.
+    # stands for numbers that the two paths have in the same order. Any other number is a name.
+    Templates are right if each pair fits both templates with the same numbers, or neither. A path
+    that belongs to two pairs has no right templates.
     """
-    found = {}
-    for memory, files in layers.items():
-        numbers, others = NUMBER.findall(files), NUMBER.findall(memory)
-        if others[: len(numbers)] == numbers:
-            parts = NUMBER.split(memory)
-            named = ["#"] * len(numbers) + others[len(numbers) :] + [""]
-            joined = "".join(part + name for part, name in zip(parts, named, strict=True))
-            found[memory] = files, NUMBER.sub("#", files), joined
-    several: dict[str, set[str]] = {}
-    for memory, files in layers.items():
-        _, _, template = found.get(memory, ("", "", memory))
-        several.setdefault(NUMBER.sub("#", files), set()).add(template)
-    return {memory: each for memory, each in found.items() if len(several[each[1]]) == 1}
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        for path in pair:
+            alike.setdefault(NUMBER.sub("#", path), []).append(pair)
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for pair in sorted(pairs):
+        near = {each for path in pair for each in alike[NUMBER.sub("#", path)]}
+        for row in _possible_rows(*pair) if pair not in found else ():
+            numbers = {each: [*map(_numbers, row, each)] for each in near}
+            if all(memory == files for memory, files in numbers.values()):
+                found |= {each: row for each, (given, _) in numbers.items() if given is not None}
+                break
+    return found
+
+
+def _possible_rows(memory: str, files: str) -> Iterator[tuple[str, str]]:
+    """Yield all pairs of templates for two paths: most # first, first numbers first."""
+    ours, theirs = memory.split("."), files.split(".")
+    here, there = (_places_of_numbers(path) for path in (ours, theirs))
+    for size in range(min(len(here), len(there)), -1, -1):
+        for some, others in product(combinations(here, size), combinations(there, size)):
+            if [ours[n] for n in some] == [theirs[n] for n in others]:
+                yield _with_places(ours, some), _with_places(theirs, others)
+
+
+def _places_of_numbers(parts: Sequence[str]) -> list[int]:
+    return [place for place, part in enumerate(parts) if part.isdecimal()]
+
+
+def _with_places(parts: Sequence[str], places: Collection[int]) -> str:
+    return ".".join("#" if n in places else part for n, part in enumerate(parts))
+
+
+def _numbers(template: str, path: str) -> list[str] | None:
+    """Return the numbers for which # stands; None if the path does not fit the template."""
+    found = re.fullmatch(re.escape(template).replace(r"\#", r"(\d+)"), path)
+    return [*found.groups()] if found else None
 
 
 def not_found(
-    others: Mapping[str, str], layers: Mapping[str, str], config: Mapping[str, object]
+    others: Mapping[str, str], weights: Mapping[str, str], config: Mapping[str, object]
 ) -> dict[str, str]:
     """Return the tensors beside the layers that an adapter's merge would not find in the files."""
-    base = _base(layers, config, others.values())
+    base = _base(weights, config, others.values())
     try:
-        match = match_modules(dict.fromkeys(layers, 8), base)
+        match = match_modules(_sizes(weights), base)
     except CheckpointError:
         return {}
     keys = {f"{PREFIX}{name}": path for name, path in others.items()}
@@ -276,13 +296,14 @@ def not_found(
     return {key.removeprefix(PREFIX): path for key, path in lost.items()}
 
 
+def _sizes(weights: Iterable[str]) -> dict[str, int]:
+    return {name.removesuffix(".weight"): 8 for name in weights}
+
+
 def _base(
-    layers: Mapping[str, str], config: Mapping[str, object], others: Iterable[str] = ()
+    weights: Mapping[str, str], config: Mapping[str, object], others: Iterable[str] = ()
 ) -> BaseModel:
-    shapes = {
-        **dict.fromkeys(others, (8,)),
-        **{f"{path}.weight": (8, 8) for path in layers.values()},
-    }
+    shapes = {**dict.fromkeys(others, (8,)), **dict.fromkeys(weights.values(), (8, 8))}
     tensors = {
         name: BaseTensor("m", TensorInfo(name, "F32", shape, 0, 0))
         for name, shape in shapes.items()
@@ -290,17 +311,20 @@ def _base(
     return BaseModel(Location("base", None), config, {}, tensors)
 
 
-def mismatch(layers: Mapping[str, str], config: Mapping[str, object]) -> str:
+def mismatch(weights: Mapping[str, str], config: Mapping[str, object]) -> str:
     """Return why a layer of a model is not found in the files; an empty text if all are found."""
     try:
-        match = match_modules(dict.fromkeys(layers, 8), _base(layers, config))
+        match = match_modules(_sizes(weights), _base(weights, config))
     except CheckpointError as error:
         return str(error)
-    for module, path in layers.items():
-        if match.tensors[module] != f"{path}.weight":
-            return f"{module} is {path}, not {match.tensors[module]}"
-        if match.strategy.undo(path) != module:
-            return f"{path} becomes {match.strategy.undo(path)}, not {module}"
+    undo = match.strategy.undo
+    for memory, files in weights.items():
+        found = match.tensors[memory.removesuffix(".weight")]
+        if found != files:
+            return f"{memory} is {files}, not {found}"
+        path = files.removesuffix(".weight")
+        if memory not in (undo(files), f"{undo(path)}.weight"):
+            return f"{files} becomes {undo(path)}, not {memory}"
     return ""
 
 

@@ -258,7 +258,7 @@ class _Matcher:
         return [rules.NAMES_DIFFER.at(base.location.label, reason)]
 
     def _try(self, strategy: Strategy, modules: Sequence[str]) -> _Trial:
-        found = {module: self._weight(strategy.rename(module)) for module in modules}
+        found = {module: self._weight(strategy, module) for module in modules}
         parts = self._parts(strategy, [module for module, name in found.items() if name is None])
         places = {
             module: parts[module].tensors[0] if module in parts else found[module]
@@ -296,12 +296,16 @@ class _Matcher:
             if place is not None
         }
 
-    def _weight(self, path: str | None) -> str | None:
+    def _weight(self, strategy: Strategy, module: str) -> str | None:
         """Return the name of a layer's weight in the base, packed or plain; None if absent."""
+        path = strategy.rename(module)
         if path is None:
             return None
-        name = f"{path}.weight"
-        return name if name in self.base.tensors else self._quantization.packed_weight(path)
+        # Some classes rename a weight and not its module.
+        for name in (f"{path}.weight", strategy.rename(f"{module}.weight")):
+            if name in self.base.tensors:
+                return name
+        return self._quantization.packed_weight(path)
 
     def _linear(self, module: str, name: str, *, conv1d: bool = False) -> Linear:
         """Return the size and orientation of a layer from a tensor of the base."""

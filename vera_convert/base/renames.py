@@ -58,24 +58,27 @@ def release_names(base: BaseModel) -> Iterator[Strategy]:
     Nothing is yielded if no release renames a layer, if the config names no known model type, or
     if two layers would get the same name.
     """
-    paths = _Paths(_renamable(base))
+    templates = _Templates(base.model_type or "")
+    paths = _Paths(_renamable(base, templates), templates)
     for naming in _namings(base, paths.templates):
         in_memory = paths.renamed(naming.names)
         on_disk = {name: path for path, name in in_memory.items()}
         if len(on_disk) == len(in_memory):
-            rename = partial(_path_on_disk, on_disk, in_memory, naming.like_files)
+            like_files = partial(templates.translated, naming.to_files)
+            rename = partial(_path_on_disk, on_disk, in_memory, like_files)
             yield Strategy(naming.title, rename, in_memory.get)
 
 
-def _renamable(base: BaseModel) -> Iterator[str]:
-    """Yield the path of each module, and the name of each tensor beside weights and biases.
+def _renamable(base: BaseModel, templates: _Templates) -> Iterator[str]:
+    """Yield the path of each module, and the name of each tensor that a class can rename whole.
 
-    Some classes rename such a tensor to the bias of a layer.
+    Some classes rename a tensor beside weights and biases to the bias of a layer. A table states
+    the weights and biases that a class renames to other tensors.
     """
     for name in base.tensors:
         module, _, last = name.rpartition(".")
         yield module
-        if last not in ("weight", "bias"):
+        if last not in ("weight", "bias") or templates.states(name):
             yield name
 
 
@@ -103,10 +106,11 @@ def other_names(base: BaseModel, paths: Iterable[str]) -> dict[str, list[str]]:
         base: the base.
         paths: the paths of the layers in the base's files.
     """
-    templates = frozenset(_template(name.rpartition(".")[0]) for name in base.tensors)
-    some = _Paths(paths)
+    templates = _Templates(base.model_type or "")
+    all_paths = _Paths((name.rpartition(".")[0] for name in base.tensors), templates)
+    some = _Paths(paths, templates)
     found = {path: [path] for path in some}
-    for naming in _namings(base, templates | some.templates):
+    for naming in _namings(base, all_paths.templates | some.templates):
         for path, name in some.renamed(naming.names).items():
             found[path].append(name)
     return found
@@ -140,19 +144,23 @@ def _families(base: BaseModel) -> list[Family]:
     ]
 
 
+_Translation = Callable[[str], str]
+"""A function that renames a template."""
+
+
 class _Naming(NamedTuple):
-    """The names that a release uses for layers, as templates without numbers.
+    """The names that a release uses for layers, as templates.
 
     Attributes:
         title: the name for people.
         names: template in memory by template in the files.
-        like_files: from the path in memory of a layer that the base lacks to the path that the
-            base's files would use.
+        to_files: from the template in memory of a layer that the base lacks to the template that
+            the base's files would use.
     """
 
     title: str
     names: Mapping[str, str]
-    like_files: Callable[[str], str]
+    to_files: _Translation
 
 
 def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
@@ -166,11 +174,7 @@ def _namings(base: BaseModel, templates: AbstractSet[str]) -> Iterator[_Naming]:
         names = {template: translate(template) for template in templates}
         if names not in seen:
             seen.append(names)
-            yield _Naming(title, names, partial(_on_path, back))
-
-
-_Translation = Callable[[str], str]
-"""A function that renames a template."""
+            yield _Naming(title, names, back)
 
 
 def _of_families(
@@ -181,8 +185,8 @@ def _of_families(
     for former, taken in _states(families):
         yield (
             _title(taken, former),
-            _translation(taken, former),
-            _translation(taken, former_in_files),
+            partial(_with_each_number, _translation(taken, former)),
+            partial(_with_each_number, _translation(taken, former_in_files)),
         )
 
 
@@ -190,20 +194,24 @@ def _of_whole_models(kind: str) -> Iterator[tuple[str, _Translation, _Translatio
     """Yield each generated table of a model type and the inverse, with and without ``model.``."""
     for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
-        for to_memory, prefix in ((table, ""), (short, f', prefix "{_BODY}" added')):
-            if len(to_memory) < len(table):
-                continue
-            to_files = {memory: files for files, memory in to_memory.items()}
-            for since, each, back in (
-                ("since", to_memory, to_files),
-                ("before", to_files, to_memory),
-            ):
-                title = f"names of {printable(kind)} {since} transformers 5{prefix}"
-                yield title, partial(_looked_up, each), partial(_looked_up, back)
+        yield from _both_ways(kind, table, "")
+        if len(short) == len(table):
+            yield from _both_ways(kind, short, f', prefix "{_BODY}" added')
+
+
+def _both_ways(
+    kind: str, table: Mapping[str, str], prefix: str
+) -> Iterator[tuple[str, _Translation, _Translation]]:
+    """Yield a table of names in memory by names in the files, and the inverse."""
+    to_memory = partial(_looked_up, table)
+    to_files = partial(_looked_up, {memory: files for files, memory in table.items()})
+    names = f"names of {printable(kind)}"
+    yield f"{names} since transformers 5{prefix}", to_memory, to_files
+    yield f"{names} before transformers 5{prefix}", to_files, to_memory
 
 
 def _looked_up(table: Mapping[str, str], template: str) -> str:
-    return table.get(template, template)
+    return table.get(template) or _with_each_number(lambda full: table.get(full, full), template)
 
 
 def _concerned(
@@ -259,13 +267,49 @@ _NUMBER = re.compile(r"(?<![^.])(?:\d+|#)(?![^.])")
 _PLACE = re.compile(r"(?<![^.])#(?![^.])")
 
 
-class _Paths:
-    """Paths by their templates, in which # stands for each number; a model has few templates."""
+class _Templates:
+    """Divides a path into a template, in which # stands for the number of a layer, and the numbers.
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        self._parts = {
-            path: (_template(path), _NUMBER.findall(path)) for path in dict.fromkeys(paths) if path
-        }
+    Some files have a number where memory has a name, like ``proj.0`` for ``proj.linear_1``. A
+    number at such a place of a table is a name: the number stays in the template.
+    """
+
+    def __init__(self, kind: str) -> None:
+        tables = conversions().get(kind, ())
+        names = {name for table in tables for row in table.items() for name in row}
+        names |= {name.removeprefix(_BODY) for name in names}
+        self._named: dict[str, list[list[str]]] = {}
+        for name in sorted(names):
+            numbers = _NUMBER.findall(name)
+            if any(number != "#" for number in numbers):
+                self._named.setdefault(_NUMBER.sub("#", name), []).append(numbers)
+        self._tensors = {name for name in names if name.endswith(("weight", "bias"))}
+
+    def divided(self, path: str) -> tuple[str, list[str]]:
+        """Return the template of a path, and the numbers for which # stands."""
+        full, numbers = _NUMBER.sub("#", path), _NUMBER.findall(path)
+        for named in self._named.get(full, ()):
+            pairs = [*zip(named, numbers, strict=True)]
+            if all(name in ("#", number) for name, number in pairs):
+                template = _filled(_PLACE.split(full), named)
+                return template, [number for name, number in pairs if name == "#"]
+        return full, numbers
+
+    def states(self, name: str) -> bool:
+        """Say whether a table has the name of this weight or bias, not the path of its module."""
+        return bool(self._tensors) and self.divided(name)[0] in self._tensors
+
+    def translated(self, translate: _Translation, path: str) -> str:
+        """Return a path with the template translated and the numbers in the same order."""
+        template, numbers = self.divided(path)
+        return _filled(_PLACE.split(translate(template)), numbers)
+
+
+class _Paths:
+    """Paths by their templates; a model has few templates."""
+
+    def __init__(self, paths: Iterable[str], templates: _Templates) -> None:
+        self._parts = {path: templates.divided(path) for path in dict.fromkeys(paths) if path}
         self.templates = frozenset(template for template, _ in self._parts.values())
 
     def __iter__(self) -> Iterator[str]:
@@ -280,12 +324,10 @@ class _Paths:
         }
 
 
-def _on_path(translate: Callable[[str], str], path: str) -> str:
-    return _filled(_PLACE.split(translate(_template(path))), _NUMBER.findall(path))
-
-
-def _template(path: str) -> str:
-    return _NUMBER.sub("#", path)
+def _with_each_number(translate: _Translation, template: str) -> str:
+    """Translate a template whose numbers are names as if the numbers were numbers of layers."""
+    full, numbers = _NUMBER.sub("#", template), _NUMBER.findall(template)
+    return _filled(_PLACE.split(translate(full)), numbers)
 
 
 def _filled(pieces: Sequence[str], numbers: Iterable[str]) -> str:
