@@ -44,7 +44,7 @@ from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, locate
 from vera_convert.merging.adapters import AdapterSpec
-from vera_convert.merging.in_effect import in_effect
+from vera_convert.merging.in_effect import InEffect, Origin, in_effect
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.options import VerifyOptions
@@ -129,7 +129,7 @@ def check_form(
             _Side(ours, _with_dims_of(known, theirs), options),
             _Side(theirs, _with_dims_of(other_known, ours), options),
         )
-        effects = tuple(_effects(sides))
+        effects, origins = _effects(sides)
         wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
         wrong += _other_projections(effects, theirs)
         findings = [*ours.findings, *theirs.findings, *other_known.findings]
@@ -138,7 +138,7 @@ def check_form(
         theirs.check_unchanged()
         return FormCheck(
             label=second.label,
-            origins=(sides[0].origin, sides[1].origin),
+            origins=origins,
             tensors=len(compared),
             effects=effects,
             findings=(*wrong, *dict.fromkeys(findings)),
@@ -217,28 +217,34 @@ def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
 
 
 class _Side:
-    """A form, with the A and B in use."""
+    """A form, with the A and B in use; each pair is kept as long as it serves.
+
+    Raises:
+        UsageError: the dims of A and B are not known.
+    """
 
     def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
-        self.known = known
+        self.known = _with_dims_of(known, adapter)
+        if None in (self.known.in_features, self.known.out_features):
+            raise UsageError(
+                "the dims of A and B are unknown, because neither form records the dims. "
+                f"{BASE_REMEDY}"
+            )
         self.projections = options.projections or ProjectionSource.AUTO
         self.variant = options.generator
-        self.origin = ""
         self._recorded = adapter.projections or adapter.fingerprint
-        self._here: Pair | None = None
+        self._here: InEffect | None = None
         self._drawn: Pair | None = None
 
-    def here(self, dtype: str) -> Pair:
+    def here(self, dtype: str) -> InEffect:
         """Return the A and B that vera-convert uses on a base in this dtype."""
         needs_dtype = self.projections is ProjectionSource.KEY or self._recorded is None
         if self._here is None or needs_dtype:
-            self._facts()  # refuses unknown dims
             known = replace(self.known, rounding=rounding_on_base(dtype))
-            found = in_effect(
+            self._here = in_effect(
                 self.adapter, known, projections=self.projections, variant=self.variant
             )
-            self.origin, self._here = found.origin, (found.A, found.B)
         return self._here
 
     def in_peft(self, dtype: str) -> Pair:
@@ -246,7 +252,7 @@ class _Side:
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
             return stored.A.array(), stored.B.array()
-        drawn = usual_draw(self.adapter.config, self._facts(), 0, 0)  # the facts have dims
+        drawn = usual_draw(self.adapter.config, self.known, 0, 0)  # the facts have dims
         if self._recorded is None and self.variant is not None:
             drawn = replace(drawn, variant=self.variant)
         if self._drawn is None:
@@ -256,26 +262,21 @@ class _Side:
         A, B = (rounded(matrix, rounding) for matrix in self._drawn)
         return A, B
 
-    def _facts(self) -> BaseFacts:
-        """Return the base facts with the dims of A and B."""
-        facts = _with_dims_of(self.known, self.adapter)
-        if None in (facts.in_features, facts.out_features):
-            raise UsageError(
-                "the dims of A and B are unknown, because neither form records the dims. "
-                f"{BASE_REMEDY}"
-            )
-        return facts
 
-
-def _effects(sides: tuple[_Side, _Side]) -> Iterator[FormEffect]:
-    """Yield whether both forms use the same A and B, for each possible dtype of the base."""
+def _effects(
+    sides: tuple[_Side, _Side],
+) -> tuple[tuple[FormEffect, ...], tuple[Origin, Origin]]:
+    """Compare A and B for each possible dtype of the base; return the origins too, ours first."""
     first, second = sides
     dtypes = [dtype for dtype in BASE_NAMES if rounding_on_base(dtype) is first.known.rounding]
     needed = _needed(first)
+    effects = []
     for dtype in dtypes or USUAL_OF_BASES:
-        difference = _pairs_differ(first.here(dtype), second.here(dtype), needed)
+        ours, theirs = first.here(dtype), second.here(dtype)
+        difference = _pairs_differ((ours.A, ours.B), (theirs.A, theirs.B), needed)
         in_peft = _pairs_differ(first.in_peft(dtype), second.in_peft(dtype), needed)
-        yield FormEffect(dtype, not difference, not in_peft, difference)
+        effects.append(FormEffect(dtype, not difference, not in_peft, difference))
+    return tuple(effects), (ours.origin, theirs.origin)
 
 
 def _needed(side: _Side) -> tuple[int, int]:
