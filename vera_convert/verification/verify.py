@@ -140,19 +140,20 @@ def verify(
     access, base = hub_access_of(access), base_options_of(base)
     other, merged = optional(place, "other", other), optional(place, "merged", merged)
     lora = optional(place, "lora", lora)
-    progress = progress_function("progress", progress)
+    progress, runs = progress_function("progress", progress), progress_function("runs", runs)
     _check_asked(options, other, merged, lora)
-    run = _Run(options, progress_function("runs", runs))
+    lines = None if options.text is None else text_lines(options.text, options.samples_to_run)
     given = AdapterSpec(adapter, options.weight, revision)
     form, of_merged, of_lora = None, None, None
     with signals_raise():
         if other is not None:
             form = check_form(given, other, base, options, access=access)
         if lora is not None:
-            of_lora = run.models_of(check_lora(given, lora, base, options, access=access))
+            check = check_lora(given, lora, base, options, access=access)
+            of_lora = _with_models(check, options, lines, runs)
         if merged is not None:
-            check = check_merged(given, merged, base, options, access=access, progress=progress)
-            of_merged = run.models_of(check)
+            found = check_merged(given, merged, base, options, access=access, progress=progress)
+            of_merged = _with_models(found, options, lines, runs)
     done = [each for each in (form, of_lora, of_merged) if each is not None]
     findings = dict.fromkeys(finding for each in done for finding in each.findings)
     return Verification(
@@ -177,27 +178,31 @@ def _check_asked(
         _require_torch()
 
 
-class _Run:
-    """Run the models of a check, if its files are right."""
+def _with_models(
+    check: Check, options: VerifyOptions, lines: tuple[str, ...] | None, progress: Progress
+) -> Check:
+    """Run the models of a check whose files are right; return the check with the result.
 
-    def __init__(self, options: VerifyOptions, progress: Progress) -> None:
-        self._samples = options.samples_to_run
-        self._lines = None if options.text is None else text_lines(options.text, self._samples)
-        self._progress = progress
+    Args:
+        check: the comparison of the files, with the models to run.
+        options: how to verify.
+        lines: the text to run; None for token ids, or images, drawn at random.
+        progress: called with the samples run on all models so far, and with the total.
 
-    def models_of(self, check: Check) -> Check:
-        """Return the check with the result of the run, or with the reason why nothing ran."""
-        if isinstance(check.run, str):
-            return check
-        if errors_of(check.findings):
-            return replace(check, run="fix the errors below first")
-        job = replace(check.run, samples=self._samples, lines=self._lines)
-        try:
-            return check.with_model(run_models(job, progress=self._progress))
-        except UsageError:
-            raise
-        except VeraConvertError as error:  # the comparison of the weights stays valid
-            return replace(check, run=str(error), failure=SurroundingsError(str(error)))
+    Returns:
+        The check with the result of the run, or with the reason why nothing ran.
+    """
+    if isinstance(check.run, str):
+        return check
+    if errors_of(check.findings):
+        return replace(check, run="fix the errors below first")
+    job = replace(check.run, samples=options.samples_to_run, lines=lines)
+    try:
+        return check.with_model(run_models(job, progress=progress))
+    except UsageError:
+        raise
+    except VeraConvertError as error:  # the comparison of the weights stays valid
+        return replace(check, run=str(error), failure=SurroundingsError(str(error)))
 
 
 def _refuse_adapter(merged: str) -> None:
