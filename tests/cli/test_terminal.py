@@ -91,6 +91,8 @@ def test_the_usual_short_options_are_known(run: Run, tmp_path: Path) -> None:
     assert "reading" not in run("info", adapter).err
     written = run("migrate", adapter, tmp_path / "out", "--to", "asis", "--verbose")
     assert f"wrote {tmp_path / 'out'}\n" in written.err
+    assert f"reading {tmp_path / 'out' / 'adapter_config.json'} " in written.err
+    assert ".vera-convert-" not in written.err
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vera_convert.arguments import require_flags
 from vera_convert.errors import SurroundingsError, UsageError, is_resumable, mark_resumable
+from vera_convert.files import reading
 from vera_convert.files.walk import files_and_links
 from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
 from vera_convert.publish.place import nearest_folder, real_place, refuse_overlap
@@ -51,6 +52,8 @@ class Output:
         inputs: paths that the run reads; OUT must not be, contain or lie inside an input.
         strangers: returns the files that forbid the replacement of an existing folder.
         is_folder: whether OUT is a folder; else a file.
+        updates: whether OUT is a folder whose other files stay, see `updated_folder`; nothing else
+            counts then.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Output:
     inputs: Sequence[Path] = ()
     strangers: Strangers = lambda _: ()
     is_folder: bool = True
+    updates: bool = False
 
     def __post_init__(self) -> None:
         require_flags(force=self.force)
@@ -106,7 +110,7 @@ class Output:
             SurroundingsError: the system refused an operation, also inside the block.
             Interrupted: a signal arrived; nothing is left behind.
         """
-        with _staged(self.path, self, is_wanted=is_wanted) as staged:
+        with _staged(self, is_wanted=is_wanted) as staged:
             yield staged.folder
 
     @contextmanager
@@ -117,11 +121,13 @@ class Output:
         A later run for the same OUT receives the folder if `continues` is True; any other later run
         removes the folder.
         """
-        with _staged(self.path, self, continues=continues) as staged:
+        with _staged(self, continues=continues) as staged:
             yield staged
 
     def require_replaceable(self, place: Path) -> None:
         """Refuse an existing OUT, unless this run may replace OUT."""
+        if self.updates:
+            return
         try:
             mode = place.lstat().st_mode
         except FileNotFoundError:
@@ -161,7 +167,7 @@ def updated_folder(out: Path) -> Iterator[Path]:
         SurroundingsError: the system refused an operation, also inside the block.
         Interrupted: a signal arrived.
     """
-    with _staged(out, None) as staged:
+    with _staged(Output(out, lambda _: True, updates=True)) as staged:
         yield staged.folder
 
 
@@ -250,24 +256,17 @@ def explained(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _staged(
-    out: Path,
-    output: Output | None,
-    *,
-    continues: bool = False,
-    is_wanted: Callable[[], bool] = lambda: True,
+    output: Output, *, continues: bool = False, is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[Staged]:
-    """Stage and publish an output. Without `output`, OUT is a folder that keeps other files."""
+    """Stage and publish an output."""
     container, staged = None, None
-    with signals_raise(), explained(out):
-        place = real_place(out)
-        if output is not None:
-            # Before sweeping, so that nothing is removed inside an input.
-            refuse_overlap(place, output.inputs)
+    with signals_raise(), explained(output.path):
+        place = real_place(output.path)
+        refuse_overlap(place, output.inputs)  # first, so that nothing is removed inside an input
         if not continues:
             with signals_held():
                 sweep_containers(place)
-        if output is not None:
-            output.require_replaceable(place)
+        output.require_replaceable(place)
         made: list[Path] = []
         try:
             with signals_held():
@@ -275,15 +274,15 @@ def _staged(
                 make = Container.continuing if continues else Container.beside
                 container = make(place)
             staged = Staged(container.new, container.journal)
-            if output is None or output.is_folder:
+            if output.is_folder:
                 container.new.mkdir(exist_ok=True)  # a continued run has left the folder
-            with _out_in_messages(container.new, out):
+            with _out_in_messages(container.new, output.path):
                 yield staged
             if not is_wanted():
                 return
             sync_tree(container.new, synced=staged.synced)
             with signals_held():
-                if output is None:
+                if output.updates:
                     _update(container.new, place)
                 else:
                     _publish(container, place, output)
@@ -301,13 +300,21 @@ def _staged(
 
 @contextmanager
 def _out_in_messages(staged: Path, out: Path) -> Iterator[None]:
-    """Name OUT in a message about a staged file, which is gone when a user reads the message."""
+    """Name OUT in messages and log lines about staged files, which are gone when a user reads."""
+
+    def renamed(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(str(staged), str(out)), ()
+        return True
+
+    reading.logger.addFilter(renamed)
     try:
         yield
     except SurroundingsError as error:
         text = str(error).replace(printable(str(staged)), printable(str(out)))
         error.args = (text, *error.args[1:])
         raise
+    finally:
+        reading.logger.removeFilter(renamed)
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
