@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -112,7 +112,8 @@ def migrate(
     output = Output(path("out", out), is_vera, force)
     with opened(adapter, output, revision=revision, access=access, repair=plan.repair) as work:
         converted, base_facts = _migrated(work.adapter, plan)
-        findings = (*converted.findings, *plan.idle_places())
+        named = {work.adapter.config.base_model_name_or_path}
+        findings = (*converted.findings, *plan.idle_places(named))
         return publish(work, replace(converted, findings=findings), base_facts)
 
 
@@ -200,12 +201,11 @@ def migrate_tree(
         output, inputs=inputs, strangers=lambda old: files_but(old, _written(tree, names))
     )
     with output.staged(is_wanted=lambda: bool(result.done)) as staging:
-        for name in names:
-            _migrate_below(tree, staging, name, plan, result)
+        named = {_migrate_below(tree, staging, name, plan, result) for name in names}
         if not result.done and not result.failed:
             raise SurroundingsError(_nothing_below(tree, result))
     # The config of a failed adapter may be the one with the name.
-    return result if result.failed else replace(result, findings=tuple(plan.idle_places()))
+    return result if result.failed else replace(result, findings=tuple(plan.idle_places(named)))
 
 
 def _nothing_below(tree: Path, result: TreeMigration) -> str:
@@ -220,10 +220,7 @@ def _nothing_below(tree: Path, result: TreeMigration) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The checked options of a migration, the same for every adapter.
-
-    `bases_named` collects the names that the configs have for their bases.
-    """
+    """The checked options of a migration, the same for every adapter."""
 
     to: Mode
     base: BaseOptions
@@ -231,17 +228,16 @@ class _Plan:
     projections: ProjectionSource
     accept_change: bool
     peft_version: tuple[int, ...] | None
-    bases_named: set[str | None] = field(default_factory=set)
 
     @property
     def repair(self) -> Repair:
         """The repair of each adapter as it is read."""
         return partial(repaired, peft_version=self.peft_version)
 
-    def idle_places(self) -> Iterator[Finding]:
-        """Yield a warning for each --base-for whose name no migrated config has."""
+    def idle_places(self, named: Collection[str | None]) -> Iterator[Finding]:
+        """Yield a warning for each --base-for whose name no migrated config has for its base."""
         for name, model in self.base.places:
-            if name not in self.bases_named:
+            if name not in named:
                 reason = f"no migrated adapter's config calls the base {printable(name)}."
                 place = printable(f"--base-for {name}={model}")
                 yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
@@ -271,8 +267,12 @@ class _Plan:
 
 def _migrate_below(
     tree: Path, staging: Path, name: str, plan: _Plan, result: TreeMigration
-) -> None:
-    """Migrate the adapter called `name` below `tree` to the same place below `staging`."""
+) -> str | None:
+    """Migrate the adapter called `name` below `tree` to the same place below `staging`.
+
+    Returns:
+        The name that the config has for the base; None also for an adapter that is not migrated.
+    """
     writing = False
     try:
         with open_adapter(tree / name, repair=plan.repair) as adapter:
@@ -285,12 +285,14 @@ def _migrate_below(
             sides = write_adapter(content, staging / name)
             label, out = printable(name), result.out / name
             result.done[name] = reported(converted, base_facts, sides, label=label, out=out)
+            return adapter.config.base_model_name_or_path
     except OtherMethodError as error:
         result.passed_over[name] = error.method
     except VeraConvertError as error:
         if writing:  # a half-written adapter must not be published
             raise
         result.failed[name] = error
+    return None
 
 
 def is_tree(folder: Path) -> bool:
@@ -318,7 +320,6 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
 
 def _migrated(adapter: Adapter, plan: _Plan) -> tuple[Converted, BaseFacts]:
     """Bring a repaired adapter to the wanted mode, and name every change."""
-    plan.bases_named.add(adapter.config.base_model_name_or_path)
     base_facts = resolve_base(adapter, plan.base, bases=plan.bases, need=_need(adapter, plan))
     adapter, cut = _cut(adapter, base_facts)
     if plan.to is Mode.ASIS:
