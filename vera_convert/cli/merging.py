@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from vera_convert.cli.options import (
     option,
 )
 from vera_convert.cli.output import progress_bar, show, shown_command, tell
+from vera_convert.cli.refusals import without_token
 from vera_convert.errors import is_resumable
 
 
@@ -88,19 +89,6 @@ def _telling_how_to_continue() -> Iterator[None]:
         yield
     except BaseException as error:
         if is_resumable(error):
-            words = _without_token(click.get_current_context().obj)
+            words, _ = without_token(click.get_current_context().obj)
             tell("note", f"finished shards are kept; this continues: {shown_command(words)}")
         raise
-
-
-def _without_token(arguments: Sequence[str]) -> list[str]:
-    """Return the words of a command line, except the secret token."""
-    kept: list[str] = []
-    skips = False
-    for argument in arguments:
-        if not skips and not argument.startswith("--token="):
-            skips = argument == "--token"
-            kept += [] if skips else [argument]
-        else:
-            skips = False
-    return kept

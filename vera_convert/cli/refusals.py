@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import click
@@ -106,14 +106,19 @@ def show_traceback(arguments: list[str]) -> None:
     if "--debug" in arguments:
         import traceback
 
-        say(redacted(traceback.format_exc().rstrip("\n"), _token_of(arguments)), err=True)
+        _, token = without_token(arguments)
+        say(redacted(traceback.format_exc().rstrip("\n"), token), err=True)
 
 
-def _token_of(arguments: list[str]) -> str | None:
-    """Return the value of --token, in either spelling."""
-    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == "--token":
-            return after
-        if argument.startswith("--token="):
-            return argument.removeprefix("--token=")
-    return None
+def without_token(arguments: Iterable[str]) -> tuple[list[str], str | None]:
+    """Return the words of a command line except the secret token, and the token."""
+    words = iter(arguments)
+    kept, token = [], None
+    for word in words:
+        if word == "--token":
+            token = next(words, None)
+        elif word.startswith("--token="):
+            token = word.removeprefix("--token=")
+        else:
+            kept.append(word)
+    return kept, token
