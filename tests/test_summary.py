@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from vera_convert.lora import conversion
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.engines import EngineName
 from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.sizes import lora_size
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 from vera_convert.summary import AdapterInfo, info
@@ -327,13 +327,11 @@ def test_an_input_that_changes_meanwhile_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = good_adapter(tmp_path / "adapter")
-    describe: Callable[..., Any] = info.__globals__["_described"]
 
-    def change_and_describe(*args: Any) -> Any:
-        described = describe(*args)
+    def change_and_measure(*args: Any) -> int | None:
         fields({"r": RANK})(folder)
-        return described
+        return lora_size(*args)
 
-    monkeypatch.setitem(info.__globals__, "_described", change_and_describe)
+    monkeypatch.setattr("vera_convert.summary.lora_size", change_and_measure)
     with pytest.raises(Exception, match="changed while it was read"):
         info(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,8 +153,17 @@ def info(
     location = fetch_weights(location, access)
     with open_adapter(location.fetched) as opened:
         base_facts = resolve_base(opened, base_options, bases=Bases(access), need=Need.HELPFUL)
-        lora = lora_size(opened, location, base_facts, base_options, projections)
-        described = _described(opened, location, base_facts, projections, lora)
+        stored = opened.projections
+        pair = None if stored is None else recognized(opened.config, stored)
+        forms = form_sizes(opened, pair, base_facts, projections)
+        sizes = Sizes(
+            as_is=opened.weights_size,
+            stripped=forms.stripped,
+            embedded=forms.embedded,
+            lora=lora_size(opened, location, base_facts, base_options, projections),
+            merged=_merged_size(base_facts.base),
+        )
+        described = _described(opened, location, base_facts, pair, sizes)
         opened.check_unchanged()
     return described
 
@@ -163,19 +172,15 @@ def _described(
     adapter: Adapter,
     location: Location,
     base_facts: BaseFacts,
-    projections: ProjectionSource,
-    lora: int | None,
+    pair: RecognizedPair | None,
+    sizes: Sizes,
 ) -> AdapterInfo:
-    config, stored, fingerprint = adapter.config, adapter.projections, adapter.fingerprint
-    pair = recognized(config, stored) if stored is not None else None
+    config, fingerprint = adapter.config, adapter.fingerprint
     recorded = fingerprint.draw if fingerprint is not None else None
     effects = _effects(adapter, pair or fingerprint, base_facts)
     match = base_facts.match
     inputs = {} if match is None else {name: its.in_features for name, its in match.layers.items()}
     outputs = {module: layer.out_features for module, layer in adapter.layers.items()}
-    lambdas = [
-        each for layer in adapter.layers.values() for each in (layer.lambda_b, layer.lambda_d)
-    ]
     linears = None
     if outputs.keys() <= inputs.keys():
         linears = {module: Linear(out, inputs[module]) for module, out in outputs.items()}
@@ -183,8 +188,8 @@ def _described(
         location=location,
         config=config,
         groups=layer_groups((module, out, inputs.get(module)) for module, out in outputs.items()),
-        lambda_dtypes=tuple(sorted({tensor.dtype for tensor in lambdas})),
-        projections=stored,
+        lambda_dtypes=tuple(sorted(adapter.lambda_dtypes)),
+        projections=adapter.projections,
         draw=pair.draw if pair is not None else recorded,
         difference=pair.recognition.difference if pair is not None else None,
         fingerprint=fingerprint,
@@ -196,34 +201,21 @@ def _described(
         ),
         parameters=sum(out + config.r for out in outputs.values()),
         lora_parameters=None if linears is None else lora_parameters(linears, rank=config.r),
-        sizes=_sizes(adapter, pair, base_facts, projections, lora),
+        sizes=sizes,
         base_facts=base_facts,
-        findings=(
-            *adapter.findings,
-            *base_facts.findings,
-            *other_dims(adapter, base_facts),
-            *_ignored(adapter, effects),
-            *_unknown_origin(adapter),
-        ),
+        findings=tuple(_findings(adapter, base_facts, effects)),
     )
 
 
-def _sizes(
-    adapter: Adapter,
-    pair: RecognizedPair | None,
-    base_facts: BaseFacts,
-    projections: ProjectionSource,
-    lora: int | None,
-) -> Sizes:
-    """Return the bytes of each form; `lora` is the size of the LoRA."""
-    forms = form_sizes(adapter, pair, base_facts, projections)
-    return Sizes(
-        as_is=adapter.weights_size,
-        stripped=forms.stripped,
-        embedded=forms.embedded,
-        lora=lora,
-        merged=_merged_size(base_facts.base),
-    )
+def _findings(
+    adapter: Adapter, base_facts: BaseFacts, effects: Iterable[Effect]
+) -> Iterator[Finding]:
+    """Yield the warnings and notes about an adapter on its base."""
+    yield from adapter.findings
+    yield from base_facts.findings
+    yield from other_dims(adapter, base_facts)
+    yield from _ignored(adapter, effects)
+    yield from _unknown_origin(adapter)
 
 
 def _effects(

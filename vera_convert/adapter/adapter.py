@@ -106,6 +106,12 @@ class Adapter:
         return max(layer.out_features for layer in self.layers.values())
 
     @property
+    def lambda_dtypes(self) -> frozenset[str]:
+        """The dtypes of the trained vectors (safetensors' names)."""
+        pairs = ((layer.lambda_b, layer.lambda_d) for layer in self.layers.values())
+        return frozenset(tensor.dtype for pair in pairs for tensor in pair)
+
+    @property
     def weights_size(self) -> int:
         """Bytes of the weights file."""
         return self.file.source.size

@@ -346,12 +346,8 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
 
 def stored_dtype(adapter: Adapter) -> str:
     """Return the dtype of the lambdas, or float32 if the lambdas have several dtypes."""
-    dtypes = {
-        tensor.dtype
-        for layer in adapter.layers.values()
-        for tensor in (layer.lambda_b, layer.lambda_d)
-    }
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
+    dtypes = adapter.lambda_dtypes
+    return min(dtypes) if len(dtypes) == 1 else "F32"
 
 
 def _with_pair(
