@@ -30,6 +30,7 @@ from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
 from vera_convert.lora.writing import Computed
+from vera_convert.targets.architectures import MAX_LAYERS
 from vera_convert.text import printable, read_back_differs
 
 ARCHITECTURES = {
@@ -48,7 +49,6 @@ ARCHITECTURES = {
 """llama.cpp's architecture, by the model_type of transformers."""
 PERMUTED = "llama"
 """The architecture whose rows of q and k llama.cpp orders in another way."""
-_MOST_LAYERS = 10_000
 _ALIGNMENT = 32
 """GGUF's default: each part of a file begins at a multiple of so many bytes."""
 
@@ -106,7 +106,7 @@ def head_counts(base: BaseModel | None, place: str) -> tuple[int, int]:
 
 
 def _is_size(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and 0 < value <= _MOST_LAYERS
+    return isinstance(value, int) and 0 < value <= MAX_LAYERS
 
 
 def gguf_model(plan: LoraPlan, base_facts: BaseFacts) -> GgufModel:

@@ -21,10 +21,10 @@ from vera_convert import rules
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.tensorfile import TensorData
+from vera_convert.targets.architectures import MAX_LAYERS
 from vera_convert.text import printable
 
 _MOST_HEADER = 1 << 26
-_MOST_LAYERS = 10_000
 _BLOCK = 1 << 20
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """The format of each scalar type of GGUF, in the words of `struct`."""
@@ -193,7 +193,7 @@ def gguf_names(
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     found = (re.match(r"blk\.(\d{1,6})\.", name) for name in stored)
     last = max((int(each[1]) for each in found if each is not None), default=0)
-    if architecture not in known or last >= _MOST_LAYERS:
+    if architecture not in known or last >= MAX_LAYERS:
         return {}
     table = gguf.get_tensor_name_map(known[architecture], last + 1)
     names = {
