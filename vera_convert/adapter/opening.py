@@ -78,7 +78,7 @@ class Examined(NamedTuple):
         findings: every defect.
         config_file: the config; None for a config of another method.
         file: the open weights; None if the header is wrong.
-        sorted: the tensors by meaning, repaired on request; None without config or weights.
+        tensors: the tensors by meaning, repaired on request; None without config or weights.
         fingerprint: the fingerprint, if readable.
         adapter: the adapter; None if any finding is an error.
         other_method: the error, if the adapter is of another method than VeRA; nothing else is
@@ -88,7 +88,7 @@ class Examined(NamedTuple):
     findings: tuple[Finding, ...]
     config_file: ConfigFile | None = None
     file: TensorFile | None = None
-    sorted: SortedTensors | None = None
+    tensors: SortedTensors | None = None
     fingerprint: Fingerprint | None = None
     adapter: Adapter | None = None
     other_method: OtherMethodError | None = None
@@ -165,16 +165,12 @@ def examine(
     try:
         config_file = _config(config_source, found)
     except OtherMethodError as error:
-        is_lora = error.method == LORA
-        other = lora_with_config(folder, weights_source) if is_lora else error
+        other = lora_with_config(folder, weights_source) if error.method == LORA else error
         return Examined(other.findings, other_method=other)
     weights = _weights(weights_source, found)
     if weights is None:
         return Examined(tuple(found), config_file)
-    tensors: Sequence[TensorData] = [from_file(weights, name) for name in weights.header.tensors]
-    changes: tuple[str, ...] = ()
-    if repair is not None and config_file is not None and not config_file.wrong:
-        tensors, config_file, changes = repair(tensors, config_file)
+    tensors, config_file, changes = _repaired(weights, config_file, repair)
     config, by_meaning, adapter = _with_rank(config_file), None, None
     if config is not None:
         by_meaning = sort_tensors(tensors, config, values=values)
@@ -227,6 +223,16 @@ def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | No
         found.append(too_large(source, MAX_WEIGHTS_BYTES))
         return None
     return file
+
+
+def _repaired(
+    weights: TensorFile, config_file: ConfigFile | None, repair: Repair | None
+) -> tuple[Sequence[TensorData], ConfigFile | None, tuple[str, ...]]:
+    """Return tensors and config, repaired on request if the config is sound, and the changes."""
+    tensors = [from_file(weights, name) for name in weights.header.tensors]
+    if repair is None or config_file is None or config_file.wrong:
+        return tensors, config_file, ()
+    return repair(tensors, config_file)
 
 
 def _fingerprint(

@@ -18,7 +18,6 @@ from vera_convert.adapter.adapter import MAX_PROJECTION_BYTES, MAX_WIDTH, Adapte
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Examined, examine, examined_folder
-from vera_convert.adapter.sorting import SortedTensors
 from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.conversion.proof import recognized
 from vera_convert.draws.generator import Draw, Rounding
@@ -148,10 +147,10 @@ class _Check:
     def examined(self, examined: Examined, folder: Path | None) -> None:
         """Run every check whose input could be read; `folder` is None for a repo on the Hub."""
         if examined.other_method is not None:
-            self.findings, self.other_method = [], examined.other_method.method
-        self.findings += examined.findings
-        if examined.other_method is not None:
+            self.findings = [*examined.findings]
+            self.other_method = examined.other_method.method
             return
+        self.findings += examined.findings
         self.embedded = _is_embedded(examined)
         base_facts = self._on_base(examined.adapter)
         is_model = rules.MODEL_FOLDER in {finding.rule for finding in examined.findings}
@@ -160,18 +159,17 @@ class _Check:
         if examined.config is not None:
             self._config(examined, examined.config, has_base=base_facts.base is not None)
         self._values(examined, base_facts, is_here=folder is not None)
-        if examined.config is None or examined.sorted is None:
+        if examined.config is None or examined.tensors is None:
             return
         if examined.wrong_fields & {"projection_prng_key", "save_projection"}:
             self.not_checked.append("the source of A and B: fix the config first.")
             return
-        config, tensors, is_here = examined.config, examined.sorted, folder is not None
-        if tensors.projections is not None:
-            self._step(
-                "A and B", lambda: self._stored(config, tensors, base_facts, is_here=is_here)
-            )
-        elif not config.save_projection:
+        config, stored = examined.config, examined.tensors.projections
+        longest_b = examined.tensors.longest_b
+        if stored is None and not config.save_projection:
             self._step("A and B", lambda: self._stripped(config, examined, base_facts))
+        elif stored is not None and folder is not None:
+            self._step("A and B", lambda: self._stored(config, stored, base_facts, longest_b))
 
     def _step(self, step: str, find: Callable[[], Iterable[Finding]]) -> None:
         """Add the findings of a step; record a failed step, and continue."""
@@ -209,9 +207,9 @@ class _Check:
 
     def _config(self, examined: Examined, config: VeraConfig, *, has_base: bool) -> None:
         self._step("the config", lambda: config_findings(config, examined.wrong_fields))
-        layers = [*examined.sorted.layers] if examined.sorted is not None else []
-        if examined.sorted is not None:
-            self.findings += undeclared_embeddings(config, examined.sorted.replacements)
+        layers = [*examined.tensors.layers] if examined.tensors is not None else []
+        if examined.tensors is not None:
+            self.findings += undeclared_embeddings(config, examined.tensors.replacements)
         if not examined.wrong_fields.isdisjoint(TARGET_FIELDS):
             return
         if examined.adapter is not None and not has_base:
@@ -219,7 +217,7 @@ class _Check:
         self._step("the targets", lambda: target_findings(config, layers, alone=not has_base))
 
     def _values(self, examined: Examined, base_facts: BaseFacts, *, is_here: bool) -> None:
-        layers = [*examined.sorted.layers.values()] if examined.sorted is not None else []
+        layers = [*examined.tensors.layers.values()] if examined.tensors is not None else []
         if not is_here:
             self.not_checked.append(
                 "values, and the source of A and B: --deep fetches the weights."
@@ -232,19 +230,16 @@ class _Check:
             )
 
     def _stored(
-        self, config: VeraConfig, tensors: SortedTensors, base_facts: BaseFacts, *, is_here: bool
+        self, config: VeraConfig, stored: StoredProjections, base_facts: BaseFacts, longest_b: int
     ) -> Iterator[Finding]:
         """Compare stored A and B with draws."""
-        stored = tensors.projections
-        if stored is None or not is_here:
-            return
         if _are_unfit(stored, config):
             self.not_checked.append("the source of A and B: fix the errors of A and B first.")
             return
         pair = recognized(config, stored)
         self.draw = pair.draw
         # Without a lambda under its proper name, the layers' outputs are unknown.
-        tallest = tensors.longest_b or stored.B.shape[0]
+        tallest = longest_b or stored.B.shape[0]
         yield from stored_findings(config, pair, base_facts, tallest=tallest)
 
     def _stripped(
