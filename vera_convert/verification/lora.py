@@ -167,9 +167,6 @@ def check_lora(
         acting = sum(finding.rule is rules.LORA_LAYER_EXTRA for finding in wrong)
         of_config = [*pairing.config_findings()]
         ours.check_unchanged()
-        run: ModelJob | str = "--layers-only"
-        if not options.layers_only:
-            run = pairing.why_not_run() or _job(facts, places, base_options, options, access)
         return LoraCheck(
             label=places[1].label,
             origin=pair.origin,
@@ -177,7 +174,7 @@ def check_lora(
             zeros=len(pairing.extra) - acting,
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
-            run=run,
+            run=_job(pairing, places, base_options, options, access),
             findings=(
                 *wrong,
                 *of_config,
@@ -351,7 +348,7 @@ def _other_source(adapter: Adapter, lora: ReadLora) -> Iterator[Finding]:
 
 
 def _job(
-    facts: BaseFacts,
+    pairing: _Pairing,
     places: tuple[Location, Location],
     base_options: BaseOptions,
     options: VerifyOptions,
@@ -360,13 +357,17 @@ def _job(
     """Fetch the base and return the models to run, or the reason why no model is run.
 
     Args:
-        facts: the base facts.
+        pairing: the adapter, the LoRA and the base facts.
         places: where the adapter and the LoRA lie.
         base_options: the caller's options for the base.
         options: the options of the comparison.
         access: how the Hub is reached.
     """
-    base, location = facts.base, facts.location
+    if options.layers_only:
+        return "--layers-only"
+    if reason := pairing.why_not_run():
+        return reason
+    base, location = pairing.facts.base, pairing.facts.location
     is_reachable = location is not None and (location.folder or base_options.model) is not None
     if base is None or location is None or not is_reachable:
         return "give --base MODEL to run the LoRA in PEFT"

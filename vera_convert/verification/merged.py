@@ -158,8 +158,7 @@ def check_merged(
             explain=partial(right_with_other_projections, merge, read.files),
         )
         findings = dict.fromkeys(_findings(read, source, edits, tensors, settings))
-        for file in read.files.files.values():
-            file.check_unchanged()
+        read.check_unchanged()
         inputs.check_unchanged()
         folder = read.model.location.fetched
         adapters = tuple(map(MergedAdapter.of, inputs.adapters))
@@ -300,6 +299,11 @@ class _ReadModel:
     def model(self) -> BaseModel:
         """The headers, and the folder of the fetched files."""
         return self.files.model
+
+    def check_unchanged(self) -> None:
+        """Raise `SurroundingsError` if a weight file changed since the first look."""
+        for file in self.files.files.values():
+            file.check_unchanged()
 
 
 @contextmanager

@@ -120,8 +120,7 @@ class MergedTensors:
     @property
     def worst_first(self) -> list[TensorCheck]:
         """Return the wrong tensors, the largest error first."""
-        wrong = [check for check in self.checks if not check.passed]
-        return sorted(wrong, key=lambda check: (-check.comparison.excess, -check.comparison.wrong))
+        return _worst_first(self.checks)
 
 
 def check_tensors(
@@ -155,30 +154,34 @@ def check_tensors(
             pairs[name], comparisons[name] = again[name], comparison
     causes = _causes(pairs, comparisons, explain)
     checks = tuple(
-        TensorCheck(
-            name,
-            pair.expected.kind,
-            pair.found.dtype,
-            pair.expected.shape,
-            comparisons[name],
-            causes.get(name, ""),
-            pair.expected.dtype,
-        )
+        _check(pairs[name], comparisons[name], causes.get(name, ""))
         for name in expected
-        if (pair := pairs.get(name)) is not None
+        if name in pairs
     )
     wider = {
         check.name: check.rounded for check in checks if check.dtype != expected[check.name].dtype
     }
     nbytes = sum(pair.found.nbytes for pair in pairs.values())
-    compared = MergedTensors(checks, (), nbytes, jobs, wider)
     findings = (
         *_other_dtypes(expected, merged.model, wider),
         *_other_shapes(expected, merged.model),
         *_only_in_one(expected, merged.model),
-        *(check.finding() for check in compared.worst_first),
+        *(check.finding() for check in _worst_first(checks)),
     )
-    return replace(compared, findings=findings)
+    return MergedTensors(checks, findings, nbytes, jobs, wider)
+
+
+def _check(pair: Pair, comparison: Comparison, cause: str) -> TensorCheck:
+    tensor = pair.expected
+    return TensorCheck(
+        tensor.name, tensor.kind, pair.found.dtype, tensor.shape, comparison, cause, tensor.dtype
+    )
+
+
+def _worst_first(checks: Sequence[TensorCheck]) -> list[TensorCheck]:
+    """Return the wrong tensors, the largest error first."""
+    wrong = [check for check in checks if not check.passed]
+    return sorted(wrong, key=lambda check: (-check.comparison.excess, -check.comparison.wrong))
 
 
 def _in_expected_dtype(
