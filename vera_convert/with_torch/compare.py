@@ -109,10 +109,9 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     vera = wrapped_model(model, job)
     layers = {name: part for name, part in modules_of(vera.model) if isinstance(part, VeraLinear)}
     dtype = getattr(torch, job.settings.dtype) if job.settings.dtype is not None else None
-    stored = _stored_dtype(plan)
     if plan.packed is not None:
-        stored = _torch_dtype(plan.packed.dtype)
-        _round_others(vera.model, layers.values(), dtype or stored)
+        _round_others(vera.model, layers.values(), dtype or _torch_dtype(plan.packed.dtype))
+    stored = _stored_dtype(plan)
     rounding = [
         dtype or _dtype_of_module(name, job.wider) or stored or layer.weight.dtype
         for name, layer in layers.items()
@@ -148,10 +147,12 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
 
 
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:
-    """Return the dtype of the base's stored matrices; None if there are several.
+    """Return the dtype of the base's matrices, stored or dequantized; None if there are several.
 
     In memory transformers keeps some layers wider than the file and the merge.
     """
+    if plan.packed is not None:
+        return _torch_dtype(plan.packed.dtype)
     infos = [tensor.info for tensor in plan.base.tensors.values()]
     found = {info.dtype for info in infos if len(info.shape) == 2 and info.dtype in FLOATS}
     return _torch_dtype(found.pop()) if len(found) == 1 else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.adapter import AdaptedLayer, Adapter
 from vera_convert.adapter.config import SAVED_BY_TASK, VeraConfig, parse_config
 from vera_convert.adapter.names import A_NAME, PREFIX
 from vera_convert.adapter.opening import open_adapter
@@ -223,20 +223,13 @@ def stored_contents(
             source=layers.source,
         )
         pair = in_effect(adapter, base_facts, projections=projections, variant=variant)
-        widest = max(layers.linear[path].in_features for path in adapter.layers)
-        if pair.A.shape[1] < widest:
-            reason = (
-                f"it has {pair.A.shape[1]} columns, a layer of {layers.source} {widest} inputs."
-            )
-            raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
+        _require_width(pair.A.shape[1], own, layers.source)
         for _ in adapter.layers:
             torch.randn(adapter.config.r)  # PEFT draws d before reading d: see `_first_vectors`
         return Contents(
             config=replace(adapter.config, modules_to_save=adapter.config.saved_modules or None),
             vectors={
-                path: (to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array()))
-                for path in layers.linear
-                if (layer := adapter.layers.get(path)) is not None
+                path: _stored_vectors(adapter.layers[path]) for path in layers.linear if path in own
             },
             A=to_tensor(pair.A),
             B=to_tensor(pair.B),
@@ -300,6 +293,19 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
     ]
     refuse(wrong)
     return matched
+
+
+def _stored_vectors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+    """Read d (r,) and b (out,) of a layer."""
+    return to_tensor(layer.lambda_d.array()), to_tensor(layer.lambda_b.array())
+
+
+def _require_width(columns: int, own: Mapping[str, Linear], model: str) -> None:
+    """Refuse an A with fewer columns than a layer has inputs."""
+    widest = max(layer.in_features for layer in own.values())
+    if columns < widest:
+        reason = f"it has {columns} columns, a layer of {model} {widest} inputs."
+        raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.in_tensor(A_NAME, reason))
 
 
 def _replacements(adapter: Adapter, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
