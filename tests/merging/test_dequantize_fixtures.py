@@ -187,6 +187,37 @@ def test_a_layer_that_the_config_skips_is_plain_and_is_merged(
     np.testing.assert_array_equal(values(tensors[other]), values(expected[f"dequantized.{other}"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "listed", "count"),
+    [
+        ("bnb-nf4", "llm_int8_skip_modules", ["self_attn.q_proj"], 1),
+        ("bnb-int8-noproj", "llm_int8_skip_modules", ["model.layers.0.self_attn"], 4),
+        ("awq-gemm", "modules_to_not_convert", [r"model\.layers\.\d+\.mlp"], 3),
+        ("awq-gemm", "modules_to_not_convert", ["layers.0.self_attn", "model.layers.0.self"], 0),
+        ("awq-gemm", "modules_to_not_convert", ["("], 0),
+        ("gptq-8bit", "modules_in_block_to_quantize", [["q_proj"], ["mlp.up_proj"]], 5),
+        ("fp8-block", "modules_to_not_convert", ["q_proj"], 0),
+        ("torchao-int8", "modules_to_not_convert", ["q_proj"], 0),
+        ("ct-fp8-channel", "ignore", ["re:.*q_proj"], 0),
+    ],
+)
+def test_a_packed_layer_that_a_loader_takes_for_plain_is_a_warning(
+    name: str, field: str, listed: list[object], count: int, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(FIXTURES / name / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"][field] = listed
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    given = BaseOptions(str(base), dtype="bfloat16")
+    dequantize = MergeOptions(dequantize=True, dry_run=True)
+    checked = validate(FIXTURES / name / "adapter", base=given).findings
+    merged = merge(FIXTURES / name / "adapter", tmp_path / "out", base=given, options=dequantize)
+    for findings in (checked, merged.findings):
+        warnings = [finding.reason for finding in findings if finding.code == "V559"]
+        assert len(warnings) == bool(count)
+        assert not count or f"7 packed layers, and quantization_config calls {count}" in warnings[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_small_shards_hold_the_same_bytes(name: str, tmp_path: Path) -> None:
     whole = merged(name, tmp_path / "whole")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from packedlayers import decoded
+from releases import needs
 from torchmodels import built
 
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized import awq, bitsandbytes_4bit, compressed_tensors, gptq, torchao
 from vera_convert.base.quantized.layer_settings import settings_by_layer
+from vera_convert.base.quantized.recognize import plain_by_config
 from vera_convert.draws.generator import Rounding, rounded
 from vera_convert.hub.lookup import Location
 
@@ -189,6 +192,27 @@ def test_the_rules_of_gptqmodel(rules: dict[str, dict[str, object]]) -> None:
         assert ("dynamic" in found) == (rule is False), name
         for key in ("bits", "group_size", "desc_act", "sym") if rule is not False else ():
             assert found.get(key) == theirs(rules, name, key, settings.get(key)), name
+
+
+@needs("transformers", "5.20", "lists of plain layers are read in another way")
+@pytest.mark.parametrize(
+    "listed",
+    [
+        ["q_proj", "model.layers.1", "lm"],
+        ["layers.1", "model.layers.1.mlp.up", "_proj"],
+        [r"model\.layers\.\d+\.mlp", "model.layers.*q_proj", "head"],
+        ["model.layers.1.", "self_attn", "model.layers.10|model.layers.0"],
+        [],
+    ],
+)
+def test_transformers_lists_of_plain_layers(listed: list[str]) -> None:
+    quantizers = import_module("transformers.quantizers.quantizers_utils")
+    ends = ("self_attn.q_proj", "mlp.up_proj")
+    paths = [f"model.layers.{layer}.{end}" for layer in (0, 1, 10) for end in ends] + ["lm_head"]
+    section = {"quant_method": "awq", "modules_to_not_convert": listed}
+    base = replace(BASE, config={**BASE.config, "quantization_config": section})
+    plain = {path for path in paths if not quantizers.should_convert_module(path, listed)}
+    assert {*plain_by_config(base, paths)} == plain
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])

@@ -15,7 +15,7 @@ from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized.targets import quantized_elsewhere, refuse_quantized
+from vera_convert.base.quantized.targets import misdescribed, quantized_elsewhere, refuse_quantized
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.resolve import Need, idle_key_maps, resolve_base
 from vera_convert.conversion.proof import other_dims
@@ -186,6 +186,7 @@ def _base_findings(files: BaseFiles, packed: Unpacked) -> Iterator[Finding]:
     yield from files.sides.findings(label)
     if files.packed is not None:
         yield dequantized_finding(packed, label)
+        yield from misdescribed(packed)
         return
     elsewhere = quantized_elsewhere(packed.stored)
     if elsewhere is not None:

@@ -12,7 +12,7 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized.targets import quantized_elsewhere, target_findings
+from vera_convert.base.quantized.targets import misdescribed, quantized_elsewhere, target_findings
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
     brought,
@@ -81,6 +81,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     yield from _orientation(adapter, match)
     quantized = [*target_findings(whole, match.tensors.values())]
     yield from quantized
+    yield from misdescribed(whole)
     elsewhere = None if quantized else quantized_elsewhere(whole.stored)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, base)

@@ -7,7 +7,7 @@ loader can quantize 16-bit files because of the config.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
@@ -43,6 +43,8 @@ _KEPT_FIELDS = (
     "linear_weights_not_to_quantize",
 )
 """The fields in which methods list the modules that stay plain."""
+_BY_CONFIG = ("bitsandbytes", "gptq", "awq")
+"""Methods for which transformers builds quantized layers by the config, whatever the files hold."""
 _PACKED = tuple(
     dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
 )
@@ -275,6 +277,40 @@ def _named(config: Mapping[str, object]) -> frozenset[str] | None:
     return frozenset(found) if found and not any(map(is_class, found)) else None
 
 
+def plain_by_config(base: BaseModel, paths: Sequence[str]) -> list[str]:
+    """Return the packed layers that transformers builds as plain layers, because of the config.
+
+    A text of a list fits from the beginning of a path to the end of a part, as an expression, or
+    at the end of a path. A layer counts if all the layer's names fit.
+
+    Args:
+        base: the base.
+        paths: the paths of the packed layers in the base's files.
+    """
+    section = next(sections(base.config), {})
+    if method_of(section) not in _BY_CONFIG:
+        return []
+    fields = ("modules_to_not_convert", "llm_int8_skip_modules", "modules_in_block_to_quantize")
+    skipped, skipped_too, packed = ({*texts(section.get(field))} for field in fields)
+    skipped |= skipped_too
+    names = other_names(base, paths)
+    every = [*dict.fromkeys(name for others in names.values() for name in others)]
+    expressions = {text: rf"(?:{text})(?:(?<=\.)|(?=\.|$))" for text in skipped}
+    hits = fitting_expressions(expressions, every)
+    if hits is None:
+        return []
+    plain = {name for name in every if hits[name]} | _ending(every, skipped)
+    if packed:
+        plain |= {*every} - _ending(every, packed)
+    return [path for path, others in names.items() if plain.issuperset(others)]
+
+
+def _ending(names: Iterable[str], endings: Collection[str]) -> set[str]:
+    """Return the names that end with any of the endings."""
+    lengths = {len(text) for text in endings}
+    return {name for name in names if any(name[-length:] in endings for length in lengths)}
+
+
 _MOST_CLAIMS = 32
 """The most different statements to read of a config: the work grows with the layers."""
 _MOST_LOOKUPS = 20_000_000
@@ -282,7 +318,7 @@ _MOST_LOOKUPS = 20_000_000
 
 
 def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]] | None:
-    """Return the patterns that fit each name, or a part of the name.
+    """Return the patterns that fit each name, a part of the name, or the end of the name.
 
     Plain patterns cost one look-up for each part of a name, however many patterns there are; all
     others are under the limits of `patterns.search`.
@@ -303,13 +339,17 @@ def _fitting(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozens
         else:
             plain.setdefault(text, []).append(pattern)
     sizes = {text.count(".") + 1 for text in plain}
-    if len(sizes) * sum(name.count(".") + 1 for name in names) > _MOST_LOOKUPS:
+    lengths = {len(text) for text in plain}
+    lookups = len(sizes) * sum(name.count(".") + 1 for name in names) + len(lengths) * len(names)
+    if lookups > _MOST_LOOKUPS:
         return None
     found = fitting_expressions(expressions, names)
     if found is None:
         return None
     return {
-        name: frozenset(fits).union(*(plain.get(part, ()) for part in _parts(name, sizes)))
+        name: frozenset(fits)
+        .union(*(plain.get(part, ()) for part in _parts(name, sizes)))
+        .union(*(plain.get(name[-length:], ()) for length in lengths))
         for name, fits in found.items()
     }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vera_convert import rules
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized.recognize import Quantization
+from vera_convert.base.quantized.recognize import Quantization, layer_of, plain_by_config
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.errors import refuse
 from vera_convert.rules import Finding
@@ -75,6 +75,16 @@ def _fate_of_plain(base: Unpacked, names: Iterable[str]) -> str:
     if not quantized_targets(base.stored, [name for name in names if name not in base.weights]):
         return ""
     return "".join(dict.fromkeys(f" {each.plain}" for each in base.formats.values() if each.plain))
+
+
+def misdescribed(base: Unpacked) -> Iterator[Finding]:
+    """Yield a warning if a loader builds layers as plain layers that the files hold packed."""
+    paths = dict.fromkeys(layer_of(weight.main)[0] for weight in base.weights.values())
+    found = plain_by_config(base.stored, [*paths])
+    if found:
+        reason = f"the files hold {len(paths):,} packed layers, and quantization_config calls "
+        reason += f'{len(found):,} of them plain, such as "{printable(found[0])}".'
+        yield rules.BASE_MISDESCRIBED.at(base.stored.location.label, reason)
 
 
 def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
