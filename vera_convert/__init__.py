@@ -1,4 +1,4 @@
-"""Validate, strip, embed, migrate, merge and verify VeRA adapters of PEFT, exactly.
+"""Validate, convert, merge and verify VeRA adapters of PEFT, bit for bit.
 
     read ──► understand ──► transform ──► publish ──► report
     files/   adapter/       conversion/   publish/    formats/

@@ -102,9 +102,9 @@ def count(
     Args:
         model: a folder, a repo on the Hub, a ``config.json`` or its value, a config of
             transformers, or the model's layers.
-        rank: r.
+        rank: the rank r.
         targets: names as in PEFT's list form, or all-linear alone; none means PEFT's default.
-        revision: the model's, on the Hub.
+        revision: the model's branch, tag or commit on the Hub.
         access: how the Hub is reached.
 
     Raises:

@@ -78,7 +78,7 @@ class AdapterInfo:
 
     Attributes:
         location: where the adapter lies.
-        config: its config.
+        config: the adapter's config.
         groups: the layers, by kind and shape.
         lambda_dtypes: dtypes of the trained vectors.
         projections: shape and dtype of the stored A and B, or None.
@@ -90,7 +90,7 @@ class AdapterInfo:
         parameters: trained values in the lambdas.
         lora_parameters: trained values of a LoRA of the same rank; None without a base.
         sizes: bytes in each form.
-        base_facts: the base facts.
+        base_facts: the base: its name, its dtype, and the sizes of its layers.
         findings: warnings and notes.
     """
 
@@ -132,7 +132,7 @@ def info(
         adapter: a folder or a repo on the Hub.
         base: the base, and how to read it; None for the base that the adapter's config names. If
             the base is missing, the sizes of the base are unknown.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         revision: the adapter's branch, tag or commit on the Hub.
         access: how the Hub is reached.
 

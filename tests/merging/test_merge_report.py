@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vera_convert.assembly.addends import Numbers
-from vera_convert.merging.report import TensorReport, number_findings, total, worst
+from vera_convert.merging.report import TensorReport, number_findings, total, values_in_words, worst
 
 SOME = Numbers(values=8, changed=2, base=100.0, change=4.0, loss=1.0)
 LOST = Numbers(values=8, changed=0, base=100.0, change=4.0, loss=4.0)
@@ -33,6 +33,12 @@ def test_nothing_is_no_division_by_zero() -> None:
     nothing = Numbers()
     assert (nothing.changed_share, nothing.relative_change, nothing.relative_loss) == (0, 0, 0)
     assert Numbers(1, 1, 0.0, 4.0, 0.0).relative_change == 1
+
+
+def test_the_numbers_of_a_part_are_called_a_sample() -> None:
+    assert values_in_words([report("a", SOME), report("b", LOST)]) == "all 16 values"
+    half = Numbers(values=4, changed=2, base=100.0, change=4.0, loss=1.0)
+    assert values_in_words([report("a", SOME), report("b", half)]) == "12 sampled values"
 
 
 def test_a_record_has_four_digits() -> None:

@@ -84,7 +84,7 @@ def migrate(
         out: the folder to write.
         to: the mode.
         base: the base.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         accept_change: as for `strip`.
         peft_version: the oldest PEFT that must read the result, such as ``"0.13"``.
         force: replace an adapter that lies at `out`.
@@ -162,7 +162,7 @@ def migrate_tree(
         out: the folder to write.
         to: the form of every adapter in `out`.
         base: the options of the bases; `BaseOptions.places` names a base for each name in configs.
-        projections: which A and B to use.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         accept_change: strip even if PEFT would regenerate different matrices.
         peft_version: write configs that this version of PEFT can read.
         force: replace an `out` that an earlier call wrote.

@@ -42,7 +42,7 @@ class Regenerated:
         draw: the draw that A and B are.
         dtype: the stored dtype.
         sha256_A: SHA-256 of A's bytes, in hex.
-        sha256_B: of B's.
+        sha256_B: SHA-256 of B's bytes, in hex.
         size: bytes of the file.
         findings: warnings and notes.
     """

@@ -52,7 +52,7 @@ def form_sizes(
         adapter: the adapter.
         own: the stored pair; None if the adapter stores none.
         base_facts: the facts of the base.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
 
     Raises:
         UsageError: the key's pair counts, and its rounding is not known.

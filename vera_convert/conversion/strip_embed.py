@@ -80,7 +80,7 @@ def strip(
         adapter: a folder or a repo on the Hub.
         out: the folder to write.
         base: the base; by default the base of the config, if that base can be read.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         accept_change: drop A and B even if only `embed` regenerates them.
         force: replace an adapter that lies at `out`.
         revision: the adapter's revision on the Hub.
@@ -129,7 +129,7 @@ def embed(
         out: the folder to write.
         base: the base: a model, or dims and dtype.
         generator: the variant, if no fingerprint names the variant; float32-fused by default.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         force: replace an adapter that lies at `out`.
         revision: the adapter's revision on the Hub.
         access: how the Hub is reached.

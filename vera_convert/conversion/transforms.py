@@ -126,7 +126,7 @@ def stripped(
     Args:
         adapter: the adapter; a stripped adapter is returned unchanged.
         base_facts: the facts of the base that the adapter will be loaded on.
-        projections: which projections count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         accept_change: drop A and B even if PEFT would draw others; `embedded` restores the pair.
 
     Raises:
@@ -209,7 +209,7 @@ def embedded(
     Args:
         adapter: the adapter, returned unchanged if the config says that A and B are stored.
         base_facts: dims and rounding of the base; with a fingerprint, neither is needed.
-        projections: which projections count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         variant: the generator's variant, if no fingerprint names the variant.
 
     Raises:

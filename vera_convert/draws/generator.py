@@ -76,7 +76,7 @@ class Variant(StrEnum):
 
 
 class Rounding(StrEnum):
-    """The casts of drawn values, in order, when PEFT wrapped the base's layers."""
+    """The casts that PEFT applies to drawn values, in order: one for each dtype of the layers."""
 
     NONE = "none"
     BF16 = "bf16"

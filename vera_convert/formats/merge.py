@@ -10,7 +10,7 @@ from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.adapters import MergedAdapter
 from vera_convert.merging.merge import Merge
 from vera_convert.merging.output import FilePlan
-from vera_convert.merging.report import ReplacedTensor, total, worst
+from vera_convert.merging.report import ReplacedTensor, total, values_in_words, worst
 from vera_convert.text import and_more, counted, printable
 
 _MOST_LISTED = 12
@@ -53,7 +53,7 @@ def _number_rows(result: Merge) -> list[Row]:
     most = f"{last[1].relative_loss:.3g}, in {printable(last[0])}"
     return [
         *rows,
-        ("changed", f"{numbers.changed_share:.1%} of {numbers.values:,} sampled values"),
+        ("changed", f"{numbers.changed_share:.1%} of {values_in_words(result.tensors)}"),
         ("delta", f"{numbers.relative_change:.3g} times the norm of the weights"),
         ("rounding error", f"{numbers.relative_loss:.3g} of the delta; largest: {most}"),
     ]

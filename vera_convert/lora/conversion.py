@@ -75,7 +75,7 @@ class LoraConversion:
         origin: where A and B come from.
         draw: which draw A and B are, if they were drawn.
         extras: the heads and biases stored with the LoRA.
-        base_facts: the base facts.
+        base_facts: the base: its name, its dtype, and the sizes of its layers.
         size: bytes of the file of weights.
         free: bytes free for the output.
         side_files: the files beside the adapter's weights: copied, or left out.

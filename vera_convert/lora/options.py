@@ -38,7 +38,7 @@ class LoraOptions:
         fill_layers: write a LoRA of zeros for the layers that the engine wants and the adapter
             does not have.
         drop_head: leave out modules_to_save and trained biases.
-        projections: which A and B are used if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         generator: how A and B are drawn if no fingerprint says so.
         check: read the written weights back and compare every byte.
         dry_run: plan and measure, and write nothing.

@@ -35,7 +35,7 @@ def lora_size(
         location: where the adapter lies.
         base_facts: the facts of the base.
         base_options: the caller's options for the base, which the file records.
-        projections: which A and B count if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
 
     Returns:
         The bytes; None if the sizes of the layers or the rounding of A and B are not known.

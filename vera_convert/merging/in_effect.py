@@ -60,7 +60,7 @@ def in_effect(
     Args:
         adapter: the adapter.
         base_facts: dims and rounding of the base.
-        projections: which A and B to use if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         variant: the generator's variant, if A and B are drawn and no fingerprint names a variant.
 
     Raises:

@@ -50,7 +50,7 @@ class MergeOptions:
         weight: the factor of the first adapter's deltas.
         add: further adapters, in the order in which their deltas are added; a text is
             ``ADAPTER`` or ``ADAPTER=WEIGHT``.
-        projections: which A and B to use if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         generator: the variant that drew A and B, if no fingerprint names the variant.
         dtype: the dtype of all float tensors, such as ``bfloat16``; None keeps each dtype.
         max_shard_size: the most bytes of a shard, or a text such as ``5GB``; None keeps the base's

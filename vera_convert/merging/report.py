@@ -67,6 +67,13 @@ def worst(reports: Sequence[TensorReport]) -> tuple[str, Numbers] | None:
     return max(added, key=lambda item: item[1].relative_loss, default=None)
 
 
+def values_in_words(reports: Sequence[TensorReport]) -> str:
+    """Return how many values the numbers are taken from, and whether these are all values."""
+    looked_at, added = total(reports).values, _added(reports)
+    every = sum(math.prod(each.shape) for each in reports if each.name in added)
+    return f"all {looked_at:,} values" if looked_at == every else f"{looked_at:,} sampled values"
+
+
 def _added(reports: Sequence[TensorReport]) -> dict[str, Numbers]:
     """Return the numbers of the tensors to which deltas were added, by name."""
     return {
@@ -92,7 +99,8 @@ def number_findings(
     name, numbers = last
     if everything.values and not everything.change:
         why = "" if any(weights) else ", because the weight of every adapter is 0"
-        reason = f"all {everything.values:,} sampled values stay the same{why}."
+        said = values_in_words(reports).removeprefix("all ")
+        reason = f"all {said} stay the same{why}."
         yield rules.UNTRAINED.at(place, reason)
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())

@@ -63,7 +63,7 @@ def validate(
     """
     named_adapters = places("adapters", adapters)
     if isinstance(select, str) or isinstance(ignore, str):
-        raise UsageError("select and ignore are lists of codes, not texts.")
+        raise UsageError('select and ignore are lists of codes: give ["V4"] for "V4".')
     select, ignore = texts("select", select), texts("ignore", ignore)
     fail_on = one_of("fail_on", Severity, fail_on)
     require_flags(recursive=recursive, deep=deep)

@@ -120,7 +120,7 @@ class Adapters(PeftMethods):
                 eval mode, as in PEFT.
             config: a config to use instead of the folder's, which may be missing.
             subfolder: the adapter's folder inside `folder`.
-            projections: the source of A and B if file, flag and key disagree.
+            projections: the source of A and B: ``auto``, ``file`` or ``key``.
             variant: the variant of the generator, if A and B are not stored and no fingerprint
                 names the variant.
             rounding: the rounding of drawn A and B; None to derive it from the layers' dtypes.

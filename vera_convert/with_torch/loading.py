@@ -200,7 +200,7 @@ def stored_contents(
         folder: the folder of the adapter.
         model: the model to adapt; layers can be wrapped already.
         config: a config to use instead of the folder's, which may be missing.
-        projections: the source of A and B if file, flag and key disagree.
+        projections: the source of A and B: ``auto``, ``file`` or ``key``.
         variant: the variant of the generator, if A and B are drawn and no fingerprint names it.
         rounding: the rounding of drawn values; None to derive it from the layers' dtypes.
         key_map: pairs (OLD, NEW). If the names do not fit the model, the first pair with which all
