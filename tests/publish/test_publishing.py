@@ -21,7 +21,6 @@ from vera_convert.publish import filesystem, staging
 from vera_convert.publish import publishing as publish
 from vera_convert.publish.publishing import (
     Output,
-    sha256_of,
     updated_folder,
 )
 from vera_convert.publish.signals import Interrupted
@@ -171,12 +170,6 @@ def test_a_message_about_a_staged_file_names_out(out: Path) -> None:
         raise SurroundingsError(f"{new / 'a'} cannot be read: Input/output error.", "Try again.")
     assert str(caught.value) == f"{out / 'a'} cannot be read: Input/output error. Try again."
     assert names(out.parent) == []
-
-
-def test_sha256_of(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256_of(tmp_path / "file") == digest
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from vera_convert.assembly.addends import Numbers
 from vera_convert.assembly.writer import Finished
-from vera_convert.publish.publishing import sha256_of
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import file_sha256, open_local
 
 
 class Journal:
@@ -97,9 +98,10 @@ def _is_as_recorded(folder: Path, record: Mapping[str, Any]) -> bool:
     path = folder / record["name"]
     try:
         found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            return False
         same = (found.st_size, found.st_mtime_ns) == (record["size"], record["mtime"])
-        return same and record["sha256"] == sha256_of(path)
-    except OSError:
+        if not (same and stat.S_ISREG(found.st_mode)):
+            return False
+        with open_local(path) as file:
+            return bool(record["sha256"] == file_sha256(file))
+    except (OSError, SurroundingsError):
         return False

@@ -25,10 +25,10 @@ from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, ParameterError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header
-from vera_convert.files.reading import open_local
+from vera_convert.files.reading import file_sha256, open_local
 from vera_convert.files.tensorfile import from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.publish.publishing import Output, sha256_of
+from vera_convert.publish.publishing import Output
 from vera_convert.rules import Finding
 from vera_convert.text import read_back_differs, short_repr
 
@@ -250,8 +250,9 @@ def _write(
     tensors = (from_array("vera_A", pair[0]), from_array("vera_B", pair[1]))
     with output.staged() as staging:
         digest = write_tensors(staging, tensors, {"format": "pt"})
-        if sha256_of(staging) != digest:
-            raise SurroundingsError(read_back_differs(output.path.name))
+        with open_local(staging) as written:
+            if file_sha256(written) != digest:
+                raise SurroundingsError(read_back_differs(output.path.name))
     hashes = [sha256(b"".join(tensor.blocks())).hexdigest() for tensor in tensors]
     size = output.path.stat().st_size
     return Regenerated(output.path, drawn, tensors[0].dtype, hashes[0], hashes[1], size, findings)

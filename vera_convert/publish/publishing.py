@@ -11,7 +11,6 @@ refuses to replace (NFS), a run may replace an *empty* folder, created at OUT du
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -193,12 +192,6 @@ class Staged:
             remove_tree(self.folder / name)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def files_but(folder: Path, names: Collection[str]) -> list[str]:
     """Return the files and links below a folder that are not in `names`, with `/`.
 
@@ -242,13 +235,13 @@ def explained(out: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno, "")
         if error.errno == errno.EEXIST and TAG in name:  # each file is written under a new name
             where, remedy = f" ({printable(Path(name).name)})", _TWINS
-        explained = SurroundingsError(
+        found = SurroundingsError(
             f"{printable(str(out))} could not be written: "
             f"{error.strerror}{where}. {remedy}".rstrip()
         )
         if is_resumable(error):
-            mark_resumable(explained)
-        raise explained from error
+            mark_resumable(found)
+        raise found from error
 
 
 # Publishing ---------------------------------------------------------------------------------------
