@@ -49,7 +49,7 @@ from vera_convert.merging.in_effect import InEffect, Origin, in_effect
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.forms import fetched_adapter
-from vera_convert.verification.lora_config import config_findings
+from vera_convert.verification.lora_config import unloaded_findings
 from vera_convert.verification.lora_names import in_transformers_order, layer_names
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, missing_packages
 from vera_convert.verification.options import VerifyOptions, settle
@@ -165,7 +165,8 @@ def check_lora(
         pairing = _Pairing(ours, in_transformers_order(theirs, names, facts), facts, pair, names)
         layers, wrong = pairing.layers()
         acting = sum(finding.rule is rules.LORA_LAYER_EXTRA for finding in wrong)
-        of_config = [*pairing.config_findings()]
+        task = ours.config.task_type
+        unloaded = [*unloaded_findings(pairing.lora, pairing.found, task, facts)]
         ours.check_unchanged()
         return LoraCheck(
             label=places[1].label,
@@ -177,7 +178,7 @@ def check_lora(
             run=_job(pairing, places, base_options, options, access),
             findings=(
                 *wrong,
-                *of_config,
+                *unloaded,
                 *_other_source(ours, theirs),
                 *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
             ),
@@ -221,10 +222,6 @@ class _Pairing:
         wrong += [layer.finding() for layer in layers if not layer.passed]
         wrong += _extra_layers(self.extra)
         return layers, [*wrong, *_other_tensors(self.adapter, self.lora)]
-
-    def config_findings(self) -> Iterator[Finding]:
-        """Yield the tensors that the engine would leave out because of the LoRA's config."""
-        return config_findings(self.lora, self.found, self.adapter.config.task_type, self.facts)
 
     def why_not_run(self) -> str:
         """Return the reason why PEFT cannot run this LoRA; empty if nothing is in the way."""

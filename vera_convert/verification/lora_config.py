@@ -22,7 +22,7 @@ from vera_convert.text import printable
 _LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 
 
-def config_findings(
+def unloaded_findings(
     lora: ReadLora, loaded: Mapping[str, str], task_type: str | None, facts: BaseFacts
 ) -> Iterator[Finding]:
     """Yield a finding for each tensor that the engine would leave out or refuse.
