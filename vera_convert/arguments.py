@@ -119,10 +119,10 @@ def whole_number(name: str, value: object, *, least: int | None = 1) -> int:
     index = getattr(type(value), "__index__", None)
     if index is None or is_flag(value):
         raise ParameterError(name, f"is {_shown(value)}: give a whole number.")
-    number: int = index(value)
-    if least is not None and number < least:
-        raise ParameterError(name, f"is {number}: give a whole number from {least} on.")
-    return number
+    found: int = index(value)
+    if least is not None and found < least:
+        raise ParameterError(name, f"is {found}: give a whole number from {least} on.")
+    return found
 
 
 def number(name: str, value: object) -> float:
@@ -193,12 +193,12 @@ def place(name: str, value: object) -> str:
         UsageError: the value is of another kind, is empty, or has a NUL.
     """
     if isinstance(value, str | os.PathLike):
-        path = os.fspath(value)
-        require_content(name, path)  # pathlib would take an empty text for the working directory
-        if "\0" in str(path):
+        found = os.fspath(value)
+        require_content(name, found)  # pathlib would take an empty text for the working directory
+        if "\0" in str(found):
             raise ParameterError(name, "contains a NUL character: give the name without the NUL.")
-        if isinstance(path, str):
-            return path
+        if isinstance(found, str):
+            return found
     raise ParameterError(name, f"is {_shown(value)}: give a text or a pathlib.Path.")
 
 

@@ -210,18 +210,18 @@ def unproven_draw(config: VeraConfig, reason: str, *, place: str) -> Finding:
 
 def unproven(adapter: Adapter, own: RecognizedPair, base_facts: BaseFacts) -> Iterator[Finding]:
     """Warn if no base proves the width of A and the rounding of the A and B that PEFT draws."""
-    unproven = []
+    missing = []
     if base_facts.in_features is None:
-        unproven.append(f"the width of A ({own.in_features})")
+        missing.append(f"the width of A ({own.in_features})")
     if base_facts.rounding is None:
-        unproven.append("the rounding")
-    if unproven:
+        missing.append("the rounding")
+    if missing:
         dtypes = same_on(adapter.config, own, base_facts)
         on = f"a base loaded in {dtypes[0]}" if dtypes else "no base of one dtype"
         source = (base_facts.unclear or base_facts.source).rstrip(".")
         why = f"; {source}" if source else ""
         reason = (
-            f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(unproven)}{why}."
+            f"PEFT regenerates the same A and B on {on}. Not proven: {' and '.join(missing)}{why}."
         )
         yield rules.ROUNDING_UNPROVEN.at(adapter.place, reason)
 

@@ -205,8 +205,8 @@ def opened(
     location = locate(named, kind="adapter", access=access, revision=revision)
     replace(output, inputs=[location.folder] if location.folder else []).check()
     location = fetch_adapter(location, access)
-    with open_adapter(location.fetched, repair=repair) as opened:
-        yield Work(location, opened, refuse_values(opened), output, access)
+    with open_adapter(location.fetched, repair=repair) as found:
+        yield Work(location, found, refuse_values(found), output, access)
 
 
 def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> AdapterContent:

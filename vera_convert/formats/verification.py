@@ -136,18 +136,18 @@ def _settings_text(check: MergedCheck) -> str:
 
 def _tensor_rows(checks: Sequence[TensorCheck]) -> Iterator[Row]:
     for kind, words in _IN_WORDS.items():
-        alike = [check for check in checks if check.kind is kind]
-        if not alike:
+        of_kind = [check for check in checks if check.kind is kind]
+        if not of_kind:
             continue
-        passed = sum(check.passed for check in alike)
-        verified = f"{passed:,} of {counted(len(alike), 'tensor')} verified"
+        passed = sum(check.passed for check in of_kind)
+        verified = f"{passed:,} of {counted(len(of_kind), 'tensor')} verified"
         if kind is not Kind.ADDED:
             yield words, verified
             continue
-        values = sum(check.comparison.values for check in alike)
-        excess = max(check.comparison.excess for check in alike)
+        values = sum(check.comparison.values for check in of_kind)
+        excess = max(check.comparison.excess for check in of_kind)
         yield words, f"{verified}, {values:,} values"
-        yield "  rounding", _rounding_text(alike, values)
+        yield "  rounding", _rounding_text(of_kind, values)
         yield "  largest error", f"{excess:.3g} ULP (limit {LIMIT:g}) before rounding"
 
 

@@ -42,7 +42,7 @@ from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan, plan_lora
 from vera_convert.lora.record import LoraSource, record_of
 from vera_convert.lora.writing import (
-    Computed,
+    ComputedFactors,
     Measured,
     SafetensorsWeights,
     Weights,
@@ -253,7 +253,7 @@ class _Job:
 
     def measure(self, progress: Progress) -> LoraConversion:
         """Compute every layer and write nothing."""
-        computed = Computed(self.plan)
+        computed = ComputedFactors(self.plan)
         size, layers = self._weights(computed, NO_SHA256).file_size(), self.plan.layers
         for number, layer in enumerate(layers, 1):
             computed.of(layer)
@@ -263,7 +263,7 @@ class _Job:
 
     def write(self, progress: Progress) -> LoraConversion:
         """Write the LoRA whole or not at all."""
-        folder, files, computed = self.work.adapter.folder, self.files, Computed(self.plan)
+        folder, files, computed = self.work.adapter.folder, self.files, ComputedFactors(self.plan)
         source_sha256 = file_sha256(self.work.adapter.file.source)
         weights = self._weights(computed, source_sha256)
         written = {CONFIG_NAME, CARD_NAME, *self.copied}
@@ -285,7 +285,7 @@ class _Job:
             self.work.adapter.check_unchanged()
         return self._result(computed.measured, size)
 
-    def _weights(self, computed: Computed, source_sha256: str) -> Weights:
+    def _weights(self, computed: ComputedFactors, source_sha256: str) -> Weights:
         record = record_of(self.source, self.plan, source_sha256=source_sha256)
         if isinstance(self.files, GgufModel):
             return GgufWeights(self.files, record, computed)

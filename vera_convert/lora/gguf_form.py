@@ -29,7 +29,7 @@ from vera_convert.files.tensorfile import Array
 from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.writing import Computed
+from vera_convert.lora.writing import ComputedFactors
 from vera_convert.targets.architectures import MAX_LAYERS
 from vera_convert.text import printable, read_back_differs
 
@@ -159,7 +159,7 @@ class GgufWeights:
 
     model: GgufModel
     record: Mapping[str, object]
-    computed: Computed
+    computed: ComputedFactors
 
     def file_size(self) -> int:
         """Return the bytes of the file; the beginning is written to a temporary folder."""

@@ -42,7 +42,7 @@ class Measured:
         return max(self.errors.values(), default=0.0)
 
 
-class Computed:
+class ComputedFactors:
     """Computes the factors of layers; the last layer is kept, because a layer has two tensors.
 
     Attributes:
@@ -106,7 +106,7 @@ class SafetensorsWeights:
     files: FormFiles
     others: Sequence[TensorData]
     record: Mapping[str, object]
-    computed: Computed
+    computed: ComputedFactors
 
     def file_size(self) -> int:
         """Return the bytes of the file, without computing a layer."""

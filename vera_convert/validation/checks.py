@@ -83,7 +83,7 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
         if options.deep and is_remote:
             location = fetch_weights(location, options.access)
         with check.opened(location) as examined:
-            check.examined(examined, location.folder)
+            check.run(examined, location.folder)
     except CheckpointError as error:
         check.findings += error.findings
     except SurroundingsError as error:
@@ -144,7 +144,7 @@ class _Check:
             yield examine(_REMOTE, config, weights, values=False)
             self.bytes_read = _bytes_read((config, weights))
 
-    def examined(self, examined: Examined, folder: Path | None) -> None:
+    def run(self, examined: Examined, folder: Path | None) -> None:
         """Run every check whose input could be read; `folder` is None for a repo on the Hub."""
         if examined.other_method is not None:
             self.findings = [*examined.findings]

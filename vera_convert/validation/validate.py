@@ -99,23 +99,23 @@ def _named(adapters: Sequence[str | Path], *, recursive: bool) -> Iterator[str |
     """Yield each adapter once, by its folder or its repo, or why a folder cannot be read."""
     seen: set[str] = set()
     for adapter in adapters:
-        text = str(adapter)
-        if Path(text).is_dir():
-            text = str(Path(text))  # ./a and a/ are a
-        elif Path(text).name in (CONFIG_NAME, WEIGHTS_NAME):
-            text = str(Path(text).parent)
-            if not Path(text).is_dir():  # never a repo on the Hub
-                absent = SurroundingsError(f"there is no folder {printable(text)}.")
-                yield Checked(printable(text), text, failure=absent)
+        place = str(adapter)
+        if Path(place).is_dir():
+            place = str(Path(place))  # ./a and a/ are a
+        elif Path(place).name in (CONFIG_NAME, WEIGHTS_NAME):
+            place = str(Path(place).parent)
+            if not Path(place).is_dir():  # never a repo on the Hub
+                absent = SurroundingsError(f"there is no folder {printable(place)}.")
+                yield Checked(printable(place), place, failure=absent)
                 continue
         unreadable: dict[str, VeraConvertError] = {}
-        below = _below(Path(text), unreadable) if recursive else [text]
+        below = _below(Path(place), unreadable) if recursive else [place]
         for name in below:
             if name not in seen:
                 seen.add(name)
                 yield name
         for name, error in unreadable.items():
-            path = str(Path(text, name))
+            path = str(Path(place, name))
             yield Checked(printable(path), path, failure=error)
 
 

@@ -50,7 +50,7 @@ from vera_convert.text import printable
 from vera_convert.verification.options import VerifyOptions
 
 Array = NDArray[Any]
-Pair = tuple[Array, Array]
+Matrices = tuple[Array, Array]
 
 _FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))
 """The fields in which forms of an adapter may differ."""
@@ -235,7 +235,7 @@ class _Side:
         self.variant = options.generator
         self._recorded = adapter.projections or adapter.fingerprint
         self._here: InEffect | None = None
-        self._drawn: Pair | None = None
+        self._drawn: Matrices | None = None
 
     def here(self, dtype: str) -> InEffect:
         """Return the A and B that vera-convert uses on a base in this dtype."""
@@ -247,7 +247,7 @@ class _Side:
             )
         return self._here
 
-    def in_peft(self, dtype: str) -> Pair:
+    def in_peft(self, dtype: str) -> Matrices:
         """Return the A and B that PEFT 0.21 uses on a base in this dtype."""
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
@@ -286,7 +286,7 @@ def _needed(side: _Side) -> tuple[int, int]:
     return widest, side.adapter.longest_b
 
 
-def _pairs_differ(first: Pair, second: Pair, needed: tuple[int, int]) -> str:
+def _pairs_differ(first: Matrices, second: Matrices, needed: tuple[int, int]) -> str:
     """Return the first difference of two pairs of A and B; empty if layers use the same values.
 
     Layers use leading slices, so only one of the pairs may be larger.

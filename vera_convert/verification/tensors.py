@@ -171,10 +171,10 @@ def check_tensors(
     return MergedTensors(checks, findings, nbytes, jobs, wider)
 
 
-def _check(pair: Pair, comparison: Comparison, cause: str) -> TensorCheck:
+def _check(pair: Pair, comparison: Comparison, why: str) -> TensorCheck:
     tensor = pair.expected
     return TensorCheck(
-        tensor.name, tensor.kind, pair.found.dtype, tensor.shape, comparison, cause, tensor.dtype
+        tensor.name, tensor.kind, pair.found.dtype, tensor.shape, comparison, why, tensor.dtype
     )
 
 

@@ -244,11 +244,11 @@ def text_lines(path: Path, count: int) -> tuple[str, ...]:
         UsageError: the file is not UTF-8, or has no line with text.
         SurroundingsError: the file is missing or cannot be read.
     """
-    place = printable(str(path))
+    shown = printable(str(path))
     if path.is_dir():
-        raise UsageError(f"--text {place} is a folder: give a text file.")
+        raise UsageError(f"--text {shown} is a folder: give a text file.")
     if not path.is_file():
-        raise SurroundingsError(f"--text {place}: there is no such file.")
+        raise SurroundingsError(f"--text {shown}: there is no such file.")
     with open_local(path) as file:
         raw = file.read_at(0, min(file.size, _MOST_BYTES))
         is_complete = file.size <= _MOST_BYTES
@@ -256,10 +256,10 @@ def text_lines(path: Path, count: int) -> tuple[str, ...]:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=is_complete)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--text {place} is not UTF-8: {error.reason} at byte {error.start}."
+            f"--text {shown} is not UTF-8: {error.reason} at byte {error.start}."
         ) from error
     stripped = (line.strip()[:_MOST_LETTERS] for line in text.splitlines())
     lines = tuple(islice((line for line in stripped if line), count))
     if not lines:
-        raise UsageError(f"--text {place} has no line with text.")
+        raise UsageError(f"--text {shown} has no line with text.")
     return lines
