@@ -262,6 +262,21 @@ def test_a_result_is_wrapped_to_the_window_below_its_value(
     assert [line for line in lines if len(line) > 50 and "/" not in line] == []
 
 
+def test_a_message_is_wrapped_to_the_window_and_is_one_line_elsewhere(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", peft_type="LORA")
+    monkeypatch.setenv("COLUMNS", "50")
+    piped = run("info", adapter).err
+    assert piped.count("\n") == 1
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = run("info", adapter).err
+    assert shown.startswith("error: V101 ")
+    assert [line for line in shown.splitlines() if len(line) > 50 and "`" not in line] == []
+    assert " ".join(shown.split()) == piped.strip()
+
+
 @pytest.mark.parametrize("words", [["info"], ["validate"], ["validate", "--explain", "V"]])
 def test_a_text_that_is_no_terminal_s_is_not_wrapped(
     words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,7 +107,7 @@ class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
     rounding: str | None = option(
         PROJECTIONS,
         "DTYPE",
-        "Round A and B as a base of this dtype does: bfloat16, float16.",
+        "Round A and B as PEFT does on a base of this dtype: bfloat16, float16.",
         "--round",
         type=Dtype(("bfloat16", "float16")),
     )

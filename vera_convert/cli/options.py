@@ -145,7 +145,7 @@ class CommonOptions(Options):
     quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
     verbose: bool = flag(
         DISPLAY,
-        "Print each request to the Hub and each file read or written to stderr.",
+        "Print to stderr each request to the Hub, and each file read or written.",
         "-v",
         "--verbose",
     )

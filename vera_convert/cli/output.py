@@ -63,10 +63,13 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def tell(severity: str, text: str) -> None:
-    """Print a line about an error, a warning or a note to stderr."""
+    """Print an error, a warning or a note to stderr: one line, unless a window is narrower."""
+    width = window() if _is_terminal(sys.stderr) else None
+    message = "\n".join(wrapped(text, width, first=f"{severity}: ", indent="  "))
     if in_color(sys.stderr):
-        severity = f"\x1b[{_COLORS[severity]}m{severity}\x1b[0m"
-    say(f"{severity}: {text}", err=True)
+        colored = f"\x1b[{_COLORS[severity]}m{severity}\x1b[0m"
+        message = message.replace(severity, colored, 1)
+    say(message, err=True)
 
 
 def print_document(document: Mapping[str, object]) -> None:

@@ -163,7 +163,7 @@ def count_text(result: Count) -> str:
     """Return the text about the parameters and bytes of VeRA and LoRA."""
     body = labelled(
         ("rank", str(result.rank)),
-        ("layers", f"{result.layers}, by {printable(result.source)}"),
+        ("layers", f"{result.layers}, from {printable(result.source)}"),
         *map(_group_row, result.groups),
         ("A and B", f"({result.rank}, {result.max_in}) and ({result.max_out}, {result.rank})"),
     )
