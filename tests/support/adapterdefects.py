@@ -913,3 +913,17 @@ register(
     },
     added,
 )
+register(
+    "V233",
+    {
+        "a_saved_module_lies_inside_another": {
+            "base_model.model.classifier.dense.weight": _zeros(2, 2),
+            "base_model.model.classifier.dense.norm.weight": _zeros(2),
+        },
+        "a_name_ends_both_paths": {
+            "base_model.model.dense.LayerNorm.weight": _zeros(2),
+            "base_model.model.dense.adense.weight": _zeros(2, 2),
+        },
+    },
+    lambda more: all_of(added(more), fields({"modules_to_save": ["classifier", "dense"]})),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import AdaptedLayer
@@ -70,13 +71,17 @@ class SavedModules:
 
     def of(self, module: str) -> frozenset[str]:
         """Return the names by which a module, or a module around the module, is saved."""
-        ends = (found.start() for found in re.finditer(r"\.|\Z", module))
-        endings = {
-            module[end - length : end]
-            for end in ends
-            for length in self._lengths[: bisect_right(self._lengths, end)]
-        }
-        return self._names & endings
+        return frozenset().union(*self.around(module).values())
+
+    def around(self, module: str) -> dict[str, frozenset[str]]:
+        """Return the names of each saved module, by path: the module, and the modules around it."""
+        found = {}
+        for end in (found.start() for found in re.finditer(r"\.|\Z", module)):
+            lengths = self._lengths[: bisect_right(self._lengths, end)]
+            names = self._names.intersection(module[end - length : end] for length in lengths)
+            if names:
+                found[module[:end]] = names
+        return found
 
 
 def replacement_findings(
@@ -96,10 +101,13 @@ def replacement_findings(
     """
     declared = SavedModules(config.saved_modules)
     saved: dict[str, frozenset[str]] = {}
+    nested: dict[str, str] = {}
     bias_stored = False
     for tensor in others:
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
-        names = declared.of(module)
+        around = declared.around(module)
+        names = frozenset().union(*around.values())
+        nested |= dict(pairwise([*reversed(around)]))
         if _is_token_rows(tensor.name):
             rows = f"{tensor.shape[0]:,} rows" if tensor.shape else "a value"
             reason = f"it holds {rows} of an embedding, trained with trainable_token_indices."
@@ -109,6 +117,10 @@ def replacement_findings(
         else:
             bias_stored |= parameter == "bias"
             yield from _undeclared(tensor, layers, config)
+    if nested:
+        inner, outer = min(nested.items())
+        more = f", and {len(nested) - 1:,} more such modules" if len(nested) > 1 else ""
+        yield rules.NESTED_MODULES.at(printable(inner), f"it lies in {printable(outer)}{more}.")
     if not renamed:
         yield from _incomplete_modules(saved, layers, config)
         if config.bias != "none" and not bias_stored:
