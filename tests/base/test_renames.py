@@ -457,6 +457,27 @@ def test_deepseek_v4_is_found_in_its_own_files() -> None:
     assert match.strategy.name == 'names of deepseek_v4 since transformers 5, prefix "model." added'
 
 
+def test_a_layer_whose_weight_is_renamed_without_its_module_is_found() -> None:
+    base = base_of(["layers.0.self_attn.q_proj"], model_type="jev")
+    name = "weight"
+    tensor = BaseTensor("m", TensorInfo(name, "F32", (8, 8), 0, 0))
+    base = BaseModel(base.location, base.config, {}, {**base.tensors, name: tensor})
+    match = matched(["model.layers.0.self_attn.q_proj", "proj"], base)
+    assert match.tensors["proj"] == name
+
+
+def test_a_number_is_a_name_at_the_places_of_a_table_alone() -> None:
+    files = ["flow_lm.flow_net.res_blocks.0.mlp.2", "flow_lm.flow_net.res_blocks.2.mlp.0"]
+    layers = ["flow_head.layers.0.fc2", "flow_head.layers.2.fc1"]
+    match = matched(layers, base_of(files, model_type="gradium_phonon_tts"))
+    assert [*match.tensors.values()] == [f"{path}.weight" for path in files]
+    assert match.strategy.undo("flow_lm.flow_net.res_blocks.0.mlp.1") is None
+    with pytest.raises(CheckpointError, match="V520"):
+        matched(
+            [*layers, "flow_head.layers.1.fc1"], base_of(files, model_type="gradium_phonon_tts")
+        )
+
+
 # --- the installed registry ----------------------------------------------------------------------
 
 
