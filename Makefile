@@ -48,7 +48,7 @@ THIS := $(PIP) install --no-deps --no-build-isolation --editable .
 .PHONY: help demo test lint format test-oldest test-floor test-ci test-engines test-quantizers bench docs lock clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
 
 demo: .venv/demo.stamp ## Check, convert, merge and verify a trained adapter
 	@bash examples/demo.sh $(BIN)/python

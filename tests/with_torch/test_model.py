@@ -149,6 +149,8 @@ def test_attributes_of_the_model_are_available() -> None:
         (lambda m: m.add_adapter(LLAMA, adapter="put"), "cannot name an adapter"),
         (lambda m: m.set_adapter("none"), "has no adapter none"),
         (lambda m: VeraModel(m.model, LLAMA), "wrapped already"),
+        (lambda _: VeraModel("my-model", LLAMA), r"model is not a torch\.nn\.Module: load"),
+        (lambda m: m.load_adapter(None), "folder is None: give a text"),
         (
             lambda m: m.add_adapter(
                 VeraConfig(r=4, target_modules=("up_proj",), modules_to_save=("self_attn",)),
@@ -494,7 +496,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("kind", "tensors", "message"),
     [
-        ("gpt2", {}, r"4 of 4 layers, such as .*q_proj.*, are no linear layers of it"),
+        ("gpt2", {}, r"4 of 4 layers, such as .*q_proj.*, are no linear layers of the model"),
         (
             "llama",
             {f"{LAYER}.vera_lambda_b": np.ones(30, np.float32)},

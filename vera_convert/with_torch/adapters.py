@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import replaced_name
-from vera_convert.arguments import one_of
+from vera_convert.arguments import one_of, place
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import UsageError
@@ -48,6 +48,11 @@ class Adapters(PeftMethods):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                "model is not a torch.nn.Module: load the model first, for example with "
+                "AutoModelForCausalLM.from_pretrained of transformers."
+            )
         if any(isinstance(module, VeraLinear) for module in model.modules()):
             raise UsageError("the model is wrapped already: add an adapter to its VeraModel.")
         self.model = model
@@ -143,11 +148,10 @@ class Adapters(PeftMethods):
         variant = None if variant is None else one_of("variant", Variant, variant)
         rounding = None if rounding is None else one_of("rounding", Rounding, rounding)
         access = access or HubAccess()
-        name = str(folder) if subfolder is None else f"{folder}/{subfolder}"
-        place = locate(name, kind="adapter", access=access, revision=revision)
-        place = fetch_adapter(place, access)
+        name = place("folder", folder) if subfolder is None else f"{folder}/{subfolder}"
+        found = locate(name, kind="adapter", access=access, revision=revision)
         contents = stored_contents(
-            place.fetched,
+            fetch_adapter(found, access).fetched,
             self.model,
             config=None if config is None else own_config(config),
             projections=projections,
@@ -342,7 +346,7 @@ class Adapters(PeftMethods):
         for name in names:
             if name not in self.configs:
                 raise UsageError(
-                    f"this model has no adapter {printable(name)}. It has "
+                    f"this model has no adapter {printable(name)}. The adapters of this model: "
                     f"{', '.join(self.configs) or 'none'}."
                 )
         return names

@@ -278,7 +278,7 @@ def _matched(adapter: Adapter, layers: ModelLayers, model: nn.Module) -> dict[st
         kind = "" if found is None else f" (a {type(found).__name__})"
         reason = (
             f'{len(absent)} of {len(adapter.layers)} layers, such as "{printable(absent[0])}"'
-            f"{kind}, are no linear layers of it."
+            f"{kind}, are no linear layers of the model."
         )
         raise CheckpointError(rules.NAMES_DIFFER.at(layers.source, reason))
     matched = {path: layers.linear[path] for path in adapter.layers}
