@@ -31,8 +31,9 @@ _PATHS_BY_TYPE: Mapping[str, str] = {
     model_type: path
     for path, types in {
         "cls.predictions.decoder": """
-            bert big_bird deberta deberta-v2 ernie fnet layoutlm lxmert megatron-bert mobilebert mra
-            nomic_bert nystromformer roc_bert roformer squeezebert tapas visual_bert yoso
+            bert big_bird blip_text_model deberta deberta-v2 ernie fnet layoutlm lxmert
+            megatron-bert mobilebert mra nomic_bert nystromformer roc_bert roformer squeezebert
+            tapas visual_bert yoso
             """,
         "decoder": "modernbert modernbert-decoder",
         "decoder.output_projection": "fsmt",
@@ -40,12 +41,14 @@ _PATHS_BY_TYPE: Mapping[str, str] = {
         "generator_lm_head": "convbert electra",
         "head": "rwkv",
         "head.decoder": "ultrabert",
+        "language_model.lm_head": "blip-2 instructblip instructblipvideo",
         "lm_head.decoder": """
             bert-generation camembert data2vec-text esm gte ibert jina_embeddings_v3 longformer
             luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
             """,
         "lm_head.out_proj": "t5gemma t5gemma2",
         "lm_loss": "xlnet",
+        "mlm_score.decoder": "bridgetower vilt",
         "output": "git internlm2",
         "output_projection": "biogpt trocr",
         "pred_layer.proj": "flaubert xlm",
@@ -53,7 +56,7 @@ _PATHS_BY_TYPE: Mapping[str, str] = {
         "proj_out": "canary cohere_asr moonshine moonshine_streaming whisper",
         "text_decoder.cls.predictions.decoder": "blip",
         "text_decoder_postnet.lm_head": "speecht5",
-        "text_model.lm_head": "kosmos-2",
+        "text_model.lm_head": "kosmos-2 kosmos-2.5",
         "transformer.output_layer": "chatglm",
         "vocab_projector": "distilbert",
     }.items()
@@ -62,7 +65,7 @@ _PATHS_BY_TYPE: Mapping[str, str] = {
 """The path of the output head by model type, as transformers 5.24 names the head in files."""
 _WITH_HEAD = re.compile(
     r".*(LMHead|MaskedLM|CausalLM|ForConditionalGeneration|ForPreTraining|DoubleHeads|ForSpeechTo"
-    r"|ForTextTo).*"
+    r"|ForTextTo|MarianMTModel|BertGenerationDecoder|Blip2Model).*"
 )
 """The classes of transformers that have an output head."""
 
