@@ -153,6 +153,24 @@ class Layers:
                 return Inside(names, shapes[0][1], first, finding)
         return self._expert(module, outputs, undo)
 
+    def joined(self, undo: Callable[[str], str | None]) -> Iterator[str]:
+        """Yield the path, in the adapter's model, of each layer that transformers cuts out.
+
+        Args:
+            undo: from a path in the files to the path in the adapter.
+        """
+        cut = {
+            name: layout
+            for layout in self._layouts
+            for name in self._base.tensors
+            if f".{name}".removesuffix(".weight").endswith(f".{layout.files}")
+        }
+        paths = (name.rpartition(".")[0] for name in self._base.tensors.keys() - cut.keys())
+        blocks = {_block(f"{path}."): _block(f"{undo(path) or ''}.") for path in sorted(paths)}
+        for name, layout in cut.items():
+            block = blocks.get(_block(name))
+            yield from (block + end for end in layout.memory if block)
+
     def _expert(
         self, module: str, outputs: int, undo: Callable[[str], str | None]
     ) -> Inside | None:

@@ -14,6 +14,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.lora_record import DIFFUSERS_NAME, MLX_NAME
 from vera_convert.adapter.names import PREFIX
 from vera_convert.base.facts import BaseFacts
+from vera_convert.base.unsupported_layouts import Layers
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.lora.engines import Engine, Form
 from vera_convert.lora.peft_form import Extras, config_text, target_names
@@ -73,10 +74,12 @@ def files_of(
     Raises:
         CheckpointError: the component of a pipeline is not known.
     """
-    modules, naming = base_facts.modules, "as in the adapter"
-    if base_facts.base is not None and has_base_names(engine, base_facts):
-        modules = frozenset(name.removesuffix(".weight") for name in base_facts.base.tensors)
+    modules, naming, base = base_facts.modules, "as in the adapter", base_facts.base
+    if base is not None and has_base_names(engine, base_facts):
+        modules = frozenset(name.removesuffix(".weight") for name in base.tensors)
         naming = "as in the base's files"
+    elif base is not None and base_facts.match is not None:
+        modules |= {*Layers(base).joined(base_facts.match.strategy.undo)}
     if engine.form is Form.MLX:
         endings, text = (".lora_a", ".lora_b"), _mlx_config(config, plan, modules)
         return FormFiles(MLX_NAME, naming, endings=endings, transposed=True, config=text)
