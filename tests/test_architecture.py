@@ -197,6 +197,16 @@ def test_a_folder_imports_exactly_the_folders_that_its_docstring_names(folder: s
     assert used - allowed - {folder, "__version__"} == named
 
 
+SUMS_OF_A_MERGE = {"assembly.blocks", "assembly.writer", "assembly.float16", "merging.plan"}
+
+
+def test_verify_does_not_compute_with_the_code_that_it_verifies() -> None:
+    assert MODULES.keys() >= SUMS_OF_A_MERGE
+    for module in (name for name in MODULES if name.startswith("verification.")):
+        used = {name.removeprefix("vera_convert.") for name in imports(MODULES[module])}
+        assert SUMS_OF_A_MERGE.isdisjoint(used), module
+
+
 def named(tree: ast.Module) -> set[str]:
     """Every name that a module defines, reads or compares with."""
     found: set[str] = set()

@@ -99,7 +99,9 @@ class TestAdapterConfig:
                     assert schema_errors("adapter_config", document, anchor=other)
 
     def test_holds_for_the_trained_adapter(self, minilm: Path, schema_errors: SchemaErrors) -> None:
-        for path in minilm.glob("*/adapter_config.json"):
+        configs = [*minilm.glob("*/adapter_config.json")]
+        assert configs
+        for path in configs:
             assert schema_errors("adapter_config", json.loads(path.read_bytes())) == []
 
     @pytest.mark.parametrize(

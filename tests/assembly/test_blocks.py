@@ -207,7 +207,7 @@ def test_a_large_rank_makes_smaller_blocks() -> None:
     assert Sum("w", (100, 4), BFLOAT16, BFLOAT16, terms=(large,)).block_rows == 2
 
 
-def test_a_bench_has_room_for_the_largest_of_several_tensors(
+def test_a_workspace_has_room_for_the_largest_of_several_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(addends, "BLOCK_VALUES", 1 << 20)
@@ -215,11 +215,11 @@ def test_a_bench_has_room_for_the_largest_of_several_tensors(
     tall = Sum(
         "t", (60, 3), BFLOAT16, np.dtype("f4"), terms=(term(60, 3, seed=1), term(60, 3, seed=2))
     )
-    bench = Workspace(buffer_sizes_for([wide, tall]))
+    workspace = Workspace(buffer_sizes_for([wide, tall]))
     for tensor in (wide, tall, wide):
         rows = tensor.shape[0]
         stored = np.random.default_rng(0).normal(size=tensor.shape).astype(BFLOAT16)
-        bench.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
-        bench.add(tensor, 0, rows)
+        workspace.stored_bytes(tensor, 0, rows)[:] = stored.tobytes()
+        workspace.add(tensor, 0, rows)
         alone, _ = worked(tensor, stored)
-        assert bytes(bench.written_bytes(tensor, 0, rows)) == alone.tobytes()
+        assert bytes(workspace.written_bytes(tensor, 0, rows)) == alone.tobytes()

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from terms import term, worked
 
 from vera_convert.assembly import addends, writer
-from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
-from vera_convert.assembly.blocks import CPU
+from vera_convert.assembly.addends import Array, NotFiniteError, Numbers, Sum
+from vera_convert.assembly.blocks import CPU, product_sha256
 from vera_convert.assembly.copying import write_at
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import (
@@ -198,8 +198,11 @@ def test_a_first_product_is_run_before_anything_is_written(
         Assembler(files(source), jobs=2, device=broken)
 
 
-def test_the_product_is_always_the_same() -> None:
-    assert CPU.product() == CPU.product()
+def test_sums_of_another_precision_show_in_the_product() -> None:
+    def in_float64(left: Array, right: Array) -> Array:
+        return (left.astype(np.float64) @ right).astype(np.float32)
+
+    assert CPU.product() == product_sha256() != product_sha256(in_float64)
 
 
 def test_numbers_are_added_in_the_order_of_the_blocks() -> None:

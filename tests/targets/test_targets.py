@@ -576,7 +576,9 @@ def test_peft_0_21_writes_what_the_rules_say(fixtures: Path) -> None:
         with safe_open(path, "np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
-    for folder in sorted(fixtures.glob("*/*_proj")):
+    folders = sorted(fixtures.glob("*/*_proj"))
+    assert folders
+    for folder in folders:
         text = (folder / "adapter_config.json").read_bytes()
         config = parse_config(text, place=folder.name).config
         base = fixtures / str(config.base_model_name_or_path)

@@ -258,6 +258,7 @@ def test_a_merge_that_no_a_and_b_explain_keeps_its_cause(tmp_path: Path) -> None
     merged_with(adapter, base, tmp_path / "out", weight=0.5)
     (tmp_path / "out" / PROVENANCE).unlink()
     result = layers(adapter, base, tmp_path / "out", weight=1.0)
+    assert [finding.code for finding in result.errors] == ["V601"] * 4
     assert all("The delta was added 0.5" in finding.reason for finding in result.errors)
 
 

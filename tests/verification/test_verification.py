@@ -982,14 +982,6 @@ def test_last_bits_are_those_of_the_dtype(kind: str) -> None:
     assert last_bits(values.astype("f8"), kind).tolist() == expected.tolist()
 
 
-def test_the_merge_s_own_sums_are_not_asked() -> None:
-    folder = Path(pairs.__file__).parent
-    for path in folder.glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        for module in ("assembly.blocks", "assembly.writer", "assembly.float16", "merging.plan"):
-            assert module not in text, path.name
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
