@@ -489,7 +489,7 @@ def test_files_that_a_config_names_are_not_fetched(
         ({"model_type": None}, "not a model of transformers"),
         (
             {"model_type": "brand_new"},
-            r"type brand_new, which transformers .* does not have\. verify",
+            r"type brand_new, which transformers .* does not have\. To compare",
         ),
         (
             {"model_type": "brand_new", "transformers_version": "91.0.1"},
