@@ -64,11 +64,9 @@ class Rule:
         """The first version of vera-convert that has the rule."""
         return _texts(self.code)["since"]
 
-    def at(
-        self, place: str, reason: str, *, file: str | None = None, tensor: str | None = None
-    ) -> Finding:
+    def at(self, place: str, reason: str, *, file: str | None = None) -> Finding:
         """Return a finding at a place: a layer, a folder, a base (text that is printable)."""
-        return Finding(self, place, reason, file, tensor)
+        return Finding(self, place, reason, file)
 
     def in_file(self, file: str, reason: str) -> Finding:
         """Return a finding in a file (a name or path that is printable)."""

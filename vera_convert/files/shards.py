@@ -169,7 +169,7 @@ def _folders_with_weights(names: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(found - {""}))
 
 
-def _why_none(top: Collection[str], place: str, below: Sequence[str] = ()) -> Finding:
+def _why_none(top: Collection[str], place: str, below: Sequence[str]) -> Finding:
     """Return the finding about a folder without safetensors weights."""
     if CONFIG_NAME in top:
         return rules.BASE_IS_ADAPTER.at(place, f"there is {CONFIG_NAME} and no model.")

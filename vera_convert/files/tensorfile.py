@@ -18,7 +18,7 @@ from vera_convert import rules
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
-from vera_convert.files.header import Header, header_bytes, in_order, read_header
+from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import ByteSource
 from vera_convert.progress import counter
 from vera_convert.rules import Finding
@@ -52,9 +52,9 @@ class TensorFile:
     dtype that NumPy lacks, and `SurroundingsError` if the file cannot be read or has changed.
     """
 
-    def __init__(self, source: ByteSource, header: Header | None = None) -> None:
+    def __init__(self, source: ByteSource) -> None:
         self.source = source
-        self.header = read_header(source) if header is None else header
+        self.header = read_header(source)
 
     def read(self, name: str) -> Array:
         """Return a tensor as a new array in C order, with the stored dtype."""

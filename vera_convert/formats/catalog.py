@@ -49,7 +49,7 @@ def rules_text(rules: Iterable[Rule] = CATALOG.values()) -> str:
     return table(rows)
 
 
-def explanation(rules: Iterable[Rule], *, width: int | None = None) -> str:
+def explanation(rules: Iterable[Rule], *, width: int | None) -> str:
     """Return the meaning, the reason and the remedy of each rule as text."""
     return "\n\n".join("\n".join(_explained(rule, width)) for rule in rules)
 

@@ -218,6 +218,9 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
 """The source of each value whose attribute has another name than the key, by the result's class."""
 
 
+_loaded = cache(load_schema)
+
+
 def result_document(result: object, **values: object) -> Document:
     """Return a result, or an error, as a JSON object with the keys of the result's schema."""
     name = next(kind.__name__ for kind in type(result).__mro__ if kind.__name__ in SCHEMAS)
@@ -235,13 +238,8 @@ def document(schema: str, result: object, **values: object) -> Document:
         result: a record of the library.
         values: further values, by key.
     """
-    loaded = _schema(schema)
+    loaded = _loaded(schema)
     return _object(result, loaded, loaded, values)
-
-
-@cache
-def _schema(name: str) -> Schema:
-    return load_schema(name)
 
 
 def _object(result: object, schema: Schema, root: Schema, given: Mapping[str, object]) -> Document:

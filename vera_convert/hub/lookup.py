@@ -196,7 +196,7 @@ def _holds_model(folder: Path) -> bool:
     )
 
 
-def _existing_folder(text: str, *, files: Collection[str] = ()) -> Path | None:
+def _existing_folder(text: str, *, files: Collection[str]) -> Path | None:
     """Return the folder at the path `text`; None if there is no folder.
 
     Args:

@@ -15,9 +15,7 @@ from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 
-def config_findings(
-    config: VeraConfig, unsound: Collection[str] = frozenset()
-) -> Iterator[Finding]:
+def config_findings(config: VeraConfig, unsound: Collection[str]) -> Iterator[Finding]:
     """Yield findings for the base's name, and for fields rejected by some releases.
 
     Args:

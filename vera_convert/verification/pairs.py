@@ -160,7 +160,7 @@ def is_wider(found: str, due: str) -> bool:
 
 
 def pairs_of(
-    expected: Mapping[str, MergedTensor], merged: BaseFiles, *, wider_too: bool = False
+    expected: Mapping[str, MergedTensor], merged: BaseFiles, *, wider_too: bool
 ) -> dict[str, Pair]:
     """Return the comparable tensors by name, in the order of the bytes on the disk.
 

@@ -127,20 +127,20 @@ def check_tensors(
     expected: Mapping[str, MergedTensor],
     merged: BaseFiles,
     *,
+    wider_too: bool,
+    explain: Explain,
     jobs: int | None = None,
-    wider_too: bool = False,
     progress: Progress = no_progress,
-    explain: Explain = lambda _names: {},
 ) -> MergedTensors:
     """Compare every tensor of a merged model with the expected tensor.
 
     Args:
         expected: the expected tensors, by name.
         merged: the merged model.
-        jobs: the number of threads; None for the number of cores, four at most.
         wider_too: whether a wider dtype than expected is allowed.
-        progress: called with the compared bytes, and with the total.
         explain: called first for the causes of wrong tensors with deltas.
+        jobs: the number of threads; None for the number of cores, four at most.
+        progress: called with the compared bytes, and with the total.
 
     Raises:
         SurroundingsError: a file cannot be read, or changed meanwhile.

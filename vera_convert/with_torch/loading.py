@@ -186,11 +186,11 @@ def stored_contents(
     folder: Path,
     model: nn.Module,
     *,
-    config: VeraConfig | None = None,
+    config: VeraConfig | None,
     projections: ProjectionSource,
     variant: Variant | None,
-    rounding: Rounding | None = None,
-    key_map: Sequence[tuple[str, str]] = (),
+    rounding: Rounding | None,
+    key_map: Sequence[tuple[str, str]],
 ) -> Contents:
     """Read an adapter as PEFT 0.21 does: A and B as stored, or drawn and rounded for this model.
 

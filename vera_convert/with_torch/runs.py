@@ -46,7 +46,7 @@ class Runs:
         """Run a model on the samples."""
         return run_model(model, self.samples, self._begin)
 
-    def _begin(self, _sample: int) -> None:
+    def _begin(self) -> None:
         self.enter(Stage.RUN)
         self._done += 1
 

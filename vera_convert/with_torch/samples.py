@@ -216,17 +216,13 @@ def _image_size(config: Any) -> tuple[int, int]:  # noqa: ANN401
 # --- outputs -------------------------------------------------------------------------------------
 
 
-def run_model(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    begin: Callable[[int], None] = lambda _place: None,
-) -> Outputs:
+def run_model(model: nn.Module, samples: Sequence[Sample], begin: Callable[[], None]) -> Outputs:
     """Run a model on each sample, and keep up to `_KEPT_VALUES` output values.
 
     Args:
         model: the model.
         samples: the samples.
-        begin: called with the number of each sample before the model runs on the sample.
+        begin: called before the model runs on each sample.
 
     Raises:
         UnfitError: the model cannot be run.
@@ -241,8 +237,8 @@ def run_model(
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
     ):
-        for number, sample in enumerate(samples):
-            begin(number)
+        for sample in samples:
+            begin()
             torch.manual_seed(0)  # some models mask parts of their input at random
             inputs = {
                 name: each.to(dtype) if each.is_floating_point() else each

@@ -48,7 +48,7 @@ def write_adapters(
     adapters: Mapping[str, tuple[VeraConfig, Mapping[str, Tensor]]],
     *,
     force: bool,
-    update: bool = False,
+    update: bool,
 ) -> None:
     """Write adapters as PEFT does, and read the files back.
 
