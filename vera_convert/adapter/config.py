@@ -254,7 +254,7 @@ def _what_else(document: dict[str, object]) -> str:
     if isinstance(kind, str) and kind in _DIALECTS:
         return f"peft_type is {kind}: this is {_DIALECTS[kind]}."
     if isinstance(kind, str):
-        spelled = " (PEFT takes it in capitals only)" if kind.upper() == "VERA" else ""
+        spelled = " (PEFT reads capitals only)" if kind.upper() == "VERA" else ""
         return f'peft_type is "{printable(kind)}", not "VERA"{spelled}.'
     if kind is not None:
         return f"peft_type is {_json_kind(kind)} where the text VERA is expected."

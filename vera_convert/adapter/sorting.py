@@ -181,7 +181,7 @@ def _name_reason(rule: Rule) -> str:
     return {
         rules.PREFIX_MISSING: f"the name does not begin with {PREFIX}",
         rules.OTHER_VERA: "plain VeRA has lambda_b, lambda_d, A and B only.",
-    }.get(rule, "the name is none that PEFT writes for VeRA.")
+    }.get(rule, "PEFT writes no tensor of this name for VeRA.")
 
 
 def _unpaired(lambdas: Mapping[str, Mapping[str, TensorData]]) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ def untrained_layers(
     b = [found[layer.lambda_b.name] for layer in layers]
     d = [found[layer.lambda_d.name] for layer in layers]
     if starts_at_one and all(each.is_constant and each.magnitude == 1 for each in b):
-        reason = "every lambda_b is one, as before training where init_weights is false."
+        reason = "every lambda_b is one, as before training if init_weights is false."
         yield rules.UNTRAINED.in_file(WEIGHTS_NAME, reason)
     for vector, vectors in (("lambda_b", b), ("lambda_d", d)):
         zero = [layer for layer, each in zip(layers, vectors, strict=True) if not each.magnitude]

@@ -245,7 +245,7 @@ def _also_matched(adapter: Adapter, further: Layers, dims: Dims, other: Dims | N
     names = listed(sorted(further), 1, noun="layer")
     said = f"in the base's files the config's targets match {names} too, which the file lacks"
     if other is None:
-        reason = f"{said}. A and B have {dims} all the same."
+        reason = f"{said}. A and B have {dims} in either case."
         return rules.TARGETS_DISAGREE.as_note().at(adapter.place, reason)
     reason = (
         f"{said}. A and B have {dims}, as PEFT draws them for the layers that the file adapts. "

@@ -132,7 +132,7 @@ def open_lora(folder: Path) -> Iterator[ReadLora]:
         raise SurroundingsError(f"there is no folder {printable(str(folder))}.")
     weights = next((name for name in LORA_WEIGHTS if (folder / name).exists()), None)
     if weights is None:
-        raise _unreadable(folder.name, f"there is none of {', '.join(LORA_WEIGHTS)}")
+        raise _unreadable(folder.name, f"the folder holds none of {', '.join(LORA_WEIGHTS)}")
     with open_local(folder / weights, within=folder) as source:
         if weights == GGUF_NAME:
             yield _in_gguf(source)

@@ -273,8 +273,8 @@ class _Collector:
         elif tied is Tied.ADD and embedding is not None and own is None:
             self._share(embedding, target, replacement)
         else:
-            other = "" if own is None else ", which differs from its embedding"
-            reason = f"the adapter stores an output head of its own{other}."
+            other = "" if own is None else ", another than its embedding"
+            reason = f"the adapter stores an output head{other}; the base ties head and embedding."
             self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
 
     def _embedding_of(self, head: Replacement) -> str | None:
@@ -305,7 +305,10 @@ class _Collector:
                 continue
             tied = self._meet_tied_head()
             if tied is None:
-                reason = f"the adapter replaces {printable(embedding)} alone; PEFT keeps the head."
+                reason = (
+                    f"the adapter replaces {printable(embedding)} alone; the base ties head and "
+                    "embedding, and PEFT keeps the head."
+                )
                 self.defects.append(rules.HEAD_TIED.at(printable(head), reason))
             elif tied is Tied.ADD:
                 self._share(embedding, head, replaced[embedding])

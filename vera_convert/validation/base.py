@@ -110,7 +110,7 @@ def _tied_pairs(
         yield rules.HEAD_SHARED.at(printable(embedding), reason)
     for target, tensor in replaced.items():
         if is_tied_head(target, base) and not is_saved_twice(tensor, adapter, base):
-            reason = "the adapter stores a head of its own, and the base uses the embedding."
+            reason = "the adapter stores an output head; the base ties head and embedding."
             yield rules.HEAD_SHARED.at(printable(target), reason)
 
 

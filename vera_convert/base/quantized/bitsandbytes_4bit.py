@@ -227,7 +227,7 @@ def _state(layer: Layer, rest: str) -> State:
     kind, block, dtype = (document.get(key) for key in ("quant_type", "blocksize", "dtype"))
     kind, dtype = str(kind), str(dtype).removeprefix("torch.")
     if kind not in TABLES or rest != f"{STATE}{kind}":
-        raise wrong("its quant_type is neither nf4 nor fp4, or not that of its name.")
+        raise wrong("its quant_type must be nf4 or fp4, as its name says.")
     if type(block) is not int or block not in _BLOCK_SIZES or dtype not in _DTYPES:
         reason = "a blocksize (a power of two from 32 to 4,096) and a dtype (bfloat16, float16 "
         raise wrong(f"{reason}or float32) are needed.")
