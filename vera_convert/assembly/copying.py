@@ -35,9 +35,20 @@ def write_at(target: int, at: int, data: memoryview) -> None:
 
 
 def copy_range(source: LocalFile, target: int, *, start: int, at: int, size: int) -> None:
-    """Copy `size` bytes from offset `start` of a file to offset `at` of an open file.
+    """Copy a byte range of a file into an open file.
 
     The kernel copies if possible. File systems that share blocks then copy nothing.
+
+    Args:
+        source: the file.
+        target: the descriptor of the open file.
+        start: the offset in the file.
+        at: the offset in the open file.
+        size: the number of bytes.
+
+    Raises:
+        SurroundingsError: the file cannot be read, or shrank.
+        OSError: the system cannot write.
     """
     done = _copied_by_the_kernel(source, target, start, at, size)
     buffer = memoryview(bytearray(min(_FALLBACK_BLOCK, size - done)))

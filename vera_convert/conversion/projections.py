@@ -38,7 +38,11 @@ class ProjectionSource(StrEnum):
 
 
 def check_size(rank: int, in_features: int, out_features: int, *, place: str) -> None:
-    """Refuse dimensions whose A and B would fit no machine, before memory is allocated."""
+    """Refuse dimensions whose A and B would fit no machine, before memory is allocated.
+
+    Raises:
+        CheckpointError: `PROJECTIONS_TOO_LARGE`, at `place`.
+    """
     needed = 8 * rank * (in_features + out_features)
     if needed > MAX_PROJECTION_BYTES:
         raise CheckpointError(
@@ -108,10 +112,14 @@ def pair_in_effect(
 ) -> Adapter:
     """Return the adapter with the draw of the key in place of a stored pair that differs.
 
-    Nothing changes unless `projections` is `ProjectionSource.KEY`. `variant` is the generator's, as
-    in `draw_of_key`.
+    Args:
+        adapter: the adapter.
+        base_facts: dims and rounding of the base.
+        projections: which A and B count; nothing changes unless this is `ProjectionSource.KEY`.
+        variant: the generator's variant, as in `draw_of_key`.
 
     Raises:
+        CheckpointError: the draw would fit no machine.
         UsageError: the base and the stored pair both leave the rounding open.
     """
     stored = adapter.projections

@@ -168,6 +168,12 @@ def accepted_mismatch(
 ) -> str | None:
     """Return how PEFT's A and B differ from stored ones that the key can restore; None if equal.
 
+    Args:
+        adapter: the adapter.
+        own: the stored pair.
+        base_facts: the facts of the base.
+        projections: which A and B count if file, flag and key disagree.
+
     Raises:
         CheckpointError: `NOT_A_DRAW`, `OTHER_KEY` or `UNPROVEN_ROWS`; `PROJECTIONS_CONTRADICT` if
             the config says that A and B are not stored, and PEFT would use others.

@@ -199,7 +199,20 @@ def opened(
     access: HubAccess | None,
     repair: Repair | None = None,
 ) -> Iterator[Work]:
-    """Find and open an adapter, after a check that the output may be written."""
+    """Find and open an adapter, after a check that the output may be written.
+
+    Args:
+        adapter: a folder or a repo on the Hub.
+        output: the folder or file to write.
+        revision: the adapter's revision on the Hub.
+        access: how the Hub is reached; None for the defaults.
+        repair: brings known old and damaged forms to the current form.
+
+    Raises:
+        CheckpointError: the adapter is malformed, or has a wrong value.
+        UsageError: the output exists and may not be replaced, or overlaps the adapter.
+        SurroundingsError: the adapter is not found, or cannot be read.
+    """
     access = hub_access_of(access)
     named, revision = place("adapter", adapter), optional(text, "revision", revision)
     location = locate(named, kind="adapter", access=access, revision=revision)
@@ -246,7 +259,15 @@ def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversi
 def reported(
     converted: Converted, base_facts: BaseFacts, sides: SideFiles, *, label: str, out: Path
 ) -> Conversion:
-    """Return the report of a conversion that lies, or will lie, at `out`."""
+    """Return the report of a conversion.
+
+    Args:
+        converted: the content that was written.
+        base_facts: the facts of the base.
+        sides: the files beside the weights, copied and left out.
+        label: how the caller named the adapter.
+        out: where the conversion lies, or will lie.
+    """
     return Conversion(
         adapter=label,
         out=out,

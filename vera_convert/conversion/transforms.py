@@ -165,7 +165,11 @@ def stripped(
 
 
 def require_one_dtype(adapter: Adapter, stored: StoredProjections) -> None:
-    """Refuse A and B of two dtypes, because a fingerprint records one dtype."""
+    """Refuse A and B of two dtypes, because a fingerprint records one dtype.
+
+    Raises:
+        CheckpointError: `PROJECTION_TYPES_DIFFER`.
+    """
     if stored.A.dtype != stored.B.dtype:
         reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
         raise CheckpointError(rules.PROJECTION_TYPES_DIFFER.at(adapter.place, reason))

@@ -89,7 +89,12 @@ def check_shapes(A: NDArray[Any], B: NDArray[Any]) -> None:
 def compared(
     A: NDArray[Any], B: NDArray[Any], draw: Draw, *, block: int = BLOCK
 ) -> Iterator[tuple[str, int, NDArray[Any], NDArray[Any], NDArray[np.bool_]]]:
-    """Yield tensor, first row, stored rows, drawn rows, and where they are unequal in any bit."""
+    """Compare a stored A (r, in) and B (out, r) with the leading slices of a draw, in blocks.
+
+    Yields:
+        ``vera_A`` or ``vera_B``, the number of the first row, the stored rows, the drawn rows, and
+        where the two are unequal in any bit.
+    """
     stored = {"vera_A": A, "vera_B": B}
     blocks = redrawn(draw, in_features=A.shape[1], out_features=B.shape[0], block=block)
     for tensor, row, drawn in blocks:

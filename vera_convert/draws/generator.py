@@ -254,8 +254,15 @@ def valued(
 ) -> NDArray[Any]:
     """Return torch's values for centered integers, in the variant's dtype.
 
-    `fan_in` broadcasts against `centered`. Every line is an IEEE operation. The fused result is k
-    times the step, because k is exact and the product is rounded once.
+    Every line is an IEEE operation. The fused result is k times the step, because k is exact and
+    the product is rounded once.
+
+    Args:
+        variant: the variant.
+        centered: the integers k of `Source.centered`, of any shape.
+        fan_in: the number of columns of the whole matrix; an array of numbers broadcasts against
+            `centered`.
+        out: filled and returned, if given; of the result's shape, in the variant's dtype.
     """
     # The arithmetic of the 16-bit variants is in float32, and the result is rounded.
     precise: np.dtype[Any] = _FLOAT64 if variant.dtype == _FLOAT64 else _FLOAT32
@@ -316,8 +323,14 @@ def redrawn(
 ) -> Iterator[tuple[str, int, NDArray[Any]]]:
     """Yield the leading slices of a draw's A (r, in) and B (out, r) in order, a few rows at a time.
 
-    Each item is ``vera_A`` or ``vera_B``, the number of the first row, and the rounded rows. An
-    item has about `block` values, but at least a row of the drawn width.
+    Args:
+        draw: the draw.
+        in_features: columns of A to keep, at most those of the draw.
+        out_features: rows of B to draw, at most those of the draw.
+        block: about how many values an item has; an item has at least a row of the drawn width.
+
+    Yields:
+        ``vera_A`` or ``vera_B``, the number of the first row, and the rounded rows.
     """
     source = Source(draw.variant, key=draw.key)
     values = draw.rank * (draw.in_features + out_features)

@@ -142,7 +142,11 @@ def no_network() -> Iterator[None]:
 
 
 def endpoint() -> str:
-    """Return the address of the Hub, or of the mirror that HF_ENDPOINT names."""
+    """Return the address of the Hub, or of the mirror that HF_ENDPOINT names.
+
+    Raises:
+        UsageError: HF_ENDPOINT is no web address.
+    """
     from huggingface_hub import constants
 
     found = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
@@ -207,7 +211,18 @@ def repo_info(repo_id: str, revision: str | None, access: HubAccess) -> RepoInfo
 
 
 def asking_for(repo_id: str, filename: str, *, commit: str, place: str, access: HubAccess) -> Ask:
-    """Return a function that requests bytes of a file; `place` is the file's name in messages."""
+    """Return a function that requests bytes of a file.
+
+    Args:
+        repo_id: the repo.
+        filename: the file's name in the repo.
+        commit: the commit.
+        place: the file's name in messages.
+        access: the access to the Hub.
+
+    Raises:
+        RefusedError: the token in the environment, or the stored token, is malformed.
+    """
     url = f"{endpoint()}/{repo_id}/resolve/{commit}/{quote(filename)}"
     headers = _headers(_token(access))
 
@@ -370,7 +385,12 @@ def _bars(*, shown: bool) -> Iterator[None]:
 
 @contextmanager
 def failures_of(what: str, *, with_token: bool = False) -> Iterator[None]:
-    """Turn every error of huggingface_hub inside the block into an error of this package."""
+    """Turn every error of huggingface_hub inside the block into an error of this package.
+
+    Raises:
+        TryAgainError: a temporary failure.
+        SurroundingsError: a lasting failure.
+    """
     from huggingface_hub import errors
 
     # HTTPError belongs to the HTTP library below, which depends on the version.

@@ -72,7 +72,11 @@ def not_cached(what: str) -> SurroundingsError:
 
 
 def on_hub(location: Location) -> tuple[str, str]:
-    """Return the repo and the commit of a location on the Hub."""
+    """Return the repo and the commit of a location on the Hub.
+
+    Raises:
+        ValueError: the location is a folder.
+    """
     if location.repo_id is None or location.commit is None:
         raise ValueError("not a repo on the Hub")
     return location.repo_id, location.commit

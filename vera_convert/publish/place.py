@@ -63,7 +63,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an OUT that is, contains or lies inside an input, with all links resolved."""
+    """Refuse an OUT that is, contains or lies inside an input, with all links resolved.
+
+    Raises:
+        UsageError: OUT overlaps an input.
+    """
     real_out = Path(os.path.realpath(out))
     out_itself = _identity(real_out)
     around_out = [_identity(folder) for folder in real_out.parents]

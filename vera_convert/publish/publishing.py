@@ -124,7 +124,16 @@ class Output:
             yield staged
 
     def require_replaceable(self, place: Path) -> None:
-        """Refuse an existing OUT, unless this run may replace OUT."""
+        """Refuse an existing OUT, unless this run may replace OUT.
+
+        Args:
+            place: the path of OUT with the links of the parent resolved.
+
+        Raises:
+            UsageError: OUT exists without `force`, is a link, is of another kind, is no output of
+                this command, or holds files that the command would not write.
+            SurroundingsError: OUT cannot be read.
+        """
         if self.updates:
             return
         try:

@@ -67,7 +67,12 @@ class Container:
 
     @classmethod
     def beside(cls, out: Path) -> Container:
-        """Create a container for `out`; all links in the parent are resolved."""
+        """Create a container for `out`; all links in the parent are resolved.
+
+        Raises:
+            SurroundingsError: other runs removed each container before it had a lock.
+            OSError: the system cannot create the folder.
+        """
         for _ in range(_TRIES):
             path = out.with_name(_stem(out) + secrets.token_hex(8))
             if sys.platform == "win32":

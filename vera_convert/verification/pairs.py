@@ -32,7 +32,7 @@ class Buffers:
         self._held = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def read(self, number: int, tensor: StoredTensor, first: int, size: int) -> NDArray[np.uint8]:
-        """Read bytes of a stored tensor into buffer 0 or 1."""
+        """Read `size` bytes of a stored tensor, from byte `first` on, into buffer 0 or 1."""
         if self._held[number].size < size:
             self._held[number] = np.empty(size, np.uint8)
         raw = self._held[number][:size]
@@ -41,7 +41,11 @@ class Buffers:
         return raw
 
     def rows(self, number: int, tensor: StoredTensor, rows: tuple[int, int], columns: int) -> Array:
-        """Read rows of a stored tensor into buffer 0 or 1, and return the rows in their dtype."""
+        """Read the rows `rows[0]` to `rows[1]` (not included) of a tensor into buffer 0 or 1.
+
+        Returns:
+            The rows, (rows, columns), in the stored dtype.
+        """
         first, last = rows
         size = columns * BITS[tensor.dtype] // 8
         raw = self.read(number, tensor, first * size, (last - first) * size)
