@@ -194,11 +194,7 @@ def _described(
         difference=pair.recognition.difference if pair is not None else None,
         fingerprint=fingerprint,
         effects=effects,
-        replacements=tuple(
-            tensor.name
-            for tensor in adapter.replacements
-            if not tensor.name.endswith(".base_layer.weight")  # a copy of the base's
-        ),
+        replacements=tuple(tensor.name for tensor in adapter.trained_replacements),
         parameters=sum(out + config.r for out in outputs.values()),
         lora_parameters=None if linears is None else lora_parameters(linears, rank=config.r),
         sizes=sizes,
