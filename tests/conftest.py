@@ -12,11 +12,13 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from adapters import good_adapter
 from commandline import Ended, Run
 from folders import DATA
 from hub_server import HubServer
 from hypothesis import HealthCheck, settings
 from jsonschema import Draft202012Validator, validators
+from merges import filled_base
 
 from vera_convert.cli.app import main
 from vera_convert.hub import retry
@@ -75,6 +77,18 @@ def minilm_model() -> Path:
     assert package is not None
     assert package.origin is not None
     return Path(package.origin).parent / "model"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A sound adapter, which a test may change."""
+    return good_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base with the layers of `adapter`, which a test may change."""
+    return filled_base(tmp_path / "base")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import good_adapter
 from folders import everything, refusal
 from hub_server import HubServer
 from merges import INDEX, filled_base, merged_with, tensors_of
@@ -18,17 +17,6 @@ from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.merge import merge
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
 
 # --- what else is in the folder ------------------------------------------------------------------
 

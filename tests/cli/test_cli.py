@@ -52,11 +52,6 @@ COMMANDS = [*SCHEMA_OF]
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return tiny_base(tmp_path / "base")
 

@@ -14,17 +14,6 @@ from merges import INDEX, filled_base
 from vera_convert import merge, strip
 from vera_convert.verification import model_comparison
 
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
-
 IDLE: tuple[tuple[str, str, str], ...] = (
     ("info A --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),
     ("validate A --base B", "--key-map nothing.here=model", "--key-map nothing.here=model"),

@@ -58,11 +58,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return filled_base(tmp_path / "base", dtype="bfloat16")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from adapterdefects import bare, fields, stripped
-from adapters import RANK, good_adapter
+from adapters import RANK
 from bases import tiny_base
 from folders import WEIGHTS, codes, everything
 from hub_server import HubServer
@@ -33,11 +33,6 @@ def hub(server: HubServer, tmp_path: Path) -> HubServer:
 @pytest.fixture
 def access(tmp_path: Path) -> HubAccess:
     return HubAccess(cache_dir=tmp_path / "cache", progress=False)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
 
 
 def asked_for(server: HubServer, repo: str) -> bool:

@@ -37,11 +37,6 @@ def base(tmp_path: Path) -> Path:
     return tiny_base(tmp_path / "base")
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
 def converted(adapter: Path, base: Path | None, out: Path, **options: Any) -> LoraConversion:
     return to_lora(adapter, out, base=base, options=LoraOptions(**options))
 

@@ -25,16 +25,6 @@ from vera_convert.verification.verify import verify
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
-
 # --- what replaces ------------------------------------------------------------------------------
 
 

@@ -26,16 +26,6 @@ PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
-
 # --- what PEFT computes --------------------------------------------------------------------------
 
 

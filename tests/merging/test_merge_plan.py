@@ -15,17 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert.errors import UsageError
 
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
-
 # --- layouts -------------------------------------------------------------------------------------
 
 

@@ -46,16 +46,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return filled_base(tmp_path / "base")
-
-
-@pytest.fixture
 def model(tmp_path: Path, adapter: Path, base: Path) -> Path:
     merged_with(adapter, base, tmp_path / "merged")
     return tmp_path / "merged"

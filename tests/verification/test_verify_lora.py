@@ -40,11 +40,6 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return good_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
 def lora(adapter: Path, base: Path, tmp_path: Path) -> Path:
     to_lora(adapter, tmp_path / "lora", base=base)
     return tmp_path / "lora"
