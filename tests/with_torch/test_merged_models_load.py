@@ -111,6 +111,9 @@ KINDS = {
     "two labels on a decoder": Trained("Qwen3ForCausalLM", QWEN3, "SEQ_CLS", QV, 2),
     "three labels on a decoder": Trained("LlamaForCausalLM", LLAMA, "SEQ_CLS", QV, 3),
     "three labels on a bare decoder": Trained("LlamaModel", LLAMA, "SEQ_CLS", QV, 3),
+    "words on a bare decoder": Trained(
+        "LlamaModel", LLAMA, None, QV, auto="AutoModelForCausalLM", saved=("lm_head",)
+    ),
     "tokens on a decoder": Trained("LlamaForCausalLM", LLAMA, "TOKEN_CLS", QV, 5),
     "three labels on GPT-2": Trained(
         "GPT2LMHeadModel", ("GPT2Config", GPT2), "SEQ_CLS", ("c_attn",), 3
@@ -206,7 +209,7 @@ def asked(model: Any, kind: Trained) -> Any:
     """Return what a model answers."""
     torch.manual_seed(1)
     model.eval()
-    if kind.auto:
+    if "Image" in kind.auto:
         given = {"pixel_values": torch.randn(2, 3, 8, 8)}
     else:
         # One text at a time: a decoder without a padding token takes no more.
@@ -240,6 +243,7 @@ LATER = {
         (
             "three labels on a bare decoder",
             "three labels on a bare BERT",
+            "words on a bare decoder",
             "T5 with its head named",
         ),
         "earlier ones refuse a head beside names without the prefix of its class",

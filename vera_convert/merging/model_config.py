@@ -113,7 +113,9 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     if options.labels and len(options.labels) != head.labels:
         given = counted(len(options.labels), "name")
         raise UsageError(f"--labels has {given}, and the adapter {head.in_words}.")
-    name = options.architecture or (head.trained_class if head.names else None)
+    new = [*_new_modules(base, changes)]
+    is_head = bool(head.names) or any(is_output_head(module, base.model_type) for _, module in new)
+    name = options.architecture or (head.trained_class if is_head else None)
     shown = name or next(iter(base.class_names), "")
     of_class: list[_Edit] = []
     if base.config and (name is not None or options.labels):
@@ -122,7 +124,8 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     edits = [_vocabulary(base, changes), *of_class, _scaled_outputs(base, changes)]
     findings = [finding for each in edits for finding in each.findings]
     if name is None:
-        findings += _unknown_class(base, changes)
+        reason = "the base has no such tensor, and no class with this tensor is known."
+        findings += [rules.REPLACEMENT_NEW.in_tensor(tensor, reason) for tensor, _ in new]
     findings += _missing_modules(base, changes, name or head.trained_class or shown)
     said = "; ".join(each.phrase for each in of_class if each.phrase)
     if said:
@@ -211,15 +214,14 @@ def _class(base: BaseModel, name: str | None) -> _Edit:
     return _Edit({("architectures",): [name]}, f"architectures is {printable(name)}")
 
 
-def _unknown_class(base: BaseModel, changes: Changes) -> Iterator[Finding]:
-    """Yield a warning for each new tensor for which no class is known."""
+def _new_modules(base: BaseModel, changes: Changes) -> Iterator[tuple[str, str]]:
+    """Yield each new tensor that only another class than the base's loads, and the module."""
     known = {*changes.replaced.values()}  # an embedding can be stored for each stack
     for name, replacement in changes.new.items():
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
         is_untied = changes.unties and is_output_head(module, base.model_type)
         if replacement not in known and not is_untied:
-            reason = "the base has no such tensor, and no class with this tensor is known."
-            yield rules.REPLACEMENT_NEW.in_tensor(name, reason)
+            yield name, module
 
 
 def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[Finding]:
