@@ -129,7 +129,11 @@ def test_a_tensor_that_the_config_explains_is_a_replacement(
         assert adapter.findings == ()
 
 
-HEADS = {"SEQ_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 OF_CLASSES: dict[str, tuple[str, str, Severity | None]] = {
     "OPT": ("SEQ_CLS", "model.decoder.layers.0.self_attn.q_proj", Severity.ERROR),
     "Llama": ("SEQ_CLS", "model.layers.0.self_attn.q_proj", Severity.ERROR),
@@ -147,6 +151,11 @@ OF_CLASSES: dict[str, tuple[str, str, Severity | None]] = {
     "XLNet": ("SEQ_CLS", "transformer.layer.0.ff.layer_1", None),
     "ModernBERT of questions": ("QUESTION_ANS", "model.layers.0.attn.Wqkv", None),
     "Splinter": ("QUESTION_ANS", "splinter.encoder.layer.0.attention.self.query", None),
+    "TAPAS": ("QUESTION_ANS", "tapas.encoder.layer.0.attention.self.query", None),
+    "VisualBERT": ("QUESTION_ANS", "visual_bert.encoder.layer.0.attention.self.query", None),
+    "XLNet of questions": ("QUESTION_ANS", "transformer.layer.0.ff.layer_1", Severity.WARNING),
+    "BROS": ("TOKEN_CLS", "bros.encoder.layer.0.attention.self.query", Severity.WARNING),
+    "tokens of BERT": ("TOKEN_CLS", "bert.encoder.layer.0.attention.self.query", Severity.ERROR),
 }
 
 

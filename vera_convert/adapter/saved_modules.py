@@ -30,12 +30,17 @@ _HEAD_UNKNOWN_TO_PEFT: Mapping[str, re.Pattern[str]] = {
     ),
     "QUESTION_ANS": re.compile(
         r"^model\.layers\.\d+\.(?:attn|mlp)\.(?:Wqkv|Wi|Wo)$"  # ModernBERT
-        r"|lxmert\.|splinter\."
+        r"|(?:lxmert|splinter|tapas|text_(?:de|en)coder|vilt|visual_bert)\."
     ),
 }
 """Paths of layers in classes of transformers whose head PEFT neither trains nor saves, by task."""
-_HEAD_PERHAPS_UNKNOWN = re.compile(r"(?:^|\.)model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj$")
-"""Paths of layers that BART, whose head PEFT does not know, shares with T5Gemma."""
+_HEAD_PERHAPS_UNKNOWN: Mapping[str, re.Pattern[str]] = {
+    "SEQ_CLS": re.compile(r"(?:^|\.)model\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj$"),
+    "TOKEN_CLS": re.compile(r"^bros\."),
+    "QUESTION_ANS": re.compile(r"^transformer\.layer\.\d+\.ff\."),
+}
+"""Paths of layers that classes with a head unknown to PEFT (BART, BrosSpadeEL, XLNet) share with
+other classes (T5Gemma, Bros, XLNet with the simple head), by task."""
 _NO_HEAD = re.compile(
     r"(?:.*[._])?(?:(?:layer_?)?norm\w*|ln_\w+|pooler|\d+\..*)(?:\..*)?", re.IGNORECASE
 )
@@ -175,10 +180,10 @@ def _incomplete_modules(
         rule = rules.MODULE_TO_SAVE_MISSING.as_warning() if stored else rules.MODULE_TO_SAVE_MISSING
         yield rule.at(printable(name), reason)
     heads = declared & _KNOWN_HEADS  # a model has at most a single head
-    is_classifier = config.task_type == "SEQ_CLS"
     if heads and heads.isdisjoint(stored) and not _has_other_head(saved, layers, config.task_type):
         rule = rules.MODULE_TO_SAVE_MISSING
-        if is_classifier and any(map(_HEAD_PERHAPS_UNKNOWN.search, layers)):
+        unknown = _HEAD_PERHAPS_UNKNOWN.get(config.task_type or "")
+        if unknown is not None and any(map(unknown.search, layers)):
             rule = rule.as_warning()
             reason += " This is right only if the model's head has another name."
         yield rule.at(printable(" or ".join(sorted(heads))), reason)
