@@ -261,6 +261,11 @@ def test_lists_what_replaces_the_bases_own(tmp_path: Path) -> None:
     assert info(folder).replacements == ("base_model.model.score.weight",)
 
 
+def test_the_weight_of_a_head_without_vectors_replaces_the_bases_own(tmp_path: Path) -> None:
+    head = {"base_model.model.lm_head.base_layer.weight": np.ones((32, 16), np.float32)}
+    assert info(good_adapter(tmp_path / "adapter", tensors=head)).replacements == (*head,)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
