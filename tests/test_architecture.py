@@ -35,7 +35,7 @@ base: model side_files rename_table renames unsupported_layouts
 base.quantized: layer_settings recognize unpack targets
 base: bases orientation vocabulary strategies match resizes task_classes replacements tied
 base: components facts casts dims identity resolve
-conversion: projections proof transforms sizes strip_embed regeneration migration
+conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: float16 addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
 merging: collect plan report model_config output provenance job merge

@@ -10,9 +10,9 @@ from vera_convert.conversion.projections import ProjectionSource as ProjectionSo
 from vera_convert.conversion.regeneration import Regenerated as Regenerated
 from vera_convert.conversion.regeneration import regenerate as regenerate
 from vera_convert.conversion.regeneration import regenerate_for as regenerate_for
-from vera_convert.conversion.strip_embed import Conversion as Conversion
 from vera_convert.conversion.strip_embed import embed as embed
 from vera_convert.conversion.strip_embed import strip as strip
+from vera_convert.conversion.work import Conversion as Conversion
 from vera_convert.counting import Count as Count
 from vera_convert.counting import count as count
 from vera_convert.draws.generator import Rounding as Rounding

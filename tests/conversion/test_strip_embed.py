@@ -37,10 +37,11 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.conversion import strip_embed as conversion
+from vera_convert.conversion import work
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.conversion.strip_embed import Conversion, embed, strip
+from vera_convert.conversion.strip_embed import embed, strip
 from vera_convert.conversion.transforms import embedded
+from vera_convert.conversion.work import Conversion
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.validation.validate import validate
@@ -349,7 +350,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(
         fields({"r": RANK})(folder)
         return finish(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "write_adapter", change_and_finish)
+    monkeypatch.setattr(work, "write_adapter", change_and_finish)
     with pytest.raises(SurroundingsError, match="changed while it was read"):
         run(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -18,7 +18,8 @@ from folders import DATA
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.migration import Mode, migrate_tree
 from vera_convert.conversion.regeneration import regenerate
-from vera_convert.conversion.strip_embed import Conversion, embed, strip
+from vera_convert.conversion.strip_embed import embed, strip
+from vera_convert.conversion.work import Conversion
 from vera_convert.counting import count, layers_of_base, layers_of_config_file
 from vera_convert.draws.generator import Rounding, Variant
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.conversion.strip_embed import Conversion
+from vera_convert.conversion.work import Conversion
 from vera_convert.errors import CheckpointError
 
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

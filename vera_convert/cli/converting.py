@@ -33,7 +33,7 @@ from vera_convert.text import printable
 if TYPE_CHECKING:
     from vera_convert.base.facts import BaseOptions
     from vera_convert.conversion.migration import TreeMigration
-    from vera_convert.conversion.strip_embed import Conversion
+    from vera_convert.conversion.work import Conversion
 
 
 class StripOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):

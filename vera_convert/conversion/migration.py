@@ -29,14 +29,7 @@ from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource, with_pair
 from vera_convert.conversion.proof import other_dims
-from vera_convert.conversion.strip_embed import (
-    Conversion,
-    content_of,
-    need_to_embed,
-    opened,
-    publish,
-    reported,
-)
+from vera_convert.conversion.strip_embed import need_to_embed
 from vera_convert.conversion.transforms import (
     Converted,
     already_stripped,
@@ -44,6 +37,7 @@ from vera_convert.conversion.transforms import (
     embedded,
     stripped,
 )
+from vera_convert.conversion.work import Conversion, content_of, opened, publish, reported
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.tensorfile import from_array
 from vera_convert.files.walk import files_and_links

@@ -18,8 +18,8 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import check_size, without_projections
-from vera_convert.conversion.strip_embed import opened
 from vera_convert.conversion.transforms import embedded
+from vera_convert.conversion.work import opened
 from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
 from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES

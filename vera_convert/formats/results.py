@@ -6,7 +6,7 @@ from vera_convert.base.facts import BASE_REMEDY, BaseFacts
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
-from vera_convert.conversion.strip_embed import Conversion
+from vera_convert.conversion.work import Conversion
 from vera_convert.counting import Count
 from vera_convert.errors import CheckpointError
 from vera_convert.formats.shared import Row, labelled, table

@@ -11,7 +11,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.values import absurd_values, untrained_layers
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.vocabulary import check_own_tokens
-from vera_convert.conversion.strip_embed import Work
+from vera_convert.conversion.work import Work
 from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras

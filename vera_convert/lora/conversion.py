@@ -23,8 +23,8 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.proof import other_dims
-from vera_convert.conversion.strip_embed import Work, opened
 from vera_convert.conversion.transforms import IDLE_GENERATOR
+from vera_convert.conversion.work import Work, opened
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
