@@ -1,9 +1,10 @@
 """Time `merge --dequantize` beside the quantizer's own library on the CPU, and beside a copy.
 
-Two bases have Llama's shapes: bitsandbytes NF4, and compressed-tensors int4 in groups of 128. Each
-side runs as a whole process, one after another. The table shows the fastest run of each side: CPU
-seconds, seconds, and peak memory. If the library is installed (bitsandbytes, compressed-tensors),
-its side loads each weight, dequantizes the weight to bfloat16, and writes nothing.
+The bases have Llama's shapes: bitsandbytes NF4, and compressed-tensors int4, GPTQ and AWQ in groups
+of 128. Each side runs as a whole process, one after another. The table shows the fastest run of
+each side: CPU seconds, seconds, and peak memory. If the library is installed (bitsandbytes,
+compressed-tensors, gptqmodel), its side loads each weight, dequantizes the weight, and writes
+nothing; the library's start is a side of its own, which imports as much and loads nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,18 +54,48 @@ def nf4(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tenso
 
 def int4(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tensors:
     """Return a weight as compressed-tensors stores it."""
-    words = values.integers(-(2**31), 2**31, (shape[0], shape[1] // 8)).astype(np.int32)
-    scales = values.uniform(0.001, 0.01, (shape[0], shape[1] // 128)).astype(BF16)
     return {
-        f"{path}.weight_packed": words,
-        f"{path}.weight_scale": scales,
+        f"{path}.weight_packed": words((shape[0], shape[1] // 8), values),
+        f"{path}.weight_scale": scales((shape[0], shape[1] // 128), values).astype(BF16),
         f"{path}.weight_shape": np.array(shape, np.int64),
     }
 
 
+def gptq(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tensors:
+    """Return a weight as gptqmodel stores it in the format GPTQ."""
+    outputs, inputs = shape
+    return {
+        f"{path}.qweight": words((inputs // 8, outputs), values),
+        f"{path}.qzeros": words((inputs // 128, outputs // 8), values),
+        f"{path}.scales": scales((inputs // 128, outputs), values).astype(np.float16),
+        f"{path}.g_idx": (np.arange(inputs) // 128).astype(np.int32),
+    }
+
+
+def awq(path: str, shape: tuple[int, int], values: np.random.Generator) -> Tensors:
+    """Return a weight as AutoAWQ stores it."""
+    outputs, inputs = shape
+    return {
+        f"{path}.qweight": words((inputs, outputs // 8), values),
+        f"{path}.qzeros": words((inputs // 128, outputs // 8), values),
+        f"{path}.scales": scales((inputs // 128, outputs), values).astype(np.float16),
+    }
+
+
+def words(shape: tuple[int, int], values: np.random.Generator) -> NDArray[np.int32]:
+    """Return random words of 32 bits."""
+    return values.integers(-(2**31), 2**31, shape).astype(np.int32)
+
+
+def scales(shape: tuple[int, int], values: np.random.Generator) -> NDArray[Any]:
+    """Return random scales."""
+    return values.uniform(0.001, 0.01, shape)
+
+
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
-BASES: Mapping[str, tuple[Callable[..., Tensors], Mapping[str, object]]] = {
-    "bitsandbytes": (
+BASES: Mapping[str, tuple[str, Callable[..., Tensors], Mapping[str, object]]] = {
+    "bitsandbytes NF4": (
+        "bitsandbytes",
         nf4,
         {
             "quant_method": "bitsandbytes",
@@ -73,7 +103,8 @@ BASES: Mapping[str, tuple[Callable[..., Tensors], Mapping[str, object]]] = {
             "bnb_4bit_compute_dtype": "bfloat16",
         },
     ),
-    "compressed_tensors": (
+    "compressed-tensors": (
+        "compressed_tensors",
         int4,
         {
             "quant_method": "compressed-tensors",
@@ -81,12 +112,15 @@ BASES: Mapping[str, tuple[Callable[..., Tensors], Mapping[str, object]]] = {
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
         },
     ),
+    "GPTQ": ("gptqmodel", gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128}),
+    "AWQ": ("gptqmodel", awq, {"quant_method": "awq", "bits": 4, "group_size": 128}),
 }
+"""The library, the packing and the settings of each base."""
 
 
 def write_base(folder: Path, name: str, layers: int) -> None:
     """Write a base of one shard for each layer."""
-    pack, settings = BASES[name]
+    _, pack, settings = BASES[name]
     folder.mkdir()
     weight_map: dict[str, str] = {}
     for layer in range(layers):
@@ -128,40 +162,66 @@ def write_adapter(folder: Path, layers: int) -> None:
 
 
 LIBRARY = """
-import sys, json, torch
+import sys, torch
 from pathlib import Path
 from safetensors import safe_open
-torch.set_num_threads(int(sys.argv[3]))
-for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        for name in names:
-            if sys.argv[2] == "bitsandbytes" and name.endswith(".weight"):
-                import bitsandbytes.functional as F
-                parts = {k: file.get_tensor(k) for k in names if k.startswith(name)}
-                state = {k.removeprefix(name + "."): v for k, v in parts.items() if k != name}
-                F.dequantize_4bit(parts[name], F.QuantState.from_dict(state, "cpu"))
-            elif sys.argv[2] == "compressed_tensors" and name.endswith("weight_packed"):
-                from compressed_tensors.compressors import unpack_from_int32
-                path = name.removesuffix("weight_packed")
-                shape = torch.Size(file.get_tensor(path + "weight_shape").tolist())
-                scale = file.get_tensor(path + "weight_scale")
-                q = unpack_from_int32(file.get_tensor(name), 4, shape)
-                groups = q.unflatten(1, (-1, 128)).to(scale.dtype) * scale[:, :, None]
-                groups.flatten(1)
+folder, name, jobs = sys.argv[1:]
+torch.set_num_threads(int(jobs))
+if name.startswith("bitsandbytes"):
+    import bitsandbytes.functional as F
+    def dequantize(path, part):
+        keys = "absmax", "quant_map", "quant_state.bitsandbytes__nf4"
+        state = F.QuantState.from_dict({key: part("weight." + key) for key in keys}, "cpu")
+        F.dequantize_4bit(part("weight"), state)
+elif name.startswith("compressed"):
+    from compressed_tensors.compressors import unpack_from_int32
+    def dequantize(path, part):
+        scale, shape = part("weight_scale"), torch.Size(part("weight_shape").tolist())
+        q = unpack_from_int32(part("weight_packed"), 4, shape)
+        (q.unflatten(1, (-1, 128)).to(scale.dtype) * scale[:, :, None]).flatten(1)
+elif name == "GPTQ":
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+    def dequantize(path, part):
+        g_idx, scales = part("g_idx"), part("scales")
+        layer = TorchLinear(4, 128, True, False, len(g_idx), scales.shape[1])
+        for key in ("qweight", "qzeros", "scales", "g_idx"):
+            getattr(layer, key).data = part(key)
+        convert_gptq_v1_to_v2_format_module(layer, 4, torch.int32)
+        layer.train().dequantize_weight()
+else:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+    def dequantize(path, part):
+        dequantize_gemm(part("qweight"), part("qzeros"), part("scales"), 4, 128)
+for file in sorted(Path(folder).glob("*.safetensors")):
+    with safe_open(file, "pt") as opened, torch.inference_mode():
+        for path in sorted({key.partition("_proj.")[0] + "_proj." for key in opened.keys()}):
+            dequantize(path, lambda key: opened.get_tensor(path + key))
+"""
+
+
+MEASURE = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+print(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
 def measured(command: Sequence[str]) -> tuple[float, float, float]:
-    """Return CPU seconds, seconds and the most MiB of a process."""
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
+    """Return CPU seconds, seconds and the most MiB of a process.
+
+    A small process starts the command: Linux counts the memory of the starting process, too.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_utime + usage.ru_stime, seconds, usage.ru_maxrss / 1024
+    cpu, seconds, memory = map(float, done.stdout.split())
+    return cpu, seconds, memory
 
 
 def main() -> None:
@@ -171,7 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = parser.parse_args()
-    for name in BASES:
+    for name, (package, *_) in BASES.items():
         with tempfile.TemporaryDirectory(prefix="vera-convert-bench-") as folder:
             base, adapter, out = (Path(folder, each) for each in ("base", "adapter", "out"))
             write_base(base, name, options.layers)
@@ -179,14 +239,15 @@ def main() -> None:
             merge = [sys.executable, "-m", "vera_convert", "merge", str(adapter), str(out)]
             merge += ["--base", str(base), "--dequantize", "--offline", "--quiet", "--force"]
             sides = {"vera-convert merge": [*merge, "--jobs", str(options.jobs)]}
-            if find_spec(name) is not None and find_spec("torch") is not None:
-                library = [sys.executable, "-c", LIBRARY, str(base), name, str(options.jobs)]
-                sides[f"{name} alone"] = library
+            if find_spec(package) is not None and find_spec("torch") is not None:
+                library = [sys.executable, "-c", LIBRARY]
+                sides[f"{package} alone"] = [*library, str(base), name, str(options.jobs)]
+                sides[f"{package}, its start"] = [*library, str(adapter / "none"), name, "1"]
             sides["cp of the output"] = ["cp", "-r", str(out), str(Path(folder, "copy"))]
             for side, command in sides.items():
                 runs = [measured(command) for _ in range(options.rounds)]
                 cpu, seconds, memory = (min(run[i] for run in runs) for i in range(3))
-                print(f"{name:20} {side:26} {cpu:7.1f} s CPU {seconds:7.1f} s {memory:6.0f} MiB")
+                print(f"{name:20} {side:30} {cpu:7.1f} s CPU {seconds:7.1f} s {memory:6.0f} MiB")
 
 
 if __name__ == "__main__":

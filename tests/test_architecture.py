@@ -19,7 +19,7 @@ PACKAGE = ROOT / "vera_convert"
 
 LAYERS = """
 _version
-text rules errors schemas dtypes delta embeddings progress
+text rules errors schemas dtypes delta embeddings progress float16
 files: reading file_names strict_json walk json_edit header tensorfile value_range shards
 arguments
 draws: generator comparison recognition
@@ -36,7 +36,7 @@ base.quantized: layer_settings recognize unpack targets
 base: bases orientation vocabulary strategies match resizes task_classes replacements tied
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
-assembly: float16 addends blocks input_files copying finisher pool writer journal
+assembly: addends blocks input_files copying finisher pool writer journal
 merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
 merging: collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets head_copies pipeline_component
@@ -79,6 +79,7 @@ GROUND = {
     "delta",
     "embeddings",
     "progress",
+    "float16",
     "arguments",
 }
 """Single modules that every folder may import."""
@@ -197,7 +198,7 @@ def test_a_folder_imports_exactly_the_folders_that_its_docstring_names(folder: s
     assert used - allowed - {folder, "__version__"} == named
 
 
-SUMS_OF_A_MERGE = {"assembly.blocks", "assembly.writer", "assembly.float16", "merging.plan"}
+SUMS_OF_A_MERGE = {"assembly.blocks", "assembly.writer", "float16", "merging.plan"}
 
 
 def test_verify_does_not_compute_with_the_code_that_it_verifies() -> None:

@@ -24,6 +24,7 @@ from vera_convert.base.quantized import (
 )
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer import Layer, LayerError, PackedWeight
+from vera_convert.base.quantized.packing import cast
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 
 Array = NDArray[Any]
@@ -35,7 +36,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 def assert_same(found: Array, wanted: Any, dtype: np.dtype[Any]) -> None:
     expected = np.array(wanted, np.float64).reshape(found.shape)
-    assert found.dtype == dtype
+    assert found.dtype == (F32 if dtype == F16 else dtype)
     np.testing.assert_array_equal(found.astype(np.float64), expected)
 
 
@@ -259,6 +260,21 @@ def test_compressed_tensors_nvfp4(model: str) -> None:
     settings = scheme("nvfp4-pack-quantized", 4, "tensor_group", type="float", group_size=16)
     found = decoded(compressed_tensors.weights, arrays, settings, dtype=model)
     assert_same(found, wanted, NUMPY_DTYPE[model])
+
+
+# --- float16 -------------------------------------------------------------------------------------
+
+
+@np.errstate(all="ignore")
+def test_a_cast_to_float16_has_the_bits_of_numpys_cast() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(F16).astype(F32)
+    halves = np.sort(halves[np.isfinite(halves)])
+    between = ((halves[1:].astype(np.float64) + halves[:-1]) / 2).astype(F32)  # ties
+    near = [np.nextafter(between, np.float32(end), dtype=F32) for end in (-np.inf, np.inf)]
+    beyond = np.array([65519.996, 65520, 1e9, np.inf, -np.inf, 1e-38, -1e-45, 0.0, -0.0], F32)
+    for values in (halves, between, *near, beyond, *beyond[:, None]):
+        wanted = values.astype(F16).astype(F32)
+        assert cast(values.copy(), F16).tobytes() == wanted.tobytes()
 
 
 # --- GPTQ and AWQ --------------------------------------------------------------------------------

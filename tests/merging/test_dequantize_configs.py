@@ -23,7 +23,8 @@ from vera_convert.base.casts import casts_on
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.hub.lookup import HubAccess, Location
-from vera_convert.merging.dequantize import Parts
+from vera_convert.merging import dequantize
+from vera_convert.merging.dequantize import Parts, panels
 from vera_convert.merging.merge import merge
 from vera_convert.merging.options import MergeOptions
 
@@ -56,6 +57,30 @@ def weights_of(name: str, base: Unpacked) -> Mapping[str, tuple[object, bytes]]:
             values = weight.decode(parts, 0, weight.matrix[0])
             found[key] = values.dtype, values.tobytes()
     return found
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 100, 1000, 1 << 20])
+@pytest.mark.parametrize("skipped_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("name", ["gptq-4bit-v1", "awq-gemm"])
+def test_kept_columns_are_those_of_the_file(
+    name: str, panel_bytes: int, skipped_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantize, "_PANEL_BYTES", panel_bytes)
+    monkeypatch.setattr(dequantize, "_SKIPPED_BYTES", skipped_bytes)
+    folder = FIXTURES / name / "base"
+    base = unpacked(base_of(name)).stored
+    files = {file: InputFile.look(folder / file, within=folder) for file in base.files}
+    panel = panels(base, files)
+    with Parts(base, files) as plain, Parts(base, files, panel) as parts:
+        for part in ("qweight", "qzeros", "scales"):
+            tensor = f"model.layers.0.mlp.down_proj.{part}"
+            rows, columns = base.tensors[tensor].info.shape
+            whole = plain.rows(tensor, 0, rows)
+            for first in range(0, columns, 3):
+                for last in {min(first + count, columns) for count in (1, 2, 5, columns)}:
+                    for each in (plain, parts):
+                        found = each.columns(tensor, first, last)
+                        np.testing.assert_array_equal(found, whole[:, first:last])
 
 
 def others(value: object) -> Iterator[object]:

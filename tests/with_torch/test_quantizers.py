@@ -274,7 +274,6 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     wanted = layer.train().dequantize_weight()  # (in, out)
     settings = {"bits": bits, "group_size": group, "checkpoint_format": version}
     found = decoded(gptq.weights, arrays, settings)
-    assert found.dtype == np.float16
     np.testing.assert_array_equal(found, array(wanted.T))
 
 
@@ -301,5 +300,4 @@ def test_awq(their_name: str, size: int, dtype: str) -> None:
         layer.post_init()
         wanted = layer._dequantize_weight_for_inference(torch.empty(1), dtype=torch.float16)
     found = decoded(awq.weights, arrays, {"group_size": size, "version": "gemm"})
-    assert found.dtype == np.float16
     np.testing.assert_array_equal(found, array(wanted.T))

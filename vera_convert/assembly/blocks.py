@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Array, NotFiniteError, Numbers, Sum
-from vera_convert.assembly.float16 import rounded_to_halves, widened_halves
 from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B
+from vera_convert.float16 import rounded_to_halves, widened_halves
 
 FLOAT16 = np.dtype(np.float16)
 

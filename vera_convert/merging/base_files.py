@@ -17,7 +17,7 @@ from vera_convert.errors import SurroundingsError
 from vera_convert.files.shards import read_weight_map
 from vera_convert.files.strict_json import read_json
 from vera_convert.hub.lookup import HubAccess, fetch_base, list_files, open_file
-from vera_convert.merging.dequantize import SIDE_FILES, Decoder, check_values
+from vera_convert.merging.dequantize import SIDE_FILES, Decoder, Panel, check_values, panels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +30,7 @@ class BaseFiles:
         files: every file that a merge reads, by name.
         texts: the bytes of config and index, by name; a base may lack both.
         packed: the packed weights of a dequantized base; None for any other base.
+        panel: reads columns of packed weights for all decoders; None for any other base.
     """
 
     model: BaseModel
@@ -37,6 +38,7 @@ class BaseFiles:
     files: Mapping[str, InputFile]
     texts: Mapping[str, bytes]
     packed: Unpacked | None = None
+    panel: Panel | None = None
 
     @property
     def copied(self) -> dict[str, InputFile]:
@@ -60,7 +62,7 @@ class BaseFiles:
         weight = None if self.packed is None else self.packed.weights.get(name)
         if self.packed is None or weight is None:
             return None
-        return Decoder(self.packed.stored, self.files, weight)
+        return Decoder(self.packed.stored, self.files, weight, self.panel)
 
     def dequantized(self, packed: Unpacked) -> BaseFiles:
         """Return the files of the 16-bit model of packed weights.
@@ -71,7 +73,8 @@ class BaseFiles:
         if self.has_values:
             check_values(packed, self.files)
         model = replace(packed.view, location=self.model.location)
-        return replace(self, model=model, packed=packed)
+        panel = panels(packed.stored, self.files)
+        return replace(self, model=model, packed=packed, panel=panel)
 
 
 def read_base_files(base: BaseModel, access: HubAccess, *, fetch: bool) -> BaseFiles:

@@ -9,9 +9,10 @@ time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ SIDE_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_c
 """Files beside the weights with the settings of the quantization."""
 
 _READ_BYTES = 1 << 22
+_PANEL_BYTES, _MOST_PANELS = 1 << 23, 6
+_SKIPPED_BYTES = 1 << 15
+"""Reading this many bytes of a row takes as long as a second call for the next row."""
 _MOST_FINDINGS = 50
 
 
@@ -107,18 +111,47 @@ def dequantized_metadata(metadata: Mapping[str, str], packed: Unpacked) -> dict[
 # --- reading parts -------------------------------------------------------------------------------
 
 
-class Parts(ExitStack):
-    """Reads ranges of the tensors of a base; a context manager that closes the files again.
+Panel = Callable[[str, int, int], Array]
+"""Returns columns `first` to `last` (exclusive) of a matrix, by the matrix's name."""
+
+
+def panels(base: BaseModel, files: Mapping[str, InputFile]) -> Panel:
+    """Return a function that keeps the last columns that it read, for all threads.
+
+    GPTQ and AWQ store an output of a layer as a column. One after another, blocks of outputs need
+    a few bytes of each stored row, and reading 64 KB takes no longer than reading a few bytes.
 
     Args:
         base: the base as the files hold the packed weights.
         files: the base's weight files, by name.
     """
 
-    def __init__(self, base: BaseModel, files: Mapping[str, InputFile]) -> None:
+    @lru_cache(maxsize=_MOST_PANELS)
+    def read(name: str, first: int, last: int) -> Array:
+        with Parts(base, files) as parts:
+            found = parts.columns(name, first, last)
+        found.flags.writeable = False
+        return found
+
+    return read
+
+
+class Parts(ExitStack):
+    """Reads ranges of the tensors of a base; a context manager that closes the files again.
+
+    Args:
+        base: the base as the files hold the packed weights.
+        files: the base's weight files, by name.
+        panel: reads columns in the place of this class; None if nothing is kept.
+    """
+
+    def __init__(
+        self, base: BaseModel, files: Mapping[str, InputFile], panel: Panel | None = None
+    ) -> None:
         super().__init__()
         self._base = base
         self._files = files
+        self._panel = panel
         self._opened: dict[str, LocalFile] = {}
 
     def rows(self, name: str, first: int, last: int) -> Array:
@@ -133,8 +166,17 @@ class Parts(ExitStack):
         (rows, columns), dtype = info.shape, NUMPY_DTYPE[info.dtype]
         if (first, last) == (0, columns):
             return self.rows(name, 0, rows)
+        width = max(1, _PANEL_BYTES // (rows * dtype.itemsize))
+        if self._panel is not None and last - first < width:
+            found = [
+                self._panel(name, start, min(start + width, columns))[
+                    :, max(0, first - start) : last - start
+                ]
+                for start in range(first // width * width, last, width)
+            ]
+            return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
         out = np.empty((rows, last - first), dtype)
-        if (last - first) * 4 < columns and (last - first) * dtype.itemsize >= 512:
+        if (columns - (last - first)) * dtype.itemsize > _SKIPPED_BYTES:
             for row in range(rows):
                 out[row] = self.flat(name, row * columns + first, row * columns + last)
             return out
@@ -168,13 +210,15 @@ class Decoder:
         base: the base as the files hold the packed weights.
         files: the base's weight files, by name.
         weight: the weight.
+        panel: reads columns of the parts, and keeps some; None if nothing is kept.
     """
 
     base: BaseModel
     files: Mapping[str, InputFile]
     weight: PackedWeight
+    panel: Panel | None = None
 
     def __call__(self, first: int, last: int) -> Array:
-        """Return the rows `first` to `last` (exclusive), in the dtype of the library."""
-        with Parts(self.base, self.files) as parts, np.errstate(all="ignore"):
+        """Return the rows `first` to `last` (exclusive) as the library computes them."""
+        with Parts(self.base, self.files, self.panel) as parts, np.errstate(all="ignore"):
             return self.weight.decode(parts, first, last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.base.quantized.layer import (
@@ -23,16 +24,16 @@ from vera_convert.base.quantized.layer import (
     group_count,
     texts_of,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
+from vera_convert.base.quantized.packing import FLOAT16, scaled_rows
 from vera_convert.text import printable
 
-_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""The field of a word for each of the eight outputs in the word."""
+_SHIFTS = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int32) * 4
+"""The lowest bit in a word of each of the eight outputs in the word."""
 
 
 def codes(words: Array) -> Array:
-    """Return the codes of rows of words: (n, columns) words give (n, 8 columns) codes."""
-    return fields(words, 4)[:, :, _PLACES].reshape(len(words), -1)
+    """Return the codes of words of eight outputs: (n, inputs) words give (8 n, inputs) codes."""
+    return ((words[:, None] >> _SHIFTS[:, None]) & 15).reshape(-1, words.shape[1])
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -49,14 +50,18 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     scales = layer.part("scales", SCALE_DTYPES, (groups, outputs))
 
     def rows(read: PartReader, first: int, last: int) -> Array:
-        begin, end = first // 8, -(-last // 8)
-        inside = slice(first - begin * 8, last - begin * 8)
-        q = codes(read.columns(qweight, begin, end))[:, inside]
-        zeros = codes(read.columns(qzeros, begin, end))[:, inside]
-        factors = read.columns(scales, first, last).astype(FLOAT16)  # the library loads float16
-        width = inputs // groups
-        q = np.ascontiguousarray(q.T)
-        return scaled(q, factors.T, zeros.T, width=width, dtypes=(FLOAT16,))
+        begin, end, skipped = first // 8, -(-last // 8), first % 8
+        packed = np.ascontiguousarray(read.columns(qweight, begin, end).T)
+
+        def q(part: slice) -> NDArray[np.float32]:
+            start, stop = part.start + skipped, part.stop + skipped
+            found = codes(packed[start // 8 : -(-stop // 8)])
+            return found[start % 8 : start % 8 + stop - start].astype(np.float32)
+
+        zeros = codes(read.columns(qzeros, begin, end).T)[skipped : skipped + last - first]
+        factors = read.columns(scales, first, last).astype(FLOAT16).T  # the library loads float16
+        shape, width = (last - first, inputs), inputs // groups
+        return scaled_rows(q, shape, factors, zeros, width=width, dtypes=(FLOAT16,))
 
     parts = layer.refuse_others(("qweight", "qzeros", "scales"))
     yield PackedWeight(

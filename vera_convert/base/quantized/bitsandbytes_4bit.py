@@ -31,7 +31,15 @@ from vera_convert.base.quantized.layer import (
     finite,
     sizes,
 )
-from vera_convert.base.quantized.packing import FLOAT_OF, looked_up, pair_table, pieces
+from vera_convert.base.quantized.packing import (
+    FLOAT16,
+    FLOAT32,
+    FLOAT_OF,
+    cast,
+    looked_up,
+    pair_table,
+    pieces,
+)
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
 from vera_convert.text import printable
@@ -85,7 +93,7 @@ class State:
 
 
 def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, count: int) -> Array:
-    """Return values from the beginning of a block on, in the dtype of the state.
+    """Return values from the beginning of a block on, as `cast` returns the dtype of the state.
 
     Args:
         packed: (n,) bytes, two codes each.
@@ -93,7 +101,8 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
         state: the table, the length of a block, and the dtype.
         count: how many values; the last block can be short.
     """
-    out = np.empty(count, FLOAT_OF[state.dtype])
+    dtype = FLOAT_OF[state.dtype]
+    out = np.empty(count, FLOAT32 if dtype == FLOAT16 else dtype)
     for part in pieces(-(-count // state.block), state.block):
         values = slice(part.start * state.block, min(part.stop * state.block, count))
         found = looked_up(packed[values.start // 2 : (values.stop + 1) // 2], _PAIRS[state.kind])
@@ -103,7 +112,7 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
         inner *= absmax[part.start : part.start + whole, None]
         if whole * state.block < len(found):
             found[whole * state.block :] *= absmax[part.start + whole]
-        out[values] = found
+        out[values] = cast(found, dtype)
     return out
 
 

@@ -34,6 +34,7 @@ from vera_convert.base.quantized.packing import (
     BFLOAT16,
     E2M1,
     FLOAT_OF,
+    integers,
     looked_up,
     pair_table,
     scaled_rows,
@@ -53,8 +54,6 @@ _LAYOUTS = {
 }
 """The layouts of a weight in the supported formats."""
 _PAIRS = pair_table(E2M1, high_first=False)
-_INTEGER_PAIRS = pair_table(np.arange(-8, 8), high_first=False)
-"""Both values of a byte with two codes of 4 bits."""
 _DROPPED = frozenset(
     """
     input_global_scale input_scale input_zero_point output_scale output_zero_point
@@ -141,10 +140,7 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
 
     def codes(read: PartReader, first: int, last: int) -> _Rows:
         packed = read.rows(main, first, last)
-        if bits == 4:
-            octets = packed.view(np.uint8)
-            return lambda part: looked_up(octets[part], _INTEGER_PAIRS)[:, :columns]
-        return lambda part: widened(_signed(stream(packed[part], bits, 0, columns), bits))
+        return lambda part: integers(packed[part], bits, columns, -(1 << (bits - 1)))
 
     return _on_grid(layer, scheme, (rows, columns), codes, ("weight_packed", SHAPE))
 
@@ -218,10 +214,7 @@ def _unpacked_rows(read: PartReader, name: str, first: int, last: int, bits: int
     """Return rows of zero points from words packed along the rows."""
     words = read.rows(name, first // 32 * bits, -(-last * bits // 32))
     skipped = first % 32  # every 32 elements fill whole words
-    return _signed(stream(words.T, bits, skipped, skipped + last - first).T, bits)
-
-
-def _signed(codes: Array, bits: int) -> Array:
+    codes = stream(words.T, bits, skipped, skipped + last - first).T
     return codes.astype(np.int16) - (1 << (bits - 1))
 
 

@@ -28,7 +28,7 @@ from vera_convert.base.quantized.layer import (
     texts_of,
     whole,
 )
-from vera_convert.base.quantized.packing import FLOAT16, fields, scaled
+from vera_convert.base.quantized.packing import FLOAT16, integers, scaled_rows, stream
 from vera_convert.text import printable
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
@@ -37,23 +37,6 @@ _VERSIONS = {"gptq": True, "gptq_v2": False}
 _VERSION_FIELDS = ("checkpoint_format", "format")
 """The old and the new name of the version field; libraries differ in the name read first."""
 _UNSAFE = frozenset(("rotation", "adapter", "eora"))
-
-
-def dequantized(q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
-    """Return rows of a weight, (n, in), in float16.
-
-    Args:
-        q: (n, in), codes.
-        scales: (n, groups), float16.
-        zeros: (n, groups), the zero points, ready for subtraction.
-        groups: (in,), the group of each input.
-    """
-    size = len(groups) // scales.shape[1]
-    is_even = size * scales.shape[1] == len(groups)
-    if not is_even or (groups != np.arange(len(groups)) // size).any():
-        scales, zeros = (np.take(each, groups, axis=1, mode="clip") for each in (scales, zeros))
-        size = 1
-    return scaled(q, scales, zeros, width=size, dtypes=(FLOAT16,))
 
 
 def weights(layer: Layer) -> Iterator[PackedWeight]:
@@ -79,17 +62,29 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
         checks[g_idx] = lambda values: _inside(values, groups)
 
     def rows(read: PartReader, first: int, last: int) -> Array:
-        packed = 32 // bits
-        begin, end = first // packed, -(-last // packed)
+        begin, end = first // 32 * bits, min(-(-last // 32) * bits, outputs * bits // 32)
         words_of_zeros = read.columns(qzeros, begin, end).astype("<u4")
         if less_one:
             words_of_zeros += np.uint32(_ONES[bits])
-        zeros = fields(words_of_zeros, bits).reshape(groups, -1)
-        zeros = zeros[:, first - begin * packed : last - begin * packed]
-        q = fields(np.ascontiguousarray(read.columns(qweight, first, last).T), bits)
-        of_inputs = read.flat(g_idx, 0, inputs) if g_idx else np.arange(inputs) * groups // inputs
-        factors = read.columns(scales, first, last)
-        return dequantized(q.reshape(last - first, inputs), factors.T, zeros.T, of_inputs)
+        zeros = stream(words_of_zeros, bits, first % 32, first % 32 + last - first).T
+        factors = read.columns(scales, first, last).T
+        width = inputs // groups
+        if g_idx:
+            of_inputs = read.flat(g_idx, 0, inputs)
+            if (of_inputs != np.arange(inputs) // width).any():
+                width = 1
+                zeros, factors = (
+                    np.take(each, of_inputs, axis=1, mode="clip") for each in (zeros, factors)
+                )
+        packed = np.ascontiguousarray(read.columns(qweight, first, last).T)
+        return scaled_rows(
+            lambda part: integers(packed[part], bits, inputs),
+            (last - first, inputs),
+            factors,
+            zeros,
+            width=width,
+            dtypes=(FLOAT16,),
+        )
 
     parts = layer.refuse_others(("qweight", "qzeros", "scales", "g_idx"))
     yield PackedWeight(layer.name("weight"), (outputs, inputs), qweight, parts, rows, checks)

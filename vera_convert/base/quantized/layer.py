@@ -58,7 +58,10 @@ class PartReader(Protocol):
 
 
 Decode = Callable[[PartReader, int, int], Array]
-"""Computes the rows `first` to `last` (exclusive) of a weight, in the library's own dtype."""
+"""Computes the rows `first` to `last` (exclusive) of a weight as the library does.
+
+The array has the library's dtype; float16s are float32s, which a sum needs.
+"""
 Check = Callable[[Array], str | None]
 """Says why values of a part are unsafe; None if the values are safe."""
 

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vera_convert.float16 import round_to_halves
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
@@ -39,15 +41,37 @@ def pair_table(values: NDArray[Any], *, high_first: bool) -> NDArray[np.uint64]:
     return np.ascontiguousarray(pairs).view(np.uint64).reshape(256)
 
 
+_INTEGER_PAIRS = {
+    least: pair_table(np.arange(least, least + 16), high_first=False) for least in (0, -8)
+}
+"""Both values of a byte with two codes of 4 bits, by the value of the code 0."""
+
+
 def looked_up(packed: NDArray[np.uint8], table: NDArray[np.uint64]) -> NDArray[np.float32]:
     """Return the two values of each byte: (..., n) bytes give (..., 2 n) values."""
     return np.take(table, packed, mode="clip").view(np.float32)
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows for successive computation: each slice fits the cache of a core."""
+    """Yield slices of rows for successive computation: each slice fits the cache of a core.
+
+    Slices of eight rows and more have a multiple of eight rows: some formats pack eight together.
+    """
     step = max(1, _CACHED_VALUES // max(columns, 1))
-    return (slice(first, first + step) for first in range(0, rows, step))
+    step = step // 8 * 8 or step
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return floats rounded to a dtype. Float16s are returned as float32, and may overwrite values.
+
+    NumPy's casts to float16 and back take longer than all other steps.
+    """
+    if dtype != FLOAT16:
+        return values.astype(dtype, copy=False)
+    wide = np.ascontiguousarray(values, np.float32)
+    round_to_halves(wide.reshape(-1), np.empty((2, wide.size), np.uint32))
+    return wide
 
 
 def widened(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -85,16 +109,18 @@ def scaled_rows(
 
     A product of two 16-bit floats is exact in float32, and so is rounded only once.
 
+    The result has the last of `dtypes`; a result of float16s is float32, see `cast`.
+
     Args:
         q: returns some rows of q as a new array; all steps find these rows in the core's cache.
         shape: n and columns.
         scales: (n, groups) or (1, groups).
         zeros: as `scales`; None for packed values with scales alone.
         width: columns of a group; the last group may be narrower.
-        dtypes: the dtypes that the library rounds to; the last is the dtype of the result.
+        dtypes: the dtypes that the library rounds to.
     """
     rows, columns = shape
-    out = np.empty((rows, columns), dtypes[-1])
+    out = np.empty((rows, columns), FLOAT32 if dtypes[-1] == FLOAT16 else dtypes[-1])
     scales = np.broadcast_to(scales, (rows, scales.shape[1]))
     zeros = None if zeros is None else np.broadcast_to(zeros, scales.shape)
     whole = columns // width
@@ -109,10 +135,30 @@ def scaled_rows(
         factors = scales[part].astype(np.float32)
         inner *= factors[:, :whole, None]
         rest *= factors[:, whole:]
-        for dtype in dtypes[:-1]:
-            values = values.astype(dtype, copy=False)
+        for dtype in dtypes:
+            values = cast(values, dtype)
         out[part] = values
     return out
+
+
+def integers(words: NDArray[Any], bits: int, count: int, least: int = 0) -> NDArray[np.float32]:
+    """Return the first elements of dense streams of bits, each plus `least`.
+
+    Args:
+        words: (rows, columns), each row a stream of 32-bit words, lowest bit first.
+        bits: of an element, 1 to 8.
+        count: the number of elements of a row to return.
+        least: the value of an element of zeros.
+
+    Returns:
+        (rows, count).
+    """
+    if bits == 4:
+        octets = np.ascontiguousarray(words).view(np.uint8)
+        return looked_up(octets, _INTEGER_PAIRS[least])[:, :count]
+    values = stream(words, bits, 0, count).astype(np.float32)
+    values += np.float32(least)
+    return values
 
 
 def fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vera_convert.assembly.float16 import rounded_to_halves, widened_halves
+from vera_convert.float16 import rounded_to_halves, widened_halves
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = HALVES[np.isfinite(HALVES)]

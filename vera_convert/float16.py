@@ -21,8 +21,8 @@ _DOWN = np.float32(2.0**-112)
 _THIRTEEN_UP = np.uint32(13 << 23)
 _LEAST = np.uint32((127 - 14 + 13) << 23)
 """The least power of two to add: below 2^-14 the last bit of a float16 has a fixed value."""
-_BEYOND = 0x477F_F000
-"""65,520 as a float32: this and larger values round to infinity."""
+_BEYOND = np.uint32((127 + 15 + 13) << 23)
+"""The power of two to add to a value of 32,768."""
 
 
 def widened_halves(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
@@ -34,32 +34,49 @@ def widened_halves(stored: NDArray[Any], out: NDArray[np.float32]) -> None:
     np.multiply(out, _UP, out=out)
 
 
-def rounded_to_halves(
-    values: NDArray[np.float32], out: NDArray[Any], scratch: NDArray[np.uint32]
-) -> None:
-    """Set `out` to float32s rounded to float16.
+def round_to_halves(values: NDArray[np.float32], scratch: NDArray[np.uint32]) -> bool:
+    """Round float32s to values of float16.
 
     Adding a power of two that is 2^13 times as large rounds a value to eleven bits. Subtracting
     that power leaves the rounded value.
 
     Args:
         values: shape (n,); overwritten.
-        out: shape (n,), of float16.
         scratch: shape (2, n or more).
+
+    Returns:
+        Whether all values are below 32,768. NumPy rounds others, some of which become infinite.
     """
     magic, sign = scratch[:, : values.size]
     bits = values.view(np.uint32)
-    np.bitwise_and(bits, _SIGN, out=sign)
-    np.bitwise_xor(bits, sign, out=bits)
-    if bits.max(initial=0) >= _BEYOND:
-        np.bitwise_or(bits, sign, out=bits)
-        out[...] = values
-        return
     np.bitwise_and(bits, _EXPONENT, out=magic)
     np.add(magic, _THIRTEEN_UP, out=magic)
+    if magic.max(initial=0) >= _BEYOND:
+        values[...] = values.astype(np.float16)
+        return False
+    np.bitwise_and(bits, _SIGN, out=sign)
     np.maximum(magic, _LEAST, out=magic)
+    np.bitwise_or(magic, sign, out=magic)
     np.add(values, magic.view(np.float32), out=values)
     np.subtract(values, magic.view(np.float32), out=values)
+    np.bitwise_or(bits, sign, out=bits)  # of a zero
+    return True
+
+
+def rounded_to_halves(
+    values: NDArray[np.float32], out: NDArray[Any], scratch: NDArray[np.uint32]
+) -> None:
+    """Set `out` to float32s rounded to float16.
+
+    Args:
+        values: shape (n,); overwritten.
+        out: shape (n,), of float16.
+        scratch: shape (2, n or more).
+    """
+    if not round_to_halves(values, scratch):
+        out[...] = values
+        return
+    bits, sign = values.view(np.uint32), scratch[1, : values.size]
     np.multiply(values, _DOWN, out=values)
     np.right_shift(sign, 3, out=sign)
     np.bitwise_or(bits, sign, out=bits)
