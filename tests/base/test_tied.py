@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vera_convert.base.model import BaseModel, BaseTensor
-from vera_convert.base.tied import copies_of_untied
+from vera_convert.base.vocabulary import tied_copies
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
 
@@ -14,8 +14,8 @@ def test_only_the_weight_of_the_shared_embedding_is_stored_for_each_stack() -> N
     names = ("shared.weight", "shared.weight_scale", "shared.weight.absmax", *LAYERS)
     tensors = {name: BaseTensor("m", TensorInfo(name, "BF16", (32, 16), 0, 0)) for name in names}
     base = BaseModel(Location("base", None), {"model_type": "t5"}, {}, tensors)
-    assert {*copies_of_untied(base)} == {
+    assert {*tied_copies(base)} == {
         ("encoder.embed_tokens.weight", "shared.weight"),
         ("decoder.embed_tokens.weight", "shared.weight"),
     }
-    assert len([*copies_of_untied(base)]) == 2
+    assert len([*tied_copies(base)]) == 2

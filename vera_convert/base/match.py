@@ -89,10 +89,13 @@ def match_modules(
     Raises:
         CheckpointError: no strategy fits all layers, or several strategies fit.
     """
+    model_type = base.model_type
     heads = {
         module: shape
         for module, shape in (copies or {}).items()
-        if is_output_head(module) and len(shape) == 2 and shape[0] == layers.get(module)
+        if is_output_head(module, model_type)
+        and len(shape) == 2
+        and shape[:1] == (layers.get(module),)
     }
     matcher = _Matcher(layers, base, heads, widest=widest, fan_in_fan_out=fan_in_fan_out)
     plain = matcher.try_out(AS_THEY_ARE)
@@ -118,7 +121,7 @@ def embedding_of_head(module: str, match: Match, base: BaseModel) -> str | None:
     """
     if module in match.tied:
         return match.tensors[module]
-    if is_output_head(module) and base.tie_word_embeddings:
+    if is_output_head(module, base.model_type) and base.tie_word_embeddings:
         return shared_embedding(base, *base.tensors[match.tensors[module]].info.shape)
     return None
 
@@ -174,7 +177,7 @@ class _Matcher:
 
         A trial stays the same if another layer is missing or the head lacks an embedding.
         """
-        heads = tuple(filter(is_output_head, self._layers))
+        heads = tuple(m for m in self._layers if is_output_head(m, self.base.model_type))
         if trial.missing != heads or len(heads) != 1 or self.base.tie_word_embeddings is False:
             return trial
         (head,) = heads

@@ -29,6 +29,10 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
 
 
+ORIGINAL = ".original_module"
+"""The end of the path of a module that PEFT wraps, which keeps the values before the training."""
+
+
 def saved_modules(config: VeraConfig) -> SavedModules:
     """Return the modules that PEFT saves whole: those of the config, and those of its task."""
     return SavedModules(config.saved_modules)
@@ -61,7 +65,7 @@ def replacing_tensors(
     Raises:
         CheckpointError: two tensors replace the same tensor.
     """
-    tensors = {each.name: each for each in adapter.trained_replacements}
+    tensors = {each.name: each for each in used_replacements(adapter)}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matched = match_replacements(shapes, match, base)
     found = {
@@ -77,6 +81,27 @@ def replacing_tensors(
         if not same_tensor(first, tensor):
             raise CheckpointError(_clash(part.target, first.name, tensor.name))
     return found
+
+
+def used_replacements(adapter: Adapter) -> Iterator[TensorData]:
+    """Yield each tensor that PEFT computes with in place of the base's.
+
+    The encoder and the decoder have separate embeddings, and PEFT wraps only `shared`. The stacks
+    keep the values from before the wrapping, which PEFT stores if the vocabulary was resized.
+    """
+    stored = {each.name: each for each in adapter.tensors}
+    for tensor in adapter.trained_replacements:
+        own = tensor.name
+        if is_unused(own, adapter):
+            own = own.removesuffix(".weight") + ORIGINAL + ".weight"
+        yield stored.get(own, tensor)
+
+
+def is_unused(name: str, adapter: Adapter) -> bool:
+    """Say whether a tensor is the copy of an encoder-decoder's `shared`, which no layer reads."""
+    module = replaced_name(name).rpartition(".")[0]
+    is_shared = module.rpartition(".")[2] == "shared"
+    return is_shared and bool(saved_modules(adapter.config).of(module))
 
 
 def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
@@ -128,7 +153,7 @@ def match_replacements(
     ]
     for name, shape in shapes.items():
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
-        module = re.sub(r"(^|\.)base_layer$", "", module)
+        module = re.sub(r"(^|\.)base_layer$", "", module).removesuffix(ORIGINAL)
         paths = [path for rename in strategies if (path := rename(module)) is not None]
         plain = ".".join(filter(None, (module, parameter)))
         there = chain(

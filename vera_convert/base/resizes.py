@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vera_convert import rules
 from vera_convert.base.model import BaseModel
-from vera_convert.base.vocabulary import vocabulary_fields
+from vera_convert.base.vocabulary import shared_embedding, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -30,6 +30,9 @@ class Resizes(NamedTuple):
 _BIAS_OF_LOGITS = "final_logits_bias"
 """The last part of the name of a buffer (1, vocabulary), which BART and similar models store."""
 
+_RESIZED_IN_PART = frozenset(("fsmt", "t5gemma"))
+"""Types of which transformers 5 loads no model whose vocabulary transformers has resized."""
+
 NO_RESIZES = Resizes(None, None, ())
 
 
@@ -46,11 +49,12 @@ def resizes(
         base: the base.
         heads: the names in `shapes` that belong to a classifier.
     """
+    shapes = {**shapes, **{name: shapes[other] for name, other in followers(shapes, base)}}
     words: dict[str, tuple[int, int]] = {}
     labels: dict[str, tuple[int, int]] = {}
     wrong: dict[str, str] = {}
     for name, shape in shapes.items():
-        own = base.tensors[name].info.shape if name in base.tensors else shape
+        own = _own_shape(name, shape, base)
         if own == shape:
             continue
         if own[1:] != shape[1:] or not own:
@@ -81,9 +85,31 @@ def shape_differs(name: str, shape: tuple[int, ...], base: BaseModel, more: str 
         base: the base.
         more: the reason why the shape is wrong, as the end of a sentence.
     """
-    own = base.tensors[name].info.shape
+    own = _own_shape(name, shape, base)
     reason = f"the adapter's is {shape_text(shape)}, the base's {shape_text(own)}{more}."
     return rules.REPLACEMENT_SHAPE.in_tensor(name, reason)
+
+
+def _own_shape(name: str, shape: tuple[int, ...], base: BaseModel) -> tuple[int, ...]:
+    """Return the base's shape of a tensor; for a head that the base lacks, the embedding's."""
+    if name not in base.tensors and len(shape) == 2 and _is_of_vocabulary(name, base):
+        name = shared_embedding(base, None, shape[1]) or name
+    return base.tensors[name].info.shape if name in base.tensors else shape
+
+
+def followers(shapes: Mapping[str, tuple[int, ...]], base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each tensor of the base that transformers resizes with another, and the other.
+
+    Args:
+        shapes: shapes of the adapter's tensors by the name of the base's tensor.
+        base: the base.
+    """
+    for copy, source in tied_copies(base):
+        pairs = [(copy, source)] + [(source, copy)] * copy.endswith(".bias")
+        for name, other in pairs:
+            is_missing = name in base.tensors and name not in shapes and other in shapes
+            if is_missing and shapes[other] != base.tensors[name].info.shape:
+                yield name, other
 
 
 def _why_not_resized(
@@ -92,6 +118,8 @@ def _why_not_resized(
     """Return the reason why a vocabulary cannot be resized; None if the resize is right."""
     if not words:
         return None
+    if base.model_type in _RESIZED_IN_PART:
+        return f", and transformers resizes only a part of {base.model_type}"
     if len({*words.values()}) > 1:
         return ", and not all embeddings and output heads are resized alike"
     old, new = next(iter(words.values()))

@@ -9,7 +9,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
-from vera_convert.base.replacements import saved_modules
+from vera_convert.base.replacements import ORIGINAL, saved_modules, used_replacements
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
@@ -47,12 +47,13 @@ def lone_embeddings(
     """
     saved = saved_modules(adapter.config)
     for embedding, tensor in replaced.items():
-        if embedding not in base.tensors or not saved.of(_module(tensor)):
+        module = _module(tensor)
+        if embedding not in base.tensors or not saved.of(module) or module.endswith(ORIGINAL):
             continue
         shape = base.tensors[embedding].info.shape
         if len(shape) != 2 or shared_embedding(base, *shape) != embedding:
             continue
-        head = _head_of(shape, adapter, match, base)
+        head = tied_head(shape, adapter, match, base)
         if head is not None and head not in replaced and not is_saved_twice(tensor, adapter, base):
             yield embedding, head
 
@@ -68,72 +69,25 @@ def is_saved_twice(tensor: TensorData, adapter: Adapter, base: BaseModel) -> boo
     is_of_head = is_output_head(_module(tensor), base.model_type)
     return any(
         is_output_head(_module(other), base.model_type) != is_of_head and same_tensor(tensor, other)
-        for other in adapter.replacements
+        for other in used_replacements(adapter)
     )
-
-
-_STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
-_OF_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
-"""The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
-
-
-_COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
-    "luke": {
-        "lm_head.bias": "lm_head.decoder.bias",
-        "entity_predictions.decoder.weight": "luke.entity_embeddings.entity_embeddings.weight",
-    },
-    "neomme": {
-        "unembedding_projection.weight": "model.embed_tokens.embedding_projection.weight",
-    },
-}
-"""Further tensors that a class ties with the head, by model type: the stored name by the other."""
-_DECODERS_WITHOUT_BIAS = frozenset(("bridgetower", "esm", "lxmert"))
-"""Model types whose layer ``X.decoder`` has no bias: the head ``X`` adds its own bias."""
-
-
-def copies_of_untied(base: BaseModel) -> Iterator[tuple[str, str]]:
-    """Yield each tensor that a base leaves out while its head is tied, and the equal stored tensor.
-
-    The field that ties the head also ties the embeddings in the stacks of an encoder-decoder, in
-    transformers 5, and the two names of a head's bias. A model without tied head therefore needs
-    each tensor under its own name.
-    """
-    yield from _embeddings_of_stacks(base)
-    copies = {
-        f"{head}.decoder.bias": f"{head}.bias"
-        for head in (name.removesuffix(".bias") for name in base.tensors)
-        if is_output_head(f"{head}.decoder", base.model_type)
-        and base.model_type not in _DECODERS_WITHOUT_BIAS
-    }
-    for copy, name in {**copies, **_COPIES_BY_TYPE.get(base.model_type or "", {})}.items():
-        if name in base.tensors and copy not in base.tensors:
-            yield copy, name
-
-
-def _embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
-    """Yield each embedding in a stack of an encoder-decoder, and the embedding stored for both."""
-    for name in base.tensors:
-        path, _, parameter = name.rpartition(".")
-        if parameter != "weight":
-            continue
-        start, dot, last = path.rpartition(".")
-        own = _OF_STACK.get(last)
-        if path.endswith("decoder.embed_tokens") and base.model_type == "fsmt":
-            start, own = start.removesuffix("decoder").rstrip("."), last
-            dot = "." if start else ""
-        for stack in _STACKS if own else ():
-            copy = f"{start}{dot}{stack}.{own}.weight"
-            is_stack = any(each.startswith(f"{start}{dot}{stack}.") for each in base.tensors)
-            if is_stack and copy not in base.tensors:
-                yield copy, name
 
 
 def _module(tensor: TensorData) -> str:
     return replaced_name(tensor.name).rpartition(".")[0]
 
 
-def _head_of(shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseModel) -> str | None:
-    """Return the name of the head tied to an embedding of `shape`; None without a tied head."""
+def tied_head(
+    shape: tuple[int, ...], adapter: Adapter, match: Match, base: BaseModel
+) -> str | None:
+    """Return the name of the head tied to an embedding; None without a tied head.
+
+    Args:
+        shape: the shape of the embedding in the base.
+        adapter: the adapter.
+        match: the match of the adapter's layers.
+        base: the base.
+    """
     if base.tie_word_embeddings is False:
         return None
     for name, tensor in base.tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 
@@ -10,12 +11,30 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.model import BaseModel
 from vera_convert.base.side_files import tokenizer_files
-from vera_convert.embeddings import is_embedding
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
 
 _TOKENS_LIMIT = 100_000_000
+_STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
+_IN_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
+"""The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
+_COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
+    "luke": {
+        "lm_head.bias": "lm_head.decoder.bias",
+        "entity_predictions.decoder.weight": "luke.entity_embeddings.entity_embeddings.weight",
+    },
+    "neomme": {
+        "unembedding_projection.weight": "model.embed_tokens.embedding_projection.weight",
+    },
+}
+"""Further tensors that a class ties with the head, by model type: the stored name by the other."""
+_DECODERS_WITHOUT_BIAS = frozenset(("bridgetower", "esm", "lxmert"))
+"""Model types whose layer ``X.decoder`` has no bias: the head ``X`` adds its own bias."""
+_OF_STACK = re.compile(r"(?:^|[._])(?:en|de)coder\.")
+_FIELDS = ("vocab_size", "decoder_vocab_size")
+"""The fields of a config with the size of the vocabulary; Marian has both."""
 _LONGEST_ID = 20  # digits; a longer number is beyond the rows of any embedding
 
 
@@ -45,20 +64,61 @@ def shared_embedding(base: BaseModel, rows: int | None, widest: int | None = Non
         and rows in (None, tensor.info.shape[0])
         and (widest is None or tensor.info.shape[1] <= widest)
     ]
-    # T5 and BART store a copy for each stack beside the shared embedding.
-    shared = [name for name in found if name.endswith("shared.weight")]
-    return (shared or found)[0] if len(shared or found) == 1 else None
+    if len(found) > 1:
+        # An encoder-decoder can store an embedding for each stack. The head shares the embedding
+        # beside the stacks, as in T5, or else the decoder's, as in T5Gemma.
+        beside = [name for name in found if _OF_STACK.search(name) is None]
+        found = beside or [name for name in found if "decoder." in name]
+    return found[0] if len(found) == 1 else None
+
+
+def tied_copies(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each tensor that a base leaves out while its head is tied, and the equal stored tensor.
+
+    The field that ties the head also ties the embeddings in the stacks of an encoder-decoder, in
+    transformers 5, and the two names of a head's bias. A model without tied head therefore needs
+    each tensor under its own name, and a base without tied head can store each.
+    """
+    yield from _embeddings_of_stacks(base)
+    copies = {
+        f"{head}.decoder.bias": f"{head}.bias"
+        for head in (name.removesuffix(".bias") for name in base.tensors)
+        if is_output_head(f"{head}.decoder", base.model_type)
+        and base.model_type not in _DECODERS_WITHOUT_BIAS
+    }
+    for copy, name in {**copies, **_COPIES_BY_TYPE.get(base.model_type or "", {})}.items():
+        if name in base.tensors:
+            yield copy, name
+
+
+def _embeddings_of_stacks(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """Yield each embedding in a stack of an encoder-decoder, and the embedding stored for both."""
+    for name in base.tensors:
+        path, _, parameter = name.rpartition(".")
+        if parameter != "weight":
+            continue
+        start, dot, last = path.rpartition(".")
+        own = _IN_STACK.get(last)
+        if path.endswith("decoder.embed_tokens") and base.model_type == "fsmt":
+            start, own = start.removesuffix("decoder").rstrip("."), last
+            dot = "." if start else ""
+        for stack in _STACKS if own else ():
+            copy = f"{start}{dot}{stack}.{own}.weight"
+            is_stack = any(each.startswith(f"{start}{dot}{stack}.") for each in base.tensors)
+            if is_stack and copy != name:
+                yield copy, name
 
 
 def vocabulary_fields(base: BaseModel, rows: int) -> list[tuple[str, ...]]:
-    """Return the paths of the config's ``vocab_size`` fields with the value `rows`."""
-    found: list[tuple[str, ...]] = []
-    if base.config.get("vocab_size") == rows:
-        found.append(("vocab_size",))
-    for name, part in base.config.items():
-        if isinstance(part, Mapping) and part.get("vocab_size") == rows:
-            found.append((name, "vocab_size"))
-    return found
+    """Return the paths of the config's fields that say that the vocabulary has `rows` tokens."""
+    inner = {name: part for name, part in base.config.items() if isinstance(part, Mapping)}
+    found: list[tuple[str, ...]] = [(field,) for field in _FIELDS if base.config.get(field) == rows]
+    return found + [
+        (name, field)
+        for name, part in inner.items()
+        for field in _FIELDS
+        if part.get(field) == rows
+    ]
 
 
 # --- the adapter's tokenizer ---------------------------------------------------------------------

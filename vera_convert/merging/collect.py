@@ -13,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert import rules
-from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.assembly.addends import Term
@@ -23,14 +22,15 @@ from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
     Part,
     incomplete_modules,
+    is_unused,
     replacing_tensors,
     saved_modules,
     unknown_tensor,
 )
-from vera_convert.base.resizes import biases_of_logits, resizes, shape_differs
-from vera_convert.base.tied import copies_of_untied, is_head, is_tied_head, lone_embeddings
+from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
+from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings, tied_head
 from vera_convert.base.unsupported_layouts import Inside
-from vera_convert.base.vocabulary import shared_embedding
+from vera_convert.base.vocabulary import shared_embedding, tied_copies
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import TensorData
@@ -60,7 +60,8 @@ def collect(inputs: MergeInputs) -> Changes:
     collector.resize_heads()
     for matched in inputs.adapters:
         collector.part_pairs(matched)
-    collector.separate_copies()
+        collector.part_stacks(matched)
+    collector.settle_copies()
     changes = collector.changes
     if inputs.options.tied is not None and not collector.meets_tied_head:
         reason = "the adapter changes no output head that is tied to the embedding."
@@ -188,7 +189,8 @@ class _Collector:
             reason = f"the stored values differ from {printable(stored)} of the base."
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
-            embedding = embedding_of_head(module, match, self.base)
+            own_head = self._has_own_head
+            embedding = None if own_head else embedding_of_head(module, match, self.base)
             unties = embedding is not None and self._meet_tied_head() is Tied.UNTIE
             head = _name_of_head(module, match) if unties else stored
             self._resized_heads += [
@@ -201,15 +203,18 @@ class _Collector:
         """Record the tensors of an adapter that replace tensors of the base, or are new."""
         adapter = matched.adapter
         found = replacing_tensors(adapter, matched.match, self.base)
+        for tensor in adapter.trained_replacements:
+            if is_unused(tensor.name, adapter):
+                reason = "the merged model keeps the values from before the training."
+                self.changes.findings.append(rules.EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
         # Embeddings come first, because the check of a head depends on the embedding.
         for target, (tensor, part) in sorted(
             found.items(), key=lambda item: is_head(item[0], self.base)
         ):
             replacement = Replacement.of(matched, tensor, part)
-            if _is_unused(tensor.name, adapter):
-                reason = "the merged model keeps the base's values."
-                self.changes.findings.append(rules.EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
-            elif target in self.changes.terms:
+            if is_unused(tensor.name, adapter):
+                continue
+            if target in self.changes.terms:
                 self._refuse_delta(target, replacement)
             elif is_tied_head(target, self.base):
                 self._replace_head(target, replacement)
@@ -247,7 +252,8 @@ class _Collector:
         """Record a tensor that the base lacks, unless no loader would use the tensor."""
         name = replacement.tensor.name
         module = _module(replaced_name(name))
-        if not saved_modules(replacement.owner.adapter.config).of(module):
+        is_copy = target in dict(tied_copies(self.base))
+        if not is_copy and not saved_modules(replacement.owner.adapter.config).of(module):
             self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
@@ -342,26 +348,54 @@ class _Collector:
             self.changes.unties = True
             self.changes.heads[head] = embedding
 
-    def separate_copies(self) -> None:
-        """Store each tensor that a class ties by the field of the untied head."""
-        changes = self.changes
-        if not changes.unties:
+    def part_stacks(self, matched: MatchedAdapter) -> None:
+        """Untie the head if the adapter stores the embedding of a stack, for transformers 4.
+
+        transformers 4 gives each stack the shared embedding if the head is tied, whatever the files
+        hold. transformers 5 keeps the embedding of the files.
+        """
+        changes, base = self.changes, self.base
+        pairs = [pair for pair in tied_copies(base) if is_embedding(_module(pair[0]))]
+        source = next((source for copy, source in pairs if copy in changes.new), None)
+        if source is None or changes.unties or base.model_type == "switch_transformers":
             return
-        if self.base.model_type == "switch_transformers":
-            if self._has_own_head:
-                changes.unties = False  # the config stays, and with it the scaled output
-                return
-            raise UsageError(
-                "--tied untie: SwitchTransformers scales the decoder's output only while head and "
-                "embedding are one tensor. Give --tied add to change both, as PEFT does on merging."
-            )
-        for copy, stored in copies_of_untied(self.base):
-            if copy in changes.new:
-                continue
-            if stored in changes.replaced:
-                changes.new[copy] = changes.replaced[stored]
+        shape = base.tensors[source].info.shape
+        head = tied_head(shape, matched.adapter, matched.match, base)
+        if head is not None and not self._has_own_head:
+            changes.unties = True
+            self._settle(head, source)
+
+    def settle_copies(self) -> None:
+        """Give the values of PEFT's model to each tensor that transformers ties by one field."""
+        if self.changes.unties and self.base.model_type == "switch_transformers":
+            if not self._has_own_head:
+                raise UsageError(
+                    "--tied untie: SwitchTransformers scales the decoder's output only while head "
+                    "and embedding are one tensor. Give --tied add to change both, as PEFT does on "
+                    "merging."
+                )
+            self.changes.unties = False  # the config stays, and with it the scaled output
+        for copy, source in tied_copies(self.base):
+            self._settle(copy, source)
+        replacing = self.changes.replacing
+        shapes = {name: each.stored.shape for name, each in replacing.items()}
+        for name, other in followers(shapes, self.base):
+            self.changes.replaced[name] = replacing[other]
+
+    def _settle(self, copy: str, source: str) -> None:
+        """Settle a tensor tied to another: see `tied_copies`."""
+        changes = self.changes
+        own, other = changes.replacing.get(copy), changes.replaced.get(source)
+        if own is not None and copy.endswith(".bias"):
+            # The model computes with the copy; transformers 4 gives both the values of the source.
+            changes.replaced.setdefault(source, own)
+            if not changes.unties and self.base.tie_word_embeddings is not False:
+                changes.new.pop(copy, None)
+        elif own is None and changes.unties and copy not in self.base.tensors:
+            if other is not None:
+                changes.new[copy] = other
             else:
-                changes.heads[copy] = stored
+                changes.heads[copy] = source
 
 
 def _module(name: str) -> str:
@@ -373,13 +407,3 @@ def _name_of_head(module: str, match: Match) -> str:
     if module in match.tied:
         return f"{match.strategy.rename(module) or module}.weight"
     return match.tensors[module]
-
-
-def _is_unused(name: str, adapter: Adapter) -> bool:
-    """Say whether a tensor is the copy of an encoder-decoder's `shared`, which no layer reads.
-
-    The encoder and the decoder have separate embeddings, and PEFT wraps only `shared`.
-    """
-    module = _module(replaced_name(name))
-    is_shared = module.rpartition(".")[2] == "shared"
-    return is_shared and bool(saved_modules(adapter.config).of(module))

@@ -16,7 +16,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
-from vera_convert.base.vocabulary import embedding_rows, vocabulary_fields
+from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.json_edit import edited_member
@@ -216,11 +216,12 @@ def _class(base: BaseModel, name: str | None) -> _Edit:
 
 def _new_modules(base: BaseModel, changes: Changes) -> Iterator[tuple[str, str]]:
     """Yield each new tensor that only another class than the base's loads, and the module."""
-    known = {*changes.replaced.values()}  # an embedding can be stored for each stack
+    copies = dict(tied_copies(base))  # an embedding can be stored for each stack
     for name, replacement in changes.new.items():
         module = replaced_name(replacement.tensor.name).rpartition(".")[0]
-        is_untied = changes.unties and is_output_head(module, base.model_type)
-        if replacement not in known and not is_untied:
+        paths = (name.rpartition(".")[0], module)
+        is_head = any(is_output_head(path, base.model_type) for path in paths)
+        if name not in copies and not (is_head and changes.unties):
             yield name, module
 
 

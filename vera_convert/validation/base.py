@@ -24,7 +24,7 @@ from vera_convert.base.resizes import resizes
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.base.tied import is_saved_twice, is_tied_head, lone_embeddings
-from vera_convert.base.vocabulary import check_own_tokens
+from vera_convert.base.vocabulary import check_own_tokens, tied_copies
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
@@ -122,10 +122,11 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         yield from error.findings
         return
     tensors = {target: tensor for target, (tensor, _) in replacing.items()}
+    copies = dict(tied_copies(base))
     for target, tensor in tensors.items():
         module = replaced_name(tensor.name).rpartition(".")[0]
         is_lm_head = is_output_head(module, base.model_type)
-        if target not in base.tensors and not is_lm_head:
+        if target not in base.tensors and target not in copies and not is_lm_head:
             found = brought(adapter.config, tensor.name, target, base)
             yield from [found] if found is not None else []
     yield from _tied_pairs(adapter, match, base, tensors)
