@@ -43,7 +43,7 @@ lora: engines options factors plan stored peft_form peft_targets head_copies pip
 lora: checks record card forms writing
 lora: sizes gguf_reading gguf_form reading conversion
 counting summary
-validation: validation selection values files config targets projections base checks validate
+validation: result selection values files config targets projections base checks validate
 verification: provenance model_comparison options running comparator pairs
 verification: roundings other_adapters diagnosis tensors model_files merge_inputs other_projections
 verification: merged forms lora_config lora_names lora verify

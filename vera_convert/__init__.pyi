@@ -37,9 +37,9 @@ from vera_convert.schemas import load_schema as load_schema
 from vera_convert.schemas import schema_names as schema_names
 from vera_convert.summary import AdapterInfo as AdapterInfo
 from vera_convert.summary import info as info
+from vera_convert.validation.result import Checked as Checked
+from vera_convert.validation.result import Validation as Validation
 from vera_convert.validation.validate import validate as validate
-from vera_convert.validation.validation import Checked as Checked
-from vera_convert.validation.validation import Validation as Validation
 from vera_convert.verification.options import VerifyOptions as VerifyOptions
 from vera_convert.verification.verify import Verification as Verification
 from vera_convert.verification.verify import verify as verify

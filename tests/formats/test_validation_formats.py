@@ -46,7 +46,7 @@ from vera_convert.rules import (
     Severity,
 )
 from vera_convert.text import printable, wrapped
-from vera_convert.validation.validation import Checked, Validation
+from vera_convert.validation.result import Checked, Validation
 
 SchemaErrors = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]

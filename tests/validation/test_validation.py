@@ -41,9 +41,9 @@ from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.merging.merge import merge
 from vera_convert.rules import CATALOG, Severity
+from vera_convert.validation.result import Checked, Validation
 from vera_convert.validation.selection import Settings, read_settings
 from vera_convert.validation.validate import validate
-from vera_convert.validation.validation import Checked, Validation
 
 DATA = Path(__file__).parents[1] / "data"
 FIXTURES = sorted(path.parent for path in (DATA / "fixtures").rglob(CONFIG))

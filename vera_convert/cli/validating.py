@@ -27,7 +27,7 @@ from vera_convert.formats.reports import RENDERERS, report_text
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
-    from vera_convert.validation.validation import Validation
+    from vera_convert.validation.result import Validation
 
 
 class ValidateOptions(AdapterOptions):

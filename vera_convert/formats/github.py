@@ -9,7 +9,7 @@ from vera_convert.formats.locations import file_path
 from vera_convert.formats.validation import closing_line, verdict
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, printable_whole
-from vera_convert.validation.validation import Checked, Validation
+from vera_convert.validation.result import Checked, Validation
 
 _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
 _MOST_ROWS = 500

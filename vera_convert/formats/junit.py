@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from vera_convert.formats.locations import file_path
 from vera_convert.rules import Finding, Severity
-from vera_convert.validation.validation import Checked, Validation
+from vera_convert.validation.result import Checked, Validation
 
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, escaped or not."""

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.rules import Finding
-from vera_convert.validation.validation import Checked
+from vera_convert.validation.result import Checked
 
 _ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 

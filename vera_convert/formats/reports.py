@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vera_convert.validation.validation import Validation
+    from vera_convert.validation.result import Validation
 
 RENDERERS = {
     "text": "validation.validation_text",

@@ -10,7 +10,7 @@ from vera_convert._version import __version__
 from vera_convert.formats.document import Document
 from vera_convert.formats.locations import file_name, file_uri
 from vera_convert.rules import CATALOG, Finding, Rule
-from vera_convert.validation.validation import Checked, Validation
+from vera_convert.validation.result import Checked, Validation
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _INDEX = {code: index for index, code in enumerate(CATALOG)}

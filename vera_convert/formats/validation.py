@@ -10,7 +10,7 @@ from itertools import zip_longest
 from vera_convert.formats.shared import table
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import and_more, counted, wrapped
-from vera_convert.validation.validation import Checked, Validation
+from vera_convert.validation.result import Checked, Validation
 
 _STYLES = {"error": "1;31", "warning": "1;33", "note": "36", "good": "32", "name": "1"}
 _MOST_PLACES = 5

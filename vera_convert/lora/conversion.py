@@ -143,35 +143,35 @@ def to_lora(
         >>> to_lora("adapter", "lora", base="base").written
         True
     """
-    settings = optional(instance, "options", LoraOptions, options) or LoraOptions()
+    options = optional(instance, "options", LoraOptions, options) or LoraOptions()
     progress = progress_function("progress", progress)
     base_options = base_options_of(base)
-    output = Output(path("out", out), is_lora, settings.force)
+    output = Output(path("out", out), is_lora, options.force)
     with (
         opened(adapter, output, revision=revision, access=access) as work,
         one_blas_thread(),  # further threads of the BLAS wait longer than thin products take
     ):
-        job = _planned(work, base_options, settings)
-        return job.measure(progress) if settings.dry_run else job.write(progress)
+        job = _planned(work, base_options, options)
+        return job.measure(progress) if options.dry_run else job.write(progress)
 
 
-def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _Job:
+def _planned(work: Work, base_options: BaseOptions, options: LoraOptions) -> _Job:
     """Plan a conversion, or refuse the adapter with all errors known before writing."""
     adapter = work.adapter
     base_facts = resolve_base(adapter, base_options, bases=Bases(work.access), need=Need.SIZES)
     pair = in_effect(
-        adapter, base_facts, projections=settings.projections, variant=settings.generator
+        adapter, base_facts, projections=options.projections, variant=options.generator
     )
-    plan = plan_lora(adapter, base_facts, pair, settings)
+    plan = plan_lora(adapter, base_facts, pair, options)
     extras = extras_of(adapter)
     sides = side_files(adapter.folder, not_fetched=work.location.left_out)
-    copied = _copied(sides, settings.target.form)
+    copied = _copied(sides, options.target.form)
     place = work.location.label
-    of_engine = [*engine_findings(plan, extras, settings, base_facts, place=place)]
-    if settings.target.form is Form.DIFFUSERS:
+    of_engine = [*engine_findings(plan, extras, options, base_facts, place=place)]
+    if options.target.form is Form.DIFFUSERS:
         of_engine += component_findings(plan, base_facts, work.access)
-    if settings.target.heads is not None:
-        of_engine += copy_findings(adapter, base_facts, settings.target.title)
+    if options.target.heads is not None:
+        of_engine += copy_findings(adapter, base_facts, options.target.title)
         extras = replace(extras, copies=())
     findings = [
         *adapter.findings,
@@ -180,16 +180,16 @@ def _planned(work: Work, base_options: BaseOptions, settings: LoraOptions) -> _J
         *other_dims(adapter, base_facts),
         *adapter_findings(work, base_facts, sides, copied),
         *of_engine,
-        *_idle_options(settings, plan, extras, pair),
+        *_idle_options(options, plan, extras, pair),
     ]
     errors = errors_of(findings)
     if errors:
         error = CheckpointError.of(errors)
         error.validate_shows_all = errors[-1] not in of_engine
         raise error
-    extras = Extras(copies=extras.copies) if settings.drop_head else extras
-    source = LoraSource(work.location, adapter, pair, settings, base_options)
-    files = _files(work, base_facts, plan, extras, settings.target)
+    extras = Extras(copies=extras.copies) if options.drop_head else extras
+    source = LoraSource(work.location, adapter, pair, options, base_options)
+    files = _files(work, base_facts, plan, extras, options.target)
     return _Job(work, base_facts, plan, extras, source, files, sides, copied, findings)
 
 

@@ -40,8 +40,8 @@ from vera_convert.text import printable
 from vera_convert.validation.config import config_findings, undeclared_embeddings
 from vera_convert.validation.files import folder_findings, names_findings
 from vera_convert.validation.projections import stored_findings, stripped_findings
+from vera_convert.validation.result import Checked
 from vera_convert.validation.targets import TARGET_FIELDS, target_findings, uneven_findings
-from vera_convert.validation.validation import Checked
 from vera_convert.validation.values import value_findings
 
 _REMOTE = Path(os.devnull, "on-the-hub")

@@ -22,8 +22,8 @@ from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.rules import Severity
 from vera_convert.text import printable
 from vera_convert.validation.checks import CheckOptions, check_adapter
+from vera_convert.validation.result import Checked, Validation
 from vera_convert.validation.selection import check_codes, selected
-from vera_convert.validation.validation import Checked, Validation
 
 
 def validate(

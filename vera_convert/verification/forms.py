@@ -122,17 +122,17 @@ def check_form(
         ours = stack.enter_context(open_adapter(first.fetched, repair=repaired))
         theirs = stack.enter_context(open_adapter(second.fetched))
         bases = Bases(access)
-        known, other_known = (
+        base_facts, other_facts = (
             resolve_base(each, base, bases=bases, need=Need.HELPFUL) for each in (ours, theirs)
         )
         sides = (
-            _Side(ours, _with_dims_of(known, theirs), options),
-            _Side(theirs, _with_dims_of(other_known, ours), options),
+            _Side(ours, _with_dims_of(base_facts, theirs), options),
+            _Side(theirs, _with_dims_of(other_facts, ours), options),
         )
         effects, origins = _effects(sides)
         wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
         wrong += _other_projections(effects, theirs)
-        findings = [*ours.findings, *theirs.findings, *other_known.findings]
+        findings = [*ours.findings, *theirs.findings, *other_facts.findings]
         compared = {tensor.name for tensor in (*_trained(ours), *_trained(theirs))}
         ours.check_unchanged()
         theirs.check_unchanged()
@@ -208,12 +208,12 @@ def _comparable(name: str, value: object) -> object:
 # --- A and B -------------------------------------------------------------------------------------
 
 
-def _with_dims_of(known: BaseFacts, other: Adapter) -> BaseFacts:
+def _with_dims_of(base_facts: BaseFacts, other: Adapter) -> BaseFacts:
     """Return the base facts; unknown dims come from the other form."""
     recorded = other.projections or other.fingerprint
-    if recorded is None or known.in_features is not None:
-        return known
-    return replace(known, in_features=recorded.in_features, out_features=recorded.out_features)
+    if recorded is None or base_facts.in_features is not None:
+        return base_facts
+    return replace(base_facts, in_features=recorded.in_features, out_features=recorded.out_features)
 
 
 class _Side:
@@ -223,10 +223,10 @@ class _Side:
         UsageError: the dims of A and B are not known.
     """
 
-    def __init__(self, adapter: Adapter, known: BaseFacts, options: VerifyOptions) -> None:
+    def __init__(self, adapter: Adapter, base_facts: BaseFacts, options: VerifyOptions) -> None:
         self.adapter = adapter
-        self.known = _with_dims_of(known, adapter)
-        if None in (self.known.in_features, self.known.out_features):
+        self.base_facts = _with_dims_of(base_facts, adapter)
+        if None in (self.base_facts.in_features, self.base_facts.out_features):
             raise UsageError(
                 "the dims of A and B are unknown, because neither form records the dims. "
                 f"{BASE_REMEDY}"
@@ -241,9 +241,9 @@ class _Side:
         """Return the A and B that vera-convert uses on a base in this dtype."""
         needs_dtype = self.projections is ProjectionSource.KEY or self._recorded is None
         if self._here is None or needs_dtype:
-            known = replace(self.known, rounding=rounding_on_base(dtype))
+            base_facts = replace(self.base_facts, rounding=rounding_on_base(dtype))
             self._here = in_effect(
-                self.adapter, known, projections=self.projections, variant=self.variant
+                self.adapter, base_facts, projections=self.projections, variant=self.variant
             )
         return self._here
 
@@ -252,7 +252,7 @@ class _Side:
         stored = self.adapter.projections
         if stored is not None and self.adapter.config.save_projection:
             return stored.A.array(), stored.B.array()
-        drawn = usual_draw(self.adapter.config, self.known, 0, 0)  # the facts have dims
+        drawn = usual_draw(self.adapter.config, self.base_facts, 0, 0)  # the facts have dims
         if self._recorded is None and self.variant is not None:
             drawn = replace(drawn, variant=self.variant)
         if self._drawn is None:
@@ -268,7 +268,7 @@ def _effects(
 ) -> tuple[tuple[FormEffect, ...], tuple[Origin, Origin]]:
     """Compare A and B for each possible dtype of the base; return the origins too, ours first."""
     first, second = sides
-    dtypes = [dtype for dtype in BASE_NAMES if rounding_on_base(dtype) is first.known.rounding]
+    dtypes = [dtype for dtype in BASE_NAMES if rounding_on_base(dtype) is first.base_facts.rounding]
     needed = _needed(first)
     effects = []
     for dtype in dtypes or USUAL_OF_BASES:
@@ -281,7 +281,7 @@ def _effects(
 
 def _needed(side: _Side) -> tuple[int, int]:
     """Return how many columns of A and rows of B the layers use; 0 columns if unknown."""
-    match = side.known.match
+    match = side.base_facts.match
     widest = max((each.in_features for each in match.layers.values()), default=0) if match else 0
     return widest, side.adapter.longest_b
 

@@ -22,7 +22,7 @@ from vera_convert.verification.provenance import MergeSettings, Provenance, Reco
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Merged:
+class OpenedMerge:
     """The opened inputs of a merge.
 
     Attributes:
@@ -66,7 +66,7 @@ class RepeatedMerge:
         return self.settings.dtype is None and self.provenance is None
 
     @contextmanager
-    def opened(self) -> Iterator[Merged]:
+    def opened(self) -> Iterator[OpenedMerge]:
         """Open the inputs as the merge does.
 
         Raises:
@@ -82,7 +82,7 @@ class RepeatedMerge:
             inputs = replace(opened, adapters=adapters)
             if self.provenance is not None:
                 findings += _other_base(inputs.base.model, self.provenance)
-            yield Merged(inputs, _changes(inputs), tuple(findings))
+            yield OpenedMerge(inputs, _changes(inputs), tuple(findings))
 
 
 def _changes(inputs: MergeInputs) -> Changes:

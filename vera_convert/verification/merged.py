@@ -29,7 +29,7 @@ from vera_convert.merging.changes import Kind, MergedTensor
 from vera_convert.merging.model_config import ConfigEdits, config_edits
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-from vera_convert.verification.merge_inputs import Merged, RepeatedMerge
+from vera_convert.verification.merge_inputs import OpenedMerge, RepeatedMerge
 from vera_convert.verification.model_comparison import (
     ModelComparison,
     ModelJob,
@@ -176,7 +176,7 @@ def check_merged(
         )
 
 
-def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str, MergedTensor]:
+def _expected(read: _ReadModel, source: OpenedMerge, edits: ConfigEdits) -> dict[str, MergedTensor]:
     """Return the expected tensors, by name.
 
     transformers saves no head that the class lacks, so the base's own head may be missing from a
@@ -196,7 +196,7 @@ def _expected(read: _ReadModel, source: Merged, edits: ConfigEdits) -> dict[str,
 
 def _findings(
     read: _ReadModel,
-    source: Merged,
+    source: OpenedMerge,
     edits: ConfigEdits,
     tensors: MergedTensors,
     settings: MergeSettings,
