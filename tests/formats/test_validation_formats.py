@@ -166,8 +166,9 @@ runs/bad: 3 errors, 1 note
 runs/warned: 1 warning
   warning  V110  the config has an unknown field
            adapter_config.json: there is a field x.
-           Remedy: For PEFT 0.13 and earlier, remove the field with
-             `vera-convert migrate --to asis --peft-version 0.13`.
+           Remedy: For PEFT 0.13 and earlier,
+             `vera-convert migrate --to asis --peft-version 0.13` removes the
+             field.
 
 gone: not read
   there is no folder gone.

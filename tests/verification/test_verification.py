@@ -864,6 +864,7 @@ def test_what_peft_would_draw_otherwise_is_warned_of(
     strip(adapter, tmp_path / "stripped", base=BaseOptions(str(base)), accept_change=True)
     result = same_form(adapter, tmp_path / "stripped", base=str(base))
     assert (result.passed, codes(result)) == (True, ["V624"])
+    assert "with PEFT, A and B differ on a base in float32" in result.findings[0].reason
     assert result.form is not None
     assert [(e.dtype, e.same, e.same_in_peft) for e in result.form.effects] == [
         ("float32", True, False)

@@ -180,7 +180,8 @@ def accepted_mismatch(
     """
     found = mismatch(adapter.config, own, base_facts)
     if found is not None and is_undecided(adapter, projections):
-        raise CheckpointError(rules.PROJECTIONS_CONTRADICT.at(adapter.place, found.reason))
+        reason = f"save_projection is false, and {found.reason}"
+        raise CheckpointError(rules.PROJECTIONS_CONTRADICT.at(adapter.place, reason))
     if found is not None and found.rule is not rules.OTHER_DRAW:
         raise CheckpointError(found.rule.at(adapter.place, found.reason))
     if base_facts.in_features is None and own.out_features > adapter.longest_b:

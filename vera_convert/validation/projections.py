@@ -43,12 +43,11 @@ def stored_findings(
     else:
         found = mismatch(config, own, base_facts)
         if found is not None:
-            rule = (
-                rules.PROJECTIONS_IGNORED
-                if config.save_projection
-                else rules.PROJECTIONS_CONTRADICT
-            )
-            yield rule.in_file(WEIGHTS_NAME, found.reason)
+            if config.save_projection:
+                yield rules.PROJECTIONS_IGNORED.in_file(WEIGHTS_NAME, found.reason)
+            else:
+                reason = f"save_projection is false, and {found.reason}"
+                yield rules.PROJECTIONS_CONTRADICT.in_file(WEIGHTS_NAME, reason)
         is_rounded = own.draw is not None and own.draw.rounding is not Rounding.NONE
         if own.draw is not None and is_rounded and base_facts.rounding is None:
             yield rules.PROJECTIONS_ROUNDED.in_file(

@@ -336,5 +336,10 @@ def _other_projections(effects: tuple[FormEffect, ...], other: Adapter) -> Itera
     differing = [e.dtype for e in effects if not (e.same and e.same_in_peft)]
     if differing:
         agree = [effect.dtype for effect in effects if effect.dtype not in differing]
-        bases = f"only on a base in {' or '.join(agree)}" if agree else "on no base"
-        yield rules.FORM_PROJECTIONS_DEPEND.at(other.place, f"A and B are the same {bases}.")
+        bases = f"on a base in {' or '.join(agree or differing)}"
+        reason = (
+            f"A and B are the same only {bases}."
+            if agree
+            else f"with PEFT, A and B differ {bases}."
+        )
+        yield rules.FORM_PROJECTIONS_DEPEND.at(other.place, reason)
