@@ -230,8 +230,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20, help="20 are 1.8 GB of 4-bit weights")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--bases", nargs="+", choices=[*BASES], default=[*BASES])
     options = parser.parse_args()
-    for name, (package, *_) in BASES.items():
+    for name in options.bases:
+        package = BASES[name][0]
         with tempfile.TemporaryDirectory(prefix="vera-convert-bench-") as folder:
             base, adapter, out = (Path(folder, each) for each in ("base", "adapter", "out"))
             write_base(base, name, options.layers)

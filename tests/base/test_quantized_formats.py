@@ -282,20 +282,21 @@ def test_a_cast_to_float16_has_the_bits_of_numpys_cast() -> None:
 
 def packed_along_rows(codes: Array, bits: int) -> Array:
     """Codes (n, columns) as words (n * bits / 32, columns), lowest bits first."""
-    per_word = 32 // bits
-    words = np.zeros((len(codes) // per_word, codes.shape[1]), np.uint32)
-    for i, row in enumerate(codes.astype(np.uint32)):
-        words[i // per_word] |= row << np.uint32(i % per_word * bits)
-    return words.view(np.int32)
+    words = np.zeros((len(codes) * bits // 32 + 1, codes.shape[1]), np.uint64)
+    for i, row in enumerate(codes.astype(np.uint64)):
+        place, shift = divmod(i * bits, 32)
+        words[place] |= (row << np.uint64(shift)) & np.uint64(0xFFFF_FFFF)
+        words[place + 1] |= (row << np.uint64(shift)) >> np.uint64(32)
+    return words[:-1].astype(np.uint32).view(np.int32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("order", ["none", "plain", "shuffled"])
 @pytest.mark.parametrize("group", [16, -1])
 def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     values = np.random.default_rng(bits)
-    inputs, outputs = 48, 24
+    inputs, outputs = (96, 64) if bits < 4 else (48, 24)
     size = inputs if group == -1 else group
     groups = inputs // size
     q = values.integers(0, 1 << bits, (inputs, outputs))
@@ -303,9 +304,10 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     zeros[0, :3] = 0  # written less one, such a zero borrows from its neighbor
     scales = values.uniform(0.001, 2, (groups, outputs)).astype(F16)
     scales[0, 0] = np.float16(6e-8)  # subnormal
-    words = packed_along_rows(zeros.T, bits).T.copy().view(np.uint32)
-    if version == "gptq":
-        words -= np.uint32({4: 0x11111111, 8: 0x01010101}[bits])
+    stored = (zeros - 1) % 8 if (version, bits) == ("gptq", 3) else zeros
+    words = packed_along_rows(stored.T, bits).T.copy().view(np.uint32)
+    if version == "gptq" and bits != 3:
+        words -= np.uint32({2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
     of_group = np.arange(inputs) // size
     arrays: Arrays = {
         "qweight": packed_along_rows(q, bits),
@@ -478,7 +480,7 @@ def test_a_shape_that_lies_is_refused(sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("code", "change"),
     [
-        ("V554", {"bits": 3}),
+        ("V554", {"bits": 5}),
         ("V554", {"bits": None}),
         ("V554", {"bits": "4"}),
         ("V554", {"checkpoint_format": "marlin"}),

@@ -249,14 +249,14 @@ def words(values: NDArray[np.generic]) -> NDArray[np.int32]:
     return generator.integers(-(2**31), 2**31, values.shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("order", ["in turn", "by activation"])
 @pytest.mark.parametrize("group", [32, -1])
 def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     kernel = library("gptqmodel.nn_modules.qlinear.torch")
     models = library("gptqmodel.utils.model")
-    inputs, outputs = 96, 40
+    inputs, outputs = 96, 64
     groups = 1 if group == -1 else inputs // group
     values = np.random.default_rng(bits)
     of_inputs = np.arange(inputs) * groups // inputs

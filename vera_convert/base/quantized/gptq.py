@@ -1,9 +1,10 @@
-"""GPTQ with 4 or 8 bits: codes packed along the inputs, a scale and a zero for each group.
+"""GPTQ with 2, 3, 4 or 8 bits: codes packed along the inputs, a scale and a zero for each group.
 
     W[out, in] = float16(scales[g, out] * (q - zero[g, out])),   g = g_idx[in]
 
 The files of the first version store each zero less 1. The library adds 1 to all fields of a word in
-one sum, modulo 2^32, and a field that borrowed from the next field gives the loan back.
+one sum, modulo 2^32, and a field that borrowed from the next field gives the loan back. Fields of 3
+bits can lie in two words: the library adds 1 to each field by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from vera_convert.base.quantized.layer import (
 from vera_convert.base.quantized.packing import FLOAT16, integers, scaled_rows, stream
 from vera_convert.text import printable
 
-_ONES = {4: 0x11111111, 8: 0x01010101}
+_BITS = (2, 3, 4, 8)
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _VERSIONS = {"gptq": True, "gptq_v2": False}
 """Whether a version of the files stores zeros less 1."""
 _VERSION_FIELDS = ("checkpoint_format", "format")
@@ -48,8 +50,8 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     bits, less_one = _settings(layer)
     words, outputs = layer.main("qweight", ("I32",))
     inputs = words * 32 // bits
-    if outputs * bits % 32:
-        reason = f"{outputs:,} outputs of {bits} bits fill no words of 32."
+    if words * 32 % bits or outputs * bits % 32:
+        reason = f"{words:,} words or {outputs:,} outputs of {bits} bits fill no words of 32."
         raise layer.error(rules.PART_MALFORMED, "qweight", reason)
     groups = group_count(layer, inputs)
     qweight = layer.part("qweight", ("I32",), (words, outputs))
@@ -63,10 +65,8 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
 
     def rows(read: PartReader, first: int, last: int) -> Array:
         begin, end = first // 32 * bits, min(-(-last // 32) * bits, outputs * bits // 32)
-        words_of_zeros = read.columns(qzeros, begin, end).astype("<u4")
-        if less_one:
-            words_of_zeros += np.uint32(_ONES[bits])
-        zeros = stream(words_of_zeros, bits, first % 32, first % 32 + last - first).T
+        zeros = _zeros(read.columns(qzeros, begin, end), bits, less_one=less_one)
+        zeros = zeros[:, first % 32 : first % 32 + last - first].T
         factors = read.columns(scales, first, last).T
         width = inputs // groups
         if g_idx:
@@ -90,6 +90,15 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     yield PackedWeight(layer.name("weight"), (outputs, inputs), qweight, parts, rows, checks)
 
 
+def _zeros(words: Array, bits: int, *, less_one: bool) -> Array:
+    """Return the zero points in words of 32 bits, (groups, n)."""
+    words = words.astype("<u4")
+    if less_one and bits != 3:
+        words += np.uint32(_ONES[bits])
+    zeros = stream(words, bits, 0, words.shape[1] * 32 // bits)
+    return (zeros + 1) & 7 if less_one and bits == 3 else zeros
+
+
 def _settings(layer: Layer) -> tuple[int, bool]:
     """Return the bits of a code, and whether the files store zeros less 1.
 
@@ -100,8 +109,8 @@ def _settings(layer: Layer) -> tuple[int, bool]:
     bits = whole(settings, "bits")
     versions = texts_of(settings, _VERSION_FIELDS) or {"gptq"}
     reason = ""
-    if bits not in _ONES:
-        reason = f"bits is {printable(repr(settings.get('bits')))}; 4 and 8 are supported."
+    if bits not in _BITS:
+        reason = f"bits is {printable(repr(settings.get('bits')))}; 2, 3, 4 and 8 are supported."
     elif settings.get("is_marlin_format") or not versions <= _VERSIONS.keys():
         others = versions - _VERSIONS.keys() or {"marlin"}
         reason = f'the format "{printable(min(others))}" is not supported, only gptq and gptq_v2.'
