@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from vera_convert.hub.client import HubAccess, cache_root
+from vera_convert.hub.access import HubAccess
+from vera_convert.hub.client import cache_root
 from vera_convert.hub.header_cache import replace_file
 from vera_convert.hub.repo_name import COMMIT, RepoName
 

@@ -17,15 +17,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from vera_convert._version import __version__
-from vera_convert.arguments import instance, optional, path, require_flags, set_checked, text
 from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.hub.access import TOKEN, HubAccess
 from vera_convert.hub.checksum import RepoFile, digest_of
 from vera_convert.hub.range_file import MOST_WITHOUT_RANGES, Answer, Ask
 from vera_convert.hub.redaction import keep_secrets_from_logs
@@ -37,60 +37,11 @@ from vera_convert.text import printable
 logger = logging.getLogger(__name__)
 
 _LIBRARY = "vera-convert"
-_TRUE = ("1", "ON", "YES", "TRUE")
-_TOKEN = re.compile(r"[\x21-\x7e]+")
 _MOST_LISTED = 64 << 20
 """The most bytes of a repo's description; 100,000 files take a third of this."""
 _MOST_EXPLAINED = 64 << 10
 """The most bytes that are read of the body of a refusal."""
 _BLOCK = 256 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class HubAccess:
-    """Options for the access to the Hub, with the defaults of huggingface_hub.
-
-    Attributes:
-        token: the token to send; None for HF_TOKEN, or the token stored by `hf auth login`.
-        cache_dir: the folder of the cache.
-        offline: use only the cache, as with HF_HUB_OFFLINE.
-        progress: whether downloads may draw bars on a terminal.
-
-    Example:
-        >>> HubAccess(offline=True).is_offline
-        True
-    """
-
-    token: str | None = field(default=None, repr=False)
-    cache_dir: Path | None = None
-    offline: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        set_checked(
-            self,
-            token=optional(text, "token", self.token),
-            cache_dir=optional(path, "cache_dir", self.cache_dir),
-        )
-        require_flags(offline=self.offline, progress=self.progress)
-        # An HTTP library would quote a malformed header in the error, and so print the token.
-        if self.token is not None and not _TOKEN.fullmatch(self.token):
-            raise UsageError("the token is empty, or has an impossible character.")
-
-    @property
-    def is_offline(self) -> bool:
-        """Whether the option or the environment forbids the network."""
-        names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        return self.offline or any(os.environ.get(name, "").upper() in _TRUE for name in names)
-
-
-def hub_access_of(value: object) -> HubAccess:
-    """Return a caller's options for the Hub; the defaults for None.
-
-    Raises:
-        UsageError: the value is of another class.
-    """
-    return optional(instance, "access", HubAccess, value) or HubAccess()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +123,7 @@ def _token(access: HubAccess) -> str | None:
 
     stored = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     token = access.token or stored
-    if token is not None and not _TOKEN.fullmatch(token):
+    if token is not None and not TOKEN.fullmatch(token):
         raise RefusedError(
             "the token in HF_TOKEN, or the token stored by `hf auth login`, has an impossible "
             "character. Set HF_TOKEN anew, or log in again with `hf auth login`.",
