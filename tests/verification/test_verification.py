@@ -787,6 +787,9 @@ def test_another_key_is_another_adapter(tmp_path: Path, adapter: Path) -> None:
     result = same_form(adapter, other)
     assert codes(result)[:2] == ["V622", "V623"]
     assert "projection_prng_key is 7 in the adapter, and 8" in str(result.findings[0])
+    edited = good_adapter(tmp_path / "edited", target_modules=["v_proj"])
+    said = " ".join(finding.reason for finding in same_form(adapter, edited).findings)
+    assert 'and ["v_proj"] in the other form' in said
 
 
 @pytest.mark.parametrize("name", ["base_model.vera_A", "base_model.vera_B"])

@@ -28,7 +28,7 @@ from vera_convert.merging.in_effect import InEffect
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """An adapter as a caller names the adapter.
+    """An adapter to merge or to verify, with weight and revision.
 
     Attributes:
         adapter: a folder or a repo on the Hub.

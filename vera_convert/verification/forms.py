@@ -9,6 +9,7 @@ Each regenerated pair is drawn only once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -191,7 +192,7 @@ def _other_fields(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
         values = [getattr(each.config, field.name) for each in (ours, theirs)]
         first, second = (_comparable(field.name, value) for value in values)
         if first is not second and first != second:  # NaN is only identical, never equal
-            was, now = (printable(repr(value)) for value in values)
+            was, now = (printable(json.dumps(value, ensure_ascii=False)) for value in values)
             reason = f"{field.name} is {was} in the adapter, and {now} in the other form."
             yield rules.FORM_CONFIG_DIFFERS.in_file(CONFIG_NAME, reason)
 
