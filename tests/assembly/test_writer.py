@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from terms import term, worked
 
 from vera_convert.assembly import addends, writer
-from vera_convert.assembly.addends import Array, NotFiniteError, Numbers, Sum
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
 from vera_convert.assembly.blocks import CPU, product_sha256
 from vera_convert.assembly.copying import write_at
 from vera_convert.assembly.input_files import InputFile
@@ -26,6 +26,7 @@ from vera_convert.assembly.writer import (
     Finished,
     NewFile,
 )
+from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError
 
 FLOAT = np.dtype(np.float32)

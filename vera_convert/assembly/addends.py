@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert.delta import FLOAT32
-
-Array = NDArray[Any]
+from vera_convert.delta import FLOAT32, Array
 
 BLOCK_VALUES = 1 << 21
 """Values in a block. Blocks of half the size cost 3 % of speed, because the BLAS packs A once for

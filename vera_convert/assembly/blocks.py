@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vera_convert.assembly.addends import Array, NotFiniteError, Numbers, Sum
-from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B
+from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
+from vera_convert.delta import FLOAT32, FLOAT64, Array, scaled_A, scaled_B
 from vera_convert.float16 import rounded_to_halves, widened_halves
 
 FLOAT16 = np.dtype(np.float16)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from vera_convert import rules
+from vera_convert.delta import Array
 from vera_convert.dtypes import BITS, NAMES
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME, is_pickle
@@ -23,9 +23,6 @@ from vera_convert.files.reading import ByteSource
 from vera_convert.progress import counter
 from vera_convert.rules import Finding
 from vera_convert.text import printable
-
-Array = NDArray[Any]
-"""An array of any dtype that a tensor can have."""
 
 _BLOCK = 1 << 22
 _ARRAY_BLOCK = 1 << 18

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from vera_convert.delta import Array
+
 Float64 = NDArray[np.float64]
 
 _CACHED_VALUES = 1 << 16

@@ -22,10 +22,10 @@ from vera_convert.adapter.lora_record import GGUF_NAME, RECORD_KEY
 from vera_convert.arguments import Progress
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.model import BaseModel
+from vera_convert.delta import Array
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.files.reading import open_local
-from vera_convert.files.tensorfile import Array
 from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert import rules
+from vera_convert.delta import Array
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import NUMPY_DTYPE
@@ -25,8 +26,6 @@ from vera_convert.lora.factors import (
 )
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.text import printable
-
-Array = NDArray[Any]
 
 SAMPLED_ROWS = 16
 """Outputs of a layer on which the rounding of exact factors is measured."""

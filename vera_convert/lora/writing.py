@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.arguments import Progress
+from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
 from vera_convert.files.reading import file_sha256, open_local
-from vera_convert.files.tensorfile import Array, TensorData, array_blocks
+from vera_convert.files.tensorfile import TensorData, array_blocks
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with

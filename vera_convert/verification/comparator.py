@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Term
-from vera_convert.delta import FLOAT32, FLOAT64, scaled_A, scaled_B, working_dtype
+from vera_convert.delta import FLOAT32, FLOAT64, Array, scaled_A, scaled_B, working_dtype
 from vera_convert.dtypes import PRECISION
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.changes import MergedTensor
-
-Array = NDArray[Any]
 
 LIMIT = 16.0
 """How many ULP of the working dtype an unrounded sum may differ by.

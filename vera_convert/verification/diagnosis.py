@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert.delta import FLOAT64
+from vera_convert.delta import FLOAT64, Array
 from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
 from vera_convert.verification.other_adapters import of_other_adapters
 from vera_convert.verification.pairs import Buffers, Pair, is_wider
 from vera_convert.verification.roundings import intermediate_rounding
-
-Array = NDArray[Any]
 
 _LEFT_OVER = 0.02
 """The largest unexplained share of a change, beyond rounding."""

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -34,6 +32,7 @@ from vera_convert.conversion.projections import (
     check_size,
     usual_draw,
 )
+from vera_convert.delta import Array
 from vera_convert.draws.generator import (
     effective_rounding,
     rounded,
@@ -50,7 +49,6 @@ from vera_convert.rules import Finding
 from vera_convert.text import printable
 from vera_convert.verification.options import VerifyOptions
 
-Array = NDArray[Any]
 Matrices = tuple[Array, Array]
 
 _FORM_FIELDS = frozenset(("save_projection", "peft_version", "inference_mode"))

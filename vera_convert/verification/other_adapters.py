@@ -6,15 +6,10 @@ shows the A and then the vectors of the merge.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert.delta import FLOAT64
+from vera_convert.delta import FLOAT64, Array
 from vera_convert.verification.comparator import Comparator
-
-Array = NDArray[Any]
 
 _LEFT_OVER = 0.02
 """The largest unexplained share of a matrix, beyond rounding."""

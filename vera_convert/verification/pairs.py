@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert.assembly.input_files import StoredTensor
+from vera_convert.delta import Array
 from vera_convert.dtypes import BITS, FLOATS, holds_every_value
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.merging.base_files import BaseFiles
 from vera_convert.merging.changes import Kind, MergedTensor
-
-Array = NDArray[Any]
 
 BLOCK_VALUES = 1 << 20
 """The values of a block: with sums, about 20 MiB for each thread. Larger blocks are no faster."""

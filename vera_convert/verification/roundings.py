@@ -10,14 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vera_convert.delta import FLOAT32
+from vera_convert.delta import FLOAT32, Array
 from vera_convert.dtypes import NAMES
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 from vera_convert.verification.comparator import Comparator, rounded, rounded_to
-
-Array = NDArray[Any]
 
 _AGREES = 0.95
 """The share of differing values to reproduce; the order of summation changes some values."""

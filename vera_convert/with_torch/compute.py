@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vera_convert.assembly.addends import Sum
@@ -18,11 +17,10 @@ from vera_convert.assembly.blocks import (
     product_sha256,
     weighted,
 )
+from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.text import printable
 from vera_convert.with_torch.arrays import to_array, to_tensor
-
-Array = NDArray[Any]
 
 
 def on_gpu(name: str) -> Device:
