@@ -562,6 +562,15 @@ def test_a_link_to_a_tokenizer_in_another_folder_is_refused(
         compared(base, base, minilm / "save_projection_true", text=text)
 
 
+def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(UsageError, match=r"has no tokenizer\. Leave --text out"),
+        samples._copied_tokenizer(tmp_path),
+    ):
+        pass
+
+
 def test_files_that_a_tokenizer_config_names_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     named = {"tokenizer_file": "/etc/passwd", "auto_map": {}, "init_inputs": ["/etc/passwd"]}

@@ -146,10 +146,11 @@ def migrate_tree(
     force: bool = False,
     access: HubAccess | None = None,
 ) -> TreeMigration:
-    """Migrate every adapter below a folder and rebuild the tree under `out` in one rename.
+    """Migrate every adapter below a folder into the same place below `out`.
 
     The other adapters are migrated even if one fails. An adapter of another method is passed over.
-    Only the files of adapters are copied, and links to folders stay unfollowed.
+    Only the files of adapters are copied, and links to folders stay unfollowed. `out` appears in
+    one rename.
 
     Args:
         tree: the folder, on this machine.

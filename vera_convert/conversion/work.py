@@ -30,7 +30,7 @@ from vera_convert.text import short_repr
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """The report of a conversion.
+    """The report of `strip`, `embed` or `migrate`.
 
     Attributes:
         adapter: the caller's name for the adapter, with the commit on the Hub.

@@ -131,7 +131,12 @@ def _copied_tokenizer(folder: Path) -> Iterator[Path]:
     config, to other folders.
     """
     location = Location(printable(str(folder)), folder)
-    names = [*tokenizer_files(list_files(location, HubAccess(offline=True))), "config.json"]
+    names = [*tokenizer_files(list_files(location, HubAccess(offline=True)))]
+    if not names:
+        raise UsageError(
+            f"--text: {location.label} has no tokenizer. Leave --text out, to run random token ids."
+        )
+    names.append("config.json")
     bytes_left = 4 * _FILE_LIMIT
     with TemporaryDirectory(prefix="vera-convert-") as made:
         for name in names:
