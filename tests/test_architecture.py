@@ -33,7 +33,7 @@ base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed
 base.quantized: mxfp4 torchao formats refused
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: layer_settings recognize unpack targets
-base: bases orientation vocabulary strategies match resizes task_classes replacements tied
+base: bases orientation vocabulary strategies match resizes task_classes replacements tied own_heads
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: addends blocks input_files copying finisher pool writer journal

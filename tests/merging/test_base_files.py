@@ -11,7 +11,7 @@ import pytest
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import Location
-from vera_convert.merging.base_files import BaseFiles, stores_own_head
+from vera_convert.merging.base_files import BaseFiles, own_heads
 
 
 @pytest.mark.parametrize("packed", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -28,4 +28,4 @@ def test_a_packed_head_or_embedding_is_a_tensor_of_its_own(
     monkeypatch.setattr(
         BaseFiles, "decoder", lambda _files, name: object() if name == packed else None
     )
-    assert stores_own_head(files)
+    assert [*own_heads(files)] == ["lm_head.weight"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from adapters import good_adapter
 from bases import tiny_base
@@ -13,17 +14,19 @@ from folders import everything
 from heads import PREFIX, TIED, on_the_head
 from hub_server import HubServer
 from merges import assert_same, filled_base, tensors_of, wanted
+from safetensors.numpy import save_file
 
 from vera_convert.base.facts import BaseOptions
 from vera_convert.base.model import read_base
 from vera_convert.base.side_files import sort_files
-from vera_convert.errors import SurroundingsError
+from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.hub.access import HubAccess
 from vera_convert.hub.location import Location
 from vera_convert.merging.adapter_files import adapter_files
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.merge import Merge, merge
 from vera_convert.merging.options import MergeOptions, Tied
+from vera_convert.validation.validate import validate
 
 
 @pytest.fixture
@@ -93,12 +96,29 @@ def test_a_dry_run_reads_headers_alone(
     assert None not in ranges
 
 
-@pytest.mark.parametrize("tied", Tied)
-def test_a_dry_run_does_not_compare_a_head_and_an_embedding_on_the_hub(
-    server: HubServer, tmp_path: Path, tied: Tied
+def test_a_dry_run_compares_rows_of_a_head_and_an_embedding_on_the_hub(
+    server: HubServer, tmp_path: Path
 ) -> None:
-    server.add("org/base", everything(filled_base(tmp_path / "tied", config=TIED)))
-    merged(tmp_path, on_the_head(tmp_path / "head"), "org/base", dry_run=True, tied=tied)
+    tied = filled_base(tmp_path / "tied", config=TIED)
+    server.add("org/tied", everything(tied))
+    tensors = tensors_of(tied) | {"lm_head.weight": np.ones((32, 16), np.float32)}
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    server.add("org/own", everything(tied))
+    adapter = on_the_head(tmp_path / "head")
+    for choice in Tied:
+        merged(tmp_path, adapter, "org/tied", dry_run=True, tied=choice)
+    with pytest.raises(CheckpointError, match="V524"):
+        merged(tmp_path, adapter, "org/tied", dry_run=True)
+    merged(tmp_path, adapter, "org/own", dry_run=True)
+    access = HubAccess(cache_dir=tmp_path / "cache")
+    warned = [
+        "V526"
+        in {
+            each.code for each in validate(adapter, base=f"hf://org/{name}", access=access).findings
+        }
+        for name in ("tied", "own")
+    ]
+    assert warned == [True, False]
 
 
 def test_a_dry_run_does_not_compare_a_copy_of_the_head_on_the_hub(

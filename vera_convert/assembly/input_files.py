@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vera_convert.dtypes import BITS
 from vera_convert.errors import SurroundingsError
-from vera_convert.files.header import Header
+from vera_convert.files.header import Header, TensorInfo
 from vera_convert.files.reading import LocalFile, open_local, same_bytes
 from vera_convert.files.tensorfile import NUMPY_DTYPE
 
@@ -98,6 +98,11 @@ class StoredTensor:
     start: int
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, file: InputFile, header: Header, info: TensorInfo) -> Self:
+        """Return the place of a tensor in a file of tensors."""
+        return cls(file, header.data_start + info.start, info.dtype, info.shape)
 
     @property
     def count(self) -> int:

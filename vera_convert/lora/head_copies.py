@@ -64,12 +64,7 @@ def _is_the_bases(copy: TensorData, name: str, adapter: Adapter, base: BaseModel
     path, header = folder / tensor.file, base.files[tensor.file]
     if not path.exists():
         return True
-    own = StoredTensor(
-        InputFile.look(path, within=folder),
-        header.data_start + tensor.info.start,
-        tensor.info.dtype,
-        tensor.info.shape,
-    )
-    start = adapter.file.header.data_start + adapter.file.header.tensors[copy.name].start
+    own = StoredTensor.of(InputFile.look(path, within=folder), header, tensor.info)
+    header = adapter.file.header
     file = InputFile.look(adapter.folder / WEIGHTS_NAME, within=adapter.folder)
-    return own.is_copied_by(StoredTensor(file, start, copy.dtype, copy.shape))
+    return own.is_copied_by(StoredTensor.of(file, header, header.tensors[copy.name]))

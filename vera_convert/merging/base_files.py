@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
+from vera_convert.base.own_heads import stored_heads
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.base.side_files import ModelFiles, sort_files
-from vera_convert.base.tied import is_head
-from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.shards import read_weight_map
 from vera_convert.files.strict_json import read_json
@@ -31,6 +30,7 @@ class BaseFiles:
         texts: the bytes of config and index, by name; a base may lack both.
         packed: the packed weights of a dequantized base; None for any other base.
         panel: reads columns of packed weights for all decoders; None for any other base.
+        access: how the Hub is reached.
     """
 
     model: BaseModel
@@ -39,6 +39,7 @@ class BaseFiles:
     texts: Mapping[str, bytes]
     packed: Unpacked | None = None
     panel: Panel | None = None
+    access: HubAccess = field(default_factory=HubAccess)
 
     @property
     def copied(self) -> dict[str, InputFile]:
@@ -54,8 +55,7 @@ class BaseFiles:
     def tensor(self, name: str) -> StoredTensor:
         """Return the place of a tensor's values, or of the result's shape for a packed weight."""
         tensor = self.model.tensors[name]
-        start = self.model.files[tensor.file].data_start + tensor.info.start
-        return StoredTensor(self.files[tensor.file], start, tensor.info.dtype, tensor.info.shape)
+        return StoredTensor.of(self.files[tensor.file], self.model.files[tensor.file], tensor.info)
 
     def decoder(self, name: str) -> Decoder | None:
         """Return the function that computes rows of a packed weight; None for plain values."""
@@ -108,7 +108,7 @@ def read_base_files(base: BaseModel, access: HubAccess, *, fetch: bool) -> BaseF
             limit = max(CONFIG_LIMIT, INDEX_LIMIT)
             texts[name] = read_json(source, limit=limit, pythons_numbers=True)[1]
     _require_same_base(texts, sides, base)
-    return BaseFiles(base, sides, files, texts)
+    return BaseFiles(base, sides, files, texts, access=access)
 
 
 def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: BaseModel) -> None:
@@ -126,22 +126,10 @@ def _require_same_base(texts: Mapping[str, bytes], sides: ModelFiles, base: Base
         )
 
 
-def stores_own_head(files: BaseFiles) -> bool:
-    """Say whether a base stores a head whose values differ from those of the embedding.
-
-    transformers 5 never ties such a head, whatever the config says. The config of a T5 1.1 that
-    transformers 5 saved says that the two are tied. Without the values, the config decides.
-    """
-    base = files.model
-    if not files.has_values:
-        return False
-    for name, tensor in base.tensors.items():
-        shape = tensor.info.shape
-        if len(shape) != 2 or not is_head(name, base):
-            continue
-        embedding = shared_embedding(base, *shape)
-        if embedding is not None and base.tensors[embedding].info.shape == shape:
-            # A packed weight has tensors of its own.
-            is_packed = any(map(files.decoder, (name, embedding)))
-            return is_packed or not files.tensor(embedding).is_copied_by(files.tensor(name))
-    return False
+def own_heads(files: BaseFiles) -> Iterator[str]:
+    """Yield each stored head whose values differ from those of the embedding."""
+    for head, embedding in stored_heads(files.model):
+        # A packed weight has tensors of its own.
+        is_packed = any(map(files.decoder, (head, embedding)))
+        if is_packed or not files.tensor(embedding).is_copied_by(files.tensor(head)):
+            yield head

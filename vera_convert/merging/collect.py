@@ -17,6 +17,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.assembly.addends import Term
 from vera_convert.base.match import Match, embedding_of_head
+from vera_convert.base.own_heads import shows_own_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
@@ -35,7 +36,7 @@ from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.merging.base_files import stores_own_head
+from vera_convert.merging.base_files import own_heads
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
@@ -113,7 +114,11 @@ class _Collector:
 
     @cached_property
     def _has_own_head(self) -> bool:
-        return stores_own_head(self.files)
+        files = self.files
+        if files.has_values:
+            return any(own_heads(files))
+        stored = files.model if files.packed is None else files.packed.stored
+        return shows_own_head(stored, files.access)
 
     # --- deltas ----------------------------------------------------------------------------------
 

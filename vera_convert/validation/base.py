@@ -1,4 +1,7 @@
-"""Check an adapter against a base: names, heads, quantized layers, sizes. Reads only headers."""
+"""Check an adapter against a base: names, heads, quantized layers, sizes.
+
+Only headers are read, and a few rows of a stored head that the config calls tied.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
+from vera_convert.base.own_heads import shows_own_head
 from vera_convert.base.quantized.targets import misdescribed, quantized_elsewhere, target_findings
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
@@ -57,7 +61,12 @@ def resolver(
         # The check of the targets reports an error if these match no layer.
         reported = rules.TARGETS_MATCH_NOTHING.code
         others = (each for each in base_facts.findings if each.code != reported)
-        return base_facts, [*others, *base_findings(adapter, base_facts)]
+        found = [*base_findings(adapter, base_facts)]
+        shared = [each for each in found if each.rule is rules.HEAD_SHARED]
+        base = base_facts.base
+        if shared and base is not None and shows_own_head(base, access):
+            found = [each for each in found if each.rule is not rules.HEAD_SHARED]
+        return base_facts, [*others, *found]
 
     return resolved
 

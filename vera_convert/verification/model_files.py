@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from vera_convert import rules
-from vera_convert.assembly.input_files import InputFile, StoredTensor
+from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import BaseModel
 from vera_convert.base.quantized.recognize import CONFIG_FIELDS
 from vera_convert.base.side_files import ModelFiles
-from vera_convert.base.vocabulary import shared_embedding
-from vera_convert.embeddings import is_output_head
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.shards import named_weights
 from vera_convert.merging.adapter_files import decides_outputs
-from vera_convert.merging.base_files import BaseFiles
+from vera_convert.merging.base_files import BaseFiles, own_heads
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.model_config import ConfigEdits, label_count
@@ -276,27 +274,9 @@ def tie_findings(merged: BaseFiles, base: BaseModel, changes: Changes) -> Iterat
         reason = f"tie_word_embeddings is {value} instead of {str(wanted).lower()}."
         yield rules.MERGED_TIE.at(place, reason)
     elif wanted is None and found:
-        for head in _own_heads(merged):
+        for head in own_heads(merged):
             reason = (
                 f"tie_word_embeddings is true, the base does not set the field, and "
                 f"{printable(head)} differs from the embedding."
             )
             yield rules.MERGED_TIE.at(place, reason)
-
-
-def _own_heads(merged: BaseFiles) -> Iterator[str]:
-    """Yield the stored heads with other values than the embedding."""
-    model = merged.model
-    for name, tensor in model.tensors.items():
-        shape = tensor.info.shape
-        if len(shape) != 2 or not is_output_head(name.removesuffix(".weight"), model.model_type):
-            continue
-        embedding = shared_embedding(model, shape[0], shape[1])
-        if embedding is not None and _differ(merged.tensor(name), merged.tensor(embedding)):
-            yield name
-
-
-def _differ(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.nbytes) != (other.dtype, other.nbytes):
-        return True
-    return not one.file.same_bytes(other.file, one.nbytes, starts=(one.start, other.start))
