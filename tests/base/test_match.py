@@ -240,6 +240,13 @@ def test_a_base_without_matrices_is_refused() -> None:
     assert "0 of 2 layers" in text
 
 
+def test_every_layer_of_another_shape_is_a_finding() -> None:
+    layers = {f"model.layers.{n}.self_attn.q_proj": 9 for n in range(60)}
+    with pytest.raises(CheckpointError) as error:
+        match_modules(layers, base_of(llama(layers=60)))
+    assert [finding.code for finding in error.value.findings] == ["V522"] * 60
+
+
 # --- --key-map -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from vera_convert.base.model import BaseModel, BaseTensor, read_base
 from vera_convert.base.quantized.layer_settings import settings_by_layer
 from vera_convert.base.quantized.recognize import layer_of
 from vera_convert.base.quantized.unpack import unpacked
+from vera_convert.errors import CheckpointError
 from vera_convert.files.header import TensorInfo
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.rules import CATALOG
@@ -339,3 +340,12 @@ def test_rules_that_nobody_can_evaluate_are_refused(rules: object) -> None:
     found = unpacked(with_rules(base_of("gptq-4bit-v1"), rules))
     assert {finding.code for finding in found.defects} == {"V554"}
     assert "dynamic" in found.defects[0].reason
+
+
+def test_every_weight_that_cannot_be_dequantized_is_a_finding() -> None:
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(60)]
+    tensors = {name: BaseTensor("m", TensorInfo(name, "U8", (8, 8), 0, 0)) for name in names}
+    base = BaseModel(Location("base", None), {}, {}, tensors)
+    with pytest.raises(CheckpointError) as error:
+        unpacked(base).refuse_defects()
+    assert [finding.code for finding in error.value.findings] == ["V552"] * 60

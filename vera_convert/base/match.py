@@ -35,7 +35,6 @@ from vera_convert.rules import Finding
 from vera_convert.targets.linear import Linear
 from vera_convert.text import printable
 
-_MOST_FINDINGS = 50
 _MOST_HINTS = 3
 _MOST_TRIED = 32
 
@@ -227,7 +226,7 @@ class _Matcher:
     def refusal(self, trial: _Trial) -> list[Finding]:
         """Explain why no strategy fits: counts, an unmatched name of each side, key maps."""
         if not trial.missing:
-            return [*trial.problems[:_MOST_FINDINGS]]
+            return [*trial.problems]
         base, module, tensors = self.base, trial.missing[0], trial.match.tensors
         layout = other_layout(trial.missing, base)
         if layout is not None:

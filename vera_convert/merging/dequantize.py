@@ -39,7 +39,6 @@ _READ_BYTES = 1 << 22
 _PANEL_BYTES, _MOST_PANELS = 1 << 23, 6
 _SKIPPED_BYTES = 1 << 15
 """Reading this many bytes of a row takes as long as a second call for the next row."""
-_MOST_FINDINGS = 50
 
 
 def dequantized_finding(packed: Unpacked, place: str) -> Finding:
@@ -61,7 +60,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
         files: the base's weight files, by name.
 
     Raises:
-        CheckpointError: with the first 50 parts that hold a value that no quantizer writes.
+        CheckpointError: with each part that holds a value that no quantizer writes.
     """
     base, findings = packed.stored, list[Finding]()
     with Parts(base, files) as parts:
@@ -75,9 +74,7 @@ def check_values(packed: Unpacked, files: Mapping[str, InputFile]) -> None:
                     if reason is not None:
                         findings.append(rules.PART_VALUES.at(printable(name), reason))
                         break
-            if len(findings) > _MOST_FINDINGS:
-                break
-    refuse(findings[:_MOST_FINDINGS])
+    refuse(findings)
 
 
 def dequantized_config(text: bytes, config: Mapping[str, object]) -> bytes:

@@ -32,7 +32,6 @@ from vera_convert.rules import Finding
 from vera_convert.targets.linear import CONV1D_LAYERS
 from vera_convert.text import printable
 
-_MOST_FINDINGS = 50
 _LONGEST_ROW = 1 << 20
 """The most values of a row: a merge holds a few whole rows in memory."""
 
@@ -75,9 +74,9 @@ class Unpacked:
         """Refuse a base that cannot be dequantized.
 
         Raises:
-            CheckpointError: with the first of the defects.
+            CheckpointError: with every defect.
         """
-        refuse(self.defects[:_MOST_FINDINGS])
+        refuse(self.defects)
 
     def stored_name(self, name: str) -> str:
         """Return the tensor of the base that holds the values of a weight of the view."""
