@@ -217,7 +217,7 @@ ARGUMENTS: dict[str, Ways] = {
     "places": Ways(
         (({"a": "b"}, (("a", "b"),), [["a", Path("b")]]),),
         ("a=b", 5, [5], [("a",)], [("a", 5)], {5: "b"}, {"": "b"}, {"a": ""}),
-        "NAME=MODEL|text|pathlib|--base-for is empty",
+        "give {NAME: MODEL}|text|pathlib|places is empty",
     ),
     "progress": FLAG,
     "projections": MEANT,

@@ -67,6 +67,20 @@ class ParameterError(UsageError):
         self.reason = reason
 
 
+class ConflictError(UsageError):
+    """The values of several parameters contradict each other.
+
+    Attributes:
+        parameters: the names of the parameters, or of the options on the command line.
+        sentence: the message, with ``{}`` in the place of each name.
+    """
+
+    def __init__(self, sentence: str, *parameters: str) -> None:
+        super().__init__(sentence.format(*parameters))
+        self.sentence = sentence
+        self.parameters = parameters
+
+
 class SurroundingsError(VeraConvertError):
     """A path or repo is missing, or the disk, network, permissions or packages fail.
 

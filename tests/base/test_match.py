@@ -287,12 +287,12 @@ def test_a_key_map_replaces_whole_leading_elements(
 
 
 def test_a_key_map_is_parsed() -> None:
-    assert parse_key_map("model.layers=x.layers") == ("model.layers", "x.layers")
-    assert parse_key_map("=p") == ("", "p")
-    assert parse_key_map("p=") == ("p", "")
+    assert parse_key_map("key_map", "model.layers=x.layers") == ("model.layers", "x.layers")
+    assert parse_key_map("key_map", "=p") == ("", "p")
+    assert parse_key_map("key_map", "p=") == ("p", "")
     for text in ("", "=", "a", "a=b=c", ".a=b", "a.=b", "a..b=c", "a b=c"):
-        with pytest.raises(UsageError, match="expected OLD=NEW"):
-            parse_key_map(text)
+        with pytest.raises(UsageError, match=r"key_map is .*: give OLD=NEW"):
+            parse_key_map("key_map", text)
 
 
 # --- orientation ---------------------------------------------------------------------------------

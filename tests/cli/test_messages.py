@@ -354,3 +354,25 @@ def test_names_that_differ_in_case_alone_are_no_loss_on_a_disk_that_ignores_case
     assert ended.status == 3
     assert "Two files have this name, in upper and in lower case" in ended.err
     assert {each.name for each in tmp_path.iterdir()} == {"adapter", "base"}
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("embed A OUT --in-features 3", "--in-features and --out-features belong together"),
+        (
+            "embed A OUT --base B --in-features 3 --out-features 3",
+            "give either --base or --in-features and --out-features, not both",
+        ),
+        ("to-lora A OUT --rank 2 --max-error 0.1", "--rank and --max-error exclude each other"),
+        ("strip A OUT --key-map x", '--key-map is "x": give OLD=NEW'),
+    ],
+)
+def test_options_that_conflict_are_named_as_a_user_types_them(
+    command: str, said: str, tmp_path: Path, run: Run
+) -> None:
+    adapter = good_adapter(tmp_path / "a", stripped=True)
+    words = {"A": adapter, "OUT": tmp_path / "out", "B": filled_base(tmp_path / "base")}
+    ended = run(*(str(words.get(word, word)) for word in command.split()))
+    assert ended.status == 2
+    assert said in ended.err

@@ -34,10 +34,13 @@ from vera_convert.errors import SurroundingsError, UsageError
     [
         (BaseOptions(), "cannot be drawn from the adapter alone"),
         (BaseOptions(dtype="float32"), "cannot be drawn from the adapter alone"),
-        (BaseOptions(in_features=16), "give both"),
+        (BaseOptions(in_features=16), "in_features and out_features belong together: give both"),
         (BaseOptions(out_features=16, dtype="float32"), "give both"),
         (BaseOptions(in_features=16, out_features=16), "dtype"),
-        (BaseOptions(model="base", in_features=16, out_features=16), "not both"),
+        (
+            BaseOptions(model="base", in_features=16, out_features=16),
+            "base or in_features and out_features, not both",
+        ),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vera_convert import rules
 from vera_convert.arguments import base_dtype_name, optional, place, set_checked, text, whole_number
 from vera_convert.draws.generator import Rounding, rounding_on_base
-from vera_convert.errors import UsageError
+from vera_convert.errors import ParameterError
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
@@ -60,11 +60,11 @@ class BaseOptions:
     def __post_init__(self) -> None:
         set_checked(
             self,
-            model=optional(place, "--base", self.model),
-            revision=optional(text, "--base-revision", self.revision),
-            dtype=optional(base_dtype_name, "--base-dtype", self.dtype),
-            in_features=optional(whole_number, "--in-features", self.in_features),
-            out_features=optional(whole_number, "--out-features", self.out_features),
+            model=optional(place, "model", self.model),
+            revision=optional(text, "revision", self.revision),
+            dtype=optional(base_dtype_name, "dtype", self.dtype),
+            in_features=optional(whole_number, "in_features", self.in_features),
+            out_features=optional(whole_number, "out_features", self.out_features),
             key_map=key_maps(self.key_map),
             places=_places(self.places),
         )
@@ -77,8 +77,8 @@ def _places(value: object) -> tuple[tuple[str, str], ...]:
     if isinstance(value, Sequence) and all(isinstance(each, tuple | list) for each in value):
         pairs = [tuple(each) for each in value]
         if all(len(pair) == 2 for pair in pairs):
-            return tuple((text("--base-for", a), place("--base-for", b)) for a, b in pairs)
-    raise UsageError("--base-for: give NAME=MODEL, or a mapping of names to models.")
+            return tuple((text("places", a), place("places", b)) for a, b in pairs)
+    raise ParameterError("places", "is no mapping of names to models: give {NAME: MODEL}.")
 
 
 def key_maps(value: object) -> tuple[tuple[str, str], ...]:
@@ -92,20 +92,20 @@ def key_maps(value: object) -> tuple[tuple[str, str], ...]:
     if isinstance(value, Mapping):
         value = tuple(value.items())
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise UsageError("--key-map: give a list of OLD=NEW.")
-    return tuple(parse_key_map(_written(each)) for each in value)
+        raise ParameterError("key_map", "is no list: give a list of OLD=NEW.")
+    return tuple(parse_key_map("key_map", _written(each)) for each in value)
 
 
 def _written(rename: object) -> str:
     """Return a rename as ``OLD=NEW``."""
     if isinstance(rename, tuple | list):
         if len(rename) != 2 or not all(isinstance(side, str) for side in rename):
-            raise UsageError("--key-map: a pair has two texts, (OLD, NEW).")
+            raise ParameterError("key_map", "has a pair without two texts: give (OLD, NEW).")
         return "=".join(rename)
-    return text("--key-map", rename)
+    return text("key_map", rename)
 
 
-def parse_key_map(written: str) -> tuple[str, str]:
+def parse_key_map(name: str, written: str) -> tuple[str, str]:
     """Split ``OLD=NEW``; each side is a path of names and dots, and one side may be empty.
 
     Raises:
@@ -113,9 +113,10 @@ def parse_key_map(written: str) -> tuple[str, str]:
     """
     old, equals, new = written.partition("=")
     if not equals or not (old or new) or not (_PATH.fullmatch(old) and _PATH.fullmatch(new)):
-        raise UsageError(
-            f"--key-map {printable(written)}: expected OLD=NEW, such as "
-            "model.layers=model.language_model.layers."
+        raise ParameterError(
+            name,
+            f'is "{printable(written)}": give OLD=NEW, such as '
+            "model.layers=model.language_model.layers.",
         )
     return old, new
 
@@ -123,9 +124,7 @@ def parse_key_map(written: str) -> tuple[str, str]:
 def base_options_of(base: BaseOptions | str | Path | None) -> BaseOptions:
     """Return the caller's options as a record; a text or a path becomes the model."""
     return (
-        base
-        if isinstance(base, BaseOptions)
-        else BaseOptions(model=optional(place, "--base", base))
+        base if isinstance(base, BaseOptions) else BaseOptions(model=optional(place, "base", base))
     )
 
 

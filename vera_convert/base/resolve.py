@@ -26,6 +26,7 @@ from vera_convert.base.task_classes import class_without_body
 from vera_convert.base.unsupported_layouts import experts_beside
 from vera_convert.errors import (
     CheckpointError,
+    ConflictError,
     SurroundingsError,
     UsageError,
     VeraConvertError,
@@ -219,9 +220,11 @@ def idle_key_maps(
 
 def _from_options(options: BaseOptions) -> BaseFacts:
     if options.model is not None:
-        raise UsageError("give either --base or --in-features and --out-features, not both.")
+        sentence = "give either {} or {} and {}, not both."
+        raise ConflictError(sentence, "base", "in_features", "out_features")
     if options.in_features is None or options.out_features is None:
-        raise UsageError("--in-features and --out-features belong together: give both.")
+        sentence = "{} and {} belong together: give both."
+        raise ConflictError(sentence, "in_features", "out_features")
     return BaseFacts(
         options.in_features,
         options.out_features,

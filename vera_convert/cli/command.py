@@ -15,7 +15,7 @@ from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
 from vera_convert.cli.values import Adapter, name_of
-from vera_convert.errors import ParameterError
+from vera_convert.errors import ConflictError, ParameterError
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
 """The values that an error repeats in a `validate` command, each with the flag of `validate`."""
@@ -83,6 +83,10 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
     except ParameterError as error:
         name = _flags(command).get(error.parameter, error.parameter)
         error.args = (f"{name} {error.reason}",)
+        raise
+    except ConflictError as error:
+        flags = _flags(command)
+        error.args = (error.sentence.format(*(flags.get(n, n) for n in error.parameters)),)
         raise
 
 

@@ -98,10 +98,10 @@ class Dtype(Choice):
         return super().convert(value, param, ctx)
 
 
-def _key_map(_option: str, value: str) -> tuple[str, str]:
+def _key_map(option: str, value: str) -> tuple[str, str]:
     from vera_convert.base.facts import parse_key_map
 
-    return parse_key_map(value)
+    return parse_key_map(option, value)
 
 
 def _named_base(option: str, value: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from vera_convert.arguments import (
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
-from vera_convert.errors import ParameterError, UsageError
+from vera_convert.errors import ConflictError, ParameterError
 from vera_convert.lora.engines import ENGINES, Engine, EngineName
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -75,7 +75,8 @@ class LoraOptions:
             generator=optional(one_of, "generator", Variant, self.generator),
         )
         if self.rank is not None and self.max_error is not None:
-            raise UsageError("--rank and --max-error exclude each other: give one of them.")
+            sentence = "{} and {} exclude each other: give one of them."
+            raise ConflictError(sentence, "rank", "max_error")
 
     @property
     def target(self) -> Engine:

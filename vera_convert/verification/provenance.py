@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from vera_convert import rules
@@ -151,11 +152,12 @@ def _settings(options: _Record) -> MergeSettings:
     key_map = options.texts("key_map")
     if len(key_map) > _MOST_RENAMES:
         options.refuse(f"options.key_map has {len(key_map):,} entries.")
+    rename = partial(parse_key_map, "key_map")
     return MergeSettings(
         projections=options.one_of("projections", ProjectionSource),
         generator=options.optional("generator", Variant),
         base_dtype=options.optional("base_dtype", _member_of(BASE_NAMES)),
-        key_map=tuple(options.known("key_map", parse_key_map, each) for each in key_map),
+        key_map=tuple(options.known("key_map", rename, each) for each in key_map),
         dtype=options.optional("dtype", _member_of(FLOAT_NAMES)),
         tied=options.optional("tied", Tied),
         dequantize=options.get("dequantize", bool, "neither true nor false"),
