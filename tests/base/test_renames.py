@@ -478,6 +478,26 @@ def test_a_number_is_a_name_at_the_places_of_a_table_alone() -> None:
         )
 
 
+def test_the_published_names_of_kimi_are_found() -> None:
+    files = {
+        "model.language_model.layers.0.self_attn.q_a_proj": (
+            "language_model.model.layers.0.self_attn.q_a_proj"
+        ),
+        "model.vision_tower.layers.0.mlp.fc1": "vision_tower.encoder.blocks.0.mlp.fc0",
+        "model.mm_projector.in_proj": "mm_projector.proj.0",
+    }
+    saved = {
+        "model.vision_tower.patch_embed.proj": "vision_tower.patch_embed.proj",
+        "model.mm_projector.pre_norm": "mm_projector.pre_norm",
+    }
+    base = base_of([*files.values(), *saved.values()], model_type="kimi_k25")
+    match = matched(files, base)
+    assert match.tensors == {module: f"{path}.weight" for module, path in files.items()}
+    keys = {f"base_model.model.{module}.weight": path for module, path in saved.items()}
+    found = match_replacements(dict.fromkeys(keys, (8, 8)), match, base)
+    assert found == {key: (Part(f"{path}.weight", (8, 8)),) for key, path in keys.items()}
+
+
 # --- the installed registry ----------------------------------------------------------------------
 
 

@@ -59,6 +59,15 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "videomae": {"image_size": 32},  # the table of positions is computed even without weights
 }
 """Arguments without which a config of a type describes no model that can be built."""
+_PUBLISHED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (
+        ("language_model.model.blocks.", "language_model.model.layers."),
+        ("vision_tower.encoder.patch_embed", "vision_tower.patch_embed"),
+    ),
+    "qianfan_ocr": (("language_model.model.encoder.layers.", "language_model.model.layers."),),
+}
+"""Parts of names that transformers writes, and the published files have otherwise. The step that
+renames one tower is inverted in the other tower too; both names are loaded."""
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -192,14 +201,26 @@ def _compare(model: Any, result: Walk) -> None:
         table = rows_of(weights) if mismatch(weights, config) else {}
     with patch.object(renames, "conversions", lambda: {kind: [table]}):
         table |= rows_of(not_found(others, weights, config))
-    if table:
-        _add(table, result.renames.setdefault((kind, name.endswith("Model")), []))
+    for form in (table, _published(kind, table)):
+        if form:
+            _add(form, result.renames.setdefault((kind, name.endswith("Model")), []))
     reason = mismatch(weights, config)
     if reason:
         result.wrong[name] = reason
     lost = not_found(others, weights, config)
     if lost:
         result.lost[name] = lost
+
+
+def _published(kind: str, table: Mapping[str, str]) -> dict[str, str]:
+    """Return a table with the names of the published files; empty if the names are the same."""
+    found = {}
+    for files, memory in table.items():
+        name = files
+        for written, published in _PUBLISHED.get(kind, ()):
+            name = name.replace(written, published)
+        found[name] = memory
+    return {} if found.keys() == table.keys() else found
 
 
 def _paths(tensors: Mapping[str, str]) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from merges import tensors_of
 from releases import of_transformers
+from safetensors.numpy import save_file
 from theirwarnings import OF_PEFT
 from trainedmodels import randomized
 
@@ -76,6 +77,8 @@ class Numbered:
         numbered: a name in the files that has such a number.
         run: gives outputs that depend on the numbered modules.
         bias: the biases that are trained.
+        published: a part of the names that transformers writes, and the part that published files
+            have instead; transformers loads both.
     """
 
     fields: Mapping[str, Any]
@@ -84,6 +87,7 @@ class Numbered:
     numbered: str
     run: Callable[[Any], torch.Tensor]
     bias: str = "all"
+    published: tuple[str, str] = ("", "")
 
     def outputs(self, model: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -102,6 +106,7 @@ CLASSES = {
         "mlp1.1.weight",
         logits_of_image,
         bias="vera_only",  # the files join the biases of the vision tower
+        published=("language_model.model.encoder.", "language_model.model."),
     ),
     "Ernie4_5_VLMoeForConditionalGeneration": Numbered(
         {
@@ -122,10 +127,11 @@ CLASSES = {
             },
             "image_token_id": IMAGE,
         },
-        r".*(v_proj|linear.fc1)",
+        r".*(v_proj|linear.fc1|mlp.fc1)",
         ("spatial_linear.fc2", "temporal_linear.ln"),
         "model.resampler_model.temporal_linear.0.bias",
         logits_of_patches,
+        published=("model.vision_model.", "vision_model."),
     ),
     "HunYuanVLForConditionalGeneration": Numbered(
         {
@@ -188,14 +194,25 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
+PUBLISHED = [name for name, kind in CLASSES.items() if kind.published[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_published"),
+    [*((name, False) for name in CLASSES), *((name, True) for name in PUBLISHED)],
+)
 def test_modules_with_numbers_in_the_files_are_merged_as_peft_runs_them(
-    name: str, tmp_path: Path
+    name: str, *, is_published: bool, tmp_path: Path
 ) -> None:
     kind, model_class = CLASSES[name], of_transformers(name)
     base, adapter, merged = (tmp_path / part for part in ("base", "adapter", "merged"))
     torch.manual_seed(0)
     model_class(model_class.config_class(**kind.fields)).save_pretrained(base)
+    if is_published:
+        tensors = tensors_of(base)
+        renamed = {key.replace(*kind.published): values for key, values in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        save_file(renamed, base / "model.safetensors", {"format": "pt"})
     assert kind.numbered in tensors_of(base)
     config = peft.VeraConfig(
         r=4, target_modules=kind.targets, modules_to_save=[*kind.saved], bias=kind.bias

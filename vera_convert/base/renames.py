@@ -191,12 +191,18 @@ def _of_families(
 
 
 def _of_whole_models(kind: str) -> Iterator[tuple[str, _Translation, _Translation]]:
-    """Yield each generated table of a model type and the inverse, with and without ``model.``."""
+    """Yield each generated table of a model type and the inverse, with and without ``model.``.
+
+    Published files can lack the prefix in a part of the names.
+    """
     for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
         yield from _both_ways(kind, table, "")
         if len(short) == len(table):
-            yield from _both_ways(kind, short, f', prefix "{_BODY}" added')
+            added = f', prefix "{_BODY}" added'
+            yield from _both_ways(kind, short, added)
+            (title, _, to_files), _ = _both_ways(kind, table, f"{added} where absent")
+            yield title, partial(_looked_up, {**short, **table}), to_files
 
 
 def _both_ways(

@@ -25,6 +25,7 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding, Severity
 from vera_convert.text import listed, printable
 
+_BODY = "model."
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _PRETRAINING_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
 
@@ -156,9 +157,13 @@ def match_replacements(
         module = re.sub(r"(^|\.)base_layer$", "", module).removesuffix(ORIGINAL)
         paths = [path for rename in strategies if (path := rename(module)) is not None]
         plain = ".".join(filter(None, (module, parameter)))
+        named = [".".join(filter(None, (path, parameter))) for path in paths]
         there = chain(
-            (".".join(filter(None, (path, parameter))) for path in paths),
+            named,
             (rename(plain) for rename in strategies),  # some classes rename the parameter too
+            # Loaders add and remove the prefix of the model for each tensor alone.
+            (path.removeprefix(_BODY) for path in named),
+            (f"{_BODY}{path}" for path in named),
         )
         target = next((path for path in there if path in base.tensors), None) or plain
         parts = () if target in base.tensors else _experts(paths, parameter, shape, base)
