@@ -62,5 +62,5 @@ def test_what_is_no_number_stays_so() -> None:
     assert np.isnan(found[1])
 
 
-def test_nothing_is_nothing() -> None:
+def test_no_values_are_rounded_to_no_values() -> None:
     assert rounded(np.empty(0, np.float32)).size == 0

@@ -117,7 +117,7 @@ def test_a_base_of_other_dims_makes_peft_draw_others(tmp_path: Path) -> None:
         (bare, None, None, False),
     ],
 )
-def test_names_the_draw(
+def test_info_names_the_draw(
     spoil: Spoiler,
     variant: Variant | None,
     rounding: Rounding | None,

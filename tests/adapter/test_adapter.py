@@ -73,7 +73,7 @@ def test_reads_the_trained_adapter(minilm: Path) -> None:
         assert adapter.projections is None
 
 
-def test_tells_the_dims(tmp_path: Path) -> None:
+def test_an_adapter_has_the_dims_of_its_tensors(tmp_path: Path) -> None:
     with open_adapter(good_adapter(tmp_path / "adapter")) as adapter:
         assert adapter.projections is not None
         assert (adapter.projections.in_features, adapter.projections.out_features) == (16, 16)

@@ -59,7 +59,7 @@ def fingerprints(draw: Callable[[st.SearchStrategy[int]], int]) -> Fingerprint:
 
 
 @given(fingerprints())
-def test_comes_back_as_it_was(fingerprint: Fingerprint) -> None:
+def test_a_fingerprint_is_read_as_it_was_written(fingerprint: Fingerprint) -> None:
     assert from_text(to_text(fingerprint), place="weights") == fingerprint
 
 

@@ -41,7 +41,7 @@ def touched(path: Path) -> None:
     [Path.unlink, replaced, touched, lambda path: os.truncate(path, 3)],
     ids=["removed", "replaced", "touched", "cut"],
 )
-def test_it_must_stay_what_it_was(path: Path, change: Callable[[Path], object]) -> None:
+def test_an_input_that_changes_is_refused(path: Path, change: Callable[[Path], object]) -> None:
     file = InputFile.look(path, within=path.parent)
     change(path)
     with pytest.raises(SurroundingsError):

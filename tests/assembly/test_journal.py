@@ -38,16 +38,18 @@ def path(folder: Path) -> Path:
     return found
 
 
-def test_it_says_what_is_finished(path: Path, folder: Path) -> None:
+def test_a_journal_lists_the_finished_files(path: Path, folder: Path) -> None:
     assert finished_files(path, folder, "same") == FINISHED
 
 
-def test_it_can_be_begun_with_what_was_finished_before(path: Path, folder: Path) -> None:
+def test_a_journal_can_begin_with_files_finished_before(path: Path, folder: Path) -> None:
     Journal(path, folder, "same", FINISHED)
     assert finished_files(path, folder, "same") == FINISHED
 
 
-def test_another_identity_or_no_journal_means_that_nothing_is(path: Path, folder: Path) -> None:
+def test_another_identity_or_no_journal_means_that_no_file_is_finished(
+    path: Path, folder: Path
+) -> None:
     assert not finished_files(path, folder, "other")
     path.unlink()
     assert not finished_files(path, folder, "same")

@@ -68,7 +68,7 @@ def codes(location: Location) -> list[str]:
     return [found.code for found in error.value.findings]
 
 
-def test_one_file(fixtures: Path) -> None:
+def test_a_base_in_one_file_is_read(fixtures: Path) -> None:
     base = read(Location("base", fixtures / "bases/llama-bf16"))
     assert base.model_type == "llama"
     assert base.tie_word_embeddings is False

@@ -612,7 +612,7 @@ def test_a_token_is_never_printed(run: Run, adapter: Path) -> None:
     assert "hf_secret" not in ended.out + ended.err
 
 
-def test_as_a_program(adapter: Path, tmp_path: Path) -> None:
+def test_the_module_runs_as_a_program(adapter: Path, tmp_path: Path) -> None:
     ended = process("info", adapter, capture_output=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("adapter ")

@@ -63,7 +63,7 @@ def test_a_good_adapter(run: Run, good: Path) -> None:
     )
 
 
-def test_a_bad_one(run: Run, bad: Path) -> None:
+def test_an_adapter_with_errors_fails_with_the_remedy_of_each(run: Run, bad: Path) -> None:
     ended = run("validate", bad)
     assert (ended.status, ended.err) == (1, "")
     assert ended.out.startswith("bad: 2 errors, 1 warning, 1 note\n")
@@ -71,7 +71,7 @@ def test_a_bad_one(run: Run, bad: Path) -> None:
     assert CATALOG["V218"].remedy in ended.out
 
 
-def test_many_and_a_tree(run: Run, good: Path, bad: Path) -> None:
+def test_several_adapters_and_a_tree_are_counted(run: Run, good: Path, bad: Path) -> None:
     assert "2 adapters: 1 good, 1 with errors" in run("validate", good, bad).out
     ended = run("validate", "--recursive", ".")
     assert ended.status == 1

@@ -116,7 +116,9 @@ def test_a_merge_that_does_not_hold(
         assert f"WRONG {Q}.weight: " in ended.out
 
 
-def test_another_form(run: Run, tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_another_form_of_an_adapter_is_compared(
+    run: Run, tmp_path: Path, adapter: Path, base: Path
+) -> None:
     strip(adapter, tmp_path / "stripped", base=BaseOptions(dtype="float32"))
     ended = run(adapter, "--adapter", tmp_path / "stripped")
     assert ended.status == 0

@@ -128,7 +128,7 @@ def test_a_damaged_form_is_mended_and_said(spoil: Spoiler, said: str, tmp_path: 
 
 @pytest.mark.parametrize("spoil", [spoil for spoil, _ in DAMAGED.values()], ids=DAMAGED)
 @pytest.mark.parametrize("mode", Mode)
-def test_twice_changes_nothing(spoil: Spoiler, mode: Mode, tmp_path: Path) -> None:
+def test_a_second_migration_changes_nothing(spoil: Spoiler, mode: Mode, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", foo_config=None)
     spoil(folder)
     first = migrate(folder, tmp_path / "once", to=mode, peft_version=(0, 13))

@@ -28,7 +28,7 @@ def letters(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_what_is_asked_for(letters: Path) -> None:
+def test_reads_the_bytes_of_a_range(letters: Path) -> None:
     with open_local(letters) as file:
         assert (file.size, file.place) == (10, str(letters))
         assert file.read_at(3, 4) == b"defg"

@@ -45,7 +45,7 @@ SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan, 
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(SPECIAL, max_size=5)), max_size=8))
-def test_many_are_as_each(
+def test_the_ranges_of_many_tensors_are_those_of_each(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[Any, list[float]]]
 ) -> None:
     tensors = {f"t{n}": np.array(values).astype(dtype) for n, (dtype, values) in enumerate(drawn)}

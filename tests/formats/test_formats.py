@@ -148,7 +148,7 @@ size                   5,416 bytes
         ),
     ],
 )
-def test_info_says(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_the_text_of_info_says(spoil: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter")
     spoil(folder)
     assert said in info_text(info(folder))

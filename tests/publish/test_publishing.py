@@ -158,7 +158,7 @@ def test_a_relative_out_stays_where_it_was(out: Path, monkeypatch: pytest.Monkey
 
 @posix
 @pytest.mark.parametrize("name", ["-rf", "a b\n\\x1b[0m", "*", "[a", "n" * 255, "ü" * 127])
-def test_any_name_will_do(name: str, tmp_path: Path) -> None:
+def test_an_output_can_have_any_name(name: str, tmp_path: Path) -> None:
     write(tmp_path / name)
     write(tmp_path / name, force=True)
     assert names(tmp_path) == [name]

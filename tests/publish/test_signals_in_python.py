@@ -109,7 +109,7 @@ def test_nesting_changes_nothing() -> None:
         work()
 
 
-def test_each_use_starts_afresh() -> None:
+def test_a_second_block_raises_a_signal_again() -> None:
     for _ in range(2):
         with pytest.raises(Interrupted), signals_raise():
             signal.raise_signal(signal.SIGTERM)

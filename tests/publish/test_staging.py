@@ -60,14 +60,14 @@ def test_strangers_cannot_look_into_it(out: Path) -> None:
     staging.remove()
 
 
-def test_it_goes_with_its_object(out: Path) -> None:
+def test_a_container_is_removed_with_its_object(out: Path) -> None:
     staging = Container.beside(out)
     staging.new.mkdir()
     del staging
     assert names(out.parent) == []
 
 
-def test_it_goes_with_the_process_but_not_with_a_forked_child(out: Path) -> None:
+def test_a_container_is_removed_with_its_process_but_not_with_a_forked_child(out: Path) -> None:
     code = """
 staging = staging.Container.beside(out)
 if hasattr(os, "fork"):
