@@ -397,6 +397,14 @@ def test_further_adapters_are_records_or_texts() -> None:
     assert adapter_and_weight("add", "a=b") == ("a=b", None)
 
 
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UsageError, match=r"give a number as the weight, such as .*adapter=0\.5"):
+        MergeOptions(add=[f"{tmp_path / 'adapter'}=half"])  # type: ignore[list-item]
+    (tmp_path / "adapter=half").mkdir()
+    assert MergeOptions(add=[f"{tmp_path / 'adapter'}=half"]).add  # type: ignore[list-item]
+
+
 def test_a_dtype_of_torch_counts_by_its_name() -> None:
     torch = pytest.importorskip("torch")
     assert dtype_name("dtype", torch.bfloat16) == "bfloat16"

@@ -230,15 +230,18 @@ def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:
     Without a number, the weight is None.
 
     Raises:
-        UsageError: the value is of another kind.
+        UsageError: the value is of another kind, or a text follows the folder of an adapter.
     """
     written = place(name, value)
     adapter, equals, weight = written.rpartition("=")
-    if equals and adapter:
-        try:
-            return adapter, float(weight)
-        except ValueError:
-            pass
+    if not equals or not adapter:
+        return written, None
+    try:
+        return adapter, float(weight)
+    except ValueError:
+        if Path(adapter).is_dir() and not Path(written).exists():
+            reason = f"is {_shown(value)}: give a number as the weight, such as {adapter}=0.5."
+            raise ParameterError(name, printable(reason)) from None
     return written, None
 
 
