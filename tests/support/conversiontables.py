@@ -266,8 +266,10 @@ def _rows(pairs: Collection[tuple[str, str]]) -> dict[tuple[str, str], tuple[str
             alike.setdefault(NUMBER.sub("#", path), []).append(pair)
     found: dict[tuple[str, str], tuple[str, str]] = {}
     for pair in sorted(pairs):
+        if pair in found:
+            continue
         near = {each for path in pair for each in alike[NUMBER.sub("#", path)]}
-        for row in _possible_rows(*pair) if pair not in found else ():
+        for row in _possible_rows(*pair):
             numbers = {each: [*map(_numbers, row, each)] for each in near}
             if all(memory == files for memory, files in numbers.values()):
                 found |= {each: row for each, (given, _) in numbers.items() if given is not None}

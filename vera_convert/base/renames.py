@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
 from operator import add
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vera_convert.base.model import BaseModel
@@ -197,19 +198,29 @@ def _of_whole_models(kind: str) -> Iterator[tuple[str, _Translation, _Translatio
     """
     for table in conversions().get(kind, ()):
         short = {files.removeprefix(_BODY): memory for files, memory in table.items()}
-        yield from _both_ways(kind, table, "")
+        yield from _both_ways(kind, table)
         if len(short) == len(table):
             added = f', prefix "{_BODY}" added'
             yield from _both_ways(kind, short, added)
-            (title, _, to_files), _ = _both_ways(kind, table, f"{added} where absent")
-            yield title, partial(_looked_up, {**short, **table}), to_files
+            yield from _both_ways(kind, table, f"{added} where absent", tolerated=short)
 
 
 def _both_ways(
-    kind: str, table: Mapping[str, str], prefix: str
+    kind: str,
+    table: Mapping[str, str],
+    prefix: str = "",
+    *,
+    tolerated: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, _Translation, _Translation]]:
-    """Yield a table of names in memory by names in the files, and the inverse."""
-    to_memory = partial(_looked_up, table)
+    """Yield a table of names in memory by names in the files, and the inverse.
+
+    Args:
+        kind: the model type.
+        table: the path in memory by the path in the files.
+        prefix: the end of the title.
+        tolerated: further forms in files; a layer is never renamed to a further form.
+    """
+    to_memory = partial(_looked_up, {**tolerated, **table})
     to_files = partial(_looked_up, {memory: files for files, memory in table.items()})
     names = f"names of {printable(kind)}"
     yield f"{names} since transformers 5{prefix}", to_memory, to_files
