@@ -95,13 +95,18 @@ def draw_of_key(
     usual = replace(usual, variant=variant or usual.variant)
     if base_facts.rounding is not None:
         return replace(usual, rounding=effective_rounding(usual.variant, base_facts.rounding))
-    found = recognize(stored.A.array(), stored.B.array(), key=usual.key, search=False).draw
+    found = drawn_from_key(stored, usual.key)
     if found is None or replace(found, rounding=Rounding.NONE) != usual:
         raise UsageError(
             "drawing A and B from the key needs the dtype that the base is loaded in: "
             "give --base or --base-dtype."
         )
     return found
+
+
+def drawn_from_key(stored: StoredProjections, key: int) -> Draw | None:
+    """Return the draw of a key that a stored pair is in every bit, or None."""
+    return recognize(stored.A.array(), stored.B.array(), key=key, search=False).draw
 
 
 def pair_in_effect(

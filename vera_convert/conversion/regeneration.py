@@ -17,11 +17,10 @@ from vera_convert.arguments import one_of, optional, path, whole_number
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.conversion.projections import check_size, without_projections
+from vera_convert.conversion.projections import check_size, drawn_from_key, without_projections
 from vera_convert.conversion.transforms import embedded
 from vera_convert.conversion.work import opened
 from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
-from vera_convert.draws.recognition import recognize
 from vera_convert.dtypes import FLOAT_NAMES
 from vera_convert.errors import CheckpointError, ParameterError, SurroundingsError, UsageError
 from vera_convert.files.header import read_header
@@ -156,7 +155,8 @@ def regenerate_for(
     given = optional(one_of, "generator", Variant, generator)
     with opened(adapter, output, revision=revision, access=access) as work:
         source = work.adapter
-        found = _stored_draw(source)
+        stored, key = source.projections, source.config.projection_prng_key
+        found = None if stored is None else drawn_from_key(stored, key)
         need = _need(source, found)
         base_facts = resolve_base(source, base_options, bases=Bases(work.access), need=need)
         drawn, pair, findings = _drawn_for(source, base_facts, found, given)
@@ -196,15 +196,6 @@ def _drawn_for(
         reason = f"the adapter stores other A and B than OUT, which has {drawn.description}."
         findings = (*adapter.findings, rules.UNPROVEN_DRAW.at(adapter.place, reason))
     return drawn, pair, tuple(dict.fromkeys((*findings, *base_facts.idle_options)))
-
-
-def _stored_draw(adapter: Adapter) -> Draw | None:
-    """Return the draw of the config's key that the stored projections are, or None."""
-    stored = adapter.projections
-    if stored is None:
-        return None
-    key = adapter.config.projection_prng_key
-    return recognize(stored.A.array(), stored.B.array(), key=key, search=False).draw
 
 
 def _need(adapter: Adapter, found: Draw | None) -> Need:
