@@ -158,15 +158,16 @@ def check_lora(
         ours = stack.enter_context(open_adapter(places[0].fetched, repair=repaired))
         refuse_values(ours)
         theirs = stack.enter_context(open_lora(places[1].fetched))
-        facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
+        base_facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
         projections = options.projections or ProjectionSource.AUTO
-        pair = in_effect(ours, facts, projections=projections, variant=options.generator)
-        names = layer_names(theirs, ours, facts)
-        pairing = _Pairing(ours, in_transformers_order(theirs, names, facts), facts, pair, names)
+        pair = in_effect(ours, base_facts, projections=projections, variant=options.generator)
+        names = layer_names(theirs, ours, base_facts)
+        read = in_transformers_order(theirs, names, base_facts)
+        pairing = _Pairing(ours, read, base_facts, pair, names)
         layers, wrong = pairing.layers()
         acting = sum(finding.rule is rules.LORA_LAYER_EXTRA for finding in wrong)
         task = ours.config.task_type
-        unloaded = [*unloaded_findings(pairing.lora, pairing.found, task, facts)]
+        unloaded = [*unloaded_findings(pairing.lora, pairing.found, task, base_facts)]
         ours.check_unchanged()
         return LoraCheck(
             label=places[1].label,
@@ -180,7 +181,7 @@ def check_lora(
                 *wrong,
                 *unloaded,
                 *_other_source(ours, theirs),
-                *dict.fromkeys((*ours.findings, *facts.findings, *pair.findings)),
+                *dict.fromkeys((*ours.findings, *base_facts.findings, *pair.findings)),
             ),
         )
 
@@ -192,14 +193,14 @@ class _Pairing:
     Attributes:
         adapter: the adapter.
         lora: the LoRA.
-        facts: the base facts.
+        base_facts: the base facts.
         pair: the A and B in effect.
         names: the LoRA's name by the adapter's module path; None if the LoRA has no such layer.
     """
 
     adapter: Adapter
     lora: ReadLora
-    facts: BaseFacts
+    base_facts: BaseFacts
     pair: InEffect
     names: Mapping[str, str | None]
 
@@ -225,7 +226,7 @@ class _Pairing:
 
     def why_not_run(self) -> str:
         """Return the reason why PEFT cannot run this LoRA; empty if nothing is in the way."""
-        base = self.facts.base
+        base = self.base_facts.base
         if self.lora.form is not Form.PEFT:
             return "PEFT does not load this form"
         missing = missing_packages("peft", "torch", "transformers")
@@ -237,7 +238,7 @@ class _Pairing:
             return "the base is no 16-bit or 32-bit model of transformers"
         if any(module != name for module, name in self.names.items()):
             return "the names are those of the base's files, which PEFT does not look up"
-        if any(peft_findings([*self.found], self.facts)):
+        if any(peft_findings([*self.found], self.base_facts)):
             return "PEFT does not load every layer of this LoRA"
         return ""
 
@@ -364,7 +365,7 @@ def _job(
         return "--layers-only"
     if reason := pairing.why_not_run():
         return reason
-    base, location = pairing.facts.base, pairing.facts.location
+    base, location = pairing.base_facts.base, pairing.base_facts.location
     is_reachable = location is not None and (location.folder or base_options.model) is not None
     if base is None or location is None or not is_reachable:
         return "give --base MODEL to run the LoRA in PEFT"

@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(.+)")
 
 
 def unloaded_findings(
-    lora: ReadLora, loaded: Mapping[str, str], task_type: str | None, facts: BaseFacts
+    lora: ReadLora, loaded: Mapping[str, str], task_type: str | None, base_facts: BaseFacts
 ) -> Iterator[Finding]:
     """Yield a finding for each tensor that the engine would leave out or refuse.
 
@@ -31,7 +31,7 @@ def unloaded_findings(
         lora: the LoRA.
         loaded: the LoRA's name of each layer to load, by the adapter's module path.
         task_type: the field of the VeRA adapter's config.
-        facts: the base facts.
+        base_facts: the base facts.
 
     Raises:
         CheckpointError: a field of the config is malformed.
@@ -40,7 +40,7 @@ def unloaded_findings(
         return
     names = [*loaded.values()]
     if lora.form is Form.MLX:
-        yield from _mlx_findings(lora, names, facts)
+        yield from _mlx_findings(lora, names, base_facts)
         return
     yield from _target_findings(lora, names, lora.config)
     if lora.form is not Form.PEFT:
@@ -52,7 +52,7 @@ def unloaded_findings(
         reason = f"task_type is {printable(str(task))}, and the adapter's is {task_type}."
         yield rules.LORA_NOT_LOADED.in_file(CONFIG_NAME, reason)
     if lora.engine == EngineName.PEFT:
-        yield from peft_findings([*loaded], facts)
+        yield from peft_findings([*loaded], base_facts)
 
 
 def _target_findings(
@@ -77,7 +77,7 @@ def _rank_findings(lora: ReadLora, names: Sequence[str], rank: object) -> Iterat
             yield rules.LORA_NOT_LOADED.at(printable(name), reason)
 
 
-def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Iterator[Finding]:
+def _mlx_findings(lora: ReadLora, names: Sequence[str], base_facts: BaseFacts) -> Iterator[Finding]:
     """Yield the layers that MLX-LM makes no LoRA of.
 
     MLX-LM takes `keys` for paths in the model, and for paths in each of the last `num_layers`
@@ -88,7 +88,7 @@ def _mlx_findings(lora: ReadLora, names: Sequence[str], facts: BaseFacts) -> Ite
     if not isinstance(number, int) or isinstance(number, bool):
         raise _malformed("num_layers")
     places = {name: _LAYER.fullmatch(name) for name in names}
-    first = layer_count({*facts.modules, *names}) - number if number > 0 else 0
+    first = layer_count({*base_facts.modules, *names}) - number if number > 0 else 0
     for name, place in places.items():
         is_of_last = place and int(place[1]) >= first and (keys is None or place[2] in keys)
         if name not in (keys or ()) and not is_of_last:

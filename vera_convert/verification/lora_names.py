@@ -15,12 +15,12 @@ from vera_convert.lora.reading import ReadLora
 from vera_convert.text import printable
 
 
-def layer_names(lora: ReadLora, adapter: Adapter, facts: BaseFacts) -> dict[str, str | None]:
+def layer_names(lora: ReadLora, adapter: Adapter, base_facts: BaseFacts) -> dict[str, str | None]:
     """Return the LoRA's name for each module of the adapter; None if the LoRA has no such layer.
 
     A LoRA has the adapter's names, those of the base's files, or llama.cpp's.
     """
-    known = {module: [*_known_names(module, facts)] for module in adapter.layers}
+    known = {module: [*_known_names(module, base_facts)] for module in adapter.layers}
     if lora.architecture:
         own = gguf_names(lora.architecture, lora.layers, known)
         known = {module: [own[module]] if module in own else [] for module in known}
@@ -30,15 +30,15 @@ def layer_names(lora: ReadLora, adapter: Adapter, facts: BaseFacts) -> dict[str,
     }
 
 
-def _known_names(module: str, facts: BaseFacts) -> Iterator[str]:
+def _known_names(module: str, base_facts: BaseFacts) -> Iterator[str]:
     yield module
-    if facts.match is not None:
-        yield facts.match.tensors.get(module, "").removesuffix(".weight")
-        yield facts.match.strategy.rename(module) or ""
+    if base_facts.match is not None:
+        yield base_facts.match.tensors.get(module, "").removesuffix(".weight")
+        yield base_facts.match.strategy.rename(module) or ""
 
 
 def in_transformers_order(
-    lora: ReadLora, names: Mapping[str, str | None], facts: BaseFacts
+    lora: ReadLora, names: Mapping[str, str | None], base_facts: BaseFacts
 ) -> ReadLora:
     """Return a LoRA of llama.cpp whose rows of q and k will be read in transformers' order.
 
@@ -48,17 +48,17 @@ def in_transformers_order(
     """
     if lora.architecture != PERMUTED:
         return lora
-    layers, place = dict(lora.layers), facts.source or "the base"
+    layers, place = dict(lora.layers), base_facts.source or "the base"
     for module, name in names.items():
         last = module.rpartition(".")[2]
         if name is None or last not in ("q_proj", "k_proj"):
             continue
-        if facts.base is None:
+        if base_facts.base is None:
             raise UsageError(
                 "llama.cpp orders the rows of q and k by the base's heads, and the base is not "
                 f"known. {BASE_REMEDY}"
             )
-        heads = head_counts(facts.base, place)[last == "k_proj"]
+        heads = head_counts(base_facts.base, place)[last == "k_proj"]
         layer = lora.layers[name]
         if layer.shape[0] % (2 * heads):
             reason = f"its {layer.shape[0]} outputs are no whole number of heads."
