@@ -516,6 +516,18 @@ def test_a_resized_head_needs_its_embedding_where_the_two_are_not_tied(tmp_path:
     assert np.allclose(found["lm_head.weight"], summed, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [32, 36])
+def test_a_stored_bias_of_the_logits_is_no_tensor_that_peft_writes(
+    tmp_path: Path, rows: int
+) -> None:
+    """PEFT saves no buffer, and loads none of another size than the vocabulary."""
+    own = {f"{PREFIX}final_logits_bias": np.ones((1, 32), np.float32)}
+    taller = {f"{PREFIX}model.embed_tokens.weight": np.ones((rows, 16), np.float32)}
+    adapter = good_adapter(tmp_path / "a", tensors=own | taller)
+    base = filled_base(tmp_path / "base", tensors={"final_logits_bias": (1, 32)})
+    assert refusal(lambda: merged_with(adapter, base, tmp_path / "out")) == "V221"
+
+
 def test_deltas_of_two_vocabularies_contradict_each_other(tmp_path: Path, counted: Path) -> None:
     first, second = on_the_head(tmp_path / "a"), on_a_resized_head(tmp_path / "b", counted)
     add = (AdapterSpec(second),)

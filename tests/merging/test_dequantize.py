@@ -12,6 +12,7 @@ import pytest
 from adapters import RANK, good_adapter, good_tensors
 from bases import LAYER, TENSORS
 from fp8 import BF16, CONFIG, E5M2, F8, FORMS, SUFFIX, Arrays, fp8_base
+from heads import on_the_head
 from numpy.typing import NDArray
 
 from vera_convert.assembly.input_files import InputFile
@@ -26,7 +27,9 @@ from vera_convert.files.tensorfile import TensorFile, from_array, write_tensors
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.merging.dequantize import Decoder, dequantized_config
 from vera_convert.merging.merge import Merge, merge
-from vera_convert.merging.options import MergeOptions
+from vera_convert.merging.options import MergeOptions, Tied
+from vera_convert.verification.options import VerifyOptions
+from vera_convert.verification.verify import verify
 
 
 def adapter_of(folder: Path) -> tuple[Path, Arrays]:
@@ -324,3 +327,26 @@ def test_only_what_speaks_of_quantization_leaves_the_config() -> None:
     text = b'{"a": 1,\n  "quantization_config": {"x": [1]},'
     text += b' "text_config": {"quantization_config": {}}}'
     assert dequantized_config(text, json.loads(text)) == b'{"a": 1, "text_config": {}}'
+
+
+@pytest.mark.parametrize("tied", Tied)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_head_of_a_quantized_base_passes_verify(
+    tmp_path: Path, tied: Tied, *, stored: bool
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    embedding = np.random.default_rng(3).normal(size=(32, 16)).astype(BF16)
+    change = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": embedding if stored else None,
+    }
+    fp8_base(base, change=change, config={**CONFIG, "tie_word_embeddings": True})
+    adapter = on_the_head(tmp_path / "adapter")
+    run(adapter, out, base, dequantize=True, tied=tied)
+    merged = tensors_in(out)
+    is_changed = merged["model.embed_tokens.weight"] != embedding
+    assert is_changed.any() == (tied is Tied.ADD)
+    options = VerifyOptions(layers_only=True)
+    checked = verify(adapter, merged=out, base=str(base), options=options)
+    assert checked.passed, [str(each) for each in checked.findings]
+    assert not {"V601", "V602", "V606"} & {each.code for each in checked.findings}
