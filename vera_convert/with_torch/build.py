@@ -282,7 +282,7 @@ def _resized(adapters: Iterable[Adapter], base: BaseModel) -> tuple[int | None, 
     own = (embedding_rows(base),)
     for adapter in adapters:
         for module, copy in adapter.base_copies.items():
-            if is_output_head(module) and copy.shape[:1] != own:
+            if is_output_head(module, base.model_type) and copy.shape[:1] != own:
                 return copy.shape[0], to_tensor(copy.array())
     for adapter in adapters:
         for tensor in adapter.replacements:
