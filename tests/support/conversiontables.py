@@ -55,6 +55,13 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "esm": {"vocab_size": 33},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl": {"text_config": {"head_dim": 8}},
+    # Two layers are not of all kinds.
+    "bailing_hybrid": {"num_hidden_layers": 6},
+    "deepseek_v4": {"num_hidden_layers": 4},
+    "inkling2_loop_text": {"num_hidden_layers": 24},
+    "inkling2_text": {"num_hidden_layers": 48},
+    "lfm3": {"num_hidden_layers": 3},
+    "lfm3_vl_vision": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "videomae": {"image_size": 32},  # the table of positions is computed even without weights
 }
