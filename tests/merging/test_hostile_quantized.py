@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from commandline import Ended, Run
 from folders import DATA
-from limits import in_memory, in_time
+from limits import LIMIT_SECONDS, in_memory, in_time
 
 from vera_convert.base.model import read_base
 from vera_convert.base.quantized.layer import PackedWeight
@@ -200,6 +201,41 @@ def test_a_hostile_base_is_refused_with_a_code(
 ) -> None:
     base = changed_base(name, change, tmp_path / "base")
     assert_refused(name, base, run, tmp_path / "out")
+
+
+# --- lists in the settings -----------------------------------------------------------------------
+
+MANY = 100_000
+SLOW = r"(.|.)+#"
+NEVER = {"bits": 4, "targets": ["Linear"], "weights": [{}]}
+LISTS: tuple[tuple[str, str, object], ...] = (
+    ("gptq-8bit", "dynamic", {f"-:.*{number}x": {} for number in range(MANY)}),
+    ("awq-gemm", "dynamic", {SLOW: {}, f"+:{SLOW}": None}),
+    ("awq-gemm", "modules_to_not_convert", [*map(str, range(MANY)), "", "."]),
+    ("awq-gemm", "modules_to_not_convert", [SLOW, "(", "["]),
+    (
+        "ct-fp8-channel",
+        "config_groups",
+        {f"{n}": {**NEVER, "targets": [f"re:.*{n}", f"a.{n}"]} for n in range(MANY)},
+    ),
+    ("ct-fp8-channel", "config_groups", {"a": {**NEVER, "targets": [f"re:{SLOW}", [[SLOW]]]}}),
+)
+
+
+@pytest.mark.parametrize("number", range(len(LISTS)))
+def test_hostile_lists_end_in_little_time_and_memory(number: int, tmp_path: Path, run: Run) -> None:
+    name, field_name, value = LISTS[number]
+
+    def change(weights: Weights) -> None:
+        weights.settings[field_name] = value
+
+    base, adapter = changed_base(name, change, tmp_path / "base"), FIXTURES / name / "adapter"
+    for command in (("validate", adapter), ("merge", adapter, tmp_path / "out", "--dequantize")):
+        before = sum(os.times()[:4])  # of all processors: a busy machine takes no more
+        with in_memory():
+            ended = ended_well(run(*command, "--base", base, "--offline"))
+        assert sum(os.times()[:4]) - before < LIMIT_SECONDS
+        assert ended.status == 0 or CODE.search(ended.out + ended.err)
 
 
 # --- rows that no memory holds -------------------------------------------------------------------
