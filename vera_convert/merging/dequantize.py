@@ -115,8 +115,8 @@ Panel = Callable[[str, int, int], Array]
 def panels(base: BaseModel, files: Mapping[str, InputFile]) -> Panel:
     """Return a function that keeps the last columns that it read, for all threads.
 
-    GPTQ and AWQ store an output of a layer as a column. One after another, blocks of outputs need
-    a few bytes of each stored row, and reading 64 KB takes no longer than reading a few bytes.
+    GPTQ and AWQ store an output of a layer as a column. Each block of outputs needs a few bytes of
+    each stored row, and would read the rows again.
 
     Args:
         base: the base as the files hold the packed weights.
