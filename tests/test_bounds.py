@@ -95,7 +95,7 @@ def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
         ("layers.1", "model.layers.1.q", True),
         ("layers.1", "model.layers.10.q", False),
         ("q_proj", "a.q_proj", True),
-        ("proj", "a.q_proj", False),
+        ("proj", "a.q_proj", True),
         ("a.q_proj.weight", "a.q_proj", True),
         ("model.*.q", "model.layers.1.q", True),
         ("layers.*", "model.layers.1.q", True),
@@ -105,7 +105,7 @@ def test_names_of_many_parts_are_looked_up_within_a_bound() -> None:
         ("re:layers", "model.layers.1.q", False),
     ],
 )
-def test_a_pattern_fits_as_before(kept: str, name: str, fits: bool) -> None:
+def test_a_pattern_fits_at_parts_of_a_path_and_at_the_end(kept: str, name: str, fits: bool) -> None:
     config = {"quantization_config": {"quant_method": "fp8", "ignore": [kept]}}
     assert quantized(base_of(iter([f"{name}.weight"]), config)) == (0 if fits else 1)
 
