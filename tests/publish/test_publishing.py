@@ -467,6 +467,8 @@ def test_a_read_only_parent_is_refused_before_work(out: Path) -> None:
         Output(out, is_own=own).staged(),
     ):
         pytest.fail("the block was entered")
+    with pytest.raises(SurroundingsError, match=r"denied.* that you may write to"):
+        Output(out, is_own=own).check()
     out.parent.chmod(0o755)
 
 

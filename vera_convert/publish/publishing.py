@@ -73,12 +73,16 @@ class Output:
             UsageError: OUT overlaps an input (with links resolved, even with `force`); OUT exists
                 without `force`; OUT is a link, is of another kind, or is no output of this
                 command; OUT holds files that the command would not write.
-            SurroundingsError: the parent is not a folder, or cannot be read.
+            SurroundingsError: the parent is not a folder, or cannot be read or written to.
         """
         with explained(self.path):
             place = real_place(self.path)
             refuse_overlap(place, self.inputs)
             self.require_replaceable(place)
+            there, _ = nearest_folder(place.parent)
+            as_effective_user = os.access in os.supports_effective_ids
+            if not os.access(there, os.W_OK | os.X_OK, effective_ids=as_effective_user):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
     @property
     def free_space(self) -> int:
