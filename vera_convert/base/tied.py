@@ -96,3 +96,10 @@ def tied_head(
     class_name = class_of_head(adapter.config, base) or next(iter(base.class_names), None)
     path = output_head_of(base.model_type, class_name)
     return None if path is None else f"{match.strategy.rename(path) or path}.weight"
+
+
+def name_of_head(module: str, match: Match) -> str:
+    """Return the name of an untied head's weight, with or without a tensor in the base."""
+    if module in match.tied:
+        return f"{match.strategy.rename(module) or module}.weight"
+    return match.tensors[module]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import CONFIG_LIMIT, INDEX_LIMIT, BaseModel, parse_config_file
-from vera_convert.base.own_heads import stored_heads
+from vera_convert.base.own_heads import shows_own_head, stored_heads
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.base.side_files import ModelFiles, sort_files
 from vera_convert.errors import SurroundingsError
@@ -133,3 +133,11 @@ def own_heads(files: BaseFiles) -> Iterator[str]:
         is_packed = any(map(files.decoder, (head, embedding)))
         if is_packed or not files.tensor(embedding).is_copied_by(files.tensor(head)):
             yield head
+
+
+def has_own_head(files: BaseFiles) -> bool:
+    """Say whether a base stores a head of its own; without the values, by a few rows."""
+    if files.has_values:
+        return any(own_heads(files))
+    stored = files.model if files.packed is None else files.packed.stored
+    return shows_own_head(stored, files.access)

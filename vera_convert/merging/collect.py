@@ -17,7 +17,6 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.assembly.addends import Term
 from vera_convert.base.match import Match, embedding_of_head
-from vera_convert.base.own_heads import shows_own_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import (
@@ -29,14 +28,14 @@ from vera_convert.base.replacements import (
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
-from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings, tied_head
+from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings, name_of_head, tied_head
 from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding, tied_copies
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
-from vera_convert.merging.base_files import own_heads
+from vera_convert.merging.base_files import has_own_head
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
@@ -94,6 +93,7 @@ class _Collector:
         self.files = inputs.base
         self.base = inputs.base.model
         self._choice = inputs.options.tied
+        self._copies = dict(tied_copies(self.base))
         self.meets_tied_head = False
         self.changes = Changes()
         self.defects: list[Finding] = []
@@ -114,11 +114,7 @@ class _Collector:
 
     @cached_property
     def _has_own_head(self) -> bool:
-        files = self.files
-        if files.has_values:
-            return any(own_heads(files))
-        stored = files.model if files.packed is None else files.packed.stored
-        return shows_own_head(stored, files.access)
+        return has_own_head(self.files)
 
     # --- deltas ----------------------------------------------------------------------------------
 
@@ -169,7 +165,7 @@ class _Collector:
         if tied is Tied.ADD:
             return [*dict.fromkeys((embedding, name))]
         self.changes.unties = True
-        head = _name_of_head(module, match)
+        head = name_of_head(module, match)
         if module in match.tied:
             self.changes.heads[head] = embedding
         return [head]
@@ -194,10 +190,10 @@ class _Collector:
             reason = f"the stored values differ from {printable(stored)} of the base."
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
-            own_head = self._has_own_head
-            embedding = None if own_head else embedding_of_head(module, match, self.base)
+            embedding = embedding_of_head(module, match, self.base)
+            embedding = None if self._has_own_head else embedding
             unties = embedding is not None and self._meet_tied_head() is Tied.UNTIE
-            head = _name_of_head(module, match) if unties else stored
+            head = name_of_head(module, match) if unties else stored
             self._resized_heads += [
                 (name, replacement) for name in dict.fromkeys((head, embedding or head))
             ]
@@ -257,8 +253,9 @@ class _Collector:
         """Record a tensor that the base lacks, unless no loader would use the tensor."""
         name = replacement.tensor.name
         module = _module(replaced_name(name))
-        is_copy = target in dict(tied_copies(self.base))
-        if not is_copy and not saved_modules(replacement.owner.adapter.config).of(module):
+        if target not in self._copies and not saved_modules(replacement.owner.adapter.config).of(
+            module
+        ):
             self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
@@ -354,14 +351,14 @@ class _Collector:
             self.changes.heads[head] = embedding
 
     def part_stacks(self, matched: MatchedAdapter) -> None:
-        """Untie the head if the adapter stores the embedding of a stack, for transformers 4.
+        """Untie the head if the adapter stores the embedding of a stack.
 
-        transformers 4 gives each stack the shared embedding if the head is tied, whatever the files
-        hold. transformers 5 keeps the embedding of the files.
+        If the head is tied, transformers 4 gives each stack the shared embedding, not the stored.
         """
         changes, base = self.changes, self.base
-        pairs = [pair for pair in tied_copies(base) if is_embedding(_module(pair[0]))]
-        source = next((source for copy, source in pairs if copy in changes.new), None)
+        brought = (copy for copy in self._copies if copy in changes.new)
+        stack = next((copy for copy in brought if is_embedding(_module(copy))), None)
+        source = self._copies.get(stack or "")
         if source is None or changes.unties or base.model_type == "switch_transformers":
             return
         shape = base.tensors[source].info.shape
@@ -374,13 +371,11 @@ class _Collector:
         """Give the values of PEFT's model to each tensor that transformers ties by one field."""
         if self.changes.unties and self.base.model_type == "switch_transformers":
             if not self._has_own_head:
-                raise UsageError(
-                    "--tied untie: SwitchTransformers scales the decoder's output only while head "
-                    "and embedding are one tensor. Give --tied add to change both, as PEFT does on "
-                    "merging."
-                )
+                reason = "SwitchTransformers scales the decoder's output only while head and "
+                reason += "embedding are one tensor. Give --tied add to change both, as PEFT does."
+                raise UsageError(f"--tied untie: {reason}")
             self.changes.unties = False  # the config stays, and with it the scaled output
-        for copy, source in tied_copies(self.base):
+        for copy, source in self._copies.items():
             self._settle(copy, source)
         replacing = self.changes.replacing
         shapes = {name: each.stored.shape for name, each in replacing.items()}
@@ -405,10 +400,3 @@ class _Collector:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _name_of_head(module: str, match: Match) -> str:
-    """Return the name of an untied head's weight, with or without a tensor in the base."""
-    if module in match.tied:
-        return f"{match.strategy.rename(module) or module}.weight"
-    return match.tensors[module]
