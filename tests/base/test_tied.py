@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vera_convert.base.model import BaseModel, BaseTensor
 from vera_convert.base.vocabulary import tied_copies
 from vera_convert.files.header import TensorInfo
@@ -19,3 +21,27 @@ def test_only_the_weight_of_the_shared_embedding_is_stored_for_each_stack() -> N
         ("decoder.embed_tokens.weight", "shared.weight"),
     }
     assert len([*tied_copies(base)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "copies"),
+    [
+        ("bert", "cls.predictions.bias", {"cls.predictions.decoder.bias"}),
+        ("esm", "lm_head.bias", set()),
+        ("udop", "patch_embed.proj.bias", {"encoder.embed_patches.proj.bias"}),
+        (
+            "udop",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            {
+                "encoder.relative_bias.biases.0.relative_attention_bias.weight",
+                "decoder.relative_bias.biases.0.relative_attention_bias.weight",
+            },
+        ),
+    ],
+)
+def test_what_a_class_ties_by_the_field_of_the_head_is_a_copy(
+    kind: str, stored: str, copies: set[str]
+) -> None:
+    tensors = {stored: BaseTensor("m", TensorInfo(stored, "F32", (4,), 0, 0))}
+    base = BaseModel(Location("base", None), {"model_type": kind}, {}, tensors)
+    assert {*tied_copies(base)} == {(copy, stored) for copy in copies}

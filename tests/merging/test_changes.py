@@ -334,6 +334,17 @@ def trained_embedding(tmp_path: Path) -> Path:
     return good_adapter(tmp_path / "e", tensors=EMBEDDING, modules_to_save=["embed_tokens"])
 
 
+def test_the_task_tells_that_a_base_without_a_head_was_trained_with_one(
+    tmp_path: Path, trained_embedding: Path
+) -> None:
+    """PEFT takes no class without a head for CAUSAL_LM, the task of the good adapter."""
+    config = {**TIED, "architectures": ["LlamaModel"]}
+    base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
+    assert refusal(lambda: merged_with(trained_embedding, base, tmp_path / "out")) == "V524"
+    merged_with(trained_embedding, base, tmp_path / "out", tied=Tied.UNTIE)
+    assert "lm_head.weight" in tensors_of(tmp_path / "out")
+
+
 def test_an_embedding_saved_without_its_tied_head_needs_a_choice(
     tmp_path: Path, tied: Path, trained_embedding: Path
 ) -> None:
@@ -377,12 +388,16 @@ def test_an_embedding_that_peft_loads_in_place_changes_the_tied_head(
 
 
 @pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
-def test_a_class_without_an_output_head_has_no_head_to_untie(
-    tmp_path: Path, trained_embedding: Path, name: str
-) -> None:
+def test_a_class_without_an_output_head_has_no_head_to_untie(tmp_path: Path, name: str) -> None:
+    adapter = good_adapter(
+        tmp_path / "e",
+        tensors=EMBEDDING,
+        modules_to_save=["embed_tokens"],
+        task_type="FEATURE_EXTRACTION",
+    )
     config = {**TIED, "architectures": [name]}
     base = filled_base(tmp_path / "base", tensors={"lm_head.weight": None}, config=config)
-    merged_with(trained_embedding, base, tmp_path / "out")
+    merged_with(adapter, base, tmp_path / "out")
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 
 

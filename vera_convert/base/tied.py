@@ -15,6 +15,9 @@ from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
 from vera_convert.files.tensorfile import TensorData
 
+_TASKS_OF_WORDS = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
+"""The tasks of PEFT whose classes have an output head."""
+
 
 def is_head(target: str, base: BaseModel) -> bool:
     """Say whether a tensor is the weight of an output head."""
@@ -94,6 +97,8 @@ def tied_head(
         if is_head(name, base) and tensor.info.shape == shape:
             return name if base.tie_word_embeddings else None
     class_name = class_of_head(adapter.config, base) or next(iter(base.class_names), None)
+    if adapter.config.task_type in _TASKS_OF_WORDS:
+        class_name = None  # a base without a head is trained in a class with the head
     path = output_head_of(base.model_type, class_name)
     return None if path is None else f"{match.strategy.rename(path) or path}.weight"
 

@@ -20,6 +20,7 @@ _TOKENS_LIMIT = 100_000_000
 _STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
 _IN_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
 """The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
+_DISTANCES = "relative_attention_bias.weight"
 _COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
     "luke": {
         "lm_head.bias": "lm_head.decoder.bias",
@@ -27,6 +28,16 @@ _COPIES_BY_TYPE: Mapping[str, Mapping[str, str]] = {
     },
     "neomme": {
         "unembedding_projection.weight": "model.embed_tokens.embedding_projection.weight",
+    },
+    "udop": {
+        "encoder.embed_patches.proj.weight": "patch_embed.proj.weight",
+        "encoder.embed_patches.proj.bias": "patch_embed.proj.bias",
+        **{
+            f"{stack}.relative_bias.biases.0.{_DISTANCES}": (
+                f"encoder.block.0.layer.0.SelfAttention.{_DISTANCES}"
+            )
+            for stack in ("encoder", "decoder")
+        },
     },
 }
 """Further tensors that a class ties with the head, by model type: the stored name by the other."""
