@@ -93,8 +93,7 @@ def match_modules(
         module: shape
         for module, shape in (copies or {}).items()
         if is_output_head(module, model_type)
-        and len(shape) == 2
-        and shape[:1] == (layers.get(module),)
+        and (len(shape) == 2 and shape[0] == layers.get(module))
     }
     matcher = _Matcher(layers, base, heads, widest=widest, fan_in_fan_out=fan_in_fan_out)
     plain = matcher.try_out(AS_THEY_ARE)

@@ -67,11 +67,9 @@ def collect(inputs: MergeInputs) -> Changes:
         reason = "the adapter changes no output head that is tied to the embedding."
         changes.findings.append(rules.OPTION_WITHOUT_EFFECT.at("--tied", reason))
     replacing = changes.replacing
-    changes.resizes = resizes(
-        {name: each.stored.shape for name, each in replacing.items()},
-        inputs.base.model,
-        heads=[name for name, each in replacing.items() if each.is_of_classifier],
-    )
+    shapes = {name: each.stored.shape for name, each in replacing.items()}
+    heads = [name for name, each in replacing.items() if each.is_of_classifier]
+    changes.resizes = resizes(shapes, inputs.base.model, heads=heads)
     refuse((*collector.defects, *changes.resizes.findings))
     if inputs.base.packed is None:
         refuse_quantized(unpacked(inputs.base.model), changes.replaced)
