@@ -36,6 +36,7 @@ _WITH_RESNET = {
     "backbone": None,
     "backbone_config": {"model_type": "resnet", "out_features": ["stage4"]},
 }
+_VIT, _BERT = {"model_type": "vit"}, {"model_type": "bert"}
 _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "conditional_detr": _WITH_RESNET,
     "deformable_detr": _WITH_RESNET,
@@ -63,6 +64,8 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "lfm3": {"num_hidden_layers": 3},
     "lfm3_vl_vision": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "vision-encoder-decoder": {"encoder": _VIT, "decoder": _BERT},
+    "vision-text-dual-encoder": {"vision_config": _VIT, "text_config": _BERT},
     "videomae": {"image_size": 32},  # the table of positions is computed even without weights
 }
 """Arguments without which a config of a type describes no model that can be built."""
@@ -89,6 +92,7 @@ def candidates() -> Iterator[Any]:
     """Yield the classes that a conversion table concerns, and the classes around them."""
     tables = registry()
     names = {name for name in tables if hasattr(transformers, name)}
+    names |= {name for name in dir(transformers) if name.endswith("Model")}
     for mapping in vars(modeling_auto):
         if mapping.startswith("MODEL") and mapping.endswith("_MAPPING_NAMES"):
             for each in getattr(modeling_auto, mapping).values():
@@ -99,8 +103,14 @@ def candidates() -> Iterator[Any]:
             config = getattr(found, "config_class", None)
         except ImportError:  # the class needs a library that is not installed
             continue
-        if config is not None and (name in tables or set(_types(config)) & tables.keys()):
+        if config is not None and (name in tables or _is_concerned(config, tables)):
             yield found
+
+
+def _is_concerned(config: Any, tables: Mapping[str, Any]) -> bool:
+    """Say whether a table concerns the type of a model or of a part, which may be of any type."""
+    parts = getattr(config, "sub_configs", {}).values()
+    return transformers.AutoConfig in parts or not tables.keys().isdisjoint(_types(config))
 
 
 def _types(config: Any, seen: tuple[Any, ...] = ()) -> Iterator[str]:
