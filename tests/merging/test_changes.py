@@ -52,6 +52,21 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in found.values()) + 3 * 16 * 4
 
 
+def test_a_new_tensor_beside_all_tensors_of_the_class_is_warned_of(tmp_path: Path) -> None:
+    library = "transformers.models.llama.modeling_llama"
+    adapter = good_adapter(
+        tmp_path / "a",
+        tensors=head(0.3),
+        modules_to_save=["score"],
+        task_type=None,
+        auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": library},
+    )
+    base = filled_base(tmp_path / "base", config={"architectures": ["LlamaForCausalLM"]})
+    done = merged_with(adapter, base, tmp_path / "out")
+    (finding,) = (each for each in done.findings if each.code == "V533")
+    assert finding.tensor == "score.weight"
+
+
 def test_a_head_that_is_stored_in_part_is_refused(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "a", tensors=head(0.3), modules_to_save=["score"])
     base = filled_base(tmp_path / "base", tensors={**HEAD, "score.bias": (3,)})

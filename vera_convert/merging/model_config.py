@@ -123,7 +123,9 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
         of_class = [own, _labels(inputs, head, shown, own), _padding(inputs, changes, head, shown)]
     edits = [_vocabulary(base, changes), *of_class, _scaled_outputs(base, changes)]
     findings = [finding for each in edits for finding in each.findings]
-    if name is None:
+    # A base of the result's own class stores all tensors of the class.
+    is_same = options.architecture is None and name in base.class_names
+    if name is None or is_same:
         reason = "the base has no such tensor, and no class with this tensor is known."
         findings += [rules.REPLACEMENT_NEW.in_tensor(tensor, reason) for tensor, _ in new]
     findings += _missing_modules(base, changes, name or head.trained_class or shown)
