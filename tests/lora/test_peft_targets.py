@@ -46,6 +46,7 @@ def pair_with(folder: Path, name: str, model_type: str) -> tuple[Path, Path]:
         ("shared_experts.down_proj", "afmoe", "V714"),
         ("shared_experts.w2", "mixtral", "V714"),
         ("mixer.out_proj", "falcon_mamba", "V715"),
+        ("mlp.shared_experts.gate_proj", "mistral_large4", "V718"),
     ],
 )
 def test_a_layer_that_peft_does_not_load_is_refused_for_peft_alone(
@@ -66,6 +67,7 @@ def test_a_layer_that_peft_does_not_load_is_refused_for_peft_alone(
         ("router.gate", "mixtral"),
         ("mixer.in_proj", "falcon_mamba"),
         ("self_attn.out_proj", "llama"),
+        ("mlp.shared_experts.gate_proj", "llama"),
     ],
 )
 def test_a_layer_that_peft_loads_is_written(name: str, model_type: str, tmp_path: Path) -> None:

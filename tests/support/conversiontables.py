@@ -16,8 +16,10 @@ from itertools import combinations, product
 from typing import Any
 from unittest.mock import patch
 
+import peft
 import torch
 import transformers
+from peft.utils import transformers_weight_conversion as peft_conversion
 from transformers import conversion_mapping
 from transformers import core_model_loading as loading
 from transformers.models.auto import modeling_auto
@@ -155,12 +157,15 @@ class Walk:
         wrong: why the layers of a class are not found in its files, by the class's name.
         lost: the other tensors of a class that are not found in its files: name in the files by
             name in memory, by the class's name.
+        loras: for each linear layer, whether PEFT loads a LoRA under the layer's name; by the
+            class's name and the model type.
     """
 
     met: set[str] = field(default_factory=set)
     renames: dict[tuple[str, bool], list[dict[str, str]]] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     lost: dict[str, dict[str, str]] = field(default_factory=dict)
+    loras: dict[tuple[str, str], dict[str, bool]] = field(default_factory=dict)
 
 
 def in_files(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -199,7 +204,30 @@ def walk() -> Walk:
                 if isinstance(part, transformers.PreTrainedModel):
                     result.met |= {type(part).__name__, part.config.model_type}
             _compare(model, result)
+            result.loras[model_class.__name__, model.config.model_type] = _loras(model)
     return result
+
+
+def _loras(model: Any) -> dict[str, bool]:
+    """Say of each linear layer whether PEFT loads a LoRA under the name that PEFT saved."""
+    prefix, end = "base_model.model.", ".lora_A.weight"
+    modules = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    if conversion_mapping.get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return dict.fromkeys(modules, True)
+    steps = peft_conversion.build_peft_weight_mapping(
+        conversion_mapping.get_model_conversion_mapping(model),
+        adapter_name="default",
+        peft_config=peft.LoraConfig(),
+    )
+    renamings = [step for step in steps or () if isinstance(step, loading.WeightRenaming)]
+    converters = [step for step in steps or () if isinstance(step, loading.WeightConverter)]
+    found = {}
+    for module in modules:
+        saved = f"{prefix}{module}{end}"
+        name, converted = loading.rename_source_key(saved, renamings, converters)
+        # PEFT takes a name back that only lost its beginning.
+        found[module] = converted is not None or saved.endswith(name.replace(".default", ""))
+    return found
 
 
 def _compare(model: Any, result: Walk) -> None:

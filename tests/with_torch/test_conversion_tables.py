@@ -13,6 +13,7 @@ from conversiontables import Walk, file_text, registry, walk
 
 from vera_convert.base.rename_table import CONVERSIONS_FILE, families
 from vera_convert.base.unsupported_layouts import LAYOUTS
+from vera_convert.lora.peft_targets import renamed_on_loading
 
 NOT_BUILT = {
     **dict.fromkeys(
@@ -60,3 +61,16 @@ def test_the_other_tensors_of_every_class_are_found_in_its_files(walked: Walk) -
 
 def test_the_generated_table_is_that_of_the_installed_release(walked: Walk) -> None:
     assert file_text(walked) == CONVERSIONS_FILE.read_text(encoding="utf-8")
+
+
+def test_the_layers_that_peft_renames_in_a_lora_are_known(walked: Walk) -> None:
+    lost = {
+        name: [module for module, is_loaded in loaded.items() if not is_loaded]
+        for (name, _), loaded in walked.loras.items()
+    }
+    known = {
+        name: renamed_on_loading([*loaded], model_type)
+        for (name, model_type), loaded in walked.loras.items()
+    }
+    assert known == lost
+    assert any(lost.values())

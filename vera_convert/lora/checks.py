@@ -15,7 +15,7 @@ from vera_convert.conversion.work import Work
 from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
-from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba
+from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba, renamed_on_loading
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights
 from vera_convert.rules import Finding, Rule
@@ -221,6 +221,8 @@ def peft_findings(modules: Sequence[str], base_facts: BaseFacts) -> Iterator[Fin
         yield from _at_each(lost, rules.LORA_FUSED_EXPERTS, reason)
     reason = f'PEFT refuses a LoRA of this layer in a model of type "{model_type}".'
     yield from _at_each(refused_in_mamba(modules, model_type), rules.LORA_MAMBA_REFUSED, reason)
+    reason = f'in a model of type "{model_type}" PEFT renames this layer of a LoRA on loading.'
+    yield from _at_each(renamed_on_loading(modules, model_type), rules.LORA_RENAMED, reason)
 
 
 def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Finding]:

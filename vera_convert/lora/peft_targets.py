@@ -96,3 +96,31 @@ def refused_in_mamba(modules: Sequence[str], model_type: str) -> list[str]:
     if model_type not in _MAMBA:
         return []
     return [module for module in modules if module.rpartition(".")[2] in _NOT_IN_MAMBA]
+
+
+_RENAMED: Mapping[str, str] = {
+    **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), r"(?:model\.)?language_model\..+"),
+    "maskformer": (
+        r"(?:.+\.)?pixel_level_module\.encoder\..+\.(?:attention|intermediate|output)\..+"
+    ),
+    **dict.fromkeys(
+        ("laguna", "mistral_large4", "mistral_large4_text"), r".+\.mlp\.shared_experts\..+"
+    ),
+    "pi0": r"embed_action_time\..+",
+    **dict.fromkeys(
+        ("inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text"),
+        r".+\.sconv\.weight_proj",
+    ),
+}
+"""Present names that PEFT renames as if an old checkpoint had them, by the model's type."""
+
+
+def renamed_on_loading(modules: Sequence[str], model_type: str) -> list[str]:
+    """Return the modules of which PEFT loads a LoRA under another name, and loses the LoRA.
+
+    Args:
+        modules: the paths of all modules of the LoRA.
+        model_type: the field of the base's config.
+    """
+    pattern = re.compile(_RENAMED.get(model_type, r"(?!)"))
+    return [module for module in modules if pattern.fullmatch(module)]
