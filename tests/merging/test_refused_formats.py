@@ -36,8 +36,8 @@ LAYOUTS = (
 BY_SETTINGS: Mapping[str, tuple[str, Settings, str]] = {
     "sparsity": (INT8, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "transforms": (INT8, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
-    "gptq_2_bits": (GPTQ, {"bits": 2}, "GPTQ: bits is 2"),
-    "gptq_3_bits": (GPTQ, {"bits": 3}, "GPTQ: bits is 3"),
+    "gptq_1_bit": (GPTQ, {"bits": 1}, "GPTQ: bits is 1"),
+    "gptq_5_bits": (GPTQ, {"bits": 5}, "GPTQ: bits is 5"),
     **{
         f"gptq_{name}": (GPTQ, {"checkpoint_format": name}, f'GPTQ: the format "{name}"')
         for name in ("marlin", "exllama", "bitblas")
