@@ -88,12 +88,12 @@ def match_modules(
     Raises:
         CheckpointError: no strategy fits all layers, or several strategies fit.
     """
-    model_type = base.model_type
     heads = {
         module: shape
         for module, shape in (copies or {}).items()
-        if is_output_head(module, model_type)
-        and (len(shape) == 2 and shape[0] == layers.get(module))
+        if is_output_head(module, base.model_type)
+        and len(shape) == 2
+        and shape[0] == layers.get(module)
     }
     matcher = _Matcher(layers, base, heads, widest=widest, fan_in_fan_out=fan_in_fan_out)
     plain = matcher.try_out(AS_THEY_ARE)

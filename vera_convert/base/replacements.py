@@ -89,6 +89,7 @@ def used_replacements(adapter: Adapter) -> Iterator[TensorData]:
 
     The encoder and the decoder have separate embeddings, and PEFT wraps only `shared`. The stacks
     keep the values from before the wrapping, which PEFT stores if the vocabulary was resized.
+    Without these values, the unused copy itself is yielded: see `is_unused`.
     """
     stored = {each.name: each for each in adapter.tensors}
     for tensor in adapter.trained_replacements:

@@ -93,7 +93,7 @@ def tied_copies(base: BaseModel) -> Iterator[tuple[str, str]]:
     yield from _embeddings_of_stacks(base)
     copies = {
         f"{head}.decoder.bias": f"{head}.bias"
-        for head in (name.removesuffix(".bias") for name in base.tensors)
+        for head in (name[: -len(".bias")] for name in base.tensors if name.endswith(".bias"))
         if is_output_head(f"{head}.decoder", base.model_type)
         and base.model_type not in _DECODERS_WITHOUT_BIAS
     }

@@ -188,8 +188,8 @@ class _Collector:
             reason = f"the stored values differ from {printable(stored)} of the base."
             self.defects.append(rules.BASE_COPY_DIFFERS.in_tensor(copy.name, reason))
         elif copy.shape != own.shape:
-            embedding = embedding_of_head(module, match, self.base)
-            embedding = None if self._has_own_head else embedding
+            tied_to = embedding_of_head(module, match, self.base)
+            embedding = None if self._has_own_head else tied_to
             unties = embedding is not None and self._meet_tied_head() is Tied.UNTIE
             head = name_of_head(module, match) if unties else stored
             self._resized_heads += [
@@ -251,9 +251,8 @@ class _Collector:
         """Record a tensor that the base lacks, unless no loader would use the tensor."""
         name = replacement.tensor.name
         module = _module(replaced_name(name))
-        if target not in self._copies and not saved_modules(replacement.owner.adapter.config).of(
-            module
-        ):
+        saved = saved_modules(replacement.owner.adapter.config)
+        if target not in self._copies and not saved.of(module):
             self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."

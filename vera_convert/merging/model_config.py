@@ -35,12 +35,11 @@ _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
 """The number of labels that transformers assumes if a config has no labels."""
-
-
 _SCALED_IF_TIED = ("t5", "umt5", "longt5", "pop2piano")
+"""The model types that scale the decoder's output while head and embedding are tied."""
 
 Member = tuple[str, ...]
-"""The path of a member of a config: the names of the objects around the member, and its own."""
+"""The path of a member of a config: the names of the objects around the member, then the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class _Edit:
 
     Attributes:
         members: the values by path.
-        phrase: the decision in words, for the note on the class; empty if the note lacks it.
+        phrase: the decision in words, for the note on the class; empty without a decision.
         open: members that a missing file beside the adapter would decide.
         findings: notes and warnings of the decision's own.
     """

@@ -259,8 +259,8 @@ def _claims(config: Mapping[str, object]) -> Iterator[_Claim]:
 def _claim(config: Mapping[str, object]) -> _Claim:
     kept = [text for field in _KEPT_FIELDS for text in texts(config.get(field))]
     rules = config.get("dynamic")
-    for rule in rules if isinstance(rules, Mapping) else ():
-        kept += [f"re:{rule[2:]}"] if rule.startswith("-:") else []
+    if isinstance(rules, Mapping):
+        kept += [f"re:{rule[2:]}" for rule in rules if rule.startswith("-:")]
     label = method_label(config)
     return _Claim(label, frozenset(kept), _named(config), config.get("lm_head") is True)
 
