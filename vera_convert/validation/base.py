@@ -17,7 +17,7 @@ from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.model import BaseModel
 from vera_convert.base.own_heads import shows_own_head
 from vera_convert.base.quantized.targets import misdescribed, quantized_elsewhere, target_findings
-from vera_convert.base.quantized.unpack import unpacked
+from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.replacements import (
     brought,
     incomplete_modules,
@@ -61,22 +61,18 @@ def resolver(
         # The check of the targets reports an error if these match no layer.
         reported = rules.TARGETS_MATCH_NOTHING.code
         others = (each for each in base_facts.findings if each.code != reported)
-        found = [*base_findings(adapter, base_facts)]
-        shared = [each for each in found if each.rule is rules.HEAD_SHARED]
-        base = base_facts.base
-        if shared and base is not None and shows_own_head(base, access):
-            found = [each for each in found if each.rule is not rules.HEAD_SHARED]
-        return base_facts, [*others, *found]
+        return base_facts, [*others, *base_findings(adapter, base_facts, access)]
 
     return resolved
 
 
-def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
+def base_findings(adapter: Adapter, base_facts: BaseFacts, access: HubAccess) -> Iterator[Finding]:
     """Yield the findings for an adapter on a base with the adapter's layers.
 
     Args:
         adapter: the adapter.
         base_facts: the facts from `resolve_base`, whose findings are not repeated.
+        access: how the Hub is reached, for a few rows of a stored head.
     """
     match = base_facts.match
     if base_facts.base is None or match is None:
@@ -93,7 +89,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts) -> Iterator[Finding]:
     yield from misdescribed(whole)
     elsewhere = None if quantized else quantized_elsewhere(whole.stored)
     yield from [elsewhere] if elsewhere else []
-    yield from _replacements(adapter, match, base)
+    yield from _replacements(adapter, match, whole, access)
     yield from _tokens(adapter, base)
 
 
@@ -123,8 +119,11 @@ def _tied_pairs(
             yield rules.HEAD_SHARED.at(printable(target), reason)
 
 
-def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Finding]:
+def _replacements(
+    adapter: Adapter, match: Match, whole: Unpacked, access: HubAccess
+) -> Iterator[Finding]:
     """Yield findings for heads, biases and embeddings."""
+    base = whole.view
     try:
         replacing = replacing_tensors(adapter, match, base)
     except CheckpointError as error:
@@ -138,7 +137,9 @@ def _replacements(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[F
         if target not in base.tensors and target not in copies and not is_lm_head:
             found = brought(adapter.config, tensor.name, target, base)
             yield from [found] if found is not None else []
-    yield from _tied_pairs(adapter, match, base, tensors)
+    shared = [*_tied_pairs(adapter, match, base, tensors)]
+    if shared and not shows_own_head(whole.stored, access):
+        yield from shared
     heads = [name for name, each in tensors.items() if is_of_classifier(adapter.config, each.name)]
     new_shapes = {target: part.shape for target, (_, part) in replacing.items()}
     for module, copy in adapter.base_copies.items():  # PEFT loads the copy, also a resized one
