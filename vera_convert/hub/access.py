@@ -20,7 +20,7 @@ class HubAccess:
     """Options for the access to the Hub, with the defaults of huggingface_hub.
 
     Attributes:
-        token: the token to send; None for HFTOKEN, or the token stored by `hf auth login`.
+        token: the token to send; None for HF_TOKEN, or the token stored by `hf auth login`.
         cache_dir: the folder of the cache.
         offline: use only the cache, as with HF_HUB_OFFLINE.
         progress: whether downloads may draw bars on a terminal.
