@@ -54,7 +54,7 @@ def repaired(
 def with_proper_names(
     tensors: Sequence[TensorData], config: VeraConfig
 ) -> tuple[Sequence[TensorData], list[str]]:
-    """Return the tensors under PEFT's names, if the names are clear, and what each step changed."""
+    """Return the tensors under PEFT's names, if the names are clear, and a phrase for each step."""
     changes = []
     for step in (_without_foreign_parts, _without_adapter_name, _with_prefix):
         names = Names.of((tensor.name for tensor in tensors), config)
