@@ -75,11 +75,7 @@ class Options:
 
     def shared_with(self, record: type[Any]) -> dict[str, Any]:
         """Return the values that a user gave for the fields of a dataclass, by the field's name."""
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name in record.__dataclass_fields__ and value is not None
-        }
+        return self.given(*(self.__dict__.keys() & record.__dataclass_fields__.keys()))
 
 
 def listed_choices(choices: Iterable[str]) -> str:
