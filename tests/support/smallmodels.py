@@ -40,6 +40,7 @@ BART = {
     "forced_eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
+FSMT = {**BART, "langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40}
 EYE = {**TINY, "image_size": 16, "patch_size": 8}
 QWEN_EYE = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16}
 

@@ -15,6 +15,7 @@ import torch
 from merges import tensors_of
 from releases import of_transformers
 from safetensors.numpy import save_file
+from smallmodels import LLM, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import randomized
 
@@ -22,18 +23,9 @@ from vera_convert import VerifyOptions, embed, merge, strip, to_lora, validate, 
 
 pytestmark = OF_PEFT
 
-WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-TEXT = {
-    **WIDTHS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EYE = {**WIDTHS, "num_attention_heads": 2, "patch_size": 4}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {**LLM, **TOKENS, "num_key_value_heads": 2}
+EYE = {**TINY, "patch_size": 4}
 IMAGE = 39
 
 

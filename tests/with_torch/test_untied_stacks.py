@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
-from smallmodels import BART, T5, TINY
+from smallmodels import BART, FSMT, T5, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import logits, randomized
 
@@ -33,11 +33,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
     "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
     "T5ForConditionalGeneration": ("T5Config", T5, ["q", "lm_head"]),
-    "FSMTForConditionalGeneration": (
-        "FSMTConfig",
-        {**BART, "langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40},
-        ["q_proj", "output_projection"],
-    ),
+    "FSMTForConditionalGeneration": ("FSMTConfig", FSMT, ["q_proj", "output_projection"]),
     "BertForMaskedLM": ("BertConfig", WORDS, ["query", "decoder"]),
     "EsmForMaskedLM": ("EsmConfig", {**WORDS, "mask_token_id": 39}, ["query", "decoder"]),
     "LukeForMaskedLM": (

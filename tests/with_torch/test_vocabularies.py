@@ -13,7 +13,7 @@ import pytest
 import torch
 from merges import merged_with
 from releases import has, of_transformers, resize_vocabulary
-from smallmodels import BART, LLM, T5, TINY
+from smallmodels import BART, FSMT, LLM, T5, TINY
 from theirwarnings import OF_PEFT
 from trainedmodels import logits, randomized
 
@@ -36,12 +36,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any], str, str]] = {
     ),
     "BartForConditionalGeneration": ("BartConfig", BART, "q_proj", "lm_head"),
     "MarianMTModel": ("MarianConfig", BART, "q_proj", "lm_head"),
-    "FSMTForConditionalGeneration": (
-        "FSMTConfig",
-        {**BART, "langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40},
-        "q_proj",
-        "output_projection",
-    ),
+    "FSMTForConditionalGeneration": ("FSMTConfig", FSMT, "q_proj", "output_projection"),
     "T5GemmaForConditionalGeneration": (
         "T5GemmaConfig",
         {
