@@ -165,6 +165,8 @@ class Layers:
             for name in self._base.tensors
             if f".{name}".removesuffix(".weight").endswith(f".{layout.files}")
         }
+        if not cut:  # as in most classes; a base of experts has tens of thousands of paths
+            return
         paths = (name.rpartition(".")[0] for name in self._base.tensors.keys() - cut.keys())
         blocks = {_block(f"{path}."): _block(f"{undo(path) or ''}.") for path in sorted(paths)}
         for name, layout in cut.items():
