@@ -198,10 +198,8 @@ def _checked(model: ModelLayers, targets: Sequence[str]) -> tuple[str, ...] | st
         return targets[0]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in model.linear):
-            raise UsageError(
-                f"--target {printable(target)}: no layer of the model has this name; "
-                f"{_near(model, target)}."
-            )
+            reason = f"names {printable(target)}, and no layer of the model has this name"
+            raise ParameterError("targets", f"{reason}; {_near(model, target)}.")
     return tuple(targets)
 
 

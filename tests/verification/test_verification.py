@@ -984,8 +984,8 @@ def test_last_bits_are_those_of_the_dtype(kind: str) -> None:
         ({"dtype": "int8"}, "^dtype is"),
         ({"weight": float("nan")}, "finite"),
         ({"add": ("x=inf",)}, "finite"),
-        ({"weight": 2.0, "tied": Tied.ADD}, "--weight, --tied: only for a merged model"),
-        ({"add": (AdapterSpec("x"),)}, "--add: only for a merged model"),
+        ({"weight": 2.0, "tied": Tied.ADD}, "^weight, tied: only for a merged model"),
+        ({"add": (AdapterSpec("x"),)}, "^add: only for a merged model"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

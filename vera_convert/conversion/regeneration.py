@@ -22,7 +22,13 @@ from vera_convert.conversion.transforms import embedded
 from vera_convert.conversion.work import opened
 from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
 from vera_convert.dtypes import FLOAT_NAMES
-from vera_convert.errors import CheckpointError, ParameterError, SurroundingsError, UsageError
+from vera_convert.errors import (
+    CheckpointError,
+    ConflictError,
+    ParameterError,
+    SurroundingsError,
+    UsageError,
+)
 from vera_convert.files.header import read_header
 from vera_convert.files.reading import file_sha256, open_local
 from vera_convert.files.tensorfile import from_array, write_tensors
@@ -102,7 +108,8 @@ def regenerate(
     except CheckpointError as error:
         raise UsageError(error.findings[0].reason) from error
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
-        raise UsageError(f"{variant} draws 16-bit values: there is nothing for --round to do.")
+        sentence = f"{{}} is {variant}, which draws 16-bit values: leave {{}} out."
+        raise ConflictError(sentence, "generator", "rounding")
     drawn = Draw(variant, key, rank, in_features, out_features, cast)
     return _write(output, drawn, drawn.matrices())
 

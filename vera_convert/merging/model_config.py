@@ -18,7 +18,7 @@ from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
 from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_output_head
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, ParameterError
 from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
@@ -111,7 +111,7 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     head = _Head.of(inputs, changes)
     if options.labels and len(options.labels) != head.labels:
         given = counted(len(options.labels), "name")
-        raise UsageError(f"--labels has {given}, and the adapter {head.in_words}.")
+        raise ParameterError("labels", f"has {given}, and the adapter {head.in_words}.")
     new = [*_new_modules(base, changes)]
     is_head = bool(head.names) or any(is_output_head(module, base.model_type) for _, module in new)
     name = options.architecture or (head.trained_class if is_head else None)
@@ -185,7 +185,7 @@ class _Head:
     def in_words(self) -> str:
         """The end of a sentence about the adapter."""
         if self.labels is None:
-            return "has no classifier: leave --labels out"
+            return "has no classifier: give no labels"
         return f"has a classifier of {self.labels} labels: give {self.labels} names"
 
 

@@ -21,7 +21,7 @@ from vera_convert.arguments import (
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
-from vera_convert.errors import UsageError
+from vera_convert.errors import ConflictError, UsageError
 from vera_convert.merging.adapters import AdapterSpec, adapter_specs
 from vera_convert.merging.options import Tied
 from vera_convert.rules import Finding
@@ -80,10 +80,11 @@ class VerifyOptions:
             text=optional(path, "text", self.text),
             jobs=optional(whole_number, "jobs", self.jobs),
         )
-        runs = {"--samples": self.samples, "--text": self.text}
+        runs = {"samples": self.samples, "text": self.text}
         names = [name for name, value in runs.items() if value is not None]
         if self.layers_only and names:
-            raise UsageError(f"{', '.join(names)}: --layers-only runs no model. Leave one out.")
+            sentence = f"{_slots(names)}: {{}} runs no model. Leave one out."
+            raise ConflictError(sentence, *names, "layers_only")
 
     @property
     def samples_to_run(self) -> int:
@@ -93,22 +94,28 @@ class VerifyOptions:
     def refuse_unused(self, *, merged: bool, lora: bool) -> None:
         """Raise `UsageError` for an option that the given comparisons do not use."""
         of_runs = {
-            "--layers-only": self.layers_only or None,
-            "--samples": self.samples,
-            "--text": self.text,
+            "layers_only": self.layers_only or None,
+            "samples": self.samples,
+            "text": self.text,
         }
         given = {
-            "--weight": self.weight,
-            "--add": self.add or None,
-            "--dtype": self.dtype,
-            "--tied": self.tied,
-            "--dequantize": self.dequantize,
+            "weight": self.weight,
+            "add": self.add or None,
+            "dtype": self.dtype,
+            "tied": self.tied,
+            "dequantize": self.dequantize,
             **({} if lora else of_runs),
-            "--jobs": self.jobs,
+            "jobs": self.jobs,
         }
         names = [name for name, value in given.items() if value is not None]
         if names and not merged:
-            raise UsageError(f"{', '.join(names)}: only for a merged model; give --merged MODEL.")
+            sentence = f"{_slots(names)}: only for a merged model; give --merged MODEL."
+            raise ConflictError(sentence, *names)
+
+
+def _slots(names: Sequence[str]) -> str:
+    """Return the place of each name in the sentence of a `ConflictError`."""
+    return ", ".join("{}" for _ in names)
 
 
 def settle(
