@@ -18,7 +18,7 @@ from folders import CONFIG_NAME, WEIGHTS, metadata, weights
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from vera_convert.errors import CheckpointError, UsageError
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.lora.conversion import to_lora
 from vera_convert.lora.engines import EngineName
 from vera_convert.lora.gguf_form import GgufModel
@@ -379,6 +379,16 @@ def test_a_record_that_is_nonsense_is_no_record(adapter: Path, lora: Path) -> No
         assert metadata(lora)["vera_convert.lora"] == text
 
 
+def test_a_base_that_is_needed_and_not_found_is_an_error_of_the_surroundings(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    bare = dict.fromkeys(name for name in good_tensors() if "vera_A" in name or "vera_B" in name)
+    stripped = good_adapter(tmp_path / "bare", tensors=bare, save_projection=False)
+    with pytest.raises(SurroundingsError, match=r"local cache .*\. Pass the base with --base"):
+        verify(stripped, lora=lora)
+
+
 def test_something_to_verify_must_be_given(adapter: Path) -> None:
     with pytest.raises(UsageError, match="--lora LORA"):
         verify(adapter)
@@ -397,3 +407,5 @@ def test_the_command_reports_the_worst_layer(
     document = json.loads(ended.out)
     assert schema_errors("verification", document) == []
     assert [layer["passed"] for layer in document["lora"]["layers"]].count(False) == 1
+    changed(lora, without(Q))
+    assert "3 of 4 layers have the adapter's delta" in run("verify", adapter, "--lora", lora).out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from vera_convert import rules
 from vera_convert.base.strategies import AS_THEY_ARE
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.changes import Kind
@@ -66,7 +67,8 @@ def _effect_text(effect: FormEffect) -> str:
 
 
 def _lora_rows(check: LoraCheck) -> list[Row]:
-    worst, layers = check.worst, counted(len(check.layers), "layer")
+    lacking = sum(finding.rule is rules.LORA_LAYER_LACKING for finding in check.findings)
+    worst, layers = check.worst, counted(len(check.layers) + lacking, "layer")
     right = sum(layer.passed for layer in check.layers)
     rows: list[Row] = [
         ("LoRA", check.label),

@@ -158,7 +158,9 @@ def check_lora(
         ours = stack.enter_context(open_adapter(places[0].fetched, repair=repaired))
         refuse_values(ours)
         theirs = stack.enter_context(open_lora(places[1].fetched))
-        base_facts = resolve_base(ours, base_options, bases=Bases(access), need=Need.HELPFUL)
+        is_stored = ours.projections is not None or ours.fingerprint is not None
+        need = Need.HELPFUL if is_stored else Need.VITAL
+        base_facts = resolve_base(ours, base_options, bases=Bases(access), need=need)
         projections = options.projections or ProjectionSource.AUTO
         pair = in_effect(ours, base_facts, projections=projections, variant=options.generator)
         names = layer_names(theirs, ours, base_facts)
