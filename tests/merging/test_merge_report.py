@@ -71,5 +71,7 @@ def test_an_adapter_that_does_nothing_is_warned_of() -> None:
     assert codes(NONE, SOME) == []
     (finding,) = number_findings([report("a", NONE)], [0.0, 0.0], place="base")
     assert "because the weight of every adapter is 0" in finding.reason
+    (finding,) = number_findings([report("a", NONE)], [1.0, -1.0], place="base")
+    assert finding.reason.startswith("the delta is 0 at all ")
     assert codes() == []
     assert codes(None) == []

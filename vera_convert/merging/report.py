@@ -100,7 +100,7 @@ def number_findings(
     if everything.values and not everything.change:
         why = "" if any(weights) else ", because the weight of every adapter is 0"
         said = values_in_words(reports).removeprefix("all ")
-        reason = f"all {said} stay the same{why}."
+        reason = f"the delta is 0 at all {said}{why}."
         yield rules.UNTRAINED.at(place, reason)
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
