@@ -120,8 +120,9 @@ def component_findings(
         )
     elif component not in _LOADED_WITH_THE_PIPELINE:
         way = (
-            f"load_lora_weights of a pipeline passes over a LoRA of {shown}. Load it with "
-            f'pipeline.{shown}.load_lora_adapter(LORA, prefix="{shown}", use_safetensors=True).'
+            f"load_lora_weights of a pipeline passes over a LoRA of {shown}. This call loads the "
+            f"LoRA: pipeline.{shown}.load_lora_adapter(LORA, "
+            f'prefix="{shown}", use_safetensors=True).'
         )
         yield rules.LORA_COMPONENT_APART.at(shown, way)
     if reason:

@@ -118,4 +118,4 @@ def _no_255(values: Array) -> str | None:
     return "a value is 255, which is NaN in the standard." if (values == 255).any() else None
 
 
-FORMAT = Format("mxfp4", "mxfp4", weights, signs=".+_blocks", cast=cast_to_model)
+FORMAT = Format("MXFP4", "mxfp4", weights, signs=".+_blocks", cast=cast_to_model)
