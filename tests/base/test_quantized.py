@@ -121,7 +121,7 @@ def test_what_is_quantized_elsewhere_is_noted_and_named() -> None:
     finding = quantized_elsewhere(base)
     assert finding is not None
     assert finding.code == "V551"
-    assert f'mxfp4, such as "{experts}.gate_up_proj_' in finding.reason
+    assert f'MXFP4, such as "{experts}.gate_up_proj_' in finding.reason
     assert f'fp8, such as "{UP}.weight' in finding.reason
     assert quantized_tensors(base) == set(quantized)
 
