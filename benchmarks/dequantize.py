@@ -1,10 +1,10 @@
 """Time `merge --dequantize` beside the quantizer's own library on the CPU, and beside a copy.
 
 The bases have Llama's shapes: bitsandbytes NF4, and compressed-tensors int4, GPTQ and AWQ in groups
-of 128. Each side runs as a whole process, one after another. The table shows the fastest run of
-each side: CPU seconds, seconds, and peak memory. If the library is installed (bitsandbytes,
-compressed-tensors, gptqmodel), its side loads each weight, dequantizes the weight, and writes
-nothing; the library's start is a side of its own, which imports as much and loads nothing.
+of 128. Each side is a process, and the processes run one after another. The table shows the fastest
+run of each side: CPU seconds, seconds, and peak memory. If the library is installed (bitsandbytes,
+compressed-tensors, gptqmodel), two sides run the library. One side loads and dequantizes each
+weight, and writes nothing. The other side, the start, has the same imports and loads nothing.
 """
 
 from __future__ import annotations

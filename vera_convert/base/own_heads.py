@@ -1,7 +1,7 @@
-"""Stored output heads, and whether a head has other values than the embedding.
+"""Find a base whose stored output head has other values than the embedding.
 
-transformers 5 never ties a head with other values, whatever the config says: the config of a T5 1.1
-that transformers 5 saved says that the two are tied.
+transformers 5 never ties such a head to the embedding, even if the config says that the two are
+tied. The config of a T5 1.1 that transformers 5 saved is an example.
 """
 
 from __future__ import annotations
