@@ -394,4 +394,5 @@ def test_layers_that_the_config_does_not_match_are_told_or_refused(tmp_path: Pat
         (finding,) = (each for each in findings if each.code == "V132")
         assert finding.severity is Severity.WARNING
         assert "match none of the 4 layers" in finding.reason
+        assert finding.file == "adapter_config.json"
         json.dumps(finding.reason)

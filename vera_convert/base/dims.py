@@ -37,6 +37,7 @@ from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.errors import CheckpointError
+from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.rules import Finding
 from vera_convert.targets.built import BuiltLayers
 from vera_convert.targets.linear import Linear, ModelLayers
@@ -180,7 +181,7 @@ def _unmatched(adapter: Adapter, own: Layers, matched: _Matched) -> Iterator[Fin
             raise CheckpointError(rules.PROJECTIONS_TOO_NARROW.at(adapter.place, reason))
     elif not matched.only_sized:
         reason = f"the config's targets match none of the {len(own)} layers that the file adapts."
-        yield rules.TARGETS_MATCH_NOTHING.as_warning().at(adapter.place, reason)
+        yield rules.TARGETS_MATCH_NOTHING.as_warning().in_file(CONFIG_NAME, reason)
         return
     reason = (
         f"the config's targets match {len(matched.own)} of the {len(own)} layers that the file "
