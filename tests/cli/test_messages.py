@@ -316,7 +316,7 @@ def test_a_gpu_without_torch_is_told_with_the_option(
     ended = run("merge", "a", tmp_path / "out", "--device", "cuda")
     assert ended.status == 3
     assert ended.err.startswith("error: --device cuda needs PyTorch. PyTorch cannot be imported")
-    assert ended.err.endswith("pip install 'vera-convert[torch]'.\n")
+    assert ended.err.endswith("`pip install 'vera-convert[torch]'`.\n")
 
 
 def test_missing_packages_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,8 @@ def test_a_tree_of_bad_ones_wrote_nothing(tmp_path: Path, schema_errors: SchemaE
     good_adapter(tmp_path / "tree" / "bad", r=0)
     result = migrate_tree(tmp_path / "tree", tmp_path / "out", to=Mode.ASIS)
     assert tree_text(result).endswith("wrote 0 of 1 adapters, so nothing")
+    unread = replace(result, failed={"bad": SurroundingsError("no base.", "Pass the base.")})
+    assert "NOT MIGRATED (no base)\n" in tree_text(unread)
     assert schema_errors("migration", as_printed(result_document(result))) == []
 
 

@@ -8,7 +8,7 @@ from vera_convert.conversion.migration import TreeMigration
 from vera_convert.conversion.regeneration import Regenerated
 from vera_convert.conversion.work import Conversion
 from vera_convert.counting import Count
-from vera_convert.errors import CheckpointError
+from vera_convert.errors import CheckpointError, SurroundingsError, VeraConvertError
 from vera_convert.formats.shared import Row, labelled, table
 from vera_convert.summary import AdapterInfo, Effect
 from vera_convert.targets.linear import LayerGroup
@@ -51,15 +51,14 @@ def location_text(base_facts: BaseFacts) -> str:
 
 
 def tree_text(result: TreeMigration) -> str:
-    """Return the text about the migration of a tree, without the reasons of failures."""
+    """Return the text about the migration of a tree, without the remedies of failures."""
     rows: list[Row] = []
     for name, done in result.done.items():
         rows.append((printable(name), "; ".join(done.changes) or "copied: nothing to change"))
         left_out = listed((*done.side_files.left_out, *done.side_files.outside), 6)
         rows.append(("", left_out and f"left out: {left_out}"))
     for name, error in result.failed.items():
-        reason = error.findings[0].code if isinstance(error, CheckpointError) else str(error)
-        rows.append((printable(name), f"NOT MIGRATED ({reason.removesuffix('.')})"))
+        rows.append((printable(name), f"NOT MIGRATED ({_why_failed(error).removesuffix('.')})"))
     for method in sorted({*result.passed_over.values()}):
         names = [name for name, its in result.passed_over.items() if its == method]
         said = f"{counted(len(names), 'adapter')} of {method}: {listed(names, 6)}"
@@ -69,6 +68,13 @@ def tree_text(result: TreeMigration) -> str:
     wrote = f"wrote {len(result.done)} of {len(result.done) + len(result.failed)} adapters"
     where = f" to {printable(str(result.out))}" if result.done else ", so nothing"
     return f"{labelled(*rows)}\n{wrote}{where}"
+
+
+def _why_failed(error: VeraConvertError) -> str:
+    """Return the code or the reason of an error, without the remedy."""
+    if isinstance(error, CheckpointError):
+        return error.findings[0].code
+    return error.reason if isinstance(error, SurroundingsError) else str(error)
 
 
 # --- regenerate ----------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def gguf_package() -> Any:  # noqa: ANN401 -- the package has no types
         return import_module("gguf")
     except ImportError as error:
         raise SurroundingsError(
-            "a GGUF file needs the package gguf. Install it with: pip install 'vera-convert[gguf]'."
+            "a GGUF file needs the package gguf. "
+            "Install gguf with `pip install 'vera-convert[gguf]'`."
         ) from error
 
 

@@ -220,8 +220,8 @@ def _require_torch() -> None:
     missing = missing_packages("torch", "transformers")
     if missing:
         raise SurroundingsError(
-            f"running a whole model needs {missing}. Install with: "
-            "pip install 'vera-convert[torch]', or compare the weights alone with --layers-only."
+            f"running a whole model needs {missing}. Install with "
+            "`pip install 'vera-convert[torch]'`, or compare the weights alone with --layers-only."
         )
 
 

@@ -23,14 +23,14 @@ try:
     import torch
 except ImportError as error:
     raise SurroundingsError(
-        f"PyTorch cannot be imported here ({error}). Install PyTorch with: "
-        "pip install 'vera-convert[torch]'."
+        f"PyTorch cannot be imported here ({error}). Install PyTorch with "
+        "`pip install 'vera-convert[torch]'`."
     ) from error
 
 if tuple(int(number) for number in torch.__version__.split(".")[:2]) < LOWEST_TORCH:
     raise SurroundingsError(
         f"PyTorch {torch.__version__} is installed, and vera-convert needs PyTorch 2.4 or later. "
-        "Install a later PyTorch with: pip install 'vera-convert[torch]'."
+        "Install a later PyTorch with `pip install 'vera-convert[torch]'`."
     )
 
 from vera_convert.with_torch.layer import SharedMatrix, VeraLinear  # noqa: E402
