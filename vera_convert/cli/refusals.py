@@ -56,7 +56,7 @@ def explained(error: Exception) -> VeraConvertError:
         return error
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
-        hint = f" See {context.command_path} --help." if context else ""
+        hint = f" See `{context.command_path} --help`." if context else ""
         message = " ".join(_message(error).split())
         end = "" if message.endswith((".", "?", "!")) else "."
         return UsageError(printable_whole(message) + end + hint)
