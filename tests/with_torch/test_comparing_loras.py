@@ -99,7 +99,7 @@ def test_a_lora_that_is_not_run_says_why(llama: Path, monkeypatch: pytest.Monkey
 
 
 def test_options_of_runs_are_refused_without_a_model(llama: Path) -> None:
-    with pytest.raises(UsageError, match="^samples: only for"):
+    with pytest.raises(UsageError, match=r"^samples: only for"):
         verify(llama / "adapter", other=llama / "adapter", options=VerifyOptions(samples=2))
-    with pytest.raises(UsageError, match="^dtype: only for"):
+    with pytest.raises(UsageError, match=r"^dtype: only for"):
         verify(llama / "adapter", lora=llama / "lora", options=VerifyOptions(dtype="float16"))
