@@ -8,22 +8,24 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from vera_convert import rules
 from vera_convert.adapter.config import MAX_RANK, VeraConfig
-from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256, Fingerprint, to_text
+from vera_convert.adapter.fingerprint import METADATA_KEY, to_text
 from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.model import read_base, read_config_file, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
-from vera_convert.draws.generator import Variant, effective_rounding, rounding_on_base
+from vera_convert.conversion.sizes import NO_HASHES, empty_pair
+from vera_convert.conversion.transforms import file_size, fingerprint_of
+from vera_convert.draws.generator import Draw, Variant, effective_rounding, rounding_on_base
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.errors import CheckpointError, ParameterError, UsageError
-from vera_convert.files.header import Entry, TensorInfo, header_bytes
+from vera_convert.files.header import TensorInfo
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, hub_access_of, locate
 from vera_convert.targets.architectures import layers_from_config
@@ -123,12 +125,10 @@ def count(
     config = VeraConfig(r=rank, target_modules=_checked(model, targets))
     chosen = adapted(model, config)
     heads = tuple(_copied_heads(model, chosen, targets))
-    embedded = _file_bytes((*_vera_tensors(chosen, rank, projections=True), *heads))
-    stripped = _file_bytes(
-        (*_vera_tensors(chosen, rank, projections=False), *heads),
-        {**_METADATA, METADATA_KEY: to_text(_fingerprint(chosen, config, model.dtype))},
-    )
-    beside = _file_bytes((*_lora_tensors(chosen.layers, rank), *heads))
+    trained = (*_vera_tensors(chosen.layers, rank), *heads)
+    embedded = file_size((*trained, *empty_pair(rank, *chosen.dims, dtype="F32")), _METADATA)
+    stripped = file_size(trained, _stripped_metadata(chosen, config, model.dtype))
+    beside = file_size((*_lora_tensors(chosen.layers, rank), *heads), _METADATA)
     vera = vera_parameters(chosen.layers, rank=rank)
     lora = lora_parameters(chosen.layers, rank=rank)
     return Count(
@@ -221,45 +221,29 @@ def _near(model: ModelLayers, target: str) -> str:
 # --- files, as PEFT writes them ------------------------------------------------------------------
 
 
-def _file_bytes(tensors: Iterable[Entry], metadata: Mapping[str, str] = _METADATA) -> int:
-    infos = list(tensors)
-    return len(header_bytes(infos, metadata)) + sum(info.nbytes for info in infos)
-
-
-def _fingerprint(chosen: Adapted, config: VeraConfig, dtype: str) -> Fingerprint:
-    """Return a fingerprint of the length of the one that `strip` records.
+def _stripped_metadata(chosen: Adapted, config: VeraConfig, dtype: str) -> dict[str, str]:
+    """Return metadata of the length of those that `strip` writes.
 
     Args:
         chosen: the adapted layers.
         config: the adapter's config.
         dtype: the dtype of the base (safetensors' name).
     """
-    return Fingerprint(
-        variant=Variant.FLOAT32_FUSED,
-        key=config.projection_prng_key,
-        rank=config.r,
-        in_features=chosen.max_in,
-        out_features=chosen.max_out,
-        drawn_in_features=chosen.max_in,
-        drawn_out_features=chosen.max_out,
-        rounding=effective_rounding(Variant.FLOAT32_FUSED, rounding_on_base(dtype)),
-        dtype="F32",
-        sha256_A=NO_SHA256,
-        sha256_B=NO_SHA256,
-    )
+    variant, key, dims = Variant.FLOAT32_FUSED, config.projection_prng_key, chosen.dims
+    rounding = effective_rounding(variant, rounding_on_base(dtype))
+    pair = empty_pair(config.r, *dims, dtype="F32")
+    record = fingerprint_of(pair, Draw(variant, key, config.r, *dims, rounding), NO_HASHES)
+    return {**_METADATA, METADATA_KEY: to_text(record)}
 
 
 def _tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorInfo:
     return TensorInfo(name, dtype, shape, 0, BITS[dtype] // 8 * math.prod(shape))
 
 
-def _vera_tensors(chosen: Adapted, rank: int, *, projections: bool) -> Iterator[TensorInfo]:
-    for name, layer in chosen.layers.items():
+def _vera_tensors(layers: Mapping[str, Linear], rank: int) -> Iterator[TensorInfo]:
+    for name, layer in layers.items():
         yield _tensor(f"{PREFIX}{name}.vera_lambda_b", (layer.out_features,))
         yield _tensor(f"{PREFIX}{name}.vera_lambda_d", (rank,))
-    if projections:
-        yield _tensor("base_model.vera_A", (rank, chosen.max_in))
-        yield _tensor("base_model.vera_B", (chosen.max_out, rank))
 
 
 def _lora_tensors(layers: Mapping[str, Linear], rank: int) -> Iterator[TensorInfo]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vera_convert.adapter.config import ConfigFile, VeraConfig
 from vera_convert.adapter.fingerprint import Fingerprint
-from vera_convert.adapter.names import PREFIX
+from vera_convert.adapter.names import A_NAME, B_NAME, PREFIX
 from vera_convert.files.file_names import WEIGHTS_NAME
 from vera_convert.files.reading import ByteSource
 from vera_convert.files.tensorfile import TensorData, TensorFile
@@ -110,6 +110,12 @@ class Adapter:
         """The dtypes of the trained vectors (safetensors' names)."""
         pairs = ((layer.lambda_b, layer.lambda_d) for layer in self.layers.values())
         return frozenset(tensor.dtype for pair in pairs for tensor in pair)
+
+    @property
+    def trained(self) -> tuple[TensorData, ...]:
+        """Every tensor except A, B and the copies of A and B."""
+        drawn = {A_NAME, B_NAME, *(copy.name for copy in self.repeated)}
+        return tuple(tensor for tensor in self.tensors if tensor.name not in drawn)
 
     @property
     def weights_size(self) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
@@ -35,6 +36,10 @@ from vera_convert.text import listed, printable
 _MODEL_WEIGHTS = "model.safetensors"
 MAX_WEIGHTS_BYTES = 64 << 30
 """Three times the embedding and the head of the largest models in float32."""
+
+
+Source = TypeVar("Source")
+Part = TypeVar("Part")
 
 
 class Repaired(NamedTuple):
@@ -163,11 +168,12 @@ def examine(
     """
     found = [*findings]
     try:
-        config_file = _config(config_source, found)
+        config_file = _read(read_config, config_source, found)
     except OtherMethodError as error:
         other = lora_with_config(folder, weights_source) if error.method == LORA else error
         return Examined(other.findings, other_method=other)
-    weights = _weights(weights_source, found)
+    found += config_file.findings if config_file is not None else ()
+    weights = _read(_weights, weights_source, found)
     if weights is None:
         return Examined(tuple(found), config_file)
     tensors, config_file, changes = _repaired(weights, config_file, repair)
@@ -195,33 +201,26 @@ def examine(
     return Examined(tuple(found), config_file, weights, by_meaning, fingerprint, adapter)
 
 
-def _config(source: ByteSource | None, found: list[Finding]) -> ConfigFile | None:
+def _read(
+    read: Callable[[Source], Part], source: Source | None, found: list[Finding]
+) -> Part | None:
+    """Return what a source holds; None without a source, or with the defects of a malformed one."""
     if source is None:
         return None
     try:
-        config_file = read_config(source)
+        return read(source)
     except OtherMethodError:
         raise
     except CheckpointError as error:
         found += error.findings
         return None
-    found += config_file.findings
-    return config_file
 
 
-def _weights(source: ByteSource | None, found: list[Finding]) -> TensorFile | None:
-    if source is None:
-        return None
-    try:
-        file = TensorFile(source)
-    except CheckpointError as error:
-        found += error.findings
-        return None
-    if (
-        source.size > MAX_WEIGHTS_BYTES
-    ):  # every value would be read, and a sparse file can have any size
-        found.append(too_large(source, MAX_WEIGHTS_BYTES))
-        return None
+def _weights(source: ByteSource) -> TensorFile:
+    file = TensorFile(source)
+    # Every value would be read, and a sparse file can have any size.
+    if source.size > MAX_WEIGHTS_BYTES:
+        raise CheckpointError(too_large(source, MAX_WEIGHTS_BYTES))
     return file
 
 
@@ -243,14 +242,8 @@ def _fingerprint(
 ) -> Fingerprint | None:
     """Read the fingerprint and compare it with the sound parts of the adapter."""
     text = weights.header.metadata.get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        fingerprint = from_text(text, place=WEIGHTS_NAME)
-    except CheckpointError as error:
-        found += error.findings
-        return None
-    if config is not None and by_meaning is not None:
+    fingerprint = _read(partial(from_text, place=WEIGHTS_NAME), text, found)
+    if fingerprint is not None and config is not None and by_meaning is not None:
         wrong = disagreement(fingerprint, config, by_meaning.longest_b, place=WEIGHTS_NAME)
         found += [wrong] if wrong else []
     return fingerprint

@@ -66,21 +66,18 @@ def with_proper_names(
 def _renamed(
     tensors: Sequence[TensorData], new_name: Callable[[str], str], change: str
 ) -> tuple[Sequence[TensorData], str]:
-    names = [new_name(tensor.name) for tensor in tensors]
-    count = sum(name != tensor.name for name, tensor in zip(names, tensors, strict=True))
-    if not count:
-        return tensors, ""
-    seen: set[str] = set()
-    for name, tensor in zip(names, tensors, strict=True):
-        if name in seen:
+    renamed: dict[str, TensorData] = {}
+    for tensor in tensors:
+        name = new_name(tensor.name)
+        if name in renamed:
             reason = f"another tensor would become {printable(name)} as well."
             raise CheckpointError(rules.NAME_TAKEN_TWICE.in_tensor(tensor.name, reason))
-        seen.add(name)
-    renamed = [
-        tensor if name == tensor.name else tensor._replace(name=name)
-        for name, tensor in zip(names, tensors, strict=True)
-    ]
-    return renamed, f"{change} ({count} tensors)"
+        renamed[name] = tensor
+    count = sum(name != tensor.name for name, tensor in renamed.items())
+    if not count:
+        return tensors, ""
+    found = [tensor._replace(name=name) for name, tensor in renamed.items()]
+    return found, f"{change} ({count} tensors)"
 
 
 def _without_foreign_parts(

@@ -27,7 +27,7 @@ from vera_convert.arguments import peft_version as version_of
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BaseFacts, BaseOptions, base_options_of
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.conversion.projections import ProjectionSource, with_pair
+from vera_convert.conversion.projections import ProjectionSource, with_projections
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import need_to_embed
 from vera_convert.conversion.transforms import (
@@ -383,5 +383,4 @@ def _cut(adapter: Adapter, base_facts: BaseFacts) -> tuple[Adapter, tuple[str, .
         f"cut A from {list(stored.A.shape)} to {list(pair.A.shape)} "
         f"and B from {list(stored.B.shape)} to {list(pair.B.shape)}"
     )
-    tensors = with_pair(adapter, pair.A, pair.B)
-    return replace(adapter, projections=pair, repeated=(), tensors=tensors), (change,)
+    return with_projections(adapter, pair), (change,)

@@ -23,7 +23,7 @@ from vera_convert.draws.generator import (
 )
 from vera_convert.draws.recognition import recognize
 from vera_convert.errors import CheckpointError, UsageError
-from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, from_array
+from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
 
 
 class ProjectionSource(StrEnum):
@@ -37,21 +37,19 @@ class ProjectionSource(StrEnum):
     """The matrices of the key, as in PEFT 0.11 to 0.20."""
 
 
-def check_size(rank: int, in_features: int, out_features: int, *, place: str) -> None:
-    """Refuse dimensions whose A and B would fit no machine, before memory is allocated.
+def check_size(draw: Draw, *, place: str) -> None:
+    """Refuse a draw whose A and B would fit no machine, before memory is allocated.
 
     Raises:
         CheckpointError: `PROJECTIONS_TOO_LARGE`, at `place`.
     """
-    needed = 8 * rank * (in_features + out_features)
+    needed = 8 * draw.rank * (draw.in_features + draw.out_features)
     if needed > MAX_PROJECTION_BYTES:
-        raise CheckpointError(
-            rules.PROJECTIONS_TOO_LARGE.at(
-                place,
-                f"r = {rank} with {in_features} inputs and {out_features} outputs would take "
-                f"{needed:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}.",
-            )
+        reason = (
+            f"r = {draw.rank} with {draw.in_features} inputs and {draw.out_features} outputs would "
+            f"take {needed:,} bytes; the limit is {MAX_PROJECTION_BYTES:,}."
         )
+        raise CheckpointError(rules.PROJECTIONS_TOO_LARGE.at(place, reason))
 
 
 def usual_draw(
@@ -131,29 +129,23 @@ def pair_in_effect(
     if stored is None or projections is not ProjectionSource.KEY:
         return adapter
     drawn = draw_of_key(adapter, stored, base_facts, variant)
-    check_size(drawn.rank, drawn.in_features, drawn.out_features, place=adapter.place)
+    check_size(drawn, place=adapter.place)
     has_dims = (drawn.in_features, drawn.out_features) == (stored.in_features, stored.out_features)
     if has_dims and equals(stored.A.array(), stored.B.array(), drawn):
         return adapter
-    pair = as_tensors(drawn, dtype=stored.A.dtype, place=adapter.place)
-    return replace(
-        adapter, projections=pair, repeated=(), tensors=with_pair(adapter, pair.A, pair.B)
-    )
+    return with_projections(adapter, as_tensors(drawn, dtype=stored.A.dtype, place=adapter.place))
 
 
 def without_projections(adapter: Adapter) -> Adapter:
-    """Return the adapter with A, B and the fingerprint removed."""
-    tensors = (tensor for tensor in adapter.tensors if tensor.name not in (A_NAME, B_NAME))
-    return replace(adapter, projections=None, fingerprint=None, tensors=tuple(tensors))
-
-
-def with_pair(adapter: Adapter, A: TensorData, B: TensorData) -> tuple[TensorData, ...]:
-    """Return an adapter's tensors with A and B in place of the stored pair and of all copies."""
-    replaced = {A_NAME: A, B_NAME: B}
-    copies = {copy.name for copy in adapter.repeated}
-    return tuple(
-        replaced.get(tensor.name, tensor) for tensor in adapter.tensors if tensor.name not in copies
+    """Return the adapter with A, B, their copies and the fingerprint removed."""
+    return replace(
+        adapter, projections=None, repeated=(), fingerprint=None, tensors=adapter.trained
     )
+
+
+def with_projections(adapter: Adapter, pair: StoredProjections) -> Adapter:
+    """Return the adapter with another pair in place of the stored pair and of all copies."""
+    return replace(adapter, projections=pair, repeated=(), tensors=(*adapter.trained, *pair))
 
 
 def as_tensors(
@@ -167,7 +159,7 @@ def as_tensors(
         place: the name of the file in messages.
         stored: (in_features, out_features) of the leading slices to keep; None keeps everything.
     """
-    check_size(drawn.rank, drawn.in_features, drawn.out_features, place=place)
+    check_size(drawn, place=place)
     A, B = drawn.matrices()
     if stored is not None:
         A, B = A[:, : stored[0]], B[: stored[1]]

@@ -153,8 +153,7 @@ def _how_different(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: D
         return f"{reason}."
     if regenerated.in_features < own.in_features or regenerated.out_features < own.out_features:
         return f"{reason}, which is smaller."
-    dims = regenerated.in_features, regenerated.out_features
-    check_size(regenerated.rank, *dims, place=A_NAME)
+    check_size(regenerated, place=A_NAME)
     # A layer uses the leading slices, so a larger draw is compared as far as the stored pair goes.
     found = difference(own.A, own.B, regenerated)
     return f"{reason}; the largest difference is {found.largest if found else 0:.3g}."

@@ -103,14 +103,14 @@ def regenerate(
         raise ParameterError("rank", f"is {rank}: give a rank up to {MAX_RANK}.")
     if key not in KEY_RANGE:
         raise ParameterError("key", f"is {key}: give a whole number from -2^63 to 2^64 - 1.")
+    drawn = Draw(variant, key, rank, in_features, out_features, cast)
     try:
-        check_size(rank, in_features, out_features, place="the options")
+        check_size(drawn, place="the options")
     except CheckpointError as error:
         raise UsageError(error.findings[0].reason) from error
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         sentence = f"{{}} is {variant}, which draws 16-bit values: leave {{}} out."
         raise ConflictError(sentence, "generator", "rounding")
-    drawn = Draw(variant, key, rank, in_features, out_features, cast)
     return _write(output, drawn, drawn.matrices())
 
 

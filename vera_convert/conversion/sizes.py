@@ -8,7 +8,7 @@ from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_pair
+from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_projections
 from vera_convert.conversion.proof import (
     RecognizedPair,
     accepted_mismatch,
@@ -25,7 +25,7 @@ from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
 
-_HASHES = (NO_SHA256, NO_SHA256)
+NO_HASHES = (NO_SHA256, NO_SHA256)
 
 
 class FormSizes(NamedTuple):
@@ -77,7 +77,7 @@ def form_sizes(
     if stored.A.dtype != stored.B.dtype:
         return FormSizes(None, embedded)
     assert own.draw is not None  # noqa: S101 -- another pair was refused
-    fingerprint = fingerprint_of(stored, own.draw, _HASHES)
+    fingerprint = fingerprint_of(stored, own.draw, NO_HASHES)
     return FormSizes(file_size(*without_pair(adapter, fingerprint)), embedded)
 
 
@@ -88,8 +88,8 @@ def _sizes_of_key(adapter: Adapter, stored: StoredProjections, base_facts: BaseF
     if pair is None:
         return FormSizes(None, None)
     return FormSizes(
-        file_size(*without_pair(adapter, fingerprint_of(pair, draw, _HASHES))),
-        file_size(with_pair(adapter, pair.A, pair.B), adapter.metadata),
+        file_size(*without_pair(adapter, fingerprint_of(pair, draw, NO_HASHES))),
+        file_size(with_projections(adapter, pair).tensors, adapter.metadata),
     )
 
 
@@ -100,7 +100,7 @@ def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections 
         if not base_facts.fits(recorded.in_features, recorded.out_features):
             return None
         dims = recorded.in_features, recorded.out_features
-        return _empty_pair(adapter.config.r, *dims, dtype=recorded.dtype)
+        return empty_pair(adapter.config.r, *dims, dtype=recorded.dtype)
     inputs, outputs = base_facts.in_features, base_facts.out_features
     if inputs is None or outputs is None or base_facts.rounding is None:
         return None
@@ -114,10 +114,10 @@ def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections 
 def _pair_of(draw: Draw, dtype: str | None) -> StoredProjections | None:
     if dtype is None:
         return None
-    return _empty_pair(draw.rank, draw.in_features, draw.out_features, dtype=dtype)
+    return empty_pair(draw.rank, draw.in_features, draw.out_features, dtype=dtype)
 
 
-def _empty_pair(rank: int, inputs: int, outputs: int, *, dtype: str) -> StoredProjections:
+def empty_pair(rank: int, inputs: int, outputs: int, *, dtype: str) -> StoredProjections:
     """Return names, shapes and dtype of A and B, without values."""
     return StoredProjections(
         TensorData(A_NAME, dtype, (rank, inputs), lambda: iter(())),

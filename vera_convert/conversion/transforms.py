@@ -12,7 +12,6 @@ from hashlib import sha256
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
-from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import (
     ProjectionSource,
@@ -31,7 +30,7 @@ from vera_convert.conversion.proof import (
 )
 from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
 from vera_convert.errors import CheckpointError, UsageError, refuse
-from vera_convert.files.header import header_bytes, in_order
+from vera_convert.files.header import Entry, header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding
 
@@ -78,7 +77,7 @@ class Converted:
         return file_size(self.tensors, self.metadata)
 
 
-def file_size(tensors: Iterable[TensorData], metadata: Mapping[str, str]) -> int:
+def file_size(tensors: Iterable[Entry], metadata: Mapping[str, str]) -> int:
     """Return the size of a safetensors file in bytes."""
     ordered = in_order(tensors)
     return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
@@ -196,9 +195,7 @@ def without_pair(
     adapter: Adapter, fingerprint: Fingerprint
 ) -> tuple[tuple[TensorData, ...], dict[str, str]]:
     """Return the tensors and the metadata of an adapter whose A and B are only recorded."""
-    dropped = {A_NAME, B_NAME, *(copy.name for copy in adapter.repeated)}
-    tensors = tuple(tensor for tensor in adapter.tensors if tensor.name not in dropped)
-    return tensors, {**adapter.metadata, METADATA_KEY: to_text(fingerprint)}
+    return adapter.trained, {**adapter.metadata, METADATA_KEY: to_text(fingerprint)}
 
 
 def embedded(

@@ -45,6 +45,11 @@ class Adapted(NamedTuple):
     max_out: int
     only_sized: Mapping[str, Linear] = MappingProxyType({})
 
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Columns of A and rows of B."""
+        return self.max_in, self.max_out
+
 
 def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
     """Tell which layers of `model` PEFT adapts for `config`, and the dims of A and B.

@@ -20,7 +20,6 @@ import numpy as np
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.adapter.opening import open_adapter
 from vera_convert.adapter.repairs import repaired
 from vera_convert.adapter.sorting import same_tensor
@@ -132,7 +131,7 @@ def check_form(
         wrong = [*_other_tensors(ours, theirs), *_other_fields(ours, theirs)]
         wrong += _other_projections(effects, theirs)
         findings = [*ours.findings, *theirs.findings, *other_facts.findings]
-        compared = {tensor.name for tensor in (*_trained(ours), *_trained(theirs))}
+        compared = {tensor.name for tensor in (*ours.trained, *theirs.trained)}
         ours.check_unchanged()
         theirs.check_unchanged()
         return FormCheck(
@@ -153,15 +152,9 @@ def fetched_adapter(text: str | Path, access: HubAccess, revision: str | None) -
 # --- tensors and config --------------------------------------------------------------------------
 
 
-def _trained(adapter: Adapter) -> Iterator[TensorData]:
-    """Yield all tensors except A, B and copies of A and B."""
-    drawn = {A_NAME, B_NAME, *(copy.name for copy in adapter.repeated)}
-    return (tensor for tensor in adapter.tensors if tensor.name not in drawn)
-
-
 def _other_tensors(ours: Adapter, theirs: Adapter) -> Iterator[Finding]:
-    first = {tensor.name: tensor for tensor in _trained(ours)}
-    second = {tensor.name: tensor for tensor in _trained(theirs)}
+    first = {tensor.name: tensor for tensor in ours.trained}
+    second = {tensor.name: tensor for tensor in theirs.trained}
     for names, reason in (
         (first.keys() - second.keys(), "the other form lacks this tensor."),
         (second.keys() - first.keys(), "only the other form has this tensor."),
@@ -255,7 +248,7 @@ class _Side:
         if self._recorded is None and self.variant is not None:
             drawn = replace(drawn, variant=self.variant)
         if self._drawn is None:
-            check_size(drawn.rank, drawn.in_features, drawn.out_features, place=self.adapter.place)
+            check_size(drawn, place=self.adapter.place)
             self._drawn = drawn.matrices()
         rounding = effective_rounding(drawn.variant, rounding_on_base(dtype))
         A, B = (rounded(matrix, rounding) for matrix in self._drawn)

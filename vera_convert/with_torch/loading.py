@@ -29,7 +29,7 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.base.strategies import moved
 from vera_convert.conversion.projections import ProjectionSource, check_size
 from vera_convert.conversion.proof import other_dims
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded, rounding_on_base
+from vera_convert.draws.generator import Draw, Rounding, Variant, rounding_on_base
 from vera_convert.dtypes import NAMES, SIXTEEN_BIT
 from vera_convert.errors import CheckpointError, UsageError, refuse
 from vera_convert.files.file_names import CONFIG_NAME
@@ -96,17 +96,11 @@ def new_contents(config: VeraConfig, model: nn.Module, *, variant: Variant) -> C
         target_modules=_condensed(config, model),
         fan_in_fan_out=[*targets.layers.values()][-1].conv1d,
     )
-    check_size(config.r, targets.max_in, targets.max_out, place=layers.source)
-    drawn = draw(
-        variant,
-        key=config.projection_prng_key,
-        rank=config.r,
-        in_features=targets.max_in,
-        out_features=targets.max_out,
-    )
     modules = {path: model.get_submodule(path) for path in targets.layers}
-    rounding = _rounding(modules.values())
-    A, B = (to_tensor(rounded(matrix, rounding)) for matrix in drawn)
+    rounding, key = _rounding(modules.values()), config.projection_prng_key
+    drawn = Draw(variant, key, config.r, targets.max_in, targets.max_out, rounding)
+    check_size(drawn, place=layers.source)
+    A, B = map(to_tensor, drawn.matrices())
     vectors = {
         path: _first_vectors(config, dims.out_features, weight_dtype(modules[path]))
         for path, dims in targets.layers.items()
