@@ -97,6 +97,7 @@ class Finding:
         reason: the values that were found, as a sentence.
         file: the file with the defect, if a single file has it: a name or a path.
         tensor: the name of the tensor with the defect, if a single tensor has it.
+        own_remedy: the remedy in this case, if the rule's remedy does not fit.
 
     Example:
         >>> from vera_convert import validate
@@ -110,6 +111,12 @@ class Finding:
     reason: str
     file: str | None = None
     tensor: str | None = None
+    own_remedy: str | None = None
+
+    @property
+    def remedy(self) -> str:
+        """The way to repair the defect."""
+        return self.own_remedy or self.rule.remedy
 
     @property
     def code(self) -> str:
@@ -125,8 +132,12 @@ class Finding:
         """Return this finding for a case in which nothing is wrong."""
         return replace(self, rule=self.rule.as_note())
 
+    def with_remedy(self, remedy: str) -> Finding:
+        """Return this finding with a remedy for a case that the rule's remedy does not fit."""
+        return replace(self, own_remedy=remedy)
+
     def __str__(self) -> str:
-        return f"{self.code} {self.place}: {self.reason} {self.rule.remedy}"
+        return f"{self.code} {self.place}: {self.reason} {self.remedy}"
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
@@ -136,9 +147,10 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
 
 def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Return groups of findings that differ in the place alone, in the order of their firsts."""
-    groups: dict[tuple[Rule, str], list[Finding]] = {}
+    groups: dict[tuple[Rule, str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.rule, finding.reason), []).append(finding)
+        key = finding.rule, finding.reason, finding.remedy
+        groups.setdefault(key, []).append(finding)
     return [*groups.values()]
 
 

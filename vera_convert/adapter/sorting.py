@@ -26,6 +26,14 @@ from vera_convert.files.tensorfile import TensorData
 from vera_convert.rules import Finding, Rule, errors_of
 from vera_convert.text import listed, printable
 
+_WITHOUT_COPY = (
+    "PEFT copied the base's packed weight, which is untrained. With PyTorch installed, remove "
+    "the copy in the adapter's folder: python -c \"from safetensors import safe_open; from "
+    "safetensors.torch import load_file, save_file; f = 'adapter_model.safetensors'; "
+    "m = safe_open(f, 'pt').metadata(); t = load_file(f); "
+    "save_file({k: t[k] for k in t if '.base_layer.' not in k}, f, metadata=m)\""
+)
+"""The remedy for the copy of a quantized head."""
 _PLAIN_LAMBDA = re.compile(
     r"base_model\.model\.((?:(?!_|module|pretrained_|nncf_|wrapped_|base_|original_|p?vera_|lora_)[^.]++\.)++)"
     r"(vera_lambda_[bd])"
@@ -275,7 +283,9 @@ def shape_findings(
     for tensor in others:
         # Other buffers, such as counters, can be whole numbers.
         if tensor.name.endswith((".weight", ".bias")) and tensor.dtype not in FLOATS:
-            yield rules.TENSOR_DTYPE.in_tensor(tensor.name, f"it is of type {tensor.dtype}.")
+            found = rules.TENSOR_DTYPE.in_tensor(tensor.name, f"it is of type {tensor.dtype}.")
+            is_copy = ".base_layer." in tensor.name
+            yield found.with_remedy(_WITHOUT_COPY) if is_copy else found
     for tensor in (*trained, *pair.values(), *others):
         if 0 in tensor.shape:
             yield rules.EMPTY_TENSOR.in_tensor(tensor.name, f"its shape is {list(tensor.shape)}.")

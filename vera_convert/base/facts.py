@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BASE_REMEDY = "Pass the base with --base."
 """The remedy of every message about a base that was not found or not named."""
 
+_WITH_SIZES = "`vera-convert embed` with --in-features, --out-features and --base-dtype."
 _PATH = re.compile(r"([^.=\s]+(\.[^.=\s]+)*)?")
 """A path of a module, or the empty text."""
 
@@ -140,6 +141,7 @@ class BaseFacts:
         unclear: why the base leaves the rounding open; empty for a decided rounding or an unknown
             base.
         source: the source of the facts, or the reason why facts are missing, for people.
+        remedy: how to pass a base that gives the missing facts.
         location: where the base lies.
         base: the base's headers, if read.
         match: the base's tensor for each adapted layer, if the headers were read.
@@ -155,6 +157,7 @@ class BaseFacts:
     roundings: tuple[Rounding, ...] = ()
     unclear: str = ""
     source: str = ""
+    remedy: str = BASE_REMEDY
     location: Location | None = None
     base: BaseModel | None = None
     match: Match | None = None
@@ -175,6 +178,11 @@ class BaseFacts:
         if self.location is None:
             return f"{self.in_features} inputs and {self.out_features} outputs are needed"
         return f"{self.source} has {self.in_features} inputs and {self.out_features} outputs"
+
+    @property
+    def size_remedy(self) -> str:
+        """How to get A and B, if the dims are missing."""
+        return f"{self.remedy} Or run {_WITH_SIZES}"
 
     @property
     def idle_options(self) -> tuple[Finding, ...]:

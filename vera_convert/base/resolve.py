@@ -16,7 +16,7 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.casts import casts_on
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
-from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_model_config
@@ -120,12 +120,14 @@ class _Resolver:
         """Read the base named by the config, or return the reason why facts are missing."""
         config = self.adapter.config
         revision = self.options.revision or config.revision
+        missing = BaseFacts(remedy=self.bases.remedy_for(config.base_model_name_or_path))
         try:
             named = self.bases.named(config.base_model_name_or_path, revision)
+            missing = replace(missing, source=named.reason)
             if named.location is None:
                 if self.need.is_for_layers:
-                    raise UsageError(f"{named.reason.rstrip('.')}. {BASE_REMEDY}")
-                return BaseFacts(source=named.reason)
+                    raise UsageError(f"{named.reason.rstrip('.')}. {missing.remedy}")
+                return missing
             facts = self._from_base(named.location)
             if not named.reason:
                 return facts
@@ -134,11 +136,7 @@ class _Resolver:
         except (AmbiguousBaseError, SurroundingsError, CheckpointError) as error:
             is_needed = self.need is Need.VITAL or self.need.is_for_layers
             if is_needed and isinstance(error, SurroundingsError):
-                or_dims = (
-                    " Or run `vera-convert embed` with --in-features, --out-features and "
-                    "--base-dtype."
-                )
-                remedy = f"{BASE_REMEDY}{or_dims if self.need is Need.VITAL else ''}"
+                remedy = missing.size_remedy if self.need is Need.VITAL else missing.remedy
                 raise SurroundingsError(error.reason, remedy) from error
             is_of_adapter = isinstance(error, CheckpointError) and not all(
                 finding.code.startswith(("V0", "V5")) for finding in error.findings
@@ -146,7 +144,7 @@ class _Resolver:
             if is_needed or is_of_adapter:
                 raise
             reason = error.reason if isinstance(error, SurroundingsError) else str(error)
-            return BaseFacts(source=reason)
+            return replace(missing, source=reason)
 
     def _from_base(self, location: Location) -> BaseFacts:
         """Return the facts from a base's headers, or from the config if weights are absent."""

@@ -174,7 +174,7 @@ def migrate_tree(
     """
     tree, out = path("tree", tree), path("out", out)
     output = Output(out, is_tree, force)
-    bases = Bases(hub_access_of(access))
+    bases = Bases(hub_access_of(access), of_tree=True)
     plan = _Plan.checked(
         to,
         base,

@@ -37,6 +37,12 @@ from vera_convert.publish.publishing import Output
 from vera_convert.rules import Finding
 from vera_convert.text import read_back_differs, short_repr
 
+_STORED_REMEDY = (
+    "If the adapter was trained with the stored A and B, read both from adapter_model.safetensors. "
+    "To try another draw of the key, pass --generator."
+)
+"""The remedy if OUT has other matrices than the adapter stores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Regenerated:
@@ -201,7 +207,8 @@ def _drawn_for(
     findings = adapter.findings if drawn == found else converted.findings
     if adapter.projections is not None and found is None:
         reason = f"the adapter stores other A and B than OUT, which has {drawn.description}."
-        findings = (*adapter.findings, rules.UNPROVEN_DRAW.at(adapter.place, reason))
+        other = rules.UNPROVEN_DRAW.at(adapter.place, reason).with_remedy(_STORED_REMEDY)
+        findings = (*adapter.findings, other)
     return drawn, pair, tuple(dict.fromkeys((*findings, *base_facts.idle_options)))
 
 

@@ -308,8 +308,7 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Conve
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
         raise UsageError(
             "A and B cannot be drawn from the adapter alone, because the widest layer of the base "
-            f"decides their size{why}. Give --base, or run "
-            "`vera-convert embed` with --in-features and --out-features."
+            f"decides their size{why}. {base_facts.size_remedy}"
         )
     if base_facts.rounding is None and base_facts.unclear:
         raise UsageError(

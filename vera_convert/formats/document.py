@@ -139,7 +139,6 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
     "Count": {"vera": lambda count: {**asdict(count.vera), "stripped_bytes": count.stripped_bytes}},
     "Finding": {
         "tensor": lambda finding: finding.tensor and printable(finding.tensor),
-        "remedy": "rule.remedy",
     },
     "FormCheck": {"name": "label", "projections": "origins"},
     "FormEffect": {"difference": lambda effect: effect.difference or None},

@@ -30,7 +30,7 @@ def _annotation(checked: Checked, finding: Finding) -> str:
     rule = finding.rule
     where = f"{finding.place}: {finding.reason}"
     path = file_path(checked, finding)
-    message = f"{where} {rule.remedy}" if path else f"{checked.label}: {where} {rule.remedy}"
+    message = f"{where} {finding.remedy}" if path else f"{checked.label}: {where} {finding.remedy}"
     file = printable_whole(path) if path else None
     title = f"{rule.code} {rule.title}"
     return _command(_COMMANDS[rule.severity], message, file=file, title=title)
@@ -85,7 +85,7 @@ def _cells(checked: Checked, finding: Finding) -> list[str]:
         _code(checked.label),
         _code(finding.place),
         _escaped(finding.reason),
-        _escaped(finding.rule.remedy),
+        _escaped(finding.remedy),
     ]
 
 

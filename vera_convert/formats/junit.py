@@ -62,7 +62,7 @@ def _finding_case(suite: Element, checked: Checked, finding: Finding, *, fails: 
     path = file_path(checked, finding)
     if path is not None:
         case.set("file", _legal(path))
-    text = f"{place}: {finding.reason}\nWhy: {rule.why}\nRemedy: {rule.remedy}"
+    text = f"{place}: {finding.reason}\nWhy: {rule.why}\nRemedy: {finding.remedy}"
     if fails:
         message = _legal(f"{place}: {finding.reason}")
         failure = SubElement(case, "failure", type=rule.code, message=message)

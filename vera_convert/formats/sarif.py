@@ -70,7 +70,7 @@ def _result(checked: Checked, finding: Finding, seen: Counter[str]) -> Document:
         "ruleId": finding.code,
         "ruleIndex": _INDEX[finding.code],
         "level": str(finding.severity),
-        "message": _message(f"{place}: {finding.reason} {finding.rule.remedy}"),
+        "message": _message(f"{place}: {finding.reason} {finding.remedy}"),
         "locations": [
             {
                 "physicalLocation": physical,

@@ -107,17 +107,17 @@ def _block(
 
 
 def _by_rule(findings: Iterable[Finding]) -> Iterable[list[Finding]]:
-    """Group findings by their rules, the worst first."""
-    groups: dict[str, list[Finding]] = {}
+    """Group findings by rule and remedy, the worst first."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
     for severity in Severity:
         for finding in findings:
             if finding.severity is severity:
-                groups.setdefault(finding.code, []).append(finding)
+                groups.setdefault((finding.code, finding.remedy), []).append(finding)
     return groups.values()
 
 
 def _rule_lines(findings: list[Finding], paint: Paint, width: int | None) -> Iterator[str]:
-    """Yield the lines of all findings of one rule, with the remedy once, at the end."""
+    """Yield the lines of all findings of one rule and remedy, with the remedy once, at the end."""
     rule = findings[0].rule
     head = f"  {paint(f'{rule.severity:<7}', rule.severity)}  {paint(rule.code, 'name')}  "
     indent = " " * 17
@@ -128,7 +128,7 @@ def _rule_lines(findings: list[Finding], paint: Paint, width: int | None) -> Ite
         yield from wrapped(f"{place}{said}", width, first=_INDENT, indent=f"{_INDENT}  ")
     if findings[_MOST_PLACES:]:
         yield f"{_INDENT}{and_more(len(findings) - _MOST_PLACES).lstrip()} (--json lists all)"
-    yield from wrapped(f"Remedy: {rule.remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
+    yield from wrapped(f"Remedy: {findings[0].remedy}", width, first=_INDENT, indent=f"{_INDENT}  ")
 
 
 def _places(findings: list[Finding]) -> Iterator[tuple[str, str]]:

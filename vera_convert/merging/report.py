@@ -98,10 +98,8 @@ def number_findings(
         return
     name, numbers = last
     if everything.values and not everything.change:
-        why = "" if any(weights) else ", because the weight of every adapter is 0"
         said = values_in_words(reports).removeprefix("all ")
-        reason = f"the delta is 0 at all {said}{why}."
-        yield rules.UNTRAINED.at(place, reason)
+        yield _without_effect(f"the delta is 0 at all {said}", [*filter(None, weights)], place)
     elif numbers.relative_loss > LOSS_LIMIT:
         count = sum(each.relative_loss > LOSS_LIMIT for each in _added(reports).values())
         reason = (
@@ -110,6 +108,18 @@ def number_findings(
             f"{printable(name)}, which loses {numbers.relative_loss:.0%} of its delta."
         )
         yield rules.DELTA_LOST.at(place, reason)
+
+
+def _without_effect(said: str, weights: Sequence[float], place: str) -> Finding:
+    """Return the warning about a delta of 0, with the remedy for the weights other than 0."""
+    if not weights:
+        reason = f"{said}, because the weight of every adapter is 0."
+        remedy = "Give another weight with --weight, or with --add ADAPTER=W."
+        return rules.UNTRAINED.at(place, reason).with_remedy(remedy)
+    found = rules.UNTRAINED.at(place, f"{said}.")
+    if len(weights) == 1:
+        return found
+    return found.with_remedy("Check the adapters and their weights: deltas can cancel each other.")
 
 
 # --- replaced tensors ----------------------------------------------------------------------------

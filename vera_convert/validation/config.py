@@ -14,6 +14,8 @@ from vera_convert.hub.repo_name import is_repo_id, is_revision
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
+_COPY_IS_FINE = "No action is needed: PEFT stores the base's weight of an adapted head."
+
 
 def config_findings(config: VeraConfig, unsound: Collection[str]) -> Iterator[Finding]:
     """Yield findings for the base's name, and for fields rejected by some releases.
@@ -68,4 +70,6 @@ def undeclared_embeddings(
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter == "weight" and may_be_resized(module) and not saved.of(module):
             reason = f"it replaces {printable(replaced_name(tensor.name))} of the base model."
-            yield rules.EMBEDDING_UNDECLARED.in_tensor(tensor.name, reason)
+            found = rules.EMBEDDING_UNDECLARED.in_tensor(tensor.name, reason)
+            is_copy = ".base_layer." in tensor.name
+            yield found.with_remedy(_COPY_IS_FINE) if is_copy else found

@@ -1,0 +1,145 @@
+"""The remedy of a message fits the case, and works when a user follows the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapters import good_adapter
+from bases import tiny_base
+from commandline import Run
+from merges import filled_base
+
+import vera_convert
+from vera_convert.rules import Finding
+
+
+def finding(code: str, folder: Path) -> Finding:
+    """Return the only finding with a code about an adapter."""
+    (found,) = [each for each in vera_convert.validate(folder).findings if each.code == code]
+    return found
+
+
+# --- A and B -------------------------------------------------------------------------------------
+
+
+def test_a_pair_that_the_key_does_not_give_is_read_from_the_adapter(
+    tmp_path: Path, run: Run
+) -> None:
+    folder = good_adapter(tmp_path / "adapter", projection_prng_key=8)
+    base = tiny_base(tmp_path / "base")
+    call = "regenerate", tmp_path / "ab.safetensors", "--for", folder, "--base", base
+    ended = run(*call)
+    assert ended.status == 0
+    assert "V410" in ended.err
+    assert "vera-convert embed" not in ended.err, "the adapter stores A and B already"
+    assert "read both from adapter_model.safetensors" in ended.err
+
+
+@pytest.mark.parametrize("name", ["org/unknown", "/models/llama", None])
+def test_a_tree_asks_for_the_base_by_the_name_in_the_config(
+    name: str | None, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    good_adapter(tmp_path / "tree/one", stripped=True, base_model_name_or_path=name)
+    base = tiny_base(tmp_path / "base")
+    call = "migrate", tmp_path / "tree", tmp_path / "out", "--to", "embedded", "--recursive"
+    ended = run(*call, "--offline")
+    assert ended.status in (2, 3)
+    if name is None:
+        assert "Migrate this adapter alone, with --base." in ended.err
+        alone = "migrate", tmp_path / "tree/one", tmp_path / "out", "--to", "embedded"
+        assert run(*alone, "--base", base).status == 0
+    else:
+        assert f"Pass the base with --base-for {name}=MODEL." in ended.err
+        assert run(*call, "--offline", "--base-for", f"{name}={base}").status == 0
+
+
+def test_sizes_take_the_place_of_a_base_that_is_not_named(tmp_path: Path, run: Run) -> None:
+    folder = good_adapter(tmp_path / "adapter", stripped=True, base_model_name_or_path=None)
+    ended = run("embed", folder, tmp_path / "out")
+    sizes = "--in-features, --out-features and --base-dtype"
+    assert f"Pass the base with --base. Or run `vera-convert embed` with {sizes}." in ended.err
+    given = "--in-features", "16", "--out-features", "16", "--base-dtype", "float32"
+    assert run("embed", folder, tmp_path / "out", *given).status == 0
+
+
+# --- copies of the base's head -------------------------------------------------------------------
+
+
+def with_head(folder: Path, **copies: np.ndarray) -> Path:
+    """Write an adapter of an output head, with copies of the base's tensors as PEFT stores them."""
+    random = np.random.default_rng(0)
+    head = "base_model.model.lm_head."
+    tensors = {
+        f"{head}vera_lambda_b": random.normal(size=32).astype("f4"),
+        f"{head}vera_lambda_d": random.normal(size=4).astype("f4"),
+        "base_model.vera_B": random.normal(size=(32, 4)).astype("f4"),
+        **{f"{head}base_layer.{name}": value for name, value in copies.items()},
+    }
+    return good_adapter(folder, tensors=tensors, target_modules=["q_proj", "v_proj", "lm_head"])
+
+
+def test_the_copy_of_a_packed_head_is_removed(tmp_path: Path) -> None:
+    packed = np.zeros((256, 1), "u1")
+    state = {"weight.quant_state.bitsandbytes__nf4": np.zeros(8, "u1")}
+    folder = with_head(tmp_path / "adapter", weight=packed, **state)
+    before = vera_convert.validate(folder)
+    assert not before.passed
+    remedy = finding("V206", folder).remedy
+    assert "float32" not in remedy
+    pytest.importorskip("torch")
+    (code,) = re.findall(r'python -c "([^"]*)"', remedy)
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    after = vera_convert.validate(folder)
+    assert after.passed, after.findings
+
+
+def test_a_trained_tensor_without_floats_is_converted(tmp_path: Path) -> None:
+    lambda_b = {"base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_b": np.ones(16, "i4")}
+    folder = good_adapter(tmp_path / "adapter", tensors=lambda_b)
+    assert finding("V206", folder).remedy.startswith("Convert the tensor to float32")
+
+
+def test_peft_s_copy_of_a_head_needs_no_action(tmp_path: Path) -> None:
+    folder = with_head(tmp_path / "adapter", weight=np.ones((32, 16), "f4"))
+    assert finding("V231", folder).remedy.startswith("No action is needed")
+
+
+# --- merges --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--weight", "0"], "Give another weight with --weight, or with --add ADAPTER=W."),
+        (["--add", "{}=-1"], "Check the adapters and their weights: deltas can cancel each other."),
+    ],
+)
+def test_a_merge_without_effect_names_the_weights(
+    options: list[str], remedy: str, tmp_path: Path, run: Run
+) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    given = [each.format(folder) for each in options]
+    ended = run("merge", folder, tmp_path / "out", "--base", base, *given)
+    assert "V303" in ended.err
+    assert remedy in ended.err
+
+
+# --- every format --------------------------------------------------------------------------------
+
+
+def test_every_format_shows_the_remedy_of_the_case(tmp_path: Path, run: Run) -> None:
+    folder = with_head(tmp_path / "adapter", weight=np.ones((32, 16), "f4"))
+    for form in ("text", "json", "sarif", "junit", "github"):
+        shown = run("validate", folder, "--format", form).out
+        assert "PEFT stores the base's weight of an adapted head." in shown.replace("&apos;", "'")
+        assert "If the vocabulary was resized" not in shown or form == "sarif", "SARIF lists rules"
+    document = json.loads(run("validate", folder, "--json").out)
+    (found,) = [each for each in document["adapters"][0]["findings"] if each["code"] == "V231"]
+    assert found["remedy"].startswith("No action is needed")
