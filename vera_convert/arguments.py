@@ -216,12 +216,15 @@ def places(name: str, value: object) -> tuple[str, ...]:
 
 
 def path(name: str, value: object) -> Path:
-    """Return a path on this machine.
+    """Return a path on this machine; ``~`` is the home folder, unless a file has this name.
 
     Raises:
         UsageError: see `place`.
     """
-    return Path(place(name, value))
+    written = Path(place(name, value))
+    if not written.parts[:1] or not written.parts[0].startswith("~") or os.path.lexists(written):
+        return written
+    return Path(os.path.expanduser(written))  # noqa: PTH111 -- Path's can raise
 
 
 def adapter_and_weight(name: str, value: object) -> tuple[str, float | None]:

@@ -403,6 +403,7 @@ def test_a_failure_has_its_status_one_line_and_no_output(
         good_adapter(tmp_path / "foreign")
     )
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine", encoding="utf-8")
     before = everything(tmp_path)
     places = {
         name: str(tmp_path / name.lower())

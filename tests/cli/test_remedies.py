@@ -143,3 +143,40 @@ def test_every_format_shows_the_remedy_of_the_case(tmp_path: Path, run: Run) -> 
     document = json.loads(run("validate", folder, "--json").out)
     (found,) = [each for each in document["adapters"][0]["findings"] if each["code"] == "V231"]
     assert found["remedy"].startswith("No action is needed")
+
+
+# --- OUT -----------------------------------------------------------------------------------------
+
+
+def test_out_is_below_the_home_folder_as_inputs_are(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves `--output=~/x` and `'~/x'` as they are; a folder named ~ is a trap."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    good_adapter(tmp_path / "home/adapter")
+    assert run("embed", "~/adapter", "~/out").status == 0
+    assert (tmp_path / "home/out/adapter_config.json").is_file()
+    assert run("validate", "~/out", "--format", "json", "--output", "~/report.json").status == 0
+    assert (tmp_path / "home/report.json").is_file()
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("command", ["strip", "embed", "migrate", "merge", "to-lora"])
+def test_every_command_replaces_an_empty_folder(command: str, tmp_path: Path, run: Run) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    (out := tmp_path / "out").mkdir()
+    call = [command, folder, out, "--base", base]
+    call += ["--to", "asis"] if command == "migrate" else []
+    refused = run(*call)
+    assert refused.status == 2
+    assert "replace it with --force" in refused.err
+    assert run(*call, "--force").status == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_system_folder_is_no_place_for_out(tmp_path: Path, run: Run) -> None:
+    ended = run("embed", good_adapter(tmp_path / "adapter"), "/proc/OUT")
+    assert ended.status == 3
+    assert ended.err.rstrip().endswith("Choose another OUT.")

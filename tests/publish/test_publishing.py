@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -272,7 +273,7 @@ def test_an_out_that_appears_in_the_last_moment_is_refused(
         (a_file, NEW, "is no output of this command"),
         (a_full_folder, NEW, "is no output of this command"),
         (a_full_folder, "new", "is no output of this command"),
-        (an_empty_folder, NEW, "is no output of this command"),
+        (an_empty_folder, "new", "is no output of this command"),
         (a_link, NEW, "is a link"),
         (a_link, "new", "is a link"),
         (a_dangling_link, NEW, "is a link"),
@@ -283,6 +284,14 @@ def test_force_replaces_only_what_the_command_writes(
 ) -> None:
     make(out)
     assert why in refused(out, new, force=True)
+
+
+@pytest.mark.usefixtures("way")
+def test_force_replaces_an_empty_folder_which_holds_nothing_to_lose(out: Path) -> None:
+    an_empty_folder(out)
+    assert refused(out).endswith("exists. Choose another OUT, or replace it with --force.")
+    write(out, force=True)
+    assert content_of(out) == NEW
 
 
 @pytest.mark.usefixtures("way")
@@ -501,7 +510,8 @@ def test_an_exception_of_the_block_passes_and_leaves_nothing(
         (errno.EMFILE, "ulimit -n"),
         (errno.EROFS, "can be written to"),
         (errno.EIO, "faulty"),
-        (errno.ENAMETOOLONG, ""),
+        (errno.ENAMETOOLONG, "Choose another OUT."),
+        (errno.ENOENT, "Choose another OUT."),
     ],
 )
 def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: Path) -> None:
@@ -511,6 +521,16 @@ def test_a_system_error_of_the_block_is_explained(code: int, remedy: str, out: P
     assert message.startswith(f"{out} could not be written: {os.strerror(code)}.")
     assert remedy in message
     assert "vera-convert-" not in message
+
+
+@pytest.mark.parametrize(("read_only", "code"), [(True, errno.EROFS), (False, errno.EACCES)])
+def test_a_read_only_disk_is_told_from_a_folder_of_another_user(
+    read_only: bool, code: int, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(publish, "is_read_only", lambda _: read_only)
+    with pytest.raises(SurroundingsError, match=re.escape(os.strerror(code))):
+        Output(out, is_own=own).check()
 
 
 def test_a_system_error_elsewhere_is_told_with_its_place(out: Path) -> None:

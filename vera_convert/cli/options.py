@@ -260,7 +260,7 @@ class GeneratorChoice(Options):
 class ForceChoice(Options):
     """Whether an output may replace an earlier output."""
 
-    force: bool = flag(OUTPUT, "Replace OUT, if OUT is an output of the same kind.")
+    force: bool = flag(OUTPUT, "Replace OUT, if OUT is empty or an output of the same kind.")
 
 
 class AcceptChoice(Options):

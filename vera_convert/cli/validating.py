@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vera_convert.arguments import path
 from vera_convert.cli.command import adapter_argument, command
 from vera_convert.cli.options import (
     CHECK,
@@ -167,6 +168,7 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
     """Write a report completely or not at all; a file of the same name is replaced."""
     from vera_convert.publish.publishing import Output
 
+    out = path("output", out)
     shown = printable(str(out))
     if shown == "-":
         raise UsageError("leave --output out: the report then goes to stdout.")
@@ -174,8 +176,8 @@ def _write_report(out: Path, text: str, result: Validation) -> None:
         raise UsageError(f"{shown} is a folder, a link or a device: give the name of a file.")
     inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
     output = Output(out, lambda _: True, force=True, inputs=inputs, is_folder=False)
-    with output.staged() as path:
-        path.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
+    with output.staged() as staging:
+        staging.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _append_summary(result: Validation) -> None:

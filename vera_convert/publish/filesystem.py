@@ -113,6 +113,10 @@ if sys.platform == "win32":
         else:
             path.unlink()
 
+    def is_read_only(path: Path) -> bool:  # noqa: ARG001
+        """Return False: Windows has no such flag of a file system."""
+        return False
+
     def sync_folder(path: Path) -> None:
         """Return at once: NTFS keeps a journal of folders, and Windows has no sync of a folder."""
 
@@ -173,6 +177,10 @@ else:
             os.close(opened)
         os.rmdir(name, dir_fd=folder)
 
+    def is_read_only(path: Path) -> bool:
+        """Return whether the file system of a path is mounted read-only."""
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
     def sync_folder(path: Path) -> None:
         """Sync the list of names of a folder."""
         try:
@@ -182,6 +190,11 @@ else:
             # undo the rename there.
             if error.errno not in (errno.EINVAL, errno.EBADF):
                 raise
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether a folder has no entry, so that a replacement loses nothing."""
+    return next(folder.iterdir(), None) is None
 
 
 def sync_tree(path: Path, *, synced: AbstractSet[Path] = frozenset()) -> None:

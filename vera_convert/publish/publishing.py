@@ -24,7 +24,15 @@ from vera_convert.arguments import require_flags
 from vera_convert.errors import SurroundingsError, UsageError, is_resumable, mark_resumable
 from vera_convert.files import reading
 from vera_convert.files.walk import files_and_links
-from vera_convert.publish.filesystem import exchange, move, remove_tree, sync_folder, sync_tree
+from vera_convert.publish.filesystem import (
+    exchange,
+    is_empty,
+    is_read_only,
+    move,
+    remove_tree,
+    sync_folder,
+    sync_tree,
+)
 from vera_convert.publish.place import nearest_folder, real_place, refuse_overlap
 from vera_convert.publish.signals import signals_done, signals_held, signals_raise
 from vera_convert.publish.staging import TAG, Container, bytes_of_the_dead, sweep_containers
@@ -47,7 +55,7 @@ class Output:
     Attributes:
         path: the path of OUT.
         is_own: returns whether this command writes folders, or files, like the given one.
-        force: replace an existing OUT for which `is_own` returns True.
+        force: replace an existing OUT that is an empty folder, or for which `is_own` returns True.
         inputs: paths that the run reads; OUT must not be, contain or lie inside an input.
         strangers: returns the files that forbid the replacement of an existing folder.
         is_folder: whether OUT is a folder; else a file.
@@ -71,8 +79,8 @@ class Output:
 
         Raises:
             UsageError: OUT overlaps an input (with links resolved, even with `force`); OUT exists
-                without `force`; OUT is a link, is of another kind, or is no output of this
-                command; OUT holds files that the command would not write.
+                without `force`; OUT is a link, is of another kind, or is neither empty nor an
+                output of this command; OUT holds files that the command would not write.
             SurroundingsError: the parent is not a folder, or cannot be read or written to.
         """
         with explained(self.path):
@@ -82,7 +90,8 @@ class Output:
             there, _ = nearest_folder(place.parent)
             as_effective_user = os.access in os.supports_effective_ids
             if not os.access(there, os.W_OK | os.X_OK, effective_ids=as_effective_user):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+                code = errno.EROFS if is_read_only(there) else errno.EACCES
+                raise OSError(code, os.strerror(code), str(there))
 
     @property
     def free_space(self) -> int:
@@ -134,8 +143,8 @@ class Output:
             place: the path of OUT with the links of the parent resolved.
 
         Raises:
-            UsageError: OUT exists without `force`, is a link, is of another kind, is no output of
-                this command, or holds files that the command would not write.
+            UsageError: OUT exists without `force`, is a link, is of another kind, is neither empty
+                nor an output of this command, or holds files that the command would not write.
             SurroundingsError: OUT cannot be read.
         """
         if self.updates:
@@ -146,14 +155,15 @@ class Output:
             return
         shown = printable(str(place))
         fits = stat.S_ISDIR(mode) if self.is_folder else stat.S_ISREG(mode)
+        fits = fits and ((self.is_folder and is_empty(place)) or self.is_own(place))
         if not self.force:
-            remedy = ", or replace it with --force" if fits and self.is_own(place) else ""
+            remedy = ", or replace it with --force" if fits else ""
             raise UsageError(f"{shown} exists. Choose another OUT{remedy}.")
         if stat.S_ISLNK(mode):
             raise UsageError(
                 f"{shown} is a link, and --force replaces no link. Give the link's target."
             )
-        if not fits or not self.is_own(place):
+        if not fits:
             raise UsageError(
                 f"{shown} is no output of this command, so --force does not replace it. "
                 "Choose another OUT, or move the old one away."
@@ -224,6 +234,7 @@ _REMEDIES = {
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
     errno.EIO: "The disk is faulty or gone; the system's log may say more.",
     errno.EBUSY: "It is in use, perhaps as a mount point. Choose another OUT.",
+    **dict.fromkeys((errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL), "Choose another OUT."),
     errno.EXDEV: "It belongs to another file system or an image's layer. Choose another OUT.",
 }
 

@@ -15,6 +15,7 @@ from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
 from vera_convert.errors import UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import from_array
+from vera_convert.publish.filesystem import is_empty
 from vera_convert.publish.publishing import Output, explained, updated_folder
 from vera_convert.with_torch.arrays import to_array
 
@@ -98,7 +99,7 @@ CARD_NAME = "README.md"
 
 
 def _is_empty(out: Path) -> bool:
-    return out.is_dir() and not out.is_symlink() and next(out.iterdir(), None) is None
+    return out.is_dir() and not out.is_symlink() and is_empty(out)
 
 
 def _holds_adapters_only(folder: Path) -> bool:
