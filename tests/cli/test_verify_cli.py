@@ -101,8 +101,9 @@ def test_a_merge_that_does_not_hold(
     options = ["--layers-only", *(["--json"] if as_json else [])]
     ended = run(adapter, "--merged", model, "--base", base, *options)
     assert ended.status == 1
-    assert re.fullmatch(rf"error: V601 {re.escape(Q)}\.weight: .*not added\..*\n", ended.err)
+    assert re.fullmatch(rf"error: V601 {re.escape(Q)}\.weight: .*merge again\.\n", ended.err)
     if as_json:
+        assert "the delta was not added." in ended.err
         document: Any = json.loads(ended.out)
         assert schema_errors("verification", document) == []
         assert not document["passed"]
@@ -114,6 +115,10 @@ def test_a_merge_that_does_not_hold(
         assert "with a delta" in ended.out
         assert "FAILED: 1 tensor differs" in ended.out
         assert f"WRONG {Q}.weight: " in ended.out
+        assert "the delta was not added." in ended.out
+        assert "not added" not in ended.err, "the cause is told once"
+        quiet = run(adapter, "--merged", model, "--base", base, *options, "--quiet")
+        assert "the delta was not added." in quiet.err
 
 
 def test_another_form_of_an_adapter_is_compared(

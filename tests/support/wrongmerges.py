@@ -123,7 +123,7 @@ def one_value(adapter: Path, module: str, weight: Array) -> Array:
 WRONG: Mapping[str, tuple[Callable[[Path, str, Array], Array], str]] = {
     "left out": (left_out, "the delta was not added"),
     "twice": (twice, "added twice"),
-    "subtracted": (subtracted, "added -1 times"),
+    "subtracted": (subtracted, "as if the base and the merged model were exchanged"),
     "transposed": (transposed, "added transposed"),
     "wrong slice": (wrong_slice, "Another matrix"),
     "wrong key": (wrong_key, "Another matrix"),

@@ -81,7 +81,7 @@ def through(values: Array, narrow: np.dtype[Any]) -> Array:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("factor", [1.001, 0.999, 1.01, 0.5, -1.0, 3.0])
+@pytest.mark.parametrize("factor", [1.001, 0.999, 1.01, 0.5, -0.5, 3.0])
 def test_a_factor_is_named_however_near_to_one(tmp_path: Path, dtype: str, factor: float) -> None:
     made = operands(size=1.0)
     reason = said(tmp_path, dtype, made, lambda w: w.astype(F32) + F32.type(factor) * made.delta())

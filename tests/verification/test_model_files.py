@@ -339,6 +339,7 @@ def test_other_widths_of_a_need_the_base(tmp_path: Path, adapter: Path) -> None:
         result = verify(one, other=two)
         assert "V623" in codes(result)
         assert "give --base" in reasons(result, "V623")[0]
+        assert "are (4, 16) and (16, 4) in" in reasons(verify(adapter, other=other), "V623")[0]
 
 
 def test_other_things_are_listed_with_what_is_wrong(adapter: Path, base: Path, model: Path) -> None:

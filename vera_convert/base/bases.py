@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vera_convert.base.facts import BASE_REMEDY
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.errors import VeraConvertError
 from vera_convert.hub.lookup import HubAccess, Location, NamedBase, base_from_config, locate
-from vera_convert.text import printable
 
 Found = TypeVar("Found")
 
@@ -33,14 +31,6 @@ class Bases:
             ("located", model, revision),
             lambda: locate(model, kind="base", access=self.access, revision=revision),
         )
-
-    def remedy_for(self, name: str | None) -> str:
-        """Return the remedy if the base that a config names was not found."""
-        if not self.of_tree:
-            return BASE_REMEDY
-        if name:
-            return f"Pass the base with --base-for {printable(name)}=MODEL."
-        return "Migrate this adapter alone, with --base."
 
     def named(self, name: str | None, revision: str | None) -> NamedBase:
         """Find a base by the name in a config; see `hub.lookup.base_from_config`."""

@@ -16,7 +16,7 @@ from vera_convert.base.bases import Bases
 from vera_convert.base.casts import casts_on
 from vera_convert.base.components import Pipeline
 from vera_convert.base.dims import shared_dims
-from vera_convert.base.facts import BaseFacts, BaseOptions, loaded_in
+from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions, loaded_in
 from vera_convert.base.identity import disagreements
 from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_model_config
@@ -116,11 +116,21 @@ class _Resolver:
             return self._from_base(self.bases.located(model, options.revision))
         return BaseFacts() if self.need is Need.NONE else self._from_name()
 
+    @property
+    def _remedy(self) -> str:
+        """How to pass the base, if the base that the config names was not found."""
+        name = self.adapter.config.base_model_name_or_path
+        if not self.bases.of_tree:
+            return BASE_REMEDY
+        if not name:
+            return "Migrate this adapter alone, with --base."
+        return f"Pass the base with --base-for {printable(name)}=MODEL."
+
     def _from_name(self) -> BaseFacts:
         """Read the base named by the config, or return the reason why facts are missing."""
         config = self.adapter.config
         revision = self.options.revision or config.revision
-        missing = BaseFacts(remedy=self.bases.remedy_for(config.base_model_name_or_path))
+        missing = BaseFacts(remedy=self._remedy)
         try:
             named = self.bases.named(config.base_model_name_or_path, revision)
             missing = replace(missing, source=named.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -117,7 +118,10 @@ def verify(adapter: str, options: VerifyChoices) -> None:
         )
     show(options, result, verification_text)
     if result.errors:
-        tell("error", with_number_of_others(result.errors[0], result.wrong))
+        first = result.errors[0]
+        if not options.quiet and not options.as_json:
+            first = replace(first, reason="see WRONG in the report.")
+        tell("error", with_number_of_others(first, result.wrong))
         raise click.exceptions.Exit(CheckpointError.status)
     if result.not_run is not None:
         tell("error", str(result.not_run))

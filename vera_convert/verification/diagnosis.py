@@ -150,6 +150,11 @@ def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) ->
             "The delta was added twice: a merged model was merged again, or the merge had twice "
             "this --weight."
         )
+    if abs(factor + 1) < _LEFT_OVER:
+        return (
+            "The delta was subtracted, as if the base and the merged model were exchanged, or "
+            "--weight were negative."
+        )
     # The largest change of the factor by rounding alone.
     doubt = _SIGMAS * rows.noise_norm / (3 * rows.noise.size) ** 0.5
     doubt /= float(np.linalg.norm(rows.delta))

@@ -285,16 +285,14 @@ def _pairs_differ(first: Matrices, second: Matrices, needed: tuple[int, int]) ->
     """
     columns = min(first[0].shape[1], second[0].shape[1])
     rows = min(first[1].shape[0], second[1].shape[0])
-    shapes = [[matrix.shape for matrix in pair] for pair in (first, second)]
+    shapes = [f"{A.shape} and {B.shape}" for A, B in (first, second)]
     if shapes[0] != shapes[1]:
+        unequal = f"A and B are {shapes[0]} in one form, {shapes[1]} in the other"
         other_rank = len(first[0]) != len(second[0])
         if other_rank or columns < needed[0] or rows < needed[1]:
-            return f"A and B are {shapes[0]} in one form, {shapes[1]} in the other"
+            return unequal
         if not needed[0] and first[0].shape[1] != second[0].shape[1]:
-            return (
-                f"A and B are {shapes[0]} in one form, {shapes[1]} in the other; give --base, "
-                "which tells the columns in use"
-            )
+            return f"{unequal}; give --base, which tells the columns in use"
         first, second = ((A[:, :columns], B[:rows]) for A, B in (first, second))
     for name, one, other in zip(("vera_A", "vera_B"), first, second, strict=True):
         difference = _difference(one, other)
