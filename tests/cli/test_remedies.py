@@ -180,3 +180,26 @@ def test_a_system_folder_is_no_place_for_out(tmp_path: Path, run: Run) -> None:
     ended = run("embed", good_adapter(tmp_path / "adapter"), "/proc/OUT")
     assert ended.status == 3
     assert ended.err.rstrip().endswith("Choose another OUT.")
+
+
+# --- mistyped words ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["info", "x", "--base-dtype", "float8"], "'float8_e4m3fn'"),
+        (["info", "x", "--base-dtype", "flot32"], "'float32'"),
+        (["info", "x", "--base-dtype", "bfloat"], "'bfloat16'"),
+        (["merge", "x", "y", "--dtype", "float8"], ""),
+        (["info", "x", "--bse", "y"], "'--base'"),
+        (["validate", "x", "--projections", "file"], ""),
+        (["validaet", "x"], "'validate'"),
+    ],
+)
+def test_a_mistyped_word_leads_to_what_a_user_can_have_meant(
+    given: list[str], meant: str, run: Run
+) -> None:
+    ended = run(*given)
+    assert ended.status == 2
+    assert re.findall(r"Did you mean (.*)\?", ended.err) == [*filter(None, [meant])]

@@ -124,6 +124,21 @@ def component(folder: Path, kind: str | None) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tgi", "mlx", "gguf"])
+def test_servers_of_text_models_take_no_component_of_a_pipeline(
+    engine: str, tmp_path: Path
+) -> None:
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    base = component(tmp_path / "unet", "UNet2DConditionModel")
+    with pytest.raises(
+        CheckpointError, match=r"V713 .*a UNet2DConditionModel of a pipeline"
+    ) as one:
+        converted(adapter, base, tmp_path / "out", engine=engine)
+    assert str(one.value).endswith("Pass --for diffusers, or --for peft.")
+    for named in ("diffusers", "peft"):
+        assert converted(adapter, base, tmp_path / named, engine=named).written
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("FluxTransformer2DModel", "transformer"), ("UNet2DConditionModel", "unet")],

@@ -86,7 +86,7 @@ def _message(error: click.ClickException) -> str:
     """Return the message of an error of click, with the nearest name alone of several."""
     if not isinstance(error, click.NoSuchOption) or not error.possibilities:
         return error.format_message()
-    near = did_you_mean(error.option_name, sorted(error.possibilities), cutoff=0)
+    near = did_you_mean(error.option_name, sorted(error.possibilities))
     return f"No such option {error.option_name!r}.{near}"
 
 

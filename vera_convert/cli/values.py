@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -29,12 +30,19 @@ GENERATORS = (
 """The values of `generator.Variant`, repeated because `--help` must start without NumPy."""
 
 
-def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return a question with the known word nearest to a mistyped word; empty if all are far."""
+_FIRST_NUMBER = re.compile("[0-9]+")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question with the known word nearest to a mistyped word; empty if all are far.
+
+    The hyphens that every option begins with do not count.
+    """
     import difflib
 
-    near = difflib.get_close_matches(word, [*known], n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    names = {each.lstrip("-"): each for each in known}
+    near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def name_of(parameter: click.Parameter) -> str:
@@ -81,8 +89,13 @@ class Choice(click.Choice):  # type: ignore[type-arg] # generic only from click 
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            near = did_you_mean(str(value).lower(), self.choices)
+            word = str(value).lower()
+            near = did_you_mean(word, self.likely(word))
             raise click.BadParameter(f"{error.message}{near}", ctx=ctx, param=param) from None
+
+    def likely(self, word: str) -> Iterable[str]:
+        """Return the choices that a mistyped word can mean."""
+        return self.choices
 
 
 class Dtype(Choice):
@@ -96,6 +109,11 @@ class Dtype(Choice):
             read = base_dtype_name if BASE_NAMES[-1] in self.choices else dtype_name
             value = read("dtype", value)
         return super().convert(value, param, ctx)
+
+    def likely(self, word: str) -> Iterable[str]:
+        """Return the dtypes with the number of bits of a mistyped word: float8 is no float64."""
+        bits = _FIRST_NUMBER.search(word)
+        return [c for c in self.choices if not bits or _FIRST_NUMBER.findall(c)[:1] == [bits[0]]]
 
 
 def _key_map(option: str, value: str) -> tuple[str, str]:

@@ -58,6 +58,7 @@ def engine_findings(
         place: how messages call the adapter.
     """
     engine = options.target
+    yield from _component_findings(engine, base_facts)
     yield from _rank_findings(plan, engine, place)
     yield from _name_findings(plan, engine, base_facts)
     yield from _model_findings(plan, engine, base_facts)
@@ -71,6 +72,20 @@ def engine_findings(
             yield rules.LORA_HEAD_LEFT_OUT.at(place, reason)
     else:
         yield from _extra_findings(extras, engine, place)
+
+
+def _component_findings(engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
+    """Yield the error that a server of text models is to serve a component of a pipeline."""
+    base = base_facts.base
+    if base is None or engine.components:
+        return
+    kind = base.config.get("_class_name")
+    if isinstance(kind, str) or base.prefix:
+        said = f"the component {printable(base.prefix.rstrip('/'))}" if base.prefix else ""
+        said = said or f"a {printable(str(kind))}"
+        reason = f"the base is {said} of a pipeline, which {engine.title} does not serve."
+        found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
+        yield found.with_remedy("Pass --for diffusers, or --for peft.")
 
 
 def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Finding]:

@@ -74,6 +74,7 @@ class Engine:
         biases: whether trained biases are taken.
         conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
         tied_head: whether an output head with the embedding's tensor can be adapted.
+        components: whether the engine loads the LoRA of a component of a diffusion pipeline.
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
         tower: the further argument without which layers of a vision or audio tower are left out.
@@ -96,6 +97,7 @@ class Engine:
     biases: bool = False
     conv1d: bool = True
     tied_head: bool = True
+    components: bool = False
     renames_targets: bool = False
     start: str = ""
     tower: str = ""
@@ -113,6 +115,7 @@ ENGINES: Mapping[EngineName, Engine] = {
         "PEFT 0.21.2: tuners/lora/config.py, utils/save_and_load.py",
         heads=None,
         biases=True,
+        components=True,
         renames_targets=True,
     ),
     EngineName.VLLM: Engine(
@@ -162,6 +165,7 @@ ENGINES: Mapping[EngineName, Engine] = {
         "Diffusers",
         "Diffusers 0.42.1: loaders/lora_pipeline.py, loaders/lora_base.py, loaders/peft.py",
         form=Form.DIFFUSERS,
+        components=True,
     ),
     EngineName.MLX: Engine(
         "MLX-LM",
