@@ -198,3 +198,17 @@ def test_bfloat16_by_way_of_float32_would_go_the_wrong_way() -> None:
     value = np.array([1 + 2**-8 + 2**-40])
     assert value.astype(np.float32).astype(ml_dtypes.bfloat16) == 1
     assert rounded_once(value, "BF16") == 1 + 2**-7
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("F32", 1e39), ("F16", 7e4), ("BF16", 3.4e38)])
+def test_a_value_too_large_for_a_dtype_is_no_infinity(dtype: str, value: float) -> None:
+    values = np.full((3, 400), 1.0)
+    rounded_once(values, dtype)
+    values[2, 7] = -value
+    with pytest.raises(OverflowError, match="too large"):
+        rounded_once(values, dtype)
+
+
+def test_float32_keeps_the_largest_value() -> None:
+    largest = np.array([float(np.finfo(np.float32).max), 1e-46])
+    assert rounded_once(largest, "F32").tolist() == [largest[0], 0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vera_convert import rules
+from vera_convert.assembly.direct import memory_for
 from vera_convert.delta import Array
 from vera_convert.dtypes import BITS
 from vera_convert.errors import CheckpointError
@@ -52,7 +53,37 @@ class StoredLayer:
     vanished: float = 0.0
 
 
-def stored_layer(layer: LoraLayer, plan: LoraPlan, room: NDArray[np.uint8]) -> StoredLayer:
+class _InputSide(NamedTuple):
+    """The input side of exact factors, which layers with as many inputs share.
+
+    Attributes:
+        lora_A: (rank, in), as stored.
+        exact: (rank, up to 512) in float32, the columns of A on which the rounding is measured.
+        stored: the same columns of lora_A.
+    """
+
+    lora_A: Array  # noqa: N815 -- the matrix is called A
+    exact: Array
+    stored: Array
+
+
+class Shared:
+    """The memory and the matrices that the layers of a LoRA share.
+
+    Attributes:
+        room: memory for the largest lora_B. New memory for each layer would take longer to get.
+        start: where the first tensor starts in the file, for `memory_for`.
+        inputs: the input sides so far, by the number of inputs.
+    """
+
+    def __init__(self, plan: LoraPlan, start: int) -> None:
+        outputs = max(layer.shape.out_features for layer in plan.layers)
+        self.room = memory_for(start, outputs * plan.rank * BITS[plan.dtype] // 8)
+        self.start = start
+        self.inputs: dict[int, _InputSide] = {}
+
+
+def stored_layer(layer: LoraLayer, plan: LoraPlan, shared: Shared) -> StoredLayer:
     """Return a layer's factors in the rank and dtype of a plan, and measure the error.
 
     The error compares the stored delta with the adapter's: on every output of an approximated
@@ -61,7 +92,7 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan, room: NDArray[np.uint8]) -> S
     Args:
         layer: the layer.
         plan: the plan.
-        room: bytes for lora_B, `room_for` the plan.
+        shared: the memory and the matrices that the plan's layers share.
 
     Raises:
         CheckpointError: a value is too large for the dtype.
@@ -72,52 +103,56 @@ def stored_layer(layer: LoraLayer, plan: LoraPlan, room: NDArray[np.uint8]) -> S
     used = np.flatnonzero(factors.d)
     try:
         if not plan.reduced:
-            return _exact(factors, plan.dtype, room)
+            return _exact(factors, plan.dtype, shared, shared.inputs)
         if len(used) > plan.rank:
-            return _approximated(factors, plan, room)
-        return _padded(_exact(factors.select(used), plan.dtype, room), plan.rank)
+            return _approximated(factors, plan, shared.room)
+        return _padded(_exact(factors.select(used), plan.dtype, shared, {}), plan.rank)
     except OverflowError as error:
         raise CheckpointError(
             rules.LORA_OVERFLOW.at(printable(layer.module), f"{error}.")
         ) from error
 
 
-def _require_finite(*matrices: Array) -> None:
-    for matrix in matrices:
-        if not np.isfinite(matrix).all():
-            raise OverflowError(f"a value of its LoRA is too large for {matrix.dtype}")
+def _exact(
+    factors: Factors, dtype: str, shared: Shared, known: dict[int, _InputSide]
+) -> StoredLayer:
+    """Return the exact factors, rounded; for float16, each row of rank is balanced.
 
-
-def _exact(factors: Factors, dtype: str, room: NDArray[np.uint8]) -> StoredLayer:
-    """Return the exact factors, rounded; for float16, each row of rank is balanced."""
+    Args:
+        factors: the layer's operands.
+        dtype: the stored dtype, as safetensors names it.
+        shared: the memory.
+        known: the input sides so far, of layers with these rows of A, by the number of inputs.
+    """
     powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
-    lora_A, lost = _exact_A(factors, powers, dtype)
-    lora_B = _empty_B(factors, factors.rank, lora_A.dtype, room)
+    balanced = bool(powers.any())
+    side = known.get(factors.in_features)
+    if side is None or balanced:
+        side = _input_side(factors.A, powers, dtype, shared.start)
+    if not balanced:
+        known[factors.in_features] = side
+    lost = _vanished(factors.A, side.lora_A)
+    lora_B = _empty_B(factors, factors.rank, side.lora_A.dtype, shared.room)
+    shrunk = np.ldexp(1.0, -powers)
     for place, block in factors.lora_B_blocks():
-        exact = np.ldexp(block, -powers, out=block) if powers.any() else block
+        exact = np.multiply(block, shrunk, out=block) if balanced else block
         rounded_once(exact, dtype, lora_B[place])
-        _require_finite(lora_B[place])  # now, while the block is in the core's cache
         lost += _vanished(exact, lora_B[place])
-    inputs = slice(None, None, -(-factors.in_features // SAMPLED_COLUMNS))
-    sample = factors.inputs(inputs)
-    error = rounding_error(sample, lora_A[:, inputs], lora_B, _sample(factors.b), powers)
-    return StoredLayer(lora_A, lora_B, error, lost / max(1, lora_A.size + lora_B.size))
+    sample = replace(factors, A=side.exact)
+    error = rounding_error(sample, side.stored, lora_B, _sample(factors.b), powers)
+    return StoredLayer(side.lora_A, lora_B, error, lost / max(1, side.lora_A.size + lora_B.size))
 
 
-def _exact_A(  # noqa: N802 -- the matrix is called A
-    factors: Factors, powers: NDArray[np.int64], dtype: str
-) -> tuple[Array, int]:
-    """Return lora_A, and how many values float16 rounds to 0; A itself is never copied."""
-    kind, lost = NUMPY_DTYPE[dtype], 0
-    if factors.A.dtype == kind and not powers.any():
-        return factors.A, lost
-    lora_A = np.empty(factors.A.shape, kind)
-    for row, values in enumerate(factors.A):
-        exact = np.ldexp(values.astype(np.float64), powers[row])
+def _input_side(A: Array, powers: NDArray[np.int64], dtype: str, start: int) -> _InputSide:
+    """Return the input side of exact factors, with lora_A in `memory_for` the file."""
+    kind = NUMPY_DTYPE[dtype]
+    lora_A = memory_for(start, A.size * kind.itemsize).view(kind).reshape(A.shape)
+    for row, values in enumerate(A):
+        exact = values.astype(np.float64) * np.ldexp(1.0, powers[row])
         rounded_once(exact, dtype, lora_A[row])
-        lost += _vanished(exact, lora_A[row])
-    _require_finite(lora_A)
-    return lora_A, lost
+    columns = slice(None, None, -(-A.shape[1] // SAMPLED_COLUMNS))
+    exact = np.ascontiguousarray(A[:, columns], np.float32)
+    return _InputSide(lora_A, exact, np.ascontiguousarray(lora_A[:, columns]))
 
 
 def _approximated(factors: Factors, plan: LoraPlan, room: NDArray[np.uint8]) -> StoredLayer:
@@ -135,16 +170,9 @@ def _approximated(factors: Factors, plan: LoraPlan, room: NDArray[np.uint8]) -> 
         exact = block @ right
         rounded_once(exact, plan.dtype, lora_B[place])
         lost += _vanished(exact, lora_B[place])
-    _require_finite(lora_A, lora_B)
     error = relative_error(factors, found.size, lora_A, lora_B)
     vanished = lost / (lora_A.size + lora_B.size)
     return _padded(StoredLayer(lora_A, lora_B, error, vanished), plan.rank)
-
-
-def room_for(plan: LoraPlan) -> NDArray[np.uint8]:
-    """Return memory for the largest lora_B. New memory for each layer would take longer to get."""
-    outputs = max(layer.shape.out_features for layer in plan.layers)
-    return np.empty(outputs * plan.rank * BITS[plan.dtype] // 8, np.uint8)
 
 
 def _empty_B(  # noqa: N802 -- the matrix is called B
@@ -161,7 +189,7 @@ def _padded(layer: StoredLayer, rank: int) -> StoredLayer:
     return replace(layer, lora_A=lora_A, lora_B=np.pad(layer.lora_B, ((0, 0), (0, missing))))
 
 
-def _vanished(exact: Float64, stored: Array) -> int:
+def _vanished(exact: Array, stored: Array) -> int:
     """Return how many values float16 rounds to 0; other dtypes keep the smallest values."""
     if stored.dtype != np.float16:
         return 0
@@ -183,20 +211,32 @@ def rounded_once(values: Float64, dtype: str, out: Array | None = None) -> Array
     by one unit towards the float64 value first.
 
     Args:
-        values: the values.
+        values: the values, all finite.
         dtype: the narrower dtype, as safetensors names it.
         out: filled and returned, if given.
+
+    Raises:
+        OverflowError: a value is too large for the dtype.
     """
     out = np.empty(values.shape, NUMPY_DTYPE[dtype]) if out is None else out
-    with np.errstate(over="ignore", under="ignore"):
-        if dtype != "BF16":
-            np.copyto(out, values, casting="same_kind")
-            return out
-        narrow = values.astype(np.float32)
+    try:
+        with np.errstate(over="raise", under="ignore"):
+            if dtype != "BF16":
+                np.copyto(out, values, casting="same_kind")
+                return out
+            narrow = values.astype(np.float32)
+    except FloatingPointError as error:
+        raise _too_large(out) from error
     flat, exact = narrow.reshape(-1), values.reshape(-1)
     halfway = np.flatnonzero((flat.view(np.uint32) & _LOW) == _HALF)
     near, exact = flat[halfway], exact[halfway]
     towards = np.where(exact > near, np.inf, -np.inf).astype(np.float32)
     flat[halfway] = np.where(exact == near, near, np.nextafter(near, towards))
     out[...] = narrow
+    if not np.isfinite(out).all():  # ml_dtypes raises no flag
+        raise _too_large(out)
     return out
+
+
+def _too_large(out: Array) -> OverflowError:
+    return OverflowError(f"a value of its LoRA is too large for {out.dtype}")

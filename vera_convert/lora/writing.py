@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vera_convert.arguments import Progress
+from vera_convert.assembly.direct import DirectFile
 from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError
 from vera_convert.files.header import header_bytes, in_order, read_header
@@ -21,7 +21,7 @@ from vera_convert.files.tensorfile import TensorData, array_blocks
 from vera_convert.lora.forms import FormFiles
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.stored import StoredLayer, room_for, stored_layer
+from vera_convert.lora.stored import Shared, StoredLayer, stored_layer
 from vera_convert.text import printable, read_back_differs
 
 
@@ -49,13 +49,15 @@ class ComputedFactors:
     Attributes:
         plan: the LoRA.
         measured: errors of the layers so far.
+        start: where the first tensor starts in the file; set before the first layer, if at all.
     """
 
     def __init__(self, plan: LoraPlan) -> None:
         self.measured = Measured()
         self.plan = plan
+        self.start = 0
         self._last: tuple[str, StoredLayer] | None = None
-        self._room: NDArray[np.uint8] | None = None
+        self._shared: Shared | None = None
 
     def of(self, layer: LoraLayer) -> StoredLayer:
         """Return the factors of a layer.
@@ -65,8 +67,8 @@ class ComputedFactors:
         """
         if self._last is None or self._last[0] != layer.module:
             self._last = None  # two layers would take twice the memory
-            self._room = room_for(self.plan) if self._room is None else self._room
-            found = stored_layer(layer, self.plan, self._room)
+            self._shared = self._shared or Shared(self.plan, self.start)
+            found = stored_layer(layer, self.plan, self._shared)
             if layer.vectors is not None:
                 self.measured.errors[layer.module] = found.error
                 self.measured.vanished[layer.module] = found.vanished
@@ -119,7 +121,8 @@ class SafetensorsWeights:
         tensors, written = self._tensors(), hashlib.sha256()
         header = self._header(tensors, 0.0)
         done, total = len(header), self.file_size()
-        with path.open("xb") as sink:
+        self.computed.start = len(header)
+        with DirectFile(path, total) as sink:
             sink.write(header)
             for tensor in tensors:
                 for block in tensor.blocks():
@@ -127,9 +130,9 @@ class SafetensorsWeights:
                     if check:
                         written.update(block)
                 progress(done, total)
-            header = self._header(tensors, self.computed.measured.worst)
-            sink.seek(0)
-            sink.write(header)
+        header = self._header(tensors, self.computed.measured.worst)
+        with path.open("r+b") as beginning:
+            beginning.write(header)
         with open_local(path) as source:
             same = source.size == total and source.read_at(0, len(header)) == header
             same = same and read_header(source).data_start == len(header)
@@ -159,7 +162,10 @@ class SafetensorsWeights:
         def blocks() -> Iterator[bytes | memoryview]:
             found = self.computed.of(layer)
             matrix: Array = (found.lora_A, found.lora_B)[number]
-            yield from array_blocks(matrix.T if self.files.transposed else matrix)
+            if self.files.transposed:
+                yield from array_blocks(matrix.T)
+            else:
+                yield matrix.reshape(-1).view(np.uint8).data
 
         return blocks
 
