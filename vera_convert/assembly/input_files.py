@@ -125,6 +125,14 @@ class StoredTensor:
                     source.read_at(self.start + first * dtype.itemsize, size), dtype
                 )
 
+    def rows(self, first: int, last: int) -> NDArray[Any]:
+        """Return the rows `first` to `last` (exclusive) of a matrix."""
+        dtype, columns = NUMPY_DTYPE[self.dtype], self.shape[1]
+        size = columns * dtype.itemsize
+        with self.file.open() as source:
+            raw = source.read_at(self.start + first * size, (last - first) * size)
+        return np.frombuffer(raw, dtype).reshape(last - first, columns)
+
     def is_copied_by(self, copy: StoredTensor) -> bool:
         """Say whether the values of a copy, rounded to this tensor's dtype, are this tensor's.
 

@@ -17,6 +17,10 @@ from vera_convert.files.tensorfile import TensorData
 
 _TASKS_OF_WORDS = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 """The tasks of PEFT whose classes have an output head."""
+_SCALED_WHILE_TIED = frozenset(("t5", "umt5", "longt5", "pop2piano", "switch_transformers"))
+"""The model types that multiply the decoder's output by d_model^-0.5 while the head is tied."""
+SCALE = "scale_decoder_outputs"
+"""The field of transformers 5 that says whether the decoder's output is multiplied."""
 
 
 def is_head(target: str, base: BaseModel) -> bool:
@@ -32,6 +36,14 @@ def is_tied_head(target: str, base: BaseModel) -> bool:
     """
     tied = base.tie_word_embeddings
     return is_head(target, base) and bool(tied if target in base.tensors else tied is not False)
+
+
+def scales_tied_logits(base: BaseModel) -> bool:
+    """Say whether a model multiplies the decoder's output by d_model^-0.5 while the head is tied.
+
+    transformers 4, and SwitchTransformers, read ``tie_word_embeddings`` alone.
+    """
+    return base.model_type in _SCALED_WHILE_TIED and base.config.get(SCALE) is not False
 
 
 def lone_embeddings(

@@ -16,11 +16,16 @@ from vera_convert.assembly.input_files import StoredTensor
 from vera_convert.base.quantized.recognize import quantized_tensors
 from vera_convert.base.replacements import Part, is_of_classifier
 from vera_convert.base.resizes import NO_RESIZES, Resizes
+from vera_convert.base.tied import is_head, scales_tied_logits
+from vera_convert.delta import working_dtype
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.base_files import BaseFiles
 from vera_convert.rules import Finding
+
+Decode = Callable[[int, int], NDArray[Any]]
+"""Computes rows `first` to `last` (exclusive) of a packed weight, resized bias or scaled head."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +89,28 @@ class ResizedBias:
         return values[first:last]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledRows:
+    """Rows of a matrix, times a factor.
+
+    Attributes:
+        stored: the matrix in an input file.
+        decode: computes rows of the matrix; None for the stored values.
+        factor: the factor.
+    """
+
+    stored: StoredTensor
+    decode: Decode | None
+    factor: float
+
+    def __call__(self, first: int, last: int) -> NDArray[Any]:
+        """Return the rows `first` to `last` (exclusive) in the dtype of the merge's sums."""
+        rows = self.stored.rows(first, last) if self.decode is None else self.decode(first, last)
+        wide = rows.astype(working_dtype(rows.dtype))
+        wide *= self.factor
+        return wide
+
+
 @dataclass(slots=True, eq=False)
 class Changes:
     """All changes to a base, by the names of the tensors.
@@ -120,17 +147,13 @@ class Changes:
 # --- the tensors of the merged model --------------------------------------------------------------
 
 
-Decode = Callable[[int, int], NDArray[Any]]
-"""Computes rows `first` to `last` (exclusive) of a packed weight or of a resized bias."""
-
-
 class Kind(StrEnum):
     """How a merge changes a tensor."""
 
     SAME = "same"
     """Not at all: the bytes are the base's."""
     CONVERTED = "converted"
-    """Only its dtype changes."""
+    """Only the dtype changes, the size of a bias, or the scale of a head."""
     ADDED = "added"
     """Deltas are added."""
     REPLACED = "replaced"
@@ -213,7 +236,25 @@ def merged_tensors(
     for name, replacement in changes.new.items():
         written = _written(replacement.stored, dtype)
         found[name] = _merged(name, Kind.NEW, replacement.stored, written, changes)
+    if changes.unties and scales_tied_logits(base):
+        heads = (name for name in found if is_head(name, base))
+        found |= {name: _scaled(found[name]) for name in heads}
     return found
+
+
+def _scaled(head: MergedTensor) -> MergedTensor:
+    """Return a head that takes over the factor of the decoder's output: see `scales_tied_logits`.
+
+    Each release of transformers computes the same with this head, because no release multiplies the
+    decoder's output of an untied model.
+    """
+    factor = head.shape[1] ** -0.5
+    return replace(
+        head,
+        kind=Kind.CONVERTED if head.kind is Kind.SAME else head.kind,
+        terms=tuple(replace(term, weight=term.weight * factor) for term in head.terms),
+        decode=ScaledRows(head.stored, head.decode, factor),
+    )
 
 
 def _written(tensor: StoredTensor, dtype: str | None) -> str:

@@ -356,7 +356,7 @@ class _Collector:
         brought = (copy for copy in self._copies if copy in changes.new)
         stack = next((copy for copy in brought if is_embedding(_module(copy))), None)
         source = self._copies.get(stack or "")
-        if source is None or changes.unties or base.model_type == "switch_transformers":
+        if source is None or changes.unties:
             return
         shape = base.tensors[source].info.shape
         head = tied_head(shape, matched.adapter, matched.match, base)
@@ -366,12 +366,11 @@ class _Collector:
 
     def settle_copies(self) -> None:
         """Give the values of PEFT's model to each tensor that transformers ties by one field."""
-        if self.changes.unties and self.base.model_type == "switch_transformers":
-            if not self._has_own_head:
-                reason = "SwitchTransformers scales the decoder's output only while head and "
-                reason += "embedding are one tensor. Give --tied add to change both, as PEFT does."
-                raise UsageError(f"--tied untie: {reason}")
-            self.changes.unties = False  # the config stays, and with it the scaled output
+        if self.changes.unties and self.base.model_type == "udop" and not self._has_own_head:
+            reason = "transformers 5 always multiplies the decoder's output of UDOP by "
+            reason += "d_model^-0.5, and transformers 4 only if head and embedding are tied, so no "
+            reason += "merged model would be right in both. "
+            raise UsageError(f"--tied untie: {reason}Give --tied add to change both.")
         for copy, source in self._copies.items():
             self._settle(copy, source)
         replacing = self.changes.replacing

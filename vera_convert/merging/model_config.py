@@ -16,6 +16,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
+from vera_convert.base.tied import SCALE, scales_tied_logits
 from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_output_head
 from vera_convert.errors import CheckpointError, ParameterError
@@ -35,8 +36,6 @@ _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
 """The number of labels that transformers assumes if a config has no labels."""
-_SCALED_IF_TIED = ("t5", "umt5", "longt5", "pop2piano")
-"""The model types that scale the decoder's output while head and embedding are tied."""
 
 Member = tuple[str, ...]
 """The path of a member of a config: the names of the objects around the member, then the name."""
@@ -120,7 +119,7 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     if base.config and (name is not None or options.labels):
         own = _class(base, name)
         of_class = [own, _labels(inputs, head, shown, own), _padding(inputs, changes, head, shown)]
-    edits = [_vocabulary(base, changes), *of_class, _scaled_outputs(base, changes)]
+    edits = [_vocabulary(base, changes), *of_class, _scale(base, changes)]
     findings = [finding for each in edits for finding in each.findings]
     # A base of the result's own class stores all tensors of the class.
     is_same = options.architecture is None and name in base.class_names
@@ -301,16 +300,10 @@ def _vocabulary(base: BaseModel, changes: Changes) -> _Edit:
     return _Edit(dict.fromkeys(vocabulary_fields(base, old), new), findings=(note,))
 
 
-def _scaled_outputs(base: BaseModel, changes: Changes) -> _Edit:
-    """Keep the scaling of the decoder's output, which the T5 family reads from the tie."""
-    name = "scale_decoder_outputs"
-    is_scaled = base.model_type in _SCALED_IF_TIED and base.config.get(name) is not False
-    if not (changes.unties and is_scaled):
-        return _Edit()
-    return _Edit(
-        {(name,): True},
-        findings=(rules.OUTPUTS_SCALED.in_file(CONFIG_NAME, f"{name} is true."),),
-    )
+def _scale(base: BaseModel, changes: Changes) -> _Edit:
+    """Switch off the scaling of the decoder's output that the head's weight takes over."""
+    is_moved = changes.unties and scales_tied_logits(base) and SCALE in base.config
+    return _Edit({(SCALE,): False} if is_moved else {})
 
 
 def label_count(config: Mapping[str, object]) -> int:
