@@ -37,7 +37,7 @@ base: bases orientation vocabulary strategies match resizes task_classes replace
 base: components facts casts dims identity resolve
 conversion: projections proof transforms sizes work strip_embed regeneration migration
 assembly: addends blocks input_files copying direct finisher pool writer journal
-merging: in_effect dequantize base_files adapters changes options adapter_files inputs vectors
+merging: in_effect dequantize base_files adapters changes options adapter_files inputs
 merging: collect plan report model_config output provenance job merge
 lora: engines options factors plan stored peft_form peft_targets head_copies pipeline_component
 lora: checks record card forms writing

@@ -265,7 +265,9 @@ def test_a_replacement_has_a_name_in_the_base(name: str, base_name: str) -> None
     ],
 )
 def test_modules_to_save_is_matched_as_peft_does(module: str, name: str, *, saved: bool) -> None:
-    assert SavedModules([name, "other"]).of(module) == ({name} if saved else set())
+    assert SavedModules(VeraConfig(modules_to_save=(name, "other"))).of(module) == (
+        {name} if saved else set()
+    )
 
 
 def test_the_defects_of_config_and_weights_are_told_at_once(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from terms import Vectors, change_of, term, worked
+from terms import change_of, term, worked
 
 from vera_convert.assembly import addends, blocks
 from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum, Term
 from vera_convert.assembly.blocks import Workspace, buffer_sizes_for
 from vera_convert.delta import merged, working_dtype
+from vera_convert.files.tensorfile import from_array
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[Any]
@@ -203,7 +204,7 @@ def test_blocks_depend_on_shapes_alone(shape: tuple[int, int], rows: int) -> Non
 
 def test_a_large_rank_makes_smaller_blocks() -> None:
     values = np.zeros((32, 4), np.float32)
-    large = Term(values, values.T, Vectors(values[:, 0], values[0]))
+    large = Term(values, values.T, from_array("d", values[:, 0]), from_array("b", values[0]))
     assert Sum("w", (100, 4), BFLOAT16, BFLOAT16, terms=(large,)).block_rows == 2
 
 

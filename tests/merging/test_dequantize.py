@@ -23,7 +23,7 @@ from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.delta import delta
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.reading import open_local
-from vera_convert.files.tensorfile import TensorFile, from_array, write_tensors
+from vera_convert.files.tensorfile import TensorFile, from_array, from_file, write_tensors
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.merging.dequantize import Decoder, dequantized_config
 from vera_convert.merging.merge import Merge, merge
@@ -50,7 +50,7 @@ def tensors_in(folder: Path) -> Arrays:
     for path in sorted(folder.glob("*.safetensors")):
         with open_local(path) as source:
             file = TensorFile(source)
-            found |= {name: file.read(name) for name in file.header.tensors}
+            found |= {name: from_file(file, name).array() for name in file.header.tensors}
     return found
 
 

@@ -180,7 +180,7 @@ def test_a_layer_that_the_config_skips_is_plain_and_is_merged(
     merge(FIXTURES / name / "adapter", out, base=given, options=MergeOptions(dequantize=True))
     tensors = tensors_of(out)
     with open_local(base / "model.safetensors") as opened:
-        stored = TensorFile(opened).read(PLAIN).astype(np.float32)
+        stored = from_file(TensorFile(opened), PLAIN).array().astype(np.float32)
     changed = np.count_nonzero(tensors[PLAIN].astype(np.float32) != stored)
     assert changed > stored.size // 2
     other = "model.layers.0.mlp.up_proj.weight"
@@ -260,7 +260,7 @@ def test_an_fp8_value_that_is_nan_stays_nan_and_takes_no_delta(
     folder, base = FIXTURES / name, tmp_path / "base"
     key = f"model.layers.0.{layer}.weight"
     with open_local(folder / "base/model.safetensors") as opened:
-        values = TensorFile(opened).read(key)
+        values = from_file(TensorFile(opened), key).array()
     values.view(np.uint8)[1, 2:4] = 0x7F, 0xFF  # the two NaNs of float8_e4m3fn
     with_tensors(folder / "base", base, {key: values})
     if layer == "self_attn.q_proj":
@@ -311,7 +311,7 @@ def test_an_expert_that_overflows_as_in_the_library_is_kept(tmp_path: Path) -> N
     name, key = "mxfp4-gpt-oss-noproj", "model.layers.0.mlp.experts.down_proj"
     folder, base = FIXTURES / name, tmp_path / "base"
     with open_local(folder / "base/model.safetensors") as opened:
-        scales = TensorFile(opened).read(f"{key}_scales").copy()
+        scales = from_file(TensorFile(opened), f"{key}_scales").array().copy()
     scales[0, 0, 0] = 254
     with_tensors(folder / "base", base, {f"{key}_scales": scales})
     found, wanted = found_and_wanted(folder, base, tmp_path / "out", key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,9 @@ from numpy.typing import NDArray
 
 from vera_convert.assembly.addends import Numbers, Sum, Term
 from vera_convert.assembly.blocks import Workspace, buffer_sizes_for
+from vera_convert.files.tensorfile import from_array
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Vectors:
-    d: Array
-    b: Array
-
-    @property
-    def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        return self.d.dtype, self.b.dtype
-
-    def vectors(self) -> tuple[Array, Array]:
-        return self.d, self.b
 
 
 def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: Any = "f4") -> Term:
@@ -34,7 +21,8 @@ def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: An
     return Term(
         values.normal(size=(rank, inputs + 2)).astype(dtype),
         values.normal(size=(outputs + 1, rank)).astype(dtype),
-        Vectors(values.normal(size=rank).astype(dtype), values.normal(size=outputs).astype(dtype)),
+        from_array("d", values.normal(size=rank).astype(dtype)),
+        from_array("b", values.normal(size=outputs).astype(dtype)),
         weight,
     )
 
@@ -42,7 +30,7 @@ def term(outputs: int, inputs: int, *, seed: int, weight: float = 1.0, dtype: An
 def change_of(terms: tuple[Term, ...], inputs: int) -> Array:
     total: Array = np.zeros(())
     for each in terms:
-        d, b = each.layer.vectors()
+        d, b = each.vectors()
         total = total + each.weight * exact_delta(each.A, each.B, d, b, inputs)
     return total
 

@@ -62,13 +62,15 @@ def replaced_name(name: str) -> str:
 
 
 class SavedModules:
-    """The names of modules_to_save; the cost does not grow with the number of names.
+    """The modules that PEFT saves whole: those that a config names, and those of its task.
+
+    The cost of a search does not grow with the number of names.
 
     PEFT compares each name with the end of a module's path, even inside an element of the path.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(filter(None, names))
+    def __init__(self, config: VeraConfig) -> None:
+        self._names = frozenset(filter(None, config.saved_modules))
         self._lengths = sorted({len(name) for name in self._names})
 
     def __bool__(self) -> bool:
@@ -104,7 +106,7 @@ def replacement_findings(
         config: the adapter's config.
         renamed: whether tensors have names that PEFT does not write, so that some can be missing.
     """
-    declared = SavedModules(config.saved_modules)
+    declared = SavedModules(config)
     saved: dict[str, frozenset[str]] = {}
     nested: dict[str, str] = {}
     bias_stored = False

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vera_convert.delta import FLOAT32, Array
+from vera_convert.files.tensorfile import NUMPY_DTYPE, TensorData, array_blocks
 
 BLOCK_VALUES = 1 << 21
 """Values in a block. Blocks of half the size cost 3 % of speed, because the BLAS packs A once for
 each block. Blocks of twice the size would gain 1 %."""
-
-
-class Layer(Protocol):
-    """The source of the two vectors of an adapted layer."""
-
-    @property
-    def dtypes(self) -> tuple[np.dtype[Any], ...]:
-        """The dtypes of d and b."""
-
-    def vectors(self) -> tuple[Array, Array]:
-        """Return d (r,) and b (out,) in the stored dtypes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +24,8 @@ class Term:
     Attributes:
         A: (r, in or more), in any float dtype.
         B: (out or more, r).
-        layer: reads d and b.
+        d: (r,), read on demand: the vectors of all layers together can be large.
+        b: (out,), likewise.
         weight: the factor of the whole delta.
         rows: the rows of the tensor that the delta changes; None for all rows. The merged model
             has all other rows bit for bit.
@@ -42,14 +33,44 @@ class Term:
 
     A: Array
     B: Array
-    layer: Layer
+    d: TensorData
+    b: TensorData
     weight: float = 1.0
     rows: slice | None = None
 
     @property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:
         """The dtypes of the four operands."""
-        return (self.A.dtype, self.B.dtype, *self.layer.dtypes)
+        return self.A.dtype, self.B.dtype, NUMPY_DTYPE[self.d.dtype], NUMPY_DTYPE[self.b.dtype]
+
+    def vectors(self) -> tuple[Array, Array]:
+        """Return d and b in the stored dtypes."""
+        return self.d.array(), self.b.array()
+
+
+def moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
+    """Return zeros with the first rows of an array in another place.
+
+    The delta of a layer that is some rows of a tensor thus becomes a delta of the whole tensor.
+
+    Args:
+        values: the array, with at least `count` rows.
+        first: the new place of row 0.
+        count: how many rows are moved.
+        rows: the rows of the result.
+    """
+    moved = np.zeros((rows, *values.shape[1:]), values.dtype)
+    moved[first : first + count] = values[:count]
+    return moved
+
+
+def moved_vector(b: TensorData, first: int, rows: int) -> TensorData:
+    """Return the vector b of a layer that is some rows of a tensor, with zeros in the others."""
+
+    def blocks() -> Iterator[memoryview]:
+        return array_blocks(moved_rows(b.array(), first, b.shape[0], rows))
+
+    return b._replace(shape=(rows,), blocks=blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -157,7 +157,7 @@ class Workspace:
         self._vectors = []
         width = tensor.shape[1]
         for term, buffer in zip(tensor.terms, self._right, strict=False):
-            d, b = term.layer.vectors()
+            d, b = term.vectors()
             b = weighted(b, term.weight, tensor.working)
             self._vectors.append((d, b))
             rank = len(term.A)

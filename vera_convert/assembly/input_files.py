@@ -77,10 +77,10 @@ class InputFile:
         """Raise `SurroundingsError` if the file has changed since the first look."""
         self.open().close()
 
-    def same_bytes(self, other: InputFile, size: int, *, starts: tuple[int, int] = (0, 0)) -> bool:
-        """Return whether this file and another have the same `size` bytes from `starts` on."""
+    def same_bytes(self, other: InputFile, size: int) -> bool:
+        """Return whether this file and another begin with the same `size` bytes."""
         with self.open() as first, other.open() as second:
-            return same_bytes(first, starts[0], second, starts[1], size)
+            return same_bytes(first, 0, second, 0, size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,11 +34,6 @@ ORIGINAL = ".original_module"
 """The end of the path of a module that PEFT wraps, which keeps the values before the training."""
 
 
-def saved_modules(config: VeraConfig) -> SavedModules:
-    """Return the modules that PEFT saves whole: those of the config, and those of its task."""
-    return SavedModules(config.saved_modules)
-
-
 class Part(NamedTuple):
     """The values of one tensor of the base inside an adapter's tensor.
 
@@ -103,7 +98,7 @@ def is_unused(name: str, adapter: Adapter) -> bool:
     """Say whether a tensor is the copy of an encoder-decoder's `shared`, which no layer reads."""
     module = replaced_name(name).rpartition(".")[0]
     is_shared = module.rpartition(".")[2] == "shared"
-    return is_shared and bool(saved_modules(adapter.config).of(module))
+    return is_shared and bool(SavedModules(adapter.config).of(module))
 
 
 def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseModel) -> Part | None:
@@ -114,7 +109,7 @@ def _tied_bias(tensor: TensorData, adapter: Adapter, match: Match, base: BaseMod
     has its own bias.
     """
     module, _, parameter = replaced_name(tensor.name).rpartition(".")
-    if parameter != "bias" or saved_modules(adapter.config).of(module):
+    if parameter != "bias" or SavedModules(adapter.config).of(module):
         return None
     parent, _, last = module.rpartition(".")
     other = parent if last == "decoder" else f"{module}.decoder"
@@ -216,7 +211,7 @@ def is_of_classifier(config: VeraConfig, name: str) -> bool:
         name: the tensor's in the adapter's file.
     """
     module = replaced_name(name).rpartition(".")[0]
-    is_saved = bool(saved_modules(config).of(module))
+    is_saved = bool(SavedModules(config).of(module))
     return is_saved and not is_output_head(module) and not is_embedding(module)
 
 
@@ -232,7 +227,7 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
         base: the base.
     """
     module = replaced_name(name).rpartition(".")[0]
-    if not saved_modules(config).of(module):
+    if not SavedModules(config).of(module):
         found = unknown_tensor(name, target, base)
         if found.rule is rules.REPLACEMENT_UNKNOWN:
             return found
@@ -273,7 +268,7 @@ def incomplete_modules(
         base: the base.
         targets: the base's tensors that the adapter's tensors replace.
     """
-    saved = saved_modules(adapter.config)
+    saved = SavedModules(adapter.config)
     if not saved:
         return
     stored = {*targets, *match.tensors.values()}
@@ -307,7 +302,7 @@ def lost_biases(adapter: Adapter, match: Match, base: BaseModel) -> Iterator[Fin
     read = [finding for finding in adapter.findings if finding.code == rules.BIAS_NOT_STORED.code]
     if not read or read[0].severity is not Severity.NOTE:
         return
-    saved = saved_modules(adapter.config)  # PEFT stores these biases with any value of `bias`
+    saved = SavedModules(adapter.config)  # PEFT stores these biases with any value of `bias`
     own = {f"{name.removesuffix('.weight')}.bias" for name in match.tensors.values()}
     trained = own if adapter.config.bias != "all" else None
     found = [

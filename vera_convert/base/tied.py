@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
-from vera_convert.base.replacements import ORIGINAL, saved_modules, used_replacements
+from vera_convert.base.replacements import ORIGINAL, used_replacements
 from vera_convert.base.task_classes import class_of_head
 from vera_convert.base.vocabulary import shared_embedding
 from vera_convert.embeddings import is_output_head, output_head_of
@@ -60,7 +60,7 @@ def lone_embeddings(
         base: the base.
         replaced: the adapter's tensors, by the names of the base's tensors.
     """
-    saved = saved_modules(adapter.config)
+    saved = SavedModules(adapter.config)
     for embedding, tensor in replaced.items():
         module = _module(tensor)
         if embedding not in base.tensors or not saved.of(module) or module.endswith(ORIGINAL):

@@ -139,7 +139,9 @@ def stripped(
         return already_stripped(adapter)
     own = recognized(adapter.config, stored)
     change = accepted_mismatch(adapter, own, base_facts, projections)
-    require_one_dtype(adapter, stored)
+    if stored.A.dtype != stored.B.dtype:  # a fingerprint records one dtype
+        reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
+        raise CheckpointError(rules.PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
     if change is not None and not accept_change:
         raise CheckpointError(rules.OTHER_DRAW.at(adapter.place, change))
     assert own.draw is not None  # noqa: S101 -- another pair was refused
@@ -161,17 +163,6 @@ def stripped(
         draw=own.draw,
         findings=(*adapter.findings, *base_facts.findings, *warned),
     )
-
-
-def require_one_dtype(adapter: Adapter, stored: StoredProjections) -> None:
-    """Refuse A and B of two dtypes, because a fingerprint records one dtype.
-
-    Raises:
-        CheckpointError: `PROJECTION_TYPES_DIFFER`.
-    """
-    if stored.A.dtype != stored.B.dtype:
-        reason = f"A is {stored.A.dtype}, B is {stored.B.dtype}."
-        raise CheckpointError(rules.PROJECTION_TYPES_DIFFER.at(adapter.place, reason))
 
 
 def fingerprint_of(stored: StoredProjections, draw: Draw, hashes: tuple[str, str]) -> Fingerprint:

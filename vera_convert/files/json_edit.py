@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 
@@ -39,11 +39,7 @@ def edited_member(text: bytes, path: Sequence[str], value: object) -> bytes:
     Raises:
         KeyError: an object on the path is missing.
     """
-    *through, name = path
-    content = text.decode()
-    start, end = _span(content, through)
-    inner = _with(content[start:end], name, json.dumps(value))
-    return (content[:start] + inner + content[end:]).encode()
+    return _edited(text, path, lambda content, name: _with(content, name, json.dumps(value)))
 
 
 def removed_member(text: bytes, path: Sequence[str]) -> bytes:
@@ -52,10 +48,15 @@ def removed_member(text: bytes, path: Sequence[str]) -> bytes:
     Raises:
         KeyError: an object on the path is missing.
     """
+    return _edited(text, path, _without)
+
+
+def _edited(text: bytes, path: Sequence[str], edit: Callable[[str, str], str]) -> bytes:
+    """Edit the object around a member, with the text of the object and the member's name."""
     *through, name = path
     content = text.decode()
     start, end = _span(content, through)
-    return (content[:start] + _without(content[start:end], name) + content[end:]).encode()
+    return (content[:start] + edit(content[start:end], name) + content[end:]).encode()
 
 
 def _span(content: str, through: Sequence[str]) -> tuple[int, int]:

@@ -43,32 +43,19 @@ _SAFETENSORS_DTYPE = {dtype: name for name, dtype in NUMPY_DTYPE.items()}
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read on demand.
-
-    Each method that takes a name raises `KeyError` for an unknown name, `CheckpointError` for a
-    dtype that NumPy lacks, and `SurroundingsError` if the file cannot be read or has changed.
-    """
+    """A safetensors file whose tensors are read on demand."""
 
     def __init__(self, source: ByteSource) -> None:
         self.source = source
         self.header = read_header(source)
 
-    def read(self, name: str) -> Array:
-        """Return a tensor as a new array in C order, with the stored dtype."""
-        info = self.header.tensors[name]
-        dtype = NUMPY_DTYPE.get(info.dtype)
-        if dtype is None:
-            reason = f"its dtype is {info.dtype}, which NumPy lacks."
-            raise CheckpointError(
-                rules.TENSOR_DTYPE.in_tensor(name, reason, file=self.source.place)
-            )
-        raw = np.empty(info.nbytes, np.uint8)
-        self.source.read_into(self.header.data_start + info.start, raw.data)
-        self.source.check_unchanged()
-        return raw.view(dtype).reshape(info.shape)
-
     def blocks(self, name: str, size: int = _BLOCK) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in blocks of `size`; each block overwrites the block before."""
+        """Yield a tensor's bytes in blocks of `size`; each block overwrites the block before.
+
+        Raises:
+            KeyError: the file has no tensor of this name.
+            SurroundingsError: the file cannot be read, or has changed.
+        """
         info = self.header.tensors[name]
         buffer = memoryview(bytearray(min(size, info.nbytes)))
         for start in range(0, info.nbytes, size):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
-from vera_convert.base.replacements import saved_modules
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.targets.matching import matching
@@ -44,7 +43,7 @@ class Extras:
 
 def extras_of(adapter: Adapter) -> Extras:
     """Sort the tensors of an adapter, vectors aside: heads, biases, copies of the base."""
-    saved = saved_modules(adapter.config)
+    saved = SavedModules(adapter.config)
     modules = {each: _names_of(each, saved) for each in adapter.trained_replacements}
     biases = [each for each, names in modules.items() if _is_bias(each) and not names]
     heads = [each for each, names in modules.items() if names or not _is_bias(each)]

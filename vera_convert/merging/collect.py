@@ -13,9 +13,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vera_convert import rules
-from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
-from vera_convert.assembly.addends import Term
+from vera_convert.assembly.addends import Term, moved_rows, moved_vector
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
@@ -24,7 +24,6 @@ from vera_convert.base.replacements import (
     incomplete_modules,
     is_unused,
     replacing_tensors,
-    saved_modules,
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
@@ -39,7 +38,6 @@ from vera_convert.merging.base_files import has_own_head
 from vera_convert.merging.changes import Changes, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
-from vera_convert.merging.vectors import Vectors, VectorsOfPart, moved_rows
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
@@ -121,12 +119,12 @@ class _Collector:
         match, terms = matched.match, self.changes.terms
         for module, layer in matched.adapter.layers.items():
             names = self._targets(module, match)
-            vectors = Vectors(matched.adapter.file, layer)
-            term = Term(matched.pair.A, matched.pair.B, vectors, matched.weight)
+            A, B = matched.pair.A, matched.pair.B
+            term = Term(A, B, layer.lambda_d, layer.lambda_b, matched.weight)
             outputs = layer.out_features
             if module in match.parts:
                 outputs = self.base.tensors[match.tensors[module]].info.shape[0]
-                term = self._term_of_part(term, vectors, match.parts[module], outputs)
+                term = self._term_of_part(term, match.parts[module], outputs)
             for name in names:
                 terms[name] = (*terms.get(name, ()), term)
                 first = self._outputs.setdefault(name, outputs)
@@ -138,16 +136,16 @@ class _Collector:
         for module, copy in matched.adapter.base_copies.items():
             self._compare_copy(module, copy, matched)
 
-    def _term_of_part(self, term: Term, vectors: Vectors, part: Inside, rows: int) -> Term:
+    def _term_of_part(self, term: Term, part: Inside, rows: int) -> Term:
         """Return a delta of some rows of a tensor as a delta of all rows, 0 in the others."""
         assert part.first is not None  # noqa: S101 -- `resolve_base` refuses the others
-        count = vectors.layer.out_features
+        count = term.b.shape[0]
         key = (id(term.B), part.first, count, rows)
         if key not in self._moved:
             self._moved[key] = moved_rows(term.B, part.first, count, rows)
-        layer = VectorsOfPart(vectors, part.first, rows)
+        b = moved_vector(term.b, part.first, rows)
         changed = slice(part.first, part.first + count)
-        return replace(term, B=self._moved[key], layer=layer, rows=changed)
+        return replace(term, B=self._moved[key], b=b, rows=changed)
 
     def _targets(self, module: str, match: Match) -> list[str]:
         """Return the tensors that a layer's delta changes; empty if the caller must choose."""
@@ -251,7 +249,7 @@ class _Collector:
         """Record a tensor that the base lacks, unless no loader would use the tensor."""
         name = replacement.tensor.name
         module = _module(replaced_name(name))
-        saved = saved_modules(replacement.owner.adapter.config)
+        saved = SavedModules(replacement.owner.adapter.config)
         if target not in self._copies and not saved.of(module):
             self.defects.append(unknown_tensor(name, target, self.base))
         elif "experts" in module.split("."):

@@ -65,7 +65,7 @@ def undeclared_embeddings(
         config: the config.
         replacements: the tensors in place of the base's tensors.
     """
-    saved = SavedModules(config.saved_modules)
+    saved = SavedModules(config)
     for tensor in replacements:
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter == "weight" and may_be_resized(module) and not saved.of(module):

@@ -93,7 +93,7 @@ def _by_version(
 def _not_stored(
     config: VeraConfig, targets: Sequence[str], layers: Sequence[str]
 ) -> Iterator[Finding]:
-    saved = SavedModules(config.saved_modules)
+    saved = SavedModules(config)
     endings = Endings(targets)
     stored = {target for layer in layers for target in endings.of(layer)}
     for target in dict.fromkeys(targets):

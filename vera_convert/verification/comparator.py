@@ -214,7 +214,7 @@ class Comparator:
         self._moved = False
 
     def _factor(self, term: Term, narrow: np.dtype[Any] | None) -> _Factor:
-        A, B, (d, b) = term.A, term.B, term.layer.vectors()
+        A, B, (d, b) = term.A, term.B, term.vectors()
         if narrow is not None:
             A, B, d, b = (rounded_to(each.astype(FLOAT32), narrow) for each in (A, B, d, b))
         if term.weight != 1:

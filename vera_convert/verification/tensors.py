@@ -163,8 +163,7 @@ def check_tensors(
     }
     nbytes = sum(pair.found.nbytes for pair in pairs.values())
     findings = (
-        *_other_dtypes(expected, merged.model, wider),
-        *_other_shapes(expected, merged.model),
+        *_other_forms(expected, merged.model, wider),
         *_only_in_one(expected, merged.model),
         *(check.finding() for check in _worst_first(checks)),
     )
@@ -217,21 +216,19 @@ def _causes(
     return causes | {name: cause(pairs[name], comparisons[name]) for name in rest}
 
 
-def _other_dtypes(
+def _other_forms(
     expected: Mapping[str, MergedTensor], merged: BaseModel, wider: Collection[str]
 ) -> Iterator[Finding]:
+    """Yield the tensors of another dtype than expected, and of another shape."""
     for name, tensor in expected.items():
         there = merged.tensors.get(name)
-        if there is not None and there.info.dtype != tensor.dtype:
+        if there is None:
+            continue
+        if there.info.dtype != tensor.dtype:
             rule = rules.MERGED_TENSOR_WIDER if name in wider else rules.MERGED_TENSOR_FORM
             reason = f"the dtype is {there.info.dtype} instead of {tensor.dtype}."
             yield rule.in_tensor(name, reason)
-
-
-def _other_shapes(expected: Mapping[str, MergedTensor], merged: BaseModel) -> Iterator[Finding]:
-    for name, tensor in expected.items():
-        there = merged.tensors.get(name)
-        if there is not None and there.info.shape != tensor.shape:
+        if there.info.shape != tensor.shape:
             reason = f"its shape is {list(there.info.shape)} instead of {list(tensor.shape)}."
             yield rules.MERGED_TENSOR_FORM.in_tensor(name, reason)
 

@@ -30,7 +30,7 @@ from vera_convert.base.vocabulary import embedding_rows
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import SurroundingsError, VeraConvertError
 from vera_convert.files.reading import open_local
-from vera_convert.files.tensorfile import TensorFile
+from vera_convert.files.tensorfile import TensorFile, from_file
 from vera_convert.hub.client import no_network
 from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.merging.dequantize import Decoder
@@ -365,7 +365,9 @@ def _tensors(plan: Blueprint) -> dict[str, Tensor]:
         with open_local(folder / shard, within=folder) as source:
             file = TensorFile(source)
             found |= {
-                name: to_tensor(file.read(name)) for name in file.header.tensors if name in names
+                name: to_tensor(from_file(file, name).array())
+                for name in file.header.tensors
+                if name in names
             }
     files = {shard: InputFile.look(folder / shard, within=folder) for shard in stored.files}
     for name, weight in weights.items():

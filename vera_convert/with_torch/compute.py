@@ -78,7 +78,7 @@ class _DeviceWorkspace(Workspace):
         dtype, width = _torch_dtype(tensor.working), tensor.shape[1]
         for term in tensor.terms:
             A, B = self._matrix(term.A, dtype), self._matrix(term.B, dtype)
-            vectors = term.layer.vectors()
+            vectors = term.vectors()
             d, b = vectors[0], weighted(vectors[1], term.weight, tensor.working)
             d, b = (to_tensor(vector).to(self._device).to(dtype) for vector in (d, b))
             if tensor.conv1d:
