@@ -22,10 +22,10 @@ from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.targets import patterns
 from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.targets.matching import (
-    DEFAULT_TARGETS,
     NEWEST,
     Version,
     adapted,
+    default_targets,
     matching,
     resolve,
 )
@@ -255,7 +255,7 @@ def test_default_targets_are_pefts() -> None:
     theirs = constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     assert {
         kind: list(names) if isinstance(names, tuple) else names
-        for kind, names in DEFAULT_TARGETS.items()
+        for kind, names in default_targets().items()
     } == theirs
 
 

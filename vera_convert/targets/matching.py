@@ -11,8 +11,11 @@ implementation.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -87,33 +90,16 @@ def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -
 
 # --- which names are meant -----------------------------------------------------------------------
 
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(
-        (
-            *("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral"),
-            *("stablelm", "phi", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-        ),
-        ("q_proj", "v_proj"),
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
-    **dict.fromkeys(
-        ("bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"),
-        ("query_key_value",),
-    ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "mpt": ("Wqkv",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-}
-"""The default targets of PEFT 0.21, by the base's model_type."""
+
+@cache
+def default_targets() -> Mapping[str, tuple[str, ...] | str]:
+    """Return the default targets of PEFT 0.21, by the base's model_type."""
+    text = Path(__file__).with_name("default_targets.toml").read_text(encoding="utf-8")
+    return {
+        kind: targets if isinstance(targets, str) else tuple(targets)
+        for kinds, targets in tomllib.loads(text).items()
+        for kind in kinds.split()
+    }
 
 
 def resolve(
@@ -129,12 +115,12 @@ def resolve(
     targets = config.target_modules
     if targets is None:
         kind = model.model_type or ""
-        if kind not in DEFAULT_TARGETS:
+        if kind not in default_targets():
             known = (
                 f"its model_type is {printable(kind)}" if kind else "its model_type is not known"
             )
             raise CheckpointError(rules.TARGETS_UNKNOWN.at(CONFIG_NAME, f"{known}."))
-        targets = DEFAULT_TARGETS[kind]
+        targets = default_targets()[kind]
     if is_all_linear(targets):
         return _all_linear(model, config.task_type, peft=peft)
     return targets
