@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from adapters import good_adapter
+from commandline import Run
 from folders import everything
 from heads import TIED, on_the_head
 from merges import filled_base, merged_with, tensors_of
 from wrongmerges import PROVENANCE, Q, edit
 
 from vera_convert.base.facts import BaseOptions
-from vera_convert.cli.app import main
 from vera_convert.conversion.strip_embed import strip
 from vera_convert.errors import SurroundingsError
 from vera_convert.merging.adapters import AdapterSpec
@@ -24,16 +25,6 @@ from vera_convert.merging.options import Tied
 from vera_convert.verification import model_comparison
 from vera_convert.verification import verify as verifying
 
-
-class Ended(NamedTuple):
-    """How a run ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
 OPTIONS = (
     *("--adapter", "--merged", "--base", "--base-revision", "--base-dtype", "--key-map"),
     *("--projections", "--generator", "--weight", "--add", "--tied", "--dequantize", "--dtype"),
@@ -43,18 +34,9 @@ OPTIONS = (
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """Run `verify` in this process."""
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            main(["verify", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return Ended(leaving.value.code, out, err)
-
-    return run
+    return partial(run, "verify")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def merge_text(result: Merge) -> str:
     return labelled(
         ("wrote" if result.written else "would write", f"{out}, {size}"),
         ("base", printable(result.base)),
-        *(row for adapter in result.adapters for row in _adapter_rows(adapter)),
+        *(row for adapter in result.adapters for row in adapter_rows(adapter, draw=True)),
         ("resumed", f"{done} finished by an earlier run" if result.resumed else None),
         *(_number_rows(result) if result.written else _plan_rows(result)),
         ("modules_to_save", _replaced_lines(result)),
@@ -32,10 +32,11 @@ def merge_text(result: Merge) -> str:
     )
 
 
-def _adapter_rows(adapter: MergedAdapter) -> list[Row]:
+def adapter_rows(adapter: MergedAdapter, *, draw: bool = False) -> list[Row]:
+    """Return the rows about an adapter of a merged model, on request with the draw of A and B."""
     weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
-    drawn = f", {adapter.draw.description}" if adapter.draw is not None else ""
-    layers = f"{adapter.layers} layers of rank {adapter.rank}{weight}"
+    drawn = f", {adapter.draw.description}" if draw and adapter.draw is not None else ""
+    layers = f"{counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
     is_same = adapter.strategy == AS_THEY_ARE.name
     return [
         ("adapter", f"{printable(adapter.label)}, {layers}"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from vera_convert import rules
-from vera_convert.base.strategies import AS_THEY_ARE
+from vera_convert.formats.merge import adapter_rows
 from vera_convert.formats.shared import Row, labelled, origin_text
 from vera_convert.merging.changes import Kind
 from vera_convert.rules import alike
@@ -93,18 +93,10 @@ def _lora_rows(check: LoraCheck) -> list[Row]:
 def _merged_rows(check: MergedCheck) -> list[Row]:
     same = ", THE SAME FOLDER AS THE MERGED MODEL" if check.is_base else ""
     size, jobs = check.tensors.nbytes, check.tensors.jobs
-    rows: list[Row] = [("merged", check.label), ("base", check.base + same)]
-    for adapter in check.adapters:
-        weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
-        layers = f"{counted(adapter.layers, 'layer')} of rank {adapter.rank}{weight}"
-        is_plain = adapter.strategy == AS_THEY_ARE.name
-        rows += [
-            ("adapter", f"{adapter.label}, {layers}"),
-            ("  layer names", "same as in the base" if is_plain else adapter.strategy),
-            ("  A and B", origin_text(adapter.origin)),
-        ]
     return [
-        *rows,
+        ("merged", check.label),
+        ("base", check.base + same),
+        *(row for adapter in check.adapters for row in adapter_rows(adapter)),
         ("options", _settings_text(check)),
         *_tensor_rows(check.tensors.checks),
         ("time", f"{check.seconds:.1f} s for {size:,} bytes, {counted(jobs, 'thread')}"),
