@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_convert.draws.generator import Draw, Rounding, Variant, draw, redrawn, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, redrawn, rounded
 from vera_convert.draws.recognition import recognize, searched_keys
 
 KEY = 40_000
@@ -63,7 +63,8 @@ def peak(function: Callable[[], object]) -> int:
 def drawing(dims: dict[str, int], rounds: int) -> list[dict[str, object]]:
     """Return a row for each variant: our time, torch's time, the ratio, and the extra memory."""
     theirs = {dtype: partial(torch_draw, dtype, **dims) for dtype in DTYPES}
-    ours = {variant.value: partial(draw, variant, key=KEY, **dims) for variant in Variant}
+    drawn = {each: Draw(each, KEY, rounding=Rounding.NONE, **dims) for each in Variant}
+    ours = {variant.value: draw.matrices for variant, draw in drawn.items()}
     times = timed({**theirs, **ours}, rounds)
     values = dims["rank"] * (dims["in_features"] + dims["out_features"])
     rows: list[dict[str, object]] = []
@@ -92,7 +93,7 @@ def in_blocks(variant: Variant, dims: dict[str, int]) -> None:
 
 def recognizing(dims: dict[str, int], rounds: int) -> dict[str, float]:
     """Return the median milliseconds to recognize a pair, for each kind of pair."""
-    A, B = draw(Variant.FLOAT32_FUSED, key=KEY, **dims)
+    A, B = Draw(Variant.FLOAT32_FUSED, KEY, rounding=Rounding.NONE, **dims).matrices()
     half_A, half_B = rounded(A, Rounding.BF16), rounded(B, Rounding.BF16)
     part = A[:, : A.shape[1] // 2].copy()
     damaged = B.copy()

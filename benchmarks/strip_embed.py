@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from vera_convert.draws.generator import Variant, draw
+from vera_convert.draws.generator import Draw, Variant
 
 LAYERS, HIDDEN, INTERMEDIATE, RANK, KEY = 32, 4096, 11008, 256, 7
 TARGETS = {
@@ -37,13 +37,7 @@ TARGETS = {
 
 def write_adapter(folder: Path) -> None:
     """Write the adapter with the safetensors library, as PEFT does."""
-    A, B = draw(
-        Variant.FLOAT32_FUSED,
-        key=KEY,
-        rank=RANK,
-        in_features=INTERMEDIATE,
-        out_features=INTERMEDIATE,
-    )
+    A, B = Draw(Variant.FLOAT32_FUSED, KEY, RANK, INTERMEDIATE, INTERMEDIATE).matrices()
     rng = np.random.default_rng(0)
     tensors = {"base_model.vera_A": A, "base_model.vera_B": B}
     for layer in range(LAYERS):

@@ -20,7 +20,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.regeneration import regenerate_for
 from vera_convert.conversion.strip_embed import embed, strip
-from vera_convert.draws.generator import Variant, draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import CheckpointError
 from vera_convert.merging.merge import merge
 from vera_convert.rules import Finding, Severity
@@ -299,7 +299,9 @@ def test_layers_listed_by_full_name_count_even_if_layers_to_transform_leaves_the
         )
         embed(folder, tmp_path / f"{name}-out", base=base)
         stored = weights(tmp_path / f"{name}-out")
-        expected = draw(Variant.FLOAT32_FUSED, key=KEY, rank=RANK, in_features=16, out_features=40)
+        expected = Draw(
+            Variant.FLOAT32_FUSED, key=KEY, rank=RANK, in_features=16, out_features=40
+        ).matrices()
         assert np.array_equal(stored[A], expected[0])
         assert np.array_equal(stored[B], expected[1])
 

@@ -33,7 +33,7 @@ from vera_convert.assembly.writer import Finished
 from vera_convert.cli.values import GENERATORS
 from vera_convert.conversion.migration import Mode
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, rounded
 from vera_convert.schemas import schema_names
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ def test_regenerate(variant: Variant, rounding: Rounding, run: Run, tmp_path: Pa
         return
     assert (ended.status, ended.err) == (0, "")
     made = load_file(out)
-    expected = draw(variant, key=-9, rank=3, in_features=5, out_features=7)
+    expected = Draw(variant, key=-9, rank=3, in_features=5, out_features=7).matrices()
     for name, matrix in zip(("vera_A", "vera_B"), expected, strict=True):
         assert np.array_equal(made[name], rounded(matrix, rounding))
         assert made[name].dtype == rounded(matrix, rounding).dtype

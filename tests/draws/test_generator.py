@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from vera_convert.draws.generator import (
     Variant,
     centered_words,
     check_key,
-    draw,
     first_words,
     redrawn,
     rounded,
@@ -76,13 +76,13 @@ def golden_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("variant", "case"), golden_cases())
 def test_gives_the_bytes_that_torch_gave(variant: Variant, case: dict[str, Any]) -> None:
-    A, B = draw(
+    A, B = Draw(
         variant,
         key=case["seed"],
         rank=case["r"],
         in_features=case["in"],
         out_features=case["out"],
-    )
+    ).matrices()
     assert hex_of_first(A, 4) == case["first4_A"]
     assert hex_of_first(B, 4) == case["first4_B"]
     assert sha256(A) == case["sha256_A"]
@@ -119,7 +119,7 @@ def test_the_page_of_projections_names_the_releases_that_were_checked() -> None:
 def test_gives_the_documented_vectors(
     key: int, variant: str, first: str, sha_A: str, sha_B: str
 ) -> None:
-    A, B = draw(Variant(variant), key=key, rank=4, in_features=80, out_features=48)
+    A, B = Draw(Variant(variant), key=key, rank=4, in_features=80, out_features=48).matrices()
     assert hex_of_first(A, len(first.split())) == first.split()
     assert sha256(A)[:16] == sha_A
     assert sha256(B)[:16] == sha_B
@@ -160,13 +160,13 @@ def variant_of_this_torch(dtype: str) -> Variant:
 def test_agrees_with_the_installed_torch(
     dtype: str, key: int, rank: int, in_features: int, out_features: int
 ) -> None:
-    drawn = draw(
+    drawn = Draw(
         variant_of_this_torch(dtype),
         key=key,
         rank=rank,
         in_features=in_features,
         out_features=out_features,
-    )
+    ).matrices()
     expected = torch_draw(key, rank, in_features, out_features, dtype)
     assert [matrix.tobytes() for matrix in drawn] == [bytes_of(matrix) for matrix in expected]
 
@@ -190,7 +190,7 @@ def test_agrees_with_torch_without_vector_instructions() -> None:
     )
     for name, *hashes in json.loads(run.stdout).values():
         assert name.endswith(("-separate", "-torch2.11"))
-        pair = draw(Variant(name), key=-7, rank=8, in_features=300, out_features=200)
+        pair = Draw(Variant(name), key=-7, rank=8, in_features=300, out_features=200).matrices()
         assert [sha256(matrix) for matrix in pair] == hashes
 
 
@@ -200,7 +200,9 @@ def test_layers_of_the_peft_documentation_share_the_largest_dims() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(20, 100), torch.nn.Linear(50, 80))
     config = peft.VeraConfig(r=6, target_modules=["0", "1"], projection_prng_key=5)
     state = peft.get_peft_model_state_dict(peft.get_peft_model(model, config))
-    A, B = draw(variant_of_this_torch("float32"), key=5, rank=6, in_features=50, out_features=100)
+    A, B = Draw(
+        variant_of_this_torch("float32"), key=5, rank=6, in_features=50, out_features=100
+    ).matrices()
     assert A.shape == (6, 50)
     assert B.shape == (100, 6)
     assert bytes_of(state["base_model.vera_A"]) == A.tobytes()
@@ -215,7 +217,7 @@ def test_refuses_a_key_that_torch_refuses(key: Any) -> None:
     with pytest.raises(ValueError, match="the key must"):
         check_key(key)
     with pytest.raises(ValueError, match="the key must"):
-        draw(Variant.FLOAT32_FUSED, key=key, rank=1, in_features=1, out_features=1)
+        Draw(Variant.FLOAT32_FUSED, key=key, rank=1, in_features=1, out_features=1).matrices()
 
 
 @pytest.mark.parametrize("key", REFUSED_KEYS)
@@ -233,23 +235,22 @@ def test_takes_every_key_that_torch_takes(key: int) -> None:
 @given(KEYS)
 @settings(max_examples=20)
 def test_only_the_low_32_bits_of_a_key_count(key: int) -> None:
-    dims = {"rank": 2, "in_features": 3, "out_features": 4}
-    one = draw(Variant.FLOAT32_FUSED, key=key, **dims)
-    other = draw(Variant.FLOAT32_FUSED, key=key & 0xFFFFFFFF, **dims)
-    assert [a.tobytes() for a in one] == [a.tobytes() for a in other]
+    one = Draw(Variant.FLOAT32_FUSED, key, rank=2, in_features=3, out_features=4)
+    other = replace(one, key=key & 0xFFFFFFFF)
+    assert [a.tobytes() for a in one.matrices()] == [a.tobytes() for a in other.matrices()]
 
 
 @pytest.mark.parametrize("dims", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 1, 1)])
 def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
     rank, in_features, out_features = dims
     with pytest.raises(ValueError, match="at least one"):
-        draw(
+        Draw(
             Variant.FLOAT32_FUSED,
             key=0,
             rank=rank,
             in_features=in_features,
             out_features=out_features,
-        )
+        ).matrices()
 
 
 # --- blocks and memory ---------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def test_refuses_dims_below_one(dims: tuple[int, int, int]) -> None:
 def test_blocks_are_the_same_values(
     variant: Variant, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    A, B = draw(variant, key=9, rank=5, in_features=17, out_features=13)
+    A, B = Draw(variant, key=9, rank=5, in_features=17, out_features=13).matrices()
     monkeypatch.setattr(generator, "BLOCK", 4)  # so that one call takes several steps
     whole = Draw(variant, 9, 5, 17, 13)
     blocks = list(redrawn(whole, in_features=17, out_features=13, block=block))
@@ -272,7 +273,7 @@ def test_blocks_are_the_same_values(
 def test_memory_is_the_result_and_a_bounded_block(variant: Variant) -> None:
     tracemalloc.start()
     try:
-        A, B = draw(variant, key=0, rank=64, in_features=20_000, out_features=20_000)
+        A, B = Draw(variant, key=0, rank=64, in_features=20_000, out_features=20_000).matrices()
         _, peak = tracemalloc.get_traced_memory()
         assert peak - A.nbytes - B.nbytes < 4e6
         del A, B
@@ -358,7 +359,7 @@ def test_values_of_words_are_those_of_the_draw(variant: Variant) -> None:
     words = first_words(np.array([3], np.uint32), 200)
     centered = centered_words(variant, words)[:100, 0]
     assert centered.tolist() == Source(variant, key=3).centered(100).tolist()
-    A, _ = draw(variant, key=3, rank=1, in_features=100, out_features=1)
+    A, _ = Draw(variant, key=3, rank=1, in_features=100, out_features=1).matrices()
     assert valued(variant, centered, fan_in=100).tobytes() == A.tobytes()
 
 

@@ -27,7 +27,7 @@ from vera_convert.adapter.opening import open_adapter
 from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.migration import Mode, migrate
 from vera_convert.conversion.strip_embed import embed, strip
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, rounded
 from vera_convert.errors import CheckpointError
 from vera_convert.rules import Finding
 from vera_convert.summary import info
@@ -215,7 +215,7 @@ def drawn(
     kept: int | None = None,
 ) -> Spoiler:
     """Return a spoiler that stores another draw, or its leading columns."""
-    pair = draw(variant, key=key, rank=RANK, in_features=width, out_features=height)
+    pair = Draw(variant, key=key, rank=RANK, in_features=width, out_features=height).matrices()
     first, second = (rounded(matrix, rounding) for matrix in pair)
     dtype = np.float64 if variant.dtype == np.float64 else np.float32
     return added({A: first[:, :kept].astype(dtype).copy(), B: second.astype(dtype)})

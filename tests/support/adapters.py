@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from vera_convert.draws.generator import Variant, draw
+from vera_convert.draws.generator import Draw, Variant
 
 RANK, HIDDEN = 4, 16
 OUTPUTS = {"q_proj": 16, "v_proj": 8}
@@ -51,13 +51,13 @@ def good_tensors(*, stripped: bool = False) -> dict[str, NDArray[Any]]:
             tensors[f"{module}.vera_lambda_b"] = values.normal(size=outputs).astype(np.float32)
             tensors[f"{module}.vera_lambda_d"] = values.normal(size=RANK).astype(np.float32)
     if not stripped:
-        A, B = draw(
+        A, B = Draw(
             Variant.FLOAT32_FUSED,
             key=KEY,
             rank=RANK,
             in_features=HIDDEN,
             out_features=max(OUTPUTS.values()),
-        )
+        ).matrices()
         tensors |= {"base_model.vera_A": A, "base_model.vera_B": B}
     return tensors
 

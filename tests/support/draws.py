@@ -11,7 +11,7 @@ from adapterdefects import A, B
 from adapters import HIDDEN, KEY, RANK
 from numpy.typing import NDArray
 
-from vera_convert.draws.generator import Rounding, Variant, draw, rounded
+from vera_convert.draws.generator import Draw, Rounding, Variant, rounded
 
 ROUNDINGS = {
     "float64": Rounding.NONE,
@@ -31,7 +31,7 @@ STORED: Mapping[str, Any] = {
 
 def as_peft_stored(variant: Variant, base: str, dtype: str) -> dict[str, NDArray[Any]] | None:
     """A and B as PEFT draws, rounds and stores them; None if that type would change values."""
-    pair = draw(variant, key=KEY, rank=RANK, in_features=HIDDEN, out_features=16)
+    pair = Draw(variant, key=KEY, rank=RANK, in_features=HIDDEN, out_features=16).matrices()
     kind = np.dtype(STORED[dtype])
     cast = [rounded(matrix, ROUNDINGS[base]) for matrix in pair]
     stored = [matrix.astype(kind) for matrix in cast]

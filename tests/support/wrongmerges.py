@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert.base.facts import BaseOptions
 from vera_convert.delta import delta, merged
-from vera_convert.draws.generator import Variant, draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import Verification, verify
 
@@ -95,9 +95,9 @@ def wrong_slice(adapter: Path, module: str, weight: Array) -> Array:
 
 def wrong_key(adapter: Path, module: str, weight: Array) -> Array:
     (A, B), (d, b) = _projections(adapter), _vectors(adapter, module)
-    A, B = draw(
+    A, B = Draw(
         Variant.FLOAT32_FUSED, key=8, rank=len(A), in_features=A.shape[1], out_features=len(B)
-    )
+    ).matrices()
     return merged(weight, delta(A, B, d, b, weight.shape[1]))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wrongmerges import PROVENANCE, Q, edit, layers
 
 from vera_convert.conversion.projections import ProjectionSource
-from vera_convert.draws.generator import Variant, draw
+from vera_convert.draws.generator import Draw, Variant
 from vera_convert.formats.verification import verification_text
 from vera_convert.merging.adapters import AdapterSpec
 
@@ -40,7 +40,9 @@ class Operands(NamedTuple):
 
 def operands(*, key: int = 7, seed: int = 0, size: float = 0.3) -> Operands:
     values = np.random.default_rng(seed)
-    A, B = draw(Variant.FLOAT32_FUSED, key=key, rank=RANK, in_features=INPUTS, out_features=OUTPUTS)
+    A, B = Draw(
+        Variant.FLOAT32_FUSED, key=key, rank=RANK, in_features=INPUTS, out_features=OUTPUTS
+    ).matrices()
     d, b = (values.normal(0, size, n).astype(np.float32) for n in (RANK, OUTPUTS))
     return Operands(A, B, d, b)
 
@@ -209,7 +211,9 @@ def test_one_cause_of_many_layers_is_printed_once(tmp_path: Path) -> None:
         tensors=dict(
             zip(
                 ("base_model.vera_A", "base_model.vera_B"),
-                draw(Variant.FLOAT32_FUSED, key=8, rank=4, in_features=16, out_features=16),
+                Draw(
+                    Variant.FLOAT32_FUSED, key=8, rank=4, in_features=16, out_features=16
+                ).matrices(),
                 strict=True,
             )
         ),

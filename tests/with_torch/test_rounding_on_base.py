@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vera_convert.draws.generator import (
+    Draw,
     Rounding,
     Variant,
-    draw,
     effective_rounding,
     rounded,
     rounding_on_base,
@@ -38,7 +38,7 @@ def test_a_base_rounds_a_draw_as_the_table_of_dtypes_says(drawn_in: str, dtype: 
     model = peft.get_peft_model(base, peft.VeraConfig(r=4, target_modules=["0"]))
     theirs = model.base_model.model[0].vera_A["default"].to(torch.float64).numpy()
     variant = Variant(f"{drawn_in}-fused")
-    ours, _ = draw(variant, key=0, rank=4, in_features=24, out_features=16)
+    ours, _ = Draw(variant, key=0, rank=4, in_features=24, out_features=16).matrices()
     applied = rounding_on_base(dtype)
     effective = effective_rounding(variant, applied)
     assert np.array_equal(rounded(ours, applied).astype(np.float64), theirs)

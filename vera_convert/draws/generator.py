@@ -154,15 +154,24 @@ class Draw:
         return (self.key - key) % 2**32 == 0
 
     def matrices(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return A (rank, in_features) and B (out_features, rank), rounded."""
-        A, B = draw(
-            self.variant,
-            key=self.key,
-            rank=self.rank,
-            in_features=self.in_features,
-            out_features=self.out_features,
-        )
-        return rounded(A, self.rounding), rounded(B, self.rounding)
+        """Return A (rank, in_features) and B (out_features, rank), as torch drew, and rounded.
+
+        Without a rounding, both matrices have the variant's dtype. The function takes a few
+        megabytes beside the result.
+
+        Raises:
+            ValueError: torch refuses the key, or a dimension is below 1.
+        """
+        shapes = (self.rank, self.in_features), (self.out_features, self.rank)
+        if min(*shapes[0], *shapes[1]) < 1:
+            raise ValueError(f"the dimensions must be at least one, not {shapes}")
+        source = Source(self.variant, key=self.key)
+        pair = [np.empty(shape, self.variant.dtype) for shape in shapes]
+        count = counter("regenerated", sum(matrix.nbytes for matrix in pair))
+        for matrix in pair:
+            source.fill(matrix, fan_in=matrix.shape[1], count=count)
+        A, B = (rounded(matrix, self.rounding) for matrix in pair)
+        return A, B
 
     @property
     def description(self) -> str:
@@ -294,28 +303,6 @@ def _reflect(values: NDArray[Any], bound: NDArray[Any]) -> None:
     reached = patterns == bound.view(np.uint16)
     if reached.any():
         np.bitwise_or(patterns, 0x8000, out=patterns, where=reached)
-
-
-def draw(
-    variant: Variant, *, key: int, rank: int, in_features: int, out_features: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return A of shape (rank, in_features) and B of shape (out_features, rank), as torch drew.
-
-    Both matrices have the variant's dtype. The function takes a few megabytes beside the result.
-
-    Raises:
-        ValueError: torch refuses the key, or a dimension is below 1.
-    """
-    if min(rank, in_features, out_features) < 1:
-        dims = rank, in_features, out_features
-        raise ValueError(f"the dimensions must be at least one, not {dims}")
-    source = Source(variant, key=key)
-    a = np.empty((rank, in_features), variant.dtype)
-    b = np.empty((out_features, rank), variant.dtype)
-    count = counter("regenerated", a.nbytes + b.nbytes)
-    source.fill(a, fan_in=in_features, count=count)
-    source.fill(b, fan_in=rank, count=count)
-    return a, b
 
 
 def redrawn(
