@@ -19,13 +19,7 @@ from vera_convert.assembly.addends import NotFiniteError, Numbers, Sum
 from vera_convert.assembly.blocks import CPU, product_sha256
 from vera_convert.assembly.copying import write_at
 from vera_convert.assembly.input_files import InputFile
-from vera_convert.assembly.writer import (
-    Assembler,
-    Computed,
-    CopiedRange,
-    Finished,
-    NewFile,
-)
+from vera_convert.assembly.writer import Assembler, Computed, CopiedRange, Finished, NewFile
 from vera_convert.delta import Array
 from vera_convert.errors import SurroundingsError
 

@@ -18,12 +18,7 @@ from sarif import SARIF
 
 from vera_convert.draws.generator import Draw, Variant
 from vera_convert.errors import SurroundingsError, UsageError
-from vera_convert.formats.catalog import (
-    explanation,
-    rules_document,
-    rules_page,
-    rules_text,
-)
+from vera_convert.formats.catalog import explanation, rules_document, rules_page, rules_text
 from vera_convert.formats.document import result_document
 from vera_convert.formats.github import github_text, job_summary
 from vera_convert.formats.junit import junit_text

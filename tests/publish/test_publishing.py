@@ -20,10 +20,7 @@ from systemcalls import intercept
 from vera_convert.errors import SurroundingsError, UsageError
 from vera_convert.publish import filesystem, staging
 from vera_convert.publish import publishing as publish
-from vera_convert.publish.publishing import (
-    Output,
-    updated_folder,
-)
+from vera_convert.publish.publishing import Output, updated_folder
 from vera_convert.publish.signals import Interrupted
 from vera_convert.publish.staging import sweep_containers
 

@@ -20,14 +20,7 @@ import torchmodels
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from vera_convert import (
-    CheckpointError,
-    Rounding,
-    SurroundingsError,
-    UsageError,
-    Variant,
-    strip,
-)
+from vera_convert import CheckpointError, Rounding, SurroundingsError, UsageError, Variant, strip
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.merging.options import Tied
 from vera_convert.with_torch import VeraConfig, VeraLinear, VeraModel

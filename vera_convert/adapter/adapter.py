@@ -59,6 +59,11 @@ class StoredProjections(NamedTuple):
         """Rows of B."""
         return self.B.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of A and B."""
+        return self.A.nbytes + self.B.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

@@ -16,13 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.config import (
-    LORA,
-    ConfigFile,
-    OtherMethodError,
-    VeraConfig,
-    read_config,
-)
+from vera_convert.adapter.config import LORA, ConfigFile, OtherMethodError, VeraConfig, read_config
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, disagreement, from_text
 from vera_convert.adapter.lora_record import lora_with_config, lora_without_config
 from vera_convert.adapter.sorting import SortedTensors, sort_tensors

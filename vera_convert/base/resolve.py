@@ -32,11 +32,7 @@ from vera_convert.errors import (
     VeraConvertError,
 )
 from vera_convert.files.shards import component_folders
-from vera_convert.hub.lookup import (
-    AmbiguousBaseError,
-    Location,
-    list_files,
-)
+from vera_convert.hub.lookup import AmbiguousBaseError, Location, list_files
 from vera_convert.rules import Finding
 from vera_convert.targets.architectures import layers_from_config
 from vera_convert.targets.built import BuiltLayers

@@ -10,12 +10,7 @@ import click
 from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.output import NotPrintedError, print_document, say, shown_command, tell
 from vera_convert.cli.values import did_you_mean
-from vera_convert.errors import (
-    CheckpointError,
-    SurroundingsError,
-    UsageError,
-    VeraConvertError,
-)
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.hub.redaction import redacted
 from vera_convert.text import and_more, printable, printable_whole
 

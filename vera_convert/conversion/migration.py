@@ -31,7 +31,7 @@ from vera_convert.conversion.projections import ProjectionSource, with_projectio
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.strip_embed import need_to_embed
 from vera_convert.conversion.transforms import (
-    Converted,
+    NewAdapter,
     already_stripped,
     as_it_is,
     embedded,
@@ -313,7 +313,7 @@ def _outside_adapters(tree: Path, names: Sequence[str]) -> Iterator[str]:
             yield file
 
 
-def _migrated(adapter: Adapter, plan: _Plan) -> tuple[Converted, BaseFacts]:
+def _migrated(adapter: Adapter, plan: _Plan) -> tuple[NewAdapter, BaseFacts]:
     """Bring a repaired adapter to the wanted mode, and name every change."""
     base_facts = resolve_base(adapter, plan.base, bases=plan.bases, need=_need(adapter, plan))
     adapter, cut = _cut(adapter, base_facts)
@@ -338,7 +338,7 @@ def _newer_peft(version: tuple[int, ...] | None) -> Iterator[Finding]:
         yield rules.OPTION_WITHOUT_EFFECT.at("--peft-version", reason)
 
 
-def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> Converted:
+def _as_it_is(adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource) -> NewAdapter:
     """Keep A and B, unless they are damaged or contradict the config."""
     if adapter.projections is None:
         converted = already_stripped(adapter)

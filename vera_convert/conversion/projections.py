@@ -15,12 +15,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.draws.comparison import equals
-from vera_convert.draws.generator import (
-    Draw,
-    Rounding,
-    Variant,
-    effective_rounding,
-)
+from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
 from vera_convert.draws.recognition import recognize
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array

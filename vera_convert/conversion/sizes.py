@@ -9,18 +9,8 @@ from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_projections
-from vera_convert.conversion.proof import (
-    RecognizedPair,
-    accepted_mismatch,
-    damage,
-    is_undecided,
-)
-from vera_convert.conversion.transforms import (
-    file_size,
-    fingerprint_of,
-    stored_dtype,
-    without_pair,
-)
+from vera_convert.conversion.proof import RecognizedPair, accepted_mismatch, damage, is_undecided
+from vera_convert.conversion.transforms import file_size, fingerprint_of, stored_dtype, without_pair
 from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData

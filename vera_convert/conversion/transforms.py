@@ -13,11 +13,7 @@ from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import METADATA_KEY, Fingerprint, to_text
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import (
-    ProjectionSource,
-    as_tensors,
-    pair_in_effect,
-)
+from vera_convert.conversion.projections import ProjectionSource, as_tensors, pair_in_effect
 from vera_convert.conversion.proof import (
     accepted_mismatch,
     damage,
@@ -43,8 +39,8 @@ IDLE_GENERATOR = rules.OPTION_WITHOUT_EFFECT.at(
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
-    """An adapter's content after a conversion, with the findings about this content.
+class NewAdapter:
+    """The content of a converted adapter, with the findings about this content.
 
     Attributes:
         adapter: the adapter before the conversion.
@@ -83,9 +79,9 @@ def file_size(tensors: Iterable[Entry], metadata: Mapping[str, str]) -> int:
     return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
 
-def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
+def as_it_is(adapter: Adapter, draw: Draw | None = None) -> NewAdapter:
     """Return an adapter's content unchanged."""
-    return Converted(
+    return NewAdapter(
         adapter,
         adapter.tensors,
         adapter.metadata,
@@ -95,7 +91,7 @@ def as_it_is(adapter: Adapter, draw: Draw | None = None) -> Converted:
     )
 
 
-def already_stripped(adapter: Adapter) -> Converted:
+def already_stripped(adapter: Adapter) -> NewAdapter:
     """Return a stripped adapter unchanged.
 
     Raises:
@@ -119,7 +115,7 @@ def stripped(
     *,
     projections: ProjectionSource = ProjectionSource.AUTO,
     accept_change: bool = False,
-) -> Converted:
+) -> NewAdapter:
     """Return an adapter without A and B, if the key is proven to regenerate both.
 
     Args:
@@ -147,14 +143,14 @@ def stripped(
     assert own.draw is not None  # noqa: S101 -- another pair was refused
     warned = () if change is not None else unproven(adapter, own, base_facts)
     changes = [REPLACED_BY_KEYS] if adapter is not original else []
-    changes.append(f"dropped A and B ({own.draw.description}), {_size(stored):,} bytes")
+    changes.append(f"dropped A and B ({own.draw.description}), {stored.nbytes:,} bytes")
     if adapter.repeated:
         changes.append(f"dropped {len(adapter.repeated)} copies of A and B")
     if change is not None:
         changes.append(f"accepted: {change}")
     hashes = _sha256(stored.A), _sha256(stored.B)
     tensors, metadata = without_pair(adapter, fingerprint_of(stored, own.draw, hashes))
-    return Converted(
+    return NewAdapter(
         adapter,
         tensors=tensors,
         metadata=metadata,
@@ -195,7 +191,7 @@ def embedded(
     *,
     projections: ProjectionSource = ProjectionSource.AUTO,
     variant: Variant | None = None,
-) -> Converted:
+) -> NewAdapter:
     """Return an adapter with A and B stored, drawn as the fingerprint records or as PEFT draws.
 
     Args:
@@ -229,7 +225,7 @@ def embedded(
 
 def _announced(
     adapter: Adapter, base_facts: BaseFacts, projections: ProjectionSource, *, redrawn: bool
-) -> Converted:
+) -> NewAdapter:
     """Keep the stored A and B, and set the config's flag for stored A and B."""
     assert adapter.projections is not None  # noqa: S101 -- the caller looked
     changes = [REPLACED_BY_KEYS] if redrawn else []
@@ -256,7 +252,7 @@ def _announced(
 
 def _restored(
     adapter: Adapter, fingerprint: Fingerprint, base_facts: BaseFacts, variant: Variant | None
-) -> Converted:
+) -> NewAdapter:
     """Draw the pair that the fingerprint records, and compare the hashes."""
     place = adapter.place
     if variant is not None and variant is not fingerprint.variant:
@@ -293,7 +289,7 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
     return pair
 
 
-def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> Converted:
+def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> NewAdapter:
     """Draw A and B for a base; nothing proves that the adapter was trained with this pair."""
     if base_facts.in_features is None or base_facts.out_features is None:
         why = f" ({base_facts.source.rstrip('.')})" if base_facts.source else ""
@@ -347,14 +343,14 @@ def _with_pair(
     drawn: Draw,
     proof: str,
     findings: tuple[Finding, ...],
-) -> Converted:
+) -> NewAdapter:
     metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
-    return Converted(
+    return NewAdapter(
         adapter,
         tensors=(*adapter.tensors, pair.A, pair.B),
         metadata=metadata,
         config_text=_with_flag(adapter, save_projection=True),
-        changes=(f"regenerated A and B ({drawn.description}), {_size(pair):,} bytes, {proof}",),
+        changes=(f"regenerated A and B ({drawn.description}), {pair.nbytes:,} bytes, {proof}",),
         draw=drawn,
         findings=(*adapter.findings, *findings),
     )
@@ -365,7 +361,3 @@ def _sha256(tensor: TensorData) -> str:
     for block in tensor.blocks():
         digest.update(block)
     return digest.hexdigest()
-
-
-def _size(stored: StoredProjections) -> int:
-    return stored.A.nbytes + stored.B.nbytes

@@ -8,18 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.adapter.folder import (
-    AdapterContent,
-    SideFiles,
-    write_adapter,
-    written_files,
-)
+from vera_convert.adapter.folder import AdapterContent, SideFiles, write_adapter, written_files
 from vera_convert.adapter.names import A_NAME
 from vera_convert.adapter.opening import Repair, open_adapter
 from vera_convert.adapter.values import refuse_values
 from vera_convert.arguments import optional, place, text
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.transforms import Converted
+from vera_convert.conversion.transforms import NewAdapter
 from vera_convert.draws.generator import Draw
 from vera_convert.files.value_range import ValueRange
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter, hub_access_of, locate
@@ -110,7 +105,7 @@ def opened(
         yield Work(location, found, refuse_values(found), output, access)
 
 
-def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> AdapterContent:
+def content_of(converted: NewAdapter, *, not_fetched: tuple[str, ...] = ()) -> AdapterContent:
     """Return the content of the new folder; an unchanged file of weights is copied."""
     adapter = converted.adapter
     return AdapterContent(
@@ -124,7 +119,7 @@ def content_of(converted: Converted, *, not_fetched: tuple[str, ...] = ()) -> Ad
     )
 
 
-def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversion:
+def publish(work: Work, converted: NewAdapter, base_facts: BaseFacts) -> Conversion:
     """Write a conversion completely or not at all, read it back, and return the report.
 
     Raises:
@@ -145,7 +140,7 @@ def publish(work: Work, converted: Converted, base_facts: BaseFacts) -> Conversi
 
 
 def reported(
-    converted: Converted, base_facts: BaseFacts, sides: SideFiles, *, label: str, out: Path
+    converted: NewAdapter, base_facts: BaseFacts, sides: SideFiles, *, label: str, out: Path
 ) -> Conversion:
     """Return the report of a conversion.
 

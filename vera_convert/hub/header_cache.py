@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.errors import VeraConvertError
 from vera_convert.files.reading import open_local
 
 MOST_KEPT = 16 << 20
@@ -51,9 +51,7 @@ class HeaderCache:
             known = json.loads(line[:_LONGEST_LINE])
             size, tag, commit = known["size"], known["tag"], known["commit"]
             whole = sha256(data).hexdigest() == known["sha256"]
-        except (CheckpointError, SurroundingsError, ValueError, TypeError, LookupError):
-            return None
-        except RecursionError:
+        except (VeraConvertError, ValueError, TypeError, LookupError, RecursionError):
             return None
         if not whole or type(size) is not int or not len(data) <= size:
             return None

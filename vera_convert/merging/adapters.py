@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vera_convert.adapter.adapter import Adapter
-from vera_convert.arguments import (
-    adapter_and_weight,
-    number,
-    optional,
-    place,
-    set_checked,
-    text,
-)
+from vera_convert.arguments import adapter_and_weight, number, optional, place, set_checked, text
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match
 from vera_convert.draws.generator import Draw

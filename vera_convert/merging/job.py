@@ -22,12 +22,7 @@ from vera_convert.base.side_files import PROVENANCE_NAME
 from vera_convert.errors import CheckpointError, SurroundingsError, mark_resumable
 from vera_convert.merging.options import MergeOptions
 from vera_convert.merging.output import MergePlan, check_staged
-from vera_convert.merging.provenance import (
-    input_records,
-    provenance_text,
-    recorded_files,
-    versions,
-)
+from vera_convert.merging.provenance import input_records, provenance_text, recorded_files, versions
 from vera_convert.merging.report import TensorReport
 from vera_convert.publish.publishing import Output, Staged, files_but
 from vera_convert.rules import Finding

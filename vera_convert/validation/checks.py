@@ -281,6 +281,6 @@ def _are_unfit(stored: StoredProjections, config: VeraConfig) -> bool:
         any(len(tensor.shape) != 2 or 0 in tensor.shape for tensor in pair)
         or any(tensor.dtype not in FLOATS for tensor in pair)
         or (stored.A.shape[0], stored.B.shape[1]) != (config.r, config.r)
-        or stored.A.nbytes + stored.B.nbytes > MAX_PROJECTION_BYTES
+        or stored.nbytes > MAX_PROJECTION_BYTES
         or stored.A.shape[1] > MAX_WIDTH
     )

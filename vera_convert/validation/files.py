@@ -7,12 +7,7 @@ from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.adapter.folder import is_left_out, module_folders, side_files
-from vera_convert.files.file_names import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    is_pickle,
-    is_training_state,
-)
+from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME, is_pickle, is_training_state
 from vera_convert.rules import Finding
 from vera_convert.text import printable, there_are
 

@@ -7,14 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vera_convert.adapter.folder import adapters_below
-from vera_convert.arguments import (
-    one_of,
-    optional,
-    places,
-    require_flags,
-    text,
-    texts,
-)
+from vera_convert.arguments import one_of, optional, places, require_flags, text, texts
 from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.errors import SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME

@@ -26,17 +26,9 @@ from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.bases import Bases
 from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
-from vera_convert.conversion.projections import (
-    ProjectionSource,
-    check_size,
-    usual_draw,
-)
+from vera_convert.conversion.projections import ProjectionSource, check_size, usual_draw
 from vera_convert.delta import Array
-from vera_convert.draws.generator import (
-    effective_rounding,
-    rounded,
-    rounding_on_base,
-)
+from vera_convert.draws.generator import effective_rounding, rounded, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
 from vera_convert.files.file_names import CONFIG_NAME

@@ -37,12 +37,7 @@ from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.checks import peft_findings
 from vera_convert.lora.engines import EngineName, Form
-from vera_convert.lora.factors import (
-    Decomposition,
-    Factors,
-    relative_error,
-    squared_norm,
-)
+from vera_convert.lora.factors import Decomposition, Factors, relative_error, squared_norm
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect

@@ -19,12 +19,7 @@ from typing import TypeVar
 from vera_convert import rules
 from vera_convert.arguments import Progress, instance, optional, place, progress_function
 from vera_convert.base.facts import BaseOptions, base_options_of
-from vera_convert.errors import (
-    CheckpointError,
-    SurroundingsError,
-    UsageError,
-    VeraConvertError,
-)
+from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import HubAccess, hub_access_of
