@@ -22,7 +22,7 @@ from vera_convert.base.model import read_base, read_config_file, read_model_conf
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.conversion.sizes import NO_HASHES, empty_pair
 from vera_convert.conversion.transforms import file_size, fingerprint_of
-from vera_convert.draws.generator import Draw, Variant, effective_rounding, rounding_on_base
+from vera_convert.draws.generator import Draw, Variant, rounding_on_base
 from vera_convert.dtypes import BITS, FLOATS
 from vera_convert.errors import CheckpointError, ParameterError, UsageError
 from vera_convert.files.header import TensorInfo
@@ -229,10 +229,9 @@ def _stripped_metadata(chosen: Adapted, config: VeraConfig, dtype: str) -> dict[
         config: the adapter's config.
         dtype: the dtype of the base (safetensors' name).
     """
-    variant, key, dims = Variant.FLOAT32_FUSED, config.projection_prng_key, chosen.dims
-    rounding = effective_rounding(variant, rounding_on_base(dtype))
-    pair = empty_pair(config.r, *dims, dtype="F32")
-    record = fingerprint_of(pair, Draw(variant, key, config.r, *dims, rounding), NO_HASHES)
+    drawn = Draw(Variant.FLOAT32_FUSED, config.projection_prng_key, config.r, *chosen.dims)
+    pair = empty_pair(config.r, *chosen.dims, dtype="F32")
+    record = fingerprint_of(pair, drawn.rounded(rounding_on_base(dtype)), NO_HASHES)
     return {**_METADATA, METADATA_KEY: to_text(record)}
 
 

@@ -15,7 +15,6 @@ from vera_convert.draws.generator import (
     Draw,
     Rounding,
     Variant,
-    effective_rounding,
     rounded,
     rounding_on_base,
 )
@@ -38,9 +37,10 @@ def test_a_base_rounds_a_draw_as_the_table_of_dtypes_says(drawn_in: str, dtype: 
     model = peft.get_peft_model(base, peft.VeraConfig(r=4, target_modules=["0"]))
     theirs = model.base_model.model[0].vera_A["default"].to(torch.float64).numpy()
     variant = Variant(f"{drawn_in}-fused")
-    ours, _ = Draw(variant, key=0, rank=4, in_features=24, out_features=16).matrices()
+    draw = Draw(variant, key=0, rank=4, in_features=24, out_features=16)
+    ours, _ = draw.matrices()
     applied = rounding_on_base(dtype)
-    effective = effective_rounding(variant, applied)
+    effective = draw.rounded(applied).rounding
     assert np.array_equal(rounded(ours, applied).astype(np.float64), theirs)
     assert np.array_equal(rounded(ours, effective).astype(np.float64), theirs)
     assert (effective is Rounding.NONE) == np.array_equal(theirs, ours.astype(np.float64))

@@ -15,7 +15,7 @@ from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.draws.comparison import equals
-from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
+from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.draws.recognition import recognize
 from vera_convert.errors import CheckpointError, UsageError
 from vera_convert.files.tensorfile import NUMPY_DTYPE, from_array
@@ -87,7 +87,7 @@ def draw_of_key(
     usual = usual_draw(adapter.config, base_facts, stored.in_features, stored.out_features)
     usual = replace(usual, variant=variant or usual.variant)
     if base_facts.rounding is not None:
-        return replace(usual, rounding=effective_rounding(usual.variant, base_facts.rounding))
+        return usual.rounded(base_facts.rounding)
     found = drawn_from_key(stored, usual.key)
     if found is None or replace(found, rounding=Rounding.NONE) != usual:
         raise UsageError(

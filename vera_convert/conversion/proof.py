@@ -20,7 +20,7 @@ from vera_convert.adapter.names import A_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, check_size, usual_draw
 from vera_convert.draws.comparison import difference, equals
-from vera_convert.draws.generator import Draw, effective_rounding, rounding_on_base
+from vera_convert.draws.generator import Draw, rounding_on_base
 from vera_convert.draws.recognition import Recognition, recognize
 from vera_convert.dtypes import DTYPES_OF_LAYERS
 from vera_convert.errors import CheckpointError
@@ -99,13 +99,10 @@ def same_on(
         return ()
     usual = usual_draw(config, base_facts, own.in_features, own.out_features)
     return tuple(
-        dtype for dtype in DTYPES_OF_LAYERS if _is_same(own, own.draw, _on_base_of(usual, dtype))
+        dtype
+        for dtype in DTYPES_OF_LAYERS
+        if _is_same(own, own.draw, usual.rounded(rounding_on_base(dtype)))
     )
-
-
-def _on_base_of(draw: Draw, dtype: str) -> Draw:
-    rounding = effective_rounding(draw.variant, rounding_on_base(dtype))
-    return replace(draw, rounding=rounding)
 
 
 def _regenerated(
@@ -116,7 +113,7 @@ def _regenerated(
     roundings = base_facts.roundings or (draw.rounding,)
     if base_facts.rounding is not None:
         roundings = (base_facts.rounding,)
-    return [replace(usual, rounding=effective_rounding(usual.variant, each)) for each in roundings]
+    return [usual.rounded(each) for each in roundings]
 
 
 def _is_same(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> bool:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vera_convert.adapter.adapter import Adapter, StoredProjections
-from vera_convert.adapter.fingerprint import METADATA_KEY, NO_SHA256
+from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
 from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_projections
 from vera_convert.conversion.proof import RecognizedPair, accepted_mismatch, damage, is_undecided
-from vera_convert.conversion.transforms import file_size, fingerprint_of, stored_dtype, without_pair
+from vera_convert.conversion.transforms import (
+    file_size,
+    fingerprint_of,
+    stored_dtype,
+    with_pair,
+    without_pair,
+)
 from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
@@ -50,10 +56,9 @@ def form_sizes(
     stored = adapter.projections
     if stored is None or own is None:
         pair = _pair_to_draw(adapter, base_facts)
-        metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
         return FormSizes(
             file_size(adapter.tensors, adapter.metadata),
-            file_size([*adapter.tensors, pair.A, pair.B], metadata) if pair else None,
+            file_size(*with_pair(adapter, pair)) if pair else None,
         )
     if projections is ProjectionSource.KEY:
         return _sizes_of_key(adapter, stored, base_facts)

@@ -24,7 +24,7 @@ from vera_convert.conversion.proof import (
     unproven,
     unproven_draw,
 )
-from vera_convert.draws.generator import Draw, Rounding, Variant, effective_rounding
+from vera_convert.draws.generator import Draw, Rounding, Variant
 from vera_convert.errors import CheckpointError, UsageError, refuse
 from vera_convert.files.header import Entry, header_bytes, in_order
 from vera_convert.files.tensorfile import TensorData
@@ -263,7 +263,7 @@ def _restored(
     refuse(unfit_dims(fingerprint, base_facts, place=place))
     pair = prove(fingerprint, place=place)
     proof = "proven identical by the fingerprint"
-    return _with_pair(adapter, pair, fingerprint.draw, proof, ())
+    return _with_drawn(adapter, pair, fingerprint.draw, proof, ())
 
 
 def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
@@ -318,15 +318,14 @@ def _redrawn(adapter: Adapter, base_facts: BaseFacts, variant: Variant) -> NewAd
         adapter.config.r,
         base_facts.in_features,
         base_facts.out_features,
-        effective_rounding(variant, base_facts.rounding),
-    )
+    ).rounded(base_facts.rounding)
     pair = as_tensors(drawn, dtype=stored_dtype(adapter), place=adapter.place)
     exact = drawn.rounding is Rounding.NONE and drawn.variant.dtype.name == "float64"
     if pair.A.dtype == "F32" and exact:
         drawn = replace(drawn, rounding=Rounding.FP32)  # float32 cannot hold the further bits
     reason = f"A and B were regenerated: {drawn.description}. No fingerprint proves these matrices."
     finding = unproven_draw(adapter.config, reason, place=adapter.place)
-    return _with_pair(
+    return _with_drawn(
         adapter, pair, drawn, "not proven: there is no fingerprint", (*base_facts.findings, finding)
     )
 
@@ -337,17 +336,25 @@ def stored_dtype(adapter: Adapter) -> str:
     return min(dtypes) if len(dtypes) == 1 else "F32"
 
 
-def _with_pair(
+def with_pair(
+    adapter: Adapter, pair: StoredProjections
+) -> tuple[tuple[TensorData, ...], dict[str, str]]:
+    """Return the tensors and the metadata of a stripped adapter whose A and B are stored again."""
+    metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
+    return (*adapter.tensors, *pair), metadata
+
+
+def _with_drawn(
     adapter: Adapter,
     pair: StoredProjections,
     drawn: Draw,
     proof: str,
     findings: tuple[Finding, ...],
 ) -> NewAdapter:
-    metadata = {key: text for key, text in adapter.metadata.items() if key != METADATA_KEY}
+    tensors, metadata = with_pair(adapter, pair)
     return NewAdapter(
         adapter,
-        tensors=(*adapter.tensors, pair.A, pair.B),
+        tensors=tensors,
         metadata=metadata,
         config_text=_with_flag(adapter, save_projection=True),
         changes=(f"regenerated A and B ({drawn.description}), {pair.nbytes:,} bytes, {proof}",),

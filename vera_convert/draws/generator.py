@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -114,19 +114,12 @@ _ON_BASE = {
 def rounding_on_base(dtype: str) -> Rounding:
     """Return the cast that PEFT applies to drawn A and B if the base has this dtype.
 
-    The cast of a float32 base changes float64 draws alone; see `effective_rounding`.
+    The cast of a float32 base changes float64 draws alone; see `Draw.rounded`.
 
     Args:
         dtype: torch's or safetensors' name of a floating-point dtype.
     """
     return _ON_BASE[HEADER_NAMES.get(dtype, dtype)]
-
-
-def effective_rounding(variant: Variant, rounding: Rounding) -> Rounding:
-    """Return the rounding, or `Rounding.NONE` if the casts change no value of this variant."""
-    drawn = HEADER_NAMES[variant.dtype.name]
-    casts = (HEADER_NAMES[cast.name] for cast in rounding.casts)
-    return Rounding.NONE if all(holds_every_value(cast, drawn) for cast in casts) else rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +145,13 @@ class Draw:
     def has_key(self, key: int) -> bool:
         """Say whether this key gives the same draw."""
         return (self.key - key) % 2**32 == 0
+
+    def rounded(self, rounding: Rounding) -> Draw:
+        """Return this draw with a rounding, or with none if the casts change no value."""
+        drawn = HEADER_NAMES[self.variant.dtype.name]
+        casts = (HEADER_NAMES[cast.name] for cast in rounding.casts)
+        is_exact = all(holds_every_value(cast, drawn) for cast in casts)
+        return replace(self, rounding=Rounding.NONE if is_exact else rounding)
 
     def matrices(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return A (rank, in_features) and B (out_features, rank), as torch drew, and rounded.

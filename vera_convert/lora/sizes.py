@@ -10,7 +10,6 @@ from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.conversion.projections import ProjectionSource, usual_draw
-from vera_convert.draws.generator import effective_rounding
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.forms import files_of
 from vera_convert.lora.options import LoraOptions
@@ -67,5 +66,4 @@ def _pair(
     if inputs is None or outputs is None or base_facts.rounding is None:
         return None
     usual = usual_draw(adapter.config, base_facts, inputs, outputs)
-    rounding = effective_rounding(usual.variant, base_facts.rounding)
-    return replace(found, draw=replace(usual, rounding=rounding))
+    return replace(found, draw=usual.rounded(base_facts.rounding))

@@ -28,7 +28,7 @@ from vera_convert.base.facts import BASE_REMEDY, BaseFacts, BaseOptions
 from vera_convert.base.resolve import Need, resolve_base
 from vera_convert.conversion.projections import ProjectionSource, check_size, usual_draw
 from vera_convert.delta import Array
-from vera_convert.draws.generator import effective_rounding, rounded, rounding_on_base
+from vera_convert.draws.generator import rounded, rounding_on_base
 from vera_convert.dtypes import BASE_NAMES, USUAL_OF_BASES
 from vera_convert.errors import UsageError
 from vera_convert.files.file_names import CONFIG_NAME
@@ -242,7 +242,7 @@ class _Side:
         if self._drawn is None:
             check_size(drawn, place=self.adapter.place)
             self._drawn = drawn.matrices()
-        rounding = effective_rounding(drawn.variant, rounding_on_base(dtype))
+        rounding = drawn.rounded(rounding_on_base(dtype)).rounding
         A, B = (rounded(matrix, rounding) for matrix in self._drawn)
         return A, B
 
