@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from vera_convert.adapter.config import VeraConfig, parse_config, peft_release
+from vera_convert.arguments import NEWEST_PEFT
 from vera_convert.errors import CheckpointError, SurroundingsError
 from vera_convert.targets import patterns
 from vera_convert.targets.linear import Linear, ModelLayers, layers_from_shapes
 from vera_convert.targets.matching import (
-    NEWEST,
     Version,
     adapted,
     default_targets,
@@ -588,7 +588,7 @@ def test_peft_0_21_writes_what_the_rules_say(fixtures: Path) -> None:
                 read(base / "model.safetensors"), model_type=base.name.partition("-")[0]
             ),
             config,
-            peft=peft_release(folder.parent.name) or NEWEST,
+            peft=peft_release(folder.parent.name) or NEWEST_PEFT,
         )
         assert {
             f"base_model.model.{name}.vera_lambda_b": (layer.out_features,)

@@ -14,6 +14,7 @@ from vera_convert.base.renames import model_types
 from vera_convert.dtypes import FLOATS
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CARD_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import is_repo_id
@@ -24,7 +25,6 @@ from vera_convert.text import printable
 
 _IN_CACHE = re.compile(r"models--([^/\\]+)")
 _CLASS_MODULE = re.compile(r"transformers\.models\.(\w+)\..*")
-_CARD = "README.md"
 _MOST_OF_CARD = 1 << 16
 _TUNED = frozenset(("finetune", "merge"))
 """The relations of a model card to the ``base_model`` after a change of the weights."""
@@ -81,7 +81,7 @@ def _tuned_from(location: Location) -> frozenset[str]:
     if folder is None:
         return frozenset()
     try:
-        with open_local(folder / _CARD, within=folder) as file:
+        with open_local(folder / CARD_NAME, within=folder) as file:
             text = bytes(file.read_at(0, min(file.size, _MOST_OF_CARD)))
     except (CheckpointError, SurroundingsError):
         return frozenset()

@@ -9,14 +9,13 @@ from pathlib import PurePosixPath
 
 from vera_convert import rules
 from vera_convert.base.model import BaseModel
-from vera_convert.files.file_names import is_strange, is_training_state
+from vera_convert.files.file_names import CARD_NAME, is_strange, is_training_state
 from vera_convert.files.json_edit import edited_member, edited_object
 from vera_convert.files.shards import PIPELINE
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
 PROVENANCE_NAME = "merge-provenance.json"
-CARD_NAME = "README.md"
 
 _OTHER_WEIGHTS = re.compile(
     r".*\.(bin|ckpt|pt|pth|pkl|h5|msgpack|onnx|onnx_data|ot|gguf|npz|tflite|pte|mlmodel"

@@ -15,8 +15,8 @@ from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.reading import ByteSource, open_local
 from vera_convert.files.strict_json import read_json
+from vera_convert.hub.files import TOKENIZER_LIMIT
 
-_TOKENS_LIMIT = 100_000_000
 _STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
 _IN_STACK = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
 """The embedding in each stack of an encoder-decoder, by the last part of the shared embedding."""
@@ -187,7 +187,7 @@ def _tokens(name: str, source: ByteSource) -> Iterator[int]:
     """Yield the ids of the added tokens in a file of a tokenizer."""
     if name not in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"):
         return
-    document, _ = read_json(source, limit=_TOKENS_LIMIT, pythons_numbers=True)
+    document, _ = read_json(source, limit=TOKENIZER_LIMIT, pythons_numbers=True)
     if not isinstance(document, dict):
         return
     found: list[object] = []

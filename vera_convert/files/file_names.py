@@ -16,6 +16,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 """The weights of an adapter."""
 PICKLED_NAME = "adapter_model.bin"
 """The weights of an adapter as a pickle."""
+CARD_NAME = "README.md"
+"""The model card of a model or an adapter."""
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 """Endings of pickled weight files, which this package never opens."""
 _TRAINING_STATE = re.compile(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+from vera_convert.files.file_names import CARD_NAME
 from vera_convert.rules import Severity
 from vera_convert.schemas import load_schema
 from vera_convert.text import printable
@@ -155,7 +156,7 @@ VALUES: Mapping[str, Mapping[str, str | Callable[[Any], object]]] = {
         "server_arguments": lambda lora: lora.server_arguments or None,
         "bytes": "size",
         "bytes_free": "free",
-        "carried": lambda lora: [name for name in lora.side_files.copied if name != "README.md"],
+        "carried": lambda lora: [name for name in lora.side_files.copied if name != CARD_NAME],
         "left_out": "side_files.left_out",
         "layers": _lora_layers,
         "relative_error": lambda lora: _short(lora.measured.worst),

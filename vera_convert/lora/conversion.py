@@ -27,7 +27,7 @@ from vera_convert.conversion.transforms import IDLE_GENERATOR
 from vera_convert.conversion.work import Work, opened
 from vera_convert.draws.generator import Draw
 from vera_convert.errors import CheckpointError
-from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess
 from vera_convert.lora.card import lora_card
@@ -53,7 +53,6 @@ from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import Finding, errors_of
 from vera_convert.text import printable, short_repr
 
-CARD_NAME = "README.md"
 ERROR_LIMIT = 0.5
 """The relative error of a layer's delta above which a LoRA is refused."""
 

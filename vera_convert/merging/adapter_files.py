@@ -17,10 +17,12 @@ from vera_convert import rules
 from vera_convert.adapter.folder import module_folders, side_files
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.model import CONFIG_LIMIT, BaseModel
-from vera_convert.base.side_files import CARD_NAME, is_other_weights, tokenizer_files
+from vera_convert.base.side_files import is_other_weights, tokenizer_files
 from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.files.file_names import CARD_NAME
 from vera_convert.files.reading import open_local
 from vera_convert.files.strict_json import read_json
+from vera_convert.hub.files import TOKENIZER_LIMIT
 from vera_convert.hub.lookup import Location
 from vera_convert.rules import Finding
 from vera_convert.text import printable
@@ -36,7 +38,6 @@ _SINGLE = re.compile(
 """Files that decide how the model is used; each replaces the base's file of the same name."""
 _MODULE_FOLDER = re.compile(r"\d+_\w+")
 """The name of a module's folder in sentence-transformers, such as ``1_Pooling``."""
-_TOKENIZER_LIMIT = 100_000_000
 _MOST_LABELS = 100_000
 
 
@@ -228,7 +229,7 @@ class _StatedFacts:
 
     def _object(self, name: str) -> dict[str, object]:
         """Return the members of a file of the tokenizer; empty if the file holds no object."""
-        found = self._json(name, _TOKENIZER_LIMIT)
+        found = self._json(name, TOKENIZER_LIMIT)
         return found if isinstance(found, dict) else {}
 
     @property

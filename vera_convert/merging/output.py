@@ -12,9 +12,10 @@ from vera_convert._version import __version__
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.assembly.writer import Computed, CopiedRange, NewFile
 from vera_convert.base.model import read_base
-from vera_convert.base.side_files import CARD_NAME, of_dtype, untied
+from vera_convert.base.side_files import of_dtype, untied
 from vera_convert.base.vocabulary import check_tokens, embedding_rows
 from vera_convert.errors import SurroundingsError
+from vera_convert.files.file_names import CARD_NAME
 from vera_convert.files.json_edit import removed_member
 from vera_convert.files.reading import open_local
 from vera_convert.files.shards import REDIRECTION

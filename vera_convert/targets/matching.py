@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
+from vera_convert.arguments import NEWEST_PEFT
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME
 from vera_convert.targets.endings import Endings
@@ -29,8 +30,6 @@ from vera_convert.targets.patterns import Pattern, search
 from vera_convert.text import printable
 
 Version = tuple[int, int]
-NEWEST: Version = (0, 21)
-"""The PEFT whose rules hold by default."""
 
 
 class Adapted(NamedTuple):
@@ -54,7 +53,7 @@ class Adapted(NamedTuple):
         return self.max_in, self.max_out
 
 
-def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST) -> Adapted:
+def adapted(model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST_PEFT) -> Adapted:
     """Tell which layers of `model` PEFT adapts for `config`, and the dims of A and B.
 
     PEFT first sizes A and B, then condenses a long list of names to suffixes, and then adapts
@@ -103,7 +102,7 @@ def default_targets() -> Mapping[str, tuple[str, ...] | str]:
 
 
 def resolve(
-    model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST
+    model: ModelLayers, config: VeraConfig, *, peft: Version = NEWEST_PEFT
 ) -> tuple[str, ...] | str:
     """Return the resolved `target_modules`: names, or a regular expression for full names.
 
@@ -153,7 +152,7 @@ def _classifier(names: Iterable[str]) -> Iterator[str]:
 
 
 def condensed(
-    names: Sequence[str], targets: tuple[str, ...], *, peft: Version = NEWEST
+    names: Sequence[str], targets: tuple[str, ...], *, peft: Version = NEWEST_PEFT
 ) -> tuple[str, ...]:
     """Return a list of 20 names or more as the shortest suffixes that match nothing else.
 
@@ -189,7 +188,7 @@ def _parents(name: str) -> list[str]:
 # --- which modules have such a name --------------------------------------------------------------
 
 
-def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST) -> list[str]:
+def matching(names: Sequence[str], config: VeraConfig, *, peft: Version = NEWEST_PEFT) -> list[str]:
     """Return the names that a config with resolved targets adapts, in order.
 
     Raises:

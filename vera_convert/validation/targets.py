@@ -13,11 +13,12 @@ from dataclasses import replace
 from vera_convert import rules
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.saved_modules import SavedModules
+from vera_convert.arguments import NEWEST_PEFT
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.rules import Finding
 from vera_convert.targets.endings import Endings
-from vera_convert.targets.matching import NEWEST, is_all_linear, matching
+from vera_convert.targets.matching import is_all_linear, matching
 from vera_convert.text import printable
 
 RELEASES = {"0.15 and earlier": (0, 15), "0.16 to 0.19": (0, 19), "0.20": (0, 20)}
@@ -43,7 +44,7 @@ def target_findings(config: VeraConfig, layers: Sequence[str], *, alone: bool) -
     if not layers or targets is None or is_all_linear(targets):
         return
     try:
-        newest = matching(layers, config, peft=NEWEST)
+        newest = matching(layers, config, peft=NEWEST_PEFT)
     except CheckpointError as error:
         yield from error.findings
         return

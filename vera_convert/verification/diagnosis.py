@@ -16,12 +16,10 @@ import numpy as np
 from vera_convert.delta import FLOAT64, Array
 from vera_convert.dtypes import SIXTEEN_BIT
 from vera_convert.verification.comparator import LIMIT, Comparator, Comparison, last_bits, rounded
-from vera_convert.verification.other_adapters import of_other_adapters
+from vera_convert.verification.other_adapters import LEFT_OVER, is_small, of_other_adapters
 from vera_convert.verification.pairs import Buffers, Pair, is_wider
 from vera_convert.verification.roundings import intermediate_rounding
 
-_LEFT_OVER = 0.02
-"""The largest unexplained share of a change, beyond rounding."""
 _CLEAR = 4.0
 """How many times larger than the rounding errors a delta must be to show."""
 _SIGMAS = 5.0
@@ -138,19 +136,17 @@ def _sum(deltas: Iterable[Array], shape: tuple[int, ...]) -> Array:
 def _explained(change: Array, delta: Array, noise: float) -> float | None:
     """Return the factor by which a change is a multiple of a delta; None if it is no multiple."""
     factor = float(np.vdot(change, delta) / np.vdot(delta, delta))
-    left_over = float(np.linalg.norm(change - factor * delta))
-    allowed = 2 * noise + _LEFT_OVER * float(np.linalg.norm(change))
-    return factor if left_over <= allowed else None
+    return factor if is_small(change - factor * delta, change, noise) else None
 
 
 def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) -> str:
     """Return the cause of a change that is a multiple of the delta, or nearly the delta."""
-    if abs(factor - 2) < _LEFT_OVER:
+    if abs(factor - 2) < LEFT_OVER:
         return (
             "The delta was added twice: a merged model was merged again, or the merge had twice "
             "this --weight."
         )
-    if abs(factor + 1) < _LEFT_OVER:
+    if abs(factor + 1) < LEFT_OVER:
         return (
             "The delta was subtracted, as if the base and the merged model were exchanged, or "
             "--weight were negative."
@@ -164,7 +160,7 @@ def _multiple(factor: float, pair: Pair, rows: _Rows, comparison: Comparison) ->
             LIMIT * rows.comparator.last_bit * (np.abs(rows.weights) + np.abs(rows.delta).max())
         )
         allowed = rows.noise + of_order + doubt * np.abs(rows.delta)
-        if abs(factor - 1) > _LEFT_OVER or np.mean(left <= allowed) >= _ALL:
+        if abs(factor - 1) > LEFT_OVER or np.mean(left <= allowed) >= _ALL:
             return f"The delta was added {_shown(factor, doubt)} times."
         return ""
     return _of_wider_base(pair, rows, comparison)

@@ -11,7 +11,7 @@ import numpy as np
 from vera_convert.delta import FLOAT64, Array
 from vera_convert.verification.comparator import Comparator
 
-_LEFT_OVER = 0.02
+LEFT_OVER = 0.02
 """The largest unexplained share of a matrix, beyond rounding."""
 _STEPS = 50
 _FEWEST_VECTORS = 3
@@ -41,7 +41,7 @@ def of_other_adapters(
     if _FEWEST_VECTORS <= len(A) < change.shape[1]:
         inverse = np.linalg.pinv(A)
         inside = change @ inverse
-        if _is_small(change - inside @ A, change, noise):
+        if is_small(change - inside @ A, change, noise):
             within = noise * float(np.linalg.norm(inverse, 2))
             return _of_vectors(inside, delta @ inverse, B, within)
     dimensions = _rank(change, noise)
@@ -83,11 +83,12 @@ def _is_scaled(matrix: Array, B: Array, noise: float) -> bool:
         for _ in range(_STEPS):
             b = np.nan_to_num((matrix * B) @ d / (squares @ (d * d)))
             d = np.nan_to_num((matrix * B).T @ b / (squares.T @ (b * b)))
-    return _is_small(matrix - b[:, np.newaxis] * B * d, matrix, noise)
+    return is_small(matrix - b[:, np.newaxis] * B * d, matrix, noise)
 
 
-def _is_small(rest: Array, matrix: Array, noise: float) -> bool:
-    allowed = 2 * noise + _LEFT_OVER * float(np.linalg.norm(matrix))
+def is_small(rest: Array, matrix: Array, noise: float) -> bool:
+    """Say whether rounding errors of a norm, and a small share of a matrix, explain the rest."""
+    allowed = 2 * noise + LEFT_OVER * float(np.linalg.norm(matrix))
     return float(np.linalg.norm(rest)) <= allowed
 
 

@@ -146,13 +146,11 @@ def _runs_of(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, ...]]:
     run: list[Pair] = []
     size = 0
     for pair in pairs:
-        if run and size + pair.found.nbytes <= _BLOCK_BYTES and pair.continues(run[-1]):
-            run.append(pair)
-            size += pair.found.nbytes
-            continue
-        if run:
+        size += pair.found.nbytes
+        if run and (size > _BLOCK_BYTES or not pair.continues(run[-1])):
             yield tuple(run)
-        run, size = [pair], pair.found.nbytes
+            run, size = [], pair.found.nbytes
+        run.append(pair)
     if run:
         yield tuple(run)
 

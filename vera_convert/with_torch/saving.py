@@ -13,7 +13,7 @@ from torch import Tensor
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.folder import AdapterContent, is_vera, write_adapter
 from vera_convert.errors import UsageError
-from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
+from vera_convert.files.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.tensorfile import from_array
 from vera_convert.publish.filesystem import is_empty
 from vera_convert.publish.publishing import Output, explained, updated_folder
@@ -92,10 +92,6 @@ def _write_adapter(folder: Path, config: VeraConfig, tensors: Mapping[str, Tenso
         check_unchanged=lambda: None,
     )
     write_adapter(content, folder)
-
-
-CARD_NAME = "README.md"
-"""The model card that PEFT writes into an adapter's folder."""
 
 
 def _is_empty(out: Path) -> bool:
