@@ -147,5 +147,4 @@ class StoredTensor:
 
 def _has(file: LocalFile, header: Header) -> bool:
     """Return whether a file still has this header, and the size that the header implies."""
-    end = header.data_start + max((info.end for info in header.tensors.values()), default=0)
-    return file.size == end and file.read_at(0, header.data_start) == header.raw
+    return file.size == header.file_size and file.read_at(0, header.data_start) == header.raw

@@ -113,11 +113,7 @@ class BaseModel:
     @property
     def weights_size(self) -> int:
         """Bytes of all weight files."""
-        ends = (
-            header.data_start + max((info.end for info in header.tensors.values()), default=0)
-            for header in self.files.values()
-        )
-        return sum(ends)
+        return sum(header.file_size for header in self.files.values())
 
 
 def read_base(location: Location, access: HubAccess, *, component: str = "") -> BaseModel:

@@ -82,14 +82,22 @@ class Header:
     Attributes:
         tensors: by name, in the order of the header.
         metadata: the texts under ``__metadata__``; empty if there are none.
-        data_start: where the data part begins in the file.
         raw: the bytes of the file before the data, with the length of the header.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    data_start: int
     raw: bytes
+
+    @property
+    def data_start(self) -> int:
+        """Where the data part begins in the file."""
+        return len(self.raw)
+
+    @property
+    def file_size(self) -> int:
+        """The bytes of the file: no byte follows the last tensor."""
+        return self.data_start + max((info.end for info in self.tensors.values()), default=0)
 
 
 # --- reading a header ----------------------------------------------------------------------------
@@ -124,7 +132,7 @@ def read_header(source: ByteSource) -> Header:
     defects.raise_any()
     _check_layout(tensors, source.size - len(raw), defects)
     defects.raise_any()
-    return Header({info.name: info for info in tensors}, metadata, len(raw), raw)
+    return Header({info.name: info for info in tensors}, metadata, raw)
 
 
 class _Defects:

@@ -99,7 +99,7 @@ class AdapterFiles:
         """
         folders = {name.partition("/")[0] for name in self.copied if "/" in name}
         replaced = {*(tokenizer_files(base) if self.tokenizer else ())}
-        replaced |= {name for name in base if "/" in name and name.partition("/")[0] in folders}
+        replaced |= {name for name in base if _is_in(folders, name)}
         kept = {name: file for name, file in base.items() if name not in replaced}
         return dict(sorted({**kept, **self.in_model}.items()))
 
