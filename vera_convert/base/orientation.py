@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from vera_convert.base.model import BaseModel
+from vera_convert.base.renames import model_types
 from vera_convert.targets.linear import CONV1D_LAYERS
 
 
@@ -22,9 +21,7 @@ class Orientation:
             found = self._from_bias(name)
             if found is not None:
                 self._by_layer_name.setdefault(_layer_name(name), set()).add(found)
-        parts = (part for part in base.config.values() if isinstance(part, Mapping))
-        types = (part.get("model_type") for part in (base.config, *parts))
-        self._types = {kind for kind in types if isinstance(kind, str)}
+        self._types = model_types(base.config)
 
     def is_conv1d(self, name: str) -> bool | None:
         """Say whether the weight `name` is stored as (in, out); None if unknown."""
