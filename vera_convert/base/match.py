@@ -166,10 +166,6 @@ class _Matcher:
         self._orientation = Orientation(self.base)
         self._inside = Layers(self.base)
 
-    def try_out(self, strategy: Strategy) -> _Trial:
-        """Apply a strategy to every layer and compare names and shapes with the base."""
-        return self._try(strategy, [*self._layers])
-
     def with_tied_head(self, trial: _Trial) -> _Trial:
         """Return the trial with the embedding in place of a missing, tied output head.
 
@@ -187,7 +183,7 @@ class _Matcher:
         linear = self._linear(head, embedding)
         if linear.out_features != self._layers[head]:
             return trial
-        rest = self._try(trial.match.strategy, [name for name in self._layers if name != head])
+        rest = self.try_out(trial.match.strategy, without=head)
         tensors = {**rest.match.tensors, head: embedding}
         layers = {**rest.match.layers, head: linear}
         match = replace(
@@ -258,7 +254,9 @@ class _Matcher:
             )
         return [rules.NAMES_DIFFER.at(base.location.label, reason)]
 
-    def _try(self, strategy: Strategy, modules: Sequence[str]) -> _Trial:
+    def try_out(self, strategy: Strategy, *, without: str | None = None) -> _Trial:
+        """Apply a strategy to every layer but one, and compare names and shapes with the base."""
+        modules = [module for module in self._layers if module != without]
         found = {module: self._weight(strategy, module) for module in modules}
         parts = self._parts(strategy, [module for module, name in found.items() if name is None])
         places = {

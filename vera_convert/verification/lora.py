@@ -162,20 +162,24 @@ def check_lora(
         read = in_transformers_order(theirs, names, base_facts)
         pairing = _Pairing(ours, read, base_facts, pair, names)
         layers, wrong = pairing.layers()
-        acting = sum(finding.rule is rules.LORA_LAYER_EXTRA for finding in wrong)
+        extra = pairing.extra
+        acting = [name for name, layer in extra.items() if _has_effect(layer)]
         task = ours.config.task_type
+        others = [*_other_tensors(ours, theirs)]
         unloaded = [*unloaded_findings(pairing.lora, pairing.found, task, base_facts)]
         ours.check_unchanged()
         return LoraCheck(
             label=places[1].label,
             origin=pair.origin,
             layers=layers,
-            zeros=len(pairing.extra) - acting,
+            zeros=len(extra) - len(acting),
             trained_whole=len(ours.replacements),
             recorded=_recorded(theirs),
             run=_job(pairing, places, base_options, options, access),
             findings=(
                 *wrong,
+                *map(_extra_layer, acting),
+                *others,
                 *unloaded,
                 *_other_source(ours, theirs),
                 *dict.fromkeys((*ours.findings, *base_facts.findings, *pair.findings)),
@@ -213,13 +217,11 @@ class _Pairing:
         return {name: layer for name, layer in self.lora.layers.items() if name not in found}
 
     def layers(self) -> tuple[tuple[LoraLayerCheck, ...], list[Finding]]:
-        """Compare layers, heads and biases; return the compared layers and the errors."""
+        """Compare the layers; return the compared layers and the errors."""
         compared = [*_compared(self.adapter, self.lora, self.names, self.pair)]
         layers = tuple(each for each in compared if isinstance(each, LoraLayerCheck))
         wrong = [each for each in compared if isinstance(each, Finding)]
-        wrong += [layer.finding() for layer in layers if not layer.passed]
-        wrong += _extra_layers(self.extra)
-        return layers, [*wrong, *_other_tensors(self.adapter, self.lora)]
+        return layers, [*wrong, *(layer.finding() for layer in layers if not layer.passed)]
 
     def why_not_run(self) -> str:
         """Return the reason why PEFT cannot run this LoRA; empty if nothing is in the way."""
@@ -284,11 +286,9 @@ def _error_of_rank(ours: Factors, rank: int) -> float:
     return float(np.sqrt(squares[rank:].sum() / total)) if total else 0.0
 
 
-def _extra_layers(extra: Mapping[str, ReadLayer]) -> Iterator[Finding]:
-    """Yield a finding for each layer that the adapter lacks and that has an effect."""
-    for name, layer in extra.items():
-        if _has_effect(layer):
-            yield rules.LORA_LAYER_EXTRA.at(printable(name), "the adapter has no such layer.")
+def _extra_layer(name: str) -> Finding:
+    """Return the finding for a layer with an effect that the adapter lacks."""
+    return rules.LORA_LAYER_EXTRA.at(printable(name), "the adapter has no such layer.")
 
 
 def _has_effect(layer: ReadLayer) -> bool:
