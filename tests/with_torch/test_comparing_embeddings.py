@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_convert import BaseOptions, MergeOptions, Tied, merge, verify
 
-pytestmark = theirwarnings.OF_PEFT
+pytestmark = [theirwarnings.OF_PEFT, pytest.mark.usefixtures("models_here")]
 
 NAMES = {
     "gpt2": ("c_attn", "wte", "transformer.wte.weight"),

@@ -59,6 +59,7 @@ def test_the_whole_comparison_runs_in_a_child(llama: Path, schema_errors: Any) -
     assert schema_errors("verification", result_document(result)) == []
 
 
+@pytest.mark.usefixtures("models_here")
 def test_a_pattern_of_alphas_that_peft_reads_otherwise_fails(llama: Path, tmp_path: Path) -> None:
     changed = tmp_path / "lora"
     to_lora(llama / "adapter", changed, base=llama / "base")

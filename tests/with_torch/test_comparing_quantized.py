@@ -15,7 +15,7 @@ from releases import of_transformers
 from vera_convert import MergeOptions, VerifyOptions, merge, verify
 from vera_convert.formats.document import result_document
 from vera_convert.formats.verification import verification_text
-from vera_convert.verification import model_comparison, running
+from vera_convert.verification import model_comparison
 from vera_convert.verification import verify as verifying
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
 from vera_convert.verification.provenance import MergeSettings
@@ -140,6 +140,7 @@ def verified(name: str, tmp_path: Path, **options: Any) -> Verification:
     )
 
 
+@pytest.mark.usefixtures("models_here")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("mxfp4-gpt-oss-noproj", "the kernels of mxfp4 are not run"), ("bnb-nf4", "not installed")],
@@ -163,14 +164,13 @@ def test_the_report_says_why_the_quantized_base_is_not_run(
 
 
 def test_a_difference_from_the_quantized_base_is_an_error(
-    tmp_path: Path, schema_errors: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, schema_errors: Any, monkeypatch: pytest.MonkeyPatch, models_here: Any
 ) -> None:
     differs = QuantizedComparison("bitsandbytes 1, PEFT 1", "bfloat16", 0.5, 0.25, 2.0)
-    run = running.run_models
 
     def differing(job: ModelJob, **options: Any) -> Any:
         assert job.quantizer == "bitsandbytes"
-        found = run(replace(job, quantizer=""), **options)
+        found = models_here(replace(job, quantizer=""), **options)
         return replace(found, quantized=differs)
 
     monkeypatch.setattr(verifying, "run_models", differing)

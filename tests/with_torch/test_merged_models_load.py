@@ -24,7 +24,7 @@ from vera_convert.merging.merge import Merge
 from vera_convert.verification.options import VerifyOptions
 from vera_convert.verification.verify import verify
 
-pytestmark = OF_PEFT
+pytestmark = [OF_PEFT, pytest.mark.usefixtures("models_here")]
 
 
 DECODER = {

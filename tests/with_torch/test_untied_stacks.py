@@ -23,7 +23,7 @@ from trainedmodels import logits, randomized
 from vera_convert import MergeOptions, UsageError, VerifyOptions, merge, verify
 from vera_convert.merging.options import Tied
 
-pytestmark = OF_PEFT
+pytestmark = [OF_PEFT, pytest.mark.usefixtures("models_here")]
 
 if not has("transformers", "5.0"):
     pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
