@@ -3,8 +3,9 @@
 The bases have Llama's shapes: bitsandbytes NF4, and compressed-tensors int4, GPTQ and AWQ in groups
 of 128. Each side is a process, and the processes run one after another. The table shows the fastest
 run of each side: CPU seconds, seconds, and peak memory. If the library is installed (bitsandbytes,
-compressed-tensors, gptqmodel), two sides run the library. One side loads and dequantizes each
-weight, and writes nothing. The other side, the start, has the same imports and loads nothing.
+compressed-tensors, gptqmodel), three sides run the library. The first side loads and dequantizes
+each weight, and writes nothing. The second side also writes the weights, one file for each file of
+the base, as the merge does. The third side, the start, has the same imports and loads nothing.
 """
 
 from __future__ import annotations
@@ -165,20 +166,21 @@ LIBRARY = """
 import sys, torch
 from pathlib import Path
 from safetensors import safe_open
-folder, name, jobs = sys.argv[1:]
+from safetensors.torch import save_file
+folder, out, name, jobs = sys.argv[1:]
 torch.set_num_threads(int(jobs))
 if name.startswith("bitsandbytes"):
     import bitsandbytes.functional as F
     def dequantize(path, part):
         keys = "absmax", "quant_map", "quant_state.bitsandbytes__nf4"
         state = F.QuantState.from_dict({key: part("weight." + key) for key in keys}, "cpu")
-        F.dequantize_4bit(part("weight"), state)
+        return F.dequantize_4bit(part("weight"), state)
 elif name.startswith("compressed"):
     from compressed_tensors.compressors import unpack_from_int32
     def dequantize(path, part):
         scale, shape = part("weight_scale"), torch.Size(part("weight_shape").tolist())
         q = unpack_from_int32(part("weight_packed"), 4, shape)
-        (q.unflatten(1, (-1, 128)).to(scale.dtype) * scale[:, :, None]).flatten(1)
+        return (q.unflatten(1, (-1, 128)).to(scale.dtype) * scale[:, :, None]).flatten(1)
 elif name == "GPTQ":
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
@@ -188,15 +190,21 @@ elif name == "GPTQ":
         for key in ("qweight", "qzeros", "scales", "g_idx"):
             getattr(layer, key).data = part(key)
         convert_gptq_v1_to_v2_format_module(layer, 4, torch.int32)
-        layer.train().dequantize_weight()
+        return layer.train().dequantize_weight().T.to(torch.bfloat16)
 else:
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
     def dequantize(path, part):
-        dequantize_gemm(part("qweight"), part("qzeros"), part("scales"), 4, 128)
+        found = dequantize_gemm(part("qweight"), part("qzeros"), part("scales"), 4, 128)
+        return found.T.to(torch.bfloat16)
 for file in sorted(Path(folder).glob("*.safetensors")):
     with safe_open(file, "pt") as opened, torch.inference_mode():
+        found = {}
         for path in sorted({key.partition("_proj.")[0] + "_proj." for key in opened.keys()}):
-            dequantize(path, lambda key: opened.get_tensor(path + key))
+            weight = dequantize(path, lambda key: opened.get_tensor(path + key))
+            if out:
+                found[path + "weight"] = weight.contiguous()
+        if out:
+            save_file(found, Path(out, file.name), {"format": "pt"})
 """
 
 
@@ -242,9 +250,12 @@ def main() -> None:
             merge += ["--base", str(base), "--dequantize", "--offline", "--quiet", "--force"]
             sides = {"vera-convert merge": [*merge, "--jobs", str(options.jobs)]}
             if find_spec(package) is not None and find_spec("torch") is not None:
-                library = [sys.executable, "-c", LIBRARY]
-                sides[f"{package} alone"] = [*library, str(base), name, str(options.jobs)]
-                sides[f"{package}, its start"] = [*library, str(adapter / "none"), name, "1"]
+                library, written = [sys.executable, "-c", LIBRARY], Path(folder, "written")
+                written.mkdir()
+                jobs = str(options.jobs)
+                sides[f"{package} alone"] = [*library, str(base), "", name, jobs]
+                sides[f"{package}, written"] = [*library, str(base), str(written), name, jobs]
+                sides[f"{package}, its start"] = [*library, str(adapter / "none"), "", name, "1"]
             sides["cp of the output"] = ["cp", "-r", str(out), str(Path(folder, "copy"))]
             for side, command in sides.items():
                 runs = [measured(command) for _ in range(options.rounds)]

@@ -87,6 +87,7 @@ class Workspace:
         self._scratch = np.empty((2, _CHUNK_VALUES), np.uint32)
         self._left = np.empty(sizes.left, np.uint8)
         self._right = [np.empty(size, np.uint8) for size in sizes.right]
+        self._decoded: NDArray[np.uint8] | None = None
         self._all_rows = all_rows
         self._prepared: Sum | None = None
         self._vectors: list[tuple[Array, Array]] = []
@@ -98,6 +99,8 @@ class Workspace:
 
     def written_bytes(self, tensor: Sum, first: int, last: int) -> memoryview:
         """Return the bytes of the same rows after `add`."""
+        if self._decoded is not None:
+            return self._decoded.data
         count = (last - first) * tensor.shape[1] * tensor.written.itemsize
         return self._sink(tensor)[:count].data
 
@@ -116,10 +119,15 @@ class Workspace:
         shape = (last - first, tensor.shape[1])
         stored = _values(self._stored, tensor.stored, shape)
         written = _values(self._sink(tensor), tensor.written, shape)
+        self._decoded = None
         if tensor.decode is not None:
             stored = tensor.decode(first, last)
         if not tensor.terms:
-            self._round_all(stored, written)
+            if tensor.decode is not None and stored.dtype == written.dtype:
+                written = np.ascontiguousarray(stored)  # written to the file without a copy
+                self._decoded = written.reshape(-1).view(np.uint8)
+            else:
+                self._round_all(stored, written)
             if not _all_finite(written):
                 _raise_not_finite(tensor, written, first, before=stored)
             return Numbers()
@@ -204,9 +212,6 @@ class Workspace:
     def _round_all(self, stored: Array, written: Array) -> None:
         """Set `written` to the rounded stored values."""
         values, out = stored.reshape(-1), written.reshape(-1)
-        if values.dtype == out.dtype:
-            out[...] = values
-            return
         for part in _chunks(values.size):
             self._round(values[part].copy(), out[part])
 

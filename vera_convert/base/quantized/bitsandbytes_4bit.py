@@ -32,13 +32,10 @@ from vera_convert.base.quantized.layer import (
     sizes,
 )
 from vera_convert.base.quantized.packing import (
-    FLOAT16,
-    FLOAT32,
     FLOAT_OF,
-    cast,
-    looked_up,
+    Lookup,
     pair_table,
-    pieces,
+    scaled_rows,
 )
 from vera_convert.errors import CheckpointError
 from vera_convert.files.strict_json import parse_json
@@ -101,19 +98,16 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
         state: the table, the length of a block, and the dtype.
         count: how many values; the last block can be short.
     """
-    dtype = FLOAT_OF[state.dtype]
-    out = np.empty(count, FLOAT32 if dtype == FLOAT16 else dtype)
-    for part in pieces(-(-count // state.block), state.block):
-        values = slice(part.start * state.block, min(part.stop * state.block, count))
-        found = looked_up(packed[values.start // 2 : (values.stop + 1) // 2], _PAIRS[state.kind])
-        found = found[: values.stop - values.start]
-        whole = len(found) // state.block
-        inner = found[: whole * state.block].reshape(whole, state.block)
-        inner *= absmax[part.start : part.start + whole, None]
-        if whole * state.block < len(found):
-            found[whole * state.block :] *= absmax[part.start + whole]
-        out[values] = cast(found, dtype)
-    return out
+    blocks, lookup = -(-count // state.block), Lookup(_PAIRS[state.kind])
+    codes = np.resize(packed, (blocks, state.block // 2))  # the rest of a short block is any codes
+    values = scaled_rows(
+        lambda part: lookup(codes[part]),
+        (blocks, state.block),
+        absmax[:, None],
+        width=state.block,
+        dtypes=(FLOAT_OF[state.dtype],),
+    )
+    return values.reshape(-1)[:count]
 
 
 def nested_absmax(

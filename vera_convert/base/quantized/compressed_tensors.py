@@ -34,8 +34,8 @@ from vera_convert.base.quantized.packing import (
     BFLOAT16,
     E2M1,
     FLOAT_OF,
+    Lookup,
     integers,
-    looked_up,
     pair_table,
     scaled_rows,
     stream,
@@ -139,8 +139,7 @@ def _packed(layer: Layer, scheme: Scheme) -> PackedWeight:
     main = layer.name("weight_packed")
 
     def codes(read: PartReader, first: int, last: int) -> _Rows:
-        packed = read.rows(main, first, last)
-        return lambda part: integers(packed[part], bits, columns, -(1 << (bits - 1)))
+        return integers(read.rows(main, first, last), bits, columns, -(1 << (bits - 1)))
 
     return _on_grid(layer, scheme, (rows, columns), codes, ("weight_packed", SHAPE))
 
@@ -229,9 +228,9 @@ def _nvfp4(layer: Layer, scheme: Scheme) -> PackedWeight:
 
     def decode(read: PartReader, first: int, last: int) -> Array:
         factors = widened(read.rows(scale, first, last)) / read.flat(overall, 0, 1)
-        packed = read.rows(main, first, last)
+        packed, lookup = read.rows(main, first, last), Lookup(_PAIRS)
         return scaled_rows(
-            lambda part: looked_up(packed[part], _PAIRS),
+            lambda part: lookup(packed[part]),
             (last - first, half * 2),
             factors,
             width=16,

@@ -78,7 +78,7 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
                 )
         packed = np.ascontiguousarray(read.columns(qweight, first, last).T)
         return scaled_rows(
-            lambda part: integers(packed[part], bits, inputs),
+            integers(packed, bits, inputs),
             (last - first, inputs),
             factors,
             zeros,

@@ -23,7 +23,7 @@ from vera_convert.base.quantized.layer import (
     PartReader,
     cast_to_model,
 )
-from vera_convert.base.quantized.packing import BFLOAT16, E2M1, looked_up, pair_table
+from vera_convert.base.quantized.packing import BFLOAT16, E2M1, Lookup, pair_table
 
 _PAIRS = pair_table(E2M1, high_first=False)
 _POWERS = np.ldexp(np.float32(1), np.arange(-127, 128)).astype(np.float32)
@@ -37,7 +37,7 @@ def dequantized(blocks: Array, scales: Array) -> Array:
         blocks: (..., groups, bytes), two codes in each byte, the low half first.
         scales: (..., groups), powers of two, plus 127.
     """
-    values = looked_up(np.ascontiguousarray(blocks), _PAIRS)
+    values = Lookup(_PAIRS)(blocks)
     values *= _POWERS[scales][..., None]  # exact, but for values beyond the range of float32
     return values.astype(BFLOAT16).reshape(*values.shape[:-2], -1)
 

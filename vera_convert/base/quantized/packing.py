@@ -47,9 +47,33 @@ _INTEGER_PAIRS = {
 """Both values of a byte with two codes of 4 bits, by the value of the code 0."""
 
 
-def looked_up(packed: NDArray[np.uint8], table: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """Return the two values of each byte: (..., n) bytes give (..., 2 n) values."""
-    return np.take(table, packed, mode="clip").view(np.float32)
+class Lookup:
+    """Looks up bytes that pack two codes of 4 bits; all calls use the same memory.
+
+    Args:
+        table: the result of `pair_table`.
+    """
+
+    def __init__(self, table: NDArray[np.uint64]) -> None:
+        self._table = table
+        self._indices = np.empty(0, np.intp)
+        self._found = np.empty(0, np.uint64)
+
+    def __call__(self, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the two values of each byte, until the next call overwrites the values.
+
+        Args:
+            packed: (..., n).
+
+        Returns:
+            (..., 2 n), contiguous.
+        """
+        if packed.size > self._found.size:
+            self._indices, self._found = np.empty(packed.size, np.intp), np.empty(packed.size, "u8")
+        indices, found = (each[: packed.size] for each in (self._indices, self._found))
+        indices.reshape(packed.shape)[...] = packed
+        np.take(self._table, indices, out=found, mode="clip")
+        return found.reshape(packed.shape).view(np.float32)
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -112,7 +136,8 @@ def scaled_rows(
     The result has the last of `dtypes`; a result of float16s is float32, see `cast`.
 
     Args:
-        q: returns some rows of q as a new array; all steps find these rows in the core's cache.
+        q: returns some rows of q, which this function overwrites; all steps find these rows in the
+            core's cache.
         shape: n and columns.
         scales: (n, groups) or (1, groups).
         zeros: as `scales`; None for packed values with scales alone.
@@ -120,7 +145,8 @@ def scaled_rows(
         dtypes: the dtypes that the library rounds to.
     """
     rows, columns = shape
-    out = np.empty((rows, columns), FLOAT32 if dtypes[-1] == FLOAT16 else dtypes[-1])
+    *first, last = dict.fromkeys(dtypes)
+    out = np.empty((rows, columns), FLOAT32 if last == FLOAT16 else last)
     scales = np.broadcast_to(scales, (rows, scales.shape[1]))
     zeros = None if zeros is None else np.broadcast_to(zeros, scales.shape)
     whole = columns // width
@@ -135,30 +161,40 @@ def scaled_rows(
         factors = scales[part].astype(np.float32)
         inner *= factors[:, :whole, None]
         rest *= factors[:, whole:]
-        for dtype in dtypes:
+        for dtype in first:
             values = cast(values, dtype)
-        out[part] = values
+        _cast_into(values, last, out[part])
     return out
 
 
-def integers(words: NDArray[Any], bits: int, count: int, least: int = 0) -> NDArray[np.float32]:
-    """Return the first elements of dense streams of bits, each plus `least`.
+def _cast_into(values: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any]) -> None:
+    """Set `out`, which is contiguous, to floats rounded to a dtype, as `cast` returns the dtype."""
+    out[...] = values
+    if dtype == FLOAT16:
+        round_to_halves(out.reshape(-1), np.empty((2, out.size), np.uint32))
+
+
+def integers(
+    words: NDArray[Any], bits: int, count: int, least: int = 0
+) -> Callable[[slice], NDArray[np.float32]]:
+    """Return the function that unpacks some rows of dense streams of bits, as `scaled_rows` needs.
 
     Args:
         words: (rows, columns), each row a stream of 32-bit words, lowest bit first.
         bits: of an element, 1 to 8.
         count: the number of elements of a row to return.
-        least: the value of an element of zeros.
-
-    Returns:
-        (rows, count).
+        least: the value of an element of zeros; the function adds `least` to each element.
     """
     if bits == 4:
-        octets = np.ascontiguousarray(words).view(np.uint8)
-        return looked_up(octets, _INTEGER_PAIRS[least])[:, :count]
-    values = stream(words, bits, 0, count).astype(np.float32)
-    values += np.float32(least)
-    return values
+        lookup = Lookup(_INTEGER_PAIRS[least])
+        return lambda part: lookup(np.ascontiguousarray(words[part]).view(np.uint8))[:, :count]
+
+    def rows(part: slice) -> NDArray[np.float32]:
+        values = stream(words[part], bits, 0, count).astype(np.float32)
+        values += np.float32(least)
+        return values
+
+    return rows
 
 
 def fields(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
