@@ -122,7 +122,9 @@ def test_two_configs_that_disagree_are_refused(name: str) -> None:
     assert isinstance(section, Mapping)
     part = {"quantization_config": {**section, "quant_method": "hqq", "load_in_4bit": None}}
     config = {**base.config, "text_config": part}
-    assert {f.code for f in unpacked(replace(base, config=config)).defects} == {"V554"}
+    defects = unpacked(replace(base, config=config)).defects
+    assert {finding.code for finding in defects} == {"V554"}
+    assert "several quantization_configs, and these disagree" in defects[0].reason
 
 
 def first_layer(base: BaseModel) -> str:

@@ -91,7 +91,7 @@ def test_blocks_of_rows_are_scaled_wherever_they_begin(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scales_are_read_for_the_rows_that_are_asked_for(tmp_path: Path, form: str) -> None:
-    config = {**CONFIG, "quantization_config": {}} if form == "default" else CONFIG
+    config = CONFIG if form == "block" else {**CONFIG, "quantization_config": {}}
     meant = fp8_base(tmp_path / "base", form=form, config=config)
     base = read_base(Location("base", tmp_path / "base"), HubAccess())
     files = {name: InputFile.look(tmp_path / "base" / name, within=tmp_path) for name in base.files}
@@ -215,6 +215,9 @@ Q = "model.layers.1.self_attn.q_proj"
         ("V552", {f"{Q}.weight_scale_inv": None}),
         ("V553", {f"{Q}.weight_scale_inv": np.ones((2, 2), np.float32)}),
         ("V553", {f"{Q}.weight_scale_inv": np.ones((16, 16), np.float32)}),
+        ("V553", {f"{Q}.weight_scale_inv": np.ones((16, 1), np.float32)}),
+        ("V553", {f"{Q}.weight_scale_inv": np.ones((1, 1), np.float32)}),
+        ("V553", {f"{Q}.weight_scale_inv": np.ones((), np.float32)}),
         ("V553", {f"{Q}.weight_scale_inv": np.ones((3, 4), np.int32)}),
         ("V553", {f"{Q}.weight_scale": np.ones((3, 4), np.float32)}),
         ("V554", {"model.layers.1.mlp.up_proj.weight": np.ones((24, 8), np.uint8)}),

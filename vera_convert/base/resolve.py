@@ -282,9 +282,11 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
     The config of a known type tells the sizes of the layers; packed tensors hide the sizes.
     """
     warnings = [rules.TARGET_IS_QUANTIZED.at(each.place, each.reason) for each in findings]
-    label = base.location.label
+    source = f"{base.location.label} packs the adapted layers, so their sizes are not known"
+    if defect := unpacked(base).first_defect:
+        source += f": {defect}"
     return BaseFacts(
-        source=f"{label} packs the adapted layers, so their sizes are not known",
+        source=source,
         location=base.location,
         base=base,
         layers=_layers_of_type(adapter, base),

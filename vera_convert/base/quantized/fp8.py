@@ -71,9 +71,11 @@ def weights(layer: Layer) -> Iterator[PackedWeight]:
     if len(rests) > 1:
         raise layer.error(rules.PART_MALFORMED, rests[1], f"{rests[0]} lies there as well.")
     scale = layer.tensors[rests[0]]
-    block = _block(shape, scale.shape, _block_size(layer.settings))
+    size = _block_size(layer.settings)
+    block = _block(shape, scale.shape, size)
     if block is None or scale.dtype not in SCALE_DTYPES:
         reason = f"the weight's shape is {[*shape]}, its scale's {[*scale.shape]} of {scale.dtype}."
+        reason += f" The config's blocks are {size[0]:,} by {size[1]:,}." if size else ""
         raise layer.error(rules.PART_MALFORMED, rests[0], reason)
     if (rests[0], scale.dtype) in _AMBIGUOUS and not layer.settings.get("quant_method"):
         reason = (
@@ -98,15 +100,15 @@ def _block(
 ) -> tuple[int, int] | None:
     """Return the rows and columns for each scale; None if the shapes leave the block open."""
     rows, columns = weight
+    if size is not None:
+        blocks = _blocks(weight, size)
+        is_single = blocks == (1, 1) and scales in ((), (1,))
+        return size if scales == blocks or is_single else None
     if all(count == 1 for count in scales):
         return rows, columns
-    if size is not None and scales == _blocks(weight, size):
-        return size
     if scales in ((rows,), (rows, 1)):
         return 1, columns
-    if size is None and scales == _blocks(weight, _BLOCK):
-        return _BLOCK
-    return None
+    return _BLOCK if scales == _blocks(weight, _BLOCK) else None
 
 
 def _blocks(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:

@@ -61,10 +61,7 @@ def _obstacle(base: Unpacked) -> str:
     quantized. If all weights are plain, only the config speaks of quantization.
     """
     if base.defects:
-        first, more = base.defects[0], len(base.defects) - 1
-        others = f" (and {more:,} more)" if more else ""
-        text = f"{first.code} {first.place}: {first.reason}{others}"
-        return f" --dequantize refuses this base: {text}"
+        return f" --dequantize refuses this base: {base.first_defect}"
     if not base.weights:
         return " The files hold these layers unpacked: a loader quantizes them."
     return ""

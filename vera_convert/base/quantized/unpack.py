@@ -70,6 +70,15 @@ class Unpacked:
         infos = (tensor.info for tensor in self.view.tensors.values())
         return sum(math.prod(info.shape) * BITS[info.dtype] // 8 for info in infos)
 
+    @property
+    def first_defect(self) -> str:
+        """The first of `defects`, and the number of the others; empty if there is none."""
+        if not self.defects:
+            return ""
+        first, more = self.defects[0], len(self.defects) - 1
+        others = f" (and {more:,} more)" if more else ""
+        return f"{first.code} {first.place}: {first.reason}{others}"
+
     def refuse_defects(self) -> None:
         """Refuse a base that cannot be dequantized.
 
@@ -241,6 +250,8 @@ class _Reader:
         reason = f"no supported format has this tensor with the dtype {info.dtype}."
         if not said:
             reason = "the base's config does not say how the layer is quantized."
+        elif not self.is_clear:
+            reason = "the base's config has several quantization_configs, and these disagree."
         return rules.NOT_DEQUANTIZABLE.at(where, f"{kind}: {reason}")
 
 
