@@ -210,7 +210,7 @@ def test_what_a_packed_base_hides_is_not_guessed(tmp_path: Path, run: Run) -> No
     told = " ".join(ended.err.split())
     assert "packs the adapted layers, so their sizes are not known: V554 model.layers.0" in told
     assert "GPTQ: the config names no group_size" in told
-    assert "Run `vera-convert embed` with --in-features" in told
+    assert "Pass the original 16-bit model with --base. Or run `vera-convert embed`" in told
 
 
 def test_a_plain_layer_beside_packed_ones_needs_its_tensor(tmp_path: Path) -> None:

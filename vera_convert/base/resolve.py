@@ -287,6 +287,7 @@ def _packed(adapter: Adapter, base: BaseModel, findings: Sequence[Finding]) -> B
         source += f": {defect}"
     return BaseFacts(
         source=source,
+        remedy="Pass the original 16-bit model with --base.",
         location=base.location,
         base=base,
         layers=_layers_of_type(adapter, base),
