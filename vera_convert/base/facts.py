@@ -167,10 +167,7 @@ class BaseFacts:
 
     def fits(self, in_features: int, out_features: int) -> bool:
         """Say whether dims agree with the known dims of the base."""
-        return self.in_features in (None, in_features) and self.out_features in (
-            None,
-            out_features,
-        )
+        return self.in_features in (None, in_features) and self.out_features in (None, out_features)
 
     @property
     def dims_text(self) -> str:

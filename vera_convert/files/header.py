@@ -96,8 +96,8 @@ class Header:
 
     @property
     def file_size(self) -> int:
-        """The bytes of the file: no byte follows the last tensor."""
-        return self.data_start + max((info.end for info in self.tensors.values()), default=0)
+        """The bytes of the file, whose tensors leave no gap."""
+        return self.data_start + sum(info.nbytes for info in self.tensors.values())
 
 
 # --- reading a header ----------------------------------------------------------------------------
@@ -167,9 +167,8 @@ def _read_raw(source: ByteSource) -> bytes:
     if source.size == 0:
         raise CheckpointError(rules.FILE_EMPTY.in_file(source.place, "has no bytes."))
     if source.size < 8:
-        raise CheckpointError(
-            rules.LENGTH_MISSING.in_file(source.place, f"has {source.size} bytes only.")
-        )
+        reason = f"has {source.size} bytes only."
+        raise CheckpointError(rules.LENGTH_MISSING.in_file(source.place, reason))
     raw = source.read_at(0, min(source.size, _FIRST_READ))
     length = int.from_bytes(raw[:8], "little")
     end = 8 + length
@@ -271,9 +270,8 @@ def _metadata(value: object, defects: _Defects) -> dict[str, str]:
         return {}
     for key, text in value.items():
         if not isinstance(text, str):
-            defects.add(
-                rules.METADATA_FORM, f'its key "{printable(key)}" has {_kind(text)} as value.'
-            )
+            reason = f'its key "{printable(key)}" has {_kind(text)} as value.'
+            defects.add(rules.METADATA_FORM, reason)
     return value
 
 
@@ -353,9 +351,8 @@ def _check_layout(tensors: Sequence[TensorInfo], size: int, defects: _Defects) -
         if info.start != end:
             before = f'"{printable(last)}" ends' if last else "the data begins"
             reason = f"begins at byte {info.start:,}; {before} at byte {end:,}."
-            defects.add(
-                rules.DATA_OVERLAP if info.start < end else rules.DATA_HOLE, reason, info.name
-            )
+            rule = rules.DATA_OVERLAP if info.start < end else rules.DATA_HOLE
+            defects.add(rule, reason, info.name)
         if info.end >= end:
             end, last = info.end, info.name
     sizes = f"the tensors take {end:,} bytes, the file has {size:,} for them."
@@ -394,8 +391,6 @@ def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes
 
 
 _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 _E = TypeVar("_E", bound=Entry)
 
 
