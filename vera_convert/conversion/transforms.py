@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter, StoredProjections
@@ -148,7 +147,7 @@ def stripped(
         changes.append(f"dropped {len(adapter.repeated)} copies of A and B")
     if change is not None:
         changes.append(f"accepted: {change}")
-    hashes = _sha256(stored.A), _sha256(stored.B)
+    hashes = stored.A.sha256(), stored.B.sha256()
     tensors, metadata = without_pair(adapter, fingerprint_of(stored, own.draw, hashes))
     return NewAdapter(
         adapter,
@@ -282,7 +281,7 @@ def prove(fingerprint: Fingerprint, *, place: str) -> StoredProjections:
         ("vera_A", pair.A, fingerprint.sha256_A),
         ("vera_B", pair.B, fingerprint.sha256_B),
     ):
-        found = _sha256(tensor)
+        found = tensor.sha256()
         if found != recorded:
             reason = f"{name} has SHA-256 {found[:16]}…, the fingerprint says {recorded[:16]}…."
             raise CheckpointError(rules.FINGERPRINT_NOT_MET.at(place, reason))
@@ -361,10 +360,3 @@ def _with_drawn(
         draw=drawn,
         findings=(*adapter.findings, *findings),
     )
-
-
-def _sha256(tensor: TensorData) -> str:
-    digest = sha256()
-    for block in tensor.blocks():
-        digest.update(block)
-    return digest.hexdigest()

@@ -100,6 +100,13 @@ class TensorData(NamedTuple):
         """The number of bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of the bytes, as hex."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block)
+        return digest.hexdigest()
+
     def array(self) -> Array:
         """Return the values as a new array of the tensor's dtype.
 
