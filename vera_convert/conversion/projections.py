@@ -67,6 +67,14 @@ def usual_draw(
     )
 
 
+def draw_on_base(config: VeraConfig, base_facts: BaseFacts) -> Draw | None:
+    """Return the usual draw, rounded as on this base; None if dims or rounding are unknown."""
+    inputs, outputs = base_facts.in_features, base_facts.out_features
+    if inputs is None or outputs is None or base_facts.rounding is None:
+        return None
+    return usual_draw(config, base_facts, inputs, outputs).rounded(base_facts.rounding)
+
+
 def draw_of_key(
     adapter: Adapter,
     stored: StoredProjections,

@@ -8,7 +8,12 @@ from vera_convert.adapter.adapter import Adapter, StoredProjections
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.adapter.names import A_NAME, B_NAME
 from vera_convert.base.facts import BaseFacts
-from vera_convert.conversion.projections import ProjectionSource, draw_of_key, with_projections
+from vera_convert.conversion.projections import (
+    ProjectionSource,
+    draw_of_key,
+    draw_on_base,
+    with_projections,
+)
 from vera_convert.conversion.proof import RecognizedPair, accepted_mismatch, damage, is_undecided
 from vera_convert.conversion.transforms import (
     file_size,
@@ -17,7 +22,7 @@ from vera_convert.conversion.transforms import (
     with_pair,
     without_pair,
 )
-from vera_convert.draws.generator import Draw, Rounding, Variant
+from vera_convert.draws.generator import Draw, Rounding
 from vera_convert.errors import CheckpointError
 from vera_convert.files.tensorfile import TensorData
 
@@ -96,13 +101,9 @@ def _pair_to_draw(adapter: Adapter, base_facts: BaseFacts) -> StoredProjections 
             return None
         dims = recorded.in_features, recorded.out_features
         return empty_pair(adapter.config.r, *dims, dtype=recorded.dtype)
-    inputs, outputs = base_facts.in_features, base_facts.out_features
-    if inputs is None or outputs is None or base_facts.rounding is None:
+    draw = draw_on_base(adapter.config, base_facts)
+    if draw is None or draw.out_features < adapter.longest_b:
         return None
-    if outputs < adapter.longest_b:
-        return None
-    rank, rounding = adapter.config.r, base_facts.rounding
-    draw = Draw(Variant.FLOAT32_FUSED, 0, rank, inputs, outputs, rounding)
     return _pair_of(draw, _dtype_of(draw, stored_dtype(adapter)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.base.facts import BaseFacts, BaseOptions
-from vera_convert.conversion.projections import ProjectionSource, usual_draw
+from vera_convert.conversion.projections import ProjectionSource, draw_on_base
 from vera_convert.hub.lookup import Location
 from vera_convert.lora.forms import files_of
 from vera_convert.lora.options import LoraOptions
@@ -60,10 +60,6 @@ def _pair(
         if adapter.projections is not None:
             return replace(found, origin=Origin.FILE)
         if adapter.fingerprint is not None:
-            draw = adapter.fingerprint.draw
-            return replace(found, origin=Origin.FINGERPRINT, draw=draw)
-    inputs, outputs = base_facts.in_features, base_facts.out_features
-    if inputs is None or outputs is None or base_facts.rounding is None:
-        return None
-    usual = usual_draw(adapter.config, base_facts, inputs, outputs)
-    return replace(found, draw=usual.rounded(base_facts.rounding))
+            return replace(found, origin=Origin.FINGERPRINT, draw=adapter.fingerprint.draw)
+    draw = draw_on_base(adapter.config, base_facts)
+    return None if draw is None else replace(found, draw=draw)
