@@ -14,6 +14,7 @@ from commandline import Run
 
 from vera_convert.errors import CheckpointError
 from vera_convert.lora.conversion import LoraConversion, to_lora
+from vera_convert.lora.engines import EngineName
 from vera_convert.lora.options import LoraOptions
 
 DENSE = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -106,6 +107,20 @@ def test_vllm_loads_a_vision_tower_only_on_request(tmp_path: Path) -> None:
     done = convert(ATTENTION, tmp_path / "text", engine="vllm")
     assert not [finding for finding in done.findings if finding.code > "V7"]
     assert "--enable-tower" not in done.server_arguments
+
+
+@pytest.mark.parametrize(("name", "fits"), [("GPT2LMHeadModel", False), ("LlamaModel", True)])
+def test_vllm_takes_no_lora_of_some_kinds_of_models(name: str, fits: bool, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "adapter")
+    base = tiny_base(tmp_path / "base", config={"architectures": [name, "BloomForCausalLM"]})
+    options = LoraOptions(engine=EngineName.VLLM)
+    if fits:
+        assert to_lora(adapter, tmp_path / "out", base=base, options=options).written
+        return
+    with pytest.raises(CheckpointError, match=r"V713 .*vLLM takes no LoRA of a GPT2LMHeadModel"):
+        to_lora(adapter, tmp_path / "out", base=base, options=options)
+    assert not (tmp_path / "out").exists()
+    assert to_lora(adapter, tmp_path / "out", base=base).written
 
 
 def test_sglang_keeps_one_lora_for_each_name_in_a_layer(tmp_path: Path) -> None:

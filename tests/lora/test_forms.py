@@ -207,6 +207,30 @@ def test_the_class_of_the_pipeline_says_whether_clip_is_adapted(
         assert not [each for each in done.findings if each.code > "V7"]
 
 
+def test_a_pipeline_without_a_loader_is_told_before_writing(tmp_path: Path) -> None:
+    """Its load_lora_weights is missing, and the component's own method loads the LoRA."""
+    adapter = good_adapter(tmp_path / "adapter", task_type=None)
+    pipe = tmp_path / "pipe"
+    component(pipe / "transformer", "OvisImageTransformer2DModel")
+    index: dict[str, Any] = {"transformer": ["diffusers", "OvisImageTransformer2DModel"]}
+    for name in ("OvisImagePipeline", "FluxPipeline", "OwnPipeline"):
+        (pipe / "model_index.json").write_text(json.dumps({"_class_name": name, **index}))
+        for base in (pipe, pipe / "transformer"):
+            out = tmp_path / f"{name} {base.name}"
+            done = converted(adapter, base, out, engine="diffusers")
+            told = [each.reason for each in done.findings if each.code == "V717"]
+            assert len(told) == (name == "OvisImagePipeline")
+            for reason in told:
+                assert reason.startswith(f"load_lora_weights is missing in the class {name}.")
+                assert "pipeline.transformer.load_lora_adapter(LORA, prefix=" in reason
+    tiny_base(pipe / "text_encoder", config={"model_type": "clip_text_model"})
+    (pipe / "model_index.json").write_text(json.dumps({"_class_name": "OvisImagePipeline"}))
+    with pytest.raises(
+        CheckpointError, match=r"V705 .*load_lora_weights is missing in .*\.load_adapter\(LORA"
+    ):
+        converted(adapter, pipe / "text_encoder", tmp_path / "text", engine="diffusers")
+
+
 def test_a_component_that_loads_no_lora_is_refused(tmp_path: Path) -> None:
     adapter = good_adapter(tmp_path / "adapter", task_type=None)
     base = component(tmp_path / "transformer", "PixArtTransformer2DModel")

@@ -58,7 +58,7 @@ def engine_findings(
         place: how messages call the adapter.
     """
     engine = options.target
-    yield from _component_findings(engine, base_facts)
+    yield from _base_findings(engine, base_facts)
     yield from _rank_findings(plan, engine, place)
     yield from _name_findings(plan, engine, base_facts)
     yield from _model_findings(plan, engine, base_facts)
@@ -74,18 +74,23 @@ def engine_findings(
         yield from _extra_findings(extras, engine, place)
 
 
-def _component_findings(engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
-    """Yield the error that a server of text models is to serve a component of a pipeline."""
+def _base_findings(engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
+    """Yield the error that the engine takes no LoRA of a base of this kind."""
     base = base_facts.base
-    if base is None or engine.components:
+    if base is None:
         return
     kind = base.config.get("_class_name")
-    if isinstance(kind, str) or base.prefix:
+    if not engine.components and (isinstance(kind, str) or base.prefix):
         said = f"the component {printable(base.prefix.rstrip('/'))}" if base.prefix else ""
         said = said or f"a {printable(str(kind))}"
         reason = f"the base is {said} of a pipeline, which {engine.title} does not serve."
         found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
         yield found.with_remedy("Pass --for diffusers, or --for peft.")
+    for name in base.class_names[:1]:
+        if name in engine.refused:
+            reason = f"{engine.title} takes no LoRA of a {name}."
+            found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
+            yield found.with_remedy("Merge the adapter, or name another engine with --for.")
 
 
 def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Finding]:

@@ -35,6 +35,39 @@ class Form(StrEnum):
 _TEXT_MODEL = r"((model|language_model|llm|thinker|decoder|transformer|backbone)\.)*"
 _TOWER = re.compile(r"(.+\.)?(vision|visual|vit|audio|speech|image|multi_modal|mm_)\w*\..+")
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\..+")
+_NOT_IN_VLLM = frozenset(
+    """
+    AriaForConditionalGeneration BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM
+    BailingMoeV3VLForConditionalGeneration BeamForCausalLM BeeForConditionalGeneration
+    BertForMaskedLM BloomForCausalLM CLIPModel Cohere2MoeForCausalLM
+    Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration ColBERTJinaRobertaModel
+    ColBERTLfm2Model ColBERTModernBertModel ColModernVBertForRetrieval ColUltraVBertForRetrieval
+    Cosmos3EdgeForConditionalGeneration DbrxForCausalLM DeepseekV41ForCausalLM
+    DeepseekVLV2ForCausalLM DiffusionGemmaForBlockDiffusion DomynEdgeForCausalLM DoryForCausalLM
+    Dots3NoteForCausalLM EmbeddingGemma2Model FalconForCausalLM FalconMambaForCausalLM
+    FireRedASR2ForConditionalGeneration FlintForCausalLM FunASRForConditionalGeneration
+    FunAudioChatForConditionalGeneration GPT2ForSequenceClassification GPT2LMHeadModel
+    GPTJForCausalLM Gemma3TextModel Gemma3nForCausalLM Gemma3nForConditionalGeneration
+    Glm5NextForCausalLM GteModel GteNewForSequenceClassification GteNewModel HCXVisionV2ForCausalLM
+    HfMoondream HrmTextForCausalLM IQuestLoopCoderForCausalLM JinaForRanking
+    KananaVForConditionalGeneration KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration
+    KimiLinearForCausalLM KimiVLForConditionalGeneration Lfm2BidirectionalModel
+    LlavaOnevision2ForConditionalGeneration LlavaOnevisionForConditionalGeneration Mamba2ForCausalLM
+    MambaForCausalLM MiDashengLMModel MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiMoV2OmniForCausalLM
+    MiniMaxM3SparseForCausalLM MiniMaxM3SparseForConditionalGeneration
+    ModernBertForSequenceClassification ModernBertForTokenClassification ModernVBertModel
+    Moondream3ForCausalLM MoonshotKimiaForCausalLM MossTranscribeDiarizeForConditionalGeneration
+    NemotronParseForConditionalGeneration NomicBertModel OpenAIPrivacyFilterForTokenClassification
+    OpenVLAForActionPrediction OrionForCausalLM Ovis Ovis2_5 Ovis2_6ForCausalLM
+    Ovis2_6_MoeForCausalLM PaddleOCRVLForConditionalGeneration Phi3VForCausalLM Phi4ForCausalLMV
+    Qwen2AudioForConditionalGeneration RForConditionalGeneration RadioMBartPrefixForCausalLM
+    RobertaForTokenClassification SiglipModel SkyworkR1VChatModel StableLmForCausalLM
+    Step1ForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration Step3p5ForCausalLM
+    Step3p7ForConditionalGeneration StepVLForConditionalGeneration Terratorch
+    XLMRobertaForTokenClassification Zamba2ForCausalLM
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""The architectures whose class in vLLM's registry is no SupportsLoRA; vLLM does not start then."""
 
 
 def is_in_tower(module: str) -> bool:
@@ -74,6 +107,7 @@ class Engine:
         biases: whether trained biases are taken.
         conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
         tied_head: whether an output head with the embedding's tensor can be adapted.
+        refused: the architectures, as a base's config names them, that take no LoRA.
         components: whether the engine loads the LoRA of a component of a diffusion pipeline.
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
@@ -97,6 +131,7 @@ class Engine:
     biases: bool = False
     conv1d: bool = True
     tied_head: bool = True
+    refused: frozenset[str] = frozenset()
     components: bool = False
     renames_targets: bool = False
     start: str = ""
@@ -121,11 +156,12 @@ ENGINES: Mapping[EngineName, Engine] = {
     EngineName.VLLM: Engine(
         "vLLM",
         "vLLM 0.33.0: config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py, "
-        "lora/model_manager.py, lora/lora_weights.py",
+        "lora/model_manager.py, lora/lora_weights.py, model_executor/models/registry.py",
         base_names=True,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         whole_experts=True,
         heads=frozenset(("classifier", "score")),
+        refused=_NOT_IN_VLLM,
         start="--enable-lora --max-lora-rank {rank} --lora-modules vera={path}",
         tower="--enable-tower-connector-lora",
     ),

@@ -44,6 +44,29 @@ _WITHOUT_A_LOADER = frozenset(
     """.split()  # noqa: SIM905 - words read best as a text
 )
 """Classes of components that are no PeftAdapterMixin."""
+_PIPELINES_WITHOUT_A_LOADER = frozenset(
+    """
+    Amused AmusedImg2Img AmusedInpaint AudioDiffusion AudioLDM BlipDiffusion BlipDiffusionControlNet
+    Bria CogView4Control Cosmos2TextToImage Cosmos2VideoToWorld Cosmos2_5_Transfer Cosmos3Omni
+    CosmosTextToWorld CosmosVideoToWorld DreamLite DreamLiteMobile FluxPriorRedux GlmImage
+    HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo I2VGenXL Kandinsky
+    Kandinsky6SR Kandinsky6TI2VA KandinskyCombined KandinskyImg2Img KandinskyImg2ImgCombined
+    KandinskyInpaint KandinskyInpaintCombined KandinskyPrior KandinskyV22 KandinskyV22Combined
+    KandinskyV22Controlnet KandinskyV22ControlnetImg2Img KandinskyV22Img2Img
+    KandinskyV22Img2ImgCombined KandinskyV22Inpaint KandinskyV22InpaintCombined KandinskyV22Prior
+    KandinskyV22PriorEmb2Emb LDMTextToImage LongCatImage LongCatImageEdit MarigoldDepth
+    MarigoldIntrinsics MarigoldNormals MotifVideo MotifVideoImage2Video MusicLDM NucleusMoEImage
+    OvisImage PaintByExample SanaPAG SanaWMLTX2Refiner SemanticStableDiffusion ShapE ShapEImg2Img
+    StableCascadeCombined StableCascadeDecoder StableCascadePrior StableDiffusionAdapter
+    StableDiffusionAttendAndExcite StableDiffusionGLIGEN StableDiffusionGLIGENTextImage
+    StableDiffusionImageVariation StableDiffusionLatentUpscale StableDiffusionPipelineSafe
+    StableDiffusionPix2PixZero StableDiffusionSAG UnCLIP UnCLIPImageVariation UniDiffuser
+    VQDiffusion VersatileDiffusion VersatileDiffusionDualGuided VersatileDiffusionImageVariation
+    VersatileDiffusionTextToImage WuerstchenCombined WuerstchenDecoder
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""Classes of pipelines without load_lora_weights, less the ending Pipeline, of which a component is
+a PeftAdapterMixin or a text encoder of CLIP."""
 _ATTRIBUTES = {
     r"UNet\w*": "unet",
     r"\w*Prior\w*": "prior",
@@ -110,33 +133,38 @@ def component_findings(
     """
     component, base = component_of(base_facts), _base_of(base_facts)
     shown, kind = printable(component), _class_name(base)
-    reason = ""
+    pipeline, reason = pipeline_class(base, access), ""
+    loads_none = pipeline.removesuffix("Pipeline") in _PIPELINES_WITHOUT_A_LOADER
     if component.startswith("text_encoder"):
-        reason = _of_text_encoder(shown, base, access)
+        reason = _of_text_encoder(shown, base, pipeline, loads_none=loads_none)
     elif kind in _WITHOUT_A_LOADER:
         reason = (
             f"Diffusers loads no LoRA into a {kind}. With --for peft, PEFT loads the LoRA: "
             f"PeftModel.from_pretrained(pipeline.{shown}, LORA)."
         )
-    elif component not in _LOADED_WITH_THE_PIPELINE:
-        way = (
-            f"load_lora_weights of a pipeline passes over a LoRA of {shown}. This call loads the "
-            f"LoRA: pipeline.{shown}.load_lora_adapter(LORA, "
-            f'prefix="{shown}", use_safetensors=True).'
+    elif loads_none or component not in _LOADED_WITH_THE_PIPELINE:
+        why = (
+            f"load_lora_weights is missing in the class {pipeline}."
+            if loads_none
+            else f"load_lora_weights of a pipeline passes over a LoRA of {shown}."
         )
+        call = f'load_lora_adapter(LORA, prefix="{shown}", use_safetensors=True)'
+        way = f"{why} This call loads the LoRA: pipeline.{shown}.{call}."
         yield rules.LORA_COMPONENT_APART.at(shown, way)
     if reason:
         yield rules.LORA_NAME_UNKNOWN.at(printable(plan.layers[0].written), reason)
 
 
-def _of_text_encoder(shown: str, base: BaseModel, access: HubAccess) -> str:
+def _of_text_encoder(shown: str, base: BaseModel, pipeline: str, *, loads_none: bool) -> str:
     """Return why a pipeline loads no LoRA into a text encoder; empty if the pipeline loads one."""
     if base.model_type not in _TEXT_ENCODERS:
         reason = (
             f"Diffusers loads a LoRA into text encoders of CLIP alone, and {shown} "
             f'has the type "{printable(base.model_type or "")}".'
         )
-    elif _TRANSFORMER_ALONE.fullmatch(pipeline := pipeline_class(base, access)):
+    elif loads_none:
+        reason = f"load_lora_weights is missing in the class {pipeline}."
+    elif _TRANSFORMER_ALONE.fullmatch(pipeline):
         reason = f"a {printable(pipeline)} loads a LoRA into its transformer alone."
     else:
         return ""
