@@ -30,7 +30,7 @@ adapter: config fingerprint names adapter lora_record saved_modules sorting fold
 adapter: values opening repairs
 targets: patterns linear endings matching architectures built
 base.quantized: packing layer awq bitsandbytes_4bit bitsandbytes_8bit compressed_tensors fp8 gptq
-base.quantized: mxfp4 torchao formats refused
+base.quantized: mxfp4 torchao formats
 base: model side_files rename_table renames unsupported_layouts
 base.quantized: layer_settings recognize unpack targets
 base: bases orientation vocabulary strategies match resizes task_classes replacements tied own_heads

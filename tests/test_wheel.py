@@ -100,6 +100,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         *(f"vera_convert/schemas/{name}.json" for name in schema_names()),
         "vera_convert/__init__.pyi",
         "vera_convert/base/conversions.txt",
+        "vera_convert/base/quantized/refused.toml",
         "vera_convert/base/renames.toml",
         "vera_convert/base/task_classes.txt",
         "vera_convert/base/unsupported_layouts.toml",

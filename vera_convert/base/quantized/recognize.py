@@ -7,14 +7,15 @@ loader can quantize 16-bit files because of the config.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import refused
 from vera_convert.base.quantized.formats import FORMATS
 from vera_convert.base.quantized.layer_settings import (
     fitting_expressions,
@@ -30,7 +31,8 @@ from vera_convert.text import printable
 CONFIG_FIELDS = ("quantization_config", "compression_config")
 """Members of a config, or of a part of the config, with settings of the quantization."""
 
-_METHODS = {each.method: each.label for each in FORMATS} | refused.METHODS
+_REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text(encoding="utf-8"))
+_METHODS: Mapping[str, str] = {each.method: each.label for each in FORMATS} | _REFUSED["methods"]
 """The name of a method for people, by its ``quant_method``; bitsandbytes has two."""
 _KEPT_FIELDS = (
     "modules_to_not_convert",
@@ -46,7 +48,9 @@ _KEPT_FIELDS = (
 _BY_CONFIG = ("bitsandbytes", "gptq", "awq")
 """Methods for which transformers builds quantized layers by the config, whatever the files hold."""
 _PACKED = tuple(
-    dict.fromkeys((*(each.packed for each in FORMATS if each.packed != "weight"), *refused.PACKED))
+    dict.fromkeys(
+        (*(each.packed for each in FORMATS if each.packed != "weight"), *_REFUSED["packed"])
+    )
 )
 """Names that quantizers give to packed values of another shape than the layer's."""
 _CODEBOOKS = ("centroids", "res_centroids", "outlier_centroids")
@@ -75,7 +79,8 @@ def kind_of_siblings(name: str) -> str | None:
     own = [each.label for each in FORMATS if each.has_sign(name)]
     if own:
         return " or ".join(own)
-    return next((kind for pattern, kind in refused.SIGNS if re.fullmatch(pattern, name)), None)
+    signs: Mapping[str, str] = _REFUSED["signs"]
+    return next((kind for pattern, kind in signs.items() if re.fullmatch(pattern, name)), None)
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class Quantization:
         if dtype != "I8":
             return False
         methods = {claim.method for claim in _claims(self._base.config)}
-        is_transposed = not methods.isdisjoint(refused.TRANSPOSED)
+        is_transposed = not methods.isdisjoint(_REFUSED["transposed"])
         return is_transposed or f"{path}.weight_scales" in self._base.tensors
 
     def of_all(self, names: Sequence[str]) -> dict[str, tuple[str, str]]:
