@@ -105,6 +105,7 @@ def test_it_holds_the_package_the_schemas_and_nothing_else(wheel: Path) -> None:
         "vera_convert/base/task_classes.txt",
         "vera_convert/base/unsupported_layouts.toml",
         "vera_convert/embeddings.toml",
+        "vera_convert/lora/peft_targets.toml",
         "vera_convert/py.typed",
         "vera_convert/rules.toml",
         "vera_convert/targets/architectures.toml",

@@ -7,51 +7,21 @@ transformers 5.24. PEFT compares the last part of a target, so a longer target c
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-_MIXTRAL = frozenset(("mixtral", "minimax", "minimax_m2"))
-_QWEN = frozenset(
-    (
-        "afmoe",
-        "beam",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4v_moe",
-        "glm_moe_dsa",
-        "hunyuan_v1_moe",
-        "longcat_flash",
-        "mellum",
-        "olmoe",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_omni_moe",
-        "qwen3_omni_moe_text",
-        "qwen3_omni_moe_thinker",
-        "sarvam_mla",
-        "solar_open",
-    )
-)
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.[^.]+")
-_FUSED: Mapping[frozenset[str], Mapping[str, str]] = {
-    _MIXTRAL: {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
-    _QWEN: {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
-}
-"""The parameter of the fused experts that PEFT makes of a name, by the models' types.
-
-PEFT maps the router's ``gate`` too, to a parameter of the same path, so nothing is lost.
-"""
-
-_MAMBA = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
 _NOT_IN_MAMBA = frozenset(("out_proj", "conv1d"))
+
+
+@cache
+def _tables() -> Mapping[str, Any]:
+    """Return the tables by types of models."""
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def lost_to_experts(
@@ -67,7 +37,8 @@ def lost_to_experts(
         base_modules: the paths of all modules of the base.
         model_type: the field of the base's config.
     """
-    names = next((names for types, names in _FUSED.items() if model_type in types), {})
+    fused = (each for each in _tables()["fused"] if model_type in each["types"].split())
+    names: Mapping[str, str] = next((each["parameters"] for each in fused), {})
     there = Counter(_fused(module, names) for module in modules)
     needed = Counter(_fused(module, names) for module in base_modules)
     has_down = any(parameter == "down_proj" for _, parameter in there)
@@ -93,26 +64,9 @@ def refused_in_mamba(modules: Sequence[str], model_type: str) -> list[str]:
         modules: the paths of all modules of the LoRA.
         model_type: the field of the base's config.
     """
-    if model_type not in _MAMBA:
+    if model_type not in _tables()["mamba"].split():
         return []
     return [module for module in modules if module.rpartition(".")[2] in _NOT_IN_MAMBA]
-
-
-_RENAMED: Mapping[str, str] = {
-    **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), r"(?:model\.)?language_model\..+"),
-    "maskformer": (
-        r"(?:.+\.)?pixel_level_module\.encoder\..+\.(?:attention|intermediate|output)\..+"
-    ),
-    **dict.fromkeys(
-        ("laguna", "mistral_large4", "mistral_large4_text"), r".+\.mlp\.shared_experts\..+"
-    ),
-    "pi0": r"embed_action_time\..+",
-    **dict.fromkeys(
-        ("inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text"),
-        r".+\.sconv\.weight_proj",
-    ),
-}
-"""Present names that PEFT renames as if an old checkpoint had them, by the model's type."""
 
 
 def renamed_on_loading(modules: Sequence[str], model_type: str) -> list[str]:
@@ -122,5 +76,6 @@ def renamed_on_loading(modules: Sequence[str], model_type: str) -> list[str]:
         modules: the paths of all modules of the LoRA.
         model_type: the field of the base's config.
     """
-    pattern = re.compile(_RENAMED.get(model_type, r"(?!)"))
-    return [module for module in modules if pattern.fullmatch(module)]
+    renamed = _tables()["renamed"].items()
+    patterns = [pattern for pattern, types in renamed if model_type in types.split()]
+    return [each for each in modules if any(re.fullmatch(found, each) for found in patterns)]
