@@ -26,7 +26,13 @@ from vera_convert.with_torch.compare import compare_models
 from vera_convert.with_torch.runs import wrapped_model
 
 FIXTURES = DATA / "quantized"
-PACKAGES = {"bnb": "bitsandbytes", "ct": "compressed-tensors", "torchao": "torchao"}
+PACKAGES = {
+    "bnb": "bitsandbytes",
+    "ct": "compressed-tensors",
+    "torchao": "torchao",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+}
 RUN = [path.name for path in sorted(FIXTURES.iterdir()) if path.name.partition("-")[0] in PACKAGES]
 
 
@@ -143,17 +149,22 @@ def verified(name: str, tmp_path: Path, **options: Any) -> Verification:
 @pytest.mark.usefixtures("models_here")
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mxfp4-gpt-oss-noproj", "the kernels of mxfp4 are not run"), ("bnb-nf4", "not installed")],
+    [
+        ("mxfp4-gpt-oss-noproj", "the kernels of mxfp4 are not run"),
+        ("bnb-nf4", "bitsandbytes not installed"),
+        ("gptq-8bit", "gptqmodel and optimum not installed"),
+    ],
 )
 def test_the_report_says_why_the_quantized_base_is_not_run(
     name: str, reason: str, tmp_path: Path, schema_errors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(package: str) -> Any:
-        return None if package == "bitsandbytes" else find_spec(package)
+    def found(package: str) -> Any:
+        absent = ("bitsandbytes", "gptqmodel", "optimum")
+        return None if package in absent else find_spec(package)
 
     if "gpt-oss" in name:
         of_transformers("GptOssConfig")
-    monkeypatch.setattr(model_comparison, "find_spec", absent)
+    monkeypatch.setattr(model_comparison, "find_spec", found)
     result = verified(name, tmp_path)
     assert result.passed
     assert result.model is not None

@@ -55,7 +55,13 @@ _HEADS = frozenset(
     """.split()  # noqa: SIM905 - words read best as a text
 )
 """The names of heads and poolers in transformers' classes, which other classes lack."""
-_QUANTIZERS = ("bitsandbytes", "compressed-tensors", "torchao")
+_QUANTIZERS = {
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+}
 """The methods whose packages, of the same names, run on a CPU."""
 _DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
     rounding_on_base(name): name for name in BASE_NAMES if name != "float64"
@@ -256,7 +262,8 @@ def _job(
         rounded = replace(settings, base_dtype=_DTYPE_OF_ROUNDING.get(draw.rounding))
         job = replace(job, settings=rounded)
     reason = _why_not_quantized(method, adapters, settings)
-    return replace(job, quantizer="" if reason else method, not_quantized=reason)
+    quantizer = "" if reason else _QUANTIZERS[method][0]
+    return replace(job, quantizer=quantizer, not_quantized=reason)
 
 
 def _why_not_quantized(
@@ -265,7 +272,7 @@ def _why_not_quantized(
     """Return the reason against a run of the stored quantized base; empty without a reason."""
     if method not in _QUANTIZERS:
         return f"the kernels of {printable(method) or 'this method'} are not run"
-    missing = missing_packages(method, "peft")
+    missing = missing_packages(*_QUANTIZERS[method], "peft")
     if missing:
         return f"{missing} not installed"
     if len(adapters) != 1 or adapters[0].weight != 1:

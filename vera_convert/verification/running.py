@@ -95,8 +95,9 @@ _ENVIRONMENT = {
     "USE_HUB_KERNELS": "NO",
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_COMPILE_DISABLE": "1",
 }
-"""The child uses no network, fetches no kernels, and computes on the CPU."""
+"""The child uses no network, fetches and compiles no kernels, and computes on the CPU."""
 _LONGEST_LINE = 1 << 20
 _LOOK_EVERY = 0.1
 """Seconds between two looks at the child, and the time to answer a signal to the parent."""

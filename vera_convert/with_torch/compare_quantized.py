@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
+from vera_convert.base.quantized.recognize import method_of
 from vera_convert.base.quantized.unpack import Unpacked
 from vera_convert.errors import SurroundingsError
 from vera_convert.verification.model_comparison import ModelJob, QuantizedComparison, Stage
@@ -108,7 +109,7 @@ def _real(plan: Blueprint, packed: Unpacked, job: ModelJob) -> nn.Module:
             local_files_only=True,
             use_safetensors=True,
             **as_stored(),
-            **_loading(job.quantizer),
+            **_loading(packed),
         )
     for module in model.modules():
         _refuse_known_errors(getattr(module, "weight", None))
@@ -138,13 +139,24 @@ def _sanitized(plan: Blueprint, packed: Unpacked) -> Iterator[Path]:
         yield folder
 
 
-def _loading(quantizer: str) -> dict[str, Any]:
-    """Return the arguments with which PEFT can wrap the layers of a quantizer."""
+def _loading(packed: Unpacked) -> dict[str, Any]:
+    """Return the arguments with which PEFT can wrap the layers of a quantized base.
+
+    gptqmodel's kernels for CPUs are compiled on the first use, for minutes; its kernel in torch is
+    not.
+    """
     import transformers
 
-    if quantizer != "compressed-tensors":
-        return {}
-    return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    match method_of(packed.settings):
+        case "compressed-tensors":
+            settings: object = transformers.CompressedTensorsConfig(dequantize=True)
+        case "gptq":
+            settings = transformers.GPTQConfig(bits=packed.settings["bits"], backend="torch")
+        case "awq":
+            settings = transformers.AwqConfig(backend="torch_awq")
+        case _:
+            return {}
+    return {"quantization_config": settings}
 
 
 def _refuse_known_errors(weight: Any) -> None:  # noqa: ANN401 -- of a quantizer's class
