@@ -3,6 +3,7 @@
 # mypy: allow-subclassing-any, allow-untyped-calls
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from releases import has, of_transformers
+from safetensors.torch import load_file, save_file
 from theirwarnings import OF_PEFT
 from trainedmodels import randomized
 
@@ -51,6 +53,12 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
         "NomicBertConfig",
         {**WIDTHS, "vocab_size": 64, "pad_token_id": 0},
         ["q_proj", "k_proj", "o_proj"],
+    ),
+    "a q of more rows than k and v": (
+        "Molmo2TextModel",
+        "Molmo2TextConfig",
+        {**WIDTHS, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64},
+        ["q_proj", "k_proj", "v_proj", "gate_proj"],
     ),
     "joined layers alone": (
         "Dinov2Model",
@@ -95,6 +103,9 @@ RENAMED: Mapping[str, tuple[str, str, Mapping[str, Any], list[str]]] = {
 """Models whose files have other names for trained biases."""
 
 
+JOINED_TENSOR = re.compile(r"weights_in\.|Wqkv\.|att_proj\.")
+
+
 class Trained(NamedTuple):
     """A model of transformers in ``base``, and an adapter that PEFT wrote for it in ``adapter``."""
 
@@ -128,13 +139,58 @@ def assert_merged_as_peft(model: Trained, out: Path) -> None:
         torch.testing.assert_close(ours[key], values, msg=key)
 
 
-def test_a_trained_bias_that_the_files_join_is_refused_by_the_merge_alone(tmp_path: Path) -> None:
-    base, adapter, *_ = trained("joined layers alone", tmp_path, bias="all")
-    checked = validate(adapter, base=base, select=["V5"])
-    assert checked.passed
-    assert {each.code for each in checked.findings} == {"V542"}
+JOINED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "all biases": ("joined layers alone", {"bias": "all"}),
+    "biases of one of two layers": (
+        "joined layers alone",
+        {"bias": "vera_only", "target_modules": ["up_proj"]},
+    ),
+    "a weight beside a delta": (
+        "names of another release",
+        {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["k_proj"]},
+    ),
+    "weights and biases of one layer": (
+        "joined layers alone",
+        {"target_modules": ["down_proj"], "modules_to_save": ["gate_proj"]},
+    ),
+    "a weight after a longer one": (
+        "a q of more rows than k and v",
+        {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]},
+    ),
+}
+"""Tensors that PEFT saves whole, and that the base's files join with others."""
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_saved_tensors_replace_their_rows_in_a_joined_tensor(case: str, tmp_path: Path) -> None:
+    kind, wanted = JOINED[case]
+    model = trained(kind, tmp_path, **wanted)
+    base, adapter, merged = model.base, model.adapter, tmp_path / "merged"
+    assert_merged_as_peft(model, merged)
+    options = VerifyOptions(layers_only=True)
+    assert verify(adapter, merged=merged, base=base, options=options).passed
+    weights = merged / "model.safetensors"
+    tensors = load_file(weights)
+    changed = load_file(base / "model.safetensors")
+    name = next(name for name in changed if JOINED_TENSOR.search(name))
+    save_file({**tensors, name: changed[name]}, weights, {"format": "pt"})
+    assert not verify(adapter, merged=merged, base=base, options=options).passed
+
+
+def test_a_saved_layer_whose_rows_are_in_another_order_is_refused(tmp_path: Path) -> None:
+    wanted = {"target_modules": ["down_proj"], "modules_to_save": ["gate_proj"]}
+    base, adapter, *_ = trained("joined layers alone", tmp_path, **wanted)
+    config = base / "config.json"
+    # Inkling's files have the rows of gate_proj and up_proj in turns.
+    config.write_text(config.read_text().replace('"dinov2"', '"inkling_mm_model"'))
+    tensors = load_file(base / "model.safetensors")
+    renamed = {
+        name.replace("weights_in", "w13_dn").replace("weights_out", "down_proj"): each
+        for name, each in tensors.items()
+    }
+    save_file(renamed, base / "model.safetensors", {"format": "pt"})
     assert strip(adapter, tmp_path / "stripped", base=base).out.is_dir()
-    with pytest.raises(CheckpointError, match=r"V542 .*gate_proj\.bias.*join this bias"):
+    with pytest.raises(CheckpointError, match=r"V543 .*gate_proj"):
         merge(adapter, tmp_path / "merged", base=base)
 
 

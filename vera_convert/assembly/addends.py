@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,32 @@ class Term:
         return self.d.array(), self.b.array()
 
 
-def moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
+class TermsOfParts:
+    """Makes deltas of tensors out of deltas of layers that are some rows of a tensor.
+
+    Layers of one kind share the moved B.
+    """
+
+    def __init__(self) -> None:
+        self._moved: dict[tuple[int, ...], Array] = {}
+
+    def term(self, term: Term, first: int, rows: int) -> Term:
+        """Return a delta of some rows of a tensor as a delta of all rows, 0 in the others.
+
+        Args:
+            term: the delta of the layer.
+            first: the layer's first row in the tensor.
+            rows: the rows of the tensor.
+        """
+        count = term.b.shape[0]
+        key = (id(term.B), first, count, rows)
+        if key not in self._moved:
+            self._moved[key] = _moved_rows(term.B, first, count, rows)
+        b, changed = _moved_vector(term.b, first, rows), slice(first, first + count)
+        return replace(term, B=self._moved[key], b=b, rows=changed)
+
+
+def _moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
     """Return zeros with the first rows of an array in another place.
 
     The delta of a layer that is some rows of a tensor thus becomes a delta of the whole tensor.
@@ -64,11 +89,11 @@ def moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
     return moved
 
 
-def moved_vector(b: TensorData, first: int, rows: int) -> TensorData:
+def _moved_vector(b: TensorData, first: int, rows: int) -> TensorData:
     """Return the vector b of a layer that is some rows of a tensor, with zeros in the others."""
 
     def blocks() -> Iterator[memoryview]:
-        return array_blocks(moved_rows(b.array(), first, b.shape[0], rows))
+        return array_blocks(_moved_rows(b.array(), first, b.shape[0], rows))
 
     return b._replace(shape=(rows,), blocks=blocks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from vera_convert.base.match import Match
 from vera_convert.base.model import BaseModel
 from vera_convert.base.renames import release_names
 from vera_convert.base.task_classes import class_of_head
-from vera_convert.base.unsupported_layouts import other_layout
+from vera_convert.base.unsupported_layouts import Layers, other_layout
 from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import WEIGHTS_NAME
@@ -48,10 +49,26 @@ class Part(NamedTuple):
     first: int = 0
 
 
-def replacing_tensors(
-    adapter: Adapter, match: Match, base: BaseModel
-) -> dict[str, tuple[TensorData, Part]]:
-    """Return for each replaced tensor of the base the adapter's tensor, and the part to take.
+class Replacing(NamedTuple):
+    """The tensors of an adapter that replace tensors of the base.
+
+    Attributes:
+        whole: for each replaced tensor of the base, the adapter's tensor and the part to take.
+        rows: for each tensor of the base that several layers share, the adapter's tensors by the
+            first row or value that each replaces.
+    """
+
+    whole: dict[str, tuple[TensorData, Part]]
+    rows: dict[str, dict[int, TensorData]]
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The names of all replaced tensors of the base."""
+        return frozenset((*self.whole, *self.rows))
+
+
+def replacing_tensors(adapter: Adapter, match: Match, base: BaseModel) -> Replacing:
+    """Return the tensors of an adapter that replace tensors of the base, or rows of these.
 
     Args:
         adapter: the adapter.
@@ -76,7 +93,47 @@ def replacing_tensors(
         first, _ = found.setdefault(part.target, (tensor, part))
         if not same_tensor(first, tensor):
             raise CheckpointError(_clash(part.target, first.name, tensor.name))
-    return found
+    rows: dict[str, dict[int, TensorData]] = {}
+    joined = _Joined(match, base)
+    for target in [name for name in lost if name in found]:
+        place = joined.place(found[target][0])
+        if place is not None:
+            name, first_row = place
+            rows.setdefault(name, {})[first_row] = found.pop(target)[0]
+    return Replacing(found, rows)
+
+
+class _Joined:
+    """Finds the places of weights and biases in tensors that the base stores for several layers."""
+
+    def __init__(self, match: Match, base: BaseModel) -> None:
+        self._match = match
+        self._base = base
+
+    @cached_property
+    def _layers(self) -> Layers:
+        return Layers(self._base)
+
+    @cached_property
+    def _ways_back(self) -> list[Callable[[str], str | None]]:
+        """The ways from a path in the files to the path in the adapter."""
+        return [self._match.strategy.undo, str, *(each.undo for each in release_names(self._base))]
+
+    def place(self, tensor: TensorData) -> tuple[str, int] | None:
+        """Return the name of the base's tensor and the first row; None if the place is unknown."""
+        module, _, parameter = replaced_name(tensor.name).rpartition(".")
+        if parameter not in ("weight", "bias") or not tensor.shape:
+            return None
+        for undo in self._ways_back:
+            inside = self._layers.inside(module, tensor.shape[0], undo)
+            if inside is not None and inside.first is not None:
+                weight = inside.tensors[0]
+                name = re.sub(r"weight$", parameter, weight)
+                shape = (self._base.tensors[weight].info.shape[0], *tensor.shape[1:])
+                found = self._base.tensors.get(name)
+                if found is not None and found.info.shape == shape:
+                    return name, inside.first
+        return None
 
 
 def used_replacements(adapter: Adapter) -> Iterator[TensorData]:
@@ -226,32 +283,36 @@ def brought(config: VeraConfig, name: str, target: str, base: BaseModel) -> Find
         target: the tensor's name in the base.
         base: the base.
     """
-    module = replaced_name(name).rpartition(".")[0]
-    if not SavedModules(config).of(module):
-        found = unknown_tensor(name, target, base)
-        if found.rule is rules.REPLACEMENT_UNKNOWN:
-            return found
-        return found.as_note()  # PEFT loads the adapter on this base
+    layout = stored_otherwise(name, base)
+    if layout is not None:
+        return layout.as_note()  # PEFT loads the adapter on this base
+    if not SavedModules(config).of(replaced_name(name).rpartition(".")[0]):
+        return unknown_tensor(name, target)
     if class_of_head(config, base) is not None:
         return None
     reason = "the base has no such tensor, and no class with this tensor is known."
     return rules.REPLACEMENT_NEW.in_tensor(target, reason)
 
 
-def unknown_tensor(name: str, target: str, base: BaseModel) -> Finding:
-    """Return the finding that a merge cannot place a tensor, such as a bias that the base joins.
+def unknown_tensor(name: str, target: str) -> Finding:
+    """Return the finding that a merge cannot place a tensor.
 
     Args:
         name: the tensor's name in the adapter's file.
         target: the tensor's name in the base.
+    """
+    return rules.REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
+
+
+def stored_otherwise(name: str, base: BaseModel) -> Finding | None:
+    """Return the reason why the base has a layer's tensor in another form; None for other tensors.
+
+    Args:
+        name: the tensor's name in the adapter's file.
         base: the base.
     """
-    module = replaced_name(name).rpartition(".")[0]
-    layout = other_layout([module], base) if name.endswith(".bias") else None
-    if layout is None:
-        return rules.REPLACEMENT_UNKNOWN.in_tensor(target, f"{printable(name)} would replace it.")
-    reason = "the base's files join this bias with others, and a merge cannot divide biases yet."
-    return layout.rule.at(printable(target), reason)
+    module, _, parameter = replaced_name(name).rpartition(".")
+    return other_layout([module], base) if parameter in ("weight", "bias") else None
 
 
 def incomplete_modules(

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from vera_convert import rules
@@ -29,7 +30,7 @@ class Layout:
         memory: the ends of the paths of the layers in memory.
         is_permuted: whether transformers reorders rows; False if transformers only cuts.
         is_even: whether the layers have equal numbers of rows whenever any layer has an equal share
-            of the rows.
+            of the rows, and k as many rows as v.
     """
 
     types: frozenset[str]
@@ -37,6 +38,27 @@ class Layout:
     memory: tuple[str, ...]
     is_permuted: bool = False
     is_even: bool = False
+
+    def first_row(self, layer: str, outputs: int, rows: int) -> int | None:
+        """Return the first row of a layer in the tensor; None if the place is not known.
+
+        In a tensor of q, k and v, the layers k and v have as many rows each, and q has the rest.
+
+        Args:
+            layer: the end of the layer's path.
+            outputs: the layer's outputs.
+            rows: the rows of the tensor.
+        """
+        part, parts = self.memory.index(layer), len(self.memory)
+        if not self.is_even:
+            return None
+        if parts * outputs == rows:
+            return part * outputs
+        if [name.rpartition(".")[2] for name in self.memory] != _QUERY_KEY_VALUE:
+            return None
+        if part == 0:
+            return 0 if rows > outputs and (rows - outputs) % 2 == 0 else None
+        return rows - (parts - part) * outputs if rows > 2 * outputs else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +78,10 @@ class Inside:
     first: int | None
     finding: Finding
     experts: int = 0
+
+
+_FirstRow = Callable[[int, int], int | None]
+"""The first row of a layer in a tensor, by the layer's outputs and the tensor's rows."""
 
 
 def _layouts(table: str, *, is_permuted: bool = False, is_even: bool = False) -> tuple[Layout, ...]:
@@ -91,6 +117,7 @@ PARTS_OF_LAYERS = {
 }
 """Layers in memory, stored in files as several tensors, by the last part of the path."""
 
+_QUERY_KEY_VALUE = ["q_proj", "k_proj", "v_proj"]
 _DOWN = re.compile(r"(?:^|[._])(?:down|w2|fc2|output)(?:$|[._])")
 _TWO_LAYERS = re.compile(r"gate_up|input_linear")
 """The name of a stack in which each expert has the rows of two layers, gate and up."""
@@ -119,9 +146,14 @@ class Layers:
         self._base = base
         types = set(model_types(base.config))
         self._layouts = [layout for layout in LAYOUTS if types & layout.types]
-        self._names: dict[tuple[str, ...], list[str]] = {}
-        for name in base.tensors:
-            self._names.setdefault(_numbers(name), []).append(name)
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, ...], list[str]]:
+        """The names of the base's tensors, by the numbers in each name."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name in self._base.tensors:
+            found.setdefault(_numbers(name), []).append(name)
+        return found
 
     def finding(self, module: str) -> Finding | None:
         """Return the reason why a merge would refuse a layer, by the end of the path alone."""
@@ -139,7 +171,7 @@ class Layers:
             undo: from a path in the files to the path in the adapter.
         """
         block = _block(module)
-        for names, share, finding in self._candidates(module):
+        for names, first_row, finding in self._candidates(module):
             shapes = [self._base.tensors[name].info.shape for name in names]
             near = (
                 name for name in self._names[_numbers(module)] if _block(name) == _block(names[0])
@@ -148,9 +180,7 @@ class Layers:
             rows = sum(shape[0] for shape in shapes if len(shape) == 2)
             is_whole = rows == outputs if len(names) > 1 else rows >= outputs
             if block and is_proven and is_whole and len({shape[1:] for shape in shapes}) == 1:
-                part, parts = share or (0, 0)
-                first = part * outputs if parts * outputs == rows else None
-                return Inside(names, shapes[0][1], first, finding)
+                return Inside(names, shapes[0][1], first_row(outputs, rows), finding)
         return self._expert(module, outputs, undo)
 
     def joined(self, undo: Callable[[str], str | None]) -> Iterator[str]:
@@ -204,17 +234,14 @@ class Layers:
             if len(shape) == 3 and re.search(r"experts|(in|out)put_linear", name):
                 yield name
 
-    def _candidates(
-        self, module: str
-    ) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None, Finding]]:
-        """Yield possible tensors of a layer: names, part of so many equal parts, finding."""
+    def _candidates(self, module: str) -> Iterator[tuple[tuple[str, ...], _FirstRow, Finding]]:
+        """Yield possible tensors of a layer: names, the layer's first row, finding."""
         for layout in self._layouts:
             ends = [end for end in layout.memory if f".{module}".endswith(f".{end}")]
             for name in self._ending(layout.files, like=module) if ends else ():
                 rule = rules.LAYER_REORDERED if layout.is_permuted else rules.LAYER_CUT_OUT
                 reason = f'"{printable(module)}" is made from it.'
-                share = (layout.memory.index(ends[0]), len(layout.memory))
-                yield (name,), share if layout.is_even else None, rule.at(printable(name), reason)
+                yield (name,), partial(layout.first_row, ends[0]), rule.at(printable(name), reason)
         start, _, last = module.rpartition(".")
         parent = start.rpartition(".")[2]
         parts = [
@@ -223,7 +250,7 @@ class Layers:
         for names in zip(*parts, strict=False):
             stored = " and ".join(f'"{printable(name)}"' for name in names)
             finding = rules.LAYER_OF_SEVERAL.at(printable(module), f"the base stores {stored}.")
-            yield names, None, finding
+            yield names, lambda _outputs, _rows: None, finding
 
     def _ending(self, end: str, *, like: str) -> list[str]:
         """Return the tensors with the layer numbers of `like` and with the end `end`."""

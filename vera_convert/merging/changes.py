@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -111,6 +111,48 @@ class ScaledRows:
         return wide
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplacedRows:
+    """A tensor of several layers, in which adapters replace the rows of some layers.
+
+    Attributes:
+        own: the base's tensor: a matrix, or a vector whose values count as rows.
+        parts: the adapters' tensors, by the first row that each replaces.
+        decode: computes rows of the base's matrix; None for the stored values.
+    """
+
+    own: StoredTensor
+    parts: Mapping[int, Replacement]
+    decode: Decode | None = None
+
+    def base_of(self, first: int) -> StoredTensor:
+        """Return the rows of the base that the part beginning at row `first` replaces."""
+        start = self.own.start + first * (self.own.nbytes // self.own.shape[0])
+        return replace(self.own, start=start, shape=self.parts[first].stored.shape)
+
+    @np.errstate(over="ignore", invalid="ignore")  # the merge finds and reports infinite values
+    def __call__(self, first: int, last: int) -> NDArray[Any]:
+        """Return rows `first` to `last` (exclusive) in the base's dtype; a vector is one row."""
+        if len(self.own.shape) == 1:
+            return self._rows(0, self.own.shape[0]).reshape(1, -1)[first:last]
+        return self._rows(first, last)
+
+    def _rows(self, first: int, last: int) -> NDArray[Any]:
+        own = _as_matrix(self.own).rows if self.decode is None else self.decode
+        values = np.array(own(first, last))
+        for start, each in self.parts.items():
+            low, high = max(first, start), min(last, start + each.stored.shape[0])
+            if low < high:
+                new = _as_matrix(each.stored).rows(low - start, high - start)
+                values[low - first : high - first] = new.astype(values.dtype)
+        return values
+
+
+def _as_matrix(tensor: StoredTensor) -> StoredTensor:
+    """Return a matrix as it is, and a vector as a column."""
+    return tensor if len(tensor.shape) == 2 else replace(tensor, shape=(tensor.count, 1))
+
+
 @dataclass(slots=True, eq=False)
 class Changes:
     """All changes to a base, by the names of the tensors.
@@ -120,6 +162,7 @@ class Changes:
         conv1d: tensors that are stored as (in, out).
         replaced: tensors of the base that an adapter replaces.
         new: tensors of an adapter that the base lacks.
+        rows: tensors of several layers, in which adapters replace the rows of some layers.
         heads: names of untied heads and of other tensors that are no longer tied, each with the
             base's tensor whose values the new tensor starts from.
         unties: whether the config must say that head and embedding are two tensors.
@@ -132,6 +175,7 @@ class Changes:
     conv1d: set[str] = field(default_factory=set)
     replaced: dict[str, Replacement] = field(default_factory=dict)
     new: dict[str, Replacement] = field(default_factory=dict)
+    rows: dict[str, ReplacedRows] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     unties: bool = False
     resizes: Resizes = NO_RESIZES
@@ -227,6 +271,11 @@ def merged_tensors(
         written = own.dtype if in_base in kept and replacement is None else _written(own, dtype)
         if replacement is not None:
             found[name] = _merged(name, Kind.REPLACED, replacement.stored, written, changes)
+            continue
+        if name in changes.rows:
+            rows = replace(changes.rows[name], decode=files.decoder(in_base))
+            merged = _merged(name, Kind.REPLACED, own, written, changes)
+            found[name] = replace(merged, decode=rows)
             continue
         resized = changes.resized_biases.get(name)
         decode = resized or files.decoder(in_base)

@@ -6,16 +6,12 @@ only the weights that an adapter stores a copy of.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
-from typing import Any
-
-from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.adapter.saved_modules import SavedModules, replaced_name
 from vera_convert.adapter.sorting import same_tensor
-from vera_convert.assembly.addends import Term, moved_rows, moved_vector
+from vera_convert.assembly.addends import Term, TermsOfParts
 from vera_convert.base.match import Match, embedding_of_head
 from vera_convert.base.quantized.targets import refuse_quantized
 from vera_convert.base.quantized.unpack import unpacked
@@ -24,18 +20,18 @@ from vera_convert.base.replacements import (
     incomplete_modules,
     is_unused,
     replacing_tensors,
+    stored_otherwise,
     unknown_tensor,
 )
 from vera_convert.base.resizes import biases_of_logits, followers, resizes, shape_differs
 from vera_convert.base.tied import is_head, is_tied_head, lone_embeddings, name_of_head, tied_head
-from vera_convert.base.unsupported_layouts import Inside
 from vera_convert.base.vocabulary import shared_embedding, tied_copies
 from vera_convert.embeddings import is_embedding
 from vera_convert.errors import UsageError, refuse
 from vera_convert.files.tensorfile import TensorData
 from vera_convert.merging.adapters import MatchedAdapter
 from vera_convert.merging.base_files import has_own_head
-from vera_convert.merging.changes import Changes, Replacement, ResizedBias
+from vera_convert.merging.changes import Changes, ReplacedRows, Replacement, ResizedBias
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.merging.options import Tied
 from vera_convert.rules import Finding
@@ -70,7 +66,7 @@ def collect(inputs: MergeInputs) -> Changes:
     changes.resizes = resizes(shapes, inputs.base.model, heads=heads)
     refuse((*collector.defects, *changes.resizes.findings))
     if inputs.base.packed is None:
-        refuse_quantized(unpacked(inputs.base.model), changes.replaced)
+        refuse_quantized(unpacked(inputs.base.model), (*changes.replaced, *changes.rows))
     changes.resized_biases = {
         name: ResizedBias(inputs.base.tensor(name), count)
         for name, count in biases_of_logits(changes.resizes, inputs.base.model)
@@ -94,7 +90,7 @@ class _Collector:
         self.changes = Changes()
         self.defects: list[Finding] = []
         self._outputs: dict[str, int] = {}
-        self._moved: dict[tuple[int, ...], NDArray[Any]] = {}
+        self._parts = TermsOfParts()
         self._resized_heads: list[tuple[str, Replacement]] = []
 
     def _meet_tied_head(self) -> Tied | None:
@@ -124,7 +120,9 @@ class _Collector:
             outputs = layer.out_features
             if module in match.parts:
                 outputs = self.base.tensors[match.tensors[module]].info.shape[0]
-                term = self._term_of_part(term, match.parts[module], outputs)
+                first_row = match.parts[module].first
+                assert first_row is not None  # noqa: S101 -- `resolve_base` refuses the others
+                term = self._parts.term(term, first_row, outputs)
             for name in names:
                 terms[name] = (*terms.get(name, ()), term)
                 first = self._outputs.setdefault(name, outputs)
@@ -135,17 +133,6 @@ class _Collector:
                     self.changes.conv1d.add(name)
         for module, copy in matched.adapter.base_copies.items():
             self._compare_copy(module, copy, matched)
-
-    def _term_of_part(self, term: Term, part: Inside, rows: int) -> Term:
-        """Return a delta of some rows of a tensor as a delta of all rows, 0 in the others."""
-        assert part.first is not None  # noqa: S101 -- `resolve_base` refuses the others
-        count = term.b.shape[0]
-        key = (id(term.B), part.first, count, rows)
-        if key not in self._moved:
-            self._moved[key] = moved_rows(term.B, part.first, count, rows)
-        b = moved_vector(term.b, part.first, rows)
-        changed = slice(part.first, part.first + count)
-        return replace(term, B=self._moved[key], b=b, rows=changed)
 
     def _targets(self, module: str, match: Match) -> list[str]:
         """Return the tensors that a layer's delta changes; empty if the caller must choose."""
@@ -206,7 +193,7 @@ class _Collector:
                 self.changes.findings.append(rules.EMBEDDING_UNUSED.in_tensor(tensor.name, reason))
         # Embeddings come first, because the check of a head depends on the embedding.
         for target, (tensor, part) in sorted(
-            found.items(), key=lambda item: is_head(item[0], self.base)
+            found.whole.items(), key=lambda item: is_head(item[0], self.base)
         ):
             replacement = Replacement.of(matched, tensor, part)
             if is_unused(tensor.name, adapter):
@@ -219,13 +206,27 @@ class _Collector:
                 self._record(target, replacement)
             else:
                 self._bring(target, replacement)
-        self.defects += incomplete_modules(adapter, matched.match, self.base, found)
+        for target, parts in found.rows.items():
+            for first, tensor in parts.items():
+                replacement = Replacement.of(matched, tensor, Part(target, tensor.shape))
+                self._replace_rows(target, first, replacement)
+        self.defects += incomplete_modules(adapter, matched.match, self.base, found.targets)
+
+    def _replace_rows(self, target: str, first: int, replacement: Replacement) -> None:
+        """Record a tensor that replaces the rows of one layer in a tensor of several layers."""
+        rows = self.changes.rows
+        taken = rows[target].parts if target in rows else {}
+        self._refuse_other(target, taken.get(first, replacement), replacement)
+        rows[target] = ReplacedRows(self.files.tensor(target), {first: replacement, **taken})
 
     def _record(self, target: str, replacement: Replacement) -> None:
         """Record a replacement; refuse a tensor for which another adapter has other values."""
         changes = self.changes
         taken = changes.replaced if target in self.base.tensors else changes.new
-        first = taken.setdefault(target, replacement)
+        self._refuse_other(target, taken.setdefault(target, replacement), replacement)
+
+    def _refuse_other(self, target: str, first: Replacement, replacement: Replacement) -> None:
+        """Refuse a replacement by other values than those of the first replacement."""
         if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
             reason = (
                 f"{first.owner.label} and {replacement.owner.label} replace this tensor by "
@@ -250,8 +251,9 @@ class _Collector:
         name = replacement.tensor.name
         module = _module(replaced_name(name))
         saved = SavedModules(replacement.owner.adapter.config)
-        if target not in self._copies and not saved.of(module):
-            self.defects.append(unknown_tensor(name, target, self.base))
+        layout = stored_otherwise(name, self.base)
+        if layout or (target not in self._copies and not saved.of(module)):
+            self.defects.append(layout or unknown_tensor(name, target))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
             self.defects.append(rules.REPLACEMENT_UNKNOWN.at(printable(target), reason))

@@ -202,8 +202,10 @@ class MergeJob:
         numbers: dict[str, Numbers] = {}
         for each in results.values():
             numbers |= each.numbers
-        replaced = self.plan.replaced
-        numbers |= {each.name: each.numbers for each in replaced if each.numbers is not None}
+        for replaced in self.plan.replaced:
+            if replaced.numbers is not None:
+                own = numbers.get(replaced.name, Numbers())
+                numbers[replaced.name] = own + replaced.numbers
         adapters, changes = self.plan.inputs.adapters, self.plan.changes
         reports = []
         for tensor in self.plan.weights.tensors:
@@ -214,6 +216,9 @@ class MergeJob:
             if replacement is not None:
                 owners = [replacement.owner]
                 kind = "replaced" if name in changes.replaced else "new"
+            elif name in changes.rows:
+                owners += [each.owner for each in changes.rows[name].parts.values()]
+                kind = "added" if terms else "replaced"
             if owners:
                 indexes = tuple(n for n, each in enumerate(adapters) if each in owners)
                 reports.append(

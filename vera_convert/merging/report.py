@@ -180,17 +180,32 @@ def replaced_tensors(inputs: MergeInputs, changes: Changes) -> tuple[ReplacedTen
 
     Values are compared only with a base on this machine.
     """
-    return tuple(
+    whole = [
         ReplacedTensor(
             name,
             replacement.owner.label,
             replacement.stored.shape,
             inputs.base.tensor(name).shape if name in changes.replaced else None,
-            _numbers(name, replacement, inputs.base) if name in changes.replaced else None,
+            _numbers(inputs.base.tensor(name), replacement, inputs.base)
+            if name in changes.replaced
+            else None,
             _constant(replacement.stored),
         )
-        for name, replacement in sorted(changes.replacing.items())
-    )
+        for name, replacement in changes.replacing.items()
+    ]
+    parts = [
+        ReplacedTensor(
+            name,
+            replacement.owner.label,
+            replacement.stored.shape,
+            replacement.stored.shape,
+            _numbers(rows.base_of(first), replacement, inputs.base),
+            _constant(replacement.stored),
+        )
+        for name, rows in changes.rows.items()
+        for first, replacement in sorted(rows.parts.items())
+    ]
+    return tuple(sorted((*whole, *parts), key=lambda each: each.name))
 
 
 def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
@@ -204,12 +219,12 @@ def constant_findings(tensors: tuple[ReplacedTensor, ...]) -> Iterator[Finding]:
             yield rules.REPLACED_BY_CONSTANT.in_tensor(tensor.name, reason)
 
 
-def _numbers(name: str, replacement: Replacement, base: BaseFiles) -> Numbers | None:
+def _numbers(old: StoredTensor, replacement: Replacement, base: BaseFiles) -> Numbers | None:
     """Compare the values that both tensors have: all values, or the rows of the shorter tensor.
 
     Return None if the values cannot be compared.
     """
-    new, old = replacement.stored, base.tensor(name)
+    new = replacement.stored
     is_resized = new.shape != old.shape
     if new.shape[1:] != old.shape[1:] or (is_resized and replacement.is_of_classifier):
         return None

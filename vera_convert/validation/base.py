@@ -129,7 +129,7 @@ def _replacements(
     except CheckpointError as error:
         yield from error.findings
         return
-    tensors = {target: tensor for target, (tensor, _) in replacing.items()}
+    tensors = {target: tensor for target, (tensor, _) in replacing.whole.items()}
     copies = dict(tied_copies(base))
     for target, tensor in tensors.items():
         module = replaced_name(tensor.name).rpartition(".")[0]
@@ -141,13 +141,13 @@ def _replacements(
     if shared and not shows_own_head(whole.stored, access):
         yield from shared
     heads = [name for name, each in tensors.items() if is_of_classifier(adapter.config, each.name)]
-    new_shapes = {target: part.shape for target, (_, part) in replacing.items()}
+    new_shapes = {target: part.shape for target, (_, part) in replacing.whole.items()}
     for module, copy in adapter.base_copies.items():  # PEFT loads the copy, also a resized one
         new_shapes.setdefault(match.tensors[module], copy.shape)
         if (embedding := embedding_of_head(module, match, base)) is not None:
             new_shapes.setdefault(embedding, copy.shape)
     yield from resizes(new_shapes, base, heads=heads).findings
-    yield from incomplete_modules(adapter, match, base, replacing)
+    yield from incomplete_modules(adapter, match, base, replacing.targets)
 
 
 def _tokens(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
