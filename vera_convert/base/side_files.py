@@ -130,12 +130,20 @@ def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
 # --- the config ----------------------------------------------------------------------------------
 
 
+_TEXT_MODELS = ("text_config", "decoder", "generator")
+"""The parts of a config whose ``tie_word_embeddings`` transformers 4 reads instead of its own."""
+
+
 def untied(text: bytes, config: Mapping[str, object]) -> bytes:
-    """Return a config's text with ``tie_word_embeddings`` false."""
+    """Return a config's text with ``tie_word_embeddings`` false, also in each part that decides.
+
+    A part without the field, such as the ``text_config`` of Gemma 3, has the default of its class.
+    """
+    field = "tie_word_embeddings"
     for name, part in config.items():
-        if isinstance(part, Mapping) and part.get("tie_word_embeddings") is not None:
-            text = edited_member(text, (name, "tie_word_embeddings"), value=False)
-    return edited_object(text, {"tie_word_embeddings": False})
+        if isinstance(part, Mapping) and (name in _TEXT_MODELS or part.get(field) is not None):
+            text = edited_member(text, (name, field), value=False)
+    return edited_object(text, {field: False})
 
 
 def of_dtype(text: bytes, config: Mapping[str, object], dtype: str) -> bytes:
