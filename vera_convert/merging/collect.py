@@ -356,7 +356,7 @@ class _Collector:
         brought = (copy for copy in self._copies if copy in changes.new)
         stack = next((copy for copy in brought if is_embedding(_module(copy))), None)
         source = self._copies.get(stack or "")
-        if source is None or changes.unties:
+        if source is None or changes.unties or base.model_type == "udop":
             return
         shape = base.tensors[source].info.shape
         head = tied_head(shape, matched.adapter, matched.match, base)

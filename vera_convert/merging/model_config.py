@@ -13,12 +13,13 @@ from typing import Any
 
 from vera_convert import rules
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
 from vera_convert.base.task_classes import class_of_head, needed_modules
 from vera_convert.base.tied import SCALE, scales_tied_logits
 from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
-from vera_convert.embeddings import is_output_head
+from vera_convert.embeddings import is_embedding, is_output_head
 from vera_convert.errors import CheckpointError, ParameterError
 from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
@@ -36,6 +37,12 @@ _QUESTIONS = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
 _OF_TEXTS = "ForSequenceClassification"
 _DEFAULT_LABELS = 2
 """The number of labels that transformers assumes if a config has no labels."""
+_ONE_EMBEDDING = frozenset(
+    """
+    blenderbot blenderbot-small led marian mt5 mvp pegasus pegasus_x pop2piano t5 udop umt5
+    """.split()  # noqa: SIM905 - words read best as a text
+)
+"""The model types of which transformers 4 builds one embedding for encoder and decoder."""
 
 Member = tuple[str, ...]
 """The path of a member of a config: the names of the objects around the member, then the name."""
@@ -127,6 +134,7 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
         reason = "the base has no such tensor, and no class with this tensor is known."
         findings += [rules.REPLACEMENT_NEW.in_tensor(tensor, reason) for tensor, _ in new]
     findings += _missing_modules(base, changes, name or head.trained_class or shown)
+    findings += _stacks(base, changes)
     said = "; ".join(each.phrase for each in of_class if each.phrase)
     if said:
         findings.append(rules.HEAD_CLASS_WRITTEN.in_file(CONFIG_NAME, f"{said}."))
@@ -235,6 +243,19 @@ def _missing_modules(base: BaseModel, changes: Changes, name: str) -> Iterator[F
                 "stores the module."
             )
             yield rules.HEAD_MODULE_MISSING.at(f"{module}.weight", reason)
+
+
+def _stacks(base: BaseModel, changes: Changes) -> Iterator[Finding]:
+    """Yield a warning if encoder or decoder has an embedding that transformers 4 does not load."""
+    replacing = changes.replacing
+    for copy, source in tied_copies(base) if base.model_type in _ONE_EMBEDDING else ():
+        own, shared = replacing.get(copy), replacing.get(source)
+        if own is None or not is_embedding(copy.rpartition(".")[0]):
+            continue
+        if shared is None or not same_tensor(own.tensor, shared.tensor):
+            reason = f"{printable(source)} has other values."
+            yield rules.STACKS_SHARE_IN_TRANSFORMERS_4.in_tensor(copy, reason)
+            return
 
 
 # --- labels and padding --------------------------------------------------------------------------

@@ -138,13 +138,13 @@ def _replacements(
             found = brought(adapter.config, tensor.name, target, base)
             yield from [found] if found is not None else []
     shared = [*_tied_pairs(adapter, match, base, tensors)]
-    if shared and not shows_own_head(whole.stored, access):
-        yield from shared
+    is_tied = bool(shared) and not shows_own_head(whole.stored, access)
+    yield from shared if is_tied else ()
     heads = [name for name, each in tensors.items() if is_of_classifier(adapter.config, each.name)]
     new_shapes = {target: part.shape for target, (_, part) in replacing.whole.items()}
     for module, copy in adapter.base_copies.items():  # PEFT loads the copy, also a resized one
         new_shapes.setdefault(match.tensors[module], copy.shape)
-        if (embedding := embedding_of_head(module, match, base)) is not None:
+        if is_tied and (embedding := embedding_of_head(module, match, base)) is not None:
             new_shapes.setdefault(embedding, copy.shape)
     yield from resizes(new_shapes, base, heads=heads).findings
     yield from incomplete_modules(adapter, match, base, replacing.targets)
