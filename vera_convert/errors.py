@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from vera_convert.rules import Finding
@@ -25,6 +26,7 @@ class CheckpointError(VeraConvertError):
         findings: every defect found before reading stopped; at least one.
         validate_shows_all: whether `validate` shows these defects of the adapter too; False for the
             defects of a merged model, and for the rules of an engine.
+        adapter: the adapter with the defects, if the call names several adapters; else empty.
     """
 
     status = 1
@@ -32,6 +34,7 @@ class CheckpointError(VeraConvertError):
     def __init__(self, first: Finding, *more: Finding) -> None:
         self.findings: tuple[Finding, ...] = (first, *more)
         self.validate_shows_all = True
+        self.adapter = ""
         super().__init__(str(first))
 
     @classmethod
@@ -39,6 +42,18 @@ class CheckpointError(VeraConvertError):
         """Return the error for one or more findings."""
         first, *more = findings
         return cls(first, *more)
+
+
+@contextmanager
+def naming_adapter(label: str) -> Iterator[None]:
+    """Name an added adapter in the errors about the adapter; an empty label changes nothing."""
+    try:
+        yield
+    except CheckpointError as error:
+        if label:
+            error.findings = tuple(finding.of_adapter(label) for finding in error.findings)
+            error.adapter, error.args = label, (str(error.findings[0]),)
+        raise
 
 
 def refuse(findings: Iterable[Finding]) -> None:

@@ -132,6 +132,11 @@ class Finding:
         """Return this finding for a case in which nothing is wrong."""
         return replace(self, rule=self.rule.as_note())
 
+    def of_adapter(self, label: str) -> Finding:
+        """Return this finding with the adapter's name in the place, unless the name is there."""
+        named = self.place.startswith(label)
+        return self if named or not label else replace(self, place=f"{label}: {self.place}")
+
     def with_remedy(self, remedy: str) -> Finding:
         """Return this finding with a remedy for a case that the rule's remedy does not fit."""
         return replace(self, own_remedy=remedy)

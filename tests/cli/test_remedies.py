@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from adapters import good_adapter
+from adapters import good_adapter, good_tensors
 from bases import tiny_base
 from commandline import Run
 from merges import filled_base
+from safetensors.numpy import load_file
 
 import vera_convert
 from vera_convert.rules import Finding
@@ -129,6 +131,74 @@ def test_a_merge_without_effect_names_the_weights(
     ended = run("merge", folder, tmp_path / "out", "--base", base, *given)
     assert "V303" in ended.err
     assert remedy in ended.err
+
+
+@pytest.mark.parametrize("form", ["itself", "stripped"])
+def test_an_adapter_that_is_merged_twice_is_named(form: str, tmp_path: Path, run: Run) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    other = folder
+    if form == "stripped":
+        vera_convert.strip(folder, other := tmp_path / "stripped", base=base)
+    ended = run("merge", folder, tmp_path / "out", "--base", base, "--add", other)
+    assert ended.status == 0
+    assert f"V581 {other}: it has the vectors, A and B of {folder}" in ended.err
+    once = run("merge", folder, tmp_path / "once", "--base", base, "--weight", "2")
+    assert "V581" not in once.err
+    merged = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "once")]
+    assert all(np.allclose(merged[0][name], merged[1][name]) for name in merged[0])
+
+
+def test_other_a_and_b_make_another_delta(tmp_path: Path, run: Run) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    A = {"base_model.vera_A": np.ones((4, 16), "f4")}
+    other = good_adapter(tmp_path / "other", tensors=A)
+    ended = run("merge", folder, tmp_path / "out", "--base", base, "--add", other)
+    assert "V581" not in ended.err
+
+
+def test_an_error_of_an_added_adapter_names_the_adapter(tmp_path: Path, run: Run) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
+    call = "merge", folder, tmp_path / "out", "--base", base, "--add"
+    lora = good_adapter(tmp_path / "lora", peft_type="LORA")
+    assert f"error: V101 {lora}: adapter_config.json: " in run(*call, lora).err
+    theirs = {name: each for name, each in good_tensors().items() if "q_proj" in name}
+    renamed: dict[str, Any] = dict.fromkeys(theirs)
+    renamed |= {name.replace("q_proj", "qq_proj"): each for name, each in theirs.items()}
+    odd = good_adapter(tmp_path / "odd", tensors=renamed, target_modules=["qq_proj"])
+    assert f"error: V520 {odd}: " in run(*call, odd).err
+    wrong = good_adapter(tmp_path / "wrong", r="4", d_initial="x")
+    ended = run(*call, wrong)
+    assert f"error: V103 {wrong}" in ended.err
+    assert f"vera-convert validate {wrong} --base {base})" in ended.err, "not the first adapter"
+
+
+@pytest.mark.parametrize(
+    ("given", "is_strange"),
+    [
+        ("Foo", True),
+        ("BertForSequenceClassification", True),
+        ("LlamaForTokenClassification", False),
+    ],
+)
+def test_a_class_of_another_model_is_warned_of(
+    given: str, is_strange: bool, tmp_path: Path, run: Run
+) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    base = filled_base(tmp_path / "base", config=config)
+    folder = good_adapter(tmp_path / "adapter")
+    call = "merge", folder, tmp_path / "out", "--base", base, "--architecture", given
+    ended = run(*call)
+    assert ended.status == 0
+    assert ("V580 --architecture: the class is" in ended.err) == is_strange
+
+
+def test_code_of_the_base_can_name_any_class(tmp_path: Path, run: Run) -> None:
+    config = {"model_type": "llama", "auto_map": {"AutoModel": "modeling.Mine"}}
+    base = filled_base(tmp_path / "base", config=config)
+    folder = good_adapter(tmp_path / "adapter")
+    ended = run("merge", folder, tmp_path / "out", "--base", base, "--architecture", "Mine")
+    assert ended.status == 0
+    assert "V580" not in ended.err
 
 
 # --- every format --------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ _ENDINGS = {
     "A": "ForAudioClassification",
 }
 
+_ENDING = re.compile("For[A-Z]|LMHead|WithLMHead|DoubleHeads|Encoder|Text|Model|PreTrained")
+"""The end of a class name, after the name of the model."""
+
 
 class _Classes(NamedTuple):
     """The classes of a model type.
@@ -66,6 +69,19 @@ def class_of_task(model_type: str | None, task: str | None) -> str | None:
     letters = _LETTERS.get(task or "", "")
     found = next((letter for letter in known.needed if letter in letters), None) if known else None
     return f"{known.stem}{_ENDINGS[found]}" if known and found else None
+
+
+def class_beginnings(base: BaseModel) -> list[str]:
+    """Return the beginnings of the names of a base's classes; empty if unknown.
+
+    A config with `auto_map` brings classes of its own, with any name.
+    """
+    known = _classes().get(base.model_type or "")
+    if base.config.get("auto_map"):
+        return []
+    found = [known.stem] if known else []
+    found += [_ENDING.split(name, maxsplit=1)[0] for name in base.class_names]
+    return [*filter(None, dict.fromkeys(found))]
 
 
 def has_head_of(name: str, task: str | None) -> bool:

@@ -26,6 +26,8 @@ def reason(error: VeraConvertError, named: Mapping[str, str | None] | None = Non
     if not error.validate_shows_all:
         return with_number_of_others(error, len(error.findings))
     more = and_more(len(error.findings) - 1).lstrip()
+    if named and error.adapter:
+        named = {**named, "adapter": error.adapter, "revision": None}
     if named and named.get("adapter"):
         more += f": {_validate_command(named)}"
     return f"{error} ({more})"

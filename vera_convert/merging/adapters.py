@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from vera_convert import rules
 from vera_convert.adapter.adapter import Adapter
+from vera_convert.adapter.sorting import same_tensor
 from vera_convert.arguments import adapter_and_weight, number, optional, place, set_checked, text
 from vera_convert.assembly.input_files import InputFile
 from vera_convert.base.match import Match
@@ -17,6 +21,7 @@ from vera_convert.files.header import Header
 from vera_convert.files.reading import LocalFile
 from vera_convert.hub.lookup import HubAccess, Location, locate
 from vera_convert.merging.in_effect import InEffect
+from vera_convert.rules import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,30 @@ class MergedAdapter:
             draw=matched.pair.draw,
             folder=matched.adapter.folder,
         )
+
+
+def repeated_findings(adapters: Sequence[MatchedAdapter]) -> Iterator[Finding]:
+    """Yield a warning for each adapter that has the vectors of an adapter before."""
+    for index, later in enumerate(adapters):
+        same = (each for each in adapters[:index] if _is_same(each, later))
+        if (first := next(same, None)) is not None:
+            reason = f"it has the vectors, A and B of {first.label}, so the same delta is added."
+            yield rules.ADAPTER_REPEATED.at(later.label, reason)
+
+
+def _is_same(one: MatchedAdapter, other: MatchedAdapter) -> bool:
+    """Say whether two adapters have the same vectors, A and B, perhaps in other forms."""
+    layers, others = one.adapter.layers, other.adapter.layers
+    return (
+        layers.keys() == others.keys()
+        and all(
+            same_tensor(layer.lambda_b, others[module].lambda_b)
+            and same_tensor(layer.lambda_d, others[module].lambda_d)
+            for module, layer in layers.items()
+        )
+        and np.array_equal(one.pair.A, other.pair.A)
+        and np.array_equal(one.pair.B, other.pair.B)
+    )
 
 
 def find_adapters(

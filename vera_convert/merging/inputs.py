@@ -20,7 +20,7 @@ from vera_convert.base.quantized.unpack import Unpacked, unpacked
 from vera_convert.base.resolve import Need, idle_key_maps, resolve_base
 from vera_convert.conversion.proof import other_dims
 from vera_convert.conversion.transforms import IDLE_GENERATOR
-from vera_convert.errors import UsageError
+from vera_convert.errors import UsageError, naming_adapter
 from vera_convert.hub.lookup import HubAccess, Location, fetch_adapter
 from vera_convert.hub.repo_name import SCHEME
 from vera_convert.merging.adapter_files import AdapterFiles, adapter_files
@@ -97,22 +97,23 @@ def open_inputs(
     """
     with ExitStack() as stack:
         locations = [fetch_adapter(location, access) for _, location in found]
-        opened = [stack.enter_context(open_adapter(each.fetched)) for each in locations]
-        for adapter in opened:
-            refuse_values(adapter)
+        names = ["", *(location.label for location in locations[1:])]
+        opened = [
+            stack.enter_context(_opened(location, name))
+            for location, name in zip(locations, names, strict=True)
+        ]
         need = Need.DEQUANTIZED if options.dequantize else Need.WHOLE
-        facts = _resolve_all(opened, base, access, need)
+        facts = _resolve_all(opened, names, base, access, need)
         packed = unpacked(_base_of(facts[0]))
         dequantizes = _is_dequantized(packed, facts, options)
         files = read_base_files(packed.stored, access, fetch=not options.dry_run)
         if dequantizes:
             files = files.dequantized(packed)
-        adapters = tuple(
-            _matched(spec, location, adapter, each, options)
-            for (spec, _), location, adapter, each in zip(
-                found, locations, opened, facts, strict=True
-            )
-        )
+        adapters = []
+        for number, (spec, _) in enumerate(found):
+            at = locations[number], opened[number], facts[number]
+            with naming_adapter(names[number]):
+                adapters.append(_matched(spec, *at, options))
         beside = [adapter_files(location, files.model) for location in locations]
         written = beside[0].over(files.copied)
         findings = [
@@ -123,17 +124,36 @@ def open_inputs(
             *idle_key_maps(base.key_map, opened),
         ]
         unique = tuple(dict.fromkeys(findings))
-        yield MergeInputs(options, base, adapters, files, beside[0], unique)
+        yield MergeInputs(options, base, tuple(adapters), files, beside[0], unique)
+
+
+@contextmanager
+def _opened(location: Location, name: str) -> Iterator[Adapter]:
+    """Open a fetched adapter; an error about an added adapter has the adapter's name."""
+    with ExitStack() as stack:
+        with naming_adapter(name):
+            adapter = stack.enter_context(open_adapter(location.fetched))
+            refuse_values(adapter)
+        yield adapter
 
 
 def _resolve_all(
-    adapters: Sequence[Adapter], base: BaseOptions, access: HubAccess, need: Need
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    base: BaseOptions,
+    access: HubAccess,
+    need: Need,
 ) -> list[BaseFacts]:
-    """Match every adapter with the same base: the given one, or the base of the first adapter."""
+    """Match every adapter with the same base: the given one, or the base of the first adapter.
+
+    An error about an added adapter has the adapter's name.
+    """
     bases = Bases(access)
     facts = [resolve_base(adapters[0], base, bases=bases, need=need)]
     same = replace(base, model=_name(_base_of(facts[0]).location), revision=None)
-    facts += [resolve_base(each, same, bases=bases, need=need) for each in adapters[1:]]
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        with naming_adapter(name):
+            facts.append(resolve_base(adapter, same, bases=bases, need=need))
     components = dict.fromkeys(_base_of(each).prefix for each in facts)
     if len(components) > 1:
         shown = " and ".join(printable(prefix.rstrip("/")) for prefix in components)
@@ -198,11 +218,12 @@ def _adapter_findings(
 ) -> Iterator[Finding]:
     for matched, base_facts, files in zip(adapters, facts, beside, strict=True):
         yield from files.findings(matched.label)
-        yield from matched.adapter.findings
+        name = "" if matched is adapters[0] else matched.label
+        yield from (each.of_adapter(name) for each in matched.adapter.findings)
         # An option can have an effect on another adapter: see `_idle_options`.
         yield from (f for f in base_facts.findings if f.rule is not rules.OPTION_WITHOUT_EFFECT)
-        yield from matched.pair.findings
-        yield from other_dims(matched.adapter, base_facts)
+        of_pair = (*matched.pair.findings, *other_dims(matched.adapter, base_facts))
+        yield from (each.of_adapter(name) for each in of_pair)
 
 
 def _idle_options(

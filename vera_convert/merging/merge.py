@@ -25,7 +25,12 @@ from vera_convert.base.facts import BaseOptions, base_options_of
 from vera_convert.base.side_files import ModelFiles
 from vera_convert.hub.lookup import HubAccess, hub_access_of
 from vera_convert.merging.adapter_files import AdapterFiles
-from vera_convert.merging.adapters import AdapterSpec, MergedAdapter, find_adapters
+from vera_convert.merging.adapters import (
+    AdapterSpec,
+    MergedAdapter,
+    find_adapters,
+    repeated_findings,
+)
 from vera_convert.merging.inputs import open_inputs
 from vera_convert.merging.job import MergeJob, MergeRun, is_merged
 from vera_convert.merging.options import MergeOptions
@@ -151,6 +156,7 @@ def _result(job: MergeJob, run: MergeRun, free: int, seconds: float) -> Merge:
     label = inputs.base.model.location.label
     findings = [
         *inputs.findings,
+        *repeated_findings(inputs.adapters),
         *plan.changes.findings,
         *plan.edits.findings,
         *constant_findings(plan.replaced),

@@ -16,7 +16,7 @@ from vera_convert.adapter.saved_modules import replaced_name
 from vera_convert.adapter.sorting import same_tensor
 from vera_convert.base.model import BaseModel
 from vera_convert.base.resizes import shape_differs
-from vera_convert.base.task_classes import class_of_head, needed_modules
+from vera_convert.base.task_classes import class_beginnings, class_of_head, needed_modules
 from vera_convert.base.tied import SCALE, scales_tied_logits
 from vera_convert.base.vocabulary import embedding_rows, tied_copies, vocabulary_fields
 from vera_convert.embeddings import is_embedding, is_output_head
@@ -25,7 +25,7 @@ from vera_convert.files.json_edit import edited_member
 from vera_convert.merging.changes import Changes
 from vera_convert.merging.inputs import MergeInputs
 from vera_convert.rules import Finding
-from vera_convert.text import counted, printable
+from vera_convert.text import counted, listed, printable
 
 CONFIG_NAME = "config.json"
 _OUTPUTS = frozenset(
@@ -133,6 +133,7 @@ def config_edits(inputs: MergeInputs, changes: Changes) -> ConfigEdits:
     if name is None or is_same:
         reason = "the base has no such tensor, and no class with this tensor is known."
         findings += [rules.REPLACEMENT_NEW.in_tensor(tensor, reason) for tensor, _ in new]
+    findings += _strange_class(base, options.architecture)
     findings += _missing_modules(base, changes, name or head.trained_class or shown)
     findings += _stacks(base, changes)
     said = "; ".join(each.phrase for each in of_class if each.phrase)
@@ -220,6 +221,19 @@ def _class(base: BaseModel, name: str | None) -> _Edit:
     if name is None or base.class_names == (name,):
         return _Edit()
     return _Edit({("architectures",): [name]}, f"architectures is {printable(name)}")
+
+
+def _strange_class(base: BaseModel, given: str | None) -> Iterator[Finding]:
+    """Yield a warning if the class that a caller gives has a name unlike the base's classes."""
+    beginnings = class_beginnings(base)
+    if given is not None and beginnings and not given.startswith(tuple(beginnings)):
+        kind, example = printable(base.model_type or ""), printable(beginnings[0])
+        of_type = f" of type {kind}" if kind else ""
+        reason = (
+            f"the class is {printable(given)}, but classes of a model{of_type} begin with "
+            f"{listed(beginnings)}, such as {example}ForSequenceClassification."
+        )
+        yield rules.CLASS_STRANGE.at("--architecture", reason)
 
 
 def _new_modules(base: BaseModel, changes: Changes) -> Iterator[tuple[str, str]]:
