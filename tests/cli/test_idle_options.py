@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from adapters import good_adapter
+from bases import TENSORS
 from commandline import Run
 from merges import INDEX, filled_base
 
@@ -114,6 +115,28 @@ def test_an_option_with_an_effect_or_that_agrees_is_no_warning(
 
 def test_a_key_map_that_matches_is_no_warning(run: Run, adapter: Path, base: Path) -> None:
     assert "V564" not in run("info", adapter, "--base", base, "--key-map", "model=model").err
+
+
+@pytest.mark.parametrize("key_map", ["model.layers=xyz", "=model", "model="])
+@pytest.mark.parametrize("command", ["info", "merge"])
+def test_a_key_map_to_other_names_is_told_if_the_names_fit_without(
+    command: str, key_map: str, run: Run, adapter: Path, base: Path
+) -> None:
+    out = [base.parent / "out"] if command == "merge" else []
+    ended = run(command, adapter, *out, "--base", base, "--key-map", key_map)
+    assert ended.status == 0
+    said = f"V564 --key-map {key_map}: the adapter's names fit the base without this key map."
+    assert ended.err.count(said) == 1
+
+
+def test_a_key_map_that_is_used_is_no_warning(run: Run, adapter: Path, tmp_path: Path) -> None:
+    inner = {name: shape for name, shape in TENSORS.items() if name.startswith("model.layers.")}
+    moved = {f"other.{name.removeprefix('model.')}": shape for name, shape in inner.items()}
+    tensors = {**dict.fromkeys(inner), **moved}
+    base = filled_base(tmp_path / "other", tensors=tensors, config={"model_type": "new"})
+    ended = run("info", adapter, "--base", base, "--key-map", "model=other")
+    assert (ended.status, "V564" in ended.err) == (0, False)
+    assert "--key-map model=other" in ended.out
 
 
 @pytest.mark.parametrize(("version", "told"), [("9.9", True), ("0.21.2", False), ("0.13", False)])

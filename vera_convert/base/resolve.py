@@ -22,6 +22,7 @@ from vera_convert.base.match import Match, match_modules
 from vera_convert.base.model import BaseModel, read_model_config
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.base.replacements import lost_biases
+from vera_convert.base.strategies import key_map_strategy, moved
 from vera_convert.base.task_classes import class_without_body
 from vera_convert.base.unsupported_layouts import experts_beside
 from vera_convert.errors import (
@@ -87,7 +88,7 @@ def resolve_base(
             command needs the base.
     """
     facts = _Resolver(adapter, base_options, bases, need).facts()
-    idle = idle_key_maps(base_options.key_map, [adapter])
+    idle = idle_key_maps(base_options.key_map, [(adapter, facts.match)])
     facts = replace(facts, findings=(*facts.findings, *idle))
     return facts if base_options.dtype is None else loaded_in(facts, base_options.dtype)
 
@@ -212,14 +213,33 @@ class _Resolver:
 
 
 def idle_key_maps(
-    key_map: Sequence[tuple[str, str]], adapters: Sequence[Adapter]
+    key_map: Sequence[tuple[str, str]], adapters: Sequence[tuple[Adapter, Match | None]]
 ) -> Iterator[Finding]:
-    """Yield a warning for each --key-map without a match among the modules of all adapters."""
+    """Yield a warning for each --key-map without an effect on any adapter.
+
+    Args:
+        key_map: pairs (OLD, NEW).
+        adapters: each adapter with the match; None if no base was matched.
+    """
     for old, new in key_map:
-        layers = (path for adapter in adapters for path in adapter.layers)
+        place = f"--key-map {old}={new}"
+        layers = (path for adapter, _ in adapters for path in adapter.layers)
         if old and not any(f"{path}.".startswith(f"{old}.") for path in layers):
             reason = f"no module of the adapter begins with {old}."
-            yield rules.OPTION_WITHOUT_EFFECT.at(f"--key-map {old}={new}", reason)
+            yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
+        elif all(match is not None and _leaves_out(match, old, new) for _, match in adapters):
+            reason = "the adapter's names fit the base without this key map."
+            yield rules.OPTION_WITHOUT_EFFECT.at(place, reason)
+
+
+def _leaves_out(match: Match, old: str, new: str) -> bool:
+    """Say whether a match ignores a key map that leads to other tensors."""
+    given = key_map_strategy(old, new)
+    return match.strategy.name != given.name and any(
+        tensor != f"{moved(old, new, module)}.weight"
+        for module, tensor in match.tensors.items()
+        if module not in match.tied and moved(old, new, module) != module
+    )
 
 
 def _from_options(options: BaseOptions) -> BaseFacts:

@@ -121,7 +121,7 @@ def open_inputs(
             *_adapter_findings(adapters, facts, beside),
             *_unused_findings(adapters, beside, written),
             *_idle_options(files, adapters, options),
-            *idle_key_maps(base.key_map, opened),
+            *idle_key_maps(base.key_map, [(each.adapter, each.match) for each in adapters]),
         ]
         unique = tuple(dict.fromkeys(findings))
         yield MergeInputs(options, base, tuple(adapters), files, beside[0], unique)
