@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from vera_convert.rules import Finding
 
+READING_REMEDY = "Allow your user to read it, with `chmod u+rX`, or run as another user."
+"""The remedy for a file or folder that the system does not let the user read."""
+
 
 class VeraConvertError(Exception):
     """An error that this package raises on purpose: the base class of the others.

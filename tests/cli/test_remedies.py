@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -18,6 +19,9 @@ from merges import filled_base
 from safetensors.numpy import load_file
 
 import vera_convert
+from vera_convert.cli.refusals import explained
+from vera_convert.errors import SurroundingsError
+from vera_convert.files.reading import unreadable
 from vera_convert.rules import Finding
 
 
@@ -273,3 +277,28 @@ def test_a_mistyped_word_leads_to_what_a_user_can_have_meant(
     ended = run(*given)
     assert ended.status == 2
     assert re.findall(r"Did you mean (.*)\?", ended.err) == [*filter(None, [meant])]
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_be_read_has_a_remedy() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", "x")
+    for error in (unreadable("x", denied), explained(denied)):
+        assert isinstance(error, SurroundingsError)
+        assert str(error).endswith(
+            "Allow your user to read it, with `chmod u+rX`, or run as another user."
+        )
+        assert error.reason.endswith("Permission denied.")
+    assert str(unreadable("x", OSError(errno.EIO, "Input/output error"))).endswith("error.")
+
+
+def test_files_of_a_folder_without_an_adapter_are_no_files_to_remove(tmp_path: Path) -> None:
+    """A user who names the folder of a model by mistake must not delete the model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.gguf").write_bytes(b"GGUF" + bytes(100))
+    found = vera_convert.validate(tmp_path / "model").findings
+    assert [each.code for each in found] == ["V010"]
+    folder = good_adapter(tmp_path / "adapter", revision="v1")
+    (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert [each.code for each in vera_convert.validate(folder).findings] == ["V019"]

@@ -10,7 +10,13 @@ import click
 from vera_convert.cli.command import NAMED_AGAIN
 from vera_convert.cli.output import NotPrintedError, print_document, say, shown_command, tell
 from vera_convert.cli.values import did_you_mean
-from vera_convert.errors import CheckpointError, SurroundingsError, UsageError, VeraConvertError
+from vera_convert.errors import (
+    READING_REMEDY,
+    CheckpointError,
+    SurroundingsError,
+    UsageError,
+    VeraConvertError,
+)
 from vera_convert.hub.redaction import redacted
 from vera_convert.text import and_more, printable, printable_whole
 
@@ -72,7 +78,8 @@ def explained(error: Exception) -> VeraConvertError:
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         said = (error.strerror or str(error)).removesuffix(".")
-        return SurroundingsError(printable(redacted(f"{place}{said}.")))
+        remedy = READING_REMEDY if isinstance(error, PermissionError) else ""
+        return SurroundingsError(printable(redacted(f"{place}{said}.")), remedy)
     return SurroundingsError(
         f"this is a bug in vera-convert; please report it with the output of --debug: "
         f"{type(error).__name__}: {printable(redacted(str(error)))}"

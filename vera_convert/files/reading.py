@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from vera_convert import rules
-from vera_convert.errors import CheckpointError, SurroundingsError
+from vera_convert.errors import READING_REMEDY, CheckpointError, SurroundingsError
 from vera_convert.rules import Finding
 from vera_convert.text import printable
 
@@ -268,7 +268,8 @@ def too_large(source: ByteSource, limit: int) -> Finding:
 def unreadable(place: str, error: OSError | ValueError) -> SurroundingsError:
     """Return the error for a file if the system refuses to open or read the file."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return SurroundingsError(f"{place} cannot be read: {printable(reason)}.")
+    remedy = READING_REMEDY if isinstance(error, PermissionError) else ""
+    return SurroundingsError(f"{place} cannot be read: {printable(reason)}.", remedy)
 
 
 def _missing(path: Path, place: str) -> SurroundingsError:

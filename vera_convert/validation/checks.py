@@ -88,7 +88,7 @@ def check_adapter(named: str, options: CheckOptions) -> Checked:
         check.findings += error.findings
     except SurroundingsError as error:
         if isinstance(error.__cause__, PermissionError):
-            check.findings.append(rules.FILE_UNREADABLE.at(label, str(error)))
+            check.findings.append(rules.FILE_UNREADABLE.at(label, error.reason))
             check.not_checked.append("the contents of unreadable files.")
         else:
             check.failure = error
@@ -153,8 +153,9 @@ class _Check:
         self.findings += examined.findings
         self.embedded = _is_embedded(examined)
         base_facts = self._on_base(examined.adapter)
-        is_model = rules.MODEL_FOLDER in {finding.rule for finding in examined.findings}
-        if folder is not None and not is_model:
+        elsewhere = {rules.MODEL_FOLDER, rules.ADAPTER_BELOW, rules.CONFIG_MISSING}
+        is_here = elsewhere.isdisjoint(finding.rule for finding in examined.findings)
+        if folder is not None and is_here:
             self._step("the other files", lambda: folder_findings(folder))
         if examined.config is not None:
             self._config(examined, examined.config, has_base=base_facts.base is not None)
