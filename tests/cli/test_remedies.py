@@ -302,3 +302,22 @@ def test_files_of_a_folder_without_an_adapter_are_no_files_to_remove(tmp_path: P
     folder = good_adapter(tmp_path / "adapter", revision="v1")
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     assert [each.code for each in vera_convert.validate(folder).findings] == ["V019"]
+
+
+def test_a_revision_of_a_folder_names_the_option_to_leave_out(tmp_path: Path, run: Run) -> None:
+    folder, base = good_adapter(tmp_path / "adapter"), tiny_base(tmp_path / "base")
+    for option in ("--revision", "--base-revision"):
+        ended = run("info", folder, "--base", base, option, "main")
+        assert ended.status == 2
+        assert ended.err.startswith(f"error: {option} must be left out, because ")
+
+
+def test_a_vera_adapter_in_place_of_a_lora_leads_to_the_option_for_forms(
+    tmp_path: Path, run: Run
+) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    ended = run("verify", folder, "--lora", folder)
+    assert ended.status == 1
+    assert "this is a VeRA adapter, not a LoRA." in ended.err
+    assert ended.err.endswith("To compare two forms of an adapter, use --adapter.\n")
+    assert run("verify", folder, "--adapter", folder).status == 0

@@ -112,7 +112,7 @@ def regenerate(
     try:
         check_size(drawn, place="the options")
     except CheckpointError as error:
-        raise UsageError(error.findings[0].reason) from error
+        raise UsageError(f"{error.findings[0].reason} Give smaller sizes.") from error
     if cast is not Rounding.NONE and variant.dtype.itemsize == 2:
         sentence = f"{{}} is {variant}, which draws 16-bit values: leave {{}} out."
         raise ConflictError(sentence, "generator", "rounding")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from vera_convert.errors import SurroundingsError, UsageError
+from vera_convert.errors import ParameterError, SurroundingsError, UsageError
 from vera_convert.files.file_names import CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import unreadable
 from vera_convert.hub.access import HubAccess, hub_access_of
@@ -107,7 +107,9 @@ def locate(
     folder = _existing_folder(text, files=(CONFIG_NAME, WEIGHTS_NAME) if kind == "adapter" else ())
     if folder is not None:
         if revision is not None:
-            raise UsageError(f"{printable(text)} is a folder here, and a folder has no revision.")
+            option = "revision" if kind == "adapter" else "base_revision"
+            reason = f"must be left out, because {printable(text)} is a folder, which has no "
+            raise ParameterError(option, f"{reason}revision.")
         return Location(printable(text), folder)
     bare = re.search("[/@]", text) is None
     if looks_like_path(text) or (bare and kind == "adapter"):

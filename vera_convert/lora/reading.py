@@ -39,6 +39,7 @@ from vera_convert.text import printable
 
 _CONFIG_LIMIT = 10_000_000
 _FORMS = {WEIGHTS_NAME: Form.PEFT, DIFFUSERS_NAME: Form.DIFFUSERS, MLX_NAME: Form.MLX}
+_FORM_REMEDY = "Pass the LoRA's folder. To compare two forms of an adapter, use --adapter."
 _PARTS = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_a": 0, ".lora_b": 1}
 _OTHER_LORAS = (
     "use_dora",
@@ -181,8 +182,13 @@ def _scaling(config: Mapping[str, object] | None, form: Form) -> _Scaling:
         if fields.get("fine_tune_type", "lora") != "lora" or not _is_number(factor):
             raise _unreadable(CONFIG_NAME, "its fine_tune_type is not lora, or it has no scale")
         return _Scaling(None, {}, rank_stabilized=False, factor=float(factor))
-    if fields.get("peft_type") != "LORA":
-        raise _unreadable(CONFIG_NAME, "its peft_type is not LORA")
+    kind = fields.get("peft_type")
+    if kind == "VERA":
+        reason = "this is a VeRA adapter, not a LoRA."
+        found = rules.LORA_UNREADABLE.at(CONFIG_NAME, reason).with_remedy(_FORM_REMEDY)
+        raise CheckpointError(found)
+    if kind != "LORA":
+        raise _unreadable(CONFIG_NAME, f"its peft_type is {printable(str(kind))}, not LORA")
     return _Scaling.of(fields, 8)
 
 
