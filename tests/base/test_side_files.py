@@ -220,11 +220,26 @@ def test_an_adapter_that_is_a_module_of_the_folder_above_is_warned_about(
     assert [found.code for found in done.findings] == codes
 
 
-@pytest.mark.parametrize("listed", ["[", "{}", "[1]", '[{"path": []}]', '[{"path": {}}]', "[{}]"])
+def test_an_adapter_that_is_a_module_of_a_router_is_warned_about(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    folder = tmp_path / "sentences" / "query_0_Transformer"
+    folder.parent.mkdir()
+    adapter.rename(folder)
+    types = {folder.name: "Transformer", "document_0_StaticEmbedding": "StaticEmbedding"}
+    (folder.parent / "router_config.json").write_text(json.dumps({"types": types}))
+    done = merged_with(folder, base, tmp_path / "out")
+    assert [found.code for found in done.findings] == ["V576"]
+
+
+@pytest.mark.parametrize(
+    "listed", ["[", "{}", "[1]", '[{"path": []}]', '[{"path": {}}]', "[{}]", '{"types": [[]]}']
+)
 def test_a_malformed_list_of_modules_names_no_module(
     tmp_path: Path, adapter: Path, base: Path, listed: str
 ) -> None:
-    beside(adapter, {"modules.json": listed.encode(), "1_Pooling/config.json": b"own"})
+    lists = {"modules.json": listed.encode(), "router_config.json": listed.encode()}
+    beside(adapter, {**lists, "1_Pooling/config.json": b"own"})
     merged_with(adapter, base, tmp_path / "out")
     assert everything(tmp_path / "out")["1_Pooling/config.json"] == b"own"
 

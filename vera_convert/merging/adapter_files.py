@@ -29,6 +29,8 @@ from vera_convert.text import printable
 
 MODULES_NAME = "modules.json"
 """The file that lists the modules of a sentence-transformers model."""
+_ROUTER_NAME = "router_config.json"
+"""The file that lists the modules of a router, a model with a transformer for each task."""
 
 _SINGLE = re.compile(
     r"generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/[^/]+"
@@ -73,9 +75,7 @@ class AdapterFiles:
     def findings(self, place: str) -> Iterator[Finding]:
         """Yield a warning for each unmerged file and each file too large to fetch."""
         if self.is_module:
-            yield rules.MODULES_ABOVE.at(
-                place, f"{MODULES_NAME} of the folder above lists the adapter."
-            )
+            yield rules.MODULES_ABOVE.at(place, "the folder above lists the adapter's folder.")
         yield from unmerged_findings(self.unmerged, place)
         for name in self.not_fetched:
             reason = f"{printable(name)} is too large to be fetched beside an adapter."
@@ -192,10 +192,11 @@ def unmerged_findings(names: Sequence[str], place: str) -> Iterator[Finding]:
 def _is_module(location: Location) -> bool:
     """Return whether the folder above is a sentence-transformers model with the module."""
     if location.repo_id is not None:
-        above = PurePosixPath(location.subfolder).parent / MODULES_NAME
-        return bool(location.subfolder) and str(above) in (location.listed or {})
+        above = PurePosixPath(location.subfolder).parent
+        lists = {str(above / name) for name in (MODULES_NAME, _ROUTER_NAME)}
+        return bool(location.subfolder) and not lists.isdisjoint(location.listed or ())
     folder = location.fetched.resolve()
-    return folder.name in _StatedFacts(folder.parent, [MODULES_NAME]).listed_modules
+    return folder.name in _StatedFacts(folder.parent, [MODULES_NAME, _ROUTER_NAME]).listed_modules
 
 
 def _same_bytes(one: InputFile, other: InputFile) -> bool:
@@ -234,8 +235,11 @@ class _StatedFacts:
 
     @property
     def listed_modules(self) -> list[object]:
-        """The folders that the list of a sentence-transformers model names."""
-        return [entry.get("path") for entry in _objects(self._json(MODULES_NAME))]
+        """The folders that the lists of a sentence-transformers model name."""
+        router = self._json(_ROUTER_NAME)
+        types = router.get("types") if isinstance(router, dict) else None
+        routed = types if isinstance(types, dict) else {}
+        return [*(entry.get("path") for entry in _objects(self._json(MODULES_NAME))), *routed]
 
     @property
     def modules(self) -> frozenset[str]:
