@@ -157,6 +157,21 @@ def test_embeddings_of_the_stacks_untie_the_head_for_transformers_4(
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_resized_vocabulary_gives_a_base_without_a_head_the_adapter_s_head(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    config = of_transformers("LlamaConfig")(**LLM, tie_word_embeddings=False)
+    of_transformers("LlamaModel")(config).save_pretrained(tmp_path / "base")
+    model = of_transformers("LlamaForCausalLM").from_pretrained(tmp_path / "base")
+    resize_vocabulary(model, 43)
+    adapted = peft.get_peft_model(model, peft.VeraConfig(r=4, target_modules=["q_proj"]))
+    randomized(adapted).save_pretrained(tmp_path / "adapter")
+    merged_with(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    merged = of_transformers("LlamaForCausalLM").from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "the embeddings of T5Gemma alone": (
         Case("T5GemmaForConditionalGeneration", ["embedding"]),

@@ -252,7 +252,9 @@ class _Collector:
         module = _module(replaced_name(name))
         saved = SavedModules(replacement.owner.adapter.config)
         layout = stored_otherwise(name, self.base)
-        if layout or (target not in self._copies and not saved.of(module)):
+        # PEFT also saves the head after a resize of the vocabulary.
+        is_read = target in self._copies or saved.of(module) or is_head(target, self.base)
+        if layout or not is_read:
             self.defects.append(layout or unknown_tensor(name, target))
         elif "experts" in module.split("."):
             reason = f"the base stores the experts of {printable(name)} in another form."
