@@ -20,7 +20,14 @@ from releases import needs
 from torchmodels import built
 
 from vera_convert.base.model import BaseModel
-from vera_convert.base.quantized import awq, bitsandbytes_4bit, compressed_tensors, gptq, torchao
+from vera_convert.base.quantized import (
+    awq,
+    bitsandbytes_4bit,
+    bitsandbytes_8bit,
+    compressed_tensors,
+    gptq,
+    torchao,
+)
 from vera_convert.base.quantized.layer_settings import settings_by_layer
 from vera_convert.base.quantized.recognize import plain_by_config
 from vera_convert.draws.generator import Rounding, rounded
@@ -91,7 +98,34 @@ def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, dtyp
         np.testing.assert_array_equal(found.astype(np.float64), theirs.astype(np.float64))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_4bit_in_blocks_of_any_size(block: int, nested: bool) -> None:
+    functional = library("bitsandbytes.functional")
+    weight = torch.randn((5, 4096), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=block, quant_type="nf4", compress_statistics=nested
+    )
+    arrays = {
+        "weight": array(packed),
+        **{f"weight.{name}": array(part) for name, part in state.as_dict(packed=True).items()},
+    }
+    found = decoded(bitsandbytes_4bit.weights, arrays)
+    wanted = array(functional.dequantize_4bit(packed, state))
+    np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
+
+
+def test_bitsandbytes_8bit() -> None:
+    functional = library("bitsandbytes.functional")
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-128, 128, (24, 97), dtype=torch.int8, generator=generator)
+    largest = torch.rand(24, generator=generator) * 10.0 ** torch.arange(-12, 12)
+    found = decoded(bitsandbytes_8bit.weights, {"weight": array(q), "SCB": array(largest)})
+    wanted = functional.int8_vectorwise_dequant(q, largest)
+    np.testing.assert_array_equal(found, array(wanted))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [32, None])
 def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int | None) -> None:
@@ -125,6 +159,58 @@ def test_compressed_tensors_pack_quantized(bits: int, symmetric: bool, size: int
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings}},
     }
+    found = decoded(compressed_tensors.weights, arrays, config)
+    np.testing.assert_array_equal(found.astype(np.float64), array(wanted).astype(np.float64))
+
+
+@pytest.mark.parametrize(("strategy", "grid"), [("tensor", (1,)), ("channel", (24, 1))])
+@pytest.mark.parametrize(("kind", "symmetric"), [("float", True), ("int", True), ("int", False)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_compressed_tensors_with_one_byte_for_each_value(
+    strategy: str, grid: tuple[int, ...], kind: str, symmetric: bool, dtype: str
+) -> None:
+    quantization = library("compressed_tensors.quantization")
+    forward = library("compressed_tensors.quantization.lifecycle.forward")
+    settings = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": symmetric}
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-128, 128, (24, 96), dtype=torch.int8, generator=generator)
+    if kind == "float":
+        q = (torch.randn((24, 96), generator=generator) * 9).to(torch.float8_e4m3fn)
+    scale = torch.rand(grid, generator=generator).to(getattr(torch, dtype)) + 0.01
+    zero = torch.randint(-128, 128, grid, dtype=torch.int8, generator=generator)
+    scheme = quantization.QuantizationArgs(**settings)
+    wanted = forward.dequantize(q, scale, None if symmetric else zero, scheme)
+    arrays = {"weight": array(q), "weight_scale": array(scale)}
+    if not symmetric:
+        arrays["weight_zero_point"] = array(zero)
+    layout = "naive-quantized" if kind == "float" else "int-quantized"
+    config = {
+        "format": layout,
+        "config_groups": {"a": {"targets": ["Linear"], "weights": settings}},
+    }
+    model = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    found = decoded(compressed_tensors.weights, arrays, config, dtype=model)
+    np.testing.assert_array_equal(found.astype(np.float64), array(wanted).astype(np.float64))
+
+
+def test_compressed_tensors_nvfp4() -> None:
+    compressors = library("compressed_tensors.compressors")
+    quantization = library("compressed_tensors.quantization")
+    settings = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand((24, 6), generator=generator) * 400 + 1
+    parts = {
+        "weight_packed": torch.randint(0, 256, (24, 48), dtype=torch.uint8, generator=generator),
+        "weight_scale": scale.to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([731.5]),
+    }
+    arrays = {name: array(part) for name, part in parts.items()}
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"], weights=quantization.QuantizationArgs(**settings)
+    )
+    wanted = compressors.NVFP4PackedCompressor.decompress(parts, scheme)["weight"]
+    groups = {"a": {"targets": ["Linear"], "weights": settings}}
+    config = {"format": "nvfp4-pack-quantized", "config_groups": groups}
     found = decoded(compressed_tensors.weights, arrays, config)
     np.testing.assert_array_equal(found.astype(np.float64), array(wanted).astype(np.float64))
 
