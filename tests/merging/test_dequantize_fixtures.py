@@ -128,8 +128,6 @@ def with_a_plain_layer(name: str, base: Path) -> Tensors:
         ("torchao-int8", ""),
         ("ct-fp8-channel", "only if the base is loaded dequantized"),
         ("fp8-block", "only if the base is loaded dequantized"),
-        ("gptq-8bit", "random values in its place"),
-        ("awq-gemm", "random values in its place"),
     ],
 )
 def test_the_fate_of_a_plain_layer_that_the_config_calls_quantized_is_told(
@@ -141,6 +139,25 @@ def test_the_fate_of_a_plain_layer_that_the_config_calls_quantized_is_told(
     assert told in note.reason
     assert ("plain" in note.reason) == bool(told)
     assert "V556" not in {finding.code for finding in found.findings}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_lost"),
+    [("gptq-8bit", True), ("awq-gemm", True), ("bnb-nf4", False), ("ct-fp8-channel", False)],
+)
+def test_a_plain_layer_that_a_loader_takes_for_packed_is_a_warning(
+    name: str, is_lost: bool, tmp_path: Path
+) -> None:
+    with_a_plain_layer(name, tmp_path / "base")
+    given = BaseOptions(str(tmp_path / "base"), dtype="bfloat16")
+    dequantize = MergeOptions(dequantize=True, dry_run=True)
+    checked = validate(FIXTURES / name / "adapter", base=given).findings
+    merged = merge(FIXTURES / name / "adapter", tmp_path / "out", base=given, options=dequantize)
+    for findings in (checked, merged.findings):
+        warnings = [finding.reason for finding in findings if finding.code == "V559"]
+        assert len(warnings) == is_lost
+        assert not is_lost or f'1 of the adapter\'s layers plain, such as "{PLAIN}"' in warnings[0]
+        assert not is_lost or "random values in their place" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4", "torchao-int8", "ct-fp8-channel"])

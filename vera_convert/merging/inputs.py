@@ -117,7 +117,7 @@ def open_inputs(
         beside = [adapter_files(location, files.model) for location in locations]
         written = beside[0].over(files.copied)
         findings = [
-            *_base_findings(files, packed),
+            *_base_findings(files, packed, adapters),
             *_adapter_findings(adapters, facts, beside),
             *_unused_findings(adapters, beside, written),
             *_idle_options(files, adapters, options),
@@ -201,12 +201,15 @@ def _matched(
 # --- findings ------------------------------------------------------------------------------------
 
 
-def _base_findings(files: BaseFiles, packed: Unpacked) -> Iterator[Finding]:
+def _base_findings(
+    files: BaseFiles, packed: Unpacked, adapters: Sequence[MatchedAdapter]
+) -> Iterator[Finding]:
     label = files.model.location.label
     yield from files.sides.findings(label)
     if files.packed is not None:
         yield dequantized_finding(packed, label)
-        yield from misdescribed(packed)
+        changed = (name for matched in adapters for name in matched.match.tensors.values())
+        yield from misdescribed(packed, changed)
         return
     elsewhere = quantized_elsewhere(packed.stored)
     if elsewhere is not None:

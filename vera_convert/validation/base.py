@@ -86,7 +86,7 @@ def base_findings(adapter: Adapter, base_facts: BaseFacts, access: HubAccess) ->
     yield from _orientation(adapter, match)
     quantized = [*target_findings(whole, match.tensors.values())]
     yield from quantized
-    yield from misdescribed(whole)
+    yield from misdescribed(whole, match.tensors.values())
     elsewhere = None if quantized else quantized_elsewhere(whole.stored)
     yield from [elsewhere] if elsewhere else []
     yield from _replacements(adapter, match, whole, access)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from vera_convert import rules
 from vera_convert.base.quantized.layer import (
-    KEPT_BY_NOBODY,
     KERNELS_DECIDE,
     SCALE_DTYPES,
     Array,
@@ -93,5 +92,5 @@ FORMAT = Format(
     packed="qweight",
     undecided=KERNELS_DECIDE,
     needs_config=True,
-    plain=KEPT_BY_NOBODY,
+    loses_plain=True,
 )

@@ -15,7 +15,6 @@ import numpy as np
 
 from vera_convert import rules
 from vera_convert.base.quantized.layer import (
-    KEPT_BY_NOBODY,
     KERNELS_DECIDE,
     Array,
     Check,
@@ -140,5 +139,5 @@ FORMAT = Format(
     packed="qweight",
     undecided=KERNELS_DECIDE,
     needs_config=True,
-    plain=KEPT_BY_NOBODY,
+    loses_plain=True,
 )

@@ -34,11 +34,6 @@ KEPT_IF_DEQUANTIZED = (
     "the base is loaded dequantized."
 )
 """The use of a plain weight where compressed-tensors or fp8 is expected."""
-KEPT_BY_NOBODY = (
-    "Some of these weights are plain. A merge keeps a plain weight; transformers puts random "
-    "values in its place."
-)
-"""The use of a plain weight where GPTQ or AWQ is expected."""
 
 
 class PartReader(Protocol):
@@ -223,7 +218,8 @@ class Format:
         dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
         plain: how loaders treat a plain weight that the config calls quantized; empty if loaders
-            keep the weight.
+            keep the weight, or lose the weight.
+        loses_plain: whether loaders lose a plain weight that the config calls quantized.
     """
 
     label: str
@@ -238,6 +234,7 @@ class Format:
     dropped: frozenset[str] = frozenset()
     tells_shape: str | None = None
     plain: str = ""
+    loses_plain: bool = False
 
     def has_sign(self, rest: str) -> bool:
         """Return whether the format writes a tensor of the name beside a weight."""

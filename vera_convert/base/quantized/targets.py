@@ -74,14 +74,28 @@ def _fate_of_plain(base: Unpacked, names: Iterable[str]) -> str:
     return "".join(dict.fromkeys(f" {each.plain}" for each in base.formats.values() if each.plain))
 
 
-def misdescribed(base: Unpacked) -> Iterator[Finding]:
-    """Yield a warning if a loader builds layers as plain layers that the files hold packed."""
+def misdescribed(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
+    """Yield a warning if a loader builds packed layers as plain ones, or plain layers as packed.
+
+    Args:
+        base: the base with its packed weights.
+        weights: the weights that an adapter changes, by the names in the view.
+    """
+    label = base.stored.location.label
     paths = dict.fromkeys(layer_of(weight.main)[0] for weight in base.weights.values())
     found = plain_by_config(base.stored, [*paths])
     if found:
         reason = f"the files hold {len(paths):,} packed layers, and quantization_config calls "
         reason += f'{len(found):,} of them plain, such as "{printable(found[0])}".'
-        yield rules.BASE_MISDESCRIBED.at(base.stored.location.label, reason)
+        yield rules.BASE_MISDESCRIBED.at(label, reason)
+    if any(each.loses_plain for each in base.formats.values()):
+        plain = [name for name in dict.fromkeys(weights) if name not in base.weights]
+        lost = [*Quantization(base.stored).of_all(plain)]
+        if lost:
+            reason = f"the files hold {len(lost):,} of the adapter's layers plain, such as "
+            reason += f'"{printable(lost[0])}", and quantization_config calls these layers packed. '
+            reason += "transformers puts random values in their place."
+            yield rules.BASE_MISDESCRIBED.at(label, reason)
 
 
 def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
