@@ -291,6 +291,16 @@ def test_force_replaces_an_empty_folder_which_holds_nothing_to_lose(out: Path) -
     assert content_of(out) == NEW
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_mount_point_is_refused_before_the_work(
+    force: bool, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_empty_folder(out)
+    monkeypatch.setattr(os.path, "ismount", out.__eq__)
+    with pytest.raises(UsageError, match=r"is a mount point\. Choose .*/NAME\.$"):
+        Output(out, force=force, is_own=own).check()
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", [a_file, a_full_folder, a_dangling_link])
 def test_force_replaces_nothing_strange_that_appears_while_the_run_works(

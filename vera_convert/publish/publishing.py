@@ -154,6 +154,8 @@ class Output:
         except FileNotFoundError:
             return
         shown = printable(str(place))
+        if self.is_folder and os.path.ismount(place):
+            raise UsageError(f"{shown} is a mount point. Choose another OUT, such as {shown}/NAME.")
         fits = stat.S_ISDIR(mode) if self.is_folder else stat.S_ISREG(mode)
         fits = fits and ((self.is_folder and is_empty(place)) or self.is_own(place))
         if not self.force:
