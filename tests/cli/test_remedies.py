@@ -321,3 +321,43 @@ def test_a_vera_adapter_in_place_of_a_lora_leads_to_the_option_for_forms(
     assert "this is a VeRA adapter, not a LoRA." in ended.err
     assert ended.err.endswith("To compare two forms of an adapter, use --adapter.\n")
     assert run("verify", folder, "--adapter", folder).status == 0
+
+
+def test_strip_does_not_advise_to_keep_damaged_values(tmp_path: Path, run: Run) -> None:
+    A = good_tensors()["base_model.vera_A"].copy()
+    A[2, 3] += 1
+    folder = good_adapter(tmp_path / "adapter", tensors={"base_model.vera_A": A})
+    base = tiny_base(tmp_path / "base")
+    ended = run("strip", folder, tmp_path / "out", "--base", base)
+    assert (ended.status, ended.err.split()[1]) == (1, "V401")
+    assert "Keep A and B" not in ended.err
+    assert "Copy the adapter again." in ended.err
+    repair = "--to", "embedded", "--projections", "key", "--base", base
+    assert run("migrate", folder, tmp_path / "repaired", *repair).status == 0
+    assert run("strip", tmp_path / "repaired", tmp_path / "out", "--base", base).status == 0
+
+
+@pytest.mark.parametrize("text", ["hf://org/name", "https://huggingface.co/org/name"])
+def test_an_address_is_no_missing_folder(
+    text: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    ended = run("info", text, "--offline")
+    assert ended.status == 3
+    assert ended.err.startswith("error: org/name@main is not in the local cache")
+    assert run("info", "org/name", "--offline").err.startswith("error: there is no folder org/name")
+
+
+def test_two_revisions_are_one_too_many(run: Run) -> None:
+    ended = run("info", "org/name@v1", "--revision", "v2", "--offline")
+    assert ended.status == 2
+    assert ended.err.endswith("Give one of the two.\n")
+
+
+def test_a_removed_field_needs_no_removal(tmp_path: Path, run: Run) -> None:
+    folder = good_adapter(tmp_path / "adapter", strange=1)
+    call = "migrate", folder, tmp_path / "out", "--to", "asis"
+    assert "V110" in run(*call).err
+    ended = run(*call, "--peft-version", "0.13", "--force")
+    assert (ended.status, ended.err) == (0, "")
+    assert "strange" in ended.out

@@ -170,7 +170,10 @@ def examine(
     weights = _read(_weights, weights_source, found)
     if weights is None:
         return Examined(tuple(found), config_file)
+    as_read = config_file
     tensors, config_file, changes = _repaired(weights, config_file, repair)
+    if as_read is not None and config_file is not None and config_file is not as_read:
+        found = [*(f for f in found if f not in as_read.findings), *config_file.findings]
     config, by_meaning, adapter = _with_rank(config_file), None, None
     if config is not None:
         by_meaning = sort_tensors(tensors, config, values=values)

@@ -137,8 +137,8 @@ def _not_of_the_key(key: int, own: RecognizedPair | Fingerprint) -> Mismatch:
         return Mismatch(rules.OTHER_KEY, reason)
     assert isinstance(own, RecognizedPair)  # noqa: S101 -- a fingerprint has a draw
     found = own.recognition.difference
-    detail = f" {found.description}." if found else ""
-    return Mismatch(rules.NOT_A_DRAW, f"no variant of key {key} gives A and B.{detail}")
+    detail = f": {found.description}" if found else ""
+    return Mismatch(rules.NOT_A_DRAW, f"no variant of key {key} gives A and B{detail}.")
 
 
 def _how_different(own: RecognizedPair | Fingerprint, draw: Draw, regenerated: Draw) -> str:
@@ -179,7 +179,9 @@ def accepted_mismatch(
         reason = f"save_projection is false, and {found.reason}"
         raise CheckpointError(rules.PROJECTIONS_CONTRADICT.at(adapter.place, reason))
     if found is not None and found.rule is not rules.OTHER_DRAW:
-        raise CheckpointError(found.rule.at(adapter.place, found.reason))
+        refused = found.rule.at(adapter.place, found.reason)
+        damaged = damage(own, place=adapter.place)
+        raise CheckpointError(refused.with_remedy(damaged.remedy) if damaged else refused)
     if base_facts.in_features is None and own.out_features > adapter.longest_b:
         reason = f"vera_B has {own.out_features} rows, the longest lambda_b {adapter.longest_b}."
         raise CheckpointError(rules.UNPROVEN_ROWS.at(adapter.place, reason))

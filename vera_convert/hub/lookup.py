@@ -128,7 +128,8 @@ def locate(
     try:
         return _resolve(_with_revision(name, revision), access)
     except SurroundingsError as error:
-        error.args = (f"there is no folder {printable(text)}, and {error}",)
+        if "://" not in text:
+            error.args = (f"there is no folder {printable(text)}, and {error}",)
         raise
 
 
@@ -234,7 +235,7 @@ def _with_revision(name: RepoName, revision: str | None) -> RepoName:
     if name.revision not in (None, revision):
         raise UsageError(
             f"two revisions of {name.repo_id} are asked for: {name.revision} after the @ and "
-            f"{printable(revision)} by the option."
+            f"{printable(revision)} by the option. Give one of the two."
         )
     return replace(name, revision=revision)
 
