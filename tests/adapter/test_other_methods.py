@@ -136,7 +136,8 @@ def made(folder: Path, form: Form) -> Path:
     if form is Form.GGUF:
         pytest.importorskip("gguf")
     heads = {"num_attention_heads": 2, "num_hidden_layers": 2}
-    config = {"model_type": "llama", **heads, "_class_name": "ATransformer"}
+    of_pipeline = {"_class_name": "ATransformer"} if form is Form.DIFFUSERS else {}
+    config = {"model_type": "llama", **heads, **of_pipeline}
     base, adapter = tiny_base(folder / "base", config=config), good_adapter(folder / "mine")
     to_lora(adapter, folder / "lora", base=base, options=LoraOptions(engine=EngineName(form)))
     return folder / "lora"

@@ -81,9 +81,11 @@ def _base_findings(engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
         return
     kind = base.config.get("_class_name")
     if not engine.components and (isinstance(kind, str) or base.prefix):
-        said = f"the component {printable(base.prefix.rstrip('/'))}" if base.prefix else ""
-        said = said or f"a {printable(str(kind))}"
-        reason = f"the base is {said} of a pipeline, which {engine.title} does not serve."
+        named = base.prefix.rstrip("/") or str(kind)
+        reason = (
+            f"the base is a component of a pipeline, {printable(named)}, which {engine.title} does "
+            "not serve."
+        )
         found = rules.LORA_BASE_UNKNOWN.at(base.location.label, reason)
         yield found.with_remedy("Pass --for diffusers, or --for peft.")
     for name in base.class_names[:1]:
