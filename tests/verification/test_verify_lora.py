@@ -107,6 +107,30 @@ def test_a_lora_of_another_adapter_does_not_hold(lora: Path, tmp_path: Path) -> 
     assert result.wrong == 4
 
 
+def cancelling() -> dict[str, NDArray[Any]]:
+    """Tensors of an adapter whose first two terms leave a thousandth of each other's size."""
+    tensors = good_tensors()
+    A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    A[1], B[:, 1] = A[0], B[:, 0]
+    for name in tensors:
+        if name.endswith("lambda_d"):
+            tensors[name][:] = 0
+            tensors[name][:2] = 0.1, -0.0999
+    return tensors
+
+
+def test_rounding_is_measured_by_terms_that_cancel_each_other(base: Path, tmp_path: Path) -> None:
+    adapter = good_adapter(tmp_path / "cancelling", tensors=cancelling())
+    to_lora(adapter, tmp_path / "lora", base=base)
+    result = verify(adapter, lora=tmp_path / "lora")
+    assert result.passed
+    assert result.lora is not None
+    assert result.lora.worst is not None
+    assert 1e-5 < result.lora.worst.error < result.lora.worst.limit < 1e-2
+    other = changed(tmp_path / "lora", scaled(f"{Q}.lora_B.weight", 1.02))
+    assert codes(verify(adapter, lora=other)) == {"V721"}
+
+
 def scaled(name: str, factor: float) -> Change:
     def change(tensors: dict[str, NDArray[Any]]) -> None:
         tensors[PREFIX + name] = tensors[PREFIX + name] * np.float32(factor)

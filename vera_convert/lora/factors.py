@@ -105,13 +105,19 @@ def balancing_powers(factors: Factors) -> NDArray[np.int64]:
     float16 has few exponents, so entries of lora_B fall below its normal range if b is small. The
     two norms of each rank row become about equal. Powers of two change no digit.
     """
-    of_A = np.einsum("ij,ij->i", factors.A, factors.A, dtype=np.float64)
-    blocks = factors.lora_B_blocks()
-    of_B = sum((np.square(block).sum(axis=0) for _, block in blocks), np.zeros(factors.rank))
+    of_A, of_B = _squared_factors(factors)
     usable = (of_A > 0) & (of_B > 0)
     powers = np.zeros(factors.rank, np.int64)
     powers[usable] = np.rint(np.log2(of_B[usable] / of_A[usable]) / 4).astype(np.int64)
     return powers
+
+
+def _squared_factors(factors: Factors) -> tuple[Float64, Float64]:
+    """Return the squared norms of the rows of lora_A and of the columns of lora_B, (r,) each."""
+    of_A = np.einsum("ij,ij->i", factors.A, factors.A, dtype=np.float64)
+    blocks = factors.lora_B_blocks()
+    of_B = sum((np.square(block).sum(axis=0) for _, block in blocks), np.zeros(factors.rank))
+    return of_A, of_B
 
 
 # --- the best approximation of a lower rank ------------------------------------------------------
@@ -238,6 +244,17 @@ def squared_norm(factors: Factors) -> float:
     rows = (block for _, block in factors.lora_B_blocks(PRODUCT_VALUES))
     columns = (block.T for _, block in _column_blocks(factors.A))
     return float(np.vdot(_gram(rows, factors.rank), _gram(columns, factors.rank)))
+
+
+def cancellation(factors: Factors) -> float:
+    """Return by which factor a delta is smaller than its r terms, at least 1.
+
+    A delta is a sum of a term for each row of A. Rounding changes a term by a share of the term, so
+    the relative error of a delta grows by this factor if the terms cancel each other.
+    """
+    of_A, of_B = _squared_factors(factors)
+    size = squared_norm(factors)
+    return max(1.0, float(np.sqrt(np.vdot(of_A, of_B) / size))) if size > 0 else 1.0
 
 
 def relative_error(factors: Factors, size: float, lora_A: Array, lora_B: Array) -> float:

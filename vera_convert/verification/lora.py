@@ -37,7 +37,13 @@ from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess, Location, fetch_base, list_files
 from vera_convert.lora.checks import peft_findings
 from vera_convert.lora.engines import EngineName, Form
-from vera_convert.lora.factors import Decomposition, Factors, relative_error, squared_norm
+from vera_convert.lora.factors import (
+    Decomposition,
+    Factors,
+    cancellation,
+    relative_error,
+    squared_norm,
+)
 from vera_convert.lora.reading import ReadLayer, ReadLora, open_lora
 from vera_convert.merging.adapters import AdapterSpec
 from vera_convert.merging.in_effect import InEffect, Origin, in_effect
@@ -267,6 +273,8 @@ def _compared(
         ours = Factors(pair.A[:, :width], pair.B[:out], d, b)
         error = _error(ours, layer)
         limit = max(_LIMITS[layer.lora_A.dtype], _LIMITS[layer.lora_B.dtype])
+        if error > limit:
+            limit *= cancellation(ours)
         if recorded is not None and error > limit:
             limit = max(limit, _SLACK * min(recorded, _error_of_rank(ours, layer.rank) + limit))
         yield LoraLayerCheck(module, name, layer.rank, error, limit)
