@@ -76,6 +76,20 @@ def test_the_names_match_exactly_the_converted_modules(seed: int, modules: list[
         assert matched(found, modules) == {*wanted}
 
 
+def test_no_name_matches_a_module_of_several_layers() -> None:
+    wanted = ["model.weighting.layers.0", "decoder.layers.3.self_attn.q_proj"]
+    modules = [*LLAMA, *wanted]
+    found, _ = names_for(wanted, modules)
+    containers = {name.rpartition(".self_attn")[0] for name in modules if ".self_attn" in name}
+    assert matched(found, [*modules, *containers]) == {*wanted}
+
+
+def test_own_names_that_match_no_other_module_stay() -> None:
+    wanted = [name for name in LLAMA if "up_proj" in name or "layers.3.self_attn.v_proj" in name]
+    found, _ = names_for(wanted, LLAMA, target_modules=("mlp.up_proj", "v_proj"))
+    assert found == ["layers.3.self_attn.v_proj", "mlp.up_proj"]
+
+
 def test_full_names_are_written_if_the_model_is_not_known() -> None:
     assert names_for(LLAMA[:2], [], target_modules=("q_proj", "v_proj"))[0] == LLAMA[:2]
 

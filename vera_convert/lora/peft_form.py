@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 from vera_convert.adapter.adapter import Adapter
 from vera_convert.adapter.config import VeraConfig
@@ -116,8 +117,9 @@ def target_names(
 
     A name matches a module of this name, and a module whose path ends with a dot and the name. The
     adapter's own list is kept if the list matches exactly the converted modules. Otherwise the
-    shortest path endings that match no other module are taken, and full names if no ending is short
-    enough.
+    adapter's own names that match no other module are taken, then the shortest path endings that
+    match no other module, and full names if no ending is short enough. PEFT refuses a name that
+    matches a module of several layers.
 
     Args:
         written: the converted modules.
@@ -136,12 +138,20 @@ def target_names(
             asked = replace(config, layers_to_transform=limit)
             if frozenset(matching(everything, asked)) == wanted:
                 return sorted(own), limits
-    others = frozenset(end for other in {*modules} - wanted for end in _endings(other))
-    found: set[str] = set()
+    unwanted = {*modules, *_containers(everything)} - wanted
+    others = frozenset(end for other in unwanted for end in _endings(other))
+    endings = {end for module in written for end in _endings(module)} - others
+    found = endings.intersection(own if isinstance(own, tuple) and modules else ())
     for module in written:
         if found.isdisjoint(_endings(module)):
             found.add(_shortest(module, others) if modules else module)
     return sorted(found), False
+
+
+def _containers(modules: Iterable[str]) -> frozenset[str]:
+    """Return the paths of the modules that contain others."""
+    paths = (accumulate(module.split(".")[:-1], "{}.{}".format) for module in modules)
+    return frozenset(chain.from_iterable(paths))
 
 
 def _endings(module: str) -> Iterator[str]:
