@@ -133,7 +133,7 @@ def _class_of(document: Mapping[str, object]) -> ModelClass:
 def _why_unknown(document: Mapping[str, object], name: object) -> str:
     """Return a sentence with the model type and the class `name` of a config."""
     if "peft_type" in document:
-        return "the given file is the config of an adapter, not of a model."
+        return "this is the config of an adapter, not of a model."
     given = [("the model type", document.get("model_type")), ("the class", name)]
     known = [f"{what} is {printable(str(value))}" for what, value in given if value is not None]
     said = " and ".join(known) or "the config names no model type and no class"
