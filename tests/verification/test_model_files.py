@@ -166,7 +166,7 @@ def test_the_fields_are_named(adapter: Path, base: Path, model: Path) -> None:
     put_fields(model, hidden_act="relu\u202e", use_cache=False)
     as_peft(model)
     result = layers(adapter, base, model)
-    assert reasons(result, "V615") == ["hidden_act is relu\\u202e, and silu in the base."]
+    assert reasons(result, "V615") == ["hidden_act is relu\\u202e instead of silu."]
     assert reasons(result, "V616") == ["use_cache differ."]
 
 

@@ -151,7 +151,7 @@ _HEAD_OF_TASK = {
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """A field with different values in two configs; None stands for a missing field."""
+    """A field with another value than the merge writes; None stands for a missing field."""
 
     path: tuple[str, ...]
     wanted: object
@@ -162,7 +162,7 @@ class _Difference:
             "missing" if each is None else printable(str(each)[:60])
             for each in (self.found, self.wanted)
         )
-        return f"{printable('.'.join(self.path))} is {found}, and {wanted} in the base"
+        return f"{printable('.'.join(self.path))} is {found} instead of {wanted}"
 
     @property
     def is_default(self) -> bool:
@@ -171,7 +171,7 @@ class _Difference:
 
     @property
     def decides(self) -> bool:
-        """Whether both configs have the field, and the value changes the computation."""
+        """Whether both values are known, and the value changes the computation."""
         if self.wanted is None or self.found is None or self.path[-1] in _RENAMED:
             return False
         return any(_DECIDES.fullmatch(name) for name in self.path)
