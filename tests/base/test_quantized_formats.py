@@ -46,6 +46,14 @@ def floats(values: Any, dtype: np.dtype[Any]) -> float:
     return float(np.asarray(values, np.float64).astype(np.float32).astype(dtype))
 
 
+def extreme(scales: Array) -> Array:
+    """Scales with the smallest subnormal as the first and the largest finite value as the last."""
+    if scales.size > 1:
+        limits = ml_dtypes.finfo(scales.dtype)  # type: ignore[no-untyped-call]
+        scales.reshape(-1)[[0, -1]] = limits.smallest_subnormal, limits.max
+    return scales
+
+
 SEEDS = range(4)
 
 
@@ -56,6 +64,7 @@ SEEDS = range(4)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(8, 64), (7, 33), (5, 13), (3, 200), (1, 1), (9, 6)])
 @pytest.mark.parametrize("nested", [False, True])
+@np.errstate(all="ignore")
 def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, seed: int) -> None:
     values = np.random.default_rng(seed)
     rows, columns = shape
@@ -70,7 +79,7 @@ def test_bitsandbytes_4bit(kind: str, shape: tuple[int, int], nested: bool, seed
     }
     blocks = -(-count // block)
     absmax = values.uniform(0, 3, blocks).astype(F32)
-    absmax[0] = np.float32(1e-41)  # subnormal
+    extreme(absmax)
     arrays: Arrays = {
         "weight": (codes[0::2] * 16 + codes[1::2]).astype(np.uint8)[:, None],
         "weight.quant_map": bitsandbytes_4bit.TABLES[kind],
@@ -115,10 +124,11 @@ def test_bitsandbytes_4bit_in_wider_storage(storage: np.dtype[Any]) -> None:
     assert_same(decoded(bitsandbytes_4bit.weights, arrays), wanted, BF16)
 
 
+@np.errstate(all="ignore")
 def test_bitsandbytes_8bit() -> None:
     values = np.random.default_rng(0)
     q = values.integers(-128, 128, (11, 5)).astype(np.int8)
-    largest = values.uniform(0, 9, 11).astype(F32)
+    largest = extreme(values.uniform(0, 9, 11).astype(F32))
     arrays: Arrays = {"weight": q, "SCB": largest, "weight_format": np.zeros((), np.uint8)}
     step = np.float32(0.007874015718698502)
     wanted = [[np.float32(np.float32(x) * largest[i]) * step for x in q[i]] for i in range(11)]
@@ -129,10 +139,11 @@ def test_bitsandbytes_8bit() -> None:
 
 
 @pytest.mark.parametrize("block", [(4, 3), (7, 10), (14, 20), (5, 20)])
+@np.errstate(all="ignore")
 def test_fp8_in_blocks(block: tuple[int, int]) -> None:
     values = np.random.default_rng(0)
     weight = values.normal(size=(14, 20)).astype(F8)
-    scale = values.uniform(0.1, 3, (-(-14 // block[0]), -(-20 // block[1]))).astype(F32)
+    scale = extreme(values.uniform(0.1, 3, (-(-14 // block[0]), -(-20 // block[1]))).astype(F32))
     wanted = [
         [np.float32(weight[i, j]) * scale[i // block[0], j // block[1]] for j in range(20)]
         for i in range(14)
@@ -163,6 +174,7 @@ def scheme(layout: str, bits: int, strategy: str, **more: object) -> dict[str, o
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("strategy", "columns"), [("group", 24), ("channel", 19), ("tensor", 6)])
 @pytest.mark.parametrize("scale_dtype", [BF16, F16, F32])
+@np.errstate(all="ignore")
 def test_compressed_tensors_pack_quantized(
     bits: int, symmetric: bool, strategy: str, columns: int, scale_dtype: np.dtype[Any]
 ) -> None:
@@ -170,7 +182,7 @@ def test_compressed_tensors_pack_quantized(
     rows, size = 21, 8 if strategy == "group" else columns
     q = values.integers(0, 1 << bits, (rows, columns))
     grid = (1, 1) if strategy == "tensor" else (rows, columns // size)
-    scale = values.uniform(0.001, 2, grid).astype(scale_dtype)
+    scale = extreme(values.uniform(0.001, 2, grid).astype(scale_dtype))
     zero = values.integers(0, 1 << bits, grid)
     half = 1 << (bits - 1)
     shift = np.full(grid, half) if symmetric else zero
@@ -202,6 +214,7 @@ def test_compressed_tensors_pack_quantized(
 @pytest.mark.parametrize(
     ("dtype", "symmetric"), [(F8, True), (np.dtype(np.int8), True), (np.dtype(np.int8), False)]
 )
+@np.errstate(all="ignore")
 def test_compressed_tensors_with_one_byte_for_each_value(
     dtype: np.dtype[Any], strategy: str, symmetric: bool
 ) -> None:
@@ -210,7 +223,7 @@ def test_compressed_tensors_with_one_byte_for_each_value(
     block = {"tensor": (13, 20), "channel": (1, 20), "group": (1, 5), "block": (4, 6)}[strategy]
     q = (values.normal(size=(rows, columns)) * 20).astype(dtype)
     grid = (-(-rows // block[0]), -(-columns // block[1]))
-    scale = values.uniform(0.01, 2, grid).astype(BF16)
+    scale = extreme(values.uniform(0.01, 2, grid).astype(BF16))
     zero = values.integers(-128, 128, grid).astype(np.int8)
     arrays: Arrays = {"weight": q, "weight_scale": scale}
     if not symmetric:
@@ -235,10 +248,11 @@ def test_compressed_tensors_with_one_byte_for_each_value(
 
 
 @pytest.mark.parametrize("model", ["BF16", "F16"])
+@np.errstate(all="ignore")
 def test_compressed_tensors_nvfp4(model: str) -> None:
     values = np.random.default_rng(0)
     codes = values.integers(0, 16, (5, 48))
-    scale = values.uniform(0.1, 400, (5, 3)).astype(F8)
+    scale = extreme(values.uniform(0.1, 400, (5, 3)).astype(F8))
     overall = np.array([1234.5], F32)
     signed = [*E2M1, *(-value for value in E2M1)]
     wanted = [
@@ -294,6 +308,7 @@ def packed_along_rows(codes: Array, bits: int) -> Array:
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("order", ["none", "plain", "shuffled"])
 @pytest.mark.parametrize("group", [16, -1])
+@np.errstate(all="ignore")
 def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     values = np.random.default_rng(bits)
     inputs, outputs = (96, 64) if bits < 4 else (48, 24)
@@ -302,8 +317,7 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
     q = values.integers(0, 1 << bits, (inputs, outputs))
     zeros = values.integers(0, 1 << bits, (groups, outputs))
     zeros[0, :3] = 0  # written less one, such a zero borrows from its neighbor
-    scales = values.uniform(0.001, 2, (groups, outputs)).astype(F16)
-    scales[0, 0] = np.float16(6e-8)  # subnormal
+    scales = extreme(values.uniform(0.001, 2, (groups, outputs)).astype(F16))
     stored = (zeros - 1) % 8 if (version, bits) == ("gptq", 3) else zeros
     words = packed_along_rows(stored.T, bits).T.copy().view(np.uint32)
     if version == "gptq" and bits != 3:
@@ -335,12 +349,13 @@ def test_gptq(bits: int, version: str, order: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
+@np.errstate(all="ignore")
 def test_awq(dtype: np.dtype[Any]) -> None:
     values = np.random.default_rng(0)
     inputs, outputs, size = 20, 24, 5
     q = values.integers(0, 16, (inputs, outputs))
     zeros = values.integers(0, 16, (inputs // size, outputs))
-    scales = values.uniform(0.001, 2, zeros.shape).astype(dtype)
+    scales = extreme(values.uniform(0.001, 2, zeros.shape).astype(dtype))
 
     def packed(codes: Array) -> Array:
         words = np.zeros((len(codes), outputs // 8), np.uint32)
@@ -390,11 +405,12 @@ def test_mxfp4_with_every_scale() -> None:
 
 @pytest.mark.parametrize("kind", ["Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"])
 @pytest.mark.parametrize("width", [6, 24])
+@np.errstate(all="ignore")
 def test_torchao(kind: str, width: int) -> None:
     values = np.random.default_rng(0)
     dtype = F8 if kind == "Float8Tensor" else np.dtype(np.int8)
     q = (values.normal(size=(7, 24)) * 30).astype(dtype)
-    scale = values.uniform(0.01, 2, (7, 24 // width)).astype(F32 if width == 24 else BF16)
+    scale = extreme(values.uniform(0.01, 2, (7, 24 // width)).astype(F32 if width == 24 else BF16))
     zero = values.integers(-8, 8, scale.shape).astype(np.int8)
     parts = ["qdata", "scale"]
     arrays: Arrays = {"_weight_qdata": q, "_weight_scale": scale}
