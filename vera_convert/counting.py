@@ -19,6 +19,7 @@ from vera_convert.adapter.fingerprint import METADATA_KEY, to_text
 from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.model import read_base, read_config_file, read_model_config
+from vera_convert.base.quantized.targets import hides_shapes
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.conversion.sizes import NO_HASHES, empty_pair
 from vera_convert.conversion.transforms import file_size, fingerprint_of
@@ -265,7 +266,10 @@ def _copied_heads(
 
 
 def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> ModelLayers:
-    """Return a model's layers from the headers, or from the config if weights are absent.
+    """Return a model's layers from the headers.
+
+    If weights are absent, or if packed weights hide the layers' shapes, the config tells the
+    layers.
 
     Raises:
         CheckpointError: the model is malformed, or the config's model type is unknown.
@@ -279,7 +283,14 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         if error.findings[0].rule is not rules.BASE_WITHOUT_WEIGHTS or config is None:
             raise
         return layers_from_config(config)
-    view = unpacked(base).view
+    whole = unpacked(base)
+    if hides_shapes(whole):
+        try:
+            return layers_from_config(base.config)
+        except CheckpointError:
+            whole.refuse_defects()
+            raise
+    view = whole.view
     shapes = {name: tensor.info.shape for name, tensor in view.tensors.items()}
     layers = layers_from_shapes(shapes, model_type=base.model_type)
     dtypes = (view.tensors[f"{module}.weight"].info.dtype for module in layers.linear)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from vera_convert.base.facts import BaseOptions
+from vera_convert.counting import count
+from vera_convert.errors import CheckpointError
 from vera_convert.summary import info
 from vera_convert.validation.validate import validate
 from vera_convert.verification.verify import verify
@@ -223,22 +225,49 @@ def test_a_plain_layer_beside_packed_ones_needs_its_tensor(tmp_path: Path) -> No
     assert "V520" in {finding.code for finding in found.findings}
 
 
+SIZES: Mapping[str, object] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+}
+
+
+def with_sizes(base: Path) -> Path:
+    """The base, after the sizes of the layers are added to the config."""
+    config = json.loads((base / "config.json").read_bytes()) | SIZES
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_layers_whose_shapes_are_hidden_are_counted_by_the_config(
+    name: str, tmp_path: Path
+) -> None:
+    base = with_sizes(packed_base(tmp_path / "base", name))
+    found = {(each.out_features, each.in_features) for each in count(base, rank=2).groups}
+    assert found == {(16, 16), (8, 16)}
+
+
+def test_layers_whose_shapes_nothing_tells_are_not_counted(tmp_path: Path) -> None:
+    base = packed_base(tmp_path / "base", "bitnet")
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "new"}))
+    with pytest.raises(CheckpointError, match=r"V554 .*BitNet"):
+        count(base, rank=2)
+
+
 @pytest.mark.parametrize("name", ["gptq", "torchao"])
 def test_a_lora_beside_a_packed_base_has_the_sizes_of_the_config(
     name: str, tmp_path: Path, run: Run
 ) -> None:
-    base, adapter = packed_base(tmp_path / "base", name), good_adapter(tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_bytes()) | {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 32,
-    }
-    (base / "config.json").write_text(json.dumps(config))
+    base = with_sizes(packed_base(tmp_path / "base", name))
+    adapter = good_adapter(tmp_path / "adapter")
     ended = run("to-lora", adapter, tmp_path / "lora", "--base", base)
     assert ended.status == 0, ended.err
     assert verify(adapter, lora=tmp_path / "lora").passed
+    config = json.loads((base / "config.json").read_bytes())
     (base / "config.json").write_text(json.dumps(config | {"hidden_size": 8}))
     assert run("to-lora", adapter, tmp_path / "other", "--base", base).status != 0

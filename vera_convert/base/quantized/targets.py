@@ -98,6 +98,23 @@ def misdescribed(base: Unpacked, weights: Iterable[str]) -> Iterator[Finding]:
             yield rules.BASE_MISDESCRIBED.at(label, reason)
 
 
+def hides_shapes(base: Unpacked) -> bool:
+    """Say whether the packed tensors of some layers leave the layers' shapes unknown.
+
+    Args:
+        base: the base with its packed weights.
+    """
+    quantization, tensors = Quantization(base.stored), base.view.tensors
+    for name in tensors:
+        path, rest = layer_of(name)
+        weight = f"{path}.weight" if path else "weight"
+        if weight not in tensors and quantization.packed_weight(path) is not None:
+            return True
+        if rest == "weight" and name not in base.weights and quantization.is_packed(name):
+            return True
+    return False
+
+
 def quantized_targets(base: BaseModel, tensors: Iterable[str]) -> list[Finding]:
     """Return an error for each kind of quantization among the given tensors of a base.
 
