@@ -361,3 +361,13 @@ def test_a_removed_field_needs_no_removal(tmp_path: Path, run: Run) -> None:
     ended = run(*call, "--peft-version", "0.13", "--force")
     assert (ended.status, ended.err) == (0, "")
     assert "strange" in ended.out
+
+
+@pytest.mark.parametrize("command", ["strip", "embed", "to-lora", "merge"])
+def test_arguments_in_the_wrong_order_are_told(command: str, tmp_path: Path, run: Run) -> None:
+    folder = good_adapter(tmp_path / "adapter")
+    ended = run(command, tmp_path / "new", folder)
+    assert ended.status == 3
+    assert ended.err.endswith("An adapter lies at OUT: give ADAPTER first, then OUT.\n")
+    other = run(command, tmp_path / "new", tmp_path / "out")
+    assert "first" not in other.err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from vera_convert.cli.help import EXIT_STATUSES, Argument, Command
 from vera_convert.cli.options import CommonOptions, parameters
 from vera_convert.cli.output import progress_of_parts
 from vera_convert.cli.values import Adapter, name_of
-from vera_convert.errors import ConflictError, ParameterError
+from vera_convert.errors import ConflictError, ParameterError, SurroundingsError
+from vera_convert.files.file_names import CONFIG_NAME
 
 NAMED_AGAIN = {"adapter": "", "revision": "--revision", "base": "--base"}
 """The values that an error repeats in a `validate` command, each with the flag of `validate`."""
@@ -54,7 +56,8 @@ def command(
             if parsed["verbose"]:
                 _log_everything()
             given_options = options(**parsed)
-            with _naming_flags(made()), progress_of_parts(given_options):
+            order = _naming_order(dict(zip(names, given, strict=True)))
+            with _naming_flags(made()), order, progress_of_parts(given_options):
                 function(*given, given_options)
 
         @cache
@@ -87,6 +90,18 @@ def _naming_flags(command: click.Command) -> Iterator[None]:
     except ConflictError as error:
         flags = _flags(command)
         error.args = (error.sentence.format(*(flags.get(n, n) for n in error.parameters)),)
+        raise
+
+
+@contextmanager
+def _naming_order(given: Mapping[str, Any]) -> Iterator[None]:
+    """Name the order of the arguments if ADAPTER is missing, and an adapter lies at OUT."""
+    try:
+        yield
+    except SurroundingsError as error:
+        adapter, out = given.get("adapter"), given.get("out")
+        if adapter and out and not os.path.lexists(adapter) and (out / CONFIG_NAME).is_file():
+            error.args = (f"{error} An adapter lies at OUT: give ADAPTER first, then OUT.",)
         raise
 
 
