@@ -108,7 +108,7 @@ def hides_shapes(base: Unpacked) -> bool:
     for name in tensors:
         path, rest = layer_of(name)
         weight = f"{path}.weight" if path else "weight"
-        if weight not in tensors and quantization.packed_weight(path) is not None:
+        if weight not in tensors and quantization.packed_weight(path) in tensors:
             return True
         if rest == "weight" and name not in base.weights and quantization.is_packed(name):
             return True
