@@ -29,7 +29,7 @@ if not has("transformers", "5.0"):
     pytest.skip("needs transformers 5.0, which ties encoders by a field", allow_module_level=True)
 
 WORDS: Mapping[str, Any] = {**TINY, "vocab_size": 40, "pad_token_id": 1}
-KINDS: Mapping[str, tuple[str, Mapping[str, Any], list[str]]] = {
+KINDS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "lm_head"]),
     "MarianMTModel": ("MarianConfig", BART, ["q_proj", "lm_head"]),
     "T5ForConditionalGeneration": ("T5Config", T5, ["q", "lm_head"]),
@@ -63,19 +63,21 @@ FIELD = "scale_decoder_outputs"
 """A field that transformers 5 writes for the T5 family; published configs lack the field."""
 
 
-def trained(kind: str, folder: Path, *, keeps_field: bool = False, **wanted: Any) -> Any:
+def trained(
+    kind: str, folder: Path, *, keeps_field: bool = False, dtype: str = "float32", **wanted: Any
+) -> Any:
     """Write a base, and an adapter with random vectors; return the logits of PEFT."""
     config, fields, targets = KINDS[kind]
     torch.manual_seed(0)
     model = of_transformers(kind)(of_transformers(config)(**fields))
-    model.save_pretrained(folder / "base")
+    model.to(getattr(torch, dtype)).save_pretrained(folder / "base")
     path = folder / "base" / "config.json"
     document = json.loads(path.read_bytes())
     if not keeps_field:
         document.pop(FIELD, None)
     path.write_text(json.dumps(document))
     peft_config = peft.VeraConfig(**{"r": 4, "target_modules": targets, **wanted})
-    adapted = randomized(peft.get_peft_model(model, peft_config))
+    adapted = randomized(peft.get_peft_model(model, peft_config)).to(getattr(torch, dtype))
     adapted.save_pretrained(folder / "adapter")
     return logits(adapted)
 
@@ -112,6 +114,25 @@ def test_no_release_scales_the_output_of_an_untied_model(
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     assert (config["tie_word_embeddings"], config.get(FIELD, False)) == (False, False)
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("T5ForConditionalGeneration", CHANGED["a head"]),
+        ("SwitchTransformersForConditionalGeneration", {"target_modules": ["q", "lm_head"]}),
+    ],
+)
+def test_a_run_of_the_model_expects_the_scaled_and_rounded_head(
+    kind: str, changed: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 24 columns the scale is no power of 2, so the multiplication rounds."""
+    config, fields, targets = KINDS[kind]
+    monkeypatch.setitem(KINDS, kind, (config, {**fields, "d_model": 24}, targets))
+    trained(kind, tmp_path, dtype="bfloat16", **changed)
+    merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", options=UNTIE)
+    checked = verify(tmp_path / "adapter", merged=tmp_path / "out", base=tmp_path / "base")
+    assert checked.passed, [str(each) for each in checked.findings]
 
 
 def test_a_head_of_the_adapter_s_own_is_untied_with_the_stacks(tmp_path: Path) -> None:

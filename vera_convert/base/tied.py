@@ -17,7 +17,7 @@ from vera_convert.files.tensorfile import TensorData
 
 _TASKS_OF_WORDS = frozenset(("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 """The tasks of PEFT whose classes have an output head."""
-_SCALED_WHILE_TIED = frozenset(("t5", "umt5", "longt5", "pop2piano", "switch_transformers"))
+SCALED_WHILE_TIED = frozenset(("t5", "umt5", "longt5", "pop2piano", "switch_transformers"))
 """The model types that multiply the decoder's output by d_model^-0.5 while the head is tied."""
 SCALE = "scale_decoder_outputs"
 """The field of transformers 5 that says whether the decoder's output is multiplied."""
@@ -43,7 +43,7 @@ def scales_tied_logits(base: BaseModel) -> bool:
 
     transformers 4, and SwitchTransformers, read ``tie_word_embeddings`` alone.
     """
-    return base.model_type in _SCALED_WHILE_TIED and base.config.get(SCALE) is not False
+    return base.model_type in SCALED_WHILE_TIED and base.config.get(SCALE) is not False
 
 
 def lone_embeddings(

@@ -29,13 +29,17 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
+from vera_convert.base.model import BaseModel, read_base
+from vera_convert.base.tied import is_head, scales_tied_logits
 from vera_convert.dtypes import FLOATS, NAMES
+from vera_convert.hub.lookup import HubAccess, Location
 from vera_convert.lora.reading import ReadLora, open_lora
 from vera_convert.merging.options import Tied
 from vera_convert.verification.model_comparison import ModelComparison, ModelJob, Stage, Tell
@@ -128,9 +132,12 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
     weights = [layer.weight for layer in layers.values()]
     merged = vera.unload()
+    head = _scaled_head(merged, plan.base, job.found)
     _round(zip(weights, rounding, strict=True))
     if dtype is not None:
         _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
+    if head is not None:
+        merged.get_output_embeddings().weight = head
     return Reference(
         base,
         unrounded if skips_layers else wrapped,
@@ -144,6 +151,36 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
         calls_layers=not skips_layers or tied == Tied.ADD,
         wrapped_is_merged=skips_layers,
     )
+
+
+def _scaled_head(
+    model: Any,  # noqa: ANN401 -- a model of transformers
+    base: BaseModel,
+    found: Path,
+) -> nn.Parameter | None:
+    """Return the head rounded as a merge does that moves the scale of the logits into the head.
+
+    The model keeps the scale itself, so the rounded weight is divided by the scale.
+
+    Args:
+        model: our own merge, not rounded.
+        base: the base.
+        found: the folder of the merged model.
+
+    Returns:
+        The weight, in the dtype of the model's; None if the merge moved no scale.
+    """
+    if base.tie_word_embeddings is False or not scales_tied_logits(base):
+        return None
+    merged = read_base(Location(str(found), found), HubAccess(offline=True))
+    heads = (each.info.dtype for name, each in merged.tensors.items() if is_head(name, merged))
+    dtype = None if merged.tie_word_embeddings is not False else next(heads, None)
+    if dtype is None:
+        return None
+    weight = model.get_output_embeddings().weight
+    scale = weight.shape[1] ** -0.5
+    rounded = (weight * scale).to(_torch_dtype(dtype)).to(weight.dtype)
+    return nn.Parameter(rounded / scale, requires_grad=False)
 
 
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:

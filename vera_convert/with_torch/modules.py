@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vera_convert.adapter.config import VeraConfig
 from vera_convert.adapter.names import PREFIX
 from vera_convert.adapter.saved_modules import replaced_name
+from vera_convert.base.tied import SCALED_WHILE_TIED
 from vera_convert.errors import UsageError
 from vera_convert.targets.linear import ModelLayers
 from vera_convert.text import printable
@@ -212,9 +213,14 @@ def share_trained(model: nn.Module) -> None:
 
 
 def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
-    """Give each layer its own weight, and record this in the model's config."""
+    """Give each layer its own weight, and record this in the model's config.
+
+    The T5 family would no longer scale the logits, so its config stays. transformers 5 loads a head
+    with values of its own as a tensor of its own.
+    """
     for layer in layers:
         layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
+    is_scaled = getattr(config, "model_type", None) in SCALED_WHILE_TIED
+    if config is not None and not is_scaled and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # or the next load ties the weights again
