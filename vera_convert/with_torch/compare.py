@@ -26,7 +26,7 @@ model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_convert.adapter.opening import open_adapter
+from vera_convert.assembly.input_files import InputFile, StoredTensor
 from vera_convert.base.model import BaseModel, read_base
 from vera_convert.base.tied import is_head, scales_tied_logits
 from vera_convert.dtypes import FLOATS, NAMES
@@ -120,6 +121,7 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
         dtype or _dtype_of_module(name, job.wider) or stored or layer.weight.dtype
         for name, layer in layers.items()
     ]
+    loaded = model.dtype
     vera.to(runs.wide)
     wrapped = runs.outputs(vera)
     runs.enter(Stage.MERGE)
@@ -132,12 +134,12 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     skips_layers = branches > noise and wrapped.are_finite and unrounded.are_finite
     weights = [layer.weight for layer in layers.values()]
     merged = vera.unload()
-    head = _scaled_head(merged, plan.base, job.found)
+    head = _scaled_head(plan.base, job.found, (dtype or loaded, runs.wide))
     _round(zip(weights, rounding, strict=True))
     if dtype is not None:
         _round((tensor, dtype) for tensor in merged.state_dict(keep_vars=True).values())
     if head is not None:
-        merged.get_output_embeddings().weight = head
+        merged.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
     return Reference(
         base,
         unrounded if skips_layers else wrapped,
@@ -153,34 +155,33 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
     )
 
 
-def _scaled_head(
-    model: Any,  # noqa: ANN401 -- a model of transformers
-    base: BaseModel,
-    found: Path,
-) -> nn.Parameter | None:
-    """Return the head rounded as a merge does that moves the scale of the logits into the head.
+def _scaled_head(base: BaseModel, found: Path, dtypes: Sequence[torch.dtype]) -> Tensor | None:
+    """Return a merged head without the scale of the logits that the merge moved into the head.
 
-    The model keeps the scale itself, so the rounded weight is divided by the scale.
+    Our own merge keeps the scale outside, and would round other values. The comparison of the files
+    has checked the head.
 
     Args:
-        model: our own merge, not rounded.
         base: the base.
         found: the folder of the merged model.
+        dtypes: the dtypes to convert to, in this order.
 
     Returns:
-        The weight, in the dtype of the model's; None if the merge moved no scale.
+        The weight in the last dtype; None if the merge moved no scale.
     """
     if base.tie_word_embeddings is False or not scales_tied_logits(base):
         return None
     merged = read_base(Location(str(found), found), HubAccess(offline=True))
-    heads = (each.info.dtype for name, each in merged.tensors.items() if is_head(name, merged))
-    dtype = None if merged.tie_word_embeddings is not False else next(heads, None)
-    if dtype is None:
+    name = next((name for name in merged.tensors if is_head(name, merged)), None)
+    if name is None or merged.tie_word_embeddings is not False:
         return None
-    weight = model.get_output_embeddings().weight
-    scale = weight.shape[1] ** -0.5
-    rounded = (weight * scale).to(_torch_dtype(dtype)).to(weight.dtype)
-    return nn.Parameter(rounded / scale, requires_grad=False)
+    tensor = merged.tensors[name]
+    file, header = InputFile.look(found / tensor.file, within=found), merged.files[tensor.file]
+    rows, columns = tensor.info.shape
+    weight = to_tensor(StoredTensor.of(file, header, tensor.info).rows(0, rows).copy())
+    for dtype in dtypes:
+        weight = weight.to(dtype)
+    return weight * columns**0.5
 
 
 def _stored_dtype(plan: Blueprint) -> torch.dtype | None:
