@@ -3,6 +3,7 @@
 # mypy: allow-subclassing-any, allow-untyped-calls
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainedmodels import randomized
 
 from vera_convert import (
     CheckpointError,
+    MergeOptions,
     VerifyOptions,
     embed,
     merge,
@@ -175,6 +177,19 @@ def test_saved_tensors_replace_their_rows_in_a_joined_tensor(case: str, tmp_path
     name = next(name for name in changed if JOINED_TENSOR.search(name))
     save_file({**tensors, name: changed[name]}, weights, {"format": "pt"})
     assert not verify(adapter, merged=merged, base=base, options=options).passed
+
+
+def test_a_report_counts_the_values_of_a_joined_tensor_once(tmp_path: Path) -> None:
+    kind, wanted = JOINED["a weight beside a delta"]
+    model = trained(kind, tmp_path, **wanted)
+    options = MergeOptions(check=True)
+    result = merge(model.adapter, tmp_path / "merged", base=model.base, options=options)
+    joined = [each for each in result.tensors if JOINED_TENSOR.search(each.name)]
+    assert len(joined) == 2
+    for each in joined:
+        assert each.numbers is not None
+        assert each.numbers.values == math.prod(each.shape)
+        assert each.numbers.changed == each.numbers.values // 3, "q alone has a delta"
 
 
 def test_a_saved_layer_whose_rows_are_in_another_order_is_refused(tmp_path: Path) -> None:

@@ -199,13 +199,13 @@ class MergeJob:
 
     def _reports(self, results: Mapping[str, Finished]) -> tuple[TensorReport, ...]:
         """Return a report for each tensor that an adapter changes, in the order of the files."""
-        numbers: dict[str, Numbers] = {}
+        of_deltas: dict[str, Numbers] = {}
         for each in results.values():
-            numbers |= each.numbers
-        for replaced in self.plan.replaced:
-            if replaced.numbers is not None:
-                own = numbers.get(replaced.name, Numbers())
-                numbers[replaced.name] = own + replaced.numbers
+            of_deltas |= each.numbers
+        of_replaced: dict[str, Numbers] = {}
+        for part in self.plan.replaced:
+            if part.numbers is not None:
+                of_replaced[part.name] = of_replaced.get(part.name, Numbers()) + part.numbers
         adapters, changes = self.plan.inputs.adapters, self.plan.changes
         reports = []
         for tensor in self.plan.weights.tensors:
@@ -221,8 +221,11 @@ class MergeJob:
                 kind = "added" if terms else "replaced"
             if owners:
                 indexes = tuple(n for n, each in enumerate(adapters) if each in owners)
+                numbers = of_deltas.get(name)
+                if kind != "added":
+                    numbers = of_replaced.get(name, numbers)
                 reports.append(
-                    TensorReport(name, tensor.dtype, tensor.shape, indexes, kind, numbers.get(name))
+                    TensorReport(name, tensor.dtype, tensor.shape, indexes, kind, numbers)
                 )
         return tuple(reports)
 
