@@ -19,6 +19,7 @@ from vera_convert.adapter.fingerprint import METADATA_KEY, to_text
 from vera_convert.adapter.names import PREFIX
 from vera_convert.arguments import optional, place, text, texts, whole_number
 from vera_convert.base.model import read_base, read_config_file, read_model_config
+from vera_convert.base.quantized.recognize import sections
 from vera_convert.base.quantized.targets import hides_shapes
 from vera_convert.base.quantized.unpack import unpacked
 from vera_convert.conversion.sizes import NO_HASHES, empty_pair
@@ -288,8 +289,9 @@ def layers_of_base(model: str, *, revision: str | None, access: HubAccess) -> Mo
         try:
             return layers_from_config(base.config)
         except CheckpointError:
-            whole.refuse_defects()
-            raise
+            if any(sections(base.config)):  # else the tensors only have names as a quantizer's
+                whole.refuse_defects()
+                raise
     view = whole.view
     shapes = {name: tensor.info.shape for name, tensor in view.tensors.items()}
     layers = layers_from_shapes(shapes, model_type=base.model_type)

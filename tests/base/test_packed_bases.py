@@ -259,6 +259,15 @@ def test_layers_whose_shapes_nothing_tells_are_not_counted(tmp_path: Path) -> No
         count(base, rank=2)
 
 
+def test_a_plain_model_with_a_tensor_named_as_a_quantizers_is_counted(tmp_path: Path) -> None:
+    filled_base(tmp_path / "base", config={"model_type": "new"})
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["model.vq.indices"] = np.zeros((4, 4), np.int64)
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    found = count(tmp_path / "base", rank=2, targets="q_proj,v_proj").groups
+    assert {(each.out_features, each.in_features) for each in found} == {(16, 16), (8, 16)}
+
+
 @pytest.mark.parametrize("name", ["gptq", "torchao"])
 def test_a_lora_beside_a_packed_base_has_the_sizes_of_the_config(
     name: str, tmp_path: Path, run: Run
