@@ -1,9 +1,11 @@
 """Time the conversion of 7B-sized adapters to LoRA beside `cp` and PEFT's own conversion.
 
 The base is only a config. Each side runs as a process of its own, measured in CPU seconds. `cp`
-copies the written bytes and syncs the copy to the disk. The exact conversion and `cp` run in turn;
-the table shows the median of each figure. PEFT's `save_as_lora`, which needs torch, forms the delta
-of each layer; one layer of each shape is converted, less a run without conversion.
+copies the written bytes and syncs the copy to the disk. A dry run computes all bytes and writes
+none. These three sides run in turn; the table shows the median of each figure.
+
+PEFT's `save_as_lora`, which needs torch, forms the delta of each layer; one layer of each shape is
+converted, less a run without conversion.
 
 Python keeps compiled modules in a temporary folder, whatever PYTHONDONTWRITEBYTECODE says.
 """
@@ -132,7 +134,9 @@ def compare(folder: Path, targets: tuple[str, ...], rank: int, given: argparse.N
     weights = folder / "exact" / "adapter_model.safetensors"
     copy = f'cp "{weights}" "{folder / "copy"}" && sync "{folder / "copy"}"'
     measured([*exact, "--dry-run"])  # compiles what has no .pyc yet
-    found = medians({"exact": exact, "cp": ["bash", "-c", copy]}, given.rounds, folder)
+    dry = [*exact, "--dry-run", "--force"]
+    sides = {"exact": exact, "cp": ["bash", "-c", copy], "dry run": dry}
+    found = medians(sides, given.rounds, folder)
     low = ["--rank", str(given.low), "--accept-error"]
     found[f"rank {given.low}"] = measured([*program, str(folder / "low"), *base, *low])
     both = sum(path.stat().st_size for path in (folder / "vera").iterdir()) / 2**20
