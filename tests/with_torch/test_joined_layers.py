@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from theirwarnings import OF_PEFT
 from trainedmodels import randomized
 
 from vera_convert import (
+    AdapterSpec,
     CheckpointError,
     MergeOptions,
     VerifyOptions,
@@ -177,6 +179,18 @@ def test_saved_tensors_replace_their_rows_in_a_joined_tensor(case: str, tmp_path
     name = next(name for name in changed if JOINED_TENSOR.search(name))
     save_file({**tensors, name: changed[name]}, weights, {"format": "pt"})
     assert not verify(adapter, merged=merged, base=base, options=options).passed
+
+
+@pytest.mark.parametrize(("layer", "is_merged"), [("k_proj", False), ("v_proj", True)])
+def test_an_adapter_may_not_change_the_rows_that_another_replaces(
+    layer: str, is_merged: bool, tmp_path: Path
+) -> None:
+    kind, wanted = JOINED["a weight beside a delta"]
+    model = trained(kind, tmp_path / "one", **wanted)
+    other = trained(kind, tmp_path / "other", target_modules=[layer]).adapter
+    with nullcontext() if is_merged else pytest.raises(CheckpointError, match=r"V534 .*Wqkv"):
+        options = MergeOptions(add=[AdapterSpec(other)])
+        merge(model.adapter, tmp_path / "merged", base=model.base, options=options)
 
 
 def test_a_report_counts_the_values_of_a_joined_tensor_once(tmp_path: Path) -> None:

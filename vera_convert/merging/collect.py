@@ -214,7 +214,9 @@ class _Collector:
 
     def _replace_rows(self, target: str, first: int, replacement: Replacement) -> None:
         """Record a tensor that replaces the rows of one layer in a tensor of several layers."""
-        rows = self.changes.rows
+        rows, terms = self.changes.rows, self.changes.terms.get(target, ())
+        if any(term.rows is None or term.rows.start == first for term in terms):
+            self._refuse_delta(target, replacement)
         taken = rows[target].parts if target in rows else {}
         self._refuse_other(target, taken.get(first, replacement), replacement)
         rows[target] = ReplacedRows(self.files.tensor(target), {first: replacement, **taken})
@@ -228,10 +230,8 @@ class _Collector:
     def _refuse_other(self, target: str, first: Replacement, replacement: Replacement) -> None:
         """Refuse a replacement by other values than those of the first replacement."""
         if first is not replacement and not same_tensor(first.tensor, replacement.tensor):
-            reason = (
-                f"{first.owner.label} and {replacement.owner.label} replace this tensor by "
-                "different values."
-            )
+            both = f"{first.owner.label} and {replacement.owner.label}"
+            reason = f"{both} replace this tensor by different values."
             self.defects.append(rules.REPLACEMENTS_DIFFER.in_tensor(target, reason))
 
     def _refuse_delta(self, target: str, replacement: Replacement) -> None:
@@ -312,10 +312,8 @@ class _Collector:
                 continue
             tied = self._meet_tied_head()
             if tied is None:
-                reason = (
-                    f"the adapter replaces {printable(embedding)} alone; the base ties head and "
-                    "embedding, and PEFT keeps the head."
-                )
+                reason = f"the adapter replaces {printable(embedding)} alone; the base ties "
+                reason += "head and embedding, and PEFT keeps the head."
                 self.defects.append(rules.HEAD_TIED.at(printable(head), reason))
             elif tied is Tied.ADD:
                 self._share(embedding, head, replaced[embedding])
