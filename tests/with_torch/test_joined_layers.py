@@ -3,6 +3,7 @@
 # mypy: allow-subclassing-any, allow-untyped-calls
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -190,6 +191,26 @@ def test_an_adapter_may_not_change_the_rows_that_another_replaces(
     other = trained(kind, tmp_path / "other", target_modules=[layer]).adapter
     with nullcontext() if is_merged else pytest.raises(CheckpointError, match=r"V534 .*Wqkv"):
         options = MergeOptions(add=[AdapterSpec(other)])
+        merge(model.adapter, tmp_path / "merged", base=model.base, options=options)
+
+
+def test_an_adapter_may_not_replace_a_tensor_of_which_another_replaces_rows(
+    tmp_path: Path,
+) -> None:
+    kind, wanted = "joined layers alone", {"target_modules": ["down_proj"]}
+    model = trained(kind, tmp_path / "one", modules_to_save=["gate_proj"], **wanted)
+    whole = trained(kind, tmp_path / "other", **wanted).adapter
+    weights, config = whole / "adapter_model.safetensors", whole / "adapter_config.json"
+    joined = {
+        f"base_model.model.{name}": each
+        for name, each in load_file(model.base / "model.safetensors").items()
+        if JOINED_TENSOR.search(name)
+    }
+    save_file({**load_file(weights), **joined}, weights, {"format": "pt"})
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps({**document, "modules_to_save": ["weights_in"]}))
+    options = MergeOptions(add=[AdapterSpec(whole)])
+    with pytest.raises(CheckpointError, match=r"V534 .*weights_in.*some rows"):
         merge(model.adapter, tmp_path / "merged", base=model.base, options=options)
 
 

@@ -57,6 +57,9 @@ def collect(inputs: MergeInputs) -> Changes:
         collector.part_stacks(matched)
     collector.settle_copies()
     changes = collector.changes
+    for name in sorted(changes.rows.keys() & changes.replaced.keys()):
+        reason = "one adapter replaces this tensor, another replaces some rows of this tensor."
+        collector.defects.append(rules.REPLACEMENTS_DIFFER.in_tensor(name, reason))
     if inputs.options.tied is not None and not collector.meets_tied_head:
         reason = "the adapter changes no output head that is tied to the embedding."
         changes.findings.append(rules.OPTION_WITHOUT_EFFECT.at("--tied", reason))
@@ -236,10 +239,8 @@ class _Collector:
 
     def _refuse_delta(self, target: str, replacement: Replacement) -> None:
         """Refuse a replacement of a tensor that a delta is added to."""
-        own = replacement.owner.pair.A
-        if is_embedding(_module(target)) and any(
-            term.A is own for term in self.changes.terms[target]
-        ):
+        own, terms = replacement.owner.pair.A, self.changes.terms[target]
+        if is_embedding(_module(target)) and any(term.A is own for term in terms):
             reason = "the adapter replaces the embedding, and changes the head by a delta."
             self.defects.append(rules.HEAD_TIED.at(printable(target), reason))
             return
