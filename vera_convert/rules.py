@@ -133,8 +133,12 @@ class Finding:
         return replace(self, rule=self.rule.as_note())
 
     def of_adapter(self, label: str) -> Finding:
-        """Return this finding with the adapter's name in the place, unless the name is there."""
-        named = self.place.startswith(label)
+        """Return this finding with an adapter's name in the place, unless the name is there.
+
+        Args:
+            label: the adapter's name; an empty name changes nothing.
+        """
+        named = self.place == label or self.place.startswith(tuple(label + end for end in ":/\\"))
         return self if named or not label else replace(self, place=f"{label}: {self.place}")
 
     def with_remedy(self, remedy: str) -> Finding:

@@ -176,6 +176,18 @@ def test_an_error_of_an_added_adapter_names_the_adapter(tmp_path: Path, run: Run
     assert f"vera-convert validate {wrong} --base {base})" in ended.err, "not the first adapter"
 
 
+@pytest.mark.parametrize("name", ["a", "adapter"])
+def test_an_added_adapter_is_named_whatever_its_name(
+    name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name can be the beginning of a place, such as `adapter_config.json`."""
+    monkeypatch.chdir(tmp_path)
+    folder, base = good_adapter(tmp_path / "first"), filled_base(tmp_path / "base")
+    good_adapter(tmp_path / name, peft_type="LORA")
+    ended = run("merge", folder, tmp_path / "out", "--base", base, "--add", name)
+    assert f"error: V101 {name}: adapter_config.json: " in ended.err
+
+
 @pytest.mark.parametrize(
     ("given", "is_strange"),
     [
