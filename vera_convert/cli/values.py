@@ -30,9 +30,6 @@ GENERATORS = (
 """The values of `generator.Variant`, repeated because `--help` must start without NumPy."""
 
 
-_FIRST_NUMBER = re.compile("[0-9]+")
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a question with the known word nearest to a mistyped word; empty if all are far.
 
@@ -112,8 +109,14 @@ class Dtype(Choice):
 
     def likely(self, word: str) -> Iterable[str]:
         """Return the dtypes with the number of bits of a mistyped word: float8 is no float64."""
-        bits = _FIRST_NUMBER.search(word)
-        return [c for c in self.choices if not bits or _FIRST_NUMBER.findall(c)[:1] == [bits[0]]]
+        bits = _bits(word)
+        return [each for each in self.choices if not bits or _bits(each) == bits]
+
+
+def _bits(dtype: str) -> str:
+    """Return the number of bits in a dtype's name, such as 8 in float8_e4m3fn; empty for none."""
+    found = re.search("[0-9]+", dtype)
+    return found[0] if found else ""
 
 
 def _key_map(option: str, value: str) -> tuple[str, str]:

@@ -110,10 +110,11 @@ def open_inputs(
         if dequantizes:
             files = files.dequantized(packed)
         adapters = []
-        for number, (spec, _) in enumerate(found):
-            at = locations[number], opened[number], facts[number]
-            with naming_adapter(names[number]):
-                adapters.append(_matched(spec, *at, options))
+        for (spec, _), name, location, adapter, each in zip(
+            found, names, locations, opened, facts, strict=True
+        ):
+            with naming_adapter(name):
+                adapters.append(_matched(spec, location, adapter, each, options))
         beside = [adapter_files(location, files.model) for location in locations]
         written = beside[0].over(files.copied)
         findings = [
