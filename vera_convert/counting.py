@@ -224,7 +224,7 @@ def _near(model: ModelLayers, target: str) -> str:
 
 
 def _stripped_metadata(chosen: Adapted, config: VeraConfig, dtype: str) -> dict[str, str]:
-    """Return metadata of the length of those that `strip` writes.
+    """Return metadata as long as the metadata that `strip` writes.
 
     Args:
         chosen: the adapted layers.

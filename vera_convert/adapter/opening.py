@@ -173,6 +173,7 @@ def examine(
     as_read = config_file
     tensors, config_file, changes = _repaired(weights, config_file, repair)
     if as_read is not None and config_file is not None and config_file is not as_read:
+        # The repair can have removed the fields of some findings.
         found = [*(f for f in found if f not in as_read.findings), *config_file.findings]
     config, by_meaning, adapter = _with_rank(config_file), None, None
     if config is not None:
@@ -201,7 +202,16 @@ def examine(
 def _read(
     read: Callable[[Source], Part], source: Source | None, found: list[Finding]
 ) -> Part | None:
-    """Return what a source holds; None without a source, or with the defects of a malformed one."""
+    """Read a source; return None without a source, or if the source has defects.
+
+    Args:
+        read: reads the source.
+        source: the source, or None.
+        found: the list that gets the defects.
+
+    Raises:
+        OtherMethodError: the config is of another method than VeRA.
+    """
     if source is None:
         return None
     try:

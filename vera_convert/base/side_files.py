@@ -131,13 +131,14 @@ def tokenizer_files(names: Collection[str]) -> tuple[str, ...]:
 
 
 _TEXT_MODELS = ("text_config", "decoder", "generator")
-"""The parts of a config whose ``tie_word_embeddings`` transformers 4 reads instead of its own."""
+"""Parts of a config: transformers 4 reads the part's ``tie_word_embeddings``, not the whole's."""
 
 
 def untied(text: bytes, config: Mapping[str, object]) -> bytes:
     """Return a config's text with ``tie_word_embeddings`` false, also in each part that decides.
 
-    A part without the field, such as the ``text_config`` of Gemma 3, has the default of its class.
+    For a part without the field, such as the ``text_config`` of Gemma 3, the default of the part's
+    class decides.
     """
     field = "tie_word_embeddings"
     for name, part in config.items():

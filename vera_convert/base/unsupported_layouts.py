@@ -29,8 +29,7 @@ class Layout:
         files: the end of the tensor's path, or of the name of a parameter beside ``weight``.
         memory: the ends of the paths of the layers in memory.
         is_permuted: whether transformers reorders rows; False if transformers only cuts.
-        is_even: whether the layers have equal numbers of rows whenever any layer has an equal share
-            of the rows, and k as many rows as v.
+        is_even: whether the layers have equal numbers of rows; of q, k and v, only k and v must.
     """
 
     types: frozenset[str]

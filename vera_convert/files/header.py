@@ -96,7 +96,7 @@ class Header:
 
     @property
     def file_size(self) -> int:
-        """The bytes of the file, whose tensors leave no gap."""
+        """The size of the file in bytes: tensors leave no gap in the data."""
         return self.data_start + sum(info.nbytes for info in self.tensors.values())
 
 

@@ -247,10 +247,10 @@ def squared_norm(factors: Factors) -> float:
 
 
 def cancellation(factors: Factors) -> float:
-    """Return by which factor a delta is smaller than its r terms, at least 1.
+    """Return the norm of the r terms of a delta divided by the norm of the delta, at least 1.
 
-    A delta is a sum of a term for each row of A. Rounding changes a term by a share of the term, so
-    the relative error of a delta grows by this factor if the terms cancel each other.
+    A delta is the sum of one term for each row of A. Rounding changes each term by a share of the
+    term. If the terms cancel each other, the relative error of the delta grows by this factor.
     """
     of_A, of_B = _squared_factors(factors)
     size = squared_norm(factors)

@@ -197,7 +197,7 @@ class Kind(StrEnum):
     SAME = "same"
     """Not at all: the bytes are the base's."""
     CONVERTED = "converted"
-    """Only the dtype changes, the size of a bias, or the scale of a head."""
+    """Only the dtype, the size of a bias, or the scale of a head changes."""
     ADDED = "added"
     """Deltas are added."""
     REPLACED = "replaced"
@@ -294,8 +294,8 @@ def merged_tensors(
 def _scaled(head: MergedTensor) -> MergedTensor:
     """Return a head that takes over the factor of the decoder's output: see `scales_tied_logits`.
 
-    Each release of transformers computes the same with this head, because no release multiplies the
-    decoder's output of an untied model.
+    Each release of transformers computes the same with this head, because the merged config tells
+    each release not to multiply the decoder's output.
     """
     factor = head.shape[1] ** -0.5
     return replace(

@@ -62,7 +62,7 @@ _QUANTIZERS = {
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel",),
 }
-"""The methods whose packages, of the same names, run on a CPU."""
+"""The packages that run a quantized base on a CPU, by method; the first is the quantizer."""
 _DTYPE_OF_ROUNDING = {Rounding.NONE: "float32"} | {
     rounding_on_base(name): name for name in BASE_NAMES if name != "float64"
 }

@@ -156,10 +156,10 @@ def _reference_of_merge(plan: Blueprint, job: ModelJob, runs: Runs) -> Reference
 
 
 def _scaled_head(base: BaseModel, found: Path, dtypes: Sequence[torch.dtype]) -> Tensor | None:
-    """Return a merged head without the scale of the logits that the merge moved into the head.
+    """Return the head of the merged model, divided by the scale that the merge put into the head.
 
-    Our own merge keeps the scale outside, and would round other values. The comparison of the files
-    has checked the head.
+    The model that is merged in memory scales the logits apart from the head, so rounding the head
+    there would give other values. The comparison of the files has checked the merged model's head.
 
     Args:
         base: the base.

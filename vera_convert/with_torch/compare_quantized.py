@@ -142,8 +142,8 @@ def _sanitized(plan: Blueprint, packed: Unpacked) -> Iterator[Path]:
 def _loading(packed: Unpacked) -> dict[str, Any]:
     """Return the arguments with which PEFT can wrap the layers of a quantized base.
 
-    gptqmodel's kernels for CPUs are compiled on the first use, for minutes; its kernel in torch is
-    not.
+    gptqmodel compiles its kernels for CPUs on the first use, which takes minutes. The kernel in
+    torch needs no compiler.
     """
     import transformers
 

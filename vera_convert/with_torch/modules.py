@@ -215,8 +215,8 @@ def share_trained(model: nn.Module) -> None:
 def untie(model: nn.Module, layers: Iterable[VeraLinear]) -> None:
     """Give each layer its own weight, and record this in the model's config.
 
-    The T5 family would no longer scale the logits, so its config stays. transformers 5 loads a head
-    with values of its own as a tensor of its own.
+    The config of the T5 family stays, because a T5 with another config would no longer scale the
+    logits. transformers 5 loads a head that differs from the embedding as a separate tensor.
     """
     for layer in layers:
         layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

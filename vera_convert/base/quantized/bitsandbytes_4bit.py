@@ -99,7 +99,7 @@ def dequantized(packed: NDArray[np.uint8], absmax: NDArray[Any], state: State, c
         count: how many values; the last block can be short.
     """
     blocks, lookup = -(-count // state.block), Lookup(_PAIRS[state.kind])
-    codes = np.resize(packed, (blocks, state.block // 2))  # the rest of a short block is any codes
+    codes = np.resize(packed, (blocks, state.block // 2))  # a short last block gets codes to drop
     values = scaled_rows(
         lambda part: lookup(codes[part]),
         (blocks, state.block),

@@ -218,8 +218,8 @@ class Format:
         dropped: tensors in and around the layers that a dequantized model leaves out.
         tells_shape: a pattern of the name of the small tensor that tells a weight's shape.
         plain: how loaders treat a plain weight that the config calls quantized; empty if loaders
-            keep the weight, or lose the weight.
-        loses_plain: whether loaders lose a plain weight that the config calls quantized.
+            always keep such a weight, or always lose it.
+        loses_plain: whether loaders always lose such a weight.
     """
 
     label: str
