@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -94,46 +93,44 @@ def replacing_tensors(adapter: Adapter, match: Match, base: BaseModel) -> Replac
         if not same_tensor(first, tensor):
             raise CheckpointError(_clash(part.target, first.name, tensor.name))
     rows: dict[str, dict[int, TensorData]] = {}
-    joined = _Joined(match, base)
-    for target in [name for name in lost if name in found]:
-        place = joined.place(found[target][0])
-        if place is not None:
-            name, first_row = place
-            rows.setdefault(name, {})[first_row] = found.pop(target)[0]
+    left = {target: tensor for target, tensor in lost.items() if target in found}
+    for target, name, first_row in _places_in_joined(left, match, base):
+        rows.setdefault(name, {})[first_row] = found.pop(target)[0]
     return Replacing(found, rows)
 
 
-class _Joined:
-    """Finds the places of weights and biases in tensors that the base stores for several layers."""
+def _places_in_joined(
+    tensors: Mapping[str, TensorData], match: Match, base: BaseModel
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the places of weights and biases that the base stores in a tensor of several layers.
 
-    def __init__(self, match: Match, base: BaseModel) -> None:
-        self._match = match
-        self._base = base
+    Args:
+        tensors: the adapter's tensors, by the names that the base lacks.
+        match: the match of the adapter's layers.
+        base: the base.
 
-    @cached_property
-    def _layers(self) -> Layers:
-        return Layers(self._base)
-
-    @cached_property
-    def _ways_back(self) -> list[Callable[[str], str | None]]:
-        """The ways from a path in the files to the path in the adapter."""
-        return [self._match.strategy.undo, str, *(each.undo for each in release_names(self._base))]
-
-    def place(self, tensor: TensorData) -> tuple[str, int] | None:
-        """Return the name of the base's tensor and the first row; None if the place is unknown."""
+    Yields:
+        The name that the base lacks, the name of the base's tensor, and the first row there.
+    """
+    if not tensors:
+        return
+    layers = Layers(base)
+    undos = (each.undo for each in release_names(base))
+    ways_back: list[Callable[[str], str | None]] = [match.strategy.undo, str, *undos]
+    for target, tensor in tensors.items():
         module, _, parameter = replaced_name(tensor.name).rpartition(".")
         if parameter not in ("weight", "bias") or not tensor.shape:
-            return None
-        for undo in self._ways_back:
-            inside = self._layers.inside(module, tensor.shape[0], undo)
-            if inside is not None and inside.first is not None:
-                weight = inside.tensors[0]
-                name = re.sub(r"weight$", parameter, weight)
-                shape = (self._base.tensors[weight].info.shape[0], *tensor.shape[1:])
-                found = self._base.tensors.get(name)
-                if found is not None and found.info.shape == shape:
-                    return name, inside.first
-        return None
+            continue
+        for undo in ways_back:
+            inside = layers.inside(module, tensor.shape[0], undo)
+            if inside is None or inside.first is None:
+                continue
+            weight = inside.tensors[0]
+            name = re.sub(r"weight$", parameter, weight)
+            shape = (base.tensors[weight].info.shape[0], *tensor.shape[1:])
+            if name in base.tensors and base.tensors[name].info.shape == shape:
+                yield target, name, inside.first
+                break
 
 
 def used_replacements(adapter: Adapter) -> Iterator[TensorData]:
