@@ -1,14 +1,17 @@
 """The rules of each engine for a LoRA, in one table, read in the engines' own sources.
 
-Every other module asks this table, so a new release of an engine changes this module alone.
+Every other module asks this table, so a new release of an engine changes this module and
+``engines.toml`` alone.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 
 class EngineName(StrEnum):
@@ -35,39 +38,7 @@ class Form(StrEnum):
 _TEXT_MODEL = r"((model|language_model|llm|thinker|decoder|transformer|backbone)\.)*"
 _TOWER = re.compile(r"(.+\.)?(vision|visual|vit|audio|speech|image|multi_modal|mm_)\w*\..+")
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\..+")
-_NOT_IN_VLLM = frozenset(
-    """
-    AriaForConditionalGeneration BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM
-    BailingMoeV3VLForConditionalGeneration BeamForCausalLM BeeForConditionalGeneration
-    BertForMaskedLM BloomForCausalLM CLIPModel Cohere2MoeForCausalLM
-    Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration ColBERTJinaRobertaModel
-    ColBERTLfm2Model ColBERTModernBertModel ColModernVBertForRetrieval ColUltraVBertForRetrieval
-    Cosmos3EdgeForConditionalGeneration DbrxForCausalLM DeepseekV41ForCausalLM
-    DeepseekVLV2ForCausalLM DiffusionGemmaForBlockDiffusion DomynEdgeForCausalLM DoryForCausalLM
-    Dots3NoteForCausalLM EmbeddingGemma2Model FalconForCausalLM FalconMambaForCausalLM
-    FireRedASR2ForConditionalGeneration FlintForCausalLM FunASRForConditionalGeneration
-    FunAudioChatForConditionalGeneration GPT2ForSequenceClassification GPT2LMHeadModel
-    GPTJForCausalLM Gemma3TextModel Gemma3nForCausalLM Gemma3nForConditionalGeneration
-    Glm5NextForCausalLM GteModel GteNewForSequenceClassification GteNewModel HCXVisionV2ForCausalLM
-    HfMoondream HrmTextForCausalLM IQuestLoopCoderForCausalLM JinaForRanking
-    KananaVForConditionalGeneration KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration
-    KimiLinearForCausalLM KimiVLForConditionalGeneration Lfm2BidirectionalModel
-    LlavaOnevision2ForConditionalGeneration LlavaOnevisionForConditionalGeneration Mamba2ForCausalLM
-    MambaForCausalLM MiDashengLMModel MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiMoV2OmniForCausalLM
-    MiniMaxM3SparseForCausalLM MiniMaxM3SparseForConditionalGeneration
-    ModernBertForSequenceClassification ModernBertForTokenClassification ModernVBertModel
-    Moondream3ForCausalLM MoonshotKimiaForCausalLM MossTranscribeDiarizeForConditionalGeneration
-    NemotronParseForConditionalGeneration NomicBertModel OpenAIPrivacyFilterForTokenClassification
-    OpenVLAForActionPrediction OrionForCausalLM Ovis Ovis2_5 Ovis2_6ForCausalLM
-    Ovis2_6_MoeForCausalLM PaddleOCRVLForConditionalGeneration Phi3VForCausalLM Phi4ForCausalLMV
-    Qwen2AudioForConditionalGeneration RForConditionalGeneration RadioMBartPrefixForCausalLM
-    RobertaForTokenClassification SiglipModel SkyworkR1VChatModel StableLmForCausalLM
-    Step1ForCausalLM Step3TextForCausalLM Step3VLForConditionalGeneration Step3p5ForCausalLM
-    Step3p7ForConditionalGeneration StepVLForConditionalGeneration Terratorch
-    XLMRobertaForTokenClassification Zamba2ForCausalLM
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-"""The architectures whose class in vLLM's registry is no SupportsLoRA; vLLM does not start then."""
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def is_in_tower(module: str) -> bool:
@@ -161,7 +132,7 @@ ENGINES: Mapping[EngineName, Engine] = {
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         whole_experts=True,
         heads=frozenset(("classifier", "score")),
-        refused=_NOT_IN_VLLM,
+        refused=frozenset(_TABLE["without_lora_in_vllm"].split()),
         start="--enable-lora --max-lora-rank {rank} --lora-modules vera={path}",
         tower="--enable-tower-connector-lora",
     ),

@@ -9,7 +9,9 @@ that is a PeftAdapterMixin loads a LoRA itself.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 from vera_convert import rules
 from vera_convert.base.facts import BaseFacts
@@ -29,44 +31,9 @@ _LOADED_WITH_THE_PIPELINE = frozenset(
 _TEXT_ENCODERS = ("clip", "clip_text_model")
 _TRANSFORMER_ALONE = re.compile(r"(HiDreamImage|HunyuanSkyreels|HunyuanVideo|Kandinsky5)\w*")
 """Classes of pipelines with a text encoder of CLIP, and a loader for the transformer alone."""
-_WITHOUT_A_LOADER = frozenset(
-    """
-    AllegroTransformer3DModel AudioLDM2UNet2DConditionModel CogView3PlusTransformer2DModel
-    ControlNetUnionModel CosmosControlNetModel DiTTransformer2DModel DreamLiteTransformer2DModel
-    EasyAnimateTransformer3DModel HunyuanDiT2DControlNetModel HunyuanDiT2DModel I2VGenXLUNet
-    JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel Kandinsky3UNet
-    LatteTransformer3DModel LongCatAudioDiTTransformer LuminaNextDiT2DModel
-    MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel PRXTransformer2DModel
-    PixArtTransformer2DModel SanaWMTransformer3DModel SparseControlNetModel StableAudio3DiTModel
-    StableAudioDiTModel StableCascadeUNet T5FilmDecoder Transformer2DModel TransformerTemporalModel
-    UNet1DModel UNet2DModel UNet3DConditionModel UNetControlNetXSModel
-    UNetSpatioTemporalConditionModel UniDiffuserModel
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-"""Classes of components that are no PeftAdapterMixin."""
-_PIPELINES_WITHOUT_A_LOADER = frozenset(
-    """
-    Amused AmusedImg2Img AmusedInpaint AudioDiffusion AudioLDM BlipDiffusion BlipDiffusionControlNet
-    Bria CogView4Control Cosmos2TextToImage Cosmos2VideoToWorld Cosmos2_5_Transfer Cosmos3Omni
-    CosmosTextToWorld CosmosVideoToWorld DreamLite DreamLiteMobile FluxPriorRedux GlmImage
-    HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo I2VGenXL Kandinsky
-    Kandinsky6SR Kandinsky6TI2VA KandinskyCombined KandinskyImg2Img KandinskyImg2ImgCombined
-    KandinskyInpaint KandinskyInpaintCombined KandinskyPrior KandinskyV22 KandinskyV22Combined
-    KandinskyV22Controlnet KandinskyV22ControlnetImg2Img KandinskyV22Img2Img
-    KandinskyV22Img2ImgCombined KandinskyV22Inpaint KandinskyV22InpaintCombined KandinskyV22Prior
-    KandinskyV22PriorEmb2Emb LDMTextToImage LongCatImage LongCatImageEdit MarigoldDepth
-    MarigoldIntrinsics MarigoldNormals MotifVideo MotifVideoImage2Video MusicLDM NucleusMoEImage
-    OvisImage PaintByExample SanaPAG SanaWMLTX2Refiner SemanticStableDiffusion ShapE ShapEImg2Img
-    StableCascadeCombined StableCascadeDecoder StableCascadePrior StableDiffusionAdapter
-    StableDiffusionAttendAndExcite StableDiffusionGLIGEN StableDiffusionGLIGENTextImage
-    StableDiffusionImageVariation StableDiffusionLatentUpscale StableDiffusionPipelineSafe
-    StableDiffusionPix2PixZero StableDiffusionSAG UnCLIP UnCLIPImageVariation UniDiffuser
-    VQDiffusion VersatileDiffusion VersatileDiffusionDualGuided VersatileDiffusionImageVariation
-    VersatileDiffusionTextToImage WuerstchenCombined WuerstchenDecoder
-    """.split()  # noqa: SIM905 - words read best as a text
-)
-"""Classes of pipelines without load_lora_weights, less the ending Pipeline, of which a component is
-a PeftAdapterMixin or a text encoder of CLIP."""
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_WITHOUT_A_LOADER = frozenset(_TABLES["components"].split())
+_PIPELINES_WITHOUT_A_LOADER = frozenset(_TABLES["pipelines"].split())
 _ATTRIBUTES = {
     r"UNet\w*": "unet",
     r"\w*Prior\w*": "prior",
