@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from vera_convert.rules import Finding
 
-READING_REMEDY = "Allow your user to read it, with `chmod u+rX`, or run as another user."
+READING_REMEDY = "Give your user the right to read, with `chmod u+rX`, or run as another user."
 """The remedy for a file or folder that the system does not let the user read."""
 
 

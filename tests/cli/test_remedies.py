@@ -154,9 +154,10 @@ def test_an_adapter_that_is_merged_twice_is_named(form: str, tmp_path: Path, run
 
 def test_other_a_and_b_make_another_delta(tmp_path: Path, run: Run) -> None:
     folder, base = good_adapter(tmp_path / "adapter"), filled_base(tmp_path / "base")
-    A = {"base_model.vera_A": np.ones((4, 16), "f4")}
+    A = {"base_model.vera_A": np.linspace(0, 1, 64, dtype="f4").reshape(4, 16)}
     other = good_adapter(tmp_path / "other", tensors=A)
     ended = run("merge", folder, tmp_path / "out", "--base", base, "--add", other)
+    assert ended.status == 0, ended.err
     assert "V581" not in ended.err
 
 
@@ -299,7 +300,7 @@ def test_a_file_that_may_not_be_read_has_a_remedy() -> None:
     for error in (unreadable("x", denied), explained(denied)):
         assert isinstance(error, SurroundingsError)
         assert str(error).endswith(
-            "Allow your user to read it, with `chmod u+rX`, or run as another user."
+            "Give your user the right to read, with `chmod u+rX`, or run as another user."
         )
         assert error.reason.endswith("Permission denied.")
     assert str(unreadable("x", OSError(errno.EIO, "Input/output error"))).endswith("error.")
