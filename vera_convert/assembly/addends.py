@@ -49,9 +49,9 @@ class Term:
 
 
 class TermsOfParts:
-    """Makes deltas of tensors out of deltas of layers that are some rows of a tensor.
+    """Turns the delta of a layer, which is some rows of a tensor, into a delta of the tensor.
 
-    Layers of one kind share the moved B.
+    Layers of one kind share the moved B, which is large.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,6 @@ class TermsOfParts:
 
 def _moved_rows(values: Array, first: int, count: int, rows: int) -> Array:
     """Return zeros with the first rows of an array in another place.
-
-    The delta of a layer that is some rows of a tensor thus becomes a delta of the whole tensor.
 
     Args:
         values: the array, with at least `count` rows.
