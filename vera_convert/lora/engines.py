@@ -7,10 +7,10 @@ Every other module asks this table, so a new release of an engine changes this m
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 
@@ -38,7 +38,15 @@ class Form(StrEnum):
 _TEXT_MODEL = r"((model|language_model|llm|thinker|decoder|transformer|backbone)\.)*"
 _TOWER = re.compile(r"(.+\.)?(vision|visual|vit|audio|speech|image|multi_modal|mm_)\w*\..+")
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\..+")
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
+@cache
+def _without_lora() -> Mapping[str, frozenset[str]]:
+    """Return the architectures that take no LoRA, by the title of the engine."""
+    import tomllib  # `--help` reads this module, and no table
+
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {title: frozenset(names.split()) for title, names in tomllib.loads(text).items()}
 
 
 def is_in_tower(module: str) -> bool:
@@ -78,7 +86,6 @@ class Engine:
         biases: whether trained biases are taken.
         conv1d: whether bases with Conv1D layers, such as GPT-2, are taken.
         tied_head: whether an output head with the embedding's tensor can be adapted.
-        refused: the architectures, as a base's config names them, that take no LoRA.
         components: whether the engine loads the LoRA of a component of a diffusion pipeline.
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
@@ -102,11 +109,15 @@ class Engine:
     biases: bool = False
     conv1d: bool = True
     tied_head: bool = True
-    refused: frozenset[str] = frozenset()
     components: bool = False
     renames_targets: bool = False
     start: str = ""
     tower: str = ""
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """The architectures, as a base's config names them, that take no LoRA."""
+        return _without_lora().get(self.title, frozenset())
 
     def server_rank(self, rank: int) -> int | None:
         """Return the rank to start a server with; None if the engine serves no LoRA of `rank`."""
@@ -132,7 +143,6 @@ ENGINES: Mapping[EngineName, Engine] = {
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         whole_experts=True,
         heads=frozenset(("classifier", "score")),
-        refused=frozenset(_TABLE["without_lora_in_vllm"].split()),
         start="--enable-lora --max-lora-rank {rank} --lora-modules vera={path}",
         tower="--enable-tower-connector-lora",
     ),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from vera_convert import rules
@@ -31,9 +32,6 @@ _LOADED_WITH_THE_PIPELINE = frozenset(
 _TEXT_ENCODERS = ("clip", "clip_text_model")
 _TRANSFORMER_ALONE = re.compile(r"(HiDreamImage|HunyuanSkyreels|HunyuanVideo|Kandinsky5)\w*")
 """Classes of pipelines with a text encoder of CLIP, and a loader for the transformer alone."""
-_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-_WITHOUT_A_LOADER = frozenset(_TABLES["components"].split())
-_PIPELINES_WITHOUT_A_LOADER = frozenset(_TABLES["pipelines"].split())
 _ATTRIBUTES = {
     r"UNet\w*": "unet",
     r"\w*Prior\w*": "prior",
@@ -43,6 +41,13 @@ _ATTRIBUTES = {
     r"AnimaTextConditioner": "text_conditioner",
 }
 """The attribute of a pipeline that has a component, by the component's class; the first counts."""
+
+
+@cache
+def without_a_loader() -> Mapping[str, frozenset[str]]:
+    """Return the classes of `components` and of `pipelines` that load no LoRA as usual."""
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {kind: frozenset(names.split()) for kind, names in tomllib.loads(text).items()}
 
 
 def component_of(base_facts: BaseFacts) -> str:
@@ -101,10 +106,10 @@ def component_findings(
     component, base = component_of(base_facts), _base_of(base_facts)
     shown, kind = printable(component), _class_name(base)
     pipeline, reason = pipeline_class(base, access), ""
-    loads_none = pipeline.removesuffix("Pipeline") in _PIPELINES_WITHOUT_A_LOADER
+    loads_none = pipeline.removesuffix("Pipeline") in without_a_loader()["pipelines"]
     if component.startswith("text_encoder"):
         reason = _of_text_encoder(shown, base, pipeline, loads_none=loads_none)
-    elif kind in _WITHOUT_A_LOADER:
+    elif kind in without_a_loader()["components"]:
         reason = (
             f"Diffusers loads no LoRA into a {kind}. With --for peft, PEFT loads the LoRA: "
             f"PeftModel.from_pretrained(pipeline.{shown}, LORA)."
