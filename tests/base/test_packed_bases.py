@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import good_adapter
+from bases import LLAMA_SIZES
 from commandline import Run
 from merges import filled_base
 from numpy.typing import NDArray
@@ -225,19 +226,9 @@ def test_a_plain_layer_beside_packed_ones_needs_its_tensor(tmp_path: Path) -> No
     assert "V520" in {finding.code for finding in found.findings}
 
 
-SIZES: Mapping[str, object] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 32,
-}
-
-
 def with_sizes(base: Path) -> Path:
     """The base, after the sizes of the layers are added to the config."""
-    config = json.loads((base / "config.json").read_bytes()) | SIZES
+    config = json.loads((base / "config.json").read_bytes()) | LLAMA_SIZES
     (base / "config.json").write_text(json.dumps(config))
     return base
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from adapterdefects import all_of, drawn, tensors
 from adapters import RANK, good_adapter
-from bases import tiny_base
+from bases import LLAMA_SIZES, tiny_base
 from folders import DATA, WEIGHTS, base_of, codes, refusal, weights
 
 from vera_convert.base.facts import BaseOptions
@@ -102,24 +102,14 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert refusal(lambda: strip(adapter, tmp_path / "out", base=BaseOptions(str(other)))) == "V522"
 
 
-CONFIGS: Mapping[str, dict[str, Any]] = {
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 32,
-    },
-}
+LLAMA: Mapping[str, Any] = {"model_type": "llama", **LLAMA_SIZES}
 
 
 def test_a_base_of_a_known_type_needs_no_weights(tmp_path: Path) -> None:
     folder = good_adapter(tmp_path / "adapter", stripped=True)
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    (base / "config.json").write_text(json.dumps(LLAMA))
     options = BaseOptions(str(base))
     with pytest.raises(UsageError, match="dtype"):
         embed(folder, tmp_path / "out", base=options)
@@ -133,7 +123,7 @@ def test_a_base_of_a_known_type_needs_no_weights(tmp_path: Path) -> None:
         ({"hidden_size": 32}, "V522"),
         ({"model_type": "unheard-of"}, "V560"),
     ):
-        (base / "config.json").write_text(json.dumps({**CONFIGS["llama"], **change}))
+        (base / "config.json").write_text(json.dumps({**LLAMA, **change}))
         act = lambda: embed(folder, tmp_path / "no", base=BaseOptions(str(base), dtype="float32"))  # noqa: E731
         assert refusal(act) == code
 
@@ -143,7 +133,7 @@ def test_no_output_goes_into_the_base(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base")
     for model in (base, base / "deep"):
         model.mkdir(exist_ok=True)
-        (model / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+        (model / "config.json").write_text(json.dumps(LLAMA))
         options = BaseOptions(str(model), dtype="float32")
         with pytest.raises(UsageError, match="input"):
             strip(folder, model / "out", base=options, force=True)

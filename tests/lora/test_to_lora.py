@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapters import HIDDEN, OUTPUTS, RANK, good_adapter, good_tensors
-from bases import TENSORS, tiny_base
+from bases import LLAMA_SIZES, TENSORS, tiny_base
 from commandline import Run
 from folders import CONFIG_NAME, WEIGHTS, everything, metadata, weights
 from numpy.typing import NDArray
@@ -176,15 +176,7 @@ def test_an_untrained_adapter_becomes_a_lora_of_zeros(base: Path, tmp_path: Path
 def test_the_sizes_of_a_known_model_are_taken_from_its_config_alone(
     adapter: Path, tmp_path: Path
 ) -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 32,
-    }
+    config = {"model_type": "llama", **LLAMA_SIZES}
     (tmp_path / "config-alone").mkdir()
     (tmp_path / "config-alone" / CONFIG_NAME.replace("adapter_", "")).write_text(json.dumps(config))
     converted(adapter, tmp_path / "config-alone", tmp_path / "out")

@@ -35,6 +35,17 @@ TENSORS: Mapping[str, Sequence[int]] = {
 """A Llama of two layers, 16 wide."""
 
 
+LLAMA_SIZES: Mapping[str, int] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+}
+"""The fields of a Llama's config that decide the sizes of the layers."""
+
+
 def tiny_base(
     folder: Path,
     *,
