@@ -7,7 +7,7 @@ none. These three sides run in turn; the table shows the median of each figure.
 PEFT's `save_as_lora`, which needs torch, forms the delta of each layer; one layer of each shape is
 converted, less a run without conversion.
 
-Python keeps compiled modules in a temporary folder, whatever PYTHONDONTWRITEBYTECODE says.
+Python keeps compiled modules in a temporary folder, also if PYTHONDONTWRITEBYTECODE is set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files written past the system's cache: the bytes are those given, whatever the disk allows."""
+"""Files written past the system's cache hold the given bytes on every disk."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def replaced_name(name: str) -> str:
 
 
 class SavedModules:
-    """The modules that PEFT saves whole: those that a config names, and those of its task.
+    """The modules that PEFT saves whole: the config names some, and the config's task adds others.
 
     The cost of a search does not grow with the number of names.
 

@@ -116,10 +116,9 @@ def target_names(
     """Return names that match exactly the converted modules, by PEFT's rule for a list.
 
     A name matches a module of this name, and a module whose path ends with a dot and the name. The
-    adapter's own list is kept if the list matches exactly the converted modules. Otherwise the
-    adapter's own names that match no other module are taken, then the shortest path endings that
-    match no other module, and full names if no ending is short enough. PEFT refuses a name that
-    matches a module of several layers.
+    adapter's own list is kept if the list matches exactly the converted modules. Otherwise only
+    names that match no other module are taken: first the adapter's own names, then the shortest
+    endings of paths, last full paths. PEFT refuses a name that matches a module of several layers.
 
     Args:
         written: the converted modules.

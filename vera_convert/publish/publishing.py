@@ -143,8 +143,8 @@ class Output:
             place: the path of OUT with the links of the parent resolved.
 
         Raises:
-            UsageError: OUT exists without `force`, is a link, is of another kind, is neither empty
-                nor an output of this command, or holds files that the command would not write.
+            UsageError: OUT is a mount point, or exists without `force`. With `force`: OUT is a
+                link, of another kind, a full folder of another command, or holds foreign files.
             SurroundingsError: OUT cannot be read.
         """
         if self.updates:

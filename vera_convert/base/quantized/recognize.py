@@ -46,7 +46,7 @@ _KEPT_FIELDS = (
 )
 """The fields in which methods list the modules that stay plain."""
 _BY_CONFIG = ("bitsandbytes", "gptq", "awq")
-"""Methods for which transformers builds quantized layers by the config, whatever the files hold."""
+"""Methods for which transformers builds quantized layers by the config alone."""
 _PACKED = tuple(
     dict.fromkeys(
         (*(each.packed for each in FORMATS if each.packed != "weight"), *_REFUSED["packed"])
