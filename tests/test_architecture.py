@@ -50,8 +50,7 @@ verification: merged forms lora_config lora_names lora verify
 formats: document shared results merge lora locations validation reports sarif junit github catalog
 formats: verification
 with_torch
-cli: values options output help command refusals completion inspecting converting lora
-cli: validating merging verifying app
+cli: values options output help command refusals completion inspecting converting merging app
 __init__ __main__
 """
 """The modules in order, a folder's together: each may import those before it, and no other."""

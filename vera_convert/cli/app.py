@@ -24,20 +24,14 @@ from vera_convert.publish.signals import Interrupted, interruption, signals_rais
 from vera_convert.text import printable
 
 SECTIONS = {
-    "Inspect": {"info": "inspecting", "validate": "validating", "count": "inspecting"},
-    "Convert": {
-        "strip": "converting",
-        "embed": "converting",
-        "migrate": "converting",
-        "to-lora": "lora",
-        "regenerate": "converting",
-    },
-    "Merge": {"merge": "merging", "verify": "verifying"},
-    "Shell": {"completion": "completion"},
+    "Inspect": ("inspecting", ("info", "validate", "count")),
+    "Convert": ("converting", ("strip", "embed", "migrate", "to-lora", "regenerate")),
+    "Merge": ("merging", ("merge", "verify")),
+    "Shell": ("completion", ("completion",)),
 }
-"""The commands in the order of the help, each with its module, which a run loads alone."""
+"""The sections of the help in order, each with its commands and their module."""
 
-MODULES = {name: module for commands in SECTIONS.values() for name, module in commands.items()}
+MODULES = {name: module for module, names in SECTIONS.values() for name in names}
 
 
 class Program(click.Group):
@@ -70,7 +64,7 @@ class Program(click.Group):
         assert isinstance(formatter, Formatter)
         sections = {
             title: [(name, _short_help(self, ctx, name)) for name in names]
-            for title, names in SECTIONS.items()
+            for title, (_, names) in SECTIONS.items()
         }
         formatter.write_sections(sections)
 

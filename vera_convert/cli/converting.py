@@ -1,4 +1,4 @@
-"""The commands that write an adapter, or A and B: strip, embed, migrate, regenerate."""
+"""The commands that convert an adapter: strip, embed, migrate, to-lora, regenerate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import click
 
 from vera_convert.cli.command import OUT_FOLDER, adapter_argument, command, flags_of, out_argument
 from vera_convert.cli.options import (
+    CHECK,
     INPUT,
+    LORA,
     OUTPUT,
     PROJECTIONS,
     AcceptChoice,
@@ -22,12 +24,14 @@ from vera_convert.cli.options import (
     GeneratorChoice,
     ProjectionChoice,
     flag,
+    listed_choices,
     option,
 )
-from vera_convert.cli.output import print_result, show, tell, warn
+from vera_convert.cli.output import print_result, progress_bar, show, tell, warn
 from vera_convert.cli.refusals import reason
 from vera_convert.cli.values import NAMED_BASE, PEFT_VERSION, Choice, Dtype
 from vera_convert.errors import UsageError
+from vera_convert.lora.engines import EngineName
 from vera_convert.text import printable
 
 if TYPE_CHECKING:
@@ -96,66 +100,6 @@ def embed(adapter: str, out: Path, options: EmbedOptions) -> None:
     _show_conversion("embed", options, result)
 
 
-class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
-    """Options of `regenerate`."""
-
-    adapter: str | None = option(INPUT, "ADAPTER", "Regenerate A and B of this adapter.", "--for")
-    rank: int | None = option(PROJECTIONS, "R", "Rows of A and columns of B.", type=int)
-    key: int | None = option(
-        PROJECTIONS, "N", "The seed, projection_prng_key (default: 0).", type=int
-    )
-    rounding: str | None = option(
-        PROJECTIONS,
-        "DTYPE",
-        "Round A and B as PEFT does on a base of this dtype: bfloat16, float16.",
-        "--round",
-        type=Dtype(("bfloat16", "float16")),
-    )
-
-
-_OF_DRAW = ("rank", "in_features", "out_features", "key", "rounding")
-_OF_ADAPTER = ("base", "base_revision", "base_dtype", "key_map", "revision")
-"""The options of `regenerate` without --for ADAPTER, and those with it."""
-
-
-@command(
-    RegenerateOptions,
-    out_argument("A new .safetensors file to write; with --force, an earlier output is replaced."),
-    examples="""
-    vera-convert regenerate ab.safetensors --for ./adapter
-    vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
-    """,
-)
-def regenerate(out: Path, options: RegenerateOptions) -> None:
-    """Write A and B alone, regenerated from a key.
-
-    Give --rank, --in-features and --out-features, or --for ADAPTER.
-    """
-    from vera_convert.conversion.regeneration import regenerate as run
-    from vera_convert.conversion.regeneration import regenerate_for
-    from vera_convert.formats.results import regenerated_text
-
-    of_draw = options.given(*_OF_DRAW)
-    generator = options.given("generator")
-    if options.adapter is not None:
-        _refuse_together("--for", of_draw)
-        inputs = options.inputs()
-        result = regenerate_for(options.adapter, out, force=options.force, **generator, **inputs)
-    else:
-        missing = [name for name in ("rank", "in_features", "out_features") if name not in of_draw]
-        if missing:
-            raise UsageError(f"{flags_of(missing)} must be given, or --for ADAPTER.")
-        _refuse_together("--rank", options.given(*_OF_ADAPTER))
-        result = run(out, force=options.force, **generator, **of_draw)
-    show(options, result, regenerated_text)
-
-
-def _refuse_together(given: str, others: Iterable[str]) -> None:
-    """Refuse options of one way to regenerate beside `given`, an option of the other way."""
-    if names := flags_of(others):
-        raise UsageError(f"{names} cannot go with {given}: leave one out.")
-
-
 class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice):
     """Options of `migrate`."""
 
@@ -164,7 +108,6 @@ class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice
         "FORM",
         "The form of OUT: embedded, with A and B; stripped, without; asis, the form of ADAPTER.",
         type=Choice(("embedded", "stripped", "asis")),
-        required=True,
     )
     recursive: bool = flag(
         INPUT, "Migrate every adapter in the folder ADAPTER into the same subfolder of OUT."
@@ -174,7 +117,6 @@ class MigrateOptions(AdapterOptions, ProjectionChoice, AcceptChoice, ForceChoice
         "NAME=MODEL",
         "Use MODEL for the adapters whose config calls their base NAME.",
         type=NAMED_BASE,
-        multiple=True,
     )
     peft_version: tuple[int, ...] | None = option(
         OUTPUT,
@@ -239,3 +181,123 @@ def _show_tree(tree: str, options: CommonOptions, result: TreeMigration) -> None
     print_result(options, result, tree_text)
     if result.failed:
         raise click.exceptions.Exit(min(error.status for error in result.failed.values()))
+
+
+_ENGINES = tuple(name.value for name in EngineName)
+
+
+class LoraChoices(AdapterOptions, GeneratorChoice, ProjectionChoice, ForceChoice):
+    """Options of `to-lora`."""
+
+    engine: str = option(
+        LORA,
+        "ENGINE",
+        f"The engine that will load the LoRA: {listed_choices(_ENGINES)}.",
+        "--for",
+        default="peft",
+        type=Choice(_ENGINES),
+    )
+    rank: int | None = option(
+        LORA, "R", "Write the best LoRA of this rank (default: the rank of an exact LoRA)."
+    )
+    max_error: float | None = option(
+        LORA, "E", "Write the smallest rank whose relative error is at most E in every layer."
+    )
+    accept_error: bool = flag(LORA, "Write even if the relative error of a layer is above 0.5.")
+    fill_layers: bool = flag(
+        LORA, "Write zeros for layers that the engine needs and ADAPTER leaves out."
+    )
+    drop_head: bool = flag(LORA, "Leave out modules_to_save and trained biases.")
+    check: bool = flag(CHECK, "Read every written byte back, and compare.")
+    dtype: str = option(
+        OUTPUT,
+        "DTYPE",
+        "Store the LoRA in this dtype: float32 (default), bfloat16, float16.",
+        default="float32",
+        type=Dtype(("float32", "bfloat16", "float16")),
+    )
+    dry_run: bool = flag(OUTPUT, "Measure and print the result, and write nothing.")
+
+
+@command(
+    LoraChoices,
+    adapter_argument(),
+    out_argument(OUT_FOLDER),
+    examples="""
+    vera-convert to-lora ./adapter ./lora --for vllm
+    vera-convert to-lora ./adapter ./lora --rank 64 --dtype bfloat16
+    """,
+)
+def to_lora(adapter: str, out: Path, options: LoraChoices) -> None:
+    """Write the LoRA with the same delta, for engines without VeRA."""
+    from vera_convert.formats.lora import lora_text
+    from vera_convert.lora.conversion import to_lora as run
+    from vera_convert.lora.options import LoraOptions
+
+    with progress_bar(options, "written") as progress:
+        result = run(
+            adapter,
+            out,
+            options=LoraOptions(**options.shared_with(LoraOptions)),
+            progress=progress,
+            **options.inputs(),
+        )
+    show(options, result, lora_text)
+
+
+class RegenerateOptions(DimsChoice, GeneratorChoice, ForceChoice):
+    """Options of `regenerate`."""
+
+    adapter: str | None = option(INPUT, "ADAPTER", "Regenerate A and B of this adapter.", "--for")
+    rank: int | None = option(PROJECTIONS, "R", "Rows of A and columns of B.")
+    key: int | None = option(PROJECTIONS, "N", "The seed, projection_prng_key (default: 0).")
+    rounding: str | None = option(
+        PROJECTIONS,
+        "DTYPE",
+        "Round A and B as PEFT does on a base of this dtype: bfloat16, float16.",
+        "--round",
+        type=Dtype(("bfloat16", "float16")),
+    )
+
+
+_OF_DRAW = ("rank", "in_features", "out_features", "key", "rounding")
+_OF_ADAPTER = ("base", "base_revision", "base_dtype", "key_map", "revision")
+"""The options of `regenerate` without --for ADAPTER, and those with it."""
+
+
+@command(
+    RegenerateOptions,
+    out_argument("A new .safetensors file to write; with --force, an earlier output is replaced."),
+    examples="""
+    vera-convert regenerate ab.safetensors --for ./adapter
+    vera-convert regenerate ab.safetensors --rank 256 --in-features 4096 --out-features 4096
+    """,
+)
+def regenerate(out: Path, options: RegenerateOptions) -> None:
+    """Write A and B alone, regenerated from a key.
+
+    Give --rank, --in-features and --out-features, or --for ADAPTER.
+    """
+    from vera_convert.conversion.regeneration import regenerate as run
+    from vera_convert.conversion.regeneration import regenerate_for
+    from vera_convert.formats.results import regenerated_text
+
+    of_draw = options.given(*_OF_DRAW)
+    generator = options.given("generator")
+    if options.adapter is not None:
+        _refuse_together("--for", of_draw)
+        inputs = options.inputs()
+        result = regenerate_for(options.adapter, out, force=options.force, **generator, **inputs)
+    else:
+        missing = [name for name in ("rank", "in_features", "out_features") if name not in of_draw]
+        if missing:
+            raise UsageError(f"{flags_of(missing)} must be given, or --for ADAPTER.")
+        _refuse_together("--rank", options.given(*_OF_ADAPTER))
+        result = run(out, force=options.force, **generator, **of_draw)
+    show(options, result, regenerated_text)
+
+
+def _refuse_together(given: str, others: Iterable[str]) -> None:
+    """Refuse options of one way to regenerate beside `given`, an option of the other way."""
+    if names := flags_of(others):
+        raise UsageError(f"{names} cannot go with {given}: leave one out.")

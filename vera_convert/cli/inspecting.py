@@ -1,21 +1,35 @@
-"""The commands without output files: info, count."""
+"""The commands that write no adapter and no model: info, validate, count."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import click
+
+from vera_convert.arguments import path
 from vera_convert.cli.command import adapter_argument, command
 from vera_convert.cli.options import (
+    CHECK,
     INPUT,
-    PATH,
+    OUTPUT,
     AdapterOptions,
     CommonOptions,
     ProjectionChoice,
+    flag,
+    listed_choices,
     option,
 )
-from vera_convert.cli.output import show
-from vera_convert.cli.values import NAMES
+from vera_convert.cli.output import columns, in_color, print_document, say, show, tell
+from vera_convert.cli.refusals import reason
+from vera_convert.cli.values import CODES, NAMES, Choice
 from vera_convert.errors import UsageError
+from vera_convert.formats.reports import RENDERERS, report_text
+from vera_convert.text import printable
+
+if TYPE_CHECKING:
+    from vera_convert.validation.result import Validation
 
 
 class InfoOptions(AdapterOptions, ProjectionChoice):
@@ -39,13 +53,194 @@ def info(adapter: str, options: InfoOptions) -> None:
     show(options, result, info_text)
 
 
+class ValidateOptions(AdapterOptions):
+    """Options of `validate`."""
+
+    base: str | None = option(
+        INPUT, "MODEL", "Check the adapters against this model, a folder or a repo on the Hub."
+    )
+    recursive: bool = flag(
+        INPUT, "Check every adapter in the folders given and in their subfolders."
+    )
+    deep: bool = flag(CHECK, "Download the weights of repos too, and regenerate A and B.")
+    select: tuple[tuple[str, ...], ...] = option(
+        CHECK,
+        "CODE[,CODE]",
+        "Report these codes only; V2 stands for all codes that begin with V2.",
+        type=CODES,
+    )
+    ignore: tuple[tuple[str, ...], ...] = option(
+        CHECK,
+        "CODE[,CODE]",
+        "Leave out these codes, and the codes that pyproject.toml ignores.",
+        type=CODES,
+    )
+    fail_on: str | None = option(
+        CHECK,
+        "SEVERITY",
+        "The least severity that makes the exit status 1: error (default), warning.",
+        type=Choice(("error", "warning")),
+    )
+    rules: bool = flag(CHECK, "List every rule, and check nothing.")
+    explain: tuple[str, ...] | None = option(
+        CHECK, "CODE", "Explain a rule, and check nothing.", type=CODES
+    )
+    form: str | None = option(
+        OUTPUT,
+        "FORMAT",
+        f"Format of the report: {listed_choices(RENDERERS)}.",
+        "--format",
+        type=Choice((*RENDERERS,)),
+    )
+    output: Path | None = option(
+        OUTPUT, "FILE", "Write the report to FILE, and print the text for people."
+    )
+
+
+@command(
+    ValidateOptions,
+    adapter_argument("adapters", nargs=-1, metavar="ADAPTER..."),
+    examples="""
+    vera-convert validate ./adapter --base ./model
+    vera-convert validate org/adapter --deep
+    vera-convert validate ./adapters --recursive --format sarif --output report.sarif
+    vera-convert validate --explain V403
+    """,
+)
+def validate(adapters: tuple[str, ...], options: ValidateOptions) -> None:
+    """Find every error in adapters, and tell how to repair each.
+
+    For a repo on the Hub, only the config and the header of the weights are downloaded.
+
+    [tool.vera-convert.validate] in pyproject.toml can hold select, ignore and fail-on too.
+    """
+    if options.rules or options.explain:
+        _show_rules(adapters, options)
+        return
+    if not adapters:
+        raise UsageError("name an ADAPTER to validate, or give --rules or --explain CODE.")
+    if options.as_json and options.form not in (None, "json") and not options.output:
+        raise UsageError("--json and another --format both write to stdout: give --output.")
+    result = _validated(adapters, options)
+    for checked in result.adapters:
+        if checked.failure is not None:
+            why = reason(checked.failure)
+            tell("error", why if checked.label in why else f"{checked.label}: {why}")
+    _report(result, options)  # the text omits the failures above
+    if result.status:
+        raise click.exceptions.Exit(result.status)
+
+
+def _validated(adapters: tuple[str, ...], options: ValidateOptions) -> Validation:
+    from vera_convert.rules import Severity
+    from vera_convert.validation.selection import read_settings
+    from vera_convert.validation.validate import validate as run
+
+    settings = read_settings(Path.cwd())
+    select = [code for codes in options.select for code in codes]
+    ignore = [code for codes in options.ignore for code in codes]
+    fail_on = options.fail_on or settings.fail_on
+    return run(
+        adapters,
+        recursive=options.recursive,
+        deep=options.deep,
+        select=select or settings.select,
+        ignore=[*settings.ignore, *ignore],
+        fail_on=fail_on or Severity.ERROR,
+        **options.inputs(),
+    )
+
+
+def _report(result: Validation, options: ValidateOptions) -> None:
+    """Print the report, or write the report and print the text for people."""
+    import sys
+
+    from vera_convert.formats.document import result_document
+    from vera_convert.formats.validation import validation_text
+
+    form = options.form or ("json" if options.as_json else "text")
+    if form == "github":
+        _append_summary(result)
+    if options.output is not None:
+        _write_report(options.output, report_text(result, form), result)
+        form = "text"
+    if options.as_json:
+        print_document(result_document(result))
+    elif form != "text":
+        say(report_text(result, form))
+    elif options.quiet:
+        for checked in result.adapters:
+            for finding in checked.findings:
+                if finding.severity != "note":
+                    tell(finding.severity, f"{checked.label}: {finding}")
+    else:
+        say(
+            validation_text(
+                result,
+                color=in_color(sys.stdout),
+                width=columns(),
+                failures_said=options.output is None,
+            )
+        )
+
+
+def _write_report(out: Path, text: str, result: Validation) -> None:
+    """Write a report completely or not at all; a file of the same name is replaced."""
+    from vera_convert.publish.publishing import Output
+
+    out = path("output", out)
+    shown = printable(str(out))
+    if shown == "-":
+        raise UsageError("leave --output out: the report then goes to stdout.")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_file()):
+        raise UsageError(f"{shown} is a folder, a link or a device: give the name of a file.")
+    inputs = [Path(checked.path) for checked in result.adapters if checked.path is not None]
+    output = Output(out, lambda _: True, force=True, inputs=inputs, is_folder=False)
+    with output.staged() as staging:
+        staging.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _append_summary(result: Validation) -> None:
+    """Add to the summary of a job on GitHub, if there is one; a failure is a warning."""
+    from vera_convert.formats.github import job_summary
+
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    try:
+        with Path(name).open("a", encoding="ascii", newline="\n") as summary:
+            summary.write(job_summary(result))
+    except (OSError, ValueError) as error:
+        tell("warning", f"no summary was written: {printable(str(error))}")
+
+
+def _show_rules(adapters: tuple[str, ...], options: ValidateOptions) -> None:
+    from vera_convert.formats.catalog import explanation, rules_document, rules_text
+    from vera_convert.rules import CATALOG
+    from vera_convert.validation.selection import check_codes
+
+    if adapters or (options.rules and options.explain):
+        raise UsageError("--rules and --explain each stand alone, without an ADAPTER.")
+    if options.form not in (None, "text", "json") or options.output is not None:
+        raise UsageError("--rules and --explain print text, or JSON with --json, to stdout.")
+    selected = tuple(code for codes in options.select for code in codes)
+    codes = options.explain or selected or ("",)
+    if codes != ("",):
+        check_codes(codes)
+    rules = [rule for rule in CATALOG.values() if rule.code.startswith(codes)]
+    if options.as_json or options.form == "json":
+        print_document(rules_document(rules))
+    else:
+        say(explanation(rules, width=columns()) if options.explain else rules_text(rules))
+
+
 class CountOptions(CommonOptions):
     """Options of `count`."""
 
-    config: Path | None = option(INPUT, "FILE", "The config.json of a model.", type=PATH)
+    config: Path | None = option(INPUT, "FILE", "The config.json of a model.")
     base: str | None = option(INPUT, "MODEL", "A model, a folder or a repo on the Hub.")
     base_revision: str | None = option(INPUT, "REV", "Branch, tag or commit of the model's repo.")
-    rank: int = option(INPUT, "R", "The rank of the adapter.", type=int, required=True)
+    rank: int = option(INPUT, "R", "The rank of the adapter.")
     targets: tuple[tuple[str, ...], ...] = option(
         INPUT,
         "NAME[,NAME]",
@@ -53,7 +248,6 @@ class CountOptions(CommonOptions):
         "for the model).",
         "--target",
         type=NAMES,
-        multiple=True,
     )
 
 

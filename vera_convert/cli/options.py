@@ -33,7 +33,8 @@ DISPLAY = "Display options"
 TITLES = (INPUT, PROJECTIONS, METHOD, LORA, CHECK, OUTPUT, HUB, DISPLAY)
 """The groups of options, in the order in which a help lists the groups."""
 
-PATH = click.Path(path_type=Path)
+_TYPES = {"int": click.INT, "float": click.FLOAT, "Path": click.Path(path_type=Path)}
+"""The type of an option, by the annotation."""
 SOURCES = Choice(("auto", "file", "key"))
 
 
@@ -87,15 +88,18 @@ def listed_choices(choices: Iterable[str]) -> str:
 def option(group: str, metavar: str | None, text: str, *flags: str, **attributes: Any) -> Any:
     """Declare an option as an attribute of a class.
 
+    The annotation of the attribute says whether the option must be given. An option that can be
+    None may be left out, and an option with a tuple may be given several times. Any other option
+    without a default is required.
+
     Args:
         group: the group in which a help lists the option.
         metavar: the name of the value in the help.
         text: the text of the help.
         flags: the option's names; by default, the name of the attribute, with ``--`` and hyphens.
-        attributes: further arguments of `click.Option`, such as ``type``.
+        attributes: further arguments of `click.Option`, such as a ``default``, or a ``type`` other
+            than the annotation's.
     """
-    if not attributes.get("required") and not attributes.get("multiple"):
-        attributes.setdefault("default", None)
     return Declared(group, flags, {"metavar": metavar, "help": text, **attributes})
 
 
@@ -105,25 +109,40 @@ def retold(options: type[Options], name: str, text: str) -> Any:
     return declared._replace(attributes={**declared.attributes, "help": text})
 
 
-def flag(group: str, text: str, *flags: str, default: bool | None = False) -> Any:
-    """Declare an option without a value; the default stands if a user leaves the option out."""
-    return option(group, None, text, *flags, default=default, is_flag=True)
+def flag(group: str, text: str, *flags: str) -> Any:
+    """Declare an option without a value; left out, the option is None or False."""
+    return option(group, None, text, *flags, is_flag=True)
 
 
-def parameters(options: type[Options]) -> list[click.Parameter]:
+def parameters(options: type[Options]) -> list[Option]:
     """Return an option of click for each option that a class declares, sorted by group."""
     declared = {
-        name: each
+        name: (each, _attributes(each, kind.__annotations__[name]))
         for kind in reversed(options.__mro__)
         for name, each in vars(kind).items()
         if isinstance(each, Declared)
     }
-    made: list[click.Parameter] = []
-    for name, each in sorted(declared.items(), key=lambda item: TITLES.index(item[1].group)):
+    made = []
+    for name, (each, attributes) in declared.items():
         flags = each.flags or (f"--{name.replace('_', '-')}",)
-        made.append(parameter := Option([name, *flags], **each.attributes))
+        made.append(parameter := Option([name, *flags], **attributes))
         parameter.group = each.group
-    return made
+    return sorted(made, key=lambda parameter: TITLES.index(parameter.group))
+
+
+def _attributes(declared: Declared, annotation: str) -> dict[str, Any]:
+    """Return the arguments of `click.Option`, also those that follow from the annotation."""
+    kind = annotation.removesuffix(" | None")
+    implied: dict[str, Any] = {"type": _TYPES.get(kind)}
+    if kind != annotation:
+        implied["default"] = None
+    elif kind.startswith("tuple"):
+        implied["multiple"] = True
+    elif kind == "bool":
+        implied["default"] = False
+    else:
+        implied["required"] = "default" not in declared.attributes
+    return implied | declared.attributes
 
 
 # --- groups that several commands share ----------------------------------------------------------
@@ -133,9 +152,7 @@ class CommonOptions(Options):
     """The access to the Hub, and the output on the terminal: options of every command."""
 
     token: str | None = option(HUB, "TOKEN", "Access token for the Hub (default: HF_TOKEN).")
-    cache_dir: Path | None = option(
-        HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).", type=PATH
-    )
+    cache_dir: Path | None = option(HUB, "DIR", "Cache folder of the Hub (default: HF_HOME).")
     offline: bool = flag(HUB, "Read repos from the cache alone; open no connection.")
     as_json: bool = flag(DISPLAY, "Print the result as one JSON document.", "--json")
     quiet: bool = flag(DISPLAY, "Print warnings and errors only.", "-q", "--quiet")
@@ -146,10 +163,7 @@ class CommonOptions(Options):
         "--verbose",
     )
     progress: bool | None = flag(
-        DISPLAY,
-        "Show progress (default: only on a terminal).",
-        "--progress/--no-progress",
-        default=None,
+        DISPLAY, "Show progress (default: only on a terminal).", "--progress/--no-progress"
     )
     debug: bool = flag(DISPLAY, "Show a Python traceback if the command fails.")
 
@@ -195,7 +209,6 @@ class AdapterOptions(CommonOptions):
         "OLD=NEW",
         "If the adapter's module names do not fit the base, replace their beginning OLD by NEW.",
         type=KEY_MAP,
-        multiple=True,
     )
     revision: str | None = option(HUB, "REV", "Branch, tag or commit of the adapter's repo.")
 
@@ -282,13 +295,10 @@ class MergeChoice(Options):
     """How a merge is computed; `verify` asks how the merge was computed."""
 
     weight: float | None = option(
-        METHOD, "W", "Scale the adapter's delta by this factor (default: 1).", type=float
+        METHOD, "W", "Scale the adapter's delta by this factor (default: 1)."
     )
     add: tuple[str, ...] = option(
-        METHOD,
-        "ADAPTER[=W]",
-        "Add the delta of another adapter, scaled by W (default: 1).",
-        multiple=True,
+        METHOD, "ADAPTER[=W]", "Add the delta of another adapter, scaled by W (default: 1)."
     )
     tied: str | None = option(
         METHOD,
@@ -296,9 +306,7 @@ class MergeChoice(Options):
         f"How to merge into an output head tied to the embedding: {TIED_CHOICES}.",
         type=Choice(("add", "untie")),
     )
-    dequantize: bool | None = flag(
-        METHOD, "Turn a quantized base into a 16-bit model.", default=None
-    )
+    dequantize: bool | None = flag(METHOD, "Turn a quantized base into a 16-bit model.")
     dtype: str | None = option(
         METHOD,
         "DTYPE",
@@ -307,5 +315,5 @@ class MergeChoice(Options):
         type=Dtype(FLOAT_NAMES),
     )
     jobs: int | None = option(
-        METHOD, "N", "Number of threads (default: one for each core, at most four).", type=int
+        METHOD, "N", "Number of threads (default: one for each core, at most four)."
     )
