@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from vera_convert.lora import pipeline_component
-from vera_convert.lora.engines import ENGINES, EngineName
+from vera_convert.lora.engines import EngineName, engines
 
 # --- Diffusers -----------------------------------------------------------------------------------
 
@@ -129,4 +129,4 @@ def test_the_architectures_that_vllm_refuses_are_those_of_its_registry() -> None
         unknown = above - bases.keys() - OUTSIDE  # made by a function, which the text does not tell
         if "SupportsLoRA" not in above and not unknown:
             found.add(architecture)
-    assert found == ENGINES[EngineName.VLLM].refused
+    assert found == engines()[EngineName.VLLM].refused

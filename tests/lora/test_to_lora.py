@@ -24,7 +24,7 @@ from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import RepoName, parse_repo_name
 from vera_convert.lora.card import lora_card
 from vera_convert.lora.conversion import LoraConversion, to_lora
-from vera_convert.lora.engines import ENGINES, EngineName
+from vera_convert.lora.engines import EngineName, engines
 from vera_convert.lora.options import LoraOptions
 
 PREFIX = "base_model.model."
@@ -313,7 +313,7 @@ def test_rank_and_max_error_exclude_each_other() -> None:
 
 
 def test_the_table_has_every_engine() -> None:
-    assert [*ENGINES] == [*EngineName]
+    assert [*engines()] == [*EngineName]
 
 
 def high_rank(folder: Path, rank: int, **config: Any) -> Path:
@@ -375,7 +375,7 @@ def test_without_an_exact_way_out_the_highest_rank_and_its_error_are_offered(
 
 @pytest.mark.parametrize(("rank", "served"), [(4, 8), (8, 8), (40, 64), (257, 320), (512, 512)])
 def test_the_rank_to_start_vllm_with_is_one_that_vllm_allows(rank: int, served: int) -> None:
-    assert ENGINES[EngineName.VLLM].server_rank(rank) == served
+    assert engines()[EngineName.VLLM].server_rank(rank) == served
 
 
 def test_tgi_is_slow_above_its_kernels_rank(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from vera_convert.adapter.values import absurd_values, untrained_layers
 from vera_convert.base.facts import BaseFacts
 from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.work import Work
-from vera_convert.lora.engines import ENGINES, Engine, experts_of, is_in_tower
+from vera_convert.lora.engines import Engine, engines, experts_of, is_in_tower
 from vera_convert.lora.options import LoraOptions
 from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba, renamed_on_loading
@@ -111,12 +111,10 @@ def _rank_findings(plan: LoraPlan, engine: Engine, place: str) -> Iterator[Findi
 
 def _name_findings(plan: LoraPlan, engine: Engine, base_facts: BaseFacts) -> Iterator[Finding]:
     written = [layer.written for layer in plan.layers]
-    known = engine.known_modules
-    if known is not None:
-        strange = [name for name in written if known.fullmatch(name) is None]
-        yield from _left_out(
-            strange, f"{engine.title} looks up no such module, so the layer would have no effect"
-        )
+    yield from _left_out(
+        [name for name in written if not engine.knows(name)],
+        f"{engine.title} looks up no such module, so the layer would have no effect",
+    )
     if engine.one_of_a_kind:
         yield from _left_out(
             _overwritten(written),
@@ -260,7 +258,7 @@ def _extra_findings(extras: Extras, engine: Engine, place: str) -> Iterator[Find
         reason = f"{engine.title} does not load trained biases, such as {first}."
         yield rules.LORA_BIAS_REFUSED.at(place, reason)
     if extras.tensors and engine.heads is None:
-        refusing = [each for each in ENGINES.values() if each.heads is not None]
+        refusing = [each for each in engines().values() if each.heads is not None]
         titles = ", ".join(each.title for each in refusing)
         first = printable(extras.tensors[0].name)
         reason = f"{first} is stored whole. These engines take few such tensors or none: {titles}."

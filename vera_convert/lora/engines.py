@@ -1,13 +1,12 @@
-"""The rules of each engine for a LoRA, in one table, read in the engines' own sources.
+"""The rules of each engine for a LoRA.
 
-Every other module asks this table, so a new release of an engine changes this module and
-``engines.toml`` alone.
+Every other module asks this module, so a new release of an engine changes ``engines.toml`` alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -35,18 +34,8 @@ class Form(StrEnum):
     GGUF = "gguf"
 
 
-_TEXT_MODEL = r"((model|language_model|llm|thinker|decoder|transformer|backbone)\.)*"
 _TOWER = re.compile(r"(.+\.)?(vision|visual|vit|audio|speech|image|multi_modal|mm_)\w*\..+")
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\..+")
-
-
-@cache
-def _without_lora() -> Mapping[str, frozenset[str]]:
-    """Return the architectures that take no LoRA, by the title of the engine."""
-    import tomllib  # `--help` reads this module, and no table
-
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    return {title: frozenset(names.split()) for title, names in tomllib.loads(text).items()}
 
 
 def is_in_tower(module: str) -> bool:
@@ -66,7 +55,6 @@ class Engine:
 
     Attributes:
         title: how messages call the engine.
-        checked: the release in which the rules were read, and where.
         form: the engine's files.
         base_names: whether the engine looks modules up by name in the base's files;
             otherwise by name in memory, as the adapter does.
@@ -90,22 +78,22 @@ class Engine:
         renames_targets: whether PEFT loads the LoRA, and reads names by the model's type.
         start: the arguments that start a server for the adapter, with ``{rank}`` and ``{path}``.
         tower: the further argument without which layers of a vision or audio tower are left out.
+        without_lora: the architectures, as a base's config names them, that take no LoRA.
     """
 
     title: str
-    checked: str
-    form: Form = Form.PEFT
+    form: Form
     base_names: bool = False
-    ranks: tuple[int, ...] = ()
+    ranks: Sequence[int] = ()
     fast_rank: int = 0
     every_layer: bool = False
     whole_experts: bool = False
     one_of_a_kind: bool = False
-    partners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    partners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     needed_in_base: Mapping[str, str] = field(default_factory=dict)
-    whole_in: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    known_modules: re.Pattern[str] | None = None
-    heads: frozenset[str] | None = frozenset()
+    whole_in: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    known_modules: str | None = None
+    heads: Sequence[str] | None = None
     biases: bool = False
     conv1d: bool = True
     tied_head: bool = True
@@ -113,11 +101,17 @@ class Engine:
     renames_targets: bool = False
     start: str = ""
     tower: str = ""
+    without_lora: str = ""
 
     @property
     def refused(self) -> frozenset[str]:
         """The architectures, as a base's config names them, that take no LoRA."""
-        return _without_lora().get(self.title, frozenset())
+        return frozenset(self.without_lora.split())
+
+    def knows(self, module: str) -> bool:
+        """Say whether the engine looks a module up."""
+        known = self.known_modules
+        return known is None or re.fullmatch(known, module) is not None
 
     def server_rank(self, rank: int) -> int | None:
         """Return the rank to start a server with; None if the engine serves no LoRA of `rank`."""
@@ -126,86 +120,13 @@ class Engine:
         return next((allowed for allowed in self.ranks if allowed >= rank), None)
 
 
-ENGINES: Mapping[EngineName, Engine] = {
-    EngineName.PEFT: Engine(
-        "PEFT",
-        "PEFT 0.21.2: tuners/lora/config.py, utils/save_and_load.py",
-        heads=None,
-        biases=True,
-        components=True,
-        renames_targets=True,
-    ),
-    EngineName.VLLM: Engine(
-        "vLLM",
-        "vLLM 0.33.0: config/lora.py, lora/peft_helper.py, lora/lora_model.py, lora/utils.py, "
-        "lora/model_manager.py, lora/lora_weights.py, model_executor/models/registry.py",
-        base_names=True,
-        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
-        whole_experts=True,
-        heads=frozenset(("classifier", "score")),
-        start="--enable-lora --max-lora-rank {rank} --lora-modules vera={path}",
-        tower="--enable-tower-connector-lora",
-    ),
-    EngineName.SGLANG: Engine(
-        "SGLang",
-        "SGLang 0.5.23: srt/lora/lora.py, srt/lora/lora_manager.py, srt/lora/mem_pool.py, "
-        "srt/lora/utils.py, srt/layers/utils/common.py",
-        base_names=True,
-        whole_experts=True,
-        one_of_a_kind=True,
-        partners={
-            "q_proj": ("v_proj",),
-            "k_proj": ("q_proj", "v_proj"),
-            "v_proj": ("q_proj",),
-            "up_proj": ("gate_proj",),
-        },
-        needed_in_base={"q_proj": "v_proj"},
-        # The config names w1, w2 and w3, and SGLang wraps experts by gate_up_proj and down_proj.
-        known_modules=re.compile(
-            _TEXT_MODEL + r"(layers\.[0-9]+\.(?!.*experts\.[0-9]+\.w[123]$).+|lm_head)"
-        ),
-        start="--enable-lora --max-lora-rank {rank} --lora-paths vera={path}",
-    ),
-    EngineName.TGI: Engine(
-        "TGI (LoRAX)",
-        "text-generation-inference 3.3: server/adapters/lora.py, server/utils/adapter.py",
-        base_names=True,
-        fast_rank=128,
-        every_layer=True,
-        known_modules=re.compile(
-            r"model\.layers\.[0-9]+\.(self_attn\.(q|k|v|qkv|o)_proj"
-            r"|mlp\.(gate_proj|up_proj|down_proj|c_fc|c_proj))|lm_head"
-        ),
-        start="--lora-adapters vera={path}",
-    ),
-    EngineName.DIFFUSERS: Engine(
-        "Diffusers",
-        "Diffusers 0.42.1: loaders/lora_pipeline.py, loaders/lora_base.py, loaders/peft.py",
-        form=Form.DIFFUSERS,
-        components=True,
-    ),
-    EngineName.MLX: Engine(
-        "MLX-LM",
-        "MLX-LM 0.32.2: tuner/utils.py, tuner/lora.py, models/deepseek_v3.py",
-        form=Form.MLX,
-        base_names=True,
-        whole_in={"kv_b_proj": frozenset(("deepseek_v2", "minicpm3", "youtu_llm"))},
-        # MLX-LM stacks routed experts in one module.
-        known_modules=re.compile(
-            r"(language_model\.)?model\.layers\.[0-9]+\.(?!.*experts\.[0-9]+\.).+|lm_head"
-        ),
-        conv1d=False,
-        tied_head=False,
-        start="--adapter-path {path}",
-    ),
-    EngineName.GGUF: Engine(
-        "llama.cpp",
-        "llama.cpp of xllamacpp 2026.10.11549; gguf 0.19.0: tensor_mapping.py, gguf_writer.py",
-        form=Form.GGUF,
-        base_names=True,
-        conv1d=False,
-        tied_head=False,
-        start="--lora {path}/adapter.gguf",
-    ),
-}
-"""The engines, by the name for `--for`."""
+@cache
+def engines() -> Mapping[EngineName, Engine]:
+    """Return the rules of each engine, by the name for `--for`."""
+    import tomllib  # `--help` reads this module, and no table
+
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {
+        EngineName(name): Engine(**table | {"form": Form(table["form"])})
+        for name, table in tomllib.loads(text).items()
+    }

@@ -18,7 +18,7 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.conversion.projections import ProjectionSource
 from vera_convert.draws.generator import Variant
 from vera_convert.errors import ConflictError, ParameterError
-from vera_convert.lora.engines import ENGINES, Engine, EngineName
+from vera_convert.lora.engines import Engine, EngineName, engines
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The dtypes in which a LoRA can be stored, with safetensors' names."""
@@ -81,7 +81,7 @@ class LoraOptions:
     @property
     def target(self) -> Engine:
         """The engine of the LoRA."""
-        return ENGINES[self.engine]
+        return engines()[self.engine]
 
     @property
     def stored(self) -> str:

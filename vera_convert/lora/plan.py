@@ -182,12 +182,10 @@ def _missing(layers: Sequence[LoraLayer], base_facts: BaseFacts, engine: Engine)
         wanted |= {module for module in base_facts.modules if experts_of(module) in experts}
     if engine.every_layer:
         kinds = {kind_of(module) for module in own if kind_of(module) != module}
-        known = engine.known_modules
         wanted |= {
             module
             for module in base_facts.modules
-            if kind_of(module) in kinds
-            and (known is None or known.fullmatch(_written(module, base_facts, engine)))
+            if kind_of(module) in kinds and engine.knows(_written(module, base_facts, engine))
         }
     return sorted((wanted & {*base_facts.modules}) - own)
 
