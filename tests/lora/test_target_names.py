@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vera_convert.adapter.config import VeraConfig
-from vera_convert.lora.peft_form import target_names
+from vera_convert.lora.forms import target_names
 
 LLAMA = [
     f"model.layers.{n}.{name}"

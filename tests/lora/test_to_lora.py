@@ -22,10 +22,10 @@ from vera_convert.base.facts import BaseOptions
 from vera_convert.errors import CheckpointError, SurroundingsError, UsageError
 from vera_convert.hub.lookup import Location
 from vera_convert.hub.repo_name import RepoName, parse_repo_name
-from vera_convert.lora.card import lora_card
 from vera_convert.lora.conversion import LoraConversion, to_lora
 from vera_convert.lora.engines import EngineName, engines
 from vera_convert.lora.options import LoraOptions
+from vera_convert.lora.record import lora_card
 
 PREFIX = "base_model.model."
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -13,8 +13,8 @@ from vera_convert.base.facts import BaseFacts
 from vera_convert.base.vocabulary import check_own_tokens
 from vera_convert.conversion.work import Work
 from vera_convert.lora.engines import Engine, engines, experts_of, is_in_tower
+from vera_convert.lora.forms import Extras
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_form import Extras
 from vera_convert.lora.peft_targets import lost_to_experts, refused_in_mamba, renamed_on_loading
 from vera_convert.lora.plan import LoraPlan
 from vera_convert.merging.adapter_files import unmerged_findings, unmerged_weights

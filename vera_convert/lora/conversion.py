@@ -30,24 +30,17 @@ from vera_convert.errors import CheckpointError
 from vera_convert.files.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vera_convert.files.reading import file_sha256
 from vera_convert.hub.lookup import HubAccess
-from vera_convert.lora.card import lora_card
 from vera_convert.lora.checks import adapter_findings, engine_findings
 from vera_convert.lora.engines import Engine, Form, is_in_tower
-from vera_convert.lora.forms import FormFiles, files_of
+from vera_convert.lora.forms import Extras, FormFiles, extras_of, files_of
 from vera_convert.lora.gguf_form import GgufModel, GgufWeights, gguf_model
 from vera_convert.lora.head_copies import copy_findings
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_form import Extras, extras_of
 from vera_convert.lora.pipeline_component import component_findings
 from vera_convert.lora.plan import LoraPlan, plan_lora
-from vera_convert.lora.record import LoraSource, record_of
-from vera_convert.lora.writing import (
-    ComputedFactors,
-    Measured,
-    SafetensorsWeights,
-    Weights,
-    require_space,
-)
+from vera_convert.lora.record import LoraSource, lora_card, record_of
+from vera_convert.lora.stored import ComputedFactors, Measured
+from vera_convert.lora.writing import SafetensorsWeights, require_space
 from vera_convert.merging.in_effect import InEffect, in_effect
 from vera_convert.publish.publishing import Output, files_but
 from vera_convert.rules import Finding, errors_of
@@ -253,7 +246,7 @@ class _Job:
     def measure(self, progress: Progress) -> LoraConversion:
         """Compute every layer and write nothing."""
         computed = ComputedFactors(self.plan)
-        size, layers = self._weights(computed, NO_SHA256).file_size(), self.plan.layers
+        size, layers = self._weights(NO_SHA256).file_size(), self.plan.layers
         for number, layer in enumerate(layers, 1):
             computed.of(layer)
             progress(size * number // len(layers), size)
@@ -262,9 +255,8 @@ class _Job:
 
     def write(self, progress: Progress) -> LoraConversion:
         """Write the LoRA whole or not at all."""
-        folder, files, computed = self.work.adapter.folder, self.files, ComputedFactors(self.plan)
-        source_sha256 = file_sha256(self.work.adapter.file.source)
-        weights = self._weights(computed, source_sha256)
+        folder, files = self.work.adapter.folder, self.files
+        weights = self._weights(file_sha256(self.work.adapter.file.source))
         written = {CONFIG_NAME, CARD_NAME, *self.copied}
         size = weights.file_size()
         output = replace(
@@ -275,20 +267,22 @@ class _Job:
         with output.staged() as staged:
             copied = sum((folder / name).stat().st_size for name in self.copied)
             require_space(size + copied, staged, output.path)
-            weights.write(staged / files.weights, progress, check=self.source.options.check)
-            self._require_small_error(computed.measured)
+            check = self.source.options.check
+            measured = weights.write(staged / files.weights, progress, check=check)
+            self._require_small_error(measured)
             if files.config is not None:
                 (staged / CONFIG_NAME).write_bytes(files.config)
-            (staged / CARD_NAME).write_text(self._card(), encoding="utf-8", newline="\n")
+            card = lora_card(self.source, self.plan, files.weights, base=self.base_facts.location)
+            (staged / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
             copy_files(folder, self.copied, staged)
             self.work.adapter.check_unchanged()
-        return self._result(computed.measured, size)
+        return self._result(measured, size)
 
-    def _weights(self, computed: ComputedFactors, source_sha256: str) -> Weights:
+    def _weights(self, source_sha256: str) -> SafetensorsWeights | GgufWeights:
         record = record_of(self.source, self.plan, source_sha256=source_sha256)
         if isinstance(self.files, GgufModel):
-            return GgufWeights(self.files, record, computed)
-        return SafetensorsWeights(self.files, self.extras.stored, record, computed)
+            return GgufWeights(self.files, record, self.plan)
+        return SafetensorsWeights(self.files, self.extras.stored, record, self.plan)
 
     def _result(self, measured: Measured, size: int) -> LoraConversion:
         pair, options = self.source.pair, self.source.options
@@ -311,10 +305,6 @@ class _Job:
             side_files=self.sides,
             findings=tuple(dict.fromkeys((*self.findings, *_measured_findings(measured)))),
         )
-
-    def _card(self) -> str:
-        base = self.base_facts.location
-        return lora_card(self.source, self.plan, self.files.weights, base=base)
 
     def _require_small_error(self, measured: Measured) -> None:
         """Refuse a LoRA if a layer loses half of the delta, unless the user accepts the loss."""

@@ -29,7 +29,7 @@ from vera_convert.files.reading import open_local
 from vera_convert.lora.gguf_reading import gguf_package, read_gguf
 from vera_convert.lora.plan import LoraLayer, LoraPlan
 from vera_convert.lora.record import metadata_with
-from vera_convert.lora.writing import ComputedFactors
+from vera_convert.lora.stored import ComputedFactors, Measured
 from vera_convert.targets.architectures import MAX_LAYERS
 from vera_convert.text import printable, read_back_differs
 
@@ -154,12 +154,12 @@ class GgufWeights:
     Attributes:
         model: the base as llama.cpp knows it.
         record: the LoRA's record, but for its error.
-        computed: computes the factors.
+        plan: the LoRA.
     """
 
     model: GgufModel
     record: Mapping[str, object]
-    computed: ComputedFactors
+    plan: LoraPlan
 
     def file_size(self) -> int:
         """Return the bytes of the file; the beginning is written to a temporary folder."""
@@ -170,13 +170,18 @@ class GgufWeights:
         parts = [beginning, *(self._width * math.prod(size) for _, size in self._infos())]
         return sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in parts)
 
-    def write(self, path: Path, progress: Progress, *, check: bool) -> None:
-        """Write the file, and read back the header, and with `check` every byte."""
-        plan, written, total = self.computed.plan, hashlib.sha256(), self.file_size()
-        done = total - plan.nbytes
+    def write(self, path: Path, progress: Progress, *, check: bool) -> Measured:
+        """Write the file, read back the header, and with `check` every byte; return the errors.
+
+        Raises:
+            CheckpointError: a value is too large for the dtype.
+            SurroundingsError: other bytes came back than were written.
+        """
+        computed, written, total = ComputedFactors(self.plan), hashlib.sha256(), self.file_size()
+        done = total - self.plan.nbytes
         writer = self._begun(path)
-        for layer in plan.layers:
-            found = self.computed.of(layer)
+        for layer in self.plan.layers:
+            found = computed.of(layer)
             for matrix in (found.lora_A, self.model.stored_B(layer, found.lora_B)):
                 values = np.ascontiguousarray(matrix).view(f"u{self._width}")
                 writer.write_tensor_data(values)
@@ -184,11 +189,11 @@ class GgufWeights:
                 done += matrix.nbytes
             progress(done, total)
         writer.close()
-        self._state_error(path)
+        self._state_error(path, computed.measured.worst)
         with open_local(path) as source:
             file = read_gguf(source)
             same = source.size == total and [*file.tensors] == [name for name, _ in self._infos()]
-            same = same and file.metadata[RECORD_KEY] == self._text(self.computed.measured.worst)
+            same = same and file.metadata[RECORD_KEY] == self._text(computed.measured.worst)
             if check and same:
                 digest = hashlib.sha256()
                 for tensor in file.tensors.values():
@@ -197,30 +202,30 @@ class GgufWeights:
                 same = digest.digest() == written.digest()
         if not same:
             raise SurroundingsError(read_back_differs(path.name))
+        return computed.measured
 
     @property
     def _width(self) -> int:
-        return BITS[self.computed.plan.dtype] // 8
+        return BITS[self.plan.dtype] // 8
 
     def _text(self, error: float) -> str:
         return metadata_with(self.record, error, {})[RECORD_KEY]
 
     def _infos(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield name and shape of each tensor, in the order of the file."""
-        plan = self.computed.plan
-        for layer in plan.layers:
-            for part, shape in zip("ab", plan.shapes(layer), strict=True):
+        for layer in self.plan.layers:
+            for part, shape in zip("ab", self.plan.shapes(layer), strict=True):
                 yield f"{self.model.name(layer)}.weight.lora_{part}", shape
 
     def _begun(self, path: Path) -> Any:  # noqa: ANN401 -- the package has no types
         """Write everything before the values, and return the package's writer."""
-        gguf, plan = gguf_package(), self.computed.plan
+        gguf = gguf_package()
         writer = gguf.GGUFWriter(path, self.model.architecture)
         writer.add_string("general.type", "adapter")
         writer.add_string(RECORD_KEY, self._text(0.0))
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(plan.rank))
-        kind = gguf.GGMLQuantizationType[plan.dtype]
+        writer.add_float32("adapter.lora.alpha", float(self.plan.rank))
+        kind = gguf.GGMLQuantizationType[self.plan.dtype]
         for name, shape in self._infos():
             size = self._width * math.prod(shape)
             writer.add_tensor_info(name, shape, np.float32, size, kind)
@@ -229,10 +234,10 @@ class GgufWeights:
         writer.write_ti_data_to_file()
         return writer
 
-    def _state_error(self, path: Path) -> None:
+    def _state_error(self, path: Path, error: float) -> None:
         """Write the record again, with the error."""
         first = self._text(0.0).encode()
         with path.open("r+b") as file:
             start = file.read(len(first) + 4096).index(first)
             file.seek(start)
-            file.write(self._text(self.computed.measured.worst).encode())
+            file.write(self._text(error).encode())

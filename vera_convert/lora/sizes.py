@@ -11,12 +11,11 @@ from vera_convert.adapter.fingerprint import NO_SHA256
 from vera_convert.base.facts import BaseFacts, BaseOptions
 from vera_convert.conversion.projections import ProjectionSource, draw_on_base
 from vera_convert.hub.lookup import Location
-from vera_convert.lora.forms import files_of
+from vera_convert.lora.forms import extras_of, files_of
 from vera_convert.lora.options import LoraOptions
-from vera_convert.lora.peft_form import extras_of
 from vera_convert.lora.plan import plan_lora
 from vera_convert.lora.record import LoraSource, record_of
-from vera_convert.lora.writing import ComputedFactors, SafetensorsWeights
+from vera_convert.lora.writing import SafetensorsWeights
 from vera_convert.merging.in_effect import InEffect, Origin
 
 
@@ -47,7 +46,7 @@ def lora_size(
     files = files_of(options.target, adapter.config, plan, extras, base_facts)
     source = LoraSource(location, adapter, pair, options, base_options)
     record = record_of(source, plan, source_sha256=NO_SHA256)
-    return SafetensorsWeights(files, extras.stored, record, ComputedFactors(plan)).file_size()
+    return SafetensorsWeights(files, extras.stored, record, plan).file_size()
 
 
 def _pair(

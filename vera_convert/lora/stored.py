@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,119 +67,146 @@ class _InputSide(NamedTuple):
     stored: Array
 
 
-class Shared:
-    """The memory and the matrices that the layers of a LoRA share.
+@dataclass(slots=True)
+class Measured:
+    """The measurements taken while layers were computed.
 
     Attributes:
-        room: memory for the largest lora_B. New memory for each layer would take longer to get.
-        start: where the first tensor starts in the file, for `memory_for`.
-        inputs: the input sides so far, by the number of inputs.
+        errors: the relative error of each layer's delta, by the adapter's module path.
+        vanished: the share of values rounded to 0 by float16, likewise.
     """
 
-    def __init__(self, plan: LoraPlan, start: int) -> None:
-        outputs = max(layer.shape.out_features for layer in plan.layers)
-        self.room = memory_for(start, outputs * plan.rank * BITS[plan.dtype] // 8)
-        self.start = start
-        self.inputs: dict[int, _InputSide] = {}
+    errors: dict[str, float] = field(default_factory=dict)
+    vanished: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of a layer; 0 without layers."""
+        return max(self.errors.values(), default=0.0)
 
 
-def stored_layer(layer: LoraLayer, plan: LoraPlan, shared: Shared) -> StoredLayer:
-    """Return a layer's factors in the rank and dtype of a plan, and measure the error.
+class ComputedFactors:
+    """Computes the factors of layers; the last layer is kept, because a layer has two tensors.
 
-    The error compares the stored delta with the adapter's: on every output of an approximated
-    layer, and else on up to 16 outputs and 512 inputs, spread evenly.
-
-    Args:
-        layer: the layer.
-        plan: the plan.
-        shared: the memory and the matrices that the plan's layers share.
-
-    Raises:
-        CheckpointError: a value is too large for the dtype.
+    Attributes:
+        measured: errors of the layers so far.
     """
-    factors = layer.factors()
-    if len(plan.rows) < factors.rank:
-        factors = factors.select(plan.rows)
-    used = np.flatnonzero(factors.d)
-    try:
+
+    def __init__(self, plan: LoraPlan, *, start: int = 0) -> None:
+        """Compute nothing yet.
+
+        Args:
+            plan: the LoRA.
+            start: where the first tensor starts in the file, for `memory_for`.
+        """
+        self.measured = Measured()
+        self._plan = plan
+        self._start = start
+        self._inputs: dict[int, _InputSide] = {}
+        self._last: tuple[str, StoredLayer] | None = None
+
+    @cached_property
+    def _room(self) -> NDArray[np.uint8]:
+        """Memory for the largest lora_B; new memory for each layer would take longer to get."""
+        outputs = max(layer.shape.out_features for layer in self._plan.layers)
+        size = outputs * self._plan.rank * BITS[self._plan.dtype] // 8
+        return memory_for(self._start, size)
+
+    def of(self, layer: LoraLayer) -> StoredLayer:
+        """Return a layer's factors in the rank and dtype of the plan, and measure the error.
+
+        The error compares the stored delta with the adapter's: on every output of an approximated
+        layer, and else on up to 16 outputs and 512 inputs, spread evenly.
+
+        Raises:
+            CheckpointError: a value is too large for the dtype.
+        """
+        if self._last is None or self._last[0] != layer.module:
+            self._last = None  # two layers would take twice the memory
+            try:
+                found = self._stored(layer.factors())
+            except OverflowError as error:
+                raise CheckpointError(
+                    rules.LORA_OVERFLOW.at(printable(layer.module), f"{error}.")
+                ) from error
+            if layer.vectors is not None:
+                self.measured.errors[layer.module] = found.error
+                self.measured.vanished[layer.module] = found.vanished
+            self._last = layer.module, found
+        return self._last[1]
+
+    def _stored(self, factors: Factors) -> StoredLayer:
+        plan = self._plan
+        if len(plan.rows) < factors.rank:
+            factors = factors.select(plan.rows)
         if not plan.reduced:
-            return _exact(factors, plan.dtype, shared, shared.inputs)
+            return self._exact(factors, self._inputs)
+        used = np.flatnonzero(factors.d)
         if len(used) > plan.rank:
-            return _approximated(factors, plan, shared.room)
-        return _padded(_exact(factors.select(used), plan.dtype, shared, {}), plan.rank)
-    except OverflowError as error:
-        raise CheckpointError(
-            rules.LORA_OVERFLOW.at(printable(layer.module), f"{error}.")
-        ) from error
+            return self._approximated(factors)
+        return _padded(self._exact(factors.select(used), {}), plan.rank)
 
+    def _exact(self, factors: Factors, known: dict[int, _InputSide]) -> StoredLayer:
+        """Return the exact factors, rounded; for float16, each row of rank is balanced.
 
-def _exact(
-    factors: Factors, dtype: str, shared: Shared, known: dict[int, _InputSide]
-) -> StoredLayer:
-    """Return the exact factors, rounded; for float16, each row of rank is balanced.
+        Args:
+            factors: the layer's operands.
+            known: the input sides so far, of layers with these rows of A, by the number of inputs.
+        """
+        dtype = self._plan.dtype
+        powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
+        balanced = bool(powers.any())
+        side = known.get(factors.in_features)
+        if side is None or balanced:
+            side = self._input_side(factors.A, powers)
+        if not balanced:
+            known[factors.in_features] = side
+        lost = _vanished(factors.A, side.lora_A)
+        lora_B = self._empty_B(factors.out_features, factors.rank)
+        shrunk = np.ldexp(1.0, -powers)
+        for place, block in factors.lora_B_blocks():
+            exact = np.multiply(block, shrunk, out=block) if balanced else block
+            rounded_once(exact, dtype, lora_B[place])
+            lost += _vanished(exact, lora_B[place])
+        sample = replace(factors, A=side.exact)
+        error = rounding_error(sample, side.stored, lora_B, _sample(factors.b), powers)
+        vanished = lost / max(1, side.lora_A.size + lora_B.size)
+        return StoredLayer(side.lora_A, lora_B, error, vanished)
 
-    Args:
-        factors: the layer's operands.
-        dtype: the stored dtype, as safetensors names it.
-        shared: the memory.
-        known: the input sides so far, of layers with these rows of A, by the number of inputs.
-    """
-    powers = balancing_powers(factors) if dtype == "F16" else np.zeros(factors.rank, np.int64)
-    balanced = bool(powers.any())
-    side = known.get(factors.in_features)
-    if side is None or balanced:
-        side = _input_side(factors.A, powers, dtype, shared.start)
-    if not balanced:
-        known[factors.in_features] = side
-    lost = _vanished(factors.A, side.lora_A)
-    lora_B = _empty_B(factors, factors.rank, side.lora_A.dtype, shared.room)
-    shrunk = np.ldexp(1.0, -powers)
-    for place, block in factors.lora_B_blocks():
-        exact = np.multiply(block, shrunk, out=block) if balanced else block
-        rounded_once(exact, dtype, lora_B[place])
-        lost += _vanished(exact, lora_B[place])
-    sample = replace(factors, A=side.exact)
-    error = rounding_error(sample, side.stored, lora_B, _sample(factors.b), powers)
-    return StoredLayer(side.lora_A, lora_B, error, lost / max(1, side.lora_A.size + lora_B.size))
+    def _input_side(self, A: Array, powers: NDArray[np.int64]) -> _InputSide:
+        """Return the input side of exact factors, with lora_A in `memory_for` the file."""
+        kind = NUMPY_DTYPE[self._plan.dtype]
+        lora_A = memory_for(self._start, A.size * kind.itemsize).view(kind).reshape(A.shape)
+        for row, values in enumerate(A):
+            exact = values.astype(np.float64) * np.ldexp(1.0, powers[row])
+            rounded_once(exact, self._plan.dtype, lora_A[row])
+        columns = slice(None, None, -(-A.shape[1] // SAMPLED_COLUMNS))
+        exact = np.ascontiguousarray(A[:, columns], np.float32)
+        return _InputSide(lora_A, exact, np.ascontiguousarray(lora_A[:, columns]))
 
+    def _approximated(self, factors: Factors) -> StoredLayer:
+        """Return the best factors of the plan's rank, and measure the error on every output."""
+        plan = self._plan
+        found = Decomposition.of(factors, plan.inputs)
+        left, right = found.truncated(plan.rank)
+        exact = product(left, factors.A)
+        # Singular vectors have no sign: the largest entry of each row is made positive.
+        signs = np.sign(exact[np.arange(len(exact)), np.abs(exact).argmax(axis=1)])
+        exact, right = exact * signs[:, None], right * signs
+        lora_A = rounded_once(exact, plan.dtype)
+        lost = _vanished(exact, lora_A)
+        lora_B = self._empty_B(factors.out_features, len(left))
+        for place, block in factors.lora_B_blocks(PRODUCT_VALUES):
+            exact = block @ right
+            rounded_once(exact, plan.dtype, lora_B[place])
+            lost += _vanished(exact, lora_B[place])
+        error = relative_error(factors, found.size, lora_A, lora_B)
+        vanished = lost / (lora_A.size + lora_B.size)
+        return _padded(StoredLayer(lora_A, lora_B, error, vanished), plan.rank)
 
-def _input_side(A: Array, powers: NDArray[np.int64], dtype: str, start: int) -> _InputSide:
-    """Return the input side of exact factors, with lora_A in `memory_for` the file."""
-    kind = NUMPY_DTYPE[dtype]
-    lora_A = memory_for(start, A.size * kind.itemsize).view(kind).reshape(A.shape)
-    for row, values in enumerate(A):
-        exact = values.astype(np.float64) * np.ldexp(1.0, powers[row])
-        rounded_once(exact, dtype, lora_A[row])
-    columns = slice(None, None, -(-A.shape[1] // SAMPLED_COLUMNS))
-    exact = np.ascontiguousarray(A[:, columns], np.float32)
-    return _InputSide(lora_A, exact, np.ascontiguousarray(lora_A[:, columns]))
-
-
-def _approximated(factors: Factors, plan: LoraPlan, room: NDArray[np.uint8]) -> StoredLayer:
-    """Return the best factors of the plan's rank, and measure the error on every output."""
-    found = Decomposition.of(factors, plan.inputs)
-    left, right = found.truncated(plan.rank)
-    exact = product(left, factors.A)
-    # Singular vectors have no sign of their own: the largest entry of each row is made positive.
-    signs = np.sign(exact[np.arange(len(exact)), np.abs(exact).argmax(axis=1)])
-    exact, right = exact * signs[:, None], right * signs
-    lora_A = rounded_once(exact, plan.dtype)
-    lost = _vanished(exact, lora_A)
-    lora_B = _empty_B(factors, len(left), lora_A.dtype, room)
-    for place, block in factors.lora_B_blocks(PRODUCT_VALUES):
-        exact = block @ right
-        rounded_once(exact, plan.dtype, lora_B[place])
-        lost += _vanished(exact, lora_B[place])
-    error = relative_error(factors, found.size, lora_A, lora_B)
-    vanished = lost / (lora_A.size + lora_B.size)
-    return _padded(StoredLayer(lora_A, lora_B, error, vanished), plan.rank)
-
-
-def _empty_B(  # noqa: N802 -- the matrix is called B
-    factors: Factors, rank: int, kind: np.dtype[Any], room: NDArray[np.uint8]
-) -> Array:
-    shape = (factors.out_features, rank)
-    return room[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+    def _empty_B(self, outputs: int, rank: int) -> Array:  # noqa: N802 -- the matrix is called B
+        kind = NUMPY_DTYPE[self._plan.dtype]
+        return self._room[: outputs * rank * kind.itemsize].view(kind).reshape(outputs, rank)
 
 
 def _padded(layer: StoredLayer, rank: int) -> StoredLayer:
